@@ -1,0 +1,170 @@
+"""The only parser of model output: text -> `Answer`.
+
+Formats (`blank` is any white space, tags count only in exactly this lower-case spelling):
+
+    think_solution   blank <think>..</think> blank <solution>label, label</solution> blank      the paper's
+    answer_tag       blank <think>..</think> blank <answer>label, label</answer> blank          NV-Reason-CXR's
+    solution         blank <solution>label, label</solution> blank                              labels without reasoning
+    label_list       label, label                                                               no tags at all
+
+"Answer block" below is <solution> or <answer>, whichever the format names. `Answer.problem` is the first of these that
+applies, or None:
+
+    code              parsed  valid  meaning
+    answer_missing    no      no     neither tag of the answer block
+    answer_unclosed   no      no     only its opening tag (as a completion cut at the length limit leaves it)
+    answer_unopened   no      no     only its closing tag
+    answer_repeated   no      no     one of its tags more than once, wherever: which block is meant cannot be told
+    answer_reversed   no      no     closing tag before opening tag
+    empty             yes     *      the answer block holds no entry, which reads as "none of the labels"
+    think_missing     yes     no     the same five for the <think> block, where the format has one
+    think_unclosed    yes     no
+    think_unopened    yes     no
+    think_repeated    yes     no
+    think_reversed    yes     no
+    order             yes     no     the answer block does not come after the end of the <think> block
+    outside           yes     no     text other than white space outside the blocks
+    tagged            no      no     label_list: a tag of another format
+    no_label          no      no     label_list: not one entry is a label, so nothing tells a list from prose
+    * valid where the form is right otherwise; in label_list, an empty text is neither parsed nor valid.
+
+Entries that are unknown, repeated or contradictory do not make an answer invalid: the form is right, and they are
+reported on their own for the rewards and tables to count.
+
+Time is linear in the length of the text: substring search and splitting only, no regular expression.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from data.labels import NO_FINDING, SUPPORT_DEVICES, canonical_label
+
+# Blocks of each format in their order; the last one holds the labels.
+_BLOCKS: dict[str, tuple[str, ...]] = {
+    "think_solution": ("think", "solution"),
+    "solution": ("solution",),
+    "answer_tag": ("think", "answer"),
+    "label_list": (),
+}
+ANSWER_FORMATS: tuple[str, ...] = tuple(_BLOCKS)
+
+_TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
+
+# No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of combining marks, so a longer
+# entry is unknown without being looked up.
+_MAX_ENTRY_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one completion says, and how well it keeps to the format."""
+
+    valid: bool  # strict: exactly the format and nothing else
+    parsed: bool  # the labels could be read; the fail rate is the share of answers where this is False
+    problem: str | None = None  # a code of the module's table
+    labels: tuple[str, ...] = ()  # of the 14, in the text's order, each once
+    unknown: tuple[str, ...] = ()  # entries that are none of the 14, as written, each once
+    duplicates: tuple[str, ...] = ()  # one item for every entry that repeats an earlier one
+    contradictions: tuple[str, ...] = ()  # labels that cannot stand beside No Finding, where it is among the labels
+    think: str | None = None  # inside of the <think> block, where there is exactly one
+    outside: str = ""  # text outside the blocks, stripped; pieces joined by a newline
+
+
+class _Block(NamedTuple):
+    """One well-formed block: text[start:end] with its tags, `body` without."""
+
+    start: int
+    end: int
+    body: str
+
+
+def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
+    """Read the labels from a completion (special tokens already removed). Never fails on a text.
+
+    Raises ValueError for an `answer_format` that is not one of ANSWER_FORMATS.
+    """
+    if answer_format not in _BLOCKS:
+        raise ValueError(f"unknown answer format {answer_format!r}; known: {', '.join(ANSWER_FORMATS)}")
+    if answer_format == "label_list":
+        return _parse_label_list(text)
+
+    *preceding, answer_tag = _BLOCKS[answer_format]
+    answer, answer_fault = _find_block(text, answer_tag)
+    think, think_fault = _find_block(text, "think") if preceding else (None, None)
+    outside = _outside(text, [block for block in (think, answer) if block])
+
+    form_problem = None
+    if think_fault:
+        form_problem = f"think_{think_fault}"
+    elif think and answer and answer.start < think.end:
+        form_problem = "order"
+    elif outside:
+        form_problem = "outside"
+
+    think_text = think.body if think else None
+    if answer is None:
+        return Answer(valid=False, parsed=False, problem=f"answer_{answer_fault}", think=think_text, outside=outside)
+    entries = _read_entries(answer.body)
+    return Answer(
+        valid=form_problem is None,
+        parsed=True,
+        problem=form_problem if any(entries.values()) else "empty",
+        think=think_text,
+        outside=outside,
+        **entries,
+    )
+
+
+def _parse_label_list(text: str) -> Answer:
+    if any(tag in text for tag in _TAGS):
+        return Answer(valid=False, parsed=False, problem="tagged")
+    entries = _read_entries(text)
+    if not entries["labels"]:
+        return Answer(valid=False, parsed=False, problem="no_label" if entries["unknown"] else "empty")
+    return Answer(valid=True, parsed=True, **entries)
+
+
+def _find_block(text: str, name: str) -> tuple[_Block | None, str | None]:
+    """(the only block <name>..</name>, None), or (None, what is wrong with it)."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    counts = text.count(opening), text.count(closing)
+    if counts != (1, 1):
+        faults = {(0, 0): "missing", (1, 0): "unclosed", (0, 1): "unopened"}
+        return None, faults.get(counts, "repeated")
+    start, close = text.find(opening), text.find(closing)
+    if close < start:
+        return None, "reversed"
+    return _Block(start, close + len(closing), text[start + len(opening) : close]), None
+
+
+def _outside(text: str, blocks: list[_Block]) -> str:
+    pieces, position = [], 0
+    for block in sorted(blocks):
+        pieces.append(text[position : block.start])
+        position = max(position, block.end)  # one block may lie inside the other
+    pieces.append(text[position:])
+    return "\n".join(piece.strip() for piece in pieces if piece.strip())
+
+
+def _read_entries(body: str) -> dict[str, tuple[str, ...]]:
+    """Entries separated by comma, semicolon or newline -> the fields labels, unknown, duplicates, contradictions."""
+    labels, unknown, duplicates, seen = [], [], [], set()
+    for entry in body.replace(";", ",").replace("\n", ",").split(","):
+        entry = entry.strip()
+        if not entry:
+            continue
+        label = canonical_label(entry) if len(entry) <= _MAX_ENTRY_LENGTH else None
+        key = label or " ".join(entry.split()).casefold()
+        if key in seen:
+            duplicates.append(label or entry)
+        else:
+            (labels if label else unknown).append(label or entry)
+        seen.add(key)
+    contradictions = [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)] if NO_FINDING in labels else []
+    return {
+        "labels": tuple(labels),
+        "unknown": tuple(unknown),
+        "duplicates": tuple(duplicates),
+        "contradictions": tuple(contradictions),
+    }

@@ -1,0 +1,125 @@
+"""The demo's data sets: which seeds belong to which split, and their files.
+
+    python -m data.demo.splits FOLDER
+
+draws every split that the run scripts use. A split owns a block of seeds of its own, so no picture can be in two splits, and
+none of them can be among the pictures from which the base checkpoint learned.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.demo.radiographs import GENERATOR_VERSION, Radiograph, SiteName, draw
+from data.demo.teacher import reasoning_trace
+
+_SEEDS_PER_SPLIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Split:
+    site: SiteName
+    count: int  # images drawn unless told otherwise
+    answers: bool = False  # with the teacher's traces
+
+
+# The position in this table fixes a split's seeds: add at the end, never reorder.
+SPLITS: dict[str, Split] = {
+    "base-train-a": Split("a", 8000),
+    "base-train-b": Split("b", 2000),
+    "base-validation-a": Split("a", 300),
+    "base-validation-b": Split("b", 300),
+    "sft-train": Split("a", 600, answers=True),
+    "rl-train": Split("a", 800),
+    "validation-a": Split("a", 100, answers=True),
+    "validation-b": Split("b", 100),
+    "test-a": Split("a", 300),
+    "test-b": Split("b", 300),
+}
+WRITTEN_SPLITS: tuple[str, ...] = tuple(name for name in SPLITS if not name.startswith("base-"))
+
+
+def seeds(name: str, count: int | None = None) -> range:
+    """The first `count` seeds (default: the split's own count) of the block that belongs to split `name`.
+
+    Raises ValueError for an unknown split or a count that does not fit the block.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"no such split: {name!r}; known: {', '.join(SPLITS)}")
+    count = SPLITS[name].count if count is None else count
+    if not 0 < count <= _SEEDS_PER_SPLIT:
+        raise ValueError(f"split {name}: the count must be between 1 and {_SEEDS_PER_SPLIT}, not {count}")
+    first = (list(SPLITS).index(name) + 1) * _SEEDS_PER_SPLIT
+    return range(first, first + count)
+
+
+def draw_split(name: str, count: int | None = None) -> list[Radiograph]:
+    """The pictures of a split, in memory."""
+    return [draw(seed, SPLITS[name].site) for seed in seeds(name, count)]
+
+
+def write_split(name: str, count: int | None, folder: Path) -> Path:
+    """Draw a split into `<folder>/<name>/<id>.png` and `<folder>/<name>.jsonl`; returns the JSONL file.
+
+    A JSONL file of the same count and generator version whose images exist is reused as it stands. It is written last and
+    under a temporary name first, so a complete one always has its images.
+    """
+    split_seeds = seeds(name, count)
+    folder = Path(folder)
+    data_file = folder / f"{name}.jsonl"
+    if _is_complete(data_file, len(split_seeds)):
+        return data_file
+    data_file.unlink(missing_ok=True)  # it may describe pictures that are about to be replaced
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    temporary = data_file.with_name(f"{data_file.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for number, seed in enumerate(split_seeds):
+            radiograph = draw(seed, SPLITS[name].site)
+            row = _row(name, f"{name}-{number:05d}", radiograph)
+            Image.fromarray(radiograph.image).save(folder / row["image"])
+            file.write(json.dumps(row) + "\n")
+    os.replace(temporary, data_file)
+    return data_file
+
+
+def _row(name: str, example_id: str, radiograph: Radiograph) -> dict:
+    row = {
+        "id": example_id,
+        "patient_id": f"demo-{radiograph.site}-{radiograph.seed}",  # every picture is another patient
+        "image": f"{name}/{example_id}.png",
+        "labels": list(radiograph.labels),
+        "dataset": f"demo-{radiograph.site}",
+        "evaluated_labels": list(radiograph.evaluated_labels),
+        "source_labels": list(radiograph.source_labels),
+        "generator_version": GENERATOR_VERSION,
+    }
+    if SPLITS[name].answers:
+        row["answer"] = reasoning_trace(radiograph, radiograph.seed)
+    return row
+
+
+def _is_complete(data_file: Path, count: int) -> bool:
+    if not data_file.is_file():
+        return False
+    rows = [json.loads(line) for line in data_file.read_text(encoding="utf-8").splitlines()]
+    return len(rows) == count and all(
+        row["generator_version"] == GENERATOR_VERSION and (data_file.parent / row["image"]).is_file() for row in rows
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.demo.splits", description="Draw the demo's synthetic data sets.")
+    parser.add_argument("folder", type=Path, help="where the JSONL files and the folders of images go")
+    folder = parser.parse_args(arguments).folder
+    for name in WRITTEN_SPLITS:
+        data_file = write_split(name, None, folder)
+        print(f"{data_file}  {SPLITS[name].count} images, site {SPLITS[name].site}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels.
+
+The traces stand in for those that a large model writes about real images. They name what is drawn and where, in varied words
+and order, so that fine-tuning on them is language modelling and not the copying of one template.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from data.demo.radiographs import Radiograph
+from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
+
+# {where} is the drawn location, such as "right lower"; labels without a location do not use it.
+_WORDINGS: dict[str, tuple[str, ...]] = {
+    "Enlarged Cardiomediastinum": ("widened mediastinum", "the mediastinum is wide", "broad upper mediastinal contour"),
+    "Cardiomegaly": ("enlarged heart", "the heart is too large", "wide cardiac silhouette"),
+    "Lung Opacity": ("hazy {where} opacity", "{where} zone is hazy", "soft shadow in the {where} zone"),
+    "Lung Lesion": ("round {where}", "a sharply outlined {where}", "solitary {where}"),
+    "Edema": ("{where} perihilar haze with septal lines", "wet lungs with septal lines", "{where} vascular congestion"),
+    "Consolidation": ("dense {where} lobe", "{where} lobe is solid with air bronchograms", "{where} airspace filling"),
+    "Pneumonia": ("patchy {where} infiltrates", "several patches in the {where} lung", "{where} lung is patchy"),
+    "Atelectasis": ("linear {where} basal band", "plate-like collapse at the {where} base", "{where} base shows volume loss"),
+    "Pneumothorax": ("{where} pleural line without markings beyond", "free air on the {where}", "collapsed {where} lung edge"),
+    "Pleural Effusion": ("blunted {where} angle", "{where} fluid level", "{where} pleural fluid"),
+    "Pleural Other": ("thickened {where} pleura", "{where} lateral pleura is lumpy", "pleural thickening on the {where}"),
+    "Fracture": ("broken {where} rib", "a displaced {where} rib", "{where} rib is interrupted"),
+    SUPPORT_DEVICES: ("{where} in place", "{where} is present", "{where} seen"),
+}
+_ALL_NORMAL = ("heart, lungs and bones are normal", "nothing abnormal", "clear lungs and a normal heart", "no abnormality")
+_OPENINGS = ("frontal view", "looking at heart and lungs", "first the lungs")
+# A normal part may be mentioned when none of its labels is drawn.
+_NORMAL_PARTS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("heart size is normal", frozenset({"Cardiomegaly", "Enlarged Cardiomediastinum"})),
+    ("no pneumothorax", frozenset({"Pneumothorax"})),
+    ("angles are clear", frozenset({"Pleural Effusion"})),
+    ("ribs are intact", frozenset({"Fracture"})),
+)
+# A longer reading gets no opening and no normal part, which bounds its length. Up to three findings leave a part normal.
+_MOST_FINDINGS_WITH_EXTRAS = 3
+
+
+def finding_phrases(radiograph: Radiograph, rng: np.random.Generator) -> dict[str, str]:
+    """One phrase in lower case for each drawn label, No Finding included when nothing is abnormal; in CheXpert's order."""
+    phrases = {}
+    for label in radiograph.findings:
+        wordings = _ALL_NORMAL if label == NO_FINDING else _WORDINGS[label]
+        phrases[label] = str(rng.choice(wordings)).format(where=radiograph.locations.get(label, ""))
+    return phrases
+
+
+def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
+    """The drawn findings as short sentences in random order, some with an opening or a normal part."""
+    phrases = list(finding_phrases(radiograph, rng).values())
+    rng.shuffle(phrases)
+    if len(phrases) <= _MOST_FINDINGS_WITH_EXTRAS:
+        normal_parts = [part for part, labels in _NORMAL_PARTS if labels.isdisjoint(radiograph.findings)]
+        if rng.random() < 0.5:
+            phrases.append(str(rng.choice(normal_parts)))
+        if rng.random() < 0.35:
+            phrases.insert(0, str(rng.choice(_OPENINGS)))
+    return " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)
+
+
+def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
+    """The teacher's answer: "<think>Enlarged heart. Ribs are intact.</think><solution>Cardiomegaly</solution>".
+
+    The solution holds the drawn labels in CheXpert's order. The words are a function of the radiograph and `seed`.
+    """
+    rng = np.random.default_rng([seed, radiograph.seed])
+    labels = ", ".join(label for label in LABELS if label in radiograph.findings)
+    return f"<think>{reading(radiograph, rng)}</think><solution>{labels}</solution>"

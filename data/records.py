@@ -1,0 +1,170 @@
+"""One example, the JSONL files that hold them, and splits that never share a patient."""
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.labels import LABELS, Target
+
+MAX_PROBLEMS = 20  # a message that lists more of them helps nobody
+
+
+class DataError(ValueError):
+    """Something is wrong with a data file. `problems` holds one line each, naming file, line and field."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its labels.
+
+    image: path relative to `image_root`. labels, evaluated_labels: CheXpert names in CheXpert's order; a label outside
+    evaluated_labels is unknown. source_labels: the hospital's own strings. answer: the teacher's trace, or None. extra: fields
+    of the file that this project does not know, kept as they are.
+    """
+
+    id: str
+    patient_id: str
+    image: str
+    labels: tuple[str, ...]
+    dataset: str
+    image_root: Path
+    evaluated_labels: tuple[str, ...] = LABELS
+    source_labels: tuple[str, ...] = ()
+    answer: str | None = None
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """What rewards and scores compare with: the labels among the evaluated ones."""
+        return Target(frozenset(self.labels) & frozenset(self.evaluated_labels), frozenset(self.evaluated_labels))
+
+
+_REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
+_OPTIONAL = {"evaluated_labels": list, "source_labels": list, "answer": str}
+_TYPE_NAMES = {str: "a string", list: "a list of strings"}
+
+
+def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
+    """Examples of one data file, in the file's order.
+
+    image_root: folder that image paths are relative to; default, the data file's own. Raises DataError with every problem of the
+    file at once (file, line, field), also for a missing or empty file and for an id that occurs twice. Images are not opened here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError([f"{path}: no such data file; give a JSONL file with one example a line"])
+    root = Path(image_root) if image_root is not None else path.parent
+    examples: list[Example] = []
+    problems: list[str] = []
+    line_of: dict[str, int] = {}
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            row, row_problems = _parse_row(line)
+            problems += [f"{path}, line {number}: {problem}" for problem in row_problems]
+            if row_problems:
+                continue
+            if row["id"] in line_of:
+                problems.append(f"{path}, line {number}: field 'id': {row['id']!r} is also on line {line_of[row['id']]}; ids must differ")
+                continue
+            line_of[row["id"]] = number
+            examples.append(_example(row, root))
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        raise DataError(problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
+    if not examples:
+        raise DataError([f"{path}: the file holds no examples; it needs at least one"])
+    return examples
+
+
+def data_file(spec: str | Path) -> Path:
+    """The JSONL file that a `--train_file` or the like names: a path, or `demo:SPLIT` for a split of the embedded demo.
+
+    The demo's images are drawn under ./demo-data the first time. Raises DataError for an unknown split.
+    """
+    if not str(spec).startswith("demo:"):
+        return Path(spec)
+    from data.demo.splits import WRITTEN_SPLITS, write_split  # here: most runs never draw anything
+
+    name = str(spec).removeprefix("demo:")
+    if name not in WRITTEN_SPLITS:
+        raise DataError([f"{spec}: the demo has no split {name!r}; it has {', '.join(WRITTEN_SPLITS)}"])
+    return write_split(name, None, Path("demo-data"))
+
+
+def read_examples(spec: str | Path, image_root: str | Path | None = None) -> list[Example]:
+    """`read_jsonl` of what `data_file` finds."""
+    return read_jsonl(data_file(spec), image_root)
+
+
+def _parse_row(line: str) -> tuple[dict, list[str]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
+    if not isinstance(row, dict):
+        return {}, [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
+    problems = [f"field {name!r} is missing" for name in _REQUIRED if name not in row]
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
+        if name not in row or (name in _OPTIONAL and row[name] is None):
+            continue
+        value = row[name]
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+            problems.append(f"field {name!r} is {json.dumps(value)[:60]}; it must be {_TYPE_NAMES[kind]}")
+        elif name in ("labels", "evaluated_labels"):
+            unknown = [item for item in value if item not in LABELS]
+            if unknown:
+                problems.append(f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are: {', '.join(LABELS)}")
+    return row, problems
+
+
+def _example(row: dict, root: Path) -> Example:
+    ordered = lambda names: tuple(label for label in LABELS if label in names)  # noqa: E731
+    evaluated = row.get("evaluated_labels")
+    return Example(
+        id=row["id"], patient_id=row["patient_id"], image=row["image"], labels=ordered(row["labels"]), dataset=row["dataset"],
+        image_root=root, evaluated_labels=LABELS if evaluated is None else ordered(evaluated),
+        source_labels=tuple(row.get("source_labels") or ()), answer=row.get("answer"),
+        extra={name: value for name, value in row.items() if name not in _REQUIRED and name not in _OPTIONAL},
+    )
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
+    """Write rows as JSONL, whole or not at all: through a temporary file beside `path` that is renamed at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def split_by_patient(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(rest, held out): about `fraction` of the examples held out, no patient on both sides, order kept, the same for one seed.
+
+    Raises DataError where there are too few patients for two non-empty sides.
+    """
+    patients = sorted({example.patient_id for example in examples})
+    if len(patients) < 2:
+        raise DataError([f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"])
+    random.Random(seed).shuffle(patients)
+    counts = {patient: 0 for patient in patients}
+    for example in examples:
+        counts[example.patient_id] += 1
+    held: set[str] = set()
+    for patient in patients[:-1]:  # one patient always stays for training
+        if held and sum(counts[p] for p in held) >= fraction * len(examples):
+            break
+        held.add(patient)
+    return [e for e in examples if e.patient_id not in held], [e for e in examples if e.patient_id in held]

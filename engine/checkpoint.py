@@ -1,0 +1,387 @@
+"""Checkpoints that are either complete or not there: atomic save, verified load, and the state a resume needs.
+
+A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files only (nothing is ever unpickled), with a
+`manifest.json` of their sizes and SHA-256. It is written under a name that starts with `.tmp-`, flushed to the disk and
+renamed last, so a run that dies at any point leaves its previous checkpoints as they were.
+"""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from engine.config import UsageError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".tmp-"  # incomplete, or on its way out: never read, removed by clean_leftovers
+_REPLACED = ".old-"  # complete, for the moment in which a checkpoint of the same step takes its place
+_SUFFIXES = (".safetensors", ".json")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
+
+
+# ---- save -----------------------------------------------------------------------------------------------------------
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    documents: Mapping[str, Any],
+    files: Mapping[str, Path | bytes] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is replaced.
+
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json: JSON value}. files:
+    {file name: a file to copy, or its bytes}. notes: JSON values kept in the manifest, such as the reference adapter's
+    hash. Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete stays behind
+    and older checkpoints are untouched. ValueError for a file that is neither .safetensors nor .json.
+    """
+    run_dir = Path(run_dir)
+    final = run_dir / f"checkpoint-{step}"
+    temporary = run_dir / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    encoded = {name: _to_json(document) for name, document in documents.items()}
+    sources = {**encoded, **(files or {})}
+    names = [*(f"{stem}.safetensors" for stem in tensors), *encoded, *(files or {})]
+    refused = [name for name in names if not _is_plain(name)]
+    if refused or len(set(names)) < len(names):
+        raise ValueError(f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}: {refused or names}")
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    needed += sum(len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources.values())
+    try:
+        _check_space(run_dir, needed)
+        os.mkdir(temporary)
+        entries = {}
+        for stem, group in tensors.items():
+            payload = safetensors.torch.save({key: _detached(tensor) for key, tensor in group.items()}, {"format": "pt"})
+            entries[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", payload)
+        for name, source in sources.items():
+            entries[name] = _write(temporary / name, source if isinstance(source, bytes) else source.read_bytes())
+        manifest = {"step": step, "files": entries, "notes": dict(notes or {})}
+        _write(temporary / MANIFEST, _to_json(manifest))  # last: its presence says that the rest was written
+        _sync_directory(temporary)
+        _publish(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        message = f"checkpoint {final} was not saved: {error.strerror or error}; it needs {needed:,} bytes"
+        raise OSError(error.errno, message) from error
+    return final
+
+
+def _is_plain(name: str) -> bool:
+    return PurePath(name).name == name and name.endswith(_SUFFIXES) and name != MANIFEST
+
+
+def _to_json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    # A copy: safetensors refuses views that share storage, and rollout tensors are often slices of one batch.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"only {free:,} bytes are free")
+
+
+def _write(path: Path, payload: bytes) -> dict[str, Any]:
+    """Write and flush one file; returns its manifest entry, hashed from memory and not from what the disk gives back."""
+    with open(path, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename into place. A directory with content cannot be replaced in one call, so an old one steps aside first."""
+    replaced = final.with_name(_REPLACED + final.name)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    _sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# ---- load -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. Tensors are read on demand, to the CPU."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The content of `<name>.safetensors`; CheckpointError where the checkpoint has none."""
+        try:
+            return safetensors.torch.load(self._read(f"{name}.safetensors"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path / name}.safetensors: is not a safetensors file: {error}") from error
+
+    def document(self, name: str) -> Any:
+        """The content of the JSON file `name`; CheckpointError where the checkpoint has none."""
+        try:
+            return json.loads(self._read(name))
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.path / name}: is not JSON: {error}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
+    def _read(self, name: str) -> bytes:
+        if name not in self:
+            raise CheckpointError(f"{self.path}: this checkpoint holds no {name}")
+        return (self.path / name).read_bytes()
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line a file; empty where every listed file has its size and SHA-256."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_bytes())
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if any(type(number) is not int for number in (manifest["step"], *(size for size, _ in files.values()))):
+            raise TypeError("the step and every size must be integers")
+    except OSError as error:
+        return [f"{MANIFEST}: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: is not a checkpoint's manifest ({type(error).__name__}: {error})"]
+    problems = (_file_problem(Path(path), name, size, sha256) for name, (size, sha256) in files.items())
+    return [problem for problem in problems if problem]
+
+
+def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | None:
+    if not _is_plain(name):
+        return f"{name}: is not a plain name ending in {' or '.join(_SUFFIXES)}, so it is not read"
+    path = directory / name
+    if not path.is_file():
+        return f"{name}: is missing"
+    if path.stat().st_size != size:
+        return f"{name}: has {path.stat().st_size:,} bytes, the manifest says {size:,}"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return f"{name}: its content was altered (SHA-256 differs from the manifest)"
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify and open. Raises CheckpointError with one line for each file that is missing, truncated or altered."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    problems = verify_checkpoint(path)
+    if problems:
+        raise CheckpointError([f"{path}: {problem}" for problem in problems])
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    return Checkpoint(path.resolve(), manifest["step"], manifest)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint directories of a run, lowest step first, whether valid or not; none where there is no run."""
+    if not Path(run_dir).is_dir():
+        return []
+    found = [path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name).group(1))
+
+
+def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step that verifies, and why each newer one was rejected."""
+    rejected: list[str] = []
+    for path in reversed(list_checkpoints(run_dir)):
+        problems = verify_checkpoint(path)
+        if not problems:
+            return path, rejected
+        rejected += [f"{path}: {problem}" for problem in problems]
+    return None, rejected
+
+
+# ---- housekeeping ---------------------------------------------------------------------------------------------------
+def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
+    """Delete the oldest checkpoints beyond `limit` in all and return them; None keeps every one.
+
+    The newest and those in `keep` (the best, say; links are followed) stay even where they exceed the limit. A delete
+    that fails is a warning: training matters more than disk space.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if limit is None or not checkpoints:
+        return []
+    kept = {Path(path).resolve() for path in keep} | {checkpoints[-1].resolve()}
+    deletable = [path for path in checkpoints if path.resolve() not in kept]
+    deleted = []
+    for path in deletable[: max(0, len(checkpoints) - limit)]:
+        doomed = path.with_name(f"{_TEMPORARY}{path.name}-deleted")  # so that half a checkpoint is never visible
+        try:
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("old checkpoint %s could not be deleted: %s", path, error)
+            continue
+        deleted.append(path)
+    return deleted
+
+
+def clean_leftovers(run_dir: Path) -> list[Path]:
+    """Remove what a killed run left half-written; put back a checkpoint that was being replaced. Returns the removed."""
+    removed = []
+    for path in sorted(Path(run_dir).iterdir()):
+        final = path.with_name(path.name.removeprefix(_REPLACED))
+        if path.name.startswith(_REPLACED) and _NAME.fullmatch(final.name) and not final.exists():
+            os.rename(path, final)
+        elif path.name.startswith((_TEMPORARY, _REPLACED)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+            removed.append(path)
+    return removed
+
+
+def point_link(run_dir: Path, name: str, target: Path) -> None:
+    """Make `run_dir/name` a relative link to a checkpoint of this run, replacing the old link in one step.
+
+    The links are a convenience, so a file system without them costs a warning.
+    """
+    temporary = Path(run_dir) / f"{_TEMPORARY}{name}"
+    try:
+        temporary.unlink(missing_ok=True)
+        os.symlink(Path(target).name, temporary)
+        os.replace(temporary, Path(run_dir) / name)
+    except OSError as error:
+        logger.warning("link %s could not be set: %s", Path(run_dir) / name, error)
+
+
+# ---- optimizer and random state -------------------------------------------------------------------------------------
+def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON document of the rest)."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
+    document = {
+        "optimizer": type(optimizer).__name__,
+        "shapes": [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]],
+        "param_groups": state["param_groups"],
+        "scalars": scalars,
+    }
+    return tensors, document
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> None:
+    """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same parameters in the
+    same order. Raises CheckpointError where the class, the groups, the parameters or a state's shape differ.
+    """
+    if document["optimizer"] != type(optimizer).__name__:
+        raise CheckpointError(f"optimizer state is of {document['optimizer']}, the run uses {type(optimizer).__name__}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = [list(parameter.shape) for parameter in parameters]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in document["param_groups"]]
+    if sizes != saved_sizes:
+        raise CheckpointError(f"optimizer state has parameter groups of {saved_sizes}, the run has {sizes}")
+    for index, (saved, shape) in enumerate(zip(document["shapes"], shapes, strict=True)):
+        if saved != shape:
+            raise CheckpointError(f"optimizer state of parameter {index} has shape {saved}, the run's has {shape}")
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **document["scalars"]}.items():
+        index, name = key.split(".", 1)
+        if isinstance(value, torch.Tensor) and value.dim() and list(value.shape) != shapes[int(index)]:
+            raise CheckpointError(f"optimizer state {key} has shape {list(value.shape)}, its parameter {shapes[int(index)]}")
+        state.setdefault(int(index), {})[name] = value
+    groups = [
+        {name: tuple(value) if isinstance(current.get(name), tuple) else value for name, value in saved.items()}
+        for saved, current in zip(document["param_groups"], optimizer.param_groups, strict=True)
+    ]  # JSON made lists of tuples such as betas
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_to_tensors(
+    generators: Mapping[str, torch.Generator] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Every source of randomness as (tensors, JSON document): torch on CPU and CUDA, Python, numpy's global state, and
+    the named generators.
+    """
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    tensors |= {f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()}
+    algorithm, key, position, has_gauss, gauss = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(key.astype(np.int64))
+    version, words, python_gauss = random.getstate()
+    document = {
+        "python": [version, list(words), python_gauss],
+        "numpy": [algorithm, position, has_gauss, gauss],
+    }
+    return tensors, document
+
+
+def load_rng(
+    tensors: Mapping[str, torch.Tensor],
+    document: dict[str, Any],
+    generators: Mapping[str, torch.Generator] | None = None,
+) -> None:
+    """Restore what `rng_to_tensors` gave, so that every source goes on with the draws it would have made.
+
+    Raises CheckpointError for a generator without saved state and for state of another kind of device; a different
+    number of CUDA devices is a warning, since the run can go on but not bit for bit.
+    """
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    saved_devices = sum(name.startswith("cuda.") for name in tensors)
+    if devices != saved_devices:
+        logger.warning("random state of %d CUDA devices was saved, %d are here: draws will differ", saved_devices, devices)
+    try:
+        torch.set_rng_state(tensors["torch"])
+        for index in range(min(devices, saved_devices)):
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+        for name, generator in (generators or {}).items():
+            generator.set_state(tensors[f"generator.{name}"])
+        algorithm, position, has_gauss, gauss = document["numpy"]
+        np.random.set_state((algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, words, python_gauss = document["python"]
+        random.setstate((version, tuple(words), python_gauss))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"random state cannot be restored: {type(error).__name__}: {error}") from error

@@ -1,0 +1,493 @@
+"""Flat frozen dataclasses <-> command-line flags <-> TOML recipes.
+
+Several dataclasses feed one flat flag namespace: every field is a flag, its type gives the conversion, its metadata
+the help text. A value comes from the dataclass default, then a recipe, then a flag, and its origin is kept. Every
+problem of one command line (flags, recipe, combinations) is collected and reported together.
+
+Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of these, ...].
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.resources
+import math
+import tomllib
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+RECIPE_TABLES = ("sft", "grpo", "eval")  # one table per script; keys above the first table are shared by all of them
+
+
+class UsageError(ValueError):
+    """A mistake the user can correct; the scripts print `problems`, one line each, and exit with code 2."""
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(UsageError):
+    """Everything that is wrong with one command line."""
+
+
+def setting(
+    default: Any, help: str, *, unit: str = "", source: str = "", aliases: tuple[str, ...] = (), group: str = ""
+) -> Any:
+    """A dataclass field that becomes a flag.
+
+    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts, `aliases` are further
+    names of the flag (without dashes), `group` is the heading in --help (default: the name of the class).
+    """
+    metadata = {"help": help, "unit": unit, "source": source, "aliases": aliases, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The configs in the order of the classes given, the origin of every value ("default", "recipe NAME", "flag")."""
+
+    configs: tuple[Any, ...]
+    origins: dict[str, str]
+    recipe: str | None
+
+    def with_value(self, name: str, value: Any, origin: str) -> Resolved:
+        """A copy in which the script has filled in one value itself, such as the newest run's adapter.
+
+        Raises KeyError for a name that is no field of the configs.
+        """
+        if name not in self.origins:
+            raise KeyError(name)
+        configs = tuple(
+            dataclasses.replace(config, **{name: value}) if name in _field_names(config) else config
+            for config in self.configs
+        )
+        return dataclasses.replace(self, configs=configs, origins=self.origins | {name: origin})
+
+
+def _field_names(config: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+class _Setting(NamedTuple):
+    """One field, with its type taken apart."""
+
+    name: str
+    owner: type  # the config class it is read from
+    kind: type  # bool, int, float or str; str for a Literal
+    choices: tuple[Any, ...]
+    optional: bool
+    repeated: bool
+    default: Any
+    help: str
+    group: str
+    aliases: tuple[str, ...]
+
+
+# ---- types ----------------------------------------------------------------------------------------------------------
+def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
+    """annotation -> (kind, choices, optional, repeated); TypeError for a type that no flag can express."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if len(inner) == 1 and len(arguments) == 2:
+            kind, choices, optional, repeated = _take_apart(inner[0])
+            if not repeated:
+                return kind, choices, True, False
+    elif origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        kind, choices, optional, repeated = _take_apart(arguments[0])
+        if not optional and not repeated and kind is not bool:
+            return kind, choices, False, True
+    elif origin is Literal:
+        return str, arguments, False, False
+    elif annotation in (bool, int, float, str):
+        return annotation, (), False, False
+    raise TypeError(f"a config field of type {annotation} cannot be a flag")
+
+
+def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
+    """Every field of every class, by name. TypeError where a class cannot be turned into flags."""
+    found: dict[str, _Setting] = {}
+    for owner in config_classes:
+        hints = get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if field.name in found:
+                raise TypeError(f"{field.name} is a field of both {found[field.name].owner.__name__} and {owner.__name__}")
+            if field.default is dataclasses.MISSING:
+                raise TypeError(f"{owner.__name__}.{field.name} needs a default that is not a factory")
+            found[field.name] = _Setting(
+                field.name, owner, *_take_apart(hints[field.name]), field.default, _help_text(field),
+                field.metadata.get("group") or _group_of(owner, field.name), tuple(field.metadata.get("aliases", ())),
+            )  # fmt: skip
+    return found
+
+
+def _group_of(owner: type, name: str) -> str:
+    """The class that declares the field, so that inherited fields are listed under their own heading."""
+    declaring = next(cls for cls in owner.__mro__ if name in cls.__dict__.get("__annotations__", {}))
+    return declaring.__name__.removesuffix("Config").lower() or declaring.__name__
+
+
+def _help_text(field: dataclasses.Field) -> str:
+    unit, source = field.metadata.get("unit", ""), field.metadata.get("source", "")
+    facts = [f"default {_show(field.default)}"]
+    if unit:
+        facts = [f"{facts[0]} {unit}"] if isinstance(field.default, (int, float)) else [*facts, f"in {unit}"]
+    if source:
+        facts.append(source)
+    return f"{field.metadata.get('help', '')} [{'; '.join(facts)}]".strip()
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "empty"
+    return str(value) or "''"
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _one_from_text(setting: _Setting, text: str) -> Any:
+    if setting.optional and text.lower() == "none":
+        return None
+    if setting.choices:
+        return _choice(setting, text)
+    try:
+        if setting.kind is bool:
+            return _TRUTH[text.lower()]
+        value = setting.kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"expected {_expected(setting)}, got {text!r}") from None
+    return _not_nan(value)
+
+
+def _one_from_toml(setting: _Setting, value: Any) -> Any:
+    if setting.optional and value == "none":  # TOML has no null
+        return None
+    if setting.choices and isinstance(value, (str, int)):
+        return _choice(setting, value)
+    if setting.kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not setting.kind:  # exact: a TOML true is no integer, 5.0 is not 5
+        raise ValueError(f"expected {_expected(setting)}, got the {_toml_type(value)} {value!r}")
+    return _not_nan(value)
+
+
+def _choice(setting: _Setting, value: Any) -> Any:
+    for choice in setting.choices:
+        if str(choice) == str(value):
+            return choice
+    raise ValueError(f"{value!r} is not one of {', '.join(map(str, setting.choices))}")
+
+
+def _not_nan(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("nan is not a value")
+    return value
+
+
+def _expected(setting: _Setting) -> str:
+    return _EXPECTED[setting.kind] + (" or none" if setting.optional else "")
+
+
+def _toml_type(value: Any) -> str:
+    names = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _from_text(setting: _Setting, texts: list[str]) -> Any:
+    if not setting.repeated:
+        return _one_from_text(setting, texts[-1])  # a flag given twice: the last one counts
+    return tuple(_one_from_text(setting, text) for text in texts)
+
+
+def _from_toml(setting: _Setting, value: Any) -> Any:
+    if not setting.repeated:
+        return _one_from_toml(setting, value)
+    if not isinstance(value, list):
+        raise ValueError(f"expected an array, got the {_toml_type(value)} {value!r}")
+    return tuple(_one_from_toml(setting, item) for item in value)
+
+
+def _nearest(name: str, names: Sequence[Any], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, [str(known) for known in names], n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+def _build_parser(
+    settings: dict[str, _Setting], *, prog: str, description: str, recipes: list[str]
+) -> argparse.ArgumentParser:
+    """A parser that only splits: each flag yields its raw strings, so that no conversion can stop at the first error."""
+    parser = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [--recipe NAME|FILE.toml] [--flag value ...]", description=description,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags may be written with - in place of _. A flag overrides the recipe, the recipe the default.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipe", "--config", dest="recipe", action="append", metavar="NAME|FILE.toml",
+        help=f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})",
+    )  # fmt: skip
+    titles = dict.fromkeys(setting.group for setting in settings.values())  # in the order of first appearance
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for setting in settings.values():
+        flags = [f"--{name}" for name in (setting.name, *setting.aliases)]
+        text = setting.help.replace("%", "%%")
+        options: dict[str, Any] = {"nargs": "+"} if setting.repeated else {}
+        if setting.kind is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            text += f" (off: --no_{setting.name})"
+        elif setting.choices:
+            options["metavar"] = "{" + ",".join(map(str, setting.choices)) + "}"
+        else:
+            options["metavar"] = setting.kind.__name__.upper()
+        groups[setting.group].add_argument(*flags, dest=setting.name, action="append", help=text, **options)
+    return parser
+
+
+def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list[str], list[str]]:
+    """argv in the one spelling that argparse cannot stumble over -> (tokens, problems).
+
+    --a-b becomes --a_b, --no_x of a bool becomes --x=false, --x value becomes --x=value (so that -1e-5 is a value), and
+    a flag whose value is missing is taken out and reported.
+    """
+    by_flag = {f"--{alias}": setting for setting in settings.values() for alias in (setting.name, *setting.aliases)}
+    off = {flag.replace("--", "--no_"): f"{flag}=false" for flag, setting in by_flag.items() if setting.kind is bool}
+    expected = {flag: _expected(setting) for flag, setting in by_flag.items() if setting.kind is not bool}
+    expected |= dict.fromkeys(("--recipe", "--config"), "a name or a .toml file")
+    tokens, problems, rest = [], [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            flag = "--" + flag[2:].replace("-", "_")
+            token = off.get(flag + equals, flag + equals + value)
+            if flag in expected and not equals:
+                if not rest or rest[0].startswith("--"):
+                    problems.append(f"{flag}: expected {expected[flag]}, got nothing")
+                    continue
+                if flag not in by_flag or not by_flag[flag].repeated:
+                    token = f"{flag}={rest.pop(0)}"
+        tokens.append(token)
+    return tokens, problems
+
+
+def _split(
+    parser: argparse.ArgumentParser, argv: Sequence[str], settings: dict[str, _Setting]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """argv -> ({field: its raw values in order}, problems)."""
+    tokens, problems = _normalise(argv, settings)
+    namespace, extras = parser.parse_known_args(tokens)
+    raw: dict[str, list[str]] = {}
+    for name, occurrences in vars(namespace).items():
+        for occurrence in occurrences or []:
+            raw.setdefault(name, []).extend(occurrence if isinstance(occurrence, list) else [occurrence])
+    known = ["recipe", *(alias for setting in settings.values() for alias in (setting.name, *setting.aliases))]
+    after_unknown = False
+    for extra in extras:
+        is_flag = extra.startswith("-") and not extra[1:2].isdigit()
+        if is_flag:
+            name = extra.partition("=")[0]
+            problems.append(f"unknown flag {name}" + _nearest(name.lstrip("-"), known, prefix="--"))
+        elif not after_unknown:  # the value of an unknown flag is not a second problem
+            problems.append(f"unexpected argument {extra!r}: every value needs a flag in front")
+        after_unknown = is_flag
+    return raw, problems
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+def _shipped_recipes(package: str) -> list[str]:
+    files = importlib.resources.files(package).iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
+    """The parsed TOML of a shipped name or of a file; ConfigError where there is none or it is not TOML."""
+    if recipe.endswith(".toml"):
+        source = Path(recipe)
+    else:
+        shipped = _shipped_recipes(package)
+        if recipe not in shipped:
+            raise ConfigError(
+                f"--recipe {recipe}: no such recipe{_nearest(recipe, shipped)} (shipped: {', '.join(shipped) or 'none'}; "
+                "the name of a file ends in .toml)"
+            )
+        source = importlib.resources.files(package) / f"{recipe}.toml"
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--recipe {recipe}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--recipe {recipe}: is not valid TOML: {error}") from error
+
+
+def _recipe_values(
+    recipe: str, content: dict[str, Any], settings: dict[str, _Setting], script: str
+) -> tuple[dict[str, Any], list[str]]:
+    """({field: value}, problems) of the shared keys and of this script's table, which wins."""
+    names = {alias: setting.name for setting in settings.values() for alias in (setting.name, *setting.aliases)}
+    shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    values: dict[str, Any] = {}
+    problems = [
+        f"{recipe}: unknown table [{key}]{_nearest(key, RECIPE_TABLES)}; known: {', '.join(RECIPE_TABLES)}"
+        for key, value in content.items()
+        if isinstance(value, dict) and key not in RECIPE_TABLES
+    ]
+    own = content.get(script, {})
+    if not isinstance(own, dict):
+        own = {}  # reported below: a plain value under the table's name is an unknown shared key
+    for where, table in (("", shared), (f" in [{script}]", own)):
+        seen: set[str] = set()
+        for key, value in table.items():
+            name = names.get(key)
+            if name is None:
+                problems.append(f"{recipe}: unknown key {key!r}{where}{_nearest(key, list(names))}")
+                continue
+            if name in seen:
+                problems.append(f"{recipe}: {name} is given twice{where}, once as an alias")
+            seen.add(name)
+            try:
+                values[name] = _from_toml(settings[name], value)
+            except ValueError as error:
+                problems.append(f"{recipe}: {key}{where}: {error}")
+    return values, problems
+
+
+# ---- all together ---------------------------------------------------------------------------------------------------
+def parse_config(
+    config_classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    script: str,
+    prog: str,
+    description: str = "",
+    recipes_package: str = "engine.recipes",
+    default_recipe: str | None = None,
+    default_recipe_unless: Sequence[str] = (),
+    validate: Callable[..., list[str]] | None = None,
+    inherit_with: str | None = None,
+    inherit: Callable[[str], dict[str, Any]] | None = None,
+    free_to_change: Sequence[str] = (),
+) -> Resolved:
+    """Read one command line into one instance of each class.
+
+    `script` names the recipe table that applies. `default_recipe` applies when neither --recipe nor any of the fields
+    `default_recipe_unless` is given as a flag. `validate(*configs)` returns the problems of values that do not combine;
+    it sees the default or recipe value in place of one that could not be read.
+
+    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the settings of that run: they take the
+    place of the recipe, and a flag that would change one is a problem, except those in `free_to_change`.
+
+    Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse does.
+    """
+    if script not in RECIPE_TABLES:
+        raise ValueError(f"script must be one of {RECIPE_TABLES}, not {script!r}")
+    settings = _settings(config_classes)
+    parser = _build_parser(settings, prog=prog, description=description, recipes=_shipped_recipes(recipes_package))
+    raw, problems = _split(parser, argv, settings)
+
+    inherited = _inherited(inherit(raw[inherit_with][-1]), settings) if inherit and inherit_with in raw else None
+    recipe = default_recipe if inherited is None and not any(name in raw for name in default_recipe_unless) else None
+    if "recipe" in raw:
+        recipe = raw.pop("recipe")[-1]
+    values = {name: setting.default for name, setting in settings.items()}
+    origins = dict.fromkeys(values, "default")
+    if recipe is not None:
+        try:
+            chosen, found = _recipe_values(recipe, _read_recipe(recipe, recipes_package), settings, script)
+        except ConfigError as error:
+            chosen, found = {}, error.problems
+        problems += found
+        values |= chosen
+        origins |= dict.fromkeys(chosen, f"recipe {recipe}")
+    if inherited is not None:
+        values |= {name: value for name, value in inherited.items() if origins[name] == "default"}
+        origins |= {name: "resumed run" for name in inherited if origins[name] == "default" and values[name] != settings[name].default}
+    for name, texts in raw.items():
+        try:
+            values[name] = _from_text(settings[name], texts)
+            origins[name] = "flag"
+        except ValueError as error:
+            problems.append(f"--{name}: {error}")
+
+    for name in inherited or ():
+        if values[name] != inherited[name] and name not in free_to_change:
+            problems.append(f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])} ({origins[name]}); "
+                            "a resumed run keeps its settings: leave it out, or start a new run")
+    configs, found = _instances(config_classes, values)
+    problems += found
+    if validate is not None and not found:
+        problems += validate(*configs)
+    if problems:
+        raise ConfigError(problems)
+    return Resolved(tuple(configs), origins, recipe)
+
+
+def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str, Any]:
+    """The settings of a saved run in the types of today's dataclasses. Raises ConfigError where the two do not have the same names."""
+    different = sorted(saved.keys() ^ settings.keys())
+    if different:
+        raise ConfigError(f"the resumed run and this version differ in the settings {', '.join(different)}; it cannot be resumed bit for bit")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+
+
+def _instances(config_classes: Sequence[type], values: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """One instance of each class; what a __post_init__ refuses with a ValueError becomes a problem."""
+    configs, problems = [], []
+    for config_class in config_classes:
+        try:
+            configs.append(config_class(**{name: values[name] for name in _field_names(config_class)}))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return configs, problems
+
+
+def describe(resolved: Resolved) -> str:
+    """The values that differ from the dataclass defaults, one a line with their origin."""
+    rows = [
+        (field.name, _show(getattr(config, field.name)), resolved.origins[field.name])
+        for config in resolved.configs
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    ]
+    if not rows:
+        return "every setting has its default value"
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+
+
+def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
+    """{name: {"value", "origin"}} of every setting, in values that JSON keeps (tuples become lists)."""
+    return {
+        field.name: {"value": _json_value(getattr(config, field.name)), "origin": resolved.origins[field.name]}
+        for config in resolved.configs
+        for field in dataclasses.fields(config)
+    }
+
+
+def _json_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_differences(
+    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], *, ignore: Sequence[str] = ()
+) -> list[str]:
+    """What differs between two `to_json` results, one line a setting; origins do not count.
+
+    A setting that only one side knows is a difference too: a run must not resume under a default it never saw.
+    """
+    lines = []
+    for name in sorted((old.keys() | new.keys()) - set(ignore)):
+        before = repr(old[name]["value"]) if name in old else "not known"
+        after = repr(new[name]["value"]) if name in new else "not known"
+        if before != after:
+            lines.append(f"{name}: was {before}, is {after}")
+    return lines

@@ -1,0 +1,147 @@
+"""The model side of both families, and the only place that tests for one.
+
+Qwen2.5-VL and Gemma 3 differ in how an image becomes embeddings, in their positions (M-RoPE against plain), in their attention masks
+(causal against bidirectional inside an image, with sliding windows) and in which tokens stop or must never be sampled. Positions
+and masks are always made here, explicitly, from the token types: transformers makes them silently wrong when token types
+are forgotten, and Qwen's model caches `rope_deltas` between calls.
+
+Shapes: B rows, S tokens, I images, H hidden.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.collate import Batch
+
+# The language model's attention and feed-forward projections. Anchored on `language_model`: both vision towers have projections
+# of the same names (SigLIP q/k/v_proj; Qwen's visual gate/up/down_proj), which plain suffixes would catch.
+LORA_TARGETS = (r"^(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\."
+                r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)$")
+
+
+class Family:
+    """What differs between model families. One subclass each; `family_of` picks it."""
+
+    model_type: str
+    image_token_names: tuple[str, ...]  # tokens that stand for image content: sampled ones would have no features
+
+    def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
+        """Embeddings of one image [tokens,H], in place of its placeholders."""
+        raise TypeError("use a subclass")
+
+    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Position ids of the rows; padding has 0. Qwen [3,B,S], Gemma [B,S]."""
+        raise TypeError("use a subclass")
+
+    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
+        """Which keys each of the last `query_length` tokens sees, for every kind of layer: bool [B,1,query_length,S], true = sees."""
+        raise TypeError("use a subclass")
+
+    def expand_positions(self, positions: Tensor) -> Tensor:
+        """Positions of text tokens [B,Q] in the form that the language model takes."""
+        raise TypeError("use a subclass")
+
+
+class Qwen25VL(Family):
+    """Qwen2.5-VL (arXiv 2502.13923)."""
+
+    model_type = "qwen2_5_vl"
+    image_token_names = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+    def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
+        output = model.model.get_image_features(image["pixel_values"], image["image_grid_thw"], return_dict=True)
+        return torch.cat(tuple(output.pooler_output))  # [tokens,H]
+
+    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        grids = torch.cat([batch.vision[i]["image_grid_thw"] for i in batch.image_of_row.tolist()])  # [B,3]
+        positions, _ = model.model.get_rope_index(
+            batch.input_ids, mm_token_type_ids=batch.token_types, image_grid_thw=grids, attention_mask=batch.attention_mask)
+        return positions  # [3,B,S]
+
+    def expand_positions(self, positions: Tensor) -> Tensor:
+        return positions[None].expand(3, -1, -1)  # text advances all three axes alike
+
+    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
+        return {"full_attention": causal_mask(attention_mask, query_length)[:, None]}
+
+
+class Gemma3(Family):
+    """Gemma 3 and MedGemma (arXiv 2503.19786)."""
+
+    model_type = "gemma3"
+    image_token_names = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
+
+    def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
+        output = model.model.get_image_features(image["pixel_values"], return_dict=True)
+        return output.pooler_output.flatten(0, 1)  # [tokens,H]
+
+    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return text_positions(batch.attention_mask)  # [B,S]
+
+    def expand_positions(self, positions: Tensor) -> Tensor:
+        return positions
+
+    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
+        size = attention_mask.shape[1]
+        causal = causal_mask(attention_mask, query_length)  # [B,Q,S]
+        queries = torch.arange(size - query_length, size, device=attention_mask.device)[:, None]  # [Q,1]
+        keys = torch.arange(size, device=attention_mask.device)[None]  # [1,S]
+        near = queries - keys < model.config.get_text_config().sliding_window  # [Q,S]
+        is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
+        same_image = is_image[:, size - query_length:, None] & is_image[:, None, :]  # [B,Q,S]
+        return {"full_attention": (causal | same_image)[:, None], "sliding_attention": (causal & near | same_image)[:, None]}
+
+
+_FAMILIES = {family.model_type: family for family in (Qwen25VL(), Gemma3())}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a configuration's `model_type`. Raises ValueError for one that this engine does not train."""
+    if model_type not in _FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; this engine trains {' and '.join(_FAMILIES)} models")
+    return _FAMILIES[model_type]
+
+
+def causal_mask(attention_mask: Tensor, query_length: int) -> Tensor:
+    """[B,S] bool -> [B,query_length,S] bool: the last `query_length` tokens see themselves and every earlier token that is not padding.
+
+    Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the values of the next layer.
+    """
+    size = attention_mask.shape[1]
+    index = torch.arange(size, device=attention_mask.device)
+    queries = index[size - query_length:, None]  # [Q,1]
+    return (index[None] <= queries) & attention_mask[:, None, :] | (index[None] == queries)
+
+
+def text_positions(attention_mask: Tensor) -> Tensor:
+    """Positions 0, 1, 2, ... of the tokens of each row [B,S], wherever its padding is; 0 on padding."""
+    return ((attention_mask.long().cumsum(1) - 1) * attention_mask).clamp(min=0)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int) -> frozenset[int]:
+    """Tokens that end a completion: the checkpoint's own (generation_config.eos_token_id) and the chat template's end of turn.
+
+    This is all that is ever read from a generation_config: its other fields would silently change how completions are sampled.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset(listed + eos + [end_of_turn_id])
+
+
+def suppressed_ids(family: Family, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Image tokens, which the sampler never draws and which are left out of every log-probability's vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return tuple(sorted(vocabulary[name] for name in family.image_token_names if name in vocabulary))
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The decoder (no vision, no head) of a model of either family, with or without adapters around it."""
+    return unwrapped(model).model.language_model
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, adapters in place; the model itself where there is no wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

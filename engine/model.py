@@ -1,0 +1,204 @@
+"""Loading a model, attaching LoRA, and the two adapters of GRPO on one base.
+
+The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter twice: `default` is trained, so that
+what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint. There is never a second base.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from data.encode import FAMILIES, Encoder
+from engine.config import UsageError
+from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids, unwrapped
+
+DEMO = "demo"  # the embedded checkpoint's name; adapters trained on it name their base so, not by a path of this machine
+POLICY, REFERENCE = "default", "reference"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with its family facts, its processor and the token ids that the sampler and the objective need."""
+
+    name: str  # as given: a folder, a hub name or 'demo'
+    base: PreTrainedModel
+    family: Family
+    encoder: Encoder
+    stop_ids: frozenset[int]
+    suppressed_ids: tuple[int, ...]
+
+
+def model_path(name: str) -> str:
+    """Where transformers finds `name`: the embedded checkpoint for 'demo', else the name itself (a folder or a hub name)."""
+    import data.demo
+
+    return str(Path(data.demo.__path__[0]) / "base") if name == DEMO else name
+
+
+def load_model(name: str, *, dtype: torch.dtype, device: torch.device, min_visual_tokens: int, max_visual_tokens: int) -> LoadedModel:
+    """Load and freeze a base model of one of the two families. Raises UsageError (one line) where there is none at `name`."""
+    path = model_path(name)
+    _check_checkpoint(name, path)
+    try:
+        encoder = Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
+        base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except OSError as error:
+        raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
+    base.requires_grad_(False)
+    base.to(device).eval()
+    family = family_of(base.config.model_type)
+    stops = stop_ids(base, encoder.tokenizer, encoder.end_of_turn_id)
+    return LoadedModel(name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer))
+
+
+def _check_checkpoint(name: str, path: str) -> None:
+    """Everything that can be said before weights are read, in one line. Hub names are left to transformers."""
+    from transformers.utils import cached_file
+
+    looks_local = name == DEMO or Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
+    if not Path(path).is_dir() and looks_local:
+        raise UsageError(f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'")
+    try:
+        config = json.loads(Path(cached_file(path, "config.json")).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). A local checkpoint needs one; a hub model must "
+            f"exist and be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`") from error
+    if config.get("model_type") not in FAMILIES:
+        raise UsageError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
+    """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the model's outputs are unchanged."""
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model.base, config)
+    _finish(wrapped, model.name)
+    return wrapped
+
+
+def attach_adapter(model: LoadedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it.
+
+    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left over means
+    that something else than the trained model would run.
+    """
+    folder = Path(folder)
+    config = adapter_config(folder)
+    config.lora_dropout, config.inference_mode = 0.0, not trainable
+    wrapped = PeftModel(model.base, config, adapter_name=POLICY)
+    load_adapter_weights(wrapped, folder)
+    if trainable:
+        _finish(wrapped, model.name)
+    else:
+        wrapped.requires_grad_(False)
+    return wrapped
+
+
+def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
+    """Load the SFT adapter a second time, frozen, as `reference`; `default` stays active and trainable."""
+    config = adapter_config(Path(folder))
+    config.lora_dropout, config.inference_mode = 0.0, True
+    wrapped.add_adapter(REFERENCE, config)
+    load_adapter_weights(wrapped, folder, REFERENCE)
+    wrapped.set_adapter(POLICY)
+    _set_trainable(wrapped)
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """The LoraConfig saved in a folder. Raises UsageError where there is none."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors")
+    return LoraConfig.from_pretrained(str(folder))
+
+
+def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
+    """Put a folder's weights into an attached adapter; every key must find its place, none may be left over."""
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    load_adapter_state(wrapped, saved, adapter, source=str(folder))
+
+
+def load_adapter_state(wrapped: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str) -> None:
+    """As `load_adapter_weights`, from tensors. Raises UsageError that names `source` and the keys or shapes that do not fit."""
+    expected = adapter_state(wrapped, adapter)
+    missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    if missing or unexpected:
+        examples = "; ".join(f"{kind}: {len(keys)}, such as {keys[0]}" for kind, keys in (("missing", missing), ("left over", unexpected)) if keys)
+        raise UsageError(f"{source}: the adapter does not fit the model, {examples}. It was trained on another model or by another version")
+    misshapen = [name for name in expected if expected[name].shape != saved[name].shape]
+    if misshapen:
+        name = misshapen[0]
+        raise UsageError(f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs {tuple(expected[name].shape)}")
+    set_peft_model_state_dict(wrapped, saved, adapter_name=adapter)
+
+
+def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
+    """The adapter's tensors under the names that peft saves and loads."""
+    return get_peft_model_state_dict(wrapped, adapter_name=adapter)
+
+
+def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
+    """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user gave it."""
+    config = wrapped.peft_config[POLICY].to_dict()
+    config |= {"base_model_name_or_path": base_name, "inference_mode": True}
+    return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in config.items()}
+
+
+@contextmanager
+def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
+    """Run with another adapter, without gradient, and put everything back.
+
+    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others, so the flags are restored too.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
+    active = wrapped.active_adapter
+    wrapped.set_adapter(adapter)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        wrapped.set_adapter(active)
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute the decoder's layers in the backward pass, in train() mode only.
+
+    Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never recomputed.
+    """
+    language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def lm_head_weight(model: nn.Module) -> Tensor:
+    """[V,H], frozen."""
+    return unwrapped(model).lm_head.weight
+
+
+def _finish(wrapped: PeftModel, base_name: str) -> None:
+    wrapped.peft_config[POLICY].base_model_name_or_path = base_name
+    _set_trainable(wrapped)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _set_trainable(wrapped: PeftModel) -> None:
+    """Exactly the `default` adapter of the language model is trained; anything else trainable is a bug of the target pattern."""
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
+    leaked = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name]
+    if leaked:
+        raise RuntimeError(f"LoRA reached outside the language model: {leaked[0]} and {len(leaked) - 1} more")

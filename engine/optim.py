@@ -1,0 +1,50 @@
+"""AdamW's parameter groups, the learning rate as a pure function of the step, and the gradient's norm."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained, in the model's order (the order of the optimizer's state)."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, betas 0.9 and 0.999, eps 1e-8 (the paper names only AdamW).
+
+    LoRA matrices all have two dimensions, so all are decayed, in one group. They are fp32, and so is the state.
+    """
+    parameters = [parameter for _, parameter in trainable_parameters(model)]
+    if not parameters:
+        raise ValueError("the model has no trainable parameters; the adapter was not attached or is frozen")
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of update number `step` (0-based, counted in optimizer steps), as in HF's cosine schedule.
+
+    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is a warm-up), then half a cosine
+    from `base` to 0 at `total_steps`.
+    """
+    if step < warmup_steps:
+        return base * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return base * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Put the learning rate of this step into every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their global L2 norm is at most `max_norm`; returns the norm before clipping.
+
+    Scalar tensor. Uses torch's convention: coefficient = min(1, max_norm / (norm + 1e-6)).
+    """
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

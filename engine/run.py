@@ -1,0 +1,206 @@
+"""The book-keeping that both run scripts share: where a run stands, its checkpoints, its resume, its final adapter.
+
+Nothing here touches a gradient.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save as safetensors_bytes
+
+from engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_valid_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    load_rng,
+    optimizer_to_tensors,
+    point_link,
+    rng_to_tensors,
+    rotate_checkpoints,
+    save_checkpoint,
+)
+from engine.config import Resolved, UsageError, to_json
+from engine.model import POLICY, adapter_config_document, adapter_state, load_adapter_state
+from engine.runtime import sha256_of, versions
+from engine.tracking import STEP_LOGS
+
+FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit")  # they change no number of a run
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands; trainer_state.json, in the form that HF's tools read. Steps are optimizer steps."""
+
+    global_step: int = 0
+    epoch: float = 0.0
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None  # a folder's name in the run's folder
+    evaluations_without_improvement: int = 0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged_metrics: dict[str, Any] = field(default_factory=dict)  # of the steps since the last log, where logging_steps > 1
+
+    def record_evaluation(self, metric: float, *, greater_is_better: bool) -> bool:
+        """Note an evaluation at this step; returns whether it is the best so far. NaN is never the best."""
+        better = metric == metric and (self.best_metric is None or (metric > self.best_metric if greater_is_better else metric < self.best_metric))
+        if better:
+            self.best_metric, self.best_model_checkpoint = metric, f"checkpoint-{self.global_step}"
+        self.evaluations_without_improvement = 0 if better else self.evaluations_without_improvement + 1
+        return better
+
+
+# ---- configuration of the run ---------------------------------------------------------------------------------------
+def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path], notes: Mapping[str, Any] | None = None) -> dict:
+    """config.json: every setting with its origin, the data files with their SHA-256, and the versions that ran."""
+    data = {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in data_files.items()}
+    return {"script": script, "recipe": resolved.recipe, "settings": to_json(resolved), "data": data, "versions": versions()} | dict(notes or {})
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def saved_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from elsewhere)."""
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
+    """The verified checkpoint that --resume_from_checkpoint names, and the damaged newer ones that were passed over.
+
+    named: a checkpoint-<step> folder, which must be sound, or a run folder, whose newest sound checkpoint is taken. Raises
+    CheckpointError naming the damaged file.
+    """
+    path = Path(named)
+    if not path.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
+    if path.resolve().name.startswith("checkpoint-"):
+        return load_checkpoint(path.resolve()), []
+    newest, rejected = latest_valid_checkpoint(path)
+    if newest is None:
+        raise CheckpointError([f"--resume_from_checkpoint {named}: the folder holds no sound checkpoint-<step>", *rejected])
+    return load_checkpoint(newest), rejected
+
+
+def inherited_settings(named: str) -> dict[str, Any]:
+    """The settings of the run that --resume_from_checkpoint names, for `parse_config`."""
+    checkpoint, _ = find_checkpoint(named)
+    return {name: entry["value"] for name, entry in checkpoint.document("config.json")["settings"].items()}
+
+
+def check_same_data(checkpoint: Checkpoint, document: dict) -> None:
+    """Refuse to resume on other data files than those that the run began with. Raises UsageError naming each."""
+    before, now = checkpoint.document("config.json")["data"], document["data"]
+    changed = [
+        f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256 {now.get(name, {}).get('sha256', '(not given)')[:12]}, "
+        f"the resumed run used {before.get(name, {}).get('sha256', '(none)')[:12]}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, {}).get("sha256") != now.get(name, {}).get("sha256")
+    ]
+    if changed:
+        raise UsageError([f"data file changed since {checkpoint.path.name} was saved; restore it or start a new run. {line}" for line in changed])
+
+
+def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
+    """When a run goes on in another folder, take its logs and its best checkpoint along, so that the new folder is whole."""
+    source = checkpoint.path.parent
+    if source.resolve() == run_dir.resolve():
+        return
+    for name in (*STEP_LOGS, "reference"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, run_dir / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
+    best = checkpoint.document("trainer_state.json")["best_model_checkpoint"]
+    if best is not None and (source / best).is_dir() and not (run_dir / best).exists():
+        temporary = run_dir / f".tmp-{best}"
+        shutil.copytree(source / best, temporary)
+        os.rename(temporary, run_dir / best)
+        point_link(run_dir, "best", run_dir / best)
+
+
+def restore(checkpoint: Checkpoint, wrapped: PeftModel, optimizer: torch.optim.Optimizer,
+            generators: Mapping[str, torch.Generator] | None = None) -> TrainerState:
+    """Put adapter, optimizer and every source of randomness back where the checkpoint has them."""
+    load_adapter_state(wrapped, checkpoint.tensors("adapter_model"), source=str(checkpoint.path))
+    load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json"))
+    load_rng(checkpoint.tensors("rng"), checkpoint.document("rng.json"), generators)
+    return TrainerState(**checkpoint.document("trainer_state.json"))
+
+
+# ---- save -----------------------------------------------------------------------------------------------------------
+def save_training_checkpoint(
+    run_dir: Path,
+    state: TrainerState,
+    wrapped: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    base_name: str,
+    config_document: dict,
+    limit: int | None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    documents: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save everything that the next optimizer step depends on; set the links `last` and `best`; delete what `limit` leaves over."""
+    optimizer_tensors, optimizer_document = optimizer_to_tensors(optimizer)
+    rng_tensors, rng_document = rng_to_tensors(generators)
+    path = save_checkpoint(
+        run_dir, state.global_step,
+        tensors={"adapter_model": adapter_state(wrapped), "optimizer": optimizer_tensors, "rng": rng_tensors, **(tensors or {})},
+        documents={
+            "adapter_config.json": adapter_config_document(wrapped, base_name), "optimizer.json": optimizer_document, "rng.json": rng_document,
+            "trainer_state.json": asdict(state), "config.json": config_document, **(documents or {})})
+    point_link(run_dir, "last", path)
+    best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None
+    if best is not None and best.is_dir():
+        point_link(run_dir, "best", best)
+    rotate_checkpoints(run_dir, limit, keep={path} | ({best} if best else set()))
+    return path
+
+
+def save_final_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel, *, base_name: str) -> None:
+    """The run's result at the top of its folder, as plain peft loads it; its presence says that the run has finished."""
+    write_json(run_dir / "trainer_state.json", asdict(state))
+    write_json(run_dir / "adapter_config.json", adapter_config_document(wrapped, base_name))
+    temporary = run_dir / ".tmp-adapter_model.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(wrapped, POLICY).items()}
+    temporary.write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
+    os.replace(temporary, run_dir / "adapter_model.safetensors")
+
+
+def load_best_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel) -> str | None:
+    """Put the best checkpoint's adapter into the model; returns its name, or None where no evaluation chose one."""
+    if state.best_model_checkpoint is None:
+        return None
+    checkpoint = load_checkpoint(run_dir / state.best_model_checkpoint)
+    load_adapter_state(wrapped, checkpoint.tensors("adapter_model"), source=str(checkpoint.path))
+    return state.best_model_checkpoint
+
+
+# ---- data order -----------------------------------------------------------------------------------------------------
+def shuffled(count: int, epoch: int, seed: int) -> list[int]:
+    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume needs no position of a loader."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def in_chunks(items: Sequence, size: int) -> list[Sequence]:
+    """Consecutive pieces of `size`, the last one shorter where it does not divide."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

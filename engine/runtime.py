@@ -1,0 +1,200 @@
+"""What a run needs around its loop: seeds, device, signals, its directory and lock, versions, exit codes."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import logging
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import numpy as np
+import torch
+
+from engine.config import UsageError
+
+LOCK_FILE = ".lock"
+_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
+
+logger = logging.getLogger(__name__)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy's global state, and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+class SignalGuard:
+    """Within the block, SIGINT and SIGTERM only set `stop`, which loops poll to finish a step, save and leave.
+
+    A SIGINT after any first signal raises KeyboardInterrupt at once; further SIGTERMs change nothing. The earlier
+    handlers come back at the end of the block. Poll inside sampling and evaluation too: a step may be long, and the
+    time between SIGTERM and SIGKILL short.
+    """
+
+    def __init__(self):
+        self.stop: int | None = None  # number of the first signal received
+        self._owner = os.getpid()
+        self._earlier: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number (130 after SIGINT, 143 after SIGTERM), 0 without one."""
+        return 0 if self.stop is None else 128 + self.stop
+
+    def __enter__(self) -> SignalGuard:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._earlier[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked worker inherits the handler, and must die quietly when told to
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if self.stop is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.stop = int(number)
+        notice = f"\n{signal.Signals(number).name}: stopping at the next safe point and saving; Ctrl-C stops at once\n"
+        with contextlib.suppress(OSError):  # not print: it is not safe to call while another print is interrupted
+            os.write(2, notice.encode())
+
+
+# ---- run directory --------------------------------------------------------------------------------------------------
+def run_directory(
+    output_dir: str | Path | None, kind: Literal["sft", "grpo"], *, resume: bool, root: Path = Path("runs")
+) -> Path:
+    """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
+
+    Raises UsageError where `output_dir` holds anything already, unless a run is resumed in it, or cannot be created.
+    """
+    directory = Path(root if output_dir is None else output_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if output_dir is None:
+            return _new_directory(directory, f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
+        content = sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
+    except OSError as error:
+        raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
+    if content and not resume:
+        raise UsageError(
+            f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is overwritten: "
+            "name another folder, or go on with --resume_from_checkpoint"
+        )
+    return directory
+
+
+def _new_directory(root: Path, name: str) -> Path:
+    for attempt in itertools.count(1):
+        directory = root / (name if attempt == 1 else f"{name}-{attempt}")
+        with contextlib.suppress(FileExistsError):  # two runs that start in the same second
+            directory.mkdir()
+            return directory
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises UsageError, naming the other process, where another one holds it, or where the directory is read-only.
+    """
+    try:
+        file = open(Path(run_dir) / LOCK_FILE, "a+", encoding="ascii")
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written to: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UsageError(f"{run_dir} is in use by another run (process {holder})") from error
+            logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run_dir, error.strerror)
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def newest_finished_run(root: Path, kind: Literal["sft", "grpo"]) -> Path | None:
+    """The newest run of a kind below `root`, by the time in its name, that has saved its final adapter."""
+    if not Path(root).is_dir():
+        return None
+    names = {path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name) for path in Path(root).iterdir()}
+    finished = ("config.json", "adapter_config.json", "adapter_model.safetensors")
+    runs = [
+        (match[1], int(match[2] or 1), path)
+        for path, match in names.items()
+        if match and all((path / name).is_file() for name in finished)
+    ]
+    return max(runs)[-1] if runs else None
+
+
+# ---- facts about the run --------------------------------------------------------------------------------------------
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers; CUDA's and the device's name where there is one."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
+    return found
+
+
+def environment_banner(device: torch.device) -> str:
+    """One line for the top of the log and for bug reports."""
+    return " | ".join([f"device {device}", *(f"{name} {version}" for name, version in versions().items())])
+
+
+# ---- exit codes -----------------------------------------------------------------------------------------------------
+def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception], ...] = ()) -> int:
+    """Call a script's main and return the process's exit code.
+
+    main returns its own code (None is 0; SignalGuard.exit_code after a stop). UsageError, and the exception classes in
+    `errors`, are the user's to correct: 'error: ' lines on stderr, from `.problems` where the exception has them, and 2.
+    KeyboardInterrupt: 130. Anything else is a fault of ours and propagates with its traceback, which Python makes 1.
+    """
+    try:
+        return main() or 0
+    except (UsageError, *errors) as error:
+        for problem in getattr(error, "problems", None) or [str(error)]:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; what was done since the last checkpoint is not saved", file=sys.stderr)
+        return 130

@@ -1,0 +1,331 @@
+"""Metrics: accumulate them over micro-batches, write them to JSONL and TensorBoard, show progress on the console.
+
+Writing never stops a training: a disk that is full or a TensorBoard that fails costs one warning. Names of timings are
+`step_time` or start with `time/` (see `is_timing`); all other metrics of a run on one machine are reproducible.
+"""
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+STEP_LOGS = ("metrics.jsonl", "completions.jsonl")  # every line has a "step", so a resume can tell old from repeated
+
+logger = logging.getLogger(__name__)
+
+
+def is_timing(name: str) -> bool:
+    """Whether a metric is a wall-clock measurement, which differs between runs that are otherwise equal."""
+    return name == "step_time" or name.startswith("time/")
+
+
+# ---- accumulate -----------------------------------------------------------------------------------------------------
+Reduction = Literal["mean", "min", "max", "sum"]
+
+
+class WeightedMetric(Protocol):
+    """What `rl.objective.objective_metrics` returns for each name."""
+
+    value: float | torch.Tensor
+    weight: float | torch.Tensor
+    reduction: Reduction
+
+
+class MetricAccumulator:
+    """Combines the metrics of micro-batches into those of the whole step.
+
+    mean is sum(value * weight) / sum(weight); min and max are over the entries, sum adds the values. An entry of weight
+    0 measured nothing and is ignored, whatever its value; a metric with no other entry is left out.
+    """
+
+    def __init__(self):
+        self._entries: dict[str, list[tuple[Any, Any]]] = {}
+        self._reductions: dict[str, str] = {}
+
+    def add(
+        self, name: str, value: float | torch.Tensor, weight: float | torch.Tensor = 1.0, reduction: Reduction = "mean"
+    ) -> None:
+        """Add one measurement; 0-d tensors are kept as they are, so that nothing waits for the device before `collect`.
+
+        Raises ValueError for an unknown reduction or one that differs from the name's earlier one.
+        """
+        if reduction not in ("mean", "min", "max", "sum"):
+            raise ValueError(f"metric {name}: unknown reduction {reduction!r}")
+        if self._reductions.setdefault(name, reduction) != reduction:
+            raise ValueError(f"metric {name}: reduction {reduction!r} after {self._reductions[name]!r}")
+        self._entries.setdefault(name, []).append((_detach(value), _detach(weight)))
+
+    def add_all(self, metrics: Mapping[str, WeightedMetric]) -> None:
+        """Add a dictionary of metrics that carry their own weight and reduction."""
+        for name, metric in metrics.items():
+            self.add(name, metric.value, metric.weight, metric.reduction)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the sum `time/<name>`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"time/{name}", time.perf_counter() - start, reduction="sum")
+
+    def collect(self) -> dict[str, float]:
+        """The combined metrics, in the order in which their names first came; starts afresh afterwards."""
+        combined = {}
+        for name, entries in self._entries.items():
+            weighted = [(float(value), float(weight)) for value, weight in entries]
+            weighted = [(value, weight) for value, weight in weighted if weight != 0]
+            if weighted:
+                combined[name] = _combine(weighted, self._reductions[name])
+        self._entries.clear()
+        self._reductions.clear()
+        return combined
+
+
+def _detach(value: float | torch.Tensor) -> float | torch.Tensor:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _combine(weighted: list[tuple[float, float]], reduction: str) -> float:
+    values = [value for value, _ in weighted]
+    if any(map(math.isnan, values)):
+        return math.nan  # Python's min and max would hide it, depending on the order
+    if reduction == "mean":
+        return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
+    return {"min": min, "max": max, "sum": sum}[reduction](values)
+
+
+# ---- write ----------------------------------------------------------------------------------------------------------
+class RunLogger:
+    """Writes one run's metrics to `metrics.jsonl`, TensorBoard and `log_history` (the list in HF's trainer_state.json).
+
+    With `resume_step`, lines of later steps are first moved to `<name>.after-<step>.jsonl`, and TensorBoard is told to
+    drop its points after that step, so that no step appears twice and nothing is lost.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, resume_step: int | None = None, log_history: Sequence[Mapping[str, Any]] = ()
+    ):
+        self.run_dir = Path(run_dir)
+        self.log_history = [dict(entry) for entry in log_history]
+        self._warned: set[str] = set()
+        self._torn: set[str] = set()  # files whose last write failed, perhaps in the middle of a line
+        if resume_step is not None:
+            for name in STEP_LOGS:
+                with self._degrading(name):
+                    set_later_lines_aside(self.run_dir / name, resume_step)
+        self._tensorboard = None
+        with self._degrading("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge_step)
+
+    def scalars(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        split: Literal["train", "eval"] = "train",
+        dataset: str | None = None,
+        epoch: float | None = None,
+    ) -> None:
+        """Log the metrics of an optimizer step, or of a data set in evaluation.
+
+        JSONL: {"step", "epoch", "split", "dataset", **metrics}; TensorBoard: train/<name> or eval/<dataset>/<name>;
+        log_history: <name> or eval_<dataset>_<name>, as HF's Trainer writes them. NaN and infinity become null in both
+        JSON forms.
+        """
+        where = {"step": step, "epoch": epoch, "split": split, "dataset": dataset}
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append("metrics.jsonl", [{key: value for key, value in where.items() if value is not None} | finite])
+        prefix = "" if split == "train" else f"{split}_{dataset}_" if dataset else f"{split}_"
+        entry = {f"{prefix}{name}": value for name, value in finite.items()} | {"step": step}
+        self.log_history.append(entry if epoch is None else entry | {"epoch": epoch})
+        folder = f"{split}/{dataset}" if dataset else split
+        for name, value in values.items():
+            self._to_tensorboard("add_scalar", f"{folder}/{name}", value, step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Log Markdown to TensorBoard; text of a model or a file must have gone through `escape_markdown`."""
+        self._to_tensorboard("add_text", tag, markdown, step)
+
+    def image(self, tag: str, array: np.ndarray, step: int) -> None:
+        """Log a grey image, uint8 [H, W], to TensorBoard."""
+        self._to_tensorboard("add_image", tag, array, step, dataformats="HW")
+
+    def append_jsonl(self, filename: str, rows: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Append rows to a file of the run, each as {"step": step, **row}."""
+        self._append(filename, [{"step": step} | dict(row) for row in rows])
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        self._to_tensorboard("close")
+        self._tensorboard = None
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _append(self, filename: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with self._degrading(filename):
+            separator = "\n" if filename in self._torn else ""
+            self._torn.add(filename)
+            with open(self.run_dir / filename, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(separator + text)
+            self._torn.remove(filename)
+
+    def _to_tensorboard(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._tensorboard is None:
+            return
+        with self._degrading("TensorBoard"):
+            getattr(self._tensorboard, method)(*arguments, **options)
+            return
+        self._tensorboard = None  # its background thread is dead: every later call would fail too
+
+    @contextlib.contextmanager
+    def _degrading(self, what: str) -> Iterator[None]:
+        """Turn a failure to log into one warning for each destination. Whatever it is: TensorBoard may raise anything."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.warning("%s in %s cannot be written, the run goes on: %s: %s", what, self.run_dir,
+                               type(error).__name__, error)  # fmt: skip
+
+
+def set_later_lines_aside(path: Path, step: int) -> int:
+    """Move the lines of a JSONL log that belong to steps after `step`, or that are torn, to `<name>.after-<step>.jsonl`.
+
+    Lines are appended there first and taken out of `path` by an atomic replace, so none is lost. Returns how many moved.
+    """
+    if not path.exists():
+        return 0
+    aside = path.with_name(f"{path.stem}.after-{step}.jsonl")
+    temporary = path.with_name(f".tmp-{path.name}")
+    moved = 0
+    with open(path, "rb") as source, open(temporary, "wb") as kept, contextlib.ExitStack() as stack:
+        later = None
+        for line in source:
+            line = line.rstrip(b"\n") + b"\n"  # the last line may be torn exactly before its newline
+            if _step_of(line, otherwise=step + 1) <= step:
+                kept.write(line)
+                continue
+            later = later or stack.enter_context(open(aside, "ab"))
+            later.write(line)
+            moved += 1
+        for file in filter(None, (later, kept)):
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return moved
+
+
+def _step_of(line: bytes, *, otherwise: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return otherwise
+
+
+_ESCAPES = {code: "\ufffd" for code in (*range(32), 127)} | {ord("\t"): " ", ord("\n"): "<br>"}
+_ESCAPES |= {ord(character): f"&#{ord(character)};" for character in "\\`*_[]|~#!"}
+_ESCAPES |= {ord(character): html.escape(character) for character in "&<>\"'"}
+
+
+def escape_markdown(text: str) -> str:
+    """Text as it stands, for TensorBoard's Markdown and for a cell of its tables: no markup, no HTML, <br> for newlines."""
+    return text.replace("\r\n", "\n").translate(_ESCAPES)  # in one pass: an entity must not be escaped again
+
+
+# ---- show -----------------------------------------------------------------------------------------------------------
+class Progress:
+    """A bar over optimizer steps; where stderr is no terminal, a plain line at most every `interval` seconds.
+
+    A console that cannot be written to (closed, broken pipe, odd encoding) is ignored: logs are elsewhere.
+    """
+
+    def __init__(
+        self, total: int, *, initial: int = 0, description: str = "", interval: float = 30.0, stream: TextIO | None = None
+    ):
+        self.total, self.step, self.description, self.interval = total, initial, description, interval
+        self._initial, self._start = initial, time.monotonic()
+        self._printed = -math.inf  # the first update always shows
+        self._stream = sys.stderr if stream is None else stream
+        self._bar = None
+        if _is_terminal(self._stream):
+            self._bar = tqdm(total=total, initial=initial, desc=description, file=self._stream, dynamic_ncols=True)
+
+    def update(self, postfix: Mapping[str, float | str] | None = None, steps: int = 1) -> None:
+        """Advance by `steps` and show the values, numbers with four digits."""
+        self.step += steps
+        shown = " ".join(f"{name}={_short(value)}" for name, value in (postfix or {}).items())
+        if self._bar is not None:
+            with self._ignoring_console():
+                self._bar.set_postfix_str(shown, refresh=False)
+                self._bar.update(steps)
+            return
+        now = time.monotonic()
+        if now - self._printed >= self.interval or self.step >= self.total:
+            self._printed = now
+            self.write(f"{self.description} {self.step}/{self.total} {shown} {self._times(now)}".strip())
+
+    def write(self, line: str) -> None:
+        """Print a line without breaking the bar; characters the console cannot show are replaced."""
+        if self._stream is None:  # Python without a console
+            return
+        with self._ignoring_console():
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            line = line.encode(encoding, errors="replace").decode(encoding)
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            with self._ignoring_console():
+                self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _times(self, now: float) -> str:
+        elapsed = now - self._start
+        remaining = elapsed / max(self.step - self._initial, 1) * (self.total - self.step)
+        return f"[{tqdm.format_interval(elapsed)}<{tqdm.format_interval(remaining)}]"
+
+    def _ignoring_console(self) -> contextlib.AbstractContextManager:
+        return contextlib.suppress(OSError, ValueError, LookupError)  # closed stream, broken pipe, unknown encoding
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

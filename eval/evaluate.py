@@ -1,0 +1,514 @@
+"""Decode a data set, score the answers, keep both; score kept answers again without a model.
+
+    python -m eval.evaluate --adapter_name_or_path runs/20260101-120000-grpo --data_file nih=nih/test.jsonl
+    python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
+
+The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and scores-nih.json. Rows read back from
+a file are parsed anew, so a changed parser or metric applies to old predictions too.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.answers import ANSWER_FORMATS, parse_answer
+from data.images import image_path
+from data.labels import LABELS
+from data.prompts import PROMPTS, Prompt
+from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, write_jsonl
+from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting, to_json
+from engine.generate import SamplingConfig, generate
+from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
+from engine.runtime import SignalGuard, environment_banner, main_guard, pick_device, run_directory, sha256_of, versions
+from engine.tracking import Progress
+from eval.metrics import (
+    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
+    predict_by_prevalence, predict_most_frequent,
+)
+
+PREVALENCE_DRAWS = 20  # the random baseline is a mean over draws: a single one is noisy on a few hundred images
+
+
+# ---- decode ---------------------------------------------------------------------------------------------------------
+def predict(
+    wrapped: nn.Module,
+    model: LoadedModel,
+    examples: Sequence[Example],
+    prompt: Prompt,
+    sampling: SamplingConfig,
+    *,
+    answer_format: str,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[list[dict]], None] | None = None,
+) -> list[dict]:
+    """One completion of every example by the sampler of the rollouts -> rows of a predictions file, in the examples' order.
+
+    wrapped: the model with its active adapter, or the base. Images are read batch by batch. on_batch gets the rows of each finished
+    batch; once should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions (temperature 0)
+    do not depend on batch_size; sampled ones do, and need a generator. Raises DataError for an image that cannot be read.
+    """
+    rows: list[dict] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        prompts = [model.encoder.encode_prompt(example, prompt) for example in batch]
+        completions = generate(wrapped, model, prompts, sampling, generator=generator, should_stop=should_stop)
+        batch_rows = [
+            {
+                "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
+                "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
+                "prompt": prompt.name, "completion": model.encoder.decode(completion.ids), "completion_length": len(completion.ids),
+            }
+            for example, (completion,) in zip(batch, completions, strict=True)
+        ]
+        batch_rows = reparse(batch_rows, answer_format)
+        rows += batch_rows
+        if on_batch is not None:
+            on_batch(batch_rows)
+    return rows
+
+
+def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict]:
+    """The rows with everything that is read from the completion read anew.
+
+    answer_format: of all rows; None for each row's own (think_solution where a row names none). Besides the fields of the contract
+    a row gets "unknown", the entries that are no label, and "answer_format".
+    """
+    parsed_rows = []
+    for row in rows:
+        name = answer_format or row.get("answer_format") or "think_solution"
+        answer = parse_answer(row["completion"], name)
+        parsed_rows.append(row | {
+            "predicted": list(answer.labels), "valid": answer.valid, "parsed": answer.parsed, "problem": answer.problem,
+            "unknown": list(answer.unknown), "answer_format": name,
+        })
+    return parsed_rows
+
+
+# ---- score ----------------------------------------------------------------------------------------------------------
+def score(rows: Sequence[dict], *, reference: Sequence[Collection[str]] | None = None, seed: int = 0) -> dict:
+    """Everything that scores-<name>.json holds, from rows as `predict` and `read_predictions` make them.
+
+    The labels (columns) are all that any row evaluates; each image counts in its own evaluated labels only. Top level: the dict of
+    `multilabel_scores`, a failed answer counted as empty; `failure_policies` has its F1 under the other two treatments too.
+
+    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid, entries that are no label enlarge the
+    union. "fail_rate" is the share of answers whose labels could not be read, "invalid_rate" of those not strictly in the
+    format. "intervals" are 95 %, by patient. reference: label sets that the baselines imitate, the training data's; without it
+    they imitate this data set, so they have seen the answers. seed: of the intervals and the random baseline.
+
+    Raises DataError where there is no row, or no row evaluates any label.
+    """
+    columns = [label for label in LABELS if any(label in row["evaluated_labels"] for row in rows)]
+    if not columns:
+        raise DataError([f"nothing to score: {len(rows)} rows, and evaluated_labels is empty in all of them"])
+    targets, predictions, evaluated = (
+        label_matrix([row[field] for row in rows], columns) for field in ("labels", "predicted", "evaluated_labels"))  # [N,K]
+    parsed, valid = (np.array([row[field] for row in rows]) for field in ("parsed", "valid"))  # [N]
+    num_unknown = np.array([len(row["unknown"]) for row in rows])
+    jaccard = np.where(valid, jaccard_per_image(targets, predictions, evaluated, num_unknown), 0.0)  # [N]
+
+    policies = failure_policies(targets, predictions, parsed, columns, evaluated)
+    patients = [row["patient_id"] for row in rows]
+    intervals = bootstrap_intervals(targets, predictions & parsed[:, None], evaluated, patients, jaccard=jaccard, seed=seed)
+    lengths = [row["completion_length"] for row in rows]
+    return policies["empty"] | {
+        "jaccard": float(jaccard.mean()),
+        "fail_rate": float(1 - parsed.mean()),
+        "invalid_rate": float(1 - valid.mean()),
+        "problems": dict(Counter(row["problem"] for row in rows if row["problem"]).most_common()),
+        "n": len(rows),
+        "num_patients": len(set(patients)),
+        "labels": columns,
+        "failure_policies": {name: _f1(scores) for name, scores in policies.items()},
+        "intervals": {name: list(bounds) for name, bounds in intervals.items()},
+        "baselines": _baselines(targets, evaluated, columns, reference, seed),
+        "completion_length": {"mean": float(np.mean(lengths)), "max": max(lengths)},
+    }
+
+
+def _baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], reference: Sequence[Collection[str]] | None,
+               seed: int) -> dict[str, dict]:
+    """{baseline: {"micro_f1", "macro_f1", "jaccard", "reference"}}; "reference" names the label sets that it imitates."""
+    imitated = targets & evaluated if reference is None else label_matrix(reference, columns)
+    source = "this data set" if reference is None else "train_file"
+    rng = np.random.default_rng(seed)
+    num_images, num_labels = targets.shape
+
+    def figures(predictions: np.ndarray) -> dict[str, float]:
+        jaccard = float(jaccard_per_image(targets, predictions, evaluated).mean())
+        return _f1(multilabel_scores(targets, predictions, columns, evaluated)) | {"jaccard": jaccard}
+
+    draws = [figures(predict_by_prevalence(imitated, num_images, rng)) for _ in range(PREVALENCE_DRAWS)]
+    return {
+        "most_frequent": figures(predict_most_frequent(imitated, num_images)) | {"reference": source},
+        "all_labels": figures(predict_all_labels(num_images, num_labels)) | {"reference": None},
+        "prevalence_matched": {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]} | {"reference": source},
+    }
+
+
+def _f1(scores: dict) -> dict[str, float]:
+    return {"micro_f1": scores["micro"]["f1"], "macro_f1": scores["macro"]["f1"]}
+
+
+# ---- show -----------------------------------------------------------------------------------------------------------
+_BASELINE_TITLES = {"most_frequent": "most frequent", "all_labels": "all labels", "prevalence_matched": "prevalence-matched"}
+_NAME_WIDTH = 22
+
+
+def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
+    """The table of scores by data set, each above its baselines; at most 100 columns wide. per_label: F1 of every label below."""
+    table = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
+    for name, scores in results.items():
+        values = {"jaccard": scores["jaccard"]} | _f1(scores)
+        shown = [f"{values[metric]:.3f} ({low:.3f}-{high:.3f})" for metric, (low, high) in _in_order(scores["intervals"])]
+        table.append((_clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
+        for key, title in _BASELINE_TITLES.items():
+            table.append((f"  {title}", "", *(f"{value:.3f}" for _, value in _in_order(scores["baselines"][key])), ""))
+    references = sorted({scores["baselines"]["most_frequent"]["reference"] for scores in results.values()})
+    lines = _aligned(table, "<><<<>") + [
+        "(95 % interval by patient); failed answers count as empty, answers not in the format have Jaccard 0;",
+        f"label frequencies of the baselines are from: {', '.join(references)}",
+    ]
+    if per_label:
+        for name, scores in results.items():
+            by_label = [(label, *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["support"]))
+                        for label, row in scores["per_label"].items()]
+            lines += ["", *_aligned([(_clipped(name), "precision", "recall", "F1", "support"), *by_label], "<>>>>")]
+    return "\n".join(lines)
+
+
+def _in_order(by_metric: dict) -> list[tuple]:
+    return [(metric, by_metric[metric]) for metric in ("jaccard", "micro_f1", "macro_f1")]
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else f"{name[:10]}...{name[-9:]}"
+
+
+def _aligned(table: list[tuple[str, ...]], alignments: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignments, widths)).rstrip() for row in table]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def write_results(output_dir: str | Path, name: str, rows: Sequence[dict], scores: dict, *, overwrite: bool = False) -> None:
+    """predictions-<name>.jsonl and scores-<name>.json, each whole or not at all.
+
+    Raises UsageError where there are results of that name already. overwrite: for a training run, which replaces its own.
+    """
+    if not overwrite:
+        refuse_existing(output_dir, [name])
+    output_dir = Path(output_dir)
+    write_jsonl(output_dir / f"predictions-{name}.jsonl", rows)
+    temporary = output_dir / f".scores-{name}.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, output_dir / f"scores-{name}.json")
+
+
+def refuse_existing(output_dir: str | Path, names: Sequence[str]) -> None:
+    """Raises UsageError where `output_dir` holds results, or an unfinished evaluation, of one of the names."""
+    files = [Path(output_dir) / file for name in names
+             for file in (f"predictions-{name}.jsonl", f"scores-{name}.json", f"predictions-{name}.partial.jsonl")]
+    problems = [f"{path} exists and nothing is overwritten; name another --output_dir or another NAME" for path in files if path.exists()]
+    if problems:
+        raise UsageError(problems)
+
+
+_ROW_FIELDS = {"id": str, "patient_id": str, "dataset": str, "labels": list, "evaluated_labels": list, "completion": str,
+               "completion_length": int}
+
+
+def read_predictions(path: str | Path, answer_format: str | None = None) -> list[dict]:
+    """Rows of a predictions file, parsed anew (`reparse`).
+
+    Raises DataError with every problem of the file (line and field), also where it is missing, empty or holds an id twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError([f"{path}: no such predictions file"])
+    rows: list[dict] = []
+    problems: list[str] = []
+    line_of: dict[str, int] = {}
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row, found = None, [f"not valid JSON ({error.msg}, column {error.colno})"]
+            else:
+                found = _row_problems(row)
+            if not found and row["id"] in line_of:
+                found = [f"id {row['id']!r} is also on line {line_of[row['id']]}; each image counts once"]
+            problems += [f"{path}, line {number}: {problem}" for problem in found]
+            if not found:
+                line_of[row["id"]] = number
+                rows.append(row)
+    if problems or not rows:
+        raise DataError(problems[:MAX_PROBLEMS] or [f"{path}: the file holds no predictions"])
+    return reparse(rows, answer_format)
+
+
+def _row_problems(row: object) -> list[str]:
+    if not isinstance(row, dict):
+        return [f"holds {type(row).__name__}, not an object with fields {', '.join(_ROW_FIELDS)}"]
+    problems = []
+    for field, kind in _ROW_FIELDS.items():
+        if type(row.get(field)) is not kind:
+            problems.append(f"field {field!r} is {json.dumps(row.get(field))[:60]}; it must be {kind.__name__}")
+        elif kind is list:
+            unknown = [label for label in row[field] if label not in LABELS]
+            problems += [f"field {field!r} holds {unknown[0]!r}; the labels are: {', '.join(LABELS)}"] if unknown else []
+    if row.get("answer_format") not in (None, *ANSWER_FORMATS):
+        problems.append(f"field 'answer_format' is {row['answer_format']!r}; known: {', '.join(ANSWER_FORMATS)}")
+    return problems
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EvalConfig:
+    """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the help says."""
+
+    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'; without it, the adapter's own base")
+    adapter_name_or_path: str | None = setting(None, "folder of a LoRA adapter; without it, the base model itself is evaluated")
+    data_file: tuple[str, ...] = setting((), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT")
+    predictions: tuple[str, ...] = setting((), "predictions files to score again without a model, each NAME=FILE")
+    image_root: str | None = setting(None, "folder that image paths are relative to; without it, each data file's own")
+    train_file: str | None = setting(None, "training data whose label frequencies the baselines imitate; without it, each data set's own")
+    output_dir: str | None = setting(None, "where predictions and scores go; without it, a new folder runs/<time>-eval")
+    max_samples: int | None = setting(None, "use only the first so many rows of each data set")
+    prompt: str | None = setting(None, f"instruction: {', '.join(PROMPTS)}; else free_reasoning")
+    answer_format: str | None = setting(None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}; else the prompt's")
+    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding")
+    top_p: float = setting(0.95, "nucleus of the sampler; no effect at temperature 0")
+    max_completion_length: int | None = setting(None, "where a completion is cut; else 512", unit="tokens")
+    per_device_eval_batch_size: int = setting(8, "images decoded together")
+    min_visual_tokens: int | None = setting(None, "smallest size of an image (Qwen2.5-VL); else 256", unit="tokens", source="paper")
+    max_visual_tokens: int | None = setting(None, "largest size of an image (Qwen2.5-VL); else 512", unit="tokens", source="paper")
+    bf16: bool | None = setting(None, "base model in bfloat16 rather than float32; else true on a GPU and false on a CPU")
+    seed: int = setting(0, "of the sampler, the intervals and the random baseline")
+
+
+# What an evaluation takes over from the run that trained the adapter, with the values where there is no such run.
+_INHERITED = {"prompt": "free_reasoning", "answer_format": None, "max_completion_length": 512, "min_visual_tokens": 256,
+              "max_visual_tokens": 512, "bf16": None}
+
+
+def named_files(values: Sequence[str], flag: str) -> tuple[dict[str, str], list[str]]:
+    """Values of a repeatable NAME=FILE flag -> ({name: file}, problems). Names become parts of file names."""
+    files: dict[str, str] = {}
+    problems: list[str] = []
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not equals or not file or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            problems.append(f"--{flag} {value}: expected NAME=FILE, the name of letters, digits, - and _")
+        elif name in files:
+            problems.append(f"--{flag} {value}: the name {name} is given twice")
+        files.setdefault(name, file)
+    return files, problems
+
+
+def config_problems(config: EvalConfig) -> list[str]:
+    """What is wrong with the values of one command line, beyond their types."""
+    problems = named_files(config.data_file, "data_file")[1] + named_files(config.predictions, "predictions")[1]
+    if config.predictions:
+        for name in ("model_name_or_path", "adapter_name_or_path", "data_file"):
+            if getattr(config, name):
+                problems.append(f"--{name}: has no place beside --predictions, which scores again without a model")
+    elif not config.data_file:
+        problems.append("nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score again")
+    elif not config.model_name_or_path and not config.adapter_name_or_path:
+        problems.append("no model: give --model_name_or_path, --adapter_name_or_path, or both")
+    if config.prompt not in (None, *PROMPTS):
+        problems.append(f"--prompt {config.prompt}: unknown; known: {', '.join(PROMPTS)}")
+    if config.answer_format not in (None, *ANSWER_FORMATS):
+        problems.append(f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}")
+    for name in ("max_samples", "max_completion_length", "per_device_eval_batch_size", "min_visual_tokens", "max_visual_tokens"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+    if not 0 <= config.temperature < float("inf"):
+        problems.append(f"--temperature {config.temperature}: must be 0 (greedy) or a positive number")
+    if not 0 < config.top_p <= 1:
+        problems.append(f"--top_p {config.top_p}: must be above 0 and at most 1")
+    if config.min_visual_tokens and config.max_visual_tokens and config.min_visual_tokens > config.max_visual_tokens:
+        problems.append(f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}")
+    return problems
+
+
+def complete(resolved: Resolved) -> Resolved:
+    """Fill in what was not given: the adapter's base model, and settings of the run that trained it.
+
+    Raises UsageError for a folder without an adapter, one that names no base model, and a config.json that cannot be used.
+    """
+    config: EvalConfig = resolved.configs[0]
+    settings, source = {}, None
+    if config.adapter_name_or_path is not None:
+        folder = Path(config.adapter_name_or_path)
+        base = adapter_config(folder).base_model_name_or_path
+        settings, source = _training_settings(folder)
+        if config.model_name_or_path is None:
+            if not base:
+                raise UsageError(f"{folder}: adapter_config.json names no base model; give --model_name_or_path")
+            resolved = resolved.with_value("model_name_or_path", base, str(folder / "adapter_config.json"))
+    for name, default in _INHERITED.items():
+        if getattr(config, name) is None:
+            value = settings.get(name)
+            resolved = resolved.with_value(name, default if value is None else value, "default" if value is None else str(source))
+    prompt = PROMPTS.get(resolved.configs[0].prompt)
+    if prompt is not None and resolved.configs[0].answer_format is None:
+        resolved = resolved.with_value("answer_format", prompt.answer_format, f"prompt {prompt.name}")
+    problems = config_problems(resolved.configs[0])
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _training_settings(folder: Path) -> tuple[dict, Path | None]:
+    """({setting: value}, config.json) of the run that an adapter or a checkpoint of it lies in; empty where there is none."""
+    kinds = {field.name: str if "str" in field.type else bool if "bool" in field.type else int
+             for field in dataclasses.fields(EvalConfig) if field.name in _INHERITED}
+    for path in (folder / "config.json", folder.resolve().parent / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
+        if not isinstance(document, dict) or not isinstance(document.get("settings"), dict):
+            continue  # the model's own configuration, not a run's
+        values = {name: document["settings"].get(name, {}).get("value") for name in kinds}
+        wrong = [name for name, value in values.items() if value is not None and type(value) is not kinds[name]]
+        if wrong:
+            raise UsageError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {kinds[wrong[0]].__name__}; give --{wrong[0]}")
+        return values, path
+    return {}, None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0 done, 2 usage or data, 130 or 143 after a signal."""
+    return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
+
+
+def _run(argv: Sequence[str]) -> int:
+    resolved = parse_config([EvalConfig], argv, script="eval", prog="python -m eval.evaluate", validate=config_problems,
+                            description="Decode data sets with a model and score the answers, or score kept answers again.")
+    config: EvalConfig = resolved.configs[0]
+    names = list(named_files(config.data_file or config.predictions, "")[0])
+    if config.output_dir is not None:
+        refuse_existing(config.output_dir, names)
+    reference = None if config.train_file is None else [example.labels for example in read_examples(config.train_file, config.image_root)]
+    if config.predictions:
+        return _score_again(resolved, reference)
+    return _decode_and_score(complete(resolved), reference)
+
+
+def _score_again(resolved: Resolved, reference: list[Collection[str]] | None) -> int:
+    config: EvalConfig = resolved.configs[0]
+    files = named_files(config.predictions, "predictions")[0]
+    rows = {name: read_predictions(file, config.answer_format)[: config.max_samples] for name, file in files.items()}
+    results = {name: score(rows[name], reference=reference, seed=config.seed) for name in files}
+    output_dir = _output_directory(config)
+    for name, file in files.items():
+        write_results(output_dir, name, rows[name], results[name] | _made_with(resolved, Path(file)))
+    print(format_scores(results, per_label=True))
+    print(f"\npredictions and scores: {output_dir}")
+    return 0
+
+
+def _decode_and_score(resolved: Resolved, reference: list[Collection[str]] | None) -> int:
+    config: EvalConfig = resolved.configs[0]
+    files = {name: data_file(spec) for name, spec in named_files(config.data_file, "data_file")[0].items()}
+    data = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
+    _check_images(data)
+    device = pick_device()
+    dtype = torch.bfloat16 if (device.type == "cuda" if config.bf16 is None else config.bf16) else torch.float32
+    print(environment_banner(device))
+    print(describe(resolved))
+    model = load_model(config.model_name_or_path, dtype=dtype, device=device, min_visual_tokens=config.min_visual_tokens,
+                       max_visual_tokens=config.max_visual_tokens)
+    wrapped = model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
+    output_dir = _output_directory(config)
+    results: dict[str, dict] = {}
+    with SignalGuard() as guard:
+        for name, examples in data.items():
+            partial = output_dir / f"predictions-{name}.partial.jsonl"
+            try:
+                rows = _decode(wrapped, model, config, name, examples, partial, guard)
+            except KeyboardInterrupt:
+                print(f"stopped: the answers so far are in {partial}; --predictions {name}={partial} scores them", file=sys.stderr)
+                return guard.exit_code or 130
+            results[name] = score(rows, reference=reference, seed=config.seed)
+            write_results(output_dir, name, rows, results[name] | _made_with(resolved, files[name]), overwrite=True)
+            partial.unlink()
+    print(format_scores(results, per_label=True))
+    print(f"\npredictions and scores: {output_dir}")
+    return 0
+
+
+def _decode(wrapped: nn.Module, model: LoadedModel, config: EvalConfig, name: str, examples: list[Example], partial: Path,
+            guard: SignalGuard) -> list[dict]:
+    """`predict` with a progress bar; finished batches are in `partial` at once, so that nothing computed is lost."""
+    sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
+    generator = torch.Generator().manual_seed(config.seed)  # one for each data set: its scores do not depend on the others
+    failed = 0
+    with Progress(len(examples), description=f"{name} (images)") as progress, partial.open("w", encoding="utf-8") as file:
+
+        def keep(rows: list[dict]) -> None:
+            nonlocal failed
+            failed += sum(not row["parsed"] for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            progress.update({"failed": failed}, len(rows))
+
+        return predict(wrapped, model, examples, PROMPTS[config.prompt], sampling, answer_format=config.answer_format,
+                       batch_size=config.per_device_eval_batch_size, generator=generator,
+                       should_stop=lambda: guard.stop is not None, on_batch=keep)
+
+
+def _check_images(data: dict[str, list[Example]]) -> None:
+    """Every image file exists: a missing one must not end an evaluation after an hour."""
+    problems: list[str] = []
+    for examples in data.values():
+        for example in examples:
+            try:
+                image_path(example)
+            except DataError as error:
+                problems += error.problems
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        raise DataError(problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else []))
+
+
+def _output_directory(config: EvalConfig) -> Path:
+    if config.output_dir is None:
+        return run_directory(None, "eval", resume=False)
+    directory = Path(config.output_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
+    return directory
+
+
+def _made_with(resolved: Resolved, file: Path) -> dict:
+    """What it takes to get the scores again; the same keys as in a run's config.json."""
+    return {"settings": to_json(resolved), "versions": versions(), "data": {"file": str(file), "sha256": sha256_of(file)}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

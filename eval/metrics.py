@@ -1,0 +1,143 @@
+"""Scores of multi-label predictions, the treatments of failed answers, and the baselines that need no image.
+
+Everything works on boolean matrices [N, K]: N images, K labels. `evaluated[n, k]` False means that image n's source cannot
+express label k; that position is neither a true or false positive nor a false negative, whatever was predicted.
+Quotients 0/0 are 0, as scikit-learn's zero_division=0.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+
+def label_matrix(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+    """N label collections -> bool [N, K]. A label that is not among `labels` has no column and is left out."""
+    columns = {label: k for k, label in enumerate(labels)}
+    matrix = np.zeros((len(rows), len(labels)), dtype=bool)
+    for n, row in enumerate(rows):
+        matrix[n, [columns[label] for label in row if label in columns]] = True
+    return matrix
+
+
+def multilabel_scores(
+    targets: np.ndarray, predictions: np.ndarray, labels: Sequence[str], evaluated: np.ndarray | None = None
+) -> dict:
+    """Micro, macro and per-label precision, recall and F1 of bool [N, K] matrices.
+
+    Returns {"micro": {"precision", "recall", "f1"}, "macro": {same}, "per_label": {label: {same, "support"}}}, plain numbers.
+    Macro is the plain mean over all K labels with zeros kept, as in the paper's tables: a label without support counts
+    as 0, so pass only the columns that the data set can express. Support is the number of evaluated positives.
+
+    Raises ValueError for matrices that are not boolean (or 0/1), not of one shape, or not as wide as `labels`.
+    """
+    targets, predictions, evaluated = _checked(targets, predictions, evaluated)
+    if targets.shape[1] != len(labels) or not len(labels):
+        raise ValueError(f"{len(labels)} labels given for matrices of shape {targets.shape}; each label needs one column")
+    true_positives = (targets & predictions & evaluated).sum(axis=0)  # [K]
+    false_positives = (~targets & predictions & evaluated).sum(axis=0)  # [K]
+    false_negatives = (targets & ~predictions & evaluated).sum(axis=0)  # [K]
+
+    by_label = _precision_recall_f1(true_positives, false_positives, false_negatives)  # three times [K]
+    micro = _precision_recall_f1(true_positives.sum(), false_positives.sum(), false_negatives.sum())
+    support = true_positives + false_negatives  # [K]
+    return {
+        "micro": {name: float(value) for name, value in micro.items()},
+        "macro": {name: float(values.mean()) for name, values in by_label.items()},
+        "per_label": {
+            label: {name: float(values[k]) for name, values in by_label.items()} | {"support": int(support[k])}
+            for k, label in enumerate(labels)
+        },
+    }
+
+
+def mean_jaccard(targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None) -> float:
+    """Mean over images of |T & P| / |T | P| among the evaluated labels; 1 where both are empty, 0 without any image."""
+    targets, predictions, evaluated = _checked(targets, predictions, evaluated)
+    intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
+    union = ((targets | predictions) & evaluated).sum(axis=1)  # [N]
+    return float(np.where(union == 0, 1.0, _ratio(intersection, union)).mean()) if len(targets) else 0.0
+
+
+def failure_policies(
+    targets: np.ndarray, predictions: np.ndarray, parsed: np.ndarray, labels: Sequence[str], evaluated: np.ndarray | None = None
+) -> dict[str, dict]:
+    """`multilabel_scores` under the three treatments of answers that could not be read (`parsed[n]` False).
+
+    "empty": they predict no label. "dropped": their images are left out, which flatters a model that fails on hard ones.
+    "all_wrong": every evaluated label is predicted as the opposite of the truth, the worst that the answers could have been.
+    """
+    targets, predictions, evaluated = _checked(targets, predictions, evaluated)
+    parsed = np.asarray(parsed, dtype=bool)
+    if parsed.shape != targets.shape[:1]:
+        raise ValueError(f"parsed has shape {parsed.shape}, but there are {len(targets)} images")
+    read = parsed[:, None]  # [N, 1]
+    return {
+        "empty": multilabel_scores(targets, predictions & read, labels, evaluated),
+        "dropped": multilabel_scores(targets[parsed], predictions[parsed], labels, evaluated[parsed]),
+        "all_wrong": multilabel_scores(targets, np.where(read, predictions, ~targets), labels, evaluated),
+    }
+
+
+# Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds label sets to imitate,
+# those of the training data. Where there is none, pass the targets themselves and say so beside the figure: it has then
+# seen the answers.
+
+
+def predict_most_frequent(reference: np.ndarray, num_images: int) -> np.ndarray:
+    """The label set that is most frequent in `reference`, for every image; of equally frequent ones, the first to occur.
+
+    The empty set counts like any other.
+    """
+    rows, first, counts = np.unique(_reference(reference), axis=0, return_index=True, return_counts=True)
+    best = min(range(len(rows)), key=lambda i: (-counts[i], first[i]))
+    return np.tile(rows[best], (num_images, 1))
+
+
+def predict_all_labels(num_images: int, num_labels: int) -> np.ndarray:
+    """Every label for every image."""
+    return np.ones((num_images, num_labels), dtype=bool)
+
+
+def predict_by_prevalence(reference: np.ndarray, num_images: int, rng: np.random.Generator) -> np.ndarray:
+    """Each label drawn on its own with the probability that it has in `reference`."""
+    prevalence = _reference(reference).mean(axis=0)  # [K]
+    return rng.random((num_images, len(prevalence))) < prevalence
+
+
+def _precision_recall_f1(true_positives, false_positives, false_negatives) -> dict[str, np.ndarray]:
+    return {
+        "precision": _ratio(true_positives, true_positives + false_positives),
+        "recall": _ratio(true_positives, true_positives + false_negatives),
+        "f1": _ratio(2 * true_positives, 2 * true_positives + false_positives + false_negatives),
+    }
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return numerator / np.maximum(denominator, 1)  # counts: where the denominator is 0, so is the numerator
+
+
+def _checked(targets, predictions, evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    targets = _boolean("targets", targets)
+    predictions = _boolean("predictions", predictions)
+    evaluated = np.ones_like(targets) if evaluated is None else _boolean("evaluated", evaluated)
+    if not targets.shape == predictions.shape == evaluated.shape:
+        shapes = f"targets {targets.shape}, predictions {predictions.shape} and evaluated {evaluated.shape}"
+        raise ValueError(f"{shapes} differ in shape")
+    return targets, predictions, evaluated
+
+
+def _boolean(name: str, matrix) -> np.ndarray:
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must be a matrix [N, K], got shape {matrix.shape}")
+    if matrix.dtype != bool and not np.isin(matrix, (0, 1)).all():  # NaN or CheXpert's -1 would silently become True
+        raise ValueError(f"{name} must hold only 0 and 1 or booleans")
+    return matrix.astype(bool)
+
+
+def _reference(reference) -> np.ndarray:
+    reference = _boolean("reference", reference)
+    if not len(reference):
+        raise ValueError("reference holds no label set; pass the training data's labels")
+    return reference

@@ -1,0 +1,260 @@
+"""Eq. 2 of ChexReason (arXiv 2512.23090) and everything in it. This is the file that a fork of the objective edits.
+
+For one image x, G completions t_1..t_G are sampled from the policy as it was at the rollout, pi_old, and
+
+    J = 1/G sum_i  1/|t_i| sum_j [ min( r_ij A_i,  clip(r_ij, 1 - eps_low, 1 + eps_high) A_i )  -  beta KL_ij ]
+
+        r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)                   token-level importance ratio
+        A_i   = R_i - mean(R of the group)                                      advantage, one number a completion
+        KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                                  k3 estimate; pi_ref is the frozen SFT checkpoint
+
+The loss is -J. Departures from vanilla GRPO (DeepSeekMath, arXiv 2402.03300), each marked by its number below:
+
+    (1) asymmetric clipping: eps_low 0.15, eps_high 0.22, so the ratio is held in [0.85, 1.22]
+    (2) the advantage is centred but not divided by the group's standard deviation (`scale_rewards`; Dr. GRPO, arXiv 2503.20783)
+    (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`; Dr. GRPO). The paper prints Eq. 2 with 1/|t_i|
+        and says Dr. GRPO in the text; the text is the default, "grpo" is Eq. 2 to the letter, "dapo" weighs all tokens alike
+    (4) the k3 KL to the SFT checkpoint stays in the loss, with beta 0.15 (Dr. GRPO itself drops it)
+    (5) log-probabilities are those of the sampling temperature, for pi, pi_old and pi_ref, without the top-p truncation
+
+The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step, so micro-batches add up to
+exactly the full batch, however it is cut.
+
+Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G completions of a group may lie
+in different micro-batches. `mask` [N,T] bool is true on the tokens of the completion, stop token included; slots outside it
+may hold anything, NaN included, and change nothing. Everything is computed in the dtype of `logprobs` (fp32 in training).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+ZERO_VARIANCE = 1e-6  # rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference
+STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
+LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}  # `objective_metrics` has a line for these
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Hyperparameters of Eq. 2. Each field is a flag of run_grpo.py; adding one here is all that a new flag needs.
+
+    Raises ValueError naming every field that is out of range.
+    """
+
+    epsilon_low: float = field(default=0.15, metadata={
+        "help": "lower clip: the ratio is held above 1 - epsilon_low", "source": "paper 3.2.2", "aliases": ("epsilon",)})
+    epsilon_high: float = field(default=0.22, metadata={
+        "help": "upper clip: the ratio is held below 1 + epsilon_high", "source": "paper 3.2.2"})
+    beta: float = field(default=0.15, metadata={
+        "help": "weight of the KL term against the frozen SFT reference", "unit": "reward per nat", "source": "paper 3.2.2"})
+    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k3", metadata={
+        "help": "per-token KL estimate in the loss; k1 has the right value but a zero-mean gradient, so it does not regularise",
+        "source": "not published; k3 as in DeepSeekMath"})
+    loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(default="dr_grpo", metadata={
+        "help": "what normalises a token: the constant max_completion_length, the length of its completion (Eq. 2 to the letter), "
+                "or all tokens of the optimizer step", "source": "paper 3.2.2, text"})
+    scale_rewards: Literal["none", "group", "batch"] = field(default="none", metadata={
+        "help": "what divides the centred reward: nothing, the group's standard deviation, or that of the whole rollout",
+        "source": "paper 3.2.2 says Dr. GRPO only"})
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}"
+            for name, choices in get_type_hints(type(self)).items() if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices)
+        ]
+        if not 0 <= self.epsilon_low < 1:
+            problems.append(f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower bound is not positive")
+        if not self.epsilon_high >= 0:
+            problems.append(f"epsilon_high is {self.epsilon_high}; it must not be negative")
+        if not self.beta >= 0:
+            problems.append(f"beta is {self.beta}; it must not be negative")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but do not do what their name promises, one line each."""
+        if self.kl_estimator == "k1" and self.beta > 0:
+            return ["kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use k2 or k3."]
+        return []
+
+
+class Metric(NamedTuple):
+    """A number to log and how values of several micro-batches combine: a mean weighted by `weight`, a min, a max or a sum."""
+
+    value: Tensor
+    weight: float
+    reduction: Literal["mean", "min", "max", "sum"]
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: str = "none") -> Tensor:
+    """A_i: how much better a completion is than the others of its group.
+
+    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any order. Returns [N] of the rewards'
+    dtype. A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most 1e-6 gets
+    exactly 0 in every mode; its KL term still acts.
+    """
+    advantages = torch.zeros_like(rewards)  # [N]
+    rated = ~torch.isnan(rewards)  # [N]
+    rollout_std = _std(rewards[rated])
+    for group in group_ids.unique():
+        members = (group_ids == group) & rated  # [N]
+        group_rewards = rewards[members]  # [<=G]
+        if len(group_rewards) == 0 or group_rewards.max() - group_rewards.min() <= ZERO_VARIANCE:
+            continue
+        centred = group_rewards - group_rewards.mean()
+        if scale_rewards == "none":  # (2)
+            advantages[members] = centred
+        elif scale_rewards == "group":
+            advantages[members] = centred / (_std(group_rewards) + STD_EPSILON)
+        elif scale_rewards == "batch":
+            advantages[members] = centred / (rollout_std + STD_EPSILON)
+        else:
+            raise ValueError(f"scale_rewards is {scale_rewards!r}; use none, group or batch")
+    return advantages
+
+
+def _std(values: Tensor) -> Tensor:
+    """Sample standard deviation (ddof 1); 0 for fewer than two values."""
+    return values.std() if len(values) > 1 else values.new_zeros(())
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """KL_ij, one number a token [N,T]: Schulman's estimators of KL(pi || pi_ref) from tokens sampled from pi.
+
+    k1 is unbiased in value but its gradient is zero in expectation; k2 has the reverse KL's gradient; k3 is unbiased, never
+    negative, and what GRPO uses.
+    """
+    log_ref_ratio = ref_logprobs - logprobs  # [N,T] log(pi_ref / pi)
+    if estimator == "k1":
+        return -log_ref_ratio
+    if estimator == "k2":
+        return log_ref_ratio.square() / 2
+    if estimator == "k3":  # (4)
+        return torch.expm1(log_ref_ratio) - log_ref_ratio  # expm1: exact where the policies nearly agree
+    raise ValueError(f"kl_estimator is {estimator!r}; use k1, k2 or k3")
+
+
+def token_weights(
+    mask: Tensor,
+    loss_type: str,
+    *,
+    num_completions: int,
+    num_tokens: int,
+    max_completion_length: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Each token's weight in the loss of its optimizer step, [N,T] of `dtype`; 0 where `mask` is false.
+
+    num_completions, num_tokens: totals of the WHOLE optimizer step (all micro-batches, all ranks), never of this micro-batch:
+    that is what makes the losses and gradients of micro-batches add up to those of the full batch.
+    """
+    tokens = mask.to(dtype)  # [N,T]
+    if loss_type == "dr_grpo":  # (3)
+        return tokens / (num_completions * max_completion_length)
+    if loss_type == "grpo":
+        lengths = tokens.sum(1, keepdim=True).clamp(min=1)  # [N,1] |t_i|
+        return tokens / (num_completions * lengths)
+    if loss_type == "dapo":
+        return tokens / max(num_tokens, 1)
+    raise ValueError(f"loss_type is {loss_type!r}; use dr_grpo, grpo or dapo")
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    config: ObjectiveConfig,
+    *,
+    sampling_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-J on one micro-batch, as a pure sum, and every term of it.
+
+    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]: the same tokens under pi_old and
+    pi_ref, without gradient; ref_logprobs may be None at beta 0. advantages [N]. mask [N,T] bool. weights [N,T]: `token_weights`.
+    sampling_logprobs [N,T] (what the sampler recorded) and entropy [N,T] (of pi, with gradient) are always passed by the
+    training loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
+
+    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio, surrogate, kl, per_token_loss.
+    """
+    if ref_logprobs is None and config.beta > 0:
+        raise ValueError(f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the frozen SFT checkpoint")
+    for name, tensor in {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask, "weights": weights}.items():
+        if tensor is not None and tensor.shape != logprobs.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are [N,T]")
+    if advantages.shape != logprobs.shape[:1]:
+        raise ValueError(f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed, [{len(logprobs)}]")
+    zero = logprobs.new_zeros(())
+    logprobs = torch.where(mask, logprobs, zero)  # selected, not multiplied: 0 * NaN would be NaN
+    old_logprobs = torch.where(mask, old_logprobs, zero)
+    ref_logprobs = None if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)
+    advantage = advantages[:, None]  # [N,1]
+
+    log_ratio = logprobs - old_logprobs  # [N,T]
+    ratio = log_ratio.exp()  # [N,T] r_ij
+    clipped_ratio = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)  # [N,T] (1)
+    surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)  # [N,T]
+
+    if ref_logprobs is None:
+        kl = torch.zeros_like(logprobs)  # [N,T]
+    else:
+        kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # [N,T]
+
+    per_token_loss = -surrogate + config.beta * kl  # [N,T]; minus: J is maximised, the loss is minimised
+    if config.beta == 0:
+        per_token_loss = -surrogate  # an estimate that overflows is still logged, but 0 * inf would be NaN
+    per_token_loss = torch.where(mask, per_token_loss, zero)
+    loss = (weights * per_token_loss).sum()
+
+    terms = {
+        "log_ratio": log_ratio,
+        "ratio": ratio,
+        "clipped_ratio": clipped_ratio,
+        "surrogate": surrogate,
+        "kl": kl,
+        "per_token_loss": per_token_loss,
+    }
+    return loss, terms
+
+
+@torch.no_grad()
+def objective_metrics(terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig) -> dict[str, Metric]:
+    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so micro-batches combine to the step's mean.
+
+    A token counts as clipped only where the clip takes its gradient away: below the lower bound with a negative advantage, above
+    the upper one with a positive advantage. low_min and high_max are over completions. A new term that a fork adds to
+    `terms` is logged as its token mean without a line here.
+    """
+    num_tokens = int(mask.sum())
+    if num_tokens == 0:
+        return {}
+    negative, positive = advantages[:, None] < 0, advantages[:, None] > 0  # [N,1]
+    clipped_low = (terms["ratio"] < 1 - config.epsilon_low) & negative & mask  # [N,T]
+    clipped_high = (terms["ratio"] > 1 + config.epsilon_high) & positive & mask  # [N,T]
+    rows = mask.any(1)  # [N] completions with at least one token
+    lengths = mask.sum(1)[rows].to(advantages.dtype)  # [<=N]
+    ratio = terms["ratio"][mask]  # [tokens]
+
+    def token_mean(values: Tensor) -> Metric:
+        return Metric(values[mask].to(advantages.dtype).mean(), num_tokens, "mean")
+
+    metrics = {
+        "kl": token_mean(terms["kl"]),
+        "policy_loss": token_mean(-terms["surrogate"]),
+        "approx_kl_old": token_mean(-terms["log_ratio"]),
+        "ratio/mean": token_mean(terms["ratio"]),
+        "ratio/min": Metric(ratio.min(), 1, "min"),
+        "ratio/max": Metric(ratio.max(), 1, "max"),
+        "clip_ratio/low_mean": token_mean(clipped_low),
+        "clip_ratio/low_min": Metric((clipped_low.sum(1)[rows] / lengths).min(), 1, "min"),
+        "clip_ratio/high_mean": token_mean(clipped_high),
+        "clip_ratio/high_max": Metric((clipped_high.sum(1)[rows] / lengths).max(), 1, "max"),
+        "clip_ratio/region_mean": token_mean(clipped_low | clipped_high),
+    }
+    return metrics | {name: token_mean(values) for name, values in terms.items() if name not in LOGGED_TERMS}

@@ -1,0 +1,264 @@
+"""Supervised fine-tuning on teacher reasoning traces: Eq. 1 of ChexReason (arXiv 2512.23090), with LoRA.
+
+    python run_sft.py                                            # the embedded demo, a few minutes on a CPU
+    python run_sft.py --recipe medgemma-4b-free-reasoning --train_file sft.jsonl --validation_file val=val.jsonl
+
+    L_SFT = - sum_j log pi(t*_j | x, t*_<j)      over the answer's tokens and its end-of-turn; the prompt and the image are not scored
+
+Each optimizer step divides the sum by the number of supervised tokens of the WHOLE step, so neither the micro-batch size nor the
+accumulation changes the gradient. The loop is in `train` below, top to bottom; nothing else calls backward().
+"""
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from data.collate import collate_rows
+from data.prompts import PROMPTS
+from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
+from engine.config import Resolved, UsageError, describe, parse_config, setting
+from engine.forward import completion_hidden_states
+from engine.generate import SamplingConfig
+from engine.logprobs import predicted_correctly, token_logprobs
+from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing, lm_head_weight, load_model
+from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+from engine.run import (
+    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
+    run_document, save_final_adapter, save_training_checkpoint, shuffled, write_json)
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, run_directory, seed_everything
+from engine.settings import PAPER_SFT, TrainingConfig, training_problems
+from engine.tracking import MetricAccumulator, Progress, RunLogger
+from eval.evaluate import evaluate_sets, format_scores
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Settings of supervised fine-tuning."""
+
+    lora_r: int = setting(16, "rank of the LoRA matrices", source=PAPER_SFT, group="adapter")
+    lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / r", source=PAPER_SFT, group="adapter")
+    lora_dropout: float = setting(0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter")
+    validation_split: float = setting(
+        0.1, "share of the training data held out for the validation loss, by patient, where no --validation_file has answers",
+        source=PAPER_SFT, group="model and data")
+    early_stopping_patience: int = setting(
+        2, "stop after this many epochs in a row without a better validation loss", unit="epochs", source=PAPER_SFT, group="optimization")
+
+
+def problems(config: SFTConfig) -> list[str]:
+    found = training_problems(config)
+    if config.train_file is None and config.resume_from_checkpoint is None:
+        found.append("--train_file is missing: give the JSONL file with the teacher's answers")
+    if config.model_name_or_path is None and config.resume_from_checkpoint is None:
+        found.append("--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'")
+    if config.lora_r < 1 or config.lora_alpha < 1:
+        found.append(f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1")
+    if not 0 <= config.lora_dropout < 1 or not 0 < config.validation_split < 1:
+        found.append(f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split {config.validation_split} in (0, 1)")
+    if config.early_stopping_patience < 1:
+        found.append(f"--early_stopping_patience is {config.early_stopping_patience}; it must be at least 1")
+    return found
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """train and validation have answers; decoded are the named sets that get scores at the end; files go into config.json."""
+
+    train: list[Example]
+    validation: list[Example]
+    decoded: dict[str, list[Example]]
+    files: dict[str, Path]
+
+
+def load_data(config: SFTConfig) -> SFTData:
+    """Read every data file; without a validation file that has answers, hold out a share of the training patients."""
+    files = {"train": data_file(config.train_file)}
+    files |= {name: data_file(spec) for name, _, spec in (entry.partition("=") for entry in config.validation_file)}
+    sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
+    train = sets.pop("train")
+    without = [example.id for example in train if not example.answer]
+    if without:
+        raise DataError([f"{files['train']}: {len(without)} of {len(train)} examples have no 'answer' to learn from, such as {without[0]!r}"])
+    validation = next((examples for examples in sets.values() if all(example.answer for example in examples)), None)
+    if validation is None:
+        train, validation = split_by_patient(train, config.validation_split, config.seed)
+    return SFTData(train, validation, sets or {"validation": validation}, files)
+
+
+def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: RunLogger, state: TrainerState, optimizer, guard: SignalGuard,
+          save) -> None:
+    """The loop, from state.global_step to the end, an early stop or a signal."""
+    device, head, prompt = lm_head_weight(wrapped).device, lm_head_weight(wrapped), PROMPTS[config.prompt]
+    parameters = [parameter for _, parameter in trainable_parameters(wrapped)]
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps_per_epoch, total_steps = step_counts(config, len(data.train))
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    metrics = MetricAccumulator(state.unlogged_metrics)
+    bar = Progress(total_steps, initial=state.global_step, description="SFT")
+
+    def stopped_early() -> bool:
+        return state.evaluations_without_improvement >= config.early_stopping_patience
+
+    while state.global_step < total_steps and guard.stop is None and not stopped_early():
+        started = time.perf_counter()
+        epoch, step_of_epoch = divmod(state.global_step, steps_per_epoch)
+        order = shuffled(len(data.train), epoch, config.seed)
+        examples = [data.train[i] for i in order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]]
+        rows = [model.encoder.encode_answer(example, prompt, example.answer) for example in examples]
+        supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)  # of the whole optimizer step
+
+        wrapped.train()
+        step_loss = 0.0
+        for micro_batch in in_chunks(rows, config.per_device_train_batch_size):
+            batch = collate_rows(micro_batch, model.encoder.pad_token_id).to(device)
+            hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [M,H], [M]
+            logprobs, _ = token_logprobs(hidden, head, targets)  # [M]
+            loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's mean
+            loss.backward()
+            step_loss += float(loss.detach())
+            metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
+
+        grad_norm = clip_gradients(parameters, config.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            optimizer.zero_grad()
+            save()
+            raise RuntimeError(f"the gradient of step {state.global_step + 1} is not finite, the state before it was saved; "
+                               f"examples: {', '.join(example.id for example in examples)}")
+        learning_rate = learning_rate_at(state.global_step, base=config.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state.global_step += 1
+        state.epoch = state.global_step / steps_per_epoch
+        metrics.add("loss", step_loss, weight=supervised_tokens)
+        metrics.add("grad_norm", grad_norm)
+        metrics.add("learning_rate", learning_rate)
+        metrics.add("num_tokens", supervised_tokens, reduction="sum")
+        metrics.add("step_time", time.perf_counter() - started)
+        bar.update({"loss": step_loss})
+        if state.global_step % config.logging_steps == 0:
+            log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
+
+        ends_epoch = state.global_step % steps_per_epoch == 0 or state.global_step == total_steps
+        if ends_epoch:
+            validation = validation_metrics(config, model, wrapped, data.validation)
+            log.scalars(state.global_step, validation, split="eval", epoch=state.epoch)
+            better = state.record_evaluation(validation["loss"], greater_is_better=False)
+            bar.write(f"epoch {state.epoch:.2f}: validation loss {validation['loss']:.4f}, token accuracy {validation['mean_token_accuracy']:.3f}"
+                      + (" (best so far)" if better else ""))
+        state.unlogged_metrics, state.log_history = metrics.state_dict(), log.log_history
+        if ends_epoch or (config.save_steps and state.global_step % config.save_steps == 0):
+            save()
+    if stopped_early():
+        bar.write(f"stopped early: no better validation loss in {config.early_stopping_patience} epochs")
+    if guard.stop is not None:
+        save()
+    bar.close()
+
+
+@torch.no_grad()
+def validation_metrics(config: SFTConfig, model: LoadedModel, wrapped, examples: list[Example]) -> dict[str, float]:
+    """Loss (nats a token) and token accuracy over all supervised tokens of the validation set, without dropout."""
+    wrapped.eval()
+    device, head = lm_head_weight(wrapped).device, lm_head_weight(wrapped)
+    metrics = MetricAccumulator()
+    for chunk in in_chunks(examples, config.per_device_eval_batch_size):
+        rows = [model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer) for example in chunk]
+        batch = collate_rows(rows, model.encoder.pad_token_id).to(device)
+        hidden, targets = completion_hidden_states(wrapped, model.family, batch)
+        logprobs, _ = token_logprobs(hidden, head, targets)
+        metrics.add("loss", -logprobs.mean(), weight=len(targets))
+        metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
+    return metrics.collect()
+
+
+def step_counts(config: SFTConfig, num_examples: int) -> tuple[int, int]:
+    """(optimizer steps an epoch, optimizer steps in all)."""
+    steps_per_epoch = math.ceil(num_examples / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
+    return steps_per_epoch, config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, data: SFTData, run_dir: Path, device) -> str:
+    trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
+    total = sum(parameter.numel() for parameter in wrapped.parameters())
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    steps_per_epoch, total_steps = step_counts(config, len(data.train))
+    return "\n".join([
+        f"SFT -> {run_dir}",
+        environment_banner(device),
+        f"model       {model.name} ({model.family.model_type}), {total:,} parameters, {trainable:,} trainable (LoRA r {config.lora_r})",
+        f"data        {len(data.train)} training, {len(data.validation)} validation examples; scored at the end: "
+        + ", ".join(f"{name} {len(examples)}" for name, examples in data.decoded.items()),
+        f"batch       {micro} sequences x {accumulation} accumulated = {micro * accumulation} an optimizer step; {steps_per_epoch} steps an "
+        f"epoch, {total_steps} steps in all, early stop after {config.early_stopping_patience} epochs without a better loss",
+        "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    resolved = parse_config(
+        [SFTConfig], sys.argv[1:] if argv is None else argv, script="sft", prog="run_sft.py", description=__doc__.splitlines()[0], validate=problems,
+        default_recipe="demo", default_recipe_unless=("model_name_or_path", "train_file"),
+        inherit_with="resume_from_checkpoint", inherit=inherited_settings, free_to_change=FREE_TO_CHANGE)
+    filled = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
+    for name, value in filled.items():
+        resolved = resolved.with_value(name, value, "default") if getattr(resolved.configs[0], name) is None else resolved
+    config: SFTConfig = resolved.configs[0]
+    checkpoint, rejected = find_checkpoint(config.resume_from_checkpoint) if config.resume_from_checkpoint else (None, [])
+    for line in rejected:
+        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+
+    seed_everything(config.seed)
+    device = pick_device()
+    data = load_data(config)
+    document = run_document(resolved, "sft", data.files)
+    if checkpoint is not None:
+        check_same_data(checkpoint, document)
+    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device,
+                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
+    for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch
+        model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
+    wrapped = attach_new_adapter(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(wrapped)
+    optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+
+    resumed_in_place = checkpoint is not None and config.output_dir is None
+    run_dir = checkpoint.path.parent if resumed_in_place else run_directory(config.output_dir, "sft", resume=checkpoint is not None)
+    with lock_run(run_dir), SignalGuard() as guard:
+        state = TrainerState()
+        if checkpoint is not None:
+            bring_logs(checkpoint, run_dir)
+            state = restore(checkpoint, wrapped, optimizer)
+        write_json(run_dir / "config.json", document)
+        print(banner(config, resolved, model, wrapped, data, run_dir, device))
+        with RunLogger(run_dir, resume_step=state.global_step if checkpoint else None, log_history=state.log_history) as log:
+            def save() -> None:
+                save_training_checkpoint(run_dir, state, wrapped, optimizer, base_name=model.name, config_document=document,
+                                         limit=config.save_total_limit)
+
+            train(config, model, wrapped, data, log, state, optimizer, guard, save)
+            if guard.stop is not None:
+                print(f"stopped; go on with: python run_sft.py --resume_from_checkpoint {run_dir}")
+                return guard.exit_code
+            best = load_best_adapter(run_dir, state, wrapped)
+            save_final_adapter(run_dir, state, wrapped, base_name=model.name)
+            print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}")
+            sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
+            scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
+                                   batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
+            print("\n" + format_scores(scores) + f"\n\nnext: python run_grpo.py --adapter_name_or_path {run_dir}")
+    return 0
+
+
+def cli() -> None:
+    sys.exit(main_guard(main, errors=(DataError,)))
+
+
+if __name__ == "__main__":
+    cli()

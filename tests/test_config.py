@@ -1,0 +1,291 @@
+"""Protects the command line: where a value comes from, that every problem is reported at once, and that nothing
+misspelt or ill-typed is ever accepted silently. Run: python -m pytest tests/test_config.py
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from engine.config import (
+    ConfigError,
+    Resolved,
+    UsageError,
+    config_differences,
+    describe,
+    parse_config,
+    setting,
+    to_json,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_name_or_path: str | None = setting(None, "the base model")
+    bf16: bool = setting(True, "keep the base in bfloat16; saves 50% of the memory")
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    learning_rate: float = setting(5e-5, "peak learning rate", source="paper 3.2.1", group="optimizer")
+    max_steps: int | None = setting(None, "stop here", unit="optimizer steps")
+    warmup_steps: int = setting(0, "steps of warm-up", unit="optimizer steps")
+    validation_file: tuple[str, ...] = setting((), "NAME=FILE, repeatable")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """As in a file that knows nothing of this package: plain fields with metadata."""
+
+    epsilon_low: float = field(default=0.15, metadata={"help": "lower clip", "aliases": ("epsilon",)})
+    estimator: Literal["k1", "k2", "k3"] = field(default="k3", metadata={"help": "KL estimator"})
+
+    def __post_init__(self):
+        if self.epsilon_low < 0:
+            raise ValueError("epsilon_low must not be negative")
+
+
+def parse(*argv: str, **options) -> Resolved:
+    return parse_config([TrainConfig, LossConfig], argv, script="sft", prog="run_sft.py", **options)
+
+
+def problems(*argv: str, **options) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(*argv, **options)
+    return error.value.problems
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(text: str) -> str:
+        (tmp_path / "mine.toml").write_text(text)
+        return str(tmp_path / "mine.toml")
+
+    return write
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    package = tmp_path / "shipped_recipes"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "demo.toml").write_text('model_name_or_path = "tiny"\n[sft]\nmax_steps = 3\n[grpo]\nbeta = 1.0\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    return "shipped_recipes"
+
+
+def test_without_flags_every_value_is_the_default():
+    resolved = parse()
+    assert resolved.configs == (TrainConfig(), LossConfig())
+    assert set(resolved.origins.values()) == {"default"} and resolved.recipe is None
+    assert describe(resolved) == "every setting has its default value"
+
+
+def test_flags_are_typed_and_one_namespace_feeds_several_classes():
+    train, loss = parse(
+        "--learning-rate", "1e-4", "--max_steps=7", "--no-bf16", "--validation_file", "a=x", "b=y",
+        "--validation-file", "c=z", "--estimator", "k1", "--model_name_or_path", "m-4b",
+    ).configs  # fmt: skip
+    assert train == TrainConfig("m-4b", False, 1e-4, 7, 0, ("a=x", "b=y", "c=z"))
+    assert loss == LossConfig(0.15, "k1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--bf16",), True),
+        (("--bf16", "false"), False),
+        (("--bf16=True",), True),
+        (("--no_bf16",), False),
+        (("--no-bf16", "--bf16"), True),
+        (("--bf16", "--no-bf16"), False),
+    ],
+)
+def test_forms_of_a_boolean_flag_the_last_one_counts(argv, expected):
+    assert parse(*argv).configs[0].bf16 is expected
+
+
+def test_optional_accepts_none_and_a_value_may_begin_with_a_minus():
+    assert parse("--max_steps", "5", "--max_steps", "None").configs[0].max_steps is None
+    assert parse("--learning_rate", "-1e-5").configs[0].learning_rate == -1e-5
+    assert parse("--model_name_or_path", "-x").configs[0].model_name_or_path == "-x"
+    assert parse("--model-name-or-path=a--b-c=d").configs[0].model_name_or_path == "a--b-c=d"
+
+
+def test_an_alias_sets_its_field():
+    resolved = parse("--epsilon", "0.3")
+    assert resolved.configs[1].epsilon_low == 0.3
+    assert resolved.origins["epsilon_low"] == "flag" and "epsilon" not in resolved.origins
+
+
+def test_all_problems_of_a_command_line_are_listed_together(recipe):
+    path = recipe("max_step = 3\n[sft]\nwarmup_steps = 1.0\n")
+    found = problems(
+        "--lerning_rate", "3", "--max_steps", "ten", "--bf16", "maybe", "--estimator", "k4", "--recipe", path,
+        "--warmup_steps", validate=lambda train, loss: ["these two do not combine"],
+    )  # fmt: skip
+    assert found == [
+        "--warmup_steps: expected an integer, got nothing",
+        "unknown flag --lerning_rate; did you mean --learning_rate?",
+        f"{path}: unknown key 'max_step'; did you mean max_steps?",
+        f"{path}: warmup_steps in [sft]: expected an integer, got the float 1.0",
+        "--bf16: expected true or false, got 'maybe'",
+        "--max_steps: expected an integer or none, got 'ten'",
+        "--estimator: 'k4' is not one of k1, k2, k3",
+        "these two do not combine",
+    ]
+
+
+def test_config_error_is_a_usage_error_with_one_line_a_problem():
+    with pytest.raises(UsageError, match=r"^--max_steps: .*\n--learning_rate: |^--learning_rate: .*\n--max_steps: "):
+        parse("--max_steps", "x", "--learning_rate", "nan")
+
+
+@pytest.mark.parametrize("argv", [("--learning", "1"), ("--model", "x"), ("--no_learning_rate",), ("-l", "1")])
+def test_no_abbreviations(argv):
+    assert problems(*argv)[0].startswith(f"unknown flag {argv[0]}")
+
+
+def test_stray_arguments_are_refused_but_the_value_of_an_unknown_flag_is_not_reported_twice():
+    assert problems("--max_steps", "3", "stray") == ["unexpected argument 'stray': every value needs a flag in front"]
+    assert len(problems("--zzzzzz", "3")) == 1
+    assert len(problems("--zzzzzz", "-3")) == 1
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "1e3", "true"])
+def test_an_integer_flag_takes_integers_only(text):
+    assert problems(f"--warmup_steps={text}") == [f"--warmup_steps: expected an integer, got {text!r}"]
+
+
+def test_what_post_init_refuses_is_a_problem_and_validate_is_not_called_without_a_config():
+    called = []
+    assert problems("--epsilon", "-1", validate=lambda *configs: called.append(configs) or []) == [
+        "epsilon_low must not be negative"
+    ]
+    assert called == []
+
+
+def test_precedence_is_default_then_recipe_shared_then_recipe_table_then_flag(recipe):
+    path = recipe(
+        'learning_rate = 1\nmax_steps = 10\nwarmup_steps = 5\nvalidation_file = ["a=x"]\nepsilon = 0.2\n'
+        '[sft]\nmax_steps = "none"\nwarmup_steps = 6\n[grpo]\nbeta = "not read by this script"\n'
+    )
+    resolved = parse("--recipe", path, "--warmup_steps", "7")
+    assert resolved.configs[0] == TrainConfig(None, True, 1.0, None, 7, ("a=x",))
+    assert type(resolved.configs[0].learning_rate) is float
+    assert resolved.configs[1].epsilon_low == 0.2
+    assert resolved.origins == {
+        "model_name_or_path": "default",
+        "bf16": "default",
+        "learning_rate": f"recipe {path}",
+        "max_steps": f"recipe {path}",
+        "warmup_steps": "flag",
+        "validation_file": f"recipe {path}",
+        "epsilon_low": f"recipe {path}",
+        "estimator": "default",
+    }
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        ("[sft]\nbf16 = 1", "bf16 in [sft]: expected true or false, got the integer 1"),
+        ("warmup_steps = true", "warmup_steps: expected an integer, got the boolean True"),
+        ('learning_rate = "5e-5"', "learning_rate: expected a number, got the string '5e-5'"),
+        ("learning_rate = nan", "learning_rate: nan is not a value"),
+        ('validation_file = "a=x"', "validation_file: expected an array, got the string 'a=x'"),
+        ("validation_file = [1]", "validation_file: expected text, got the integer 1"),
+        ('estimator = "k33"', "estimator: 'k33' is not one of k1, k2, k3"),
+        ("[sftt]\nbf16 = true", "unknown table [sftt]; did you mean sft?; known: sft, grpo, eval"),
+        ("[sft]\nepsilon = 0.1\nepsilon_low = 0.2", "epsilon_low is given twice in [sft], once as an alias"),
+        ("sft = 3", "unknown key 'sft'"),
+        ("[sft]\n[sft.bf16]\nx = 1", "bf16 in [sft]: expected true or false, got the table {'x': 1}"),
+    ],
+)
+def test_recipe_problems_name_file_and_key(recipe, toml, expected):
+    path = recipe(toml)
+    assert problems("--config", path) == [f"{path}: {expected}"]
+
+
+def test_a_recipe_that_cannot_be_read_is_one_problem(recipe, shipped, tmp_path):
+    path = recipe("learning_rate = = 3")
+    assert problems("--recipe", path)[0].startswith(f"--recipe {path}: is not valid TOML: ")
+    missing = f"{tmp_path}/no.toml"
+    assert problems("--recipe", missing) == [f"--recipe {missing}: cannot be read: No such file or directory"]
+    assert problems("--recipe", "demu", recipes_package=shipped) == [
+        "--recipe demu: no such recipe; did you mean demo? (shipped: demo; the name of a file ends in .toml)"
+    ]
+
+
+def test_the_default_recipe_applies_only_without_the_named_flags(shipped, recipe):
+    demo = {"recipes_package": shipped, "default_recipe": "demo", "default_recipe_unless": ("model_name_or_path",)}
+    resolved = parse("--warmup_steps", "2", **demo)
+    assert (resolved.recipe, resolved.configs[0].model_name_or_path, resolved.configs[0].max_steps) == ("demo", "tiny", 3)
+    assert resolved.origins["max_steps"] == "recipe demo"
+    for argv in (("--model-name-or-path", "m"), ("--model_name_or_path=m",), ("--recipe", recipe("bf16 = false"))):
+        assert parse(*argv, **demo).configs[0].max_steps is None
+    assert parse("--recipe", "demo", "--model_name_or_path", "m", **demo).configs[0].max_steps == 3
+
+
+def test_describe_lists_what_differs_from_the_defaults_with_its_origin(shipped):
+    resolved = parse("--recipe", "demo", "--no_bf16", "--warmup_steps", "0", recipes_package=shipped)
+    assert describe(resolved).splitlines() == [
+        "model_name_or_path  tiny   recipe demo",
+        "bf16                false  flag",
+        "max_steps           3      recipe demo",
+    ]
+
+
+def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
+    resolved = parse().with_value("model_name_or_path", "runs/x", "newest run")
+    assert resolved.configs[0].model_name_or_path == "runs/x"
+    assert describe(resolved).split() == ["model_name_or_path", "runs/x", "newest", "run"]
+    with pytest.raises(KeyError):
+        resolved.with_value("modle", "x", "y")
+
+
+def test_differences_between_two_runs_ignore_origins_and_the_named_settings(shipped):
+    old = to_json(parse("--recipe", "demo", "--validation_file", "a=x", recipes_package=shipped))
+    same = to_json(parse("--model_name_or_path", "tiny", "--max_steps", "3", "--validation_file", "a=x"))
+    assert old["validation_file"] == {"value": ["a=x"], "origin": "flag"}
+    assert config_differences(old, same) == []
+    new = to_json(parse("--model_name_or_path", "tiny", "--learning_rate", "1e-4", "--max_steps", "4"))
+    assert config_differences(old, new, ignore=("max_steps",)) == [
+        "learning_rate: was 5e-05, is 0.0001",
+        "validation_file: was ['a=x'], is []",
+    ]
+    del old["bf16"]
+    assert config_differences(old, same) == ["bf16: was not known, is True"]
+
+
+def test_help_names_default_unit_source_and_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", "--max_steps", "not looked at")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate [default 5e-05; paper 3.2.1]" in text
+    assert "steps of warm-up [default 0 optimizer steps]" in text
+    assert "stop here [default none; in optimizer steps]" in text
+    assert "saves 50% of the memory [default true] (off: --no_bf16)" in text
+    assert "--epsilon_low FLOAT, --epsilon FLOAT lower clip [default 0.15]" in text
+    assert "--estimator {k1,k2,k3}" in text
+    # an inherited field stands under the class that declares it, an explicit group under its own heading
+    assert text.index("model: --model_name_or_path") < text.index("optimizer: --learning_rate") < text.index("loss: --eps")
+
+
+@dataclass(frozen=True)
+class Twice:
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    sizes: dict[str, int] | None = None
+
+
+@pytest.mark.parametrize("other", [Twice, Unsupported])
+def test_classes_that_cannot_be_flags_are_a_programming_error(other):
+    with pytest.raises(TypeError, match="bf16|sizes|dict"):
+        parse_config([TrainConfig, other], [], script="sft", prog="x")

@@ -1,0 +1,197 @@
+"""Protects the scores: equal to scikit-learn's with and without labels that a data set cannot express, the three
+treatments of failed answers, and the baselines. Rare labels rule macro-F1, so the 0/0 cases matter most."""
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.metrics import jaccard_score, precision_recall_fscore_support
+
+from data.labels import LABELS
+from eval.metrics import (
+    failure_policies, label_matrix, mean_jaccard, multilabel_scores, predict_all_labels, predict_by_prevalence,
+    predict_most_frequent,
+)
+
+ABC = ("Edema", "Fracture", "Pneumonia")
+
+
+def bools(*rows: str) -> np.ndarray:
+    """'101' -> [True, False, True]."""
+    return np.array([[character == "1" for character in row] for row in rows])
+
+
+def random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and predictions [50, 14] with a label never true (3), one never predicted (5), and one neither (7)."""
+    rng = np.random.default_rng(seed)
+    targets, predictions = rng.random((2, 50, 14)) < rng.random(14)
+    targets[:, [3, 7]] = False
+    predictions[:, [5, 7]] = False
+    return targets, predictions
+
+
+def sklearn_scores(targets, predictions, **options) -> tuple:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # zero_division=0 is stated, so nothing is left to warn about
+        return precision_recall_fscore_support(targets, predictions, zero_division=0, **options)
+
+
+def triple(scores: dict) -> tuple[float, float, float]:
+    return scores["precision"], scores["recall"], scores["f1"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_scikit_learn(seed):
+    targets, predictions = random_case(seed)
+    scores = multilabel_scores(targets, predictions, LABELS)
+    assert triple(scores["micro"]) == pytest.approx(sklearn_scores(targets, predictions, average="micro")[:3], abs=1e-12)
+    assert triple(scores["macro"]) == pytest.approx(sklearn_scores(targets, predictions, average="macro")[:3], abs=1e-12)
+    per_label = np.array(sklearn_scores(targets, predictions, average=None))  # [4, 14]
+    for k, label in enumerate(LABELS):
+        assert triple(scores["per_label"][label]) == pytest.approx(tuple(per_label[:3, k]), abs=1e-12)
+        assert scores["per_label"][label]["support"] == per_label[3, k]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_positions_that_are_not_evaluated_are_left_out(seed):
+    targets, predictions = random_case(seed)
+    evaluated = np.random.default_rng(seed + 100).random(targets.shape) < 0.6
+    scores = multilabel_scores(targets, predictions, LABELS, evaluated)
+    # scikit-learn has no such mask: each label is scored on the images that express it, and micro on all positions left.
+    micro = sklearn_scores(targets[evaluated], predictions[evaluated], average="binary")
+    assert triple(scores["micro"]) == pytest.approx(micro[:3], abs=1e-12)
+    per_label = [
+        sklearn_scores(targets[shown, k], predictions[shown, k], average="binary") for k, shown in enumerate(evaluated.T)
+    ]
+    for (precision, recall, f1, _), label in zip(per_label, LABELS):
+        assert triple(scores["per_label"][label]) == pytest.approx((precision, recall, f1), abs=1e-12)
+    macro = np.mean([row[:3] for row in per_label], axis=0)
+    assert triple(scores["macro"]) == pytest.approx(tuple(macro), abs=1e-12)
+    # Whatever stands in a position that is not evaluated, the scores are the same.
+    assert multilabel_scores(targets ^ ~evaluated, predictions | ~evaluated, LABELS, evaluated) == scores
+
+
+def test_scores_by_hand():
+    # Edema: TP 1 (row 0), FP 1 (row 1), FN 0. Fracture: TP 0, FP 0, FN 2. Pneumonia: nothing at all.
+    scores = multilabel_scores(bools("110", "010"), bools("100", "100"), ABC)
+    assert scores["per_label"]["Edema"] == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1}
+    assert scores["per_label"]["Fracture"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2}
+    assert scores["per_label"]["Pneumonia"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    # Micro: TP 1, FP 1, FN 2 -> 1/2, 1/3, 2/5. Macro: sums over all three labels / 3, the zeros kept.
+    assert triple(scores["micro"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
+    assert triple(scores["macro"]) == pytest.approx((0.5 / 3, 1 / 3, 2 / 9))
+    # Fracture not evaluated in row 0: its FN falls to 1, micro recall to 1/2, nothing else changes.
+    masked = multilabel_scores(bools("110", "010"), bools("100", "100"), ABC, bools("101", "111"))
+    assert masked["per_label"]["Fracture"]["support"] == 1
+    assert triple(masked["micro"]) == pytest.approx((1 / 2, 1 / 2, 1 / 2))
+    assert masked["per_label"]["Edema"] == scores["per_label"]["Edema"]
+
+
+def test_no_image_scores_zero():
+    scores = multilabel_scores(np.zeros((0, 3), bool), np.zeros((0, 3), bool), ABC)
+    assert triple(scores["micro"]) == triple(scores["macro"]) == (0.0, 0.0, 0.0)
+
+
+def test_scores_do_not_change_their_inputs():
+    arrays = bools("110", "010"), bools("100", "100"), bools("101", "111")
+    copies = [array.copy() for array in arrays]
+    failure_policies(arrays[0], arrays[1], np.array([True, False]), ABC, arrays[2])
+    assert all((array == copy).all() for array, copy in zip(arrays, copies))
+
+
+@pytest.mark.parametrize(
+    ("targets", "predictions", "evaluated", "message"),
+    [
+        (bools("110"), bools("110", "010"), None, r"targets \(1, 3\), predictions \(2, 3\)"),
+        (bools("110"), bools("110"), bools("11"), r"evaluated \(1, 2\) differ in shape"),
+        (bools("11"), bools("11"), None, "3 labels given"),
+        (np.array([True, False, True]), bools("110"), None, r"targets must be a matrix \[N, K\]"),
+        (np.array([[1.0, 0.0, -1.0]]), bools("110"), None, "targets must hold only 0 and 1"),  # CheXpert's 'uncertain'
+        (bools("110"), np.array([[1.0, np.nan, 0.0]]), None, "predictions must hold only 0 and 1"),
+    ],
+)
+def test_bad_matrices_are_errors(targets, predictions, evaluated, message):
+    with pytest.raises(ValueError, match=message):
+        multilabel_scores(targets, predictions, ABC, evaluated)
+
+
+def test_label_matrix_places_labels_in_their_columns():
+    matrix = label_matrix([("Pneumonia", "Edema"), frozenset(), ["Support Devices", "Fracture"]], ABC)
+    assert matrix.dtype == bool
+    assert (matrix == bools("101", "000", "010")).all()  # Support Devices has no column here
+    assert label_matrix([], ABC).shape == (0, 3)
+
+
+def test_mean_jaccard():
+    # Rows: 1 shared of 2; both empty = 1; 0 of 1; 2 of 3.
+    targets, predictions = bools("110", "000", "000", "110"), bools("100", "000", "001", "111")
+    assert mean_jaccard(targets, predictions) == pytest.approx((1 / 2 + 1 + 0 + 2 / 3) / 4)
+    # Without the third label: 1 of 2; 1; both empty = 1; 2 of 2.
+    assert mean_jaccard(targets, predictions, bools(*["110"] * 4)) == pytest.approx((1 / 2 + 1 + 1 + 1) / 4)
+    assert mean_jaccard(np.zeros((0, 3), bool), np.zeros((0, 3), bool)) == 0.0
+
+
+def test_mean_jaccard_equals_scikit_learn():
+    targets, predictions = random_case(0)
+    targets[:, 0] = True  # scikit-learn scores empty against empty with zero_division, which is not at issue here
+    assert mean_jaccard(targets, predictions) == pytest.approx(jaccard_score(targets, predictions, average="samples"))
+
+
+def test_failed_answers_are_treated_in_three_ways():
+    targets, predictions = bools("110", "100", "011"), bools("110", "111", "010")
+    policies = failure_policies(targets, predictions, np.array([True, False, True]), ABC, bools("111", "110", "111"))
+    assert list(policies) == ["empty", "dropped", "all_wrong"]
+    # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed; its label 3 is not evaluated.
+    assert triple(policies["dropped"]["micro"]) == pytest.approx((3 / 3, 3 / 4, 6 / 7))
+    # Empty: row 1 adds FN 1 (Edema); what the matrix held for it is not used.
+    assert triple(policies["empty"]["micro"]) == pytest.approx((3 / 3, 3 / 5, 6 / 8))
+    # All wrong: row 1 becomes 01?, so FN 1 (Edema) and FP 1 (Fracture).
+    assert triple(policies["all_wrong"]["micro"]) == pytest.approx((3 / 4, 3 / 5, 6 / 9))
+    assert policies["all_wrong"]["per_label"]["Pneumonia"]["precision"] == 0.0
+
+
+def test_all_answers_failed():
+    policies = failure_policies(bools("110", "100"), bools("000", "000"), np.array([False, False]), ABC)
+    for scores in policies.values():
+        assert triple(scores["micro"]) == (0.0, 0.0, 0.0)
+    assert policies["dropped"]["per_label"]["Edema"]["support"] == 0
+    assert policies["empty"]["per_label"]["Edema"]["support"] == 2
+
+
+def test_parsed_must_match_the_images():
+    with pytest.raises(ValueError, match=r"parsed has shape \(3,\), but there are 2 images"):
+        failure_policies(bools("110", "100"), bools("000", "000"), np.array([True] * 3), ABC)
+
+
+def test_most_frequent_answer():
+    predictions = predict_most_frequent(bools("001", "110", "100", "110"), 3)
+    assert (predictions == bools("110", "110", "110")).all()
+    # Two sets twice each: the one that occurs first, although it sorts last.
+    assert (predict_most_frequent(bools("110", "001", "001", "110"), 1) == bools("110")).all()
+    assert (predict_most_frequent(bools("000", "000", "100"), 1) == bools("000")).all()
+
+
+def test_all_labels_baseline():
+    # Precision is the share of positives, 3 of 6; recall is 1.
+    predictions = predict_all_labels(2, 3)
+    assert triple(multilabel_scores(bools("110", "100"), predictions, ABC)["micro"]) == pytest.approx((1 / 2, 1, 2 / 3))
+
+
+def test_random_baseline_has_the_references_prevalence_and_no_correlation():
+    reference = bools("110", "110", "000", "110")  # 0.75, 0.75, 0; the first two always together
+    predictions = predict_by_prevalence(reference, 20_000, np.random.default_rng(0))
+    # One standard deviation of a mean of 20,000 draws at 0.75 is sqrt(0.75 x 0.25 / 20000) = 0.003; five of them.
+    assert predictions.mean(axis=0) == pytest.approx([0.75, 0.75, 0.0], abs=0.015)
+    # Drawn on their own, both occur together in 0.75 x 0.75 of the images.
+    assert (predictions[:, 0] & predictions[:, 1]).mean() == pytest.approx(0.5625, abs=0.0175)
+    again = predict_by_prevalence(reference, 20_000, np.random.default_rng(0))
+    assert (again == predictions).all()
+
+
+def test_baselines_need_a_reference():
+    nothing = np.zeros((0, 3), bool)
+    with pytest.raises(ValueError, match="reference holds no label set"):
+        predict_most_frequent(nothing, 2)
+    with pytest.raises(ValueError, match="reference holds no label set"):
+        predict_by_prevalence(nothing, 2, np.random.default_rng(0))

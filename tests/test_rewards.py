@@ -1,0 +1,272 @@
+"""Protects Eq. 3 and Eq. 4: every part of both rewards against points added up by hand.
+
+A reward that is off by a sign or a label trains towards the wrong thing, and the curve still rises.
+"""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data.answers import parse_answer
+from data.labels import NIH_NINE, Target, canonical_label
+from rl.rewards import HardReward, NuancedReward, Reward, jaccard
+
+FREQUENCY = {"Support Devices": 0.5, "No Finding": 0.25, "Edema": 0.1}
+
+
+def answer(*entries: str):
+    return parse_answer(f"<think>x</think><solution>{', '.join(entries)}</solution>")
+
+
+def target(*labels: str, evaluated=None) -> Target:
+    return Target(frozenset(labels)) if evaluated is None else Target(frozenset(labels), frozenset(evaluated))
+
+
+# Jaccard
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "expected"),
+    [
+        (["Edema", "Cardiomegaly"], ["edema", "Pleural Effusion"], 1 / 3),  # 1 shared of 3
+        ([], [], 1.0),  # convention
+        (["No Finding"], ["Pneumonia"], 0.0),
+        (["Edema", " edema ", "Atelectasis"], ["Atelectasis", "Edema"], 1.0),  # a repetition is one label
+        ([], ["Fracture"], 0.0),
+    ],
+)
+def test_jaccard_of_canonical_labels(predicted, true, expected):
+    assert jaccard([canonical_label(p) for p in predicted], [canonical_label(t) for t in true]) == pytest.approx(expected)
+
+
+# Eq. 3
+
+
+@pytest.mark.parametrize(
+    ("completion_length", "expected"),
+    [(0, -0.1), (249, -0.1), (250, 0.0), (1000, 0.0)],  # strictly below 250 is short
+)
+def test_hard_reward_charges_short_answers(completion_length, expected):
+    # Predicted {Edema, Fracture}, true {Edema}: 1 shared of 2.
+    reward = HardReward()(answer("Edema", "Fracture"), target("Edema"), completion_length)
+    assert reward == Reward(0.5 + expected, {"jaccard": 0.5, "length": expected})
+
+
+def test_hard_reward_of_an_invalid_answer_is_zero_at_any_length():
+    for text in ("", "<solution>Edema</solution>", "<think>x</think><solution>Edema</solution> Done."):
+        for completion_length in (10, 300):
+            reward = HardReward()(parse_answer(text), target("Edema"), completion_length)
+            assert reward == Reward(0.0, {"jaccard": 0.0, "length": 0.0})
+
+
+def test_hard_reward_ranks_a_short_wrong_answer_below_an_invalid_one():
+    # Eq. 3 to the letter: J = 0 less lambda = 0.1, against 0.
+    assert HardReward()(answer("Fracture"), target("Edema"), 100).total == -0.1
+
+
+def test_hard_reward_counts_unknown_labels_in_the_union():
+    # {Edema, nodule, hernia} against {Edema}: 1 of 3. The repeated nodule is still one label.
+    reward = HardReward()(answer("Edema", "nodule", "hernia", "Nodule"), target("Edema"), 300)
+    assert reward.total == pytest.approx(1 / 3)
+
+
+def test_hard_reward_of_no_label_where_none_is_true_is_one():
+    assert HardReward()(answer(), target(), 300).total == 1.0
+    assert HardReward()(answer(), target("Edema"), 300).total == 0.0
+
+
+def test_hard_reward_ignores_labels_that_the_source_cannot_express():
+    # NIH knows neither Support Devices nor Lung Opacity: {Edema} against {Edema}.
+    evaluated = target("Edema", "Support Devices", evaluated=NIH_NINE)
+    assert HardReward()(answer("Edema", "Lung Opacity"), evaluated, 300).total == 1.0
+    # Only unknown positions left on both sides: empty against empty.
+    assert HardReward()(answer("Lung Opacity"), target(evaluated=NIH_NINE), 300).total == 1.0
+
+
+def test_hard_reward_takes_its_numbers_from_its_fields():
+    reward = HardReward(length_penalty=0.25, min_length=20)
+    assert reward(answer("Edema"), target("Edema"), 19).total == 0.75
+    assert reward(answer("Edema"), target("Edema"), 20).total == 1.0
+    assert reward.scaled(Reward(-0.25, {})) == -0.25
+
+
+# Eq. 4
+
+
+def points(reward: Reward) -> tuple[float, ...]:
+    return tuple(reward.parts[name] for name in ("match", "partial", "false_positive", "collapse", "format"))
+
+
+def test_nuanced_reward_of_an_exact_answer_is_150():
+    # 100 for the match, 30 x 2/2 and 20 x 2/2.
+    reward = NuancedReward(FREQUENCY)(answer("Edema", "Fracture"), target("Fracture", "Edema"), 10)
+    assert points(reward) == (100, 50, 0, 0, 0)
+    assert reward.total == 150
+
+
+def test_nuanced_reward_of_a_partly_right_answer():
+    # Predicted {Edema, Fracture, Support Devices, No Finding}, true {Edema, Pneumonia}; one hit.
+    # partial: 30 x 1/2 + 20 x 1/4 = 20
+    # false positives: Fracture, which has no frequency, 10; Support Devices 10 + 40 x 0.5 = 30; No Finding 10 + 40 x 0.25 = 20
+    reward = NuancedReward(FREQUENCY)(
+        answer("Edema", "Fracture", "Support Devices", "No Finding"), target("Edema", "Pneumonia"), 10
+    )
+    assert points(reward) == pytest.approx((0, 20, -60, 0, 0))
+    assert reward.total == pytest.approx(-40)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "expected"),
+    [
+        ((), (), (100, 50, 0, 0, 0)),  # nothing to find and nothing claimed: a match, recall and precision 1
+        ((), ("Edema",), (0, 0, 0, 0, 0)),  # recall 0/1, precision 0/0 = 0
+        (("Edema",), (), (0, 0, -14, 0, 0)),  # recall 0/0 = 0, precision 0/1; 10 + 40 x 0.1
+        (("Edema",), ("Edema", "Fracture", "Pneumonia"), (0, 30, 0, 0, 0)),  # 30 x 1/3 + 20 x 1/1
+    ],
+)
+def test_nuanced_reward_with_empty_sides(predicted, true, expected):
+    assert points(NuancedReward(FREQUENCY)(answer(*predicted), target(*true), 10)) == pytest.approx(expected)
+
+
+def test_nuanced_reward_charges_common_labels_more_than_rare_ones():
+    # The same miss, by the label's share of the training data: 0.5 > 0.25 > 0.1 > absent.
+    reward = NuancedReward(FREQUENCY)
+    charged = [
+        reward(answer(label), target("Pneumonia"), 10).total for label in ("Support Devices", "No Finding", "Edema", "Fracture")
+    ]
+    assert charged == pytest.approx([-30, -20, -14, -10])
+
+
+def test_nuanced_reward_drops_unknown_and_repeated_labels_after_charging_them():
+    # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia) x 100, and 2 repeats
+    # (edema, Nodule) x 25.
+    reward = NuancedReward(FREQUENCY)(answer("Edema", "nodule", "hernia", "edema", "Nodule"), target("Edema"), 10)
+    assert points(reward) == (100, 50, 0, 0, -250)
+    assert reward.total == -100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure. <think>x</think><solution>Edema</solution>",
+        "<think>x</think><solution>Edema</solution> Done.",
+        "<solution>Edema</solution>",  # no reasoning
+    ],
+)
+def test_nuanced_reward_charges_a_readable_answer_that_breaks_the_form(text):
+    # An exact answer (150) less 25, once.
+    assert points(NuancedReward(FREQUENCY)(parse_answer(text), target("Edema"), 10)) == (100, 50, 0, 0, -25)
+
+
+def test_nuanced_reward_of_an_unreadable_answer_is_its_penalty_alone():
+    for true in (target("Edema"), target()):  # not a match of "no label" either
+        reward = NuancedReward(FREQUENCY)(parse_answer("<think>x</think><solution>Edema"), true, 10)
+        assert points(reward) == (0, 0, 0, 0, -200)
+
+
+def test_nuanced_reward_ignores_labels_that_the_source_cannot_express():
+    # Under NIH's nine both sides are {Edema}; Support Devices costs nothing, and a missed Lung Opacity is not missed.
+    evaluated = target("Edema", "Lung Opacity", evaluated=NIH_NINE)
+    assert points(NuancedReward(FREQUENCY)(answer("Edema", "Support Devices"), evaluated, 10)) == (100, 50, 0, 0, 0)
+
+
+def test_collapse_waits_for_fifty_predictions():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema")] * 49)
+    assert points(reward(answer("Edema"), target("Edema"), 10)) == (100, 50, 0, 0, 0)
+    reward.observe([parse_answer("unreadable")] * 60)  # no predictions
+    assert points(reward(answer("Edema"), target("Edema"), 10)) == (100, 50, 0, 0, 0)
+    reward.observe([answer("Edema")])
+    # One dominant label in the answer: 50 + 30.
+    assert points(reward(answer("Edema"), target("Edema"), 10)) == (100, 50, 0, -80, 0)
+
+
+def test_collapse_needs_more_than_seventy_percent():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema")] * 63 + [answer("Fracture")] * 27)  # 63 / 90 is 70 % exactly
+    assert reward.dominant_labels() == frozenset()
+    reward.observe([answer("Edema", "Pneumonia")])  # 64 / 91 = 70.3 %
+    assert reward.dominant_labels() == {"Edema"}
+
+
+def test_collapse_charges_each_dominant_label_that_an_answer_repeats():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema", "Fracture")] * 80 + [answer()] * 20)
+    # 50 + 30 for one, 50 + 2 x 30 for both, nothing for an answer that says something else. Being right does not help.
+    assert reward(answer("Edema"), target("Edema"), 10).parts["collapse"] == -80
+    assert reward(answer("Fracture", "Edema"), target("Edema"), 10).parts["collapse"] == -110
+    assert reward(answer("Pneumonia"), target("Edema"), 10).parts["collapse"] == 0
+    # Where Fracture cannot be scored (NIH's nine), only Edema counts.
+    assert reward(answer("Fracture", "Edema"), target("Edema", evaluated=NIH_NINE), 10).parts["collapse"] == -80
+
+
+def test_window_forgets_all_but_the_last_hundred_predictions():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema")] * 100)
+    assert reward.dominant_labels() == {"Edema"}
+    reward.observe([answer("Fracture")] * 30)  # 70 of 100 are left
+    assert reward.dominant_labels() == frozenset()
+    reward.observe([answer("Fracture")] * 41)  # 29 Edema, 71 Fracture
+    assert reward.dominant_labels() == {"Fracture"}
+
+
+def test_calling_a_reward_changes_nothing():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema")] * 50)
+    before = reward.state_dict()
+    first, *others = [reward(answer("Fracture"), target("Edema"), 10) for _ in range(200)]
+    assert first.total == -10  # a false positive of frequency 0; Edema stays dominant
+    assert others == [first] * 199
+    assert reward.state_dict() == before
+
+
+def test_window_survives_json():
+    reward, resumed = NuancedReward(FREQUENCY), NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema", "Fracture")] * 71 + [answer()] * 29)
+    resumed.load_state_dict(json.loads(json.dumps(reward.state_dict())))
+    assert resumed.dominant_labels() == {"Edema", "Fracture"}
+    # The order is kept as well: 42 further answers push out 42 of the oldest, which leaves 29 of 100.
+    for window in (reward, resumed):
+        window.observe([answer("Pneumonia")] * 42)
+        assert window.dominant_labels() == frozenset()
+    assert resumed.state_dict() == reward.state_dict()
+
+
+def test_hard_reward_answers_to_the_same_calls_without_memory():
+    reward = HardReward()
+    reward.observe([answer("Edema")] * 100)
+    assert reward.state_dict() == {}
+    reward.load_state_dict({})
+    assert reward(answer("Edema"), target("Edema"), 300).total == 1.0
+
+
+def test_nuanced_points_are_floored_and_scaled_only_for_training():
+    reward = NuancedReward(FREQUENCY)
+    # Five inventions: -500 points stay in the log; training sees max(-500, -300) x 0.01.
+    raw = reward(answer("a", "b", "c", "d", "e"), target("Edema"), 10)
+    assert raw.total == -500
+    assert reward.scaled(raw) == pytest.approx(-3.0)
+    assert reward.scaled(Reward(150.0, {})) == pytest.approx(1.5)
+    assert NuancedReward(FREQUENCY, scale=0.1).scaled(Reward(-40.0, {})) == pytest.approx(-4.0)
+
+
+def test_parts_sum_to_the_total_and_show_no_negative_zero():
+    reward = NuancedReward(FREQUENCY)
+    reward.observe([answer("Edema")] * 60)
+    for entries in ((), ("Edema",), ("Edema", "Fracture", "nodule"), ("Support Devices", "Edema", "Edema")):
+        for function in (HardReward(), reward):
+            result = function(answer(*entries), target("Edema", "Pneumonia"), 10)
+            assert result.total == sum(result.parts.values())
+            assert "-0.0" not in [str(value) for value in result.parts.values()]
+
+
+@pytest.mark.parametrize("frequency", [{"Edema": 1.5}, {"Edema": -0.1}, {"Edema": float("nan")}, {"edema": 0.1}])
+def test_label_frequency_must_hold_shares_of_labels(frequency):
+    with pytest.raises(ValueError, match="shares from 0 to 1 of the 14 labels, got '[Ee]dema'"):
+        NuancedReward(frequency)
+
+
+def test_a_window_that_can_never_act_is_an_error():
+    with pytest.raises(ValueError, match="window 40 is below min_window 50"):
+        NuancedReward(FREQUENCY, window=40)
