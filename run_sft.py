@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.collate import collate_rows
+from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
-from engine.config import Resolved, UsageError, describe, parse_config, setting
+from engine.checkpoint import clean_leftovers
+from engine.config import Resolved, describe, parse_config, setting
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
@@ -29,8 +31,8 @@ from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkp
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
-    run_document, save_final_adapter, save_training_checkpoint, shuffled, write_json)
-from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, run_directory, seed_everything
+    run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.settings import PAPER_SFT, TrainingConfig, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_scores
@@ -80,6 +82,7 @@ def load_data(config: SFTConfig) -> SFTData:
     files = {"train": data_file(config.train_file)}
     files |= {name: data_file(spec) for name, _, spec in (entry.partition("=") for entry in config.validation_file)}
     sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
+    check_images(example for examples in sets.values() for example in examples)
     train = sets.pop("train")
     without = [example.id for example in train if not example.answer]
     if without:
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
 
     seed_everything(config.seed)
-    device = pick_device()
+    device = pick_device(config.num_threads)
     data = load_data(config)
     document = run_document(resolved, "sft", data.files)
     if checkpoint is not None:
@@ -228,9 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         enable_gradient_checkpointing(wrapped)
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 
-    resumed_in_place = checkpoint is not None and config.output_dir is None
-    run_dir = checkpoint.path.parent if resumed_in_place else run_directory(config.output_dir, "sft", resume=checkpoint is not None)
+    run_dir = run_folder(checkpoint, config.output_dir, "sft")
     with lock_run(run_dir), SignalGuard() as guard:
+        clean_leftovers(run_dir)
         state = TrainerState()
         if checkpoint is not None:
             bring_logs(checkpoint, run_dir)
@@ -250,8 +253,12 @@ def main(argv: list[str] | None = None) -> int:
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
             print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}")
             sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
-            scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
-                                   batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
+            try:
+                scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
+                                       batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
+            except KeyboardInterrupt:
+                print(f"stopped while scoring; training is finished and saved in {run_dir}")
+                return guard.exit_code or 130
             print("\n" + format_scores(scores) + f"\n\nnext: python run_grpo.py --adapter_name_or_path {run_dir}")
     return 0
 

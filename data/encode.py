@@ -58,7 +58,9 @@ class Encoder:
         self.image_seq_length = image_seq_length  # Gemma 3: every image is the same number of tokens
         self.pad_token_id = tokenizer.pad_token_id
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>" if family == "qwen2_5_vl" else "<end_of_turn>")
-        self._prompt_texts: dict[str, str] = {}
+        # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's <end_of_turn>.
+        self.control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._prompt_texts: dict[Prompt, str] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, min_visual_tokens: int, max_visual_tokens: int) -> "Encoder":
@@ -98,7 +100,7 @@ class Encoder:
 
         Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is tokenised.
         """
-        control = [token for token in self.tokenizer.all_special_tokens if token in answer]
+        control = [token for token in self.control_tokens if token in answer]
         if control:
             raise DataError([f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"])
         encoded = self.encode_prompt(example, prompt)
@@ -121,10 +123,10 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _prompt_text(self, prompt: Prompt) -> str:
-        if prompt.name not in self._prompt_texts:
-            self._prompt_texts[prompt.name] = self.tokenizer.apply_chat_template(
+        if prompt not in self._prompt_texts:
+            self._prompt_texts[prompt] = self.tokenizer.apply_chat_template(
                 build_messages(prompt), tokenize=False, add_generation_prompt=True)
-        return self._prompt_texts[prompt.name]
+        return self._prompt_texts[prompt]
 
     def _num_image_tokens(self, vision: dict[str, Tensor]) -> int:
         if self.family == "gemma3":

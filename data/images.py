@@ -1,12 +1,13 @@
 """The only place that opens an image."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from data.records import DataError, Example
+from data.records import MAX_PROBLEMS, DataError, Example
 
 MAX_PIXELS = 100_000_000  # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
 FORMATS = ("JPEG", "PNG")
@@ -27,6 +28,19 @@ def image_path(example: Example) -> Path:
     return path
 
 
+def check_images(examples: Iterable[Example]) -> None:
+    """Raise DataError naming every example whose image file is missing or out of bounds: before a run, not after an hour of it."""
+    problems: list[str] = []
+    for example in examples:
+        try:
+            image_path(example)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        raise DataError(problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else []))
+
+
 def load_image(example: Example) -> Image.Image:
     """The example's image as 8-bit RGB, upright.
 
@@ -42,7 +56,7 @@ def load_image(example: Example) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them come out of damaged files
         raise DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]) from error
 
 

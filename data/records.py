@@ -65,7 +65,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
     examples: list[Example] = []
     problems: list[str] = []
     line_of: dict[str, int] = {}
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -106,11 +106,13 @@ def read_examples(spec: str | Path, image_root: str | Path | None = None) -> lis
     return read_jsonl(data_file(spec), image_root)
 
 
-def _parse_row(line: str) -> tuple[dict, list[str]]:
+def _parse_row(line: bytes) -> tuple[dict, list[str]]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig").rstrip())  # some tools put a byte order mark in front of the first line
     except json.JSONDecodeError as error:
         return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
+    except UnicodeDecodeError as error:
+        return {}, [f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"]
     if not isinstance(row, dict):
         return {}, [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
     problems = [f"field {name!r} is missing" for name in _REQUIRED if name not in row]

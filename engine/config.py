@@ -383,8 +383,8 @@ def parse_config(
     `default_recipe_unless` is given as a flag. `validate(*configs)` returns the problems of values that do not combine;
     it sees the default or recipe value in place of one that could not be read.
 
-    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the settings of that run: they take the
-    place of the recipe, and a flag that would change one is a problem, except those in `free_to_change`.
+    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the settings of that run. They
+    stand in for the defaults; a recipe or a flag that would change one is a problem, except those in `free_to_change`.
 
     Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse does.
     """
@@ -410,7 +410,8 @@ def parse_config(
         origins |= dict.fromkeys(chosen, f"recipe {recipe}")
     if inherited is not None:
         values |= {name: value for name, value in inherited.items() if origins[name] == "default"}
-        origins |= {name: "resumed run" for name in inherited if origins[name] == "default" and values[name] != settings[name].default}
+        changed = [name for name in inherited if origins[name] == "default" and values[name] != settings[name].default]
+        origins |= dict.fromkeys(changed, "resumed run")
     for name, texts in raw.items():
         try:
             values[name] = _from_text(settings[name], texts)
@@ -420,8 +421,10 @@ def parse_config(
 
     for name in inherited or ():
         if values[name] != inherited[name] and name not in free_to_change:
-            problems.append(f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])} ({origins[name]}); "
-                            "a resumed run keeps its settings: leave it out, or start a new run")
+            problems.append(
+                f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])} ({origins[name]}); "
+                "a resumed run keeps its settings: leave it out, or start a new run"
+            )
     configs, found = _instances(config_classes, values)
     problems += found
     if validate is not None and not found:
@@ -432,10 +435,13 @@ def parse_config(
 
 
 def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str, Any]:
-    """The settings of a saved run in the types of today's dataclasses. Raises ConfigError where the two do not have the same names."""
+    """A saved run's settings in the types of today's dataclasses. Raises ConfigError where the names differ."""
     different = sorted(saved.keys() ^ settings.keys())
     if different:
-        raise ConfigError(f"the resumed run and this version differ in the settings {', '.join(different)}; it cannot be resumed bit for bit")
+        raise ConfigError(
+            f"the run that is resumed and this version do not have the same settings ({', '.join(different)} differ), "
+            "so it cannot go on bit for bit; start a new run from its adapter"
+        )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
@@ -475,19 +481,3 @@ def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
 
 def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def config_differences(
-    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], *, ignore: Sequence[str] = ()
-) -> list[str]:
-    """What differs between two `to_json` results, one line a setting; origins do not count.
-
-    A setting that only one side knows is a difference too: a run must not resume under a default it never saw.
-    """
-    lines = []
-    for name in sorted((old.keys() | new.keys()) - set(ignore)):
-        before = repr(old[name]["value"]) if name in old else "not known"
-        after = repr(new[name]["value"]) if name in new else "not known"
-        if before != after:
-            lines.append(f"{name}: was {before}, is {after}")
-    return lines

@@ -70,6 +70,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             chosen = targets[chunk, None]  # [m,1]
             logits = scaled_logits(hidden[chunk], weight, temperature, suppressed)  # [m,V]
+            logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
             log_z = torch.logsumexp(logits, 1, keepdim=True)  # [m,1]
             logprobs[chunk] = (logits.gather(1, chosen) - log_z)[:, 0]
             if not (needs_gradient or with_entropy):

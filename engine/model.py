@@ -6,6 +6,7 @@ what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from data.encode import FAMILIES, Encoder
 from engine.config import UsageError
@@ -47,11 +50,13 @@ def model_path(name: str) -> str:
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, min_visual_tokens: int, max_visual_tokens: int) -> LoadedModel:
     """Load and freeze a base model of one of the two families. Raises UsageError (one line) where there is none at `name`."""
     path = model_path(name)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of reading weights; in a log file it is one long line
     _check_checkpoint(name, path)
     try:
         encoder = Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
         base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # a file of the checkpoint is missing, damaged or of another kind
         raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
     base.requires_grad_(False)
     base.to(device).eval()
@@ -67,12 +72,16 @@ def _check_checkpoint(name: str, path: str) -> None:
     looks_local = name == DEMO or Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
     if not Path(path).is_dir() and looks_local:
         raise UsageError(f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UsageError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint")
     try:
         config = json.loads(Path(cached_file(path, "config.json")).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). A local checkpoint needs one; a hub model must "
-            f"exist and be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`") from error
+            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). A hub model must exist and "
+            f"be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`") from error
+    except ValueError as error:
+        raise UsageError(f"--model_name_or_path {name}: its config.json is not valid JSON ({error})") from error
     if config.get("model_type") not in FAMILIES:
         raise UsageError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models")
 
@@ -118,15 +127,21 @@ def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
 
 
 def adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig saved in a folder. Raises UsageError where there is none."""
+    """The LoraConfig saved in a folder. Raises UsageError where there is none that can be read."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise UsageError(f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors")
-    return LoraConfig.from_pretrained(str(folder))
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{folder}: adapter_config.json cannot be read ({_first_line(error)})") from error
 
 
 def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
     """Put a folder's weights into an attached adapter; every key must find its place, none may be left over."""
-    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    try:
+        saved = load_file(Path(folder) / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise UsageError(f"{folder}: adapter_model.safetensors cannot be read ({_first_line(error)})") from error
     load_adapter_state(wrapped, saved, adapter, source=str(folder))
 
 
@@ -146,7 +161,7 @@ def load_adapter_state(wrapped: PeftModel, saved: dict[str, Tensor], adapter: st
 
 def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
     """The adapter's tensors under the names that peft saves and loads."""
-    return get_peft_model_state_dict(wrapped, adapter_name=adapter)
+    return get_peft_model_state_dict(wrapped, adapter_name=adapter, save_embedding_layers=False)  # else peft asks the hub for the base
 
 
 def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
@@ -179,7 +194,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
     Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never recomputed.
     """
-    language_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    language_model(model).activation_checkpointing_enable({"use_reentrant": False})
 
 
 def lm_head_weight(model: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -31,7 +31,7 @@ from engine.checkpoint import (
 )
 from engine.config import Resolved, UsageError, to_json
 from engine.model import POLICY, adapter_config_document, adapter_state, load_adapter_state
-from engine.runtime import sha256_of, versions
+from engine.runtime import run_directory, sha256_of, versions
 from engine.tracking import STEP_LOGS
 
 FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit")  # they change no number of a run
@@ -46,6 +46,7 @@ class TrainerState:
     best_metric: float | None = None
     best_model_checkpoint: str | None = None  # a folder's name in the run's folder
     evaluations_without_improvement: int = 0
+    evaluated_step: int = -1  # the last step whose evaluation was finished
     log_history: list[dict[str, Any]] = field(default_factory=list)
     unlogged_metrics: dict[str, Any] = field(default_factory=dict)  # of the steps since the last log, where logging_steps > 1
 
@@ -73,12 +74,18 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from elsewhere)."""
+    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from elsewhere).
+
+    Raises UsageError for a config.json that cannot be read.
+    """
     path = Path(run_dir) / "config.json"
     if not path.is_file():
         return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or remove it") from error
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -91,8 +98,9 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
     path = Path(named)
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
-    if path.resolve().name.startswith("checkpoint-"):
-        return load_checkpoint(path.resolve()), []
+    resolved = path.resolve()  # `last` and `best` are links
+    if resolved.name.startswith("checkpoint-"):
+        return load_checkpoint(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved), []
     newest, rejected = latest_valid_checkpoint(path)
     if newest is None:
         raise CheckpointError([f"--resume_from_checkpoint {named}: the folder holds no sound checkpoint-<step>", *rejected])
@@ -100,9 +108,23 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
 
 
 def inherited_settings(named: str) -> dict[str, Any]:
-    """The settings of the run that --resume_from_checkpoint names, for `parse_config`."""
+    """The settings of the run that --resume_from_checkpoint names, for `parse_config`.
+
+    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or a renamed folder.
+    """
     checkpoint, _ = find_checkpoint(named)
-    return {name: entry["value"] for name, entry in checkpoint.document("config.json")["settings"].items()}
+    settings = {name: entry["value"] for name, entry in checkpoint.document("config.json")["settings"].items()}
+    return settings | {"output_dir": None}
+
+
+def run_folder(checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from, or a new one where output_dir names another.
+
+    Raises UsageError where that other folder is not empty.
+    """
+    if checkpoint is not None and (output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent):
+        return checkpoint.path.parent
+    return run_directory(output_dir, kind, resume=False)
 
 
 def check_same_data(checkpoint: Checkpoint, document: dict) -> None:
@@ -134,6 +156,31 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
         shutil.copytree(source / best, temporary)
         os.rename(temporary, run_dir / best)
         point_link(run_dir, "best", run_dir / best)
+
+
+def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
+    """Copy the SFT adapter to run_dir/reference, once; returns {file: SHA-256}. With it a run folder is whole, whatever happens to the SFT run."""
+    temporary = run_dir / ".tmp-reference"
+    temporary.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, temporary / name)
+    os.rename(temporary, run_dir / "reference")
+    return _reference_hashes(run_dir / "reference")
+
+
+def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
+    """The hashes of the run's reference. Raises UsageError where it is not the adapter that the run began with."""
+    folder, before = checkpoint.path.parent / "reference", checkpoint.document("config.json")["reference"]
+    now = _reference_hashes(folder)
+    if now != before:
+        changed = next(name for name in before if now.get(name) != before[name])
+        raise UsageError(f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256 {now.get(changed, 'missing')[:12]}, "
+                         f"was {before[changed][:12]}); restore it or start a new run")
+    return now
+
+
+def _reference_hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors") if (folder / name).is_file()}
 
 
 def restore(checkpoint: Checkpoint, wrapped: PeftModel, optimizer: torch.optim.Optimizer,

@@ -38,8 +38,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
+def pick_device(num_threads: int | None = None) -> torch.device:
+    """The first CUDA device where there is one, else the CPU, with `num_threads` threads for torch's own work there."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -88,7 +90,7 @@ class SignalGuard:
 
 # ---- run directory --------------------------------------------------------------------------------------------------
 def run_directory(
-    output_dir: str | Path | None, kind: Literal["sft", "grpo"], *, resume: bool, root: Path = Path("runs")
+    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval"], *, resume: bool, root: Path = Path("runs")
 ) -> Path:
     """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
 

@@ -52,6 +52,8 @@ class TrainingConfig:
 
     max_completion_length: int = setting(512, "longest completion that is sampled or decoded", unit="tokens", source=OURS, group="decoding")
 
+    num_threads: int | None = setting(
+        None, "CPU threads of torch (default: torch's own choice); one is fastest for a tiny model beside other work", unit="threads", group="run")
     output_dir: str | None = setting(None, "run folder (default: runs/<time>-sft or -grpo under the current folder)", group="run")
     logging_steps: int = setting(1, "metrics are logged every so many steps", unit="optimizer steps", group="run")
     save_steps: int | None = setting(None, "a checkpoint every so many steps (default: at every evaluation)", unit="optimizer steps", group="run")
@@ -67,7 +69,7 @@ def training_problems(config: TrainingConfig) -> list[str]:
 
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_completion_length",
                 "logging_steps", "learning_rate", "max_grad_norm", "num_train_epochs")
-    optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens")
+    optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens", "num_threads")
     problems = [f"--{name} is {getattr(config, name)}; it must be positive" for name in positive if not getattr(config, name) > 0]
     problems += [f"--{name} is {getattr(config, name)}; it must be positive" for name in optional
                  if getattr(config, name) is not None and not getattr(config, name) > 0]

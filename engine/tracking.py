@@ -50,9 +50,12 @@ class MetricAccumulator:
     0 measured nothing and is ignored, whatever its value; a metric with no other entry is left out.
     """
 
-    def __init__(self):
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        """`state`: a `state_dict()` to go on from, where a run is resumed between two logs."""
         self._entries: dict[str, list[tuple[Any, Any]]] = {}
         self._reductions: dict[str, str] = {}
+        for name, (reduction, entries) in (state or {}).items():
+            self._reductions[name], self._entries[name] = reduction, [tuple(entry) for entry in entries]
 
     def add(
         self, name: str, value: float | torch.Tensor, weight: float | torch.Tensor = 1.0, reduction: Reduction = "mean"
@@ -80,6 +83,13 @@ class MetricAccumulator:
             yield
         finally:
             self.add(f"time/{name}", time.perf_counter() - start, reduction="sum")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added since the last `collect`, as JSON can hold it."""
+        return {
+            name: [self._reductions[name], [[float(value), float(weight)] for value, weight in entries]]
+            for name, entries in self._entries.items()
+        }
 
     def collect(self) -> dict[str, float]:
         """The combined metrics, in the order in which their names first came; starts afresh afterwards."""

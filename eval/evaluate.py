@@ -3,18 +3,17 @@
     python -m eval.evaluate --adapter_name_or_path runs/20260101-120000-grpo --data_file nih=nih/test.jsonl
     python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
 
-The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and scores-nih.json. Rows read back from
-a file are parsed anew, so a changed parser or metric applies to old predictions too.
+The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and scores-nih.json. Rows read
+back from a file are parsed anew, so a changed parser or metric applies to old predictions too.
 """
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +22,15 @@ import torch
 from torch import nn
 
 from data.answers import ANSWER_FORMATS, parse_answer
-from data.images import image_path
+from data.images import check_images
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt
 from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, write_jsonl
-from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting, to_json
+from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
-from engine.runtime import SignalGuard, environment_banner, main_guard, pick_device, run_directory, sha256_of, versions
+from engine.run import run_document, saved_settings, write_json
+from engine.runtime import SignalGuard, environment_banner, main_guard, pick_device, run_directory
 from engine.tracking import Progress
 from eval.metrics import (
     bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
@@ -56,9 +56,10 @@ def predict(
 ) -> list[dict]:
     """One completion of every example by the sampler of the rollouts -> rows of a predictions file, in the examples' order.
 
-    wrapped: the model with its active adapter, or the base. Images are read batch by batch. on_batch gets the rows of each finished
-    batch; once should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions (temperature 0)
-    do not depend on batch_size; sampled ones do, and need a generator. Raises DataError for an image that cannot be read.
+    wrapped: the model with its active adapter, or the base. Images are read batch by batch. on_batch gets the rows of each
+    finished batch; once should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions
+    (temperature 0) do not depend on batch_size; sampled ones do, and need a generator. Raises DataError for an image that
+    cannot be read.
     """
     rows: list[dict] = []
     for start in range(0, len(examples), batch_size):
@@ -69,7 +70,8 @@ def predict(
             {
                 "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
                 "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
-                "prompt": prompt.name, "completion": model.encoder.decode(completion.ids), "completion_length": len(completion.ids),
+                "prompt": prompt.name, "completion": model.encoder.decode(completion.ids),
+                "completion_length": len(completion.ids),
             }
             for example, (completion,) in zip(batch, completions, strict=True)
         ]
@@ -83,8 +85,8 @@ def predict(
 def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict]:
     """The rows with everything that is read from the completion read anew.
 
-    answer_format: of all rows; None for each row's own (think_solution where a row names none). Besides the fields of the contract
-    a row gets "unknown", the entries that are no label, and "answer_format".
+    answer_format: of all rows; None for each row's own (think_solution where a row names none). Besides "predicted", "valid",
+    "parsed" and "problem" a row gets "unknown", the entries that are no label, and "answer_format".
     """
     parsed_rows = []
     for row in rows:
@@ -98,16 +100,16 @@ def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict
 
 
 # ---- score ----------------------------------------------------------------------------------------------------------
-def score(rows: Sequence[dict], *, reference: Sequence[Collection[str]] | None = None, seed: int = 0) -> dict:
+def score(rows: Sequence[dict], *, reference: Sequence[Example] | None = None, seed: int = 0) -> dict:
     """Everything that scores-<name>.json holds, from rows as `predict` and `read_predictions` make them.
 
-    The labels (columns) are all that any row evaluates; each image counts in its own evaluated labels only. Top level: the dict of
-    `multilabel_scores`, a failed answer counted as empty; `failure_policies` has its F1 under the other two treatments too.
+    The labels (columns) are all that any row evaluates; each image counts in its own evaluated labels only. Top level: the dict
+    of `multilabel_scores`, a failed answer counted as empty; "failure_policies" has F1 under the other two treatments too.
 
-    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid, entries that are no label enlarge the
-    union. "fail_rate" is the share of answers whose labels could not be read, "invalid_rate" of those not strictly in the
-    format. "intervals" are 95 %, by patient. reference: label sets that the baselines imitate, the training data's; without it
-    they imitate this data set, so they have seen the answers. seed: of the intervals and the random baseline.
+    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid, and entries that are no label
+    enlarge the union. "fail_rate" is the share of answers whose labels could not be read, "invalid_rate" of those not strictly
+    in the format. "intervals" are 95 %, by patient. reference: the training examples, whose label sets the baselines imitate;
+    without them they imitate this data set, so they have seen the answers. seed: of the intervals and the random baseline.
 
     Raises DataError where there is no row, or no row evaluates any label.
     """
@@ -126,8 +128,8 @@ def score(rows: Sequence[dict], *, reference: Sequence[Collection[str]] | None =
     lengths = [row["completion_length"] for row in rows]
     return policies["empty"] | {
         "jaccard": float(jaccard.mean()),
-        "fail_rate": float(1 - parsed.mean()),
-        "invalid_rate": float(1 - valid.mean()),
+        "fail_rate": float((~parsed).mean()),
+        "invalid_rate": float((~valid).mean()),
         "problems": dict(Counter(row["problem"] for row in rows if row["problem"]).most_common()),
         "n": len(rows),
         "num_patients": len(set(patients)),
@@ -139,11 +141,12 @@ def score(rows: Sequence[dict], *, reference: Sequence[Collection[str]] | None =
     }
 
 
-def _baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], reference: Sequence[Collection[str]] | None,
+def _baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], reference: Sequence[Example] | None,
                seed: int) -> dict[str, dict]:
     """{baseline: {"micro_f1", "macro_f1", "jaccard", "reference"}}; "reference" names the label sets that it imitates."""
-    imitated = targets & evaluated if reference is None else label_matrix(reference, columns)
-    source = "this data set" if reference is None else "train_file"
+    imitated, source = targets & evaluated, "this data set"
+    if reference is not None:
+        imitated, source = label_matrix([example.target.labels for example in reference], columns), "train_file"
     rng = np.random.default_rng(seed)
     num_images, num_labels = targets.shape
 
@@ -152,15 +155,82 @@ def _baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], r
         return _f1(multilabel_scores(targets, predictions, columns, evaluated)) | {"jaccard": jaccard}
 
     draws = [figures(predict_by_prevalence(imitated, num_images, rng)) for _ in range(PREVALENCE_DRAWS)]
+    mean = {metric: float(np.mean([draw[metric] for draw in draws])) for metric in draws[0]}
     return {
         "most_frequent": figures(predict_most_frequent(imitated, num_images)) | {"reference": source},
         "all_labels": figures(predict_all_labels(num_images, num_labels)) | {"reference": None},
-        "prevalence_matched": {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]} | {"reference": source},
+        "prevalence_matched": mean | {"reference": source},
     }
 
 
 def _f1(scores: dict) -> dict[str, float]:
     return {"micro_f1": scores["micro"]["f1"], "macro_f1": scores["macro"]["f1"]}
+
+
+# ---- decode, score and keep -----------------------------------------------------------------------------------------
+def evaluate_sets(
+    wrapped: nn.Module,
+    model: LoadedModel,
+    sets: Mapping[str, Sequence[Example]],
+    prompt: Prompt,
+    sampling: SamplingConfig,
+    output_dir: str | Path,
+    *,
+    batch_size: int,
+    reference: Sequence[Example] | None = None,
+    answer_format: str | None = None,
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    notes: Mapping[str, dict] | None = None,
+    extra: Callable[[list[dict]], dict] = lambda rows: {},
+) -> dict[str, dict]:
+    """`predict`, `score` and `write_results` for every data set, with a progress bar -> {name: scores}.
+
+    Results of these names in output_dir are replaced. answer_format: None for the prompt's own. notes: {name: keys to add to
+    the scores}; extra(rows): more such keys, computed from the rows. Until a data set is finished its answers so far are in
+    predictions-<name>.partial.jsonl; an interrupt (KeyboardInterrupt, once should_stop says so) or an error leaves that file
+    there and says so.
+    """
+    results = {}
+    for name, examples in sets.items():
+        partial = Path(output_dir) / f"predictions-{name}.partial.jsonl"
+        generator = torch.Generator().manual_seed(seed)  # one for each data set: its answers do not depend on the others
+        failed = 0
+        with Progress(len(examples), description=f"{name} (images)") as progress, _kept(partial, name) as keep:
+
+            def on_batch(rows: list[dict]) -> None:
+                nonlocal failed
+                keep(rows)
+                failed += sum(not row["parsed"] for row in rows)
+                progress.update({"failed": failed}, len(rows))
+
+            rows = predict(wrapped, model, examples, prompt, sampling, answer_format=answer_format or prompt.answer_format,
+                           batch_size=batch_size, generator=generator, should_stop=should_stop, on_batch=on_batch)
+            results[name] = score(rows, reference=reference, seed=seed) | extra(rows) | (notes or {}).get(name, {})
+            write_results(output_dir, name, rows, results[name], overwrite=True)
+    return results
+
+
+@contextmanager
+def _kept(partial: Path, name: str) -> Iterator[Callable[[list[dict]], None]]:
+    """A function that appends rows to `partial` at once. The file goes when the block ends well; else it stays and is named."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+
+        def keep(rows: list[dict]) -> None:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+
+        try:
+            yield keep
+        except BaseException:
+            if file.tell():
+                print(f"the answers so far are kept; to score them: python -m eval.evaluate --predictions {name}={partial}",
+                      file=sys.stderr)
+            else:
+                partial.unlink()
+            raise
+    partial.unlink()
 
 
 # ---- show -----------------------------------------------------------------------------------------------------------
@@ -169,7 +239,7 @@ _NAME_WIDTH = 22
 
 
 def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
-    """The table of scores by data set, each above its baselines; at most 100 columns wide. per_label: F1 of every label below."""
+    """The table of scores by data set, each above its baselines, at most 100 columns wide. per_label: all labels below."""
     table = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
     for name, scores in results.items():
         values = {"jaccard": scores["jaccard"]} | _f1(scores)
@@ -209,22 +279,17 @@ def write_results(output_dir: str | Path, name: str, rows: Sequence[dict], score
 
     Raises UsageError where there are results of that name already. overwrite: for a training run, which replaces its own.
     """
+    predictions_file, scores_file = Path(output_dir) / f"predictions-{name}.jsonl", Path(output_dir) / f"scores-{name}.json"
     if not overwrite:
-        refuse_existing(output_dir, [name])
-    output_dir = Path(output_dir)
-    write_jsonl(output_dir / f"predictions-{name}.jsonl", rows)
-    temporary = output_dir / f".scores-{name}.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output_dir / f"scores-{name}.json")
+        _refuse_existing([predictions_file, scores_file])
+    write_jsonl(predictions_file, rows)
+    write_json(scores_file, scores)
 
 
-def refuse_existing(output_dir: str | Path, names: Sequence[str]) -> None:
-    """Raises UsageError where `output_dir` holds results, or an unfinished evaluation, of one of the names."""
-    files = [Path(output_dir) / file for name in names
-             for file in (f"predictions-{name}.jsonl", f"scores-{name}.json", f"predictions-{name}.partial.jsonl")]
-    problems = [f"{path} exists and nothing is overwritten; name another --output_dir or another NAME" for path in files if path.exists()]
-    if problems:
-        raise UsageError(problems)
+def _refuse_existing(files: Sequence[Path]) -> None:
+    existing = [file for file in files if file.exists()]
+    if existing:
+        raise UsageError([f"{file} exists and nothing is overwritten; give another --output_dir or NAME" for file in existing])
 
 
 _ROW_FIELDS = {"id": str, "patient_id": str, "dataset": str, "labels": list, "evaluated_labels": list, "completion": str,
@@ -283,12 +348,14 @@ def _row_problems(row: object) -> list[str]:
 class EvalConfig:
     """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the help says."""
 
-    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'; without it, the adapter's own base")
+    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'; without it, the adapter's base")
     adapter_name_or_path: str | None = setting(None, "folder of a LoRA adapter; without it, the base model itself is evaluated")
-    data_file: tuple[str, ...] = setting((), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT")
+    data_file: tuple[str, ...] = setting(
+        (), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",))
     predictions: tuple[str, ...] = setting((), "predictions files to score again without a model, each NAME=FILE")
     image_root: str | None = setting(None, "folder that image paths are relative to; without it, each data file's own")
-    train_file: str | None = setting(None, "training data whose label frequencies the baselines imitate; without it, each data set's own")
+    train_file: str | None = setting(
+        None, "training data whose label frequencies the baselines imitate; without it, each data set's own")
     output_dir: str | None = setting(None, "where predictions and scores go; without it, a new folder runs/<time>-eval")
     max_samples: int | None = setting(None, "use only the first so many rows of each data set")
     prompt: str | None = setting(None, f"instruction: {', '.join(PROMPTS)}; else free_reasoning")
@@ -297,15 +364,19 @@ class EvalConfig:
     top_p: float = setting(0.95, "nucleus of the sampler; no effect at temperature 0")
     max_completion_length: int | None = setting(None, "where a completion is cut; else 512", unit="tokens")
     per_device_eval_batch_size: int = setting(8, "images decoded together")
-    min_visual_tokens: int | None = setting(None, "smallest size of an image (Qwen2.5-VL); else 256", unit="tokens", source="paper")
-    max_visual_tokens: int | None = setting(None, "largest size of an image (Qwen2.5-VL); else 512", unit="tokens", source="paper")
+    min_visual_tokens: int | None = setting(
+        None, "smallest size of an image (Qwen2.5-VL); else 256", unit="tokens", source="paper 3.2.1")
+    max_visual_tokens: int | None = setting(
+        None, "largest size of an image (Qwen2.5-VL); else 512", unit="tokens", source="paper 3.2.1")
+    num_threads: int | None = setting(None, "CPU threads of torch; else torch's own choice", unit="threads")
     bf16: bool | None = setting(None, "base model in bfloat16 rather than float32; else true on a GPU and false on a CPU")
     seed: int = setting(0, "of the sampler, the intervals and the random baseline")
 
 
-# What an evaluation takes over from the run that trained the adapter, with the values where there is no such run.
-_INHERITED = {"prompt": "free_reasoning", "answer_format": None, "max_completion_length": 512, "min_visual_tokens": 256,
-              "max_visual_tokens": 512, "bf16": None}
+# What an evaluation takes over from the run that trained the adapter: {setting: (type, value where there is no such run)}.
+_INHERITED = {"prompt": (str, "free_reasoning"), "answer_format": (str, None), "max_completion_length": (int, 512),
+              "min_visual_tokens": (int, 256), "max_visual_tokens": (int, 512), "bf16": (bool, None),
+              "num_threads": (int, None)}
 
 
 def named_files(values: Sequence[str], flag: str) -> tuple[dict[str, str], list[str]]:
@@ -337,7 +408,8 @@ def config_problems(config: EvalConfig) -> list[str]:
         problems.append(f"--prompt {config.prompt}: unknown; known: {', '.join(PROMPTS)}")
     if config.answer_format not in (None, *ANSWER_FORMATS):
         problems.append(f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}")
-    for name in ("max_samples", "max_completion_length", "per_device_eval_batch_size", "min_visual_tokens", "max_visual_tokens"):
+    for name in ("max_samples", "max_completion_length", "per_device_eval_batch_size", "min_visual_tokens",
+                 "max_visual_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: must be at least 1")
@@ -345,58 +417,48 @@ def config_problems(config: EvalConfig) -> list[str]:
         problems.append(f"--temperature {config.temperature}: must be 0 (greedy) or a positive number")
     if not 0 < config.top_p <= 1:
         problems.append(f"--top_p {config.top_p}: must be above 0 and at most 1")
-    if config.min_visual_tokens and config.max_visual_tokens and config.min_visual_tokens > config.max_visual_tokens:
-        problems.append(f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}")
+    smallest, largest = config.min_visual_tokens, config.max_visual_tokens
+    if smallest is not None and largest is not None and smallest > largest:
+        problems.append(f"--min_visual_tokens {smallest} is above --max_visual_tokens {largest}")
     return problems
 
 
 def complete(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the adapter's base model, and settings of the run that trained it.
+    """Fill in what was not given: the adapter's base model, and settings of the run that trained it (its config.json).
 
     Raises UsageError for a folder without an adapter, one that names no base model, and a config.json that cannot be used.
     """
     config: EvalConfig = resolved.configs[0]
-    settings, source = {}, None
+    settings, origin = {}, "default"
     if config.adapter_name_or_path is not None:
         folder = Path(config.adapter_name_or_path)
         base = adapter_config(folder).base_model_name_or_path
-        settings, source = _training_settings(folder)
+        settings, origin = _training_settings(folder), str(folder / "config.json")
         if config.model_name_or_path is None:
             if not base:
                 raise UsageError(f"{folder}: adapter_config.json names no base model; give --model_name_or_path")
             resolved = resolved.with_value("model_name_or_path", base, str(folder / "adapter_config.json"))
-    for name, default in _INHERITED.items():
+    for name, (_, default) in _INHERITED.items():
         if getattr(config, name) is None:
-            value = settings.get(name)
-            resolved = resolved.with_value(name, default if value is None else value, "default" if value is None else str(source))
-    prompt = PROMPTS.get(resolved.configs[0].prompt)
-    if prompt is not None and resolved.configs[0].answer_format is None:
-        resolved = resolved.with_value("answer_format", prompt.answer_format, f"prompt {prompt.name}")
-    problems = config_problems(resolved.configs[0])
+            resolved = resolved.with_value(name, settings.get(name, default), origin if name in settings else "default")
+    config = resolved.configs[0]
+    problems = config_problems(config)
     if problems:
         raise ConfigError(problems)
+    if config.answer_format is None:
+        resolved = resolved.with_value("answer_format", PROMPTS[config.prompt].answer_format, f"prompt {config.prompt}")
     return resolved
 
 
-def _training_settings(folder: Path) -> tuple[dict, Path | None]:
-    """({setting: value}, config.json) of the run that an adapter or a checkpoint of it lies in; empty where there is none."""
-    kinds = {field.name: str if "str" in field.type else bool if "bool" in field.type else int
-             for field in dataclasses.fields(EvalConfig) if field.name in _INHERITED}
-    for path in (folder / "config.json", folder.resolve().parent / "config.json"):
-        if not path.is_file():
-            continue
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
-        if not isinstance(document, dict) or not isinstance(document.get("settings"), dict):
-            continue  # the model's own configuration, not a run's
-        values = {name: document["settings"].get(name, {}).get("value") for name in kinds}
-        wrong = [name for name, value in values.items() if value is not None and type(value) is not kinds[name]]
-        if wrong:
-            raise UsageError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {kinds[wrong[0]].__name__}; give --{wrong[0]}")
-        return values, path
-    return {}, None
+def _training_settings(folder: Path) -> dict:
+    """{setting: value} of the run that saved the adapter, those of _INHERITED; empty where it left no config.json."""
+    saved = saved_settings(folder)
+    settings = {name: saved[name] for name in _INHERITED if saved.get(name) is not None}
+    for name, value in settings.items():
+        if type(value) is not _INHERITED[name][0]:
+            expected = _INHERITED[name][0].__name__
+            raise UsageError(f"{folder / 'config.json'}: {name} is {value!r}, expected {expected}; repair or remove the file")
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -408,90 +470,56 @@ def _run(argv: Sequence[str]) -> int:
     resolved = parse_config([EvalConfig], argv, script="eval", prog="python -m eval.evaluate", validate=config_problems,
                             description="Decode data sets with a model and score the answers, or score kept answers again.")
     config: EvalConfig = resolved.configs[0]
-    names = list(named_files(config.data_file or config.predictions, "")[0])
     if config.output_dir is not None:
-        refuse_existing(config.output_dir, names)
-    reference = None if config.train_file is None else [example.labels for example in read_examples(config.train_file, config.image_root)]
-    if config.predictions:
-        return _score_again(resolved, reference)
-    return _decode_and_score(complete(resolved), reference)
+        names = named_files(config.data_file or config.predictions, "data_file")[0]
+        files = ("predictions-{}.jsonl", "scores-{}.json", "predictions-{}.partial.jsonl")
+        _refuse_existing([Path(config.output_dir) / file.format(name) for name in names for file in files])
+    reference = None if config.train_file is None else read_examples(config.train_file, config.image_root)
+    return _score_again(resolved, reference) if config.predictions else _decode_and_score(complete(resolved), reference)
 
 
-def _score_again(resolved: Resolved, reference: list[Collection[str]] | None) -> int:
+def _score_again(resolved: Resolved, reference: list[Example] | None) -> int:
     config: EvalConfig = resolved.configs[0]
-    files = named_files(config.predictions, "predictions")[0]
+    files = {name: Path(file) for name, file in named_files(config.predictions, "predictions")[0].items()}
     rows = {name: read_predictions(file, config.answer_format)[: config.max_samples] for name, file in files.items()}
     results = {name: score(rows[name], reference=reference, seed=config.seed) for name in files}
     output_dir = _output_directory(config)
-    for name, file in files.items():
-        write_results(output_dir, name, rows[name], results[name] | _made_with(resolved, Path(file)))
-    print(format_scores(results, per_label=True))
-    print(f"\npredictions and scores: {output_dir}")
-    return 0
+    for name, scores in results.items():
+        write_results(output_dir, name, rows[name], scores | {"run": run_document(resolved, "eval", {name: files[name]})})
+    return _show(results, output_dir)
 
 
-def _decode_and_score(resolved: Resolved, reference: list[Collection[str]] | None) -> int:
+def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> int:
     config: EvalConfig = resolved.configs[0]
     files = {name: data_file(spec) for name, spec in named_files(config.data_file, "data_file")[0].items()}
-    data = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
-    _check_images(data)
-    device = pick_device()
-    dtype = torch.bfloat16 if (device.type == "cuda" if config.bf16 is None else config.bf16) else torch.float32
+    sets = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
+    check_images(example for examples in sets.values() for example in examples)
+    notes = {name: {"run": run_document(resolved, "eval", {name: file})} for name, file in files.items()}
+    device = pick_device(config.num_threads)
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     print(environment_banner(device))
     print(describe(resolved))
-    model = load_model(config.model_name_or_path, dtype=dtype, device=device, min_visual_tokens=config.min_visual_tokens,
-                       max_visual_tokens=config.max_visual_tokens)
+    print("images: " + ", ".join(f"{name} {len(examples)}" for name, examples in sets.items()), flush=True)
+    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
+                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     wrapped = model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
     output_dir = _output_directory(config)
-    results: dict[str, dict] = {}
+    sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
     with SignalGuard() as guard:
-        for name, examples in data.items():
-            partial = output_dir / f"predictions-{name}.partial.jsonl"
-            try:
-                rows = _decode(wrapped, model, config, name, examples, partial, guard)
-            except KeyboardInterrupt:
-                print(f"stopped: the answers so far are in {partial}; --predictions {name}={partial} scores them", file=sys.stderr)
-                return guard.exit_code or 130
-            results[name] = score(rows, reference=reference, seed=config.seed)
-            write_results(output_dir, name, rows, results[name] | _made_with(resolved, files[name]), overwrite=True)
-            partial.unlink()
+        try:
+            results = evaluate_sets(
+                wrapped, model, sets, PROMPTS[config.prompt], sampling, output_dir, reference=reference, notes=notes,
+                batch_size=config.per_device_eval_batch_size, answer_format=config.answer_format, seed=config.seed,
+                should_stop=lambda: guard.stop is not None)
+        except KeyboardInterrupt:
+            return guard.exit_code or 130
+    return _show(results, output_dir)
+
+
+def _show(results: dict[str, dict], output_dir: Path) -> int:
     print(format_scores(results, per_label=True))
     print(f"\npredictions and scores: {output_dir}")
     return 0
-
-
-def _decode(wrapped: nn.Module, model: LoadedModel, config: EvalConfig, name: str, examples: list[Example], partial: Path,
-            guard: SignalGuard) -> list[dict]:
-    """`predict` with a progress bar; finished batches are in `partial` at once, so that nothing computed is lost."""
-    sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
-    generator = torch.Generator().manual_seed(config.seed)  # one for each data set: its scores do not depend on the others
-    failed = 0
-    with Progress(len(examples), description=f"{name} (images)") as progress, partial.open("w", encoding="utf-8") as file:
-
-        def keep(rows: list[dict]) -> None:
-            nonlocal failed
-            failed += sum(not row["parsed"] for row in rows)
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            progress.update({"failed": failed}, len(rows))
-
-        return predict(wrapped, model, examples, PROMPTS[config.prompt], sampling, answer_format=config.answer_format,
-                       batch_size=config.per_device_eval_batch_size, generator=generator,
-                       should_stop=lambda: guard.stop is not None, on_batch=keep)
-
-
-def _check_images(data: dict[str, list[Example]]) -> None:
-    """Every image file exists: a missing one must not end an evaluation after an hour."""
-    problems: list[str] = []
-    for examples in data.values():
-        for example in examples:
-            try:
-                image_path(example)
-            except DataError as error:
-                problems += error.problems
-    if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else []))
 
 
 def _output_directory(config: EvalConfig) -> Path:
@@ -503,11 +531,6 @@ def _output_directory(config: EvalConfig) -> Path:
     except OSError as error:
         raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
     return directory
-
-
-def _made_with(resolved: Resolved, file: Path) -> dict:
-    """What it takes to get the scores again; the same keys as in a run's config.json."""
-    return {"settings": to_json(resolved), "versions": versions(), "data": {"file": str(file), "sha256": sha256_of(file)}}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+_WEIGHTS_AT_ONCE = 2_000_000  # of the bootstrap's [resamples, patients] weights: 16 MB
+
 
 def label_matrix(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
     """N label collections -> bool [N, K]. A label that is not among `labels` has no column and is left out."""
@@ -52,11 +54,21 @@ def multilabel_scores(
 
 
 def mean_jaccard(targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None) -> float:
-    """Mean over images of |T & P| / |T | P| among the evaluated labels; 1 where both are empty, 0 without any image."""
+    """Mean of `jaccard_per_image`, 0 without any image."""
+    return float(jaccard_per_image(targets, predictions, evaluated).mean()) if len(targets) else 0.0
+
+
+def jaccard_per_image(
+    targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None, num_unknown: np.ndarray | None = None
+) -> np.ndarray:
+    """|T & P| / |T | P| among the evaluated labels, float [N]; 1 where both are empty.
+
+    num_unknown [N]: predicted entries that are none of the labels. They enlarge the union, as in Eq. 3.
+    """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
-    union = ((targets | predictions) & evaluated).sum(axis=1)  # [N]
-    return float(np.where(union == 0, 1.0, _ratio(intersection, union)).mean()) if len(targets) else 0.0
+    union = ((targets | predictions) & evaluated).sum(axis=1) + (0 if num_unknown is None else num_unknown)  # [N]
+    return np.where(union == 0, 1.0, _ratio(intersection, union))
 
 
 def failure_policies(
@@ -77,6 +89,52 @@ def failure_policies(
         "dropped": multilabel_scores(targets[parsed], predictions[parsed], labels, evaluated[parsed]),
         "all_wrong": multilabel_scores(targets, np.where(read, predictions, ~targets), labels, evaluated),
     }
+
+
+def bootstrap_intervals(
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    evaluated: np.ndarray | None,
+    patient_ids: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 1000,
+    jaccard: np.ndarray | None = None,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of "micro_f1", "macro_f1" and "jaccard": {metric: (low, high)}.
+
+    Whole patients are drawn with replacement, as many as there are: images of one patient resemble each other, so drawing
+    images would give intervals that are too narrow. One resample is one draw of `rng.multinomial` over the patients in sorted
+    order. jaccard [N]: the value of each image, where it is not `jaccard_per_image`'s. A rare label is missing from some
+    resamples and then counts as 0 in macro-F1, so that interval lies low, down to missing the estimate itself.
+
+    Raises ValueError without any image, and where the lengths differ.
+    """
+    targets, predictions, evaluated = _checked(targets, predictions, evaluated)
+    jaccard = jaccard_per_image(targets, predictions, evaluated) if jaccard is None else np.asarray(jaccard)
+    if not len(targets) or not len(targets) == len(patient_ids) == len(jaccard):
+        raise ValueError(f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values: need equal "
+                         "numbers, at least one")
+    patients, patient_of_image = np.unique(np.asarray(patient_ids), return_inverse=True)  # [P], [N]
+    num_patients, num_labels = len(patients), targets.shape[1]
+    columns = np.concatenate([  # [N, 3K + 2]
+        targets & predictions & evaluated, ~targets & predictions & evaluated, targets & ~predictions & evaluated,
+        jaccard[:, None], np.ones((len(targets), 1)),
+    ], axis=1)  # fmt: skip
+    totals = np.zeros((num_patients, columns.shape[1]))
+    np.add.at(totals, patient_of_image, columns)  # [P, 3K + 2]
+
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _WEIGHTS_AT_ONCE // num_patients)  # changes the memory, not the draws
+    uniform = np.full(num_patients, 1 / num_patients)
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    resampled = np.concatenate([rng.multinomial(num_patients, uniform, size=size) @ totals for size in sizes])  # [R, 3K + 2]
+
+    counts = [resampled[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]  # TP, FP, FN, each [R, K]
+    by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
+    micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
+    values = {"micro_f1": micro, "macro_f1": by_label.mean(axis=1), "jaccard": resampled[:, -2] / resampled[:, -1]}
+    return {metric: tuple(float(bound) for bound in np.percentile(value, [2.5, 97.5])) for metric, value in values.items()}
 
 
 # Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds label sets to imitate,

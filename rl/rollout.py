@@ -19,7 +19,7 @@ from data.records import Example
 from engine.forward import completion_logprobs
 from engine.generate import Completion
 from engine.model import REFERENCE, LoadedModel, use_adapter
-from rl.objective import ZERO_VARIANCE, group_advantages
+from rl.objective import group_advantages
 from rl.rewards import Reward, RewardFunction
 
 
@@ -153,107 +153,3 @@ def score_samples(
 def plan_micro_batches(num_samples: int, micro_batch_size: int) -> list[list[int]]:
     """Indices of the samples of every micro-batch of one rollout, in order; samples of a prompt stay together where they fit."""
     return [list(range(start, min(start + micro_batch_size, num_samples))) for start in range(0, num_samples, micro_batch_size)]
-
-
-# ---- metrics and records of a rollout -------------------------------------------------------------------------------
-def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """What to log of a rollout, under TRL's names.
-
-    reward is the number trained on (scaled); rewards/<name>/mean and its parts are in the reward's own units. reward_std is over the
-    rollout, reward_group_std the mean within groups; frac_reward_zero_std the share of groups that give no policy gradient.
-    """
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
-    prompts = torch.tensor([sample.prompt for sample in samples])
-    groups = [rewards[prompts == prompt] for prompt in prompts.unique()]
-    lengths = torch.tensor([float(len(sample.ids)) for sample in samples])
-    terminated = lengths[torch.tensor([not sample.truncated for sample in samples])]
-    distinct = [len({sample.text for sample in samples if sample.prompt == prompt}) for prompt in prompts.unique().tolist()]
-    metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "reward_group_std": torch.stack([group.std() for group in groups]).mean(),
-        "frac_reward_zero_std": sum(bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups) / len(groups),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - len(terminated) / len(samples),
-        "completions/valid_rate": sum(sample.answer.valid for sample in samples) / len(samples),
-        "completions/parsed_rate": sum(sample.answer.parsed for sample in samples) / len(samples),
-        "completions/distinct_per_group": sum(distinct) / len(distinct),
-        "completions/mean_labels": sum(len(sample.answer.labels) for sample in samples) / len(samples),
-        "sampling/top_p_mass_mean": torch.cat([sample.top_p_mass for sample in samples]).mean(),
-    }
-    if len(terminated):
-        metrics |= {"completions/mean_terminated_length": terminated.mean(), "completions/min_terminated_length": terminated.min(),
-                    "completions/max_terminated_length": terminated.max()}
-    for name in samples[0].rewards:
-        totals = torch.tensor([sample.rewards[name].total for sample in samples], dtype=torch.float64)
-        metrics |= {f"rewards/{name}/mean": totals.mean(), f"rewards/{name}/std": totals.std()}
-        for part in samples[0].rewards[name].parts:
-            metrics[f"rewards/{name}/{part}"] = sum(sample.rewards[name].parts[part] for sample in samples) / len(samples)
-    return {name: float(value) for name, value in metrics.items()} | mismatch_metrics(samples)
-
-
-def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the training forward's; in fp32 some 1e-6, in bf16 some 1e-3."""
-    kept = [sample for sample in samples if sample.old_logprobs is not None and sample.mask.all()]
-    if not kept:
-        return {}
-    difference = torch.cat([sample.old_logprobs - sample.sampling_logprobs for sample in kept])
-    ratio = difference.exp()
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.abs().mean()),
-        "sampling/sampling_logp_difference/max": float(difference.abs().max()),
-        "sampling/importance_sampling_ratio/min": float(ratio.min()),
-        "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
-        "sampling/importance_sampling_ratio/max": float(ratio.max()),
-    }
-
-
-def completion_rows(samples: Sequence[Sample]) -> list[dict]:
-    """Rows of completions.jsonl."""
-    return [
-        {
-            "id": sample.example.id, "group": sample.prompt, "image": sample.example.image, "labels": sorted(sample.example.target.labels),
-            "completion": sample.text, "completion_length": len(sample.ids), "truncated": sample.truncated,
-            "predicted": list(sample.answer.labels), "valid": sample.answer.valid, "problem": sample.answer.problem,
-            "rewards": {name: {"total": reward.total} | reward.parts for name, reward in sample.rewards.items()},
-            "reward": sample.reward, "advantage": sample.advantage,
-        }
-        for sample in samples
-    ]
-
-
-# ---- a rollout in a checkpoint --------------------------------------------------------------------------------------
-_PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", "ref_logprobs")
-
-
-def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict]]:
-    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for bit."""
-    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in _PER_TOKEN} if samples else {}
-    document = [
-        {
-            "prompt": sample.prompt, "example": sample.example.id, "length": len(sample.ids), "truncated": sample.truncated,
-            "rewards": {name: {"total": reward.total, "parts": reward.parts} for name, reward in sample.rewards.items()},
-            "reward": sample.reward, "advantage": sample.advantage,
-        }
-        for sample in samples
-    ]
-    return tensors, document
-
-
-def unpack_samples(
-    tensors: dict[str, Tensor], document: list[dict], examples: Sequence[Example], decode: Callable[[Tensor], str], answer_format: str
-) -> list[Sample]:
-    """What `pack_samples` packed; text and answer are made again from the ids."""
-    by_id = {example.id: example for example in examples}
-    lengths = [row["length"] for row in document]
-    pieces = {name: tensor.split(lengths) for name, tensor in tensors.items()}
-    samples = []
-    for i, row in enumerate(document):
-        text = decode(pieces["ids"][i])
-        rewards = {name: Reward(total=reward["total"], parts=reward["parts"]) for name, reward in row["rewards"].items()}
-        samples.append(Sample(
-            prompt=row["prompt"], example=by_id[row["example"]], text=text, answer=parse_answer(text, answer_format), truncated=row["truncated"],
-            rewards=rewards, reward=row["reward"], advantage=row["advantage"], **{name: pieces[name][i] for name in _PER_TOKEN}))
-    return samples

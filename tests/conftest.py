@@ -1,11 +1,11 @@
-"""The worked cases of objective_cases.json, for any test: `with case("P05_full_loss") as p05: ...`.
+"""Fixtures: small checkpoints, and the worked cases of objective_cases.json: `with case("P05_full_loss") as p05: ...`.
 
 Every expected number of a case that a test opens must be compared, or be listed below with the reason why it is not ours.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ NOT_IN_THE_PRODUCT = {
     "P11_dual_clip": "dual clip: a variant for forks",
     "P12_gspo": "one ratio for a sequence: a variant for forks",
     "P13_cispo": "detached clipped weights: a variant for forks",
+    "P14_jaccard.rows.intersection": "a step of the calculation; the product returns the quotient",
+    "P14_jaccard.rows.union": "a step of the calculation; the product returns the quotient",
+    "P14_jaccard.rows.precision": "of one image, 1 where both sets are empty; our scores count over a data set, with 0 for 0/0",
+    "P14_jaccard.rows.recall": "of one image, 1 where both sets are empty; our scores count over a data set, with 0 for 0/0",
     "P15_reward_sum": "a weighted sum of reward components; the paper's rewards are Eq. 3 and Eq. 4, whose parts just add up",
     "P16_sft_mask_loss.wrong_mean_of_microbatch_means": "a mean of means: wrong",
     "P19_position_ids.wrong_arange": "positions that count the padding: wrong",
@@ -124,3 +128,69 @@ def case():
     The id and the keys are literals: `test_objective.py` reads them from the source, to find cases that no test opens.
     """
     return open_case
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """`tiny_checkpoint("gemma3")` -> folder of a random checkpoint of that family, made once."""
+    from tiny import SAVE
+
+    made: dict[str, Path] = {}
+
+    def checkpoint(family: str) -> Path:
+        if family not in made:
+            made[family] = SAVE[family](tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data file of 12 rows with answers, beside its images."""
+    from runs import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
+    """`tiny_sft_run("gemma3")` -> folder of a finished SFT run: 2 epochs of 2 steps of 6 rows, a checkpoint at every step."""
+    from runs import sft
+
+    made: dict[str, Path] = {}
+
+    def run(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("runs") / f"sft-{family}"
+            assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", "--num_train_epochs", "2",
+                       "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--save_steps", "1") == 0
+        return made[family]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """`tiny_checkpoint("gemma3")`: the folder of a random checkpoint of that family (see tiny.py), made once; not to be written to."""
+    from tiny import SAVE  # here: most tests need no transformers
+
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            folders[family] = SAVE[family](tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+    """A folder with three random images of each size: 56/image-0.png (4 visual tokens for Qwen), 84/... (9), 112/... (16)."""
+    from tiny import save_images
+
+    folder = tmp_path_factory.mktemp("images")
+    for size in (56, 84, 112):
+        save_images(folder / str(size), 3, size)
+    return folder

@@ -72,7 +72,8 @@ def test_outside_holds_each_piece_of_text_around_the_blocks():
     answer = parse_answer(" before <think>a</think> between <solution>Edema</solution> after ")
     assert answer.outside == "before\nbetween\nafter"
     assert answer.think == "a"
-    # A block inside the other one leaves nothing over.
+    # The wrong order and a block inside the other one leave nothing over.
+    assert parse_answer("<solution>Edema</solution><think>a</think> after").outside == "after"
     assert parse_answer("<think>a<solution>Edema</solution></think> after").outside == "after"
 
 
@@ -161,7 +162,8 @@ def test_unknown_format_is_an_error_that_lists_the_known_ones():
         "<think>" + "</think><solution>" * 60_000,
         FORM.format("," * 1_000_000),
         FORM.format("x " * 500_000),
-        FORM.format("a" + "\u0301\u0323" * 100_000),  # half a minute where a long entry is normalised: quadratic in combining marks
+        # Half a minute for whoever normalises a long entry: that is quadratic in a run of combining marks.
+        FORM.format("a" + "\u0301\u0323" * 100_000),
         FORM.format(",".join(str(i) for i in range(200_000))),
     ],
     ids=["openers", "thinks", "solutions", "pairs", "commas", "one entry", "combining marks", "entries"],

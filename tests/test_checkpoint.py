@@ -212,6 +212,16 @@ def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(tmp
     assert value_of(save(tmp_path, 2, value=3.0)) == 3.0
 
 
+@pytest.mark.parametrize("at", range(17))
+def test_an_interrupt_at_any_point_is_passed_on_and_cleans_up(tmp_path, at):
+    save(tmp_path, 1, value=1.0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Fault(patch, at, KeyboardInterrupt, kill=False)
+        save(tmp_path, 1, value=2.0)
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 16 else 2.0)  # the last call is after the rename
+
+
 def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 26, 74))

@@ -8,16 +8,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from data.demo import splits
 from data.demo.build_base import (
-    CHAT_TEMPLATE, SPECIAL_TOKENS, Encoder, image_processor, patchify, sample_task, tokenizer_corpus, train_tokenizer,
+    BASE_FOLDER, CHAT_TEMPLATE, SPECIAL_TOKENS, Encoder, image_processor, patchify, sample_task, tokenizer_corpus,
+    train_tokenizer,
 )
 from data.demo.radiographs import IMAGE_SIZE, draw, draw_findings
 from data.demo.splits import SPLITS, WRITTEN_SPLITS, draw_split, seeds, write_split
@@ -25,15 +26,12 @@ from data.demo.teacher import reasoning_trace
 from data.labels import LABELS, NIH_NINE, NO_FINDING, SUPPORT_DEVICES
 from data.prompts import PROMPTS, build_messages
 
-BASE = Path(splits.__file__).parent / "base"
 DRAWN_LABELS = [label for label in LABELS if label != NO_FINDING]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(BASE)
+    return AutoTokenizer.from_pretrained(BASE_FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +61,11 @@ def test_each_finding_can_be_seen_where_the_grid_says(label, site):
         cells = with_finding.grid[LABELS.index(label)]
         change = np.abs(with_finding.image.astype(float) - without.image.astype(float))
         inside = np.kron(cells, np.ones((28, 28), dtype=bool))  # a cell is 112 / 4 = 28 pixels wide
-        # The same patient under the same noise, so anything but 0 is the finding; noise alone has a deviation of 3 to 10.
-        assert change[inside].mean() > 2.0
-        assert np.percentile(change[inside], 95) > 10.0
-        assert change[inside].mean() > 2 * change[~inside].mean()
+        # The same patient under the same noise: any change is the finding. A nodule is small, so its cells change little on
+        # average; where it is strongest, each finding stands out by the noise's deviation, 3 (site a) to 11 (site b).
+        assert change[inside].mean() > 1.0
+        assert np.percentile(change[inside], 99) > 11.0
+        assert change[inside].mean() > 5 * change[~inside].mean()
         assert not with_finding.grid[[LABELS.index(other) for other in LABELS if other != label]].any()
 
 
@@ -207,6 +206,15 @@ def test_a_complete_split_is_reused_and_any_other_is_drawn_again(tmp_path, monke
     assert data_file.exists()
 
 
+def test_an_interrupted_redraw_leaves_no_data_file(tmp_path, monkeypatch):
+    """Its rows would describe pictures that have been replaced."""
+    data_file = write_split("rl-train", 3, tmp_path)
+    monkeypatch.setattr(splits, "draw", lambda seed, site: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_split("rl-train", 4, tmp_path)
+    assert not data_file.exists()
+
+
 # ------------------------------------------------------------------------------------------------------------------ base
 
 def test_patchify_equals_the_image_processor():
@@ -259,7 +267,7 @@ def test_a_trained_tokenizer_is_deterministic_and_has_qwens_special_tokens(patie
 
 
 def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it():
-    files = [path for path in BASE.rglob("*") if path.is_file()]
+    files = [path for path in BASE_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 6_000_000
     for path in files:
         if path.suffix != ".safetensors":
@@ -268,16 +276,14 @@ def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it
 
 
 def test_the_shipped_base_loads(tokenizer):
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(BASE_FOLDER, dtype=torch.float32)
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
     assert set(model.generation_config.eos_token_id) == stop_ids
     assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.chat_template.strip() == CHAT_TEMPLATE.strip()
-    processor = AutoImageProcessor.from_pretrained(BASE, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(BASE_FOLDER, backend="pil")
     grid = processor(images=[Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))], return_tensors="pt")["image_grid_thw"]
     assert grid.tolist() == [[1, 8, 8]]  # 64 patches, so 64 / 2^2 = 16 visual tokens
 

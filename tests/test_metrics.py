@@ -10,8 +10,8 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from data.labels import LABELS
 from eval.metrics import (
-    failure_policies, label_matrix, mean_jaccard, multilabel_scores, predict_all_labels, predict_by_prevalence,
-    predict_most_frequent,
+    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, mean_jaccard, multilabel_scores, predict_all_labels,
+    predict_by_prevalence, predict_most_frequent,
 )
 
 ABC = ("Edema", "Fracture", "Pneumonia")
@@ -139,10 +139,10 @@ def test_mean_jaccard_equals_scikit_learn():
 
 
 def test_failed_answers_are_treated_in_three_ways():
-    targets, predictions = bools("110", "100", "011"), bools("110", "111", "010")
-    policies = failure_policies(targets, predictions, np.array([True, False, True]), ABC, bools("111", "110", "111"))
+    targets, predictions = bools("110", "100", "011"), bools("111", "111", "010")
+    policies = failure_policies(targets, predictions, np.array([True, False, True]), ABC, bools("110", "110", "111"))
     assert list(policies) == ["empty", "dropped", "all_wrong"]
-    # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed; its label 3 is not evaluated.
+    # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed. Pneumonia is not evaluated in rows 0 and 1.
     assert triple(policies["dropped"]["micro"]) == pytest.approx((3 / 3, 3 / 4, 6 / 7))
     # Empty: row 1 adds FN 1 (Edema); what the matrix held for it is not used.
     assert triple(policies["empty"]["micro"]) == pytest.approx((3 / 3, 3 / 5, 6 / 8))
@@ -195,3 +195,65 @@ def test_baselines_need_a_reference():
         predict_most_frequent(nothing, 2)
     with pytest.raises(ValueError, match="reference holds no label set"):
         predict_by_prevalence(nothing, 2, np.random.default_rng(0))
+
+
+def test_jaccard_counts_unknown_entries_in_the_union():
+    # Row 0: 1 shared, union 2 + 1 unknown. Row 1: both empty, but one unknown entry was predicted.
+    values = jaccard_per_image(bools("110", "000"), bools("100", "000"), num_unknown=np.array([1, 1]))
+    assert values == pytest.approx([1 / 3, 0])
+
+
+def test_bootstrap_equals_a_loop_over_the_same_draws():
+    targets, predictions = random_case(0)
+    evaluated = np.random.default_rng(1).random(targets.shape) < 0.8
+    patient_ids = [f"p{n}" for n in np.random.default_rng(2).integers(12, size=50)]
+    patients = sorted(set(patient_ids))
+    intervals = bootstrap_intervals(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
+
+    # A position that is not evaluated counts as a true negative for scikit-learn, which no F1 and no Jaccard index sees. The
+    # images of a patient drawn twice are there twice.
+    targets, predictions = targets & evaluated, predictions & evaluated
+    weights = np.random.default_rng(3).multinomial(len(patients), [1 / len(patients)] * len(patients), size=30)
+    figures = []
+    for weight in weights:
+        times = dict(zip(patients, weight))
+        drawn = [n for n in range(50) for _ in range(times[patient_ids[n]])]
+        sample = targets[drawn], predictions[drawn]
+        figures.append((sklearn_scores(*sample, average="micro")[2], sklearn_scores(*sample, average="macro")[2],
+                        jaccard_score(*sample, average="samples", zero_division=1)))
+    low, high = np.percentile(figures, [2.5, 97.5], axis=0)
+    for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high):
+        assert intervals[metric] == pytest.approx(bounds, abs=1e-12)
+
+
+def test_bootstrap_does_not_depend_on_how_many_weights_fit_in_memory(monkeypatch):
+    targets, predictions = random_case(0)
+    arguments = targets, predictions, None, [str(n) for n in range(50)]
+    whole = bootstrap_intervals(*arguments, seed=0, resamples=25)
+    monkeypatch.setattr("eval.metrics._WEIGHTS_AT_ONCE", 4 * 50)  # 4 resamples at a time
+    assert bootstrap_intervals(*arguments, seed=0, resamples=25) == whole
+
+
+def test_bootstrap_draws_patients_not_images():
+    # Two patients of 50 images each, one all right and one all wrong. A resample holds only one of them with probability 1/4
+    # each, so both percentiles are at the extremes; by image they would lie near 0.4 and 0.6.
+    targets, predictions = bools(*["100"] * 100), bools(*["100"] * 50, *["010"] * 50)
+    intervals = bootstrap_intervals(targets, predictions, None, ["a"] * 50 + ["b"] * 50, seed=0)
+    assert intervals["micro_f1"] == intervals["jaccard"] == (0.0, 1.0)
+    assert intervals["macro_f1"] == pytest.approx((0, 1 / 3))  # the other two labels have no true positive
+
+
+def test_bootstrap_of_one_patient_is_a_point():
+    targets, predictions = bools("110", "010"), bools("100", "100")  # the scores of test_scores_by_hand; Jaccard 1/2 and 0
+    intervals = bootstrap_intervals(targets, predictions, None, ["a", "a"], seed=0, resamples=5)
+    for metric, value in {"micro_f1": 2 / 5, "macro_f1": 2 / 9, "jaccard": 1 / 4}.items():
+        assert intervals[metric] == pytest.approx((value, value))
+    own = bootstrap_intervals(targets, predictions, None, ["a", "a"], seed=0, resamples=5, jaccard=np.array([0.25, 0.0]))
+    assert own["jaccard"] == (0.125, 0.125)
+
+
+def test_bootstrap_needs_one_patient_id_an_image():
+    with pytest.raises(ValueError, match="1 images, 2 patient ids"):
+        bootstrap_intervals(bools("110"), bools("110"), None, ["a", "b"], seed=0)
+    with pytest.raises(ValueError, match="0 images"):
+        bootstrap_intervals(np.zeros((0, 3), bool), np.zeros((0, 3), bool), None, [], seed=0)

@@ -139,11 +139,11 @@ def test_nuanced_reward_charges_common_labels_more_than_rare_ones():
 
 
 def test_nuanced_reward_drops_unknown_and_repeated_labels_after_charging_them():
-    # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia) x 100, and 2 repeats
-    # (edema, Nodule) x 25.
-    reward = NuancedReward(FREQUENCY)(answer("Edema", "nodule", "hernia", "edema", "Nodule"), target("Edema"), 10)
-    assert points(reward) == (100, 50, 0, 0, -250)
-    assert reward.total == -100
+    # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia) x 100, and 3 repeats
+    # (edema twice, Nodule) x 25.
+    reward = NuancedReward(FREQUENCY)(answer("Edema", "nodule", "hernia", "edema", "edema", "Nodule"), target("Edema"), 10)
+    assert points(reward) == (100, 50, 0, 0, -275)
+    assert reward.total == -125
 
 
 @pytest.mark.parametrize(

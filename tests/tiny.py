@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -19,6 +20,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from data.records import Example
+from engine.model import LoadedModel, attach_new_adapter, load_model
 
 QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
@@ -51,6 +55,7 @@ def save_qwen(folder: Path, seed: int = 0) -> Path:
         text_config=dict(
             vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])),
         vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
                            temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1]),
@@ -106,6 +111,33 @@ def _louder(model: torch.nn.Module) -> None:
 
 
 SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma}
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """As the product loads it, with 4 to 16 visual tokens an image and a head of its own.
+
+    The tied head of a random model repeats its last token for ever; a random one gives completions that depend on everything.
+    """
+    torch.set_num_threads(1)
+    model = load_model(str(folder), dtype=dtype, device=torch.device("cpu"), min_visual_tokens=4, max_visual_tokens=16)
+    head = 0.4 * torch.randn(model.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    model.base.lm_head.weight = torch.nn.Parameter(head.to(dtype), requires_grad=False)
+    return model
+
+
+def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:
+    """A trainable adapter whose B is not zero, so that it changes the outputs."""
+    torch.manual_seed(seed)
+    wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def examples_of(images: Path, *sizes: int) -> list[Example]:
+    """One example an image of the fixture `tiny_images`, of the given sizes in turn."""
+    return [Example(f"e{i}", f"p{i}", f"{size}/image-{i % 3}.png", ("Edema",), "site", images) for i, size in enumerate(sizes)]
 
 
 def save_images(folder: Path, count: int, size: int = 56) -> list[str]:

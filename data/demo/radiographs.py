@@ -40,6 +40,7 @@ class Site:
     stream: int  # keeps the random streams of the sites apart
     prevalence: dict[str, float]  # of each drawn label among patients that are not healthy
     healthy_share: float  # patients without an abnormality; a device may still be there
+    conspicuity: tuple[float, float]  # how plainly an abnormality shows; 1 is as its function draws it
     rotation_sd: float  # degrees
     zoom: tuple[float, float]  # above 1: wider field of view
     gain: tuple[float, float]
@@ -58,8 +59,8 @@ SITES: dict[str, Site] = {
             "Consolidation": 0.14, "Pneumonia": 0.13, "Atelectasis": 0.16, "Pneumothorax": 0.14, "Pleural Effusion": 0.24,
             "Pleural Other": 0.11, "Fracture": 0.12, SUPPORT_DEVICES: 0.28,
         },
-        healthy_share=0.22, rotation_sd=2.5, zoom=(0.95, 1.06),
-        gain=(0.88, 1.12), offset=(-0.05, 0.05), gamma=(0.88, 1.15), noise=(0.010, 0.026), collimated_share=0.0, marker=False,
+        healthy_share=0.22, conspicuity=(0.40, 1.0), rotation_sd=2.5, zoom=(0.95, 1.06),
+        gain=(0.88, 1.12), offset=(-0.05, 0.05), gamma=(0.88, 1.15), noise=(0.012, 0.032), collimated_share=0.0, marker=False,
     ),
     "b": Site(
         stream=1,
@@ -68,8 +69,8 @@ SITES: dict[str, Site] = {
             "Consolidation": 0.10, "Pneumonia": 0.08, "Atelectasis": 0.20, "Pneumothorax": 0.16, "Pleural Effusion": 0.15,
             "Pleural Other": 0.14, "Fracture": 0.06, SUPPORT_DEVICES: 0.12,
         },
-        healthy_share=0.30, rotation_sd=4.0, zoom=(1.02, 1.18),
-        gain=(0.68, 0.92), offset=(0.04, 0.16), gamma=(0.65, 0.90), noise=(0.020, 0.040), collimated_share=0.6, marker=True,
+        healthy_share=0.30, conspicuity=(0.45, 1.0), rotation_sd=4.0, zoom=(1.02, 1.18),
+        gain=(0.62, 0.90), offset=(0.04, 0.16), gamma=(0.65, 0.90), noise=(0.025, 0.045), collimated_share=0.6, marker=True,
     ),
 }
 
@@ -131,8 +132,10 @@ def draw_findings(findings: tuple[str, ...], seed: int, site: SiteName) -> Radio
     grid = np.zeros((len(LABELS), GRID_SIZE, GRID_SIZE), dtype=bool)
     for label, draw_finding in _FINDINGS.items():
         if label in drawn:
-            before = chest.pixels.copy()
-            locations[label] = draw_finding(chest, _stream(seed, site, label))
+            before, rng = chest.pixels.copy(), _stream(seed, site, label)
+            strength = 1.0 if label == SUPPORT_DEVICES else rng.uniform(*SITES[site].conspicuity)  # metal is never faint
+            locations[label] = draw_finding(chest, rng)
+            chest.pixels = before + strength * (chest.pixels - before)
             grid[LABELS.index(label)] = _changed_cells(before, chest.pixels)
     if drawn <= {SUPPORT_DEVICES}:  # CheXpert's rule: a device is not an abnormality
         drawn.add(NO_FINDING)

@@ -1,0 +1,115 @@
+"""The settings of run_grpo.py beside those of the objective, their checks, and the arithmetic of its batches."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import setting
+from engine.settings import OURS, PAPER_GRPO, TrainingConfig, training_problems
+from rl.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class GRPOConfig(TrainingConfig):
+    """Settings of GRPO beside those of the objective (rl.objective.ObjectiveConfig), which are flags as well."""
+
+    adapter_name_or_path: str | None = setting(
+        None, "the SFT adapter to start from, which also is the frozen reference (default: the newest finished SFT run under runs/)",
+        group="model and data")
+    learning_rate: float = setting(1e-5, "peak learning rate of AdamW", source=OURS, group="optimization")
+    num_train_epochs: float = setting(1.0, "passes over the prompts", unit="epochs", source=OURS, group="optimization")
+    warmup_ratio: float = setting(0.0, "share of all steps with rising learning rate, before the cosine", source=OURS, group="optimization")
+    max_grad_norm: float = setting(1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization")
+
+    num_generations: int = setting(4, "G, completions of each prompt", source=PAPER_GRPO, group="rollout")
+    temperature: float = setting(0.8, "sampling temperature, also of every log-probability", source=PAPER_GRPO, group="rollout")
+    top_p: float = setting(0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout")
+    steps_per_generation: int | None = setting(
+        None, "micro-batches in a rollout (default: 2 x gradient_accumulation_steps, so two optimizer steps use one rollout)",
+        unit="micro-batches", source=OURS, group="rollout")
+    num_iterations: int = setting(1, "passes over each rollout", source=OURS, group="rollout")
+    mask_truncated_completions: bool = setting(False, "leave completions without a stop token out of the loss", source=OURS, group="rollout")
+
+    reward: Literal["hard", "nuanced"] = setting("hard", "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged",
+                                                 source=PAPER_GRPO, group="reward")
+    reward_scale: float | None = setting(None, "multiplies the reward before advantages (default: hard 1, nuanced 0.01)", source=OURS, group="reward")
+    length_penalty: float = setting(0.1, "lambda_len of Eq. 3", source=OURS, group="reward")
+    min_length: int = setting(250, "shorter valid answers get the length penalty of Eq. 3", unit="tokens (the paper names no unit)",
+                              source=PAPER_GRPO, group="reward")
+
+    eval_steps: int | None = setting(100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", group="evaluation")
+    metric_for_best_model: str | None = setting(
+        None, "NAME/METRIC of the evaluation that chooses the best checkpoint, or gap (default: the first set's macro_f1)", group="evaluation")
+    load_best_model_at_end: bool = setting(False, "make the best checkpoint the final adapter, not the last one", group="evaluation")
+
+
+def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
+    found = training_problems(config)
+    if config.train_file is None:
+        found.append("--train_file is missing: give the JSONL file with the prompts' images and labels")
+    if config.num_generations < 2:
+        found.append(f"--num_generations is {config.num_generations}; a group needs at least 2 completions, or every advantage is 0")
+    if not config.temperature > 0 or not 0 < config.top_p <= 1:
+        found.append(f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]")
+    for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            found.append(f"--{name} is {getattr(config, name)}; it must be positive")
+    return found or batch_problems(config)
+
+
+def batch_problems(config: GRPOConfig) -> list[str]:
+    """Batches that do not divide, with the nearest that do."""
+    micro, accumulation, group = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_generations
+    per_rollout = micro_batches_per_rollout(config)
+    found = []
+    if per_rollout % accumulation:
+        lower = per_rollout // accumulation * accumulation
+        found.append(f"--steps_per_generation {per_rollout} does not divide into optimizer steps of --gradient_accumulation_steps {accumulation}; "
+                     f"the nearest that do: {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}")
+    if micro * per_rollout % group:
+        fitting = [n for n in range(1, micro + group + 1) if n * per_rollout % group == 0]
+        nearest = sorted({max((n for n in fitting if n < micro), default=fitting[0]), min(n for n in fitting if n > micro)})
+        found.append(f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches = {micro * per_rollout} completions does not "
+                     f"divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that do: "
+                     f"{', '.join(map(str, nearest))}")
+    return found
+
+
+def micro_batches_per_rollout(config: GRPOConfig) -> int:
+    return config.steps_per_generation or 2 * config.gradient_accumulation_steps
+
+
+def updates_per_rollout(config: GRPOConfig) -> int:
+    return micro_batches_per_rollout(config) // config.gradient_accumulation_steps * config.num_iterations
+
+
+def prompts_per_rollout(config: GRPOConfig) -> int:
+    return config.per_device_train_batch_size * micro_batches_per_rollout(config) // config.num_generations
+
+
+def total_steps(config: GRPOConfig, num_examples: int) -> int:
+    rollouts = max(1, round(config.num_train_epochs * num_examples / prompts_per_rollout(config)))
+    return config.max_steps or rollouts * updates_per_rollout(config)
+
+
+def batch_arithmetic(config: GRPOConfig, num_examples: int) -> list[str]:
+    """Lines of the start banner: how prompts, completions and optimizer steps relate."""
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    prompts, updates = prompts_per_rollout(config), updates_per_rollout(config)
+    completions = prompts * config.num_generations
+    steps = total_steps(config, num_examples)
+    rollouts = -(-steps // updates)
+    return [
+        f"rollout     {prompts} prompts x {config.num_generations} completions = {completions} completions, {updates} optimizer steps each",
+        f"batch       {micro} completions x {accumulation} accumulated = {micro * accumulation} an optimizer step",
+        f"run         {steps} optimizer steps = {rollouts} rollouts = {rollouts * prompts} prompts ({rollouts * prompts / num_examples:.2f} epochs) = "
+        f"{rollouts * completions} completions; trained on the {config.reward} reward",
+    ]
+
+
+def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
+    """Settings that are allowed but cannot do what they promise."""
+    found = objective.warnings()
+    if updates_per_rollout(config) == 1:
+        found.append("one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations")
+    return found

@@ -1,0 +1,357 @@
+"""GRPO against a verifiable reward: Eq. 2 of ChexReason (arXiv 2512.23090), from an SFT adapter.
+
+    python run_grpo.py                                           # continues the newest finished SFT run of the embedded demo
+    python run_grpo.py --recipe medgemma-4b-free-reasoning --adapter_name_or_path runs/... --train_file rl.jsonl
+
+The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The loop is in `train`, in eight blocks:
+1 prompts, 2 completions, 3 rewards, 4 advantages, 5 old and reference log-probabilities, 6 the update, 7 logs, 8 evaluation and checkpoint.
+"""
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.answers import parse_answer
+from data.images import check_images
+from data.labels import Target
+from data.prompts import PROMPTS
+from data.records import DataError, Example, data_file, read_jsonl
+from engine.checkpoint import clean_leftovers
+from engine.config import Resolved, UsageError, describe, parse_config
+from engine.forward import completion_logprobs
+from engine.generate import SamplingConfig, generate
+from engine.model import LoadedModel, adapter_config, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
+from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+from engine.run import (
+    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, check_same_reference, find_checkpoint, inherited_settings, keep_reference, load_best_adapter,
+    restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, saved_settings, shuffled, write_json)
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, newest_finished_run, pick_device, seed_everything
+from engine.tracking import MetricAccumulator, Progress, RunLogger
+from eval.evaluate import evaluate_sets
+from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
+from rl.records import completion_rows, pack_samples, rollout_metrics, show_samples, unpack_samples
+from rl.rewards import HardReward, NuancedReward, RewardFunction
+from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
+from rl.settings import GRPOConfig, batch_arithmetic, micro_batches_per_rollout, problems, prompts_per_rollout, total_steps, updates_per_rollout, warnings
+
+
+def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
+          reward_functions: dict[str, RewardFunction], sampler: torch.Generator, log: RunLogger, state: TrainerState,
+          optimizer: torch.optim.Optimizer, samples: list[Sample], guard: SignalGuard,
+          evaluate: Callable[[], None], save: Callable[[list[Sample]], None]) -> None:
+    """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a resumed run is in the middle of, or []."""
+    device, prompt, pad = next(wrapped.parameters()).device, PROMPTS[config.prompt], model.encoder.pad_token_id
+    parameters = [parameter for _, parameter in trainable_parameters(wrapped)]
+    sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
+    accumulation, per_rollout, updates = config.gradient_accumulation_steps, micro_batches_per_rollout(config), updates_per_rollout(config)
+    steps, num_prompts = total_steps(config, len(examples)), prompts_per_rollout(config)
+    micro_batches = plan_micro_batches(num_prompts * config.num_generations, config.per_device_train_batch_size)
+    metrics = MetricAccumulator(state.unlogged_metrics)
+    bar = Progress(steps, initial=state.global_step, description="GRPO")
+    state.log_history = log.log_history
+    if evaluate_when_due(config, state, steps, guard, evaluate):  # the SFT start, or an evaluation that a signal cut short
+        save(samples)
+
+    while state.global_step < steps and guard.stop is None:
+        started = time.perf_counter()
+        rollout, update = divmod(state.global_step, updates)
+
+        # 1 take prompts: a stream of epochs, each in an order of its own
+        positions = range(rollout * num_prompts, (rollout + 1) * num_prompts)
+        chosen = [examples[shuffled(len(examples), position // len(examples), config.seed)[position % len(examples)]] for position in positions]
+        prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
+
+        if update == 0:
+            # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
+            before = sampler.get_state()
+            try:
+                completions = generate(wrapped, model, prompts, sampling, num_generations=config.num_generations, generator=sampler,
+                                       should_stop=lambda: guard.stop is not None)
+            except KeyboardInterrupt:
+                if guard.stop is None:
+                    raise
+                sampler.set_state(before)
+                break
+            # 3 rewards: all are computed and logged, one is trained on
+            samples = build_samples(chosen, completions, model.encoder.decode, reward_functions, config.reward,
+                                    answer_format=prompt.answer_format, mask_truncated_completions=config.mask_truncated_completions)
+            for function in reward_functions.values():
+                function.observe(sample.answer for sample in samples)
+            # 4 advantages, within each prompt's group
+            samples = with_advantages(samples, objective.scale_rewards)
+            # 5 old and reference log-probabilities, on the micro-batches of the updates below
+            samples = score_samples(wrapped, model, samples, prompts, micro_batches, temperature=config.temperature,
+                                    with_reference=objective.beta > 0)
+            for name, value in rollout_metrics(samples).items():
+                metrics.add(name, value)
+            metrics.add("num_tokens", sum(len(sample.ids) for sample in samples), reduction="sum")
+            metrics.add("time/rollout", time.perf_counter() - started)
+
+        # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip, learning rate, step
+        first = update * accumulation % per_rollout  # the next iteration over the rollout starts again at its first micro-batch
+        of_this_step = micro_batches[first : first + accumulation]
+        num_completions = sum(len(indices) for indices in of_this_step)  # totals of the whole optimizer step
+        num_tokens = sum(int(samples[i].mask.sum()) for indices in of_this_step for i in indices)
+        step_loss = 0.0
+        wrapped.train()  # for gradient checkpointing; dropout is 0
+        for indices in of_this_step:
+            micro = collate_samples([samples[i] for i in indices], prompts, pad, device)
+            logprobs, entropy = completion_logprobs(wrapped, model.family, micro.batch, temperature=config.temperature,
+                                                    suppress_token_ids=model.suppressed_ids, entropy=True)  # [N,T]
+            weights = token_weights(micro.mask, objective.loss_type, num_completions=num_completions, num_tokens=num_tokens,
+                                    max_completion_length=config.max_completion_length)
+            loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs if objective.beta > 0 else None, micro.advantages,
+                                    micro.mask, weights, objective, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
+            loss.backward()
+            step_loss += float(loss.detach())
+            metrics.add_all(objective_metrics(terms, micro.advantages, micro.mask, objective))
+            if micro.mask.any():
+                metrics.add("entropy", entropy.detach()[micro.mask].mean(), weight=int(micro.mask.sum()))
+
+        grad_norm = clip_gradients(parameters, config.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            optimizer.zero_grad()
+            save(samples)
+            raise RuntimeError(f"the gradient of step {state.global_step + 1} is not finite; the state before it was saved. Prompts: "
+                               f"{', '.join(example.id for example in chosen)}")
+        learning_rate = learning_rate_at(state.global_step, base=config.learning_rate, warmup_steps=math.ceil(config.warmup_ratio * steps),
+                                         total_steps=steps)
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 7 log, write completions
+        state.global_step += 1
+        state.epoch = (rollout + (update + 1) / updates) * num_prompts / len(examples)
+        metrics.add("loss", step_loss)
+        metrics.add("grad_norm", grad_norm)
+        metrics.add("learning_rate", learning_rate)
+        metrics.add("step_time", time.perf_counter() - started)
+        if update == 0:
+            log.append_jsonl("completions.jsonl", completion_rows(samples), step=state.global_step)
+            show_samples(log, samples[: config.num_generations], state.global_step)
+        if state.global_step % config.logging_steps == 0:
+            log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
+        bar.update({"reward": sum(sample.reward for sample in samples) / len(samples), "loss": step_loss})
+
+        # 8 evaluate, save
+        state.unlogged_metrics = metrics.state_dict()
+        evaluated = evaluate_when_due(config, state, steps, guard, evaluate)
+        if evaluated or (config.save_steps and state.global_step % config.save_steps == 0):
+            save(samples)
+    if guard.stop is not None:
+        save(samples)
+    bar.close()
+
+
+def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard: SignalGuard, evaluate: Callable[[], None]) -> bool:
+    """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done again when the run is resumed."""
+    due = state.global_step in (0, steps) or (config.eval_steps and state.global_step % config.eval_steps == 0)
+    if not due or state.evaluated_step == state.global_step or guard.stop is not None:
+        return False
+    try:
+        evaluate()
+    except KeyboardInterrupt:
+        if guard.stop is None:
+            raise
+        return False
+    state.evaluated_step = state.global_step
+    return True
+
+
+def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[str, list[Example]], reference: list[Example],
+                    reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard) -> dict[str, dict[str, float]]:
+    """Greedy decoding of every set -> {set: metrics}; rewards are computed but nothing is observed. `gap` compares the first with the others."""
+    def rewards(rows: list[dict]) -> dict[str, float]:
+        means = Counter()
+        for row in rows:
+            answer = parse_answer(row["completion"], row["answer_format"])
+            target = Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"]))
+            for name, function in reward_functions.items():
+                reward = function(answer, target, row["completion_length"])
+                means[f"rewards/{name}/mean"] += reward.total / len(rows)
+                means["reward"] += function.scaled(reward) / len(rows) if name == config.reward else 0.0
+        return dict(means)
+
+    scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
+                           batch_size=config.per_device_eval_batch_size, reference=reference, extra=rewards,
+                           should_stop=lambda: guard.stop is not None)
+    return {
+        name: {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"], "completion_length": score["completion_length"]["mean"]}
+        | {key: value for key, value in score.items() if key in ("jaccard", "fail_rate", "invalid_rate", "reward") or key.startswith("rewards/")}
+        for name, score in scores.items()
+    }
+
+
+LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")
+
+
+def record(config: GRPOConfig, metrics: dict[str, dict[str, float]], log: RunLogger, state: TrainerState) -> None:
+    """Log one evaluation, the gap between hospitals included, and note whether its checkpoint is the best."""
+    names = list(metrics)
+    for name in names:
+        log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
+    flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
+    if len(names) > 1:  # how much better the first hospital is served than the others, each over its own labels as in the paper
+        others = [metrics[name]["macro_f1"] for name in names[1:]]
+        flat["gap"] = metrics[names[0]]["macro_f1"] - sum(others) / len(others)
+        log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
+    chosen = config.metric_for_best_model or (f"{names[0]}/macro_f1" if names else None)
+    if chosen is None:
+        return
+    if chosen not in flat:
+        raise UsageError(f"--metric_for_best_model {chosen}: not evaluated; there are {', '.join(flat)}")
+    state.record_evaluation(flat[chosen], greater_is_better=chosen.rpartition("/")[2] not in LOWER_IS_BETTER)
+
+
+def progress_table(log_history: list[dict], names: list[str], best: str | None) -> str:
+    """The evaluations of each set: the SFT start, the best by the chosen metric, the last."""
+    columns = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
+    lines = [f"{'data set':<16} {'step':>12} " + " ".join(f"{column:>17}" for column in columns)]
+    for name in names:
+        entries = {entry["step"]: entry for entry in log_history if f"eval_{name}_macro_f1" in entry}
+        best_step = int(best.rpartition("-")[2]) if best else -1
+        for step, title in dict.fromkeys([(min(entries), "SFT start"), (best_step, "best"), (max(entries), "last")]):
+            if step in entries:
+                lines.append(f"{name:<16} {f'{title} ({step})':>12} " + " ".join(f"{entries[step][f'eval_{name}_{c}']:>17.3f}" for c in columns))
+    return "\n".join(lines)
+
+
+def from_sft_run(resolved: Resolved) -> Resolved:
+    """Fill in what was not given: the newest finished SFT run, its base model, and its prompt and image size."""
+    config: GRPOConfig = resolved.configs[0]
+    if config.adapter_name_or_path is None:
+        newest = newest_finished_run(Path("runs"), "sft")
+        if newest is None:
+            raise UsageError("no finished SFT run under runs/; run `python run_sft.py` first, or give --adapter_name_or_path")
+        resolved = resolved.with_value("adapter_name_or_path", str(newest), "newest SFT run")
+    folder = Path(resolved.configs[0].adapter_name_or_path)
+    base = adapter_config(folder).base_model_name_or_path
+    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith("recipe"):
+        if config.model_name_or_path not in (None, base):
+            raise UsageError(f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
+                             "give --model_name_or_path, or another --adapter_name_or_path")
+        resolved = resolved.with_value("model_name_or_path", base, "SFT adapter")
+    saved = saved_settings(folder)
+    for name, default in {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}.items():
+        if getattr(config, name) is None:
+            resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
+    return resolved
+
+
+def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
+    """Both rewards; the label frequencies of Eq. 4 are those of the training data."""
+    evaluated = Counter(label for example in examples for label in example.evaluated_labels)
+    positive = Counter(label for example in examples for label in example.target.labels)
+    frequency = {label: positive[label] / evaluated[label] for label in evaluated}
+    rewards: dict[str, RewardFunction] = {
+        "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
+        "nuanced": NuancedReward(frequency),
+    }
+    if config.reward_scale is not None:
+        rewards[config.reward].scale = config.reward_scale
+    return rewards
+
+
+def banner(config: GRPOConfig, resolved: Resolved, model: LoadedModel, wrapped, examples: list[Example], sets: dict[str, list[Example]],
+           run_dir: Path, device: torch.device) -> str:
+    trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
+    total = sum(parameter.numel() for parameter in model.base.parameters())
+    return "\n".join([
+        f"GRPO -> {run_dir}", environment_banner(device),
+        f"model       {model.name} ({model.family.model_type}) with {config.adapter_name_or_path}: {total:,} parameters with both adapters, "
+        f"{trainable:,} trainable",
+        f"data        {len(examples)} prompts; evaluated: " + (", ".join(f"{name} {len(s)}" for name, s in sets.items()) or "nothing"),
+        *batch_arithmetic(config, len(examples)),
+        "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    resolved = parse_config(
+        [GRPOConfig, ObjectiveConfig], sys.argv[1:] if argv is None else argv, script="grpo", prog="run_grpo.py",
+        description=__doc__.splitlines()[0], validate=problems, default_recipe="demo",
+        default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
+        inherit_with="resume_from_checkpoint", inherit=inherited_settings, free_to_change=FREE_TO_CHANGE)
+    checkpoint, rejected = find_checkpoint(resolved.configs[0].resume_from_checkpoint) if resolved.configs[0].resume_from_checkpoint else (None, [])
+    for line in rejected:
+        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+    resolved = from_sft_run(resolved) if checkpoint is None else resolved
+    config, objective = resolved.configs
+    for line in warnings(config, objective):
+        print(f"warning: {line}", file=sys.stderr)
+
+    seed_everything(config.seed)
+    device = pick_device(config.num_threads)
+    files = {"train": data_file(config.train_file)}
+    files |= {name: data_file(spec) for name, _, spec in (entry.partition("=") for entry in config.validation_file)}
+    sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
+    check_images(example for examples in sets.values() for example in examples)
+    examples = sets.pop("train")
+    document = run_document(resolved, "grpo", files)
+    if checkpoint is not None:
+        check_same_data(checkpoint, document)
+        document["reference"] = check_same_reference(checkpoint)
+    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device,
+                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
+    source = Path(config.adapter_name_or_path) if checkpoint is None else checkpoint.path.parent / "reference"
+    wrapped = attach_adapter(model, source, trainable=True)
+    add_reference(wrapped, source)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(wrapped)
+    optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    sampler = torch.Generator().manual_seed(config.seed)
+    reward_functions = build_rewards(config, examples)
+
+    run_dir = run_folder(checkpoint, config.output_dir, "grpo")
+    with lock_run(run_dir), SignalGuard() as guard:
+        clean_leftovers(run_dir)
+        state, samples = TrainerState(), []
+        if checkpoint is None:
+            document["reference"] = keep_reference(source, run_dir)
+        else:
+            bring_logs(checkpoint, run_dir)
+            state = restore(checkpoint, wrapped, optimizer, {"sampler": sampler})
+            for name, function in reward_functions.items():
+                function.load_state_dict(checkpoint.document("rewards.json")[name])
+            samples = unpack_samples(checkpoint.tensors("rollout"), checkpoint.document("rollout.json"), examples, model.encoder.decode,
+                                     PROMPTS[config.prompt].answer_format)
+        write_json(run_dir / "config.json", document)
+        print(banner(config, resolved, model, wrapped, examples, sets, run_dir, device), flush=True)
+        with RunLogger(run_dir, resume_step=state.global_step if checkpoint else None, log_history=state.log_history) as log:
+            def save(samples: list[Sample]) -> None:
+                unfinished = samples if state.global_step % updates_per_rollout(config) else []
+                tensors, rollout = pack_samples(unfinished)
+                save_training_checkpoint(
+                    run_dir, state, wrapped, optimizer, base_name=model.name, config_document=document, limit=config.save_total_limit,
+                    generators={"sampler": sampler}, tensors={"rollout": tensors},
+                    documents={"rollout.json": rollout, "rewards.json": {name: f.state_dict() for name, f in reward_functions.items()}})
+
+            def evaluate() -> None:
+                record(config, evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard), log, state)
+
+            train(config, objective, model, wrapped, examples, reward_functions, sampler, log, state, optimizer, samples, guard, evaluate, save)
+            if guard.stop is not None:
+                print(f"stopped; go on with: python run_grpo.py --resume_from_checkpoint {run_dir}")
+                return guard.exit_code
+            if config.load_best_model_at_end:
+                load_best_adapter(run_dir, state, wrapped)
+            save_final_adapter(run_dir, state, wrapped, base_name=model.name)
+        if sets:
+            print("\n" + progress_table(state.log_history, list(sets), state.best_model_checkpoint))
+        test_files = " ".join(f"--data_file {name}=demo:{name}" for name in ("test-a", "test-b")) if resolved.recipe == "demo" else "--data_file NAME=FILE"
+        print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run_dir} {test_files}")
+    return 0
+
+
+def cli() -> None:
+    sys.exit(main_guard(main, errors=(DataError,)))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,119 @@
+"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, command lines, what a run leaves behind, and how two runs compare."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import run_grpo
+import run_sft
+from data.encode import Encoder
+from engine.tracking import is_timing
+from tiny import save_images
+
+LABELS = ("Edema", "Pneumonia", "Fracture")
+SFT = ("--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16 --no_gradient_checkpointing --max_completion_length 6 "
+       "--learning_rate 1e-2 --warmup_ratio 0 --save_total_limit none").split()
+GRPO = ("--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --min_length 4 --learning_rate 1e-2 --save_total_limit none "
+        "--num_generations 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --temperature 1.2 --top_p 1").split()
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """data.jsonl and its images in `folder`: two rows a patient, answers of very different lengths, one or two of three labels."""
+    rows = [
+        {"id": f"e{i}", "patient_id": f"p{i // 2}", "image": name, "labels": [LABELS[i % 3]] + [LABELS[2]] * (i % 2 and i % 3 < 2), "dataset": "site",
+         "answer": f"<think>{'x' * (i * i % 19)}</think><solution>{LABELS[i % 3]}</solution>"}
+        for i, name in enumerate(save_images(folder, count))
+    ]
+    return write_rows(folder / "data.jsonl", rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sft(model: Path, data: Path, output_dir: Path, *flags: str) -> int:
+    return run_sft.main(["--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output_dir), *SFT, *flags])
+
+
+def grpo(adapter: Path, data: Path, output_dir: Path, *flags: str) -> int:
+    return run_grpo.main(["--adapter_name_or_path", str(adapter), "--train_file", str(data), "--output_dir", str(output_dir), *GRPO, *flags])
+
+
+def speak(monkeypatch) -> None:
+    """Make a random model's completions readable: a text that depends on the first two ids, so that rewards differ within a group."""
+    def decode(encoder, ids):
+        first, second = ids[0].item(), ids[-1].item()
+        if first % 4 == 0:
+            return "unreadable"
+        return f"<think>{first}</think><solution>{', '.join(sorted({LABELS[first % 3], LABELS[second % 3]}))}</solution>"
+
+    monkeypatch.setattr(Encoder, "decode", decode)
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def document(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def train_log(run: Path) -> list[dict]:
+    return [line for line in lines(run / "metrics.jsonl") if line["split"] == "train"]
+
+
+def eval_log(run: Path) -> list[dict]:
+    return [line for line in lines(run / "metrics.jsonl") if line["split"] == "eval"]
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes, to show that nothing was written."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()}
+
+
+# ---- two runs that must be the same ---------------------------------------------------------------------------------
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not is_timing(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def equal_tensors(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Everything of two runs is equal to the last bit, wall-clock times and the settings that may change apart."""
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        if (one / name).exists():
+            assert without_times(lines(one / name)) == without_times(lines(other / name)), name
+    assert equal_tensors(one / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    for link in ("last", "best"):
+        assert (one / link).exists() == (other / link).exists(), link
+        if (one / link).exists():
+            assert (one / link).readlink() == (other / link).readlink(), link
+    assert (one / "trainer_state.json").exists()
+    for name in ("trainer_state.json", "last/trainer_state.json", "last/optimizer.json", "last/rng.json", "last/rollout.json", "last/rewards.json"):
+        if (one / name).exists():
+            assert without_times(document(one / name)) == without_times(document(other / name)), name
+    for name in ("last/adapter_model", "last/optimizer", "last/rng", "last/rollout"):
+        if (one / f"{name}.safetensors").exists():
+            assert equal_tensors(one / f"{name}.safetensors", other / f"{name}.safetensors"), name
+    for path in one.glob("predictions-*.jsonl"):
+        assert lines(path) == lines(other / path.name), path.name
+    assert not list(other.glob("*.partial.jsonl")) and not list(other.glob(".tmp-*"))

@@ -1,0 +1,214 @@
+"""Protects image loading: the pixels that reach the model are those of the file, 8-bit RGB and upright, and a bad file is named.
+
+Run: pytest tests/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it reads those too.
+"""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data.images
+from data.images import check_images, image_path, load_image
+from data.records import MAX_PROBLEMS, DataError, Example
+
+
+def example(root: Path, image: str, id: str = "e1") -> Example:
+    return Example(id, "p", image, (), "site", root)
+
+
+def pixels(root: Path, image: str) -> np.ndarray:
+    loaded = load_image(example(root, image))
+    assert loaded.mode == "RGB"
+    return np.asarray(loaded)
+
+
+def refusal(root: Path, image: str) -> str:
+    with pytest.raises(DataError) as caught:
+        load_image(example(root, image))
+    [problem] = caught.value.problems
+    assert "\n" not in problem and problem.startswith("example 'e1': ")
+    return problem
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# Paths
+
+
+def test_only_files_under_the_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "deep").mkdir(parents=True)
+    for path in (tmp_path / "secret.png", root / "deep" / "a.png"):
+        Image.fromarray(noise(4, 4)).save(path)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "inside.png").symlink_to(root / "deep" / "a.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "deep/../../secret.png", "link.png"):
+        said = refusal(root, name)
+        assert said == f"example 'e1': image {name!r} lies outside the image root {root}; paths must be relative to it and stay in it (--image_root)"
+    for name in ("deep/a.png", "deep/../deep/a.png", "inside.png"):
+        assert image_path(example(root, name)) == root / "deep" / "a.png"
+
+
+@pytest.mark.parametrize("name", ["none.png", "deep", ""])
+def test_missing_files(tmp_path, name):
+    (tmp_path / "deep").mkdir()
+    assert refusal(tmp_path, name) == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
+
+
+def test_a_path_with_a_null_byte(tmp_path):
+    assert "not a usable path" in refusal(tmp_path, "a\0.png")
+
+
+def test_all_missing_images_are_listed(tmp_path):
+    Image.fromarray(noise(4, 4)).save(tmp_path / "a.png")
+    check_images([example(tmp_path, "a.png")] * 3)
+    with pytest.raises(DataError) as caught:
+        check_images([example(tmp_path, name, id=name) for name in ("x.png", "a.png", "../y.png")])
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["example 'x.png'", "example '../y.png'"]
+    with pytest.raises(DataError) as caught:
+        check_images([example(tmp_path, "x.png")] * (MAX_PROBLEMS + 2))
+    assert len(caught.value.problems) == MAX_PROBLEMS + 1 and caught.value.problems[-1] == "and 2 more images"
+
+
+# Damaged and foreign files
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+@pytest.mark.parametrize("kept", [0, 5, 20, 40, 0.5, 0.9])
+def test_truncated_files(tmp_path, name, kept):
+    Image.fromarray(noise(64, 64)).save(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    assert f"{tmp_path / name} is not a readable JPEG or PNG" in refusal(tmp_path, name)
+
+
+@pytest.mark.parametrize("length", range(8, 60))
+def test_a_png_cut_inside_its_header(tmp_path, length):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:length])
+    assert "is not a readable JPEG or PNG" in refusal(tmp_path, "a.png")
+
+
+def test_a_short_header_chunk(tmp_path):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[11] = 2  # the header says that it is 2 bytes long; Pillow answers with a ValueError
+    (tmp_path / "a.png").write_bytes(content)
+    assert "is not a readable JPEG or PNG" in refusal(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "WEBP"])
+def test_other_formats_whatever_their_name(tmp_path, kind):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png", format=kind)
+    assert "is not a readable JPEG or PNG" in refusal(tmp_path, "a.png")
+
+
+def test_text_is_not_an_image(tmp_path):
+    (tmp_path / "a.jpg").write_text("<html>404</html>")
+    assert "is not a readable JPEG or PNG" in refusal(tmp_path, "a.jpg")
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.images, "MAX_PIXELS", 99)
+    Image.fromarray(noise(10, 10)).save(tmp_path / "a.png")
+    assert refusal(tmp_path, "a.png").endswith("has 10 x 10 pixels; at most 99 are read")
+    Image.fromarray(noise(9, 11)).save(tmp_path / "b.png")
+    assert pixels(tmp_path, "b.png").shape == (9, 11, 3)
+
+
+# Pixels
+
+
+def test_greyscale_becomes_three_equal_channels(tmp_path):
+    values = noise(5, 7)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    loaded = pixels(tmp_path, "a.png")
+    assert loaded.shape == (5, 7, 3) and loaded.dtype == np.uint8
+    for channel in range(3):
+        assert (loaded[..., channel] == values).all()
+
+
+def test_rgb_is_kept(tmp_path):
+    values = noise(5, 7, 3)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert (pixels(tmp_path, "a.png") == values).all()
+
+
+def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
+    # 1000 is the darkest, 5080 the brightest: (value - 1000) / 16. Clipping at 255 would give white everywhere.
+    Image.fromarray(np.array([[1000, 1016], [3040, 5080]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    assert pixels(tmp_path, "a.png")[..., 0].tolist() == [[0, 1], [128, 255]]  # 127.5 rounds to even
+    Image.fromarray(np.full((2, 2), 700, dtype=np.uint16)).save(tmp_path / "b.png")
+    assert (pixels(tmp_path, "b.png") == 0).all()  # flat: nothing to scale, and no division by 0
+
+
+def test_transparency_is_put_on_black(tmp_path):
+    Image.fromarray(np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8), "RGBA").save(tmp_path / "a.png")
+    assert pixels(tmp_path, "a.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    Image.fromarray(np.array([[[90, 255], [90, 0]]], dtype=np.uint8), "LA").save(tmp_path / "b.png")
+    assert pixels(tmp_path, "b.png").tolist() == [[[90, 90, 90], [0, 0, 0]]]
+
+
+def palette_image() -> Image.Image:
+    """One row: colour 0 (10, 20, 30), then colour 1 (200, 150, 100)."""
+    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 150, 100])
+    return image
+
+
+def test_palettes_are_looked_up(tmp_path):
+    palette_image().save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    assert pixels(tmp_path, "a.png").tolist() == [[[10, 20, 30], [200, 150, 100]]]
+    palette_image().save(tmp_path / "b.png", transparency=1)
+    assert pixels(tmp_path, "b.png").tolist() == [[[10, 20, 30], [0, 0, 0]]]
+
+
+def test_black_and_white(tmp_path):
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1").save(tmp_path / "a.png")
+    assert pixels(tmp_path, "a.png")[0, :, 0].tolist() == [0, 255]
+
+
+def test_cmyk_is_converted(tmp_path):
+    # no ink is white; cyan alone takes the red away
+    for name, ink, colour in (("a.jpg", (0, 0, 0, 0), [255, 255, 255]), ("b.jpg", (255, 0, 0, 0), [0, 255, 255])):
+        Image.new("CMYK", (16, 16), ink).save(tmp_path / name)
+        assert Image.open(tmp_path / name).mode == "CMYK"
+        assert np.abs(pixels(tmp_path, name)[8, 8].astype(int) - colour).max() <= 3  # JPEG is lossy
+
+
+def test_the_exif_orientation_is_applied(tmp_path):
+    values = np.zeros((16, 32), dtype=np.uint8)
+    values[:, 16:] = 255  # as stored: dark left half, bright right half
+    image = Image.fromarray(values)
+    exif = image.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: left becomes top
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image.save(tmp_path / "a.png", exif=exif)
+    for name in ("a.jpg", "a.png"):
+        loaded = pixels(tmp_path, name)
+        assert loaded.shape == (32, 16, 3)
+        assert loaded[4].max() < 20 and loaded[28].min() > 235
+
+
+# Real X-rays
+
+
+@pytest.mark.skipif("CXR_SAMPLE" not in os.environ, reason="CXR_SAMPLE names no folder of real X-rays")
+def test_real_radiographs():
+    root = Path(os.environ["CXR_SAMPLE"]) / "nih" / "images"
+    names = sorted(path.name for path in root.glob("*.png"))
+    assert names, f"no PNG under {root}"
+    for name in names:
+        loaded = pixels(root, name)
+        with Image.open(root / name) as stored:
+            assert loaded.shape == (stored.height, stored.width, 3)
+        assert (loaded == loaded[..., :1]).all(), f"{name}: a greyscale image has equal channels"
+        assert loaded.std() > 20 and loaded.max() - loaded.min() > 100, f"{name}: hardly any contrast"

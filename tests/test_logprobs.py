@@ -1,0 +1,243 @@
+"""Protects the one function that turns hidden states into log-probabilities: values, gradients, precision and memory.
+
+Run: pytest tests/test_logprobs.py
+"""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from data.collate import collate_rows
+from data.encode import EncodedPrompt, EncodedRow
+from engine.forward import predicted_tokens, to_rows
+from engine.logprobs import predicted_correctly, scaled_logits, token_logprobs
+
+M, H, V = 7, 5, 11
+
+
+def problem(dtype=torch.float64, m=M, v=V, scale=1.0, seed=0):
+    """(hidden [m,H] with gradient, head [v,H], targets [m])."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (scale * torch.randn(m, H, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    return hidden, torch.randn(v, H, generator=generator, dtype=torch.float64).to(dtype), torch.randint(0, v, (m,), generator=generator)
+
+
+def head_for(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden and head whose product is `logits` [M,V]."""
+    return logits, torch.eye(logits.shape[1], dtype=logits.dtype)
+
+
+# Worked cases
+
+
+def test_p20_entropy(case):
+    with case("P20_entropy") as p20:
+        hidden, head = head_for(torch.tensor(p20.inputs["logits"]))
+        targets = torch.zeros(2, dtype=torch.long)
+        p20.close("entropy_T1", token_logprobs(hidden, head, targets, entropy=True)[1])
+        p20.close("entropy_T08", token_logprobs(hidden, head, targets, temperature=p20.inputs["temperature"], entropy=True)[1])
+
+
+def test_p16_supervised_tokens_and_eq1(case):
+    with case("P16_sft_mask_loss") as p16:
+        ids, mask = torch.tensor(p16.inputs["input_ids"]), torch.tensor(p16.inputs["assistant_mask"]).bool()
+        rows = []
+        for i in range(2):
+            start = int(mask[i].long().argmax())  # the answer begins here; what follows its end of turn is in the row, but not supervised
+            rows.append(EncodedRow(EncodedPrompt(ids[i, :start], torch.zeros(start, dtype=torch.long), {}), ids[i, start:], mask[i, start:]))
+        batch = collate_rows(rows, pad_token_id=0)
+        at, columns = predicted_tokens(batch.loss_mask)
+        ignored = torch.full_like(ids, -100)
+        p16.close("labels", ignored.where(~batch.loss_mask, batch.input_ids))
+        p16.close("labels_shifted_for_logits", ignored.index_put((at, columns - 1), batch.input_ids[at, columns]))
+        p16.close("supervised_tokens_per_row", batch.loss_mask.sum(1))
+
+        # Logits at t - 1 that give token t the case's probability and share the rest evenly
+        probability = torch.tensor(p16.inputs["nll_of_token"]).neg().exp()[..., None]  # [2,9,1]
+        logits = ((1 - probability) / 107).log().expand(2, 9, 108).clone()
+        logits.scatter_(2, ids[..., None], probability.log())
+        states = logits.roll(-1, 1)  # the state at t - 1 predicts t
+        supervised, contributions = int(batch.completion_mask.sum()), []
+        for indices in p16.inputs["micro_batches"]:
+            micro = collate_rows([rows[i] for i in indices], pad_token_id=0)
+            at, columns = predicted_tokens(micro.loss_mask)
+            hidden, head = head_for(states[indices][at, columns - 1])
+            contributions.append(-token_logprobs(hidden, head, micro.input_ids[at, columns])[0].sum() / supervised)
+        p16.close("correct_microbatch_contributions", torch.stack(contributions))
+        p16.close("token_mean_loss_global", sum(contributions))
+        p16.differs("wrong_mean_of_microbatch_means", sum(contributions))
+
+
+# Values
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 2.5])
+def test_equals_log_softmax(temperature):
+    hidden, head, targets = problem()
+    logprobs, entropies = token_logprobs(hidden, head, targets, temperature=temperature, entropy=True)
+    full = torch.log_softmax(hidden @ head.t() / temperature, 1)
+    torch.testing.assert_close(logprobs, full[torch.arange(M), targets], rtol=0, atol=1e-13)
+    torch.testing.assert_close(entropies, -(full.exp() * full).sum(1), rtol=0, atol=1e-13)
+    assert token_logprobs(hidden, head, targets)[1] is None
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 100])
+def test_chunks_do_not_matter(chunk_size):
+    results = []
+    for size in (M, chunk_size):
+        hidden, head, targets = problem()
+        logprobs, entropies = token_logprobs(hidden, head, targets, temperature=0.8, suppress_token_ids=[0], chunk_size=size, entropy=True)
+        (logprobs.nan_to_num(neginf=0.0).sum() + 2 * entropies.sum()).backward()
+        results.append((logprobs, entropies, hidden.grad))
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-13)
+
+
+def test_suppressed_ids_leave_the_vocabulary():
+    suppressed = (2, 9)
+    rest = [i for i in range(V) if i not in suppressed]
+    hidden, head, _ = problem()
+    everything = torch.stack([token_logprobs(hidden, head, torch.full((M,), i), temperature=0.8, suppress_token_ids=suppressed, entropy=True)[0]
+                              for i in range(V)], 1)  # [M,V]
+    torch.testing.assert_close(everything[:, rest].exp().sum(1), torch.ones(M, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert (everything[:, list(suppressed)] == float("-inf")).all()
+    smaller, entropies = token_logprobs(hidden, head[rest], torch.zeros(M, dtype=torch.long), temperature=0.8, entropy=True)
+    torch.testing.assert_close(everything[:, 0], smaller, rtol=0, atol=1e-13)  # as if the vocabulary had never held them
+    with_suppressed = token_logprobs(hidden, head, torch.zeros(M, dtype=torch.long), temperature=0.8, suppress_token_ids=suppressed, entropy=True)[1]
+    torch.testing.assert_close(with_suppressed, entropies, rtol=0, atol=1e-13)
+
+
+def test_no_tokens():
+    hidden, head, targets = problem(m=0)
+    logprobs, entropies = token_logprobs(hidden, head, targets, entropy=True)
+    assert logprobs.shape == entropies.shape == (0,)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert hidden.grad.shape == (0, H)
+    assert predicted_correctly(hidden, head, targets).shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="need a positive one"):
+        token_logprobs(*problem(), temperature=temperature)
+
+
+def test_predicted_correctly_is_the_argmax():
+    hidden, head = head_for(torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 0.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]]))
+    for chunk_size in (1, 3, 256):
+        assert predicted_correctly(hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size).tolist() == [True, False, True, True]
+
+
+def test_tokens_are_predicted_from_the_state_before_them():
+    mask = torch.tensor([[True, False, True, True], [False, False, False, False], [True, True, False, False]])
+    rows, columns = predicted_tokens(mask)
+    assert (rows.tolist(), columns.tolist()) == ([0, 0, 2], [2, 3, 1])  # nothing predicts a row's first token
+    assert mask[0, 0], "the caller's mask was changed"
+
+
+def test_to_rows_puts_values_back_in_their_places():
+    values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    rows = to_rows(values, torch.tensor([[True, False, True], [False, False, False], [True, False, False]]))
+    assert rows.tolist() == [[1, 0, 2], [0, 0, 0], [3, 0, 0]]
+    (rows * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert values.grad.tolist() == [0, 2, 6]
+
+
+# Precision
+
+
+def test_bfloat16_in_float32_out():
+    hidden, head, targets = problem(torch.bfloat16, m=40, scale=4.0)
+    logprobs, entropies = token_logprobs(hidden, head, targets, temperature=0.8, entropy=True)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    logits = (hidden @ head.t()).double() / 0.8  # the product is bf16, as in sampling; what follows is not
+    exact = torch.log_softmax(logits, 1)[torch.arange(40), targets]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_large_logits_are_stable():
+    hidden, head = head_for(torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 1e4]]))
+    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, torch.tensor([1, 2]), suppress_token_ids=[], entropy=True)
+    # The second is one of two equal ones: log 1/2. Neighbouring fp32 numbers lie 0.001 apart at 1e4, so the logits must be shifted first.
+    torch.testing.assert_close(logprobs, torch.tensor([-1e4, -0.693147]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(entropies, torch.tensor([0.0, 0.693147]), rtol=0, atol=1e-6)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_scaled_logits_divide_after_the_cast():
+    hidden, head = head_for(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16))
+    # 3 / 0.7 = 4.285714; in bf16 it would be 4.28125
+    assert scaled_logits(hidden, head, 0.7, torch.tensor([0])).tolist() == [[float("-inf"), pytest.approx(3 / 0.7, abs=1e-6)]]
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+@pytest.mark.parametrize("suppressed", [(), (1, 4)])
+def test_gradients_by_finite_differences(chunk_size, suppressed):
+    hidden, head, targets = problem()
+    targets = targets.where(~torch.isin(targets, torch.tensor(suppressed, dtype=torch.long)), 0)
+
+    def values(hidden):
+        return token_logprobs(hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, chunk_size=chunk_size, entropy=True)
+
+    assert gradcheck(lambda h: values(h)[0], hidden)
+    assert gradcheck(lambda h: values(h)[1], hidden)
+    assert gradcheck(values, hidden)
+
+
+def test_gradient_of_the_mean_nll_by_hand():
+    # logits (0, 0), target 0: p = (1/2, 1/2); d(-log p_0)/d logits = p - (1, 0) = (-1/2, 1/2), halved again by temperature 2
+    hidden, head = head_for(torch.zeros(1, 2))
+    hidden.requires_grad_()
+    (-token_logprobs(hidden, head, torch.tensor([0]), temperature=2.0)[0].sum()).backward()
+    assert hidden.grad.tolist() == [[-0.25, 0.25]]
+
+
+def test_inputs_are_left_as_they_were():
+    hidden, head, targets = problem()
+    before = hidden.detach().clone(), head.clone(), targets.clone()
+    logprobs, entropies = token_logprobs(hidden, head, targets, suppress_token_ids=[3], entropy=True)
+    (logprobs[logprobs.isfinite()].sum() + entropies.sum()).backward()
+    assert torch.equal(hidden, before[0]) and torch.equal(head, before[1]) and torch.equal(targets, before[2])
+
+
+# Memory
+
+
+def saved_bytes(v: int, entropy: bool) -> int:
+    """What the backward pass keeps, the head itself apart."""
+    hidden, head, targets = problem(torch.float32, m=64, v=v)
+    kept = []
+    with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        token_logprobs(hidden, head, targets, chunk_size=8, entropy=entropy)
+    return sum(t.numel() * t.element_size() for t in kept if t.data_ptr() != head.data_ptr())
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_nothing_of_the_vocabularys_size_is_kept(entropy):
+    small, large = saved_bytes(50, entropy), saved_bytes(5000, entropy)
+    assert small == large <= 2 * 64 * H * 4  # d logprob / d hidden [M,H], and hidden where the entropy is asked for
+
+
+def test_no_more_than_a_chunk_of_logits_at_once():
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    hidden, head, targets = problem(torch.float32, m=64, v=5000)
+    with LargestTensor() as watched:
+        logprobs, entropies = token_logprobs(hidden, head, targets, chunk_size=8, entropy=True)
+        (logprobs.sum() + entropies.sum()).backward()
+    assert watched.largest == 8 * 5000
