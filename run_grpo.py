@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,14 +32,16 @@ from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, check_same_reference, find_checkpoint, inherited_settings, keep_reference, load_best_adapter,
     restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, saved_settings, shuffled, write_json)
-from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, newest_finished_run, pick_device, seed_everything
+from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, newest_finished_run, pick_device, seed_everything
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import completion_rows, pack_samples, rollout_metrics, show_samples, unpack_samples
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
-from rl.settings import GRPOConfig, batch_arithmetic, micro_batches_per_rollout, problems, prompts_per_rollout, total_steps, updates_per_rollout, warnings
+from rl.settings import (
+    GRPOConfig, batch_arithmetic, length_warning, micro_batches_per_rollout, problems, prompts_per_rollout, total_steps, updates_per_rollout,
+    warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
@@ -69,18 +72,20 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
 
         if update == 0:
             # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
-            before = sampler.get_state()
+            before = sampler.get_state(), {name: function.state_dict() for name, function in reward_functions.items()}
             try:
                 completions = generate(wrapped, model, prompts, sampling, num_generations=config.num_generations, generator=sampler,
                                        should_stop=lambda: guard.stop is not None)
             except KeyboardInterrupt:
                 if guard.stop is None:
                     raise
-                sampler.set_state(before)
+                sampler.set_state(before[0])
                 break
             # 3 rewards: all are computed and logged, one is trained on
             samples = build_samples(chosen, completions, model.encoder.decode, reward_functions, config.reward,
-                                    answer_format=prompt.answer_format, mask_truncated_completions=config.mask_truncated_completions)
+                                    answer_format=config.answer_format, mask_truncated_completions=config.mask_truncated_completions)
+            if rollout == 0 and (warning := length_warning(config, samples)):
+                bar.write(f"warning: {warning}")
             for function in reward_functions.values():
                 function.observe(sample.answer for sample in samples)
             # 4 advantages, within each prompt's group
@@ -117,6 +122,10 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         grad_norm = clip_gradients(parameters, config.max_grad_norm)
         if not torch.isfinite(grad_norm):
             optimizer.zero_grad()
+            if update == 0:  # as if the rollout had never begun
+                sampler.set_state(before[0])
+                for name, function in reward_functions.items():
+                    function.load_state_dict(before[1][name])
             save(samples)
             raise RuntimeError(f"the gradient of step {state.global_step + 1} is not finite; the state before it was saved. Prompts: "
                                f"{', '.join(example.id for example in chosen)}")
@@ -180,7 +189,7 @@ def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[
         return dict(means)
 
     scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
-                           batch_size=config.per_device_eval_batch_size, reference=reference, extra=rewards,
+                           batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format, extra=rewards,
                            should_stop=lambda: guard.stop is not None)
     return {
         name: {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"], "completion_length": score["completion_length"]["mean"]}
@@ -242,6 +251,9 @@ def from_sft_run(resolved: Resolved) -> Resolved:
     for name, default in {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}.items():
         if getattr(config, name) is None:
             resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
+    if resolved.configs[0].answer_format is None:
+        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
+        resolved = resolved.with_value("answer_format", form, "SFT run" if saved.get("answer_format") else "prompt")
     return resolved
 
 
@@ -277,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         [GRPOConfig, ObjectiveConfig], sys.argv[1:] if argv is None else argv, script="grpo", prog="run_grpo.py",
         description=__doc__.splitlines()[0], validate=problems, default_recipe="demo",
         default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
-        inherit_with="resume_from_checkpoint", inherit=inherited_settings, free_to_change=FREE_TO_CHANGE)
+        inherit_with="resume_from_checkpoint", inherit=partial(inherited_settings, script="grpo"), free_to_change=FREE_TO_CHANGE)
     checkpoint, rejected = find_checkpoint(resolved.configs[0].resume_from_checkpoint) if resolved.configs[0].resume_from_checkpoint else (None, [])
     for line in rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
@@ -297,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint is not None:
         check_same_data(checkpoint, document)
         document["reference"] = check_same_reference(checkpoint)
-    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device,
+    model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     source = Path(config.adapter_name_or_path) if checkpoint is None else checkpoint.path.parent / "reference"
     wrapped = attach_adapter(model, source, trainable=True)
@@ -320,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, function in reward_functions.items():
                 function.load_state_dict(checkpoint.document("rewards.json")[name])
             samples = unpack_samples(checkpoint.tensors("rollout"), checkpoint.document("rollout.json"), examples, model.encoder.decode,
-                                     PROMPTS[config.prompt].answer_format)
+                                     config.answer_format)
         write_json(run_dir / "config.json", document)
         print(banner(config, resolved, model, wrapped, examples, sets, run_dir, device), flush=True)
         with RunLogger(run_dir, resume_step=state.global_step if checkpoint else None, log_history=state.log_history) as log:

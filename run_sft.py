@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from data.collate import collate_rows
 from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
-from engine.checkpoint import clean_leftovers
+from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors
 from engine.config import Resolved, describe, parse_config, setting
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
@@ -32,7 +33,7 @@ from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
     run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
-from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, seed_everything
+from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.settings import PAPER_SFT, TrainingConfig, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_scores
@@ -114,6 +115,7 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         examples = [data.train[i] for i in order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]]
         rows = [model.encoder.encode_answer(example, prompt, example.answer) for example in examples]
         supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)  # of the whole optimizer step
+        random_state = rng_to_tensors()
 
         wrapped.train()
         step_loss = 0.0
@@ -129,6 +131,7 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         grad_norm = clip_gradients(parameters, config.max_grad_norm)
         if not torch.isfinite(grad_norm):
             optimizer.zero_grad()
+            load_rng(*random_state)
             save()
             raise RuntimeError(f"the gradient of step {state.global_step + 1} is not finite, the state before it was saved; "
                                f"examples: {', '.join(example.id for example in examples)}")
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     resolved = parse_config(
         [SFTConfig], sys.argv[1:] if argv is None else argv, script="sft", prog="run_sft.py", description=__doc__.splitlines()[0], validate=problems,
         default_recipe="demo", default_recipe_unless=("model_name_or_path", "train_file"),
-        inherit_with="resume_from_checkpoint", inherit=inherited_settings, free_to_change=FREE_TO_CHANGE)
+        inherit_with="resume_from_checkpoint", inherit=partial(inherited_settings, script="sft"), free_to_change=FREE_TO_CHANGE)
     filled = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
     for name, value in filled.items():
         resolved = resolved.with_value(name, value, "default") if getattr(resolved.configs[0], name) is None else resolved
@@ -222,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     document = run_document(resolved, "sft", data.files)
     if checkpoint is not None:
         check_same_data(checkpoint, document)
-    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device,
+    model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch
         model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
@@ -254,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}")
             sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
             try:
-                scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
+                scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train, answer_format=config.answer_format,
                                        batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")

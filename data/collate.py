@@ -17,9 +17,9 @@ from data.encode import EncodedPrompt, EncodedRow
 class Batch:
     """B rows of S tokens over I distinct images.
 
-    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding; loss_mask [B,S] bool, true on the tokens that are
-    predicted and scored; completion_mask [B,T] bool: the same, row by row, on the completion alone. vision: one dict per image;
-    image_of_row [B] int64.
+    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding; loss_mask [B,S] bool, true on the
+    tokens that are predicted and scored; completion_mask [B,T] bool: the same, row by row, on the completion alone. vision:
+    one dict per image; image_of_row [B] int64.
     """
 
     input_ids: Tensor

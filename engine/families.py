@@ -1,9 +1,9 @@
 """The model side of both families, and the only place that tests for one.
 
-Qwen2.5-VL and Gemma 3 differ in how an image becomes embeddings, in their positions (M-RoPE against plain), in their attention masks
-(causal against bidirectional inside an image, with sliding windows) and in which tokens stop or must never be sampled. Positions
-and masks are always made here, explicitly, from the token types: transformers makes them silently wrong when token types
-are forgotten, and Qwen's model caches `rope_deltas` between calls.
+Qwen2.5-VL and Gemma 3 differ in how an image becomes embeddings, in their positions (M-RoPE against plain), in their
+attention masks (causal against bidirectional inside an image, with sliding windows) and in which tokens stop or must never
+be sampled. Positions and masks are always made here, explicitly, from the token types: transformers makes them silently
+wrong when token types are forgotten, and Qwen's model caches `rope_deltas` between calls.
 
 Shapes: B rows, S tokens, I images, H hidden.
 """
@@ -36,7 +36,9 @@ class Family:
         raise TypeError("use a subclass")
 
     def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
-        """Which keys each of the last `query_length` tokens sees, for every kind of layer: bool [B,1,query_length,S], true = sees."""
+        """Which keys each of the last `query_length` tokens sees, for every kind of layer: bool [B,1,query_length,S], true
+        = sees.
+        """
         raise TypeError("use a subclass")
 
     def expand_positions(self, positions: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ def family_of(model_type: str) -> Family:
 
 
 def causal_mask(attention_mask: Tensor, query_length: int) -> Tensor:
-    """[B,S] bool -> [B,query_length,S] bool: the last `query_length` tokens see themselves and every earlier token that is not padding.
+    """[B,S] bool -> [B,query_length,S] bool: the last `query_length` tokens see themselves and every earlier token that is
+    not padding.
 
     Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the values of the next layer.
     """

@@ -1,7 +1,7 @@
 """Hidden states of a batch of completions: the one forward of training, of the reference and of teacher-forced scoring.
 
-Today's forward is the plain one: every completion is a row with its own copy of the prompt. Callers see only hidden states and targets,
-one a scored token, so a forward that runs the prompt once for all its completions can take its place.
+Today's forward is the plain one: every completion is a row with its own copy of the prompt. Callers see only hidden states
+and targets, one a scored token, so a forward that runs the prompt once for all its completions can take its place.
 """
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def embed(model: nn.Module, family: Family, batch: Batch) -> Tensor:
 
 
 def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(hidden [M,H], targets [M]): for each of the M tokens under `loss_mask`, row by row, the state that predicts it, and its id."""
+    """(hidden [M,H], targets [M]): for each of the M tokens under `loss_mask`, row by row, the state that predicts it, and
+    its id.
+    """
     base = unwrapped(model)
     output = language_model(model)(
         inputs_embeds=embed(model, family, batch),
@@ -55,7 +57,9 @@ def completion_logprobs(
     suppress_token_ids: Sequence[int] = (),
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [B,T], entropy [B,T] or None) of every row's completion under the active adapter; 0 outside `completion_mask`."""
+    """(logprobs [B,T], entropy [B,T] or None) of every row's completion under the active adapter; 0 outside
+    `completion_mask`.
+    """
     hidden, targets = completion_hidden_states(model, family, batch)  # [M,H], [M]
     head = unwrapped(model).lm_head.weight  # [V,H]
     logprobs, entropies = token_logprobs(

@@ -1,10 +1,11 @@
 """The sampler, for rollouts and for evaluation.
 
-Written out so that nothing else decides how completions are drawn: temperature first, then the nucleus, then one uniform number a
-row and step. Of the model's generation_config only the stop ids are used (see engine/families.py). Suppressed ids (image
-tokens) have probability 0, here as in every log-probability.
+Written out so that nothing else decides how completions are drawn: temperature first, then the nucleus, then one uniform
+number a row and step. Of the model's generation_config only the stop ids are used (see engine/families.py). Suppressed ids
+(image tokens) have probability 0, here as in every log-probability.
 
-The uniform numbers are drawn for all rows at every step, so a completion depends neither on which rows have already finished nor on padding.
+The uniform numbers are drawn for all rows at every step, so a completion depends neither on which rows have already
+finished nor on padding.
 
 Shapes: B rows, Q new tokens of a call, S tokens so far, V vocabulary.
 """
@@ -40,8 +41,9 @@ class SamplingConfig:
 class Completion:
     """One sampled completion.
 
-    ids [C] int64, up to and including the stop token; logprobs [C] fp32 of those tokens at the sampling temperature over the whole
-    vocabulary less the suppressed ids (at temperature 1 when greedy); top_p_mass [C] fp32, what the nucleus held. truncated: no stop token came.
+    ids [C] int64, up to and including the stop token; logprobs [C] fp32 of those tokens at the sampling temperature over
+    the whole vocabulary less the suppressed ids (at temperature 1 when greedy); top_p_mass [C] fp32, what the nucleus held.
+    truncated: no stop token came.
     """
 
     ids: Tensor
@@ -51,8 +53,9 @@ class Completion:
 
 
 class Nucleus(NamedTuple):
-    """ids [B,V]: the vocabulary, most probable first; probabilities [B,V]: in that order, 0 outside the nucleus, not renormalised;
-    mass [B]: their sum, at least top_p."""
+    """ids [B,V]: the vocabulary, most probable first; probabilities [B,V]: in that order, 0 outside the nucleus, not
+    renormalised; mass [B]: their sum, at least top_p.
+    """
 
     ids: Tensor
     probabilities: Tensor
@@ -60,17 +63,21 @@ class Nucleus(NamedTuple):
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> Nucleus:
-    """The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included. logprobs [B,V]."""
+    """The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included. logprobs
+    [B,V].
+    """
     ordered, ids = logprobs.sort(dim=1, descending=True, stable=True)
     probabilities = ordered.exp()
     before = probabilities.cumsum(1) - probabilities  # mass of the more probable tokens
-    kept = probabilities * (before < top_p)
+    kept = probabilities * ((before < top_p) | (top_p >= 1))  # a sum that rounds to 1 early must not cut the tail
     kept[:, 0] = probabilities[:, 0]  # the first token always stays, also at top_p 0
     return Nucleus(ids, kept, kept.sum(1))
 
 
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting its distribution at `uniform` [B] in [0, 1)."""
+    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting its distribution at
+    `uniform` [B] in [0, 1).
+    """
     ids, probabilities, mass = nucleus(logprobs, top_p)
     cumulative = probabilities.cumsum(1)
     rank = (cumulative <= (uniform.to(mass.dtype) * mass)[:, None]).sum(1)
@@ -106,9 +113,9 @@ def generate(
 ) -> list[list[Completion]]:
     """`num_generations` completions of every prompt, in the prompts' order.
 
-    wrapped: the model with its active adapter (or the base). generator: a CPU generator; needed unless greedy. should_stop is asked
-    before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard the whole rollout. Runs in
-    eval() mode and restores the mode that it found.
+    wrapped: the model with its active adapter (or the base). generator: a CPU generator; needed unless greedy. should_stop
+    is asked before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard the whole rollout.
+    Runs in eval() mode and restores the mode that it found.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError("sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding")
@@ -126,7 +133,9 @@ def generate(
 
 def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig, num_generations: int,
             generator: torch.Generator | None, should_stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, logprobs, top-p masses), each [N,T] on the CPU; rows of one prompt lie together. What follows a stop token is padding."""
+    """(ids, logprobs, top-p masses), each [N,T] on the CPU; rows of one prompt lie together. What follows a stop token is
+    padding.
+    """
     base, decoder, head, family = unwrapped(wrapped), language_model(wrapped), lm_head_weight(wrapped), model.family
     device = batch.input_ids.device
     suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=device)

@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens, without ever holding a [tokens, vocabulary] matrix.
 
-The one function that turns hidden states into log-probabilities, for SFT, policy, old and reference alike. It works in chunks of tokens
-in fp32, and takes the gradient with respect to the hidden states while the chunk's logits exist, so nothing of the
-vocabulary's size is kept for the backward pass. The head is frozen, so it gets no gradient.
+The one function that turns hidden states into log-probabilities, for SFT, policy, old and reference alike. It works in
+chunks of tokens in fp32, and takes the gradient with respect to the hidden states while the chunk's logits exist, so
+nothing of the vocabulary's size is kept for the backward pass. The head is frozen, so it gets no gradient.
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 256  # tokens at a time: 256 x 262,208 fp32 logits (Gemma 3) are 256 MiB
 
@@ -28,9 +29,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ lm_head_weight.T / temperature) at `targets`, over the vocabulary less `suppress_token_ids`.
 
-    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M], entropy [M] or None), fp32 (fp64 for fp64
-    input), entropy in nats of the same tempered distribution. Both are differentiable with respect to `hidden`. The product with
-    the head runs in its own dtype, as in sampling; everything after it in fp32. Raises ValueError for a temperature that is not positive.
+    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M], entropy [M] or None), fp32
+    (fp64 for fp64 input), entropy in nats of the same tempered distribution. Both are differentiable with respect to
+    `hidden`. The product with the head runs in its own dtype, as in sampling; everything after it in fp32. Raises
+    ValueError for a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)")
@@ -56,7 +58,8 @@ def predicted_correctly(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor,
 class _ChunkedLogProbs(torch.autograd.Function):
     """Forward: log-probabilities (and entropies) by chunks, with d logprob / d hidden. Backward: a row scale.
 
-    The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass and only when it is asked for.
+    The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass and only when it is asked
+    for.
     """
 
     @staticmethod
@@ -87,6 +90,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropies):
         jacobian, hidden, weight, suppressed = ctx.saved_tensors
         grad = torch.zeros_like(jacobian)  # [M,H]

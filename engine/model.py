@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,18 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, min_visua
     path = model_path(name)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
+    # peft 0.21 asks transformers 5.23 by a name that is on its way out; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     _check_checkpoint(name, path)
     try:
         encoder = Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
-        base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        base, loading = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:  # a file of the checkpoint is missing, damaged or of another kind
         raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
+    if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
+        missing = sorted(loading["missing_keys"])
+        raise UsageError(f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}")
     base.requires_grad_(False)
     base.to(device).eval()
     family = family_of(base.config.model_type)
@@ -194,7 +201,9 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
     Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never recomputed.
     """
-    language_model(model).activation_checkpointing_enable({"use_reentrant": False})
+    decoder = language_model(model)
+    decoder.activation_checkpointing_enable({"use_reentrant": False})
+    decoder.disable_input_require_grads()  # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
 
 
 def lm_head_weight(model: nn.Module) -> Tensor:
@@ -205,14 +214,13 @@ def lm_head_weight(model: nn.Module) -> Tensor:
 def _finish(wrapped: PeftModel, base_name: str) -> None:
     wrapped.peft_config[POLICY].base_model_name_or_path = base_name
     _set_trainable(wrapped)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def _set_trainable(wrapped: PeftModel) -> None:
     """Exactly the `default` adapter of the language model is trained; anything else trainable is a bug of the target pattern."""
     for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # also the reference: in bf16 it would not be the policy's start
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
     leaked = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name]
     if leaked:

@@ -27,8 +27,8 @@ def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: flo
 def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
     """Learning rate of update number `step` (0-based, counted in optimizer steps), as in HF's cosine schedule.
 
-    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is a warm-up), then half a cosine
-    from `base` to 0 at `total_steps`.
+    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is a warm-up), then half a
+    cosine from `base` to 0 at `total_steps`.
     """
     if step < warmup_steps:
         return base * step / warmup_steps

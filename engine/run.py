@@ -107,14 +107,17 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
     return load_checkpoint(newest), rejected
 
 
-def inherited_settings(named: str) -> dict[str, Any]:
+def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, Any]:
     """The settings of the run that --resume_from_checkpoint names, for `parse_config`.
 
-    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or a renamed folder.
+    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or a renamed folder. Raises
+    UsageError for a checkpoint of the other script.
     """
     checkpoint, _ = find_checkpoint(named)
-    settings = {name: entry["value"] for name, entry in checkpoint.document("config.json")["settings"].items()}
-    return settings | {"output_dir": None}
+    document = checkpoint.document("config.json")
+    if document["script"] != script:
+        raise UsageError(f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume it with that script")
+    return {name: entry["value"] for name, entry in document["settings"].items()} | {"output_dir": None}
 
 
 def run_folder(checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]) -> Path:
@@ -141,21 +144,23 @@ def check_same_data(checkpoint: Checkpoint, document: dict) -> None:
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
-    """When a run goes on in another folder, take its logs and its best checkpoint along, so that the new folder is whole."""
+    """When a run goes on in another folder, take along its logs and results, this checkpoint and the best: the new folder is whole."""
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return
-    for name in (*STEP_LOGS, "reference"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, run_dir / name)
-        elif (source / name).is_dir():
-            shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
-    best = checkpoint.document("trainer_state.json")["best_model_checkpoint"]
-    if best is not None and (source / best).is_dir() and not (run_dir / best).exists():
-        temporary = run_dir / f".tmp-{best}"
-        shutil.copytree(source / best, temporary)
-        os.rename(temporary, run_dir / best)
-        point_link(run_dir, "best", run_dir / best)
+    for pattern in (*STEP_LOGS, "predictions-*.jsonl", "scores-*.json"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, run_dir / path.name)
+    if (source / "reference").is_dir():
+        shutil.copytree(source / "reference", run_dir / "reference", dirs_exist_ok=True)
+    for link, name in (("last", checkpoint.path.name), ("best", checkpoint.document("trainer_state.json")["best_model_checkpoint"])):
+        if name is None or not (source / name).is_dir():
+            continue
+        if not (run_dir / name).exists():
+            temporary = run_dir / f".tmp-{name}"
+            shutil.copytree(source / name, temporary)
+            os.rename(temporary, run_dir / name)
+        point_link(run_dir, link, run_dir / name)
 
 
 def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:

@@ -45,6 +45,13 @@ def pick_device(num_threads: int | None = None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:
+    """The base model's precision. Raises UsageError for bf16 on a GPU that has none (before NVIDIA's Ampere generation)."""
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UsageError(f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for float32")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 # ---- signals --------------------------------------------------------------------------------------------------------
 class SignalGuard:
     """Within the block, SIGINT and SIGTERM only set `stop`, which loops poll to finish a step, save and leave.

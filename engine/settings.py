@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.answers import ANSWER_FORMATS
+from data.prompts import PROMPTS
 from engine.config import setting
 
 PAPER_SFT, PAPER_GRPO, OURS = "paper 3.2.1", "paper 3.2.2", "not published"
@@ -25,6 +27,8 @@ class TrainingConfig:
         None, "folder that image paths are relative to (default: each data file's own folder)", group="model and data")
     prompt: str | None = setting(
         None, "instruction variant, a name of data/prompts.py (default: free_reasoning; GRPO: the SFT run's)", group="model and data")
+    answer_format: str | None = setting(
+        None, "form of a valid answer, a name of data/answers.py (default: the prompt's own)", group="model and data")
     min_visual_tokens: int | None = setting(
         None, "an image is enlarged to at least this many visual tokens (default: 256; GRPO: the SFT run's); Gemma 3 has a fixed number",
         unit="tokens", source=PAPER_SFT, group="model and data")
@@ -65,8 +69,6 @@ class TrainingConfig:
 
 def training_problems(config: TrainingConfig) -> list[str]:
     """What is wrong with the shared settings, one line each: ranges, and names that do not exist."""
-    from data.prompts import PROMPTS
-
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_completion_length",
                 "logging_steps", "learning_rate", "max_grad_norm", "num_train_epochs")
     optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens", "num_threads")
@@ -79,6 +81,8 @@ def training_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"--weight_decay is {config.weight_decay}; it must not be negative")
     if config.prompt is not None and config.prompt not in PROMPTS:
         problems.append(f"--prompt {config.prompt}: no such instruction variant; there are {', '.join(PROMPTS)}")
+    if config.answer_format not in (None, *ANSWER_FORMATS):
+        problems.append(f"--answer_format {config.answer_format}: no such form; there are {', '.join(ANSWER_FORMATS)}")
     if (config.min_visual_tokens or 0) > (config.max_visual_tokens or float("inf")):
         problems.append(f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}")
     names = ["train"]  # the training file's name in config.json

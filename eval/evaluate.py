@@ -30,7 +30,7 @@ from engine.config import ConfigError, Resolved, UsageError, describe, parse_con
 from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import run_document, saved_settings, write_json
-from engine.runtime import SignalGuard, environment_banner, main_guard, pick_device, run_directory
+from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory
 from engine.tracking import Progress
 from eval.metrics import (
     bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
@@ -500,7 +500,7 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     print(environment_banner(device))
     print(describe(resolved))
     print("images: " + ", ".join(f"{name} {len(examples)}" for name, examples in sets.items()), flush=True)
-    model = load_model(config.model_name_or_path, dtype=torch.bfloat16 if bf16 else torch.float32, device=device,
+    model = load_model(config.model_name_or_path, dtype=base_dtype(bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     wrapped = model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
     output_dir = _output_directory(config)

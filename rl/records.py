@@ -1,4 +1,6 @@
-"""What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in TensorBoard, its state in a checkpoint."""
+"""What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in TensorBoard, its state in a
+checkpoint.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from rl.rollout import Sample
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """What to log of a rollout, under TRL's names.
 
-    reward is the number trained on (scaled); rewards/<name>/mean and its parts are in the reward's own units. reward_std is over the
-    rollout, reward_group_std the mean within groups; frac_reward_zero_std the share of groups that give no policy gradient.
+    reward is the number trained on (scaled); rewards/<name>/mean and its parts are in the reward's own units. reward_std is
+    over the rollout, reward_group_std the mean within groups; frac_reward_zero_std the share of groups that give no policy
+    gradient.
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     prompts = torch.tensor([sample.prompt for sample in samples])
@@ -85,7 +88,9 @@ def completion_rows(samples: Sequence[Sample]) -> list[dict]:
 
 
 def show_samples(log: RunLogger, samples: Sequence[Sample], step: int, *, max_side: int = 448) -> None:
-    """One group in TensorBoard: the X-ray, and a table of its completions with rewards and advantages. Model text is escaped."""
+    """One group in TensorBoard: the X-ray, and a table of its completions with rewards and advantages. Model text is
+    escaped.
+    """
     example = samples[0].example
     image = load_image(example).convert("L")
     image.thumbnail((max_side, max_side))
@@ -96,8 +101,8 @@ def show_samples(log: RunLogger, samples: Sequence[Sample], step: int, *, max_si
         "| completion | " + " | ".join(names) + " | advantage |", "|---" * (len(names) + 2) + "|",
     ]
     for sample in samples:
-        totals = " | ".join(f"{sample.rewards[name].total:.3f}" for name in names)
-        lines.append(f"| {escape_markdown(sample.text)} | {totals} | {sample.advantage:+.3f} |")
+        totals = " | ".join(f"{sample.rewards[name].total:.2f}" for name in names)
+        lines.append(f"| {escape_markdown(sample.text)} | {totals} | {sample.advantage:+.2f} |")
     log.text("completions/text", "\n".join(lines), step)
 
 
@@ -105,7 +110,9 @@ _PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", 
 
 
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict]]:
-    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for bit."""
+    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for
+    bit.
+    """
     tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in _PER_TOKEN} if samples else {}
     document = [
         {

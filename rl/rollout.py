@@ -1,8 +1,9 @@
-"""One rollout: G completions of each prompt with rewards, advantages, old and reference log-probabilities, and its micro-batches.
+"""One rollout: G completions of each prompt with rewards, advantages, old and reference log-probabilities, and its
+micro-batches.
 
-A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is made of them. The micro-batches are
-planned once: the old, reference and policy passes run on the same rows padded in the same way, so before the first update the ratio is
-exactly 1 and the KL exactly 0.
+A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is made of them. The
+micro-batches are planned once: the old, reference and policy passes run on the same rows padded in the same way, so before
+the first update the ratio is exactly 1 and the KL exactly 0.
 """
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ from rl.rewards import Reward, RewardFunction
 class Sample:
     """One completion with all that the objective needs of it.
 
-    prompt: index of its prompt in the rollout, which is its group. ids [C] int64; mask [C] bool, all false where a truncated completion is
-    left out of the loss; sampling_logprobs, top_p_mass, old_logprobs, ref_logprobs [C] fp32. rewards: every reward by
-    name. reward: what is trained on, scaled. advantage: A_i.
+    prompt: index of its prompt in the rollout, which is its group. ids [C] int64; mask [C] bool, all false where a
+    truncated completion is left out of the loss; sampling_logprobs, top_p_mass, old_logprobs, ref_logprobs [C] fp32.
+    rewards: every reward by name. reward: what is trained on, scaled. advantage: A_i.
     """
 
     prompt: int
@@ -60,7 +61,8 @@ def build_samples(
 ) -> list[Sample]:
     """Parse and reward every completion; samples of one prompt lie together, in the prompts' order.
 
-    All rewards are computed from the windows as they stood before this rollout; `observe` is the caller's to call, once, afterwards.
+    All rewards are computed from the windows as they stood before this rollout; `observe` is the caller's to call, once,
+    afterwards.
     """
     samples = []
     for index, (example, group) in enumerate(zip(examples, completions, strict=True)):
@@ -86,7 +88,9 @@ def with_advantages(samples: Sequence[Sample], scale_rewards: str) -> list[Sampl
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """N samples padded to T completion tokens, as `grpo_loss` takes them: advantages [N], the log-probabilities [N,T], all fp32."""
+    """N samples padded to T completion tokens, as `grpo_loss` takes them: advantages [N], the log-probabilities [N,T], all
+    fp32.
+    """
 
     batch: Batch
     advantages: Tensor
@@ -128,7 +132,8 @@ def score_samples(
 ) -> list[Sample]:
     """The samples with old log-probabilities (the policy as it is now) and those of the frozen reference.
 
-    Without gradient, in eval() mode, micro-batch by micro-batch as planned; computed once a rollout, whatever the number of updates.
+    Without gradient, in eval() mode, micro-batch by micro-batch as planned; computed once a rollout, whatever the number of
+    updates.
     """
     device = next(wrapped.parameters()).device
     settings = {"temperature": temperature, "suppress_token_ids": model.suppressed_ids}
@@ -151,5 +156,7 @@ def score_samples(
 
 
 def plan_micro_batches(num_samples: int, micro_batch_size: int) -> list[list[int]]:
-    """Indices of the samples of every micro-batch of one rollout, in order; samples of a prompt stay together where they fit."""
+    """Indices of the samples of every micro-batch of one rollout, in order; samples of a prompt stay together where they
+    fit.
+    """
     return [list(range(start, min(start + micro_batch_size, num_samples))) for start in range(0, num_samples, micro_batch_size)]

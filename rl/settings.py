@@ -1,12 +1,14 @@
 """The settings of run_grpo.py beside those of the objective, their checks, and the arithmetic of its batches."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import setting
 from engine.settings import OURS, PAPER_GRPO, TrainingConfig, training_problems
 from rl.objective import ObjectiveConfig
+from rl.rollout import Sample
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,14 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     if updates_per_rollout(config) == 1:
         found.append("one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations")
     return found
+
+
+def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
+    """Eq. 3 to the letter punishes short answers; where most are short, an invalid answer (0) is worth more than a wrong
+    one.
+    """
+    short = sum(len(sample.ids) < config.min_length for sample in samples)
+    if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
+        return None
+    return (f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length {config.min_length}: a valid but wrong "
+            f"answer gets {-config.length_penalty}, an invalid one 0. Lower --min_length, or set --length_penalty 0")

@@ -131,21 +131,6 @@ def case():
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
-    """`tiny_checkpoint("gemma3")` -> folder of a random checkpoint of that family, made once."""
-    from tiny import SAVE
-
-    made: dict[str, Path] = {}
-
-    def checkpoint(family: str) -> Path:
-        if family not in made:
-            made[family] = SAVE[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return checkpoint
-
-
-@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data file of 12 rows with answers, beside its images."""
     from runs import write_data
@@ -163,8 +148,8 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
     def run(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("runs") / f"sft-{family}"
-            assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", "--num_train_epochs", "2",
-                       "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--save_steps", "1") == 0
+            flags = "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
+            assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", *flags) == 0
         return made[family]
 
     return run
@@ -172,7 +157,7 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """`tiny_checkpoint("gemma3")`: the folder of a random checkpoint of that family (see tiny.py), made once; not to be written to."""
+    """`tiny_checkpoint("gemma3")`: folder of a random checkpoint of that family (see tiny.py), made once; not to be changed."""
     from tiny import SAVE  # here: most tests need no transformers
 
     folders: dict[str, Path] = {}

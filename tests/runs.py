@@ -1,7 +1,8 @@
-"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, command lines, what a run leaves behind, and how two runs compare."""
+"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, flags, what a run leaves behind, how two runs compare."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +14,20 @@ from data.encode import Encoder
 from engine.tracking import is_timing
 from tiny import save_images
 
+torch.set_num_threads(1)  # the models are so small that threads only cost time
 LABELS = ("Edema", "Pneumonia", "Fracture")
-SFT = ("--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16 --no_gradient_checkpointing --max_completion_length 6 "
-       "--learning_rate 1e-2 --warmup_ratio 0 --save_total_limit none").split()
-GRPO = ("--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --min_length 4 --learning_rate 1e-2 --save_total_limit none "
-        "--num_generations 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --temperature 1.2 --top_p 1").split()
+SFT = ("--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16 --no_gradient_checkpointing "
+       "--max_completion_length 6 --learning_rate 1e-2 --warmup_ratio 0 --save_total_limit none").split()
+GRPO = ("--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --min_length 4 --learning_rate 1e-2 "
+        "--save_total_limit none --num_generations 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--temperature 1.2 --top_p 1").split()
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
-    """data.jsonl and its images in `folder`: two rows a patient, answers of very different lengths, one or two of three labels."""
+    """data.jsonl and its images in `folder`: two rows a patient, answers of different lengths, one or two of three labels."""
     rows = [
-        {"id": f"e{i}", "patient_id": f"p{i // 2}", "image": name, "labels": [LABELS[i % 3]] + [LABELS[2]] * (i % 2 and i % 3 < 2), "dataset": "site",
+        {"id": f"e{i}", "patient_id": f"p{i // 2}", "image": name,
+         "labels": [LABELS[i % 3]] + [LABELS[2]] * (i % 2 and i % 3 < 2), "dataset": "site",
          "answer": f"<think>{'x' * (i * i % 19)}</think><solution>{LABELS[i % 3]}</solution>"}
         for i, name in enumerate(save_images(folder, count))
     ]
@@ -35,16 +39,20 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def sft(model: Path, data: Path, output_dir: Path, *flags: str) -> int:
-    return run_sft.main(["--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output_dir), *SFT, *flags])
+def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Exit code of run_sft.py; the last of two flags of one name counts."""
+    files = ["--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output_dir)]
+    return run_sft.main([*files, *SFT, *flags, *more])
 
 
-def grpo(adapter: Path, data: Path, output_dir: Path, *flags: str) -> int:
-    return run_grpo.main(["--adapter_name_or_path", str(adapter), "--train_file", str(data), "--output_dir", str(output_dir), *GRPO, *flags])
+def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Exit code of run_grpo.py, from an SFT run."""
+    files = ["--adapter_name_or_path", str(adapter), "--train_file", str(data), "--output_dir", str(output_dir)]
+    return run_grpo.main([*files, *GRPO, *flags, *more])
 
 
 def speak(monkeypatch) -> None:
-    """Make a random model's completions readable: a text that depends on the first two ids, so that rewards differ within a group."""
+    """Make a random model's completions readable: a text that depends on two of its ids, so that rewards differ in a group."""
     def decode(encoder, ids):
         first, second = ids[0].item(), ids[-1].item()
         if first % 4 == 0:
@@ -82,7 +90,8 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its bytes, to show that nothing was written."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            and not path.is_symlink()}
 
 
 # ---- two runs that must be the same ---------------------------------------------------------------------------------
@@ -108,7 +117,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         if (one / link).exists():
             assert (one / link).readlink() == (other / link).readlink(), link
     assert (one / "trainer_state.json").exists()
-    for name in ("trainer_state.json", "last/trainer_state.json", "last/optimizer.json", "last/rng.json", "last/rollout.json", "last/rewards.json"):
+    for name in ("trainer_state.json", "last/trainer_state.json", "last/optimizer.json", "last/rng.json", "last/rollout.json",
+                 "last/rewards.json"):
         if (one / name).exists():
             assert without_times(document(one / name)) == without_times(document(other / name)), name
     for name in ("last/adapter_model", "last/optimizer", "last/rng", "last/rollout"):

@@ -3,6 +3,7 @@ misspelt or ill-typed is ever accepted silently. Run: python -m pytest tests/tes
 """
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,6 @@ from engine.config import (
     ConfigError,
     Resolved,
     UsageError,
-    config_differences,
     describe,
     parse_config,
     setting,
@@ -246,20 +246,104 @@ def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
         resolved.with_value("modle", "x", "y")
 
 
-def test_differences_between_two_runs_ignore_origins_and_the_named_settings(shipped):
-    old = to_json(parse("--recipe", "demo", "--validation_file", "a=x", recipes_package=shipped))
-    same = to_json(parse("--model_name_or_path", "tiny", "--max_steps", "3", "--validation_file", "a=x"))
-    assert old["validation_file"] == {"value": ["a=x"], "origin": "flag"}
-    assert config_differences(old, same) == []
-    new = to_json(parse("--model_name_or_path", "tiny", "--learning_rate", "1e-4", "--max_steps", "4"))
-    assert config_differences(old, new, ignore=("max_steps",)) == [
-        "learning_rate: was 5e-05, is 0.0001",
-        "validation_file: was ['a=x'], is []",
+# ---- a resumed run --------------------------------------------------------------------------------------------------
+RESUME = {"inherit_with": "model_name_or_path", "free_to_change": ("max_steps",
+                                                                   "model_name_or_path")}  # its value names the run
+
+
+def saved(*argv: str, **options) -> dict:
+    """The settings of an earlier run as they come back from its config.json."""
+    return {name: entry["value"] for name, entry in json.loads(json.dumps(to_json(parse(*argv, **options)))).items()}
+
+
+def resume(earlier: dict, *argv: str, **options) -> Resolved:
+    return parse("--model_name_or_path", "run-1", *argv, inherit=lambda named: earlier if named == "run-1" else {}, **RESUME,
+                 **options)
+
+
+def resume_problems(earlier: dict, *argv: str, **options) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        resume(earlier, *argv, **options)
+    return error.value.problems
+
+
+def test_json_keeps_every_value_with_its_origin(recipe):
+    written = to_json(parse("--recipe", path := recipe("max_steps = 3"), "--validation_file", "a=x", "--no_bf16"))
+    assert written == {
+        "model_name_or_path": {"value": None, "origin": "default"},
+        "bf16": {"value": False, "origin": "flag"},
+        "learning_rate": {"value": 5e-05, "origin": "default"},
+        "max_steps": {"value": 3, "origin": f"recipe {path}"},
+        "warmup_steps": {"value": 0, "origin": "default"},
+        "validation_file": {"value": ["a=x"], "origin": "flag"},
+        "epsilon_low": {"value": 0.15, "origin": "default"},
+        "estimator": {"value": "k3", "origin": "default"},
+    }
+
+
+def test_a_resumed_run_has_the_settings_of_the_run(shipped):
+    earlier = saved("--learning_rate", "1e-4", "--validation_file", "a=x", "b=y", "--no_bf16", "--estimator", "k2",
+                    "--max_steps", "9")
+    # The default recipe would give max_steps 3; it does not apply to a resumed run.
+    resolved = resume(earlier, recipes_package=shipped, default_recipe="demo")
+    assert resolved.configs == (
+        TrainConfig("run-1", False, 1e-4, 9, 0, ("a=x", "b=y")),  # tuples come back from JSON's lists
+        LossConfig(0.15, "k2"),
+    )
+    assert resolved.origins == {
+        "model_name_or_path": "flag",
+        "bf16": "resumed run",
+        "learning_rate": "resumed run",
+        "max_steps": "resumed run",
+        "warmup_steps": "default",
+        "validation_file": "resumed run",
+        "epsilon_low": "default",
+        "estimator": "resumed run",
+    }
+    assert resolved.recipe is None
+
+
+def test_a_resumed_run_refuses_every_changed_setting_at_once(recipe):
+    earlier = saved("--learning_rate", "1e-4", "--max_steps", "9")
+    path = recipe("warmup_steps = 5\nmax_steps = 10\n")
+    remedy = "a resumed run keeps its settings: leave it out, or start a new run"
+    assert resume_problems(earlier, "--learning_rate", "5e-5", "--estimator", "k1", "--recipe", path, "--zzzzzzz") == [
+        "unknown flag --zzzzzzz",
+        f"--learning_rate: the resumed run has 0.0001, not 5e-05 (flag); {remedy}",  # also where it is the default
+        f"--warmup_steps: the resumed run has 0, not 5 (recipe {path}); {remedy}",
+        f"--estimator: the resumed run has k3, not k1 (flag); {remedy}",
     ]
-    del old["bf16"]
-    assert config_differences(old, same) == ["bf16: was not known, is True"]
 
 
+def test_what_changes_no_number_may_be_changed_and_the_same_value_may_be_repeated():
+    earlier = saved("--learning_rate", "1e-4", "--max_steps", "9", "--validation_file", "a=x")
+    resolved = resume(earlier, "--max_steps", "20", "--learning_rate", "0.0001", "--validation_file", "a=x")
+    assert (resolved.configs[0].max_steps, resolved.origins["max_steps"]) == (20, "flag")
+    assert resolved.configs[0].validation_file == ("a=x",)
+
+
+def test_without_the_resuming_flag_nothing_is_inherited():
+    resolved = parse("--max_steps", "2", inherit=lambda named: pytest.fail("asked for a run"), **RESUME)
+    assert resolved.configs[0] == TrainConfig(max_steps=2)
+
+
+def test_a_run_of_another_version_is_refused():
+    earlier = saved()
+    del earlier["bf16"]
+    earlier["old_setting"] = 1
+    (line,) = resume_problems(earlier)
+    assert "do not have the same settings (bf16, old_setting differ)" in line and "start a new run from its adapter" in line
+
+
+def test_what_the_resumed_run_says_of_itself_is_not_lost():
+    def no_checkpoint(named):
+        raise ConfigError(f"--resume {named}: no such folder")
+
+    with pytest.raises(ConfigError, match="^--resume gone: no such folder$"):
+        parse("--model_name_or_path", "gone", inherit=no_checkpoint, **RESUME)
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
 def test_help_names_default_unit_source_and_groups(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help", "--max_steps", "not looked at")

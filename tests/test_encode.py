@@ -1,4 +1,4 @@
-"""Protects the loss mask and the image tokens: what is supervised is the answer and its end of turn, nothing more and nothing less.
+"""Protects the loss mask and the image tokens: the answer and its end of turn are supervised, nothing more and nothing less.
 
 Checked by decoding the supervised ids again. Run: pytest tests/test_encode.py
 """
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoImageProcessor, Gemma3Processor
 
 from data.collate import collate_prompts, collate_rows
@@ -42,11 +43,6 @@ def encoder(family, tiny_checkpoint) -> Encoder:
 
 
 @pytest.fixture
-def qwen(tiny_checkpoint) -> Encoder:
-    return encoder_of(tiny_checkpoint("qwen2_5_vl"))
-
-
-@pytest.fixture
 def example(tiny_images) -> Example:
     return examples_of(tiny_images, 56)[0]
 
@@ -58,7 +54,7 @@ def test_the_answer_and_its_end_of_turn_are_supervised(encoder, family, example)
     row = encoder.encode_answer(example, PROMPT, ANSWER)
     assert encoder.tokenizer.decode(row.completion_ids) == ANSWER + END[family]
     assert row.completion_ids[-1] == encoder.end_of_turn_id and (row.completion_ids == encoder.end_of_turn_id).sum() == 1
-    assert row.completion_mask.dtype == torch.bool and row.completion_mask.all() and len(row.completion_mask) == len(row.completion_ids)
+    assert row.completion_mask.dtype == torch.bool and row.completion_mask.tolist() == [True] * len(row.completion_ids)
     assert encoder.decode(row.completion_ids) == ANSWER  # what the parser will read
     text = encoder.tokenizer.decode(row.prompt.input_ids)
     assert text.endswith(PROMPT.text + END[family] + "\n" + HEADER[family]) and SYSTEM_PROMPT in text
@@ -71,7 +67,7 @@ def test_training_and_sampling_see_the_same_prompt(encoder, example):
 
 def test_supervised_tokens_of_a_batch(encoder, family, tiny_images):
     examples, answers = examples_of(tiny_images, 112, 56, 84), ["short", ANSWER, ""]
-    rows = [encoder.encode_answer(example, prompt, answer) for example, prompt, answer in zip(examples, (SHORT, PROMPT, SHORT), answers)]
+    rows = [encoder.encode_answer(*row) for row in zip(examples, (SHORT, PROMPT, SHORT), answers)]
     batch = collate_rows(rows, encoder.pad_token_id)
     for i, (row, answer) in enumerate(zip(rows, answers)):
         length = len(row.prompt.input_ids) + len(row.completion_ids)
@@ -96,8 +92,8 @@ def test_prompts_are_padded_on_the_left(encoder, tiny_images):
 
 def test_a_template_that_changes_the_prompt_is_refused(encoder, example):
     # As templates of thinking models do: the generation prompt opens a block that is not there in front of a given answer.
-    encoder.tokenizer.chat_template = encoder.tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}").replace(
-        "model\n{% endif %}", "model\n<think>{% endif %}")
+    head, tail = encoder.tokenizer.chat_template.rsplit("{% endif %}", 1)
+    encoder.tokenizer.chat_template = head + "<think>{% endif %}" + tail
     with pytest.raises(DataError, match="example 'e0': prompt [+] answer does not begin with the tokens of the prompt"):
         encoder.encode_answer(example, PROMPT, "Edema")
 
@@ -125,26 +121,32 @@ def test_control_tokens_in_an_answer_are_refused(tiny_checkpoint, example, famil
 
 
 def test_prompts_of_one_name_are_not_confused(encoder, example):
-    texts = [encoder.tokenizer.decode(encoder.encode_prompt(example, Prompt("same", text)).input_ids) for text in ("first", "second")]
+    prompts = [encoder.encode_prompt(example, Prompt("same", text)) for text in ("first", "second")]
+    texts = [encoder.tokenizer.decode(prompt.input_ids) for prompt in prompts]
     assert "first" in texts[0] and "second" in texts[1] and "first" not in texts[1]
 
 
 def test_gemma_has_one_bos(tiny_checkpoint, example):
     encoder = encoder_of(tiny_checkpoint("gemma3"))
     bos = encoder.tokenizer.bos_token_id
+    # As Gemma's own tokenizer: it adds <bos> by itself, which the chat template does too.
+    encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    assert encoder.tokenizer("x").input_ids[0] == bos
     row = encoder.encode_answer(example, PROMPT, ANSWER)
     assert (torch.cat([row.prompt.input_ids, row.completion_ids]) == bos).nonzero().flatten().tolist() == [0]
 
 
 def test_gemma_ids_are_those_of_its_own_processor(tiny_checkpoint, example):
     encoder = encoder_of(tiny_checkpoint("gemma3"))
-    processor = Gemma3Processor(encoder.image_processor, encoder.tokenizer, chat_template=encoder.tokenizer.chat_template, image_seq_length=4)
+    template = encoder.tokenizer.chat_template
+    processor = Gemma3Processor(encoder.image_processor, encoder.tokenizer, chat_template=template, image_seq_length=4)
     text = processor.apply_chat_template(build_messages(PROMPT), add_generation_prompt=True)
-    official = processor(text=text, images=[Image.open(example.image_root / example.image).convert("RGB")], add_special_tokens=False,
-                         return_mm_token_type_ids=True)
+    image = Image.open(example.image_root / example.image).convert("RGB")
+    official = processor(text=text, images=[image], add_special_tokens=False, return_mm_token_type_ids=True)
     encoded = encoder.encode_prompt(example, PROMPT)
     assert encoded.input_ids.tolist() == official["input_ids"][0]
-    assert encoded.token_types.tolist() == list(official["token_type_ids" if "token_type_ids" in official else "mm_token_type_ids"][0])
+    types = "token_type_ids" if "token_type_ids" in official else "mm_token_type_ids"
+    assert encoded.token_types.tolist() == list(official[types][0])
 
 
 # The image
@@ -156,7 +158,8 @@ def image_tokens(encoder, folder, height, width) -> int:
     tokens = int((encoded.token_types == 1).sum())
     assert torch.equal(encoded.token_types == 1, encoded.input_ids == encoder.image_token_id)
     if encoder.family == "qwen2_5_vl":
-        assert encoded.vision["pixel_values"].shape[0] == 4 * tokens == int(encoded.vision["image_grid_thw"].prod())  # 2 x 2 patches a token
+        # 2 x 2 patches a token
+        assert len(encoded.vision["pixel_values"]) == 4 * tokens == int(encoded.vision["image_grid_thw"].prod())
     return tokens
 
 
@@ -172,7 +175,7 @@ def image_tokens(encoder, folder, height, width) -> int:
 def test_qwen_image_tokens_follow_the_bounds(tiny_checkpoint, tmp_path, bounds, height, width, expected):
     folder = tiny_checkpoint("qwen2_5_vl")
     own = json.loads((folder / "preprocessor_config.json").read_text())
-    assert (own["min_pixels"], own["max_pixels"]) == (4 * 784, 16384 * 784)  # the checkpoint's own bounds would allow nearly everything
+    assert (own["min_pixels"], own["max_pixels"]) == (4 * 784, 16384 * 784)  # the checkpoint's own: nearly anything
     encoder = encoder_of(folder, *bounds)
     assert image_tokens(encoder, tmp_path, height, width) == expected
     assert bounds[0] <= expected <= bounds[1]
@@ -180,7 +183,8 @@ def test_qwen_image_tokens_follow_the_bounds(tiny_checkpoint, tmp_path, bounds, 
 
 def test_bounds_that_are_not_in_force_stop_the_run(tiny_checkpoint, monkeypatch):
     original = AutoImageProcessor.from_pretrained
-    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda path, min_pixels, max_pixels, **rest: original(path, **rest))
+    deaf = lambda path, min_pixels, max_pixels, **rest: original(path, **rest)  # noqa: E731
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", deaf)
     with pytest.raises(RuntimeError, match=r"uses pixel bounds \(3136, 12845056\), not \(3136, 12544\) as asked for"):
         encoder_of(tiny_checkpoint("qwen2_5_vl"))
 

@@ -425,7 +425,7 @@ def test_command_does_not_overwrite(project, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "is not valid JSON"),
+    ("{", "is not a run's configuration"),
     ('{"settings": {"max_completion_length": {"value": "long"}}}', "max_completion_length is 'long', expected int"),
     ('{"settings": {"prompt": {"value": "gone"}}}', "--prompt gone: unknown"),
 ])

@@ -10,11 +10,11 @@ import dataclasses
 import pytest
 import torch
 
-from data.collate import Batch, collate_rows
+from data.collate import Batch, collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
 from engine.families import Gemma3, Qwen25VL, causal_mask, family_of, language_model, text_positions
-from engine.forward import completion_hidden_states, completion_logprobs, embed
+from engine.forward import completion_hidden_states, completion_logprobs, embed, image_features
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
 from engine.model import LoadedModel, enable_gradient_checkpointing, lm_head_weight
@@ -112,7 +112,8 @@ def rows_and_expected(model, images):
 def test_control_causal_attention_inside_an_image(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
     masks = Gemma3.attention_masks
-    monkeypatch.setattr(Gemma3, "attention_masks", lambda self, model, mask, types, length: masks(self, model, mask, 0 * types, length))
+    text_only = lambda self, model, mask, types, length: masks(self, model, mask, 0 * types, length)  # noqa: E731
+    monkeypatch.setattr(Gemma3, "attention_masks", text_only)
     assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-2
 
 
@@ -133,7 +134,8 @@ def test_control_sliding_window_off_by_one(gemma, tiny_images, monkeypatch):
 @torch.no_grad()
 def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(qwen, tiny_images)
-    monkeypatch.setattr(Qwen25VL, "positions", lambda self, model, batch: text_positions(batch.attention_mask).expand(3, -1, -1))
+    one_dimensional = lambda self, model, batch: text_positions(batch.attention_mask).expand(3, -1, -1)  # noqa: E731
+    monkeypatch.setattr(Qwen25VL, "positions", one_dimensional)
     assert largest_difference(logprobs_of(qwen.base, qwen, rows), expected) > 1e-2
 
 
@@ -191,7 +193,7 @@ def test_completions_of_one_prompt_share_its_image(model, tiny_images):
 @torch.no_grad()
 def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
     rows = rows_of(model, tiny_images)
-    rows[1] = dataclasses.replace(rows[1], completion_mask=torch.zeros(len(rows[1].completion_ids), dtype=torch.bool))  # left out of the loss
+    rows[1] = dataclasses.replace(rows[1], completion_mask=torch.zeros_like(rows[1].completion_mask))  # left out of the loss
     batch = collate_rows(rows, model.encoder.pad_token_id)
     logprobs, entropies = completion_logprobs(model.base, model.family, batch, temperature=0.8, entropy=True)
     assert logprobs.shape == entropies.shape == batch.completion_mask.shape == (3, len(rows[0].completion_ids))
@@ -205,7 +207,8 @@ def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
 
 def test_a_batch_without_scored_tokens(model, tiny_images):
     row = rows_of(model, tiny_images)[0]
-    batch = collate_rows([dataclasses.replace(row, completion_mask=torch.zeros_like(row.completion_mask))], model.encoder.pad_token_id)
+    unscored = dataclasses.replace(row, completion_mask=torch.zeros_like(row.completion_mask))
+    batch = collate_rows([unscored], model.encoder.pad_token_id)
     logprobs, _ = completion_logprobs(model.base, model.family, batch, temperature=1.0)
     assert logprobs.shape == (1, len(row.completion_ids)) and (logprobs == 0).all()
 
@@ -256,7 +259,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
     for checkpointing in (False, True):
         model = load(tiny_checkpoint(family))
         rows = rows_of(model, tiny_images)
-        rows.append(EncodedRow(rows[0].prompt, torch.tensor([70, 71]), torch.ones(2, dtype=torch.bool)))  # four rows, three images
+        # four rows, three images
+        rows.append(EncodedRow(rows[0].prompt, torch.tensor([70, 71]), torch.ones(2, dtype=torch.bool)))
         results.append(gradients(model, rows, checkpointing=checkpointing))
     (plain, layer_plain, vision_plain), (recomputed, layer_recomputed, vision_recomputed) = results
     assert (layer_plain, layer_recomputed) == (1, 2)  # the decoder really is computed again
@@ -266,6 +270,19 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
     assert all("lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_asks_for_no_gradient_of_the_inputs(own_model, tiny_images):
+    wrapped = attach_random_adapter(own_model)
+    enable_gradient_checkpointing(wrapped)
+    assert not embed(wrapped.train(), own_model.family, collate_rows(rows_of(own_model, tiny_images), 0)).requires_grad
+
+
+def test_the_vision_tower_has_no_graph_even_where_it_is_not_frozen(own_model, tiny_images):
+    own_model.base.requires_grad_(True)
+    features = image_features(own_model.base, own_model.family, collate_rows(rows_of(own_model, tiny_images), 0))
+    assert [len(image) for image in features] == ([4, 16, 9] if own_model.family.model_type == "qwen2_5_vl" else [4, 4, 4])
+    assert not any(image.requires_grad for image in features)
 
 
 def test_gradient_equals_transformers(family, tiny_checkpoint, tiny_images):
@@ -289,6 +306,13 @@ def test_p19_text_positions(case):
         p19.differs("wrong_arange", positions)
 
 
+def test_gemma_positions_leave_the_padding_out(gemma, tiny_images):
+    prompts = [row.prompt for row in rows_of(gemma, tiny_images)[:2]]
+    batch = collate_prompts(prompts, gemma.encoder.pad_token_id)
+    short, long = (len(prompt.input_ids) for prompt in prompts)
+    assert gemma.family.positions(gemma.base, batch).tolist() == [[0] * (long - short) + list(range(short)), list(range(long))]
+
+
 def mrope_prompt(model: LoadedModel, token_types: list[int], grid: list[int], lead: int = 0) -> EncodedPrompt:
     """A prompt of the given token types and image grid, with `lead` more text tokens in front."""
     types = torch.tensor([0] * lead + token_types)
@@ -300,7 +324,8 @@ def mrope_prompt(model: LoadedModel, token_types: list[int], grid: list[int], le
 def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: int) -> list[torch.Tensor]:
     """The position ids that the decoder gets while sampling: those of the prompts, then of each new token."""
     seen = []
-    hook = language_model(model.base).register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    hook = language_model(model.base).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
     model = dataclasses.replace(model, stop_ids=frozenset({-1}))  # nothing stops
     generate(model.base, model, prompts, SamplingConfig(temperature=0.0, max_completion_length=num_new + 1))
     hook.remove()
@@ -310,7 +335,8 @@ def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: in
 def test_p18_mrope_positions(qwen, case):
     with case("P18_mrope") as p18:
         types, grid = p18.inputs["token_types_unpadded"], p18.inputs["image_grid_thw"]
-        assert qwen.base.config.vision_config.spatial_merge_size == p18.inputs["spatial_merge_size"] and p18.inputs["left_pad"] == 0
+        assert qwen.base.config.vision_config.spatial_merge_size == p18.inputs["spatial_merge_size"]
+        assert p18.inputs["left_pad"] == 0
         prompt = mrope_prompt(qwen, types, grid)
         p18.close("num_image_tokens", len(qwen.family.image_features(qwen.base, prompt.vision)))
         positions, *following = seen_positions(qwen, [prompt], p18.inputs["num_generated"])

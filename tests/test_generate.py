@@ -1,6 +1,7 @@
 """Protects the sampler: what it draws, what it records of it, and that nothing else has a say in it.
 
-Random checkpoints of both families with ragged prompts; frequencies by chi-square with fixed seeds. Run: pytest tests/test_generate.py
+Random checkpoints of both families with ragged prompts; frequencies by chi-square with fixed seeds.
+Run: pytest tests/test_generate.py
 """
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def prompts(model, tiny_images) -> list[EncodedPrompt]:
     return [model.encoder.encode_prompt(example, text) for example, text in zip(examples_of(tiny_images, 56, 112, 84), texts)]
 
 
-def sample(model: LoadedModel, prompts, *, num_generations=1, seed=0, stop_ids=None, net=None, **sampling) -> list[list[Completion]]:
+def sample(
+    model: LoadedModel, prompts, *, num_generations=1, seed=0, stop_ids=None, net=None, **sampling
+) -> list[list[Completion]]:
     if stop_ids is not None:
         model = dataclasses.replace(model, stop_ids=frozenset(stop_ids))
     config = SamplingConfig(**{"max_completion_length": 20, **sampling})
@@ -71,10 +74,12 @@ def scored(model: LoadedModel, prompts, groups, temperature: float) -> tuple[tor
     rows = [EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool))
             for prompt, group in zip(prompts, groups) for completion in group]
     completions = [completion for group in groups for completion in group]
-    together = Completion(*(torch.cat([getattr(c, name) for c in completions]) for name in ("ids", "logprobs", "top_p_mass")), False)
+    joined = [torch.cat([getattr(c, name) for c in completions]) for name in ("ids", "logprobs", "top_p_mass")]
+    together = Completion(*joined, truncated=False)
     hidden, targets = completion_hidden_states(model.base, model.family, collate_rows(rows, model.encoder.pad_token_id))
     assert torch.equal(targets, together.ids)
-    logprobs, _ = token_logprobs(hidden, lm_head_weight(model.base), targets, temperature=temperature, suppress_token_ids=model.suppressed_ids)
+    logprobs, _ = token_logprobs(
+        hidden, lm_head_weight(model.base), targets, temperature=temperature, suppress_token_ids=model.suppressed_ids)
     return logprobs, hidden, together
 
 
@@ -104,7 +109,8 @@ def test_p07_completions_end_at_the_first_stop_token(case):
         p07.close("clipped_ratio", metrics["completions/clipped_ratio"])
         p07.close("mean_length", metrics["completions/mean_length"])
         p07.close("mean_terminated_length", metrics["completions/mean_terminated_length"])
-        p07.close("mask_when_truncated_completions_masked", torch.nn.utils.rnn.pad_sequence([s.mask.int() for s in masked], batch_first=True))
+        masks = torch.nn.utils.rnn.pad_sequence([sample.mask.int() for sample in masked], batch_first=True)
+        p07.close("mask_when_truncated_completions_masked", masks)
         assert all(sample.mask.all() for sample in kept)
 
 
@@ -248,7 +254,8 @@ def test_greedy_equals_transformers(model, prompts):
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
     output = model.base.generate(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), do_sample=False, max_new_tokens=30,
-        eos_token_id=sorted(model.stop_ids), pad_token_id=model.encoder.pad_token_id, suppress_tokens=list(model.suppressed_ids), **inputs)
+        eos_token_id=sorted(model.stop_ids), pad_token_id=model.encoder.pad_token_id,
+        suppress_tokens=list(model.suppressed_ids), **inputs)
     theirs = output[:, batch.input_ids.shape[1]:]
     ours = sample(model, prompts, temperature=0.0, max_completion_length=30)
     for row, [completion] in zip(theirs, ours, strict=True):
@@ -265,8 +272,8 @@ def hostile_settings(folder) -> None:
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {
-        "do_sample": False, "temperature": 9.0, "top_k": 1, "top_p": 0.01, "repetition_penalty": 2.0, "max_new_tokens": 1, "max_length": 3,
-        "no_repeat_ngram_size": 1, "suppress_tokens": list(range(200)), "num_beams": 4}))
+        "do_sample": False, "temperature": 9.0, "top_k": 1, "top_p": 0.01, "repetition_penalty": 2.0, "max_new_tokens": 1,
+        "max_length": 3, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(200)), "num_beams": 4}))
 
 
 def test_the_models_generation_config_changes_nothing(family, tiny_checkpoint, tiny_images, tmp_path):
@@ -310,14 +317,15 @@ def test_finished_rows_do_not_change_the_others(model, prompts):
             torch.testing.assert_close(completion.logprobs, whole.logprobs[:length], rtol=0, atol=1e-5)
             torch.testing.assert_close(completion.top_p_mass, whole.top_p_mass[:length], rtol=0, atol=1e-5)
             lengths.append(length)
-    assert len(set(lengths)) > 3 and len({int(c.ids[-1]) for group in stopped for c in group}) > 3  # several lengths, several stop ids
+    assert len(set(lengths)) > 3 and len({int(c.ids[-1]) for group in stopped for c in group}) > 3  # both of several kinds
 
 
 def test_each_stop_id_stops(model, prompts):
     [[endless]] = sample(model, prompts[:1], stop_ids=NEVER)
     for token in set(endless.ids.tolist()):
         [[completion]] = sample(model, prompts[:1], stop_ids={token, -1})
-        assert completion.ids.tolist() == endless.ids[: endless.ids.tolist().index(token) + 1].tolist() and not completion.truncated
+        length = endless.ids.tolist().index(token) + 1
+        assert torch.equal(completion.ids, endless.ids[:length]) and not completion.truncated
 
 
 def test_stop_ids_of_the_checkpoints(model, family):
@@ -416,6 +424,7 @@ def test_completions_have_the_promised_types(model, prompts):
     groups = sample(model, prompts, num_generations=2)
     assert [len(group) for group in groups] == [2, 2, 2]
     for completion in (c for group in groups for c in group):
-        assert completion.ids.dtype == torch.int64 and completion.logprobs.dtype == completion.top_p_mass.dtype == torch.float32
-        assert len(completion.ids) == len(completion.logprobs) == len(completion.top_p_mass) and isinstance(completion.truncated, bool)
+        assert completion.ids.dtype == torch.int64 and isinstance(completion.truncated, bool)
+        assert completion.logprobs.dtype == completion.top_p_mass.dtype == torch.float32
+        assert len(completion.ids) == len(completion.logprobs) == len(completion.top_p_mass)
         assert not completion.logprobs.requires_grad

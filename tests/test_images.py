@@ -1,4 +1,4 @@
-"""Protects image loading: the pixels that reach the model are those of the file, 8-bit RGB and upright, and a bad file is named.
+"""Protects image loading: the model gets the pixels of the file, 8-bit RGB and upright, and a bad file is named.
 
 Run: pytest tests/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it reads those too.
 """
@@ -50,7 +50,8 @@ def test_only_files_under_the_root(tmp_path):
     (root / "inside.png").symlink_to(root / "deep" / "a.png")
     for name in ("../secret.png", str(tmp_path / "secret.png"), "deep/../../secret.png", "link.png"):
         said = refusal(root, name)
-        assert said == f"example 'e1': image {name!r} lies outside the image root {root}; paths must be relative to it and stay in it (--image_root)"
+        assert said == (f"example 'e1': image {name!r} lies outside the image root {root}; "
+                        "paths must be relative to it and stay in it (--image_root)")
     for name in ("deep/a.png", "deep/../deep/a.png", "inside.png"):
         assert image_path(example(root, name)) == root / "deep" / "a.png"
 
@@ -58,7 +59,8 @@ def test_only_files_under_the_root(tmp_path):
 @pytest.mark.parametrize("name", ["none.png", "deep", ""])
 def test_missing_files(tmp_path, name):
     (tmp_path / "deep").mkdir()
-    assert refusal(tmp_path, name) == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
+    said = refusal(tmp_path, name)
+    assert said == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
 
 
 def test_a_path_with_a_null_byte(tmp_path):

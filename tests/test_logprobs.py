@@ -21,7 +21,8 @@ def problem(dtype=torch.float64, m=M, v=V, scale=1.0, seed=0):
     """(hidden [m,H] with gradient, head [v,H], targets [m])."""
     generator = torch.Generator().manual_seed(seed)
     hidden = (scale * torch.randn(m, H, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-    return hidden, torch.randn(v, H, generator=generator, dtype=torch.float64).to(dtype), torch.randint(0, v, (m,), generator=generator)
+    head = torch.randn(v, H, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden, head, torch.randint(0, v, (m,), generator=generator)
 
 
 def head_for(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,8 +46,9 @@ def test_p16_supervised_tokens_and_eq1(case):
         ids, mask = torch.tensor(p16.inputs["input_ids"]), torch.tensor(p16.inputs["assistant_mask"]).bool()
         rows = []
         for i in range(2):
-            start = int(mask[i].long().argmax())  # the answer begins here; what follows its end of turn is in the row, but not supervised
-            rows.append(EncodedRow(EncodedPrompt(ids[i, :start], torch.zeros(start, dtype=torch.long), {}), ids[i, start:], mask[i, start:]))
+            start = int(mask[i].long().argmax())  # what follows the answer's end of turn is in the row, but not supervised
+            prompt = EncodedPrompt(ids[i, :start], torch.zeros(start, dtype=torch.long), {})
+            rows.append(EncodedRow(prompt, ids[i, start:], mask[i, start:]))
         batch = collate_rows(rows, pad_token_id=0)
         at, columns = predicted_tokens(batch.loss_mask)
         ignored = torch.full_like(ids, -100)
@@ -88,7 +90,8 @@ def test_chunks_do_not_matter(chunk_size):
     results = []
     for size in (M, chunk_size):
         hidden, head, targets = problem()
-        logprobs, entropies = token_logprobs(hidden, head, targets, temperature=0.8, suppress_token_ids=[0], chunk_size=size, entropy=True)
+        logprobs, entropies = token_logprobs(
+            hidden, head, targets, temperature=0.8, suppress_token_ids=[0], chunk_size=size, entropy=True)
         (logprobs.nan_to_num(neginf=0.0).sum() + 2 * entropies.sum()).backward()
         results.append((logprobs, entropies, hidden.grad))
     for whole, chunked in zip(*results):
@@ -99,14 +102,14 @@ def test_suppressed_ids_leave_the_vocabulary():
     suppressed = (2, 9)
     rest = [i for i in range(V) if i not in suppressed]
     hidden, head, _ = problem()
-    everything = torch.stack([token_logprobs(hidden, head, torch.full((M,), i), temperature=0.8, suppress_token_ids=suppressed, entropy=True)[0]
-                              for i in range(V)], 1)  # [M,V]
+    settings = {"temperature": 0.8, "entropy": True}
+    results = [token_logprobs(hidden, head, torch.full((M,), i), suppress_token_ids=suppressed, **settings) for i in range(V)]
+    everything = torch.stack([logprobs for logprobs, _ in results], 1)  # [M,V]
     torch.testing.assert_close(everything[:, rest].exp().sum(1), torch.ones(M, dtype=torch.float64), rtol=0, atol=1e-13)
     assert (everything[:, list(suppressed)] == float("-inf")).all()
-    smaller, entropies = token_logprobs(hidden, head[rest], torch.zeros(M, dtype=torch.long), temperature=0.8, entropy=True)
+    smaller, entropies = token_logprobs(hidden, head[rest], torch.zeros(M, dtype=torch.long), **settings)
     torch.testing.assert_close(everything[:, 0], smaller, rtol=0, atol=1e-13)  # as if the vocabulary had never held them
-    with_suppressed = token_logprobs(hidden, head, torch.zeros(M, dtype=torch.long), temperature=0.8, suppress_token_ids=suppressed, entropy=True)[1]
-    torch.testing.assert_close(with_suppressed, entropies, rtol=0, atol=1e-13)
+    torch.testing.assert_close(results[0][1], entropies, rtol=0, atol=1e-13)
 
 
 def test_no_tokens():
@@ -127,7 +130,8 @@ def test_a_temperature_must_be_positive(temperature):
 def test_predicted_correctly_is_the_argmax():
     hidden, head = head_for(torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 0.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]]))
     for chunk_size in (1, 3, 256):
-        assert predicted_correctly(hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size).tolist() == [True, False, True, True]
+        correct = predicted_correctly(hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size)
+        assert correct.tolist() == [True, False, True, True]
 
 
 def test_tokens_are_predicted_from_the_state_before_them():
@@ -161,8 +165,8 @@ def test_bfloat16_in_float32_out():
 
 def test_large_logits_are_stable():
     hidden, head = head_for(torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 1e4]]))
-    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, torch.tensor([1, 2]), suppress_token_ids=[], entropy=True)
-    # The second is one of two equal ones: log 1/2. Neighbouring fp32 numbers lie 0.001 apart at 1e4, so the logits must be shifted first.
+    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, torch.tensor([1, 2]), entropy=True)
+    # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the logits must be shifted first.
     torch.testing.assert_close(logprobs, torch.tensor([-1e4, -0.693147]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropies, torch.tensor([0.0, 0.693147]), rtol=0, atol=1e-6)
     (logprobs.sum() + entropies.sum()).backward()
@@ -185,7 +189,8 @@ def test_gradients_by_finite_differences(chunk_size, suppressed):
     targets = targets.where(~torch.isin(targets, torch.tensor(suppressed, dtype=torch.long)), 0)
 
     def values(hidden):
-        return token_logprobs(hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, chunk_size=chunk_size, entropy=True)
+        return token_logprobs(
+            hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, chunk_size=chunk_size, entropy=True)
 
     assert gradcheck(lambda h: values(h)[0], hidden)
     assert gradcheck(lambda h: values(h)[1], hidden)

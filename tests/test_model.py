@@ -1,6 +1,7 @@
-"""Protects loading, LoRA and the two adapters on one base: what is trained, what is saved, and that the reference is the SFT model.
+"""Protects loading, LoRA and the two adapters on one base: what is trained, what is saved, and that the reference is the
+SFT model. A key that silently does not load, or a reference that follows the policy, shows in no loss curve.
 
-A key that silently does not load, or a reference that follows the policy, shows in no loss curve. Run: pytest tests/test_model.py
+Run: pytest tests/test_model.py
 """
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def logprobs_of(net, model: LoadedModel, images) -> torch.Tensor:
 
 def save(wrapped: PeftModel, folder, base_name: str = "base"):
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()}, folder / "adapter_model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config_document(wrapped, base_name)))
     return folder
 
@@ -116,17 +118,20 @@ def refusal(call, *args, **kwargs) -> str:
 def test_no_such_folder(tmp_path):
     for name in (tmp_path / "none", "./none", "none", "a/b/c"):
         said = refusal(open_model, name)
-        assert said == f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
+        assert said == (f"--model_name_or_path {name}: no such folder; "
+                        "give a checkpoint's folder, a hub name (owner/model) or 'demo'")
 
 
 def test_a_folder_without_a_configuration(tmp_path):
-    assert refusal(open_model, tmp_path) == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no checkpoint"
+    said = refusal(open_model, tmp_path)
+    assert said == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no checkpoint"
 
 
 def test_another_model_family(tmp_path):
     for content, kind in ({"model_type": "llama"}, "'llama'"), ({}, "None"):
         (tmp_path / "config.json").write_text(json.dumps(content))
-        assert refusal(open_model, tmp_path) == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and gemma3 models"
+        said = refusal(open_model, tmp_path)
+        assert said == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and gemma3 models"
 
 
 @pytest.mark.parametrize(("file", "content", "said"), [
@@ -149,8 +154,10 @@ def test_damaged_checkpoints(tiny_checkpoint, tmp_path, file, content, said):
 def test_lora_is_on_the_language_models_projections_only(model, family):
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.1)
     names = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    found = [re.fullmatch(r"base_model\.model\.model\.language_model\.layers\.(\d+)\.(.+)\.lora_([AB])\.default\.weight", name) for name in names]
-    expected = {(str(layer), projection, side) for layer in range(LAYERS[family]) for projection in PROJECTIONS for side in "AB"}
+    pattern = re.compile(r"base_model\.model\.model\.language_model\.layers\.(\d+)\.(.+)\.lora_([AB])\.default\.weight")
+    found = [pattern.fullmatch(name) for name in names]
+    expected = {(str(layer), projection, side)
+                for layer in range(LAYERS[family]) for projection in PROJECTIONS for side in "AB"}
     assert None not in found and {match.groups() for match in found} == expected and len(names) == 2 * 7 * LAYERS[family]
     assert sum("lora_" in name for name, _ in wrapped.named_parameters()) == len(names)  # none on the vision tower or the head
     layer = wrapped.get_base_model().model.language_model.layers[0].self_attn.q_proj
@@ -158,7 +165,8 @@ def test_lora_is_on_the_language_models_projections_only(model, family):
 
 
 def test_nothing_of_vision_or_head_is_trained(model):
-    trained = [name for name, parameter in attach_new_adapter(model, r=2, alpha=4, dropout=0.0).named_parameters() if parameter.requires_grad]
+    wrapped = attach_new_adapter(model, r=2, alpha=4, dropout=0.0)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert not any(part in name for name in trained for part in ("visual", "vision", "lm_head", "embed", "projector", "norm"))
 
 
@@ -227,9 +235,11 @@ def test_the_policy_is_saved_and_not_the_reference(model, saved):
     wrapped = attach_adapter(model, saved, trainable=True)
     add_reference(wrapped, saved)
     move_policy(wrapped)
-    original, state, reference = load_file(saved / "adapter_model.safetensors"), adapter_state(wrapped), adapter_state(wrapped, REFERENCE)
+    original = load_file(saved / "adapter_model.safetensors")
+    state, reference = adapter_state(wrapped), adapter_state(wrapped, REFERENCE)
     assert state.keys() == reference.keys() == original.keys()
-    assert all(torch.equal(reference[name], original[name]) and not torch.equal(state[name], original[name]) for name in original)
+    for name in original:
+        assert torch.equal(reference[name], original[name]) and not torch.equal(state[name], original[name])
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -261,13 +271,15 @@ def test_keys_that_do_not_fit_are_refused(model, saved):
         (lambda t: t.pop(first), f"{saved}: the adapter does not fit the model, missing: 1, such as {first}. "),
         (lambda t: t.update({first: torch.zeros_like(before[first]), other: torch.zeros(1)}),
          f"{saved}: the adapter does not fit the model, left over: 1, such as {other}. "),
-        (lambda t: (t.pop(other), t.update({first: torch.zeros(3, 2)})), f"{saved}: {first} has shape (3, 2), the model needs "),
+        (lambda t: (t.pop(other), t.update({first: torch.zeros(3, 2)})),
+         f"{saved}: {first} has shape (3, 2), the model needs "),
     ]
     for change, said in changes:
         change_saved(saved, change)
         tensors = load_file(saved / "adapter_model.safetensors")
         assert refusal(load_adapter_state, wrapped, tensors, source=str(saved)).startswith(said)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state(wrapped).items())  # nothing was half loaded
+        after = adapter_state(wrapped)
+        assert all(torch.equal(after[name], before[name]) for name in before)  # nothing was half loaded
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_checkpoint, tmp_path):
@@ -344,6 +356,13 @@ def test_use_adapter_puts_everything_back(both, fails):
     assert both.active_adapter == POLICY and flags(both) == before
 
 
+def test_use_adapter_leaves_a_frozen_policy_frozen(both):
+    both.requires_grad_(False)  # as in evaluation
+    with use_adapter(both, REFERENCE):
+        pass
+    assert not any(flags(both).values())
+
+
 def test_the_reference_is_no_part_of_the_gradient(both, model, tiny_images):
     with use_adapter(both, REFERENCE):
         assert not logprobs_of(both, model, tiny_images).requires_grad
@@ -387,3 +406,14 @@ def test_p24_the_reference_is_the_sft_adapter(case):
         layer.lora_A[POLICY].weight.data, layer.lora_B[POLICY].weight.data = given["A_sft"].clone(), given["B_sft"].clone()
         assert kl_estimate(logprob(wrapped(x)), logprob(reference)).tolist() == [0.0]
         assert kl_estimate(logprob(wrapped(x)), logprob(disabled)).item() > 1e-3
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_checkpoint, family, tmp_path):
+    """transformers fills missing weights with random numbers and only warns."""
+    folder = shutil.copytree(tiny_checkpoint(family), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    dropped = next(name for name in weights if "down_proj" in name and "visual" not in name and "vision" not in name)
+    del weights[dropped]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="lacks 1 weights of the model, such as .*down_proj"):
+        load(folder)

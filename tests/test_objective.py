@@ -14,7 +14,9 @@ import torch
 
 import rl.objective
 from conftest import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
+from data.labels import canonical_label
 from engine.optim import clip_gradients, learning_rate_at
+from rl.rewards import jaccard
 
 LOSS_TYPES = {"seq_mean_eq2": "grpo", "dr_grpo_const": "dr_grpo", "token_mean_dapo": "dapo"}  # the cases' names and ours
 
@@ -170,6 +172,12 @@ def test_p08_microbatches(objective, case):
                 p08.differs("naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo", contributions.sum())
             if loss_type == "dr_grpo":
                 p08.differs("wrong_sum_over_Lmax_times_one_over_K", contributions.sum())
+
+
+def test_p14_jaccard(case):
+    with case("P14_jaccard") as p14:
+        rows = [{name: [canonical_label(label) for label in row[name]] for name in ("pred", "gold")} for row in p14.inputs["rows"]]
+        p14.close("rows.jaccard_both_empty_is_1", [jaccard(row["pred"], row["gold"]) for row in rows])
 
 
 def test_p17_learning_rate(case):

@@ -31,14 +31,16 @@ def refusal(path) -> list[str]:
 
 
 def test_a_row_with_everything(tmp_path):
-    row = ROW | {"labels": ["Fracture", "Edema", "Fracture"], "evaluated_labels": ["Pneumonia", "Edema"], "source_labels": ["oedema", "rib #"],
-                 "answer": "<think>x</think>", "age": 61, "view": {"kind": "PA"}}
+    row = ROW | {"labels": ["Fracture", "Edema", "Fracture"], "evaluated_labels": ["Pneumonia", "Edema"],
+                 "source_labels": ["oedema", "rib #"], "answer": "<think>x</think>", "age": 61, "view": {"kind": "PA"}}
     [example] = read_jsonl(write(tmp_path / "d.jsonl", row))
     assert example == Example(
         id="a", patient_id="p1", image="a.png", labels=("Edema", "Fracture"), dataset="nih",  # CheXpert's order, once each
-        image_root=tmp_path, evaluated_labels=("Edema", "Pneumonia"), source_labels=("oedema", "rib #"), answer="<think>x</think>",
+        image_root=tmp_path, evaluated_labels=("Edema", "Pneumonia"), source_labels=("oedema", "rib #"),
+        answer="<think>x</think>",
         extra={"age": 61, "view": {"kind": "PA"}})
-    assert example.target == Target(frozenset({"Edema"}), frozenset({"Edema", "Pneumonia"}))  # Fracture is unknown here, not true
+    # Fracture is not evaluated here: unknown, not true
+    assert example.target == Target(frozenset({"Edema"}), frozenset({"Edema", "Pneumonia"}))
 
 
 def test_defaults_of_the_optional_fields(tmp_path):
@@ -169,8 +171,7 @@ def test_writing_is_all_or_nothing(tmp_path):
         write_jsonl(path, rows())
     assert path.read_text() == json.dumps(ROW) + "\n"
     write_jsonl(path, [{"id": "new"}])
-    assert path.read_text() == '{"id": "new"}\n'
-    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["d.jsonl"]
+    assert path.read_text() == '{"id": "new"}\n' and os.listdir(tmp_path) == ["d.jsonl"]
 
 
 # Splits
@@ -178,7 +179,8 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 def patients(*counts: int) -> list[Example]:
     """`counts[i]` examples of patient i, patients in turn."""
-    return [Example(f"{p}-{n}", f"p{p}", "x.png", (), "site", None) for n in range(max(counts)) for p, count in enumerate(counts) if n < count]
+    return [Example(f"{p}-{n}", f"p{p}", "x.png", (), "site", None)
+            for n in range(max(counts)) for p, count in enumerate(counts) if n < count]
 
 
 def test_a_split_shares_no_patient_and_loses_no_example():
@@ -195,7 +197,8 @@ def test_a_split_is_a_function_of_its_seed():
     examples = patients(*[2] * 40)
     first = split_by_patient(examples, 0.25, seed=3)
     assert split_by_patient(examples, 0.25, seed=3) == first
-    assert {e.id for e in split_by_patient(examples[::-1], 0.25, seed=3)[1]} == {e.id for e in first[1]}  # the patients decide, not the order
+    # The patients decide, not the order of the file.
+    assert {e.id for e in split_by_patient(examples[::-1], 0.25, seed=3)[1]} == {e.id for e in first[1]}
     assert split_by_patient(examples, 0.25, seed=4) != first
 
 

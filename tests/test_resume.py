@@ -1,5 +1,5 @@
-"""Protects resuming: from every checkpoint of both scripts, in place and into another folder, a resumed run ends equal to the straight
-one to the last bit (CPU, fp32); so does a run that a signal stopped at any point; and a run that was changed is refused.
+"""Protects resuming: from every checkpoint of both scripts, in place and into another folder, a resumed run ends equal to the
+straight one to the last bit (CPU, fp32); so does a run that a signal stopped at any point; a run that was changed is refused.
 Run: pytest tests/test_resume.py
 """
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,54 +18,58 @@ import run_grpo
 import run_sft
 from data.records import DataError
 from engine.runtime import main_guard
+from rl.rewards import NuancedReward
 from runs import (
-    adapter, assert_same_run, document, equal_tensors, eval_log, grpo, largest_difference, lines, sft, snapshot, speak, train_log, write_rows)
+    adapter, assert_same_run, document, equal_tensors, grpo, largest_difference, lines, sft, snapshot, speak, write_rows)
 
-# 12 rows in steps of 5: 3 steps an epoch, the last one of 2 rows; logged every 2 steps, so that some checkpoints lie between two logs.
-SFT_FLAGS = ("--num_train_epochs", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--lora_dropout", "0.3",
+# 12 rows in steps of 4: 3 steps an epoch. Logged every 2 steps, so that some checkpoints lie between two logs.
+SFT_FLAGS = ("--num_train_epochs", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+             "--lora_dropout", "0.3",
              "--logging_steps", "2", "--save_steps", "1")
 # 2 prompts x 4 completions a rollout, which serves steps 1 and 2, 3 and 4, 5; nuanced, so that its window decides.
 GRPO_FLAGS = ("--max_steps", "5", "--eval_steps", "3", "--logging_steps", "2", "--save_steps", "1", "--reward", "nuanced")
 SFT_STEPS, GRPO_STEPS = range(1, 7), range(0, 6)
 
 
-@pytest.fixture(autouse=True)
-def small_window(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_window():
     """Readable completions, and a window that is soon full: a rollout's reward then depends on the rollouts before it."""
-    speak(monkeypatch)
-    from rl.rewards import NuancedReward
-
-    monkeypatch.setattr(run_grpo, "NuancedReward", lambda frequency: NuancedReward(frequency, window=6, min_window=2, dominance=0.4))
-
-
-@pytest.fixture(scope="module")
-def start_sft(tiny_checkpoint, tiny_data):
-    return lambda run, *flags: sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, "--validation_file", f"site={tiny_data}", *SFT_FLAGS, *flags)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        speak(monkeypatch)
+        monkeypatch.setattr(run_grpo, "NuancedReward", lambda frequency: NuancedReward(frequency, window=6, min_window=2,
+                                                                                       dominance=0.4))
+        yield
 
 
 @pytest.fixture(scope="module")
-def start_grpo(tiny_sft_run, tiny_data):
-    return lambda run, *flags: grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--validation_file", f"a={tiny_data}", f"b={tiny_data}",
-                                    *GRPO_FLAGS, *flags)
+def few(tiny_data) -> Path:
+    return write_rows(tiny_data.with_name("few.jsonl"), lines(tiny_data)[:4])
 
 
-_made: dict[str, Path] = {}
+@pytest.fixture(scope="module")
+def start_sft(tiny_checkpoint, tiny_data, few):
+    """`start_sft(folder, *flags)` -> exit code of the run that most tests here begin with."""
+    return partial(sft, tiny_checkpoint("qwen2_5_vl"), tiny_data, flags=("--validation_file", f"site={few}", *SFT_FLAGS))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def start_grpo(tiny_sft_run, tiny_data, few):
+    return partial(grpo, tiny_sft_run("qwen2_5_vl"), tiny_data,
+                   flags=("--validation_file", f"a={few}", f"b={few}", *GRPO_FLAGS))
+
+
+@pytest.fixture(scope="module")
 def straight_sft(start_sft, tmp_path_factory) -> Path:
-    if "sft" not in _made:
-        _made["sft"] = tmp_path_factory.mktemp("straight") / "sft"
-        assert start_sft(_made["sft"]) == 0
-    return _made["sft"]
+    run = tmp_path_factory.mktemp("straight") / "sft"
+    assert start_sft(run) == 0
+    return run
 
 
-@pytest.fixture
-def straight_grpo(start_grpo, tmp_path_factory) -> Path:
-    if "grpo" not in _made:
-        _made["grpo"] = tmp_path_factory.mktemp("straight") / "grpo"
-        assert start_grpo(_made["grpo"]) == 0
-    return _made["grpo"]
+@pytest.fixture(scope="module")
+def straight_grpo(start_grpo, small_window, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "grpo"
+    assert start_grpo(run) == 0
+    return run
 
 
 def resume(main, checkpoint: Path, *flags: str) -> int:
@@ -149,7 +154,8 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_with_a_note(straight_sft, t
     copy = shutil.copytree(straight_sft, tmp_path / "copy", symlinks=True)
     (copy / "checkpoint-6/optimizer.safetensors").write_bytes(b"")
     assert resume(run_sft.main, copy) == 0
-    assert "passed over a damaged checkpoint: " in (err := capsys.readouterr().err) and "checkpoint-6: optimizer.safetensors" in err
+    err = capsys.readouterr().err
+    assert "passed over a damaged checkpoint: " in err and "checkpoint-6: optimizer.safetensors" in err
     assert_same_run(straight_sft, copy)
 
 
@@ -173,12 +179,14 @@ def at_call(monkeypatch, owner, name: str, number: int, stop: signal.Signals) ->
     ((run_sft, "validation_metrics"), 1, signal.SIGTERM, 143, 3),
     ((run_sft, "clip_gradients"), 6, signal.SIGINT, 130, 6),  # in the last step: the run is not finished until it is resumed
 ])
-def test_sft_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_sft, start_sft, tmp_path, monkeypatch, capsys, where, call, stop, code, saved):
+def test_sft_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_sft, start_sft, tmp_path, monkeypatch, capsys, where,
+                                                            call, stop, code, saved):
     with monkeypatch.context() as context:
         at_call(context, *where, call, stop)
         assert start_sft(tmp_path / "run", "--save_steps", "none") == code
     assert f"go on with: python run_sft.py --resume_from_checkpoint {tmp_path / 'run'}" in capsys.readouterr().out
-    assert (tmp_path / "run/last").readlink().name == f"checkpoint-{saved}" and not (tmp_path / "run/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/last").readlink().name == f"checkpoint-{saved}"
+    assert not (tmp_path / "run/adapter_model.safetensors").exists()  # the run is not finished
     assert resume(run_sft.main, tmp_path / "run") == 0
     assert_same_run(straight_sft, tmp_path / "run")
 
@@ -198,16 +206,18 @@ def test_sft_stopped_while_scoring_is_finished(straight_sft, start_sft, tmp_path
     ((run_grpo, "score_samples"), 2, signal.SIGTERM, 143, 3),  # before its update, which is still made
     ((run_grpo, "clip_gradients"), 1, signal.SIGINT, 130, 1),  # between the two updates of a rollout
     ((run_grpo, "clip_gradients"), 3, signal.SIGTERM, 143, 3),  # an evaluation is due and left to the resumed run
-    ((eval.evaluate, "generate"), 7, signal.SIGINT, 130, 3),  # in the second site's evaluation of step 3
+    ((eval.evaluate, "generate"), 4, signal.SIGINT, 130, 3),  # in the second site's evaluation of step 3
     ((run_grpo, "clip_gradients"), 5, signal.SIGTERM, 143, 5),  # in the last step, with the last evaluation due
-    ((eval.evaluate, "generate"), 9, signal.SIGTERM, 143, 5),  # in the last evaluation
+    ((eval.evaluate, "generate"), 5, signal.SIGTERM, 143, 5),  # in the last evaluation
 ])
-def test_grpo_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_grpo, start_grpo, tmp_path, monkeypatch, capsys, where, call, stop, code, saved):
+def test_grpo_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_grpo, start_grpo, tmp_path, monkeypatch, capsys, where,
+                                                             call, stop, code, saved):
     with monkeypatch.context() as context:
         at_call(context, *where, call, stop)
         assert start_grpo(tmp_path / "run", "--save_steps", "none") == code
     assert f"go on with: python run_grpo.py --resume_from_checkpoint {tmp_path / 'run'}" in capsys.readouterr().out
-    assert (tmp_path / "run/last").readlink().name == f"checkpoint-{saved}" and not (tmp_path / "run/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/last").readlink().name == f"checkpoint-{saved}"
+    assert not (tmp_path / "run/adapter_model.safetensors").exists()  # the run is not finished
     assert resume(run_grpo.main, tmp_path / "run") == 0
     assert_same_run(straight_grpo, tmp_path / "run")
 
@@ -228,16 +238,19 @@ def test_stopped_twice_and_moved_in_between(straight_grpo, start_grpo, tmp_path,
 
 def test_the_scripts_exit_with_the_code_of_the_signal(start_grpo, tmp_path, monkeypatch):
     at_call(monkeypatch, run_grpo, "clip_gradients", 1, signal.SIGTERM)
-    monkeypatch.setattr(run_grpo, "main", lambda: start_grpo(tmp_path / "run"))
+    main = run_grpo.main
+    monkeypatch.setattr(run_grpo, "main", lambda argv=None: main(argv) if argv else start_grpo(tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
         run_grpo.cli()
     assert stop.value.code == 143
 
 
 # ---- what a gradient that is not finite leaves ----------------------------------------------------------------------
-def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(straight_grpo, start_grpo, straight_sft, start_sft, tmp_path, monkeypatch):
+def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(straight_grpo, start_grpo, straight_sft, start_sft, tmp_path,
+                                                                monkeypatch):
     """As after a fault of the device: without it, the run goes on from the saved state as if nothing had happened."""
-    for script, start, straight, main in ((run_grpo, start_grpo, straight_grpo, run_grpo.main), (run_sft, start_sft, straight_sft, run_sft.main)):
+    for script, start, straight, main in ((run_grpo, start_grpo, straight_grpo, run_grpo.main),
+                                          (run_sft, start_sft, straight_sft, run_sft.main)):
         calls, clip, run = [], script.clip_gradients, tmp_path / script.__name__
 
         def poisoned(parameters, max_norm):
@@ -260,14 +273,18 @@ def test_only_settings_that_change_no_number_may_change(straight_sft, tmp_path, 
     before = snapshot(copy)
     recipe = tmp_path / "mine.toml"
     recipe.write_text("learning_rate = 0.5\nseed = 3\n")
-    assert refused(run_sft.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-3"), "--learning_rate", "0.02", "--logging_steps", "1") == [
-        "error: --learning_rate: the resumed run has 0.01, not 0.02 (flag); a resumed run keeps its settings: leave it out, or start a new run",
-        "error: --logging_steps: the resumed run has 2, not 1 (flag); a resumed run keeps its settings: leave it out, or start a new run"]
+    remedy = "a resumed run keeps its settings: leave it out, or start a new run"
+    assert refused(run_sft.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-3"), "--learning_rate", "0.02",
+                   "--logging_steps", "1") == [
+        f"error: --learning_rate: the resumed run has 0.01, not 0.02 (flag); {remedy}",
+        f"error: --logging_steps: the resumed run has 2, not 1 (flag); {remedy}"]
     found = refused(run_sft.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-3"), "--recipe", str(recipe))
     assert [line.split(";")[0] for line in found] == [
-        f"error: --learning_rate: the resumed run has 0.01, not 0.5 (recipe {recipe})", f"error: --seed: the resumed run has 42, not 3 (recipe {recipe})"]
+        f"error: --learning_rate: the resumed run has 0.01, not 0.5 (recipe {recipe})",
+        f"error: --seed: the resumed run has 42, not 3 (recipe {recipe})"]
     assert snapshot(copy) == before
-    assert resume(run_sft.main, copy / "checkpoint-3", "--save_steps", "2", "--save_total_limit", "2", "--output_dir", str(tmp_path / "other"),
+    assert resume(run_sft.main, copy / "checkpoint-3", "--save_steps", "2", "--save_total_limit", "2", "--output_dir",
+                  str(tmp_path / "other"),
                   "--learning_rate", "0.01") == 0
     assert equal_tensors(straight_sft / "adapter_model.safetensors", tmp_path / "other/adapter_model.safetensors")
     assert len(list((tmp_path / "other").glob("checkpoint-*"))) == 2
@@ -278,11 +295,13 @@ def test_a_changed_data_file_is_refused(tiny_checkpoint, tiny_data, tmp_path, ca
     files = {"train": tiny_data.with_name("train-copy.jsonl"), "site": tiny_data.with_name("site-copy.jsonl")}
     for file in files.values():
         shutil.copyfile(tiny_data, file)
-    assert sft(tiny_checkpoint("qwen2_5_vl"), files["train"], tmp_path / "run", "--validation_file", f"site={files['site']}", "--max_steps", "1") == 0
+    assert sft(tiny_checkpoint("qwen2_5_vl"), files["train"], tmp_path / "run", "--validation_file", f"site={files['site']}",
+               "--max_steps", "1") == 0
     files[name].write_text(files[name].read_text().replace("<think>x<", "<think>y<", 1))
     before = snapshot(tmp_path / "run")
     (line,) = refused(run_sft.main, capsys, "--resume_from_checkpoint", str(tmp_path / "run"))
-    assert line.startswith(f"error: data file changed since checkpoint-1 was saved; restore it or start a new run. {name}: {files[name]} has SHA-256 ")
+    assert line.startswith("error: data file changed since checkpoint-1 was saved; restore it or start a new run. ")
+    assert f" {name}: {files[name]} has SHA-256 " in line and ", the resumed run used " in line
     assert snapshot(tmp_path / "run") == before
 
 
@@ -303,12 +322,13 @@ def test_a_changed_reference_is_refused(straight_grpo, tiny_sft_run, tmp_path, c
     assert snapshot(copy) == before
 
 
-def test_the_sft_run_is_not_needed_to_resume(tiny_sft_run, tiny_data, straight_grpo, tmp_path):
+def test_the_sft_run_is_not_needed_to_resume(tiny_sft_run, tiny_data, tmp_path):
     sft_run = shutil.copytree(tiny_sft_run("qwen2_5_vl"), tmp_path / "sft", symlinks=True)
-    assert grpo(sft_run, tiny_data, tmp_path / "run", "--validation_file", f"a={tiny_data}", f"b={tiny_data}", *GRPO_FLAGS) == 0
+    assert grpo(sft_run, tiny_data, tmp_path / "run", *GRPO_FLAGS) == 0
     shutil.rmtree(sft_run)
-    assert resume(run_grpo.main, tmp_path / "run/checkpoint-1") == 0
-    assert_same_run(straight_grpo, tmp_path / "run")
+    before = adapter(tmp_path / "run")
+    assert resume(run_grpo.main, tmp_path / "run/checkpoint-3") == 0
+    assert largest_difference(before, adapter(tmp_path / "run")) == 0.0
 
 
 def test_a_resumed_run_does_not_go_on_in_a_folder_that_holds_something_else(straight_sft, tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""Protects run_grpo.py as a whole, on both model families: the eight blocks leave what they should, the first update of a rollout has
-ratio exactly 1, micro-batches do not change an update, every setting of the loop acts, and the best checkpoint is the chosen one.
+"""Protects run_grpo.py as a whole, on both model families: the eight blocks leave what they should, the first update of a
+rollout has ratio exactly 1, micro-batches do not change an update, every setting acts, the best checkpoint is the chosen one.
 Run: pytest tests/test_run_grpo.py
 """
 from __future__ import annotations
@@ -21,11 +21,14 @@ from runs import adapter, document, equal_tensors, eval_log, grpo, largest_diffe
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 TRL_NAMES = {
-    "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "rewards/hard/mean",
+    "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy",
+    "rewards/hard/mean",
     "rewards/hard/std", "rewards/nuanced/mean", "rewards/nuanced/std", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
-    "clip_ratio/high_max", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max"}
+    "clip_ratio/high_max", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -40,7 +43,7 @@ def readable(monkeypatch):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, tmp_path_factory, tiny_sft_run, tiny_data):
-    """(GRPO run, its SFT run): two rollouts of 2 prompts x 4 completions, two updates each, two sites evaluated every two steps."""
+    """(GRPO run, its SFT run): two rollouts of 2 prompts x 4 completions, two updates each, two sites."""
     run = tmp_path_factory.mktemp("grpo") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         speak(monkeypatch)
@@ -54,7 +57,8 @@ def finished(request, tmp_path_factory, tiny_sft_run, tiny_data):
             return metrics
 
         monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
-        assert grpo(tiny_sft_run(request.param), tiny_data, run, "--max_steps", "4", "--validation_file", f"a={tiny_data}", f"b={tiny_data}",
+        assert grpo(tiny_sft_run(request.param), tiny_data, run, "--max_steps", "4", "--validation_file", f"a={tiny_data}",
+                    f"b={tiny_data}",
                     "--eval_steps", "2", "--save_steps", "1") == 0
     return run, tiny_sft_run(request.param)
 
@@ -63,12 +67,15 @@ def test_a_run_leaves_a_complete_folder(finished):
     run, _ = finished
     names = {path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents")}
     assert names >= {
-        "config.json", "trainer_state.json", "metrics.jsonl", "completions.jsonl", "adapter_model.safetensors", "adapter_config.json", "best",
-        "last", "reference", "predictions-a.jsonl", "scores-a.json", "predictions-b.jsonl", "scores-b.json", "checkpoint-1", "checkpoint-2",
+        "config.json", "trainer_state.json", "metrics.jsonl", "completions.jsonl", "adapter_model.safetensors",
+        "adapter_config.json", "best",
+        "last", "reference", "predictions-a.jsonl", "scores-a.json", "predictions-b.jsonl", "scores-b.json", "checkpoint-1",
+        "checkpoint-2",
         "checkpoint-3", "checkpoint-4"}
     assert not [name for name in names if name.startswith(".tmp-") or name.endswith(".partial.jsonl")]
     assert {path.name for path in (run / "checkpoint-3").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "rng.json",
+        "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
+        "rng.json",
         "rollout.safetensors", "rollout.json", "rewards.json", "trainer_state.json", "config.json", "manifest.json"}
     # Only between the two updates of a rollout is there a rollout to keep.
     assert [len(document(run / f"checkpoint-{step}/rollout.json")) for step in (1, 2, 3, 4)] == [8, 0, 8, 0]
@@ -130,7 +137,8 @@ def test_ratio_is_one_in_the_first_update_of_a_rollout_and_kl_zero_in_the_first_
         assert step["ratio/min"] < 0.999 and step["ratio/max"] > 1.001
     assert first["kl"] == 0.0
     assert min(second["kl"], third["kl"], fourth["kl"]) > 1e-5
-    assert all(step["sampling/sampling_logp_difference/max"] < 1e-4 for step in (first, third))  # the sampler and the forward agree
+    assert all(step["sampling/sampling_logp_difference/max"] < 1e-4
+               for step in (first, third))  # the sampler and the forward agree
 
 
 def test_windows_of_the_rewards_see_each_rollout_once_and_no_evaluation(finished):
@@ -150,14 +158,17 @@ def test_the_policy_is_trained_and_loads_in_plain_peft(finished, tiny_checkpoint
     base = AutoModelForImageTextToText.from_pretrained(document(run / "adapter_config.json")["base_model_name_or_path"])
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, run))
     assert loaded.keys() == trained.keys() and all(torch.equal(loaded[name], trained[name]) for name in trained)
-    assert equal_tensors(run / "adapter_model.safetensors", run / "checkpoint-4/adapter_model.safetensors")  # the last, not the best
+    assert equal_tensors(run / "adapter_model.safetensors",
+                         run / "checkpoint-4/adapter_model.safetensors")  # the last, not the best
 
 
 def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
     run, _ = finished
     log = eval_log(run)
-    assert [(entry["step"], entry.get("dataset")) for entry in log] == [(step, name) for step in (0, 2, 4) for name in ("a", "b", None)]
-    assert {"macro_f1", "micro_f1", "jaccard", "fail_rate", "completion_length", "reward", "rewards/hard/mean", "rewards/nuanced/mean"} <= log[0].keys()
+    assert [(entry["step"], entry.get("dataset")) for entry in log] == [(step, name) for step in (0, 2, 4)
+                                                                        for name in ("a", "b", None)]
+    assert {"macro_f1", "micro_f1", "jaccard", "fail_rate", "completion_length", "reward", "rewards/hard/mean",
+            "rewards/nuanced/mean"} <= log[0].keys()
     # First site minus the other: 0.25 - 0.5, 0.75 - 0.25, 0.5 - 0.125
     assert [entry["gap"] for entry in log if "gap" in entry] == [-0.25, 0.5, 0.375]
     state = document(run / "trainer_state.json")
@@ -188,8 +199,10 @@ def test_micro_batches_do_not_change_an_update(family, tiny_sft_run, tiny_data, 
     monkeypatch.setattr(run_grpo, "clip_gradients", recording)
     splits = [(8, 1), (4, 2), (2, 4), (1, 8)]  # the second update is taken: there the ratio is not 1 and the KL not 0
     for micro, accumulation in splits:
-        updates(tiny_sft_run, tiny_data, tmp_path / f"{micro}", "--max_steps", "2", "--num_iterations", "2", "--learning_rate", "1e-3",
-                "--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation), "--steps_per_generation",
+        updates(tiny_sft_run, tiny_data, tmp_path / f"{micro}", "--max_steps", "2", "--num_iterations", "2", "--learning_rate",
+                "1e-3",
+                "--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation),
+                "--steps_per_generation",
                 str(accumulation), "--weight_decay", "0", family=family)
     texts = [[row["completion"] for row in lines(tmp_path / f"{micro}/completions.jsonl")] for micro, _ in splits]
     assert texts == [texts[0]] * 4
@@ -209,7 +222,8 @@ def test_by_default_a_rollout_serves_two_optimizer_steps(tiny_sft_run, tiny_data
     assert rollouts(tmp_path / "run") == [1, 3] and len(lines(tmp_path / "run/completions.jsonl")) == 32
     assert [entry["ratio/max"] == 1.0 for entry in log] == [True, False, True, False]
     out = capsys.readouterr()
-    assert "4 prompts x 4 completions = 16 completions, 2 optimizer steps each" in out.out and "clipping cannot act" not in out.err
+    assert "4 prompts x 4 completions = 16 completions, 2 optimizer steps each" in out.out
+    assert "clipping cannot act" not in out.err
 
 
 def test_one_update_a_rollout_is_possible_and_warned_of(tiny_sft_run, tiny_data, tmp_path, readable, capsys):
@@ -221,7 +235,8 @@ def test_one_update_a_rollout_is_possible_and_warned_of(tiny_sft_run, tiny_data,
 
 def test_iterations_go_over_the_same_rollout_again(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch):
     seen, collate = [], run_grpo.collate_samples
-    monkeypatch.setattr(run_grpo, "collate_samples", lambda samples, *rest: seen.append([s.text for s in samples]) or collate(samples, *rest))
+    monkeypatch.setattr(run_grpo, "collate_samples", lambda samples, *rest: seen.append([s.text for s in samples])
+                        or collate(samples, *rest))
     log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "6", "--num_iterations", "2")
     assert rollouts(tmp_path / "run") == [1, 5]  # 2 updates x 2 iterations of the first rollout are steps 1 to 4
     assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
@@ -239,7 +254,8 @@ def test_masked_truncated_completions_give_no_gradient(tiny_sft_run, tiny_data, 
     log = updates(tiny_sft_run, tiny_data, tmp_path / "masked", *flags, "--mask_truncated_completions")
     assert log[0]["completions/clipped_ratio"] == 1.0, "the seed must give completions that are all truncated"
     assert [entry["grad_norm"] for entry in log] == [0.0, 0.0] and "ratio/mean" not in log[0]
-    assert equal_tensors(tmp_path / "masked/adapter_model.safetensors", tiny_sft_run("qwen2_5_vl") / "adapter_model.safetensors")
+    assert equal_tensors(tmp_path / "masked/adapter_model.safetensors",
+                         tiny_sft_run("qwen2_5_vl") / "adapter_model.safetensors")
     assert all(row["reward"] is not None for row in lines(tmp_path / "masked/completions.jsonl"))
     kept = updates(tiny_sft_run, tiny_data, tmp_path / "kept", *flags)
     assert kept[0]["grad_norm"] > 0
@@ -249,7 +265,8 @@ def test_loss_types_weigh_tokens_differently(tiny_sft_run, tiny_data, tmp_path, 
     flags = ("--max_steps", "1", "--max_completion_length", "40", "--max_grad_norm", "1e9")
     norms = {}
     for loss_type in ("dr_grpo", "grpo", "dapo"):
-        norms[loss_type] = updates(tiny_sft_run, tiny_data, tmp_path / loss_type, *flags, "--loss_type", loss_type)[0]["grad_norm"]
+        norms[loss_type] = updates(tiny_sft_run, tiny_data, tmp_path / loss_type, *flags, "--loss_type",
+                                   loss_type)[0]["grad_norm"]
     lengths = [row["completion_length"] for row in lines(tmp_path / "dapo/completions.jsonl")][:4]  # the four of the first step
     assert len(set(lengths)) > 1, "the seed must give completions of different lengths"
     # dr_grpo divides each token by 4 x 40, dapo by the tokens of the step: the same gradient up to that constant.
@@ -268,7 +285,8 @@ def test_the_nuanced_reward_can_be_trained_on(tiny_sft_run, tiny_data, tmp_path,
 
 
 def test_gradient_checkpointing_and_bf16_keep_the_first_ratio_exact(family, tiny_sft_run, tiny_data, tmp_path, readable):
-    log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "2", "--bf16", "--gradient_checkpointing", family=family)
+    log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "2", "--bf16", "--gradient_checkpointing",
+                  family=family)
     assert log[0]["ratio/min"] == log[0]["ratio/max"] == 1.0 and log[0]["kl"] == 0.0
     assert log[1]["ratio/max"] > 1.001
     assert {tensor.dtype for tensor in adapter(tmp_path / "run").values()} == {torch.float32}
@@ -281,28 +299,33 @@ def scripted_run(monkeypatch, tiny_sft_run, tiny_data, run, scores: list[tuple[f
     monkeypatch.setattr(run_grpo, "evaluate_policy", lambda *_: {
         name: dict.fromkeys(("reward", "jaccard", "micro_f1", "fail_rate", "completion_length"), 0.0) | {"macro_f1": score}
         for name, score in zip(("a", "b"), next(remaining))})
-    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "4", "--eval_steps", "2", "--validation_file", f"a={tiny_data}",
+    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "4", "--eval_steps", "2", "--validation_file",
+                f"a={tiny_data}",
                 f"b={tiny_data}", *flags) == 0
     return document(run / "trainer_state.json")
 
 
 @pytest.mark.parametrize(("metric", "best"), [("a/macro_f1", 2), ("b/macro_f1", 4), ("gap", 4)])
-def test_any_evaluated_metric_can_choose_the_best_checkpoint(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch, metric, best):
+def test_any_evaluated_metric_can_choose_the_best_checkpoint(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch, metric,
+                                                             best):
     # gap, where less is better: 0.5 - 0.25 = 0.25, 0.75 - 0.5 = 0.25, 0.5 - 0.625 = -0.125
     state = scripted_run(monkeypatch, tiny_sft_run, tiny_data, tmp_path / "run", [(0.5, 0.25), (0.75, 0.5), (0.5, 0.625)],
                          "--metric_for_best_model", metric, "--load_best_model_at_end", "--save_total_limit", "1")
     assert state["best_model_checkpoint"] == f"checkpoint-{best}"
-    assert equal_tensors(tmp_path / "run/adapter_model.safetensors", tmp_path / f"run/checkpoint-{best}/adapter_model.safetensors")
+    assert equal_tensors(tmp_path / "run/adapter_model.safetensors",
+                         tmp_path / f"run/checkpoint-{best}/adapter_model.safetensors")
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
 
 
 def test_where_the_start_is_never_beaten_it_is_the_best_checkpoint(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch):
-    state = scripted_run(monkeypatch, tiny_sft_run, tiny_data, tmp_path / "run", [(0.9, 0), (0.5, 0), (0.25, 0)], "--load_best_model_at_end")
+    state = scripted_run(monkeypatch, tiny_sft_run, tiny_data, tmp_path / "run", [(0.9, 0), (0.5, 0), (0.25, 0)],
+                         "--load_best_model_at_end")
     assert state["best_model_checkpoint"] == "checkpoint-0" and (tmp_path / "run/best").readlink().name == "checkpoint-0"
     assert equal_tensors(tmp_path / "run/adapter_model.safetensors", tiny_sft_run("qwen2_5_vl") / "adapter_model.safetensors")
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch):
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tiny_sft_run, tiny_data, tmp_path, readable,
+                                                                        monkeypatch):
     loss, calls = run_grpo.grpo_loss, []
 
     def poisoned(*arguments, **options):

@@ -1,5 +1,5 @@
-"""Protects run_sft.py as a whole, on both model families: what a run leaves behind, Eq. 1 of a whole optimizer step whatever the
-micro-batches, validation by hand, early stopping, the held-out split, and what a gradient that is not finite does.
+"""Protects run_sft.py as a whole, on both model families: what a run leaves behind, Eq. 1 of a whole optimizer step whatever
+the micro-batches, validation by hand, early stopping, the held-out split, and what a gradient that is not finite does.
 Run: pytest tests/test_run_sft.py
 """
 from __future__ import annotations
@@ -32,11 +32,13 @@ def test_a_run_leaves_a_complete_folder(family, tiny_sft_run):
     run = tiny_sft_run(family)
     names = {path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents")}
     assert names == {
-        "config.json", "trainer_state.json", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "best", "last", ".lock",
+        "config.json", "trainer_state.json", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "best",
+        "last", ".lock",
         "predictions-site.jsonl", "scores-site.json", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"}
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     assert {path.name for path in (run / "checkpoint-3").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "rng.json",
+        "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
+        "rng.json",
         "trainer_state.json", "config.json", "manifest.json"}
     assert run.joinpath("last").readlink().name == "checkpoint-4"
     assert len(lines(run / "predictions-site.jsonl")) == 12 and document(run / "scores-site.json")["n"] == 12
@@ -61,7 +63,8 @@ def test_trainer_state_has_the_form_that_hf_tools_read(family, tiny_sft_run):
     evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
     assert [(entry["step"], entry["epoch"]) for entry in train] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert all({"grad_norm", "learning_rate", "mean_token_accuracy", "num_tokens"} <= entry.keys() for entry in train)
-    assert [entry["step"] for entry in evaluations] == [2, 4] and all("eval_mean_token_accuracy" in entry for entry in evaluations)
+    assert [entry["step"] for entry in evaluations] == [2, 4] and all("eval_mean_token_accuracy" in entry
+                                                                      for entry in evaluations)
     best = min(evaluations, key=lambda entry: entry["eval_loss"])
     assert (state["best_metric"], state["best_model_checkpoint"]) == (best["eval_loss"], f"checkpoint-{best['step']}")
     assert run.joinpath("best").readlink().name == state["best_model_checkpoint"]
@@ -73,7 +76,8 @@ def test_the_final_adapter_loads_in_plain_peft(family, tiny_sft_run, tiny_checkp
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, tiny_sft_run(family)))
     saved = adapter(tiny_sft_run(family))
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert all(saved[name].abs().max() > 0 for name in saved if "lora_B" in name)  # B starts at zero: every projection was trained
+    assert all(saved[name].abs().max() > 0 for name in saved
+               if "lora_B" in name)  # B starts at zero: every projection was trained
 
 
 def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -101,7 +105,8 @@ def test_validation_loss_and_accuracy_are_means_over_all_answer_tokens(family, t
     assert logged["step"] == 4
     assert logged["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=2e-5)
     assert logged["mean_token_accuracy"] == pytest.approx(torch.cat(correct).float().mean().item(), abs=1e-6)
-    mean_of_rows = -torch.stack([row.mean() for row in logprobs]).mean().item()  # what a mean over rows would give: visibly another number
+    mean_of_rows = -torch.stack([row.mean()
+                                 for row in logprobs]).mean().item()  # what a mean over rows would give: visibly another number
     assert abs(logged["loss"] - mean_of_rows) > 1e-4
 
 
@@ -125,7 +130,8 @@ def test_micro_batches_do_not_change_the_step(family, tiny_checkpoint, tiny_data
     splits = [(4, 1), (2, 2), (1, 4), (3, 2)]  # the last one is 6 rows: other rows, another gradient
     for micro, accumulation in splits:
         sft(tiny_checkpoint(family), tiny_data, tmp_path / f"{micro}", *ONE_STEP, "--validation_file", f"site={tiny_data}",
-            "--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation), "--learning_rate", "1e-4")
+            "--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation), "--learning_rate",
+            "1e-4")
     size = max(gradient.abs().max().item() for gradient in gradients[0].values())
     assert largest_difference(gradients[0], gradients[1]) < 1e-5 * size
     assert largest_difference(gradients[0], gradients[2]) < 1e-5 * size
@@ -149,16 +155,20 @@ def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(tiny_checkpoin
 
 def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(family, tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
     trained = {}
-    monkeypatch.setattr(run_sft, "save_final_adapter", lambda run_dir, state, wrapped, *, base_name: trained.update(model=wrapped))
+    monkeypatch.setattr(run_sft, "save_final_adapter", lambda run_dir, state, wrapped, *,
+                        base_name: trained.update(model=wrapped))
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
     few = write_rows(tiny_data.with_name("three.jsonl"), lines(tiny_data)[:3])
-    sft(tiny_checkpoint(family), few, tmp_path / "run", "--num_train_epochs", "8", "--lora_dropout", "0", "--validation_file", f"site={few}",
+    sft(tiny_checkpoint(family), few, tmp_path / "run", "--num_train_epochs", "8", "--lora_dropout", "0", "--validation_file",
+        f"site={few}",
         "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--early_stopping_patience", "9")
     evaluations = eval_log(tmp_path / "run")
-    assert evaluations[-1]["loss"] < train_log(tmp_path / "run")[0]["loss"] - 1, evaluations  # from about ln(268) = 5.6 nats of a random model
+    # A random model starts at about ln(268) = 5.6 nats, and far from every token right.
+    assert evaluations[-1]["loss"] < train_log(tmp_path / "run")[0]["loss"] - 1, evaluations
     assert evaluations[-1]["mean_token_accuracy"] > 0.3, evaluations
-    base = {name.replace("base_model.model.", "").replace(".base_layer", ""): tensor for name, tensor in trained["model"].state_dict().items()
+    base = {name.replace("base_model.model.", "").replace(".base_layer", ""): tensor for name,
+            tensor in trained["model"].state_dict().items()
             if "lora_" not in name}
     before = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint(family)).state_dict()
     assert base.keys() == before.keys() and all(torch.equal(base[name], before[name]) for name in before)
@@ -193,7 +203,8 @@ def test_early_stop_keeps_and_uses_the_best_epoch(tiny_checkpoint, tiny_data, tm
 def test_a_better_epoch_starts_the_patience_anew(tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
     scripted(monkeypatch, [3.0, 3.5, 2.0, 2.5, 1.0, 1.0])
     run = tmp_path / "run"
-    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, "--per_device_train_batch_size", "12", "--gradient_accumulation_steps", "1",
+    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, "--per_device_train_batch_size", "12",
+               "--gradient_accumulation_steps", "1",
                "--validation_file", f"site={tiny_data}") == 0
     assert document(run / "trainer_state.json")["global_step"] == 6  # all 6 epochs of 1 step
     assert document(run / "trainer_state.json")["best_model_checkpoint"] == "checkpoint-5"
@@ -201,10 +212,12 @@ def test_a_better_epoch_starts_the_patience_anew(tiny_checkpoint, tiny_data, tmp
 
 def test_without_a_validation_file_patients_are_held_out(tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
     seen, encode = [], Encoder.encode_answer
-    monkeypatch.setattr(Encoder, "encode_answer", lambda self, example, *rest: seen.append(example) or encode(self, example, *rest))
+    monkeypatch.setattr(Encoder, "encode_answer", lambda self, example, *rest: seen.append(example)
+                        or encode(self, example, *rest))
     monkeypatch.setattr(run_sft, "validation_metrics", lambda *_: {"loss": 1.0, "mean_token_accuracy": 0.0})
     run = tmp_path / "run"
-    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, *FOUR_STEPS_AN_EPOCH, "--num_train_epochs", "1", "--validation_split", "0.3") == 0
+    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, *FOUR_STEPS_AN_EPOCH, "--num_train_epochs", "1",
+               "--validation_split", "0.3") == 0
     held_out = lines(run / "predictions-validation.jsonl")
     trained_on = {example.id: example.patient_id for example in seen[2:]}  # the first two are the check before the run
     # 30 % of 12 rows are 3.6, and patients have 2 rows each: two patients are held out.

@@ -1,0 +1,58 @@
+"""Protects the README from drifting away from the code: line links into the objective, recipes, the layout tree, flags and files.
+Run: pytest tests/test_readme.py
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from data.demo.splits import WRITTEN_SPLITS
+from eval.evaluate import EvalConfig
+from rl.objective import ObjectiveConfig
+from rl.settings import GRPOConfig
+from run_sft import SFTConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TERMS = re.findall(r"\[rl/objective\.py:(\d+)\]\(rl/objective\.py#L(\d+)\) \| `(.+?)` \|", README)
+
+
+def test_every_term_of_the_objective_has_its_line():
+    assert len(TERMS) >= 9  # ratio, clip, min, advantage, KL, beta, the normalisers, the sum
+
+
+@pytest.mark.parametrize("shown, linked, code", TERMS)
+def test_a_line_link_points_to_its_code(shown, linked, code):
+    line = (ROOT / "rl" / "objective.py").read_text(encoding="utf-8").splitlines()[int(linked) - 1]
+    assert shown == linked and code in line, f"README links line {linked} for {code!r}, which holds {line.strip()!r}"
+
+
+def test_the_recipe_table_is_the_shipped_recipes():
+    listed = set(re.findall(r"^\| `([a-z0-9.-]+)` \|", README, re.MULTILINE))
+    assert listed == {path.stem for path in (ROOT / "engine" / "recipes").glob("*.toml")}
+
+
+def test_every_file_of_the_layout_tree_exists():
+    tree = README.split("## Layout")[1].split("```")[1]
+    folder, missing = Path("."), []
+    for line in tree.strip("\n").splitlines():
+        if not line.startswith(" "):
+            folder = Path(line.split()[0]).parent
+        names = re.findall(r"[\w./-]+\.py|[\w]+/(?= |$)", line)
+        for name in names:
+            path = ROOT / name if (ROOT / name).exists() else ROOT / folder / name
+            missing += [] if path.exists() or (ROOT / "data/demo" / name).exists() else [name]
+    assert missing == []
+
+
+def test_every_flag_named_is_a_flag():
+    fields = {f.name for config in (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig) for f in dataclasses.fields(config)}
+    named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
+    assert named - fields == {"recipe"}  # which parse_config adds
+
+
+def test_the_demo_splits_named_exist():
+    assert set(re.findall(r"demo:([a-z-]+)", README)) <= set(WRITTEN_SPLITS)
