@@ -30,7 +30,7 @@ from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
-    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, check_same_reference, find_checkpoint, inherited_settings, keep_reference, load_best_adapter,
+    FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, check_same_reference, find_checkpoint, inherited_settings, keep_reference, load_best_adapter,
     restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, saved_settings, shuffled, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, newest_finished_run, pick_device, seed_everything
 from engine.tracking import MetricAccumulator, Progress, RunLogger
@@ -68,7 +68,11 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         # 1 take prompts: a stream of epochs, each in an order of its own
         positions = range(rollout * num_prompts, (rollout + 1) * num_prompts)
         chosen = [examples[shuffled(len(examples), position // len(examples), config.seed)[position % len(examples)]] for position in positions]
-        prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
+        try:
+            prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
+        except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
+            save(samples)
+            raise
 
         if update == 0:
             # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
@@ -95,7 +99,6 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
                                     with_reference=objective.beta > 0)
             for name, value in rollout_metrics(samples).items():
                 metrics.add(name, value)
-            metrics.add("num_tokens", sum(len(sample.ids) for sample in samples), reduction="sum")
             metrics.add("time/rollout", time.perf_counter() - started)
 
         # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip, learning rate, step
@@ -138,6 +141,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         # 7 log, write completions
         state.global_step += 1
         state.epoch = (rollout + (update + 1) / updates) * num_prompts / len(examples)
+        state.num_tokens += sum(len(sample.ids) for sample in samples) if update == 0 else 0
+        metrics.add("num_tokens", state.num_tokens, reduction="max")
         metrics.add("loss", step_loss)
         metrics.add("grad_norm", grad_norm)
         metrics.add("learning_rate", learning_rate)
@@ -307,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     examples = sets.pop("train")
     document = run_document(resolved, "grpo", files)
     if checkpoint is not None:
-        check_same_data(checkpoint, document)
+        document = continue_document(checkpoint, document)
         document["reference"] = check_same_reference(checkpoint)
     model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
@@ -356,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
         if sets:
             print("\n" + progress_table(state.log_history, list(sets), state.best_model_checkpoint))
-        test_files = " ".join(f"--data_file {name}=demo:{name}" for name in ("test-a", "test-b")) if resolved.recipe == "demo" else "--data_file NAME=FILE"
+        test_files = " ".join(f"--data_file {name}=demo:{name}" for name in ("test-a", "test-b")) if document["recipe"] == "demo" else "--data_file NAME=FILE"
         print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run_dir} {test_files}")
     return 0
 

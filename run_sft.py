@@ -31,7 +31,7 @@ from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing, lm_head_weight, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
-    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_data, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
+    FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
     run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.settings import PAPER_SFT, TrainingConfig, training_problems
@@ -113,7 +113,11 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         epoch, step_of_epoch = divmod(state.global_step, steps_per_epoch)
         order = shuffled(len(data.train), epoch, config.seed)
         examples = [data.train[i] for i in order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]]
-        rows = [model.encoder.encode_answer(example, prompt, example.answer) for example in examples]
+        try:
+            rows = [model.encoder.encode_answer(example, prompt, example.answer) for example in examples]
+        except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
+            save()
+            raise
         supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)  # of the whole optimizer step
         random_state = rng_to_tensors()
 
@@ -145,7 +149,8 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         metrics.add("loss", step_loss, weight=supervised_tokens)
         metrics.add("grad_norm", grad_norm)
         metrics.add("learning_rate", learning_rate)
-        metrics.add("num_tokens", supervised_tokens, reduction="sum")
+        state.num_tokens += supervised_tokens
+        metrics.add("num_tokens", state.num_tokens, reduction="max")
         metrics.add("step_time", time.perf_counter() - started)
         bar.update({"loss": step_loss})
         if state.global_step % config.logging_steps == 0:
@@ -224,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     data = load_data(config)
     document = run_document(resolved, "sft", data.files)
     if checkpoint is not None:
-        check_same_data(checkpoint, document)
+        document = continue_document(checkpoint, document)
     model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch

@@ -46,6 +46,7 @@ class TrainerState:
     best_metric: float | None = None
     best_model_checkpoint: str | None = None  # a folder's name in the run's folder
     evaluations_without_improvement: int = 0
+    num_tokens: int = 0  # supervised or sampled so far
     evaluated_step: int = -1  # the last step whose evaluation was finished
     log_history: list[dict[str, Any]] = field(default_factory=list)
     unlogged_metrics: dict[str, Any] = field(default_factory=dict)  # of the steps since the last log, where logging_steps > 1
@@ -125,14 +126,18 @@ def run_folder(checkpoint: Checkpoint | None, output_dir: str | None, kind: Lite
 
     Raises UsageError where that other folder is not empty.
     """
-    if checkpoint is not None and (output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent):
+    if checkpoint is not None and (output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent.resolve()):
         return checkpoint.path.parent
-    return run_directory(output_dir, kind, resume=False)
+    return run_directory(output_dir, kind)
 
 
-def check_same_data(checkpoint: Checkpoint, document: dict) -> None:
-    """Refuse to resume on other data files than those that the run began with. Raises UsageError naming each."""
-    before, now = checkpoint.document("config.json")["data"], document["data"]
+def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
+    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe.
+
+    Raises UsageError naming each data file that is not the one that the run began with.
+    """
+    saved = checkpoint.document("config.json")
+    before, now = saved["data"], document["data"]
     changed = [
         f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256 {now.get(name, {}).get('sha256', '(not given)')[:12]}, "
         f"the resumed run used {before.get(name, {}).get('sha256', '(none)')[:12]}"
@@ -141,6 +146,7 @@ def check_same_data(checkpoint: Checkpoint, document: dict) -> None:
     ]
     if changed:
         raise UsageError([f"data file changed since {checkpoint.path.name} was saved; restore it or start a new run. {line}" for line in changed])
+    return document | {"recipe": saved["recipe"]}
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:

@@ -97,11 +97,11 @@ class SignalGuard:
 
 # ---- run directory --------------------------------------------------------------------------------------------------
 def run_directory(
-    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval"], *, resume: bool, root: Path = Path("runs")
+    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval"], *, root: Path = Path("runs")
 ) -> Path:
     """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
 
-    Raises UsageError where `output_dir` holds anything already, unless a run is resumed in it, or cannot be created.
+    Raises UsageError where `output_dir` holds anything already or cannot be created.
     """
     directory = Path(root if output_dir is None else output_dir)
     try:
@@ -111,7 +111,7 @@ def run_directory(
         content = sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
     except OSError as error:
         raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
-    if content and not resume:
+    if content:
         raise UsageError(
             f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is overwritten: "
             "name another folder, or go on with --resume_from_checkpoint"

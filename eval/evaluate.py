@@ -524,7 +524,7 @@ def _show(results: dict[str, dict], output_dir: Path) -> int:
 
 def _output_directory(config: EvalConfig) -> Path:
     if config.output_dir is None:
-        return run_directory(None, "eval", resume=False)
+        return run_directory(None, "eval")
     directory = Path(config.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,10 @@ import pytest
 import run_grpo
 import run_sft
 from data.records import DataError
+from engine.checkpoint import list_checkpoints
+from engine.run import shuffled
 from engine.runtime import main_guard
-from runs import GRPO, SFT, document, lines, snapshot, write_rows
+from runs import GRPO, SFT, document, lines, sft, snapshot, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -318,3 +320,18 @@ def test_resume_of_what_is_no_checkpoint(refused, tiny_sft_run, tmp_path):
     run = tiny_sft_run("qwen2_5_vl")
     (line,) = refused(run_grpo.main, "--resume_from_checkpoint", str(run))
     assert line == f"--resume_from_checkpoint {run}: a checkpoint of run_sft.py; resume it with that script"
+
+
+def test_an_image_that_breaks_during_training_loses_no_step(tiny_checkpoint, tiny_data, tmp_path, capsys):
+    """A truncated picture is found when its row is used; the steps before it are saved."""
+    rows = lines(tiny_data)
+    data = tmp_path / "data"
+    shutil.copytree(Path(tiny_data).parent, data)
+    order = shuffled(len(rows), 0, 42)
+    picture = data / rows[order[-1]]["image"]
+    picture.write_bytes(picture.read_bytes()[:200])
+    code = main_guard(lambda: sft(tiny_checkpoint("qwen2_5_vl"), data / Path(tiny_data).name, tmp_path / "run", "--validation_file",
+                                  f"site={tiny_data}", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
+                      errors=(DataError,))
+    assert code == 2 and picture.name in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{len(rows) - 1}"]

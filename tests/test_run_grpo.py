@@ -126,7 +126,8 @@ def test_metrics_have_trls_names_and_a_rollout_is_logged_once(finished):
     assert {"loss", "grad_norm", "kl", "ratio/min"} <= second.keys()
     rows = lines(finished[0] / "completions.jsonl")
     assert third["reward"] == pytest.approx(sum(row["reward"] for row in rows[8:]) / 8)
-    assert third["num_tokens"] == sum(row["completion_length"] for row in rows[8:])
+    assert second["num_tokens"] == sum(row["completion_length"] for row in rows[:8])  # so far, as in TRL
+    assert third["num_tokens"] == sum(row["completion_length"] for row in rows)
 
 
 def test_ratio_is_one_in_the_first_update_of_a_rollout_and_kl_zero_in_the_first_of_a_run(finished):

@@ -86,7 +86,7 @@ def test_a_forked_worker_dies_by_the_signal_and_leaves_the_guard_alone(capfd):
 # ---- run directory --------------------------------------------------------------------------------------------------
 def test_default_directories_are_named_by_time_and_unique_within_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.time, "strftime", lambda form: {"%Y%m%d-%H%M%S": "20250102-030405"}[form])
-    made = [run_directory(None, kind, resume=False, root=tmp_path / "runs") for kind in ("sft", "sft", "grpo", "sft")]
+    made = [run_directory(None, kind, root=tmp_path / "runs") for kind in ("sft", "sft", "grpo", "sft")]
     assert [path.relative_to(tmp_path).as_posix() for path in made] == [
         "runs/20250102-030405-sft", "runs/20250102-030405-sft-2", "runs/20250102-030405-grpo", "runs/20250102-030405-sft-3",
     ]  # fmt: skip
@@ -95,22 +95,21 @@ def test_default_directories_are_named_by_time_and_unique_within_a_second(tmp_pa
 
 def test_an_output_directory_with_content_is_refused_and_left_alone(tmp_path):
     target = tmp_path / "a" / "b"
-    assert run_directory(str(target), "sft", resume=False) == target and target.is_dir()
+    assert run_directory(str(target), "sft") == target and target.is_dir()
     (target / runtime.LOCK_FILE).touch()  # what an earlier start that failed at once leaves
-    run_directory(target, "sft", resume=False)
+    run_directory(target, "sft")
     (target / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"b is not empty \(it holds config.json\).*--resume_from_checkpoint"):
-        run_directory(target, "sft", resume=False)
+        run_directory(target, "sft")
     assert (target / "config.json").read_text() == "{}"
-    assert run_directory(target, "sft", resume=True) == target
 
 
 def test_an_output_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--output_dir .*file: cannot be used: File exists"):
-        run_directory(tmp_path / "file", "sft", resume=False)
+        run_directory(tmp_path / "file", "sft")
     with pytest.raises(UsageError, match="--output_dir .*sub: cannot be used: Not a directory"):
-        run_directory(tmp_path / "file" / "sub", "sft", resume=True)
+        run_directory(tmp_path / "file" / "sub", "sft")
 
 
 LOCK_IN_ANOTHER_PROCESS = """
