@@ -3,8 +3,9 @@
     python run_grpo.py                                           # continues the newest finished SFT run of the embedded demo
     python run_grpo.py --recipe medgemma-4b-free-reasoning --adapter_name_or_path runs/... --train_file rl.jsonl
 
-The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The loop is in `train`, in eight blocks:
-1 prompts, 2 completions, 3 rewards, 4 advantages, 5 old and reference log-probabilities, 6 the update, 7 logs, 8 evaluation and checkpoint.
+The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The loop is in `train`, in
+eight blocks: 1 prompts, 2 completions, 3 rewards, 4 advantages, 5 old and reference log-probabilities, 6 the update, 7
+logs, 8 evaluation and checkpoint.
 """
 from __future__ import annotations
 
@@ -27,28 +28,30 @@ from engine.checkpoint import clean_leftovers
 from engine.config import Resolved, UsageError, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
-from engine.model import LoadedModel, adapter_config, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
+from engine.model import LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
-    FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, check_same_reference, find_checkpoint, inherited_settings, keep_reference, load_best_adapter,
-    restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, saved_settings, shuffled, write_json)
-from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, newest_finished_run, pick_device, seed_everything
+    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_reference, continue_document, find_checkpoint, inherited_settings, keep_reference,
+    load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
+from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.tracking import MetricAccumulator, Progress, RunLogger
-from eval.evaluate import evaluate_sets
+from eval.evaluate import evaluate_sets, format_progress
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import completion_rows, pack_samples, rollout_metrics, show_samples, unpack_samples
-from rl.rewards import HardReward, NuancedReward, RewardFunction
+from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
-    GRPOConfig, batch_arithmetic, length_warning, micro_batches_per_rollout, problems, prompts_per_rollout, total_steps, updates_per_rollout,
-    warnings)
+    GRPOConfig, batch_arithmetic, build_rewards, from_sft_run, length_warning, micro_batches_per_rollout, problems, prompts_per_rollout,
+    total_steps, updates_per_rollout, warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
           reward_functions: dict[str, RewardFunction], sampler: torch.Generator, log: RunLogger, state: TrainerState,
           optimizer: torch.optim.Optimizer, samples: list[Sample], guard: SignalGuard,
           evaluate: Callable[[], None], save: Callable[[list[Sample]], None]) -> None:
-    """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a resumed run is in the middle of, or []."""
+    """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a resumed run is in the middle
+    of, or [].
+    """
     device, prompt, pad = next(wrapped.parameters()).device, PROMPTS[config.prompt], model.encoder.pad_token_id
     parameters = [parameter for _, parameter in trainable_parameters(wrapped)]
     sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
@@ -164,8 +167,11 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     bar.close()
 
 
-def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard: SignalGuard, evaluate: Callable[[], None]) -> bool:
-    """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done again when the run is resumed."""
+def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard: SignalGuard,
+                      evaluate: Callable[[], None]) -> bool:
+    """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done again when the run is
+    resumed.
+    """
     due = state.global_step in (0, steps) or (config.eval_steps and state.global_step % config.eval_steps == 0)
     if not due or state.evaluated_step == state.global_step or guard.stop is not None:
         return False
@@ -181,7 +187,9 @@ def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard
 
 def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[str, list[Example]], reference: list[Example],
                     reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard) -> dict[str, dict[str, float]]:
-    """Greedy decoding of every set -> {set: metrics}; rewards are computed but nothing is observed. `gap` compares the first with the others."""
+    """Greedy decoding of every set -> {set: metrics}; rewards are computed but nothing is observed. `gap` compares the
+    first with the others.
+    """
     def rewards(rows: list[dict]) -> dict[str, float]:
         means = Counter()
         for row in rows:
@@ -224,58 +232,6 @@ def record(config: GRPOConfig, metrics: dict[str, dict[str, float]], log: RunLog
     state.record_evaluation(flat[chosen], greater_is_better=chosen.rpartition("/")[2] not in LOWER_IS_BETTER)
 
 
-def progress_table(log_history: list[dict], names: list[str], best: str | None) -> str:
-    """The evaluations of each set: the SFT start, the best by the chosen metric, the last."""
-    columns = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
-    lines = [f"{'data set':<16} {'step':>12} " + " ".join(f"{column:>17}" for column in columns)]
-    for name in names:
-        entries = {entry["step"]: entry for entry in log_history if f"eval_{name}_macro_f1" in entry}
-        best_step = int(best.rpartition("-")[2]) if best else -1
-        for step, title in dict.fromkeys([(min(entries), "SFT start"), (best_step, "best"), (max(entries), "last")]):
-            if step in entries:
-                lines.append(f"{name:<16} {f'{title} ({step})':>12} " + " ".join(f"{entries[step][f'eval_{name}_{c}']:>17.3f}" for c in columns))
-    return "\n".join(lines)
-
-
-def from_sft_run(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the newest finished SFT run, its base model, and its prompt and image size."""
-    config: GRPOConfig = resolved.configs[0]
-    if config.adapter_name_or_path is None:
-        newest = newest_finished_run(Path("runs"), "sft")
-        if newest is None:
-            raise UsageError("no finished SFT run under runs/; run `python run_sft.py` first, or give --adapter_name_or_path")
-        resolved = resolved.with_value("adapter_name_or_path", str(newest), "newest SFT run")
-    folder = Path(resolved.configs[0].adapter_name_or_path)
-    base = adapter_config(folder).base_model_name_or_path
-    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith("recipe"):
-        if config.model_name_or_path not in (None, base):
-            raise UsageError(f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
-                             "give --model_name_or_path, or another --adapter_name_or_path")
-        resolved = resolved.with_value("model_name_or_path", base, "SFT adapter")
-    saved = saved_settings(folder)
-    for name, default in {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}.items():
-        if getattr(config, name) is None:
-            resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
-    if resolved.configs[0].answer_format is None:
-        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
-        resolved = resolved.with_value("answer_format", form, "SFT run" if saved.get("answer_format") else "prompt")
-    return resolved
-
-
-def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
-    """Both rewards; the label frequencies of Eq. 4 are those of the training data."""
-    evaluated = Counter(label for example in examples for label in example.evaluated_labels)
-    positive = Counter(label for example in examples for label in example.target.labels)
-    frequency = {label: positive[label] / evaluated[label] for label in evaluated}
-    rewards: dict[str, RewardFunction] = {
-        "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
-        "nuanced": NuancedReward(frequency),
-    }
-    if config.reward_scale is not None:
-        rewards[config.reward].scale = config.reward_scale
-    return rewards
-
-
 def banner(config: GRPOConfig, resolved: Resolved, model: LoadedModel, wrapped, examples: list[Example], sets: dict[str, list[Example]],
            run_dir: Path, device: torch.device) -> str:
     trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
@@ -295,7 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0], validate=problems, default_recipe="demo",
         default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
         inherit_with="resume_from_checkpoint", inherit=partial(inherited_settings, script="grpo"), free_to_change=FREE_TO_CHANGE)
-    checkpoint, rejected = find_checkpoint(resolved.configs[0].resume_from_checkpoint) if resolved.configs[0].resume_from_checkpoint else (None, [])
+    named = resolved.configs[0].resume_from_checkpoint
+    checkpoint, rejected = find_checkpoint(named) if named else (None, [])
     for line in rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     resolved = from_sft_run(resolved) if checkpoint is None else resolved
@@ -360,8 +317,8 @@ def main(argv: list[str] | None = None) -> int:
                 load_best_adapter(run_dir, state, wrapped)
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
         if sets:
-            print("\n" + progress_table(state.log_history, list(sets), state.best_model_checkpoint))
-        test_files = " ".join(f"--data_file {name}=demo:{name}" for name in ("test-a", "test-b")) if document["recipe"] == "demo" else "--data_file NAME=FILE"
+            print("\n" + format_progress(state.log_history, list(sets), state.best_model_checkpoint))
+        test_files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b" if document["recipe"] == "demo" else "--data_file NAME=FILE"
         print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run_dir} {test_files}")
     return 0
 

@@ -3,10 +3,11 @@
     python run_sft.py                                            # the embedded demo, a few minutes on a CPU
     python run_sft.py --recipe medgemma-4b-free-reasoning --train_file sft.jsonl --validation_file val=val.jsonl
 
-    L_SFT = - sum_j log pi(t*_j | x, t*_<j)      over the answer's tokens and its end-of-turn; the prompt and the image are not scored
+    L_SFT = - sum_j log pi(t*_j | x, t*_<j)      over the answer's tokens and its end-of-turn; the prompt and the image are
+    not scored
 
-Each optimizer step divides the sum by the number of supervised tokens of the WHOLE step, so neither the micro-batch size nor the
-accumulation changes the gradient. The loop is in `train` below, top to bottom; nothing else calls backward().
+Each optimizer step divides the sum by the number of supervised tokens of the WHOLE step, so neither the micro-batch size
+nor the accumulation changes the gradient. The loop is in `train` below, top to bottom; nothing else calls backward().
 """
 from __future__ import annotations
 
@@ -262,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}")
             sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
             try:
-                scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train, answer_format=config.answer_format,
+                scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
+                                       answer_format=config.answer_format,
                                        batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")

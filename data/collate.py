@@ -33,7 +33,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {name: getattr(self, name).to(device) for name in
                    ("input_ids", "token_types", "attention_mask", "loss_mask", "completion_mask", "image_of_row")}
-        return replace(self, vision=[{name: tensor.to(device) for name, tensor in image.items()} for image in self.vision], **tensors)
+        return replace(
+            self, vision=[{name: tensor.to(device) for name, tensor in image.items()} for image in self.vision], **tensors
+        )
 
 
 def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
@@ -43,7 +45,9 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     return Batch(
         input_ids=_pad([torch.cat([row.prompt.input_ids, row.completion_ids]) for row in rows], pad_token_id),
         token_types=_pad([torch.cat([row.prompt.token_types, torch.zeros_like(row.completion_ids)]) for row in rows], 0),
-        attention_mask=_pad([torch.ones(len(mask) + len(row.completion_ids), dtype=torch.bool) for mask, row in zip(prompt_masks, rows)], False),
+        attention_mask=_pad(
+            [torch.ones(len(mask) + len(row.completion_ids), dtype=torch.bool) for mask, row in zip(prompt_masks, rows)], False
+        ),
         loss_mask=_pad([torch.cat([mask, row.completion_mask]) for mask, row in zip(prompt_masks, rows)], False),
         completion_mask=_pad([row.completion_mask for row in rows], False),
         vision=[prompt.vision for prompt in prompts],
@@ -79,4 +83,6 @@ def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt]
 
 def _pad(sequences: list[Tensor], value: int | bool, left: bool = False) -> Tensor:
     """[B,S]; padded to the longest."""
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value, padding_side="left" if left else "right")
+    return torch.nn.utils.rnn.pad_sequence(
+        sequences, batch_first=True, padding_value=value, padding_side="left" if left else "right"
+    )

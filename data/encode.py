@@ -1,8 +1,8 @@
 """The processor side of both model families: one Example -> token ids, loss mask and vision tensors.
 
 The mask is made together with the tokens: an answer's row is the prompt (not supervised) followed by the answer and its
-end-of-turn token (supervised). That the tokens of prompt + answer really begin with the tokens of the prompt is checked for every row.
-Image processors are the PIL ones of both families, so torchvision is never needed.
+end-of-turn token (supervised). That the tokens of prompt + answer really begin with the tokens of the prompt is checked for
+every row. Image processors are the PIL ones of both families, so torchvision is never needed.
 """
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ class EncodedRow:
 class Encoder:
     """Tokenizer, image processor and chat template of one checkpoint."""
 
-    def __init__(self, family: str, tokenizer: PreTrainedTokenizerBase, image_processor, image_token_id: int, image_seq_length: int | None):
+    def __init__(
+        self,
+        family: str,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor,
+        image_token_id: int,
+        image_seq_length: int | None,
+    ):
         self.family = family
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -66,13 +73,16 @@ class Encoder:
     def from_pretrained(cls, path: str | Path, *, min_visual_tokens: int, max_visual_tokens: int) -> "Encoder":
         """Tokenizer and image processor of a checkpoint (a local folder or a hub name).
 
-        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes the image to lie between them;
-        Gemma 3 always has the 256 (mm_tokens_per_image) of its configuration and ignores them. Raises ValueError for another family.
+        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes the image to lie between
+        them; Gemma 3 always has the 256 (mm_tokens_per_image) of its configuration and ignores them. Raises ValueError for
+        another family.
         """
         config = _read_config(path)
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(f"{path} is a {family!r} model; this engine trains {' and '.join(FAMILIES)} models (config.json, model_type)")
+            raise ValueError(
+                f"{path} is a {family!r} model; this engine trains {' and '.join(FAMILIES)} models (config.json, model_type)"
+            )
         tokenizer = AutoTokenizer.from_pretrained(path)
         if family == "gemma3":
             image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -85,7 +95,9 @@ class Encoder:
         # A checkpoint's own bounds have been seen to win silently; the ones asked for must be the ones in force.
         in_force = (image_processor.size["shortest_edge"], image_processor.size["longest_edge"])
         if in_force != tuple(bounds.values()):
-            raise RuntimeError(f"the image processor of {path} uses pixel bounds {in_force}, not {tuple(bounds.values())} as asked for")
+            raise RuntimeError(
+                f"the image processor of {path} uses pixel bounds {in_force}, not {tuple(bounds.values())} as asked for"
+            )
         return cls(family, tokenizer, image_processor, config["image_token_id"], None)
 
     def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
@@ -98,24 +110,37 @@ class Encoder:
     def encode_answer(self, example: Example, prompt: Prompt, answer: str) -> EncodedRow:
         """The example with an answer to learn: all of the answer and its end-of-turn token are supervised, nothing else is.
 
-        Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is tokenised.
+        Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is
+        tokenised.
         """
         control = [token for token in self.control_tokens if token in answer]
         if control:
-            raise DataError([f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"])
+            raise DataError(
+                [f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"]
+            )
         encoded = self.encode_prompt(example, prompt)
         num_image_tokens = int((encoded.token_types == IMAGE_TYPE).sum())
         text = self.tokenizer.apply_chat_template(build_messages(prompt, answer), tokenize=False)
         ids = self._tokenize(text, num_image_tokens)
         prompt_length = len(encoded.input_ids)
         if ids[:prompt_length] != encoded.input_ids.tolist():
-            raise DataError([f"example {example.id!r}: prompt + answer does not begin with the tokens of the prompt, so a loss mask would be "
-                             "wrong; the answer or the chat template joins its first characters with the prompt's last"])
+            raise DataError(
+                [
+                    f"example {example.id!r}: prompt + answer does not begin with the tokens of the prompt, so a loss mask would be "
+                    "wrong; the answer or the chat template joins its first characters with the prompt's last"
+                ]
+            )
         completion = ids[prompt_length:]
         if self.end_of_turn_id not in completion:
-            raise DataError([f"example {example.id!r}: the chat template does not end the answer with "
-                             f"{self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)!r}, so the model would never learn to stop"])
-        completion = completion[: completion.index(self.end_of_turn_id) + 1]  # what the template writes after it is not the answer
+            raise DataError(
+                [
+                    f"example {example.id!r}: the chat template does not end the answer with "
+                    f"{self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)!r}, so the model would never learn to stop"
+                ]
+            )
+        completion = completion[
+            : completion.index(self.end_of_turn_id) + 1
+        ]  # what the template writes after it is not the answer
         return EncodedRow(encoded, torch.tensor(completion), torch.ones(len(completion), dtype=torch.bool))
 
     def decode(self, ids: Tensor) -> str:
@@ -140,9 +165,13 @@ class Encoder:
             text = text.replace(begin, f"\n\n{begin}{image * num_image_tokens}{end}\n\n", 1)
         else:
             text = text.replace("<|image_pad|>", "<|image_pad|>" * num_image_tokens, 1)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids  # the template has already written <bos> where there is one
+        ids = self.tokenizer(
+            text, add_special_tokens=False
+        ).input_ids  # the template has already written <bos> where there is one
         if ids.count(self.image_token_id) != num_image_tokens:
-            raise ValueError(f"the chat template gave {ids.count(self.image_token_id)} image placeholders for {num_image_tokens} image tokens")
+            raise ValueError(
+                f"the chat template gave {ids.count(self.image_token_id)} image placeholders for {num_image_tokens} image tokens"
+            )
         return ids
 
 

@@ -14,7 +14,9 @@ FORMATS = ("JPEG", "PNG")
 
 
 def image_path(example: Example) -> Path:
-    """Where the example's image lies. Raises DataError unless it is a regular file under `image_root`, symbolic links resolved."""
+    """Where the example's image lies. Raises DataError unless it is a regular file under `image_root`, symbolic links
+    resolved.
+    """
     root = example.image_root.resolve()
     name = f"example {example.id!r}: image {example.image!r}"
     try:
@@ -22,14 +24,18 @@ def image_path(example: Example) -> Path:
     except (OSError, ValueError) as error:
         raise DataError([f"{name}: not a usable path ({error})"]) from error
     if not path.is_relative_to(root):
-        raise DataError([f"{name} lies outside the image root {root}; paths must be relative to it and stay in it (--image_root)"])
+        raise DataError(
+            [f"{name} lies outside the image root {root}; paths must be relative to it and stay in it (--image_root)"]
+        )
     if not path.is_file():
         raise DataError([f"{name}: no such file under the image root {root}; check the row or --image_root"])
     return path
 
 
 def check_images(examples: Iterable[Example]) -> None:
-    """Raise DataError naming every example whose image file is missing or out of bounds: before a run, not after an hour of it."""
+    """Raise DataError naming every example whose image file is missing or out of bounds: before a run, not after an hour of
+    it.
+    """
     problems: list[str] = []
     for example in examples:
         try:
@@ -44,14 +50,18 @@ def check_images(examples: Iterable[Example]) -> None:
 def load_image(example: Example) -> Image.Image:
     """The example's image as 8-bit RGB, upright.
 
-    16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises DataError for a file that is not a
-    whole JPEG or PNG or has too many pixels.
+    16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises DataError for a file that
+    is not a whole JPEG or PNG or has too many pixels.
     """
     path = image_path(example)
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError([f"example {example.id!r}: {path} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read"])
+                raise DataError(
+                    [
+                        f"example {example.id!r}: {path} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read"
+                    ]
+                )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except DataError:

@@ -100,13 +100,17 @@ NIH_NINE: tuple[str, ...] = (
 NIH_TEN: tuple[str, ...] = tuple(label for label in LABELS if label in {*NIH_NINE, "Pleural Effusion"})
 
 
-def chexpert_labels_of_nih(source_labels: list[str] | tuple[str, ...], evaluated: tuple[str, ...] = NIH_NINE) -> tuple[str, ...]:
+def chexpert_labels_of_nih(
+    source_labels: list[str] | tuple[str, ...], evaluated: tuple[str, ...] = NIH_NINE
+) -> tuple[str, ...]:
     """NIH strings of one image -> the CheXpert labels among `evaluated`, in CheXpert's order.
 
     Raises ValueError for a string that is not one of NIH's 15.
     """
     unknown = [s for s in source_labels if s not in NIH_TO_CHEXPERT]
     if unknown:
-        raise ValueError(f"not a label of NIH ChestX-ray14: {', '.join(map(repr, unknown))}; known: {', '.join(NIH_TO_CHEXPERT)}")
+        raise ValueError(
+            f"not a label of NIH ChestX-ray14: {', '.join(map(repr, unknown))}; known: {', '.join(NIH_TO_CHEXPERT)}"
+        )
     mapped = {NIH_TO_CHEXPERT[s] for s in source_labels}
     return tuple(label for label in LABELS if label in mapped and label in evaluated)

@@ -55,8 +55,9 @@ _TYPE_NAMES = {str: "a string", list: "a list of strings"}
 def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
     """Examples of one data file, in the file's order.
 
-    image_root: folder that image paths are relative to; default, the data file's own. Raises DataError with every problem of the
-    file at once (file, line, field), also for a missing or empty file and for an id that occurs twice. Images are not opened here.
+    image_root: folder that image paths are relative to; default, the data file's own. Raises DataError with every problem
+    of the file at once (file, line, field), also for a missing or empty file and for an id that occurs twice. Images are
+    not opened here.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +75,9 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
             if row_problems:
                 continue
             if row["id"] in line_of:
-                problems.append(f"{path}, line {number}: field 'id': {row['id']!r} is also on line {line_of[row['id']]}; ids must differ")
+                problems.append(
+                    f"{path}, line {number}: field 'id': {row['id']!r} is also on line {line_of[row['id']]}; ids must differ"
+                )
                 continue
             line_of[row["id"]] = number
             examples.append(_example(row, root))
@@ -162,7 +165,9 @@ def split_by_patient(examples: list[Example], fraction: float, seed: int) -> tup
     """
     patients = sorted({example.patient_id for example in examples})
     if len(patients) < 2:
-        raise DataError([f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"])
+        raise DataError(
+            [f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"]
+        )
     random.Random(seed).shuffle(patients)
     counts = {patient: 0 for patient in patients}
     for example in examples:

@@ -35,7 +35,9 @@ class Family:
         """Position ids of the rows; padding has 0. Qwen [3,B,S], Gemma [B,S]."""
         raise TypeError("use a subclass")
 
-    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
+    def attention_masks(
+        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int
+    ) -> dict[str, Tensor]:
         """Which keys each of the last `query_length` tokens sees, for every kind of layer: bool [B,1,query_length,S], true
         = sees.
         """

@@ -29,7 +29,9 @@ def embed(model: nn.Module, family: Family, batch: Batch) -> Tensor:
     embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
     rows = torch.cat([features[i] for i in batch.image_of_row.tolist()])  # [placeholders,H], row by row
     if len(rows) != int(is_image.sum()):
-        raise ValueError(f"{int(is_image.sum())} image placeholders for {len(rows)} image features; the image processor and the model disagree")
+        raise ValueError(
+            f"{int(is_image.sum())} image placeholders for {len(rows)} image features; the image processor and the model disagree"
+        )
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
 

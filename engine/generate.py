@@ -127,7 +127,9 @@ def generate(
     finally:
         wrapped.train(was_training)
     mask, truncated = completion_mask(ids, model.stop_ids), is_truncated(ids, model.stop_ids)
-    completions = [Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))]
+    completions = [
+        Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))
+    ]
     return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
 
 
@@ -142,15 +144,21 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
     stops = torch.tensor(sorted(model.stop_ids), device=device)
     cache = DynamicCache()  # every layer keeps everything; sliding windows are in the masks
     positions = family.positions(base, batch)  # [..,B,S]
-    hidden = decoder(inputs_embeds=embed(wrapped, family, batch), position_ids=positions, past_key_values=cache, use_cache=True,
-                     attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
-                     ).last_hidden_state[:, -1]  # [B,H]
+    hidden = decoder(
+        inputs_embeds=embed(wrapped, family, batch),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
+    ).last_hidden_state[:, -1]  # [B,H]
     next_position = (positions.amax(0) if positions.dim() == 3 else positions).amax(1) + 1  # [B]
 
     # One prompt was read once; from here each of its completions is a row.
     cache.batch_repeat_interleave(num_generations)
     hidden, next_position, attention_mask, token_types = (
-        tensor.repeat_interleave(num_generations, 0) for tensor in (hidden, next_position, batch.attention_mask, batch.token_types))
+        tensor.repeat_interleave(num_generations, 0)
+        for tensor in (hidden, next_position, batch.attention_mask, batch.token_types)
+    )
     num_rows, length = len(hidden), sampling.max_completion_length
     ids = torch.full((num_rows, length), model.encoder.pad_token_id, dtype=torch.long)
     logprobs, masses = torch.zeros(num_rows, length), torch.ones(num_rows, length)

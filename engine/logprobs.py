@@ -37,7 +37,9 @@ def token_logprobs(
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)")
     suppressed = torch.as_tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
-    logprobs, entropies = _ChunkedLogProbs.apply(hidden, lm_head_weight, targets, float(temperature), suppressed, chunk_size, entropy)
+    logprobs, entropies = _ChunkedLogProbs.apply(
+        hidden, lm_head_weight, targets, float(temperature), suppressed, chunk_size, entropy
+    )
     return logprobs, entropies if entropy else None
 
 
@@ -51,7 +53,10 @@ def scaled_logits(hidden: Tensor, lm_head_weight: Tensor, temperature: float, su
 @torch.no_grad()
 def predicted_correctly(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
     """[M] bool: whether each target is the model's most probable token. Its mean is the token accuracy."""
-    chunks = [(hidden[i : i + chunk_size].to(lm_head_weight.dtype) @ lm_head_weight.t()).argmax(1) for i in range(0, len(hidden), chunk_size)]
+    chunks = [
+        (hidden[i : i + chunk_size].to(lm_head_weight.dtype) @ lm_head_weight.t()).argmax(1)
+        for i in range(0, len(hidden), chunk_size)
+    ]
     return torch.cat(chunks) == targets if chunks else targets.bool()
 
 
@@ -103,6 +108,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 probabilities = logs.exp()
                 logs = logs.clamp(min=torch.finfo(logs.dtype).min)  # suppressed: probability 0, and 0 * -inf would be NaN
                 entropy = -(probabilities * logs).sum(1, keepdim=True)  # [m,1]
-                direction = -probabilities * (logs + entropy) * grad_entropies[chunk, None]  # [m,V] dH / d logit_k = -p_k (log p_k + H)
+                direction = (
+                    -probabilities * (logs + entropy) * grad_entropies[chunk, None]
+                )  # [m,V] dH / d logit_k = -p_k (log p_k + H)
                 grad[chunk] += (direction.to(weight.dtype) @ weight).to(grad.dtype) / ctx.temperature
         return grad, None, None, None, None, None, None

@@ -1,7 +1,8 @@
 """Loading a model, attaching LoRA, and the two adapters of GRPO on one base.
 
-The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter twice: `default` is trained, so that
-what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint. There is never a second base.
+The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter twice: `default` is
+trained, so that what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint. There is never a second
+base.
 """
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def model_path(name: str) -> str:
     return str(Path(data.demo.__path__[0]) / "base") if name == DEMO else name
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device, min_visual_tokens: int, max_visual_tokens: int) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: torch.dtype, device: torch.device, min_visual_tokens: int, max_visual_tokens: int
+) -> LoadedModel:
     """Load and freeze a base model of one of the two families. Raises UsageError (one line) where there is none at `name`."""
     path = model_path(name)
     if not sys.stderr.isatty():
@@ -64,7 +67,9 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, min_visua
         raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = sorted(loading["missing_keys"])
-        raise UsageError(f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}")
+        raise UsageError(
+            f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}"
+        )
     base.requires_grad_(False)
     base.to(device).eval()
     family = family_of(base.config.model_type)
@@ -78,7 +83,9 @@ def _check_checkpoint(name: str, path: str) -> None:
 
     looks_local = name == DEMO or Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
     if not Path(path).is_dir() and looks_local:
-        raise UsageError(f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'")
+        raise UsageError(
+            f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
+        )
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UsageError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint")
     try:
@@ -86,11 +93,14 @@ def _check_checkpoint(name: str, path: str) -> None:
     except OSError as error:
         raise UsageError(
             f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). A hub model must exist and "
-            f"be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`") from error
+            f"be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`"
+        ) from error
     except ValueError as error:
         raise UsageError(f"--model_name_or_path {name}: its config.json is not valid JSON ({error})") from error
     if config.get("model_type") not in FAMILIES:
-        raise UsageError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models")
+        raise UsageError(
+            f"--model_name_or_path {name}: a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -99,7 +109,9 @@ def _first_line(error: Exception) -> str:
 
 def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
     """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the model's outputs are unchanged."""
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(model.base, config)
     _finish(wrapped, model.name)
     return wrapped
@@ -108,8 +120,8 @@ def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float
 def attach_adapter(model: LoadedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
     """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it.
 
-    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left over means
-    that something else than the trained model would run.
+    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left
+    over means that something else than the trained model would run.
     """
     folder = Path(folder)
     config = adapter_config(folder)
@@ -136,7 +148,9 @@ def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
 def adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig saved in a folder. Raises UsageError where there is none that can be read."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UsageError(f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors")
+        raise UsageError(
+            f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        )
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -157,18 +171,28 @@ def load_adapter_state(wrapped: PeftModel, saved: dict[str, Tensor], adapter: st
     expected = adapter_state(wrapped, adapter)
     missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
     if missing or unexpected:
-        examples = "; ".join(f"{kind}: {len(keys)}, such as {keys[0]}" for kind, keys in (("missing", missing), ("left over", unexpected)) if keys)
-        raise UsageError(f"{source}: the adapter does not fit the model, {examples}. It was trained on another model or by another version")
+        examples = "; ".join(
+            f"{kind}: {len(keys)}, such as {keys[0]}"
+            for kind, keys in (("missing", missing), ("left over", unexpected))
+            if keys
+        )
+        raise UsageError(
+            f"{source}: the adapter does not fit the model, {examples}. It was trained on another model or by another version"
+        )
     misshapen = [name for name in expected if expected[name].shape != saved[name].shape]
     if misshapen:
         name = misshapen[0]
-        raise UsageError(f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs {tuple(expected[name].shape)}")
+        raise UsageError(
+            f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs {tuple(expected[name].shape)}"
+        )
     set_peft_model_state_dict(wrapped, saved, adapter_name=adapter)
 
 
 def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
     """The adapter's tensors under the names that peft saves and loads."""
-    return get_peft_model_state_dict(wrapped, adapter_name=adapter, save_embedding_layers=False)  # else peft asks the hub for the base
+    return get_peft_model_state_dict(
+        wrapped, adapter_name=adapter, save_embedding_layers=False
+    )  # else peft asks the hub for the base
 
 
 def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
@@ -182,7 +206,8 @@ def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
 def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
     """Run with another adapter, without gradient, and put everything back.
 
-    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others, so the flags are restored too.
+    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others, so the flags are restored
+    too.
     """
     flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
     active = wrapped.active_adapter
@@ -199,7 +224,8 @@ def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute the decoder's layers in the backward pass, in train() mode only.
 
-    Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never recomputed.
+    Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never
+    recomputed.
     """
     decoder = language_model(model)
     decoder.activation_checkpointing_enable({"use_reentrant": False})
@@ -217,11 +243,15 @@ def _finish(wrapped: PeftModel, base_name: str) -> None:
 
 
 def _set_trainable(wrapped: PeftModel) -> None:
-    """Exactly the `default` adapter of the language model is trained; anything else trainable is a bug of the target pattern."""
+    """Exactly the `default` adapter of the language model is trained; anything else trainable is a bug of the target
+    pattern.
+    """
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # also the reference: in bf16 it would not be the policy's start
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
-    leaked = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name]
+    leaked = [
+        name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name
+    ]
     if leaked:
         raise RuntimeError(f"LoRA reached outside the language model: {leaked[0]} and {len(leaked) - 1} more")

@@ -53,7 +53,9 @@ class TrainerState:
 
     def record_evaluation(self, metric: float, *, greater_is_better: bool) -> bool:
         """Note an evaluation at this step; returns whether it is the best so far. NaN is never the best."""
-        better = metric == metric and (self.best_metric is None or (metric > self.best_metric if greater_is_better else metric < self.best_metric))
+        better = metric == metric and (
+            self.best_metric is None or (metric > self.best_metric if greater_is_better else metric < self.best_metric)
+        )
         if better:
             self.best_metric, self.best_model_checkpoint = metric, f"checkpoint-{self.global_step}"
         self.evaluations_without_improvement = 0 if better else self.evaluations_without_improvement + 1
@@ -61,10 +63,18 @@ class TrainerState:
 
 
 # ---- configuration of the run ---------------------------------------------------------------------------------------
-def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path], notes: Mapping[str, Any] | None = None) -> dict:
+def run_document(
+    resolved: Resolved, script: str, data_files: Mapping[str, Path], notes: Mapping[str, Any] | None = None
+) -> dict:
     """config.json: every setting with its origin, the data files with their SHA-256, and the versions that ran."""
     data = {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in data_files.items()}
-    return {"script": script, "recipe": resolved.recipe, "settings": to_json(resolved), "data": data, "versions": versions()} | dict(notes or {})
+    return {
+        "script": script,
+        "recipe": resolved.recipe,
+        "settings": to_json(resolved),
+        "data": data,
+        "versions": versions(),
+    } | dict(notes or {})
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -75,7 +85,8 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from elsewhere).
+    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from
+    elsewhere).
 
     Raises UsageError for a config.json that cannot be read.
     """
@@ -86,7 +97,9 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or remove it") from error
+        raise UsageError(
+            f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or remove it"
+        ) from error
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -117,7 +130,9 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
     checkpoint, _ = find_checkpoint(named)
     document = checkpoint.document("config.json")
     if document["script"] != script:
-        raise UsageError(f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume it with that script")
+        raise UsageError(
+            f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume it with that script"
+        )
     return {name: entry["value"] for name, entry in document["settings"].items()} | {"output_dir": None}
 
 
@@ -145,12 +160,19 @@ def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
         if before.get(name, {}).get("sha256") != now.get(name, {}).get("sha256")
     ]
     if changed:
-        raise UsageError([f"data file changed since {checkpoint.path.name} was saved; restore it or start a new run. {line}" for line in changed])
+        raise UsageError(
+            [
+                f"data file changed since {checkpoint.path.name} was saved; restore it or start a new run. {line}"
+                for line in changed
+            ]
+        )
     return document | {"recipe": saved["recipe"]}
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
-    """When a run goes on in another folder, take along its logs and results, this checkpoint and the best: the new folder is whole."""
+    """When a run goes on in another folder, take along its logs and results, this checkpoint and the best: the new folder
+    is whole.
+    """
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return
@@ -159,7 +181,10 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
             shutil.copyfile(path, run_dir / path.name)
     if (source / "reference").is_dir():
         shutil.copytree(source / "reference", run_dir / "reference", dirs_exist_ok=True)
-    for link, name in (("last", checkpoint.path.name), ("best", checkpoint.document("trainer_state.json")["best_model_checkpoint"])):
+    for link, name in (
+        ("last", checkpoint.path.name),
+        ("best", checkpoint.document("trainer_state.json")["best_model_checkpoint"]),
+    ):
         if name is None or not (source / name).is_dir():
             continue
         if not (run_dir / name).exists():
@@ -170,7 +195,9 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
 
 
 def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
-    """Copy the SFT adapter to run_dir/reference, once; returns {file: SHA-256}. With it a run folder is whole, whatever happens to the SFT run."""
+    """Copy the SFT adapter to run_dir/reference, once; returns {file: SHA-256}. With it a run folder is whole, whatever
+    happens to the SFT run.
+    """
     temporary = run_dir / ".tmp-reference"
     temporary.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -185,13 +212,19 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
     now = _reference_hashes(folder)
     if now != before:
         changed = next(name for name in before if now.get(name) != before[name])
-        raise UsageError(f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256 {now.get(changed, 'missing')[:12]}, "
-                         f"was {before[changed][:12]}); restore it or start a new run")
+        raise UsageError(
+            f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256 {now.get(changed, 'missing')[:12]}, "
+            f"was {before[changed][:12]}); restore it or start a new run"
+        )
     return now
 
 
 def _reference_hashes(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors") if (folder / name).is_file()}
+    return {
+        name: sha256_of(folder / name)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+        if (folder / name).is_file()
+    }
 
 
 def restore(checkpoint: Checkpoint, wrapped: PeftModel, optimizer: torch.optim.Optimizer,
@@ -217,15 +250,29 @@ def save_training_checkpoint(
     tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save everything that the next optimizer step depends on; set the links `last` and `best`; delete what `limit` leaves over."""
+    """Save everything that the next optimizer step depends on; set the links `last` and `best`; delete what `limit` leaves
+    over.
+    """
     optimizer_tensors, optimizer_document = optimizer_to_tensors(optimizer)
     rng_tensors, rng_document = rng_to_tensors(generators)
     path = save_checkpoint(
-        run_dir, state.global_step,
-        tensors={"adapter_model": adapter_state(wrapped), "optimizer": optimizer_tensors, "rng": rng_tensors, **(tensors or {})},
+        run_dir,
+        state.global_step,
+        tensors={
+            "adapter_model": adapter_state(wrapped),
+            "optimizer": optimizer_tensors,
+            "rng": rng_tensors,
+            **(tensors or {}),
+        },
         documents={
-            "adapter_config.json": adapter_config_document(wrapped, base_name), "optimizer.json": optimizer_document, "rng.json": rng_document,
-            "trainer_state.json": asdict(state), "config.json": config_document, **(documents or {})})
+            "adapter_config.json": adapter_config_document(wrapped, base_name),
+            "optimizer.json": optimizer_document,
+            "rng.json": rng_document,
+            "trainer_state.json": asdict(state),
+            "config.json": config_document,
+            **(documents or {}),
+        },
+    )
     point_link(run_dir, "last", path)
     best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None
     if best is not None and best.is_dir():
@@ -255,7 +302,9 @@ def load_best_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel) ->
 
 # ---- data order -----------------------------------------------------------------------------------------------------
 def shuffled(count: int, epoch: int, seed: int) -> list[int]:
-    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume needs no position of a loader."""
+    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume needs no position of a
+    loader.
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 

@@ -20,28 +20,43 @@ class TrainingConfig:
     model_name_or_path: str | None = setting(
         None, "base model: a checkpoint's folder, a hub name, or 'demo' for the embedded one", group="model and data")
     train_file: str | None = setting(
-        None, "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo", group="model and data")
+        None, "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo", group="model and data"
+    )
     validation_file: tuple[str, ...] = setting(
         (), "NAME=FILE, repeatable: a data set to evaluate on during training", group="model and data")
     image_root: str | None = setting(
         None, "folder that image paths are relative to (default: each data file's own folder)", group="model and data")
     prompt: str | None = setting(
-        None, "instruction variant, a name of data/prompts.py (default: free_reasoning; GRPO: the SFT run's)", group="model and data")
+        None,
+        "instruction variant, a name of data/prompts.py (default: free_reasoning; GRPO: the SFT run's)",
+        group="model and data",
+    )
     answer_format: str | None = setting(
         None, "form of a valid answer, a name of data/answers.py (default: the prompt's own)", group="model and data")
     min_visual_tokens: int | None = setting(
-        None, "an image is enlarged to at least this many visual tokens (default: 256; GRPO: the SFT run's); Gemma 3 has a fixed number",
-        unit="tokens", source=PAPER_SFT, group="model and data")
+        None,
+        "an image is enlarged to at least this many visual tokens (default: 256; GRPO: the SFT run's); Gemma 3 has a fixed number",
+        unit="tokens",
+        source=PAPER_SFT,
+        group="model and data",
+    )
     max_visual_tokens: int | None = setting(
         None, "an image is reduced to at most this many visual tokens (default: 512; GRPO: the SFT run's)",
         unit="tokens", source=PAPER_SFT, group="model and data")
 
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW", source=PAPER_SFT, group="optimization")
-    num_train_epochs: float = setting(6.0, "passes over the training data", unit="epochs", source=PAPER_SFT, group="optimization")
-    max_steps: int | None = setting(None, "stop after this many steps instead of by epochs", unit="optimizer steps", group="optimization")
-    per_device_train_batch_size: int = setting(1, "sequences in a micro-batch", unit="completions", source=PAPER_SFT, group="optimization")
-    per_device_eval_batch_size: int = setting(8, "sequences decoded or scored together in evaluation; changes no result", unit="sequences",
-                                              group="optimization")
+    num_train_epochs: float = setting(
+        6.0, "passes over the training data", unit="epochs", source=PAPER_SFT, group="optimization"
+    )
+    max_steps: int | None = setting(
+        None, "stop after this many steps instead of by epochs", unit="optimizer steps", group="optimization"
+    )
+    per_device_train_batch_size: int = setting(
+        1, "sequences in a micro-batch", unit="completions", source=PAPER_SFT, group="optimization"
+    )
+    per_device_eval_batch_size: int = setting(
+        8, "sequences decoded or scored together in evaluation; changes no result", unit="sequences", group="optimization"
+    )
     gradient_accumulation_steps: int = setting(8, "micro-batches in an optimizer step", source=PAPER_SFT, group="optimization")
     warmup_ratio: float = setting(0.05, "share of all steps with rising learning rate, before the cosine", source=PAPER_SFT,
                                   group="optimization")
@@ -49,30 +64,58 @@ class TrainingConfig:
     max_grad_norm: float = setting(5.0, "global L2 norm at which gradients are clipped", source=PAPER_SFT, group="optimization")
     seed: int = setting(42, "seed of data order, dropout and sampling", source=OURS, group="optimization")
 
-    bf16: bool = setting(True, "base model in bfloat16; adapters, their gradients and AdamW's state stay fp32", source=PAPER_SFT,
-                         group="memory")
-    gradient_checkpointing: bool = setting(True, "recompute decoder layers in the backward pass: less memory, about a third more time",
-                                           source=PAPER_SFT, group="memory")
+    bf16: bool = setting(
+        True, "base model in bfloat16; adapters, their gradients and AdamW's state stay fp32", source=PAPER_SFT, group="memory"
+    )
+    gradient_checkpointing: bool = setting(
+        True,
+        "recompute decoder layers in the backward pass: less memory, about a third more time",
+        source=PAPER_SFT,
+        group="memory",
+    )
 
-    max_completion_length: int = setting(512, "longest completion that is sampled or decoded", unit="tokens", source=OURS, group="decoding")
+    max_completion_length: int = setting(
+        512, "longest completion that is sampled or decoded", unit="tokens", source=OURS, group="decoding"
+    )
 
     num_threads: int | None = setting(
-        None, "CPU threads of torch (default: torch's own choice); one is fastest for a tiny model beside other work", unit="threads", group="run")
-    output_dir: str | None = setting(None, "run folder (default: runs/<time>-sft or -grpo under the current folder)", group="run")
+        None,
+        "CPU threads of torch (default: torch's own choice); one is fastest for a tiny model beside other work",
+        unit="threads",
+        group="run",
+    )
+    output_dir: str | None = setting(
+        None, "run folder (default: runs/<time>-sft or -grpo under the current folder)", group="run"
+    )
     logging_steps: int = setting(1, "metrics are logged every so many steps", unit="optimizer steps", group="run")
-    save_steps: int | None = setting(None, "a checkpoint every so many steps (default: at every evaluation)", unit="optimizer steps", group="run")
+    save_steps: int | None = setting(
+        None, "a checkpoint every so many steps (default: at every evaluation)", unit="optimizer steps", group="run"
+    )
     save_total_limit: int | None = setting(3, "checkpoints to keep; the best and the last are never deleted", group="run")
     resume_from_checkpoint: str | None = setting(
-        None, "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that are not given as flags are "
-              "those of that run", group="run")
+        None,
+        "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that are not given as flags are "
+        "those of that run",
+        group="run",
+    )
 
 
 def training_problems(config: TrainingConfig) -> list[str]:
     """What is wrong with the shared settings, one line each: ranges, and names that do not exist."""
-    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_completion_length",
-                "logging_steps", "learning_rate", "max_grad_norm", "num_train_epochs")
+    positive = (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "max_completion_length",
+        "logging_steps",
+        "learning_rate",
+        "max_grad_norm",
+        "num_train_epochs",
+    )
     optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens", "num_threads")
-    problems = [f"--{name} is {getattr(config, name)}; it must be positive" for name in positive if not getattr(config, name) > 0]
+    problems = [
+        f"--{name} is {getattr(config, name)}; it must be positive" for name in positive if not getattr(config, name) > 0
+    ]
     problems += [f"--{name} is {getattr(config, name)}; it must be positive" for name in optional
                  if getattr(config, name) is not None and not getattr(config, name) > 0]
     if not 0 <= config.warmup_ratio < 1:
@@ -84,12 +127,17 @@ def training_problems(config: TrainingConfig) -> list[str]:
     if config.answer_format not in (None, *ANSWER_FORMATS):
         problems.append(f"--answer_format {config.answer_format}: no such form; there are {', '.join(ANSWER_FORMATS)}")
     if (config.min_visual_tokens or 0) > (config.max_visual_tokens or float("inf")):
-        problems.append(f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}")
+        problems.append(
+            f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}"
+        )
     names = ["train"]  # the training file's name in config.json
     for entry in config.validation_file:
         name, separator, file = entry.partition("=")
         if not separator or not name or not file or not all(c.isalnum() or c in "-_" for c in name):
             problems.append(f"--validation_file {entry}: write NAME=FILE, with a name of letters, digits, - and _")
         names.append(name)
-    problems += [f"--validation_file: the name {name!r} is taken; choose another" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        f"--validation_file: the name {name!r} is taken; choose another"
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     return problems

@@ -20,9 +20,10 @@ The loss is -J. Departures from vanilla GRPO (DeepSeekMath, arXiv 2402.03300), e
 The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step, so micro-batches add up to
 exactly the full batch, however it is cut.
 
-Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G completions of a group may lie
-in different micro-batches. `mask` [N,T] bool is true on the tokens of the completion, stop token included; slots outside it
-may hold anything, NaN included, and change nothing. Everything is computed in the dtype of `logprobs` (fp32 in training).
+Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G completions of a group
+may lie in different micro-batches. `mask` [N,T] bool is true on the tokens of the completion, stop token included; slots
+outside it may hold anything, NaN included, and change nothing. Everything is computed in the dtype of `logprobs` (fp32 in
+training).
 """
 from __future__ import annotations
 
@@ -32,9 +33,18 @@ from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-ZERO_VARIANCE = 1e-6  # rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference
+ZERO_VARIANCE = (
+    1e-6  # rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference
+)
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
-LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}  # `objective_metrics` has a line for these
+LOGGED_TERMS = {
+    "log_ratio",
+    "ratio",
+    "clipped_ratio",
+    "surrogate",
+    "kl",
+    "per_token_loss",
+}  # `objective_metrics` has a line for these
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,14 @@ class ObjectiveConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = field(default="k3", metadata={
         "help": "per-token KL estimate in the loss; k1 has the right value but a zero-mean gradient, so it does not regularise",
         "source": "not published; k3 as in DeepSeekMath"})
-    loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(default="dr_grpo", metadata={
-        "help": "what normalises a token: the constant max_completion_length, the length of its completion (Eq. 2 to the letter), "
-                "or all tokens of the optimizer step", "source": "paper 3.2.2, text"})
+    loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(
+        default="dr_grpo",
+        metadata={
+            "help": "what normalises a token: the constant max_completion_length, the length of its completion (Eq. 2 to the letter), "
+            "or all tokens of the optimizer step",
+            "source": "paper 3.2.2, text",
+        },
+    )
     scale_rewards: Literal["none", "group", "batch"] = field(default="none", metadata={
         "help": "what divides the centred reward: nothing, the group's standard deviation, or that of the whole rollout",
         "source": "paper 3.2.2 says Dr. GRPO only"})
@@ -63,10 +78,13 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)!r}; use one of {', '.join(get_args(choices))}"
-            for name, choices in get_type_hints(type(self)).items() if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices)
+            for name, choices in get_type_hints(type(self)).items()
+            if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices)
         ]
         if not 0 <= self.epsilon_low < 1:
-            problems.append(f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower bound is not positive")
+            problems.append(
+                f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower bound is not positive"
+            )
         if not self.epsilon_high >= 0:
             problems.append(f"epsilon_high is {self.epsilon_high}; it must not be negative")
         if not self.beta >= 0:
@@ -92,9 +110,9 @@ class Metric(NamedTuple):
 def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: str = "none") -> Tensor:
     """A_i: how much better a completion is than the others of its group.
 
-    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any order. Returns [N] of the rewards'
-    dtype. A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most 1e-6 gets
-    exactly 0 in every mode; its KL term still acts.
+    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any order. Returns [N] of the
+    rewards' dtype. A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most 1e-6
+    gets exactly 0 in every mode; its KL term still acts.
     """
     advantages = torch.zeros_like(rewards)  # [N]
     rated = ~torch.isnan(rewards)  # [N]
@@ -176,20 +194,25 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-J on one micro-batch, as a pure sum, and every term of it.
 
-    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]: the same tokens under pi_old and
-    pi_ref, without gradient; ref_logprobs may be None at beta 0. advantages [N]. mask [N,T] bool. weights [N,T]: `token_weights`.
-    sampling_logprobs [N,T] (what the sampler recorded) and entropy [N,T] (of pi, with gradient) are always passed by the
-    training loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
+    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]: the same tokens under
+    pi_old and pi_ref, without gradient; ref_logprobs may be None at beta 0. advantages [N]. mask [N,T] bool. weights [N,T]:
+    `token_weights`. sampling_logprobs [N,T] (what the sampler recorded) and entropy [N,T] (of pi, with gradient) are always
+    passed by the training loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
 
-    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio, surrogate, kl, per_token_loss.
+    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio, surrogate, kl,
+    per_token_loss.
     """
     if ref_logprobs is None and config.beta > 0:
-        raise ValueError(f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the frozen SFT checkpoint")
+        raise ValueError(
+            f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the frozen SFT checkpoint"
+        )
     for name, tensor in {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask, "weights": weights}.items():
         if tensor is not None and tensor.shape != logprobs.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are [N,T]")
     if advantages.shape != logprobs.shape[:1]:
-        raise ValueError(f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed, [{len(logprobs)}]")
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed, [{len(logprobs)}]"
+        )
     zero = logprobs.new_zeros(())
     logprobs = torch.where(mask, logprobs, zero)  # selected, not multiplied: 0 * NaN would be NaN
     old_logprobs = torch.where(mask, old_logprobs, zero)
@@ -225,10 +248,11 @@ def grpo_loss(
 
 @torch.no_grad()
 def objective_metrics(terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig) -> dict[str, Metric]:
-    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so micro-batches combine to the step's mean.
+    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so micro-batches combine to the
+    step's mean.
 
-    A token counts as clipped only where the clip takes its gradient away: below the lower bound with a negative advantage, above
-    the upper one with a positive advantage. low_min and high_max are over completions. A new term that a fork adds to
+    A token counts as clipped only where the clip takes its gradient away: below the lower bound with a negative advantage,
+    above the upper one with a positive advantage. low_min and high_max are over completions. A new term that a fork adds to
     `terms` is logged as its token mean without a line here.
     """
     num_tokens = int(mask.sum())

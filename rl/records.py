@@ -47,8 +47,11 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "sampling/top_p_mass_mean": torch.cat([sample.top_p_mass for sample in samples]).mean(),
     }
     if len(terminated):
-        metrics |= {"completions/mean_terminated_length": terminated.mean(), "completions/min_terminated_length": terminated.min(),
-                    "completions/max_terminated_length": terminated.max()}
+        metrics |= {
+            "completions/mean_terminated_length": terminated.mean(),
+            "completions/min_terminated_length": terminated.min(),
+            "completions/max_terminated_length": terminated.max(),
+        }
     for name in samples[0].rewards:
         totals = torch.tensor([sample.rewards[name].total for sample in samples], dtype=torch.float64)
         metrics |= {f"rewards/{name}/mean": totals.mean(), f"rewards/{name}/std": totals.std()}
@@ -77,11 +80,19 @@ def completion_rows(samples: Sequence[Sample]) -> list[dict]:
     """Rows of completions.jsonl."""
     return [
         {
-            "id": sample.example.id, "group": sample.prompt, "image": sample.example.image, "labels": sorted(sample.example.target.labels),
-            "completion": sample.text, "completion_length": len(sample.ids), "truncated": sample.truncated,
-            "predicted": list(sample.answer.labels), "valid": sample.answer.valid, "problem": sample.answer.problem,
+            "id": sample.example.id,
+            "group": sample.prompt,
+            "image": sample.example.image,
+            "labels": sorted(sample.example.target.labels),
+            "completion": sample.text,
+            "completion_length": len(sample.ids),
+            "truncated": sample.truncated,
+            "predicted": list(sample.answer.labels),
+            "valid": sample.answer.valid,
+            "problem": sample.answer.problem,
             "rewards": {name: {"total": reward.total} | reward.parts for name, reward in sample.rewards.items()},
-            "reward": sample.reward, "advantage": sample.advantage,
+            "reward": sample.reward,
+            "advantage": sample.advantage,
         }
         for sample in samples
     ]
@@ -126,7 +137,11 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
 
 
 def unpack_samples(
-    tensors: dict[str, Tensor], document: list[dict], examples: Sequence[Example], decode: Callable[[Tensor], str], answer_format: str
+    tensors: dict[str, Tensor],
+    document: list[dict],
+    examples: Sequence[Example],
+    decode: Callable[[Tensor], str],
+    answer_format: str,
 ) -> list[Sample]:
     """What `pack_samples` packed; text and answer are made again from the ids."""
     by_id = {example.id: example for example in examples}
@@ -136,7 +151,17 @@ def unpack_samples(
     for i, row in enumerate(document):
         text = decode(pieces["ids"][i])
         rewards = {name: Reward(total=reward["total"], parts=reward["parts"]) for name, reward in row["rewards"].items()}
-        samples.append(Sample(
-            prompt=row["prompt"], example=by_id[row["example"]], text=text, answer=parse_answer(text, answer_format), truncated=row["truncated"],
-            rewards=rewards, reward=row["reward"], advantage=row["advantage"], **{name: pieces[name][i] for name in _PER_TOKEN}))
+        samples.append(
+            Sample(
+                prompt=row["prompt"],
+                example=by_id[row["example"]],
+                text=text,
+                answer=parse_answer(text, answer_format),
+                truncated=row["truncated"],
+                rewards=rewards,
+                reward=row["reward"],
+                advantage=row["advantage"],
+                **{name: pieces[name][i] for name in _PER_TOKEN},
+            )
+        )
     return samples

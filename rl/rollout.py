@@ -69,12 +69,25 @@ def build_samples(
         for completion in group:
             text = decode(completion.ids)
             answer = parse_answer(text, answer_format)
-            rewards = {name: function(answer, example.target, len(completion.ids)) for name, function in reward_functions.items()}
+            rewards = {
+                name: function(answer, example.target, len(completion.ids)) for name, function in reward_functions.items()
+            }
             mask = torch.full((len(completion.ids),), not (completion.truncated and mask_truncated_completions))
-            samples.append(Sample(
-                prompt=index, example=example, text=text, answer=answer, ids=completion.ids, mask=mask, truncated=completion.truncated,
-                sampling_logprobs=completion.logprobs, top_p_mass=completion.top_p_mass, rewards=rewards,
-                reward=reward_functions[trained_reward].scaled(rewards[trained_reward])))
+            samples.append(
+                Sample(
+                    prompt=index,
+                    example=example,
+                    text=text,
+                    answer=answer,
+                    ids=completion.ids,
+                    mask=mask,
+                    truncated=completion.truncated,
+                    sampling_logprobs=completion.logprobs,
+                    top_p_mass=completion.top_p_mass,
+                    rewards=rewards,
+                    reward=reward_functions[trained_reward].scaled(rewards[trained_reward]),
+                )
+            )
     return samples
 
 
@@ -103,9 +116,13 @@ class MicroBatch:
         return self.batch.completion_mask
 
 
-def collate_samples(samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device) -> MicroBatch:
+def collate_samples(
+    samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device
+) -> MicroBatch:
     """Pad samples into one micro-batch on `device`; passes that have not been made yet are zeros."""
-    batch = collate_rows([EncodedRow(prompts[sample.prompt], sample.ids, sample.mask) for sample in samples], pad_token_id).to(device)
+    batch = collate_rows([EncodedRow(prompts[sample.prompt], sample.ids, sample.mask) for sample in samples], pad_token_id).to(
+        device
+    )
     width = batch.completion_mask.shape[1]
 
     def padded(name: str) -> Tensor:

@@ -1,13 +1,21 @@
-"""The settings of run_grpo.py beside those of the objective, their checks, and the arithmetic of its batches."""
+"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them, and what the SFT run fills in."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from engine.config import setting
+from data.prompts import PROMPTS
+from data.records import Example
+from engine.config import Resolved, UsageError, setting
+from engine.model import adapter_config
+from engine.run import saved_settings
+from engine.runtime import newest_finished_run
 from engine.settings import OURS, PAPER_GRPO, TrainingConfig, training_problems
 from rl.objective import ObjectiveConfig
+from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
 
 
@@ -16,11 +24,15 @@ class GRPOConfig(TrainingConfig):
     """Settings of GRPO beside those of the objective (rl.objective.ObjectiveConfig), which are flags as well."""
 
     adapter_name_or_path: str | None = setting(
-        None, "the SFT adapter to start from, which also is the frozen reference (default: the newest finished SFT run under runs/)",
-        group="model and data")
+        None,
+        "the SFT adapter to start from, which also is the frozen reference (default: the newest finished SFT run under runs/)",
+        group="model and data",
+    )
     learning_rate: float = setting(1e-5, "peak learning rate of AdamW", source=OURS, group="optimization")
     num_train_epochs: float = setting(1.0, "passes over the prompts", unit="epochs", source=OURS, group="optimization")
-    warmup_ratio: float = setting(0.0, "share of all steps with rising learning rate, before the cosine", source=OURS, group="optimization")
+    warmup_ratio: float = setting(
+        0.0, "share of all steps with rising learning rate, before the cosine", source=OURS, group="optimization"
+    )
     max_grad_norm: float = setting(1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization")
 
     num_generations: int = setting(4, "G, completions of each prompt", source=PAPER_GRPO, group="rollout")
@@ -30,19 +42,36 @@ class GRPOConfig(TrainingConfig):
         None, "micro-batches in a rollout (default: 2 x gradient_accumulation_steps, so two optimizer steps use one rollout)",
         unit="micro-batches", source=OURS, group="rollout")
     num_iterations: int = setting(1, "passes over each rollout", source=OURS, group="rollout")
-    mask_truncated_completions: bool = setting(False, "leave completions without a stop token out of the loss", source=OURS, group="rollout")
+    mask_truncated_completions: bool = setting(
+        False, "leave completions without a stop token out of the loss", source=OURS, group="rollout"
+    )
 
-    reward: Literal["hard", "nuanced"] = setting("hard", "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged",
-                                                 source=PAPER_GRPO, group="reward")
-    reward_scale: float | None = setting(None, "multiplies the reward before advantages (default: hard 1, nuanced 0.01)", source=OURS, group="reward")
+    reward: Literal["hard", "nuanced"] = setting(
+        "hard", "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged", source=PAPER_GRPO, group="reward"
+    )
+    reward_scale: float | None = setting(
+        None, "multiplies the reward before advantages (default: hard 1, nuanced 0.01)", source=OURS, group="reward"
+    )
     length_penalty: float = setting(0.1, "lambda_len of Eq. 3", source=OURS, group="reward")
-    min_length: int = setting(250, "shorter valid answers get the length penalty of Eq. 3", unit="tokens (the paper names no unit)",
-                              source=PAPER_GRPO, group="reward")
+    min_length: int = setting(
+        250,
+        "shorter valid answers get the length penalty of Eq. 3",
+        unit="tokens (the paper names no unit)",
+        source=PAPER_GRPO,
+        group="reward",
+    )
 
-    eval_steps: int | None = setting(100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", group="evaluation")
+    eval_steps: int | None = setting(
+        100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", group="evaluation"
+    )
     metric_for_best_model: str | None = setting(
-        None, "NAME/METRIC of the evaluation that chooses the best checkpoint, or gap (default: the first set's macro_f1)", group="evaluation")
-    load_best_model_at_end: bool = setting(False, "make the best checkpoint the final adapter, not the last one", group="evaluation")
+        None,
+        "NAME/METRIC of the evaluation that chooses the best checkpoint, or gap (default: the first set's macro_f1)",
+        group="evaluation",
+    )
+    load_best_model_at_end: bool = setting(
+        False, "make the best checkpoint the final adapter, not the last one", group="evaluation"
+    )
 
 
 def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
@@ -50,7 +79,9 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     if config.train_file is None:
         found.append("--train_file is missing: give the JSONL file with the prompts' images and labels")
     if config.num_generations < 2:
-        found.append(f"--num_generations is {config.num_generations}; a group needs at least 2 completions, or every advantage is 0")
+        found.append(
+            f"--num_generations is {config.num_generations}; a group needs at least 2 completions, or every advantage is 0"
+        )
     if not config.temperature > 0 or not 0 < config.top_p <= 1:
         found.append(f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]")
     for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale"):
@@ -66,14 +97,18 @@ def batch_problems(config: GRPOConfig) -> list[str]:
     found = []
     if per_rollout % accumulation:
         lower = per_rollout // accumulation * accumulation
-        found.append(f"--steps_per_generation {per_rollout} does not divide into optimizer steps of --gradient_accumulation_steps {accumulation}; "
-                     f"the nearest that do: {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}")
+        found.append(
+            f"--steps_per_generation {per_rollout} does not divide into optimizer steps of --gradient_accumulation_steps {accumulation}; "
+            f"the nearest that do: {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}"
+        )
     if micro * per_rollout % group:
         fitting = [n for n in range(1, micro + group + 1) if n * per_rollout % group == 0]
         nearest = sorted({max((n for n in fitting if n < micro), default=fitting[0]), min(n for n in fitting if n > micro)})
-        found.append(f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches = {micro * per_rollout} completions does not "
-                     f"divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that do: "
-                     f"{', '.join(map(str, nearest))}")
+        found.append(
+            f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches = {micro * per_rollout} completions does not "
+            f"divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that do: "
+            f"{', '.join(map(str, nearest))}"
+        )
     return found
 
 
@@ -113,7 +148,9 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     """Settings that are allowed but cannot do what they promise."""
     found = objective.warnings()
     if updates_per_rollout(config) == 1:
-        found.append("one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations")
+        found.append(
+            "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations"
+        )
     return found
 
 
@@ -124,5 +161,46 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
     short = sum(len(sample.ids) < config.min_length for sample in samples)
     if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
         return None
-    return (f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length {config.min_length}: a valid but wrong "
-            f"answer gets {-config.length_penalty}, an invalid one 0. Lower --min_length, or set --length_penalty 0")
+    return (
+        f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length {config.min_length}: a valid but wrong "
+        f"answer gets {-config.length_penalty}, an invalid one 0. Lower --min_length, or set --length_penalty 0"
+    )
+
+
+def from_sft_run(resolved: Resolved) -> Resolved:
+    """Fill in what was not given: the newest finished SFT run, its base model, and its prompt and image size."""
+    config: GRPOConfig = resolved.configs[0]
+    if config.adapter_name_or_path is None:
+        newest = newest_finished_run(Path("runs"), "sft")
+        if newest is None:
+            raise UsageError("no finished SFT run under runs/; run `python run_sft.py` first, or give --adapter_name_or_path")
+        resolved = resolved.with_value("adapter_name_or_path", str(newest), "newest SFT run")
+    folder = Path(resolved.configs[0].adapter_name_or_path)
+    base = adapter_config(folder).base_model_name_or_path
+    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith("recipe"):
+        if config.model_name_or_path not in (None, base):
+            raise UsageError(f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
+                             "give --model_name_or_path, or another --adapter_name_or_path")
+        resolved = resolved.with_value("model_name_or_path", base, "SFT adapter")
+    saved = saved_settings(folder)
+    for name, default in {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}.items():
+        if getattr(config, name) is None:
+            resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
+    if resolved.configs[0].answer_format is None:
+        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
+        resolved = resolved.with_value("answer_format", form, "SFT run" if saved.get("answer_format") else "prompt")
+    return resolved
+
+
+def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
+    """Both rewards; the label frequencies of Eq. 4 are those of the training data."""
+    evaluated = Counter(label for example in examples for label in example.evaluated_labels)
+    positive = Counter(label for example in examples for label in example.target.labels)
+    frequency = {label: positive[label] / evaluated[label] for label in evaluated}
+    rewards: dict[str, RewardFunction] = {
+        "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
+        "nuanced": NuancedReward(frequency),
+    }
+    if config.reward_scale is not None:
+        rewards[config.reward].scale = config.reward_scale
+    return rewards

@@ -148,7 +148,9 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
     def run(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("runs") / f"sft-{family}"
-            flags = "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
+            flags = (
+                "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
+            )
             assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", *flags) == 0
         return made[family]
 

@@ -330,8 +330,19 @@ def test_an_image_that_breaks_during_training_loses_no_step(tiny_checkpoint, tin
     order = shuffled(len(rows), 0, 42)
     picture = data / rows[order[-1]]["image"]
     picture.write_bytes(picture.read_bytes()[:200])
-    code = main_guard(lambda: sft(tiny_checkpoint("qwen2_5_vl"), data / Path(tiny_data).name, tmp_path / "run", "--validation_file",
-                                  f"site={tiny_data}", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
-                      errors=(DataError,))
+    code = main_guard(
+        lambda: sft(
+            tiny_checkpoint("qwen2_5_vl"),
+            data / Path(tiny_data).name,
+            tmp_path / "run",
+            "--validation_file",
+            f"site={tiny_data}",
+            "--per_device_train_batch_size",
+            "1",
+            "--gradient_accumulation_steps",
+            "1",
+        ),
+        errors=(DataError,),
+    )
     assert code == 2 and picture.name in capsys.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{len(rows) - 1}"]

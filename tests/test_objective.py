@@ -176,7 +176,9 @@ def test_p08_microbatches(objective, case):
 
 def test_p14_jaccard(case):
     with case("P14_jaccard") as p14:
-        rows = [{name: [canonical_label(label) for label in row[name]] for name in ("pred", "gold")} for row in p14.inputs["rows"]]
+        rows = [
+            {name: [canonical_label(label) for label in row[name]] for name in ("pred", "gold")} for row in p14.inputs["rows"]
+        ]
         p14.close("rows.jaccard_both_empty_is_1", [jaccard(row["pred"], row["gold"]) for row in rows])
 
 

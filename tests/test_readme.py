@@ -1,5 +1,5 @@
-"""Protects the README from drifting away from the code: line links into the objective, recipes, the layout tree, flags and files.
-Run: pytest tests/test_readme.py
+"""Protects the README from drifting away from the code: line links into the objective, recipes, the layout tree, flags and
+files. Run: pytest tests/test_readme.py
 """
 from __future__ import annotations
 

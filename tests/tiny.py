@@ -1,7 +1,7 @@
 """Small random checkpoints of the two real model classes, with tokenizer and image processor, for tests.
 
-They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and full layers, whose window is shorter
-than a prompt here) and are saved as folders that the product loads like any checkpoint. Nothing is downloaded.
+They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and full layers, whose window
+is shorter than a prompt here) and are saved as folders that the product loads like any checkpoint. Nothing is downloaded.
 """
 from __future__ import annotations
 
@@ -24,8 +24,25 @@ from transformers import (
 from data.records import Example
 from engine.model import LoadedModel, attach_new_adapter, load_model
 
-QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+QWEN_SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+GEMMA_SPECIALS = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+]
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -49,7 +66,9 @@ def _byte_tokenizer(specials: list[str], template: str, **names) -> PreTrainedTo
 
 def save_qwen(folder: Path, seed: int = 0) -> Path:
     """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens."""
-    tokenizer = _byte_tokenizer(QWEN_SPECIALS, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=QWEN_SPECIALS)
+    tokenizer = _byte_tokenizer(
+        QWEN_SPECIALS, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=QWEN_SPECIALS
+    )
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIALS}
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -77,18 +96,41 @@ def save_qwen(folder: Path, seed: int = 0) -> Path:
 def save_gemma(folder: Path, seed: int = 0) -> Path:
     """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens."""
     tokenizer = _byte_tokenizer(
-        GEMMA_SPECIALS, GEMMA_TEMPLATE, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>",
-        model_specific_special_tokens=dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"))
+        GEMMA_SPECIALS,
+        GEMMA_TEMPLATE,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        bos_token="<bos>",
+        model_specific_special_tokens=dict(
+            boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+        ),
+    )
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in GEMMA_SPECIALS}
     config = Gemma3Config(
         text_config=dict(
-            vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"], max_position_embeddings=4096,
-            pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"]),
-        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14),
-        mm_tokens_per_image=4, image_token_index=ids["<image_soft_token>"], boi_token_index=ids["<start_of_image>"],
-        eoi_token_index=ids["<end_of_image>"])
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=24,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            max_position_embeddings=4096,
+            pad_token_id=ids["<pad>"],
+            eos_token_id=ids["<eos>"],
+            bos_token_id=ids["<bos>"],
+        ),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=ids["<image_soft_token>"],
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+    )
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(config)
     _louder(model)

@@ -41,7 +41,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.demo.radiographs import GRID_SIZE, IMAGE_SIZE, Radiograph
 from data.demo.splits import draw_split
 from data.demo.teacher import finding_phrases, reading, reasoning_trace
-from data.labels import LABELS, NO_FINDING
+from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, build_messages
 
 BASE_FOLDER = Path(__file__).parent / "base"
