@@ -260,17 +260,21 @@ def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
     return "\n".join(lines)
 
 
+_PROGRESS_COLUMNS = {"reward": "reward", "jaccard": "Jaccard", "micro_f1": "micro-F1", "macro_f1": "macro-F1", "fail_rate": "fail",
+                     "completion_length": "tokens"}
+
+
 def format_progress(log_history: Sequence[dict], names: Sequence[str], best: str | None) -> str:
     """A training run's evaluations of each set, from its log: the start, the best checkpoint (its folder's name), the last."""
-    columns = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
-    lines = [f"{'data set':<16} {'step':>12} " + " ".join(f"{column:>17}" for column in columns)]
+    table = [("data set", "step", *_PROGRESS_COLUMNS.values())]
+    best_step = int(best.rpartition("-")[2]) if best else -1
     for name in names:
         entries = {entry["step"]: entry for entry in log_history if f"eval_{name}_macro_f1" in entry}
-        best_step = int(best.rpartition("-")[2]) if best else -1
         for step, title in dict.fromkeys([(min(entries), "start"), (best_step, "best"), (max(entries), "last")]):
             if step in entries:
-                lines.append(f"{name:<16} {f'{title} ({step})':>12} " + " ".join(f"{entries[step][f'eval_{name}_{c}']:>17.3f}" for c in columns))
-    return "\n".join(lines)
+                values = [entries[step][f"eval_{name}_{metric}"] for metric in _PROGRESS_COLUMNS]
+                table.append((_clipped(name), f"{title} ({step})", *(f"{value:.3f}" for value in values)))
+    return "\n".join(_aligned(table, "<<" + ">" * len(_PROGRESS_COLUMNS)))
 
 
 def _in_order(by_metric: dict) -> list[tuple]:

@@ -22,7 +22,8 @@ from engine.config import UsageError
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import LoadedModel, attach_new_adapter, load_model
 from engine.run import TrainerState, save_final_adapter, write_json
-from eval.evaluate import evaluate_sets, format_scores, main, predict, read_predictions, reparse, score, write_results
+from eval.evaluate import (
+    evaluate_sets, format_progress, format_scores, main, predict, read_predictions, reparse, score, write_results)
 from rl.rewards import HardReward
 from tiny import SAVE, save_images
 
@@ -435,3 +436,11 @@ def test_unusable_settings_of_the_run_are_an_error(project, tmp_path, capsys, co
     (tmp_path / "config.json").write_text(content)
     assert main(["--adapter_name_or_path", str(tmp_path), "--data_file", f"a={project / 'site.jsonl'}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_progress_shows_start_best_and_last_of_each_set():
+    metrics = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
+    log = [{"step": step, "loss": 1.0} | {f"eval_a_{metric}": value for metric in metrics} for step, value in ((0, 0.5), (4, 0.25), (8, 0.75))]
+    lines = format_progress(log, ["a"], "checkpoint-4").splitlines()
+    assert lines[0].split() == ["data", "set", "step", "reward", "Jaccard", "micro-F1", "macro-F1", "fail", "tokens"]
+    assert [line.split()[1:4] for line in lines[1:]] == [["start", "(0)", "0.500"], ["best", "(4)", "0.250"], ["last", "(8)", "0.750"]]
