@@ -24,7 +24,7 @@ from data.images import check_images
 from data.labels import Target
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl
-from engine.checkpoint import clean_leftovers
+from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
 from engine.config import Resolved, UsageError, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
@@ -61,6 +61,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     metrics = MetricAccumulator(state.unlogged_metrics)
     bar = Progress(steps, initial=state.global_step, description="GRPO")
     state.log_history = log.log_history
+    prompts = []
     if evaluate_when_due(config, state, steps, guard, evaluate):  # the SFT start, or an evaluation that a signal cut short
         save(samples)
 
@@ -69,13 +70,15 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         rollout, update = divmod(state.global_step, updates)
 
         # 1 take prompts: a stream of epochs, each in an order of its own
-        positions = range(rollout * num_prompts, (rollout + 1) * num_prompts)
-        chosen = [examples[shuffled(len(examples), position // len(examples), config.seed)[position % len(examples)]] for position in positions]
-        try:
-            prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
-        except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
-            save(samples)
-            raise
+        if update == 0 or not prompts:
+            positions = [divmod(position, len(examples)) for position in range(rollout * num_prompts, (rollout + 1) * num_prompts)]
+            orders = {epoch: shuffled(len(examples), epoch, config.seed) for epoch, _ in positions}
+            chosen = [examples[orders[epoch][index]] for epoch, index in positions]
+            try:
+                prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
+            except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
+                save(samples)
+                raise
 
         if update == 0:
             # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
@@ -186,7 +189,8 @@ def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard
 
 
 def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[str, list[Example]], reference: list[Example],
-                    reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard) -> dict[str, dict[str, float]]:
+                    reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard,
+                    step: int) -> dict[str, dict[str, float]]:
     """Greedy decoding of every set -> {set: metrics}; rewards are computed but nothing is observed. `gap` compares the
     first with the others.
     """
@@ -203,7 +207,7 @@ def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[
 
     scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
                            batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format, extra=rewards,
-                           should_stop=lambda: guard.stop is not None)
+                           should_stop=lambda: guard.stop is not None, notes={name: {"step": step} for name in sets})
     return {
         name: {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"], "completion_length": score["completion_length"]["mean"]}
         | {key: value for key, value in score.items() if key in ("jaccard", "fail_rate", "invalid_rate", "reward") or key.startswith("rewards/")}
@@ -290,6 +294,7 @@ def main(argv: list[str] | None = None) -> int:
             document["reference"] = keep_reference(source, run_dir)
         else:
             bring_logs(checkpoint, run_dir)
+            set_later_checkpoints_aside(run_dir, checkpoint.step)
             state = restore(checkpoint, wrapped, optimizer, {"sampler": sampler})
             for name, function in reward_functions.items():
                 function.load_state_dict(checkpoint.document("rewards.json")[name])
@@ -307,15 +312,21 @@ def main(argv: list[str] | None = None) -> int:
                     documents={"rollout.json": rollout, "rewards.json": {name: f.state_dict() for name, f in reward_functions.items()}})
 
             def evaluate() -> None:
-                record(config, evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard), log, state)
+                record(config, evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, state.global_step),
+                       log, state)
 
             train(config, objective, model, wrapped, examples, reward_functions, sampler, log, state, optimizer, samples, guard, evaluate, save)
             if guard.stop is not None:
                 print(f"stopped; go on with: python run_grpo.py --resume_from_checkpoint {run_dir}")
                 return guard.exit_code
-            if config.load_best_model_at_end:
-                load_best_adapter(run_dir, state, wrapped)
+            best = load_best_adapter(run_dir, state, wrapped) if config.load_best_model_at_end else None
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
+            if best not in (None, f"checkpoint-{state.global_step}"):  # the scores in the folder are those of the final adapter
+                try:
+                    evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, int(best.rpartition("-")[2]))
+                except KeyboardInterrupt:
+                    print(f"stopped while scoring; training is finished and saved in {run_dir}")
+                    return guard.exit_code or 130
         if sets:
             print("\n" + format_progress(state.log_history, list(sets), state.best_model_checkpoint))
         test_files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b" if document["recipe"] == "demo" else "--data_file NAME=FILE"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +25,19 @@ from data.collate import collate_rows
 from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
-from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors
-from engine.config import Resolved, describe, parse_config, setting
+from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors, set_later_checkpoints_aside
+from engine.config import ConfigError, Resolved, describe, parse_config, setting
+from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing, lm_head_weight, load_model
+from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
     run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
-from engine.settings import PAPER_SFT, TrainingConfig, training_problems
+from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_scores
 
@@ -106,9 +108,32 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
     metrics = MetricAccumulator(state.unlogged_metrics)
     bar = Progress(total_steps, initial=state.global_step, description="SFT")
 
+    state.log_history = log.log_history
+
+    def validate_when_due() -> bool:
+        """At the end of each epoch; what a signal cuts short is done again when the run is resumed."""
+        due = state.global_step > 0 and (state.global_step % steps_per_epoch == 0 or state.global_step == total_steps)
+        if not due or state.evaluated_step == state.global_step or guard.stop is not None:
+            return False
+        save()  # first: a validation can be long, and can meet a damaged image
+        try:
+            validation = validation_metrics(config, model, wrapped, data.validation, should_stop=lambda: guard.stop is not None)
+        except KeyboardInterrupt:
+            if guard.stop is None:
+                raise
+            return False
+        log.scalars(state.global_step, validation, split="eval", epoch=state.epoch)
+        better = state.record_evaluation(validation["loss"], greater_is_better=False)
+        bar.write(f"epoch {state.epoch:.2f}: validation loss {validation['loss']:.4f}, token accuracy "
+                  f"{validation['mean_token_accuracy']:.3f}" + (" (best so far)" if better else ""))
+        state.evaluated_step = state.global_step
+        save()
+        return True
+
     def stopped_early() -> bool:
         return state.evaluations_without_improvement >= config.early_stopping_patience
 
+    validate_when_due()  # one that a signal cut short
     while state.global_step < total_steps and guard.stop is None and not stopped_early():
         started = time.perf_counter()
         epoch, step_of_epoch = divmod(state.global_step, steps_per_epoch)
@@ -157,15 +182,9 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         if state.global_step % config.logging_steps == 0:
             log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
 
-        ends_epoch = state.global_step % steps_per_epoch == 0 or state.global_step == total_steps
-        if ends_epoch:
-            validation = validation_metrics(config, model, wrapped, data.validation)
-            log.scalars(state.global_step, validation, split="eval", epoch=state.epoch)
-            better = state.record_evaluation(validation["loss"], greater_is_better=False)
-            bar.write(f"epoch {state.epoch:.2f}: validation loss {validation['loss']:.4f}, token accuracy {validation['mean_token_accuracy']:.3f}"
-                      + (" (best so far)" if better else ""))
-        state.unlogged_metrics, state.log_history = metrics.state_dict(), log.log_history
-        if ends_epoch or (config.save_steps and state.global_step % config.save_steps == 0):
+        state.unlogged_metrics = metrics.state_dict()
+        validated = validate_when_due()
+        if not validated and config.save_steps and state.global_step % config.save_steps == 0:
             save()
     if stopped_early():
         bar.write(f"stopped early: no better validation loss in {config.early_stopping_patience} epochs")
@@ -175,12 +194,18 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
 
 
 @torch.no_grad()
-def validation_metrics(config: SFTConfig, model: LoadedModel, wrapped, examples: list[Example]) -> dict[str, float]:
-    """Loss (nats a token) and token accuracy over all supervised tokens of the validation set, without dropout."""
+def validation_metrics(config: SFTConfig, model: LoadedModel, wrapped, examples: list[Example],
+                       should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Loss (nats a token) and token accuracy over all supervised tokens of the validation set, without dropout.
+
+    Raises KeyboardInterrupt once should_stop says so.
+    """
     wrapped.eval()
     device, head = lm_head_weight(wrapped).device, lm_head_weight(wrapped)
     metrics = MetricAccumulator()
     for chunk in in_chunks(examples, config.per_device_eval_batch_size):
+        if should_stop():
+            raise KeyboardInterrupt
         rows = [model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer) for example in chunk]
         batch = collate_rows(rows, model.encoder.pad_token_id).to(device)
         hidden, targets = completion_hidden_states(wrapped, model.family, batch)
@@ -212,15 +237,22 @@ def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, d
         "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
 
 
+def next_command(recipe: str | None, run_dir: Path) -> str:
+    """The command that goes on with GRPO; FILE is the user's to fill in."""
+    data = "" if recipe == "demo" else " --train_file FILE"
+    return f"python run_grpo.py{f' --recipe {recipe}' if recipe else ''} --adapter_name_or_path {run_dir}{data}"
+
+
 def main(argv: list[str] | None = None) -> int:
     resolved = parse_config(
         [SFTConfig], sys.argv[1:] if argv is None else argv, script="sft", prog="run_sft.py", description=__doc__.splitlines()[0], validate=problems,
         default_recipe="demo", default_recipe_unless=("model_name_or_path", "train_file"),
         inherit_with="resume_from_checkpoint", inherit=partial(inherited_settings, script="sft"), free_to_change=FREE_TO_CHANGE)
-    filled = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
-    for name, value in filled.items():
+    for name, value in FALLBACKS.items():
         resolved = resolved.with_value(name, value, "default") if getattr(resolved.configs[0], name) is None else resolved
     config: SFTConfig = resolved.configs[0]
+    if problems(config):
+        raise ConfigError(problems(config))
     checkpoint, rejected = find_checkpoint(config.resume_from_checkpoint) if config.resume_from_checkpoint else (None, [])
     for line in rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
@@ -246,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         state = TrainerState()
         if checkpoint is not None:
             bring_logs(checkpoint, run_dir)
+            set_later_checkpoints_aside(run_dir, checkpoint.step)
             state = restore(checkpoint, wrapped, optimizer)
         write_json(run_dir / "config.json", document)
         print(banner(config, resolved, model, wrapped, data, run_dir, device))
@@ -260,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
                 return guard.exit_code
             best = load_best_adapter(run_dir, state, wrapped)
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
-            print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}")
+            print(f"final adapter: that of {best}, validation loss {state.best_metric:.4f}" if best else
+                  "final adapter: the last one, since no validation loss was a number")
             sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
             try:
                 scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
@@ -269,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")
                 return guard.exit_code or 130
-            print("\n" + format_scores(scores) + f"\n\nnext: python run_grpo.py --adapter_name_or_path {run_dir}")
+            print("\n" + format_scores(scores) + "\n\nnext: " + next_command(document["recipe"], run_dir))
     return 0
 
 

@@ -46,27 +46,24 @@ def save_checkpoint(
     *,
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     documents: Mapping[str, Any],
-    files: Mapping[str, Path | bytes] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is replaced.
 
-    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json: JSON value}. files:
-    {file name: a file to copy, or its bytes}. notes: JSON values kept in the manifest, such as the reference adapter's
-    hash. Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete stays behind
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json: JSON value}. notes:
+    JSON values kept in the manifest, such as the reference adapter's hash. Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete stays behind
     and older checkpoints are untouched. ValueError for a file that is neither .safetensors nor .json.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
     temporary = run_dir / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     encoded = {name: _to_json(document) for name, document in documents.items()}
-    sources = {**encoded, **(files or {})}
-    names = [*(f"{stem}.safetensors" for stem in tensors), *encoded, *(files or {})]
+    names = [*(f"{stem}.safetensors" for stem in tensors), *encoded]
     refused = [name for name in names if not _is_plain(name)]
     if refused or len(set(names)) < len(names):
         raise ValueError(f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}: {refused or names}")
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    needed += sum(len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources.values())
+    needed += sum(map(len, encoded.values()))
     try:
         _check_space(run_dir, needed)
         os.mkdir(temporary)
@@ -74,8 +71,8 @@ def save_checkpoint(
         for stem, group in tensors.items():
             payload = safetensors.torch.save({key: _detached(tensor) for key, tensor in group.items()}, {"format": "pt"})
             entries[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", payload)
-        for name, source in sources.items():
-            entries[name] = _write(temporary / name, source if isinstance(source, bytes) else source.read_bytes())
+        for name, payload in encoded.items():
+            entries[name] = _write(temporary / name, payload)
         manifest = {"step": step, "files": entries, "notes": dict(notes or {})}
         _write(temporary / MANIFEST, _to_json(manifest))  # last: its presence says that the rest was written
         _sync_directory(temporary)
@@ -265,6 +262,20 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
             continue
         deleted.append(path)
     return deleted
+
+
+def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` to `after-<step>-checkpoint-<n>`: a run that goes on from `step` takes another branch,
+    and the abandoned one must neither be taken for the newest nor be lost. Returns the new paths.
+    """
+    moved = []
+    for path in list_checkpoints(run_dir):
+        if _step_of(path) > step:
+            names = (path.with_name(f"after-{step}-{path.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
+            target = next(name for name in names if not name.exists())
+            os.rename(path, target)
+            moved.append(target)
+    return moved
 
 
 def clean_leftovers(run_dir: Path) -> list[Path]:

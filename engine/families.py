@@ -147,6 +147,11 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return unwrapped(model).model.language_model
 
 
+def lm_head_weight(model: nn.Module) -> Tensor:
+    """[V,H], frozen."""
+    return unwrapped(model).lm_head.weight
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside peft's wrapper, adapters in place; the model itself where there is no wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.collate import Batch
-from engine.families import Family, language_model, unwrapped
+from engine.families import Family, language_model, lm_head_weight, unwrapped
 from engine.logprobs import token_logprobs
 
 
@@ -63,7 +63,7 @@ def completion_logprobs(
     `completion_mask`.
     """
     hidden, targets = completion_hidden_states(model, family, batch)  # [M,H], [M]
-    head = unwrapped(model).lm_head.weight  # [V,H]
+    head = lm_head_weight(model)  # [V,H]
     logprobs, entropies = token_logprobs(
         hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, entropy=entropy)  # [M]
     return to_rows(logprobs, batch.completion_mask), to_rows(entropies, batch.completion_mask) if entropy else None

@@ -22,10 +22,13 @@ from transformers import DynamicCache
 
 from data.collate import Batch, collate_prompts
 from data.encode import EncodedPrompt
-from engine.families import language_model, unwrapped
+from engine.families import language_model, lm_head_weight, unwrapped
 from engine.forward import embed
 from engine.logprobs import scaled_logits
-from engine.model import LoadedModel, lm_head_weight
+from engine.model import LoadedModel
+
+
+COMPACT_AT = 0.25  # share of finished rows at which they are dropped: each time costs a copy of the whole cache
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def generate(
 
     wrapped: the model with its active adapter (or the base). generator: a CPU generator; needed unless greedy. should_stop
     is asked before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard the whole rollout.
-    Runs in eval() mode and restores the mode that it found.
+    Runs in eval() mode and restores the mode that it found. All completions are written together: the cache of
+    len(prompts) x num_generations rows must fit the memory.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError("sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding")
@@ -162,7 +166,8 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
     num_rows, length = len(hidden), sampling.max_completion_length
     ids = torch.full((num_rows, length), model.encoder.pad_token_id, dtype=torch.long)
     logprobs, masses = torch.zeros(num_rows, length), torch.ones(num_rows, length)
-    rows = torch.arange(num_rows, device=device)  # rows still being written
+    rows = torch.arange(num_rows, device=device)  # rows in the batch
+    alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # those of them that are still being written
 
     for step in range(length):
         if should_stop():
@@ -174,17 +179,17 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
         else:
             tokens = tempered.argmax(1)
             mass = torch.ones_like(tempered[:, 0])
-        at = rows.cpu()
-        ids[at, step] = tokens.cpu()
-        logprobs[at, step] = tempered.gather(1, tokens[:, None])[:, 0].float().cpu()
-        masses[at, step] = mass.float().cpu()
-        going_on = (~torch.isin(tokens, stops)).nonzero()[:, 0]
-        if len(going_on) == 0 or step == length - 1:
+        at = rows[alive].cpu()
+        ids[at, step] = tokens[alive].cpu()
+        logprobs[at, step] = tempered.gather(1, tokens[:, None])[alive, 0].float().cpu()
+        masses[at, step] = mass[alive].float().cpu()
+        alive &= ~torch.isin(tokens, stops)
+        if not alive.any() or step == length - 1:
             return ids[:, : step + 1], logprobs[:, : step + 1], masses[:, : step + 1]
-        if len(going_on) < len(rows):  # finished rows leave the batch and the cache
-            cache.batch_select_indices(going_on)
-            rows, tokens, next_position, attention_mask, token_types = (
-                tensor[going_on] for tensor in (rows, tokens, next_position, attention_mask, token_types))
+        if alive.sum() <= (1 - COMPACT_AT) * len(alive):  # finished rows leave the batch and the cache
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+            rows, tokens, next_position, attention_mask, token_types, alive = (
+                tensor[alive] for tensor in (rows, tokens, next_position, attention_mask, token_types, alive))
         attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)  # [rows,S]
         token_types = torch.cat([token_types, torch.zeros_like(token_types[:, :1])], 1)
         hidden = decoder(inputs_embeds=base.get_input_embeddings()(tokens[:, None]),

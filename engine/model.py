@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.encode import FAMILIES, Encoder
 from engine.config import UsageError
-from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids, unwrapped
+from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids
 
 DEMO = "demo"  # the embedded checkpoint's name; adapters trained on it name their base so, not by a path of this machine
 POLICY, REFERENCE = "default", "reference"
@@ -230,11 +230,6 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     decoder = language_model(model)
     decoder.activation_checkpointing_enable({"use_reentrant": False})
     decoder.disable_input_require_grads()  # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
-
-
-def lm_head_weight(model: nn.Module) -> Tensor:
-    """[V,H], frozen."""
-    return unwrapped(model).lm_head.weight
 
 
 def _finish(wrapped: PeftModel, base_name: str) -> None:

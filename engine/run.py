@@ -5,6 +5,7 @@ Nothing here touches a gradient.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,10 @@ from engine.model import POLICY, adapter_config_document, adapter_state, load_ad
 from engine.runtime import run_directory, sha256_of, versions
 from engine.tracking import STEP_LOGS
 
-FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit")  # they change no number of a run
+# What may differ in a resumed run. Data files may have moved: their contents are compared by SHA-256.
+FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "train_file", "validation_file", "image_root")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,7 +151,7 @@ def run_folder(checkpoint: Checkpoint | None, output_dir: str | None, kind: Lite
 
 
 def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
-    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe.
+    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe and the origins.
 
     Raises UsageError naming each data file that is not the one that the run began with.
     """
@@ -166,7 +170,11 @@ def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
                 for line in changed
             ]
         )
-    return document | {"recipe": saved["recipe"]}
+    settings = {
+        name: saved["settings"][name] if saved["settings"].get(name, {}).get("value") == entry["value"] else entry
+        for name, entry in document["settings"].items()
+    }  # a value that did not change keeps its origin
+    return document | {"recipe": saved["recipe"], "settings": settings}
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
@@ -233,7 +241,11 @@ def restore(checkpoint: Checkpoint, wrapped: PeftModel, optimizer: torch.optim.O
     load_adapter_state(wrapped, checkpoint.tensors("adapter_model"), source=str(checkpoint.path))
     load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json"))
     load_rng(checkpoint.tensors("rng"), checkpoint.document("rng.json"), generators)
-    return TrainerState(**checkpoint.document("trainer_state.json"))
+    state = TrainerState(**checkpoint.document("trainer_state.json"))
+    if state.best_model_checkpoint is not None and not (checkpoint.path.parent / state.best_model_checkpoint).is_dir():
+        logger.warning("the best checkpoint so far, %s, is no longer there: the best is chosen among later ones", state.best_model_checkpoint)
+        state.best_metric = state.best_model_checkpoint = None
+    return state
 
 
 # ---- save -----------------------------------------------------------------------------------------------------------
@@ -272,6 +284,7 @@ def save_training_checkpoint(
             "config.json": config_document,
             **(documents or {}),
         },
+        notes={"reference": config_document["reference"]} if "reference" in config_document else None,
     )
     point_link(run_dir, "last", path)
     best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None

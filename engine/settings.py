@@ -10,6 +10,8 @@ from data.answers import ANSWER_FORMATS
 from data.prompts import PROMPTS
 from engine.config import setting
 
+# Of a run that neither names them nor continues one that did.
+FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
 PAPER_SFT, PAPER_GRPO, OURS = "paper 3.2.1", "paper 3.2.2", "not published"
 
 

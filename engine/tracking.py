@@ -75,15 +75,6 @@ class MetricAccumulator:
         for name, metric in metrics.items():
             self.add(name, metric.value, metric.weight, metric.reduction)
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the sum `time/<name>`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(f"time/{name}", time.perf_counter() - start, reduction="sum")
-
     def state_dict(self) -> dict[str, Any]:
         """What has been added since the last `collect`, as JSON can hold it."""
         return {

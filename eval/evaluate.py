@@ -31,6 +31,7 @@ from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import run_document, saved_settings, write_json
 from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory
+from engine.settings import FALLBACKS
 from engine.tracking import Progress
 from eval.metrics import (
     bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
@@ -391,8 +392,8 @@ class EvalConfig:
 
 
 # What an evaluation takes over from the run that trained the adapter: {setting: (type, value where there is no such run)}.
-_INHERITED = {"prompt": (str, "free_reasoning"), "answer_format": (str, None), "max_completion_length": (int, 512),
-              "min_visual_tokens": (int, 256), "max_visual_tokens": (int, 512), "bf16": (bool, None),
+_INHERITED = {"prompt": (str, FALLBACKS["prompt"]), "answer_format": (str, None), "max_completion_length": (int, 512),
+              "min_visual_tokens": (int, FALLBACKS["min_visual_tokens"]), "max_visual_tokens": (int, FALLBACKS["max_visual_tokens"]), "bf16": (bool, None),
               "num_threads": (int, None)}
 
 

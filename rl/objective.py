@@ -33,18 +33,11 @@ from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-ZERO_VARIANCE = (
-    1e-6  # rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference
-)
+# Rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference.
+ZERO_VARIANCE = 1e-6
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
-LOGGED_TERMS = {
-    "log_ratio",
-    "ratio",
-    "clipped_ratio",
-    "surrogate",
-    "kl",
-    "per_token_loss",
-}  # `objective_metrics` has a line for these
+# Terms that `objective_metrics` covers, or whose mean is not worth a curve; any other term that a fork adds is logged by itself.
+LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
 
 
 @dataclass(frozen=True)

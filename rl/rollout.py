@@ -161,7 +161,7 @@ def score_samples(
         batch = collate_samples([samples[i] for i in indices], prompts, model.encoder.pad_token_id, device).batch
         with torch.no_grad():
             old, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
-        ref = old
+        ref = old  # at beta 0 nothing reads it
         if with_reference:
             with use_adapter(wrapped, REFERENCE):
                 ref, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]

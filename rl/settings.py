@@ -9,11 +9,11 @@ from typing import Literal
 
 from data.prompts import PROMPTS
 from data.records import Example
-from engine.config import Resolved, UsageError, setting
+from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.model import adapter_config
 from engine.run import saved_settings
 from engine.runtime import newest_finished_run
-from engine.settings import OURS, PAPER_GRPO, TrainingConfig, training_problems
+from engine.settings import FALLBACKS, OURS, PAPER_GRPO, TrainingConfig, training_problems
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
@@ -87,6 +87,11 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
+    sets = [entry.partition("=")[0] for entry in config.validation_file]
+    chosen = config.metric_for_best_model
+    if chosen is not None and (len(sets) < 2 if chosen == "gap" else chosen.partition("/")[0] not in sets):
+        found.append(f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}), "
+                     "or gap with at least two sets")
     return found or batch_problems(config)
 
 
@@ -183,12 +188,15 @@ def from_sft_run(resolved: Resolved) -> Resolved:
                              "give --model_name_or_path, or another --adapter_name_or_path")
         resolved = resolved.with_value("model_name_or_path", base, "SFT adapter")
     saved = saved_settings(folder)
-    for name, default in {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}.items():
+    for name, default in FALLBACKS.items():
         if getattr(config, name) is None:
             resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
     if resolved.configs[0].answer_format is None:
         form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
         resolved = resolved.with_value("answer_format", form, "SFT run" if saved.get("answer_format") else "prompt")
+    found = training_problems(resolved.configs[0])
+    if found:
+        raise ConfigError(found)
     return resolved
 
 

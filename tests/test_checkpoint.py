@@ -33,13 +33,15 @@ from engine.checkpoint import (
     rng_to_tensors,
     rotate_checkpoints,
     save_checkpoint,
+    set_later_checkpoints_aside,
     verify_checkpoint,
 )
 
 
 def save(run_dir: Path, step: int, value: float = 1.0, **options) -> Path:
     tensors = {"adapter_model": {"a": torch.full((2, 3), value)}, "optimizer": {"m": torch.arange(4)}}
-    return save_checkpoint(run_dir, step, tensors=tensors, documents={"trainer_state.json": {"value": value}}, **options)
+    documents = {"trainer_state.json": {"value": value}} | options.pop("documents", {})
+    return save_checkpoint(run_dir, step, tensors=tensors, documents=documents, **options)
 
 
 def value_of(path: Path) -> float:
@@ -53,12 +55,10 @@ def value_of(path: Path) -> float:
 # ---- what is saved --------------------------------------------------------------------------------------------------
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     batch = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    (tmp_path / "adapter_config.json").write_text('{"r": 16}')
     path = save_checkpoint(
         tmp_path, 12,
         tensors={"rollout": {"columns": batch[:, :2], "same storage": batch[:, :2], "flags": batch > 3}},
-        documents={"trainer_state.json": {"global_step": 12, "best": None}},
-        files={"adapter_config.json": tmp_path / "adapter_config.json", "notes.json": b"[1]"},
+        documents={"trainer_state.json": {"global_step": 12, "best": None}, "adapter_config.json": {"r": 16}, "notes.json": [1]},
         notes={"reference_sha256": "abc"},
     )  # fmt: skip
     assert path == tmp_path / "checkpoint-12"
@@ -71,7 +71,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert checkpoint.document("adapter_config.json") == {"r": 16} and checkpoint.document("notes.json") == [1]
     assert checkpoint.step == 12 and checkpoint.manifest["notes"] == {"reference_sha256": "abc"}
     assert "rollout.safetensors" in checkpoint and "optimizer.safetensors" not in checkpoint
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter_config.json", "checkpoint-12"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-12"]
 
 
 def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
@@ -83,10 +83,10 @@ def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "../up.json", "manifest.json", "sub/x.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "../up.json", "manifest.json", "sub/x.json", "optimizer.safetensors"])
 def test_only_plain_safetensors_and_json_names_are_written(tmp_path, name):
     with pytest.raises(ValueError, match="plain names"):
-        save(tmp_path, 1, files={name: b"{}"} if name != "trainer_state.json" else {"trainer_state.json": b"{}"})
+        save(tmp_path, 1, documents={name: {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -488,3 +488,14 @@ def test_random_state_that_does_not_fit_is_refused_or_warned_about(caplog):
     extra = torch.cuda.device_count()
     load_rng({**tensors, f"cuda.{extra}": tensors["torch"]}, document)
     assert f"random state of {extra + 1} CUDA devices was saved, {extra} are here" in caplog.text
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside_and_kept(tmp_path):
+    """Resumed from step 2, a run must not later take the old step 4 for its newest; twice, and both branches stay."""
+    for branch in range(2):
+        for step in (2, 4):
+            save(tmp_path, step)
+        moved = set_later_checkpoints_aside(tmp_path, 2)
+        assert [path.name for path in moved] == ["after-2-checkpoint-4" + ("-2" if branch else "")]
+        assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"] and verify_checkpoint(moved[0]) == []
+    assert set_later_checkpoints_aside(tmp_path, 2) == []

@@ -17,7 +17,8 @@ from engine.families import Gemma3, Qwen25VL, causal_mask, family_of, language_m
 from engine.forward import completion_hidden_states, completion_logprobs, embed, image_features
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
-from engine.model import LoadedModel, enable_gradient_checkpointing, lm_head_weight
+from engine.families import lm_head_weight
+from engine.model import LoadedModel, enable_gradient_checkpointing
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
 PROMPTS = (Prompt("a", "Which?"), Prompt("b", "A longer question about this image?"))

@@ -20,7 +20,8 @@ from data.records import Example
 from engine.forward import completion_hidden_states
 from engine.generate import Completion, SamplingConfig, completion_mask, draw, generate, is_truncated, nucleus
 from engine.logprobs import scaled_logits, token_logprobs
-from engine.model import LoadedModel, lm_head_weight
+from engine.families import lm_head_weight
+from engine.model import LoadedModel
 from rl.records import rollout_metrics
 from rl.rewards import HardReward
 from rl.rollout import build_samples

@@ -14,6 +14,7 @@ import pytest
 
 import engine.generate
 import eval.evaluate
+import rl.settings
 import run_grpo
 import run_sft
 from data.records import DataError
@@ -36,7 +37,7 @@ def small_window():
     """Readable completions, and a window that is soon full: a rollout's reward then depends on the rollouts before it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         speak(monkeypatch)
-        monkeypatch.setattr(run_grpo, "NuancedReward", lambda frequency: NuancedReward(frequency, window=6, min_window=2,
+        monkeypatch.setattr(rl.settings, "NuancedReward", lambda frequency: NuancedReward(frequency, window=6, min_window=2,
                                                                                        dominance=0.4))
         yield
 

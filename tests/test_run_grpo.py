@@ -296,13 +296,20 @@ def test_gradient_checkpointing_and_bf16_keep_the_first_ratio_exact(family, tiny
 # ---- best checkpoint ------------------------------------------------------------------------------------------------
 def scripted_run(monkeypatch, tiny_sft_run, tiny_data, run, scores: list[tuple[float, float]], *flags) -> dict:
     """A run of 4 steps whose evaluations at 0, 2 and 4 give sites a and b these macro-F1 -> trainer_state.json."""
-    remaining = iter(scores)
-    monkeypatch.setattr(run_grpo, "evaluate_policy", lambda *_: {
-        name: dict.fromkeys(("reward", "jaccard", "micro_f1", "fail_rate", "completion_length"), 0.0) | {"macro_f1": score}
-        for name, score in zip(("a", "b"), next(remaining))})
+    evaluated = []
+
+    def scripted(*arguments):
+        evaluated.append(arguments[-1])  # the step
+        return {name: dict.fromkeys(("reward", "jaccard", "micro_f1", "fail_rate", "completion_length"), 0.0) | {"macro_f1": score}
+                for name, score in zip(("a", "b"), scores[evaluated[-1] // 2])}
+
+    monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
     assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "4", "--eval_steps", "2", "--validation_file",
                 f"a={tiny_data}",
                 f"b={tiny_data}", *flags) == 0
+    # With --load_best_model_at_end the folder's scores must be those of the best, so it is decoded again where it is not the last.
+    best = int(document(run / "trainer_state.json")["best_model_checkpoint"].rpartition("-")[2])
+    assert evaluated == [0, 2, 4] + [best] * (best != 4)
     return document(run / "trainer_state.json")
 
 

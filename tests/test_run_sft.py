@@ -178,7 +178,7 @@ def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(family, tiny_chec
 def scripted(monkeypatch, losses: list[float]) -> None:
     """Let the validation losses of the epochs be these, the last one from then on."""
     remaining = list(losses)
-    monkeypatch.setattr(run_sft, "validation_metrics", lambda *_: {
+    monkeypatch.setattr(run_sft, "validation_metrics", lambda *_, **__: {
         "loss": remaining.pop(0) if len(remaining) > 1 else remaining[0], "mean_token_accuracy": 0.0})
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
@@ -215,7 +215,7 @@ def test_without_a_validation_file_patients_are_held_out(tiny_checkpoint, tiny_d
     seen, encode = [], Encoder.encode_answer
     monkeypatch.setattr(Encoder, "encode_answer", lambda self, example, *rest: seen.append(example)
                         or encode(self, example, *rest))
-    monkeypatch.setattr(run_sft, "validation_metrics", lambda *_: {"loss": 1.0, "mean_token_accuracy": 0.0})
+    monkeypatch.setattr(run_sft, "validation_metrics", lambda *_, **__: {"loss": 1.0, "mean_token_accuracy": 0.0})
     run = tmp_path / "run"
     assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, *FOUR_STEPS_AN_EPOCH, "--num_train_epochs", "1",
                "--validation_split", "0.3") == 0

@@ -83,14 +83,7 @@ def test_accumulated_tensors_do_not_keep_the_graph_alive_or_change():
     assert metrics.collect() == {"loss": 6.0}
 
 
-def test_timings_add_up_and_can_be_told_from_results(monkeypatch):
-    ticks = iter([10.0, 12.5, 20.0, 21.0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
-    metrics = MetricAccumulator()
-    for _ in range(2):
-        with metrics.timed("rollout"):
-            pass
-    assert metrics.collect() == {"time/rollout": 3.5}  # 2.5 + 1.0
+def test_timings_can_be_told_from_results():
     assert [is_timing(name) for name in ("time/rollout", "step_time", "loss", "lifetime/x")] == [True, True, False, False]
 
 

@@ -16,9 +16,10 @@ import torch
 from data.collate import collate_rows
 from data.prompts import PROMPTS
 from data.records import read_examples
+from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.logprobs import token_logprobs
-from engine.model import attach_new_adapter, lm_head_weight, load_model
+from engine.model import attach_new_adapter, load_model
 
 
 def main() -> None:
