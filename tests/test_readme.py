@@ -54,5 +54,9 @@ def test_every_flag_named_is_a_flag():
     assert named - fields == {"recipe"}  # which parse_config adds
 
 
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"@[A-Z]+@|TBD|XXX", README) == []
+
+
 def test_the_demo_splits_named_exist():
     assert set(re.findall(r"demo:([a-z-]+)", README)) <= set(WRITTEN_SPLITS)
