@@ -151,7 +151,7 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
     hidden = decoder(
         inputs_embeds=embed(wrapped, family, batch),
         position_ids=positions,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
     ).last_hidden_state[:, -1]  # [B,H]
@@ -195,5 +195,5 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
         hidden = decoder(inputs_embeds=base.get_input_embeddings()(tokens[:, None]),
                          position_ids=family.expand_positions((next_position + step)[:, None]),
                          attention_mask=family.attention_masks(base, attention_mask, token_types, 1),
-                         past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+                         cache=cache, use_cache=True).last_hidden_state[:, -1]
     raise AssertionError("unreachable: the loop returns at its last step")

@@ -56,7 +56,7 @@ def load_model(
     path = model_path(name)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
-    # peft 0.21 asks transformers 5.23 by a name that is on its way out; nothing a user could do about it.
+    # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     _check_checkpoint(name, path)
     try:
