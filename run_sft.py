@@ -26,18 +26,18 @@ from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
 from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors, set_later_checkpoints_aside
-from engine.config import ConfigError, Resolved, describe, parse_config, setting
+from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing, load_model
+from engine.model import LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
     run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
-from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, training_problems
+from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, from_adapter, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_scores
 
@@ -46,6 +46,8 @@ from eval.evaluate import evaluate_sets, format_scores
 class SFTConfig(TrainingConfig):
     """Settings of supervised fine-tuning."""
 
+    adapter_name_or_path: str | None = setting(
+        None, "adapter to go on training, with its own rank and alpha (default: a fresh one)", group="model and data")
     lora_r: int = setting(16, "rank of the LoRA matrices", source=PAPER_SFT, group="adapter")
     lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / r", source=PAPER_SFT, group="adapter")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter")
@@ -60,7 +62,7 @@ def problems(config: SFTConfig) -> list[str]:
     found = training_problems(config)
     if config.train_file is None and config.resume_from_checkpoint is None:
         found.append("--train_file is missing: give the JSONL file with the teacher's answers")
-    if config.model_name_or_path is None and config.resume_from_checkpoint is None:
+    if config.model_name_or_path is None and config.adapter_name_or_path is None and config.resume_from_checkpoint is None:
         found.append("--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'")
     if config.lora_r < 1 or config.lora_alpha < 1:
         found.append(f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1")
@@ -69,6 +71,17 @@ def problems(config: SFTConfig) -> list[str]:
     if config.early_stopping_patience < 1:
         found.append(f"--early_stopping_patience is {config.early_stopping_patience}; it must be at least 1")
     return found
+
+
+def with_rank_of_adapter(resolved: Resolved) -> Resolved:
+    """lora_r and lora_alpha are those of the adapter that training goes on with. Raises UsageError for a flag that says otherwise."""
+    config: SFTConfig = resolved.configs[0]
+    adapter = adapter_config(Path(config.adapter_name_or_path))
+    for name, value in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
+        if resolved.origins[name] == "flag" and getattr(config, name) != value:
+            raise UsageError(f"--{name} {getattr(config, name)}: {config.adapter_name_or_path} has {value}; leave the flag out")
+        resolved = resolved.with_value(name, value, "adapter")
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -246,8 +259,10 @@ def next_command(recipe: str | None, run_dir: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     resolved = parse_config(
         [SFTConfig], sys.argv[1:] if argv is None else argv, script="sft", prog="run_sft.py", description=__doc__.splitlines()[0], validate=problems,
-        default_recipe="demo", default_recipe_unless=("model_name_or_path", "train_file"),
+        default_recipe="demo", default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
         inherit_with="resume_from_checkpoint", inherit=partial(inherited_settings, script="sft"), free_to_change=FREE_TO_CHANGE)
+    if resolved.configs[0].adapter_name_or_path and not resolved.configs[0].resume_from_checkpoint:
+        resolved = with_rank_of_adapter(from_adapter(resolved))
     for name, value in FALLBACKS.items():
         resolved = resolved.with_value(name, value, "default") if getattr(resolved.configs[0], name) is None else resolved
     config: SFTConfig = resolved.configs[0]
@@ -267,7 +282,10 @@ def main(argv: list[str] | None = None) -> int:
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch
         model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
-    wrapped = attach_new_adapter(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    if config.adapter_name_or_path and checkpoint is None:
+        wrapped = attach_adapter(model, config.adapter_name_or_path, trainable=True, dropout=config.lora_dropout)
+    else:
+        wrapped = attach_new_adapter(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(wrapped)
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)

@@ -117,15 +117,15 @@ def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float
     return wrapped
 
 
-def attach_adapter(model: LoadedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
-    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it.
+def attach_adapter(model: LoadedModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0) -> PeftModel:
+    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it, unless SFT goes on with it.
 
     Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left
     over means that something else than the trained model would run.
     """
     folder = Path(folder)
     config = adapter_config(folder)
-    config.lora_dropout, config.inference_mode = 0.0, not trainable
+    config.lora_dropout, config.inference_mode = dropout, not trainable
     wrapped = PeftModel(model.base, config, adapter_name=POLICY)
     load_adapter_weights(wrapped, folder)
     if trainable:

@@ -5,10 +5,13 @@ The defaults are the paper's where it gives them; each field's `source` says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.answers import ANSWER_FORMATS
 from data.prompts import PROMPTS
-from engine.config import setting
+from engine.config import ConfigError, Resolved, UsageError, setting
+from engine.model import adapter_config
+from engine.run import saved_settings
 
 # Of a run that neither names them nor continues one that did.
 FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
@@ -143,3 +146,30 @@ def training_problems(config: TrainingConfig) -> list[str]:
         for name in sorted({n for n in names if names.count(n) > 1})
     ]
     return problems
+
+
+def from_adapter(resolved: Resolved) -> Resolved:
+    """Fill in what was not given from the adapter that training starts from: its base model, and the prompt, answer format
+    and image size of the run that made it.
+
+    Raises UsageError where the folder holds no adapter, or one of another base than a recipe names.
+    """
+    config: TrainingConfig = resolved.configs[0]
+    folder = Path(config.adapter_name_or_path)
+    base = adapter_config(folder).base_model_name_or_path
+    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith("recipe"):
+        if config.model_name_or_path not in (None, base):
+            raise UsageError(f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
+                             "give --model_name_or_path, or another --adapter_name_or_path")
+        resolved = resolved.with_value("model_name_or_path", base, "adapter")
+    saved = saved_settings(folder)
+    for name, default in FALLBACKS.items():
+        if getattr(config, name) is None:
+            resolved = resolved.with_value(name, saved.get(name) or default, "adapter's run" if name in saved else "default")
+    if resolved.configs[0].answer_format is None:
+        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
+        resolved = resolved.with_value("answer_format", form, "adapter's run" if saved.get("answer_format") else "prompt")
+    found = training_problems(resolved.configs[0])
+    if found:
+        raise ConfigError(found)
+    return resolved

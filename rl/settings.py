@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.prompts import PROMPTS
 from data.records import Example
-from engine.config import ConfigError, Resolved, UsageError, setting
-from engine.model import adapter_config
-from engine.run import saved_settings
+from engine.config import Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
-from engine.settings import FALLBACKS, OURS, PAPER_GRPO, TrainingConfig, training_problems
+from engine.settings import OURS, PAPER_GRPO, TrainingConfig, from_adapter, training_problems
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
@@ -173,31 +170,14 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
 
 
 def from_sft_run(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the newest finished SFT run, its base model, and its prompt and image size."""
+    """Fill in what was not given: the newest finished SFT run, and what follows from it (`from_adapter`)."""
     config: GRPOConfig = resolved.configs[0]
     if config.adapter_name_or_path is None:
         newest = newest_finished_run(Path("runs"), "sft")
         if newest is None:
             raise UsageError("no finished SFT run under runs/; run `python run_sft.py` first, or give --adapter_name_or_path")
         resolved = resolved.with_value("adapter_name_or_path", str(newest), "newest SFT run")
-    folder = Path(resolved.configs[0].adapter_name_or_path)
-    base = adapter_config(folder).base_model_name_or_path
-    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith("recipe"):
-        if config.model_name_or_path not in (None, base):
-            raise UsageError(f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
-                             "give --model_name_or_path, or another --adapter_name_or_path")
-        resolved = resolved.with_value("model_name_or_path", base, "SFT adapter")
-    saved = saved_settings(folder)
-    for name, default in FALLBACKS.items():
-        if getattr(config, name) is None:
-            resolved = resolved.with_value(name, saved.get(name) or default, "SFT run" if name in saved else "default")
-    if resolved.configs[0].answer_format is None:
-        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
-        resolved = resolved.with_value("answer_format", form, "SFT run" if saved.get("answer_format") else "prompt")
-    found = training_problems(resolved.configs[0])
-    if found:
-        raise ConfigError(found)
-    return resolved
+    return from_adapter(resolved)
 
 
 def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:

@@ -93,6 +93,12 @@ def test_adapter_folder_without_an_adapter(refused, tiny_data, tmp_path):
     assert line == f"{tmp_path}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
 
 
+def test_rank_other_than_that_of_the_adapter_to_go_on_with(refused, tiny_data, tiny_sft_run):
+    run = tiny_sft_run("qwen2_5_vl")
+    (line,) = refused(run_sft.main, "--adapter_name_or_path", str(run), "--train_file", str(tiny_data), "--lora_r", "8")
+    assert line == f"--lora_r 8: {run} has 16; leave the flag out"
+
+
 def test_adapter_that_does_not_fit_the_model(refused, grpo_flags, tiny_checkpoint, tiny_sft_run):
     (line,) = refused(run_grpo.main, *grpo_flags, "--model_name_or_path", str(tiny_checkpoint("gemma3")))
     # Gemma's third layer has no counterpart: 7 projections x 2 matrices

@@ -86,7 +86,7 @@ def test_config_json_has_both_config_classes_the_data_and_the_reference(finished
     config = document(run / "config.json")
     assert set(config["settings"]) == {field.name for owner in (GRPOConfig, ObjectiveConfig) for field in fields(owner)}
     assert config["settings"]["adapter_name_or_path"] == {"value": str(sft_run), "origin": "flag"}
-    assert config["settings"]["prompt"] == {"value": "demo", "origin": "SFT run"}
+    assert config["settings"]["prompt"] == {"value": "demo", "origin": "adapter's run"}
     assert config["settings"]["beta"] == {"value": 0.15, "origin": "default"}
     digest = hashlib.sha256(tiny_data.read_bytes()).hexdigest()
     assert {name: entry["sha256"] for name, entry in config["data"].items()} == {"train": digest, "a": digest, "b": digest}

@@ -243,3 +243,19 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tiny_che
     assert all(torch.isfinite(tensor).all() for tensor in adapter(run / "last").values())
     assert [entry["step"] for entry in train_log(run)] == [1, 2]
     assert not (run / "adapter_model.safetensors").exists()  # the run is not finished
+
+
+def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_path):
+    """With a learning rate of 1e-12 one step leaves the adapter as it was (a fresh one would have B = 0): base model, prompt, rank and
+    image size come from it.
+    """
+    start = tiny_sft_run(family)
+    flags = ("--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --learning_rate 1e-12 --max_steps 1 "
+             "--per_device_train_batch_size 2 --gradient_accumulation_steps 1").split()
+    assert run_sft.main(["--adapter_name_or_path", str(start), "--train_file", str(tiny_data), "--output_dir", str(tmp_path / "more"), *flags]) == 0
+    assert largest_difference(adapter(start), adapter(tmp_path / "more")) < 1e-10
+    settings = document(tmp_path / "more/config.json")["settings"]
+    assert settings["lora_r"] == {"value": 16, "origin": "adapter"}
+    assert settings["max_visual_tokens"] == {"value": 4, "origin": "adapter's run"}
+    assert settings["prompt"] == {"value": "demo", "origin": "adapter's run"}
+    assert document(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1  # SFT's own, also on an adapter that goes on
