@@ -40,6 +40,8 @@ SPLITS: dict[str, Split] = {
     "validation-b": Split("b", 100),
     "test-a": Split("a", 300),
     "test-b": Split("b", 300),
+    "study-a": Split("a", 600),
+    "study-b": Split("b", 600),
 }
 WRITTEN_SPLITS: tuple[str, ...] = tuple(name for name in SPLITS if not name.startswith("base-"))
 

@@ -1,0 +1,182 @@
+"""What GRPO adds on the embedded demo: several seeds, both rewards, and the control that spends the same images on more SFT.
+
+    python tests/benchmarks/demo_study.py FOLDER [--seeds 1 2 3] [--jobs 2] [--recipe demo]
+
+For each seed: SFT; GRPO from it, once trained on each reward; and the control, which goes on with SFT on the images that GRPO
+drew, with the teacher's traces for them, for as many passes as GRPO made. Each of them and the base answer the splits study-a
+and study-b, on which nothing was ever chosen: greedily, and at the temperature of the rollouts with several sampling seeds. What
+is finished in FOLDER is not done again, so a study that was stopped goes on; its tables are in FOLDER/study.md.
+
+Differences are paired: an image's mean reward over the sampling seeds, minus the same of the SFT adapter that the arm started
+from. Their standard error is over images.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from data.answers import parse_answer
+from data.demo.radiographs import draw
+from data.demo.splits import seeds, write_split
+from data.demo.teacher import reasoning_trace
+from data.labels import Target
+from data.records import read_jsonl, write_jsonl
+from engine.run import saved_settings
+from rl.rewards import RewardFunction
+from rl.settings import GRPOConfig, build_rewards
+
+ROOT = Path(__file__).resolve().parents[2]
+SITES = {"a": "study-a", "b": "study-b"}
+REWARDS = ("hard", "nuanced")
+MODES = ("greedy", "1", "2")  # greedy decoding, and sampling with these seeds
+ARMS = {"sft": "SFT", "grpo-hard": "SFT + GRPO, hard", "grpo-nuanced": "SFT + GRPO, nuanced", "more-sft": "SFT + more SFT"}
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+def run(folder: Path, name: str, module: str, *arguments: str) -> None:
+    """`python -m module ... --output_dir name` in the study's folder; its console goes to <name>.log."""
+    print(f"{name} ...", flush=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", module, *arguments, "--output_dir", name]
+    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        finished = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                                  stdout=log, stderr=subprocess.STDOUT)
+    if finished.returncode:
+        raise SystemExit(f"{name} ended with {finished.returncode}: see {folder / name}.log, remove that folder and start again")
+
+
+def train(folder: Path, name: str, module: str, *arguments: str) -> None:
+    if not (folder / name / "adapter_model.safetensors").is_file():  # a run writes it last
+        run(folder, name, module, *arguments)
+
+
+def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
+    """Answers of one model to both sites in every mode, in answers/<name>-<mode>/."""
+    for mode in MODES:
+        target = f"answers/{name}-{mode}"
+        if (folder / target / "scores-b.json").is_file():  # written last
+            continue
+        sampling = ["--temperature", "0"] if mode == "greedy" else ["--temperature", str(temperature), "--seed", mode]
+        run(folder, target, "eval.evaluate", *model, *sampling, "--train_file", "demo:sft-train", "--per_device_eval_batch_size", "100",
+            "--data_file", *(f"{site}=demo:{split}" for site, split in SITES.items()))
+
+
+def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
+    """(data file, passes): the images of GRPO's rollouts with the teacher's traces, and how often GRPO drew an image on average."""
+    with open(folder / f"grpo-hard-{seed}/completions.jsonl", encoding="utf-8") as lines:
+        drawn = [json.loads(line)["id"] for line in lines]  # once for each completion
+    examples = read_jsonl(folder / "demo-data/rl-train.jsonl")
+    rows = [
+        {"id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
+         "dataset": example.dataset, "answer": reasoning_trace(draw(image_seed, "a"), image_seed)}
+        for example, image_seed in zip(examples, seeds("rl-train"), strict=True) if example.id in set(drawn)
+    ]
+    passes = len(drawn) / grpo_settings(folder / f"grpo-hard-{seed}").num_generations / len(rows)
+    return write_jsonl(folder / f"demo-data/more-sft-{seed}.jsonl", rows), passes
+
+
+def grpo_settings(run_dir: Path) -> GRPOConfig:
+    saved = saved_settings(run_dir)
+    return GRPOConfig(**{field.name: tuple(saved[field.name]) if isinstance(saved[field.name], list) else saved[field.name]
+                         for field in fields(GRPOConfig)})
+
+
+def study_seed(folder: Path, seed: int, recipe: str) -> None:
+    """All runs and answers of one seed."""
+    common, sft = ["--recipe", recipe, "--seed", str(seed)], f"sft-{seed}"
+    train(folder, sft, "run_sft", *common)
+    for reward in REWARDS:
+        train(folder, f"grpo-{reward}-{seed}", "run_grpo", *common, "--adapter_name_or_path", sft, "--reward", reward)
+    data, passes = more_sft_data(folder, seed)
+    train(folder, f"more-sft-{seed}", "run_sft", *common, "--adapter_name_or_path", sft, "--train_file", str(data),
+          "--num_train_epochs", f"{passes:.2f}")
+    temperature = grpo_settings(folder / f"grpo-hard-{seed}").temperature
+    for arm in ARMS:
+        answer(folder, f"{arm}-{seed}", "--adapter_name_or_path", f"{arm}-{seed}", temperature=temperature)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+def image_rewards(folder: Path, name: str, modes: tuple[str, ...], site: str, rewards: dict[str, RewardFunction]) -> dict[str, np.ndarray]:
+    """{reward: [images]}: each image's reward as it is trained on (scaled), averaged over the modes."""
+    values = {reward: [] for reward in rewards}
+    for mode in modes:
+        with open(folder / f"answers/{name}-{mode}/predictions-{site}.jsonl", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        for reward, function in rewards.items():
+            values[reward].append([function.scaled(function(
+                parse_answer(row["completion"], row["answer_format"]),
+                Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"])),
+                row["completion_length"])) for row in rows])
+    return {reward: np.mean(per_mode, axis=0) for reward, per_mode in values.items()}
+
+
+def scores(folder: Path, name: str, modes: tuple[str, ...], site: str) -> dict[str, float]:
+    documents = [json.loads((folder / f"answers/{name}-{mode}/scores-{site}.json").read_text(encoding="utf-8")) for mode in modes]
+    rows = [{"micro": d["micro"]["f1"], "macro": d["macro"]["f1"], "fail": d["fail_rate"], "invalid": d["invalid_rate"]} for d in documents]
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def paired(arm: np.ndarray, start: np.ndarray) -> str:
+    difference = arm - start
+    return f"{difference.mean():+.3f} ({difference.std(ddof=1) / np.sqrt(len(difference)):.3f})"
+
+
+def table(folder: Path, study_seeds: list[int], site: str) -> list[str]:
+    """One site: a row for each seed and arm. Gains are over that seed's SFT adapter, with their standard error."""
+    config = grpo_settings(folder / f"grpo-hard-{study_seeds[0]}")
+    rewards = build_rewards(config, read_jsonl(folder / "demo-data/rl-train.jsonl"))
+    sampled, lines = MODES[1:], []
+    lines += ["| seed | | hard, T | gain | nuanced, T | gain | hard, greedy | gain | micro-F1, T | macro-F1, T | micro, greedy | macro, greedy | fail, T | invalid, T |",
+              "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+
+    def row(seed: str, title: str, name: str, start: str | None) -> str:
+        at_t, greedy = (image_rewards(folder, name, modes, site, rewards) for modes in (sampled, MODES[:1]))
+        start_t, start_greedy = (image_rewards(folder, start, modes, site, rewards) for modes in (sampled, MODES[:1])) if start else (None, None)
+        f1_t, f1_greedy = scores(folder, name, sampled, site), scores(folder, name, MODES[:1], site)
+        gains = [paired(one[key], other[key]) if start else "" for one, other, key in
+                 ((at_t, start_t, "hard"), (at_t, start_t, "nuanced"), (greedy, start_greedy, "hard"))] if start else [""] * 3
+        cells = [seed, title, f"{at_t['hard'].mean():.3f}", gains[0], f"{at_t['nuanced'].mean():.3f}", gains[1], f"{greedy['hard'].mean():.3f}",
+                 gains[2], f"{f1_t['micro']:.3f}", f"{f1_t['macro']:.3f}", f"{f1_greedy['micro']:.3f}", f"{f1_greedy['macro']:.3f}",
+                 f"{f1_t['fail']:.3f}", f"{f1_t['invalid']:.3f}"]
+        return "| " + " | ".join(cells) + " |"
+
+    lines.append(row("", "base", "base", None))
+    for seed in study_seeds:
+        lines += [row(str(seed), title, f"{arm}-{seed}", None if arm == "sft" else f"sft-{seed}") for arm, title in ARMS.items()]
+    baselines = json.loads((folder / f"answers/base-greedy/scores-{site}.json").read_text(encoding="utf-8"))["baselines"]
+    for name, figures in baselines.items():
+        lines.append(f"| | {name.replace('_', ' ')} | {figures['jaccard']:.3f} | | | | {figures['jaccard']:.3f} | | {figures['micro_f1']:.3f} | "
+                     f"{figures['macro_f1']:.3f} | {figures['micro_f1']:.3f} | {figures['macro_f1']:.3f} | | |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where runs, answers and the table go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that are worked on at once, each in processes of one thread")
+    parser.add_argument("--recipe", default="demo", help="the recipe that is studied")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    for split in ("sft-train", "rl-train", "validation-a", "validation-b", *SITES.values()):
+        write_split(split, None, folder / "demo-data")  # before the processes, which would draw them at the same time
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda seed: study_seed(folder, seed, arguments.recipe), arguments.seeds))
+    answer(folder, "base", "--recipe", arguments.recipe, temperature=GRPOConfig().temperature)
+    lines = []
+    for site, split in SITES.items():
+        lines += [f"Site {site}, {split}", "", *table(folder, arguments.seeds, site), ""]
+    (folder / "study.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
