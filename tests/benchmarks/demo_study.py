@@ -17,8 +17,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -104,58 +105,68 @@ def study_seed(folder: Path, seed: int, recipe: str) -> None:
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
-def image_rewards(folder: Path, name: str, modes: tuple[str, ...], site: str, rewards: dict[str, RewardFunction]) -> dict[str, np.ndarray]:
-    """{reward: [images]}: each image's reward as it is trained on (scaled), averaged over the modes."""
-    values = {reward: [] for reward in rewards}
+@dataclass(frozen=True)
+class Answers:
+    """What one model's answers to one site are worth in some modes: rewards {name: [images]}, scaled as they are trained on and
+    averaged over the modes; scores, means over the modes.
+    """
+
+    rewards: dict[str, np.ndarray]
+    scores: dict[str, float]
+
+
+def read_answers(folder: Path, name: str, modes: Sequence[str], site: str, functions: dict[str, RewardFunction]) -> Answers:
+    rewards, scores = {reward: [] for reward in functions}, []
     for mode in modes:
-        with open(folder / f"answers/{name}-{mode}/predictions-{site}.jsonl", encoding="utf-8") as lines:
+        run_dir = folder / f"answers/{name}-{mode}"
+        with open(run_dir / f"predictions-{site}.jsonl", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        for reward, function in rewards.items():
-            values[reward].append([function.scaled(function(
+        for reward, function in functions.items():
+            rewards[reward].append([function.scaled(function(
                 parse_answer(row["completion"], row["answer_format"]),
                 Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"])),
                 row["completion_length"])) for row in rows])
-    return {reward: np.mean(per_mode, axis=0) for reward, per_mode in values.items()}
+        document = json.loads((run_dir / f"scores-{site}.json").read_text(encoding="utf-8"))
+        scores.append([document["micro"]["f1"], document["macro"]["f1"], document["fail_rate"], document["invalid_rate"]])
+    means = dict(zip(("micro", "macro", "fail", "invalid"), np.mean(scores, axis=0)))
+    return Answers({reward: np.mean(values, axis=0) for reward, values in rewards.items()}, means)
 
 
-def scores(folder: Path, name: str, modes: tuple[str, ...], site: str) -> dict[str, float]:
-    documents = [json.loads((folder / f"answers/{name}-{mode}/scores-{site}.json").read_text(encoding="utf-8")) for mode in modes]
-    rows = [{"micro": d["micro"]["f1"], "macro": d["macro"]["f1"], "fail": d["fail_rate"], "invalid": d["invalid_rate"]} for d in documents]
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def paired(arm: np.ndarray, start: np.ndarray) -> str:
+def gain(arm: np.ndarray, start: np.ndarray) -> str:
+    """Mean paired difference over images with its standard error."""
     difference = arm - start
     return f"{difference.mean():+.3f} ({difference.std(ddof=1) / np.sqrt(len(difference)):.3f})"
 
 
-def table(folder: Path, study_seeds: list[int], site: str) -> list[str]:
-    """One site: a row for each seed and arm. Gains are over that seed's SFT adapter, with their standard error."""
-    config = grpo_settings(folder / f"grpo-hard-{study_seeds[0]}")
-    rewards = build_rewards(config, read_jsonl(folder / "demo-data/rl-train.jsonl"))
-    sampled, lines = MODES[1:], []
-    lines += ["| seed | | hard, T | gain | nuanced, T | gain | hard, greedy | gain | micro-F1, T | macro-F1, T | micro, greedy | macro, greedy | fail, T | invalid, T |",
-              "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+HEADER = ("seed", "", "hard, T", "gain", "nuanced, T", "gain", "hard, greedy", "gain", "micro-F1, T", "macro-F1, T", "micro-F1, greedy",
+          "macro-F1, greedy", "fail, T", "invalid, T")
 
-    def row(seed: str, title: str, name: str, start: str | None) -> str:
-        at_t, greedy = (image_rewards(folder, name, modes, site, rewards) for modes in (sampled, MODES[:1]))
-        start_t, start_greedy = (image_rewards(folder, start, modes, site, rewards) for modes in (sampled, MODES[:1])) if start else (None, None)
-        f1_t, f1_greedy = scores(folder, name, sampled, site), scores(folder, name, MODES[:1], site)
-        gains = [paired(one[key], other[key]) if start else "" for one, other, key in
-                 ((at_t, start_t, "hard"), (at_t, start_t, "nuanced"), (greedy, start_greedy, "hard"))] if start else [""] * 3
-        cells = [seed, title, f"{at_t['hard'].mean():.3f}", gains[0], f"{at_t['nuanced'].mean():.3f}", gains[1], f"{greedy['hard'].mean():.3f}",
-                 gains[2], f"{f1_t['micro']:.3f}", f"{f1_t['macro']:.3f}", f"{f1_greedy['micro']:.3f}", f"{f1_greedy['macro']:.3f}",
-                 f"{f1_t['fail']:.3f}", f"{f1_t['invalid']:.3f}"]
-        return "| " + " | ".join(cells) + " |"
 
-    lines.append(row("", "base", "base", None))
+def table(folder: Path, study_seeds: Sequence[int], site: str) -> list[str]:
+    """One site in Markdown: a row for each seed and arm. Gains are over the same seed's SFT adapter, with their standard error."""
+    functions = build_rewards(grpo_settings(folder / f"grpo-hard-{study_seeds[0]}"), read_jsonl(folder / "demo-data/rl-train.jsonl"))
+    greedy, *sampled = MODES
+
+    def row(seed: str, title: str, name: str, start: str | None) -> list[str]:
+        at_t, at_0 = (read_answers(folder, name, modes, site, functions) for modes in (sampled, [greedy]))
+        gains = ["", "", ""]
+        if start:
+            start_t, start_0 = (read_answers(folder, start, modes, site, functions) for modes in (sampled, [greedy]))
+            gains = [gain(at_t.rewards["hard"], start_t.rewards["hard"]), gain(at_t.rewards["nuanced"], start_t.rewards["nuanced"]),
+                     gain(at_0.rewards["hard"], start_0.rewards["hard"])]
+        means = [answers.rewards[reward].mean() for answers, reward in ((at_t, "hard"), (at_t, "nuanced"), (at_0, "hard"))]
+        figures = (at_t.scores["micro"], at_t.scores["macro"], at_0.scores["micro"], at_0.scores["macro"], at_t.scores["fail"],
+                   at_t.scores["invalid"])
+        return [seed, title, *(cell for mean, text in zip(means, gains) for cell in (f"{mean:.3f}", text)), *(f"{f:.3f}" for f in figures)]
+
+    rows = [row("", "base", "base", None)]
     for seed in study_seeds:
-        lines += [row(str(seed), title, f"{arm}-{seed}", None if arm == "sft" else f"sft-{seed}") for arm, title in ARMS.items()]
+        rows += [row(str(seed), title, f"{arm}-{seed}", None if arm == "sft" else f"sft-{seed}") for arm, title in ARMS.items()]
     baselines = json.loads((folder / f"answers/base-greedy/scores-{site}.json").read_text(encoding="utf-8"))["baselines"]
     for name, figures in baselines.items():
-        lines.append(f"| | {name.replace('_', ' ')} | {figures['jaccard']:.3f} | | | | {figures['jaccard']:.3f} | | {figures['micro_f1']:.3f} | "
-                     f"{figures['macro_f1']:.3f} | {figures['micro_f1']:.3f} | {figures['macro_f1']:.3f} | | |")
-    return lines
+        jaccard, micro, macro = (f"{figures[key]:.3f}" for key in ("jaccard", "micro_f1", "macro_f1"))
+        rows.append(["", name.replace("_", " "), jaccard, "", "", "", jaccard, "", micro, macro, micro, macro, "", ""])
+    return ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
 
 
 def main() -> None:
