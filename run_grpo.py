@@ -12,20 +12,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from data.answers import parse_answer
 from data.images import check_images
-from data.labels import Target
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl
 from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
-from engine.config import Resolved, UsageError, describe, parse_config
+from engine.config import Resolved, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
@@ -37,12 +34,13 @@ from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
-from rl.records import completion_rows, pack_samples, rollout_metrics, show_samples, unpack_samples
+from rl.records import (
+    completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
-    GRPOConfig, batch_arithmetic, build_rewards, from_sft_run, length_warning, micro_batches_per_rollout, problems, prompts_per_rollout,
-    total_steps, updates_per_rollout, warnings)
+    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, from_sft_run, length_warning, micro_batches_per_rollout, problems,
+    prompts_per_rollout, total_steps, updates_per_rollout, warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
@@ -62,8 +60,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     bar = Progress(steps, initial=state.global_step, description="GRPO")
     state.log_history = log.log_history
     prompts = []
-    if evaluate_when_due(config, state, steps, guard, evaluate):  # the SFT start, or an evaluation that a signal cut short
-        save(samples)
+    evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))  # the start, or one that was cut short
 
     while state.global_step < steps and guard.stop is None:
         started = time.perf_counter()
@@ -162,8 +159,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
 
         # 8 evaluate, save
         state.unlogged_metrics = metrics.state_dict()
-        evaluated = evaluate_when_due(config, state, steps, guard, evaluate)
-        if evaluated or (config.save_steps and state.global_step % config.save_steps == 0):
+        evaluated = evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))
+        if not evaluated and config.save_steps and state.global_step % config.save_steps == 0:
             save(samples)
     if guard.stop is not None:
         save(samples)
@@ -171,13 +168,14 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
 
 
 def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard: SignalGuard,
-                      evaluate: Callable[[], None]) -> bool:
+                      evaluate: Callable[[], None], save: Callable[[], None]) -> bool:
     """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done again when the run is
     resumed.
     """
     due = state.global_step in (0, steps) or (config.eval_steps and state.global_step % config.eval_steps == 0)
     if not due or state.evaluated_step == state.global_step or guard.stop is not None:
         return False
+    save()  # first: an evaluation can be long, and can meet a damaged image
     try:
         evaluate()
     except KeyboardInterrupt:
@@ -185,55 +183,22 @@ def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard
             raise
         return False
     state.evaluated_step = state.global_step
+    save()
     return True
 
 
 def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[str, list[Example]], reference: list[Example],
                     reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard,
                     step: int) -> dict[str, dict[str, float]]:
-    """Greedy decoding of every set -> {set: metrics}; rewards are computed but nothing is observed. `gap` compares the
-    first with the others.
-    """
-    def rewards(rows: list[dict]) -> dict[str, float]:
-        means = Counter()
-        for row in rows:
-            answer = parse_answer(row["completion"], row["answer_format"])
-            target = Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"]))
-            for name, function in reward_functions.items():
-                reward = function(answer, target, row["completion_length"])
-                means[f"rewards/{name}/mean"] += reward.total / len(rows)
-                means["reward"] += function.scaled(reward) / len(rows) if name == config.reward else 0.0
-        return dict(means)
-
+    """Greedy decoding of every set -> {set: its SET_METRICS}. Rewards are computed, but nothing is observed."""
     scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
-                           batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format, extra=rewards,
+                           batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format,
+                           extra=lambda rows: mean_rewards(rows, reward_functions, config.reward),
                            should_stop=lambda: guard.stop is not None, notes={name: {"step": step} for name in sets})
-    return {
-        name: {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"], "completion_length": score["completion_length"]["mean"]}
-        | {key: value for key, value in score.items() if key in ("jaccard", "fail_rate", "invalid_rate", "reward") or key.startswith("rewards/")}
-        for name, score in scores.items()
-    }
-
-
-LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")
-
-
-def record(config: GRPOConfig, metrics: dict[str, dict[str, float]], log: RunLogger, state: TrainerState) -> None:
-    """Log one evaluation, the gap between hospitals included, and note whether its checkpoint is the best."""
-    names = list(metrics)
-    for name in names:
-        log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
-    flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
-    if len(names) > 1:  # how much better the first hospital is served than the others, each over its own labels as in the paper
-        others = [metrics[name]["macro_f1"] for name in names[1:]]
-        flat["gap"] = metrics[names[0]]["macro_f1"] - sum(others) / len(others)
-        log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
-    chosen = config.metric_for_best_model or (f"{names[0]}/macro_f1" if names else None)
-    if chosen is None:
-        return
-    if chosen not in flat:
-        raise UsageError(f"--metric_for_best_model {chosen}: not evaluated; there are {', '.join(flat)}")
-    state.record_evaluation(flat[chosen], greater_is_better=chosen.rpartition("/")[2] not in LOWER_IS_BETTER)
+    flat = {name: score | {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"],
+                           "completion_length": score["completion_length"]["mean"]} for name, score in scores.items()}
+    return {name: {key: value for key, value in score.items() if key in SET_METRICS or key.startswith("rewards/")}
+            for name, score in flat.items()}
 
 
 def banner(config: GRPOConfig, resolved: Resolved, model: LoadedModel, wrapped, examples: list[Example], sets: dict[str, list[Example]],
@@ -312,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
                     documents={"rollout.json": rollout, "rewards.json": {name: f.state_dict() for name, f in reward_functions.items()}})
 
             def evaluate() -> None:
-                record(config, evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, state.global_step),
-                       log, state)
+                metrics = evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, state.global_step)
+                record_evaluation(metrics, log, state, config.metric_for_best_model)
 
             train(config, objective, model, wrapped, examples, reward_functions, sampler, log, state, optimizer, samples, guard, evaluate, save)
             if guard.stop is not None:

@@ -36,14 +36,15 @@ class ConfigError(UsageError):
 
 
 def setting(
-    default: Any, help: str, *, unit: str = "", source: str = "", aliases: tuple[str, ...] = (), group: str = ""
+    default: Any, help: str, *, unit: str = "", source: str = "", unset: str = "", aliases: tuple[str, ...] = (), group: str = ""
 ) -> Any:
     """A dataclass field that becomes a flag.
 
-    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts, `aliases` are further
-    names of the flag (without dashes), `group` is the heading in --help (default: the name of the class).
+    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts, `unset` what a default of
+    None stands for, `aliases` are further names of the flag (without dashes), `group` is the heading in --help (default:
+    the name of the class).
     """
-    metadata = {"help": help, "unit": unit, "source": source, "aliases": aliases, "group": group}
+    metadata = {"help": help, "unit": unit, "source": source, "unset": unset, "aliases": aliases, "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -134,7 +135,7 @@ def _group_of(owner: type, name: str) -> str:
 
 def _help_text(field: dataclasses.Field) -> str:
     unit, source = field.metadata.get("unit", ""), field.metadata.get("source", "")
-    facts = [f"default {_show(field.default)}"]
+    facts = [f"default {field.metadata.get('unset') or _show(field.default)}"]
     if unit:
         facts = [f"{facts[0]} {unit}"] if isinstance(field.default, (int, float)) else [*facts, f"in {unit}"]
     if source:

@@ -67,9 +67,7 @@ class TrainerState:
 
 
 # ---- configuration of the run ---------------------------------------------------------------------------------------
-def run_document(
-    resolved: Resolved, script: str, data_files: Mapping[str, Path], notes: Mapping[str, Any] | None = None
-) -> dict:
+def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path]) -> dict:
     """config.json: every setting with its origin, the data files with their SHA-256, and the versions that ran."""
     data = {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in data_files.items()}
     return {
@@ -78,7 +76,7 @@ def run_document(
         "settings": to_json(resolved),
         "data": data,
         "versions": versions(),
-    } | dict(notes or {})
+    }
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -184,7 +182,7 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return
-    for pattern in (*STEP_LOGS, "predictions-*.jsonl", "scores-*.json"):
+    for pattern in (*STEP_LOGS, "events.out.tfevents.*", "predictions-*.jsonl", "scores-*.json"):
         for path in source.glob(pattern):
             shutil.copyfile(path, run_dir / path.name)
     if (source / "reference").is_dir():

@@ -15,7 +15,7 @@ from engine.run import saved_settings
 
 # Of a run that neither names them nor continues one that did.
 FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
-PAPER_SFT, PAPER_GRPO, OURS = "paper 3.2.1", "paper 3.2.2", "not published"
+PAPER_SFT, PAPER_GRPO, OURS, ENGINE = "paper 3.2.1 (SFT)", "paper 3.2.2 (GRPO)", "not published", "no part of the method"
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,34 @@ class TrainingConfig:
     """Model, data, batches, optimizer, precision, logging and checkpoints."""
 
     model_name_or_path: str | None = setting(
-        None, "base model: a checkpoint's folder, a hub name, or 'demo' for the embedded one", group="model and data")
+        None, "base model: a checkpoint's folder, a hub name, or 'demo' for the embedded one",
+        unset="the recipe's; GRPO: the SFT adapter's", group="model and data")
     train_file: str | None = setting(
-        None, "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo", group="model and data"
-    )
+        None, "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo", unset="the recipe's",
+        group="model and data")
     validation_file: tuple[str, ...] = setting(
         (), "NAME=FILE, repeatable: a data set to evaluate on during training", group="model and data")
     image_root: str | None = setting(
-        None, "folder that image paths are relative to (default: each data file's own folder)", group="model and data")
+        None, "folder that image paths are relative to", unset="each data file's own folder", group="model and data")
     prompt: str | None = setting(
         None,
-        "instruction variant, a name of data/prompts.py (default: free_reasoning; GRPO: the SFT run's)",
+        "instruction variant, a name of data/prompts.py",
+        unset="free_reasoning; GRPO: the SFT run's",
         group="model and data",
     )
     answer_format: str | None = setting(
-        None, "form of a valid answer, a name of data/answers.py (default: the prompt's own)", group="model and data")
+        None, "form of a valid answer, a name of data/answers.py", unset="the prompt's own; GRPO: the SFT run's",
+        group="model and data")
     min_visual_tokens: int | None = setting(
         None,
-        "an image is enlarged to at least this many visual tokens (default: 256; GRPO: the SFT run's); Gemma 3 has a fixed number",
+        "an image is enlarged to at least this many visual tokens; Gemma 3 has a fixed number",
+        unset="256; GRPO: the SFT run's",
         unit="tokens",
         source=PAPER_SFT,
         group="model and data",
     )
     max_visual_tokens: int | None = setting(
-        None, "an image is reduced to at most this many visual tokens (default: 512; GRPO: the SFT run's)",
+        None, "an image is reduced to at most this many visual tokens", unset="512; GRPO: the SFT run's",
         unit="tokens", source=PAPER_SFT, group="model and data")
 
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW", source=PAPER_SFT, group="optimization")
@@ -54,15 +58,17 @@ class TrainingConfig:
         6.0, "passes over the training data", unit="epochs", source=PAPER_SFT, group="optimization"
     )
     max_steps: int | None = setting(
-        None, "stop after this many steps instead of by epochs", unit="optimizer steps", group="optimization"
+        None, "stop after this many steps instead of by epochs", unset="by epochs", unit="optimizer steps", group="optimization"
     )
     per_device_train_batch_size: int = setting(
-        1, "sequences in a micro-batch", unit="completions", source=PAPER_SFT, group="optimization"
+        1, "sequences (GRPO: completions) in a micro-batch", unit="sequences", source=PAPER_SFT, group="optimization"
     )
     per_device_eval_batch_size: int = setting(
-        8, "sequences decoded or scored together in evaluation; changes no result", unit="sequences", group="optimization"
+        8, "sequences decoded or scored together in evaluation; changes no result", unit="sequences", source=ENGINE,
+        group="optimization"
     )
-    gradient_accumulation_steps: int = setting(8, "micro-batches in an optimizer step", source=PAPER_SFT, group="optimization")
+    gradient_accumulation_steps: int = setting(8, "micro-batches in an optimizer step", unit="micro-batches", source=PAPER_SFT,
+                                               group="optimization")
     warmup_ratio: float = setting(0.05, "share of all steps with rising learning rate, before the cosine", source=PAPER_SFT,
                                   group="optimization")
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", source=PAPER_SFT, group="optimization")
@@ -85,22 +91,26 @@ class TrainingConfig:
 
     num_threads: int | None = setting(
         None,
-        "CPU threads of torch (default: torch's own choice); one is fastest for a tiny model beside other work",
+        "CPU threads of torch; one is fastest for a tiny model beside other work",
+        unset="torch's own choice",
         unit="threads",
         group="run",
     )
     output_dir: str | None = setting(
-        None, "run folder (default: runs/<time>-sft or -grpo under the current folder)", group="run"
+        None, "run folder", unset="runs/<time>-sft or -grpo under the current folder", group="run"
     )
-    logging_steps: int = setting(1, "metrics are logged every so many steps", unit="optimizer steps", group="run")
+    logging_steps: int = setting(1, "metrics are logged every so many steps", unit="optimizer steps", source=ENGINE, group="run")
     save_steps: int | None = setting(
-        None, "a checkpoint every so many steps (default: at every evaluation)", unit="optimizer steps", group="run"
+        None, "a checkpoint every so many steps, beside those at every evaluation", unset="only those", unit="optimizer steps",
+        group="run"
     )
-    save_total_limit: int | None = setting(3, "checkpoints to keep; the best and the last are never deleted", group="run")
+    save_total_limit: int | None = setting(3, "checkpoints to keep, or none for all; the best and the last are never deleted",
+                                           unit="checkpoints", source=ENGINE, group="run")
     resume_from_checkpoint: str | None = setting(
         None,
         "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that are not given as flags are "
         "those of that run",
+        unset="a new run",
         group="run",
     )
 

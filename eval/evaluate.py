@@ -31,7 +31,7 @@ from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import run_document, saved_settings, write_json
 from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory
-from engine.settings import FALLBACKS
+from engine.settings import ENGINE, FALLBACKS, OURS, PAPER_GRPO, PAPER_SFT
 from engine.tracking import Progress
 from eval.metrics import (
     bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
@@ -236,16 +236,23 @@ def _kept(partial: Path, name: str) -> Iterator[Callable[[list[dict]], None]]:
 
 # ---- show -----------------------------------------------------------------------------------------------------------
 _BASELINE_TITLES = {"most_frequent": "most frequent", "all_labels": "all labels", "prevalence_matched": "prevalence-matched"}
+_POLICY_TITLES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}  # beside "empty", the row of the data set
 _NAME_WIDTH = 22
 
 
 def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
-    """The table of scores by data set, each above its baselines, at most 100 columns wide. per_label: all labels below."""
+    """The table of scores by data set, at most 100 columns wide: below each, its F1 under the other two treatments of failed
+    answers (where there are any), and its baselines. per_label: all labels below.
+    """
     table = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
     for name, scores in results.items():
         values = {"jaccard": scores["jaccard"]} | _f1(scores)
         shown = [f"{values[metric]:.3f} ({low:.3f}-{high:.3f})" for metric, (low, high) in _in_order(scores["intervals"])]
         table.append((_clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
+        if scores["fail_rate"]:
+            for key, title in _POLICY_TITLES.items():
+                policy = scores["failure_policies"][key]
+                table.append((f"  {title}", "", "", f"{policy['micro_f1']:.3f}", f"{policy['macro_f1']:.3f}", ""))
         for key, title in _BASELINE_TITLES.items():
             table.append((f"  {title}", "", *(f"{value:.3f}" for _, value in _in_order(scores["baselines"][key])), ""))
     references = sorted({scores["baselines"]["most_frequent"]["reference"] for scores in results.values()})
@@ -366,29 +373,36 @@ def _row_problems(row: object) -> list[str]:
 class EvalConfig:
     """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the help says."""
 
-    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'; without it, the adapter's base")
-    adapter_name_or_path: str | None = setting(None, "folder of a LoRA adapter; without it, the base model itself is evaluated")
+    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'", unset="the adapter's base")
+    adapter_name_or_path: str | None = setting(None, "folder of a LoRA adapter", unset="none: the base model itself is evaluated")
     data_file: tuple[str, ...] = setting(
         (), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",))
     predictions: tuple[str, ...] = setting((), "predictions files to score again without a model, each NAME=FILE")
-    image_root: str | None = setting(None, "folder that image paths are relative to; without it, each data file's own")
+    image_root: str | None = setting(None, "folder that image paths are relative to", unset="each data file's own folder")
     train_file: str | None = setting(
-        None, "training data whose label frequencies the baselines imitate; without it, each data set's own")
-    output_dir: str | None = setting(None, "where predictions and scores go; without it, a new folder runs/<time>-eval")
-    max_samples: int | None = setting(None, "use only the first so many rows of each data set")
-    prompt: str | None = setting(None, f"instruction: {', '.join(PROMPTS)}; else free_reasoning")
-    answer_format: str | None = setting(None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}; else the prompt's")
-    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding")
-    top_p: float = setting(0.95, "nucleus of the sampler; no effect at temperature 0")
-    max_completion_length: int | None = setting(None, "where a completion is cut; else 512", unit="tokens")
-    per_device_eval_batch_size: int = setting(8, "images decoded together")
+        None, "training data whose label frequencies the baselines imitate", unset="each data set's own frequencies")
+    output_dir: str | None = setting(None, "where predictions and scores go", unset="a new folder runs/<time>-eval")
+    max_samples: int | None = setting(None, "use only the first so many rows of each data set", unset="all", unit="rows")
+    prompt: str | None = setting(None, f"instruction: {', '.join(PROMPTS)}", unset="the adapter's run's, else free_reasoning")
+    answer_format: str | None = setting(
+        None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}", unset="the adapter's run's, else the prompt's own")
+    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding", source=OURS)
+    top_p: float = setting(0.95, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO)
+    max_completion_length: int | None = setting(
+        None, "where a completion is cut", unset="the adapter's run's, else 512", unit="tokens", source=OURS)
+    per_device_eval_batch_size: int = setting(
+        8, "images decoded together; changes no greedy answer", unit="images", source=ENGINE)
     min_visual_tokens: int | None = setting(
-        None, "smallest size of an image (Qwen2.5-VL); else 256", unit="tokens", source="paper 3.2.1")
+        None, "an image is enlarged to at least this many visual tokens; Gemma 3 has a fixed number",
+        unset="the adapter's run's, else 256", unit="tokens", source=PAPER_SFT)
     max_visual_tokens: int | None = setting(
-        None, "largest size of an image (Qwen2.5-VL); else 512", unit="tokens", source="paper 3.2.1")
-    num_threads: int | None = setting(None, "CPU threads of torch; else torch's own choice", unit="threads")
-    bf16: bool | None = setting(None, "base model in bfloat16 rather than float32; else true on a GPU and false on a CPU")
-    seed: int = setting(0, "of the sampler, the intervals and the random baseline")
+        None, "an image is reduced to at most this many visual tokens", unset="the adapter's run's, else 512", unit="tokens",
+        source=PAPER_SFT)
+    num_threads: int | None = setting(
+        None, "CPU threads of torch", unset="the adapter's run's, else torch's own choice", unit="threads")
+    bf16: bool | None = setting(
+        None, "base model in bfloat16 rather than float32", unset="the adapter's run's, else true on a GPU and false on a CPU")
+    seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
 
 
 # What an evaluation takes over from the run that trained the adapter: {setting: (type, value where there is no such run)}.

@@ -53,11 +53,6 @@ def multilabel_scores(
     }
 
 
-def mean_jaccard(targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None) -> float:
-    """Mean of `jaccard_per_image`, 0 without any image."""
-    return float(jaccard_per_image(targets, predictions, evaluated).mean()) if len(targets) else 0.0
-
-
 def jaccard_per_image(
     targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None, num_unknown: np.ndarray | None = None
 ) -> np.ndarray:

@@ -1,9 +1,10 @@
 """What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in TensorBoard, its state in a
-checkpoint.
+checkpoint; and what is noted of an evaluation.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from data.answers import parse_answer
 from data.images import load_image
+from data.labels import Target
 from data.records import Example
+from engine.run import TrainerState
 from engine.tracking import RunLogger, escape_markdown
 from rl.objective import ZERO_VARIANCE
-from rl.rewards import Reward
+from rl.rewards import Reward, RewardFunction
 from rl.rollout import Sample
+
+LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")  # of the evaluated metrics
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -165,3 +170,39 @@ def unpack_samples(
             )
         )
     return samples
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+def mean_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction], trained_reward: str) -> dict[str, float]:
+    """Means over the rows of a predictions file: `rewards/<name>/mean` in the reward's own units, `reward` as it is trained on.
+
+    Nothing is observed: the windows stay those of the rollouts.
+    """
+    means = Counter()
+    for row in rows:
+        answer = parse_answer(row["completion"], row["answer_format"])
+        target = Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"]))
+        for name, function in reward_functions.items():
+            reward = function(answer, target, row["completion_length"])
+            means[f"rewards/{name}/mean"] += reward.total / len(rows)
+            means["reward"] += function.scaled(reward) / len(rows) if name == trained_reward else 0.0
+    return dict(means)
+
+
+def record_evaluation(metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None) -> None:
+    """Log the metrics of each set and the gap between them, and note whether this checkpoint is the best.
+
+    gap: how much better the first set (hospital) is served than the others, in macro-F1, each over its own labels as in the
+    paper. chosen: "<set>/<metric>" or "gap", what the best is chosen by; None for the first set's macro_f1.
+    """
+    names = list(metrics)
+    for name in names:
+        log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
+    flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
+    if len(names) > 1:
+        others = [metrics[name]["macro_f1"] for name in names[1:]]
+        flat["gap"] = metrics[names[0]]["macro_f1"] - sum(others) / len(others)
+        log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
+    if names:
+        chosen = chosen or f"{names[0]}/macro_f1"
+        state.record_evaluation(flat[chosen], greater_is_better=chosen.rpartition("/")[2] not in LOWER_IS_BETTER)

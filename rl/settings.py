@@ -1,11 +1,11 @@
-"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them, and what the SFT run fills in."""
+"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them, what the SFT run fills in."""
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from data.records import Example
 from engine.config import Resolved, UsageError, setting
@@ -15,6 +15,11 @@ from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
 
+RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
+# What an evaluation measures on each validation set; two sets or more also have a gap (rl/records.py).
+SET_METRICS = ("macro_f1", "micro_f1", "jaccard", "fail_rate", "invalid_rate", "completion_length", "reward",
+               *(f"rewards/{name}/mean" for name in get_args(RewardName)))
+
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
@@ -22,7 +27,8 @@ class GRPOConfig(TrainingConfig):
 
     adapter_name_or_path: str | None = setting(
         None,
-        "the SFT adapter to start from, which also is the frozen reference (default: the newest finished SFT run under runs/)",
+        "the SFT adapter to start from, which also is the frozen reference",
+        unset="the newest finished SFT run under runs/",
         group="model and data",
     )
     learning_rate: float = setting(1e-5, "peak learning rate of AdamW", source=OURS, group="optimization")
@@ -32,22 +38,22 @@ class GRPOConfig(TrainingConfig):
     )
     max_grad_norm: float = setting(1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization")
 
-    num_generations: int = setting(4, "G, completions of each prompt", source=PAPER_GRPO, group="rollout")
+    num_generations: int = setting(4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout")
     temperature: float = setting(0.8, "sampling temperature, also of every log-probability", source=PAPER_GRPO, group="rollout")
     top_p: float = setting(0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout")
     steps_per_generation: int | None = setting(
-        None, "micro-batches in a rollout (default: 2 x gradient_accumulation_steps, so two optimizer steps use one rollout)",
+        None, "micro-batches in a rollout", unset="2 x gradient_accumulation_steps, so two optimizer steps use one rollout",
         unit="micro-batches", source=OURS, group="rollout")
-    num_iterations: int = setting(1, "passes over each rollout", source=OURS, group="rollout")
+    num_iterations: int = setting(1, "how often each rollout is gone through", unit="passes", source=OURS, group="rollout")
     mask_truncated_completions: bool = setting(
         False, "leave completions without a stop token out of the loss", source=OURS, group="rollout"
     )
 
-    reward: Literal["hard", "nuanced"] = setting(
+    reward: RewardName = setting(
         "hard", "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged", source=PAPER_GRPO, group="reward"
     )
     reward_scale: float | None = setting(
-        None, "multiplies the reward before advantages (default: hard 1, nuanced 0.01)", source=OURS, group="reward"
+        None, "multiplies the reward before advantages", unset="1 for hard, 0.01 for nuanced", source=OURS, group="reward"
     )
     length_penalty: float = setting(0.1, "lambda_len of Eq. 3", source=OURS, group="reward")
     min_length: int = setting(
@@ -59,15 +65,16 @@ class GRPOConfig(TrainingConfig):
     )
 
     eval_steps: int | None = setting(
-        100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", group="evaluation"
+        100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", source=OURS, group="evaluation"
     )
     metric_for_best_model: str | None = setting(
         None,
-        "NAME/METRIC of the evaluation that chooses the best checkpoint, or gap (default: the first set's macro_f1)",
+        f"which evaluated number chooses the best checkpoint: NAME/METRIC, with METRIC one of {', '.join(SET_METRICS)}; or gap",
+        unset="the first set's macro_f1",
         group="evaluation",
     )
     load_best_model_at_end: bool = setting(
-        False, "make the best checkpoint the final adapter, not the last one", group="evaluation"
+        False, "make the best checkpoint the final adapter, not the last one", source=OURS, group="evaluation"
     )
 
 
@@ -85,10 +92,12 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
     sets = [entry.partition("=")[0] for entry in config.validation_file]
-    chosen = config.metric_for_best_model
-    if chosen is not None and (len(sets) < 2 if chosen == "gap" else chosen.partition("/")[0] not in sets):
-        found.append(f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}), "
-                     "or gap with at least two sets")
+    name, _, metric = (config.metric_for_best_model or "").partition("/")
+    if config.metric_for_best_model == "gap" and len(sets) < 2:
+        found.append(f"--metric_for_best_model gap: needs two sets of --validation_file or more, there are {len(sets)}")
+    elif config.metric_for_best_model not in (None, "gap") and not (name in sets and metric in SET_METRICS):
+        found.append(f"--metric_for_best_model {config.metric_for_best_model}: write NAME/METRIC with a NAME of --validation_file "
+                     f"({', '.join(sets) or 'none given'}) and a METRIC of {', '.join(SET_METRICS)}; or gap")
     return found or batch_problems(config)
 
 

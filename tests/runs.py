@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator  # what its pages are made of
+from tensorboard.util.tensor_util import make_ndarray
 
 import run_grpo
 import run_sft
@@ -81,6 +83,13 @@ def train_log(run: Path) -> list[dict]:
 
 def eval_log(run: Path) -> list[dict]:
     return [line for line in lines(run / "metrics.jsonl") if line["split"] == "eval"]
+
+
+def tensorboard(run: Path) -> dict[str, list[tuple[int, object]]]:
+    """{tag: [(step, value)]} of all that TensorBoard shows of a run: scalars, images, text; wall-clock times apart."""
+    events = EventAccumulator(str(run), size_guidance={TENSORS: 0}).Reload()
+    return {tag: [(event.step, make_ndarray(event.tensor_proto).tolist()) for event in events.Tensors(tag)]
+            for tag in events.Tags()[TENSORS] if not is_timing(tag.removeprefix("train/"))}
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

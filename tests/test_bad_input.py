@@ -124,10 +124,12 @@ def test_truncated_adapter(refused, grpo_flags, tiny_sft_run, tmp_path):
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["sft", "grpo"])
-def test_row_with_a_missing_image(refused, script, sft_flags, grpo_flags, changed_data, tiny_data):
+@pytest.mark.parametrize("flag", ["--train_file", "--validation_file"])
+def test_row_with_a_missing_image(refused, script, flag, sft_flags, grpo_flags, changed_data, tiny_data):
     main, flags = (run_sft.main, sft_flags) if script == "sft" else (run_grpo.main, grpo_flags)
     file = changed_data(5, image="gone.png")
-    (line,) = refused(main, *flags, "--train_file", str(file), "--image_root", str(tiny_data.parent))
+    value = str(file) if flag == "--train_file" else f"site={file}"
+    (line,) = refused(main, *flags, flag, value, "--image_root", str(tiny_data.parent))
     root = tiny_data.parent
     assert line == f"example 'e5': image 'gone.png': no such file under the image root {root}; check the row or --image_root"
 
@@ -137,8 +139,8 @@ def test_row_with_a_missing_image(refused, script, sft_flags, grpo_flags, change
 def test_empty_data_set(refused, script, sft_flags, grpo_flags, tmp_path, content):
     main, flags = (run_sft.main, sft_flags) if script == "sft" else (run_grpo.main, grpo_flags)
     (tmp_path / "none.jsonl").write_text(content)
-    assert refused(main, *flags, "--train_file",
-                   "none.jsonl") == ["none.jsonl: the file holds no examples; it needs at least one"]
+    for flag, value in (("--train_file", "none.jsonl"), ("--validation_file", "site=none.jsonl")):
+        assert refused(main, *flags, flag, value) == ["none.jsonl: the file holds no examples; it needs at least one"]
 
 
 def test_missing_data_file(refused, sft_flags):
@@ -252,14 +254,16 @@ def test_objective_out_of_range(refused, grpo_flags):
         "beta is -1.0; it must not be negative"]
 
 
-def test_unknown_metric_for_the_best_model_is_found_at_the_first_evaluation(grpo_flags, tiny_data, tmp_path, capsys):
-    run = tmp_path / "run"
-    flags = [*grpo_flags, "--validation_file", f"site={tiny_data}", "--metric_for_best_model", "site/f1", "--output_dir",
-             str(run)]
-    assert main_guard(lambda: run_grpo.main(flags)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: --metric_for_best_model site/f1: not evaluated; there are site/macro_f1, site/micro_f1, ")
-    assert not (run / "completions.jsonl").exists()  # before the first rollout
+@pytest.mark.parametrize("chosen", ["site/f1", "other/macro_f1", "macro_f1", "site/rewards/soft/mean", "site", "site/gap"])
+def test_unknown_metric_for_the_best_model(refused, grpo_flags, tiny_data, chosen):
+    (line,) = refused(run_grpo.main, *grpo_flags, "--validation_file", f"site={tiny_data}", "--metric_for_best_model", chosen)
+    assert line.startswith(f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file (site) and a METRIC "
+                           "of macro_f1, micro_f1, ") and "rewards/hard/mean, rewards/nuanced/mean; or gap" in line
+
+
+def test_a_gap_needs_two_sets(refused, grpo_flags, tiny_data):
+    assert refused(run_grpo.main, *grpo_flags, "--validation_file", f"site={tiny_data}", "--metric_for_best_model", "gap") == [
+        "--metric_for_best_model gap: needs two sets of --validation_file or more, there are 1"]
 
 
 # ---- folders and checkpoints ----------------------------------------------------------------------------------------
@@ -299,10 +303,12 @@ def locked_by_another_process():
         process.communicate("")
 
 
-def test_output_folder_in_use_by_another_process(refused, sft_flags, tiny_sft_run, tmp_path, locked_by_another_process):
+def test_output_folder_in_use_by_another_process(refused, sft_flags, grpo_flags, tiny_sft_run, tmp_path,
+                                                 locked_by_another_process):
     (tmp_path / "busy").mkdir()
     process = locked_by_another_process(tmp_path / "busy")
     assert refused(run_sft.main, *sft_flags, "--output_dir", "busy") == [f"busy is in use by another run (process {process})"]
+    assert refused(run_grpo.main, *grpo_flags, "--output_dir", "busy") == [f"busy is in use by another run (process {process})"]
     copy = shutil.copytree(tiny_sft_run("qwen2_5_vl"), tmp_path / "running", symlinks=True)
     process = locked_by_another_process(copy)
     assert refused(run_sft.main, "--resume_from_checkpoint",

@@ -23,7 +23,7 @@ from engine.config import (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model_name_or_path: str | None = setting(None, "the base model")
+    model_name_or_path: str | None = setting(None, "the base model", unset="the adapter's")
     bf16: bool = setting(True, "keep the base in bfloat16; saves 50% of the memory")
 
 
@@ -352,6 +352,7 @@ def test_help_names_default_unit_source_and_groups(capsys):
     assert "peak learning rate [default 5e-05; paper 3.2.1]" in text
     assert "steps of warm-up [default 0 optimizer steps]" in text
     assert "stop here [default none; in optimizer steps]" in text
+    assert "the base model [default the adapter's]" in text  # what none stands for
     assert "saves 50% of the memory [default true] (off: --no_bf16)" in text
     assert "--epsilon_low FLOAT, --epsilon FLOAT lower clip [default 0.15]" in text
     assert "--estimator {k1,k2,k3}" in text

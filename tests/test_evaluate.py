@@ -238,10 +238,13 @@ def test_nothing_to_score_is_an_error():
 # ---- show -----------------------------------------------------------------------------------------------------------
 def test_table_of_scores():
     table = format_scores({"site-a": score(hand_rows(patient="the same"))}, per_label=True).splitlines()
-    prevalence = table.pop(4)
+    prevalence = table.pop(6)
+    # One of the four answers failed. Left out: TP 3, FN 1, so 6/7; all wrong: TP 3, FP 2, FN 2, so 6/10 (labels: see above).
     assert table == [
         "data set              n  Jaccard              micro-F1             macro-F1              fail",
         "site-a                4  0.333 (0.333-0.333)  0.750 (0.750-0.750)  0.667 (0.667-0.667)  0.250",
+        "  failed left out                             0.857                0.667",
+        "  failed all wrong                            0.600                0.489",
         "  most frequent          0.375                0.444                0.222",
         "  all labels             0.417                0.588                0.578",
         "(95 % interval by patient); failed answers count as empty, answers not in the format have Jaccard 0;",
@@ -253,6 +256,7 @@ def test_table_of_scores():
         "Fracture       0.000   0.000  0.000        2",
     ]
     assert prevalence.startswith("  prevalence-matched     0.")
+    assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]  # all three figures are the same
 
 
 def test_table_is_at_most_100_columns_wide():

@@ -10,7 +10,7 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from data.labels import LABELS
 from eval.metrics import (
-    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, mean_jaccard, multilabel_scores, predict_all_labels,
+    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
     predict_by_prevalence, predict_most_frequent,
 )
 
@@ -123,19 +123,18 @@ def test_label_matrix_places_labels_in_their_columns():
     assert label_matrix([], ABC).shape == (0, 3)
 
 
-def test_mean_jaccard():
+def test_jaccard_of_each_image():
     # Rows: 1 shared of 2; both empty = 1; 0 of 1; 2 of 3.
     targets, predictions = bools("110", "000", "000", "110"), bools("100", "000", "001", "111")
-    assert mean_jaccard(targets, predictions) == pytest.approx((1 / 2 + 1 + 0 + 2 / 3) / 4)
+    assert jaccard_per_image(targets, predictions).tolist() == pytest.approx([1 / 2, 1, 0, 2 / 3])
     # Without the third label: 1 of 2; 1; both empty = 1; 2 of 2.
-    assert mean_jaccard(targets, predictions, bools(*["110"] * 4)) == pytest.approx((1 / 2 + 1 + 1 + 1) / 4)
-    assert mean_jaccard(np.zeros((0, 3), bool), np.zeros((0, 3), bool)) == 0.0
+    assert jaccard_per_image(targets, predictions, bools(*["110"] * 4)).tolist() == pytest.approx([1 / 2, 1, 1, 1])
 
 
-def test_mean_jaccard_equals_scikit_learn():
+def test_jaccard_equals_scikit_learn():
     targets, predictions = random_case(0)
     targets[:, 0] = True  # scikit-learn scores empty against empty with zero_division, which is not at issue here
-    assert mean_jaccard(targets, predictions) == pytest.approx(jaccard_score(targets, predictions, average="samples"))
+    assert jaccard_per_image(targets, predictions).mean() == pytest.approx(jaccard_score(targets, predictions, average="samples"))
 
 
 def test_failed_answers_are_treated_in_three_ways():

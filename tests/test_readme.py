@@ -60,3 +60,23 @@ def test_nothing_is_left_to_fill_in():
 
 def test_the_demo_splits_named_exist():
     assert set(re.findall(r"demo:([a-z-]+)", README)) <= set(WRITTEN_SPLITS)
+
+
+# Plain numbers: ratios, ranks, seeds, and what stands in a formula.
+WITHOUT_UNIT = {
+    "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "validation_split", "lora_r", "lora_alpha", "lora_dropout",
+    "seed", "temperature", "top_p", "reward_scale", "length_penalty", "epsilon_low", "epsilon_high"}
+
+
+@pytest.mark.parametrize("owner", [SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig])
+def test_every_setting_of_the_commands_explains_itself(owner):
+    for field in dataclasses.fields(owner):
+        what = f"{owner.__name__}.{field.name}"
+        assert field.metadata["help"], what
+        if field.default is None:  # `none` says nothing: what happens then?
+            assert field.metadata["unset"], what
+        elif field.default != ():
+            assert field.metadata["source"], what
+        is_number = any(kind in str(field.type) for kind in ("int", "float"))
+        assert bool(field.metadata.get("unit")) == (is_number and field.name not in WITHOUT_UNIT), what
+        assert "default" not in field.metadata["help"], f"{what}: the default stands in the brackets"

@@ -21,7 +21,8 @@ from data.records import DataError
 from engine.runtime import main_guard
 from rl.rewards import NuancedReward
 from runs import (
-    adapter, assert_same_run, document, equal_tensors, grpo, largest_difference, lines, sft, snapshot, speak, write_rows)
+    adapter, assert_same_run, document, equal_tensors, grpo, largest_difference, lines, sft, snapshot, speak, tensorboard,
+    write_rows)
 
 # 12 rows in steps of 4: 3 steps an epoch. Logged every 2 steps, so that some checkpoints lie between two logs.
 SFT_FLAGS = ("--num_train_epochs", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
@@ -102,9 +103,11 @@ def test_sft_goes_on_bit_for_bit(straight_sft, tmp_path, step, place):
     if place == "in place":
         assert resume(run_sft.main, copy / f"checkpoint-{step}") == 0
         assert_same_run(straight_sft, copy)
+        assert tensorboard(copy) == tensorboard(straight_sft)
     else:
         assert resume(run_sft.main, copy / f"checkpoint-{step}", "--output_dir", str(tmp_path / "elsewhere")) == 0
         assert_same_run(straight_sft, tmp_path / "elsewhere")
+        assert tensorboard(tmp_path / "elsewhere") == tensorboard(straight_sft)
         assert snapshot(copy) == before
     assert snapshot(straight_sft) == before  # where the run was first written does not matter any more
 
@@ -117,9 +120,11 @@ def test_grpo_goes_on_bit_for_bit(straight_grpo, tmp_path, step, place):
     if place == "in place":
         assert resume(run_grpo.main, copy / f"checkpoint-{step}") == 0
         assert_same_run(straight_grpo, copy)
+        assert tensorboard(copy) == tensorboard(straight_grpo)
     else:
         assert resume(run_grpo.main, copy / f"checkpoint-{step}", "--output_dir", str(tmp_path / "elsewhere")) == 0
         assert_same_run(straight_grpo, tmp_path / "elsewhere")
+        assert tensorboard(tmp_path / "elsewhere") == tensorboard(straight_grpo)
         assert snapshot(tmp_path / "elsewhere/reference") == snapshot(straight_grpo / "reference")
         assert snapshot(copy) == before
     assert snapshot(straight_grpo) == before
@@ -158,6 +163,16 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_with_a_note(straight_sft, t
     err = capsys.readouterr().err
     assert "passed over a damaged checkpoint: " in err and "checkpoint-6: optimizer.safetensors" in err
     assert_same_run(straight_sft, copy)
+
+
+def test_a_corrupted_checkpoint_that_is_named_is_refused(straight_grpo, tmp_path, capsys):
+    copy = shutil.copytree(straight_grpo, tmp_path / "copy", symlinks=True)
+    file = copy / "checkpoint-3/rollout.safetensors"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])  # one bit
+    before = snapshot(copy)
+    (line,) = refused(run_grpo.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-3"))
+    assert line.endswith("checkpoint-3: rollout.safetensors: its content was altered (SHA-256 differs from the manifest)")
+    assert snapshot(copy) == before
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -266,6 +281,24 @@ def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(straight_grpo, s
         assert (run / "last").readlink().name == "checkpoint-2"
         assert resume(main, run) == 0
         assert_same_run(straight, run)
+
+
+def test_an_evaluation_that_fails_loses_no_step(straight_grpo, start_grpo, tmp_path, monkeypatch):
+    """As where an image of a validation set has become unreadable; once it is mended, the run goes on as before."""
+    evaluate, run = run_grpo.evaluate_policy, tmp_path / "run"
+
+    def broken(*arguments):
+        if arguments[-1] == 3:  # the step
+            raise DataError(["example 'e1': not a readable JPEG or PNG"])
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(run_grpo, "evaluate_policy", broken)
+        with pytest.raises(DataError):
+            start_grpo(run, "--save_steps", "none")
+    assert (run / "last").readlink().name == "checkpoint-3"
+    assert resume(run_grpo.main, run) == 0
+    assert_same_run(straight_grpo, run)
 
 
 # ---- what may and may not change ------------------------------------------------------------------------------------

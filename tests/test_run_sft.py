@@ -5,11 +5,12 @@ Run: pytest tests/test_run_sft.py
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import run_sft
@@ -17,6 +18,8 @@ from data.collate import collate_rows
 from data.encode import Encoder
 from data.prompts import PROMPTS
 from data.records import read_jsonl
+from engine.run import shuffled
+from run_sft import SFTConfig, step_counts
 from runs import adapter, document, equal_tensors, eval_log, largest_difference, lines, sft, train_log, write_rows
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
@@ -152,6 +155,20 @@ def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(tiny_checkpoin
         "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-30")
     logprobs, _ = by_hand(tiny_checkpoint("qwen2_5_vl"), tmp_path / "run", few)
     assert train_log(tmp_path / "run")[0]["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=2e-5)
+    # The same rows in steps of 2 x 2: the last step of the epoch has one row, and the next epoch begins with four again.
+    sft(tiny_checkpoint("qwen2_5_vl"), few, tmp_path / "short", "--max_steps", "3", "--lora_dropout", "0", "--validation_file",
+        f"site={few}", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-30")
+    first, second = shuffled(5, 0, 42), shuffled(5, 1, 42)
+    expected = [-torch.cat([logprobs[i] for i in rows]).mean().item() for rows in (first[:4], first[4:], second[:4])]
+    assert [entry["loss"] for entry in train_log(tmp_path / "short")] == pytest.approx(expected, abs=2e-5)
+    assert min(abs(one - other) for one in expected for other in expected if one != other) > 1e-4  # or it would not show
+
+
+def test_steps_by_hand():
+    config = SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1.5)
+    # 21 rows in steps of 8: 3 an epoch, the last of 5 rows. 1.5 epochs are 4.5 steps, so 5.
+    assert step_counts(config, 21) == (3, 5)
+    assert step_counts(replace(config, max_steps=4), 21) == (3, 4)
 
 
 def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(family, tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
@@ -173,6 +190,22 @@ def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(family, tiny_chec
             if "lora_" not in name}
     before = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint(family)).state_dict()
     assert base.keys() == before.keys() and all(torch.equal(base[name], before[name]) for name in before)
+
+
+def test_bf16_and_gradient_checkpointing_train_fp32_adapters(family, tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
+    monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
+    flags = ("--max_steps", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--lora_dropout", "0",
+             "--validation_file", f"site={tiny_data}")
+    for name, more in (("fp32", ()), ("bf16", ("--bf16", "--gradient_checkpointing"))):
+        assert sft(tiny_checkpoint(family), tiny_data, tmp_path / name, *flags, *more) == 0
+    losses, mixed = ([entry["loss"] for entry in train_log(tmp_path / name)] for name in ("fp32", "bf16"))
+    # bf16 keeps 8 bits, a relative 2^-8 = 0.4 %; the losses are about 5.6 nats, so it shows and stays below a few times 0.02.
+    assert mixed != losses and mixed == pytest.approx(losses, abs=0.06)
+    assert mixed[-1] < mixed[0] - 0.1
+    assert {tensor.dtype for tensor in adapter(tmp_path / "bf16").values()} == {torch.float32}
+    state = load_file(tmp_path / "bf16/last/optimizer.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def scripted(monkeypatch, losses: list[float]) -> None:
