@@ -131,7 +131,8 @@ class RunLogger:
         with self._degrading("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
-            purge_step = None if resume_step is None else resume_step + 1
+            # A new run marks its start too: TensorBoard takes only a second mark for a restart, and drops nothing at the first.
+            purge_step = 0 if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge_step)
 
     def scalars(

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from engine import tracking as module
 from engine.tracking import MetricAccumulator, Progress, RunLogger, escape_markdown, is_timing, set_later_lines_aside
@@ -133,6 +135,9 @@ def test_resuming_moves_later_and_torn_lines_aside_and_tells_tensorboard(tmp_pat
     assert [row["id"] for row in rows_of(tmp_path / "completions.after-2.jsonl")] == ["3a", "3b"]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    # TensorBoard's pages read the files in another way, which drops points only at the second start that it sees.
+    pages = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tensors("train/loss")
+    assert [(event.step, float(make_ndarray(event.tensor_proto))) for event in pages] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert not list(tmp_path.glob(".tmp-*"))
 
 
