@@ -47,7 +47,7 @@ class SFTConfig(TrainingConfig):
     """Settings of supervised fine-tuning."""
 
     adapter_name_or_path: str | None = setting(
-        None, "adapter to go on training, with its own rank and alpha (default: a fresh one)", group="model and data")
+        None, "adapter to go on training, with its own rank and alpha", unset="a fresh one", group="model and data")
     lora_r: int = setting(16, "rank of the LoRA matrices", source=PAPER_SFT, group="adapter")
     lora_alpha: int = setting(32, "LoRA scaling: the update is multiplied by alpha / r", source=PAPER_SFT, group="adapter")
     lora_dropout: float = setting(0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter")
