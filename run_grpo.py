@@ -153,7 +153,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         if update == 0:
             log.append_jsonl("completions.jsonl", completion_rows(samples), step=state.global_step)
             show_samples(log, samples[: config.num_generations], state.global_step)
-        if state.global_step % config.logging_steps == 0:
+        if state.global_step % config.logging_steps == 0 or state.global_step == steps:
             log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
         bar.update({"reward": sum(sample.reward for sample in samples) / len(samples), "loss": step_loss})
 

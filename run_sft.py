@@ -192,7 +192,7 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         metrics.add("num_tokens", state.num_tokens, reduction="max")
         metrics.add("step_time", time.perf_counter() - started)
         bar.update({"loss": step_loss})
-        if state.global_step % config.logging_steps == 0:
+        if state.global_step % config.logging_steps == 0 or state.global_step == total_steps:
             log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
 
         state.unlogged_metrics = metrics.state_dict()
