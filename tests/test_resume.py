@@ -149,9 +149,9 @@ def test_a_run_folder_or_a_link_names_a_checkpoint_too(straight_sft, tmp_path):
 def test_lines_after_the_resumed_step_are_kept_aside(straight_grpo, tmp_path):
     copy = shutil.copytree(straight_grpo, tmp_path / "copy", symlinks=True)
     assert resume(run_grpo.main, copy / "checkpoint-2") == 0
-    # Logged at steps 2 and 4; evaluated at 0, 3 and 5 (two sites and the gap); rollouts at 1, 3 and 5.
+    # Logged at steps 2, 4 and at the end, 5; evaluated at 0, 3 and 5 (two sites and the gap); rollouts at 1, 3 and 5.
     aside = lines(copy / "metrics.after-2.jsonl")
-    assert [(line["step"], line["split"]) for line in aside] == [(3, "eval")] * 3 + [(4, "train")] + [(5, "eval")] * 3
+    assert [(line["step"], line["split"]) for line in aside] == [(3, "eval")] * 3 + [(4, "train"), (5, "train")] + [(5, "eval")] * 3
     assert aside == [line for line in lines(straight_grpo / "metrics.jsonl") if line["step"] > 2]
     assert [line["step"] for line in lines(copy / "completions.after-2.jsonl")] == [3] * 8 + [5] * 8
 
