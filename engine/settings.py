@@ -99,7 +99,7 @@ class TrainingConfig:
     output_dir: str | None = setting(
         None, "run folder", unset="runs/<time>-sft or -grpo under the current folder", group="run"
     )
-    logging_steps: int = setting(1, "metrics are logged every so many steps", unit="optimizer steps", source=ENGINE, group="run")
+    logging_steps: int = setting(1, "metrics are logged every so many steps, and at the last", unit="optimizer steps", source=ENGINE, group="run")
     save_steps: int | None = setting(
         None, "a checkpoint every so many steps, beside those at every evaluation", unset="only those", unit="optimizer steps",
         group="run"
