@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from data.images import load_image
 from data.prompts import Prompt, build_messages
@@ -74,15 +75,11 @@ class Encoder:
         """Tokenizer and image processor of a checkpoint (a local folder or a hub name).
 
         min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes the image to lie between
-        them; Gemma 3 always has the 256 (mm_tokens_per_image) of its configuration and ignores them. Raises ValueError for
-        another family.
+        them; Gemma 3 always has the 256 (mm_tokens_per_image) of its configuration and ignores them. Raises ValueError and
+        OSError as `read_config` does.
         """
-        config = _read_config(path)
-        family = config.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(
-                f"{path} is a {family!r} model; this engine trains {' and '.join(FAMILIES)} models (config.json, model_type)"
-            )
+        config = read_config(path)
+        family = config["model_type"]
         tokenizer = AutoTokenizer.from_pretrained(path)
         if family == "gemma3":
             image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -175,8 +172,18 @@ class Encoder:
         return ids
 
 
-def _read_config(path: str | Path) -> dict:
-    """config.json of a checkpoint as written, before any class interprets it."""
-    from transformers.utils import cached_file
+def read_config(path: str | Path) -> dict:
+    """config.json of a checkpoint (a local folder or a hub name) as written, before any class interprets it.
 
-    return json.loads(Path(cached_file(str(path), "config.json")).read_text(encoding="utf-8"))
+    Raises ValueError for one that is not JSON or of another family, OSError where there is none or the hub gives none.
+    """
+    file = cached_file(str(path), "config.json")
+    if file is None:  # the hub's answer for a repository without one
+        raise OSError(f"{path} holds no config.json")
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its config.json is not valid JSON ({error})") from error
+    if config.get("model_type") not in FAMILIES:
+        raise ValueError(f"a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models")
+    return config

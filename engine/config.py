@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-RECIPE_TABLES = ("sft", "grpo", "eval")  # one table per script; keys above the first table are shared by all of them
+RECIPE_TABLES = ("sft", "grpo", "eval", "merge")  # one table per script; keys above the first table are shared by all of them
 
 
 class UsageError(ValueError):

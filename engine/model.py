@@ -6,13 +6,13 @@ base.
 """
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from data.encode import FAMILIES, Encoder
+from data.encode import Encoder, read_config
 from engine.config import UsageError
 from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids
 
 DEMO = "demo"  # the embedded checkpoint's name; adapters trained on it name their base so, not by a path of this machine
 POLICY, REFERENCE = "default", "reference"
+_HUB_ADVICE = ("A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a gated one accept its "
+               "licence at https://huggingface.co/{} and run `hf auth login`")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,12 @@ def model_path(name: str) -> str:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: torch.device, min_visual_tokens: int, max_visual_tokens: int
+    name: str, *, dtype: torch.dtype | Literal["auto"], device: torch.device, min_visual_tokens: int, max_visual_tokens: int
 ) -> LoadedModel:
-    """Load and freeze a base model of one of the two families. Raises UsageError (one line) where there is none at `name`."""
+    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its weights are stored in.
+
+    Raises UsageError (one line) where there is no such model at `name`.
+    """
     path = model_path(name)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
@@ -64,7 +69,8 @@ def load_model(
         base, loading = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:  # a file of the checkpoint is missing, damaged or of another kind
-        raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
+        advice = "" if looks_local(name) or not isinstance(error, OSError) else f". {_HUB_ADVICE.format(name)}"
+        raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}{advice}") from error
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = sorted(loading["missing_keys"])
         raise UsageError(
@@ -77,30 +83,27 @@ def load_model(
     return LoadedModel(name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer))
 
 
-def _check_checkpoint(name: str, path: str) -> None:
-    """Everything that can be said before weights are read, in one line. Hub names are left to transformers."""
-    from transformers.utils import cached_file
+def looks_local(name: str) -> bool:
+    """Whether `name` can only be a folder (or the demo): anything but owner/model, or owner/model where such a folder exists."""
+    return name == DEMO or name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).is_dir()
 
-    looks_local = name == DEMO or Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1
-    if not Path(path).is_dir() and looks_local:
+
+def _check_checkpoint(name: str, path: str) -> None:
+    """Everything that can be said before weights are read, in one line."""
+    if looks_local(name) and not Path(path).is_dir():
         raise UsageError(
             f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
         )
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if looks_local(name) and not (Path(path) / "config.json").is_file():
         raise UsageError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint")
     try:
-        config = json.loads(Path(cached_file(path, "config.json")).read_text(encoding="utf-8"))
+        read_config(path)
+    except ValueError as error:
+        raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
     except OSError as error:
         raise UsageError(
-            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). A hub model must exist and "
-            f"be reachable; for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`"
+            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). {_HUB_ADVICE.format(name)}"
         ) from error
-    except ValueError as error:
-        raise UsageError(f"--model_name_or_path {name}: its config.json is not valid JSON ({error})") from error
-    if config.get("model_type") not in FAMILIES:
-        raise UsageError(
-            f"--model_name_or_path {name}: a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models"
-        )
 
 
 def _first_line(error: Exception) -> str:

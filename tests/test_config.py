@@ -198,7 +198,7 @@ def test_precedence_is_default_then_recipe_shared_then_recipe_table_then_flag(re
         ('validation_file = "a=x"', "validation_file: expected an array, got the string 'a=x'"),
         ("validation_file = [1]", "validation_file: expected text, got the integer 1"),
         ('estimator = "k33"', "estimator: 'k33' is not one of k1, k2, k3"),
-        ("[sftt]\nbf16 = true", "unknown table [sftt]; did you mean sft?; known: sft, grpo, eval"),
+        ("[sftt]\nbf16 = true", "unknown table [sftt]; did you mean sft?; known: sft, grpo, eval, merge"),
         ("[sft]\nepsilon = 0.1\nepsilon_low = 0.2", "epsilon_low is given twice in [sft], once as an alias"),
         ("sft = 3", "unknown key 'sft'"),
         ("[sft]\n[sft.bf16]\nx = 1", "bf16 in [sft]: expected true or false, got the table {'x': 1}"),

@@ -212,5 +212,5 @@ def test_another_model_family_is_refused(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint("qwen2_5_vl"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="is a 'llama' model; this engine trains qwen2_5_vl and gemma3 models"):
+    with pytest.raises(ValueError, match="a 'llama' model; this engine trains qwen2_5_vl and gemma3 models"):
         encoder_of(folder)

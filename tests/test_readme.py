@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.demo.splits import WRITTEN_SPLITS
+from engine.merge import MergeConfig
 from eval.evaluate import EvalConfig
 from rl.objective import ObjectiveConfig
 from rl.settings import GRPOConfig
@@ -49,7 +50,8 @@ def test_every_file_of_the_layout_tree_exists():
 
 
 def test_every_flag_named_is_a_flag():
-    fields = {f.name for config in (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig) for f in dataclasses.fields(config)}
+    configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig)
+    fields = {field.name for config in configs for field in dataclasses.fields(config)}
     named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert named - fields == {"recipe"}  # which parse_config adds
 
