@@ -138,35 +138,69 @@ def gain(arm: np.ndarray, start: np.ndarray) -> str:
     return f"{difference.mean():+.3f} ({difference.std(ddof=1) / np.sqrt(len(difference)):.3f})"
 
 
-HEADER = ("seed", "", "hard, T", "gain", "nuanced, T", "gain", "hard, greedy", "gain", "micro-F1, T", "macro-F1, T", "micro-F1, greedy",
-          "macro-F1, greedy", "fail, T", "invalid, T")
+COLUMNS = ("hard, T", "gain", "nuanced, T", "gain", "hard, greedy", "gain", "micro-F1, T", "macro-F1, T", "micro-F1, greedy", "macro-F1, greedy",
+           "fail, T", "invalid, T")
 
 
-def table(folder: Path, study_seeds: Sequence[int], site: str) -> list[str]:
-    """One site in Markdown: a row for each seed and arm. Gains are over the same seed's SFT adapter, with their standard error."""
-    functions = build_rewards(grpo_settings(folder / f"grpo-hard-{study_seeds[0]}"), read_jsonl(folder / "demo-data/rl-train.jsonl"))
-    greedy, *sampled = MODES
+class Tables:
+    """The tables of one site in Markdown, from the answers in the study's folder. T: at the rollouts' temperature."""
 
-    def row(seed: str, title: str, name: str, start: str | None) -> list[str]:
-        at_t, at_0 = (read_answers(folder, name, modes, site, functions) for modes in (sampled, [greedy]))
-        gains = ["", "", ""]
-        if start:
-            start_t, start_0 = (read_answers(folder, start, modes, site, functions) for modes in (sampled, [greedy]))
-            gains = [gain(at_t.rewards["hard"], start_t.rewards["hard"]), gain(at_t.rewards["nuanced"], start_t.rewards["nuanced"]),
-                     gain(at_0.rewards["hard"], start_0.rewards["hard"])]
-        means = [answers.rewards[reward].mean() for answers, reward in ((at_t, "hard"), (at_t, "nuanced"), (at_0, "hard"))]
-        figures = (at_t.scores["micro"], at_t.scores["macro"], at_0.scores["micro"], at_0.scores["macro"], at_t.scores["fail"],
-                   at_t.scores["invalid"])
-        return [seed, title, *(cell for mean, text in zip(means, gains) for cell in (f"{mean:.3f}", text)), *(f"{f:.3f}" for f in figures)]
+    def __init__(self, folder: Path, study_seeds: Sequence[int], site: str):
+        self.folder, self.seeds, self.site = folder, study_seeds, site
+        self.functions = build_rewards(grpo_settings(folder / f"grpo-hard-{study_seeds[0]}"), read_jsonl(folder / "demo-data/rl-train.jsonl"))
+        self.read: dict[str, tuple[Answers, Answers]] = {}
 
-    rows = [row("", "base", "base", None)]
-    for seed in study_seeds:
-        rows += [row(str(seed), title, f"{arm}-{seed}", None if arm == "sft" else f"sft-{seed}") for arm, title in ARMS.items()]
-    baselines = json.loads((folder / f"answers/base-greedy/scores-{site}.json").read_text(encoding="utf-8"))["baselines"]
-    for name, figures in baselines.items():
-        jaccard, micro, macro = (f"{figures[key]:.3f}" for key in ("jaccard", "micro_f1", "macro_f1"))
-        rows.append(["", name.replace("_", " "), jaccard, "", "", "", jaccard, "", micro, macro, micro, macro, "", ""])
-    return ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
+    def answers(self, name: str) -> tuple[Answers, Answers]:
+        """(sampled, greedy)"""
+        if name not in self.read:
+            self.read[name] = tuple(read_answers(self.folder, name, modes, self.site, self.functions) for modes in (MODES[1:], MODES[:1]))
+        return self.read[name]
+
+    def figures(self, name: str) -> list[float]:
+        """The columns that are no gain."""
+        sampled, greedy = self.answers(name)
+        return [sampled.rewards["hard"].mean(), sampled.rewards["nuanced"].mean(), greedy.rewards["hard"].mean(), sampled.scores["micro"],
+                sampled.scores["macro"], greedy.scores["micro"], greedy.scores["macro"], sampled.scores["fail"], sampled.scores["invalid"]]
+
+    def gains(self, name: str, start: str) -> list[str]:
+        """The three columns of gains over the SFT adapter `start`."""
+        (sampled, greedy), (sampled_start, greedy_start) = self.answers(name), self.answers(start)
+        return [gain(sampled.rewards["hard"], sampled_start.rewards["hard"]), gain(sampled.rewards["nuanced"], sampled_start.rewards["nuanced"]),
+                gain(greedy.rewards["hard"], greedy_start.rewards["hard"])]
+
+    def row(self, *titles: str, names: Sequence[str], gains: Sequence[str] = ("", "", "")) -> list[str]:
+        """Figures are means over `names`."""
+        figures = [f"{value:.3f}" for value in np.mean([self.figures(name) for name in names], axis=0)]
+        return [*titles, *(cell for pair in zip(figures[:3], gains) for cell in pair), *figures[3:]]
+
+    def baselines(self, *titles: str) -> list[list[str]]:
+        scores = json.loads((self.folder / f"answers/base-greedy/scores-{self.site}.json").read_text(encoding="utf-8"))
+        rows = []
+        for name, figures in scores["baselines"].items():
+            jaccard, micro, macro = (f"{figures[key]:.3f}" for key in ("jaccard", "micro_f1", "macro_f1"))
+            rows.append([*titles, name.replace("_", " "), jaccard, "", "", "", jaccard, "", micro, macro, micro, macro, "", ""])
+        return rows
+
+    def by_seed(self) -> list[str]:
+        """A row for each seed and arm; gains over the same seed's SFT adapter, with their standard error."""
+        rows = [self.row("", "base", names=["base"])]
+        for seed in self.seeds:
+            for arm, title in ARMS.items():
+                gains = ("", "", "") if arm == "sft" else self.gains(f"{arm}-{seed}", f"sft-{seed}")
+                rows.append(self.row(str(seed), title, names=[f"{arm}-{seed}"], gains=gains))
+        return markdown(("seed", "", *COLUMNS), rows + self.baselines(""))
+
+    def summary(self) -> list[str]:
+        """A row for each arm: figures are means over the seeds, gains one for each seed."""
+        rows = [self.row("base", names=["base"])]
+        for arm, title in ARMS.items():
+            gains = [self.gains(f"{arm}-{seed}", f"sft-{seed}") for seed in self.seeds] if arm != "sft" else []
+            rows.append(self.row(title, names=[f"{arm}-{seed}" for seed in self.seeds], gains=[", ".join(column) for column in zip(*gains)] or ("", "", "")))
+        return markdown(("", *COLUMNS), rows + self.baselines())
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def main() -> None:
@@ -184,7 +218,8 @@ def main() -> None:
     answer(folder, "base", "--recipe", arguments.recipe, temperature=GRPOConfig().temperature)
     lines = []
     for site, split in SITES.items():
-        lines += [f"Site {site}, {split}", "", *table(folder, arguments.seeds, site), ""]
+        tables = Tables(folder, arguments.seeds, site)
+        lines += [f"Site {site}, {split}: means over seeds", "", *tables.summary(), "", f"Site {site}, {split}: each seed", "", *tables.by_seed(), ""]
     (folder / "study.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
