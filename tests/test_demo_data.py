@@ -1,5 +1,5 @@
 """Protects the embedded default: pictures that show their labels, two hospitals that differ, traces that parse, splits that
-cannot overlap, and a shipped base checkpoint that loads.
+cannot overlap, and base checkpoints of both families that have seen what fine-tuning needs and load.
 
     python -m pytest tests/test_demo_data.py
 """
@@ -15,23 +15,36 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from data.demo import splits
+from data import encode
+from data.demo import build_base, splits
+from data.demo.base_families import BASE_FAMILIES
 from data.demo.build_base import (
-    BASE_FOLDER, CHAT_TEMPLATE, SPECIAL_TOKENS, Encoder, image_processor, patchify, sample_task, tokenizer_corpus,
-    train_tokenizer,
+    Encoder, LocationHeads, Pictures, pretrain_all, pretrain_vision, sample_task, tokenizer_corpus, visual_tokens,
 )
 from data.demo.radiographs import IMAGE_SIZE, draw, draw_findings
 from data.demo.splits import SPLITS, WRITTEN_SPLITS, draw_split, seeds, write_split
 from data.demo.teacher import reasoning_trace
 from data.labels import LABELS, NIH_NINE, NO_FINDING, SUPPORT_DEVICES
-from data.prompts import PROMPTS, build_messages
+from data.prompts import PROMPTS
+from data.records import Example
 
 DRAWN_LABELS = [label for label in LABELS if label != NO_FINDING]
+SHIPPED = ["qwen2_5_vl"]  # families whose trained base is in the repository
+
+
+@pytest.fixture(scope="module", params=list(BASE_FAMILIES))
+def family(request):
+    return BASE_FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request):
+    return BASE_FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(BASE_FOLDER)
+def tokenizer(shipped):
+    return AutoTokenizer.from_pretrained(shipped.folder)
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +230,13 @@ def test_an_interrupted_redraw_leaves_no_data_file(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------------ base
 
-def test_patchify_equals_the_image_processor():
+def test_pixel_inputs_equal_the_image_processors(family):
     images = np.stack([draw(seed, "b").image for seed in range(2)])
-    pixel_values, grid = patchify(images)
-    expected = image_processor()(images=[Image.fromarray(image) for image in images], return_tensors="pt")
-    torch.testing.assert_close(pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
-    assert torch.equal(grid, expected["image_grid_thw"])
+    made = family.pixel_inputs(images)
+    expected = family.image_processor()(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+    assert set(made) <= set(expected)
+    for name in made:
+        torch.testing.assert_close(made[name], torch.as_tensor(expected[name]), rtol=0, atol=1e-6)
 
 
 def test_the_base_is_never_taught_the_demo_task(patients):
@@ -245,52 +259,114 @@ def test_the_base_sees_every_label_behind_a_tag_and_behind_a_comma(patients):
             assert any(f", {label}" in answer for answer in answers)
 
 
-def test_prompt_and_answer_tokens_meet_at_a_boundary(tokenizer):
-    """Training puts prompt and answer together as ids: the text put together first must give the same ids."""
-    trace = "<think>Enlarged heart.</think><solution>Cardiomegaly</solution>"
-    batch = Encoder(tokenizer).batch(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8), [PROMPTS["demo"].text], [trace])
-    rendered = tokenizer.apply_chat_template(build_messages(PROMPTS["demo"], trace), tokenize=False)
-    expected = tokenizer(rendered.replace("<|image_pad|>", "<|image_pad|>" * 16), add_special_tokens=False).input_ids
-    newline = tokenizer("\n", add_special_tokens=False).input_ids  # after the end of turn, not trained
-    assert batch["input_ids"][0].tolist() + newline == expected
+@pytest.fixture(scope="module")
+def fresh(family, patients):
+    """A tokenizer and a random model of each family, as the build makes them, from a small corpus."""
+    tokenizer = family.train_tokenizer(tokenizer_corpus(patients["a"], family.chat_words))
+    torch.manual_seed(0)
+    return tokenizer, family.build_model(tokenizer)
+
+
+def test_the_build_and_the_engine_encode_alike(family, fresh, tmp_path):
+    """Training puts prompt and answer together as ids: they must be those of the engine, which puts the text together first."""
+    tokenizer, model = fresh
+    for part in (tokenizer, model.config, family.image_processor()):
+        part.save_pretrained(tmp_path)
+    Image.new("L", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "x.png")
+    trace = "<think>Enlarged heart.</think><solution>Cardiomegaly, Edema</solution>"
+    example = Example("x", "p", "x.png", ("Edema",), "demo", tmp_path)
+    row = encode.Encoder.from_pretrained(tmp_path, min_visual_tokens=16, max_visual_tokens=16).encode_answer(
+        example, PROMPTS["demo"], trace)
+    batch = Encoder(family, tokenizer).batch(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8), [PROMPTS["demo"].text], [trace])
+    assert batch["input_ids"][0].tolist() == row.prompt.input_ids.tolist() + row.completion_ids.tolist()
+    assert batch[family.token_types_name][0].tolist() == row.prompt.token_types.tolist() + [0] * len(row.completion_ids)
     supervised = batch["labels"][0][batch["labels"][0] != -100]
-    assert tokenizer.decode(supervised) == trace + "<|im_end|>"
-    assert batch["mm_token_type_ids"].sum() == 16
+    assert supervised.tolist() == row.completion_ids.tolist()
+    assert tokenizer.decode(supervised) == trace + family.end_of_turn
+    assert batch[family.token_types_name].sum() == 16
+    for name, tensor in row.prompt.vision.items():
+        torch.testing.assert_close(batch[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_trained_tokenizer_is_deterministic_and_has_qwens_special_tokens(patients):
-    first, again = (train_tokenizer(tokenizer_corpus(patients["a"][:60])) for _ in range(2))
+def test_a_trained_tokenizer_is_deterministic_and_has_its_familys_special_tokens(family, patients):
+    first, again = (family.train_tokenizer(tokenizer_corpus(patients["a"][:60], family.chat_words)) for _ in range(2))
     assert first.get_vocab() == again.get_vocab()
-    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Häufung 37 %<|im_end|>"
-    assert first.decode(first(text).input_ids) == text
-    assert all(first.tokenize(token) == [token] for token in SPECIAL_TOKENS)
+    text = f"user\n\n{family.image_token}H\u00e4ufung  37 %{family.end_of_turn}"
+    assert first.decode(first(text, add_special_tokens=False).input_ids) == text
+    assert all(first.tokenize(token) == [token] for token in family.special_tokens)
 
 
-def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it():
-    files = [path for path in BASE_FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 6_000_000
+@pytest.fixture(scope="module")
+def gemma_tokenizer(patients):
+    return BASE_FAMILIES["gemma3"].train_tokenizer(tokenizer_corpus(patients["a"], BASE_FAMILIES["gemma3"].chat_words))
+
+
+def test_some_of_gemmas_layers_see_only_part_of_the_prompt(gemma_tokenizer):
+    """A window that held the whole prompt would never act; without a full layer no answer would see the image."""
+    family = BASE_FAMILIES["gemma3"]
+    text = family.build_model(gemma_tokenizer).config.get_text_config()
+    assert set(text.layer_types) == {"sliding_attention", "full_attention"}
+    assert text.sliding_window < len(Encoder(family, gemma_tokenizer).prompt_ids(PROMPTS["demo"].text)) / 2
+
+
+def test_gemmas_tokens_do_not_cross_the_borders_of_words(gemma_tokenizer):
+    """Its merges run over whole texts; none may join a tag with a label, or a label would be other tokens behind a tag."""
+    family, tokenizer = BASE_FAMILIES["gemma3"], gemma_tokenizer
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    for token in tokenizer.get_vocab().keys() - {*family.special_tokens, *(f"<0x{byte:02X}>" for byte in range(256))}:
+        word = token.removeprefix(space)
+        assert space not in word and (word.isalpha() or not any(map(str.isalnum, word)) or len(word) == 1), token
+
+
+def test_a_picture_reaches_the_loss_and_both_stages_train(family, fresh, patients, monkeypatch):
+    tokenizer, model = fresh
+    for name, value in (("BATCH_SIZE", 4), ("VISION_STEPS", 1), ("ALL_STEPS", 1)):
+        monkeypatch.setattr(build_base, name, value)
+    pictures = Pictures.of(patients["a"][:8])
+    tokens = visual_tokens(family, model, pictures.images)
+    assert tokens.shape == (8, 16, 160) and tokens.std(dim=0).max() > 0.01
+    heads, encoder = LocationHeads(), Encoder(family, tokenizer)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def moved() -> set[str]:
+        return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+    language = {name for name in before if "language_model." in name}
+    pretrain_vision(family, model, heads, pictures)
+    assert moved() == before.keys() - language
+    pretrain_all(model, heads, pictures, encoder)
+    assert len(moved() & language) > 0.9 * len(language)
+
+
+def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it(shipped):
+    files = [path for path in shipped.folder.rglob("*") if path.is_file()]
+    assert files and sum(path.stat().st_size for path in files) <= 6_000_000
     for path in files:
         if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
             assert "_name_or_path" not in text and "/home" not in text and "/tmp" not in text and "/work" not in text
 
 
-def test_the_shipped_base_loads(tokenizer):
-    model = AutoModelForImageTextToText.from_pretrained(BASE_FOLDER, dtype=torch.float32)
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+def test_the_shipped_base_loads(shipped, tokenizer):
+    model = AutoModelForImageTextToText.from_pretrained(shipped.folder, dtype=torch.float32)
+    assert type(model) is type(shipped.build_model(tokenizer))
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids(shipped.image_token)
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
+    stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(shipped.end_of_turn)}
+    stop_ids |= {tokenizer.pad_token_id} if shipped is BASE_FAMILIES["qwen2_5_vl"] else set()  # Qwen's <|endoftext|> is both
     assert set(model.generation_config.eos_token_id) == stop_ids
-    assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.chat_template.strip() == CHAT_TEMPLATE.strip()
-    processor = AutoImageProcessor.from_pretrained(BASE_FOLDER, backend="pil")
-    grid = processor(images=[Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))], return_tensors="pt")["image_grid_thw"]
-    assert grid.tolist() == [[1, 8, 8]]  # 64 patches, so 64 / 2^2 = 16 visual tokens
+    assert tokenizer.chat_template.strip() == shipped.chat_template.strip()
+    processor = AutoImageProcessor.from_pretrained(shipped.folder, backend="pil")
+    pixels = processor(images=[Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))], return_tensors="pt")
+    expected = shipped.pixel_inputs(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(torch.as_tensor(pixels[name]), tensor, rtol=0, atol=1e-6)
 
 
-def test_the_shipped_base_has_trained_the_tokens_of_every_label(tokenizer):
-    """Behind "<solution>" each label begins with one token of its own, as in the corpus."""
+def test_the_shipped_base_has_trained_the_tokens_of_every_label(shipped, tokenizer):
+    """Behind "<solution>" each label begins with a token of its own, as in the corpus: Qwen's glues ">" to its first word."""
+    glued = ">" if shipped is BASE_FAMILIES["qwen2_5_vl"] else ""
     for label in LABELS:
         pieces = tokenizer.tokenize(f"<solution>{label}</solution>")
-        assert f">{label.split()[0]}" in pieces
+        assert f"{glued}{label.split()[0]}" in pieces
         assert len(tokenizer.tokenize(f", {label}")) <= 3

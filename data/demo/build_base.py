@@ -1,12 +1,13 @@
-"""Remakes `data/demo/base/`, the small pretrained checkpoint that the demo fine-tunes.
+"""Remakes the small pretrained checkpoints that the demo fine-tunes: `data/demo/base/` and `data/demo/base_gemma/`.
 
-    python -m data.demo.build_base [--output FOLDER] [--threads N]
+    python -m data.demo.build_base [--family qwen2_5_vl | gemma3] [--output FOLDER] [--threads N]
 
-The checkpoint is a real Qwen2_5_VLForConditionalGeneration of about 2.5 M parameters with a byte-level BPE tokenizer of
-Qwen's form. It takes about 11 minutes on one core. Seeds and step counts are fixed: the same machine and thread count give the
-same bytes; elsewhere sums round differently, which changes the bytes and moves the scores a little.
+Each checkpoint is of the real class, Qwen2_5_VLForConditionalGeneration or Gemma3ForConditionalGeneration, with a little over 2 M
+parameters and a BPE tokenizer of its family's form; what differs between the two is in `base_families.py`. It takes about 11
+minutes on one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes; elsewhere sums round
+differently, which changes the bytes and moves the scores a little.
 
-What the base has seen: 10,000 drawn radiographs that no other split contains, 8,000 of site a and 2,000 of site b, always with
+What a base has seen: 10,000 drawn radiographs that no other split contains, 8,000 of site a and 2,000 of site b, always with
 CheXpert's words (it was "pretrained on many hospitals", but has never seen NIH's vocabulary).
   stage 1   the vision tower alone: where each label is (4 x 4 cells) and which labels are there
   stage 2   all parameters, on four tasks: a caption; findings with an impression, which lists the labels; a choice between two
@@ -20,7 +21,6 @@ embedding frozen. A base without those tokens answers well greedily and falls ap
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -31,56 +31,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.demo.radiographs import GRID_SIZE, IMAGE_SIZE, Radiograph
+from data.demo.base_families import BASE_FAMILIES, HIDDEN_SIZE, VISUAL_TOKENS, BaseFamily
+from data.demo.radiographs import Radiograph
 from data.demo.splits import draw_split
 from data.demo.teacher import finding_phrases, reading, reasoning_trace
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, build_messages
 
-BASE_FOLDER = Path(__file__).parent / "base"
 SEED = 0
 BATCH_SIZE = 32
 VISION_STEPS, VISION_LEARNING_RATE = 800, 1e-3
 ALL_STEPS, ALL_LEARNING_RATE = 600, 1.5e-3
 TOWER_RATE = 0.3  # of ALL_LEARNING_RATE, for the tower that stage 1 has trained
-VOCABULARY_SIZE = 1024  # at most; the corpus has fewer merges
-PATCH_SIZE, MERGE_SIZE, HIDDEN_SIZE = 14, 2, 160
-VISUAL_TOKENS = GRID_SIZE * GRID_SIZE
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- if loop.first and message.role != 'system' -%}
-        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-    {%- endif -%}
-    {{- '<|im_start|>' + message.role + '\\n' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {%- if part.type == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part.type == 'text' -%}
-                {{- part.text -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 # ----------------------------------------------------------------------------------------------------------------- tasks
 
@@ -111,90 +77,17 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
     return f"Is there {absent_label}?{_IN_TAGS}", f"<think>{reading(radiograph, rng)}</think><solution>no</solution>"
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
-
-def tokenizer_corpus(radiographs: list[Radiograph]) -> Iterator[str]:
+def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator[str]:
     """Prompts, traces and answers from which the tokenizer learns its merges."""
     rng = np.random.default_rng(SEED)
     demo_prompt = "".join(
         part["text"] for message in build_messages(PROMPTS["demo"]) for part in message["content"] if part["type"] == "text"
     )
     for radiograph in radiographs:
-        yield f"system\nuser\nassistant\n{demo_prompt}"
+        yield f"{chat_words}{demo_prompt}"
         yield reasoning_trace(radiograph, radiograph.seed)
         for task in _TASKS:
             yield from sample_task(radiograph, task, rng)
-
-
-def train_tokenizer(texts: Iterator[str]) -> Qwen2Tokenizer:
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS), min_frequency=3, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))
-    learned = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=learned["vocab"], merges=[tuple(merge) for merge in learned["merges"]], eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS[1:]), chat_template=CHAT_TEMPLATE,
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------- model
-
-def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    blocks = 4
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=HIDDEN_SIZE, intermediate_size=416, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-            # The three sections (time, height, width) sum to half of the head size of 40.
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 7, 7]),
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-        ),
-        vision_config=dict(
-            depth=blocks, hidden_size=128, intermediate_size=320, num_heads=4, patch_size=PATCH_SIZE,
-            spatial_merge_size=MERGE_SIZE, temporal_patch_size=2, out_hidden_size=HIDDEN_SIZE,
-            # Full attention everywhere: one window would hold the whole picture anyway.
-            window_size=IMAGE_SIZE, fullatt_block_indexes=list(range(blocks)),
-        ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return model
-
-
-def image_processor() -> Qwen2VLImageProcessorPil:
-    pixels = IMAGE_SIZE * IMAGE_SIZE  # the demo's pictures keep their size: 16 visual tokens
-    return Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=pixels, max_pixels=pixels)
-
-
-class LocationHeads(nn.Module):
-    """Reads from the visual tokens where each label is, and from both which labels are there. Used in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
-        self.image_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cells = self.cell_head(tokens)  # [B, 16, 14]
-        pooled = (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2  # [B, hidden]
-        return cells, self.image_head(pooled) + cells.amax(dim=1)  # [B, 16, 14], [B, 14]
-
-    def loss(self, tokens: torch.Tensor, grids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cells, image = self(tokens)
-        rare_cells = torch.tensor(4.0)  # few cells of a picture show anything
-        return (F.binary_cross_entropy_with_logits(image, labels)
-                + F.binary_cross_entropy_with_logits(cells, grids, pos_weight=rare_cells))
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -218,19 +111,6 @@ class Pictures:
         )
 
 
-def patchify(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [B, 112, 112] -> pixel_values [B * 64, 1176] and image_grid_thw [B, 3], as the image processor makes them."""
-    processor = image_processor()
-    side = IMAGE_SIZE // PATCH_SIZE // MERGE_SIZE
-    mean, std = (torch.tensor(values)[None, :, None, None] for values in (processor.image_mean, processor.image_std))
-    x = (torch.from_numpy(images).float()[:, None] / 255.0 - mean) / std  # [B, 3, 112, 112]
-    x = x.view(-1, 3, side, MERGE_SIZE, PATCH_SIZE, side, MERGE_SIZE, PATCH_SIZE)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, side, side, merge, merge, 3, patch, patch]
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])  # one picture stands for both frames of a temporal patch
-    grid = [1, side * MERGE_SIZE, side * MERGE_SIZE]
-    return x.reshape(-1, 3 * 2 * PATCH_SIZE**2), torch.tensor([grid] * len(images))
-
-
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The batch moved by up to two pixels: the location cells stay true."""
     return np.roll(images, tuple(rng.integers(-2, 3, size=2)), axis=(1, 2))
@@ -239,16 +119,15 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class Encoder:
     """Questions and answers -> tensors of the language model."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    def __init__(self, family: BaseFamily, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.family, self.tokenizer = family, tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(family.image_token)
         self.prompt_ids = cache(self._prompt_ids)  # few different questions are asked, many times each
 
     def _prompt_ids(self, text: str) -> list[int]:
         messages = build_messages(Prompt("base", text))
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * VISUAL_TOKENS)
-        return self._ids(rendered)
+        return self._ids(self.family.expand_image(rendered))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -258,27 +137,45 @@ class Encoder:
         rows, labels = [], []
         for number, question in enumerate(questions):
             prompt = self.prompt_ids(question)
-            answer = [] if answers is None else self._ids(answers[number] + "<|im_end|>")
+            answer = [] if answers is None else self._ids(answers[number] + self.family.end_of_turn)
             rows.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # [B, L]
-        pixel_values, image_grid_thw = patchify(images)
-        batch = dict(
-            input_ids=input_ids,
-            attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-            # Without it transformers 5 silently uses text positions for the image.
-            mm_token_type_ids=(input_ids == self.image_token_id).int(),
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-        )
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            # Without it transformers 5 silently treats the image as text: its positions (Qwen), its attention (Gemma).
+            self.family.token_types_name: (input_ids == self.image_token_id).int(),
+            **self.family.pixel_inputs(images),
+        }
         if answers is not None:
             batch["labels"] = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
         return batch
 
 
 # -------------------------------------------------------------------------------------------------------------- training
+
+class LocationHeads(nn.Module):
+    """Reads from the visual tokens where each label is, and from both which labels are there. Used in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
+        self.image_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cells = self.cell_head(tokens)  # [B, 16, 14]
+        pooled = (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2  # [B, hidden]
+        return cells, self.image_head(pooled) + cells.amax(dim=1)  # [B, 16, 14], [B, 14]
+
+    def loss(self, tokens: torch.Tensor, grids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        cells, image = self(tokens)
+        rare_cells = torch.tensor(4.0)  # few cells of a picture show anything
+        return (F.binary_cross_entropy_with_logits(image, labels)
+                + F.binary_cross_entropy_with_logits(cells, grids, pos_weight=rare_cells))
+
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int = 50) -> float:
     return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / total_steps)))
@@ -298,34 +195,40 @@ def make_optimizer(*groups: tuple[list[nn.Parameter], float]) -> torch.optim.Ada
                              lr=0.0, weight_decay=0.05, betas=(0.9, 0.98))
 
 
-def visual_tokens(model: Qwen2_5_VLForConditionalGeneration, images: np.ndarray) -> torch.Tensor:
-    pixel_values, grid = patchify(images)
-    return model.model.visual(pixel_values, grid_thw=grid).pooler_output.view(len(images), VISUAL_TOKENS, HIDDEN_SIZE)
+def visual_tokens(family: BaseFamily, model: PreTrainedModel, images: np.ndarray) -> torch.Tensor:
+    """uint8 [B,112,112] -> [B,16,hidden]."""
+    features = model.model.get_image_features(**family.pixel_inputs(images), return_dict=True).pooler_output
+    return torch.cat(tuple(features)).view(len(images), VISUAL_TOKENS, HIDDEN_SIZE)
 
 
-def pretrain_vision(model: Qwen2_5_VLForConditionalGeneration, heads: LocationHeads, pictures: Pictures) -> None:
+def vision_parameters(family: BaseFamily, model: PreTrainedModel) -> list[nn.Parameter]:
+    return [parameter for module in family.vision_modules(model) for parameter in module.parameters()]
+
+
+def pretrain_vision(family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, pictures: Pictures) -> None:
     """Stage 1."""
     rng = np.random.default_rng([SEED, 1])
-    parameters = [*model.model.visual.parameters(), *heads.parameters()]
+    parameters = [*vision_parameters(family, model), *heads.parameters()]
     optimizer = make_optimizer((parameters, VISION_LEARNING_RATE))
     progress = Progress("stage 1", VISION_STEPS)
     for step in range(VISION_STEPS):
         chosen = rng.choice(len(pictures.images), BATCH_SIZE, replace=False)
-        tokens = visual_tokens(model, augment(pictures.images[chosen], rng))
+        tokens = visual_tokens(family, model, augment(pictures.images[chosen], rng))
         loss = heads.loss(tokens, pictures.grids[chosen], pictures.labels[chosen])
         optimizer_step(optimizer, loss, step, VISION_STEPS)
         progress.log(step, vision=loss.item())
 
 
-def pretrain_all(model: Qwen2_5_VLForConditionalGeneration, heads: LocationHeads, pictures: Pictures, encoder: Encoder) -> None:
+def pretrain_all(model: PreTrainedModel, heads: LocationHeads, pictures: Pictures, encoder: Encoder) -> None:
     """Stage 2."""
     rng = np.random.default_rng([SEED, 2])
-    tower = list(model.model.visual.parameters())
+    tower = vision_parameters(encoder.family, model)
     in_tower = set(map(id, tower))
     language = [parameter for parameter in model.parameters() if id(parameter) not in in_tower]
     optimizer = make_optimizer((language, ALL_LEARNING_RATE), ([*tower, *heads.parameters()], TOWER_RATE * ALL_LEARNING_RATE))
     features: list[torch.Tensor] = []  # of the current step, for the auxiliary loss
-    hook = model.model.visual.register_forward_hook(lambda module, inputs, output: features.append(output.pooler_output))
+    hook = encoder.family.vision_modules(model)[-1].register_forward_hook(
+        lambda module, inputs, output: features.append(getattr(output, "pooler_output", output)))
     progress = Progress("stage 2", ALL_STEPS)
     for step in range(ALL_STEPS):
         chosen = rng.choice(len(pictures.images), BATCH_SIZE, replace=False)
@@ -366,14 +269,14 @@ def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float
 
 
 @torch.no_grad()
-def report_vision(model: Qwen2_5_VLForConditionalGeneration, heads: LocationHeads, name: str, pictures: Pictures) -> None:
-    logits = torch.cat([heads(visual_tokens(model, images))[1] for images in np.array_split(pictures.images, 10)])
+def report_vision(family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, name: str, pictures: Pictures) -> None:
+    logits = torch.cat([heads(visual_tokens(family, model, images))[1] for images in np.array_split(pictures.images, 10)])
     micro, macro = f1_scores(logits > 0, pictures.labels > 0)
     print(f"{name}: which labels the vision tower sees: micro F1 {micro:.3f}, macro F1 {macro:.3f}", flush=True)
 
 
 @torch.no_grad()
-def report_text(model: Qwen2_5_VLForConditionalGeneration, encoder: Encoder, name: str, pictures: Pictures) -> None:
+def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: Pictures) -> None:
     impressions: list[str] = []
     for images in np.array_split(pictures.images, 10):
         batch = encoder.batch(images, [_IMPRESSION_PROMPT] * len(images))
@@ -387,17 +290,20 @@ def report_text(model: Qwen2_5_VLForConditionalGeneration, encoder: Encoder, nam
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
+def save(family: BaseFamily, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    family.image_processor().save_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.demo.build_base", description="Train the demo's base checkpoint.")
-    parser.add_argument("--output", type=Path, default=BASE_FOLDER, help="folder to write (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m data.demo.build_base", description="Train a base checkpoint of the demo.")
+    parser.add_argument("--family", choices=list(BASE_FAMILIES), default="qwen2_5_vl", help="model type (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: the shipped checkpoint's, data/demo/base or base_gemma)")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads (default: %(default)s)")
     options = parser.parse_args(arguments)
+    family = BASE_FAMILIES[options.family]
+    output = options.output or family.folder
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
 
@@ -406,22 +312,22 @@ def main(arguments: list[str] | None = None) -> None:
         train_a, train_b, *validation = pool.map(draw_split, names)
     train = Pictures.of(train_a + train_b)
     validation = {name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], validation)}
-    tokenizer = train_tokenizer(tokenizer_corpus(train_a[:2000] + train_b[:500]))
-    encoder = Encoder(tokenizer)
-    model, heads = build_model(tokenizer), LocationHeads()
+    tokenizer = family.train_tokenizer(tokenizer_corpus(train_a[:2000] + train_b[:500], family.chat_words))
+    encoder = Encoder(family, tokenizer)
+    model, heads = family.build_model(tokenizer), LocationHeads()
     print(f"{len(train.images)} radiographs, {len(tokenizer)} tokens, {model.num_parameters():,} parameters", flush=True)
 
     model.train()
-    pretrain_vision(model, heads, train)
+    pretrain_vision(family, model, heads, train)
     for name, pictures in validation.items():
-        report_vision(model, heads, name, pictures)
+        report_vision(family, model, heads, name, pictures)
     pretrain_all(model, heads, train, encoder)
     model.eval()
     for name, pictures in validation.items():
-        report_vision(model, heads, name, pictures)
+        report_vision(family, model, heads, name, pictures)
         report_text(model, encoder, name, pictures)
-    save(model, tokenizer, options.output)
-    print(f"saved {options.output}")
+    save(family, model, tokenizer, output)
+    print(f"saved {output}")
 
 
 if __name__ == "__main__":
