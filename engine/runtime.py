@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import logging
 import os
 import platform
@@ -153,8 +154,10 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def newest_finished_run(root: Path, kind: Literal["sft", "grpo"]) -> Path | None:
-    """The newest run of a kind below `root`, by the time in its name, that has saved its final adapter."""
+def newest_finished_run(root: Path, kind: Literal["sft", "grpo"], base: str | None = None) -> Path | None:
+    """The newest run of a kind below `root`, by the time in its name, that has saved its final adapter; with `base`, the newest
+    whose adapter names that base model.
+    """
     if not Path(root).is_dir():
         return None
     names = {path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name) for path in Path(root).iterdir()}
@@ -162,9 +165,17 @@ def newest_finished_run(root: Path, kind: Literal["sft", "grpo"]) -> Path | None
     runs = [
         (match[1], int(match[2] or 1), path)
         for path, match in names.items()
-        if match and all((path / name).is_file() for name in finished)
+        if match and all((path / name).is_file() for name in finished) and base in (None, _adapter_base(path))
     ]
     return max(runs)[-1] if runs else None
+
+
+def _adapter_base(run: Path) -> str | None:
+    """The base model that a run's adapter names; None where its file cannot be read."""
+    try:
+        return json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 # ---- facts about the run --------------------------------------------------------------------------------------------

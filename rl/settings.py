@@ -28,7 +28,7 @@ class GRPOConfig(TrainingConfig):
     adapter_name_or_path: str | None = setting(
         None,
         "the SFT adapter to start from, which also is the frozen reference",
-        unset="the newest finished SFT run under runs/",
+        unset="the newest finished SFT run under runs/, of the recipe's base model where there is a recipe",
         group="model and data",
     )
     learning_rate: float = setting(1e-5, "peak learning rate of AdamW", source=OURS, group="optimization")
@@ -182,10 +182,13 @@ def from_sft_run(resolved: Resolved) -> Resolved:
     """Fill in what was not given: the newest finished SFT run, and what follows from it (`from_adapter`)."""
     config: GRPOConfig = resolved.configs[0]
     if config.adapter_name_or_path is None:
-        newest = newest_finished_run(Path("runs"), "sft")
+        base = config.model_name_or_path if resolved.origins["model_name_or_path"].startswith("recipe") else None
+        of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
+        newest = newest_finished_run(Path("runs"), "sft", base)
         if newest is None:
-            raise UsageError("no finished SFT run under runs/; run `python run_sft.py` first, or give --adapter_name_or_path")
-        resolved = resolved.with_value("adapter_name_or_path", str(newest), "newest SFT run")
+            raise UsageError(f"no finished SFT run{of_base} under runs/; run `python run_sft.py{recipe}` first, "
+                             "or give --adapter_name_or_path")
+        resolved = resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")
     return from_adapter(resolved)
 
 

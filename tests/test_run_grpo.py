@@ -9,14 +9,15 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import rl.rollout
 import run_grpo
+from engine.config import parse_config
 from rl.objective import ObjectiveConfig
-from rl.settings import SET_METRICS, GRPOConfig, batch_arithmetic, total_steps
+from rl.settings import SET_METRICS, GRPOConfig, batch_arithmetic, from_sft_run, problems, total_steps
 from runs import adapter, document, equal_tensors, eval_log, grpo, largest_difference, lines, speak, train_log
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
@@ -79,6 +80,24 @@ def test_a_run_leaves_a_complete_folder(finished):
         "rollout.safetensors", "rollout.json", "rewards.json", "trainer_state.json", "config.json", "manifest.json"}
     # Only between the two updates of a rollout is there a rollout to keep.
     assert [len(document(run / f"checkpoint-{step}/rollout.json")) for step in (1, 2, 3, 4)] == [8, 0, 8, 0]
+
+
+def test_without_an_adapter_the_newest_sft_run_of_the_recipes_base_goes_on(tmp_path, monkeypatch):
+    """Of three finished runs the newest has another base; the recipe's base, not the date alone, decides."""
+    monkeypatch.chdir(tmp_path)
+    for day, base in enumerate(("demo", "demo", "elsewhere/model"), start=1):
+        run = tmp_path / f"runs/2026010{day}-000000-sft"
+        LoraConfig(base_model_name_or_path=base).save_pretrained(run)
+        (run / "adapter_model.safetensors").touch()
+        (run / "config.json").write_text("{}")
+    resolved = parse_config([GRPOConfig, ObjectiveConfig], ["--recipe", "demo"], script="grpo", prog="run_grpo.py", validate=problems)
+    chosen = from_sft_run(resolved)
+    assert chosen.configs[0].adapter_name_or_path == "runs/20260102-000000-sft"
+    assert chosen.origins["adapter_name_or_path"] == "newest SFT run of demo"
+    (tmp_path / "any.toml").write_text('prompt = "demo"\ntrain_file = "demo:rl-train"\n')
+    resolved = parse_config([GRPOConfig, ObjectiveConfig], ["--recipe", "any.toml"], script="grpo", prog="run_grpo.py", validate=problems)
+    chosen = from_sft_run(resolved).configs[0]
+    assert (chosen.adapter_name_or_path, chosen.model_name_or_path) == ("runs/20260103-000000-sft", "elsewhere/model")
 
 
 def test_config_json_has_both_config_classes_the_data_and_the_reference(finished, tiny_data):

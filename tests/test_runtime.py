@@ -3,6 +3,7 @@ shared, and the process ends with the documented exit code. Run: python -m pytes
 """
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -160,6 +161,19 @@ def test_the_newest_finished_run_of_a_kind(tmp_path):
     (tmp_path / "20250104-000000-sft" / "adapter_model.safetensors").unlink()  # still running, or stopped early
     assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250102-000000-sft-10"
     assert newest_finished_run(tmp_path, "grpo") == tmp_path / "20250103-000000-grpo"
+
+
+def test_the_newest_finished_run_of_a_base(tmp_path):
+    """GRPO of one base must not start from a newer adapter of another."""
+    for day, base in enumerate(("one", "one", "other", None), start=1):
+        run = tmp_path / f"2025010{day}-000000-sft"
+        finish(run)
+        if base:  # the newest cannot be read, so it is of no known base
+            (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert newest_finished_run(tmp_path, "sft", "one") == tmp_path / "20250102-000000-sft"
+    assert newest_finished_run(tmp_path, "sft", "other") == tmp_path / "20250103-000000-sft"
+    assert newest_finished_run(tmp_path, "sft", "third") is None
+    assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250104-000000-sft"
 
 
 # ---- facts about the run --------------------------------------------------------------------------------------------
