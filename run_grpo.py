@@ -4,7 +4,7 @@
     python run_grpo.py --recipe medgemma-4b-free-reasoning --adapter_name_or_path runs/... --train_file rl.jsonl
 
 The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The loop is in `train`, in
-eight blocks: 1 prompts, 2 completions, 3 rewards, 4 advantages, 5 old and reference log-probabilities, 6 the update, 7
+eight blocks: 1 prompts, 2 completions, 3 rewards, 4 old and reference log-probabilities, 5 advantages, 6 the update, 7
 logs, 8 evaluation and checkpoint.
 """
 from __future__ import annotations
@@ -34,12 +34,13 @@ from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
+from rl.dump import step_tensors, write_step
 from rl.records import (
     completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
-    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, from_sft_run, length_warning, micro_batches_per_rollout, problems,
+    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, from_sft_run, length_warning, micro_batches_per_rollout,
     prompts_per_rollout, total_steps, updates_per_rollout, warnings)
 
 
@@ -95,11 +96,11 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
                 bar.write(f"warning: {warning}")
             for function in reward_functions.values():
                 function.observe(sample.answer for sample in samples)
-            # 4 advantages, within each prompt's group
-            samples = with_advantages(samples, objective.scale_rewards)
-            # 5 old and reference log-probabilities, on the micro-batches of the updates below
+            # 4 old and reference log-probabilities, on the micro-batches of the updates below
             samples = score_samples(wrapped, model, samples, prompts, micro_batches, temperature=config.temperature,
                                     with_reference=objective.beta > 0)
+            # 5 advantages, within each prompt's group; a completion's KL is known by now, for a fork's reward
+            samples = with_advantages(samples, objective)
             for name, value in rollout_metrics(samples).items():
                 metrics.add(name, value)
             metrics.add("time/rollout", time.perf_counter() - started)
@@ -109,7 +110,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         of_this_step = micro_batches[first : first + accumulation]
         num_completions = sum(len(indices) for indices in of_this_step)  # totals of the whole optimizer step
         num_tokens = sum(int(samples[i].mask.sum()) for indices in of_this_step for i in indices)
-        step_loss = 0.0
+        step_loss, to_dump = 0.0, []
         wrapped.train()  # for gradient checkpointing; dropout is 0
         for indices in of_this_step:
             micro = collate_samples([samples[i] for i in indices], prompts, pad, device)
@@ -122,8 +123,12 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             loss.backward()
             step_loss += float(loss.detach())
             metrics.add_all(objective_metrics(terms, micro.advantages, micro.mask, objective))
+            if state.global_step + 1 == config.dump_step:
+                to_dump.append(step_tensors(loss, logprobs, entropy, weights, terms))
             if micro.mask.any():
                 metrics.add("entropy", entropy.detach()[micro.mask].mean(), weight=int(micro.mask.sum()))
+        if to_dump:  # before the gradient is looked at, so that a step that fails can be seen too
+            write_step(log.run_dir, state.global_step + 1, to_dump, of_this_step, samples, prompts, config, objective)
 
         grad_norm = clip_gradients(parameters, config.max_grad_norm)
         if not torch.isfinite(grad_norm):
@@ -236,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
     check_images(example for examples in sets.values() for example in examples)
     examples = sets.pop("train")
+    check_dump_step(resolved, len(examples), checkpoint.step if checkpoint else 0)
     document = run_document(resolved, "grpo", files)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)

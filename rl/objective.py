@@ -100,12 +100,21 @@ class Metric(NamedTuple):
     reduction: Literal["mean", "min", "max", "sum"]
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, scale_rewards: str = "none") -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    scale_rewards: str = "none",
+    *,
+    kl: Tensor | None = None,
+    config: ObjectiveConfig = ObjectiveConfig(),
+) -> Tensor:
     """A_i: how much better a completion is than the others of its group.
 
     rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any order. Returns [N] of the
     rewards' dtype. A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most 1e-6
-    gets exactly 0 in every mode; its KL term still acts.
+    gets exactly 0 in every mode; its KL term still acts. kl [N] (sum over a completion's tokens of log pi_old - log pi_ref; 0
+    at beta 0) and config are always passed by the training loop and not used here: they are for forks (KL in the reward,
+    another baseline).
     """
     advantages = torch.zeros_like(rewards)  # [N]
     rated = ~torch.isnan(rewards)  # [N]

@@ -122,14 +122,14 @@ def show_samples(log: RunLogger, samples: Sequence[Sample], step: int, *, max_si
     log.text("completions/text", "\n".join(lines), step)
 
 
-_PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", "ref_logprobs")
+PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", "ref_logprobs")
 
 
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict]]:
     """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for
     bit.
     """
-    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in _PER_TOKEN} if samples else {}
+    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in PER_TOKEN} if samples else {}
     document = [
         {
             "prompt": sample.prompt, "example": sample.example.id, "length": len(sample.ids), "truncated": sample.truncated,
@@ -166,7 +166,7 @@ def unpack_samples(
                 rewards=rewards,
                 reward=row["reward"],
                 advantage=row["advantage"],
-                **{name: pieces[name][i] for name in _PER_TOKEN},
+                **{name: pieces[name][i] for name in PER_TOKEN},
             )
         )
     return samples

@@ -20,7 +20,7 @@ from data.records import Example
 from engine.forward import completion_logprobs
 from engine.generate import Completion
 from engine.model import REFERENCE, LoadedModel, use_adapter
-from rl.objective import group_advantages
+from rl.objective import ObjectiveConfig, group_advantages
 from rl.rewards import Reward, RewardFunction
 
 
@@ -91,11 +91,12 @@ def build_samples(
     return samples
 
 
-def with_advantages(samples: Sequence[Sample], scale_rewards: str) -> list[Sample]:
-    """The samples with A_i, centred within each prompt's group. fp64, so that equal rewards stay equal."""
+def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> list[Sample]:
+    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards stay equal."""
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.prompt for sample in samples])
-    advantages = group_advantages(rewards, groups, scale_rewards)
+    kl = torch.stack([(sample.old_logprobs - sample.ref_logprobs)[sample.mask].double().sum() for sample in samples])
+    advantages = group_advantages(rewards, groups, objective.scale_rewards, kl=kl, config=objective)
     return [replace(sample, advantage=float(advantage)) for sample, advantage in zip(samples, advantages)]
 
 

@@ -76,6 +76,8 @@ class GRPOConfig(TrainingConfig):
     load_best_model_at_end: bool = setting(
         False, "make the best checkpoint the final adapter, not the last one", source=OURS, group="evaluation"
     )
+    dump_step: int | None = setting(
+        None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unit="optimizer step", group="run")
 
 
 def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
@@ -88,7 +90,7 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
         )
     if not config.temperature > 0 or not 0 < config.top_p <= 1:
         found.append(f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]")
-    for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale"):
+    for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale", "dump_step"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
     sets = [entry.partition("=")[0] for entry in config.validation_file]
@@ -163,6 +165,19 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
             "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations"
         )
     return found
+
+
+def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
+    """Raises UsageError where the step to dump is not among those that this run will make, `done` being made already. What a
+    resumed run inherits may be done.
+    """
+    config: GRPOConfig = resolved.configs[0]
+    step, steps = config.dump_step, total_steps(config, num_examples)
+    if step is not None and step > steps:
+        raise UsageError(f"--dump_step {step}: the run ends with step {steps}; name one of its steps")
+    if step is not None and step <= done and resolved.origins["dump_step"] != "resumed run":
+        raise UsageError(f"--dump_step {step}: the run goes on after step {done} and does not make it again; name a later step, or "
+                         "resume from an earlier checkpoint")
 
 
 def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:

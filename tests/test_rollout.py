@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 
+import rl.rollout
 from data.answers import parse_answer
 from data.encode import EncodedPrompt
 from data.prompts import Prompt
@@ -18,6 +19,7 @@ from data.records import Example, read_jsonl
 from engine.forward import completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import add_reference, attach_adapter, load_model
+from rl.objective import ObjectiveConfig
 from rl.records import completion_rows, pack_samples, rollout_metrics, unpack_samples
 from rl.rewards import HardReward, NuancedReward, Reward
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
@@ -50,7 +52,7 @@ def sample(prompt: int, reward: float, length: int = 2, text: int = 1, **fields)
         prompt=prompt, example=example(f"e{prompt}"), text=ANSWERS[text], answer=parse_answer(ANSWERS[text]),
         ids=torch.arange(1, length + 1),
         mask=torch.ones(length, dtype=torch.bool), truncated=False, sampling_logprobs=torch.full((length,), -1.0),
-        top_p_mass=torch.ones(length), reward=reward,
+        top_p_mass=torch.ones(length), reward=reward, old_logprobs=torch.full((length,), -1.0), ref_logprobs=torch.full((length,), -1.5),
         rewards={"hard": Reward(reward, {"jaccard": reward, "length": 0.0})})
     return Sample(**values | fields)
 
@@ -103,10 +105,24 @@ def test_every_prompt_needs_its_completions():
 def test_advantages_are_centred_within_each_prompt():
     samples = [sample(0, 1.0), sample(0, 0.0), sample(1, 0.1), sample(1, 0.1), sample(1, 0.1), sample(0, 0.5)]
     # Prompt 0: mean 0.5 over its three, wherever they lie. Prompt 1: equal, so exactly 0 although 0.1 is not exact.
-    assert [s.advantage for s in with_advantages(samples, "none")] == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+    assert [s.advantage for s in with_advantages(samples, ObjectiveConfig())] == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
     assert [s.advantage for s in samples] == [0.0] * 6  # the samples given are not changed
     # Standard deviation of 1, 0, 0.5 with ddof 1 is 0.5: 0.5 / (0.5 + 1e-4)
-    assert with_advantages(samples, "group")[0].advantage == pytest.approx(0.5 / 0.5001, abs=1e-12)
+    assert with_advantages(samples, ObjectiveConfig(scale_rewards="group"))[0].advantage == pytest.approx(0.5 / 0.5001, abs=1e-12)
+
+
+def test_what_forks_are_given_of_the_advantages(monkeypatch):
+    """The KL of each completion, over the tokens in the loss, and the whole configuration."""
+    given = {}
+    monkeypatch.setattr(rl.rollout, "group_advantages", lambda rewards, groups, scale, **more: given.update(more) or rewards)
+    samples = [sample(0, 1.0, old_logprobs=torch.tensor([-1.0, -3.0]), ref_logprobs=torch.tensor([-1.5, -2.75])),
+               sample(0, 0.0, mask=torch.tensor([False, True]), ref_logprobs=torch.tensor([float("nan"), -1.25])),
+               sample(0, 0.0, mask=torch.zeros(2, dtype=torch.bool))]
+    config = ObjectiveConfig(beta=0.5)
+    with_advantages(samples, config)
+    # (-1 + 1.5) + (-3 + 2.75) = 0.5 - 0.25; the second token alone, -1 + 1.25; nothing
+    assert given["kl"].tolist() == [0.25, 0.25, 0.0] and given["kl"].dtype == torch.float64
+    assert given["config"] is config
 
 
 # ---- micro-batches --------------------------------------------------------------------------------------------------
@@ -122,7 +138,7 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
         sample(1, 0.0, length=3, advantage=0.25, old_logprobs=torch.tensor([-1.0, -2.0, -3.0]),
                ref_logprobs=torch.tensor([-4.0, -5.0, -6.0])),
         sample(0, 0.0, length=1, advantage=-0.5, mask=masked, old_logprobs=torch.tensor([-7.0]),
-               sampling_logprobs=torch.tensor([-8.0])),
+               ref_logprobs=None, sampling_logprobs=torch.tensor([-8.0])),
     ]
     micro = collate_samples(samples, prompts, 0, CPU)
     assert micro.batch.input_ids.tolist() == [[21, 21, 1, 2, 3], [20, 1, 0, 0, 0]]
@@ -255,10 +271,10 @@ def test_rows_of_the_completions_file():
 # ---- checkpoint -----------------------------------------------------------------------------------------------------
 def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
     wrapped, model, samples, prompts = rollout
-    samples = with_advantages([Sample(**vars(s) | {"reward": 0.1 * i,
-                                                   "rewards": {"hard": Reward(0.1 * i, {"jaccard": 0.1 * i, "length": -0.0})}})
-                               for i, s in enumerate(samples)], "group")
+    samples = [Sample(**vars(s) | {"reward": 0.1 * i, "rewards": {"hard": Reward(0.1 * i, {"jaccard": 0.1 * i, "length": -0.0})}})
+               for i, s in enumerate(samples)]
     samples = score_samples(wrapped, model, samples, prompts, [[0, 1, 2, 3, 4, 5]], temperature=0.8, with_reference=True)
+    samples = with_advantages(samples, ObjectiveConfig(scale_rewards="group"))
     samples[1] = Sample(**vars(samples[1]) | {"mask": torch.zeros_like(samples[1].mask), "truncated": not samples[1].truncated})
     tensors, document = pack_samples(samples)
     tensors = safetensors.torch.load(safetensors.torch.save(tensors))
