@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,34 +22,33 @@ from conftest import open_case
 SOURCE = Path(rl.objective.__file__).read_text(encoding="utf-8")
 
 
-def battery(objective) -> None:
-    """Checks of test_objective.py and test_objective_properties.py on a module; AssertionError from the first that fails."""
-    by_hand.test_p01_advantages(objective, open_case)
-    by_hand.test_p02_zero_variance(objective, open_case)
-    by_hand.test_p03_clip(objective, open_case)
-    by_hand.test_p04_kl_estimators(objective, open_case)
-    by_hand.test_p05_full_loss(objective, open_case)
-    by_hand.test_p08_microbatches(objective, open_case)
-    by_hand.test_p22_groups_by_id(objective, open_case)
-    by_hand.test_toy_terms(objective)
-    by_hand.test_toy_loss_and_gradient(objective)
-    by_hand.test_toy_metrics(objective)
-    by_hand.test_clip_extremes_are_over_completions(objective)
-    by_hand.test_a_forks_own_term_is_logged(objective)
-    by_hand.test_toy_advantages(objective)
-    by_hand.test_defaults_are_the_papers(objective)
-    for scale_rewards in properties.SCALES:
-        properties.test_equal_rewards_give_exactly_zero(objective, scale_rewards)
-        properties.test_nan_rewards_are_left_out(objective, scale_rewards)
-    properties.test_k3_in_float32_is_precise_and_not_negative(objective)
-    properties.test_masked_slots_change_nothing(objective, properties.TOKEN_INPUTS, float("nan"))
-    properties.test_masked_slots_carry_no_loss(objective)
-    properties.test_metrics_read_real_tokens_only(objective, 0.1)
-    properties.test_metrics_read_real_tokens_only(objective, 9.0)
+def checks() -> dict[str, Callable[[Any], None]]:
+    """Checks of test_objective.py and test_objective_properties.py by name, each of one module; AssertionError where it fails."""
+    cases = (by_hand.test_p01_advantages, by_hand.test_p02_zero_variance, by_hand.test_p03_clip, by_hand.test_p04_kl_estimators,
+             by_hand.test_p05_full_loss, by_hand.test_p08_microbatches, by_hand.test_p22_groups_by_id)
+    plain = (by_hand.test_toy_terms, by_hand.test_toy_loss_and_gradient, by_hand.test_toy_metrics,
+             by_hand.test_clip_extremes_are_over_completions, by_hand.test_a_forks_own_term_is_logged,
+             by_hand.test_toy_advantages, by_hand.test_defaults_are_the_papers,
+             properties.test_k3_in_float32_is_precise_and_not_negative, properties.test_masked_slots_carry_no_loss)
+    found = {check.__name__: partial(check, case=open_case) for check in cases} | {check.__name__: check for check in plain}
+    for scale in properties.SCALES:
+        for check in (properties.test_equal_rewards_give_exactly_zero, properties.test_nan_rewards_are_left_out):
+            found[f"{check.__name__}[{scale}]"] = partial(check, scale_rewards=scale)
+    masked, read = properties.test_masked_slots_change_nothing, properties.test_metrics_read_real_tokens_only
+    found[masked.__name__] = partial(masked, names=properties.TOKEN_INPUTS, garbage=float("nan"))
+    found |= {f"{read.__name__}[{garbage}]": partial(read, garbage=garbage) for garbage in (0.1, 9.0)}
+    without_tokens, empty = properties.test_a_completion_without_tokens, properties.test_a_batch_without_tokens_is_zero
     for loss_type in properties.LOSS_TYPES:
-        properties.test_a_completion_without_tokens(objective, loss_type)
-        properties.test_a_batch_without_tokens_is_zero(objective, loss_type, 0)
-    properties.test_micro_batches_add_up(objective, "dapo")
+        found[f"{without_tokens.__name__}[{loss_type}]"] = partial(without_tokens, loss_type=loss_type)
+        found[f"{empty.__name__}[{loss_type}]"] = partial(empty, loss_type=loss_type, num_tokens=0)
+    micro_batches = properties.test_micro_batches_add_up
+    return found | {micro_batches.__name__: partial(micro_batches, loss_type="dapo")}
+
+
+def battery(objective) -> None:
+    """All checks on a module; AssertionError from the first that fails."""
+    for check in checks().values():
+        check(objective)
 
 
 CONTIGUOUS = "(torch.arange(len(group_ids)) // (len(group_ids) // len(group_ids.unique())) == group)"

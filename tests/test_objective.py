@@ -402,7 +402,7 @@ def test_the_list_has_no_stale_entry():
 
 
 def test_a_forgotten_or_wrong_value_fails():
-    with pytest.raises(AssertionError, match="neither compared nor listed .*'clipped', 'total_norm'"):
+    with pytest.raises(AssertionError, match="neither compared nor listed as not ours: .*'clipped', 'total_norm'"):
         with open_case("P23_grad_clip") as p23:
             p23.close("clip_coef", 0.076923)
     with open_case("P23_grad_clip", "clipped") as p23:  # a part
