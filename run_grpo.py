@@ -33,15 +33,15 @@ from engine.run import (
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
-from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.dump import step_tensors, write_step
+from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import (
     completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
     SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, from_sft_run, length_warning, micro_batches_per_rollout,
-    prompts_per_rollout, total_steps, updates_per_rollout, warnings)
+    problems, prompts_per_rollout, total_steps, updates_per_rollout, warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],

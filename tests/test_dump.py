@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,17 @@ def test_numpy_follows_every_setting_of_the_objective(flags, tiny_sft_run, tiny_
     assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, tmp_path, *flags) == 0
     step, notes = check(tmp_path, 4)
     assert ("ref_logprobs" in step) == (notes["settings"]["beta"] > 0)
+
+
+def test_the_readmes_lines_compute_the_loss(tiny_sft_run, tiny_data, tmp_path, ragged, capsys):
+    flags = ["--max_steps", "2", "--dump_step", "2", *RAGGED, "--epsilon_low", "0.15", "--epsilon_high", "0.22"]
+    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, tmp_path, *flags) == 0
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(import numpy.*?)```", readme, re.DOTALL)
+    capsys.readouterr()
+    exec(example.replace("runs/.../step-8", str(tmp_path / "step-2")), {})
+    dumped, computed = map(float, capsys.readouterr().out.split())
+    assert dumped == pytest.approx(computed, rel=1e-5) and dumped != 0
 
 
 def test_a_step_whose_gradient_is_not_finite_is_dumped(tiny_sft_run, tiny_data, tmp_path, ragged, monkeypatch):

@@ -1,10 +1,11 @@
-"""Protects the README from drifting away from the code: line links into the objective, recipes, the layout tree, flags and
-files. Run: pytest tests/test_readme.py
+"""Protects the README from drifting away from the code: line links into the objective, the forks' diffs and sizes, recipes, the
+layout tree, flags and files. Run: pytest tests/test_readme.py
 """
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 from data.demo.splits import WRITTEN_SPLITS
 from engine.merge import MergeConfig
 from eval.evaluate import EvalConfig
+from patches import FORKS, patch_of, patched, size
 from rl.objective import ObjectiveConfig
 from rl.settings import GRPOConfig
 from run_sft import SFTConfig
+from test_breaks import module_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +32,31 @@ def test_every_term_of_the_objective_has_its_line():
 def test_a_line_link_points_to_its_code(shown, linked, code):
     line = (ROOT / "rl" / "objective.py").read_text(encoding="utf-8").splitlines()[int(linked) - 1]
     assert shown == linked and code in line, f"README links line {linked} for {code!r}, which holds {line.strip()!r}"
+
+
+def test_the_forks_diff_that_is_shown_is_the_patch():
+    shown = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
+    changed = [line for line in patch_of("gspo").splitlines() if line[0] in "+-"][2:]  # without the two header lines
+    assert [line for line in shown.splitlines() if line[0] in "+-"] == changed
+    assert all(line in patch_of("gspo").splitlines() for line in shown.splitlines() if line != "@@")
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_forks_row_has_its_size_flag_and_metric(name):
+    fork, (added, removed) = FORKS[name], size(patch_of(name))
+    value = "" if fork.on is True else f" {fork.on:g}" if isinstance(fork.on, float) else f" {fork.on}"
+    metric = f"`{fork.metric}` " if fork.metric else ""
+    assert f"| [{name}](tests/forks/{name}.patch) | +{added} -{removed} | `--{fork.field}{value}` | {metric}| " in README
+
+
+def test_the_forks_toy_example_gives_what_it_says(monkeypatch, capsys):
+    """-2 e^0.03 = -2.060909; e^0.03 = 1.030455; e^0.02 and e^0.04 = 1.020201 and 1.040811."""
+    monkeypatch.setitem(sys.modules, "rl.objective", module_of(patched("gspo"), monkeypatch))
+    [example] = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)
+    exec(example, {})
+    numbers = [float(number) for number in re.findall(r"-?\d\.\d{4}", capsys.readouterr().out)]
+    assert numbers == [-2.0609, 1.0305, 1.0305, 1.0202, 1.0408]
+    assert [float(number) for number in re.findall(r"-?\d\.\d{4}", example.rpartition("#")[2])] == numbers
 
 
 def test_the_recipe_table_is_the_shipped_recipes():
@@ -52,6 +80,7 @@ def test_every_file_of_the_layout_tree_exists():
 def test_every_flag_named_is_a_flag():
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
+    fields |= {fork.field for fork in FORKS.values()}
     named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert named - fields == {"recipe"}  # which parse_config adds
 
