@@ -77,7 +77,8 @@ class GRPOConfig(TrainingConfig):
         False, "make the best checkpoint the final adapter, not the last one", source=OURS, group="evaluation"
     )
     dump_step: int | None = setting(
-        None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unit="optimizer step", group="run")
+        None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unset="none is written",
+        unit="optimizer step", group="run")
 
 
 def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
