@@ -27,6 +27,7 @@ from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+from engine.preview import dry_run_report, show_prompts
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, check_same_reference, continue_document, find_checkpoint, inherited_settings, keep_reference,
     load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
@@ -207,7 +208,7 @@ def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[
 
 
 def banner(config: GRPOConfig, resolved: Resolved, model: LoadedModel, wrapped, examples: list[Example], sets: dict[str, list[Example]],
-           run_dir: Path, device: torch.device) -> str:
+           run_dir: Path | str, device: torch.device) -> str:
     trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
     total = sum(parameter.numel() for parameter in model.base.parameters())
     return "\n".join([
@@ -242,6 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     check_images(example for examples in sets.values() for example in examples)
     examples = sets.pop("train")
     check_dump_step(resolved, len(examples), checkpoint.step if checkpoint else 0)
+    if config.show_batch:
+        return show_prompts(config, examples, prompts_per_rollout(config), sys.stdout)
     document = run_document(resolved, "grpo", files)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
@@ -256,6 +259,10 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     sampler = torch.Generator().manual_seed(config.seed)
     reward_functions = build_rewards(config, examples)
+    if config.dry_run:
+        print(banner(config, resolved, model, wrapped, examples, sets, "dry run", device)
+              + dry_run_report(config, model, wrapped, examples, sets, prompts_per_rollout(config), config.num_generations))
+        return 0
 
     run_dir = run_folder(checkpoint, config.output_dir, "grpo")
     with lock_run(run_dir), SignalGuard() as guard:

@@ -33,6 +33,7 @@ from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+from engine.preview import dry_run_report, show_answers
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
     run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
@@ -234,7 +235,7 @@ def step_counts(config: SFTConfig, num_examples: int) -> tuple[int, int]:
     return steps_per_epoch, config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
-def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, data: SFTData, run_dir: Path, device) -> str:
+def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, data: SFTData, run_dir: Path | str, device) -> str:
     trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
     total = sum(parameter.numel() for parameter in wrapped.parameters())
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -275,6 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     seed_everything(config.seed)
     device = pick_device(config.num_threads)
     data = load_data(config)
+    if config.show_batch:
+        return show_answers(config, data.train, sys.stdout)
     document = run_document(resolved, "sft", data.files)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
@@ -289,6 +292,10 @@ def main(argv: list[str] | None = None) -> int:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(wrapped)
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    if config.dry_run:
+        print(banner(config, resolved, model, wrapped, data, "dry run", device)
+              + dry_run_report(config, model, wrapped, data.train, {"validation": data.validation} | data.decoded))
+        return 0
 
     run_dir = run_folder(checkpoint, config.output_dir, "sft")
     with lock_run(run_dir), SignalGuard() as guard:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.collate import Batch
 
@@ -26,6 +26,9 @@ class Family:
 
     model_type: str
     image_token_names: tuple[str, ...]  # tokens that stand for image content: sampled ones would have no features
+    layer_norms: int  # RMS norms over the hidden state in a decoder layer (engine/memory.py)
+    head_norms: bool  # whether queries and keys have norms of their own
+    mask_kinds: tuple[str, ...]  # keys of `attention_masks`
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         """Embeddings of one image [tokens,H], in place of its placeholders."""
@@ -47,12 +50,17 @@ class Family:
         """Positions of text tokens [B,Q] in the form that the language model takes."""
         raise TypeError("use a subclass")
 
+    def patches(self, config: PretrainedConfig) -> tuple[int, int]:
+        """(patches of the vision tower that make one visual token, pixel values of a patch)."""
+        raise TypeError("use a subclass")
+
 
 class Qwen25VL(Family):
     """Qwen2.5-VL (arXiv 2502.13923)."""
 
     model_type = "qwen2_5_vl"
     image_token_names = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+    layer_norms, head_norms, mask_kinds = 2, False, ("full_attention",)
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         output = model.model.get_image_features(image["pixel_values"], image["image_grid_thw"], return_dict=True)
@@ -70,12 +78,17 @@ class Qwen25VL(Family):
     def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
         return {"full_attention": causal_mask(attention_mask, query_length)[:, None]}
 
+    def patches(self, config: PretrainedConfig) -> tuple[int, int]:
+        vision = config.vision_config
+        return vision.spatial_merge_size**2, 3 * vision.temporal_patch_size * vision.patch_size**2
+
 
 class Gemma3(Family):
     """Gemma 3 and MedGemma (arXiv 2503.19786)."""
 
     model_type = "gemma3"
     image_token_names = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
+    layer_norms, head_norms, mask_kinds = 4, True, ("full_attention", "sliding_attention")
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         output = model.model.get_image_features(image["pixel_values"], return_dict=True)
@@ -96,6 +109,10 @@ class Gemma3(Family):
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
         same_image = is_image[:, size - query_length:, None] & is_image[:, None, :]  # [B,Q,S]
         return {"full_attention": (causal | same_image)[:, None], "sliding_attention": (causal & near | same_image)[:, None]}
+
+    def patches(self, config: PretrainedConfig) -> tuple[int, int]:
+        vision = config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image, 3 * vision.patch_size**2
 
 
 _FAMILIES = {family.model_type: family for family in (Qwen25VL(), Gemma3())}

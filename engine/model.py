@@ -51,6 +51,16 @@ def model_path(name: str) -> str:
     return str(Path(data.demo.__path__[0]) / "base") if name == DEMO else name
 
 
+def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -> Encoder:
+    """Tokenizer and image processor of a checkpoint, without its weights. Raises UsageError (one line) as `load_model` does."""
+    path = model_path(name)
+    _check_checkpoint(name, path)
+    try:
+        return Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
+    except (OSError, ValueError) as error:
+        raise UsageError(_unusable(name, error)) from error
+
+
 def load_model(
     name: str, *, dtype: torch.dtype | Literal["auto"], device: torch.device, min_visual_tokens: int, max_visual_tokens: int
 ) -> LoadedModel:
@@ -63,14 +73,12 @@ def load_model(
         disable_progress_bar()  # of reading weights; in a log file it is one long line
     # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    _check_checkpoint(name, path)
+    encoder = load_encoder(name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
     try:
-        encoder = Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
         base, loading = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:  # a file of the checkpoint is missing, damaged or of another kind
-        advice = "" if looks_local(name) or not isinstance(error, OSError) else f". {_HUB_ADVICE.format(name)}"
-        raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}{advice}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(_unusable(name, error)) from error
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = sorted(loading["missing_keys"])
         raise UsageError(
@@ -104,6 +112,12 @@ def _check_checkpoint(name: str, path: str) -> None:
         raise UsageError(
             f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). {_HUB_ADVICE.format(name)}"
         ) from error
+
+
+def _unusable(name: str, error: Exception) -> str:
+    """What to say where a file of the checkpoint is missing, damaged or of another kind."""
+    advice = "" if looks_local(name) or not isinstance(error, OSError) else f". {_HUB_ADVICE.format(name)}"
+    return f"--model_name_or_path {name}: {_first_line(error)}{advice}"
 
 
 def _first_line(error: Exception) -> str:

@@ -89,6 +89,11 @@ class TrainingConfig:
         512, "longest completion that is sampled or decoded", unit="tokens", source=OURS, group="decoding"
     )
 
+    show_batch: bool = setting(
+        False, "print the first batch token by token (SFT: a micro-batch; GRPO: a rollout's prompts) and stop; loads no weights", group="run")
+    dry_run: bool = setting(
+        False, "build everything, check the first images, print token lengths and a memory forecast by part, and stop; trains and "
+        "writes nothing (the demo's images are drawn as usual)", group="run")
     num_threads: int | None = setting(
         None,
         "CPU threads of torch; one is fastest for a tiny model beside other work",
@@ -133,6 +138,8 @@ def training_problems(config: TrainingConfig) -> list[str]:
     ]
     problems += [f"--{name} is {getattr(config, name)}; it must be positive" for name in optional
                  if getattr(config, name) is not None and not getattr(config, name) > 0]
+    if config.show_batch and config.dry_run:
+        problems.append("--show_batch and --dry_run each stop the run; give one of them")
     if not 0 <= config.warmup_ratio < 1:
         problems.append(f"--warmup_ratio is {config.warmup_ratio}; it must lie in [0, 1)")
     if config.weight_decay < 0:

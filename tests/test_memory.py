@@ -1,0 +1,103 @@
+"""Protects the memory forecast: it lies within 20 % of what torch really allocates, for both families, in every phase, and its
+parts are those of the model. Run: pytest tests/test_memory.py
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
+from engine.memory import ModelShape, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts
+from engine.model import attach_new_adapter
+from tiny import load
+
+# Small, but activations, vocabulary and cache all count, and so does the mask that every layer makes.
+SIZES = Sizes(hidden=128, intermediate=344, heads=4, vocabulary=1024, image_tokens=64, prompt_length=150, new_tokens=40)
+CPU = torch.device("cpu")
+# h = 8, q = 4 x 2 = 8, k = 2 x 2 = 4, f = 16, V = 100
+SHAPE = ModelShape(base_parameters=1000, hidden=8, layers=3, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=100, layer_norms=2,
+                   head_norms=False, mask_kinds=1, vision_hidden=8, vision_intermediate=16, patches_per_token=4, pixel_values_per_patch=12)
+WORK = replace(workload("grpo", SIZES, torch.float32, CPU), lora_r=2)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_forecast_is_within_a_fifth_of_what_is_allocated(family, phase):
+    step, expected = prepare(family, phase, SIZES, torch.float32, CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize("family, phase", [("qwen2_5_vl", "sft"), ("gemma3", "grpo-checkpointed"), ("gemma3", "rollout")])
+def test_also_in_bf16(family, phase):
+    step, expected = prepare(family, phase, SIZES, DTYPES["bf16"], CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize("phase, sizes", [
+    ("rollout", replace(SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256)),  # the cache is the most
+    ("rollout", replace(SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192)),  # the sampler's vocabulary
+    ("grpo", replace(SIZES, hidden=64, intermediate=172, layers=1, prompt_length=90, new_tokens=80, vocabulary=8192, rows=8)),  # the head's
+])
+def test_also_where_another_part_is_the_most(phase, sizes):
+    step, expected = prepare("qwen2_5_vl", phase, sizes, torch.float32, CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint):
+    model = load(tiny_checkpoint(family))
+    shape = model_shape(model.base.config, sum(p.numel() for p in model.base.parameters()))
+    wrapped = attach_new_adapter(model, r=3, alpha=6, dropout=0.0)
+    assert lora_parameters(shape, 3) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def test_what_a_layer_keeps_by_hand():
+    # fp32, no dropout, r 2, rows of 10 tokens. Norms 2 x 4 x 8 = 64; q, k, v, output 4 x 4 x 8 = 128; mask 4 x 10 = 40; logsumexp
+    # 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs of A: shared by q, k, v 32, the attention's output is kept already,
+    # shared by gate and up 32, down's 64; A's outputs 7 x 2 x 4 = 56. In all 624.
+    assert kept_by_layer(SHAPE, WORK, 10) == 624
+    # bf16: 64 + 64 + 20 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256; 56. In all 572.
+    assert kept_by_layer(SHAPE, replace(WORK, element_size=2), 10) == 572
+    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 128; on a GPU masks of a byte: 256 + 64 = 320.
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), 10) == 624 - 128 + 512
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), 10) == 624 - 128 + 320
+    # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
+    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, 10) == 624 + 64 + 48
+
+
+def test_static_parts_and_cache_by_hand():
+    # a layer's A and B: r 2 x ((8+8) + 2 (8+4) + (8+8) + 2 (8+16) + (16+8)) = 2 x 128 = 256; 3 layers 768; fp32 3,072 bytes
+    assert lora_parameters(SHAPE, 2) == 768
+    assert static_parts(SHAPE, replace(WORK, element_size=2)) == {"base": 2000, "adapters": 2 * 3072, "AdamW": 2 * 3072}
+    # keys and values x 3 layers x 4 numbers x 2 bytes x 5 rows x 7 tokens
+    assert kv_cache(SHAPE, replace(WORK, element_size=2), rows=5, length=7) == 2 * 3 * 4 * 2 * 5 * 7
+
+
+def test_the_head_never_grows_beyond_a_chunk_of_the_vocabulary():
+    def logits(scored: int) -> int:
+        states = 3 * scored * SHAPE.hidden * 4
+        return head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) - states
+
+    assert logits(100_000) == logits(1000) <= 256 * 100 * 4 * 6
+    assert logits(128) < logits(1000)
+
+
+def test_phases_of_the_two_scripts():
+    grpo, sft = forecast(SHAPE, WORK), forecast(SHAPE, replace(WORK, rollout_prompts=0, adapters=1))
+    assert list(grpo.phases) == ["rollout", "scoring", "update", "evaluation"]
+    assert list(sft.phases) == ["update", "validation", "evaluation"]
+    for found in (grpo, sft):
+        assert [phase for phase, parts in found.phases.items() if "gradients" in parts] == ["update"]
+        assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
+    many = forecast(SHAPE, replace(WORK, num_generations=256))  # all rows of a rollout are written at once
+    assert many.phases["rollout"]["KV cache"] > 10 * grpo.phases["rollout"]["KV cache"]
+
+
+def test_the_shapes_of_the_two_families():
+    # four patches a visual token in both small models; Qwen's patch has two frames
+    qwen, gemma = (model_shape(model_config(family, SIZES), 1) for family in ("qwen2_5_vl", "gemma3"))
+    assert (qwen.patches_per_token, qwen.pixel_values_per_patch) == (4, 3 * 2 * 14 * 14)
+    assert (gemma.patches_per_token, gemma.pixel_values_per_patch) == (4, 3 * 14 * 14)
+    assert (qwen.head_dim, qwen.kv_heads, gemma.head_dim) == (32, 2, 32)
