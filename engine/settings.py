@@ -90,10 +90,11 @@ class TrainingConfig:
     )
 
     show_batch: bool = setting(
-        False, "print the first batch token by token (SFT: a micro-batch; GRPO: a rollout's prompts) and stop; loads no weights", group="run")
+        False, "print the first batch token by token (SFT: a micro-batch; GRPO: a rollout's prompts) and stop; loads no weights",
+        source=ENGINE, group="run")
     dry_run: bool = setting(
         False, "build everything, check the first images, print token lengths and a memory forecast by part, and stop; trains and "
-        "writes nothing (the demo's images are drawn as usual)", group="run")
+        "writes nothing (the demo's images are drawn as usual)", source=ENGINE, group="run")
     num_threads: int | None = setting(
         None,
         "CPU threads of torch; one is fastest for a tiny model beside other work",
