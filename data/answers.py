@@ -91,7 +91,7 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
 
     *preceding, answer_tag = _BLOCKS[answer_format]
     answer, answer_fault = _find_block(text, answer_tag)
-    think, think_fault = _find_block(text, "think") if preceding else (None, None)
+    think, think_fault = _find_block(text, preceding[0]) if preceding else (None, None)
     outside = _outside(text, [block for block in (think, answer) if block])
 
     form_problem = None

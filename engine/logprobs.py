@@ -47,7 +47,7 @@ def scaled_logits(hidden: Tensor, lm_head_weight: Tensor, temperature: float, su
     """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids. Shared with the sampler."""
     logits = hidden.to(lm_head_weight.dtype) @ lm_head_weight.t()  # [m,V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # up-cast first, then divide
-    return logits.index_fill(1, suppressed, float("-inf"))
+    return logits.index_fill(1, suppressed, -torch.inf)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
                 direction = probabilities.neg_().scatter_add_(1, chosen, torch.ones_like(log_z))  # [m,V]
                 jacobian[chunk] = (direction.to(weight.dtype) @ weight).to(hidden.dtype) / temperature
-        ctx.save_for_backward(jacobian, hidden if with_entropy else None, weight if with_entropy else None, suppressed)
+        ctx.save_for_backward(jacobian, hidden if with_entropy else None, weight, suppressed)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)
         return logprobs, entropies
@@ -100,7 +100,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         jacobian, hidden, weight, suppressed = ctx.saved_tensors
         grad = torch.zeros_like(jacobian)  # [M,H]
         if grad_logprobs is not None:
-            grad = grad + jacobian * grad_logprobs[:, None].to(jacobian.dtype)
+            grad = grad + jacobian * grad_logprobs[:, None]
         if grad_entropies is not None:
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data.answers import Answer
 from data.labels import LABELS, Target
@@ -118,7 +118,6 @@ class NuancedReward(RewardFunction):
     unparsed_penalty: float = 200.0
     floor: float = -300.0  # points, before scaling: one answer with a long list of inventions must not set a group's scale
     scale: float = 0.01  # the 100 points of a match become 1, the size of the hard reward
-    _predictions: deque[tuple[str, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for label, frequency in self.label_frequency.items():
@@ -126,7 +125,7 @@ class NuancedReward(RewardFunction):
                 raise ValueError(f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}: {frequency!r}")
         if self.window < self.min_window:
             raise ValueError(f"window {self.window} is below min_window {self.min_window}: mode collapse would never be seen")
-        self._predictions = deque(maxlen=self.window)
+        self._predictions: deque[tuple[str, ...]] = deque(maxlen=self.window)
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         if not answer.parsed:

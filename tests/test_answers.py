@@ -4,6 +4,8 @@ A parser that is lenient where the reward is strict, or that hangs on broken tex
 """
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,8 @@ def test_strict_answer_gives_every_field():
     assert answer.unknown == answer.duplicates == answer.contradictions == ()
     assert answer.think == "\nDense left base.\n"
     assert answer.outside == ""
+    with pytest.raises(dataclasses.FrozenInstanceError):  # what is logged is what was rewarded
+        answer.labels = ()
 
 
 @pytest.mark.parametrize(
@@ -72,9 +76,15 @@ def test_outside_holds_each_piece_of_text_around_the_blocks():
     answer = parse_answer(" before <think>a</think> between <solution>Edema</solution> after ")
     assert answer.outside == "before\nbetween\nafter"
     assert answer.think == "a"
+    assert parse_answer("a<think>b</think>c<solution>Edema</solution>d").outside == "a\nc\nd"
     # The wrong order and a block inside the other one leave nothing over.
     assert parse_answer("<solution>Edema</solution><think>a</think> after").outside == "after"
     assert parse_answer("<think>a<solution>Edema</solution></think> after").outside == "after"
+
+
+def test_reasoning_and_outside_are_kept_of_an_answer_that_cannot_be_read():
+    answer = parse_answer("Sure. <think>a</think> <solution>Edema, Card")
+    assert (answer.think, answer.outside) == ("a", "Sure.\n<solution>Edema, Card")
 
 
 @pytest.mark.parametrize("body", ["", "  \n ", ",,", " , ;\n,"])
@@ -107,6 +117,12 @@ def test_entries_are_known_unknown_or_repeated(body, labels, unknown, duplicates
     assert answer.valid and answer.problem is None  # what the block says does not change the form
 
 
+def test_an_entry_of_more_than_200_characters_is_not_looked_up():
+    # 5 letters and 195 zero-width spaces, which a label's spelling may hold; then one more.
+    assert parse_answer(FORM.format("Edema" + "\u200b" * 195)).labels == ("Edema",)
+    assert parse_answer(FORM.format("Edema" + "\u200b" * 196)).unknown == ("Edema" + "\u200b" * 196,)
+
+
 def test_no_finding_contradicts_every_finding_but_support_devices():
     answer = parse_answer(FORM.format("Edema, No Finding, Support Devices, Fracture"))
     assert answer.contradictions == ("Edema", "Fracture")
@@ -134,7 +150,8 @@ def test_all_fourteen_labels_are_read_in_the_texts_order():
         (" \n", "label_list", "empty", False, False),
         # Tagged text is no plain list; reading it would take labels out of the reasoning.
         ("<think>no edema, fracture, or mass</think> Pneumonia", "label_list", "tagged", False, False),
-        ("Edema</answer>", "label_list", "tagged", False, False),
+        *((f"Edema, {tag}", "label_list", "tagged", False, False)
+          for tag in ("<think>", "</think>", "<solution>", "</solution>", "<answer>", "</answer>")),
     ],
 )
 def test_other_formats(text, answer_format, problem, parsed, valid):
@@ -143,8 +160,9 @@ def test_other_formats(text, answer_format, problem, parsed, valid):
 
 
 def test_label_list_reads_labels():
-    assert parse_answer("Edema\nFracture; mild", "label_list").labels == ("Edema", "Fracture")
-    assert parse_answer("Edema\nFracture; mild", "label_list").unknown == ("mild",)
+    answer = parse_answer("Edema\nFracture; mild", "label_list")
+    assert (answer.labels, answer.unknown) == (("Edema", "Fracture"), ("mild",))
+    assert (answer.think, answer.outside) == (None, "")
 
 
 def test_unknown_format_is_an_error_that_lists_the_known_ones():

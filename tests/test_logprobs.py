@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from data.collate import collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from engine.forward import predicted_tokens, to_rows
-from engine.logprobs import predicted_correctly, scaled_logits, token_logprobs
+from engine.logprobs import CHUNK_SIZE, predicted_correctly, scaled_logits, token_logprobs
 
 M, H, V = 7, 5, 11
 
@@ -98,6 +98,13 @@ def test_chunks_do_not_matter(chunk_size):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 100])
+def test_chunks_do_not_matter_without_a_gradient(chunk_size):
+    hidden, head, targets = problem()
+    logprobs, _ = token_logprobs(hidden.detach(), head, targets, chunk_size=chunk_size)
+    torch.testing.assert_close(logprobs, token_logprobs(hidden, head, targets)[0].detach(), rtol=0, atol=1e-13)
+
+
 def test_suppressed_ids_leave_the_vocabulary():
     suppressed = (2, 9)
     rest = [i for i in range(V) if i not in suppressed]
@@ -163,11 +170,39 @@ def test_bfloat16_in_float32_out():
     assert hidden.grad.dtype == torch.bfloat16
 
 
+def test_the_product_runs_in_the_heads_dtype():
+    # 1 + 2^-9 is 1 in bf16: the two logits are equal, so the first is the argmax.
+    hidden, head = torch.tensor([[1.0, 1 + 2 ** -9]]), torch.eye(2, dtype=torch.bfloat16)
+    assert scaled_logits(hidden, head, 1.0, torch.tensor([], dtype=torch.long)).tolist() == [[1.0, 1.0]]
+    assert predicted_correctly(hidden, head, torch.tensor([0])).tolist() == [True]
+
+
+def test_the_gradient_is_divided_in_the_dtype_of_hidden():
+    # p = (1/2, 1/2), so d logprob_0 / d logits = (1/2, -1/2), exact in bf16; 0.5 / 0.7 = 0.714286, which bf16 would make 0.714844
+    hidden = torch.zeros(1, 2, requires_grad=True)
+    token_logprobs(hidden, torch.eye(2, dtype=torch.bfloat16), torch.tensor([0]), temperature=0.7)[0].sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.714286, -0.714286]]), rtol=0, atol=1e-6)
+    # The entropy of two logits z, 0 has the gradient -p (1 - p) z and its opposite; z = 0.6875 / 0.7 = 0.982143, p = 0.727533. The
+    # product with the head makes 0.194690 the bf16 number 199/1024; 199/1024/0.7 = 0.277623, which bf16 would make 0.277344.
+    hidden = torch.tensor([[0.6875, 0.0]], requires_grad=True)
+    head, targets = torch.eye(2, dtype=torch.bfloat16), torch.tensor([0])
+    token_logprobs(hidden, head, targets, temperature=0.7, entropy=True)[1].sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[-0.277623, 0.277623]]), rtol=0, atol=1e-6)
+
+
+def test_everything_stays_on_the_device_of_hidden():
+    hidden, head, targets = (tensor.detach().to("meta") for tensor in problem())
+    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, targets, suppress_token_ids=[1], entropy=True)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert {tensor.device.type for tensor in (logprobs, entropies, hidden.grad)} == {"meta"}
+
+
 def test_large_logits_are_stable():
-    hidden, head = head_for(torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 1e4]]))
+    hidden, head = head_for(torch.tensor([[3e4, 0.0, -1e4], [-1e4, 1e4, 1e4]]))
     logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, torch.tensor([1, 2]), entropy=True)
-    # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the logits must be shifted first.
-    torch.testing.assert_close(logprobs, torch.tensor([-1e4, -0.693147]), rtol=0, atol=1e-6)
+    # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the logits must be shifted first, and
+    # each row by its own maximum.
+    torch.testing.assert_close(logprobs, torch.tensor([-3e4, -0.693147]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropies, torch.tensor([0.0, 0.693147]), rtol=0, atol=1e-6)
     (logprobs.sum() + entropies.sum()).backward()
     assert hidden.grad.isfinite().all()
@@ -195,6 +230,7 @@ def test_gradients_by_finite_differences(chunk_size, suppressed):
     assert gradcheck(lambda h: values(h)[0], hidden)
     assert gradcheck(lambda h: values(h)[1], hidden)
     assert gradcheck(values, hidden)
+    assert gradcheck(lambda h: values(h)[0] + 2 * values(h)[1], hidden)  # both in one backward pass
 
 
 def test_gradient_of_the_mean_nll_by_hand():
@@ -225,24 +261,43 @@ def saved_bytes(v: int, entropy: bool) -> int:
     return sum(t.numel() * t.element_size() for t in kept if t.data_ptr() != head.data_ptr())
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_nothing_of_the_vocabularys_size_is_kept(entropy):
-    small, large = saved_bytes(50, entropy), saved_bytes(5000, entropy)
-    assert small == large <= 2 * 64 * H * 4  # d logprob / d hidden [M,H], and hidden where the entropy is asked for
+@pytest.mark.parametrize(("entropy", "copies"), [(False, 1), (True, 2)])
+def test_nothing_of_the_vocabularys_size_is_kept(entropy, copies):
+    # d logprob / d hidden [M,H], and hidden where the entropy is asked for, fp32
+    assert saved_bytes(50, entropy) == saved_bytes(5000, entropy) == copies * 64 * H * 4
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """The size of the largest tensor that is made (views apart), and the number of matrix products."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.largest = max(self.largest, result.numel())
+        self.products += function is torch.ops.aten.mm.default
+        return result
 
 
 def test_no_more_than_a_chunk_of_logits_at_once():
-    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.largest = max(self.largest, result.numel())
-            return result
-
     hidden, head, targets = problem(torch.float32, m=64, v=5000)
-    with LargestTensor() as watched:
+    with Watched() as watched:
         logprobs, entropies = token_logprobs(hidden, head, targets, chunk_size=8, entropy=True)
         (logprobs.sum() + entropies.sum()).backward()
     assert watched.largest == 8 * 5000
+    # Eight chunks, each once: logits and d logprob / d hidden forward, logits and d entropy / d hidden backward.
+    assert watched.products == 8 * 4
+
+
+def test_without_a_gradient_only_the_logits_are_made():
+    hidden, head, targets = problem(torch.float32, m=64, v=10)
+    with Watched() as watched:
+        token_logprobs(hidden.detach(), head, targets, chunk_size=8)
+        predicted_correctly(hidden, head, targets, chunk_size=8)
+    assert watched.largest == 8 * 10  # less than hidden's 64 x 5
+    assert watched.products == 8 + 8
+
+
+def test_the_default_chunk_of_gemmas_logits_takes_256_mib():
+    assert CHUNK_SIZE * 262_208 * 4 / 2 ** 20 == pytest.approx(256, abs=0.1)  # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06

@@ -88,6 +88,12 @@ def test_scores_by_hand():
     assert masked["per_label"]["Edema"] == scores["per_label"]["Edema"]
 
 
+def test_zeros_and_ones_are_as_good_as_booleans():
+    targets, predictions, evaluated = bools("110", "010"), bools("100", "100"), bools("101", "111")
+    scores = multilabel_scores(targets.astype(int), predictions.astype(float), ABC, evaluated.astype(int))
+    assert scores == multilabel_scores(targets, predictions, ABC, evaluated)
+
+
 def test_no_image_scores_zero():
     scores = multilabel_scores(np.zeros((0, 3), bool), np.zeros((0, 3), bool), ABC)
     assert triple(scores["micro"]) == triple(scores["macro"]) == (0.0, 0.0, 0.0)
@@ -109,11 +115,17 @@ def test_scores_do_not_change_their_inputs():
         (np.array([True, False, True]), bools("110"), None, r"targets must be a matrix \[N, K\]"),
         (np.array([[1.0, 0.0, -1.0]]), bools("110"), None, "targets must hold only 0 and 1"),  # CheXpert's 'uncertain'
         (bools("110"), np.array([[1.0, np.nan, 0.0]]), None, "predictions must hold only 0 and 1"),
+        (bools("110"), bools("110"), np.array([[1.0, 0.5, 0.0]]), "evaluated must hold only 0 and 1"),
     ],
 )
 def test_bad_matrices_are_errors(targets, predictions, evaluated, message):
     with pytest.raises(ValueError, match=message):
         multilabel_scores(targets, predictions, ABC, evaluated)
+
+
+def test_scores_need_a_label():
+    with pytest.raises(ValueError, match=r"0 labels given for matrices of shape \(2, 0\)"):
+        multilabel_scores(np.zeros((2, 0), bool), np.zeros((2, 0), bool), ())
 
 
 def test_label_matrix_places_labels_in_their_columns():
@@ -148,6 +160,8 @@ def test_failed_answers_are_treated_in_three_ways():
     # All wrong: row 1 becomes 01?, so FN 1 (Edema) and FP 1 (Fracture).
     assert triple(policies["all_wrong"]["micro"]) == pytest.approx((3 / 4, 3 / 5, 6 / 9))
     assert policies["all_wrong"]["per_label"]["Pneumonia"]["precision"] == 0.0
+    # Whether an answer was read may come as 0 and 1; those are no row numbers.
+    assert failure_policies(targets, predictions, [1, 0, 1], ABC, bools("110", "110", "111")) == policies
 
 
 def test_all_answers_failed():
@@ -174,6 +188,7 @@ def test_most_frequent_answer():
 def test_all_labels_baseline():
     # Precision is the share of positives, 3 of 6; recall is 1.
     predictions = predict_all_labels(2, 3)
+    assert predictions.dtype == bool
     assert triple(multilabel_scores(bools("110", "100"), predictions, ABC)["micro"]) == pytest.approx((1 / 2, 1, 2 / 3))
 
 
@@ -188,12 +203,23 @@ def test_random_baseline_has_the_references_prevalence_and_no_correlation():
     assert (again == predictions).all()
 
 
+def test_random_baseline_never_predicts_what_the_reference_never_holds():
+    class AllZero:  # the least that Generator.random returns
+        @staticmethod
+        def random(shape):
+            return np.zeros(shape)
+
+    assert (predict_by_prevalence(bools("110", "100"), 2, AllZero) == bools("110", "110")).all()
+
+
 def test_baselines_need_a_reference():
     nothing = np.zeros((0, 3), bool)
     with pytest.raises(ValueError, match="reference holds no label set"):
         predict_most_frequent(nothing, 2)
     with pytest.raises(ValueError, match="reference holds no label set"):
         predict_by_prevalence(nothing, 2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"reference must be a matrix \[N, K\], got shape \(3,\)"):
+        predict_most_frequent(np.array([True, False, True]), 2)
 
 
 def test_jaccard_counts_unknown_entries_in_the_union():
@@ -233,6 +259,12 @@ def test_bootstrap_does_not_depend_on_how_many_weights_fit_in_memory(monkeypatch
     assert bootstrap_intervals(*arguments, seed=0, resamples=25) == whole
 
 
+def test_bootstrap_draws_a_thousand_resamples_by_default():
+    targets, predictions = random_case(0)
+    arguments = targets, predictions, None, [str(n) for n in range(50)]
+    assert bootstrap_intervals(*arguments, seed=0) == bootstrap_intervals(*arguments, seed=0, resamples=1000)
+
+
 def test_bootstrap_draws_patients_not_images():
     # Two patients of 50 images each, one all right and one all wrong. A resample holds only one of them with probability 1/4
     # each, so both percentiles are at the extremes; by image they would lie near 0.4 and 0.6.
@@ -254,5 +286,7 @@ def test_bootstrap_of_one_patient_is_a_point():
 def test_bootstrap_needs_one_patient_id_an_image():
     with pytest.raises(ValueError, match="1 images, 2 patient ids"):
         bootstrap_intervals(bools("110"), bools("110"), None, ["a", "b"], seed=0)
+    with pytest.raises(ValueError, match="1 images, 1 patient ids, 2 Jaccard values"):
+        bootstrap_intervals(bools("110"), bools("110"), None, ["a"], seed=0, jaccard=np.array([1.0, 1.0]))
     with pytest.raises(ValueError, match="0 images"):
         bootstrap_intervals(np.zeros((0, 3), bool), np.zeros((0, 3), bool), None, [], seed=0)

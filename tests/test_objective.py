@@ -5,8 +5,10 @@ A check takes the module under test as its argument `objective`, so that test_br
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -333,6 +335,51 @@ def test_toy_advantages(objective):
     close(objective.group_advantages(rewards, group_ids, "batch"), [1.095385, -0.547693, -1.095385, 0.547693], atol=1e-6)
 
 
+def test_rewards_one_millionth_apart_say_nothing(objective):
+    # Group 0 differs by exactly 1e-6, the most that counts as residue; group 1 by 2e-6, whose halves are +-1e-6.
+    close(objective.group_advantages(f64([0, 1e-6, 0, 2e-6]), torch.tensor([0, 0, 1, 1])), [0, 0, -1e-6, 1e-6], atol=1e-12)
+
+
+def test_one_rated_completion_gets_zero_without_a_warning(objective):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a standard deviation of one value, and makes it NaN
+        for scale_rewards in ("none", "group", "batch"):
+            close(objective.group_advantages(f64([3.0]), torch.tensor([0]), scale_rewards), [0])
+
+
+def test_one_token_in_the_whole_step(objective):
+    # num_tokens 1, length 1, constant 1: the divisors' floors of 1 change nothing, so the only token has weight 1.
+    for loss_type in ("dr_grpo", "grpo", "dapo"):
+        close(weights_of(objective, torch.ones(1, 1, dtype=torch.bool), loss_type), [[1]])
+
+
+def test_without_beta_an_overflowing_estimate_is_logged_and_not_lost_on(objective):
+    # pi_ref/pi = exp(1000) is infinite, and 0 x inf would be NaN. The surrogate is 1 x 2, so the loss is -2.
+    zeros, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    loss, terms = objective.grpo_loss(zeros, zeros, zeros + 1000, f64([2]), mask, mask.double(), objective.ObjectiveConfig(beta=0))
+    close(loss, -2)
+    assert terms["kl"].item() == math.inf
+
+
+def test_a_token_is_clipped_only_where_its_gradient_is(objective):
+    # (ratio, A): on the bounds themselves the gradient is kept; with A = 0 there is none to take; 0.5 is clipped by A < 0 only and 2
+    # by A > 0 only, however small A is. So one of eight is clipped low, (0.5, -0.5), and one high, (2, 0.5).
+    ratio = f64([[0.85], [1.22], [0.5], [2], [0.5], [2], [0.5], [2]])
+    advantages = f64([-1, 1, 0, 0, 0.5, -0.5, -0.5, 0.5])
+    terms = {"ratio": ratio, "kl": ratio, "surrogate": ratio, "log_ratio": ratio}
+    mask = torch.ones(8, 1, dtype=torch.bool)
+    metrics = objective.objective_metrics(terms, advantages, mask, objective.ObjectiveConfig())
+    close([metrics[f"clip_ratio/{name}"].value for name in ("low_mean", "high_mean", "region_mean")], [1 / 8, 1 / 8, 2 / 8])
+
+
+def test_metrics_carry_no_gradient(objective):
+    logprobs, mask = torch.zeros(1, 1, requires_grad=True), torch.ones(1, 1, dtype=torch.bool)
+    config = objective.ObjectiveConfig()
+    _, terms = objective.grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), torch.ones(1), mask, mask.float(), config)
+    assert terms["ratio"].requires_grad
+    assert not any(metric.value.requires_grad for metric in objective.objective_metrics(terms, torch.ones(1), mask, config).values())
+
+
 # What is refused, and what is only warned of
 
 
@@ -342,6 +389,25 @@ def test_config_names_every_field_out_of_range(objective):
     assert all(name in str(error.value) for name in ("epsilon_low is 1.0", "epsilon_high is -0.1", "beta is nan"))
     with pytest.raises(ValueError, match="epsilon_low is -0.1"):
         objective.ObjectiveConfig(epsilon_low=-0.1)
+    with pytest.raises(ValueError) as error:
+        objective.ObjectiveConfig(kl_estimator="k4", loss_type="ppo", scale_rewards="std", beta=-1.0)
+    assert str(error.value).splitlines() == [
+        "kl_estimator is 'k4'; use one of k1, k2, k3", "loss_type is 'ppo'; use one of dr_grpo, grpo, dapo",
+        "scale_rewards is 'std'; use one of none, group, batch", "beta is -1.0; it must not be negative"]
+
+
+def test_zero_is_in_every_range_and_a_config_does_not_change(objective):
+    config = objective.ObjectiveConfig(epsilon_low=0, epsilon_high=0, beta=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 1.0
+
+
+def test_every_field_documents_itself(objective):
+    """What run_grpo.py makes flags and help texts of."""
+    metadata = {field.name: field.metadata for field in dataclasses.fields(objective.ObjectiveConfig)}
+    assert all(entry["help"] and entry["source"] for entry in metadata.values())
+    assert {name: entry["aliases"] for name, entry in metadata.items() if "aliases" in entry} == {"epsilon_low": ("epsilon",)}
+    assert {name: entry["unit"] for name, entry in metadata.items() if "unit" in entry} == {"beta": "reward per nat"}
 
 
 def test_defaults_are_the_papers(objective):
@@ -366,6 +432,18 @@ def test_unknown_names_and_a_missing_reference_are_refused(objective):
         objective.group_advantages(f64([0, 1]), torch.tensor([0, 0]), "std")
     with pytest.raises(ValueError, match="ref_logprobs"):
         objective.grpo_loss(zeros, zeros, None, zeros[0], mask, zeros, objective.ObjectiveConfig())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "mask", "weights"])
+def test_a_tensor_of_another_shape_is_refused(objective, name):
+    """It would broadcast, and the loss be a number all the same."""
+    arguments = {"old_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3), "advantages": torch.zeros(2),
+                 "mask": torch.ones(2, 3, dtype=torch.bool), "weights": torch.ones(2, 3)}
+    config = objective.ObjectiveConfig()
+    with pytest.raises(ValueError, match=rf"^{name} has shape \(1, 3\), logprobs \(2, 3\); all are \[N,T\]$"):
+        objective.grpo_loss(torch.zeros(2, 3), **arguments | {name: arguments[name][:1]}, config=config)
+    with pytest.raises(ValueError, match=r"^advantages has shape \(2, 1\); one number a completion is needed, \[2\]$"):
+        objective.grpo_loss(torch.zeros(2, 3), **arguments | {"advantages": torch.zeros(2, 1)}, config=config)
 
 
 # The worked cases are used up

@@ -4,13 +4,14 @@ A reward that is off by a sign or a label trains towards the wrong thing, and th
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from data.answers import parse_answer
 from data.labels import NIH_NINE, Target, canonical_label
-from rl.rewards import HardReward, NuancedReward, Reward, jaccard
+from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction, jaccard
 
 FREQUENCY = {"Support Devices": 0.5, "No Finding": 0.25, "Edema": 0.1}
 
@@ -241,6 +242,22 @@ def test_hard_reward_answers_to_the_same_calls_without_memory():
     assert reward(answer("Edema"), target("Edema"), 300).total == 1.0
 
 
+def test_a_reward_of_ones_own_needs_only_a_call():
+    class Length(RewardFunction):
+        def __call__(self, answer, target, completion_length):
+            return Reward(completion_length / 4, {"length": completion_length / 4})
+
+    reward = Length()
+    reward.observe([answer("Edema")])
+    assert reward.state_dict() == {}
+    assert reward.scaled(reward(answer("Edema"), target("Edema"), 10)) == 2.5  # 10 / 4, unscaled
+
+
+def test_a_reward_does_not_change_once_it_is_given():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HardReward()(answer("Edema"), target("Edema"), 300).total = 2.0
+
+
 def test_nuanced_points_are_floored_and_scaled_only_for_training():
     reward = NuancedReward(FREQUENCY)
     # Five inventions: -500 points stay in the log; training sees max(-500, -300) x 0.01.
@@ -265,6 +282,18 @@ def test_parts_sum_to_the_total_and_show_no_negative_zero():
 def test_label_frequency_must_hold_shares_of_labels(frequency):
     with pytest.raises(ValueError, match="shares from 0 to 1 of the 14 labels, got '[Ee]dema'"):
         NuancedReward(frequency)
+
+
+def test_a_label_of_none_or_all_of_the_images_is_a_share_too():
+    # A false positive costs 10 + 40 x 0 and 10 + 40 x 1.
+    reward = NuancedReward({"Fracture": 0.0, "Edema": 1.0})
+    assert [reward(answer(label), target("Pneumonia"), 10).total for label in ("Fracture", "Edema")] == [-10, -50]
+
+
+def test_a_window_of_min_window_acts_once_it_is_full():
+    reward = NuancedReward(FREQUENCY, window=50)
+    reward.observe([answer("Edema")] * 50)
+    assert reward.dominant_labels() == {"Edema"}
 
 
 def test_a_window_that_can_never_act_is_an_error():

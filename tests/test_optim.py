@@ -1,0 +1,85 @@
+"""Protects the optimizer's numbers: what is trained, AdamW's update, the learning rate of each step, the clipped gradient.
+
+A schedule that is off by a step, or a decay that is not applied, shows in no curve. The worked cases P17 and P23 are in
+test_objective.py.
+"""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+
+
+def model_of(**values: float) -> nn.Module:
+    """One parameter of one number for each name, in this order."""
+    model = nn.Module()
+    for name, value in values.items():
+        model.register_parameter(name, nn.Parameter(torch.tensor([value], dtype=torch.float64)))
+    return model
+
+
+def test_only_what_requires_a_gradient_is_trained_in_the_models_order():
+    model = model_of(z=1.0, frozen=2.0, a=3.0)
+    model.frozen.requires_grad_(False)
+    assert [name for name, _ in trainable_parameters(model)] == ["z", "a"]
+    group, = build_optimizer(model, learning_rate=0.1, weight_decay=0.0).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(model.z), id(model.a)]
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="the model has no trainable parameters"):
+        build_optimizer(model_of(), learning_rate=0.1, weight_decay=0.0)
+
+
+def test_adamw_by_hand():
+    model = model_of(w=1.0)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.02)
+    assert type(optimizer) is torch.optim.AdamW
+    # Step 1, gradient 0.5: the decay is decoupled, 1 x (1 - 0.1 x 0.02) = 0.998. Both corrected moments are those of one gradient,
+    # so the update is 0.1 x 0.5 / (0.5 + 1e-8) = 0.1 less 2e-9.
+    model.w.grad = torch.tensor([0.5], dtype=torch.float64)
+    optimizer.step()
+    assert model.w.item() == pytest.approx(0.898 + 2e-9, abs=1e-12)
+    # Step 2, gradient -0.5: m = 0.9 x 0.05 - 0.1 x 0.5 = -0.005, corrected -0.005 / (1 - 0.81) = -0.0263157895;
+    # v = 0.999 x 0.00025 + 0.001 x 0.25 = 0.00049975, corrected 0.00049975 / (1 - 0.998001) = 0.25, root 0.5.
+    # 0.898 x 0.998 + 0.1 x 0.0263157895 / 0.5 = 0.896204 + 0.0052631579 = 0.9014671579
+    model.w.grad = torch.tensor([-0.5], dtype=torch.float64)
+    optimizer.step()
+    assert model.w.item() == pytest.approx(0.9014671579, abs=1e-8)
+
+
+def test_learning_rate_by_hand():
+    # 4 steps of warm-up from 0, then half a cosine over 8: 2 x (1 + cos(pi x done/8)) / 2; cos 0 = 1, cos(pi/2) = 0, cos pi = -1
+    schedule = {"base": 2.0, "warmup_steps": 4, "total_steps": 12}
+    by_step = {0: 0.0, 1: 0.5, 3: 1.5, 4: 2.0, 6: 1 + 0.5 ** 0.5, 8: 1.0, 10: 1 - 0.5 ** 0.5, 12: 0.0, 13: 0.0, 20: 0.0}
+    for step, expected in by_step.items():
+        assert learning_rate_at(step, **schedule) == pytest.approx(expected, abs=1e-12), step
+
+
+def test_learning_rate_without_warmup_starts_at_the_base():
+    assert learning_rate_at(0, base=2.0, warmup_steps=0, total_steps=2) == 2.0
+    assert learning_rate_at(1, base=2.0, warmup_steps=0, total_steps=2) == pytest.approx(1.0)
+
+
+def test_learning_rate_of_nothing_but_warmup():
+    # The first step after it is the end of a cosine of no length: still the base; the next one is beyond the end.
+    assert learning_rate_at(4, base=2.0, warmup_steps=4, total_steps=4) == 2.0
+    assert learning_rate_at(5, base=2.0, warmup_steps=4, total_steps=4) == 0.0
+
+
+def test_learning_rate_is_set_in_every_group():
+    model = model_of(a=1.0, b=1.0)
+    optimizer = torch.optim.AdamW([{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.2}])
+    set_learning_rate(optimizer, 0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_gradients_are_scaled_together_and_only_when_too_long():
+    model = model_of(a=0.0, b=0.0)
+    model.a.grad, model.b.grad = torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
+    assert clip_gradients(model.parameters(), 10.0).item() == pytest.approx(5)  # 3, 4, 5
+    assert (model.a.grad.item(), model.b.grad.item()) == (3.0, 4.0)
+    assert clip_gradients(model.parameters(), 1.0).item() == pytest.approx(5)  # the norm before
+    assert (model.a.grad.item(), model.b.grad.item()) == pytest.approx((0.6, 0.8), abs=1e-6)  # coefficient 1 / (5 + 1e-6)
