@@ -25,7 +25,7 @@ from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
 from engine.config import Resolved, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
-from engine.model import LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
+from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_prompts
 from engine.run import (
@@ -307,7 +307,8 @@ def main(argv: list[str] | None = None) -> int:
                     return guard.exit_code or 130
         if sets:
             print("\n" + format_progress(state.log_history, list(sets), state.best_model_checkpoint))
-        test_files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b" if document["recipe"] == "demo" else "--data_file NAME=FILE"
+        embedded = document["recipe"] in EMBEDDED  # whose recipes have the demo's data
+        test_files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b" if embedded else "--data_file NAME=FILE"
         print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run_dir} {test_files}")
     return 0
 

@@ -31,7 +31,8 @@ from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model import LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing, load_model
+from engine.model import (
+    EMBEDDED, LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing, load_model)
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_answers
 from engine.run import (
@@ -253,7 +254,7 @@ def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, d
 
 def next_command(recipe: str | None, run_dir: Path) -> str:
     """The command that goes on with GRPO; FILE is the user's to fill in."""
-    data = "" if recipe == "demo" else " --train_file FILE"
+    data = "" if recipe in EMBEDDED else " --train_file FILE"
     return f"python run_grpo.py{f' --recipe {recipe}' if recipe else ''} --adapter_name_or_path {run_dir}{data}"
 
 

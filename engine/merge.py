@@ -41,7 +41,7 @@ from data.records import Example
 from engine.config import UsageError, parse_config, setting
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
-from engine.model import DEMO, POLICY, LoadedModel, adapter_config, attach_adapter, load_model, looks_local, model_path
+from engine.model import EMBEDDED, POLICY, LoadedModel, adapter_config, attach_adapter, load_model, looks_local, model_path
 from engine.run import saved_settings, write_json
 from engine.runtime import main_guard, pick_device, sha256_of, versions
 from engine.settings import FALLBACKS
@@ -179,7 +179,7 @@ def base_of(config: MergeConfig) -> str:
         if not named:
             raise UsageError(f"{folder}: adapter_config.json names no base model; give --model_name_or_path")
         return named
-    if named and not any(name != DEMO and looks_local(name) for name in (named, given)):
+    if named and not any(name not in EMBEDDED and looks_local(name) for name in (named, given)):
         raise UsageError(
             f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give that model or a copy of it")
     print(f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy of it", file=sys.stderr)

@@ -26,7 +26,9 @@ from data.encode import Encoder, read_config
 from engine.config import UsageError
 from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids
 
-DEMO = "demo"  # the embedded checkpoint's name; adapters trained on it name their base so, not by a path of this machine
+# The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name their base so, not by a path of
+# this machine.
+EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
 POLICY, REFERENCE = "default", "reference"
 _HUB_ADVICE = ("A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a gated one accept its "
                "licence at https://huggingface.co/{} and run `hf auth login`")
@@ -36,7 +38,7 @@ _HUB_ADVICE = ("A hub model must exist and be reachable, or with HF_HUB_OFFLINE 
 class LoadedModel:
     """A base model with its family facts, its processor and the token ids that the sampler and the objective need."""
 
-    name: str  # as given: a folder, a hub name or 'demo'
+    name: str  # as given: a folder, a hub name, 'demo' or 'demo-gemma'
     base: PreTrainedModel
     family: Family
     encoder: Encoder
@@ -45,10 +47,10 @@ class LoadedModel:
 
 
 def model_path(name: str) -> str:
-    """Where transformers finds `name`: the embedded checkpoint for 'demo', else the name itself (a folder or a hub name)."""
+    """Where transformers finds `name`: an embedded checkpoint's folder, else the name itself (a folder or a hub name)."""
     import data.demo
 
-    return str(Path(data.demo.__path__[0]) / "base") if name == DEMO else name
+    return str(Path(data.demo.__path__[0]) / EMBEDDED[name]) if name in EMBEDDED else name
 
 
 def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -> Encoder:
@@ -92,8 +94,8 @@ def load_model(
 
 
 def looks_local(name: str) -> bool:
-    """Whether `name` can only be a folder (or the demo): anything but owner/model, or owner/model where such a folder exists."""
-    return name == DEMO or name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).is_dir()
+    """Whether `name` can only be a folder (or an embedded one): anything but owner/model, or owner/model where such a folder exists."""
+    return name in EMBEDDED or name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).is_dir()
 
 
 def _check_checkpoint(name: str, path: str) -> None:

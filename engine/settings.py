@@ -23,7 +23,7 @@ class TrainingConfig:
     """Model, data, batches, optimizer, precision, logging and checkpoints."""
 
     model_name_or_path: str | None = setting(
-        None, "base model: a checkpoint's folder, a hub name, or 'demo' for the embedded one",
+        None, "base model: a checkpoint's folder, a hub name, or 'demo' or 'demo-gemma', which are embedded",
         unset="the recipe's; GRPO: the SFT adapter's", group="model and data")
     train_file: str | None = setting(
         None, "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo", unset="the recipe's",

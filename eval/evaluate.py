@@ -373,7 +373,8 @@ def _row_problems(row: object) -> list[str]:
 class EvalConfig:
     """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the help says."""
 
-    model_name_or_path: str | None = setting(None, "base model: a folder, a hub name or 'demo'", unset="the adapter's base")
+    model_name_or_path: str | None = setting(
+        None, "base model: a folder, a hub name, 'demo' or 'demo-gemma'", unset="the adapter's base")
     adapter_name_or_path: str | None = setting(None, "folder of a LoRA adapter", unset="none: the base model itself is evaluated")
     data_file: tuple[str, ...] = setting(
         (), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",))

@@ -29,7 +29,6 @@ from data.prompts import PROMPTS
 from data.records import Example
 
 DRAWN_LABELS = [label for label in LABELS if label != NO_FINDING]
-SHIPPED = ["qwen2_5_vl"]  # families whose trained base is in the repository
 
 
 @pytest.fixture(scope="module", params=list(BASE_FAMILIES))
@@ -37,14 +36,10 @@ def family(request):
     return BASE_FAMILIES[request.param]
 
 
-@pytest.fixture(scope="module", params=SHIPPED)
-def shipped(request):
-    return BASE_FAMILIES[request.param]
-
-
 @pytest.fixture(scope="module")
-def tokenizer(shipped):
-    return AutoTokenizer.from_pretrained(shipped.folder)
+def tokenizer(family):
+    """The shipped one."""
+    return AutoTokenizer.from_pretrained(family.folder)
 
 
 @pytest.fixture(scope="module")
@@ -338,8 +333,8 @@ def test_a_picture_reaches_the_loss_and_both_stages_train(family, fresh, patient
     assert len(moved() & language) > 0.9 * len(language)
 
 
-def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it(shipped):
-    files = [path for path in shipped.folder.rglob("*") if path.is_file()]
+def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it(family):
+    files = [path for path in family.folder.rglob("*") if path.is_file()]
     assert files and sum(path.stat().st_size for path in files) <= 6_000_000
     for path in files:
         if path.suffix != ".safetensors":
@@ -347,25 +342,25 @@ def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it
             assert "_name_or_path" not in text and "/home" not in text and "/tmp" not in text and "/work" not in text
 
 
-def test_the_shipped_base_loads(shipped, tokenizer):
-    model = AutoModelForImageTextToText.from_pretrained(shipped.folder, dtype=torch.float32)
-    assert type(model) is type(shipped.build_model(tokenizer))
-    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids(shipped.image_token)
+def test_the_shipped_base_loads(family, tokenizer):
+    model = AutoModelForImageTextToText.from_pretrained(family.folder, dtype=torch.float32)
+    assert type(model) is type(family.build_model(tokenizer))
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids(family.image_token)
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(shipped.end_of_turn)}
-    stop_ids |= {tokenizer.pad_token_id} if shipped is BASE_FAMILIES["qwen2_5_vl"] else set()  # Qwen's <|endoftext|> is both
+    stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.end_of_turn)}
+    stop_ids |= {tokenizer.pad_token_id} if family is BASE_FAMILIES["qwen2_5_vl"] else set()  # Qwen's <|endoftext|> is both
     assert set(model.generation_config.eos_token_id) == stop_ids
-    assert tokenizer.chat_template.strip() == shipped.chat_template.strip()
-    processor = AutoImageProcessor.from_pretrained(shipped.folder, backend="pil")
+    assert tokenizer.chat_template.strip() == family.chat_template.strip()
+    processor = AutoImageProcessor.from_pretrained(family.folder, backend="pil")
     pixels = processor(images=[Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))], return_tensors="pt")
-    expected = shipped.pixel_inputs(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8))
+    expected = family.pixel_inputs(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8))
     for name, tensor in expected.items():
         torch.testing.assert_close(torch.as_tensor(pixels[name]), tensor, rtol=0, atol=1e-6)
 
 
-def test_the_shipped_base_has_trained_the_tokens_of_every_label(shipped, tokenizer):
+def test_the_shipped_base_has_trained_the_tokens_of_every_label(family, tokenizer):
     """Behind "<solution>" each label begins with a token of its own, as in the corpus: Qwen's glues ">" to its first word."""
-    glued = ">" if shipped is BASE_FAMILIES["qwen2_5_vl"] else ""
+    glued = ">" if family is BASE_FAMILIES["qwen2_5_vl"] else ""
     for label in LABELS:
         pieces = tokenizer.tokenize(f"<solution>{label}</solution>")
         assert f"{glued}{label.split()[0]}" in pieces

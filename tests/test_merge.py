@@ -25,7 +25,7 @@ from data.prompts import PROMPTS
 from data.records import read_jsonl
 from engine.merge import (
     BFLOAT16_BOUND, FLOAT32_BOUND, MergeConfig, float32_decoder, main, merge, merge_adapter, probe_logits, relative_difference)
-from engine.model import DEMO, attach_adapter, load_model, model_path
+from engine.model import attach_adapter, load_model, model_path
 from engine.run import TrainerState, save_final_adapter
 from eval.evaluate import main as evaluate
 from runs import document, lines, snapshot
@@ -138,11 +138,11 @@ def test_a_merged_model_is_evaluated_as_base_and_adapter_were(run, merged, tiny_
 
 
 def test_the_demo_base(tmp_path, capsys):
-    model = load_model(DEMO, dtype=torch.float32, device=CPU, min_visual_tokens=16, max_visual_tokens=16)
+    model = load_model("demo", dtype=torch.float32, device=CPU, min_visual_tokens=16, max_visual_tokens=16)
     (tmp_path / "run").mkdir()
-    save_final_adapter(tmp_path / "run", TrainerState(), attach_random_adapter(model), base_name=DEMO)
+    save_final_adapter(tmp_path / "run", TrainerState(), attach_random_adapter(model), base_name="demo")
     assert main(["--adapter_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")]) == 0
-    saved, base = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "merged", model_path(DEMO)))
+    saved, base = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "merged", model_path("demo")))
     assert saved.keys() == base.keys()
     assert f"next: python -m eval.evaluate --model_name_or_path {tmp_path / 'merged'} " in capsys.readouterr().out
 
@@ -273,7 +273,7 @@ def test_a_base_of_another_name_is_refused(tiny_sft_run, tmp_path, capsys):
     said = refusal(capsys, *flags_of(adapter, tmp_path / "merged", "--model_name_or_path", "google/gemma-3-4b-it"))
     assert said == (f"--model_name_or_path google/gemma-3-4b-it: the adapter in {adapter} was trained on google/medgemma-4b-it; "
                     "give that model or a copy of it")
-    said = refusal(capsys, *flags_of(adapter, tmp_path / "merged", "--model_name_or_path", DEMO))
+    said = refusal(capsys, *flags_of(adapter, tmp_path / "merged", "--model_name_or_path", "demo"))
     assert said.startswith("--model_name_or_path demo: the adapter in ")
     nameless = rename_base(tiny_sft_run("gemma3"), tmp_path / "nameless", None)
     said = refusal(capsys, *flags_of(nameless, tmp_path / "merged"))

@@ -22,7 +22,7 @@ from engine.config import UsageError
 from engine.forward import completion_logprobs
 from engine.logprobs import token_logprobs
 from engine.model import (
-    DEMO,
+    EMBEDDED,
     POLICY,
     REFERENCE,
     LoadedModel,
@@ -102,10 +102,10 @@ def test_the_dtype_is_the_one_asked_for(family, tiny_checkpoint):
     assert load(tiny_checkpoint(family), dtype=torch.bfloat16).base.dtype == torch.bfloat16
 
 
-def test_the_demo_is_embedded():
+def test_the_demos_are_embedded():
     assert model_path("elsewhere/model") == "elsewhere/model"
-    config = json.loads((Path(model_path(DEMO)) / "config.json").read_text())
-    assert config["model_type"] == "qwen2_5_vl"
+    types = {name: json.loads((Path(model_path(name)) / "config.json").read_text())["model_type"] for name in EMBEDDED}
+    assert types == {"demo": "qwen2_5_vl", "demo-gemma": "gemma3"}
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -224,8 +224,8 @@ def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tin
 
 def test_the_saved_configuration(model):
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.25)
-    document = adapter_config_document(wrapped, DEMO)
-    assert document["base_model_name_or_path"] == "demo" and document["inference_mode"] is True
+    document = adapter_config_document(wrapped, "demo-gemma")
+    assert document["base_model_name_or_path"] == "demo-gemma" and document["inference_mode"] is True
     assert (document["peft_type"], document["task_type"], document["r"], document["lora_alpha"], document["lora_dropout"]) == (
         "LORA", "CAUSAL_LM", 4, 8, 0.25)
     json.dumps(document)

@@ -18,6 +18,7 @@ from data.collate import collate_rows
 from data.encode import Encoder
 from data.prompts import PROMPTS
 from data.records import read_jsonl
+from engine.model import EMBEDDED
 from engine.run import shuffled
 from run_sft import SFTConfig, step_counts
 from runs import adapter, document, equal_tensors, eval_log, largest_difference, lines, sft, train_log, write_rows
@@ -292,3 +293,12 @@ def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_p
     assert settings["max_visual_tokens"] == {"value": 4, "origin": "adapter's run"}
     assert settings["prompt"] == {"value": "demo", "origin": "adapter's run"}
     assert document(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1  # SFT's own, also on an adapter that goes on
+
+
+@pytest.mark.parametrize("name", list(EMBEDDED))
+def test_the_embedded_models_train(name, tiny_data, tmp_path):
+    """By their names, and every projection of every layer gets a gradient: B, zero at first, has moved in all of them."""
+    assert sft(name, tiny_data, tmp_path / "run", "--max_steps", "2", "--min_visual_tokens", "16", "--max_visual_tokens", "16") == 0
+    assert document(tmp_path / "run/adapter_config.json")["base_model_name_or_path"] == name
+    moved = {key: tensor.abs().max().item() for key, tensor in adapter(tmp_path / "run").items() if "lora_B" in key}
+    assert len(moved) == 7 * 4 and min(moved.values()) > 0  # four layers in both
