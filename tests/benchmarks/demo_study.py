@@ -86,8 +86,8 @@ def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
 
 def grpo_settings(run_dir: Path) -> GRPOConfig:
     saved = saved_settings(run_dir)
-    return GRPOConfig(**{field.name: tuple(saved[field.name]) if isinstance(saved[field.name], list) else saved[field.name]
-                         for field in fields(GRPOConfig)})
+    known = {field.name for field in fields(GRPOConfig)}
+    return GRPOConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in known})
 
 
 def study_seed(folder: Path, seed: int, recipe: str) -> None:
