@@ -18,6 +18,7 @@ from tiny import save_images
 
 torch.set_num_threads(1)  # the models are so small that threads only cost time
 LABELS = ("Edema", "Pneumonia", "Fracture")
+DECODE = Encoder.decode  # as it is before `speak`
 SFT = ("--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16 --no_gradient_checkpointing "
        "--max_completion_length 6 --learning_rate 1e-2 --warmup_ratio 0 --save_total_limit none").split()
 GRPO = ("--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --min_length 4 --learning_rate 1e-2 "
