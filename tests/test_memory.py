@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
-from engine.memory import ModelShape, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts
+from engine.memory import (
+    ModelShape, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts)
 from engine.model import attach_new_adapter
 from tiny import load
 
@@ -65,6 +66,12 @@ def test_what_a_layer_keeps_by_hand():
     assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), 10) == 624 - 128 + 320
     # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
     assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, 10) == 624 + 64 + 48
+
+
+def test_gradients_alive_in_the_backward_pass_by_hand():
+    # of down's input, 16 wide, and of the layer's output, 8: each once as the base's dtype and once in fp32
+    assert backward_temporaries(SHAPE, WORK) == (4 + 4) * (16 + 8)
+    assert backward_temporaries(SHAPE, replace(WORK, element_size=2)) == (2 + 4) * (16 + 8)
 
 
 def test_static_parts_and_cache_by_hand():

@@ -9,8 +9,9 @@ import re
 import pytest
 
 import engine.model
+from data.encode import Encoder
 from engine.preview import printable, row_text, wants_colour
-from runs import grpo, sft, snapshot, write_rows
+from runs import grpo, lines, sft, snapshot, write_rows
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 
@@ -46,6 +47,35 @@ def test_the_batch_shown_is_the_first_one_trained_on(family, tiny_checkpoint, ti
     for text in marked:
         assert re.fullmatch(r"<think>x*</think><solution>[A-Z][a-z]+</solution>" + re.escape(end), text)
     assert not (tmp_path / "run").exists() and snapshot(tmp_path) == {}
+
+
+def ids_shown(text: str) -> list[str]:
+    return re.findall(r"^row \d: (e\d+),", text, re.MULTILINE)
+
+
+def test_sft_shows_the_examples_that_it_takes_first(tiny_checkpoint, tiny_data, tmp_path, capsys, monkeypatch):
+    flags = ["--per_device_train_batch_size", "3", "--validation_file", f"site={tiny_data}", "--max_steps", "1"]
+    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", "--show_batch", *flags) == 0
+    shown, taken = ids_shown(capsys.readouterr().out), []
+
+    def encode_answer(encoder, example, *arguments):
+        taken.append(example.id)
+        return encode(encoder, example, *arguments)
+
+    encode = Encoder.encode_answer
+    monkeypatch.setattr(Encoder, "encode_answer", encode_answer)
+    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", *flags) == 0
+    assert taken[:2] == ["e0", "e0"]  # the check before the loop
+    assert shown == taken[2:5] != ["e0", "e1", "e2"]  # in shuffled order
+
+
+def test_grpo_shows_the_prompts_that_it_takes_first(tiny_sft_run, tiny_data, tmp_path, capsys):
+    start, flags = tiny_sft_run("qwen2_5_vl"), ["--max_steps", "2"]
+    assert grpo(start, tiny_data, tmp_path / "run", "--show_batch", *flags) == 0
+    shown = ids_shown(capsys.readouterr().out)
+    assert grpo(start, tiny_data, tmp_path / "run", *flags) == 0
+    taken = list(dict.fromkeys(row["id"] for row in lines(tmp_path / "run/completions.jsonl")))
+    assert shown == taken != ["e0", "e1"]
 
 
 def test_counts_by_hand(tiny_checkpoint, tiny_data, tmp_path, capsys):
