@@ -296,7 +296,7 @@ def test_clip_extremes_are_over_completions(objective):
     close(metrics["clip_ratio/high_max"].value, 1 / 2)
     close(metrics["clip_ratio/low_mean"].value, 3 / 6)
     first_two = objective.objective_metrics({name: term[:2] for name, term in terms.items()}, advantages[:2], mask[:2], config)
-    close(first_two["clip_ratio/low_min"].value, 2 / 3, atol=1e-7)
+    close(first_two["clip_ratio/low_min"].value, 2 / 3)  # in fp64, as the tensors are
     close(first_two["clip_ratio/high_max"].value, 0)
 
 
