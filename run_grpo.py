@@ -35,18 +35,19 @@ from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
 from rl.dump import step_tensors, write_step
+from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import (
     completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
-    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, from_sft_run, length_warning, micro_batches_per_rollout,
+    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, check_watched, from_sft_run, length_warning, micro_batches_per_rollout,
     problems, prompts_per_rollout, total_steps, updates_per_rollout, warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
-          reward_functions: dict[str, RewardFunction], sampler: torch.Generator, log: RunLogger, state: TrainerState,
+          reward_functions: dict[str, RewardFunction], monitors: Monitors, sampler: torch.Generator, log: RunLogger, state: TrainerState,
           optimizer: torch.optim.Optimizer, samples: list[Sample], guard: SignalGuard,
           evaluate: Callable[[], None], save: Callable[[list[Sample]], None]) -> None:
     """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a resumed run is in the middle
@@ -61,10 +62,10 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     metrics = MetricAccumulator(state.unlogged_metrics)
     bar = Progress(steps, initial=state.global_step, description="GRPO")
     state.log_history = log.log_history
-    prompts = []
+    prompts, remembering = [], reward_functions | {"monitors": monitors}
     evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))  # the start, or one that was cut short
 
-    while state.global_step < steps and guard.stop is None:
+    while state.global_step < steps and guard.stop is None and monitors.stopped is None:
         started = time.perf_counter()
         rollout, update = divmod(state.global_step, updates)
 
@@ -81,7 +82,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
 
         if update == 0:
             # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
-            before = sampler.get_state(), {name: function.state_dict() for name, function in reward_functions.items()}
+            before = sampler.get_state(), {name: part.state_dict() for name, part in remembering.items()}
             try:
                 completions = generate(wrapped, model, prompts, sampling, num_generations=config.num_generations, generator=sampler,
                                        should_stop=lambda: guard.stop is not None)
@@ -102,7 +103,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
                                     with_reference=objective.beta > 0)
             # 5 advantages, within each prompt's group; a completion's KL is known by now, for a fork's reward
             samples = with_advantages(samples, objective)
-            for name, value in rollout_metrics(samples).items():
+            for name, value in (rollout_metrics(samples) | monitors.observe(samples)).items():
                 metrics.add(name, value)
             metrics.add("time/rollout", time.perf_counter() - started)
 
@@ -136,8 +137,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             optimizer.zero_grad()
             if update == 0:  # as if the rollout had never begun
                 sampler.set_state(before[0])
-                for name, function in reward_functions.items():
-                    function.load_state_dict(before[1][name])
+                for name, part in remembering.items():
+                    part.load_state_dict(before[1][name])
             save(samples)
             raise RuntimeError(f"the gradient of step {state.global_step + 1} is not finite; the state before it was saved. Prompts: "
                                f"{', '.join(example.id for example in chosen)}")
@@ -160,12 +161,19 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             log.append_jsonl("completions.jsonl", completion_rows(samples), step=state.global_step)
             show_samples(log, samples[: config.num_generations], state.global_step)
         if state.global_step % config.logging_steps == 0 or state.global_step == steps:
-            log.scalars(state.global_step, metrics.collect(), epoch=state.epoch)
+            logged = metrics.collect()
+            log.scalars(state.global_step, logged, epoch=state.epoch)
+            if state.global_step == config.logging_steps:
+                check_watched(config, logged)
+            for line in monitors.check(logged):
+                bar.write(line)
+                log.warn(line, state.global_step)
         bar.update({"reward": sum(sample.reward for sample in samples) / len(samples), "loss": step_loss})
 
         # 8 evaluate, save
         state.unlogged_metrics = metrics.state_dict()
-        evaluated = evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))
+        end = state.global_step if monitors.stopped else steps
+        evaluated = evaluate_when_due(config, state, end, guard, evaluate, lambda: save(samples))
         if not evaluated and config.save_steps and state.global_step % config.save_steps == 0:
             save(samples)
     if guard.stop is not None:
@@ -259,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     sampler = torch.Generator().manual_seed(config.seed)
     reward_functions = build_rewards(config, examples)
+    monitors = Monitors(config.reward, config.max_completion_length, config.warn_when, config.stop_when)
     if config.dry_run:
         print(banner(config, resolved, model, wrapped, examples, sets, "dry run", device)
               + dry_run_report(config, model, wrapped, examples, sets, prompts_per_rollout(config), config.num_generations))
@@ -276,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             state = restore(checkpoint, wrapped, optimizer, {"sampler": sampler})
             for name, function in reward_functions.items():
                 function.load_state_dict(checkpoint.document("rewards.json")[name])
+            monitors.load_state_dict(checkpoint.document("monitors.json"))
             samples = unpack_samples(checkpoint.tensors("rollout"), checkpoint.document("rollout.json"), examples, model.encoder.decode,
                                      config.answer_format)
         write_json(run_dir / "config.json", document)
@@ -287,13 +297,19 @@ def main(argv: list[str] | None = None) -> int:
                 save_training_checkpoint(
                     run_dir, state, wrapped, optimizer, base_name=model.name, config_document=document, limit=config.save_total_limit,
                     generators={"sampler": sampler}, tensors={"rollout": tensors},
-                    documents={"rollout.json": rollout, "rewards.json": {name: f.state_dict() for name, f in reward_functions.items()}})
+                    documents={"rollout.json": rollout, "rewards.json": {name: f.state_dict() for name, f in reward_functions.items()},
+                               "monitors.json": monitors.state_dict()})
 
             def evaluate() -> None:
                 metrics = evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, state.global_step)
-                record_evaluation(metrics, log, state, config.metric_for_best_model)
+                for line in monitors.check(record_evaluation(metrics, log, state, config.metric_for_best_model)):
+                    print(line, file=sys.stderr)
+                    log.warn(line, state.global_step)
 
-            train(config, objective, model, wrapped, examples, reward_functions, sampler, log, state, optimizer, samples, guard, evaluate, save)
+            if checkpoint is None:
+                log.charts(HACKING_CHART)
+            train(config, objective, model, wrapped, examples, reward_functions, monitors, sampler, log, state, optimizer, samples, guard,
+                  evaluate, save)
             if guard.stop is not None:
                 print(f"stopped; go on with: python run_grpo.py --resume_from_checkpoint {run_dir}")
                 return guard.exit_code

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-STEP_LOGS = ("metrics.jsonl", "completions.jsonl")  # every line has a "step", so a resume can tell old from repeated
+STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")  # every line has a "step", so a resume can tell old from repeated
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,14 @@ class RunLogger:
     def image(self, tag: str, array: np.ndarray, step: int) -> None:
         """Log a grey image, uint8 [H, W], to TensorBoard."""
         self._to_tensorboard("add_image", tag, array, step, dataformats="HW")
+
+    def charts(self, layout: Mapping[str, Mapping[str, list]]) -> None:
+        """Charts of several curves for TensorBoard's page of custom scalars: {category: {chart: ["Multiline", [tags]]}}."""
+        self._to_tensorboard("add_custom_scalars", layout)
+
+    def warn(self, line: str, step: int) -> None:
+        """Keep a warning of the run in warnings.jsonl."""
+        self._append("warnings.jsonl", [{"step": step, "warning": line}])
 
     def append_jsonl(self, filename: str, rows: Iterable[Mapping[str, Any]], step: int) -> None:
         """Append rows to a file of the run, each as {"step": step, **row}."""

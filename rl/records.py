@@ -16,6 +16,7 @@ from data.labels import Target
 from data.records import Example
 from engine.run import TrainerState
 from engine.tracking import RunLogger, escape_markdown
+from rl.conditions import parse_combination
 from rl.objective import ZERO_VARIANCE
 from rl.rewards import Reward, RewardFunction
 from rl.rollout import Sample
@@ -189,20 +190,25 @@ def mean_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunc
     return dict(means)
 
 
-def record_evaluation(metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None) -> None:
-    """Log the metrics of each set and the gap between them, and note whether this checkpoint is the best.
+def record_evaluation(metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None) -> dict[str, float]:
+    """Log the metrics of each set and the gap between them, and note whether this checkpoint is the best; returns them by
+    NAME/METRIC, and the gap.
 
-    gap: how much better the first set (hospital) is served than the others, in macro-F1, each over its own labels as in the
-    paper. chosen: "<set>/<metric>" or "gap", what the best is chosen by; None for the first set's macro_f1.
+    gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation than the others have on
+    average, each over its own labels. Above 0, part of the gain does not transfer. chosen: what the best is chosen by
+    (--metric_for_best_model); None for the first set's macro_f1.
     """
     names = list(metrics)
     for name in names:
         log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
     flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
     if len(names) > 1:
-        others = [metrics[name]["macro_f1"] for name in names[1:]]
-        flat["gap"] = metrics[names[0]]["macro_f1"] - sum(others) / len(others)
+        start = {name: next(entry[f"eval_{name}_macro_f1"] for entry in log.log_history if f"eval_{name}_macro_f1" in entry) for name in names}
+        first, *others = (metrics[name]["macro_f1"] - start[name] for name in names)
+        flat["gap"] = first - sum(others) / len(others)
         log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
     if names:
-        chosen = chosen or f"{names[0]}/macro_f1"
-        state.record_evaluation(flat[chosen], greater_is_better=chosen.rpartition("/")[2] not in LOWER_IS_BETTER)
+        combination = parse_combination(chosen or f"{names[0]}/macro_f1")
+        single = combination.terms[0][1].rpartition("/")[2] if len(combination.terms) == 1 else None
+        state.record_evaluation(combination.value(flat), greater_is_better=single not in LOWER_IS_BETTER)
+    return flat

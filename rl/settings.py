@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +11,8 @@ from data.records import Example
 from engine.config import Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
 from engine.settings import OURS, PAPER_GRPO, TrainingConfig, from_adapter, training_problems
+from rl.conditions import parse_combination, parse_condition
+from rl.monitors import NAMES, WARN_WHEN
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
@@ -69,13 +71,18 @@ class GRPOConfig(TrainingConfig):
     )
     metric_for_best_model: str | None = setting(
         None,
-        f"which evaluated number chooses the best checkpoint: NAME/METRIC, with METRIC one of {', '.join(SET_METRICS)}; or gap",
+        f"what chooses the best checkpoint: NAME/METRIC, with METRIC one of {', '.join(SET_METRICS)}; gap; or a trade-off to be made large, "
+        "such as 'a/macro_f1 - 0.5*gap'",
         unset="the first set's macro_f1",
         group="evaluation",
     )
     load_best_model_at_end: bool = setting(
         False, "make the best checkpoint the final adapter, not the last one", source=OURS, group="evaluation"
     )
+    stop_when: tuple[str, ...] = setting(
+        (), "end the run when this becomes true of what is logged: 'gap>0.05', 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a "
+        "trade-off", group="evaluation")
+    warn_when: tuple[str, ...] = setting(WARN_WHEN, "say when this becomes true; written like --stop_when", source=OURS, group="evaluation")
     dump_step: int | None = setting(
         None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unset="none is written",
         unit="optimizer step", group="run")
@@ -94,14 +101,46 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale", "dump_step"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
+    return found + judging_problems(config) or batch_problems(config)
+
+
+def judging_problems(config: GRPOConfig) -> list[str]:
+    """What is wrong with the metrics and conditions that the run is judged by. Names of training metrics can only be checked
+    once they are logged (`check_watched`).
+    """
     sets = [entry.partition("=")[0] for entry in config.validation_file]
-    name, _, metric = (config.metric_for_best_model or "").partition("/")
-    if config.metric_for_best_model == "gap" and len(sets) < 2:
-        found.append(f"--metric_for_best_model gap: needs two sets of --validation_file or more, there are {len(sets)}")
-    elif config.metric_for_best_model not in (None, "gap") and not (name in sets and metric in SET_METRICS):
-        found.append(f"--metric_for_best_model {config.metric_for_best_model}: write NAME/METRIC with a NAME of --validation_file "
-                     f"({', '.join(sets) or 'none given'}) and a METRIC of {', '.join(SET_METRICS)}; or gap")
-    return found or batch_problems(config)
+    combinations = [("metric_for_best_model", config.metric_for_best_model)] if config.metric_for_best_model else []
+    found = []
+    for flag in ("stop_when", "warn_when"):
+        combinations += [(flag, text) for text in getattr(config, flag)]
+    for flag, text in combinations:
+        try:
+            names = (parse_combination(text) if flag == "metric_for_best_model" else parse_condition(text).combination).names
+        except ValueError as error:
+            found.append(f"--{flag} {text}: {error}")
+            continue
+        for name in names:
+            prefix, _, metric = name.partition("/")
+            if name == "gap" and len(sets) < 2:
+                found.append(f"--{flag} {text}: gap needs two sets of --validation_file or more, there are {len(sets)}")
+            elif prefix == "monitors" and flag != "metric_for_best_model" and name not in NAMES:
+                found.append(f"--{flag} {text}: there is no {name}; there are {', '.join(NAMES)}")
+            elif name != "gap" and (prefix in sets and metric not in SET_METRICS or prefix not in sets and flag == "metric_for_best_model"):
+                found.append(f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}) and a "
+                             f"METRIC of {', '.join(SET_METRICS)}; or gap")
+    return found
+
+
+def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
+    """Raises UsageError for a condition on a metric that a first step has not logged."""
+    sets = [entry.partition("=")[0] for entry in config.validation_file]
+    known = {*logged, *NAMES, "gap", *(f"{name}/{metric}" for name in sets for metric in SET_METRICS)}
+    missing = [f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of --validation_file, monitors/... and "
+               f"{', '.join(sorted(set(logged) - set(NAMES)))}"
+               for flag in ("stop_when", "warn_when") for text in getattr(config, flag)
+               for name in parse_condition(text).combination.names if name not in known]
+    if missing:
+        raise UsageError(missing)
 
 
 def batch_problems(config: GRPOConfig) -> list[str]:

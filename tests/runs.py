@@ -128,7 +128,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert (one / link).readlink() == (other / link).readlink(), link
     assert (one / "trainer_state.json").exists()
     for name in ("trainer_state.json", "last/trainer_state.json", "last/optimizer.json", "last/rng.json", "last/rollout.json",
-                 "last/rewards.json"):
+                 "last/rewards.json", "last/monitors.json"):
         if (one / name).exists():
             assert without_times(document(one / name)) == without_times(document(other / name)), name
     for name in ("last/adapter_model", "last/optimizer", "last/rng", "last/rollout"):

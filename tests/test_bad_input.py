@@ -264,9 +264,22 @@ def test_unknown_metric_for_the_best_model(refused, grpo_flags, tiny_data, chose
                            "of macro_f1, micro_f1, ") and "rewards/hard/mean, rewards/nuanced/mean; or gap" in line
 
 
+@pytest.mark.parametrize(("flag", "text", "message"), [
+    ("stop_when", "gap", "write METRIC>NUMBER or METRIC<NUMBER"),
+    ("stop_when", "gap>0.1", "gap needs two sets of --validation_file or more, there are 1"),
+    ("warn_when", "site/f1<0.1", "write NAME/METRIC with a NAME of --validation_file (site) and a METRIC of macro_f1, "),
+    ("stop_when", "monitors/collapse>0.5", "there is no monitors/collapse; there are monitors/identical_text, "),
+    ("metric_for_best_model", "site/macro_f1 - 2 * site/fail_rate", "'2 * site/fail_rate' is no metric; write NAME or WEIGHT*NAME"),
+    ("metric_for_best_model", "monitors/entropy", "write NAME/METRIC with a NAME of --validation_file (site)"),
+])
+def test_what_a_run_is_judged_by(refused, grpo_flags, tiny_data, flag, text, message):
+    [line] = refused(run_grpo.main, *grpo_flags, "--validation_file", f"site={tiny_data}", f"--{flag}", text)
+    assert line.startswith(f"--{flag} {text}: {message}")
+
+
 def test_a_gap_needs_two_sets(refused, grpo_flags, tiny_data):
     assert refused(run_grpo.main, *grpo_flags, "--validation_file", f"site={tiny_data}", "--metric_for_best_model", "gap") == [
-        "--metric_for_best_model gap: needs two sets of --validation_file or more, there are 1"]
+        "--metric_for_best_model gap: gap needs two sets of --validation_file or more, there are 1"]
 
 
 # ---- folders and checkpoints ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import rl.rollout
 import run_grpo
-from engine.config import parse_config
+from engine.config import UsageError, parse_config
 from rl.objective import ObjectiveConfig
 from rl.settings import SET_METRICS, GRPOConfig, batch_arithmetic, from_sft_run, problems, total_steps
 from runs import adapter, document, equal_tensors, eval_log, grpo, largest_difference, lines, speak, train_log
@@ -77,7 +77,7 @@ def test_a_run_leaves_a_complete_folder(finished):
     assert {path.name for path in (run / "checkpoint-3").iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
         "rng.json",
-        "rollout.safetensors", "rollout.json", "rewards.json", "trainer_state.json", "config.json", "manifest.json"}
+        "rollout.safetensors", "rollout.json", "rewards.json", "monitors.json", "trainer_state.json", "config.json", "manifest.json"}
     # Only between the two updates of a rollout is there a rollout to keep.
     assert [len(document(run / f"checkpoint-{step}/rollout.json")) for step in (1, 2, 3, 4)] == [8, 0, 8, 0]
 
@@ -190,12 +190,12 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
     # Exactly what --metric_for_best_model may name
     evaluated = [set(entry) - {"step", "epoch", "split", "dataset"} for entry in log]
     assert evaluated == [set(SET_METRICS), set(SET_METRICS), {"gap"}] * 3
-    # First site minus the other: 0.25 - 0.5, 0.75 - 0.25, 0.5 - 0.125
-    assert [entry["gap"] for entry in log if "gap" in entry] == [-0.25, 0.5, 0.375]
+    # Gains since the start, first site minus the other: 0 - 0, 0.5 - -0.25, 0.25 - -0.375
+    assert [entry["gap"] for entry in log if "gap" in entry] == [0.0, 0.75, 0.625]
     state = document(run / "trainer_state.json")
     assert (state["best_metric"], state["best_model_checkpoint"]) == (0.75, "checkpoint-2")
     assert run.joinpath("best").readlink().name == "checkpoint-2" and run.joinpath("last").readlink().name == "checkpoint-4"
-    assert [entry["eval_gap"] for entry in state["log_history"] if "eval_gap" in entry] == [-0.25, 0.5, 0.375]
+    assert [entry["eval_gap"] for entry in state["log_history"] if "eval_gap" in entry] == [0.0, 0.75, 0.625]
     assert state["epoch"] == pytest.approx(4 / 12)  # 2 rollouts of 2 of the 12 prompts
 
 
@@ -348,10 +348,12 @@ def scripted_run(monkeypatch, tiny_sft_run, tiny_data, run, scores: list[tuple[f
     return document(run / "trainer_state.json")
 
 
-@pytest.mark.parametrize(("metric", "best"), [("a/macro_f1", 2), ("b/macro_f1", 4), ("gap", 4)])
+@pytest.mark.parametrize(("metric", "best"), [
+    ("a/macro_f1", 2), ("b/macro_f1", 4), ("gap", 4), ("a/macro_f1 + 0.5*b/macro_f1", 2), ("b/macro_f1 - gap", 4)])
 def test_any_evaluated_metric_can_choose_the_best_checkpoint(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch, metric,
                                                              best):
-    # gap, where less is better: 0.5 - 0.25 = 0.25, 0.75 - 0.5 = 0.25, 0.5 - 0.625 = -0.125
+    # gap, where less is better: 0, (0.75 - 0.5) - (0.5 - 0.25) = 0, (0.5 - 0.5) - (0.625 - 0.25) = -0.375. a + b/2: 0.625, 1, 0.8125.
+    # b - gap: 0.25, 0.5, 1.
     state = scripted_run(monkeypatch, tiny_sft_run, tiny_data, tmp_path / "run", [(0.5, 0.25), (0.75, 0.5), (0.5, 0.625)],
                          "--metric_for_best_model", metric, "--load_best_model_at_end", "--save_total_limit", "1")
     assert state["best_model_checkpoint"] == f"checkpoint-{best}"
@@ -365,6 +367,42 @@ def test_where_the_start_is_never_beaten_it_is_the_best_checkpoint(tiny_sft_run,
                          "--load_best_model_at_end")
     assert state["best_model_checkpoint"] == "checkpoint-0" and (tmp_path / "run/best").readlink().name == "checkpoint-0"
     assert equal_tensors(tmp_path / "run/adapter_model.safetensors", tiny_sft_run("qwen2_5_vl") / "adapter_model.safetensors")
+
+
+def test_a_condition_on_an_evaluation_ends_the_run(tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch, capsys):
+    # gap after 2 steps (0.75 - 0.5) - (0.25 - 0.25) = 0.25; the evaluation at step 4 never comes
+    monkeypatch.setattr(run_grpo, "evaluate_policy", lambda config, model, wrapped, sets, *_, step=None: {
+        name: dict.fromkeys(SET_METRICS, 0.0) | {"macro_f1": f1} for name, f1 in zip(sets, [(0.5, 0.25), (0.75, 0.25)][_[-1] // 2])})
+    run = tmp_path / "run"
+    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "4", "--eval_steps", "2", "--validation_file", f"a={tiny_data}",
+                f"b={tiny_data}", "--stop_when", "gap>0.2", "a/macro_f1<0.1", "--load_best_model_at_end") == 0
+    assert "stopping: gap>0.2: 0.25" in capsys.readouterr().err
+    assert lines(run / "warnings.jsonl") == [{"step": 2, "warning": "stopping: gap>0.2: 0.25"}]
+    assert len(train_log(run)) == 2 and run.joinpath("last").readlink().name == "checkpoint-2"
+    assert (run / "adapter_model.safetensors").exists() and (run / "scores-a.json").exists() is False  # decoding was scripted
+    # A stopped run does not go on by itself, only without the condition that ended it.
+    again = ["--resume_from_checkpoint", str(run)]
+    assert run_grpo.main(again) == 0 and len(train_log(run)) == 2
+    monkeypatch.setattr(run_grpo, "evaluate_policy", lambda config, model, wrapped, sets, *_: {
+        name: dict.fromkeys(SET_METRICS, 0.0) for name in sets})
+    assert run_grpo.main([*again, "--stop_when", "gap>5"]) == 0 and len(train_log(run)) == 4
+
+
+def test_a_condition_on_what_training_logs_ends_the_run_after_an_evaluation(tiny_sft_run, tiny_data, tmp_path, readable, capsys):
+    run = tmp_path / "run"
+    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "6", "--validation_file", f"a={tiny_data}",
+                "--stop_when", "grad_norm>0 for 3", "--warn_when", "a/jaccard>-1") == 0
+    assert [line["warning"].split(":")[:2] for line in lines(run / "warnings.jsonl")] == [
+        ["warning", " a/jaccard>-1"], ["stopping", " grad_norm>0 for 3"]]
+    assert [entry["step"] for entry in eval_log(run)] == [0, 3] and len(train_log(run)) == 3  # in the middle of a rollout
+    assert run.joinpath("last").readlink().name == "checkpoint-3" and (run / "adapter_model.safetensors").exists()
+    assert capsys.readouterr().err.count("a/jaccard>-1") == 1  # still true at step 3, and no news
+
+
+def test_a_condition_on_something_that_is_never_logged_is_refused_at_the_first_step(tiny_sft_run, tiny_data, tmp_path, readable):
+    with pytest.raises(UsageError, match="--stop_when kll>5: nothing of the name kll is logged; there are gap, .* kl, "):
+        grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, tmp_path / "run", "--max_steps", "4", "--stop_when", "kll>5", "kl>50")
+    assert len(train_log(tmp_path / "run")) == 1
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tiny_sft_run, tiny_data, tmp_path, readable,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from engine import tracking as module
@@ -213,6 +214,25 @@ def test_a_run_directory_that_vanished_does_not_raise(tmp_path, caplog):
 )
 def test_model_text_is_shown_as_it_stands(text, escaped):
     assert escape_markdown(text) == escaped
+
+
+def test_a_chart_of_several_curves(tmp_path):
+    with RunLogger(tmp_path) as log:
+        log.charts({"GRPO": {"gains": ["Multiline", ["train/a", "train/b"]]}})
+    summary = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")[0]
+    layout = layout_pb2.Layout.FromString(make_ndarray(summary.tensor_proto).item())
+    [category] = layout.category
+    assert (category.title, category.chart[0].title, list(category.chart[0].multiline.tag)) == ("GRPO", "gains", ["train/a", "train/b"])
+
+
+def test_warnings_are_kept_with_their_step_and_set_aside_by_a_resume(tmp_path):
+    with RunLogger(tmp_path) as log:
+        log.warn("gap>0.1: 0.2", 3)
+        log.warn("kl>5: 6", 7)
+    with RunLogger(tmp_path, resume_step=5):
+        pass
+    assert rows_of(tmp_path / "warnings.jsonl") == [{"step": 3, "warning": "gap>0.1: 0.2"}]
+    assert rows_of(tmp_path / "warnings.after-5.jsonl") == [{"step": 7, "warning": "kl>5: 6"}]
 
 
 # ---- show -----------------------------------------------------------------------------------------------------------

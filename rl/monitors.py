@@ -1,0 +1,208 @@
+"""Is the policy still answering the question? What a reward cannot see of a collapse, and of a reward that is gamed.
+
+`Monitors.observe` takes each rollout and returns monitors/<name>, over a window of the last completions:
+
+    identical_text       share whose text was also given for another image
+    identical_labels     share of the most frequent label set; answers that cannot be read are one set
+    label_shift          the largest of the labels' |share that name it - share of these images that have it|; by label, with its
+                         sign, as label_shift/<label>
+    all_labels           share that name more than half of the labels that their image is evaluated on
+    contradiction        share with No Finding beside a finding
+    unknown_label        share with an entry that is none of the 14
+    duplicate_label      share that name a label twice
+    empty_reasoning      share whose <think> block is blank
+    looping_reasoning    share whose reasoning is mostly repeats of its own four-word sequences
+    copied_reasoning     share whose reasoning, word for word, was also given for an image with other labels
+    truncated            share cut at max_completion_length
+    length_to_cap        mean length as a share of max_completion_length
+    distinct_per_group   mean share of different texts among a prompt's completions
+    entropy              nats a token, estimated by the sampled tokens' own log-probabilities, at the sampling temperature
+    entropy_drop         by what share that has fallen since the start
+
+and, since the start, in standard deviations of the start (so that they fit one chart):
+
+    trained_gain         change of the mean of the reward trained on
+    other_gain           of the other reward
+    f1_gain              of the F1 of a completion's labels
+    hacking              trained_gain - f1_gain: what the reward has won that the labels have not
+
+The start is the run's first window. Nothing is returned before the window holds SETTLED completions, or, of what is compared with
+the start, before the start is complete.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.answers import Answer
+from data.labels import LABELS, Target
+from rl.conditions import Watch
+from rl.rollout import Sample
+
+WINDOW = 200  # completions; as many are the start
+SETTLED = 50  # as Eq. 4's window of predictions
+NGRAM, LOOP_WORDS = 4, 20  # reasoning of fewer words is not looked at for loops
+SERIES = ("trained", "other", "f1")
+FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
+PER_LABEL = tuple(f"label_shift/{label.replace(' ', '_')}" for label in LABELS)
+NAMES = tuple(f"monitors/{name}" for name in (
+    "identical_text", "identical_labels", "label_shift", *PER_LABEL, "all_labels", "contradiction", "unknown_label", "duplicate_label",
+    "empty_reasoning", "looping_reasoning", "copied_reasoning", "truncated", "length_to_cap", "distinct_per_group", "entropy",
+    *FROM_THE_START))
+# A run of the demo stays below each of them by a factor of 1.6 or more.
+WARN_WHEN = tuple(f"monitors/{condition}" for condition in (
+    "identical_text>0.5", "identical_labels>0.75", "label_shift>0.4", "all_labels>0.3", "contradiction>0.1", "unknown_label>0.1",
+    "duplicate_label>0.5", "empty_reasoning>0.2", "looping_reasoning>0.2", "copied_reasoning>0.35", "truncated>0.3",
+    "distinct_per_group<0.3", "entropy_drop>0.6", "hacking>0.75"))
+HACKING_CHART = {"GRPO": {"reward against labels (since the start, in SD)": [
+    "Multiline", [f"train/monitors/{name}_gain" for name in SERIES]]}}
+
+
+class Monitors:
+    """One run's monitors and the conditions that watch them and everything else that is logged."""
+
+    def __init__(self, trained_reward: str, max_completion_length: int, warn_when: Sequence[str] = (), stop_when: Sequence[str] = ()):
+        self.trained_reward, self.max_completion_length = trained_reward, max_completion_length
+        self.warnings, self.stops = Watch(warn_when), Watch(stop_when)
+        self.window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.num_seen = 0
+        self.start: dict[str, tuple[float, float]] = {}  # series -> mean, standard deviation
+        self.stopped: str | None = None  # the condition that ended the run
+
+    def observe(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Take in one rollout, once; returns the monitors."""
+        start = self.num_seen
+        for sample in samples:
+            self.window.append(_facts(sample, f"{start}/{sample.prompt}", self.trained_reward))
+            self.num_seen += 1
+            if self.num_seen == WINDOW:
+                self.start = {name: _mean_and_std([fact[name] for fact in self.window]) for name in ("entropy", *SERIES)}
+        if len(self.window) < SETTLED:
+            return {}
+        return {f"monitors/{name}": value for name, value in (self._now() | self._since_the_start()).items()}
+
+    def check(self, metrics: Mapping[str, float]) -> list[str]:
+        """Lines to show for these metrics, as they were logged; sets `stopped` where the run has to end."""
+        lines = [f"warning: {line}" for line in self.warnings.check(metrics)]
+        stops = self.stops.check(metrics)
+        if stops:
+            self.stopped = stops[0]
+        return lines + [f"stopping: {line}" for line in stops]
+
+    def _now(self) -> dict[str, float]:
+        facts, total = list(self.window), len(self.window)
+
+        def share(name: str) -> float:
+            return sum(fact[name] for fact in facts) / total
+
+        images = _others(facts, "text", "image")
+        truths = _others([fact for fact in facts if fact["reasoning"]], "reasoning", "true")
+        groups: dict[str, list[str]] = {}
+        for fact in facts:
+            groups.setdefault(fact["group"], []).append(fact["text"])
+        shifts = {name: shift for label, name in zip(LABELS, PER_LABEL) if (shift := _shift(facts, label)) is not None}
+        return {
+            "identical_text": sum(len(images[fact["text"]]) > 1 for fact in facts) / total,
+            "identical_labels": max(Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts).values()) / total,
+            "label_shift": max(map(abs, shifts.values()), default=0.0), **shifts,
+            **{name: share(name) for name in ("all_labels", "contradiction", "unknown_label", "duplicate_label", "empty_reasoning",
+                                              "looping_reasoning")},
+            "copied_reasoning": sum(len(truths[fact["reasoning"]]) > 1 for fact in facts if fact["reasoning"]) / total,
+            "truncated": share("truncated"),
+            "length_to_cap": share("length") / self.max_completion_length,
+            "distinct_per_group": sum(len(set(texts)) / len(texts) for texts in groups.values()) / len(groups),
+            "entropy": share("entropy"),
+        }
+
+    def _since_the_start(self) -> dict[str, float]:
+        if not self.start:
+            return {}
+        now = {name: sum(fact[name] for fact in self.window) / len(self.window) for name in self.start}
+        gains = {f"{name}_gain": (now[name] - self.start[name][0]) / self.start[name][1] if self.start[name][1] else 0.0 for name in SERIES}
+        entropy = self.start["entropy"][0]
+        return gains | {"hacking": gains["trained_gain"] - gains["f1_gain"],
+                        "entropy_drop": 1 - now["entropy"] / entropy if entropy > 0 else 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON can hold it."""
+        return {"window": list(self.window), "num_seen": self.num_seen, "start": self.start, "stopped": self.stopped,
+                "warnings": self.warnings.state_dict(), "stops": self.stops.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. A run that a condition had ended goes on where that condition is no longer asked for."""
+        self.window = deque(state["window"], maxlen=WINDOW)
+        self.num_seen, self.start = state["num_seen"], {name: tuple(values) for name, values in state["start"].items()}
+        self.warnings.load_state_dict(state["warnings"])
+        self.stops.load_state_dict(state["stops"])
+        stopped = state["stopped"]
+        self.stopped = stopped if stopped and any(stopped.startswith(f"{text}: ") for text in self.stops.held) else None
+
+
+# ---- one completion -------------------------------------------------------------------------------------------------
+def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
+    """All that the window keeps of a completion; texts as hashes."""
+    answer, target = sample.answer, sample.example.target
+    said = sorted(set(answer.labels) & target.evaluated_labels)
+    words = (answer.think or "").split()
+    others = [reward.total for name, reward in sample.rewards.items() if name != trained_reward]
+    return {
+        "group": group,
+        "image": sample.example.id,
+        "true": sorted(target.labels & target.evaluated_labels),
+        "evaluated": sorted(target.evaluated_labels),
+        "said": said,
+        "parsed": answer.parsed,
+        "text": _hash(sample.text),
+        "reasoning": _hash(" ".join(words)) if words else None,
+        "all_labels": 2 * len(said) > len(target.evaluated_labels),
+        "contradiction": bool(answer.contradictions),
+        "unknown_label": bool(answer.unknown),
+        "duplicate_label": bool(answer.duplicates),
+        "empty_reasoning": answer.think is not None and not words,
+        "looping_reasoning": _loops(words),
+        "truncated": sample.truncated,
+        "length": len(sample.ids),
+        "entropy": -float(sample.sampling_logprobs.double().mean()),
+        "trained": sample.rewards[trained_reward].total,
+        "other": sum(others) / len(others) if others else 0.0,
+        "f1": _f1(answer, target),
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _loops(words: Sequence[str]) -> bool:
+    """Whether more than half of the four-word sequences stand there before."""
+    sequences = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    return len(words) >= LOOP_WORDS and 2 * len(set(sequences)) < len(sequences)
+
+
+def _f1(answer: Answer, target: Target) -> float:
+    """2 TP / (said + true) over the evaluated labels; 1 where both are empty, 0 for an answer that cannot be read."""
+    said, true = set(answer.labels) & target.evaluated_labels, target.labels & target.evaluated_labels
+    return 0.0 if not answer.parsed else 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
+
+
+# ---- the window -----------------------------------------------------------------------------------------------------
+def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[str, set]:
+    """{fact[key]: all values that it came with}"""
+    found: dict[str, set] = {}
+    for fact in facts:
+        found.setdefault(fact[key], set()).add(str(fact[value]))
+    return found
+
+
+def _shift(facts: Sequence[Mapping[str, Any]], label: str) -> float | None:
+    """Share that says the label, minus the share that has it, where it is evaluated; None where it never is."""
+    rows = [fact for fact in facts if label in fact["evaluated"]]
+    return sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows) if rows else None
+
+
+def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
