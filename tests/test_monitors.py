@@ -79,12 +79,18 @@ def test_the_same_text(window_of_four):
     assert values["identical_text"] == 0 and values["copied_reasoning"] == 2 / 4
 
 
+def test_groups_of_two_rollouts_are_two(window_of_four):
+    monitors, group = Monitors("hard", CAP), (example("1", "Edema"), [(text_of(["Edema"], "a"), 1, 5, False), (text_of(["Edema"], "b"), 1, 5, False)])
+    assert observed(group, monitors=monitors) == {}
+    assert observed(group, monitors=monitors)["distinct_per_group"] == 1  # 2 of 2 twice, not 2 of 4
+
+
 def test_labels_that_a_source_cannot_express_are_not_looked_at(window_of_four):
     nine = example("1", "Edema", evaluated=("No Finding", "Edema", "Pneumonia"))
     everything = (text_of(LABELS, "x"), 1, 5, False)
     two = (text_of(["Edema", "Pneumonia", "Fracture"], "y"), 1, 5, False)
-    values = observed((nine, [everything, two, (text_of(["Edema"]), 1, 5, False), (text_of(["Edema"]), 1, 5, False)]))
-    assert values["all_labels"] == 2 / 4  # three and two of its three; Fracture is not one of them
+    values = observed((nine, [everything, two, (text_of(["Edema", "Fracture", "Cardiomegaly"]), 1, 5, False), (text_of(["Edema"]), 1, 5, False)]))
+    assert values["all_labels"] == 2 / 4  # three and two of its three; Fracture and Cardiomegaly are not among them
     assert set(name for name in values if "/" in name) == {"label_shift/No_Finding", "label_shift/Edema", "label_shift/Pneumonia"}
 
 
@@ -246,15 +252,16 @@ def test_a_stop_is_remembered_until_its_condition_is_dropped():
         assert resumed.stopped == stopped
 
 
-def test_a_resumed_run_monitors_as_the_whole_one():
+@pytest.mark.parametrize("stop", [5, 9])  # before and after the start is complete
+def test_a_resumed_run_monitors_as_the_whole_one(stop):
     rng = random.Random(1)
     rollouts = [[(image, [healthy(image, rng, number) for _ in range(4)]) for image in
                  [example(f"{number}-{i}", *rng.choice(TRUTHS)) for i in range(8)]] for number in range(12)]
     whole, first = Monitors("hard", CAP), Monitors("hard", CAP)
     expected = [whole.observe(samples_of(rollout)) for rollout in rollouts]
-    for rollout in rollouts[:5]:
+    for rollout in rollouts[:stop]:
         first.observe(samples_of(rollout))
     resumed = Monitors("hard", CAP)
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [resumed.observe(samples_of(rollout)) for rollout in rollouts[5:]] == expected[5:]
+    assert [resumed.observe(samples_of(rollout)) for rollout in rollouts[stop:]] == expected[stop:]
     assert "monitors/hacking" in expected[-1]
