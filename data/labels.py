@@ -6,7 +6,8 @@ score table can never disagree about spelling.
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 NO_FINDING = "No Finding"
 SUPPORT_DEVICES = "Support Devices"
@@ -71,6 +72,73 @@ class Target:
     evaluated_labels: frozenset[str] = frozenset(LABELS)
 
 
+# What to make of an uncertain mention (-1): absent (U-Zeros), present (U-Ones) or unknown (U-Ignore; Irvin et al., 2019).
+UNCERTAIN_RULES = ("zeros", "ones", "ignore")
+BLANK_RULES = ("zeros", "ignore")
+# What to make of an image that none of the labels is true of.
+NO_LABEL_RULES = ("no_finding", "empty", "drop")
+
+
+@dataclass(frozen=True)
+class LabelPolicy:
+    """How the cells of CheXpert's and MIMIC's label tables (1, 0, -1, blank) become a label set.
+
+    uncertain: rule for -1; uncertain_by_label: other rules for single labels, as {"Edema": "ones"}. blank: rule for a label that
+    the report does not mention. "ignore" makes a label unknown for this image: it leaves evaluated_labels. no_label: an image
+    without any true label is called No Finding, keeps its empty set, or is left out (by whoever reads the table).
+
+    Raises ValueError for an unknown rule or label.
+    """
+
+    uncertain: str = "zeros"
+    uncertain_by_label: Mapping[str, str] = field(default_factory=dict)
+    blank: str = "zeros"
+    no_label: str = "no_finding"
+
+    def __post_init__(self) -> None:
+        for name, rule, rules in (
+            ("uncertain", self.uncertain, UNCERTAIN_RULES), ("blank", self.blank, BLANK_RULES),
+            ("no_label", self.no_label, NO_LABEL_RULES),
+            *((f"uncertain {label}", rule, UNCERTAIN_RULES) for label, rule in self.uncertain_by_label.items()),
+        ):  # fmt: skip
+            if rule not in rules:
+                raise ValueError(f"{name}: {rule!r} is no rule; known: {', '.join(rules)}")
+        unknown = [label for label in self.uncertain_by_label if label not in LABELS]
+        if unknown:
+            raise ValueError(f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are: {', '.join(LABELS)}")
+
+    def meaning(self, label: str, value: int | None) -> str:
+        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or "silent"; the last for an unknown blank."""
+        if value == -1:
+            return {"ones": "true", "zeros": "false", "ignore": "ignored"}[self.uncertain_by_label.get(label, self.uncertain)]
+        if value is None:
+            return "silent" if self.blank == "ignore" else "false"
+        return "true" if value else "false"
+
+    def combine(self, meanings: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """{label: its `meaning`} -> (labels, evaluated labels), both in CheXpert's order.
+
+        A label that is no key has no column in the table and counts as silent. No Finding excludes every label but Support
+        Devices, so a stated No Finding makes silent findings false, and a stated finding makes a silent No Finding false. An image
+        is called No Finding only where no finding is unknown; where one is, No Finding is unknown too. Contradictions of the
+        table are kept.
+        """
+        by_meaning = lambda name: {label for label in LABELS if meanings.get(label, "silent") == name}  # noqa: E731
+        true, ignored, silent = by_meaning("true"), by_meaning("ignored"), by_meaning("silent")
+        if NO_FINDING in true:
+            silent &= {SUPPORT_DEVICES}
+        elif true - {SUPPORT_DEVICES}:
+            silent.discard(NO_FINDING)
+        if not true and self.no_label == "no_finding" and NO_FINDING not in ignored:
+            if (ignored | silent) - {NO_FINDING, SUPPORT_DEVICES}:
+                silent.add(NO_FINDING)
+            else:
+                true.add(NO_FINDING)
+                silent.discard(NO_FINDING)
+        unknown = ignored | silent
+        return tuple(label for label in LABELS if label in true), tuple(label for label in LABELS if label not in unknown)
+
+
 # NIH ChestX-ray14's strings -> CheXpert labels. None: NIH has the category, but none of the 14 says the same thing
 # ('Infiltration' is at best an approximate Lung Opacity), so it is dropped.
 NIH_TO_CHEXPERT: dict[str, str | None] = {
@@ -98,6 +166,7 @@ NIH_NINE: tuple[str, ...] = (
     "Pleural Other",
 )
 NIH_TEN: tuple[str, ...] = tuple(label for label in LABELS if label in {*NIH_NINE, "Pleural Effusion"})
+LABEL_MAPS: dict[str, tuple[str, ...]] = {"nih_nine": NIH_NINE, "nih_ten": NIH_TEN}  # --label_map
 
 
 def chexpert_labels_of_nih(

@@ -143,6 +143,21 @@ def _example(row: dict, root: Path) -> Example:
     )
 
 
+def row_of(example: Example) -> dict:
+    """The row of a data file that `read_jsonl` reads as this example."""
+    row = {
+        "id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
+        "dataset": example.dataset, "evaluated_labels": list(example.evaluated_labels),
+        "source_labels": list(example.source_labels),
+    }
+    return row | ({} if example.answer is None else {"answer": example.answer}) | example.extra
+
+
+def selection_file(data_file: str | Path) -> Path:
+    """NAME.select.json beside NAME.jsonl: where `data.select` notes what a data file was made from."""
+    return Path(data_file).with_suffix(".select.json")
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
     """Write rows as JSONL, whole or not at all: through a temporary file beside `path` that is renamed at the end."""
     path = Path(path)

@@ -1,0 +1,153 @@
+"""CheXpert (Irvin et al., 2019): the small and the full release, its batch folders, and the test labels.
+
+    load_chexpert("CheXpert-v1.0-small")                    # prints what it kept and dropped
+
+Label files: train.csv; valid.csv or CheXlocalize's val_labels.csv; for the test part groundtruth.csv (one row a study) or
+test_labels.csv (one row an image, without the columns of the view).
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from data.labels import LabelPolicy
+from data.records import Example
+from data.sources import (
+    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known, places,
+    raise_problems, source_folder, view_rank)
+
+PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # {part: names of its folder of images}
+_LABEL_FILES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("groundtruth.csv", "test_labels.csv")}
+_STUDY = re.compile(r"(?:.*/)?(patient\d+)/(study\d+)")
+_IMAGE = re.compile(_STUDY.pattern + r"/(view(\d+)(_frontal|_lateral)?\.(?:jpg|jpeg|png))")
+
+
+@collector_paused()
+def load_chexpert(
+    folder: str | Path, part: str = "train", *, policy: LabelPolicy = LabelPolicy(), views: str = "frontal",
+    frontals: str = "pa_first", label_file: str | None = None, drop_missing: bool = False, report: Report | None = None,
+) -> list[Example]:
+    """Examples of one part ("train", "valid" or "test"), image paths relative to `folder`.
+
+    folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded batch folders. views: "frontal"
+    by the Frontal/Lateral column, else by the file's name, or "all". frontals: which of several images of a study, see
+    `sources.choose`; at "all", each with its own labels, the image-level test_labels.csv goes before groundtruth.csv. label_file:
+    another CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are not there. report: filled
+    with what was kept and dropped; without one it is printed.
+
+    Raises DataError naming every row and column that is wrong, and for a missing file or column.
+    """
+    folder = source_folder(folder)
+    known("part", part, tuple(PARTS)), known("views", views, VIEWS)
+    names = (label_file,) if label_file else _LABEL_FILES[part][:: -1 if part == "test" and frontals == "all" else 1]
+    table = Table(find_file(folder, names))
+    filled = (Report() if report is None else report).begin(f"CheXpert {part}", table.path)
+    cells = LabelCells(table, policy)
+    locate = _locator(folder, table.path.parent, part)
+    problems: list[str] = []
+    collect = _studies if table.has("Study") and not table.has("Path") else _images
+    candidates = collect(table, cells, locate, folder, views, drop_missing, filled, problems)
+    raise_problems(problems)
+    if "No Finding" not in cells.labels:
+        filled.notes.append("the label file has no column 'No Finding'")
+    examples = choose(candidates, "chexpert", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+    if report is None:
+        print(filled.text())
+    return examples
+
+
+def _images(table, cells, locate, folder, views, drop_missing, report, problems) -> list[Candidate]:
+    """Candidates of a table with one row an image."""
+    with_view = table.has("Frontal/Lateral")
+    view_columns = [*table.find("Frontal/Lateral"), *table.find("AP/PA")] if with_view else table.find("Path") * 2
+    candidates: list[Candidate] = []
+    row_of: dict[str, int] = {}
+    for number, cell in table.rows([*table.find("Path"), *view_columns, *cells.indices], problems):
+        report.rows += 1
+        path, side, projection = cell[:3]
+        image = _IMAGE.fullmatch(path)
+        if image is None:
+            problems.append(f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg")
+            continue
+        if with_view:
+            frontal = {"Frontal": True, "Lateral": False}.get(side)
+        else:
+            frontal, projection = {"_frontal": True, "_lateral": False}.get(image[5]), ""
+        if frontal is None:
+            where = f"column 'Frontal/Lateral': {side!r} is" if with_view else f"column 'Path': {path!r} names"
+            problems.append(f"{table.path}, row {number}, {where} neither Frontal nor Lateral")
+            continue
+        reading = cells.read(cell[3:])
+        if reading.bad:
+            problems += cell_problems(table, number, reading)
+            continue
+        if row_of.setdefault(path, number) != number:
+            problems.append(f"{table.path}, row {number}, column 'Path': {path!r} is also in row {row_of[path]}")
+            continue
+        if views == "frontal" and not frontal:
+            report.drop("lateral view")
+            continue
+        candidates.append(_candidate(image, locate(image[1]), projection, frontal, reading))
+    return candidates
+
+
+def _studies(table, cells, locate, folder, views, drop_missing, report, problems) -> list[Candidate]:
+    """Candidates of a table with one row a study and no image names: those that lie in the study's folder."""
+    candidates: list[Candidate] = []
+    row_of: dict[str, int] = {}
+    for number, (path, *labels) in table.rows([*table.find("Study"), *cells.indices], problems):
+        study = _STUDY.fullmatch(path)
+        if study is None:
+            problems.append(f"{table.path}, row {number}, column 'Study': {path!r} does not end in patientN/studyN")
+            continue
+        reading = cells.read(tuple(labels))
+        if reading.bad:
+            problems += cell_problems(table, number, reading)
+            continue
+        if row_of.setdefault(path, number) != number:
+            problems.append(f"{table.path}, row {number}, column 'Study': {path!r} is also in row {row_of[path]}")
+            continue
+        root = locate(study[1])
+        inside = folder / root / study[1] / study[2]
+        names = sorted(os.listdir(inside)) if inside.is_dir() else []
+        images = [image for name in names if (image := _IMAGE.fullmatch(f"{study[1]}/{study[2]}/{name}")) and image[5]]
+        report.rows += len(images)
+        if not images and drop_missing:
+            report.drop("image files of a study are missing (studies)")
+        elif not images:
+            problems.append(f"{table.path}, row {number}, column 'Study': {inside} holds no viewN_frontal.jpg")
+        for image in images:
+            if views == "frontal" and image[5] == "_lateral":
+                report.drop("lateral view")
+            else:
+                candidates.append(_candidate(image, root, "", image[5] == "_frontal", reading))
+    return candidates
+
+
+def _candidate(image: re.Match, root: str, projection: str, frontal: bool, reading: Reading) -> Candidate:
+    """image: a match of _IMAGE."""
+    patient, study, name, order = image.group(1, 2, 3, 4)
+    return Candidate(
+        f"{patient}/{study}", f"{patient}-{study}-{name.partition('.')[0]}", patient, f"{root}/{patient}/{study}/{name}",
+        projection or ("frontal" if frontal else "lateral"), view_rank(projection, frontal), int(order), reading)  # fmt: skip
+
+
+def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
+    """patient -> the folder of the part's images that holds it, relative to `folder`.
+
+    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`, and `batch 2 (train 1)` and so on
+    with the training patients directly in them. A patient that is nowhere gets the first folder.
+    """
+    around = list(dict.fromkeys([base, *places(base), *places(folder)]))
+    roots = [place / name for place in around for name in PARTS[part] if (place / name).is_dir()]
+    roots += [place for place in around if part == "train" and re.search(r"batch \d+ \(train", place.name)]
+    relative = [root.relative_to(folder).as_posix() for root in roots] or [(base / PARTS[part][0]).relative_to(folder).as_posix()]
+    if len(relative) == 1:
+        return lambda patient: relative[0]
+    home: dict[str, str] = {}
+    for root, name in zip(roots, relative):
+        for entry in os.scandir(root):
+            home.setdefault(entry.name, name)
+    return lambda patient: home.get(patient, relative[0])

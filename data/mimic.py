@@ -1,0 +1,121 @@
+"""MIMIC-CXR-JPG 2.0.0 and 2.1.0 (Johnson et al., 2019; credentialed access): images, their views and the official split.
+
+    load_mimic("mimic-cxr-jpg/2.1.0")                       # prints what it kept and dropped
+
+Release 2.1.0 kept the file names mimic-cxr-2.0.0-*.csv.gz and added mimic-cxr-2.1.0-test-set-labeled.csv, the labels that a
+radiologist gave to the reports of part of the test split.
+"""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from data.labels import LabelPolicy
+from data.records import DataError, Example
+from data.sources import (
+    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known, raise_problems,
+    source_folder, view_rank)
+
+PARTS = ("train", "validate", "test")
+LABEL_SOURCES = ("chexpert", "negbio", "radiologist")
+_FRONTAL = ("AP", "PA")
+_IDS = {"subject_id": re.compile(r"\d{8}"), "study_id": re.compile(r"\d{8}"), "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")}
+
+
+@collector_paused()
+def load_mimic(
+    folder: str | Path, part: str = "train", *, policy: LabelPolicy = LabelPolicy(), labels: str = "chexpert",
+    views: str = "frontal", frontals: str = "pa_first", drop_missing: bool = False, report: Report | None = None,
+) -> list[Example]:
+    """Examples of one part of the official split ("train", "validate" or "test"), image paths relative to `folder`.
+
+    folder: the release's folder, or the one that holds it. labels: of the automatic labelers "chexpert" and "negbio", or
+    "radiologist" for the reports of the test part that one read. They belong to studies: every image of a study has them. views:
+    "frontal" is ViewPosition AP or PA. frontals, drop_missing, report: as in `load_chexpert`.
+
+    Raises DataError naming every row and column that is wrong, and for a missing file or column.
+    """
+    folder = source_folder(folder)
+    known("part", part, PARTS), known("labels", labels, LABEL_SOURCES), known("views", views, VIEWS)
+    names = {name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")] for name in ("metadata", "split", labels)}
+    names["radiologist"] = ["mimic-cxr-2.1.0-test-set-labeled.csv"]
+    files, problems = {}, []
+    for name in ("metadata", "split", labels):
+        try:
+            files[name] = find_file(folder, names[name])
+        except DataError as error:
+            problems += error.problems
+    raise_problems(problems)
+    filled = (Report() if report is None else report).begin(f"MIMIC-CXR-JPG {part}", *files.values())
+    studies = _label_table(Table(files[labels]), policy, problems)
+    in_part = _split(Table(files["split"]), part, problems)
+    root = files["metadata"].parent.relative_to(folder) / "files"
+    candidates = _images(Table(files["metadata"]), in_part, studies, root.as_posix(), views, filled, problems)
+    raise_problems(problems)
+    examples = choose(candidates, "mimic", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+    if report is None:
+        print(filled.text())
+    return examples
+
+
+def _label_table(table: Table, policy: LabelPolicy, problems: list[str]) -> dict[str, tuple[str | None, Reading]]:
+    """{study_id: (subject_id, what its labels are)}; the radiologist's file names no subject."""
+    cells = LabelCells(table, policy)
+    with_subject = table.has("subject_id")
+    ids = ["study_id", "subject_id" if with_subject else "study_id"]
+    studies: dict[str, tuple[str | None, Reading]] = {}
+    for number, (study, subject, *labels) in table.rows([*table.find(*ids), *cells.indices], problems):
+        reading = cells.read(tuple(labels))
+        found = [*_id_problems(table, number, dict(zip(ids, (study, subject)))), *cell_problems(table, number, reading)]
+        if not found and study in studies:
+            found = [f"{table.path}, row {number}, column 'study_id': {study} is there twice"]
+        problems += found
+        if not found:
+            studies[study] = (subject if with_subject else None, reading)
+    return studies
+
+
+def _split(table: Table, part: str, problems: list[str]) -> set[str]:
+    """The images (dicom_id) of the part."""
+    chosen: set[str] = set()
+    for number, (dicom, split) in table.rows(table.find("dicom_id", "split"), problems):
+        if split == part:
+            chosen.add(dicom)
+        elif split not in PARTS:
+            problems.append(f"{table.path}, row {number}, column 'split': {split!r} is none of {', '.join(PARTS)}")
+    return chosen
+
+
+def _images(table, in_part, studies, root, views, report, problems) -> list[Candidate]:
+    candidates: list[Candidate] = []
+    row_of: dict[str, int] = {}
+    names = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    for number, (dicom, subject, study, view) in table.rows(table.find(*names), problems):
+        if dicom not in in_part:
+            continue
+        report.rows += 1
+        found = _id_problems(table, number, {"dicom_id": dicom, "subject_id": subject, "study_id": study})
+        owner, reading = studies.get(study, (None, None))
+        if owner is not None and owner != subject:
+            found.append(f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, not {subject}")
+        if not found and row_of.setdefault(dicom, number) != number:
+            found = [f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row {row_of[dicom]}"]
+        problems += found
+        if found:
+            continue
+        frontal = view in _FRONTAL
+        if views == "frontal" and not frontal:
+            report.drop(f"view {view or 'not given'}")
+        elif reading is None:
+            report.drop("the study has no row in the label file")
+        else:
+            candidates.append(Candidate(
+                f"s{study}", dicom, subject, f"{root}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg", view or "unknown",
+                view_rank(view, frontal), number, reading))  # fmt: skip
+    return candidates
+
+
+def _id_problems(table: Table, number: int, ids: dict[str, str]) -> list[str]:
+    """Ids become parts of paths, so they are held to their form."""
+    return [f"{table.path}, row {number}, column {name!r}: {value!r} is no {name}" for name, value in ids.items()
+            if not _IDS[name].fullmatch(value)]

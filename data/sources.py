@@ -1,0 +1,342 @@
+"""What the loaders of the three hospitals share: label tables read by column name, the choice of images, the report.
+
+A loader reads every row before it complains, so that one message names all bad rows (file, row, column). Rows are numbered as
+a spreadsheet does: the header is row 1.
+"""
+from __future__ import annotations
+
+import csv
+import gc
+import gzip
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import getitem, itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
+from data.records import MAX_PROBLEMS, DataError, Example
+
+VIEWS = ("frontal", "all")
+FRONTALS = ("pa_first", "first", "all")
+_RANKS = {"PA": 0, "AP": 1}  # of pa_first; then other frontal views, then the rest
+OTHER_FRONTAL, NOT_FRONTAL = 2, 3
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's cycle collector off: it would search hundreds of thousands of new rows again and again, 40 % of the time, and they
+    have no cycles.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def known(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value. Raises DataError where it is none of the choices."""
+    if value not in choices:
+        raise DataError([f"{name} {value!r} is not known; it may be {', '.join(choices)}"])
+    return value
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def source_folder(folder: str | Path) -> Path:
+    """The folder as a Path. Raises DataError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError([f"{folder}: no such folder"])
+    return folder
+
+
+def places(folder: Path) -> list[Path]:
+    """The folder and the folders directly in it, by name: downloads are unpacked with and without their outer folder."""
+    return [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+
+
+def find_file(folder: Path, names: Sequence[str]) -> Path:
+    """The first of `names` in `folder`, else in one of its folders, plain or with .gz added.
+
+    Raises DataError where there is none, and where two folders have the same file.
+    """
+    outer, *inner = places(folder)
+    for name in names:
+        for candidates in ([outer], inner):
+            found = [path for place in candidates if (path := _plain_or_gz(place, name)) is not None]
+            if len(found) > 1:
+                raise DataError([f"{folder}: {name} is in {' and in '.join(path.parent.name for path in found)}; name one of them"])
+            if found:
+                return found[0]
+    raise DataError([f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does"])
+
+
+def _plain_or_gz(place: Path, name: str) -> Path | None:
+    return next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise DataError where there are any, a long list cut."""
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        raise DataError([*problems[:MAX_PROBLEMS], *([f"and {hidden} more problems"] if hidden > 0 else [])])
+
+
+class Table:
+    """A CSV file (.csv or .csv.gz, UTF-8), read by column name; names are compared without case and outer white space.
+
+    Raises DataError for a file without a header or with a column twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        header = next(self._lines(), None)
+        if not header or not any(header):
+            raise DataError([f"{path}: has no header row"])
+        self.columns = {name.strip().casefold(): index for index, name in enumerate(header) if name.strip()}
+        self.names = {index: header[index].strip() for index in self.columns.values()}  # {index: name as written}
+        self._width = max(self.columns.values()) + 1  # NIH has had trailing commas
+        twice = [name for name, count in Counter(name.strip().casefold() for name in header if name.strip()).items() if count > 1]
+        if twice:
+            raise DataError([f"{path}: column {name!r} occurs twice" for name in twice])
+
+    def find(self, *names: str) -> list[int]:
+        """Indices of columns. Raises DataError naming those that are missing."""
+        missing = [name for name in names if name.casefold() not in self.columns]
+        if missing:
+            raise DataError([f"{self.path}: column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"])
+        return [self.columns[name.casefold()] for name in names]
+
+    def has(self, name: str) -> bool:
+        return name.casefold() in self.columns
+
+    def label_columns(self) -> dict[str, int]:
+        """{label: column} of the 14; 'Airspace Opacity' and other aliases of data/labels.py count.
+
+        Only No Finding may be missing. Raises DataError for another one, and for a label that has two columns.
+        """
+        found: dict[str, int] = {}
+        for index, name in self.names.items():
+            label = canonical_label(name)
+            if label in found:
+                raise DataError([f"{self.path}: columns {self.names[found[label]]!r} and {name!r} are both {label}"])
+            if label is not None:
+                found[label] = index
+        missing = [label for label in LABELS if label not in found and label != NO_FINDING]
+        if missing:
+            raise DataError([f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"])
+        return {label: found[label] for label in LABELS if label in found}
+
+    def rows(self, indices: Sequence[int], problems: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(row number, the cells of two or more columns) of each row; a row of another length becomes a problem."""
+        pick = itemgetter(*indices)
+        for number, row in enumerate(self._lines(), start=1):
+            if number == 1 or not row:
+                continue
+            if len(row) < self._width or any(row[self._width :]):
+                problems.append(f"{self.path}, row {number}: has {len(row)} fields, the header has {self._width}")
+                continue
+            yield number, pick(row)
+
+    def _lines(self) -> Iterator[list[str]]:
+        row = 0
+        try:
+            with open(self.path, "rb") as file:
+                zipped = file.read(2) == b"\x1f\x8b"
+            with (gzip.open if zipped else open)(self.path, "rt", encoding="utf-8-sig", newline="") as text:
+                for row, line in enumerate(csv.reader(text), start=1):
+                    yield line
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+            raise DataError([f"{self.path}, after row {row}: cannot be read ({error}); download it again"]) from error
+
+    def _shown(self) -> str:
+        return ", ".join(self.names.values())
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+@dataclass(eq=False, slots=True)
+class Reading:
+    """What one combination of label cells says. cells: those of the labels `columns`. bad: (column, cell) of what is no value."""
+
+    labels: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = LABELS
+    source_labels: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+_VALUES = {"": None, "1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1}
+
+
+class LabelCells:
+    """Label cells -> Reading. Rows repeat each other: equal ones share a Reading, and those that mean the same are combined once."""
+
+    def __init__(self, table: Table, policy: LabelPolicy):
+        columns = table.label_columns()
+        self.labels, self.indices = tuple(columns), tuple(columns.values())
+        self._policy = policy
+        self._names = [table.names[index] for index in self.indices]
+        self._strings = [{cell: f"{name}={cell}" for cell in _VALUES} for name in self._names]
+        self._meanings = [{cell: policy.meaning(label, value) for cell, value in _VALUES.items()} for label in self.labels]
+        self._combined: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self._readings: dict[tuple[str, ...], Reading] = {}
+
+    def read(self, cells: tuple[str, ...]) -> Reading:
+        """cells: those of `indices`. source_labels are the cells that are not blank, as 'Edema=-1.0'."""
+        reading = self._readings.get(cells)
+        if reading is None:
+            reading = self._readings[cells] = self._read(cells)
+        return reading
+
+    def _read(self, cells: tuple[str, ...]) -> Reading:
+        try:
+            meanings = tuple(map(getitem, self._meanings, cells))
+        except KeyError:
+            return Reading(bad=tuple((name, cell) for name, cell in zip(self._names, cells) if cell not in _VALUES))
+        if meanings not in self._combined:
+            self._combined[meanings] = self._policy.combine(dict(zip(self.labels, meanings)))
+        labels, evaluated = self._combined[meanings]
+        strings = tuple([string for string, cell in zip(map(getitem, self._strings, cells), cells) if cell])
+        return Reading(labels, evaluated, strings, self.labels, cells)
+
+
+def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
+    """One line for each cell that is no label value."""
+    return [f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1 and blank"
+            for name, cell in reading.bad]
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+class Candidate(NamedTuple):
+    """One image of a label table. rank: of its view, see `view_rank`; order: of images of one rank."""
+
+    study: str
+    id: str
+    patient: str
+    image: str
+    view: str
+    rank: int
+    order: int
+    reading: Reading
+
+
+def view_rank(view: str, frontal: bool) -> int:
+    """Smaller is better under pa_first: PA, AP, another frontal view, the rest."""
+    return _RANKS.get(view, OTHER_FRONTAL) if frontal else NOT_FRONTAL
+
+
+def choose(
+    candidates: Sequence[Candidate], dataset: str, root: Path, report: Report, *, frontals: str, no_label: str, drop_missing: bool
+) -> list[Example]:
+    """The examples among the candidates, in their order; what is left out goes into the report.
+
+    frontals: of several images of a study, pa_first (PA before AP, then the first), first, or all. drop_missing: leave out
+    images whose file is not there, before another one of the study is chosen.
+    """
+    known("frontals", frontals, FRONTALS)
+    if drop_missing:
+        present = [candidate for candidate in candidates if (root / candidate.image).is_file()]
+        report.drop("image file is missing", len(candidates) - len(present))
+        candidates = present
+    if frontals != "all":
+        best: dict[str, Candidate] = {}
+        for candidate in candidates:
+            chosen = best.setdefault(candidate.study, candidate)
+            if _preference(candidate, frontals) < _preference(chosen, frontals):
+                best[candidate.study] = candidate
+        report.drop("another image of the study was chosen", len(candidates) - len(best))
+        candidates = list(best.values())
+    if no_label == "drop":
+        labelled = [candidate for candidate in candidates if candidate.reading.labels]
+        report.drop("no label is true", len(candidates) - len(labelled))
+        candidates = labelled
+    report.keep(candidates)
+    return [
+        Example(
+            f"{dataset}-{candidate.id}", f"{dataset}-{candidate.patient}", candidate.image, candidate.reading.labels, dataset,
+            root, candidate.reading.evaluated, candidate.reading.source_labels,
+            extra={"study_id": candidate.study, "view": candidate.view},
+        )  # fmt: skip
+        for candidate in candidates
+    ]
+
+
+def _preference(candidate: Candidate, frontals: str) -> tuple[int, int]:
+    return (candidate.rank if frontals == "pa_first" else candidate.rank == NOT_FRONTAL, candidate.order)
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Report:
+    """What a loader kept and dropped. Images are counted, where a reason does not say otherwise."""
+
+    source: str = ""  # such as "CheXpert train"
+    files: dict[str, str] = field(default_factory=dict)  # {label file: SHA-256}
+    rows: int = 0  # images that the label file lists
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    _kept: Counter[Reading] = field(default_factory=Counter)
+    _studies: set[str] = field(default_factory=set)
+    _patients: set[str] = field(default_factory=set)
+
+    def begin(self, source: str, *files: Path) -> Report:
+        self.source = source
+        for file in files:
+            with open(file, "rb") as content:
+                self.files[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+        return self
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.dropped[reason] += count
+
+    def keep(self, candidates: Sequence[Candidate]) -> None:
+        self._kept.update(candidate.reading for candidate in candidates)
+        self._studies.update(candidate.study for candidate in candidates)
+        self._patients.update(candidate.patient for candidate in candidates)
+
+    def document(self) -> dict:
+        """Everything, in values that JSON keeps."""
+        names = ("true", "evaluated", "uncertain", "blank")
+        by_label = {name: dict.fromkeys(LABELS, 0) for name in names}
+        counts = dict.fromkeys(("without_label", "called_no_finding", "contradictory"), 0)
+        for reading, count in self._kept.items():
+            values = {label: _VALUES[cell] for label, cell in zip(reading.columns, reading.cells)}
+            uncertain = [label for label, value in values.items() if value == -1]
+            blank = [label for label, value in values.items() if value is None]
+            for name, labels in zip(names, (reading.labels, reading.evaluated, uncertain, blank)):
+                for label in labels:
+                    by_label[name][label] += count
+            normal = NO_FINDING in reading.labels
+            counts["without_label"] += count * (not reading.labels)
+            counts["called_no_finding"] += count * (normal and values.get(NO_FINDING) != 1)
+            counts["contradictory"] += count * (normal and bool(set(reading.labels) - {NO_FINDING, SUPPORT_DEVICES}))
+        return {
+            "source": self.source, "label_files": self.files, "images_listed": self.rows, "images_kept": self._kept.total(),
+            "studies_kept": len(self._studies), "patients_kept": len(self._patients),
+            "dropped": dict(self.dropped.most_common()), "notes": self.notes, "by_label": by_label, **counts,
+        }  # fmt: skip
+
+    def text(self) -> str:
+        """The same for people."""
+        content = self.document()
+        lines = [f"{self.source}: kept {content['images_kept']:,} of {self.rows:,} images "
+                 f"({content['studies_kept']:,} studies, {content['patients_kept']:,} patients)"]
+        lines += [f"  label file {file} (SHA-256 {digest[:12]})" for file, digest in self.files.items()]
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in content["dropped"].items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines.append(f"  without any label {content['without_label']:,}; called No Finding by rule {content['called_no_finding']:,}; "
+                     f"No Finding beside a finding {content['contradictory']:,}")
+        lines.append(f"  {'of the images kept':<28}{'true':>9}{'evaluated':>11}{'uncertain':>11}{'blank':>9}")
+        columns = content["by_label"]
+        lines += [f"  {label:<28}{columns['true'][label]:>9,}{columns['evaluated'][label]:>11,}"
+                  f"{columns['uncertain'][label]:>11,}{columns['blank'][label]:>9,}" for label in LABELS]
+        return "\n".join(lines)

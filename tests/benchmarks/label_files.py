@@ -1,0 +1,90 @@
+"""How long a label file of CheXpert's or MIMIC's size takes to load, and the memory that it needs.
+
+    python tests/benchmarks/label_files.py [--rows 224000]
+
+Writes made-up label files into a temporary folder (no images) and loads each in a process of its own: seconds of `load_chexpert`
+and `load_mimic` with all frontal images kept, and the peak resident memory of the process, Python and its imports included. Most
+rows of the real files repeat a combination of labels that an earlier one has; here each label is drawn on its own, so there are
+more different rows than in the real files.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from data.chexpert import load_chexpert
+from data.labels import LABELS
+from data.mimic import load_mimic
+from data.sources import Report
+
+CELLS, WEIGHTS = ("", "1.0", "0.0", "-1.0"), (75, 14, 7, 4)  # about as often as in CheXpert's train.csv
+
+
+def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
+    """train.csv with `rows` images, every seventh of them lateral, some 3.5 images a patient."""
+    rng = random.Random(seed)
+    with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS])
+        for number in range(rows):
+            patient, study, view = number * 2 // 7, number // 2, number % 2 + 1
+            side, projection = ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))
+            path = f"CheXpert-v1.0/train/patient{patient:05d}/study{study}/view{view}_{side.lower()}.jpg"
+            writer.writerow([path, "Female", rng.randrange(18, 91), side, projection, *rng.choices(CELLS, WEIGHTS, k=14)])
+
+
+def write_mimic(folder: Path, rows: int, seed: int = 0) -> None:
+    """Metadata, split and labels of `rows` images, all of the train part, two images a study."""
+    rng = random.Random(seed)
+    header = ("dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
+              "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning")
+    name = str(folder / "mimic-cxr-2.0.0-{}.csv.gz")
+    with gzip.open(name.format("metadata"), "wt") as metadata, gzip.open(name.format("split"), "wt") as split, \
+            gzip.open(name.format("chexpert"), "wt") as labels:
+        print(header, file=metadata)
+        print("dicom_id,study_id,subject_id,split", file=split)
+        print("subject_id,study_id," + ",".join(sorted(LABELS)), file=labels)
+        for number in range(rows):
+            dicom = "-".join(f"{rng.getrandbits(32):08x}" for _ in range(5))
+            subject, study, view = 10_000_000 + number // 6, 50_000_000 + number // 2, rng.choice(("AP", "PA", "LATERAL"))
+            print(f"{dicom},{subject},{study},CHEST,{view},3056,2544,21800506,213014.531,CHEST,antero-posterior,Erect", file=metadata)
+            print(f"{dicom},{study},{subject},train", file=split)
+            if number % 2 == 0:
+                print(f"{subject},{study}," + ",".join(rng.choices(CELLS, WEIGHTS, k=14)), file=labels)
+
+
+def measure(name: str, folder: Path) -> None:
+    """In a fresh process: load and print seconds, examples and peak memory."""
+    load = {"chexpert": load_chexpert, "mimic": load_mimic}[name]
+    start = time.perf_counter()
+    examples = load(folder, frontals="all", report=Report())
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    print(f"{name}: {seconds:.2f} s, {len(examples):,} examples, peak {peak:.0f} MiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=224_000, help="images in CheXpert's file; MIMIC's get 377,110 / 224,000 times as many")
+    parser.add_argument("--measure", nargs=2, metavar=("SOURCE", "FOLDER"), help="load one folder here; what the others start")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.measure[0], Path(arguments.measure[1]))
+        return
+    for name, write, rows in (("chexpert", write_chexpert, arguments.rows), ("mimic", write_mimic, arguments.rows * 377_110 // 224_000)):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), rows)
+            print(f"{rows:,} rows in the format of", end=" ", flush=True)
+            subprocess.run([sys.executable, __file__, "--measure", name, folder], check=True)
+
+
+if __name__ == "__main__":
+    main()
