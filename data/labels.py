@@ -170,9 +170,11 @@ LABEL_MAPS: dict[str, tuple[str, ...]] = {"nih_nine": NIH_NINE, "nih_ten": NIH_T
 
 
 def chexpert_labels_of_nih(
-    source_labels: list[str] | tuple[str, ...], evaluated: tuple[str, ...] = NIH_NINE
+    source_labels: list[str] | tuple[str, ...], evaluated: tuple[str, ...] = NIH_NINE, no_label: str = "empty"
 ) -> tuple[str, ...]:
     """NIH strings of one image -> the CheXpert labels among `evaluated`, in CheXpert's order.
+
+    no_label: where there are none, "no_finding" makes it No Finding; else the result is empty.
 
     Raises ValueError for a string that is not one of NIH's 15.
     """
@@ -182,4 +184,6 @@ def chexpert_labels_of_nih(
             f"not a label of NIH ChestX-ray14: {', '.join(map(repr, unknown))}; known: {', '.join(NIH_TO_CHEXPERT)}"
         )
     mapped = {NIH_TO_CHEXPERT[s] for s in source_labels}
+    if no_label == "no_finding" and not mapped & set(evaluated):
+        mapped = {NO_FINDING}
     return tuple(label for label in LABELS if label in mapped and label in evaluated)

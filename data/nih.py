@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.labels import LABELS, NIH_NINE, NIH_TO_CHEXPERT, NO_FINDING, NO_LABEL_RULES, chexpert_labels_of_nih
-from data.records import DataError, Example
+from data.records import Example
 from data.sources import (
     Candidate, Reading, Report, Table, choose, collector_paused, find_file, known, raise_problems, source_folder, view_rank)
 
@@ -93,9 +93,7 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
     bad = tuple(("Finding Labels", string) for string in strings if string not in NIH_TO_CHEXPERT)
     if bad:
         return Reading(bad=bad)
-    labels = chexpert_labels_of_nih(strings, evaluated)
-    if not labels and no_label == "no_finding":
-        labels = (NO_FINDING,)
+    labels = chexpert_labels_of_nih(strings, evaluated, no_label)
     stated = "1" if NO_FINDING in strings else "0"
     return Reading(labels, tuple(label for label in LABELS if label in evaluated), strings, (NO_FINDING,), (stated,))
 

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
+from data.records import selection_file
 from engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -69,8 +70,10 @@ class TrainerState:
 
 # ---- configuration of the run ---------------------------------------------------------------------------------------
 def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path]) -> dict:
-    """config.json: every setting with its origin, the data files with their SHA-256, and the versions that ran."""
-    data = {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in data_files.items()}
+    """config.json: every setting with its origin, the data files with their SHA-256 and what data.select noted of them, and the
+    versions that ran.
+    """
+    data = {name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path) for name, path in data_files.items()}
     return {
         "script": script,
         "recipe": resolved.recipe,
@@ -78,6 +81,17 @@ def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path]
         "data": data,
         "versions": versions(),
     }
+
+
+def _selection(data_file: Path) -> dict[str, Any]:
+    """{"selection": content of NAME.select.json} where that lies beside the data file: policies, SHA-256 of the label files."""
+    path = selection_file(data_file)
+    if not path.is_file():
+        return {}
+    try:
+        return {"selection": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError as error:
+        raise UsageError(f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it") from error
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -1,10 +1,11 @@
 """Decode a data set, score the answers, keep both; score kept answers again without a model.
 
     python -m eval.evaluate --adapter_name_or_path runs/20260101-120000-grpo --data_file nih=nih/test.jsonl
-    python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
+    python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl [--label_map nih_ten]
 
 The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and scores-nih.json. Rows read
-back from a file are parsed anew, so a changed parser or metric applies to old predictions too.
+back from a file are parsed anew, so a changed parser or metric applies to old predictions too; --label_map takes the truth
+anew from their source_labels.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 
 from data.answers import ANSWER_FORMATS, parse_answer
 from data.images import check_images
-from data.labels import LABELS
+from data.labels import LABEL_MAPS, LABELS, chexpert_labels_of_nih
 from data.prompts import PROMPTS, Prompt
 from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, write_jsonl
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
@@ -98,6 +100,30 @@ def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict
             "unknown": list(answer.unknown), "answer_format": name,
         })
     return parsed_rows
+
+
+def relabel(rows: Sequence[dict], label_map: str, no_label: str = "empty", *, source: str = "predictions") -> list[dict]:
+    """The rows with labels and evaluated_labels made anew from their source_labels, NIH's own strings, by a map of LABEL_MAPS.
+
+    no_label: a row without any label of the map keeps its empty set, becomes "no_finding", or is left out ("drop"). Raises
+    DataError naming the rows whose source_labels are missing or not NIH's, as those of `source`.
+    """
+    evaluated = LABEL_MAPS[label_map]
+    relabelled, problems = [], []
+    for row in rows:
+        strings = row.get("source_labels") or ()
+        try:
+            if not strings:
+                raise ValueError("no source_labels")
+            labels = chexpert_labels_of_nih(strings, evaluated, no_label)
+        except ValueError as error:
+            problems.append(f"{source}, id {row['id']!r}: {error}; --label_map {label_map} is for NIH ChestX-ray14")
+            continue
+        if labels or no_label != "drop":
+            relabelled.append(row | {"labels": list(labels), "evaluated_labels": list(evaluated)})
+    if problems:
+        raise DataError(problems[:MAX_PROBLEMS])
+    return relabelled
 
 
 # ---- score ----------------------------------------------------------------------------------------------------------
@@ -379,6 +405,12 @@ class EvalConfig:
     data_file: tuple[str, ...] = setting(
         (), "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",))
     predictions: tuple[str, ...] = setting((), "predictions files to score again without a model, each NAME=FILE")
+    label_map: Literal["nih_nine", "nih_ten"] | None = setting(
+        None, "with --predictions: labels anew from NIH's own strings, the paper's nine categories or ten with Pleural Effusion",
+        unset="the labels in the file")
+    no_label: Literal["empty", "no_finding", "drop"] = setting(
+        "empty", "with --label_map: an image without any of its labels keeps its empty set, is called No Finding, or is left out",
+        source="as in data.select for NIH")
     image_root: str | None = setting(None, "folder that image paths are relative to", unset="each data file's own folder")
     train_file: str | None = setting(
         None, "training data whose label frequencies the baselines imitate", unset="each data set's own frequencies")
@@ -433,6 +465,8 @@ def config_problems(config: EvalConfig) -> list[str]:
         for name in ("model_name_or_path", "adapter_name_or_path", "data_file"):
             if getattr(config, name):
                 problems.append(f"--{name}: has no place beside --predictions, which scores again without a model")
+    elif config.label_map:
+        problems.append("--label_map: goes with --predictions; a data file gets its labels from data.select --label_map")
     elif not config.data_file:
         problems.append("nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score again")
     elif not config.model_name_or_path and not config.adapter_name_or_path:
@@ -515,6 +549,8 @@ def _score_again(resolved: Resolved, reference: list[Example] | None) -> int:
     config: EvalConfig = resolved.configs[0]
     files = {name: Path(file) for name, file in named_files(config.predictions, "predictions")[0].items()}
     rows = {name: read_predictions(file, config.answer_format)[: config.max_samples] for name, file in files.items()}
+    if config.label_map:
+        rows = {name: relabel(rows[name], config.label_map, config.no_label, source=str(files[name])) for name in files}
     results = {name: score(rows[name], reference=reference, seed=config.seed) for name in files}
     output_dir = _output_directory(config)
     for name, scores in results.items():
