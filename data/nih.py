@@ -15,7 +15,8 @@ from pathlib import Path
 from data.labels import LABELS, NIH_NINE, NIH_TO_CHEXPERT, NO_FINDING, NO_LABEL_RULES, chexpert_labels_of_nih
 from data.records import Example
 from data.sources import (
-    Candidate, Reading, Report, Table, choose, collector_paused, find_file, known, raise_problems, source_folder, view_rank)
+    Candidate, Reading, Report, Table, choose, collector_paused, find_file, known, places, raise_problems, source_folder,
+    view_rank)
 
 PARTS = {"train": "train_val_list.txt", "test": "test_list.txt", "all": None}
 _LABEL_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
@@ -100,8 +101,8 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
 
 def _locator(folder: Path) -> Callable[[str], str]:
     """image name -> its folder relative to `folder`: images/, or images_001/images/ and so on as some downloads unpack."""
-    inner = sorted(path for path in folder.glob("images*") if path.is_dir())
-    roots = [deeper if (deeper := path / "images").is_dir() else path for path in inner]
+    inner = sorted(path for place in places(folder) for path in place.glob("images*") if path.is_dir())
+    roots = list(dict.fromkeys(deeper if (deeper := path / "images").is_dir() else path for path in inner))
     names = [root.relative_to(folder).as_posix() for root in roots] or ["images"]
     if len(names) == 1:
         return lambda image: names[0]

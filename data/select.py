@@ -179,7 +179,7 @@ def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
         except DataError as error:
             problems += error.problems
     if problems:
-        raise DataError(problems)
+        raise DataError(dict.fromkeys(problems))  # two parts of one folder may have the same problem
     return pools
 
 

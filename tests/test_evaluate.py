@@ -15,7 +15,7 @@ from peft import PeftModel
 
 import eval.evaluate
 from data.answers import parse_answer
-from data.labels import LABELS, Target
+from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
 from data.prompts import Prompt
 from data.records import DataError, Example, write_jsonl
 from engine.config import UsageError
@@ -228,6 +228,75 @@ def test_jaccard_is_the_hard_reward_without_its_length_penalty(completion, label
     assert score(reparse([row(completion, labels)]))["jaccard"] == pytest.approx(reward.total)
 
 
+# ---- another label map ----------------------------------------------------------------------------------------------
+def nih_rows() -> list[dict]:
+    """Four NIH images scored under the nine: Effusion and Mass; Effusion; Infiltration; No Finding."""
+    answers = ("Lung Lesion, Pleural Effusion, Support Devices", "Pleural Effusion", "No Finding", "No Finding, Lung Opacity")
+    truth = (("Effusion", "Mass"), ("Effusion",), ("Infiltration",), ("No Finding",))
+    labels = (("Lung Lesion",), (), (), ("No Finding",))
+    return reparse([
+        row(f"<think>x</think><solution>{answer}</solution>", names, id=f"r{i}", evaluated=NIH_NINE, patient=f"p{i}") | {"source_labels": list(strings)}
+        for i, (answer, strings, names) in enumerate(zip(answers, truth, labels))])
+
+
+def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
+    write_jsonl(tmp_path / "nine.jsonl", nih_rows())
+
+    def again(file: str, label_map: str, *more: str) -> dict:
+        arguments = ["--predictions", f"nih={tmp_path / file}", "--label_map", label_map, *more]
+        name = "-".join((Path(file).stem, label_map, *more))
+        assert main([*arguments, "--output_dir", str(tmp_path / name)]) == 0
+        return json.loads((tmp_path / name / "scores-nih.json").read_text())
+
+    nine, ten = again("nine.jsonl", "nih_nine"), again("nine.jsonl", "nih_ten")
+    # Nine: TP Lung Lesion and No Finding (r0, r3), FP No Finding (r2). Support Devices, Lung Opacity and Pleural Effusion are none
+    # of the nine: not counted.
+    assert nine["micro"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5}) and nine["labels"] == list(NIH_NINE)
+    # Ten: two more true positives, Pleural Effusion of r0 and r1.
+    assert ten["micro"] == pytest.approx({"precision": 4 / 5, "recall": 1, "f1": 8 / 9})
+    assert ten["per_label"]["Pleural Effusion"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
+    # Macro: No Finding 2/3, Lung Lesion 1, Pleural Effusion 1, the others 0.
+    assert (nine["macro"]["f1"], ten["macro"]["f1"]) == pytest.approx(((2 / 3 + 1) / 9, (2 / 3 + 2) / 10))
+    assert ten["run"]["settings"]["label_map"] == {"value": "nih_ten", "origin": "flag"}
+
+    # What was written is a predictions file of the new map, and goes back.
+    rows = read_predictions(tmp_path / "nine-nih_ten" / "predictions-nih.jsonl")
+    assert [row["labels"] for row in rows] == [["Lung Lesion", "Pleural Effusion"], ["Pleural Effusion"], [], ["No Finding"]]
+    assert {tuple(row["evaluated_labels"]) for row in rows} == {NIH_TEN}
+    back = again("nine-nih_ten/predictions-nih.jsonl", "nih_nine")
+    assert {**back, "run": 0} == {**nine, "run": 0}
+    assert {**score(nih_rows()), "run": 0} == {**nine, "run": 0}  # as the rows stood
+
+    # Infiltration alone: No Finding by the other rule, so r2 is right; left out, one image fewer.
+    assert again("nine.jsonl", "nih_ten", "--no_label", "no_finding")["micro"]["f1"] == 1.0
+    assert again("nine.jsonl", "nih_ten", "--no_label", "drop")["n"] == 3
+
+
+def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
+    rows = nih_rows()
+    others = [label for label in LABELS if label not in NIH_NINE]
+    assert others == ["Enlarged Cardiomediastinum", "Lung Opacity", "Pleural Effusion", "Fracture", "Support Devices"]
+    more = [row | {"completion": row["completion"].replace("</solution>", f", {other}</solution>")} for row, other in zip(rows, others[1:])]
+    with_more, as_before = score(reparse(more)), score(rows)
+    for scores in (with_more, as_before):
+        del scores["problems"]  # an entry twice is one
+    assert with_more == as_before
+    wrong = score(reparse([rows[0] | {"completion": rows[0]["completion"].replace("</solution>", ", Edema</solution>")}, *rows[1:]]))
+    assert wrong["micro"]["precision"] < as_before["micro"]["precision"]  # one of the nine is
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"source_labels": []}, "id 'r1': no source_labels"), ({"source_labels": ["Edema=1.0"]}, "id 'r1': not a label of NIH ChestX-ray14: 'Edema=1.0'"),
+])
+def test_only_nihs_own_strings_can_be_mapped(tmp_path, capsys, change, message):
+    rows = nih_rows()
+    write_jsonl(tmp_path / "p.jsonl", [rows[0], rows[1] | change, *rows[2:]])
+    assert main(["--predictions", f"nih={tmp_path / 'p.jsonl'}", "--label_map", "nih_ten", "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'p.jsonl'}, {message}") and "--label_map nih_ten is for NIH" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_score_is_an_error():
     with pytest.raises(DataError, match="0 rows"):
         score([])
@@ -389,6 +458,8 @@ def test_signal_keeps_finished_batches(project, tmp_path, monkeypatch, capsys, s
     ([], "nothing to evaluate"),
     (["--data_file", "a={project}/site.jsonl"], "no model"),
     (["--predictions", "a={project}/none.jsonl"], "none.jsonl: no such predictions file"),
+    (["--adapter_name_or_path", "{project}/run", "--data_file", "a={project}/site.jsonl", "--label_map", "nih_ten"],
+     "--label_map: goes with --predictions"),
     (["--predictions", "a={project}/none.jsonl", "--data_file", "a=x"], "--data_file: has no place beside --predictions"),
     (["--adapter_name_or_path", "{project}/base", "--data_file", "a={project}/site.jsonl"], "no adapter there"),
     (["--adapter_name_or_path", "{project}/run", "--data_file", "{project}/site.jsonl"], "expected NAME=FILE"),
