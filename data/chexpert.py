@@ -21,6 +21,7 @@ from data.sources import (
 PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # {part: names of its folder of images}
 _LABEL_FILES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("groundtruth.csv", "test_labels.csv")}
 _STUDY = re.compile(r"(?:.*/)?(patient\d+)/(study\d+)")
+_IS_FRONTAL = {"Frontal": True, "_frontal": True, "Lateral": False, "_lateral": False}
 _IMAGE = re.compile(_STUDY.pattern + r"/(view(\d+)(_frontal|_lateral)?\.(?:jpg|jpeg|png))")
 
 
@@ -31,11 +32,11 @@ def load_chexpert(
 ) -> list[Example]:
     """Examples of one part ("train", "valid" or "test"), image paths relative to `folder`.
 
-    folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded batch folders. views: "frontal"
-    by the Frontal/Lateral column, else by the file's name, or "all". frontals: which of several images of a study, see
-    `sources.choose`; at "all", each with its own labels, the image-level test_labels.csv goes before groundtruth.csv. label_file:
-    another CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are not there. report: filled
-    with what was kept and dropped; without one it is printed.
+    folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded batch folders. views:
+    "frontal" by the Frontal/Lateral column, else by the file's name, or "all". frontals: which of several images of a study,
+    see `sources.choose`; at "all", each with its own labels, the image-level test_labels.csv goes before groundtruth.csv.
+    label_file: another CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are not there.
+    report: filled with what was kept and dropped; without one it is printed.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
@@ -52,7 +53,8 @@ def load_chexpert(
     raise_problems(problems)
     if "No Finding" not in cells.labels:
         filled.notes.append("the label file has no column 'No Finding'")
-    examples = choose(candidates, "chexpert", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+    examples = choose(
+        candidates, "chexpert", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
     if report is None:
         print(filled.text())
     return examples
@@ -69,12 +71,13 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
         path, side, projection = cell[:3]
         image = _IMAGE.fullmatch(path)
         if image is None:
-            problems.append(f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg")
+            problems.append(
+                f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg")
             continue
         if with_view:
-            frontal = {"Frontal": True, "Lateral": False}.get(side)
+            frontal = _IS_FRONTAL.get(side)
         else:
-            frontal, projection = {"_frontal": True, "_lateral": False}.get(image[5]), ""
+            frontal, projection = _IS_FRONTAL.get(image[5]), ""
         if frontal is None:
             where = f"column 'Frontal/Lateral': {side!r} is" if with_view else f"column 'Path': {path!r} names"
             problems.append(f"{table.path}, row {number}, {where} neither Frontal nor Lateral")
@@ -137,13 +140,14 @@ def _candidate(image: re.Match, root: str, projection: str, frontal: bool, readi
 def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
     """patient -> the folder of the part's images that holds it, relative to `folder`.
 
-    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`, and `batch 2 (train 1)` and so on
-    with the training patients directly in them. A patient that is nowhere gets the first folder.
+    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`, and `batch 2 (train 1)` and so
+    on with the training patients directly in them. A patient that is nowhere gets the first folder.
     """
     around = list(dict.fromkeys([base, *places(base), *places(folder)]))
     roots = [place / name for place in around for name in PARTS[part] if (place / name).is_dir()]
     roots += [place for place in around if part == "train" and re.search(r"batch \d+ \(train", place.name)]
-    relative = [root.relative_to(folder).as_posix() for root in roots] or [(base / PARTS[part][0]).relative_to(folder).as_posix()]
+    roots = roots or [base / PARTS[part][0]]
+    relative = [root.relative_to(folder).as_posix() for root in roots]
     if len(relative) == 1:
         return lambda patient: relative[0]
     home: dict[str, str] = {}

@@ -108,7 +108,7 @@ class LabelPolicy:
             raise ValueError(f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are: {', '.join(LABELS)}")
 
     def meaning(self, label: str, value: int | None) -> str:
-        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or "silent"; the last for an unknown blank."""
+        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or, for an unknown blank, "silent"."""
         if value == -1:
             return {"ones": "true", "zeros": "false", "ignore": "ignored"}[self.uncertain_by_label.get(label, self.uncertain)]
         if value is None:
@@ -119,9 +119,9 @@ class LabelPolicy:
         """{label: its `meaning`} -> (labels, evaluated labels), both in CheXpert's order.
 
         A label that is no key has no column in the table and counts as silent. No Finding excludes every label but Support
-        Devices, so a stated No Finding makes silent findings false, and a stated finding makes a silent No Finding false. An image
-        is called No Finding only where no finding is unknown; where one is, No Finding is unknown too. Contradictions of the
-        table are kept.
+        Devices, so a stated No Finding makes silent findings false, and a stated finding makes a silent No Finding false. An
+        image is called No Finding only where no finding is unknown; where one is, No Finding is unknown too. Contradictions of
+        the table are kept.
         """
         by_meaning = lambda name: {label for label in LABELS if meanings.get(label, "silent") == name}  # noqa: E731
         true, ignored, silent = by_meaning("true"), by_meaning("ignored"), by_meaning("silent")

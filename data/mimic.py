@@ -13,13 +13,14 @@ from pathlib import Path
 from data.labels import LabelPolicy
 from data.records import DataError, Example
 from data.sources import (
-    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known, raise_problems,
-    source_folder, view_rank)
+    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known,
+    raise_problems, source_folder, view_rank)
 
 PARTS = ("train", "validate", "test")
 LABEL_SOURCES = ("chexpert", "negbio", "radiologist")
 _FRONTAL = ("AP", "PA")
-_IDS = {"subject_id": re.compile(r"\d{8}"), "study_id": re.compile(r"\d{8}"), "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")}
+_IDS = {"subject_id": re.compile(r"\d{8}"), "study_id": re.compile(r"\d{8}"),
+        "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")}
 
 
 @collector_paused()
@@ -27,7 +28,7 @@ def load_mimic(
     folder: str | Path, part: str = "train", *, policy: LabelPolicy = LabelPolicy(), labels: str = "chexpert",
     views: str = "frontal", frontals: str = "pa_first", drop_missing: bool = False, report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part of the official split ("train", "validate" or "test"), image paths relative to `folder`.
+    """Examples of one part of the official split ("train", "validate", "test"), image paths relative to `folder`.
 
     folder: the release's folder, or the one that holds it. labels: of the automatic labelers "chexpert" and "negbio", or
     "radiologist" for the reports of the test part that one read. They belong to studies: every image of a study has them. views:
@@ -37,7 +38,8 @@ def load_mimic(
     """
     folder = source_folder(folder)
     known("part", part, PARTS), known("labels", labels, LABEL_SOURCES), known("views", views, VIEWS)
-    names = {name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")] for name in ("metadata", "split", labels)}
+    names = {name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")]
+             for name in ("metadata", "split", "chexpert", "negbio")}
     names["radiologist"] = ["mimic-cxr-2.1.0-test-set-labeled.csv"]
     files, problems = {}, []
     for name in ("metadata", "split", labels):
@@ -52,7 +54,8 @@ def load_mimic(
     root = files["metadata"].parent.relative_to(folder) / "files"
     candidates = _images(Table(files["metadata"]), in_part, studies, root.as_posix(), views, filled, problems)
     raise_problems(problems)
-    examples = choose(candidates, "mimic", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+    examples = choose(
+        candidates, "mimic", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
     if report is None:
         print(filled.text())
     return examples
@@ -97,7 +100,8 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
         found = _id_problems(table, number, {"dicom_id": dicom, "subject_id": subject, "study_id": study})
         owner, reading = studies.get(study, (None, None))
         if owner is not None and owner != subject:
-            found.append(f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, not {subject}")
+            found.append(f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, "
+                         f"not {subject}")
         if not found and row_of.setdefault(dicom, number) != number:
             found = [f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row {row_of[dicom]}"]
         problems += found

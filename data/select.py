@@ -2,10 +2,10 @@
 
     python -m data.select --mimic data/mimic-cxr-jpg/2.1.0 --chexpert data/CheXpert-v1.0-small --nih data/nih --output_dir data
 
-writes sft.jsonl, rl.jsonl and validation.jsonl from the first hospital named (or --train_on), and test-<hospital>.jsonl of every one.
-No patient is in two sets. Beside each NAME.jsonl lies NAME.select.json: every setting, the SHA-256 of the label files, what was
-dropped and why, and the balance; the run scripts and eval.evaluate copy it into a run's configuration. Reads label files only: no
-image is opened and nothing leaves the machine.
+writes sft.jsonl, rl.jsonl and validation.jsonl of one hospital (the first of mimic, chexpert and nih given, or --train_on), and
+test-<hospital>.jsonl of each. No patient is in two sets. Beside each NAME.jsonl lies NAME.select.json: every setting, the SHA-256
+of the label files, what was dropped and why, and the balance; the run scripts and eval.evaluate copy it into a run's
+configuration. Reads label files only: no image is opened and nothing leaves the machine.
 """
 from __future__ import annotations
 
@@ -52,42 +52,46 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--chexpert", metavar="FOLDER", help="CheXpert: the release's folder, or the one that holds it or the batch folders")
     flag("--nih", metavar="FOLDER", help="NIH ChestX-ray14: the folder of Data_Entry_2017*.csv, the lists and the images")
     flag("--output_dir", metavar="FOLDER", required=True, help="where the JSONL files go; nothing is overwritten")
-    flag("--image_root", metavar="FOLDER", help="folder that image paths are relative to, above all images [default: output_dir where "
-         "all images lie under it, else the nearest folder above all of them; the run scripts then need --image_root]")
+    flag("--image_root", metavar="FOLDER", help="folder that image paths are relative to, above all images [default: "
+         "output_dir where all images lie under it, else the nearest folder above all of them; the run scripts then need "
+         "--image_root]")
     flag = group("sets")
-    flag("--train_on", choices=HOSPITALS, help="hospital of the three training sets [default: the first of mimic, chexpert, nih given]")
+    flag("--train_on", choices=HOSPITALS, help="hospital of the three training sets [default: the first of mimic, chexpert, "
+         "nih given]")
     flag("--sft_size", type=int, default=2000, metavar="N", help="images of sft.jsonl; 0: no such file; the paper's number")
     flag("--rl_size", type=int, default=1000, metavar="N", help="images of rl.jsonl; 0: no such file; the paper's number")
-    flag("--validation_size", type=int, default=500, metavar="N", help="images of validation.jsonl; 0: no such file; not published, but "
-         "the paper's failure rates are multiples of 1/500")
-    flag("--validation_from", choices=("train", "valid"), help="draw validation.jsonl from the hospital's training part or from its own "
-         "validation part [default: valid for MIMIC, whose part is large enough, else train]")
-    flag("--tests", nargs="+", choices=(*HOSPITALS, "none"), metavar="HOSPITAL", help="hospitals to write test-<hospital>.jsonl of, or "
-         "none [default: every one given]")
-    flag("--test_level", choices=("study", "image"), default="study", help="test sets of MIMIC and CheXpert: one image a study (CheXpert: "
-         "groundtruth.csv), or every image (CheXpert: test_labels.csv)")
+    flag("--validation_size", type=int, default=500, metavar="N", help="images of validation.jsonl; 0: no such file; not "
+         "published, but the paper's failure rates are multiples of 1/500")
+    flag("--validation_from", choices=("train", "valid"), help="draw validation.jsonl from the hospital's training part or "
+         "from its own validation part [default: valid for MIMIC, whose part is large enough, else train]")
+    flag("--tests", nargs="+", choices=(*HOSPITALS, "none"), metavar="HOSPITAL", help="hospitals to write "
+         "test-<hospital>.jsonl of, or none [default: every one given]")
+    flag("--test_level", choices=("study", "image"), default="study", help="test sets of MIMIC and CheXpert: one image a "
+         "study (CheXpert: groundtruth.csv), or every image (CheXpert: test_labels.csv)")
     flag("--max_samples", type=int, metavar="N", help="images a test set at most, drawn with --seed [default: all]")
     flag("--seed", type=int, default=0, help="of every draw")
-    flag("--sampling", choices=SAMPLINGS, default="natural", help="of the training sets: natural draws images as they come, balanced "
-         "draws from the label that has fewest so far")
+    flag("--sampling", choices=SAMPLINGS, default="natural", help="of the training sets: natural draws images as they come, "
+         "balanced draws from the label that has fewest so far")
     flag("--test_sampling", choices=SAMPLINGS, default="natural", help="the same for test sets cut by --max_samples")
     flag = group("labels")
-    flag("--uncertain", nargs="+", metavar="RULE", help=f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), and "
-         "exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]")
+    flag("--uncertain", nargs="+", metavar="RULE", help=f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), "
+         "and exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]")
     flag("--blank", choices=BLANK_RULES, default="zeros", help="what a label that is not mentioned becomes")
-    flag("--no_label", choices=NO_LABEL_RULES, help="an image without any label is called No Finding, keeps its empty set, or is left out "
-         "[default: no_finding; NIH: empty, because it names No Finding itself]")
-    flag("--label_map", choices=LABEL_MAPS, default="nih_nine", help="NIH: the nine categories of the paper, or ten with Pleural Effusion")
+    flag("--no_label", choices=NO_LABEL_RULES, help="an image without any label is called No Finding, keeps its empty set, or "
+         "is left out [default: no_finding; NIH: empty, because it names No Finding itself]")
+    flag("--label_map", choices=LABEL_MAPS, default="nih_nine", help="NIH: the nine categories of the paper, or ten with "
+         "Pleural Effusion")
     flag("--mimic_labels", choices=LABEL_SOURCES[:2], default="chexpert", help="MIMIC: labeler of the training sets")
-    flag("--mimic_test_labels", choices=LABEL_SOURCES, default="chexpert", help="MIMIC: labels of the test set; radiologist: of the reports "
-         "that one read (release 2.1.0)")
-    flag("--chexpert_labels", metavar="FILE.csv", help="CheXpert: another label file of the training part [default: train.csv]")
+    flag("--mimic_test_labels", choices=LABEL_SOURCES, default="chexpert", help="MIMIC: labels of the test set; radiologist: "
+         "of the reports that one read (release 2.1.0)")
+    flag("--chexpert_labels", metavar="FILE.csv", help="CheXpert: another label file of the training part [default: "
+         "train.csv]")
     flag = group("images")
     flag("--views", choices=VIEWS, default="frontal", help="frontal: MIMIC's AP and PA, CheXpert's Frontal; NIH has no others")
-    flag("--frontals", choices=FRONTALS, default="pa_first", help="which of several images of a study: PA before AP and then the first, the "
-         "first, or all")
-    flag("--missing_images", choices=("fail", "drop"), default="fail", help="fail: a drawn image that is not there is an error; drop: draw "
-         "from the images that are there")
+    flag("--frontals", choices=FRONTALS, default="pa_first", help="which of several images of a study: PA before AP and then "
+         "the first, the first, or all")
+    flag("--missing_images", choices=("fail", "drop"), default="fail", help="fail: a drawn image that is not there is an "
+         "error; drop: draw from the images that are there")
     return parser
 
 
@@ -169,7 +173,8 @@ def _loader(flags: argparse.Namespace, hospital: str, part: str) -> Callable[[Re
 def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
     """{(hospital, part): pool} of every part that a set is drawn from. Raises DataError with the problems of all of them."""
     sizes = {name: getattr(flags, f"{name}_size") for name in TRAINING_SETS}
-    parts = {(flags.train_on, flags.validation_from if name == "validation" else "train"): None for name in TRAINING_SETS if sizes[name]}
+    parts = {(flags.train_on, flags.validation_from if name == "validation" else "train"): None
+             for name in TRAINING_SETS if sizes[name]}
     parts |= {(hospital, "test"): None for hospital in flags.tests}
     pools, problems = {}, []
     for hospital, part in parts:
@@ -275,15 +280,15 @@ def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
         for second in names[index + 1 :]:
             shared = sorted(patients[first] & patients[second])
             if shared:
-                problems.append(f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the hospital's own parts overlap; "
-                                "check its split file or lists")
+                problems.append(f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the hospital's own parts "
+                                "overlap; check its split file or lists")
     if problems:
         raise DataError(problems)
 
 
 # ---- write ----------------------------------------------------------------------------------------------------------
 def common_root(flags: argparse.Namespace, output_dir: Path) -> Path:
-    """The folder that image paths are made relative to. Raises DataError where --image_root is not above the hospitals' folders."""
+    """The folder that image paths are relative to. Raises DataError where --image_root is not above the hospitals' folders."""
     folders = [Path(getattr(flags, name)).resolve() for name in HOSPITALS if getattr(flags, name) is not None]
     if flags.image_root is None:
         inside = all(folder.is_relative_to(output_dir.resolve()) for folder in folders)
@@ -308,8 +313,8 @@ def check_present(sets: Mapping[str, Sequence[Example]]) -> None:
     if missing:
         lines = [f"{name}: {example.image_root / example.image}: no such image" for name, example in missing[:MAX_PROBLEMS]]
         drawn = sum(map(len, sets.values()))
-        raise DataError([*lines, f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from those that are there: "
-                                 "--missing_images drop"])
+        raise DataError([*lines, f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from those that "
+                                 "are there: --missing_images drop"])
 
 
 def balance(examples: Sequence[Example]) -> dict[str, int]:
@@ -335,7 +340,8 @@ def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
     except OSError as error:
         for path in named:
             path.unlink()
-        raise DataError([f"--output_dir {output_dir}: cannot be written to ({error.strerror}: {error.filename2 or error.filename})"]) from error
+        where = error.filename2 or error.filename
+        raise DataError([f"--output_dir {output_dir}: cannot be written to ({error.strerror}: {where})"]) from error
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -366,7 +372,8 @@ def run(argv: Sequence[str]) -> None:
     for group in (TRAINING_SETS, [f"test-{hospital}" for hospital in HOSPITALS]):
         if chosen := {name: drawn[name] for name in group if name in drawn}:
             print(balance_table(chosen) + "\n")
-    print(f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its .select.json; no patient is in two of them")
+    print(f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its .select.json; "
+          "no patient is in two of them")
     if root != output_dir.resolve():
         print(f"image paths are relative to {root}: give the other commands --image_root {root}")
 
@@ -374,8 +381,9 @@ def run(argv: Sequence[str]) -> None:
 def _document(flags: argparse.Namespace, name: str, examples: Sequence[Example], pool: Pool, content: str) -> dict:
     """NAME.select.json."""
     return {
-        "set": name, "images": len(examples), "patients": len({example.patient_id for example in examples}), "labels": balance(examples),
-        "sha256": hashlib.sha256(content.encode()).hexdigest(), "settings": vars(flags), "pool": pool.report.document(),
+        "set": name, "images": len(examples), "patients": len({example.patient_id for example in examples}),
+        "labels": balance(examples), "sha256": hashlib.sha256(content.encode()).hexdigest(), "settings": vars(flags),
+        "pool": pool.report.document(),
     }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def find_file(folder: Path, names: Sequence[str]) -> Path:
         for candidates in ([outer], inner):
             found = [path for place in candidates if (path := _plain_or_gz(place, name)) is not None]
             if len(found) > 1:
-                raise DataError([f"{folder}: {name} is in {' and in '.join(path.parent.name for path in found)}; name one of them"])
+                both = " and in ".join(path.parent.name for path in found)
+                raise DataError([f"{folder}: {name} is in {both}; name one of them"])
             if found:
                 return found[0]
     raise DataError([f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does"])
@@ -177,7 +178,7 @@ _VALUES = {"": None, "1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1}
 
 
 class LabelCells:
-    """Label cells -> Reading. Rows repeat each other: equal ones share a Reading, and those that mean the same are combined once."""
+    """Label cells -> Reading. Equal rows share a Reading, and those that mean the same are combined once."""
 
     def __init__(self, table: Table, policy: LabelPolicy):
         columns = table.label_columns()
@@ -333,8 +334,8 @@ class Report:
         lines += [f"  label file {file} (SHA-256 {digest[:12]})" for file, digest in self.files.items()]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in content["dropped"].items()]
         lines += [f"  note: {note}" for note in self.notes]
-        lines.append(f"  without any label {content['without_label']:,}; called No Finding by rule {content['called_no_finding']:,}; "
-                     f"No Finding beside a finding {content['contradictory']:,}")
+        lines.append(f"  without any label {content['without_label']:,}; called No Finding by rule "
+                     f"{content['called_no_finding']:,}; No Finding beside a finding {content['contradictory']:,}")
         lines.append(f"  {'of the images kept':<28}{'true':>9}{'evaluated':>11}{'uncertain':>11}{'blank':>9}")
         columns = content["by_label"]
         lines += [f"  {label:<28}{columns['true'][label]:>9,}{columns['evaluated'][label]:>11,}"
