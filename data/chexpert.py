@@ -66,9 +66,8 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
     view_columns = [*table.find("Frontal/Lateral"), *table.find("AP/PA")] if with_view else table.find("Path") * 2
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    for number, cell in table.rows([*table.find("Path"), *view_columns, *cells.indices], problems):
+    for number, (path, side, projection), labels in table.rows(problems, [*table.find("Path"), *view_columns], cells.indices):
         report.rows += 1
-        path, side, projection = cell[:3]
         image = _IMAGE.fullmatch(path)
         if image is None:
             problems.append(
@@ -82,7 +81,7 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
             where = f"column 'Frontal/Lateral': {side!r} is" if with_view else f"column 'Path': {path!r} names"
             problems.append(f"{table.path}, row {number}, {where} neither Frontal nor Lateral")
             continue
-        reading = cells.read(cell[3:])
+        reading = cells.read(labels)
         if reading.bad:
             problems += cell_problems(table, number, reading)
             continue
@@ -100,12 +99,12 @@ def _studies(table, cells, locate, folder, views, drop_missing, report, problems
     """Candidates of a table with one row a study and no image names: those that lie in the study's folder."""
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    for number, (path, *labels) in table.rows([*table.find("Study"), *cells.indices], problems):
+    for number, (path, _), labels in table.rows(problems, table.find("Study", "Study"), cells.indices):
         study = _STUDY.fullmatch(path)
         if study is None:
             problems.append(f"{table.path}, row {number}, column 'Study': {path!r} does not end in patientN/studyN")
             continue
-        reading = cells.read(tuple(labels))
+        reading = cells.read(labels)
         if reading.bad:
             problems += cell_problems(table, number, reading)
             continue

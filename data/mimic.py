@@ -67,8 +67,8 @@ def _label_table(table: Table, policy: LabelPolicy, problems: list[str]) -> dict
     with_subject = table.has("subject_id")
     ids = ["study_id", "subject_id" if with_subject else "study_id"]
     studies: dict[str, tuple[str | None, Reading]] = {}
-    for number, (study, subject, *labels) in table.rows([*table.find(*ids), *cells.indices], problems):
-        reading = cells.read(tuple(labels))
+    for number, (study, subject), labels in table.rows(problems, table.find(*ids), cells.indices):
+        reading = cells.read(labels)
         found = [*_id_problems(table, number, dict(zip(ids, (study, subject)))), *cell_problems(table, number, reading)]
         if not found and study in studies:
             found = [f"{table.path}, row {number}, column 'study_id': {study} is there twice"]
@@ -81,7 +81,7 @@ def _label_table(table: Table, policy: LabelPolicy, problems: list[str]) -> dict
 def _split(table: Table, part: str, problems: list[str]) -> set[str]:
     """The images (dicom_id) of the part."""
     chosen: set[str] = set()
-    for number, (dicom, split) in table.rows(table.find("dicom_id", "split"), problems):
+    for number, (dicom, split), _ in table.rows(problems, *[table.find("dicom_id", "split")] * 2):
         if split == part:
             chosen.add(dicom)
         elif split not in PARTS:
@@ -92,8 +92,8 @@ def _split(table: Table, part: str, problems: list[str]) -> set[str]:
 def _images(table, in_part, studies, root, views, report, problems) -> list[Candidate]:
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    names = ("dicom_id", "subject_id", "study_id", "ViewPosition")
-    for number, (dicom, subject, study, view) in table.rows(table.find(*names), problems):
+    columns = table.find("dicom_id", "subject_id"), table.find("study_id", "ViewPosition")
+    for number, (dicom, subject), (study, view) in table.rows(problems, *columns):
         if dicom not in in_part:
             continue
         report.rows += 1

@@ -61,8 +61,8 @@ def _images(table, listed, evaluated, no_label, locate, report, problems) -> lis
     readings: dict[str, Reading] = {}
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    names = ("Image Index", "Finding Labels", "Patient ID", "View Position")
-    for number, (name, findings, patient, view) in table.rows(table.find(*names), problems):
+    columns = table.find("Image Index", "Patient ID"), table.find("Finding Labels", "View Position")
+    for number, (name, patient), (findings, view) in table.rows(problems, *columns):
         if listed is not None and name not in listed:
             continue
         report.rows += 1

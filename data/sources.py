@@ -135,16 +135,22 @@ class Table:
             raise DataError([f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"])
         return {label: found[label] for label in LABELS if label in found}
 
-    def rows(self, indices: Sequence[int], problems: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """(row number, the cells of two or more columns) of each row; a row of another length becomes a problem."""
-        pick = itemgetter(*indices)
-        for number, row in enumerate(self._lines(), start=1):
-            if number == 1 or not row:
-                continue
-            if len(row) < self._width or any(row[self._width :]):
-                problems.append(f"{self.path}, row {number}: has {len(row)} fields, the header has {self._width}")
-                continue
-            yield number, pick(row)
+    def rows(self, problems: list[str], first: Sequence[int], second: Sequence[int]) -> Iterator[tuple[int, tuple, tuple]]:
+        """(row number, cells of the columns `first`, cells of `second`) of each row; each names two columns or more.
+
+        A row of another length becomes a problem.
+        """
+        width, pick_first, pick_second = self._width, itemgetter(*first), itemgetter(*second)
+        lines = self._lines()
+        next(lines)
+        for number, row in enumerate(lines, start=2):
+            if len(row) != width:
+                if not row:
+                    continue
+                if len(row) < width or any(row[width:]):
+                    problems.append(f"{self.path}, row {number}: has {len(row)} fields, the header has {width}")
+                    continue
+            yield number, pick_first(row), pick_second(row)
 
     def _lines(self) -> Iterator[list[str]]:
         row = 0

@@ -565,8 +565,8 @@ def test_a_large_label_file_needs_little_memory_and_no_repeated_work(tmp_path, m
 
 def test_a_table_is_read_row_by_row(tmp_path):
     file = write(tmp_path / "x.csv", "a,b", *[f"{i},{i}" for i in range(1000)])
-    rows = Table(file).rows([0, 1], [])
-    assert next(rows) == (2, ("0", "0")) and next(rows) == (3, ("1", "1"))
+    rows = Table(file).rows([], [0, 1], [1, 0, 1])
+    assert next(rows) == (2, ("0", "0"), ("0", "0", "0")) and next(rows) == (3, ("1", "1"), ("1", "1", "1"))
 
 
 # ---- the sample -----------------------------------------------------------------------------------------------------
