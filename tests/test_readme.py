@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.demo.splits import WRITTEN_SPLITS
+from data.select import build_parser
 from engine.merge import MergeConfig
 from eval.evaluate import EvalConfig
 from patches import FORKS, patch_of, patched, size
@@ -80,7 +81,7 @@ def test_every_file_of_the_layout_tree_exists():
 def test_every_flag_named_is_a_flag():
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
-    fields |= {fork.field for fork in FORKS.values()}
+    fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}  # of data.select
     named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert named - fields == {"recipe", "family"}  # which parse_config adds; of data.demo.build_base
 
