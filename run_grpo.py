@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl
 from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
@@ -29,8 +28,9 @@ from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, e
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_prompts
 from engine.run import (
-    FREE_TO_CHANGE, TrainerState, bring_logs, check_same_reference, continue_document, find_checkpoint, inherited_settings, keep_reference,
-    load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
+    FREE_TO_CHANGE, TrainerState, bad_image_counts, bad_images_line, bring_logs, check_same_reference, continue_document, find_checkpoint,
+    inherited_settings, keep_reference, load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint,
+    shuffled, usable_examples, write_bad_images, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
@@ -203,12 +203,13 @@ def evaluate_when_due(config: GRPOConfig, state: TrainerState, steps: int, guard
 
 def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[str, list[Example]], reference: list[Example],
                     reward_functions: dict[str, RewardFunction], run_dir: Path, guard: SignalGuard,
-                    step: int) -> dict[str, dict[str, float]]:
+                    bad_images: dict[str, list[dict]], step: int) -> dict[str, dict[str, float]]:
     """Greedy decoding of every set -> {set: its SET_METRICS}. Rewards are computed, but nothing is observed."""
+    notes = {name: {"step": step} | note for name, note in bad_image_counts(sets, bad_images).items()}
     scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
                            batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format,
                            extra=lambda rows: mean_rewards(rows, reward_functions, config.reward),
-                           should_stop=lambda: guard.stop is not None, notes={name: {"step": step} for name in sets})
+                           should_stop=lambda: guard.stop is not None, notes=notes)
     flat = {name: score | {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"],
                            "completion_length": score["completion_length"]["mean"]} for name, score in scores.items()}
     return {name: {key: value for key, value in score.items() if key in SET_METRICS or key.startswith("rewards/")}
@@ -216,14 +217,15 @@ def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[
 
 
 def banner(config: GRPOConfig, resolved: Resolved, model: LoadedModel, wrapped, examples: list[Example], sets: dict[str, list[Example]],
-           run_dir: Path | str, device: torch.device) -> str:
+           bad_images: dict[str, list[dict]], run_dir: Path | str, device: torch.device) -> str:
     trainable = sum(parameter.numel() for _, parameter in trainable_parameters(wrapped))
     total = sum(parameter.numel() for parameter in model.base.parameters())
     return "\n".join([
         f"GRPO -> {run_dir}", environment_banner(device),
         f"model       {model.name} ({model.family.model_type}) with {config.adapter_name_or_path}: {total:,} parameters with both adapters, "
         f"{trainable:,} trainable",
-        f"data        {len(examples)} prompts; evaluated: " + (", ".join(f"{name} {len(s)}" for name, s in sets.items()) or "nothing"),
+        f"data        {len(examples)} prompts; evaluated: " + (", ".join(f"{name} {len(s)}" for name, s in sets.items()) or "nothing")
+        + bad_images_line(bad_images),
         *batch_arithmetic(config, len(examples)),
         "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
 
@@ -248,12 +250,12 @@ def main(argv: list[str] | None = None) -> int:
     files = {"train": data_file(config.train_file)}
     files |= {name: data_file(spec) for name, _, spec in (entry.partition("=") for entry in config.validation_file)}
     sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
-    check_images(example for examples in sets.values() for example in examples)
+    sets, bad_images = usable_examples(sets, config.bad_images, checkpoint.document("config.json") if checkpoint else None)
     examples = sets.pop("train")
     check_dump_step(resolved, len(examples), checkpoint.step if checkpoint else 0)
     if config.show_batch:
         return show_prompts(config, examples, prompts_per_rollout(config), sys.stdout)
-    document = run_document(resolved, "grpo", files)
+    document = run_document(resolved, "grpo", files, bad_images)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
         document["reference"] = check_same_reference(checkpoint)
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     reward_functions = build_rewards(config, examples)
     monitors = Monitors(config.reward, config.max_completion_length, config.warn_when, config.stop_when)
     if config.dry_run:
-        print(banner(config, resolved, model, wrapped, examples, sets, "dry run", device)
+        print(banner(config, resolved, model, wrapped, examples, sets, bad_images, "dry run", device)
               + dry_run_report(config, model, wrapped, examples, sets, prompts_per_rollout(config), config.num_generations))
         return 0
 
@@ -289,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
             samples = unpack_samples(checkpoint.tensors("rollout"), checkpoint.document("rollout.json"), examples, model.encoder.decode,
                                      config.answer_format)
         write_json(run_dir / "config.json", document)
-        print(banner(config, resolved, model, wrapped, examples, sets, run_dir, device), flush=True)
+        write_bad_images(run_dir, bad_images)
+        print(banner(config, resolved, model, wrapped, examples, sets, bad_images, run_dir, device), flush=True)
         with RunLogger(run_dir, resume_step=state.global_step if checkpoint else None, log_history=state.log_history) as log:
             def save(samples: list[Sample]) -> None:
                 unfinished = samples if state.global_step % updates_per_rollout(config) else []
@@ -301,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
                                "monitors.json": monitors.state_dict()})
 
             def evaluate() -> None:
-                metrics = evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, state.global_step)
+                metrics = evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, bad_images,
+                                          state.global_step)
                 for line in monitors.check(record_evaluation(metrics, log, state, config.metric_for_best_model)):
                     print(line, file=sys.stderr)
                     log.warn(line, state.global_step)
@@ -317,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
             if best not in (None, f"checkpoint-{state.global_step}"):  # the scores in the folder are those of the final adapter
                 try:
-                    evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, int(best.rpartition("-")[2]))
+                    evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, bad_images,
+                                    int(best.rpartition("-")[2]))
                 except KeyboardInterrupt:
                     print(f"stopped while scoring; training is finished and saved in {run_dir}")
                     return guard.exit_code or 130

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from data.collate import collate_rows
-from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
+from data.traces import answers_to_learn
 from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors, set_later_checkpoints_aside
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.families import lm_head_weight
@@ -36,8 +36,9 @@ from engine.model import (
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_answers
 from engine.run import (
-    FREE_TO_CHANGE, TrainerState, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings, load_best_adapter, restore,
-    run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, write_json)
+    FREE_TO_CHANGE, TrainerState, bad_image_counts, bad_images_line, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings,
+    load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, usable_examples,
+    write_bad_images, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
 from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, from_adapter, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
@@ -88,28 +89,34 @@ def with_rank_of_adapter(resolved: Resolved) -> Resolved:
 
 @dataclass(frozen=True)
 class SFTData:
-    """train and validation have answers; decoded are the named sets that get scores at the end; files go into config.json."""
+    """train and validation have answers; decoded are the named sets that get scores at the end; files and bad_images (rows of the
+    examples left out, by data set) go into config.json.
+    """
 
     train: list[Example]
     validation: list[Example]
     decoded: dict[str, list[Example]]
     files: dict[str, Path]
+    bad_images: dict[str, list[dict]]
 
 
-def load_data(config: SFTConfig) -> SFTData:
-    """Read every data file; without a validation file that has answers, hold out a share of the training patients."""
+def load_data(config: SFTConfig, resumed: dict | None = None) -> SFTData:
+    """Read every data file; without a validation file that has answers, hold out a share of the training patients.
+
+    resumed: config.json of the run that goes on. With the answer form `solution` (Only Label) every example has an answer.
+    """
     files = {"train": data_file(config.train_file)}
     files |= {name: data_file(spec) for name, _, spec in (entry.partition("=") for entry in config.validation_file)}
     sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
-    check_images(example for examples in sets.values() for example in examples)
-    train = sets.pop("train")
-    without = [example.id for example in train if not example.answer]
-    if without:
-        raise DataError([f"{files['train']}: {len(without)} of {len(train)} examples have no 'answer' to learn from, such as {without[0]!r}"])
-    validation = next((examples for examples in sets.values() if all(example.answer for example in examples)), None)
-    if validation is None:
+    sets, bad_images = usable_examples(sets, config.bad_images, resumed)
+    train = answers_to_learn(sets.pop("train"), config.answer_format, files["train"])
+    with_answers = (name for name, examples in sets.items() if config.answer_format == "solution" or all(e.answer for e in examples))
+    name = next(with_answers, None)
+    if name is None:
         train, validation = split_by_patient(train, config.validation_split, config.seed)
-    return SFTData(train, validation, sets or {"validation": validation}, files)
+    else:
+        validation = answers_to_learn(sets[name], config.answer_format, files[name])
+    return SFTData(train, validation, sets or {"validation": validation}, files, bad_images)
 
 
 def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: RunLogger, state: TrainerState, optimizer, guard: SignalGuard,
@@ -246,7 +253,7 @@ def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, d
         environment_banner(device),
         f"model       {model.name} ({model.family.model_type}), {total:,} parameters, {trainable:,} trainable (LoRA r {config.lora_r})",
         f"data        {len(data.train)} training, {len(data.validation)} validation examples; scored at the end: "
-        + ", ".join(f"{name} {len(examples)}" for name, examples in data.decoded.items()),
+        + ", ".join(f"{name} {len(examples)}" for name, examples in data.decoded.items()) + bad_images_line(data.bad_images),
         f"batch       {micro} sequences x {accumulation} accumulated = {micro * accumulation} an optimizer step; {steps_per_epoch} steps an "
         f"epoch, {total_steps} steps in all, early stop after {config.early_stopping_patience} epochs without a better loss",
         "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
@@ -270,16 +277,19 @@ def main(argv: list[str] | None = None) -> int:
     config: SFTConfig = resolved.configs[0]
     if problems(config):
         raise ConfigError(problems(config))
+    if config.answer_format is None:
+        resolved = resolved.with_value("answer_format", PROMPTS[config.prompt].answer_format, "prompt")
+        config = resolved.configs[0]
     checkpoint, rejected = find_checkpoint(config.resume_from_checkpoint) if config.resume_from_checkpoint else (None, [])
     for line in rejected:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
 
     seed_everything(config.seed)
     device = pick_device(config.num_threads)
-    data = load_data(config)
+    data = load_data(config, checkpoint.document("config.json") if checkpoint else None)
     if config.show_batch:
         return show_answers(config, data.train, sys.stdout)
-    document = run_document(resolved, "sft", data.files)
+    document = run_document(resolved, "sft", data.files, data.bad_images)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
     model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
@@ -307,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
             set_later_checkpoints_aside(run_dir, checkpoint.step)
             state = restore(checkpoint, wrapped, optimizer)
         write_json(run_dir / "config.json", document)
+        write_bad_images(run_dir, data.bad_images)
         print(banner(config, resolved, model, wrapped, data, run_dir, device))
         with RunLogger(run_dir, resume_step=state.global_step if checkpoint else None, log_history=state.log_history) as log:
             def save() -> None:
@@ -324,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             sampling = SamplingConfig(temperature=0.0, max_completion_length=config.max_completion_length)
             try:
                 scores = evaluate_sets(wrapped, model, data.decoded, PROMPTS[config.prompt], sampling, run_dir, reference=data.train,
-                                       answer_format=config.answer_format,
+                                       answer_format=config.answer_format, notes=bad_image_counts(data.decoded, data.bad_images),
                                        batch_size=config.per_device_eval_batch_size, should_stop=lambda: guard.stop is not None)
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")

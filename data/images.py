@@ -1,34 +1,50 @@
-"""The only place that opens an image."""
+"""The only place that opens an image.
+
+What is read: regular JPEG and PNG files under the data set's image root. Everything else is refused with a line that names the
+example, the path and the reason, so that a damaged or hostile file can stop or leave a run but never enter it unseen.
+"""
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from data.records import MAX_PROBLEMS, DataError, Example
 
-MAX_PIXELS = 100_000_000  # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
+MAX_PIXELS = 80_000_000  # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
+MAX_ASPECT_RATIO = 20  # a longer strip is no radiograph, and image processors refuse or distort it
 FORMATS = ("JPEG", "PNG")
 
 
 def image_path(example: Example) -> Path:
     """Where the example's image lies. Raises DataError unless it is a regular file under `image_root`, symbolic links
-    resolved.
+    resolved, named by a relative path without `..`.
     """
-    root = example.image_root.resolve()
     name = f"example {example.id!r}: image {example.image!r}"
+    written = PurePosixPath(example.image)
+    if "://" in example.image:
+        raise DataError([f"{name} is a URL; images are read from files only: download it and give its path"])
+    if written.is_absolute() or ".." in written.parts:
+        raise DataError([f"{name}: write the path relative to the image root, without '..' (--image_root)"])
     try:
+        root = example.image_root.resolve()
         path = (root / example.image).resolve()
-    except (OSError, ValueError) as error:
-        raise DataError([f"{name}: not a usable path ({error})"]) from error
-    if not path.is_relative_to(root):
-        raise DataError(
-            [f"{name} lies outside the image root {root}; paths must be relative to it and stay in it (--image_root)"]
-        )
-    if not path.is_file():
-        raise DataError([f"{name}: no such file under the image root {root}; check the row or --image_root"])
+        inside = path.is_relative_to(root)
+        mode = path.stat().st_mode if inside else 0
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError([f"{name}: no such file under the image root {root}; check the row or --image_root"]) from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links, no permission
+        raise DataError([f"{name}: not a usable path ({getattr(error, 'strerror', None) or error})"]) from error
+    if not inside:
+        raise DataError([f"{name} lies outside the image root {root}, through a symbolic link"])
+    if not stat.S_ISREG(mode):  # a pipe would wait for ever
+        raise DataError([f"{name}: {path} is not a regular file; check the row or --image_root"])
     return path
 
 
@@ -47,26 +63,64 @@ def check_images(examples: Iterable[Example]) -> None:
         raise DataError(problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else []))
 
 
+def image_problem(example: Example) -> str | None:
+    """Why the example's image cannot be used, found out by reading all of it; None for a good one."""
+    try:
+        load_image(example)
+    except DataError as error:
+        return error.problems[0]
+    return None
+
+
+def image_problems(examples: Sequence[Example], description: str = "images") -> list[str | None]:
+    """`image_problem` of every example, in their order, in parallel and with a progress bar on stderr."""
+    return list(in_parallel(image_problem, examples, description))
+
+
+def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Example], list[dict]]:
+    """(the examples whose image can be read, rows {"id", "patient_id", "image", "reason"} of the others) of the data set `name`.
+
+    Raises DataError where no example is left.
+    """
+    problems = image_problems(examples, f"{name} (checking images)")
+    bad = [{"id": example.id, "patient_id": example.patient_id, "image": example.image, "reason": problem}
+           for example, problem in zip(examples, problems) if problem]
+    if len(bad) == len(examples):
+        raise DataError([f"data set {name}: none of its {len(bad)} images can be read, such as {bad[0]['reason']}"])
+    return [example for example, problem in zip(examples, problems) if not problem], bad
+
+
+def in_parallel(function, items: Sequence, description: str) -> Iterator:
+    """function(item) of every item, in order. Threads: decoding releases Python's lock. At most a few results wait in memory."""
+    workers = min(32, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(items), desc=description, unit="image", disable=None) as bar:
+        for start in range(0, len(items), 16 * workers):
+            for result in pool.map(function, items[start : start + 16 * workers]):
+                bar.update()
+                yield result
+
+
 def load_image(example: Example) -> Image.Image:
-    """The example's image as 8-bit RGB, upright.
+    """The example's image as 8-bit RGB, upright; of an animated PNG the first picture.
 
     16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises DataError for a file that
-    is not a whole JPEG or PNG or has too many pixels.
+    is not a whole JPEG or PNG, has too many pixels or is a narrow strip.
     """
     path = image_path(example)
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            size, shape = image.width * image.height, f"{image.width} x {image.height} pixels"
+            if size > MAX_PIXELS:
+                raise DataError([f"example {example.id!r}: {path} has {shape}; at most {MAX_PIXELS:,} are read"])
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise DataError(
-                    [
-                        f"example {example.id!r}: {path} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read"
-                    ]
+                    [f"example {example.id!r}: {path} has {shape}; one side may be at most {MAX_ASPECT_RATIO} times the other"]
                 )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them come out of damaged files
+    except Exception as error:  # of many classes: Pillow's readers raise what a damaged file makes them stumble over
         raise DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]) from error
 
 

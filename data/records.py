@@ -59,6 +59,18 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
     of the file at once (file, line, field), also for a missing or empty file and for an id that occurs twice. Images are
     not opened here.
     """
+    examples, problems = scan_jsonl(path, image_root)
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        raise DataError(problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
+    return examples
+
+
+def scan_jsonl(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Example], list[str]]:
+    """(the sound rows of a data file, all that is wrong with the others or the file), as `read_jsonl` reads it.
+
+    Raises DataError where there is no such file.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError([f"{path}: no such data file; give a JSONL file with one example a line"])
@@ -81,12 +93,16 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
                 continue
             line_of[row["id"]] = number
             examples.append(_example(row, root))
-    if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
-    if not examples:
-        raise DataError([f"{path}: the file holds no examples; it needs at least one"])
-    return examples
+    if not examples and not problems:
+        problems.append(f"{path}: the file holds no examples; it needs at least one")
+    return examples, problems
+
+
+def as_row(example: Example) -> dict:
+    """The example as a row of a data file; fields that this project does not know are kept."""
+    row = {"id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
+           "dataset": example.dataset, "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels)}
+    return row | ({} if example.answer is None else {"answer": example.answer}) | example.extra
 
 
 def data_file(spec: str | Path) -> Path:

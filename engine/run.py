@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
-from data.records import selection_file
+from data.images import check_images, without_bad_images
+from data.records import Example, selection_file, write_jsonl
 from engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -69,9 +70,9 @@ class TrainerState:
 
 
 # ---- configuration of the run ---------------------------------------------------------------------------------------
-def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path]) -> dict:
-    """config.json: every setting with its origin, the data files with their SHA-256 and what data.select noted of them, and the
-    versions that ran.
+def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path], bad_images: Mapping[str, list[dict]]) -> dict:
+    """config.json: every setting with its origin, the data files with their SHA-256 and what data.select noted of them, the
+    examples left out for their images, and the versions that ran.
     """
     data = {name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path) for name, path in data_files.items()}
     return {
@@ -79,6 +80,7 @@ def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path]
         "recipe": resolved.recipe,
         "settings": to_json(resolved),
         "data": data,
+        "bad_images": dict(bad_images),
         "versions": versions(),
     }
 
@@ -117,6 +119,46 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or remove it"
         ) from error
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+def usable_examples(sets: Mapping[str, list[Example]], policy: Literal["fail", "skip"],
+                    resumed: dict | None = None) -> tuple[dict[str, list[Example]], dict[str, list[dict]]]:
+    """(data sets to use, {name: rows of the examples left out}), as --bad_images says.
+
+    fail: every image file must be there; what is in it shows when it is needed. skip: all images are read now, unless the run
+    goes on: then what it left out at its beginning (`resumed`, its config.json) is left out again, so that its data set is the
+    same. Raises DataError for missing images, and for a data set of which nothing is left.
+    """
+    if policy == "fail":
+        check_images(example for examples in sets.values() for example in examples)
+        return dict(sets), {name: [] for name in sets}
+    if resumed is None:
+        checked = {name: without_bad_images(examples, name) for name, examples in sets.items()}
+        return {name: good for name, (good, _) in checked.items()}, {name: bad for name, (_, bad) in checked.items()}
+    bad = resumed["bad_images"]
+    ids = {name: {row["id"] for row in bad.get(name, [])} for name in sets}
+    kept = {name: [example for example in examples if example.id not in ids[name]] for name, examples in sets.items()}
+    check_images(example for examples in kept.values() for example in examples)
+    return kept, bad
+
+
+def write_bad_images(folder: Path, bad: Mapping[str, list[dict]]) -> None:
+    """bad-images-<name>.jsonl in `folder` for every data set that examples were left out of, with the reason of each."""
+    for name, rows in bad.items():
+        if rows:
+            write_jsonl(Path(folder) / f"bad-images-{name}.jsonl", rows)
+
+
+def bad_images_line(bad: Mapping[str, list[dict]]) -> str:
+    """What the banner's line on data says of the examples left out; empty where there are none."""
+    counts = ", ".join(f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad.items() if rows)
+    return f"; left out for their images: {counts}" if counts else ""
+
+
+def bad_image_counts(names: Iterable[str], bad: Mapping[str, list[dict]]) -> dict[str, dict]:
+    """{name: what its scores say of the examples left out}."""
+    return {name: {"bad_images": len(bad.get(name, []))} for name in names}
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.answers import ANSWER_FORMATS
 from data.prompts import PROMPTS
@@ -15,6 +16,7 @@ from engine.run import saved_settings
 
 # Of a run that neither names them nor continues one that did.
 FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
+BadImages = Literal["fail", "skip"]
 PAPER_SFT, PAPER_GRPO, OURS, ENGINE = "paper 3.2.1 (SFT)", "paper 3.2.2 (GRPO)", "not published", "no part of the method"
 
 
@@ -32,14 +34,17 @@ class TrainingConfig:
         (), "NAME=FILE, repeatable: a data set to evaluate on during training", group="model and data")
     image_root: str | None = setting(
         None, "folder that image paths are relative to", unset="each data file's own folder", group="model and data")
+    bad_images: BadImages = setting(
+        "fail", "an unreadable image stops the run; or skip: all images are read before the start, and the examples of bad ones "
+        "are left out and listed in bad-images-<name>.jsonl", source=ENGINE, group="model and data")
     prompt: str | None = setting(
         None,
-        "instruction variant, a name of data/prompts.py",
+        f"instruction variant: {', '.join(PROMPTS)}",
         unset="free_reasoning; GRPO: the SFT run's",
         group="model and data",
     )
     answer_format: str | None = setting(
-        None, "form of a valid answer, a name of data/answers.py", unset="the prompt's own; GRPO: the SFT run's",
+        None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}", unset="the prompt's own; GRPO: the SFT run's",
         group="model and data")
     min_visual_tokens: int | None = setting(
         None,
@@ -185,8 +190,9 @@ def from_adapter(resolved: Resolved) -> Resolved:
         if getattr(config, name) is None:
             resolved = resolved.with_value(name, saved.get(name) or default, "adapter's run" if name in saved else "default")
     if resolved.configs[0].answer_format is None:
-        form = saved.get("answer_format") or PROMPTS[resolved.configs[0].prompt].answer_format
-        resolved = resolved.with_value("answer_format", form, "adapter's run" if saved.get("answer_format") else "prompt")
+        prompt = resolved.configs[0].prompt
+        learned = saved.get("answer_format") if prompt == saved.get("prompt") else None  # another prompt asks for its own form
+        resolved = resolved.with_value("answer_format", learned or PROMPTS[prompt].answer_format, "adapter's run" if learned else "prompt")
     found = training_problems(resolved.configs[0])
     if found:
         raise ConfigError(found)

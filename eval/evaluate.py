@@ -24,16 +24,16 @@ import torch
 from torch import nn
 
 from data.answers import ANSWER_FORMATS, parse_answer
-from data.images import check_images
 from data.labels import LABEL_MAPS, LABELS, chexpert_labels_of_nih
 from data.prompts import PROMPTS, Prompt
 from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, write_jsonl
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
-from engine.run import run_document, saved_settings, write_json
+from engine.run import (
+    bad_image_counts, bad_images_line, run_document, saved_settings, usable_examples, write_bad_images, write_json)
 from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory
-from engine.settings import ENGINE, FALLBACKS, OURS, PAPER_GRPO, PAPER_SFT
+from engine.settings import ENGINE, FALLBACKS, OURS, PAPER_GRPO, PAPER_SFT, BadImages
 from engine.tracking import Progress
 from eval.metrics import (
     bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
@@ -286,6 +286,8 @@ def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
         "(95 % interval by patient); failed answers count as empty, answers not in the format have Jaccard 0;",
         f"label frequencies of the baselines are from: {', '.join(references)}",
     ]
+    left_out = [f"{_clipped(name)} {scores['bad_images']}" for name, scores in results.items() if scores.get("bad_images")]
+    lines += [f"examples left out for their images: {', '.join(left_out)}"] if left_out else []
     if per_label:
         for name, scores in results.items():
             by_label = [(label, *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["support"]))
@@ -412,13 +414,16 @@ class EvalConfig:
         "empty", "with --label_map: an image without any of its labels keeps its empty set, is called No Finding, or is left out",
         source="as in data.select for NIH")
     image_root: str | None = setting(None, "folder that image paths are relative to", unset="each data file's own folder")
+    bad_images: BadImages = setting(
+        "fail", "an unreadable image stops the command; or skip: all images are read first, and the examples of bad ones are left out "
+        "of the scores and listed in bad-images-<name>.jsonl", source=ENGINE)
     train_file: str | None = setting(
         None, "training data whose label frequencies the baselines imitate", unset="each data set's own frequencies")
     output_dir: str | None = setting(None, "where predictions and scores go", unset="a new folder runs/<time>-eval")
     max_samples: int | None = setting(None, "use only the first so many rows of each data set", unset="all", unit="rows")
     prompt: str | None = setting(None, f"instruction: {', '.join(PROMPTS)}", unset="the adapter's run's, else free_reasoning")
     answer_format: str | None = setting(
-        None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}", unset="the adapter's run's, else the prompt's own")
+        None, f"form of a valid answer: {', '.join(ANSWER_FORMATS)}", unset="the adapter's run's where the prompt is, else the prompt's own")
     temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding", source=OURS)
     top_p: float = setting(0.95, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO)
     max_completion_length: int | None = setting(
@@ -505,6 +510,8 @@ def complete(resolved: Resolved) -> Resolved:
             if not base:
                 raise UsageError(f"{folder}: adapter_config.json names no base model; give --model_name_or_path")
             resolved = resolved.with_value("model_name_or_path", base, str(folder / "adapter_config.json"))
+        if config.prompt not in (None, settings.get("prompt")):
+            settings.pop("answer_format", None)  # another prompt asks for its own form
     for name, (_, default) in _INHERITED.items():
         if getattr(config, name) is None:
             resolved = resolved.with_value(name, settings.get(name, default), origin if name in settings else "default")
@@ -539,7 +546,7 @@ def _run(argv: Sequence[str]) -> int:
     config: EvalConfig = resolved.configs[0]
     if config.output_dir is not None:
         names = named_files(config.data_file or config.predictions, "data_file")[0]
-        files = ("predictions-{}.jsonl", "scores-{}.json", "predictions-{}.partial.jsonl")
+        files = ("predictions-{}.jsonl", "scores-{}.json", "predictions-{}.partial.jsonl", "bad-images-{}.jsonl")
         _refuse_existing([Path(config.output_dir) / file.format(name) for name in names for file in files])
     reference = None if config.train_file is None else read_examples(config.train_file, config.image_root)
     return _score_again(resolved, reference) if config.predictions else _decode_and_score(complete(resolved), reference)
@@ -554,7 +561,7 @@ def _score_again(resolved: Resolved, reference: list[Example] | None) -> int:
     results = {name: score(rows[name], reference=reference, seed=config.seed) for name in files}
     output_dir = _output_directory(config)
     for name, scores in results.items():
-        write_results(output_dir, name, rows[name], scores | {"run": run_document(resolved, "eval", {name: files[name]})})
+        write_results(output_dir, name, rows[name], scores | {"run": run_document(resolved, "eval", {name: files[name]}, {})})
     return _show(results, output_dir)
 
 
@@ -562,17 +569,20 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     config: EvalConfig = resolved.configs[0]
     files = {name: data_file(spec) for name, spec in named_files(config.data_file, "data_file")[0].items()}
     sets = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
-    check_images(example for examples in sets.values() for example in examples)
-    notes = {name: {"run": run_document(resolved, "eval", {name: file})} for name, file in files.items()}
+    sets, bad_images = usable_examples(sets, config.bad_images)
+    counts = bad_image_counts(sets, bad_images)
+    notes = {name: {"run": run_document(resolved, "eval", {name: file}, {name: bad_images[name]})} | counts[name]
+             for name, file in files.items()}
     device = pick_device(config.num_threads)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     print(environment_banner(device))
     print(describe(resolved))
-    print("images: " + ", ".join(f"{name} {len(examples)}" for name, examples in sets.items()), flush=True)
+    print("images: " + ", ".join(f"{name} {len(examples)}" for name, examples in sets.items()) + bad_images_line(bad_images), flush=True)
     model = load_model(config.model_name_or_path, dtype=base_dtype(bf16, device), device=device,
                        min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
     wrapped = model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
     output_dir = _output_directory(config)
+    write_bad_images(output_dir, bad_images)
     sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
     with SignalGuard() as guard:
         try:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from data.records import Example
 from engine.config import Resolved, UsageError, setting
+from engine.run import saved_settings
 from engine.runtime import newest_finished_run
 from engine.settings import OURS, PAPER_GRPO, TrainingConfig, from_adapter, training_problems
 from rl.conditions import parse_combination, parse_condition
@@ -244,7 +245,24 @@ def from_sft_run(resolved: Resolved) -> Resolved:
             raise UsageError(f"no finished SFT run{of_base} under runs/; run `python run_sft.py{recipe}` first, "
                              "or give --adapter_name_or_path")
         resolved = resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")
-    return from_adapter(resolved)
+    return from_adapter(_with_its_prompt(resolved))
+
+
+def _with_its_prompt(resolved: Resolved) -> Resolved:
+    """Prompt and answer format of the SFT run, which a recipe does not change. Raises UsageError for a flag that would: the policy
+    and its reference know only the one that they were trained on.
+    """
+    config: GRPOConfig = resolved.configs[0]
+    saved = saved_settings(Path(config.adapter_name_or_path))
+    for name in ("prompt", "answer_format"):
+        learned, given = saved.get(name), getattr(config, name)
+        if learned is None or given in (None, learned):
+            continue
+        if resolved.origins[name] == "flag":
+            raise UsageError(f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with {learned}; leave the flag "
+                             "out, or give the adapter of another SFT run")
+        resolved = resolved.with_value(name, learned, "adapter's run")
+    return resolved
 
 
 def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:

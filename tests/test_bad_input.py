@@ -14,6 +14,7 @@ import pytest
 
 import run_grpo
 import run_sft
+from data.prompts import PROMPTS
 from data.records import DataError
 from engine.checkpoint import list_checkpoints
 from engine.run import shuffled
@@ -180,7 +181,36 @@ def test_all_wrong_rows_of_a_file_are_listed(refused, sft_flags, tiny_data, tmp_
 def test_sft_rows_without_answers(refused, sft_flags, changed_data, tiny_data):
     file = changed_data(2, answer=None)
     assert refused(run_sft.main, *sft_flags, "--train_file", str(file), "--image_root", str(tiny_data.parent)) == [
-        f"{file}: 1 of 12 examples have no 'answer' to learn from, such as 'e2'"]
+        f"{file}: 1 of 12 examples have no 'answer' to learn from, such as 'e2'; make them with `python -m data.traces`, or learn the "
+        "labels alone with --prompt only_label"]
+
+
+@pytest.mark.parametrize(("answer", "problem"), [
+    ("<think>a</think>", "answer_missing"), ("<solution>Edema</solution>", "think_missing"),
+    ("x <think>a</think><solution>Edema</solution>", "outside")])
+def test_sft_answers_in_another_form(refused, sft_flags, changed_data, tiny_data, answer, problem):
+    file = changed_data(2, answer=answer)
+    assert refused(run_sft.main, *sft_flags, "--train_file", str(file), "--image_root", str(tiny_data.parent)) == [
+        f"{file}: 1 of 12 answers are not in the form think_solution, such as that of 'e2' ({problem}); repair them, or give the "
+        "--answer_format that they have"]
+
+
+@pytest.mark.parametrize(("flag", "given", "learned"), [
+    ("--prompt", "reasoning_a", "demo"), ("--prompt", "only_label", "demo"), ("--answer_format", "solution", "think_solution")])
+def test_grpo_with_another_prompt_than_the_sft_run(refused, grpo_flags, tiny_sft_run, flag, given, learned):
+    assert refused(run_grpo.main, *grpo_flags, flag, given) == [
+        f"{flag} {given}: the SFT run {tiny_sft_run('qwen2_5_vl')} was trained with {learned}; leave the flag out, or give the adapter "
+        "of another SFT run"]
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_no_image_of_a_data_set_can_be_read(refused, script, sft_flags, grpo_flags, tiny_data, tmp_path):
+    main, flags = (run_sft.main, sft_flags) if script == "sft" else (run_grpo.main, grpo_flags)
+    file = write_rows(tmp_path / "data.jsonl", lines(tiny_data)[:4])
+    for row in lines(file):
+        (tmp_path / row["image"]).write_text("<html>404</html>")
+    (line,) = refused(main, *flags, "--train_file", str(file), "--bad_images", "skip")
+    assert line.startswith(f"data set train: none of its 4 images can be read, such as example 'e0': {tmp_path / 'image-0.png'} is not a ")
 
 
 def test_one_patient_cannot_be_split(refused, sft_flags, tiny_data, tmp_path):
@@ -237,7 +267,7 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0",
         "--temperature 0.0 must be positive and --top_p 1.0 in (0, 1]"]
     assert refused(run_sft.main, "--lora_r", "0", "--lora_dropout", "1", "--train_file", "x.jsonl", "--prompt", "free") == [
-        "--prompt free: no such instruction variant; there are demo, free_reasoning, reasoning_a",
+        "--prompt free: no such instruction variant; there are " + ", ".join(PROMPTS),
         "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'",
         "--lora_r 0 and --lora_alpha 32 must be at least 1",
         "--lora_dropout 1.0 must lie in [0, 1), --validation_split 0.1 in (0, 1)"]

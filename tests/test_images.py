@@ -5,14 +5,16 @@ Run: pytest tests/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it rea
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data.images
-from data.images import check_images, image_path, load_image
+from data.images import check_images, image_path, image_problems, load_image, without_bad_images
 from data.records import MAX_PROBLEMS, DataError, Example
 
 
@@ -48,23 +50,44 @@ def test_only_files_under_the_root(tmp_path):
         Image.fromarray(noise(4, 4)).save(path)
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "inside.png").symlink_to(root / "deep" / "a.png")
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "deep/../../secret.png", "link.png"):
-        said = refusal(root, name)
-        assert said == (f"example 'e1': image {name!r} lies outside the image root {root}; "
-                        "paths must be relative to it and stay in it (--image_root)")
-    for name in ("deep/a.png", "deep/../deep/a.png", "inside.png"):
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "deep/../../secret.png", "deep/../deep/a.png", "deep/..", ".."):
+        assert refusal(root, name) == (
+            f"example 'e1': image {name!r}: write the path relative to the image root, without '..' (--image_root)")
+    assert refusal(root, "link.png") == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic link"
+    assert "relative to the image root" in refusal(root, str(root / "deep" / "a.png"))  # absolute, though inside
+    for name in ("deep/a.png", "deep//./a.png", "inside.png"):
         assert image_path(example(root, name)) == root / "deep" / "a.png"
 
 
-@pytest.mark.parametrize("name", ["none.png", "deep", ""])
+@pytest.mark.parametrize("name", ["https://host/a.png", "file:///etc/passwd", "s3://bucket/a.png"])
+def test_urls(tmp_path, name):
+    assert refusal(tmp_path, name) == (
+        f"example 'e1': image {name!r} is a URL; images are read from files only: download it and give its path")
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        assert refusal(tmp_path, name) == (
+            f"example 'e1': image {name!r}: {tmp_path / name} is not a regular file; check the row or --image_root")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    assert "lies outside the image root" in refusal(tmp_path, "null.png")
+
+
+def test_paths_that_cannot_be_followed(tmp_path):
+    (tmp_path / "one.png").symlink_to(tmp_path / "two.png")
+    (tmp_path / "two.png").symlink_to(tmp_path / "one.png")
+    for name in ("a\0.png", "one.png", "x" * 300 + ".png", "y/" * 3000 + "a.png"):
+        assert f"example 'e1': image {name!r}: not a usable path (" in refusal(tmp_path, name)
+    (tmp_path / "a.png").write_bytes(b"")
+    assert "no such file" in refusal(tmp_path, "a.png/b.png")
+
+
+@pytest.mark.parametrize("name", ["none.png", "none/a.png", "data:image/png;base64,AAAA"])
 def test_missing_files(tmp_path, name):
-    (tmp_path / "deep").mkdir()
     said = refusal(tmp_path, name)
     assert said == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
-
-
-def test_a_path_with_a_null_byte(tmp_path):
-    assert "not a usable path" in refusal(tmp_path, "a\0.png")
 
 
 def test_all_missing_images_are_listed(tmp_path):
@@ -124,7 +147,96 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     assert pixels(tmp_path, "b.png").shape == (9, 11, 3)
 
 
+def test_a_png_that_claims_more_pixels_than_it_has(tmp_path):
+    """A decompression bomb: some hundred bytes that say 60,000 x 60,000. Refused from the header, before memory is taken."""
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))  # the header's checksum
+    (tmp_path / "a.png").write_bytes(content)
+    assert "is not a readable JPEG or PNG (Image size (3600000000 pixels) exceeds limit" in refusal(tmp_path, "a.png")
+    content[16:24] = struct.pack(">II", 9_000, 9_000)  # 81 million: below Pillow's own limits
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    (tmp_path / "a.png").write_bytes(content)
+    assert refusal(tmp_path, "a.png").endswith("has 9000 x 9000 pixels; at most 80,000,000 are read")
+
+
+def test_text_that_unpacks_to_more_than_pillow_takes(tmp_path):
+    """A PNG whose comment is 80 MB of zeros, packed into some 80 kB."""
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    body = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(80_000_000), 9)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])  # after the header
+    assert "is not a readable JPEG or PNG (" in refusal(tmp_path, "a.png")
+
+
+def test_strips(tmp_path):
+    for shape in ((20, 1), (1, 20)):
+        Image.fromarray(noise(*shape)).save(tmp_path / "a.png")
+        assert pixels(tmp_path, "a.png").shape == (*shape, 3)
+    for shape, said in (((1, 21), "21 x 1"), ((21, 1), "1 x 21"), ((2, 20_000), "20000 x 2")):
+        Image.fromarray(noise(*shape)).save(tmp_path / "a.png")
+        assert refusal(tmp_path, "a.png").endswith(f"has {said} pixels; one side may be at most 20 times the other")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF data
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_bytes_give_an_image_or_a_refusal(tmp_path, kind):
+    """Whatever bytes are changed, nothing but a DataError comes out. 300 files, each with 1 to 8 changed bytes, EXIF included."""
+    image = Image.fromarray(noise(24, 24))
+    exif = image.getexif()
+    exif[0x0112], exif[0x010E] = 6, "text"
+    image.save(tmp_path / "good", format=kind, exif=exif)
+    content, rng, refused = (tmp_path / "good").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[rng.integers(0, len(damaged), rng.integers(1, 9))] = rng.integers(0, 256)
+        (tmp_path / "a.png").write_bytes(damaged.tobytes())
+        try:
+            assert load_image(example(tmp_path, "a.png")).mode == "RGB"
+        except DataError:
+            refused += 1
+    assert 30 < refused < 300
+
+
+def test_an_unforeseen_error_of_a_reader_is_a_refusal(tmp_path, monkeypatch):
+    Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(data.images.ImageOps, "exif_transpose", lambda image: {}["tag"])
+    assert "is not a readable JPEG or PNG ('tag')" in refusal(tmp_path, "a.png")
+
+
+def test_half_pictures_are_not_completed_in_silence():
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+# Many at once
+
+
+def test_good_and_bad_images_are_told_apart_in_order(tmp_path):
+    for i in range(40):  # more than one chunk of a single worker
+        Image.fromarray(noise(4, 4)).save(tmp_path / f"{i}.png")
+    (tmp_path / "7.png").write_bytes(b"")
+    examples = [example(tmp_path, f"{i}.png", id=f"e{i}") for i in range(40)] + [example(tmp_path, "../x.png", id="e40")]
+    problems = image_problems(examples)
+    assert [i for i, problem in enumerate(problems) if problem] == [7, 40]
+    good, bad = without_bad_images(examples, "train")
+    assert [e.id for e in good] == [f"e{i}" for i in range(40) if i != 7]
+    assert bad == [
+        {"id": "e7", "patient_id": "p", "image": "7.png", "reason": problems[7]},
+        {"id": "e40", "patient_id": "p", "image": "../x.png", "reason": problems[40]}]
+    assert "is not a readable JPEG or PNG" in problems[7] and "without '..'" in problems[40]
+    with pytest.raises(DataError, match="data set train: none of its 1 images can be read"):
+        without_bad_images(examples[-1:], "train")
+
+
 # Pixels
+
+
+def test_animated_png_gives_its_first_picture(tmp_path):
+    first, second = (Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in (200, 50))
+    first.save(tmp_path / "a.png", save_all=True, append_images=[second])
+    assert (pixels(tmp_path, "a.png") == 200).all()
 
 
 def test_greyscale_becomes_three_equal_channels(tmp_path):

@@ -1,9 +1,12 @@
-"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels.
+"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels. And, from labels alone, a reading that
+names findings without a place, for any labelled image: it lets the whole pipeline run on real radiographs without a large model.
 
 The traces stand in for those that a large model writes about real images. They name what is drawn and where, in varied words
 and order, so that fine-tuning on them is language modelling and not the copying of one template.
 """
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -26,6 +29,23 @@ _WORDINGS: dict[str, tuple[str, ...]] = {
     "Fracture": ("broken {where} rib", "a displaced {where} rib", "{where} rib is interrupted"),
     SUPPORT_DEVICES: ("{where} in place", "{where} is present", "{where} seen"),
 }
+# The same without a place: of a real radiograph the labels are known, but not where.
+_UNPLACED_WORDINGS: dict[str, tuple[str, ...]] = {
+    "Enlarged Cardiomediastinum": ("widened mediastinum", "the mediastinum is wide", "broad mediastinal contour"),
+    "Cardiomegaly": _WORDINGS["Cardiomegaly"],
+    "Lung Opacity": ("a hazy opacity in the lung", "part of the lung is abnormally dense", "a soft shadow over the lung"),
+    "Lung Lesion": ("a rounded density with a border of its own", "a nodular or mass-like density in the lung", "a focal lung lesion"),
+    "Edema": ("perihilar haze with septal lines", "the vessels are blurred and congested", "wet lungs with septal lines"),
+    "Consolidation": ("dense airspace filling", "consolidated lung that hides the vessels", "homogeneous airspace density"),
+    "Pneumonia": ("patchy infiltrates that suggest infection", "airspace opacity of pneumonic pattern", "patchy lung opacities, likely infectious"),
+    "Atelectasis": ("linear bands with loss of volume", "plate-like collapse", "crowded vessels from volume loss"),
+    "Pneumothorax": ("a pleural line without markings beyond", "free air in the pleural space", "a visible lung edge"),
+    "Pleural Effusion": ("a blunted costophrenic angle", "pleural fluid with a meniscus", "fluid in the pleural space"),
+    "Pleural Other": ("thickened pleura", "irregular pleural thickening", "the pleura is thick and lumpy"),
+    "Fracture": ("an interrupted rib contour", "a bone shows a break", "a step in a bony contour"),
+    SUPPORT_DEVICES: ("a device is in place", "tubes or lines are present", "support hardware is seen"),
+}
+_NOTHING_LISTED = ("none of the findings in question is seen", "no finding of the list can be made out")
 _ALL_NORMAL = ("heart, lungs and bones are normal", "nothing abnormal", "clear lungs and a normal heart", "no abnormality")
 _OPENINGS = ("frontal view", "looking at heart and lungs", "first the lungs")
 # A normal part may be mentioned when none of its labels is drawn.
@@ -58,7 +78,7 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
             phrases.append(str(rng.choice(normal_parts)))
         if rng.random() < 0.35:
             phrases.insert(0, str(rng.choice(_OPENINGS)))
-    return " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)
+    return _sentences(phrases)
 
 
 def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
@@ -69,3 +89,19 @@ def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
     rng = np.random.default_rng([seed, radiograph.seed])
     labels = ", ".join(label for label in LABELS if label in radiograph.findings)
     return f"<think>{reading(radiograph, rng)}</think><solution>{labels}</solution>"
+
+
+def trace_from_labels(labels: Collection[str], seed: int) -> str:
+    """The teacher's answer for an image of which only the labels are known, in the same form and order of the labels.
+
+    The words are a function of the labels and `seed`.
+    """
+    rng = np.random.default_rng([seed, *(LABELS.index(label) for label in LABELS if label in labels)])
+    phrases = [str(rng.choice(_ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label])) for label in LABELS if label in labels]
+    phrases = phrases or [str(rng.choice(_NOTHING_LISTED))]
+    rng.shuffle(phrases)
+    return f"<think>{_sentences(phrases)}</think><solution>{', '.join(label for label in LABELS if label in labels)}</solution>"
+
+
+def _sentences(phrases: list[str]) -> str:
+    return " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)
