@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from data.demo.splits import WRITTEN_SPLITS
+from data.prompts import PROMPTS
 from data.select import build_parser
+from data.traces import main as traces
 from engine.merge import MergeConfig
 from eval.evaluate import EvalConfig
 from patches import FORKS, patch_of, patched, size
@@ -65,6 +67,11 @@ def test_the_recipe_table_is_the_shipped_recipes():
     assert listed == {path.stem for path in (ROOT / "engine" / "recipes").glob("*.toml")}
 
 
+def test_the_prompt_table_is_all_prompts_but_the_demos():
+    table = README.split("| prompt | what it asks for |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| ([a-z_]+) \|", table, re.MULTILINE)) == set(PROMPTS) - {"demo"}
+
+
 def test_every_file_of_the_layout_tree_exists():
     tree = README.split("## Layout")[1].split("```")[1]
     folder, missing = Path("."), []
@@ -78,10 +85,14 @@ def test_every_file_of_the_layout_tree_exists():
     assert missing == []
 
 
-def test_every_flag_named_is_a_flag():
+def test_every_flag_named_is_a_flag(capsys):
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
     fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}  # of data.select
+    for command in ("export", "import"):
+        with pytest.raises(SystemExit):
+            traces([command, "--help"])
+    fields |= set(re.findall(r"--([a-z_]+)", capsys.readouterr().out))
     named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert named - fields == {"recipe", "family"}  # which parse_config adds; of data.demo.build_base
 
