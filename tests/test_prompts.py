@@ -11,7 +11,13 @@ import data.prompts
 from data.answers import ANSWER_FORMATS, parse_answer
 from data.labels import LABELS, Target
 from data.prompts import PROMPTS, SYSTEM_PROMPT, build_messages, solution_text
+from engine.config import parse_config
+from engine.settings import from_adapter
+from eval.evaluate import EvalConfig, complete
+from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward
+from rl.settings import GRPOConfig, from_sft_run
+from run_sft import SFTConfig
 
 TABLE_1 = ("reasoning_narrative", "reasoning_self_check", "reasoning_hypothesis", "reasoning_a", "reasoning_b", "reasoning_c",
            "reasoning_d", "reasoning_e", "reasoning_f")
@@ -104,3 +110,25 @@ def test_nv_reasons_own_form():
     answer = parse_answer(text, PROMPTS["nv_reason"].answer_format)
     assert answer.valid and answer.labels == ("Cardiomegaly", "Support Devices")
     assert not parse_answer(text, "think_solution").parsed  # a form is named, never guessed
+
+
+# ---- which prompt and form a run has --------------------------------------------------------------------------------
+def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path):
+    (tmp_path / "a.toml").write_text('prompt = "reasoning_a"\nanswer_format = "solution"\n')
+    flags = ["--recipe", str(tmp_path / "a.toml"), "--adapter_name_or_path", str(tiny_sft_run("qwen2_5_vl")), "--train_file", "x"]
+    resolved = from_sft_run(parse_config([GRPOConfig, ObjectiveConfig], flags, script="grpo", prog="run_grpo.py"))
+    assert (resolved.configs[0].prompt, resolved.configs[0].answer_format) == ("demo", "think_solution")
+    assert resolved.origins["prompt"] == resolved.origins["answer_format"] == "adapter's run"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([], ("demo", "think_solution")), (["--prompt", "demo"], ("demo", "think_solution")),
+    (["--prompt", "only_label"], ("only_label", "solution")),  # another prompt brings its own form
+    (["--prompt", "nv_reason"], ("nv_reason", "answer_tag")),
+    (["--prompt", "nv_reason", "--answer_format", "label_list"], ("nv_reason", "label_list")),  # but for a flag
+    (["--answer_format", "label_list"], ("demo", "label_list"))])
+def test_sft_and_evaluation_of_an_adapter(tiny_sft_run, flags, expected):
+    flags = ["--adapter_name_or_path", str(tiny_sft_run("qwen2_5_vl")), *flags]
+    sft = from_adapter(parse_config([SFTConfig], [*flags, "--train_file", "x"], script="sft", prog="run_sft.py")).configs[0]
+    scored = complete(parse_config([EvalConfig], [*flags, "--data_file", "a=x"], script="eval", prog="eval")).configs[0]
+    assert (sft.prompt, sft.answer_format) == (scored.prompt, scored.answer_format) == expected
