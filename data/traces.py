@@ -13,7 +13,7 @@ An answer is rejected as
     no_answer   the files hold none for this example
     failed      the service reports an error, a refusal or no text
     cut         it stopped at the length limit
-    control     it holds a control token of a chat template, which would break the student's prompt
+    control     it holds a tag other than these four, as chat templates have for control tokens, which SFT refuses
     form        it is not strictly in the form <think>..</think><solution>..</solution>; the detail is the parser's code
     labels      its labels are not exactly the true ones
     leak        it lets on that the labels were known; the detail is the phrase (LEAK_PHRASES)
@@ -73,7 +73,6 @@ LEAK_PHRASES: tuple[str, ...] = (
     "asked to justify", "justify the label", "justify the labels", "pretend", "pretending", "as if i", "as if independently",
     "independently of the label", "without knowing the", "hindsight", "metadata", "dataset", "data set",
 )
-_CONTROL = ("<|", "|>", "<bos>", "<eos>", "<pad>", "<unk>", "<start_of_", "<end_of_", "<image_soft_token>", "<unused")
 
 
 # ---- what SFT learns from -------------------------------------------------------------------------------------------
@@ -107,7 +106,7 @@ def leak(text: str) -> str | None:
 
 def check_trace(text: str, example: Example) -> tuple[str, str] | None:
     """(code, detail) of why a teacher's answer cannot be learnt from, codes as in the module's table; None for a good one."""
-    if control := next((token for token in _CONTROL if token in text), None):
+    if control := _foreign_tag(text):
         return "control", control
     answer = parse_answer(text, ANSWER_FORMAT)
     if not answer.valid:
@@ -119,6 +118,15 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
         return "labels", f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not {_listed(example.target.labels)}"
     if phrase := leak(text):
         return "leak", phrase
+    return None
+
+
+def _foreign_tag(text: str) -> str | None:
+    """The first <name> in a text, in the spellings that control tokens have, that is not of the form's two blocks."""
+    for piece in text.split("<")[1:]:
+        name, closed, _ = piece.partition(">")
+        if closed and name.strip("/|").replace("_", "").isalnum() and name.strip("/") not in ("think", "solution"):
+            return f"<{name}>"
     return None
 
 

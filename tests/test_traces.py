@@ -66,8 +66,10 @@ def openai(name: str, text: str | None, reason: str = "stop") -> dict:
     (trace("Edema", "The <think> tag."), ("Edema",), ("form", "think_repeated")),
     (trace("Edema", " \n"), ("Edema",), ("form", "empty think")),
     ("<think>I see", ("Edema",), ("form", "answer_missing")),
-    (trace("Edema", "A haze.<|im_end|>"), ("Edema",), ("control", "<|")),
-    (trace("Edema", "A haze.<end_of_turn>"), ("Edema",), ("control", "<end_of_")),
+    (trace("Edema", "A haze.<|im_end|>"), ("Edema",), ("control", "<|im_end|>")),
+    (trace("Edema", "A haze.<end_of_turn>"), ("Edema",), ("control", "<end_of_turn>")),
+    (trace("Edema", "Nodules < 3 mm and > 1 mm, <5>"), ("Edema",), ("control", "<5>")),
+    (trace("Edema", "Nodules < 3 mm and > 1 mm."), ("Edema",), None),
     (trace("Edema", "As labeled, the lungs are hazy."), ("Edema",), ("leak", "as labeled")),
 ])
 def test_what_is_kept_and_why_not(text, labels, found):
