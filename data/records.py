@@ -98,13 +98,6 @@ def scan_jsonl(path: str | Path, image_root: str | Path | None = None) -> tuple[
     return examples, problems
 
 
-def as_row(example: Example) -> dict:
-    """The example as a row of a data file; fields that this project does not know are kept."""
-    row = {"id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
-           "dataset": example.dataset, "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels)}
-    return row | ({} if example.answer is None else {"answer": example.answer}) | example.extra
-
-
 def data_file(spec: str | Path) -> Path:
     """The JSONL file that a `--train_file` or the like names: a path, or `demo:SPLIT` for a split of the embedded demo.
 

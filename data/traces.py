@@ -41,7 +41,7 @@ from data.demo.teacher import trace_from_labels
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, solution_text
-from data.records import MAX_PROBLEMS, DataError, Example, as_row, data_file, read_jsonl, write_jsonl
+from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_jsonl, row_of, selection_file, write_jsonl
 
 ANSWER_FORMAT = "think_solution"  # of every trace
 TEACHER_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT)
@@ -317,7 +317,7 @@ def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imp
 
 
 def _clean_row(example: Example) -> dict:
-    return {name: value for name, value in as_row(example).items() if name not in ("answer", "rejected")}
+    return {name: value for name, value in row_of(example).items() if name not in ("answer", "rejected")}
 
 
 def template_answers(examples: Sequence[Example]) -> list[TeacherAnswer]:
@@ -409,6 +409,8 @@ def _import(arguments: argparse.Namespace) -> int:
         if rows:
             write_jsonl(file, rows)
             print(f"written: {file}")
+    if imported.kept and selection_file(path).is_file():  # what data.select noted of these examples stays with them
+        shutil.copyfile(selection_file(path), selection_file(output))
     root = Path(arguments.image_root) if arguments.image_root else path.parent
     if root.resolve() != output.parent.resolve():
         print(f"image paths stay relative to {root}: give --image_root {root}")
