@@ -86,12 +86,12 @@ def test_what_was_done_is_noted_and_reaches_the_configuration_of_a_run(tmp_path)
 
     resolved = parse_config([EvalConfig], [], script="eval", prog="x")
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": "1"}])
-    document = run_document(resolved, "eval", {"train": file, "other": other})
+    document = run_document(resolved, "eval", {"train": file, "other": other}, {})
     assert document["data"]["train"] == {"file": str(file), "sha256": note["sha256"], "selection": note}
     assert document["data"]["other"].keys() == {"file", "sha256"}
     selection_file(other).write_text("{")
     with pytest.raises(UsageError, match=r"other\.select\.json: is not valid JSON"):
-        run_document(resolved, "eval", {"other": other})
+        run_document(resolved, "eval", {"other": other}, {})
 
 
 def test_a_seed_decides_everything(tmp_path):
