@@ -24,14 +24,15 @@ from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
 from engine.config import Resolved, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
-from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, load_model
+from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_prompts
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bad_image_counts, bad_images_line, bring_logs, check_same_reference, continue_document, find_checkpoint,
     inherited_settings, keep_reference, load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint,
     shuffled, usable_examples, write_bad_images, write_json)
-from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, seed_everything
+from engine.settings import load_base
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
 from rl.dump import step_tensors, write_step
@@ -42,8 +43,8 @@ from rl.records import (
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
-    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, check_watched, from_sft_run, length_warning, micro_batches_per_rollout,
-    problems, prompts_per_rollout, total_steps, updates_per_rollout, warnings)
+    SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, check_watched, from_sft_run, length_warning, problems,
+    prompts_per_rollout, total_steps, updates_per_rollout, warnings)
 
 
 def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wrapped, examples: list[Example],
@@ -56,9 +57,9 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     device, prompt, pad = next(wrapped.parameters()).device, PROMPTS[config.prompt], model.encoder.pad_token_id
     parameters = [parameter for _, parameter in trainable_parameters(wrapped)]
     sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
-    accumulation, per_rollout, updates = config.gradient_accumulation_steps, micro_batches_per_rollout(config), updates_per_rollout(config)
-    steps, num_prompts = total_steps(config, len(examples)), prompts_per_rollout(config)
-    micro_batches = plan_micro_batches(num_prompts * config.num_generations, config.per_device_train_batch_size)
+    steps, updates, num_prompts = total_steps(config, len(examples)), updates_per_rollout(config), prompts_per_rollout(config)
+    plan = partial(plan_micro_batches, size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
+                   max_tokens=config.max_tokens_per_forward)
     metrics = MetricAccumulator(state.unlogged_metrics)
     bar = Progress(steps, initial=state.global_step, description="GRPO")
     state.log_history = log.log_history
@@ -75,7 +76,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             orders = {epoch: shuffled(len(examples), epoch, config.seed) for epoch, _ in positions}
             chosen = [examples[orders[epoch][index]] for epoch, index in positions]
             try:
-                prompts = [model.encoder.encode_prompt(example, prompt) for example in chosen]
+                prompts = [model.encode_prompt(example, prompt) for example in chosen]  # with the frozen tower's features
             except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
                 save(samples)
                 raise
@@ -99,7 +100,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             for function in reward_functions.values():
                 function.observe(sample.answer for sample in samples)
             # 4 old and reference log-probabilities, on the micro-batches of the updates below
-            samples = score_samples(wrapped, model, samples, prompts, micro_batches, temperature=config.temperature,
+            samples = score_samples(wrapped, model, samples, prompts, sum(plan(samples, prompts), []), temperature=config.temperature,
                                     with_reference=objective.beta > 0)
             # 5 advantages, within each prompt's group; a completion's KL is known by now, for a fork's reward
             samples = with_advantages(samples, objective)
@@ -108,8 +109,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             metrics.add("time/rollout", time.perf_counter() - started)
 
         # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip, learning rate, step
-        first = update * accumulation % per_rollout  # the next iteration over the rollout starts again at its first micro-batch
-        of_this_step = micro_batches[first : first + accumulation]
+        of_pass = plan(samples, prompts)  # the same for every pass, so that the ratio is exactly 1 at first
+        of_this_step = of_pass[update % len(of_pass)]  # the next iteration over the rollout starts again at its first step
         num_completions = sum(len(indices) for indices in of_this_step)  # totals of the whole optimizer step
         num_tokens = sum(int(samples[i].mask.sum()) for indices in of_this_step for i in indices)
         step_loss, to_dump = 0.0, []
@@ -259,8 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
         document["reference"] = check_same_reference(checkpoint)
-    model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
-                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
+    model = load_base(config, device)
     source = Path(config.adapter_name_or_path) if checkpoint is None else checkpoint.path.parent / "reference"
     wrapped = attach_adapter(model, source, trainable=True)
     add_reference(wrapped, source)

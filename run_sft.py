@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.collate import collate_rows
+from data.collate import collate_rows, plan_batches
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
 from data.traces import answers_to_learn
@@ -32,15 +32,15 @@ from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import (
-    EMBEDDED, LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing, load_model)
+    EMBEDDED, LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing)
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_answers
 from engine.run import (
     FREE_TO_CHANGE, TrainerState, bad_image_counts, bad_images_line, bring_logs, continue_document, find_checkpoint, in_chunks, inherited_settings,
     load_best_adapter, restore, run_document, run_folder, save_final_adapter, save_training_checkpoint, shuffled, usable_examples,
     write_bad_images, write_json)
-from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, seed_everything
-from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, from_adapter, training_problems
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard, pick_device, seed_everything
+from engine.settings import FALLBACKS, PAPER_SFT, TrainingConfig, from_adapter, load_base, training_problems
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_scores
 
@@ -162,7 +162,7 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         order = shuffled(len(data.train), epoch, config.seed)
         examples = [data.train[i] for i in order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]]
         try:
-            rows = [model.encoder.encode_answer(example, prompt, example.answer) for example in examples]
+            rows = [model.encode_answer(example, prompt, example.answer) for example in examples]  # with the frozen tower's features
         except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
             save()
             raise
@@ -171,10 +171,10 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
 
         wrapped.train()
         step_loss = 0.0
-        for micro_batch in in_chunks(rows, config.per_device_train_batch_size):
-            batch = collate_rows(micro_batch, model.encoder.pad_token_id).to(device)
-            hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [M,H], [M]
-            logprobs, _ = token_logprobs(hidden, head, targets)  # [M]
+        for indices in plan_batches(rows, config.per_device_train_batch_size, config.max_tokens_per_forward):
+            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(device)
+            hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [K,H], [K]
+            logprobs, _ = token_logprobs(hidden, head, targets)  # [K]
             loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's mean
             loss.backward()
             step_loss += float(loss.detach())
@@ -228,12 +228,13 @@ def validation_metrics(config: SFTConfig, model: LoadedModel, wrapped, examples:
     for chunk in in_chunks(examples, config.per_device_eval_batch_size):
         if should_stop():
             raise KeyboardInterrupt
-        rows = [model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer) for example in chunk]
-        batch = collate_rows(rows, model.encoder.pad_token_id).to(device)
-        hidden, targets = completion_hidden_states(wrapped, model.family, batch)
-        logprobs, _ = token_logprobs(hidden, head, targets)
-        metrics.add("loss", -logprobs.mean(), weight=len(targets))
-        metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
+        rows = [model.encode_answer(example, PROMPTS[config.prompt], example.answer) for example in chunk]
+        for indices in plan_batches(rows, len(rows), config.max_tokens_per_forward):
+            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(device)
+            hidden, targets = completion_hidden_states(wrapped, model.family, batch)
+            logprobs, _ = token_logprobs(hidden, head, targets)
+            metrics.add("loss", -logprobs.mean(), weight=len(targets))
+            metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
     return metrics.collect()
 
 
@@ -292,10 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     document = run_document(resolved, "sft", data.files, data.bad_images)
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
-    model = load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
-                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
+    model = load_base(config, device)
     for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch
-        model.encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
+        model.encode_answer(example, PROMPTS[config.prompt], example.answer)
     if config.adapter_name_or_path and checkpoint is None:
         wrapped = attach_adapter(model, config.adapter_name_or_path, trainable=True, dropout=config.lora_dropout)
     else:

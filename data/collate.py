@@ -1,77 +1,112 @@
 """Lists of encoded prompts and rows -> batches.
 
-Training rows are padded on the right, prompts for the sampler on the left. Vision tensors are held once per distinct prompt, so
-the completions of one image share it.
+Prompts are padded on the left, for the sampler and for training alike. A training batch holds every distinct prompt once,
+beside its completions, and says where each token stands in the one unpadded row that the forward runs: the prompts' tokens,
+then the completions'.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.encode import EncodedPrompt, EncodedRow
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B rows of S tokens over I distinct images.
+class Prompts:
+    """B prompts of S places, all ending in the last one.
 
-    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding; loss_mask [B,S] bool, true on the
-    tokens that are predicted and scored; completion_mask [B,T] bool: the same, row by row, on the completion alone. vision:
-    one dict per image; image_of_row [B] int64.
+    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each prompt, see EncodedPrompt.
     """
 
     input_ids: Tensor
     token_types: Tensor
     attention_mask: Tensor
-    loss_mask: Tensor
-    completion_mask: Tensor
     vision: list[dict[str, Tensor]]
-    image_of_row: Tensor
+
+    def to(self, device: torch.device | str) -> "Prompts":
+        vision = [{name: tensor.to(device) for name, tensor in image.items()} for image in self.vision]
+        return replace(_moved(self, device), vision=vision)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N completions, at most T tokens long, of B distinct prompts.
+
+    completion_ids [N,T] int64, padded on the right; completion_mask [N,T] bool, true on the tokens that are predicted and
+    scored. prompt_of_row [N]. Of a completion only the tokens before its last scored one are read: read_mask [N,R] bool.
+
+    The packed row has M tokens. prompt_places and read_places: of its tokens in the flat [B,S] and [N,R]. For the scored
+    tokens, completion by completion: scored_places [K], in the flat [N,T], and predictors [K], the packed token before each.
+    All int64.
+    """
+
+    prompts: Prompts
+    prompt_of_row: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    read_mask: Tensor
+    prompt_places: Tensor
+    read_places: Tensor
+    scored_places: Tensor
+    predictors: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        tensors = {name: getattr(self, name).to(device) for name in
-                   ("input_ids", "token_types", "attention_mask", "loss_mask", "completion_mask", "image_of_row")}
-        return replace(
-            self, vision=[{name: tensor.to(device) for name, tensor in image.items()} for image in self.vision], **tensors
-        )
+        return replace(_moved(self, device), prompts=self.prompts.to(device))
 
 
 def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
-    """Prompt + completion of every row, padded on the right."""
-    prompts, image_of_row = _distinct_prompts([row.prompt for row in rows])
-    prompt_masks = [torch.zeros(len(row.prompt.input_ids), dtype=torch.bool) for row in rows]
+    """Prompt + completion of every row; rows with the same prompt object share it."""
+    distinct, prompt_of_row = _distinct_prompts([row.prompt for row in rows])
+    prompts = collate_prompts(distinct, pad_token_id)
+    ids = pad_sequence([row.completion_ids for row in rows], batch_first=True, padding_value=pad_token_id)  # [N,T]
+    scored = pad_sequence([row.completion_mask for row in rows], batch_first=True)  # [N,T]
+    columns = torch.arange(ids.shape[1])
+    read_lengths = (columns * scored).amax(1)  # [N]: the last scored token predicts nothing and is not read
+    read_mask = columns[: int(read_lengths.max())] < read_lengths[:, None]  # [N,R]
+
+    last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]: each prompt's last token in the packed row
+    start = int(last[-1]) + 1 + read_lengths.cumsum(0) - read_lengths  # [N]: each completion's first
+    row, column = scored.nonzero(as_tuple=True)
     return Batch(
-        input_ids=_pad([torch.cat([row.prompt.input_ids, row.completion_ids]) for row in rows], pad_token_id),
-        token_types=_pad([torch.cat([row.prompt.token_types, torch.zeros_like(row.completion_ids)]) for row in rows], 0),
-        attention_mask=_pad(
-            [torch.ones(len(mask) + len(row.completion_ids), dtype=torch.bool) for mask, row in zip(prompt_masks, rows)], False
-        ),
-        loss_mask=_pad([torch.cat([mask, row.completion_mask]) for mask, row in zip(prompt_masks, rows)], False),
-        completion_mask=_pad([row.completion_mask for row in rows], False),
-        vision=[prompt.vision for prompt in prompts],
-        image_of_row=image_of_row,
-    )
+        prompts=prompts, prompt_of_row=prompt_of_row, completion_ids=ids, completion_mask=scored, read_mask=read_mask,
+        prompt_places=prompts.attention_mask.flatten().nonzero()[:, 0], read_places=read_mask.flatten().nonzero()[:, 0],
+        scored_places=scored.flatten().nonzero()[:, 0],
+        predictors=torch.where(column == 0, last[prompt_of_row[row]], start[row] + column - 1))
 
 
-def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Batch:
+def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
     """Prompts alone, padded on the left so that all end where the first sampled token goes."""
-    distinct, image_of_row = _distinct_prompts(prompts)
-    attention_mask = _pad([torch.ones(len(prompt.input_ids), dtype=torch.bool) for prompt in prompts], False, left=True)
-    return Batch(
-        input_ids=_pad([prompt.input_ids for prompt in prompts], pad_token_id, left=True),
-        token_types=_pad([prompt.token_types for prompt in prompts], 0, left=True),
-        attention_mask=attention_mask,
-        loss_mask=torch.zeros_like(attention_mask),
-        completion_mask=torch.zeros(len(prompts), 0, dtype=torch.bool),
-        vision=[prompt.vision for prompt in distinct],
-        image_of_row=image_of_row,
-    )
+    return Prompts(
+        input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
+        token_types=_pad_left([prompt.token_types for prompt in prompts], 0),
+        attention_mask=_pad_left([torch.ones(len(prompt.input_ids), dtype=torch.bool) for prompt in prompts], False),
+        vision=[prompt.vision for prompt in prompts])
+
+
+def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:
+    """Indices of the rows of every batch, in order: at most `size` rows that cost at most `max_tokens` tokens, each distinct
+    prompt once a batch. A row that costs more than that is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    seen, tokens = set(), 0
+    for index, row in enumerate(rows):
+        cost = len(row.completion_ids) + (0 if id(row.prompt) in seen else len(row.prompt.input_ids))
+        if index % size == 0 or (max_tokens is not None and tokens + cost > max_tokens):
+            batches.append([])
+            seen, tokens = set(), 0
+            cost = len(row.completion_ids) + len(row.prompt.input_ids)
+        batches[-1].append(index)
+        seen.add(id(row.prompt))
+        tokens += cost
+    return batches
 
 
 def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], Tensor]:
-    """Distinct prompt objects in order of first appearance, and the index among them of every row's [B]."""
+    """Distinct prompt objects in order of first appearance, and the index among them of every row's [N]."""
     index: dict[int, int] = {}
     distinct: list[EncodedPrompt] = []
     for prompt in prompts:
@@ -81,8 +116,12 @@ def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt]
     return distinct, torch.tensor([index[id(prompt)] for prompt in prompts])
 
 
-def _pad(sequences: list[Tensor], value: int | bool, left: bool = False) -> Tensor:
+def _pad_left(sequences: list[Tensor], value: int | bool) -> Tensor:
     """[B,S]; padded to the longest."""
-    return torch.nn.utils.rnn.pad_sequence(
-        sequences, batch_first=True, padding_value=value, padding_side="left" if left else "right"
-    )
+    return pad_sequence(sequences, batch_first=True, padding_value=value, padding_side="left")
+
+
+def _moved(batch, device: torch.device | str):
+    """A dataclass with all its own tensors on `device`."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})

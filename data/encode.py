@@ -27,8 +27,8 @@ IMAGE_TYPE = 1  # token type of an image placeholder; 0 is text
 class EncodedPrompt:
     """One image and instruction, ready for the model.
 
-    input_ids [P] int64, ends with the generation prompt. token_types [P] int64, 1 on the image's placeholders. vision: what the
-    vision tower takes for this one image (pixel_values; for Qwen also image_grid_thw [1,3]); opaque outside the family code.
+    input_ids [P] int64, ends with the generation prompt. token_types [P] int64, 1 on the image's placeholders. vision: this one
+    image, as the vision tower takes it (pixel_values) or as it leaves it (features); for Qwen also image_grid_thw [1,3].
     """
 
     input_ids: Tensor
@@ -97,14 +97,18 @@ class Encoder:
             )
         return cls(family, tokenizer, image_processor, config["image_token_id"], None)
 
-    def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
-        """The example's image and the instruction. Raises DataError for an image that cannot be read."""
-        vision = dict(self.image_processor(images=[load_image(example)], return_tensors="pt"))
-        vision = {name: vision[name] for name in ("pixel_values", "image_grid_thw") if name in vision}
+    def encode_image(self, example: Example) -> dict[str, Tensor]:
+        """What the vision tower takes. Raises DataError for an image that cannot be read."""
+        vision = self.image_processor(images=[load_image(example)], return_tensors="pt")
+        return {name: vision[name] for name in ("pixel_values", "image_grid_thw") if name in vision}
+
+    def encode_prompt(self, example: Example, prompt: Prompt, vision: dict[str, Tensor] | None = None) -> EncodedPrompt:
+        """The instruction and the example's image, which is not read where `vision` is given. Raises DataError as `encode_image`."""
+        vision = self.encode_image(example) if vision is None else vision
         input_ids = torch.tensor(self._tokenize(self._prompt_text(prompt), self._num_image_tokens(vision)))  # [P]
         return EncodedPrompt(input_ids, (input_ids == self.image_token_id).long() * IMAGE_TYPE, vision)
 
-    def encode_answer(self, example: Example, prompt: Prompt, answer: str) -> EncodedRow:
+    def encode_answer(self, example: Example, prompt: Prompt, answer: str, vision: dict[str, Tensor] | None = None) -> EncodedRow:
         """The example with an answer to learn: all of the answer and its end-of-turn token are supervised, nothing else is.
 
         Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is
@@ -115,7 +119,7 @@ class Encoder:
             raise DataError(
                 [f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"]
             )
-        encoded = self.encode_prompt(example, prompt)
+        encoded = self.encode_prompt(example, prompt, vision)
         num_image_tokens = int((encoded.token_types == IMAGE_TYPE).sum())
         text = self.tokenizer.apply_chat_template(build_messages(prompt, answer), tokenize=False)
         ids = self._tokenize(text, num_image_tokens)

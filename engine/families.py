@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.collate import Batch
+from data.collate import Prompts
 
 # The language model's attention and feed-forward projections. Anchored on `language_model`: both vision towers have projections
 # of the same names (SigLIP q/k/v_proj; Qwen's visual gate/up/down_proj), which plain suffixes would catch.
@@ -34,8 +34,8 @@ class Family:
         """Embeddings of one image [tokens,H], in place of its placeholders."""
         raise TypeError("use a subclass")
 
-    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Position ids of the rows; padding has 0. Qwen [3,B,S], Gemma [B,S]."""
+    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+        """Position ids of prompts; padding has 0. Qwen [3,B,S], Gemma [B,S]."""
         raise TypeError("use a subclass")
 
     def attention_masks(
@@ -66,10 +66,10 @@ class Qwen25VL(Family):
         output = model.model.get_image_features(image["pixel_values"], image["image_grid_thw"], return_dict=True)
         return torch.cat(tuple(output.pooler_output))  # [tokens,H]
 
-    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        grids = torch.cat([batch.vision[i]["image_grid_thw"] for i in batch.image_of_row.tolist()])  # [B,3]
+    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])  # [B,3]
         positions, _ = model.model.get_rope_index(
-            batch.input_ids, mm_token_type_ids=batch.token_types, image_grid_thw=grids, attention_mask=batch.attention_mask)
+            prompts.input_ids, mm_token_type_ids=prompts.token_types, image_grid_thw=grids, attention_mask=prompts.attention_mask)
         return positions  # [3,B,S]
 
     def expand_positions(self, positions: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ class Gemma3(Family):
         output = model.model.get_image_features(image["pixel_values"], return_dict=True)
         return output.pooler_output.flatten(0, 1)  # [tokens,H]
 
-    def positions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        return text_positions(batch.attention_mask)  # [B,S]
+    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+        return text_positions(prompts.attention_mask)  # [B,S]
 
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions
@@ -140,6 +140,11 @@ def causal_mask(attention_mask: Tensor, query_length: int) -> Tensor:
 def text_positions(attention_mask: Tensor) -> Tensor:
     """Positions 0, 1, 2, ... of the tokens of each row [B,S], wherever its padding is; 0 on padding."""
     return ((attention_mask.long().cumsum(1) - 1) * attention_mask).clamp(min=0)
+
+
+def next_positions(positions: Tensor) -> Tensor:
+    """[3,B,S] or [B,S] positions of prompts -> [B]: of the first token after each, which lies beyond all of its axes."""
+    return (positions.amax(0) if positions.dim() == 3 else positions).amax(1) + 1
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int) -> frozenset[int]:

@@ -1,7 +1,9 @@
 """Hidden states of a batch of completions: the one forward of training, of the reference and of teacher-forced scoring.
 
-Today's forward is the plain one: every completion is a row with its own copy of the prompt. Callers see only hidden states
-and targets, one a scored token, so a forward that runs the prompt once for all its completions can take its place.
+A prompt runs once for all its completions in the batch, in one row without padding; engine/attention.py lets each completion
+see its prompt and itself alone. Positions go on from the prompt's for every completion anew, so states and gradients are
+those of the completions one by one (tests/plain.py). The vision tower does not run here: prompts bring their image's
+features (engine/vision.py).
 """
 from __future__ import annotations
 
@@ -10,24 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from data.collate import Batch
-from engine.families import Family, language_model, lm_head_weight, unwrapped
+from data.collate import Batch, Prompts
+from engine.attention import Places, SharedPromptMask
+from engine.families import Family, language_model, lm_head_weight, next_positions, unwrapped
 from engine.logprobs import token_logprobs
 
 
-@torch.no_grad()
-def image_features(model: nn.Module, family: Family, batch: Batch) -> list[Tensor]:
-    """Embeddings [tokens,H] of each distinct image. The vision tower is frozen, so it runs without gradient."""
-    return [family.image_features(unwrapped(model), image) for image in batch.vision]
-
-
-def embed(model: nn.Module, family: Family, batch: Batch) -> Tensor:
-    """Input embeddings [B,S,H] with every image's features in its placeholders."""
-    features = image_features(model, family, batch)
-    is_image = batch.token_types == 1  # [B,S]; by type, not by id: a sampled placeholder id would not be an image
-    text_ids = batch.input_ids.masked_fill(is_image, 0)  # Gemma's placeholder id can lie outside the vocabulary
+def embed(model: nn.Module, prompts: Prompts) -> Tensor:
+    """Input embeddings [B,S,H] of prompts, with every image's features in its placeholders."""
+    is_image = prompts.token_types == 1  # [B,S]; by type, not by id: a sampled placeholder id would not be an image
+    text_ids = prompts.input_ids.masked_fill(is_image, 0)  # Gemma's placeholder id can lie outside the vocabulary
     embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
-    rows = torch.cat([features[i] for i in batch.image_of_row.tolist()])  # [placeholders,H], row by row
+    rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H], row by row
     if len(rows) != int(is_image.sum()):
         raise ValueError(
             f"{int(is_image.sum())} image placeholders for {len(rows)} image features; the image processor and the model disagree"
@@ -36,18 +32,44 @@ def embed(model: nn.Module, family: Family, batch: Batch) -> Tensor:
 
 
 def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(hidden [M,H], targets [M]): for each of the M tokens under `loss_mask`, row by row, the state that predicts it, and
+    """(hidden [K,H], targets [K]): for each of the K scored tokens, completion by completion, the state that predicts it, and
     its id.
     """
     base = unwrapped(model)
-    output = language_model(model)(
-        inputs_embeds=embed(model, family, batch),
-        position_ids=family.positions(base, batch),
-        attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
+    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]  # [m]
+    of_prompts = embed(model, batch.prompts).flatten(0, 1)[batch.prompt_places]
+    embeddings = torch.cat([of_prompts, base.get_input_embeddings()(read_ids)])  # [M,H]
+    states = language_model(model)(
+        inputs_embeds=embeddings[None],
+        position_ids=packed_positions(base, family, batch),
+        attention_mask=shared_prompt_masks(base, family, batch),
         use_cache=False,
-    )
-    rows, columns = predicted_tokens(batch.loss_mask)
-    return output.last_hidden_state[rows, columns - 1], batch.input_ids[rows, columns]
+    ).last_hidden_state[0]  # [M,H]
+    return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
+
+
+def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
+    """Position ids of the packed row, [3,1,M] or [1,M]: those of the prompts, then of each completion, which begins again where
+    its prompt ended.
+    """
+    prompts = family.positions(model, batch.prompts)  # [..,B,S]
+    columns = torch.arange(batch.read_mask.shape[1], device=prompts.device)
+    completions = next_positions(prompts)[batch.prompt_of_row][:, None] + columns  # [N,R]
+    completions = family.expand_positions(completions)  # [..,N,R]
+    return torch.cat([prompts.flatten(-2)[..., batch.prompt_places], completions.flatten(-2)[..., batch.read_places]], -1).unsqueeze(-2)
+
+
+def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[str, SharedPromptMask]:
+    """For every kind of layer what the tokens of the packed row see: in a prompt as ever; a completion is the last part of a row
+    that its prompt, padded on the left, and its own tokens make.
+    """
+    prompts, rows = batch.prompts, batch.prompt_of_row
+    places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
+    of_prompts = family.attention_masks(model, prompts.attention_mask, prompts.token_types, prompts.input_ids.shape[1])
+    whole = torch.cat([prompts.attention_mask[rows], batch.read_mask], 1)  # [N,S+R]
+    types = torch.cat([prompts.token_types[rows], torch.zeros_like(batch.read_mask, dtype=torch.long)], 1)
+    of_completions = family.attention_masks(model, whole, types, batch.read_mask.shape[1])
+    return {kind: SharedPromptMask(places, of_prompts[kind], of_completions[kind]) for kind in of_prompts}
 
 
 def completion_logprobs(
@@ -59,26 +81,16 @@ def completion_logprobs(
     suppress_token_ids: Sequence[int] = (),
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [B,T], entropy [B,T] or None) of every row's completion under the active adapter; 0 outside
-    `completion_mask`.
-    """
-    hidden, targets = completion_hidden_states(model, family, batch)  # [M,H], [M]
+    """(logprobs [N,T], entropy [N,T] or None) of every completion under the active adapter; 0 outside `completion_mask`."""
+    hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
     head = lm_head_weight(model)  # [V,H]
     logprobs, entropies = token_logprobs(
-        hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, entropy=entropy)  # [M]
+        hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, entropy=entropy)  # [K]
     return to_rows(logprobs, batch.completion_mask), to_rows(entropies, batch.completion_mask) if entropy else None
 
 
-def predicted_tokens(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns [M] of the tokens under `loss_mask` [B,S], row by row. Token t is predicted by the state at t - 1.
-
-    The first token of a row has nothing before it and is never predicted.
-    """
-    shifted = loss_mask.clone()
-    shifted[:, 0] = False
-    return shifted.nonzero(as_tuple=True)
-
-
 def to_rows(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """[M] values of the scored tokens, row by row -> [B,T], 0 where `completion_mask` [B,T] is false. Keeps the gradient."""
+    """[K] values of the scored tokens, completion by completion -> [N,T], 0 where `completion_mask` [N,T] is false. Keeps the
+    gradient.
+    """
     return values.new_zeros(completion_mask.shape).masked_scatter(completion_mask, values)

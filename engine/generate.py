@@ -20,9 +20,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from data.collate import Batch, collate_prompts
+from data.collate import Prompts, collate_prompts
 from data.encode import EncodedPrompt
-from engine.families import language_model, lm_head_weight, unwrapped
+from engine.families import language_model, lm_head_weight, next_positions, unwrapped
 from engine.forward import embed
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
@@ -137,7 +137,7 @@ def generate(
     return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
 
 
-def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig, num_generations: int,
+def _decode(wrapped, model: LoadedModel, batch: Prompts, sampling: SamplingConfig, num_generations: int,
             generator: torch.Generator | None, should_stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, logprobs, top-p masses), each [N,T] on the CPU; rows of one prompt lie together. What follows a stop token is
     padding.
@@ -149,13 +149,13 @@ def _decode(wrapped, model: LoadedModel, batch: Batch, sampling: SamplingConfig,
     cache = DynamicCache()  # every layer keeps everything; sliding windows are in the masks
     positions = family.positions(base, batch)  # [..,B,S]
     hidden = decoder(
-        inputs_embeds=embed(wrapped, family, batch),
+        inputs_embeds=embed(wrapped, batch),
         position_ids=positions,
         cache=cache,
         use_cache=True,
         attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
     ).last_hidden_state[:, -1]  # [B,H]
-    next_position = (positions.amax(0) if positions.dim() == 3 else positions).amax(1) + 1  # [B]
+    next_position = next_positions(positions)  # [B]
 
     # One prompt was read once; from here each of its completions is a row.
     cache.batch_repeat_interleave(num_generations)

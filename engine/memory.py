@@ -7,14 +7,15 @@ phase has a few moments that can be its largest, one function each below; the ph
 largest phase. Bytes are those of live tensors. A GPU needs some more: CUDA's context (about half a GB) and what the caching
 allocator cannot reuse; a process on a CPU needs Python's own memory.
 
-What follows from the code, per token of a padded row and decoder layer, for the plain forward of engine/forward.py (h hidden,
-q = heads x head_dim, k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype, S tokens of the row):
+What follows from the code, per token of the packed row of engine/forward.py and decoder layer (h hidden, q = heads x head_dim,
+k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype; B prompts of S tokens, N completions of R):
 
     RMS norm        backward needs its fp32 input                                  4h; 4h, 4h, 4h and 4(q + k) more in Gemma 3
     LoRA's A        backward needs its fp32 input, which q, k, v (and gate, up)    4h for a bf16 base: three copies, one each;
                     share in an fp32 base without dropout                          with dropout: one each, and the mask
-    attention       q, k and v repeated to all heads, output: e each               4eq
-                    the bool mask becomes one of dtype e in every layer            eS
+    attention       q laid out by rows, output, keys and values: e each            2eq + 2ek
+                    prompt's and own keys and values of each completion            2ek N(S + R) in all
+                    masks: bool, and of dtype e for all q heads of a kv head       once a forward, for all layers
     MLP             gate, act(gate), up: e each; their product as LoRA's input     3ef + 4f
     checkpointing   only the layer's input, e                                      eh
     frozen weights  need nothing of the input: `base_layer(x)` keeps no x
@@ -22,7 +23,7 @@ q = heads x head_dim, k = kv_heads x head_dim, f intermediate, e bytes of the ba
 Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE rows of the vocabulary, but
 several copies of those. The cache grows by torch.cat, layer by layer: beside the whole cache one layer's keys exist twice.
 
-Shapes: B rows, S tokens of a padded row, M scored tokens, V vocabulary.
+Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
 from __future__ import annotations
 
@@ -76,9 +77,9 @@ class Workload:
     """What a run does with the model, at its largest. Lengths in tokens, counts in rows.
 
     element_size: bytes of the base's dtype, 4 or 2. adapters: 1 in SFT, 2 in GRPO. completion_length: of a training row.
-    micro_batch: rows of one training forward over micro_batch_images distinct images. encoded_images: images that the loop
-    holds in the host's memory. eval_rows: rows decoded together. rollout_prompts x num_generations rows are sampled together
-    (0: SFT). device "cpu" or "cuda": they differ in dropout's mask and in sorting.
+    micro_batch: completions of a micro-batch, num_generations of each prompt; max_tokens_per_forward cuts it. eval_rows: rows
+    decoded, or scored, together. rollout_prompts x num_generations rows are sampled together (0: SFT). device "cpu" or "cuda":
+    they differ in dropout's mask and in sorting.
     """
 
     element_size: int
@@ -92,15 +93,43 @@ class Workload:
     completion_length: int
     max_completion_length: int
     micro_batch: int
-    micro_batch_images: int
-    encoded_images: int
     eval_rows: int
     rollout_prompts: int = 0
     num_generations: int = 1
+    max_tokens_per_forward: int | None = None
+
+    def packed(self, completions: int) -> "Packed":
+        """The largest forward of so many completions, cut as data/collate.py does."""
+        def row(n: int) -> Packed:
+            return Packed(-(-n // self.num_generations), self.prompt_length, n, self.completion_length)
+
+        bound = self.max_tokens_per_forward
+        fitting = [n for n in range(2, completions + 1) if bound is None or row(n).tokens <= bound]
+        return row(max(fitting, default=1))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed row of one forward: B prompts of S tokens, N completions of R."""
+
+    prompts: int
+    prompt_length: int
+    completions: int
+    completion_length: int
 
     @property
-    def row_length(self) -> int:
-        return self.prompt_length + self.completion_length
+    def tokens(self) -> int:
+        return self.prompts * self.prompt_length + self.completions * self.completion_length
+
+    @property
+    def keys(self) -> int:
+        """Keys that completions see, summed over completions."""
+        return self.completions * (self.prompt_length + self.completion_length)
+
+    @property
+    def pairs(self) -> int:
+        """Elements of the attention masks of one kind."""
+        return self.prompts * self.prompt_length**2 + self.keys * self.completion_length
 
 
 @dataclass(frozen=True)
@@ -152,29 +181,29 @@ def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
     return width * FP32 * (1 if work.element_size == FP32 else projections)
 
 
-def kept_by_layer(model: ModelShape, work: Workload, length: int) -> int:
-    """Bytes a token that one layer keeps for its backward pass, in rows of `length`."""
+def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
+    """Bytes that one layer keeps for its backward pass."""
     e, q = work.element_size, model.query_width
     norms = FP32 * (model.layer_norms * model.hidden + (q + model.key_width if model.head_norms else 0))
-    attention = 4 * e * q + e * length + FP32 * model.heads  # q, k, v, output; mask; logsumexp
+    attention = 2 * e * (q + model.key_width) + FP32 * model.heads  # q, output, k, v; logsumexp
     mlp = 3 * e * model.intermediate
-    output_is_input = e == FP32 and not work.lora_dropout  # the attention's output is what o_proj's A keeps
-    inputs = (lora_inputs(work, model.hidden, 3) + (0 if output_is_input else lora_inputs(work, q))
-              + lora_inputs(work, model.hidden, 2) + lora_inputs(work, model.intermediate))
-    return norms + attention + mlp + inputs + 7 * FP32 * work.lora_r
+    inputs = (lora_inputs(work, model.hidden, 3) + lora_inputs(work, q) + lora_inputs(work, model.hidden, 2)
+              + lora_inputs(work, model.intermediate))
+    each = norms + attention + mlp + inputs + 7 * FP32 * work.lora_r
+    return row.tokens * each + row.keys * 2 * e * model.key_width
 
 
-def layer_temporaries(model: ModelShape, work: Workload, length: int) -> int:
-    """Bytes a token at the largest moment inside a layer that keeps nothing: the MLP's up projection with its LoRA update, or
-    the attention's with all heads and the mask in the base's dtype.
+def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int) -> int:
+    """Bytes at the largest moment inside a layer that keeps nothing: the MLP's up projection with its LoRA update, or the
+    attention with q in both layouts, k, v, its output, and `keys` keys and values laid out anew.
     """
     e, h = work.element_size, model.hidden
     lora_input = 0 if e == FP32 else FP32 * h
     mixed = FP32 if work.device == "cpu" and e != FP32 else 0  # bf16 + fp32 on a CPU: the bf16 operand is copied first
     # the layer's input, residual and norm; act(gate), the base's output, LoRA's update twice
     mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * model.intermediate
-    attention = 2 * e * h + e * (4 * model.query_width + 2 * model.key_width) + e * length
-    return max(mlp, attention)
+    attention = 2 * e * h + e * (3 * model.query_width + 2 * model.key_width)
+    return max(tokens * mlp, tokens * attention + keys * 2 * e * model.key_width)
 
 
 def backward_temporaries(model: ModelShape, work: Workload) -> int:
@@ -211,24 +240,22 @@ def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) 
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
-def pixels(model: ModelShape, work: Workload, images: int) -> int:
-    return images * work.image_tokens * model.patches_per_token * model.pixel_values_per_patch * FP32
+def inputs(model: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
+    """Embeddings, which hold the images' features, and ids of the tokens; masks (bool)."""
+    return tokens * (work.element_size * model.hidden + 24) + mask_elements * model.mask_kinds
 
 
-def inputs(model: ModelShape, work: Workload, rows: int, length: int, images: int) -> int:
-    """Pixels, masks (bool), ids, embeddings of a batch, and the images that the loop holds beside it on a CPU."""
-    held = images if work.device == "cuda" else max(images, work.encoded_images)
-    masks = rows * length * length * model.mask_kinds
-    return pixels(model, work, held) + masks + rows * length * (work.element_size * model.hidden + 24)
+def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
+    """Of the packed row: the masks are there as numbers as well, for every query head of a key head."""
+    repeats = model.heads // model.kv_heads
+    return inputs(model, work, row.tokens, row.pairs) + row.pairs * model.mask_kinds * repeats * work.element_size
 
 
-def vision_tower(model: ModelShape, work: Workload, images: int) -> int:
-    """One image at a time without gradient: in a layer's MLP or, with rotary positions in fp32, its attention; and the
-    features of the images so far.
-    """
+def vision_tower(model: ModelShape, work: Workload) -> int:
+    """One image without gradient: its pixels; in a layer's MLP or, with rotary positions in fp32, its attention."""
     e, h = work.element_size, model.vision_hidden
     widest = max(e * (2 * h + 3 * model.vision_intermediate), e * 6 * h + 6 * FP32 * h)
-    return work.image_tokens * (model.patches_per_token * widest + images * model.hidden * e)
+    return work.image_tokens * model.patches_per_token * (widest + model.pixel_values_per_patch * FP32)
 
 
 def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
@@ -237,44 +264,47 @@ def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
 
 # ---- phases: their moments ------------------------------------------------------------------------------------------
 def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
-    """One micro-batch with gradient: the tower, the head over all that the layers keep, the backward pass of one layer."""
-    rows, length, e = work.micro_batch, work.row_length, work.element_size
-    tokens, h = rows * length, model.hidden
-    given = {"gradients": FP32 * lora_parameters(model, work.lora_r), "inputs": inputs(model, work, rows, length, work.micro_batch_images)}
-    yield given | {"activations": vision_tower(model, work, work.micro_batch_images)}
-    layer = tokens * kept_by_layer(model, work, length)
-    kept = tokens * model.layers * e * h if work.gradient_checkpointing else model.layers * layer
-    kept += tokens * FP32 * h  # the last norm's input
-    scored = rows * work.completion_length
+    """One micro-batch with gradient: the head over all that the layers keep, the backward pass of one layer. SFT: before it,
+    the tower.
+    """
+    row, e, h = work.packed(work.micro_batch), work.element_size, model.hidden
+    gradients = {"gradients": FP32 * lora_parameters(model, work.lora_r)}
+    if not work.rollout_prompts:
+        yield gradients | {"activations": vision_tower(model, work)}
+    given = gradients | {"inputs": packed_inputs(model, work, row)}
+    layer = kept_by_layer(model, work, row)
+    # With checkpointing each layer's input, of which the first is among the inputs
+    kept = row.tokens * (model.layers - 1) * e * h if work.gradient_checkpointing else model.layers * layer
+    kept += row.tokens * FP32 * h  # the last norm's input
+    scored = row.completions * row.completion_length
     yield given | {"activations": kept, "logits": head_chunk(model, work, scored, gradient=True, entropy=work.adapters > 1)}
     recomputed = layer if work.gradient_checkpointing else 0
-    yield given | {"activations": kept + recomputed + tokens * backward_temporaries(model, work),
+    yield given | {"activations": kept + recomputed + row.tokens * backward_temporaries(model, work),
                    "logits": scored * h * e}
 
 
-def scoring_moments(model: ModelShape, work: Workload, rows: int, images: int) -> Iterator[Parts]:
+def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
     """A teacher-forced forward without gradient."""
-    length = work.row_length
-    given = {"inputs": inputs(model, work, rows, length, images)}
-    yield given | {"activations": vision_tower(model, work, images)}
-    yield given | {"activations": rows * length * layer_temporaries(model, work, length)}
-    yield given | {"activations": rows * length * work.element_size * model.hidden,
-                   "logits": head_chunk(model, work, rows * work.completion_length, gradient=False, entropy=False)}
+    given = {"inputs": packed_inputs(model, work, row)}
+    yield given | {"activations": layer_temporaries(model, work, row.tokens, row.keys)}
+    yield given | {"activations": row.tokens * work.element_size * model.hidden,
+                   "logits": head_chunk(model, work, row.completions * row.completion_length, gradient=False, entropy=False)}
 
 
 def decoding_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
-    """The sampler: prompts read once, all together; then the last step, with no row finished before."""
+    """The sampler: an image's features; prompts read once, all together; the last step, with no row finished before."""
     e, prompt, rows = work.element_size, work.prompt_length, prompts * generations
-    given = {"inputs": inputs(model, work, prompts, prompt, prompts)}
-    yield given | {"activations": vision_tower(model, work, prompts)}
-    yield given | {"activations": prompts * prompt * layer_temporaries(model, work, prompt),
-                   "KV cache": kv_cache(model, work, prompts, prompt)}
+    yield {"activations": vision_tower(model, work)}
+    tokens, repeats = prompts * prompt, model.heads // model.kv_heads
+    yield {"inputs": inputs(model, work, tokens, tokens * prompt) + tokens * prompt * e,  # the mask as numbers, in every layer
+           "activations": layer_temporaries(model, work, tokens, repeats * tokens),
+           "KV cache": kv_cache(model, work, prompts, prompt)}
     length = prompt + work.max_completion_length
     cache = kv_cache(model, work, rows, length)
     growing = cache // (2 * model.layers)  # one layer's keys, old and new
-    held = pixels(model, work, prompts if work.device == "cuda" else max(prompts, work.encoded_images))
-    yield {"inputs": held + rows * length * 17, "KV cache": cache + growing, "logits": FP32 * rows * model.vocabulary}
-    yield {"inputs": held + rows * length * 17, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
+    held = rows * length * 17 + prompts * work.image_tokens * model.hidden * e
+    yield {"inputs": held, "KV cache": cache + growing, "logits": FP32 * rows * model.vocabulary}
+    yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
 
 
 def forecast(model: ModelShape, work: Workload) -> Forecast:
@@ -284,8 +314,8 @@ def forecast(model: ModelShape, work: Workload) -> Forecast:
                "evaluation": decoding_moments(model, work, work.eval_rows, 1, greedy=True)}
     if work.rollout_prompts:
         moments["rollout"] = decoding_moments(model, work, work.rollout_prompts, work.num_generations, greedy=False)
-        moments["scoring"] = scoring_moments(model, work, work.micro_batch, work.micro_batch_images)
+        moments["scoring"] = scoring_moments(model, work, work.packed(work.micro_batch))
     else:
-        moments["validation"] = scoring_moments(model, work, work.eval_rows, work.eval_rows)
+        moments["validation"] = scoring_moments(model, work, work.packed(work.eval_rows))
     order = ("rollout", "scoring", "update", "validation", "evaluation")
     return Forecast({phase: static | max(moments[phase], key=lambda parts: sum(parts.values())) for phase in order if phase in moments})

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from data.collate import Batch, collate_rows
+from data.collate import collate_rows
 from data.encode import EncodedRow
 from data.prompts import PROMPTS
 from data.records import Example
@@ -104,23 +104,27 @@ def copy_processor(path: str, folder: Path) -> list[str]:
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
-def probe_row(model: LoadedModel) -> EncodedRow:
-    """One image of fixed noise, 512 x 512, with an instruction and an answer."""
+def probe_rows(model: LoadedModel) -> tuple[EncodedRow, EncodedRow]:
+    """One image of fixed noise, 512 x 512, with an instruction and an answer: with the image's pixels, with its features."""
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
         Image.fromarray(pixels).save(Path(folder) / "probe.png")
         example = Example("probe", "probe", "probe.png", (), "probe", Path(folder))
-        return model.encoder.encode_answer(example, PROMPTS["free_reasoning"], PROBE_ANSWER)
+        question = example, PROMPTS["free_reasoning"], PROBE_ANSWER
+        return model.encoder.encode_answer(*question), model.encode_answer(*question)
 
 
 @torch.no_grad()
-def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[Batch, Tensor]:
-    """(the probe, logits [T,V] fp32 on the CPU of its answer's T tokens); the head itself is always applied in fp32."""
+def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor]:
+    """(the probe with its pixels, logits [T,V] fp32 on the CPU of its answer's T tokens); the head itself is always applied in
+    fp32.
+    """
     device = next(net.parameters()).device
-    batch = collate_rows([probe_row(model)], model.encoder.pad_token_id)
-    hidden, _ = completion_hidden_states(net, model.family, batch.to(device))  # [T,H]
+    probe, seen = probe_rows(model)
+    batch = collate_rows([seen], model.encoder.pad_token_id).to(device)
+    hidden, _ = completion_hidden_states(net, model.family, batch)  # [T,H]
     pieces = lm_head_weight(net).split(16_384)  # the whole head in fp32 would be the largest tensor by far
-    return batch, torch.cat([(hidden.float() @ piece.float().T).cpu() for piece in pieces], dim=1)
+    return probe, torch.cat([(hidden.float() @ piece.float().T).cpu() for piece in pieces], dim=1)
 
 
 @contextmanager
@@ -158,11 +162,10 @@ def relative_difference(logits: Tensor, truth: Tensor) -> float:
     return float((logits - truth).square().mean().sqrt() / truth.square().mean().sqrt())
 
 
-def check_same_inputs(merged: Batch, base: Batch) -> None:
+def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
     """Raises RuntimeError where the copied processor does not give the base's tokens and pixels."""
-    same = torch.equal(merged.input_ids, base.input_ids) and merged.vision[0].keys() == base.vision[0].keys() and all(
-        torch.equal(merged.vision[0][name], base.vision[0][name]) for name in base.vision[0])
-    if not same:
+    first, second = ({"ids": row.prompt.input_ids, "answer": row.completion_ids} | row.prompt.vision for row in (merged, base))
+    if first.keys() != second.keys() or not all(torch.equal(first[name], second[name]) for name in second):
         raise RuntimeError("the copied tokenizer, chat template or image processor does not give the base's inputs; "
                            "nothing was written")
 

@@ -22,9 +22,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from data.encode import Encoder, read_config
+from data.encode import EncodedPrompt, EncodedRow, Encoder, read_config
+from data.prompts import Prompt
+from data.records import Example
+from engine.attention import IMPLEMENTATION
 from engine.config import UsageError
 from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids
+from engine.vision import VisionCache
 
 # The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name their base so, not by a path of
 # this machine.
@@ -44,6 +48,15 @@ class LoadedModel:
     encoder: Encoder
     stop_ids: frozenset[int]
     suppressed_ids: tuple[int, ...]
+    vision: VisionCache
+
+    def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
+        """As Encoder.encode_prompt, with the image's features."""
+        return self.encoder.encode_prompt(example, prompt, self.vision.look(example))
+
+    def encode_answer(self, example: Example, prompt: Prompt, answer: str) -> EncodedRow:
+        """As Encoder.encode_answer, with the image's features."""
+        return self.encoder.encode_answer(example, prompt, answer, self.vision.look(example))
 
 
 def model_path(name: str) -> str:
@@ -64,9 +77,11 @@ def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | Literal["auto"], device: torch.device, min_visual_tokens: int, max_visual_tokens: int
+    name: str, *, dtype: torch.dtype | Literal["auto"], device: torch.device, min_visual_tokens: int, max_visual_tokens: int,
+    vision_cache_gb: float = 0.0, vision_cache_dir: str | None = None
 ) -> LoadedModel:
-    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its weights are stored in.
+    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its weights are stored in;
+    vision_cache_gb, vision_cache_dir: see VisionCache.
 
     Raises UsageError (one line) where there is no such model at `name`.
     """
@@ -78,7 +93,7 @@ def load_model(
     encoder = load_encoder(name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
     try:
         base, loading = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            path, dtype=dtype, attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION}, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(_unusable(name, error)) from error
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
@@ -90,7 +105,8 @@ def load_model(
     base.to(device).eval()
     family = family_of(base.config.model_type)
     stops = stop_ids(base, encoder.tokenizer, encoder.end_of_turn_id)
-    return LoadedModel(name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer))
+    vision = VisionCache(base, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir)
+    return LoadedModel(name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision)
 
 
 def looks_local(name: str) -> bool:

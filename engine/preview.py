@@ -9,9 +9,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+import torch
 from torch import Tensor
 
-from data.collate import Batch, collate_prompts, collate_rows
+from data.collate import collate_prompts
 from data.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from data.prompts import PROMPTS
 from data.records import Example
@@ -80,6 +81,14 @@ def row_pieces(encoder: Encoder, ids: Tensor, token_types: Tensor, attention_mas
     return pieces
 
 
+def row_fields(row: EncodedRow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, token types, attention mask, supervised, all [S], of a row of training; it has no padding."""
+    prompt, ids = row.prompt, row.completion_ids
+    supervised = torch.cat([torch.zeros(len(prompt.input_ids), dtype=torch.bool), row.completion_mask])
+    return (torch.cat([prompt.input_ids, ids]), torch.cat([prompt.token_types, torch.zeros_like(ids)]), torch.ones_like(supervised),
+            supervised)
+
+
 def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
     """A row for the eye; a line ends after each newline token. Colour: every second token is underlined. Plain: | between
     tokens, [[ ]] around supervised ones, and a backslash before these characters in the text.
@@ -107,20 +116,20 @@ def legend(colour: bool) -> str:
     return f"legend: {painted}; supervised is bold; every second token is underlined; {{..}} part of a character"
 
 
-def batch_text(encoder: Encoder, batch: Batch, examples: Sequence[Example], colour: bool) -> str:
-    """The whole batch; rows with the same tokens (the prompts of different images) are shown once."""
+def batch_text(encoder: Encoder, batch: Sequence[tuple[Tensor, ...]], examples: Sequence[Example], colour: bool) -> str:
+    """The whole batch, of each row the arguments of `row_pieces`; rows with the same tokens (the prompts of different images) are
+    shown once.
+    """
     same: dict[tuple, list[int]] = {}
-    for row in range(len(batch.input_ids)):
-        key = tuple(batch.input_ids[row].tolist()), tuple(batch.attention_mask[row].tolist()), tuple(batch.loss_mask[row].tolist())
-        same.setdefault(key, []).append(row)
+    for i, row in enumerate(batch):
+        same.setdefault(tuple(tuple(tensor.tolist()) for tensor in row), []).append(i)
     lines = [legend(colour), ""]
     for rows in same.values():
-        row = rows[0]
-        fields = [batch.input_ids[row], batch.token_types[row], batch.attention_mask[row], batch.loss_mask[row]]
+        fields = batch[rows[0]]
         lines += [f"row {i + 1}: {printable(examples[i].id)}, {printable(examples[i].image)}" for i in rows]
         lines += [counts(*fields[1:]), row_text(row_pieces(encoder, *fields), colour), ""]
-    total = counts(batch.token_types, batch.attention_mask, batch.loss_mask)
-    return "\n".join([*lines, f"batch of {len(batch.input_ids)} x {batch.input_ids.shape[1]}: {total}"])
+    total = counts(*(torch.cat(tensors) for tensors in list(zip(*batch))[1:]))
+    return "\n".join([*lines, f"batch of {len(batch)} rows: {total}"])
 
 
 def counts(token_types: Tensor, attention_mask: Tensor, supervised: Tensor) -> str:
@@ -141,7 +150,7 @@ def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: Te
     """--show_batch of run_sft.py: the first micro-batch. Returns the exit code 0."""
     encoder = _encoder(config)
     chosen = first_examples(config, examples, config.per_device_train_batch_size)
-    batch = collate_rows([encoder.encode_answer(e, PROMPTS[config.prompt], e.answer) for e in chosen], encoder.pad_token_id)
+    batch = [row_fields(encoder.encode_answer(e, PROMPTS[config.prompt], e.answer)) for e in chosen]
     _write(stream, f"first micro-batch of training, prompt {config.prompt!r}\n" + batch_text(encoder, batch, chosen, wants_colour(stream)))
     return 0
 
@@ -150,7 +159,8 @@ def show_prompts(config: TrainingConfig, examples: Sequence[Example], prompts: i
     """--show_batch of run_grpo.py: the prompts of the first rollout, as they are sampled from. Returns the exit code 0."""
     encoder = _encoder(config)
     chosen = first_examples(config, examples, prompts)
-    batch = collate_prompts([encoder.encode_prompt(e, PROMPTS[config.prompt]) for e in chosen], encoder.pad_token_id)
+    prompts = collate_prompts([encoder.encode_prompt(e, PROMPTS[config.prompt]) for e in chosen], encoder.pad_token_id)
+    batch = list(zip(prompts.input_ids, prompts.token_types, prompts.attention_mask, torch.zeros_like(prompts.attention_mask)))
     _write(stream, f"prompts of the first rollout, prompt {config.prompt!r}, padded on the left as the sampler takes them\n"
            + batch_text(encoder, batch, chosen, wants_colour(stream))
            + "\nsupervised later: the tokens that are sampled after each prompt, stop token included; nothing of the prompt ever is")
@@ -189,9 +199,8 @@ def dry_run_report(config: TrainingConfig, model: LoadedModel, wrapped, train: S
         prompt_length=max(len(prompt.input_ids) for prompt in prompts + evaluated),
         image_tokens=max(int(prompt.token_types.sum()) for prompt in prompts + evaluated), completion_length=max(completions),
         max_completion_length=config.max_completion_length, micro_batch=micro,
-        micro_batch_images=micro if sft else -(-micro // num_generations),
-        encoded_images=micro * config.gradient_accumulation_steps if sft else rollout_prompts,
-        eval_rows=config.per_device_eval_batch_size, rollout_prompts=rollout_prompts, num_generations=num_generations)
+        eval_rows=config.per_device_eval_batch_size, rollout_prompts=rollout_prompts, num_generations=num_generations,
+        max_tokens_per_forward=config.max_tokens_per_forward)
     adapters = {id(p) for name, p in wrapped.named_parameters() if "lora_" in name}
     base = sum(p.numel() for p in wrapped.parameters() if id(p) not in adapters)
     lengths, images = [len(prompt.input_ids) for prompt in prompts], [int(prompt.token_types.sum()) for prompt in prompts]

@@ -39,7 +39,7 @@ from engine.tracking import STEP_LOGS
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by SHA-256.
 FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "train_file", "validation_file", "image_root",
-                  "dump_step", "stop_when", "warn_when", "show_batch", "dry_run")
+                  "dump_step", "stop_when", "warn_when", "show_batch", "dry_run", "vision_cache_gb", "vision_cache_dir")
 
 logger = logging.getLogger(__name__)
 

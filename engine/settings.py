@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from data.answers import ANSWER_FORMATS
 from data.prompts import PROMPTS
 from engine.config import ConfigError, Resolved, UsageError, setting
-from engine.model import adapter_config
+from engine.model import LoadedModel, adapter_config, load_model
 from engine.run import saved_settings
+from engine.runtime import base_dtype
 
 # Of a run that neither names them nor continues one that did.
 FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
@@ -80,6 +83,15 @@ class TrainingConfig:
     max_grad_norm: float = setting(5.0, "global L2 norm at which gradients are clipped", source=PAPER_SFT, group="optimization")
     seed: int = setting(42, "seed of data order, dropout and sampling", source=OURS, group="optimization")
 
+    max_tokens_per_forward: int | None = setting(
+        8192, "most tokens that one forward of training or scoring runs, each prompt counted once; micro-batches that cost more are cut, "
+        "which changes no gradient; none for no bound", unit="tokens", source=ENGINE, group="memory")
+    vision_cache_gb: float = setting(
+        4.0, "host memory for the image features of the frozen vision tower, which runs once for each image that fits", unit="GB",
+        source=ENGINE, group="memory")
+    vision_cache_dir: str | None = setting(
+        None, "folder that keeps image features across runs as well, by tower, processor and image; only ever grows", unset="memory only",
+        source=ENGINE, group="memory")
     bf16: bool = setting(
         True, "base model in bfloat16; adapters, their gradients and AdamW's state stay fp32", source=PAPER_SFT, group="memory"
     )
@@ -138,12 +150,14 @@ def training_problems(config: TrainingConfig) -> list[str]:
         "max_grad_norm",
         "num_train_epochs",
     )
-    optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens", "num_threads")
+    optional = ("max_steps", "save_steps", "save_total_limit", "min_visual_tokens", "max_visual_tokens", "num_threads", "max_tokens_per_forward")
     problems = [
         f"--{name} is {getattr(config, name)}; it must be positive" for name in positive if not getattr(config, name) > 0
     ]
     problems += [f"--{name} is {getattr(config, name)}; it must be positive" for name in optional
                  if getattr(config, name) is not None and not getattr(config, name) > 0]
+    if not config.vision_cache_gb >= 0:
+        problems.append(f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps nothing)")
     if config.show_batch and config.dry_run:
         problems.append("--show_batch and --dry_run each stop the run; give one of them")
     if not 0 <= config.warmup_ratio < 1:
@@ -169,6 +183,13 @@ def training_problems(config: TrainingConfig) -> list[str]:
         for name in sorted({n for n in names if names.count(n) > 1})
     ]
     return problems
+
+
+def load_base(config: TrainingConfig, device: torch.device) -> LoadedModel:
+    """The base model that a run is configured to train."""
+    return load_model(config.model_name_or_path, dtype=base_dtype(config.bf16, device), device=device,
+                      min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens,
+                      vision_cache_gb=config.vision_cache_gb, vision_cache_dir=config.vision_cache_dir)
 
 
 def from_adapter(resolved: Resolved) -> Resolved:

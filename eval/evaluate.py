@@ -67,7 +67,7 @@ def predict(
     rows: list[dict] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        prompts = [model.encoder.encode_prompt(example, prompt) for example in batch]
+        prompts = [model.encode_prompt(example, prompt) for example in batch]
         completions = generate(wrapped, model, prompts, sampling, generator=generator, should_stop=should_stop)
         batch_rows = [
             {
@@ -436,6 +436,8 @@ class EvalConfig:
     max_visual_tokens: int | None = setting(
         None, "an image is reduced to at most this many visual tokens", unset="the adapter's run's, else 512", unit="tokens",
         source=PAPER_SFT)
+    vision_cache_dir: str | None = setting(
+        None, "folder that keeps image features across runs, by tower, processor and image; only ever grows", unset="none", source=ENGINE)
     num_threads: int | None = setting(
         None, "CPU threads of torch", unset="the adapter's run's, else torch's own choice", unit="threads")
     bf16: bool | None = setting(
@@ -579,7 +581,8 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     print(describe(resolved))
     print("images: " + ", ".join(f"{name} {len(examples)}" for name, examples in sets.items()) + bad_images_line(bad_images), flush=True)
     model = load_model(config.model_name_or_path, dtype=base_dtype(bf16, device), device=device,
-                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens)
+                       min_visual_tokens=config.min_visual_tokens, max_visual_tokens=config.max_visual_tokens,
+                       vision_cache_dir=config.vision_cache_dir)
     wrapped = model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
     output_dir = _output_directory(config)
     write_bad_images(output_dir, bad_images)

@@ -2,8 +2,8 @@
 micro-batches.
 
 A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is made of them. The
-micro-batches are planned once: the old, reference and policy passes run on the same rows padded in the same way, so before
-the first update the ratio is exactly 1 and the KL exactly 0.
+micro-batches follow from its lengths alone: the old, reference and policy passes run on the same rows laid out in the same
+way, so before the first update the ratio is exactly 1 and the KL exactly 0.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.answers import Answer, parse_answer
-from data.collate import Batch, collate_rows
+from data.collate import Batch, collate_rows, plan_batches
 from data.encode import EncodedPrompt, EncodedRow
 from data.records import Example
 from engine.forward import completion_logprobs
@@ -121,9 +121,7 @@ def collate_samples(
     samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device
 ) -> MicroBatch:
     """Pad samples into one micro-batch on `device`; passes that have not been made yet are zeros."""
-    batch = collate_rows([EncodedRow(prompts[sample.prompt], sample.ids, sample.mask) for sample in samples], pad_token_id).to(
-        device
-    )
+    batch = collate_rows(encoded_rows(samples, prompts), pad_token_id).to(device)
     width = batch.completion_mask.shape[1]
 
     def padded(name: str) -> Tensor:
@@ -173,8 +171,23 @@ def score_samples(
     return scored
 
 
-def plan_micro_batches(num_samples: int, micro_batch_size: int) -> list[list[int]]:
-    """Indices of the samples of every micro-batch of one rollout, in order; samples of a prompt stay together where they
-    fit.
+def plan_micro_batches(
+    samples: Sequence[Sample],
+    prompts: Sequence[EncodedPrompt],
+    *,
+    size: int,
+    accumulation: int,
+    max_tokens: int | None,
+) -> list[list[list[int]]]:
+    """For every optimizer step of one pass over the rollout, its micro-batches: each the indices of its samples, in order.
+
+    A step has `accumulation` micro-batches of `size` samples, which are cut where they cost more than `max_tokens` tokens in a
+    forward (see plan_batches); where a cut parts a group, its prompt is in both.
     """
-    return [list(range(start, min(start + micro_batch_size, num_samples))) for start in range(0, num_samples, micro_batch_size)]
+    rows, per_step = encoded_rows(samples, prompts), size * accumulation
+    return [[[start + i for i in indices] for indices in plan_batches(rows[start : start + per_step], size, max_tokens)]
+            for start in range(0, len(rows), per_step)]
+
+
+def encoded_rows(samples: Sequence[Sample], prompts: Sequence[EncodedPrompt]) -> list[EncodedRow]:
+    return [EncodedRow(prompts[sample.prompt], sample.ids, sample.mask) for sample in samples]

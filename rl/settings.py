@@ -41,6 +41,11 @@ class GRPOConfig(TrainingConfig):
     )
     max_grad_norm: float = setting(1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization")
 
+    per_device_train_batch_size: int = setting(
+        8, "completions in a micro-batch; those of one prompt share its forward", unit="completions", source=OURS, group="optimization")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step", unit="micro-batches", source=OURS,
+                                               group="optimization")
+
     num_generations: int = setting(4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout")
     temperature: float = setting(0.8, "sampling temperature, also of every log-probability", source=PAPER_GRPO, group="rollout")
     top_p: float = setting(0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout")

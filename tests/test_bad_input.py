@@ -266,6 +266,8 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "--validation_file no-name.jsonl: write NAME=FILE, with a name of letters, digits, - and _",
         "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0",
         "--temperature 0.0 must be positive and --top_p 1.0 in (0, 1]"]
+    assert refused(run_grpo.main, *grpo_flags, "--max_tokens_per_forward", "0", "--vision_cache_gb", "-1") == [
+        "--max_tokens_per_forward is 0; it must be positive", "--vision_cache_gb is -1.0; it must not be negative (0 keeps nothing)"]
     assert refused(run_sft.main, "--lora_r", "0", "--lora_dropout", "1", "--train_file", "x.jsonl", "--prompt", "free") == [
         "--prompt free: no such instruction variant; there are " + ", ".join(PROMPTS),
         "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'",

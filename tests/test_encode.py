@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoImageProcessor, Gemma3Processor
 
-from data.collate import collate_prompts, collate_rows
-from data.encode import Encoder
+from data.collate import collate_prompts, collate_rows, plan_batches
+from data.encode import EncodedPrompt, EncodedRow, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt, build_messages
 from data.records import DataError, Example
 from tiny import SAVE, examples_of
@@ -69,14 +69,47 @@ def test_supervised_tokens_of_a_batch(encoder, family, tiny_images):
     examples, answers = examples_of(tiny_images, 112, 56, 84), ["short", ANSWER, ""]
     rows = [encoder.encode_answer(*row) for row in zip(examples, (SHORT, PROMPT, SHORT), answers)]
     batch = collate_rows(rows, encoder.pad_token_id)
+    assert batch.prompt_of_row.tolist() == [0, 1, 2]
     for i, (row, answer) in enumerate(zip(rows, answers)):
-        length = len(row.prompt.input_ids) + len(row.completion_ids)
-        assert encoder.tokenizer.decode(batch.input_ids[i][batch.loss_mask[i]]) == answer + END[family]
-        assert batch.attention_mask[i].tolist() == [j < length for j in range(batch.input_ids.shape[1])]
-        assert (batch.input_ids[i, length:] == encoder.pad_token_id).all() and not batch.loss_mask[i, length:].any()
-        assert not batch.loss_mask[i][batch.token_types[i] == 1].any() and (batch.token_types[i] == 1).any()
-        assert batch.completion_mask[i].tolist() == [j < len(row.completion_ids) for j in range(batch.completion_mask.shape[1])]
-    assert batch.loss_mask.sum() == batch.completion_mask.sum()
+        length = len(row.completion_ids)
+        assert encoder.tokenizer.decode(batch.completion_ids[i][batch.completion_mask[i]]) == answer + END[family]
+        assert (batch.completion_ids[i, length:] == encoder.pad_token_id).all()
+        assert batch.completion_mask[i].tolist() == [j < length for j in range(batch.completion_mask.shape[1])]
+        assert torch.equal(batch.prompts.input_ids[i][batch.prompts.attention_mask[i]], row.prompt.input_ids)
+
+
+def test_the_packed_row_by_hand():
+    """Prompts a (3 tokens) and b (2); completions of a: 4 tokens and 1, of b: 3 tokens of which only the second is scored."""
+    def prompt(*ids):
+        return EncodedPrompt(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.long), {})
+
+    a, b = prompt(1, 2, 3), prompt(4, 5)
+    rows = [EncodedRow(a, torch.tensor([10, 11, 12, 13]), torch.ones(4, dtype=torch.bool)),
+            EncodedRow(b, torch.tensor([20, 21, 22]), torch.tensor([False, True, False])),
+            EncodedRow(a, torch.tensor([30]), torch.tensor([True]))]
+    batch = collate_rows(rows, 0)
+    assert batch.prompts.input_ids.tolist() == [[1, 2, 3], [0, 4, 5]] and batch.prompt_of_row.tolist() == [0, 1, 0]
+    # read: 10 11 12, and 20, which predicts the scored 21; 30 is predicted by its prompt alone
+    assert batch.read_mask.int().tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    # packed: 1 2 3 4 5 10 11 12 20
+    assert batch.prompt_places.tolist() == [0, 1, 2, 4, 5] and batch.read_places.tolist() == [0, 1, 2, 3]
+    # scored 10 11 12 13 21 30, predicted by 3 10 11 12 20 3
+    assert batch.scored_places.tolist() == [0, 1, 2, 3, 5, 8]
+    assert batch.predictors.tolist() == [2, 5, 6, 7, 8, 2]
+
+
+def test_batches_are_cut_by_tokens():
+    prompts = [EncodedPrompt(torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), {}) for n in (10, 20)]
+    rows = [EncodedRow(prompts[p], torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.bool))
+            for p, n in ((0, 5), (0, 6), (0, 7), (1, 8), (1, 9), (1, 50))]
+    assert plan_batches(rows, 6, None) == [[0, 1, 2, 3, 4, 5]]
+    assert plan_batches(rows, 4, None) == [[0, 1, 2, 3], [4, 5]]
+    # 10 + 5 + 6 = 21, 10 + 7 = 17, 20 + 8 = 28, 20 + 9 = 29, 70: a row over the bound goes alone
+    assert plan_batches(rows, 6, 27) == [[0, 1], [2], [3], [4], [5]]
+    # 10 + 5 + 6 + 7 = 28; 20 + 8 + 9 = 37
+    assert plan_batches(rows, 6, 37) == [[0, 1, 2], [3, 4], [5]]
+    assert plan_batches(rows, 6, 56) == [[0, 1, 2, 3], [4], [5]]  # 28 + 28
+    assert plan_batches(rows, 4, 37) == [[0, 1, 2], [3], [4], [5]]  # 4 begins a batch of its own in any case
 
 
 def test_prompts_are_padded_on_the_left(encoder, tiny_images):

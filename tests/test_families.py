@@ -30,11 +30,12 @@ import engine.forward
 import eval.evaluate
 import run_grpo
 import run_sft
-from data.collate import Batch, collate_rows
+from data.collate import Prompts, collate_rows
 from data.encode import FAMILIES, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from data.records import Example
 from engine.families import family_of, stop_ids
+from engine.attention import SharedPromptMask
 from engine.forward import completion_logprobs
 from engine.model import LoadedModel, attach_new_adapter
 from engine.optim import trainable_parameters
@@ -42,7 +43,7 @@ from engine.runtime import main_guard
 from real_configs import REAL_CONFIGS
 from runs import GRPO, SFT, adapter, assert_same_run, document, grpo, lines, snapshot, speak
 from test_imports import product_files
-from tiny import SAVE, attach_random_adapter, examples_of, load
+from tiny import SAVE, attach_random_adapter, examples_of, load, with_features
 
 ROOT = Path(__file__).parents[1]
 PROMPT = PROMPTS["demo"]
@@ -66,7 +67,7 @@ def test_lora_on_the_real_sizes(family, layers, modules, trainable, total):
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(REAL_CONFIGS[family](), dtype=torch.bfloat16)
     assert sum(parameter.numel() for parameter in base.parameters()) == total  # before adapters; the tied head counts once
-    model = LoadedModel(family, base, family_of(family), None, frozenset(), ())
+    model = LoadedModel(family, base, family_of(family), None, frozenset(), (), None)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1)
     trained = dict(trainable_parameters(wrapped))
     places = Counter(re.sub(r"\.lora_[AB]\.default\.weight$", "", name) for name in trained)
@@ -208,18 +209,19 @@ def test_image_processors_need_no_torchvision(family, tiny_checkpoint):
 @torch.no_grad()
 def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, monkeypatch):
     model = load(tiny_checkpoint(family))
-    rows = [model.encoder.encode_answer(example, PROMPT, "ab, cd") for example in examples_of(tiny_images, 56, 112)]
+    rows = [model.encode_answer(example, PROMPT, "ab, cd") for example in examples_of(tiny_images, 56, 112)]
     batch = collate_rows(rows, model.encoder.pad_token_id)
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+    fields = {field.name: getattr(batch.prompts, field.name) for field in dataclasses.fields(Prompts)}
     with pytest.raises(TypeError, match="token_types"):
-        Batch(**{name: value for name, value in fields.items() if name != "token_types"})
+        Prompts(**{name: value for name, value in fields.items() if name != "token_types"})
 
     expected, _ = completion_logprobs(model.base, model.family, batch, temperature=1.0)
-    zeroed = dataclasses.replace(batch, token_types=torch.zeros_like(batch.token_types))
+    types = torch.zeros_like(batch.prompts.token_types)
+    zeroed = dataclasses.replace(batch, prompts=dataclasses.replace(batch.prompts, token_types=types))
     with pytest.raises(ValueError, match="0 image placeholders for"):  # the image would have no place
         completion_logprobs(model.base, model.family, zeroed, temperature=1.0)
     # Positions and masks depend on them too: with the image in its place, they alone make another number.
-    embeddings = engine.forward.embed(model.base, model.family, batch)
+    embeddings = engine.forward.embed(model.base, batch.prompts)
     monkeypatch.setattr(engine.forward, "embed", lambda *_: embeddings)
     forgotten, _ = completion_logprobs(model.base, model.family, zeroed, temperature=1.0)
     assert (forgotten - expected).abs().max() > 1e-3  # rounding is 1e-6
@@ -229,9 +231,9 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
 def test_an_image_that_is_blanked_changes_the_log_probabilities_of_a_trained_model(family, tiny_checkpoint, tiny_images):
     model = load(tiny_checkpoint(family))
     wrapped = attach_random_adapter(model)
-    row = model.encoder.encode_answer(examples_of(tiny_images, 84)[0], PROMPT, "Edema")
+    row = with_features(model, model.encoder.encode_answer(examples_of(tiny_images, 84)[0], PROMPT, "Edema"))
     pixels = {"pixel_values": torch.zeros_like(row.prompt.vision["pixel_values"])}
-    blank = dataclasses.replace(row.prompt, vision=row.prompt.vision | pixels)
+    blank = with_features(model, dataclasses.replace(row.prompt, vision=row.prompt.vision | pixels))
     seen, unseen = (completion_logprobs(wrapped, model.family, collate_rows([dataclasses.replace(row, prompt=prompt)], 0),
                                         temperature=1.0)[0] for prompt in (row.prompt, blank))
     assert (seen - unseen).abs().max() > 1e-2
@@ -252,7 +254,8 @@ def only_explicit_calls(monkeypatch) -> Counter:
         def forward(self, *arguments, **keywords):
             assert not arguments and keywords.get("input_ids") is None and keywords["inputs_embeds"] is not None
             assert keywords["position_ids"] is not None
-            assert all(mask.dtype == torch.bool and mask.dim() == 4 for mask in keywords["attention_mask"].values())
+            assert all(isinstance(mask, SharedPromptMask) or mask.dtype == torch.bool and mask.dim() == 4
+                       for mask in keywords["attention_mask"].values())
             calls[type(self).__name__] += 1
             return original(self, **keywords)
 

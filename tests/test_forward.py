@@ -14,12 +14,13 @@ from data.collate import Batch, collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
 from engine.families import Gemma3, Qwen25VL, causal_mask, family_of, language_model, text_positions
-from engine.forward import completion_hidden_states, completion_logprobs, embed, image_features
+from engine.forward import completion_hidden_states, completion_logprobs, embed, packed_positions
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
 from engine.families import lm_head_weight
 from engine.model import LoadedModel, enable_gradient_checkpointing
-from tiny import SAVE, attach_random_adapter, examples_of, load
+from plain import plain_batch
+from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 PROMPTS = (Prompt("a", "Which?"), Prompt("b", "A longer question about this image?"))
 ANSWERS = ("<think>x</think>", "ab, cd", "zzz")
@@ -54,7 +55,8 @@ def gemma(tiny_checkpoint) -> LoadedModel:
 def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
     """Three rows whose prompts, images and answers have different lengths."""
     prompts = (PROMPTS[0], PROMPTS[1], PROMPTS[0])
-    return [model.encoder.encode_answer(*row) for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS)]
+    rows = [model.encoder.encode_answer(*row) for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS)]
+    return [with_features(model, row) for row in rows]
 
 
 def logprobs_of(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
@@ -66,8 +68,8 @@ def logprobs_of(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.T
 
 def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
     """The same from transformers' own forward, with the inputs that its documentation asks for."""
-    batch = collate_rows(rows, model.encoder.pad_token_id)
-    inputs = {name: torch.cat([row.prompt.vision[name] for row in rows]) for name in rows[0].prompt.vision}
+    batch = plain_batch(rows, model.encoder.pad_token_id).prompts
+    inputs = pixel_inputs([row.prompt for row in rows])
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
     logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs).logits  # [B,S,V]
     logprobs = logits.log_softmax(-1)
@@ -135,7 +137,7 @@ def test_control_sliding_window_off_by_one(gemma, tiny_images, monkeypatch):
 @torch.no_grad()
 def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(qwen, tiny_images)
-    one_dimensional = lambda self, model, batch: text_positions(batch.attention_mask).expand(3, -1, -1)  # noqa: E731
+    one_dimensional = lambda self, model, prompts: text_positions(prompts.attention_mask).expand(3, -1, -1)  # noqa: E731
     monkeypatch.setattr(Qwen25VL, "positions", one_dimensional)
     assert largest_difference(logprobs_of(qwen.base, qwen, rows), expected) > 1e-2
 
@@ -144,7 +146,7 @@ def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
 def test_the_image_matters(model, tiny_images):
     rows = rows_of(model, tiny_images)
     vision = [row.prompt.vision | {"pixel_values": torch.zeros_like(row.prompt.vision["pixel_values"])} for row in rows]
-    blind = [dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, vision=image)) for row, image in zip(rows, vision)]
+    blind = [with_features(model, dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, vision=image))) for row, image in zip(rows, vision)]
     for seen, unseen in zip(logprobs_of(model.base, model, rows), logprobs_of(model.base, model, blind)):
         assert (seen - unseen).abs().max() > 1e-2
 
@@ -152,7 +154,7 @@ def test_the_image_matters(model, tiny_images):
 @torch.no_grad()
 def test_images_are_not_mixed_up(model, tiny_images):
     # Three images of one size: each row keeps its own, whatever its place in the batch.
-    rows = [model.encoder.encode_answer(example, PROMPTS[0], "ab") for example in examples_of(tiny_images, 56, 56, 56)]
+    rows = [with_features(model, model.encoder.encode_answer(example, PROMPTS[0], "ab")) for example in examples_of(tiny_images, 56, 56, 56)]
     forwards, backwards = logprobs_of(model.base, model, rows), logprobs_of(model.base, model, rows[::-1])
     assert largest_difference(forwards, backwards[::-1]) < 1e-5
     assert largest_difference(forwards, backwards) > 1e-2
@@ -165,7 +167,7 @@ def test_images_are_not_mixed_up(model, tiny_images):
 def test_padding_and_neighbours_change_nothing(model, tiny_images):
     rows = rows_of(model, tiny_images)
     together = logprobs_of(model.base, model, rows)
-    longer = [*rows, model.encoder.encode_answer(examples_of(tiny_images, 84)[0], PROMPTS[1], "x" * 60)]
+    longer = [*rows, model.encode_answer(examples_of(tiny_images, 84)[0], PROMPTS[1], "x" * 60)]
     assert largest_difference(logprobs_of(model.base, model, longer)[:3], together) < 1e-5
     alone = [logprobs_of(model.base, model, [row])[0] for row in rows]
     assert largest_difference(alone, together) < 1e-5
@@ -174,9 +176,11 @@ def test_padding_and_neighbours_change_nothing(model, tiny_images):
 @torch.no_grad()
 def test_what_stands_in_the_padding_changes_nothing(model, tiny_images):
     batch = collate_rows(rows_of(model, tiny_images), model.encoder.pad_token_id)
-    other = dataclasses.replace(batch, input_ids=torch.where(batch.attention_mask, batch.input_ids, 65))
+    prompts = dataclasses.replace(batch.prompts, input_ids=torch.where(batch.prompts.attention_mask, batch.prompts.input_ids, 65))
+    ids = torch.where(batch.completion_mask, batch.completion_ids, 65)
+    other = dataclasses.replace(batch, prompts=prompts, completion_ids=ids)
     results = [completion_logprobs(model.base, model.family, b, temperature=1.0)[0] for b in (batch, other)]
-    assert not batch.attention_mask.all() and torch.equal(*results)
+    assert not batch.prompts.attention_mask.all() and not batch.completion_mask.all() and torch.equal(*results)
 
 
 @torch.no_grad()
@@ -186,8 +190,8 @@ def test_completions_of_one_prompt_share_its_image(model, tiny_images):
     rows = [EncodedRow(shared.prompt, ids, torch.ones(len(ids), dtype=torch.bool)) for ids in completions]
     mixed = [rows[0], other, rows[1], rows[2]]
     apart = [dataclasses.replace(row, prompt=dataclasses.replace(row.prompt)) for row in mixed]  # four prompt objects
-    assert len(collate_rows(mixed, 0).vision) == 2 and collate_rows(mixed, 0).image_of_row.tolist() == [0, 1, 0, 0]
-    assert len(collate_rows(apart, 0).vision) == 4
+    assert len(collate_rows(mixed, 0).prompts.vision) == 2 and collate_rows(mixed, 0).prompt_of_row.tolist() == [0, 1, 0, 0]
+    assert len(collate_rows(apart, 0).prompts.vision) == 4
     assert largest_difference(logprobs_of(model.base, model, mixed), logprobs_of(model.base, model, apart)) < 1e-5
 
 
@@ -215,11 +219,11 @@ def test_a_batch_without_scored_tokens(model, tiny_images):
 
 
 def test_features_and_placeholders_must_agree(model, tiny_images):
-    batch = collate_rows(rows_of(model, tiny_images)[:1], model.encoder.pad_token_id)
-    types = batch.token_types.clone()
+    prompts = collate_rows(rows_of(model, tiny_images)[:1], model.encoder.pad_token_id).prompts
+    types = prompts.token_types.clone()
     types[0, int(types[0].argmax())] = 0
     with pytest.raises(ValueError, match="3 image placeholders for 4 image features"):
-        embed(model.base, model.family, dataclasses.replace(batch, token_types=types))
+        embed(model.base, dataclasses.replace(prompts, token_types=types))
 
 
 def test_a_sampled_placeholder_is_text(model, tiny_images):
@@ -250,6 +254,9 @@ def gradients(model: LoadedModel, rows, *, checkpointing: bool) -> tuple[dict[st
     tower.register_forward_hook(counted("vision"))
     tower.register_forward_hook(lambda _, args, output: features.append(output.last_hidden_state))
     language_model(wrapped).layers[0].self_attn.register_forward_hook(counted("layer"))
+    prompts = {id(row.prompt): row.prompt for row in rows}
+    seen_once = {key: with_features(model, prompt) for key, prompt in prompts.items()}  # what engine/vision.py does, in the loops
+    rows = [dataclasses.replace(row, prompt=seen_once[id(row.prompt)]) for row in rows]
     sum(logprobs.sum() for logprobs in logprobs_of(wrapped, model, rows)).backward()
     assert not any(output.requires_grad for output in features)  # no graph, so no backward pass through the tower
     return {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}, counts["layer"], counts["vision"]
@@ -276,12 +283,12 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
 def test_checkpointing_asks_for_no_gradient_of_the_inputs(own_model, tiny_images):
     wrapped = attach_random_adapter(own_model)
     enable_gradient_checkpointing(wrapped)
-    assert not embed(wrapped.train(), own_model.family, collate_rows(rows_of(own_model, tiny_images), 0)).requires_grad
+    assert not embed(wrapped.train(), collate_rows(rows_of(own_model, tiny_images), 0).prompts).requires_grad
 
 
 def test_the_vision_tower_has_no_graph_even_where_it_is_not_frozen(own_model, tiny_images):
     own_model.base.requires_grad_(True)
-    features = image_features(own_model.base, own_model.family, collate_rows(rows_of(own_model, tiny_images), 0))
+    features = [own_model.vision.look(example)["features"] for example in examples_of(tiny_images, 56, 112, 84)]
     assert [len(image) for image in features] == ([4, 16, 9] if own_model.family.model_type == "qwen2_5_vl" else [4, 4, 4])
     assert not any(image.requires_grad for image in features)
 
@@ -319,7 +326,7 @@ def mrope_prompt(model: LoadedModel, token_types: list[int], grid: list[int], le
     types = torch.tensor([0] * lead + token_types)
     ids = torch.where(types == 1, model.encoder.image_token_id, 65)
     patches = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    return EncodedPrompt(ids, types, {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])})
+    return with_features(model, EncodedPrompt(ids, types, {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}))
 
 
 def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: int) -> list[torch.Tensor]:
@@ -355,11 +362,13 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("next_generated_positions", [step[0, 0, 0] for step in following])
         assert [int(step[0, 1, 0]) for step in following] == [11, 12]
 
-        # Right padding, as in training
-        batch = collate_rows([EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool)) for n in (1, 3)], 0)
-        trained = qwen.family.positions(qwen.base, batch)  # [3,2,13]
-        p18.close("position_ids_thw", trained[:, 0, :10])
-        assert trained[:, 1, 10:].tolist() == [[7, 8, 9]] * 3 and trained[:, 0, 10].tolist() == [7, 7, 7]
+        # In training, after a longer prompt; two and four tokens, whose last ones are not read
+        row = lambda prompt, n: EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool))  # noqa: E731
+        longer = mrope_prompt(qwen, types, grid, lead=4)
+        batch = collate_rows([row(longer, 3), row(prompt, 2), row(prompt, 4)], 0)
+        packed = packed_positions(qwen.base, qwen.family, batch)[:, 0]  # [3,14 + 10 + 2 + 1 + 3]
+        p18.close("position_ids_thw", packed[:, 14:24])
+        assert packed[:, 24:].tolist() == [[11, 12, 7, 7, 8, 9]] * 3
 
 
 def test_the_causal_mask():
@@ -402,7 +411,8 @@ def test_moving_a_batch_keeps_everything(model, tiny_images):
     batch = collate_rows(rows_of(model, tiny_images), model.encoder.pad_token_id)
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    for field in dataclasses.fields(Batch):
-        value = getattr(moved, field.name)
-        tensors = [tensor for image in value for tensor in image.values()] if field.name == "vision" else [value]
-        assert tensors and all(tensor.device.type == "meta" for tensor in tensors)
+    for part in (moved, moved.prompts):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            tensors = [tensor for image in value for tensor in image.values()] if field.name == "vision" else [value]
+            assert field.name == "prompts" or tensors and all(tensor.device.type == "meta" for tensor in tensors)

@@ -25,7 +25,7 @@ from engine.model import LoadedModel
 from rl.records import rollout_metrics
 from rl.rewards import HardReward
 from rl.rollout import build_samples
-from tiny import SAVE, attach_random_adapter, examples_of, load
+from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 SHORT, LONG = Prompt("short", "Which?"), Prompt("long", "A longer question about this image, if you please?")
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -53,7 +53,7 @@ def model(family, tiny_checkpoint) -> LoadedModel:
 def prompts(model, tiny_images) -> list[EncodedPrompt]:
     """Three prompts of different lengths, with images of different sizes."""
     texts = (SHORT, LONG, SHORT)
-    return [model.encoder.encode_prompt(example, text) for example, text in zip(examples_of(tiny_images, 56, 112, 84), texts)]
+    return [with_features(model, model.encoder.encode_prompt(example, text)) for example, text in zip(examples_of(tiny_images, 56, 112, 84), texts)]
 
 
 def sample(
@@ -251,7 +251,7 @@ def test_cached_decoding_equals_teacher_forcing(model, prompts):
 @torch.no_grad()
 def test_greedy_equals_transformers(model, prompts):
     batch = collate_prompts(prompts, model.encoder.pad_token_id)
-    inputs = {name: torch.cat([prompt.vision[name] for prompt in prompts]) for name in prompts[0].vision}
+    inputs = pixel_inputs(prompts)
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
     output = model.base.generate(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), do_sample=False, max_new_tokens=30,
@@ -283,7 +283,7 @@ def test_the_models_generation_config_changes_nothing(family, tiny_checkpoint, t
     results = []
     for folder in (tiny_checkpoint(family), hostile):
         loaded = load(folder)
-        prompts = [loaded.encoder.encode_prompt(example, SHORT) for example in examples_of(tiny_images, 56, 112)]
+        prompts = [loaded.encode_prompt(example, SHORT) for example in examples_of(tiny_images, 56, 112)]
         results.append((loaded, sample(loaded, prompts, num_generations=3)))
     (plain_model, plain), (hostile_model, changed) = results
     assert hostile_model.base.generation_config.top_k == 1 and hostile_model.base.generation_config.repetition_penalty == 2.0
@@ -353,7 +353,7 @@ def test_image_tokens_are_never_sampled(family, tiny_checkpoint, tiny_images, te
     first, second = favoured.suppressed_ids[:2]
     direction = torch.randn(head.shape[1], generator=seeded(3))
     head[first], head[second] = 100 * direction, -100 * direction  # whatever the state, one of the two wins by far
-    prompts = [favoured.encoder.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
+    prompts = [favoured.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
     unprotected = dataclasses.replace(favoured, suppressed_ids=())
     [[completion]] = sample(unprotected, prompts, temperature=temperature, max_completion_length=10)
     assert set(completion.ids.tolist()) <= {first, second}  # they would be drawn
@@ -400,7 +400,7 @@ def test_the_mode_is_restored(model, prompts, training):
 
 def test_training_mode_does_not_reach_the_samples(family, tiny_checkpoint, tiny_images):
     loaded = load(tiny_checkpoint(family))
-    prompts = [loaded.encoder.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
+    prompts = [loaded.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
     wrapped = attach_random_adapter(loaded)
     for module in wrapped.modules():
         if isinstance(module, torch.nn.ModuleDict) and "default" in module and isinstance(module["default"], torch.nn.Identity):

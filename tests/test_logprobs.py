@@ -9,10 +9,10 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from data.collate import collate_rows
 from data.encode import EncodedPrompt, EncodedRow
-from engine.forward import predicted_tokens, to_rows
+from engine.forward import to_rows
 from engine.logprobs import CHUNK_SIZE, predicted_correctly, scaled_logits, token_logprobs
+from plain import plain_batch, predicted_tokens
 
 M, H, V = 7, 5, 11
 
@@ -49,11 +49,11 @@ def test_p16_supervised_tokens_and_eq1(case):
             start = int(mask[i].long().argmax())  # what follows the answer's end of turn is in the row, but not supervised
             prompt = EncodedPrompt(ids[i, :start], torch.zeros(start, dtype=torch.long), {})
             rows.append(EncodedRow(prompt, ids[i, start:], mask[i, start:]))
-        batch = collate_rows(rows, pad_token_id=0)
+        batch = plain_batch(rows, pad_token_id=0)
         at, columns = predicted_tokens(batch.loss_mask)
         ignored = torch.full_like(ids, -100)
-        p16.close("labels", ignored.where(~batch.loss_mask, batch.input_ids))
-        p16.close("labels_shifted_for_logits", ignored.index_put((at, columns - 1), batch.input_ids[at, columns]))
+        p16.close("labels", ignored.where(~batch.loss_mask, batch.prompts.input_ids))
+        p16.close("labels_shifted_for_logits", ignored.index_put((at, columns - 1), batch.prompts.input_ids[at, columns]))
         p16.close("supervised_tokens_per_row", batch.loss_mask.sum(1))
 
         # Logits at t - 1 that give token t the case's probability and share the rest evenly
@@ -63,10 +63,10 @@ def test_p16_supervised_tokens_and_eq1(case):
         states = logits.roll(-1, 1)  # the state at t - 1 predicts t
         supervised, contributions = int(batch.completion_mask.sum()), []
         for indices in p16.inputs["micro_batches"]:
-            micro = collate_rows([rows[i] for i in indices], pad_token_id=0)
+            micro = plain_batch([rows[i] for i in indices], pad_token_id=0)
             at, columns = predicted_tokens(micro.loss_mask)
             hidden, head = head_for(states[indices][at, columns - 1])
-            contributions.append(-token_logprobs(hidden, head, micro.input_ids[at, columns])[0].sum() / supervised)
+            contributions.append(-token_logprobs(hidden, head, micro.prompts.input_ids[at, columns])[0].sum() / supervised)
         p16.close("correct_microbatch_contributions", torch.stack(contributions))
         p16.close("token_mean_loss_global", sum(contributions))
         p16.differs("wrong_mean_of_microbatch_means", sum(contributions))
@@ -139,13 +139,6 @@ def test_predicted_correctly_is_the_argmax():
     for chunk_size in (1, 3, 256):
         correct = predicted_correctly(hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size)
         assert correct.tolist() == [True, False, True, True]
-
-
-def test_tokens_are_predicted_from_the_state_before_them():
-    mask = torch.tensor([[True, False, True, True], [False, False, False, False], [True, True, False, False]])
-    rows, columns = predicted_tokens(mask)
-    assert (rows.tolist(), columns.tolist()) == ([0, 0, 2], [2, 3, 1])  # nothing predicts a row's first token
-    assert mask[0, 0], "the caller's mask was changed"
 
 
 def test_to_rows_puts_values_back_in_their_places():

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
 from engine.memory import (
-    ModelShape, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts)
+    ModelShape, Packed, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts)
 from engine.model import attach_new_adapter
 from tiny import load
 
@@ -55,17 +55,32 @@ def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint)
 
 
 def test_what_a_layer_keeps_by_hand():
-    # fp32, no dropout, r 2, rows of 10 tokens. Norms 2 x 4 x 8 = 64; q, k, v, output 4 x 4 x 8 = 128; mask 4 x 10 = 40; logsumexp
-    # 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs of A: shared by q, k, v 32, the attention's output is kept already,
-    # shared by gate and up 32, down's 64; A's outputs 7 x 2 x 4 = 56. In all 624.
-    assert kept_by_layer(SHAPE, WORK, 10) == 624
-    # bf16: 64 + 64 + 20 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256; 56. In all 572.
-    assert kept_by_layer(SHAPE, replace(WORK, element_size=2), 10) == 572
-    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 128; on a GPU masks of a byte: 256 + 64 = 320.
-    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), 10) == 624 - 128 + 512
-    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), 10) == 624 - 128 + 320
+    # One prompt of 10 tokens: fp32, no dropout, r 2. Norms 2 x 4 x 8 = 64; q and output 2 x 4 x 8 = 64, k and v 2 x 4 x 4 = 32;
+    # logsumexp 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs of A: shared by q, k, v 32, o's 32, shared by gate and up
+    # 32, down's 64; A's outputs 7 x 2 x 4 = 56. In all 584 a token.
+    prompt = Packed(1, 10, 0, 5)
+    assert kept_by_layer(SHAPE, WORK, prompt) == 10 * 584
+    # bf16: 64 + 32 + 16 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256; 56. In all 536.
+    assert kept_by_layer(SHAPE, replace(WORK, element_size=2), prompt) == 10 * 536
+    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU masks of a byte: 256 + 64 = 320.
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), prompt) == 10 * (584 - 160 + 512)
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (584 - 160 + 320)
     # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
-    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, 10) == 624 + 64 + 48
+    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, prompt) == 10 * (584 + 64 + 48)
+    # Three completions of 5: 25 tokens; each sees 15 keys, whose k and v in fp32 are 2 x 4 x 4 = 32
+    assert kept_by_layer(SHAPE, WORK, Packed(1, 10, 3, 5)) == 25 * 584 + 3 * 15 * 32
+
+
+def test_the_packed_row_by_hand():
+    row = Packed(prompts=2, prompt_length=10, completions=6, completion_length=5)
+    assert row.tokens == 2 * 10 + 6 * 5
+    assert row.keys == 6 * 15
+    assert row.pairs == 2 * 10 * 10 + 6 * 5 * 15
+    work = replace(WORK, prompt_length=10, completion_length=5, num_generations=3)
+    assert work.packed(6) == row
+    # 10 + 2 x 5 = 20, 10 + 3 x 5 = 25, 2 x 10 + 4 x 5 = 40 tokens
+    assert work.packed(7) == Packed(3, 10, 7, 5)
+    assert [replace(work, max_tokens_per_forward=n).packed(7).completions for n in (1, 19, 20, 39, 40)] == [1, 1, 2, 3, 4]
 
 
 def test_gradients_alive_in_the_backward_pass_by_hand():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from data.collate import collate_rows
+from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.config import UsageError
 from engine.forward import completion_logprobs
@@ -39,6 +40,7 @@ from engine.model import (
 )
 from engine.optim import build_optimizer
 from rl.objective import kl_estimate
+import plain as plain_forward
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
 CPU = torch.device("cpu")
@@ -60,10 +62,14 @@ def open_model(name) -> LoadedModel:
     return load_model(str(name), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16)
 
 
-def logprobs_of(net, model: LoadedModel, images) -> torch.Tensor:
-    rows = [model.encoder.encode_answer(example, Prompt("p", "Which?"), answer)
+def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
+    return [model.encode_answer(example, Prompt("p", "Which?"), answer)
             for example, answer in zip(examples_of(images, 56, 84), ("abc", "a longer answer"))]
-    return completion_logprobs(net, model.family, collate_rows(rows, model.encoder.pad_token_id), temperature=0.8)[0]
+
+
+def logprobs_of(net, model: LoadedModel, images) -> torch.Tensor:
+    batch = collate_rows(rows_of(model, images), model.encoder.pad_token_id)
+    return completion_logprobs(net, model.family, batch, temperature=0.8)[0]
 
 
 def save(wrapped: PeftModel, folder, base_name: str = "base"):
@@ -216,7 +222,8 @@ def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tin
     base = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint(family), dtype=torch.float32)
     base.lm_head.weight = model.base.lm_head.weight  # tiny.load gives the base a head of its own
     plain = PeftModel.from_pretrained(base, folder).eval()
-    assert torch.equal(logprobs_of(plain, model, tiny_images), expected)
+    rows = rows_of(model, tiny_images)
+    torch.testing.assert_close(plain_forward.logprobs_of(plain, model.family, rows, temperature=0.8), expected, rtol=0, atol=5e-6)
 
     again = attach_adapter(load(tiny_checkpoint(family)), folder)
     assert torch.equal(logprobs_of(again, model, tiny_images), expected)

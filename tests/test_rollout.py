@@ -5,6 +5,7 @@ Run: pytest tests/test_rollout.py
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -127,8 +128,13 @@ def test_what_forks_are_given_of_the_advantages(monkeypatch):
 
 # ---- micro-batches --------------------------------------------------------------------------------------------------
 def test_micro_batches_are_planned_in_order():
-    assert plan_micro_batches(8, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert plan_micro_batches(5, 2) == [[0, 1], [2, 3], [4]]
+    prompts = [EncodedPrompt(torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.long), {}) for _ in range(2)]
+    samples = [sample(i // 4, 0.0, length=i + 1) for i in range(8)]
+    plan = partial(plan_micro_batches, samples, prompts)
+    assert plan(size=4, accumulation=1, max_tokens=None) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert plan(size=2, accumulation=2, max_tokens=None) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    # 10 + 1 + 2 + 3 = 16 fit, 4 more do not: 10 + 4; then 10 + 5, 10 + 6, ... each alone
+    assert plan(size=4, accumulation=1, max_tokens=17) == [[[0, 1, 2], [3]], [[4], [5], [6], [7]]]
 
 
 def test_samples_are_padded_on_the_right_with_their_own_prompt():
@@ -141,7 +147,8 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
                ref_logprobs=None, sampling_logprobs=torch.tensor([-8.0])),
     ]
     micro = collate_samples(samples, prompts, 0, CPU)
-    assert micro.batch.input_ids.tolist() == [[21, 21, 1, 2, 3], [20, 1, 0, 0, 0]]
+    assert micro.batch.prompts.input_ids.tolist() == [[21, 21], [0, 20]] and micro.batch.prompt_of_row.tolist() == [0, 1]
+    assert micro.batch.completion_ids.tolist() == [[1, 2, 3], [1, 0, 0]]
     assert micro.mask.tolist() == [[True, True, True], [False, False, False]]
     assert micro.advantages.tolist() == [0.25, -0.5] and micro.advantages.dtype == torch.float32
     assert micro.old_logprobs.tolist() == [[-1.0, -2.0, -3.0], [-7.0, 0.0, 0.0]]
@@ -161,7 +168,7 @@ def rollout(request, tiny_checkpoint, tiny_sft_run, tiny_data):
             if "lora_B.default" in name:
                 parameter.zero_()
     examples = read_jsonl(tiny_data)[:2]
-    prompts = [model.encoder.encode_prompt(e, SHORT) for e in examples]
+    prompts = [model.encode_prompt(e, SHORT) for e in examples]
     completions = generate(wrapped, model, prompts, SamplingConfig(0.8, 0.95, 5), num_generations=3,
                            generator=torch.Generator().manual_seed(0))
     samples = build_samples(examples, completions, model.encoder.decode, {"hard": HardReward()}, "hard",

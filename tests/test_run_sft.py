@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import run_sft
-from data.collate import collate_rows
 from data.encode import Encoder
 from data.prompts import PROMPTS
 from data.records import read_jsonl
 from engine.model import EMBEDDED
 from engine.run import shuffled
 from run_sft import SFTConfig, step_counts
+from plain import plain_batch
 from runs import adapter, document, equal_tensors, eval_log, largest_difference, lines, sft, train_log, write_rows
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
@@ -91,12 +91,12 @@ def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[
     logprobs, correct = [], []
     for example in read_jsonl(data):
         row = encoder.encode_answer(example, PROMPTS["demo"], example.answer)
-        batch = collate_rows([row], encoder.pad_token_id)
+        rows = plain_batch([row], encoder.pad_token_id).prompts
         types = "mm_token_type_ids" if encoder.family == "qwen2_5_vl" else "token_type_ids"
         with torch.no_grad():
-            logits = model(input_ids=batch.input_ids, **{types: batch.token_types}, **row.prompt.vision).logits[0]  # [S,V]
+            logits = model(input_ids=rows.input_ids, **{types: rows.token_types}, **row.prompt.vision).logits[0]  # [S,V]
         length = len(example.answer) + 1  # ASCII and a byte tokenizer: one token a character, and the end of turn
-        predicted, targets = logits[-length - 1 : -1], batch.input_ids[0, -length:]
+        predicted, targets = logits[-length - 1 : -1], rows.input_ids[0, -length:]
         logprobs.append(predicted.log_softmax(1).gather(1, targets[:, None])[:, 0])
         correct.append(predicted.argmax(1) == targets)
     return logprobs, correct

@@ -5,6 +5,7 @@ is shorter than a prompt here) and are saved as folders that the product loads l
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from data.encode import EncodedPrompt, EncodedRow
 from data.records import Example
 from engine.model import LoadedModel, attach_new_adapter, load_model
 
@@ -165,6 +167,20 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     head = 0.4 * torch.randn(model.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     model.base.lm_head.weight = torch.nn.Parameter(head.to(dtype), requires_grad=False)
     return model
+
+
+def with_features(model: LoadedModel, encoded: EncodedPrompt | EncodedRow) -> EncodedPrompt | EncodedRow:
+    """The encoded prompt or row with its image's features beside its pixels, which official forwards take."""
+    if isinstance(encoded, EncodedRow):
+        return dataclasses.replace(encoded, prompt=with_features(model, encoded.prompt))
+    with torch.no_grad():
+        features = model.family.image_features(model.base, encoded.vision)
+    return dataclasses.replace(encoded, vision=encoded.vision | {"features": features})
+
+
+def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
+    """The image inputs of transformers' own forward."""
+    return {name: torch.cat([prompt.vision[name] for prompt in prompts]) for name in prompts[0].vision if name != "features"}
 
 
 def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:

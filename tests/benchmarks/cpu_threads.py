@@ -31,7 +31,7 @@ def main() -> None:
     model = load_model("demo", dtype=torch.float32, device=torch.device("cpu"), min_visual_tokens=16, max_visual_tokens=16)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1).train()
     examples = read_examples("demo:sft-train")[:16]
-    batch = collate_rows([model.encoder.encode_answer(e, PROMPTS["demo"], e.answer) for e in examples], model.encoder.pad_token_id)
+    batch = collate_rows([model.encode_answer(e, PROMPTS["demo"], e.answer) for e in examples], model.encoder.pad_token_id)
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from data.collate import collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.config import parse_config
+from engine.attention import IMPLEMENTATION
 from engine.families import family_of, lm_head_weight
 from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import SamplingConfig, generate
@@ -89,8 +90,8 @@ def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
 def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     """A random model as engine.model.load_model returns it, without a tokenizer and without stop ids: completions are full."""
     torch.manual_seed(0)
-    base = CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False).to(device).eval()
-    return LoadedModel("random", base, family_of(config.model_type), SimpleNamespace(pad_token_id=0), frozenset(), ())
+    base = CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION}).requires_grad_(False).to(device).eval()
+    return LoadedModel("random", base, family_of(config.model_type), SimpleNamespace(pad_token_id=0), frozenset(), (), None)
 
 
 def make_prompt(config: PretrainedConfig, sizes: Sizes) -> EncodedPrompt:
@@ -106,13 +107,11 @@ def make_prompt(config: PretrainedConfig, sizes: Sizes) -> EncodedPrompt:
 
 def workload(phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     sft = phase.startswith("sft")
-    images = sizes.rows if sft else -(-sizes.rows // sizes.generations)
-    held = {"rollout": sizes.rows, "evaluation": sizes.rows}.get(phase, images)
     return Workload(
         element_size=dtype.itemsize, device=device.type, lora_r=16, lora_dropout=0.1 if sft else 0.0, adapters=1 if sft else 2,
         gradient_checkpointing="checkpointed" in phase, prompt_length=sizes.prompt_length, image_tokens=sizes.image_tokens,
-        completion_length=sizes.new_tokens, max_completion_length=sizes.new_tokens, micro_batch=sizes.rows, micro_batch_images=images,
-        encoded_images=held, eval_rows=sizes.rows, rollout_prompts=0 if sft else sizes.rows, num_generations=sizes.generations)
+        completion_length=sizes.new_tokens, max_completion_length=sizes.new_tokens, micro_batch=sizes.rows,
+        eval_rows=sizes.rows, rollout_prompts=0 if sft else sizes.rows, num_generations=1 if sft else sizes.generations)
 
 
 def expected_bytes(model: ModelShape, phase: str, work: Workload) -> int:
@@ -123,9 +122,19 @@ def expected_bytes(model: ModelShape, phase: str, work: Workload) -> int:
 
 
 def phase_step(phase: str, sizes: Sizes, config: PretrainedConfig, model: LoadedModel, wrapped: PeftModel, device) -> Callable[[], None]:
-    """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made inside."""
+    """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made inside. GRPO's updates get
+    the prompts with features from the rollout.
+    """
+    @torch.no_grad()
+    def look(prompt: EncodedPrompt) -> EncodedPrompt:
+        pixels = {name: tensor.to(device) for name, tensor in prompt.vision.items()}
+        features = {"features": model.family.image_features(model.base, pixels).cpu()}
+        return replace(prompt, vision=features | {name: tensor for name, tensor in prompt.vision.items() if name != "pixel_values"})
+
+    of_rollout = [look(make_prompt(config, sizes)) for _ in range(-(-sizes.rows // sizes.generations))]
+
     def batch(generations: int):
-        prompts = [make_prompt(config, sizes) for _ in range(-(-sizes.rows // generations))]
+        prompts = of_rollout if generations > 1 else [look(make_prompt(config, sizes)) for _ in range(sizes.rows)]
         rows = [EncodedRow(prompts[i // generations], torch.randint(100, sizes.vocabulary, (sizes.new_tokens,)),
                            torch.ones(sizes.new_tokens, dtype=torch.bool)) for i in range(sizes.rows)]
         return collate_rows(rows, 0).to(device)
@@ -147,7 +156,7 @@ def phase_step(phase: str, sizes: Sizes, config: PretrainedConfig, model: Loaded
 
     def decode(temperature: float, generations: int) -> Callable[[], None]:
         sampling = SamplingConfig(temperature, 0.95, sizes.new_tokens)
-        return lambda: generate(wrapped, model, [make_prompt(config, sizes) for _ in range(sizes.rows)], sampling,
+        return lambda: generate(wrapped, model, [look(make_prompt(config, sizes)) for _ in range(sizes.rows)], sampling,
                                 num_generations=generations, generator=torch.Generator().manual_seed(0))
 
     wrapped.train(phase.startswith(("sft", "grpo")))
@@ -233,8 +242,8 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
         element_size=2 if config.bf16 else 4, device="cuda", lora_r=16, lora_dropout=config.lora_dropout if sft else 0.0, adapters=1 if sft else 2,
         gradient_checkpointing=config.gradient_checkpointing, prompt_length=image + text, image_tokens=image,
         completion_length=config.max_completion_length, max_completion_length=config.max_completion_length, micro_batch=micro,
-        micro_batch_images=-(-micro // group), encoded_images=0, eval_rows=config.per_device_eval_batch_size,
-        rollout_prompts=0 if sft else prompts_per_rollout(config), num_generations=group)
+        eval_rows=config.per_device_eval_batch_size, rollout_prompts=0 if sft else prompts_per_rollout(config), num_generations=group,
+        max_tokens_per_forward=config.max_tokens_per_forward)
     return config.model_name_or_path, work
 
 
@@ -266,8 +275,7 @@ def cards() -> None:
                   f"{work.eval_rows} decoded together")
             print(memory_table(found, work))
             for card in CARDS:
-                update = largest(lambda n: phase_fits(
-                    shape, replace(work, micro_batch=n, micro_batch_images=-(-n // work.num_generations)), "update", card))
+                update = largest(lambda n: phase_fits(shape, replace(work, micro_batch=n, max_tokens_per_forward=None), "update", card))
                 decoded = largest(lambda n: phase_fits(shape, replace(work, eval_rows=n), "evaluation", card))
                 line = f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded together"
                 if work.rollout_prompts:

@@ -1,0 +1,107 @@
+"""Attention of completions that share their prompts.
+
+A forward of training runs tokens in one row without padding: every prompt once, then the completions. All that works on
+single tokens (projections, MLP, norms) therefore costs what the tokens cost. Attention is the one place where tokens meet:
+here they are laid out by prompts [B,S] and completions [N,R], prompts attend to themselves, and each completion attends to
+its prompt and to itself, so that neither G copies of a prompt nor blocks between completions are ever computed.
+
+The family's masks of both parts travel to the layers in place of a mask tensor; with an ordinary mask (sampling,
+transformers' own forward) the attention is transformers' SDPA.
+
+Shapes: B prompts of S places, N completions of R places, M tokens in the row, H heads, K heads of keys and values, D a
+head's width.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "shared_prompt"  # name of `attention` for transformers
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S] and of the completions' in
+    [N,R], both int64 and ascending; prompt_of_row [N].
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    prompt_of_row: Tensor
+    prompt_shape: tuple[int, int]
+    completion_shape: tuple[int, int]
+
+
+@dataclass
+class SharedPromptMask:
+    """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its own prompt's tokens;
+    completions [N,1,R,S+R]: the prompt's, then its own.
+    """
+
+    places: Places
+    prompts: Tensor
+    completions: Tensor
+    _additive: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def additive(self, dtype: torch.dtype, repeats: int) -> tuple[Tensor, Tensor]:
+        """Both masks as numbers to add, repeated for the heads that share a key; made once for all layers, which keep it."""
+        if (dtype, repeats) not in self._additive:
+            self._additive[dtype, repeats] = tuple(
+                torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf).repeat(1, 1, repeats, 1)
+                for mask in (self.prompts, self.completions))
+        return self._additive[dtype, repeats]
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: SharedPromptMask | Tensor | None,
+              dropout: float = 0.0, scaling: float | None = None, **keywords) -> tuple[Tensor, None]:
+    """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call it."""
+    if not isinstance(attention_mask, SharedPromptMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords)
+    places = attention_mask.places
+    prompt_mask, completion_mask = attention_mask.additive(query.dtype, query.shape[1] // key.shape[1])
+    split = len(places.prompts), len(places.completions)
+    (q, q_own), (k, k_own), (v, v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
+    q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in (q, k, v))  # [B,S,heads,D]
+    output = gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)  # [m,H,D]
+    if split[1]:
+        q_own, k_own, v_own = (spread(states, places.completions, places.completion_shape) for states in (q_own, k_own, v_own))
+        k, v = (torch.cat([prompt.index_select(0, places.prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
+        own = attend(q_own, k, v, completion_mask, dropout, scaling)  # [N,R,H,D]
+        output = torch.cat([output, gather(own, places.completions)])
+    return output[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """query [R,Q,H,D], key and value [R,T,K,D], mask [R,1,H/K x Q,T] to add -> [R,Q,H,D].
+
+    The heads that share a key are more queries of it, so keys and values are not repeated for them.
+    """
+    rows, length, heads, width = query.shape
+    shared = key.shape[2]
+    query = query.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)  # [R,K,H/K x Q,D]
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return output.view(rows, shared, heads // shared, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+
+
+def spread(tokens: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[m,...] -> [*shape,...]: each token at its place, zeros elsewhere."""
+    if len(places) == shape[0] * shape[1]:
+        return tokens.unflatten(0, shape)
+    return tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:]).index_copy(0, places, tokens).unflatten(0, shape)
+
+
+def gather(padded: Tensor, places: Tensor) -> Tensor:
+    """[B,S,...] -> [m,...]: the tokens at `places` of the flat rows."""
+    flat = padded.flatten(0, 1)
+    return flat if len(places) == len(flat) else flat.index_select(0, places)
