@@ -39,7 +39,7 @@ from rl.dump import step_tensors, write_step
 from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import (
-    completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples)
+    completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples, with_rewards)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
 from rl.settings import (
@@ -209,7 +209,8 @@ def evaluate_policy(config: GRPOConfig, model: LoadedModel, wrapped, sets: dict[
     notes = {name: {"step": step} | note for name, note in bad_image_counts(sets, bad_images).items()}
     scores = evaluate_sets(wrapped, model, sets, PROMPTS[config.prompt], SamplingConfig(0.0, 1.0, config.max_completion_length), run_dir,
                            batch_size=config.per_device_eval_batch_size, reference=reference, answer_format=config.answer_format,
-                           extra=lambda rows: mean_rewards(rows, reward_functions, config.reward),
+                           annotate=lambda rows: with_rewards(rows, reward_functions),
+                           extra=lambda rows: mean_rewards(rows, config.reward, reward_functions[config.reward]),
                            should_stop=lambda: guard.stop is not None, notes=notes)
     flat = {name: score | {"macro_f1": score["macro"]["f1"], "micro_f1": score["micro"]["f1"],
                            "completion_length": score["completion_length"]["mean"]} for name, score in scores.items()}

@@ -98,7 +98,7 @@ class SignalGuard:
 
 # ---- run directory --------------------------------------------------------------------------------------------------
 def run_directory(
-    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval"], *, root: Path = Path("runs")
+    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval", "report", "matrix"], *, root: Path = Path("runs")
 ) -> Path:
     """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
 

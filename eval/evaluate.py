@@ -163,13 +163,13 @@ def score(rows: Sequence[dict], *, reference: Sequence[Example] | None = None, s
         "labels": columns,
         "failure_policies": {name: _f1(scores) for name, scores in policies.items()},
         "intervals": {name: list(bounds) for name, bounds in intervals.items()},
-        "baselines": _baselines(targets, evaluated, columns, reference, seed),
+        "baselines": baselines(targets, evaluated, columns, reference, seed),
         "completion_length": {"mean": float(np.mean(lengths)), "max": max(lengths)},
     }
 
 
-def _baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], reference: Sequence[Example] | None,
-               seed: int) -> dict[str, dict]:
+def baselines(targets: np.ndarray, evaluated: np.ndarray, columns: list[str], reference: Sequence[Example] | None,
+              seed: int) -> dict[str, dict]:
     """{baseline: {"micro_f1", "macro_f1", "jaccard", "reference"}}; "reference" names the label sets that it imitates."""
     imitated, source = targets & evaluated, "this data set"
     if reference is not None:
@@ -209,14 +209,15 @@ def evaluate_sets(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     notes: Mapping[str, dict] | None = None,
+    annotate: Callable[[list[dict]], list[dict]] = lambda rows: rows,
     extra: Callable[[list[dict]], dict] = lambda rows: {},
 ) -> dict[str, dict]:
     """`predict`, `score` and `write_results` for every data set, with a progress bar -> {name: scores}.
 
     Results of these names in output_dir are replaced. answer_format: None for the prompt's own. notes: {name: keys to add to
-    the scores}; extra(rows): more such keys, computed from the rows. Until a data set is finished its answers so far are in
-    predictions-<name>.partial.jsonl; an interrupt (KeyboardInterrupt, once should_stop says so) or an error leaves that file
-    there and says so.
+    the scores}; annotate(rows): the rows with fields of the caller's own; extra(rows): more keys of the scores, computed from
+    those rows. Until a data set is finished its answers so far are in predictions-<name>.partial.jsonl; an interrupt
+    (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so.
     """
     results = {}
     for name, examples in sets.items():
@@ -233,6 +234,7 @@ def evaluate_sets(
 
             rows = predict(wrapped, model, examples, prompt, sampling, answer_format=answer_format or prompt.answer_format,
                            batch_size=batch_size, generator=generator, should_stop=should_stop, on_batch=on_batch)
+            rows = annotate(rows)
             results[name] = score(rows, reference=reference, seed=seed) | extra(rows) | (notes or {}).get(name, {})
             write_results(output_dir, name, rows, results[name], overwrite=True)
     return results
@@ -350,14 +352,19 @@ _ROW_FIELDS = {"id": str, "patient_id": str, "dataset": str, "labels": list, "ev
 
 
 def read_predictions(path: str | Path, answer_format: str | None = None) -> list[dict]:
-    """Rows of a predictions file, parsed anew (`reparse`).
+    """Rows of a predictions file, parsed anew (`reparse`). Raises DataError as `iter_predictions` does."""
+    return list(iter_predictions(path, answer_format))
 
-    Raises DataError with every problem of the file (line and field), also where it is missing, empty or holds an id twice.
+
+def iter_predictions(path: str | Path, answer_format: str | None = None) -> Iterator[dict]:
+    """The rows of `read_predictions` one by one, for a file whose texts are not to be held in memory.
+
+    Raises DataError with every problem of the file (line and field), after the last sound row; also where it is missing, empty or
+    holds an id twice.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError([f"{path}: no such predictions file"])
-    rows: list[dict] = []
     problems: list[str] = []
     line_of: dict[str, int] = {}
     with path.open(encoding="utf-8-sig") as lines:
@@ -375,10 +382,9 @@ def read_predictions(path: str | Path, answer_format: str | None = None) -> list
             problems += [f"{path}, line {number}: {problem}" for problem in found]
             if not found:
                 line_of[row["id"]] = number
-                rows.append(row)
-    if problems or not rows:
+                yield reparse([row], answer_format)[0]
+    if problems or not line_of:
         raise DataError(problems[:MAX_PROBLEMS] or [f"{path}: the file holds no predictions"])
-    return reparse(rows, answer_format)
 
 
 def _row_problems(row: object) -> list[str]:
@@ -391,6 +397,9 @@ def _row_problems(row: object) -> list[str]:
         elif kind is list:
             unknown = [label for label in row[field] if label not in LABELS]
             problems += [f"field {field!r} holds {unknown[0]!r}; the labels are: {', '.join(LABELS)}"] if unknown else []
+    source = row.get("source_labels")
+    if source is not None and not (isinstance(source, list) and all(isinstance(label, str) for label in source)):
+        problems.append(f"field 'source_labels' is {json.dumps(source)[:60]}; it must be a list of strings")
     if row.get("answer_format") not in (None, *ANSWER_FORMATS):
         problems.append(f"field 'answer_format' is {row['answer_format']!r}; known: {', '.join(ANSWER_FORMATS)}")
     return problems

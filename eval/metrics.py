@@ -99,11 +99,23 @@ def bootstrap_intervals(
     """95 % percentile intervals of "micro_f1", "macro_f1" and "jaccard": {metric: (low, high)}.
 
     Whole patients are drawn with replacement, as many as there are: images of one patient resemble each other, so drawing
-    images would give intervals that are too narrow. One resample is one draw of `rng.multinomial` over the patients in sorted
-    order. jaccard [N]: the value of each image, where it is not `jaccard_per_image`'s. A rare label is missing from some
-    resamples and then counts as 0 in macro-F1, so that interval lies low, down to missing the estimate itself.
+    images would give intervals that are too narrow. jaccard [N]: the value of each image, where it is not
+    `jaccard_per_image`'s. A rare label is missing from some resamples and then counts as 0 in macro-F1, so that interval lies
+    low, down to missing the estimate itself.
 
     Raises ValueError without any image, and where the lengths differ.
+    """
+    totals = patient_totals(targets, predictions, evaluated, patient_ids, jaccard)
+    values = figures(resampled_totals(totals, seed=seed, resamples=resamples))
+    return {metric: interval(values[metric]) for metric in ("micro_f1", "macro_f1", "jaccard")}
+
+
+def patient_totals(
+    targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None, patient_ids: Sequence[str],
+    jaccard: np.ndarray | None = None,
+) -> np.ndarray:
+    """What `figures` needs of each patient, in sorted order: float [P, 3K + 2], sums over the patient's images of true positives,
+    false positives and false negatives by label, of the Jaccard values, and of the images themselves. Sums of rows are totals too.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     jaccard = jaccard_per_image(targets, predictions, evaluated) if jaccard is None else np.asarray(jaccard)
@@ -111,25 +123,41 @@ def bootstrap_intervals(
         raise ValueError(f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values: need equal "
                          "numbers, at least one")
     patients, patient_of_image = np.unique(np.asarray(patient_ids), return_inverse=True)  # [P], [N]
-    num_patients, num_labels = len(patients), targets.shape[1]
     columns = np.concatenate([  # [N, 3K + 2]
         targets & predictions & evaluated, ~targets & predictions & evaluated, targets & ~predictions & evaluated,
         jaccard[:, None], np.ones((len(targets), 1)),
     ], axis=1)  # fmt: skip
-    totals = np.zeros((num_patients, columns.shape[1]))
-    np.add.at(totals, patient_of_image, columns)  # [P, 3K + 2]
+    totals = np.zeros((len(patients), columns.shape[1]))
+    np.add.at(totals, patient_of_image, columns)
+    return totals
 
+
+def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
+    """Sums of the rows of `totals` [P, C] over P rows drawn with replacement, float [resamples, C].
+
+    Equal rows are interchangeable: how often each distinct one is drawn is one draw of `rng.multinomial` over the distinct rows
+    in sorted order, which is far shorter than the P rows where most patients have one image.
+    """
+    rows, counts = np.unique(totals, axis=0, return_counts=True)  # [U, C], [U]
     rng = np.random.default_rng(seed)
-    chunk = max(1, _WEIGHTS_AT_ONCE // num_patients)  # changes the memory, not the draws
-    uniform = np.full(num_patients, 1 / num_patients)
+    chunk = max(1, _WEIGHTS_AT_ONCE // len(rows))  # changes the memory, not the draws
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    resampled = np.concatenate([rng.multinomial(num_patients, uniform, size=size) @ totals for size in sizes])  # [R, 3K + 2]
+    return np.concatenate([rng.multinomial(len(totals), counts / len(totals), size=size) @ rows for size in sizes])
 
-    counts = [resampled[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]  # TP, FP, FN, each [R, K]
+
+def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
+    """The figures of R totals [R, 3K + 2] as `patient_totals` lays them out: "micro_f1", "macro_f1", "jaccard" [R], "label_f1" [R, K]."""
+    num_labels = (totals.shape[1] - 2) // 3
+    counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]  # TP, FP, FN, each [R, K]
     by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
     micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
-    values = {"micro_f1": micro, "macro_f1": by_label.mean(axis=1), "jaccard": resampled[:, -2] / resampled[:, -1]}
-    return {metric: tuple(float(bound) for bound in np.percentile(value, [2.5, 97.5])) for metric, value in values.items()}
+    return {"micro_f1": micro, "macro_f1": by_label.mean(axis=1), "jaccard": totals[:, -2] / totals[:, -1], "label_f1": by_label}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of R resampled values."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 # Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds label sets to imitate,

@@ -174,19 +174,27 @@ def unpack_samples(
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
-def mean_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction], trained_reward: str) -> dict[str, float]:
-    """Means over the rows of a predictions file: `rewards/<name>/mean` in the reward's own units, `reward` as it is trained on.
+def with_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction]) -> list[dict]:
+    """The rows of a predictions file, each with its "rewards" as in completions.jsonl: {name: {"total", its parts}}.
 
     Nothing is observed: the windows stay those of the rollouts.
     """
-    means = Counter()
+    rewarded = []
     for row in rows:
         answer = parse_answer(row["completion"], row["answer_format"])
         target = Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"]))
-        for name, function in reward_functions.items():
-            reward = function(answer, target, row["completion_length"])
-            means[f"rewards/{name}/mean"] += reward.total / len(rows)
-            means["reward"] += function.scaled(reward) / len(rows) if name == trained_reward else 0.0
+        rewards = {name: function(answer, target, row["completion_length"]) for name, function in reward_functions.items()}
+        rewarded.append(row | {"rewards": {name: {"total": reward.total} | reward.parts for name, reward in rewards.items()}})
+    return rewarded
+
+
+def mean_rewards(rows: Sequence[dict], trained_reward: str, function: RewardFunction) -> dict[str, float]:
+    """Means over rows of `with_rewards`: `rewards/<name>/mean` in the reward's own units, `reward` as it is trained on."""
+    means = Counter()
+    for row in rows:
+        for name, reward in row["rewards"].items():
+            means[f"rewards/{name}/mean"] += reward["total"] / len(rows)
+        means["reward"] += function.scaled(Reward(row["rewards"][trained_reward]["total"], {})) / len(rows)
     return dict(means)
 
 

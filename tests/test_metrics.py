@@ -10,8 +10,8 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from data.labels import LABELS
 from eval.metrics import (
-    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, predict_all_labels,
-    predict_by_prevalence, predict_most_frequent,
+    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, patient_totals, predict_all_labels,
+    predict_by_prevalence, predict_most_frequent, resampled_totals,
 )
 
 ABC = ("Edema", "Fracture", "Pneumonia")
@@ -228,20 +228,31 @@ def test_jaccard_counts_unknown_entries_in_the_union():
     assert values == pytest.approx([1 / 3, 0])
 
 
+def draws_by_hand(targets, predictions, evaluated, patient_ids, *, seed, resamples) -> list[dict[str, int]]:
+    """{patient: times drawn} of each resample: one multinomial draw over the distinct rows of totals, in sorted order."""
+    totals = patient_totals(targets, predictions, evaluated, patient_ids)
+    members: dict[tuple, list[str]] = {}
+    for patient, row in zip(sorted(set(patient_ids)), totals.tolist(), strict=True):
+        members.setdefault(tuple(row), []).append(patient)
+    rows = sorted(members)
+    shares = [len(members[row]) / len(totals) for row in rows]
+    weights = np.random.default_rng(seed).multinomial(len(totals), shares, size=resamples)
+    nobody = dict.fromkeys(patient_ids, 0)  # of patients with equal totals, the first stands for all
+    return [nobody | {members[row][0]: int(times) for row, times in zip(rows, weight)} for weight in weights]
+
+
 def test_bootstrap_equals_a_loop_over_the_same_draws():
     targets, predictions = random_case(0)
     evaluated = np.random.default_rng(1).random(targets.shape) < 0.8
     patient_ids = [f"p{n}" for n in np.random.default_rng(2).integers(12, size=50)]
-    patients = sorted(set(patient_ids))
     intervals = bootstrap_intervals(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
 
     # A position that is not evaluated counts as a true negative for scikit-learn, which no F1 and no Jaccard index sees. The
     # images of a patient drawn twice are there twice.
     targets, predictions = targets & evaluated, predictions & evaluated
-    weights = np.random.default_rng(3).multinomial(len(patients), [1 / len(patients)] * len(patients), size=30)
+    drawn_patients = draws_by_hand(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
     figures = []
-    for weight in weights:
-        times = dict(zip(patients, weight))
+    for times in drawn_patients:
         drawn = [n for n in range(50) for _ in range(times[patient_ids[n]])]
         sample = targets[drawn], predictions[drawn]
         figures.append((sklearn_scores(*sample, average="micro")[2], sklearn_scores(*sample, average="macro")[2],
@@ -249,6 +260,17 @@ def test_bootstrap_equals_a_loop_over_the_same_draws():
     low, high = np.percentile(figures, [2.5, 97.5], axis=0)
     for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high):
         assert intervals[metric] == pytest.approx(bounds, abs=1e-12)
+
+
+def test_patients_with_equal_totals_are_drawn_together():
+    """Eight patients, five of them alike: a resample still has eight, and each of the five comes as often as any other."""
+    totals = np.array([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 2 + [[0.0, 0.0]])
+    drawn = resampled_totals(totals, seed=0, resamples=20_000)
+    assert drawn.shape == (20_000, 2) and (drawn.sum(axis=1) <= 8).all()
+    # Binomial(8, 5/8) and Binomial(8, 2/8): means 5 and 2, variances 15/8 and 12/8; five standard errors of the mean and of the
+    # variance (that of a sample variance is about variance x sqrt(2 / 20000) = 0.02).
+    assert drawn.mean(axis=0) == pytest.approx([5, 2], abs=5 * np.sqrt(15 / 8 / 20_000))
+    assert drawn.var(axis=0) == pytest.approx([15 / 8, 12 / 8], abs=0.1)
 
 
 def test_bootstrap_does_not_depend_on_how_many_weights_fit_in_memory(monkeypatch):

@@ -15,13 +15,18 @@ from data.prompts import PROMPTS
 from data.select import build_parser
 from data.traces import main as traces
 from engine.merge import MergeConfig
+from eval.compare import CompareConfig
 from eval.evaluate import EvalConfig
+from eval.figures import FiguresConfig
+from eval.matrix import MatrixConfig
+from eval.report import ReportConfig
 from patches import FORKS, patch_of, patched, size
 from rl.objective import ObjectiveConfig
 from rl.settings import GRPOConfig
 from run_sft import SFTConfig
 from test_breaks import module_of
 
+REPORTS = (ReportConfig, CompareConfig, MatrixConfig, FiguresConfig)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TERMS = re.findall(r"\[rl/objective\.py:(\d+)\]\(rl/objective\.py#L(\d+)\) \| `(.+?)` \|", README)
@@ -86,7 +91,7 @@ def test_every_file_of_the_layout_tree_exists():
 
 
 def test_every_flag_named_is_a_flag(capsys):
-    configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig)
+    configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig, *REPORTS)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
     fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}  # of data.select
     for command in ("export", "import"):
@@ -111,7 +116,7 @@ WITHOUT_UNIT = {
     "seed", "temperature", "top_p", "reward_scale", "length_penalty", "epsilon_low", "epsilon_high"}
 
 
-@pytest.mark.parametrize("owner", [SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig])
+@pytest.mark.parametrize("owner", [SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, *REPORTS])
 def test_every_setting_of_the_commands_explains_itself(owner):
     for field in dataclasses.fields(owner):
         what = f"{owner.__name__}.{field.name}"

@@ -171,6 +171,18 @@ def test_windows_of_the_rewards_see_each_rollout_once_and_no_evaluation(finished
         row["predicted"] for row in rows[:8] if row["problem"] != "answer_missing"]
 
 
+def test_predictions_hold_the_rewards_whose_means_are_in_the_scores(finished):
+    run, _ = finished
+    for name in ("a", "b"):
+        rows, logged = lines(run / f"predictions-{name}.jsonl"), document(run / f"scores-{name}.json")
+        for reward in ("hard", "nuanced"):
+            totals = [row["rewards"][reward]["total"] for row in rows]
+            assert sum(totals) / len(totals) == pytest.approx(logged[f"rewards/{reward}/mean"])
+            parts = [sum(value for part, value in row["rewards"][reward].items() if part != "total") for row in rows]
+            assert parts == pytest.approx(totals)
+        assert logged["reward"] == pytest.approx(logged["rewards/hard/mean"])
+
+
 def test_the_policy_is_trained_and_loads_in_plain_peft(finished, tiny_checkpoint):
     run, sft_run = finished
     trained, before = adapter(run), adapter(sft_run)
