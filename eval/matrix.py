@@ -131,7 +131,7 @@ def plan(resolved: Resolved, files: Mapping[str, Path]) -> list[MatrixCell]:
                 for name in EvalConfig.__dataclass_fields__
             }
             one = complete(Resolved((evaluation,), origins, None))
-            documents = {name: run_document(one, "eval", {name: file}) for name, file in files.items()}
+            documents = {name: run_document(one, "eval", {name: file}, {name: []}) for name, file in files.items()}
             folder = Path(config.output_dir) / f"{model}.{prompt}"
             documents = {
                 name: document | {"adapter_sha256": _adapter_hash(one.configs[0])} for name, document in documents.items()
