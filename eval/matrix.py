@@ -16,21 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.images import check_images
 from data.prompts import PROMPTS
 from data.records import DataError, Example, data_file, read_examples, read_jsonl
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import SamplingConfig
 from engine.model import LoadedModel, attach_adapter, load_model
-from engine.run import run_document
+from engine.run import bad_image_counts, bad_images_line, run_document, usable_examples, write_bad_images
 from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, sha256_of
-from engine.settings import ENGINE, OURS, PAPER_GRPO
+from engine.settings import ENGINE, OURS, PAPER_GRPO, BadImages
 from eval.evaluate import EvalConfig, complete, evaluate_sets, format_scores, named_files
 from eval.evaluate import config_problems as evaluation_problems
 from eval.results import read_document
 
 # Settings of an evaluation that may differ in a finished cell: they change no answer.
-_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "per_device_eval_batch_size", "num_threads", "image_root")
+_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "per_device_eval_batch_size", "num_threads", "image_root",
+              "vision_cache_dir")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class MatrixConfig:
     data_file: tuple[str, ...] = setting((), "data sets, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",))
     output_dir: str | None = setting(None, "folder of the cells; one that holds some goes on", unset="it must be given")
     image_root: str | None = setting(None, "folder that image paths are relative to", unset="each data file's own folder")
+    bad_images: BadImages = setting(
+        "fail", "an unreadable image stops the command; or skip: all images are read first, and the examples of bad ones are left out of "
+        "every cell and listed in bad-images-<name>.jsonl", source=ENGINE)
     train_file: str | None = setting(
         None, "training data whose label frequencies the baselines imitate", unset="each data set's own frequencies"
     )
@@ -62,6 +65,10 @@ class MatrixConfig:
     max_visual_tokens: int | None = setting(
         None, "an image is reduced to at most this many visual tokens", unset="the adapter's run's, else 512", unit="tokens"
     )
+    vision_cache_gb: float = setting(
+        4.0, "host memory for image features: a model's second prompt needs no second look at an image", unit="GB", source=ENGINE)
+    vision_cache_dir: str | None = setting(
+        None, "folder that keeps image features across runs, by tower, processor and image; only ever grows", unset="none", source=ENGINE)
     num_threads: int | None = setting(
         None, "CPU threads of torch", unset="the adapter's run's, else torch's own choice", unit="threads"
     )
@@ -75,6 +82,8 @@ def config_problems(config: MatrixConfig) -> list[str]:
     """What is wrong with the values of one command line, beyond their types."""
     problems = [f"--{name} is missing" for name in ("model", "prompt", "data_file", "output_dir") if not getattr(config, name)]
     problems += named_files(config.model, "model")[1]
+    if not config.vision_cache_gb >= 0:
+        problems.append(f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps nothing)")
     problems += [f"--prompt {name} is given twice" for name in {name for name in config.prompt if config.prompt.count(name) > 1}]
     if not problems:  # the rest is what one evaluation would say
         problems = [problem for prompt in config.prompt for problem in evaluation_problems(_evaluation(config, "demo", prompt))]
@@ -84,6 +93,7 @@ def config_problems(config: MatrixConfig) -> list[str]:
 _SHARED = (
     "data_file",
     "image_root",
+    "bad_images",
     "train_file",
     "max_samples",
     "temperature",
@@ -92,6 +102,7 @@ _SHARED = (
     "per_device_eval_batch_size",
     "min_visual_tokens",
     "max_visual_tokens",
+    "vision_cache_dir",
     "num_threads",
     "bf16",
     "seed",
@@ -119,7 +130,7 @@ class MatrixCell:
         return self.resolved.configs[0]
 
 
-def plan(resolved: Resolved, files: Mapping[str, Path]) -> list[MatrixCell]:
+def plan(resolved: Resolved, files: Mapping[str, Path], bad_images: Mapping[str, list[dict]]) -> list[MatrixCell]:
     """Every cell, by model. Raises UsageError for a finished one that was made with other settings or other data."""
     config: MatrixConfig = resolved.configs[0]
     cells, problems = [], []
@@ -131,7 +142,7 @@ def plan(resolved: Resolved, files: Mapping[str, Path]) -> list[MatrixCell]:
                 for name in EvalConfig.__dataclass_fields__
             }
             one = complete(Resolved((evaluation,), origins, None))
-            documents = {name: run_document(one, "eval", {name: file}, {name: []}) for name, file in files.items()}
+            documents = {name: run_document(one, "eval", {name: file}, {name: bad_images[name]}) for name, file in files.items()}
             folder = Path(config.output_dir) / f"{model}.{prompt}"
             documents = {
                 name: document | {"adapter_sha256": _adapter_hash(one.configs[0])} for name, document in documents.items()
@@ -166,6 +177,8 @@ def _changed(before: Mapping, now: Mapping) -> str:
     for name, file in now["data"].items():
         if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
             return f"data file of {name}"
+    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
+        return "list of unreadable images"
     return "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
 
 
@@ -187,12 +200,12 @@ def _run(argv: Sequence[str]) -> int:
     config: MatrixConfig = resolved.configs[0]
     files = {name: data_file(spec) for name, spec in named_files(config.data_file, "data_file")[0].items()}
     sets = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
-    check_images(example for examples in sets.values() for example in examples)
+    sets, bad_images = usable_examples(sets, config.bad_images)
     reference = None if config.train_file is None else read_examples(config.train_file, config.image_root)
-    cells = plan(resolved, files)
+    cells = plan(resolved, files, bad_images)
     todo = [cell for cell in cells if cell.missing]
     print(
-        f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to do\n{describe(resolved)}",
+        f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to do{bad_images_line(bad_images)}\n{describe(resolved)}",
         flush=True,
     )
     output_dir = Path(config.output_dir)
@@ -201,13 +214,14 @@ def _run(argv: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: cannot be used: {error.strerror}") from error
     with lock_run(output_dir), SignalGuard() as guard:
+        write_bad_images(output_dir, bad_images)
         loaded: tuple[str, LoadedModel, object] | None = None
         for cell in todo:
             if loaded is None or loaded[0] != cell.model:
                 loaded = None  # before the next is loaded: two would not fit
-                loaded = (cell.model, *_load(cell))
+                loaded = (cell.model, *_load(cell, config.vision_cache_gb))
             try:
-                _fill(cell, *loaded[1:], sets, reference, guard)
+                _fill(cell, *loaded[1:], sets, bad_image_counts(sets, bad_images), reference, guard)
             except KeyboardInterrupt:
                 print("stopped; the same command goes on")
                 return guard.exit_code or 130
@@ -217,7 +231,7 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _load(cell: MatrixCell) -> tuple[LoadedModel, object]:
+def _load(cell: MatrixCell, vision_cache_gb: float) -> tuple[LoadedModel, object]:
     config = cell.config
     device = pick_device(config.num_threads)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
@@ -228,6 +242,8 @@ def _load(cell: MatrixCell) -> tuple[LoadedModel, object]:
         device=device,
         min_visual_tokens=config.min_visual_tokens,
         max_visual_tokens=config.max_visual_tokens,
+        vision_cache_gb=vision_cache_gb,
+        vision_cache_dir=config.vision_cache_dir,
     )
     return model, model.base if config.adapter_name_or_path is None else attach_adapter(model, config.adapter_name_or_path)
 
@@ -237,6 +253,7 @@ def _fill(
     model: LoadedModel,
     wrapped: object,
     sets: Mapping[str, list[Example]],
+    counts: Mapping[str, dict],
     reference: list[Example] | None,
     guard: SignalGuard,
 ) -> None:
@@ -253,7 +270,7 @@ def _fill(
         answer_format=config.answer_format,
         reference=reference,
         seed=config.seed,
-        notes={name: {"run": cell.documents[name]} for name in cell.missing},
+        notes={name: {"run": cell.documents[name]} | counts[name] for name in cell.missing},
         should_stop=lambda: guard.stop is not None,
     )
 

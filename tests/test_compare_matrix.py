@@ -15,11 +15,13 @@ import eval.matrix
 from data.records import write_jsonl
 from engine.model import attach_new_adapter
 from engine.run import TrainerState, save_final_adapter, write_json
+from engine.vision import VisionCache
 from eval.compare import main as compare_main
 from eval.evaluate import evaluate_sets
 from eval.evaluate import main as evaluate_main
 from eval.matrix import main as matrix_main
 from test_evaluate import load
+from runs import document, lines
 from test_figures import training_run
 from test_report import AFTER, BEFORE, FEW, save
 from tiny import SAVE, save_images
@@ -223,3 +225,40 @@ def test_mistakes_of_matrix_are_told(project, tmp_path, monkeypatch, capsys, arg
     assert matrix_main([word for flag, values in given.items() for word in (flag, *values)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(project, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    rows = [line | {"image": str(image)} for line, image in zip(lines(project / "a.jsonl"), ["bad.png", *save_images(tmp_path, 20)])]
+    data = write_jsonl(tmp_path / "c.jsonl", rows)
+    command = ["--model", f"base={project / 'base'}", "--prompt", "demo", "free_reasoning", "--data_file", f"c={data}", *COMMON]
+    assert matrix_main([*command, "--output_dir", str(tmp_path / "stopped")]) == 2
+    assert "bad.png is not a readable JPEG or PNG" in capsys.readouterr().err
+    out = tmp_path / "skipped"
+    assert matrix_main([*command, "--output_dir", str(out), "--bad_images", "skip"]) == 0
+    assert [row["id"] for row in lines(out / "bad-images-c.jsonl")] == [rows[0]["id"]]
+    for cell in ("base.demo", "base.free_reasoning"):
+        scores = document(out / cell / "scores-c.json")
+        assert (scores["n"], scores["bad_images"]) == (len(rows) - 1, 1)
+    # Repaired, it would be in some cells and not in others.
+    save_images(tmp_path / "more", 1)
+    (tmp_path / "bad.png").write_bytes(next((tmp_path / "more").glob("*.png")).read_bytes())
+    assert matrix_main([*command, "--output_dir", str(out), "--bad_images", "skip"]) == 2
+    assert "c is finished, but with another list of unreadable images" in capsys.readouterr().err
+
+
+def test_the_prompts_of_a_model_look_at_an_image_once(project, tmp_path, monkeypatch):
+    looked, compute = [], VisionCache._compute
+
+    def counted(cache, example):
+        looked.append(example.id)
+        return compute(cache, example)
+
+    monkeypatch.setattr(VisionCache, "_compute", counted)
+    command = ["--model", f"base={project / 'base'}", "--prompt", "demo", "free_reasoning", "--data_file", f"a={project / 'a.jsonl'}", *COMMON]
+    assert matrix_main([*command, "--output_dir", str(tmp_path / "kept")]) == 0
+    images = {row["image"] for row in lines(project / "a.jsonl")}
+    assert len(looked) == len(images)
+    assert matrix_main([*command, "--output_dir", str(tmp_path / "not"), "--vision_cache_gb", "0"]) == 0
+    assert len(looked) > 2 * len(images)
+    assert matrix_main([*command, "--output_dir", str(tmp_path / "wrong"), "--vision_cache_gb", "-1"]) == 2
