@@ -32,7 +32,7 @@ from engine.generate import SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import (
     bad_image_counts, bad_images_line, run_document, saved_settings, usable_examples, write_bad_images, write_json)
-from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory
+from engine.runtime import SignalGuard, base_dtype, environment_banner, main_guard, pick_device, run_directory, sha256_of
 from engine.settings import ENGINE, FALLBACKS, OURS, PAPER_GRPO, PAPER_SFT, BadImages
 from engine.tracking import Progress
 from eval.metrics import (
@@ -40,6 +40,7 @@ from eval.metrics import (
     predict_by_prevalence, predict_most_frequent,
 )
 
+SORTED = 16  # batches in a window of like lengths
 PREVALENCE_DRAWS = 20  # the random baseline is a mean over draws: a single one is noisy on a few hundred images
 
 
@@ -53,36 +54,53 @@ def predict(
     *,
     answer_format: str,
     batch_size: int,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    done: Mapping[str, dict] = {},
     should_stop: Callable[[], bool] = lambda: False,
     on_batch: Callable[[list[dict]], None] | None = None,
 ) -> list[dict]:
     """One completion of every example by the sampler of the rollouts -> rows of a predictions file, in the examples' order.
 
-    wrapped: the model with its active adapter, or the base. Images are read batch by batch. on_batch gets the rows of each
-    finished batch; once should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions
-    (temperature 0) do not depend on batch_size; sampled ones do, and need a generator. Raises DataError for an image that
-    cannot be read.
+    wrapped: the model with its active adapter, or the base. Images are looked at window by window; in a window of SORTED batches
+    prompts of like length come together, so that little is padded. done: {id: row} of an earlier call with the same arguments that was
+    cut short; batches of which all rows are there are not made again. on_batch gets the rows of each finished batch; once
+    should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions (temperature 0) do not
+    depend on batch_size; sampled ones do, and each batch has a generator of its own, made from seed and its number. Raises DataError
+    for an image that cannot be read.
     """
-    rows: list[dict] = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        prompts = [model.encode_prompt(example, prompt) for example in batch]
-        completions = generate(wrapped, model, prompts, sampling, generator=generator, should_stop=should_stop)
-        batch_rows = [
-            {
-                "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
-                "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
-                "prompt": prompt.name, "completion": model.encoder.decode(completion.ids),
-                "completion_length": len(completion.ids),
-            }
-            for example, (completion,) in zip(batch, completions, strict=True)
-        ]
-        batch_rows = reparse(batch_rows, answer_format)
-        rows += batch_rows
-        if on_batch is not None:
-            on_batch(batch_rows)
-    return rows
+    rows: dict[str, dict] = {}
+    for start in range(0, len(examples), SORTED * batch_size):
+        window = examples[start : start + SORTED * batch_size]
+        if all(example.id in done for example in window):
+            rows |= {example.id: done[example.id] for example in window}
+            continue
+        encoded = []
+        for example in window:
+            if should_stop():
+                raise KeyboardInterrupt
+            encoded.append(model.encode_prompt(example, prompt))
+        by_length = sorted(range(len(window)), key=lambda i: len(encoded[i].input_ids))
+        for first in range(0, len(window), batch_size):
+            chosen = by_length[first : first + batch_size]
+            batch = [window[i] for i in chosen]
+            if all(example.id in done for example in batch):
+                rows |= {example.id: done[example.id] for example in batch}
+                continue
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + (start + first) // batch_size)
+            completions = generate(wrapped, model, [encoded[i] for i in chosen], sampling, generator=generator, should_stop=should_stop)
+            batch_rows = reparse([
+                {
+                    "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
+                    "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
+                    "prompt": prompt.name, "completion": model.encoder.decode(completion.ids),
+                    "completion_length": len(completion.ids),
+                }
+                for example, (completion,) in zip(batch, completions, strict=True)
+            ], answer_format)
+            rows |= {row["id"]: row for row in batch_rows}
+            if on_batch is not None:
+                on_batch(batch_rows)
+    return [rows[example.id] for example in examples]
 
 
 def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict]:
@@ -211,20 +229,23 @@ def evaluate_sets(
     notes: Mapping[str, dict] | None = None,
     annotate: Callable[[list[dict]], list[dict]] = lambda rows: rows,
     extra: Callable[[list[dict]], dict] = lambda rows: {},
+    resumable: Mapping[str, dict] | None = None,
 ) -> dict[str, dict]:
     """`predict`, `score` and `write_results` for every data set, with a progress bar -> {name: scores}.
 
     Results of these names in output_dir are replaced. answer_format: None for the prompt's own. notes: {name: keys to add to
     the scores}; annotate(rows): the rows with fields of the caller's own; extra(rows): more keys of the scores, computed from
     those rows. Until a data set is finished its answers so far are in predictions-<name>.partial.jsonl; an interrupt
-    (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so.
+    (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so. resumable: {name:
+    `evaluation_document`}, where answers that an earlier call with the same documents left there are gone on from; raises UsageError
+    where they are of another evaluation.
     """
     results = {}
     for name, examples in sets.items():
-        partial = Path(output_dir) / f"predictions-{name}.partial.jsonl"
-        generator = torch.Generator().manual_seed(seed)  # one for each data set: its answers do not depend on the others
+        done = [] if resumable is None else read_partial(output_dir, name, resumable[name])
         failed = 0
-        with Progress(len(examples), description=f"{name} (images)") as progress, _kept(partial, name) as keep:
+        with (Progress(len(examples), initial=len(done), description=f"{name} (images)") as progress,
+              _kept(output_dir, name, done, None if resumable is None else resumable[name]) as keep):
 
             def on_batch(rows: list[dict]) -> None:
                 nonlocal failed
@@ -233,18 +254,49 @@ def evaluate_sets(
                 progress.update({"failed": failed}, len(rows))
 
             rows = predict(wrapped, model, examples, prompt, sampling, answer_format=answer_format or prompt.answer_format,
-                           batch_size=batch_size, generator=generator, should_stop=should_stop, on_batch=on_batch)
+                           batch_size=batch_size, seed=seed, done={row["id"]: row for row in done}, should_stop=should_stop,
+                           on_batch=on_batch)
             rows = annotate(rows)
             results[name] = score(rows, reference=reference, seed=seed) | extra(rows) | (notes or {}).get(name, {})
             write_results(output_dir, name, rows, results[name], overwrite=True)
     return results
 
 
+def _partial_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
+    """(answers so far, the document of their evaluation)"""
+    return tuple(Path(output_dir) / f"predictions-{name}.partial.{ending}" for ending in ("jsonl", "json"))
+
+
+def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict]:
+    """The answers that an interrupted evaluation of this document has left. Raises UsageError where it was another one."""
+    answers, about = _partial_files(output_dir, name)
+    if not answers.is_file():
+        return []
+    if not about.is_file():
+        raise UsageError(f"{answers} was left there by another command; score it with --predictions, remove it, or give another --output_dir")
+    another = difference(json.loads(about.read_text(encoding="utf-8")), document)
+    if another:
+        raise UsageError(f"{answers} was begun with another {another}; finish that evaluation, remove the file, or give another --output_dir")
+    rows = []
+    for line in answers.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # torn by the end of the process
+            break
+    return rows
+
+
 @contextmanager
-def _kept(partial: Path, name: str) -> Iterator[Callable[[list[dict]], None]]:
-    """A function that appends rows to `partial` at once. The file goes when the block ends well; else it stays and is named."""
+def _kept(output_dir: str | Path, name: str, done: list[dict], document: dict | None) -> Iterator[Callable[[list[dict]], None]]:
+    """A function that appends rows to the file of partial answers at once. The file goes when the block ends well; else it stays
+    and is named.
+    """
+    partial, about = _partial_files(output_dir, name)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
+    if document is not None:
+        write_json(about, document)
+    write_jsonl(partial, done)  # without a torn line
+    with partial.open("a", encoding="utf-8") as file:
 
         def keep(rows: list[dict]) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -254,12 +306,64 @@ def _kept(partial: Path, name: str) -> Iterator[Callable[[list[dict]], None]]:
             yield keep
         except BaseException:
             if file.tell():
-                print(f"the answers so far are kept; to score them: python -m eval.evaluate --predictions {name}={partial}",
-                      file=sys.stderr)
+                how = "the same command goes on from there" if document is not None else (
+                    f"to score them: python -m eval.evaluate --predictions {name}={partial}")
+                print(f"the answers so far are kept in {partial}: {how}", file=sys.stderr)
             else:
                 partial.unlink()
+                about.unlink(missing_ok=True)
             raise
     partial.unlink()
+    about.unlink(missing_ok=True)
+
+
+# ---- whether two evaluations are the same ---------------------------------------------------------------------------
+# Settings that may differ where an evaluation goes on: they change no answer.
+_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "num_threads", "image_root", "vision_cache_dir")
+
+
+def evaluation_document(resolved: Resolved, name: str, file: Path, bad_images: list[dict]) -> dict:
+    """What says how a data set is evaluated: "run" of its scores."""
+    config: EvalConfig = resolved.configs[0]
+    adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
+    return run_document(resolved, "eval", {name: file}, {name: bad_images}) | {
+        "adapter_sha256": sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None}
+
+
+def difference(before: Mapping, now: Mapping) -> str:
+    """The first setting, or data, in which an evaluation differs from what is asked for now; "" where it does not.
+
+    The size of a batch changes no greedy answer, so there it may differ.
+    """
+    was = before.get("settings") or {}
+    greedy = now["settings"]["temperature"]["value"] == 0
+    for name, entry in now["settings"].items():  # one that an earlier version did not have cannot differ
+        if name in _NO_MATTER or name not in was or (greedy and name in ("per_device_eval_batch_size", "seed")):
+            continue
+        if was[name].get("value") != entry["value"]:
+            return f"{name} ({was[name].get('value')}, now {entry['value']})"
+    for name, file in now["data"].items():
+        if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
+            return f"data file of {name}"
+    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
+        return "list of unreadable images"
+    return "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
+
+
+def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list[str]:
+    """Names of the data sets whose results are in output_dir. Raises UsageError for one that was evaluated otherwise."""
+    finished, problems = [], []
+    for name, document in documents.items():
+        predictions, scores = (Path(output_dir) / file for file in (f"predictions-{name}.jsonl", f"scores-{name}.json"))
+        if not (predictions.is_file() and scores.is_file()):
+            continue
+        another = difference(json.loads(scores.read_text(encoding="utf-8")).get("run") or {}, document)
+        if another:
+            problems.append(f"{predictions} is finished, but with another {another}; give another --output_dir or NAME")
+        finished.append(name)
+    if problems:
+        raise UsageError(problems)
+    return finished
 
 
 # ---- show -----------------------------------------------------------------------------------------------------------
@@ -555,10 +659,9 @@ def _run(argv: Sequence[str]) -> int:
     resolved = parse_config([EvalConfig], argv, script="eval", prog="python -m eval.evaluate", validate=config_problems,
                             description="Decode data sets with a model and score the answers, or score kept answers again.")
     config: EvalConfig = resolved.configs[0]
-    if config.output_dir is not None:
-        names = named_files(config.data_file or config.predictions, "data_file")[0]
-        files = ("predictions-{}.jsonl", "scores-{}.json", "predictions-{}.partial.jsonl", "bad-images-{}.jsonl")
-        _refuse_existing([Path(config.output_dir) / file.format(name) for name in names for file in files])
+    if config.output_dir is not None and config.predictions:
+        names = named_files(config.predictions, "predictions")[0]
+        _refuse_existing([Path(config.output_dir) / file.format(name) for name in names for file in ("predictions-{}.jsonl", "scores-{}.json")])
     reference = None if config.train_file is None else read_examples(config.train_file, config.image_root)
     return _score_again(resolved, reference) if config.predictions else _decode_and_score(complete(resolved), reference)
 
@@ -582,8 +685,14 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     sets = {name: read_jsonl(file, config.image_root)[: config.max_samples] for name, file in files.items()}
     sets, bad_images = usable_examples(sets, config.bad_images)
     counts = bad_image_counts(sets, bad_images)
-    notes = {name: {"run": run_document(resolved, "eval", {name: file}, {name: bad_images[name]})} | counts[name]
-             for name, file in files.items()}
+    documents = {name: evaluation_document(resolved, name, file, bad_images[name]) for name, file in files.items()}
+    finished = [] if config.output_dir is None else finished_sets(config.output_dir, documents)
+    todo = {name: examples for name, examples in sets.items() if name not in finished}
+    if config.output_dir is not None:
+        if not todo:
+            _refuse_existing([Path(config.output_dir) / f"predictions-{name}.jsonl" for name in finished])
+        for name in todo:  # before the model is loaded
+            read_partial(config.output_dir, name, documents[name])
     device = pick_device(config.num_threads)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     print(environment_banner(device))
@@ -598,13 +707,13 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     sampling = SamplingConfig(config.temperature, config.top_p, config.max_completion_length)
     with SignalGuard() as guard:
         try:
-            results = evaluate_sets(
-                wrapped, model, sets, PROMPTS[config.prompt], sampling, output_dir, reference=reference, notes=notes,
-                batch_size=config.per_device_eval_batch_size, answer_format=config.answer_format, seed=config.seed,
-                should_stop=lambda: guard.stop is not None)
+            evaluate_sets(
+                wrapped, model, todo, PROMPTS[config.prompt], sampling, output_dir, reference=reference, resumable=documents,
+                notes={name: {"run": documents[name]} | counts[name] for name in todo}, batch_size=config.per_device_eval_batch_size,
+                answer_format=config.answer_format, seed=config.seed, should_stop=lambda: guard.stop is not None)
         except KeyboardInterrupt:
             return guard.exit_code or 130
-    return _show(results, output_dir)
+    return _show({name: json.loads((output_dir / f"scores-{name}.json").read_text(encoding="utf-8")) for name in sets}, output_dir)
 
 
 def _show(results: dict[str, dict], output_dir: Path) -> int:

@@ -21,17 +21,13 @@ from data.records import DataError, Example, data_file, read_examples, read_json
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import SamplingConfig
 from engine.model import LoadedModel, attach_adapter, load_model
-from engine.run import bad_image_counts, bad_images_line, run_document, usable_examples, write_bad_images
-from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device, sha256_of
+from engine.run import bad_image_counts, bad_images_line, usable_examples, write_bad_images
+from engine.runtime import SignalGuard, base_dtype, environment_banner, lock_run, main_guard, pick_device
 from engine.settings import ENGINE, OURS, PAPER_GRPO, BadImages
-from eval.evaluate import EvalConfig, complete, evaluate_sets, format_scores, named_files
+from eval.evaluate import (
+    EvalConfig, complete, evaluate_sets, evaluation_document, finished_sets, format_scores, named_files, read_partial)
 from eval.evaluate import config_problems as evaluation_problems
 from eval.results import read_document
-
-# Settings of an evaluation that may differ in a finished cell: they change no answer.
-_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "per_device_eval_batch_size", "num_threads", "image_root",
-              "vision_cache_dir")
-
 
 @dataclass(frozen=True)
 class MatrixConfig:
@@ -142,44 +138,19 @@ def plan(resolved: Resolved, files: Mapping[str, Path], bad_images: Mapping[str,
                 for name in EvalConfig.__dataclass_fields__
             }
             one = complete(Resolved((evaluation,), origins, None))
-            documents = {name: run_document(one, "eval", {name: file}, {name: bad_images[name]}) for name, file in files.items()}
+            documents = {name: evaluation_document(one, name, file, bad_images[name]) for name, file in files.items()}
             folder = Path(config.output_dir) / f"{model}.{prompt}"
-            documents = {
-                name: document | {"adapter_sha256": _adapter_hash(one.configs[0])} for name, document in documents.items()
-            }
-            finished = {
-                name: read_document(folder / f"scores-{name}.json").get("run")
-                for name in files
-                if (folder / f"predictions-{name}.jsonl").is_file()
-            }
-            for name, document in finished.items():
-                if document and (changed := _changed(document, documents[name])):
-                    problems.append(
-                        f"{folder}: {name} is finished, but with another {changed}; give another --output_dir or name the model otherwise"
-                    )
-            cells.append(MatrixCell(model, folder, one, documents, tuple(name for name in files if not finished.get(name))))
+            try:
+                finished = finished_sets(folder, documents)
+                for name in files:
+                    read_partial(folder, name, documents[name])
+            except UsageError as error:
+                problems += error.problems
+                continue
+            cells.append(MatrixCell(model, folder, one, documents, tuple(name for name in files if name not in finished)))
     if problems:
         raise UsageError(problems)
     return cells
-
-
-def _adapter_hash(config: EvalConfig) -> str | None:
-    file = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
-    return sha256_of(file) if config.adapter_name_or_path and file.is_file() else None
-
-
-def _changed(before: Mapping, now: Mapping) -> str:
-    """The first setting, or data file, in which a finished cell differs from what is asked for now; "" where it does not."""
-    was = before.get("settings") or {}
-    for name, entry in now["settings"].items():  # one that an earlier version did not have cannot differ
-        if name not in _NO_MATTER and name in was and was[name].get("value") != entry["value"]:
-            return f"{name} ({was[name].get('value')}, now {entry['value']})"
-    for name, file in now["data"].items():
-        if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
-            return f"data file of {name}"
-    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
-        return "list of unreadable images"
-    return "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
 
 
 # ---- run ------------------------------------------------------------------------------------------------------------
@@ -271,6 +242,7 @@ def _fill(
         reference=reference,
         seed=config.seed,
         notes={name: {"run": cell.documents[name]} | counts[name] for name in cell.missing},
+        resumable=cell.documents,
         should_stop=lambda: guard.stop is not None,
     )
 

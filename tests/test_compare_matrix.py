@@ -172,7 +172,7 @@ def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, c
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
     assert matrix(project, out, "--max_completion_length", "5", prompts=("demo",)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4 and "base.demo: a is finished, but with another max_completion_length (6, now 5)" in errors[0]
+    assert len(errors) == 4 and "base.demo/predictions-a.jsonl is finished, but with another max_completion_length (6, now 5)" in errors[0]
     for file in ("a.jsonl", "run/adapter_model.safetensors"):
         content = (project / file).read_bytes()
         (project / file).write_bytes(content + b"\n")
@@ -244,7 +244,7 @@ def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(proje
     save_images(tmp_path / "more", 1)
     (tmp_path / "bad.png").write_bytes(next((tmp_path / "more").glob("*.png")).read_bytes())
     assert matrix_main([*command, "--output_dir", str(out), "--bad_images", "skip"]) == 2
-    assert "c is finished, but with another list of unreadable images" in capsys.readouterr().err
+    assert "predictions-c.jsonl is finished, but with another list of unreadable images" in capsys.readouterr().err
 
 
 def test_the_prompts_of_a_model_look_at_an_image_once(project, tmp_path, monkeypatch):

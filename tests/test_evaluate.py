@@ -447,11 +447,70 @@ def test_signal_keeps_finished_batches(project, tmp_path, monkeypatch, capsys, s
                  "--per_device_eval_batch_size", "2", "--output_dir", str(tmp_path)]
     assert main(arguments) == code
     assert on_disk == [0, 2]
-    assert list(tmp_path.iterdir()) == [partial]
-    assert f"--predictions site={partial}" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [partial.with_suffix(".json"), partial]
+    assert f"kept in {partial}: the same command goes on from there" in capsys.readouterr().err
     assert len(read_predictions(partial)) == 2
-    assert main(arguments) == 2  # what was kept is not overwritten either
     assert main(["--predictions", f"site={partial}", "--output_dir", str(tmp_path / "scores")]) == 0
+
+    with partial.open("a") as file:
+        file.write('{"id": "torn')  # as a process that is killed may leave it
+    assert main([*arguments, "--temperature", "0.5"]) == 2  # what was kept is of greedy decoding
+    assert "was begun with another temperature (0.0, now 0.5); finish that evaluation" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert len(on_disk) == 3  # the batch that was lost, of three rows in all
+    assert not partial.exists() and not partial.with_suffix(".json").exists()
+    monkeypatch.undo()
+    assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
+    for name in ("predictions-site.jsonl", "scores-site.json"):
+        straight = (tmp_path / "whole" / name).read_text().replace(str(tmp_path / "whole"), str(tmp_path))
+        assert (tmp_path / name).read_text() == straight
+    assert main(arguments) == 2  # finished: nothing is overwritten
+    assert "predictions-site.jsonl exists and nothing is overwritten" in capsys.readouterr().err
+
+
+def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_path, monkeypatch):
+    common = ["--adapter_name_or_path", str(project / "run"), "--temperature", "1", "--top_p", "1", "--seed", "3", "--per_device_eval_batch_size", "1",
+              "--data_file", f"one={project / 'site.jsonl'}", f"two={project / 'site.jsonl'}"]
+    assert main([*common, "--output_dir", str(tmp_path / "straight")]) == 0
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:  # three images a set: in the second set, after one image
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(eval.evaluate, "generate", interrupted)
+    command = [*common, "--output_dir", str(tmp_path / "stopped")]
+    assert main(command) == 130
+    assert main([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"]) == 2
+    assert main(command) == 0 and len(calls) == 5 + 2
+    for name in ("one", "two"):
+        assert read_predictions(tmp_path / f"stopped/predictions-{name}.jsonl") == read_predictions(tmp_path / f"straight/predictions-{name}.jsonl")
+
+
+def test_answers_of_an_unknown_beginning_are_neither_taken_nor_lost(project, tmp_path, capsys):
+    partial = tmp_path / "predictions-site.partial.jsonl"
+    partial.write_text("{}\n")
+    assert main(["--adapter_name_or_path", str(project / "run"), "--data_file", f"site={project / 'site.jsonl'}", "--output_dir", str(tmp_path)]) == 2
+    assert f"{partial} was left there by another command" in capsys.readouterr().err and partial.read_text() == "{}\n"
+
+
+def test_prompts_of_like_length_are_decoded_together(model, examples, monkeypatch):
+    lengths = []
+
+    def counted(wrapped, model, prompts, *arguments, **options):
+        lengths.append([len(prompt.input_ids) for prompt in prompts])
+        return generate(wrapped, model, prompts, *arguments, **options)
+
+    encode = LoadedModel.encode_prompt
+    texts = {example.id: Prompt(f"p{i}", "x" * (9, 1, 5, 2)[i % 4]) for i, example in enumerate(examples)}
+    monkeypatch.setattr(LoadedModel, "encode_prompt", lambda self, example, prompt: encode(self, example, texts[example.id]))
+    monkeypatch.setattr(eval.evaluate, "generate", counted)
+    rows = predict(model.base, model, examples, SHORT, GREEDY, answer_format="think_solution", batch_size=2)
+    assert [row["id"] for row in rows] == [example.id for example in examples]  # in their own order again
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat) and len(set(flat)) > 2
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -496,7 +555,7 @@ def test_command_does_not_overwrite(project, tmp_path, capsys):
     before = (tmp_path / "predictions-site.jsonl").read_bytes()
     assert main(["--adapter_name_or_path", str(project / "run"), "--data_file", f"site={project / 'site.jsonl'}",
                  "--output_dir", str(tmp_path)]) == 2
-    assert "predictions-site.jsonl exists and nothing is overwritten" in capsys.readouterr().err
+    assert "predictions-site.jsonl is finished, but with another data file of site; give another --output_dir" in capsys.readouterr().err
     assert (tmp_path / "predictions-site.jsonl").read_bytes() == before
 
 
