@@ -489,6 +489,13 @@ def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_pa
         assert read_predictions(tmp_path / f"stopped/predictions-{name}.jsonl") == read_predictions(tmp_path / f"straight/predictions-{name}.jsonl")
 
 
+def test_every_batch_draws_its_own_numbers(model, examples):
+    twice = [examples[0], replace(examples[0], id="again")]
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_completion_length=8)
+    first, second = predict(model.base, model, twice, SHORT, sampling, answer_format="think_solution", batch_size=1, seed=1)
+    assert first["completion"] != second["completion"]
+
+
 def test_answers_of_an_unknown_beginning_are_neither_taken_nor_lost(project, tmp_path, capsys):
     partial = tmp_path / "predictions-site.partial.jsonl"
     partial.write_text("{}\n")
