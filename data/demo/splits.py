@@ -40,8 +40,6 @@ SPLITS: dict[str, Split] = {
     "validation-b": Split("b", 100),
     "test-a": Split("a", 300),
     "test-b": Split("b", 300),
-    "earlier-study-a": Split("a", 600),  # what the study of a shorter recipe answered: no longer fresh
-    "earlier-study-b": Split("b", 600),
     "study-a": Split("a", 600),
     "study-b": Split("b", 600),
 }
