@@ -67,8 +67,8 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
     of_prompts = family.attention_masks(model, prompts.attention_mask, prompts.token_types, prompts.input_ids.shape[1])
     whole = torch.cat([prompts.attention_mask[rows], batch.read_mask], 1)  # [N,S+R]
-    types = torch.cat([prompts.token_types[rows], torch.zeros_like(batch.read_mask, dtype=torch.long)], 1)
-    of_completions = family.attention_masks(model, whole, types, batch.read_mask.shape[1])
+    text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is
+    of_completions = family.attention_masks(model, whole, text, batch.read_mask.shape[1])
     return {kind: SharedPromptMask(places, of_prompts[kind], of_completions[kind]) for kind in of_prompts}
 
 
