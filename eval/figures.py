@@ -3,7 +3,8 @@
     python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures        # needs the extra: pip install -e '.[plots]'
 
 Figure 1 has the SFT runs, figure 2 the GRPO runs on the nuanced reward, figure 3 those on the hard one. Faint lines are the logged
-values; bold ones their exponential moving average s_t = 0.95 s_(t-1) + 0.05 x_t from s_0 = x_0, as the paper's captions say.
+values; bold ones their exponential moving average s_t = 0.95 s_(t-1) + 0.05 x_t from s_0 = x_0, as the paper's captions say. For GRPO
+runs there is also the chart of reward hacking: what the reward has gained beside what the labels have.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def reward_panels(reward: str) -> tuple[Panel, ...]:
         Panel(f"rewards/{reward}/mean", f"Mean {reward} reward", "its own units"),
         Panel("completions/mean_length", "Mean completion length", "tokens"),
     )
+
+
+HACKING = {  # logged by rl/monitors.py, in standard deviations of the run's start
+    "monitors/trained_gain": "reward trained on",
+    "monitors/other_gain": "the other reward",
+    "monitors/f1_gain": "F1 of the labels",
+}
+MOST_CHARTS = 3  # side by side in one picture
 
 
 def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
@@ -137,6 +146,25 @@ def draw_training(
     return _picture(name, data, form, "Line charts over optimizer steps, smoothed. " + "; ".join(told) + ".", caption)
 
 
+def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "svg") -> Picture:
+    """One chart for each run ({run: lines of metrics.jsonl}): gains since its start of both rewards and of F1."""
+    told = []
+    with _figure(len(logs), height=3.3) as (figure, axes):
+        for axis, (run, log) in zip(axes, logs.items()):
+            for place, (metric, label) in enumerate(HACKING.items()):
+                steps, values = series(log, metric)
+                if steps:
+                    axis.plot(steps, values, color=_COLOURS[place], linewidth=2, linestyle=_DASHES[place], label=label)
+                    told.append(f"{label} of {run}: {values[-1]:+.2f} at step {steps[-1]}")
+            axis.axhline(0, color="#5b5b5b", linewidth=0.8)
+            axis.set(title=run, xlabel="optimizer step", ylabel="change since the start, in its SD")
+        axes[0].legend(fontsize=9)
+        data = _rendered(figure, form)
+    caption = ("Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over the last 200 completions, as changes "
+               "since the run's start in standard deviations. A reward that rises while F1 does not is being gamed.")
+    return _picture(name, data, form, "Line charts over optimizer steps. " + "; ".join(told) + ".", caption)
+
+
 def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
     """F1 of each label for each model with its 95 % interval. Labels without positives are left out."""
     models = list(comparison.values)
@@ -164,7 +192,7 @@ def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Pictu
 
 
 def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Picture]:
-    """Figures 1 to 3, those for which the entries' training runs have a log."""
+    """Figures 1 to 3 and the charts of reward hacking, those for which the entries' training runs have a log."""
     logs: dict[str, dict[str, list[dict]]] = {"sft": {}, "nuanced": {}, "hard": {}}
     seen = set()
     for entry in entries:
@@ -179,7 +207,12 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
         ("figure-2", f"Figure 2 of the paper: GRPO on the nuanced reward. {raw}", "nuanced", reward_panels("nuanced")),
         ("figure-3", f"Figure 3 of the paper: GRPO on the hard reward. {raw}", "hard", reward_panels("hard")),
     )
-    return [draw_training(name, caption, logs[kind], panels, form) for name, caption, kind, panels in figures if logs[kind]]
+    pictures = [draw_training(name, caption, logs[kind], panels, form) for name, caption, kind, panels in figures if logs[kind]]
+    watched = [(run, log) for kind in ("nuanced", "hard") for run, log in logs[kind].items() if any(series(log, metric)[0] for metric in HACKING)]
+    for first in range(0, len(watched), MOST_CHARTS):
+        number = f"-{first // MOST_CHARTS + 1}" if len(watched) > MOST_CHARTS else ""
+        pictures.append(draw_hacking(f"reward-hacking{number}", dict(watched[first : first + MOST_CHARTS]), form))
+    return pictures
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -208,7 +241,7 @@ def _run(argv: Sequence[str]) -> int:
         script="eval",
         prog="python -m eval.figures",
         validate=config_problems,
-        description="Draw the paper's figures 1 to 3 from the logs of runs.",
+        description="Draw the paper's figures 1 to 3, and reward hacking, from the logs of runs.",
     )
     config: FiguresConfig = resolved.configs[0]
     entries = [load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()]

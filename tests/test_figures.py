@@ -63,6 +63,18 @@ def test_each_run_goes_into_its_figure(tmp_path):
     assert [picture.name for picture in training_pictures([load_entry("n", runs[3])])] == ["figure-2"]
 
 
+def test_reward_hacking_is_drawn_for_runs_that_were_monitored(tmp_path):
+    runs = {name: training_run(tmp_path / name, "grpo") for name in ("a", "b", "c", "d", "unwatched")}
+    for place, name in enumerate(["a", "b", "c", "d"]):
+        rows = [{"step": step, "split": "train", "monitors/trained_gain": step / 10, "monitors/other_gain": 0.0, "monitors/f1_gain": -place / 10}
+                for step in range(5, 31)]
+        write_jsonl(runs[name] / "metrics.jsonl", rows)
+    pictures = training_pictures([load_entry(name, run) for name, run in runs.items()])
+    assert [picture.name for picture in pictures] == ["figure-3", "reward-hacking-1", "reward-hacking-2"]
+    assert "reward trained on of a: +3.00 at step 30; the other reward of a: +0.00" in pictures[1].alt
+    assert "F1 of the labels of d: -0.30 at step 30" in pictures[2].alt and "of a" not in pictures[2].alt and "unwatched" not in pictures[1].alt
+
+
 def test_a_picture_is_the_same_for_the_same_log():
     log = [{"step": step, "split": "train", "loss": 1.0 / step} for step in range(1, 9)]
     first, again = (draw_training("x", "", {"<run>": log}, FIGURE_1) for _ in range(2))
