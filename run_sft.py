@@ -260,10 +260,11 @@ def banner(config: SFTConfig, resolved: Resolved, model: LoadedModel, wrapped, d
         "settings that differ from the paper's or the engine's defaults:", describe(resolved), ""])
 
 
-def next_command(recipe: str | None, run_dir: Path) -> str:
-    """The command that goes on with GRPO; FILE is the user's to fill in."""
+def next_command(recipe: str | None, run_dir: Path, model: str | None = None) -> str:
+    """The command that goes on with GRPO; FILE is the user's to fill in. model: one that a flag has put in the place of the recipe's."""
     data = "" if recipe in EMBEDDED else " --train_file FILE"
-    return f"python run_grpo.py{f' --recipe {recipe}' if recipe else ''} --adapter_name_or_path {run_dir}{data}"
+    flags = (f" --recipe {recipe}" if recipe else "") + (f" --model_name_or_path {model}" if model else "")
+    return f"python run_grpo.py{flags} --adapter_name_or_path {run_dir}{data}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,7 +341,9 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")
                 return guard.exit_code or 130
-            print("\n" + format_scores(scores) + "\n\nnext: " + next_command(document["recipe"], run_dir))
+            model_flag = document["recipe"] and resolved.origins["model_name_or_path"] == "flag"
+            command = next_command(document["recipe"], run_dir, config.model_name_or_path if model_flag else None)
+            print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0
 
 

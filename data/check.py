@@ -28,9 +28,6 @@ def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example],
 
 def _row_problems(example: Example) -> list[str]:
     problems = []
-    findings = [label for label in example.labels if label not in (NO_FINDING, SUPPORT_DEVICES)]
-    if NO_FINDING in example.labels and findings:
-        problems.append(f"example {example.id!r}: labels hold {NO_FINDING} beside {', '.join(findings)}; remove one of the two")
     if not example.evaluated_labels:
         problems.append(f"example {example.id!r}: evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out")
     if example.answer is not None:
@@ -48,9 +45,11 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
     """What the sound rows of a file are: counts of rows, patients, answers and labels."""
     counts = Counter(label for example in examples for label in example.target.labels)
     without = sum(not example.target.labels for example in examples)
+    contradictory = sum(NO_FINDING in example.labels and bool({*example.labels} - {NO_FINDING, SUPPORT_DEVICES}) for example in examples)
     return (f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})} patients, "
             f"{sum(example.answer is not None for example in examples)} with an answer; labels: "
-            + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label]) + (f", none {without}" if without else ""))
+            + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label]) + (f", none {without}" if without else "")
+            + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,17 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL data files, or demo:SPLIT")
     parser.add_argument("--image_root", help="folder that image paths are relative to (default: each data file's own folder)")
     arguments = parser.parse_args(argv)
-    found = 0
+    found, missing = 0, False
     for spec in arguments.files:
         try:
             examples, problems = check_file(spec, arguments.image_root)
         except DataError as error:
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-            return 2
+            missing = True
+            continue
         found += len(problems)
         print("\n".join([summary(spec, examples), *problems]))
     print("no problem found" if not found else f"{found} problem{'s' if found > 1 else ''} found")
-    return 1 if found else 0
+    return 2 if missing else 1 if found else 0
 
 
 if __name__ == "__main__":

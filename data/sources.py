@@ -76,7 +76,8 @@ def find_file(folder: Path, names: Sequence[str]) -> Path:
                 raise DataError([f"{folder}: {name} is in {both}; name one of them"])
             if found:
                 return found[0]
-    raise DataError([f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does"])
+    raise DataError([f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does; put the file there, or give the "
+                     "folder above that holds it"])
 
 
 def _plain_or_gz(place: Path, name: str) -> Path | None:

@@ -115,7 +115,7 @@ def run_directory(
     if content:
         raise UsageError(
             f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is overwritten: "
-            "name another folder, or go on with --resume_from_checkpoint"
+            + ("name another folder, or go on with --resume_from_checkpoint" if kind in ("sft", "grpo") else "name another folder")
         )
     return directory
 

@@ -226,7 +226,8 @@ class FiguresConfig:
 
 def config_problems(config: FiguresConfig) -> list[str]:
     """What is missing on the command line."""
-    return [f"--{name} is missing" for name in ("run", "output_dir") if not getattr(config, name)]
+    needed = {"run": "one or more FOLDER or NAME=FOLDER of training runs", "output_dir": "a folder for the pictures"}
+    return [f"--{name} is missing: give {what}" for name, what in needed.items() if not getattr(config, name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,7 +76,9 @@ class MatrixConfig:
 
 def config_problems(config: MatrixConfig) -> list[str]:
     """What is wrong with the values of one command line, beyond their types."""
-    problems = [f"--{name} is missing" for name in ("model", "prompt", "data_file", "output_dir") if not getattr(config, name)]
+    needed = {"model": "NAME=BASE or NAME=ADAPTER", "prompt": f"one or more of {', '.join(PROMPTS)}", "data_file": "NAME=FILE",
+              "output_dir": "a folder for the cells"}
+    problems = [f"--{name} is missing: give {what}" for name, what in needed.items() if not getattr(config, name)]
     problems += named_files(config.model, "model")[1]
     if not config.vision_cache_gb >= 0:
         problems.append(f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps nothing)")
@@ -198,7 +200,7 @@ def _run(argv: Sequence[str]) -> int:
                 return guard.exit_code or 130
     for cell in cells:
         print(f"\n{cell.folder}\n" + format_scores({name: read_document(cell.folder / f"scores-{name}.json") for name in sets}))
-    print(f"\nnext: python -m eval.report {output_dir}/*")
+    print("\nnext: python -m eval.report " + " ".join(f"{cell.folder.name}={cell.folder}" for cell in cells) + " --output_dir FOLDER")
     return 0
 
 

@@ -87,7 +87,7 @@ class GRPOConfig(TrainingConfig):
     )
     stop_when: tuple[str, ...] = setting(
         (), "end the run when this becomes true of what is logged: 'gap>0.05', 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a "
-        "trade-off", group="evaluation")
+        "trade-off; names that training does not log are refused after the first step", group="evaluation")
     warn_when: tuple[str, ...] = setting(WARN_WHEN, "say when this becomes true; written like --stop_when", source=OURS, group="evaluation")
     dump_step: int | None = setting(
         None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unset="none is written",
@@ -247,7 +247,7 @@ def from_sft_run(resolved: Resolved) -> Resolved:
         of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
         newest = newest_finished_run(Path("runs"), "sft", base)
         if newest is None:
-            raise UsageError(f"no finished SFT run{of_base} under runs/; run `python run_sft.py{recipe}` first, "
+            raise UsageError(f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}` first, "
                              "or give --adapter_name_or_path")
         resolved = resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")
     return from_adapter(_with_its_prompt(resolved))

@@ -56,7 +56,6 @@ def test_all_problems_at_once(tmp_path, capsys):
         f"{file}, line 3: field 'id' is 3; it must be a string",
         f"{file}, line 3: field 'labels' is \"Edema\"; it must be a list of strings",
         f"{file}, line 4: field 'id': 'a' is also on line 1; ids must differ",
-        f"{file}, example 'c': labels hold No Finding beside Edema, Fracture; remove one of the two",
         f"{file}, example 'd': evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out",
         f"{file}, example 'e': {wrong} (says Edema, Fracture); write it again with data.traces",
         f"{file}, example 'f': {wrong} (think_missing); write it again with data.traces",
@@ -68,7 +67,14 @@ def test_all_problems_at_once(tmp_path, capsys):
     assert len(problems) == len(expected)
     assert [problem[: len(start)] for problem, start in zip(problems, expected)] == expected
     assert first.startswith(f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6, Fracture 1, Support")
-    assert first.endswith(", none 2") and last == "12 problems found"  # none: 'd' and 'g', whose labels are not evaluated
+    assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"  # none: 'd' and 'g', whose labels are not evaluated
+
+
+def test_a_file_that_is_not_there_does_not_hide_the_others(tmp_path, capsys):
+    good = write_rows(tmp_path / "good.jsonl", [row(tmp_path, id="a")])
+    assert main([str(tmp_path / "none.jsonl"), "demo:none", str(good)]) == 2
+    out, err = capsys.readouterr()
+    assert f"{good}: 1 examples" in out and "none.jsonl" in err and "the demo has no split 'none'" in err
 
 
 def test_more_problems_than_an_error_of_a_run_lists(tmp_path, capsys):

@@ -163,7 +163,10 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
     assert {path: path.read_bytes() for path in before} == before  # what was finished is as it was
     assert "4 cells x 2 data sets, 5 to do" in capsys.readouterr().out
     assert matrix(project, out) == 0 and len(done) == 5
-    assert "0 to do" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "0 to do" in shown
+    cells = [f"{name}={out / name}" for name in ("base.demo", "base.free_reasoning", "sft.demo", "sft.free_reasoning")]
+    assert shown.endswith(f"next: python -m eval.report {' '.join(cells)} --output_dir FOLDER\n")  # in the models' order
 
 
 def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, capsys):

@@ -98,8 +98,8 @@ def test_the_command_writes_png_and_svg_and_overwrites_nothing(tmp_path, capsys)
     assert "nothing to draw" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert main([]) == 2
     assert [line for line in capsys.readouterr().err.splitlines()] == [
-        "error: --run is missing",
-        "error: --output_dir is missing",
+        "error: --run is missing: give one or more FOLDER or NAME=FOLDER of training runs",
+        "error: --output_dir is missing: give a folder for the pictures",
     ]
 
 

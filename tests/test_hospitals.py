@@ -22,7 +22,8 @@ TESTS = {"test-mimic": 5, "test-chexpert": 8, "test-nih": 4}
 
 @sample
 @pytest.mark.parametrize(("hospital", "family", "prompt"), [
-    ("mimic", "gemma3", "free_reasoning"), ("chexpert", "qwen2_5_vl", "reasoning_a"), ("nih", "qwen2_5_vl", "only_label")])
+    ("mimic", "gemma3", "free_reasoning"), ("chexpert", "qwen2_5_vl", "reasoning_a"), ("nih", "qwen2_5_vl", "only_label"),
+    ("nih", "gemma3", "reasoning_narrative")])
 def test_from_the_folders_to_scores(hospital, family, prompt, tiny_checkpoint, tmp_path, monkeypatch):
     cxr = Path(os.environ["CXR_SAMPLE"])
     xrays, root = tmp_path / "xrays", ["--image_root", str(cxr)]

@@ -45,3 +45,8 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_pat
     assert words[:2] == ["python", "run_grpo.py"]
     resolved = parse_config([GRPOConfig, ObjectiveConfig], words[2:], script="grpo", prog="run_grpo.py", validate=problems)
     assert resolved.configs[0].adapter_name_or_path == str(tmp_path) and resolved.configs[0].train_file
+
+
+def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
+    command = next_command("medgemma-4b-free-reasoning", tmp_path, "my-gemma")
+    assert "--recipe medgemma-4b-free-reasoning --model_name_or_path my-gemma --adapter" in command

@@ -102,6 +102,8 @@ def test_an_output_directory_with_content_is_refused_and_left_alone(tmp_path):
     (target / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"b is not empty \(it holds config.json\).*--resume_from_checkpoint"):
         run_directory(target, "sft")
+    with pytest.raises(UsageError, match="nothing is overwritten: name another folder$"):
+        run_directory(target, "report")  # which cannot be resumed
     assert (target / "config.json").read_text() == "{}"
 
 

@@ -338,7 +338,7 @@ def test_a_wrong_header_names_the_column(tmp_path, header, said):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert refusal(load_chexpert, tmp_path / "none") == [f"{tmp_path}/none: no such folder"]
-    assert refusal(load_chexpert, tmp_path) == [f"{tmp_path}: holds none of train.csv (nor with .gz), and no folder in it does"]
+    assert refusal(load_chexpert, tmp_path) == [f"{tmp_path}: holds none of train.csv (nor with .gz), and no folder in it does; put the file there, or give the folder above that holds it"]
     whole = write(tmp_path / "train.csv.gz", CHEXPERT, *TRAIN_ROWS).read_bytes()
     for content in (whole[:-9], whole[:40] + b"\0\0\0\0" + whole[44:], b"\xff\xfe\0a,b"):
         (tmp_path / "train.csv.gz").write_bytes(content)
