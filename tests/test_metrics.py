@@ -10,7 +10,7 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from data.labels import LABELS
 from eval.metrics import (
-    bootstrap_intervals, failure_policies, jaccard_per_image, label_matrix, multilabel_scores, patient_totals, predict_all_labels,
+    bootstrap_intervals, failure_policies, figures, jaccard_per_image, label_matrix, multilabel_scores, patient_totals, predict_all_labels,
     predict_by_prevalence, predict_most_frequent, resampled_totals,
 )
 
@@ -251,13 +251,13 @@ def test_bootstrap_equals_a_loop_over_the_same_draws():
     # images of a patient drawn twice are there twice.
     targets, predictions = targets & evaluated, predictions & evaluated
     drawn_patients = draws_by_hand(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
-    figures = []
+    values = []
     for times in drawn_patients:
         drawn = [n for n in range(50) for _ in range(times[patient_ids[n]])]
         sample = targets[drawn], predictions[drawn]
-        figures.append((sklearn_scores(*sample, average="micro")[2], sklearn_scores(*sample, average="macro")[2],
+        values.append((sklearn_scores(*sample, average="micro")[2], sklearn_scores(*sample, average="macro")[2],
                         jaccard_score(*sample, average="samples", zero_division=1)))
-    low, high = np.percentile(figures, [2.5, 97.5], axis=0)
+    low, high = np.percentile(values, [2.5, 97.5], axis=0)
     for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high):
         assert intervals[metric] == pytest.approx(bounds, abs=1e-12)
 
@@ -312,3 +312,15 @@ def test_bootstrap_needs_one_patient_id_an_image():
         bootstrap_intervals(bools("110"), bools("110"), None, ["a"], seed=0, jaccard=np.array([1.0, 1.0]))
     with pytest.raises(ValueError, match="0 images"):
         bootstrap_intervals(np.zeros((0, 3), bool), np.zeros((0, 3), bool), None, [], seed=0)
+
+
+def test_the_figures_of_totals_by_hand():
+    # TP, FP, FN of two labels, then the sum of Jaccard and the number of images. First draw: label 1 has 3, 1, 0: F1 6/7; label 2
+    # has 0, 0, 2: 0; together 3, 1, 2: 6/9. Second draw: 1, 0, 1: 2/3; 2, 0, 0: 1; together 3, 0, 1: 6/7.
+    totals = np.array([[3, 0, 1, 0, 0, 2, 2.5, 5], [1, 2, 0, 0, 1, 0, 1.0, 4]])
+    found = figures(totals)
+    assert set(found) == {"micro_f1", "macro_f1", "jaccard", "label_f1"}
+    np.testing.assert_allclose(found["label_f1"], [[6 / 7, 0], [2 / 3, 1]], atol=1e-12)
+    np.testing.assert_allclose(found["macro_f1"], [3 / 7, 5 / 6], atol=1e-12)
+    np.testing.assert_allclose(found["micro_f1"], [6 / 9, 6 / 7], atol=1e-12)
+    np.testing.assert_allclose(found["jaccard"], [0.5, 0.25], atol=1e-12)
