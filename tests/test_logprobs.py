@@ -294,3 +294,23 @@ def test_without_a_gradient_only_the_logits_are_made():
 
 def test_the_default_chunk_of_gemmas_logits_takes_256_mib():
     assert CHUNK_SIZE * 262_208 * 4 / 2 ** 20 == pytest.approx(256, abs=0.1)  # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06
+
+
+def test_the_gradients_of_log_probabilities_and_entropy_add_up():
+    # as in an entropy bonus: each part alone, and both in one backward pass, over several chunks
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in (5, 7))
+    targets = torch.arange(5)
+
+    def gradient(of_logprobs: float, of_entropy: float) -> torch.Tensor:
+        states = hidden.clone().requires_grad_()
+        logprobs, entropy = token_logprobs(states, weight, targets, temperature=0.8, chunk_size=2, entropy=True)
+        (of_logprobs * logprobs.sum() + of_entropy * entropy.sum()).backward()
+        return states.grad
+
+    both = gradient(1.0, 0.3)
+    torch.testing.assert_close(both, gradient(1.0, 0.0) + gradient(0.0, 0.3), rtol=0, atol=1e-12)
+    states = hidden.clone().requires_grad_()
+    plain = (states @ weight.T / 0.8).log_softmax(1)
+    (plain.gather(1, targets[:, None]).sum() - 0.3 * (plain.exp() * plain).sum()).backward()
+    torch.testing.assert_close(both, states.grad, rtol=0, atol=1e-12)
