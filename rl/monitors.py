@@ -52,7 +52,7 @@ NAMES = tuple(f"monitors/{name}" for name in (
     "identical_text", "identical_labels", "label_shift", *PER_LABEL, "all_labels", "contradiction", "unknown_label", "duplicate_label",
     "empty_reasoning", "looping_reasoning", "copied_reasoning", "truncated", "length_to_cap", "distinct_per_group", "entropy",
     *FROM_THE_START))
-# A run of the demo stays below each of them by a factor of 1.6 or more.
+# A run of the demo stays below each of them by a factor of 1.5 or more.
 WARN_WHEN = tuple(f"monitors/{condition}" for condition in (
     "identical_text>0.5", "identical_labels>0.75", "label_shift>0.4", "all_labels>0.3", "contradiction>0.1", "unknown_label>0.1",
     "duplicate_label>0.5", "empty_reasoning>0.2", "looping_reasoning>0.2", "copied_reasoning>0.35", "truncated>0.3",
