@@ -27,6 +27,10 @@ _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
+# Fields of Predictions that hold a value, or a row of labels, for each answer
+_ARRAYS = ("patients", "targets", "predictions", "evaluated", "nih_targets", "parsed", "valid", "num_unknown", "lengths")
+
+
 @dataclass(frozen=True)
 class Predictions:
     """N answers to one data set; matrices are bool [N, 14] in the order of LABELS. A failed answer predicts nothing."""
@@ -77,20 +81,7 @@ class Predictions:
             return self
         place = {id: n for n, id in enumerate(self.ids)}
         index = np.array([place[id] for id in ids], dtype=int)
-        arrays = {
-            name: getattr(self, name)[index]
-            for name in (
-                "patients",
-                "targets",
-                "predictions",
-                "evaluated",
-                "nih_targets",
-                "parsed",
-                "valid",
-                "num_unknown",
-                "lengths",
-            )
-        }
+        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
         return Predictions(
             list(ids),
             is_nih=self.is_nih,
@@ -111,22 +102,7 @@ class Predictions:
 
 def load_predictions(path: Path) -> Predictions:
     """Read a predictions file, parsed anew, without keeping its texts. Raises DataError as `iter_predictions` does."""
-    columns: dict[str, list] = {
-        name: []
-        for name in (
-            "ids",
-            "patients",
-            "targets",
-            "predictions",
-            "evaluated",
-            "nih_targets",
-            "parsed",
-            "valid",
-            "num_unknown",
-            "lengths",
-            "texts",
-        )
-    }
+    columns: dict[str, list] = {name: [] for name in ("ids", "texts", *_ARRAYS)}
     prompts, problems, all_nih = {}, Counter(), True
     for row in iter_predictions(path):
         source = row.get("source_labels") or ()
