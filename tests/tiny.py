@@ -66,8 +66,12 @@ def _byte_tokenizer(specials: list[str], template: str, **names) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-def save_qwen(folder: Path, seed: int = 0) -> Path:
-    """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens."""
+def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, gain: float = 5.0) -> Path:
+    """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens.
+
+    text, vision: other values of its two configurations. gain: of the default initialisation. By default larger, so that
+    positions, masks and the image visibly change the outputs.
+    """
     tokenizer = _byte_tokenizer(
         QWEN_SPECIALS, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=QWEN_SPECIALS
     )
@@ -77,14 +81,14 @@ def save_qwen(folder: Path, seed: int = 0) -> Path:
             vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])),
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])) | text,
         vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1]),
+                           temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1]) | vision,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    _louder(model)
+    _multiply(model, gain)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -95,8 +99,10 @@ def save_qwen(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_gemma(folder: Path, seed: int = 0) -> Path:
-    """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens."""
+def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, image_tokens: int = 4, gain: float = 5.0) -> Path:
+    """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens. text, vision,
+    gain: see `save_qwen`.
+    """
     tokenizer = _byte_tokenizer(
         GEMMA_SPECIALS,
         GEMMA_TEMPLATE,
@@ -124,34 +130,35 @@ def save_gemma(folder: Path, seed: int = 0) -> Path:
             pad_token_id=ids["<pad>"],
             eos_token_id=ids["<eos>"],
             bos_token_id=ids["<bos>"],
-        ),
+        ) | text,
         vision_config=dict(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-        ),
-        mm_tokens_per_image=4,
+        ) | vision,
+        mm_tokens_per_image=image_tokens,
         image_token_index=ids["<image_soft_token>"],
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
     )
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(config)
-    _louder(model)
+    _multiply(model, gain)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
     model.generation_config.eos_token_id = [ids["<eos>"], ids["<end_of_turn>"]]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    side = config.vision_config.image_size
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="Gemma3ImageProcessor", size=dict(height=56, width=56), image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        do_pan_and_scan=False, image_seq_length=4)))
+        image_processor_type="Gemma3ImageProcessor", size=dict(height=side, width=side), image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        do_pan_and_scan=False, image_seq_length=image_tokens)))
     return folder
 
 
-def _louder(model: torch.nn.Module) -> None:
-    """Larger weights than the default initialisation, so that positions, masks and the image visibly change the outputs."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(5.0)
+@torch.no_grad()
+def _multiply(model: torch.nn.Module, gain: float) -> None:
+    """All weights but vectors, by `gain`."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(gain)
 
 
 SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma}
