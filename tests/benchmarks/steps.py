@@ -1,0 +1,499 @@
+"""The product's GRPO and SFT steps on the benchmark models (models.py): phase by phase, and against the plain forward.
+
+    python tests/benchmarks/steps.py                    # against the plain forward of tests/plain.py
+    python tests/benchmarks/steps.py --profile          # where the time of a step goes
+
+In the plain forward every completion has a prompt of its own and its image goes through the vision tower in every pass. Both sides
+get the same weights, prompts, completions and rewards; loss and gradients are compared before anything is timed, then the two
+alternate in one process, on one thread. Times are CPU time of this process and wall clock, medians of the pairs; a ratio is the
+median of the pairs' ratios, with the smallest and the largest.
+
+A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is really sampled, with no stop
+ids, so that every completion has its full length; then given completions take its place. Learning rate 0: every step does the same.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from data.collate import collate_rows, plan_batches
+from data.encode import EncodedPrompt, EncodedRow
+from data.prompts import Prompt
+from data.records import Example
+from engine import forward
+from engine.families import lm_head_weight
+from engine.forward import completion_hidden_states, completion_logprobs
+from engine.generate import Completion, SamplingConfig, generate
+from engine.logprobs import predicted_correctly, token_logprobs
+from engine.model import REFERENCE, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, use_adapter
+from engine.optim import build_optimizer, clip_gradients, trainable_parameters
+from engine.vision import VisionCache
+from rl import rollout
+from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
+from rl.rewards import HardReward
+from rl.rollout import build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+import models  # noqa: E402
+import plain  # noqa: E402
+from models import FAMILIES, Costs, Sizes  # noqa: E402
+
+OBJECTIVE = ObjectiveConfig()
+TEMPERATURE, TOP_P, MAX_GRAD_NORM = 0.8, 0.95, 1.0
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+class Seconds(NamedTuple):
+    cpu: float
+    wall: float
+
+
+class Clock:
+    """Seconds of named phases, added up until they are taken. Phases may contain each other."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self._found[name][0] += time.process_time() - cpu
+            self._found[name][1] += time.perf_counter() - wall
+
+    def timed(self, function: Callable, name: str | Callable[..., str]) -> Callable:
+        """`function` under a phase's name, which may depend on its arguments."""
+        def call(*arguments, **keywords):
+            with self(name(*arguments, **keywords) if callable(name) else name):
+                return function(*arguments, **keywords)
+        return call
+
+    def take(self) -> dict[str, Seconds]:
+        found = {name: Seconds(*seconds) for name, seconds in self._found.items()}
+        self._found.clear()
+        return found
+
+
+def add(*phases: Seconds) -> Seconds:
+    return Seconds(*map(sum, zip(*phases)))
+
+
+def quiet() -> None:
+    """One thread, and no bars and notes of the libraries between the tables."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def machine() -> str:
+    """What ran: one line."""
+    import peft
+    import transformers
+
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+                 "unknown CPU") if Path("/proc/cpuinfo").exists() else "unknown CPU"
+    return (f"{model}, 1 thread, fp32; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
+
+
+# ---- the product -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """What both sides of a step get: new images, and for each of them a group of completions [G,C] and its rewards [G]."""
+
+    examples: list[Example]
+    completions: list[Tensor]
+    rewards: list[list[float]]
+
+
+def make_tasks(examples: Sequence[Example], prompts: int, generations: int, new_tokens: int) -> list[Task]:
+    """One task for every `prompts` examples. Completions are random printable bytes, so that they stay themselves as text."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randint(33, 123, (generations, new_tokens), generator=generator)  # noqa: E731
+    rewards = [(i % 4) / 4 + i / 64 for i in range(generations)]
+    return [Task(list(examples[i : i + prompts]), [draw() for _ in range(prompts)], [rewards] * prompts)
+            for i in range(0, len(examples), prompts)]
+
+
+class Product:
+    """The benchmark model with both adapters, and its steps as the loops of run_grpo.py and run_sft.py have them."""
+
+    def __init__(self, folder: Path, family: str, sizes: Sizes, *, gradient_checkpointing: bool = True) -> None:
+        self.sizes, self.clock = sizes, Clock()
+        # No stop ids: completions are full. No suppressed ids: others know none in their log-probabilities.
+        loaded = models.load(folder / family / "model", sizes)
+        self.model: LoadedModel = replace(loaded, stop_ids=frozenset(), suppressed_ids=())
+        self.wrapped: PeftModel = attach_adapter(self.model, folder / family / "policy", trainable=True)
+        add_reference(self.wrapped, folder / family / "reference")
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(self.wrapped)
+        self.optimizer = build_optimizer(self.wrapped, learning_rate=0.0, weight_decay=0.0)
+        self.parameters = [parameter for _, parameter in trainable_parameters(self.wrapped)]
+        self.costs = Costs(self.model.base.config, sizes)
+
+    def prompt_for(self, example: Example) -> Prompt:
+        return models.make_prompt(self.model, example, self.sizes)
+
+    def forget_images(self, *, keep: bool) -> None:
+        """A new cache of image features, which holds all it sees or nothing."""
+        cache = VisionCache(self.model.base, self.model.family, self.model.encoder, max_bytes=2**30 if keep else 0)
+        self.model = replace(self.model, vision=cache)
+
+    def sample(self, prompts: Sequence[EncodedPrompt], generations: int, new_tokens: int | None = None) -> list[list[Completion]]:
+        sampling = SamplingConfig(TEMPERATURE, TOP_P, new_tokens or self.sizes.new_tokens)
+        return generate(self.wrapped, self.model, prompts, sampling, num_generations=generations, generator=torch.Generator().manual_seed(0))
+
+    def look(self, examples: Sequence[Example], prompt: Prompt) -> list[EncodedPrompt]:
+        with self.clock("images"):
+            return [self.model.encode_prompt(example, prompt) for example in examples]
+
+    def grpo_step(self, task: Task, prompt: Prompt, *, sample: bool = True) -> tuple[float, dict[str, Tensor]]:
+        """(loss, gradients) of one step; its phases are on the clock. sample: whether completions are really drawn first."""
+        clock, pad = self.clock, self.model.encoder.pad_token_id
+        with clock("whole step"):
+            prompts = self.look(task.examples, prompt)
+            if sample:
+                with clock("sampler"):
+                    self.sample(prompts, len(task.rewards[0]))
+            completions = [[Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True) for ids in group] for group in task.completions]
+            with clock("rewards"):
+                samples = build_samples(task.examples, completions, self.model.encoder.decode, {"hard": HardReward()}, "hard",
+                                        answer_format="think_solution", mask_truncated_completions=False)
+            samples = [replace(sample, reward=reward) for sample, reward in zip(samples, [r for group in task.rewards for r in group])]
+            micro_batches = plan_micro_batches(samples, prompts, size=len(samples), accumulation=1, max_tokens=None)[0]
+            with self._apart(rollout, "completion_logprobs", lambda wrapped, *_, **__: f"{self._pass(wrapped)} log-probabilities"):
+                samples = score_samples(self.wrapped, self.model, samples, prompts, micro_batches, temperature=TEMPERATURE, with_reference=True)
+            samples = with_advantages(samples, OBJECTIVE)
+            self.wrapped.train()
+            total, num_tokens = 0.0, sum(len(sample.ids) for sample in samples)
+            for indices in micro_batches:
+                with clock("policy forward"):
+                    micro = collate_samples([samples[i] for i in indices], prompts, pad, models.CPU)
+                    logprobs, entropy = completion_logprobs(self.wrapped, self.model.family, micro.batch, temperature=TEMPERATURE,
+                                                            suppress_token_ids=self.model.suppressed_ids, entropy=True)
+                    weights = token_weights(micro.mask, OBJECTIVE.loss_type, num_completions=len(samples), num_tokens=num_tokens,
+                                            max_completion_length=self.sizes.new_tokens)
+                    loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs, micro.advantages, micro.mask, weights,
+                                            OBJECTIVE, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
+                with clock("backward"):
+                    loss.backward()
+                with clock("metrics"):
+                    objective_metrics(terms, micro.advantages, micro.mask, OBJECTIVE)
+                total += float(loss.detach())
+        return total, self._update()
+
+    def sft_step(self, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt) -> tuple[float, dict[str, Tensor]]:
+        """(loss, gradients) of one step of one micro-batch."""
+        clock = self.clock
+        with clock("whole step"):
+            with clock("images"):
+                rows = [self.model.encode_answer(example, prompt, answer) for example, answer in zip(examples, answers)]
+            supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
+            self.wrapped.train()
+            for indices in plan_batches(rows, len(rows), None):
+                with clock("forward"):
+                    batch = collate_rows([rows[i] for i in indices], self.model.encoder.pad_token_id)
+                    hidden, targets = completion_hidden_states(self.wrapped, self.model.family, batch)
+                    logprobs, _ = token_logprobs(hidden, lm_head_weight(self.wrapped), targets)
+                    loss = -logprobs.sum() / supervised_tokens
+                with clock("backward"):
+                    loss.backward()
+                with clock("metrics"):
+                    predicted_correctly(hidden, lm_head_weight(self.wrapped), targets).float().mean()
+        return float(loss.detach()), self._update()
+
+    def _update(self) -> dict[str, Tensor]:
+        """The optimizer's part of a step, on the clock as well. Returns the gradients before it."""
+        found = gradients(self.wrapped)
+        with self.clock("whole step"), self.clock("update"):
+            clip_gradients(self.parameters, MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return found
+
+    def _pass(self, wrapped: PeftModel) -> str:
+        return "reference" if wrapped.active_adapter == REFERENCE else "old"
+
+    @contextmanager
+    def _apart(self, module, name: str, phase: str | Callable[..., str]) -> Iterator[None]:
+        """Time a function that a module calls, as a phase."""
+        original = getattr(module, name)
+        setattr(module, name, self.clock.timed(original, phase))
+        try:
+            yield
+        finally:
+            setattr(module, name, original)
+
+    def profiled_step(self, task: Task, prompt: Prompt) -> dict[str, Seconds]:
+        """Phases of a GRPO step, with the head of every pass and the reading of prompts apart."""
+        with self._apart(forward, "token_logprobs", "head"):
+            self.grpo_step(task, prompt)
+        phases = self.clock.take()
+        prompts = self.look(task.examples, prompt)
+        self.clock.take()
+        with self.clock("prefill"):
+            self.sample(prompts, len(task.rewards[0]), 1)
+        return phases | self.clock.take()
+
+
+def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
+    """Copies, by parameter."""
+    return {name: parameter.grad.clone() for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+
+
+# ---- the plain forward -----------------------------------------------------------------------------------------------
+def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) -> tuple[float, dict[str, Tensor]]:
+    """Old, reference and policy passes of a step whose completions are given, on the product's model."""
+    wrapped, model, sizes = product.wrapped, product.model, product.sizes
+    prompts = [model.encoder.encode_prompt(example, prompt) for example in task.examples]
+    rows = [EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool)) for encoded, group in zip(prompts, task.completions) for ids in group]
+
+    def logprobs_of(**options) -> Tensor:
+        return plain.logprobs_of(wrapped, model.family, rows, temperature=TEMPERATURE, suppress_token_ids=model.suppressed_ids, **options)
+
+    wrapped.eval()
+    with torch.no_grad(), clock("old log-probabilities"):
+        old = logprobs_of()
+    with use_adapter(wrapped, REFERENCE), clock("reference log-probabilities"):
+        ref = logprobs_of()
+    wrapped.train()
+    advantages = torch.cat([torch.tensor(group) - sum(group) / len(group) for group in task.rewards])
+    mask = torch.ones_like(old, dtype=torch.bool)
+    with clock("policy forward"):
+        logprobs = logprobs_of(entropy=True)
+        weights = token_weights(mask, OBJECTIVE.loss_type, num_completions=len(rows), num_tokens=int(mask.sum()),
+                                max_completion_length=sizes.new_tokens)
+        loss, _ = grpo_loss(logprobs, old, ref, advantages, mask, weights, OBJECTIVE)
+    with clock("backward"):
+        loss.backward()
+    found = gradients(wrapped)
+    wrapped.zero_grad()
+    return float(loss.detach()), found
+
+
+def plain_sft_step(product: Product, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt,
+                   clock: Clock) -> tuple[float, dict[str, Tensor]]:
+    wrapped, model = product.wrapped, product.model
+    wrapped.train()
+    with clock("whole step"):
+        rows = [model.encoder.encode_answer(example, prompt, answer) for example, answer in zip(examples, answers)]
+        hidden, targets = plain.hidden_states(wrapped, model.family, plain.plain_batch(rows, model.encoder.pad_token_id))
+        logprobs, _ = token_logprobs(hidden, lm_head_weight(wrapped), targets)
+        loss = -logprobs.mean()
+        loss.backward()
+        predicted_correctly(hidden, lm_head_weight(wrapped), targets).float().mean()
+    found = gradients(wrapped)
+    wrapped.zero_grad()
+    return float(loss.detach()), found
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+TRAINING = ("reference log-probabilities", "policy forward", "backward")
+
+
+def check_equal(what: str, ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]], bound: float = 1e-5) -> None:
+    """Print by how much losses and gradients differ. Raises SystemExit where a parameter's gradient differs by more than `bound` of
+    its norm, or where one side trains what the other does not.
+    """
+    (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
+    if our_gradients.keys() != their_gradients.keys():
+        raise SystemExit(f"{what}: the two sides train different parameters: {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}")
+    worst = max(float((our_gradients[name] - their).norm() / their.norm()) for name, their in their_gradients.items())
+    of_loss = abs(our_loss - their_loss) / max(abs(their_loss), 1e-12)
+    print(f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most {worst:.1e} of a tensor's norm",
+          flush=True)
+    if not worst <= bound or not of_loss <= 1e-4:
+        raise SystemExit(f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that do not do the same")
+
+
+def print_header() -> None:
+    print(f"  {'':34} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations")
+
+
+def print_row(name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bound: float | None) -> None:
+    def ratios(field: str) -> str:
+        values = [getattr(their, field) / getattr(our, field) for our, their in zip(ours, theirs)]
+        return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    seconds = [statistics.median(side.cpu for side in sides) for sides in (ours, theirs)]
+    print(f"  {name:34} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
+          f"{'' if bound is None else f'{bound:.2f}':>6}", flush=True)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Operations of each side (see models.py), for G completions of a prompt. The head costs two products of a training pass here,
+    since its gradient is taken in the forward pass, and three elsewhere.
+    """
+
+    costs: Costs
+    generations: int
+
+    @property
+    def _new(self):
+        return self.generations * self.costs.completion
+
+    @property
+    def _head(self) -> float:
+        return self.generations * self.costs.head(self.costs.sizes.new_tokens).forward
+
+    def image(self) -> float:
+        return self.costs.image.forward
+
+    def sampler(self) -> float:
+        return self.costs.prompt.forward + self._new.forward + self._head
+
+    def scoring(self) -> float:
+        """Old or reference pass."""
+        return self.sampler()
+
+    def policy(self) -> float:
+        return (self.costs.prompt + self._new).trained + 2 * self._head
+
+    def unshared_sampler(self) -> float:
+        return self.generations * (self.costs.image + self.costs.sequence).forward + self._head
+
+    def unshared_scoring(self) -> float:
+        return self.unshared_sampler()
+
+    def unshared_policy(self, *, tower_trained: bool) -> float:
+        """tower_trained: the frozen tower is recomputed and a gradient goes through it."""
+        image = self.costs.image.trained if tower_trained else self.costs.image.forward
+        return self.generations * (image + self.costs.sequence.trained) + 3 * self._head
+
+
+def make_folder(folder: Path, family: str, sizes: Sizes, images: int) -> list[Example]:
+    """Checkpoint, adapters and images of one family."""
+    model = models.save_checkpoint(family, folder / family / "model", sizes)
+    models.save_adapter(model, folder / family / "policy", 0, sizes)
+    models.save_adapter(model, folder / family / "reference", 1, sizes)
+    return models.make_examples(folder / family / "images", images, sizes)
+
+
+def make_answers(count: int, tokens: int) -> list[str]:
+    """Random printable bytes, with the end of turn of `tokens` tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [bytes(torch.randint(97, 123, (tokens - 1,), generator=generator).tolist()).decode() for _ in range(count)]
+
+
+def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], rows: int, pairs: int) -> None:
+    examples = make_folder(folder, family, sizes, max(pairs + 1, rows))
+    product, clock = Product(folder, family, sizes), Clock()
+    product.forget_images(keep=False)
+    prompt = product.prompt_for(examples[0])
+    print(f"\n{FAMILIES[family]}: one image costs {product.costs.image_share:.0%} of a sequence")
+    for generations in groups:
+        tasks = make_tasks(examples, 1, generations, sizes.new_tokens)
+        check_equal(f"G {generations}", product.grpo_step(tasks[0], prompt, sample=False), plain_grpo_step(product, tasks[0], prompt, clock))
+        ours, theirs = [], []
+        product.clock.take(), clock.take()
+        for task in tasks[1 : pairs + 1]:
+            product.grpo_step(task, prompt, sample=False)
+            ours.append(product.clock.take())
+            plain_grpo_step(product, task, prompt, clock)
+            theirs.append(clock.take())
+        print_header()
+        bounds = Bounds(product.costs, generations)
+        plain_pass, plain_policy = bounds.unshared_scoring(), bounds.unshared_policy(tower_trained=False) - bounds._head
+        for name, phases, bound in (
+                ("reference + policy + backward", TRAINING, (plain_pass + plain_policy) / (bounds.scoring() + bounds.policy())),
+                ("the same with old", ("old log-probabilities", *TRAINING),
+                 (2 * plain_pass + plain_policy) / (2 * bounds.scoring() + bounds.policy()))):
+            sides = ([add(*(found[phase] for phase in phases)) for found in side] for side in (ours, theirs))
+            print_row(f"G {generations}: {name}", *sides, bound)
+        image = ([add(found["images"]) for found in ours])
+        print(f"  the image, once: {statistics.median(seconds.cpu for seconds in image):.2f} s")
+    answers = make_answers(rows, sizes.new_tokens)
+    arguments = examples[:rows], answers, prompt
+    check_equal("SFT", product.sft_step(*arguments), plain_sft_step(product, *arguments, clock))
+    found: dict[str, list[Seconds]] = defaultdict(list)
+    for keep in (False, True):
+        product.forget_images(keep=keep)
+        product.sft_step(*arguments)
+        product.clock.take(), clock.take()
+        for _ in range(pairs):
+            product.sft_step(*arguments)
+            found[f"ours {keep}"].append(product.clock.take()["whole step"])
+            plain_sft_step(product, *arguments, clock)
+            found[f"theirs {keep}"].append(clock.take()["whole step"])
+    bounds = Bounds(product.costs, 1)
+    plain_step = bounds.unshared_policy(tower_trained=False) - bounds._head
+    for keep, name, bound in ((False, "new images", bounds.policy() + bounds.image()), (True, "known images", bounds.policy())):
+        print_row(f"SFT step of {rows}, {name}", found[f"ours {keep}"], found[f"theirs {keep}"], plain_step / bound)
+
+
+def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], steps: int) -> None:
+    examples = make_folder(folder, family, sizes, steps + 1)
+    product = Product(folder, family, sizes)
+    product.forget_images(keep=False)
+    prompt = product.prompt_for(examples[0])
+    for generations in groups:
+        tasks = make_tasks(examples, 1, generations, sizes.new_tokens)
+        product.grpo_step(tasks[0], prompt)
+        product.clock.take()
+        found = [product.profiled_step(task, prompt) for task in tasks[1 : steps + 1]]
+        median = {name: statistics.median(phases[name].cpu for phases in found) for name in found[0]}
+        median["decode"] = median["sampler"] - median["prefill"]
+        bounds = Bounds(product.costs, generations)
+        heads = 4 * bounds._head  # two in the policy pass, one in either of the others
+        operations = {
+            "images": bounds.image(), "prefill": product.costs.prompt.forward, "decode": bounds.sampler() - product.costs.prompt.forward,
+            "old log-probabilities": bounds.scoring(), "reference log-probabilities": bounds.scoring(),
+            "policy forward": bounds.scoring() + bounds._head, "backward": bounds.policy() - bounds.scoring() - bounds._head, "head": heads}
+        print(f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of CPU time, median of {steps}")
+        print(f"  {'':34} {'s':>7} {'share':>6} {'1e9 operations a s':>19}")
+        for name in ("images", "prefill", "decode", "rewards", "old log-probabilities", "reference log-probabilities", "policy forward",
+                     "backward", "metrics", "update"):
+            rate = f"{operations[name] / median[name] / 1e9:19.1f}" if name in operations else ""
+            print(f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}")
+        print(f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} {heads / median['head'] / 1e9:19.1f}",
+              flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--num_generations", nargs="+", type=int, default=[4, 8], help="completions of a prompt")
+    parser.add_argument("--rows", type=int, default=4, help="examples of an SFT step")
+    parser.add_argument("--pairs", type=int, default=5, help="steps of either side that are timed")
+    parser.add_argument("--new_tokens", type=int, default=Sizes.new_tokens, help="of a completion or an answer, tokens")
+    parser.add_argument("--prompt_length", type=int, default=Sizes.prompt_length, help="with the image, tokens")
+    parser.add_argument("--image_tokens", type=int, default=Sizes.image_tokens, help="a square number, tokens")
+
+
+def sizes_of(arguments: argparse.Namespace) -> Sizes:
+    return Sizes(new_tokens=arguments.new_tokens, prompt_length=arguments.prompt_length, image_tokens=arguments.image_tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--profile", action="store_true", help="the phases of the product's step alone, --pairs steps")
+    arguments = parser.parse_args()
+    quiet()
+    print(machine())
+    for family in arguments.families:
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.profile:
+                profile(family, Path(folder), sizes_of(arguments), arguments.num_generations, arguments.pairs)
+            else:
+                against_plain(family, Path(folder), sizes_of(arguments), arguments.num_generations, arguments.rows, arguments.pairs)
+
+
+if __name__ == "__main__":
+    main()
