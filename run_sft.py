@@ -27,7 +27,7 @@ from data.records import DataError, Example, data_file, read_jsonl, split_by_pat
 from data.traces import answers_to_learn
 from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors, set_later_checkpoints_aside
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
-from engine.families import lm_head_weight
+from engine.families import lm_head_weight, logit_softcap
 from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
@@ -122,7 +122,7 @@ def load_data(config: SFTConfig, resumed: dict | None = None) -> SFTData:
 def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: RunLogger, state: TrainerState, optimizer, guard: SignalGuard,
           save) -> None:
     """The loop, from state.global_step to the end, an early stop or a signal."""
-    device, head, prompt = lm_head_weight(wrapped).device, lm_head_weight(wrapped), PROMPTS[config.prompt]
+    head, softcap, prompt = lm_head_weight(wrapped), logit_softcap(wrapped), PROMPTS[config.prompt]
     parameters = [parameter for _, parameter in trainable_parameters(wrapped)]
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch, total_steps = step_counts(config, len(data.train))
@@ -172,9 +172,9 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         wrapped.train()
         step_loss = 0.0
         for indices in plan_batches(rows, config.per_device_train_batch_size, config.max_tokens_per_forward):
-            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(device)
+            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(head.device)
             hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [K,H], [K]
-            logprobs, _ = token_logprobs(hidden, head, targets)  # [K]
+            logprobs, _ = token_logprobs(hidden, head, targets, softcap=softcap)  # [K]
             loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's mean
             loss.backward()
             step_loss += float(loss.detach())
@@ -223,16 +223,16 @@ def validation_metrics(config: SFTConfig, model: LoadedModel, wrapped, examples:
     Raises KeyboardInterrupt once should_stop says so.
     """
     wrapped.eval()
-    device, head = lm_head_weight(wrapped).device, lm_head_weight(wrapped)
+    head, softcap = lm_head_weight(wrapped), logit_softcap(wrapped)
     metrics = MetricAccumulator()
     for chunk in in_chunks(examples, config.per_device_eval_batch_size):
         if should_stop():
             raise KeyboardInterrupt
         rows = [model.encode_answer(example, PROMPTS[config.prompt], example.answer) for example in chunk]
         for indices in plan_batches(rows, len(rows), config.max_tokens_per_forward):
-            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(device)
+            batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(head.device)
             hidden, targets = completion_hidden_states(wrapped, model.family, batch)
-            logprobs, _ = token_logprobs(hidden, head, targets)
+            logprobs, _ = token_logprobs(hidden, head, targets, softcap=softcap)
             metrics.add("loss", -logprobs.mean(), weight=len(targets))
             metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
     return metrics.collect()

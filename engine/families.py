@@ -174,6 +174,15 @@ def lm_head_weight(model: nn.Module) -> Tensor:
     return unwrapped(model).lm_head.weight
 
 
+def logit_softcap(model: nn.Module) -> float | None:
+    """c of the soft-capping c tanh(logit / c) that the configuration asks for; None without (the published Gemma 3 models).
+
+    Of transformers' classes Gemma3ForCausalLM applies it and Gemma3ForConditionalGeneration does not; here every
+    log-probability and the sampler do.
+    """
+    return getattr(unwrapped(model).config.get_text_config(), "final_logit_softcapping", None)
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside peft's wrapper, adapters in place; the model itself where there is no wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

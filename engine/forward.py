@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.collate import Batch, Prompts
 from engine.attention import Places, SharedPromptMask
-from engine.families import Family, language_model, lm_head_weight, next_positions, unwrapped
+from engine.families import Family, language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
 from engine.logprobs import token_logprobs
 
 
@@ -85,7 +85,8 @@ def completion_logprobs(
     hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
     head = lm_head_weight(model)  # [V,H]
     logprobs, entropies = token_logprobs(
-        hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, entropy=entropy)  # [K]
+        hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, softcap=logit_softcap(model),
+        entropy=entropy)  # [K]
     return to_rows(logprobs, batch.completion_mask), to_rows(entropies, batch.completion_mask) if entropy else None
 
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from data.collate import Prompts, collate_prompts
 from data.encode import EncodedPrompt
-from engine.families import language_model, lm_head_weight, next_positions, unwrapped
+from engine.families import language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
 from engine.forward import embed
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
@@ -143,6 +143,7 @@ def _decode(wrapped, model: LoadedModel, batch: Prompts, sampling: SamplingConfi
     padding.
     """
     base, decoder, head, family = unwrapped(wrapped), language_model(wrapped), lm_head_weight(wrapped), model.family
+    softcap = logit_softcap(wrapped)
     device = batch.input_ids.device
     suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=device)
     stops = torch.tensor(sorted(model.stop_ids), device=device)
@@ -172,7 +173,7 @@ def _decode(wrapped, model: LoadedModel, batch: Prompts, sampling: SamplingConfi
     for step in range(length):
         if should_stop():
             raise KeyboardInterrupt
-        tempered = scaled_logits(hidden, head, sampling.temperature or 1.0, suppressed).log_softmax(1)  # [rows,V]
+        tempered = scaled_logits(hidden, head, sampling.temperature or 1.0, suppressed, softcap).log_softmax(1)  # [rows,V]
         if sampling.temperature > 0:
             uniform = torch.rand(num_rows, generator=generator)[rows.cpu()].to(device)
             tokens, mass = draw(tempered, sampling.top_p, uniform)

@@ -24,6 +24,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     suppress_token_ids: Sequence[int] = (),
+    softcap: float | None = None,
     chunk_size: int = CHUNK_SIZE,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -31,23 +32,29 @@ def token_logprobs(
 
     hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M], entropy [M] or None), fp32
     (fp64 for fp64 input), entropy in nats of the same tempered distribution. Both are differentiable with respect to
-    `hidden`. The product with the head runs in its own dtype, as in sampling; everything after it in fp32. Raises
-    ValueError for a temperature that is not positive.
+    `hidden`. softcap c: the model's logits are c tanh(x / c) of the product x (engine.families.logit_softcap). The product with
+    the head runs in its own dtype, as in sampling; everything after it in fp32. Raises ValueError for a temperature that is not
+    positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)")
     suppressed = torch.as_tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
     logprobs, entropies = _ChunkedLogProbs.apply(
-        hidden, lm_head_weight, targets, float(temperature), suppressed, chunk_size, entropy
+        hidden, lm_head_weight, targets, float(temperature), suppressed, softcap, chunk_size, entropy
     )
     return logprobs, entropies if entropy else None
 
 
-def scaled_logits(hidden: Tensor, lm_head_weight: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
+@torch.no_grad()
+def scaled_logits(
+    hidden: Tensor, lm_head_weight: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None
+) -> Tensor:
     """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids. Shared with the sampler."""
     logits = hidden.to(lm_head_weight.dtype) @ lm_head_weight.t()  # [m,V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # up-cast first, then divide
-    return logits.index_fill(1, suppressed, -torch.inf)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # up-cast first; from here on in place
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temperature).index_fill_(1, suppressed, -torch.inf)
 
 
 @torch.no_grad()
@@ -64,11 +71,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """Forward: log-probabilities (and entropies) by chunks, with d logprob / d hidden. Backward: a row scale.
 
     The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass and only when it is asked
-    for.
+    for. Of [m,V] a chunk holds one tensor, with the entropy two, with soft-capping one more for its slope: they are worked on in
+    place, and are gone before the next chunk's are made.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, suppressed, chunk_size, with_entropy):
+    def forward(ctx, hidden, weight, targets, temperature, suppressed, softcap, chunk_size, with_entropy):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)  # [M]
         entropies = torch.zeros_like(logprobs)  # [M]
@@ -76,40 +84,71 @@ class _ChunkedLogProbs(torch.autograd.Function):
         jacobian = torch.empty_like(hidden) if needs_gradient else None  # [M,H] d logprob / d hidden
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            chosen = targets[chunk, None]  # [m,1]
-            logits = scaled_logits(hidden[chunk], weight, temperature, suppressed)  # [m,V]
+            target = targets[chunk, None]  # [m,1]
+            logits = scaled_logits(hidden[chunk], weight, temperature, suppressed, softcap)  # [m,V]
+            slope = _slope(logits, temperature, suppressed, softcap) if needs_gradient else None  # [m,V] or None
             logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
-            log_z = torch.logsumexp(logits, 1, keepdim=True)  # [m,1]
-            logprobs[chunk] = (logits.gather(1, chosen) - log_z)[:, 0]
-            if not (needs_gradient or with_entropy):
-                continue
-            probabilities = (logits - log_z).exp()  # [m,V]
+            chosen = logits.gather(1, target)  # [m,1]
+            probabilities = logits.exp() if with_entropy else logits.exp_()  # [m,V], not normalised yet
+            z = probabilities.sum(1, keepdim=True)  # [m,1]
+            logprobs[chunk] = (chosen - z.log())[:, 0]
+            if with_entropy or needs_gradient:
+                probabilities /= z
             if with_entropy:
-                entropies[chunk] = log_z[:, 0] - (probabilities * logits.clamp(min=torch.finfo(dtype).min)).sum(1)
+                entropies[chunk] = z.log()[:, 0] - _finite(logits).mul_(probabilities).sum(1)
+            del logits
             if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
-                direction = probabilities.neg_().scatter_add_(1, chosen, torch.ones_like(log_z))  # [m,V]
-                jacobian[chunk] = (direction.to(weight.dtype) @ weight).to(hidden.dtype) / temperature
-        ctx.save_for_backward(jacobian, hidden if with_entropy else None, weight, suppressed)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+                direction = probabilities.neg_().scatter_add_(1, target, torch.ones_like(z))  # [m,V]
+                jacobian[chunk] = _through_head(direction, slope, weight, hidden.dtype, temperature)
+                del direction
+            del probabilities, slope
+        ctx.save_for_backward(jacobian, *(hidden, entropies) if with_entropy else (None, None), weight, suppressed)
+        ctx.temperature, ctx.softcap, ctx.chunk_size = temperature, softcap, chunk_size
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropies):
-        jacobian, hidden, weight, suppressed = ctx.saved_tensors
+        jacobian, hidden, entropies, weight, suppressed = ctx.saved_tensors
         grad = torch.zeros_like(jacobian)  # [M,H]
         if grad_logprobs is not None:
             grad = grad + jacobian * grad_logprobs[:, None]
         if grad_entropies is not None:
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
-                logs = scaled_logits(hidden[chunk], weight, ctx.temperature, suppressed).log_softmax(1)  # [m,V]
-                probabilities = logs.exp()
-                logs = logs.clamp(min=torch.finfo(logs.dtype).min)  # suppressed: probability 0, and 0 * -inf would be NaN
-                entropy = -(probabilities * logs).sum(1, keepdim=True)  # [m,1]
-                direction = (
-                    -probabilities * (logs + entropy) * grad_entropies[chunk, None]
-                )  # [m,V] dH / d logit_k = -p_k (log p_k + H)
-                grad[chunk] += (direction.to(weight.dtype) @ weight).to(grad.dtype) / ctx.temperature
-        return grad, None, None, None, None, None, None
+                logits = scaled_logits(hidden[chunk], weight, ctx.temperature, suppressed, ctx.softcap)  # [m,V]
+                slope = _slope(logits, ctx.temperature, suppressed, ctx.softcap)  # [m,V] or None
+                logits -= logits.amax(1, keepdim=True)
+                probabilities = logits.exp()  # [m,V]
+                z = probabilities.sum(1, keepdim=True)  # [m,1]
+                probabilities /= z
+                logs = _finite(logits.sub_(z.log()))  # [m,V]
+                # dH / d logit_k = -p_k (log p_k + H)
+                direction = probabilities.mul_(logs.add_(entropies[chunk, None])).mul_(-grad_entropies[chunk, None])  # [m,V]
+                del logits, logs
+                grad[chunk] += _through_head(direction, slope, weight, grad.dtype, ctx.temperature)
+                del probabilities, direction, slope
+        return grad, None, None, None, None, None, None, None
+
+
+def _finite(logs: Tensor) -> Tensor:
+    """The suppressed ids' -inf as a finite number, in place: their probability is 0, and 0 * -inf would be NaN."""
+    return logs.clamp_(min=torch.finfo(logs.dtype).min)
+
+
+def _slope(logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None) -> Tensor | None:
+    """d soft-capped logit / d logit [m,V], from `scaled_logits`; None without soft-capping.
+
+    d c tanh(x / c) / dx = 1 - tanh(x / c)^2
+    """
+    if softcap is None:
+        return None
+    return logits.mul(temperature / softcap).square_().neg_().add_(1).index_fill_(1, suppressed, 0)
+
+
+def _through_head(direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """d / d scaled logits [m,V] -> d / d hidden [m,H] of the given dtype. Changes `direction`."""
+    if slope is not None:
+        direction *= slope
+    return (direction.to(weight.dtype) @ weight).to(dtype) / temperature

@@ -20,8 +20,8 @@ k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype; B prompts 
     checkpointing   only the layer's input, e                                      eh
     frozen weights  need nothing of the input: `base_layer(x)` keeps no x
 
-Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE rows of the vocabulary, but
-several copies of those. The cache grows by torch.cat, layer by layer: beside the whole cache one layer's keys exist twice.
+Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE rows of the vocabulary, twice
+with the entropy. The cache grows by torch.cat, layer by layer: beside the whole cache one layer's keys exist twice.
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
@@ -215,15 +215,12 @@ def backward_temporaries(model: ModelShape, work: Workload) -> int:
 
 # ---- vocabulary -----------------------------------------------------------------------------------------------------
 def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool) -> int:
-    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V] in fp32: logits, and two more where a value
-    is computed from them (the division and index_fill; or probabilities and their intermediate), a fourth with entropy. From
-    the second chunk on the first one's logits and probabilities are still bound while the next are made.
+    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32, which become probabilities and
+    direction in place, beside the product in the base's dtype as they are made and the direction in it at the end; with the entropy
+    the probabilities beside the logits. Soft-capping, which no published model has, is left out.
     """
     e = work.element_size
-    logits = 2 * FP32 + (e if e != FP32 else 0)
-    inside = (4 * FP32 if entropy else 3 * FP32) if gradient or entropy else 2 * FP32
-    before = (2 * FP32 if gradient or entropy else FP32) if scored > CHUNK_SIZE else 0
-    copies = max(logits + before, inside + (FP32 if before and gradient else 0))
+    copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)
     states = scored * model.hidden * e * (3 if gradient else 1)  # hidden states, their gradient, the result
     return min(scored, CHUNK_SIZE) * model.vocabulary * copies + states
 
@@ -232,8 +229,7 @@ def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) 
     """Bytes of one sampled token for all rows: [rows,V] of log-probabilities, sorted values and ids (int64), probabilities,
     the mass before each and what is kept of them; a GPU's sort needs both double. Greedy: logits and log-probabilities.
     """
-    e = work.element_size
-    logits = FP32 + 2 * FP32 + (e if e != FP32 else 0)  # the step before's, the division and index_fill
+    logits = 3 * FP32  # log-probabilities of the step before, logits, log-probabilities
     sort = FP32 + 2 * (FP32 + 8) if work.device == "cuda" else FP32 + FP32 + 8
     nucleus = FP32 + (FP32 + 8) + 3 * FP32 + 2
     return rows * model.vocabulary * (logits if greedy else max(logits, sort, nucleus))

@@ -123,13 +123,18 @@ def _check_checkpoint(name: str, path: str) -> None:
     if looks_local(name) and not (Path(path) / "config.json").is_file():
         raise UsageError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint")
     try:
-        read_config(path)
+        text = read_config(path).get("text_config") or {}
     except ValueError as error:
         raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
     except OSError as error:
         raise UsageError(
             f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). {_HUB_ADVICE.format(name)}"
         ) from error
+    if text.get("attn_logit_softcapping") is not None:
+        raise UsageError(
+            f"--model_name_or_path {name}: its config.json sets attn_logit_softcapping to {text['attn_logit_softcapping']}, which "
+            "transformers' attention leaves out: another model than the trained one would run. null there means that this is intended"
+        )
 
 
 def _unusable(name: str, error: Exception) -> str:

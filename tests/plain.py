@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.collate import Prompts
 from data.encode import EncodedRow
-from engine.families import Family, language_model, lm_head_weight, unwrapped
+from engine.families import Family, language_model, lm_head_weight, logit_softcap, unwrapped
 from engine.logprobs import token_logprobs
 
 
@@ -69,5 +69,5 @@ def logprobs_of(model: nn.Module, family: Family, rows: list[EncodedRow], *, tem
     """[N,T] log-probabilities of the completions, 0 outside their masks."""
     batch = plain_batch(rows, pad_token_id=0)
     hidden, targets = hidden_states(model, family, batch)
-    values, _ = token_logprobs(hidden, lm_head_weight(model), targets, temperature=temperature, **options)
+    values, _ = token_logprobs(hidden, lm_head_weight(model), targets, temperature=temperature, softcap=logit_softcap(model), **options)
     return values.new_zeros(batch.completion_mask.shape).masked_scatter(batch.completion_mask, values)

@@ -74,6 +74,15 @@ def test_another_model_family(refused, tiny_data, tmp_path):
     assert line == "--model_name_or_path ./llama: a 'llama' model; this engine trains qwen2_5_vl and gemma3 models"
 
 
+def test_attention_that_transformers_does_not_compute(refused, tiny_checkpoint, tiny_data, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("gemma3"), tmp_path / "capped")
+    config = document(folder / "config.json")
+    config["text_config"]["attn_logit_softcapping"] = 50.0
+    (folder / "config.json").write_text(json.dumps(config))
+    (line,) = refused(run_sft.main, "--model_name_or_path", "./capped", "--train_file", str(tiny_data), *SFT)
+    assert line.startswith("--model_name_or_path ./capped: its config.json sets attn_logit_softcapping to 50.0, which transformers' attention leaves out")
+
+
 def test_model_folder_without_weights(refused, tiny_checkpoint, tiny_data, tmp_path):
     folder = shutil.copytree(tiny_checkpoint("qwen2_5_vl"), tmp_path / "empty")
     (folder / "model.safetensors").unlink()

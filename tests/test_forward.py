@@ -9,7 +9,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM
 
+import plain
 from data.collate import Batch, collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
@@ -18,8 +20,7 @@ from engine.forward import completion_hidden_states, completion_logprobs, embed,
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
 from engine.families import lm_head_weight
-from engine.model import LoadedModel, enable_gradient_checkpointing
-from plain import plain_batch
+from engine.model import LoadedModel, enable_gradient_checkpointing, load_model
 from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 PROMPTS = (Prompt("a", "Which?"), Prompt("b", "A longer question about this image?"))
@@ -68,7 +69,7 @@ def logprobs_of(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.T
 
 def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
     """The same from transformers' own forward, with the inputs that its documentation asks for."""
-    batch = plain_batch(rows, model.encoder.pad_token_id).prompts
+    batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     inputs = pixel_inputs([row.prompt for row in rows])
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
     logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs).logits  # [B,S,V]
@@ -81,7 +82,7 @@ def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[t
 
 
 def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(first, second, strict=True))
 
 
 # Equal to transformers
@@ -101,6 +102,75 @@ def test_equals_transformers_with_an_adapter(own_model, tiny_images):
     with_adapter = logprobs_of(wrapped, own_model, rows)
     assert largest_difference(with_adapter, official_logprobs(wrapped, own_model, rows)) < 1e-5
     assert largest_difference(with_adapter, bare) > 1e-2
+
+
+def as_saved(folder) -> LoadedModel:
+    """The checkpoint with its own head; tiny.load gives it a random one."""
+    return load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"), min_visual_tokens=4, max_visual_tokens=16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(family, tied, tmp_path, tiny_images):
+    model = as_saved(SAVE[family](tmp_path, tied=tied))
+    head, embedding = lm_head_weight(model.base), model.base.get_input_embeddings().weight
+    assert (head.data_ptr() == embedding.data_ptr()) == tied and torch.equal(head, embedding) == tied
+    rows, wrapped = rows_of(model, tiny_images), attach_random_adapter(model)
+    ours = logprobs_of(wrapped, model, rows)
+    assert largest_difference(ours, official_logprobs(wrapped, model, rows)) < 1e-5
+    sum(logprobs.sum() for logprobs in ours).backward()
+    assert head.grad is None and embedding.grad is None
+    assert all(parameter.grad.abs().max() > 0 for parameter in wrapped.parameters() if parameter.requires_grad)
+
+
+# Soft-capping of the logits, which no published Gemma 3 has
+
+
+SOFTCAP = 1.5  # logits of the random model reach 2.4
+
+
+def capped_logits(net, model: LoadedModel, rows: list[EncodedRow]) -> torch.Tensor:
+    """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the same decoder and head."""
+    batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
+    masks = model.family.attention_masks(model.base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1])
+    causal = Gemma3ForCausalLM._from_config(model.base.config.text_config)
+    causal.model, causal.lm_head = language_model(net), model.base.lm_head
+    return causal(inputs_embeds=plain.embed(net, model.family, batch), attention_mask=masks,
+                  position_ids=model.family.positions(model.base, batch)).logits
+
+
+def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatch):
+    results = []
+    for ours in (True, False):
+        model = as_saved(SAVE["gemma3"](tmp_path / str(ours), text={"final_logit_softcapping": SOFTCAP}))
+        rows, wrapped = rows_of(model, tiny_images), attach_random_adapter(model)
+        if ours:
+            found = logprobs_of(wrapped, model, rows)
+        else:
+            logits = capped_logits(wrapped, model, rows)
+            assert 0.9 * SOFTCAP < logits.detach().abs().max() <= SOFTCAP
+            starts = [len(row.prompt.input_ids) - 1 for row in rows]
+            found = [values[start : start + len(row.completion_ids)].log_softmax(1).gather(1, row.completion_ids[:, None])[:, 0]
+                     for values, start, row in zip(logits, starts, rows)]
+        sum(logprobs.sum() for logprobs in found).backward()
+        results.append((found, {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}))
+    (found, gradients), (expected, expected_gradients) = results
+    assert largest_difference(found, expected) < 1e-5
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(model.base.config.text_config, "final_logit_softcapping", None)
+    assert largest_difference(logprobs_of(wrapped, model, rows), expected) > 1e-1
+
+
+@torch.no_grad()
+def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
+    model = as_saved(SAVE["gemma3"](tmp_path, text={"final_logit_softcapping": SOFTCAP}))
+    prompt = rows_of(model, tiny_images)[0].prompt
+    [group] = generate(model.base, model, [prompt], SamplingConfig(0.8, 0.95, 12), num_generations=3, generator=torch.Generator().manual_seed(0))
+    rows = [EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool)) for completion in group]
+    expected, _ = completion_logprobs(model.base, model.family, collate_rows(rows, 0), temperature=0.8, suppress_token_ids=model.suppressed_ids)
+    for completion, values in zip(group, expected):
+        torch.testing.assert_close(completion.logprobs, values[: len(completion.ids)], rtol=0, atol=1e-5)
+    assert largest_difference([expected], [plain.logprobs_of(model.base, model.family, rows, temperature=0.8, suppress_token_ids=model.suppressed_ids)]) < 1e-5
 
 
 # Each of the following shows that the equality above can fail.

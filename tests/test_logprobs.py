@@ -4,6 +4,8 @@ Run: pytest tests/test_logprobs.py
 """
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -119,6 +121,29 @@ def test_suppressed_ids_leave_the_vocabulary():
     torch.testing.assert_close(results[0][1], entropies, rtol=0, atol=1e-13)
 
 
+def test_soft_capping_by_hand():
+    # 2 tanh(x / 2) of 2 artanh(1/2) = 1.098612 is 1, of 0 it is 0; divided by temperature 0.5: logits 2 and 0.
+    # p_0 = 1 / (1 + e^-2) = 0.880797, log p_0 = -0.126928; H = -0.880797 log 0.880797 - 0.119203 log 0.119203 = 0.365334
+    hidden, head = head_for(torch.tensor([[1.098612, 0.0]]))
+    hidden.requires_grad_()
+    logprobs, entropies = token_logprobs(hidden, head, torch.tensor([0]), temperature=0.5, softcap=2.0, entropy=True)
+    torch.testing.assert_close(logprobs, torch.tensor([-0.126928]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(entropies, torch.tensor([0.365334]), rtol=0, atol=1e-6)
+    # d log p_0 / d logits = (1 - p_0, -p_1) = (0.119203, -0.119203), by the slopes 1 - 1/4 and 1, by 1 / 0.5
+    (by_hidden,) = torch.autograd.grad(logprobs, hidden, torch.ones(1), retain_graph=True)
+    torch.testing.assert_close(by_hidden, torch.tensor([[0.178804, -0.238406]]), rtol=0, atol=1e-6)
+    # dH / d logit_0 = -p_0 (log p_0 + H) = -0.880797 (-0.126928 + 0.365334) = -0.209987, and its opposite
+    (by_hidden,) = torch.autograd.grad(entropies, hidden, torch.ones(1))
+    torch.testing.assert_close(by_hidden, torch.tensor([[-0.314981, 0.419974]]), rtol=0, atol=2e-6)
+
+
+def test_soft_capped_logits_are_of_the_sampler_too():
+    # 3 tanh(3 / 3) = 2.284783, 3 tanh(-1 / 3) = -0.964538, divided by 0.5; a suppressed id stays out
+    hidden, head = head_for(torch.tensor([[3.0, -1.0, 30.0]]))
+    logits = scaled_logits(hidden, head, 0.5, torch.tensor([2]), 3.0)
+    torch.testing.assert_close(logits, torch.tensor([[4.569566, -1.929075, float("-inf")]]), rtol=0, atol=1e-5)
+
+
 def test_no_tokens():
     hidden, head, targets = problem(m=0)
     logprobs, entropies = token_logprobs(hidden, head, targets, entropy=True)
@@ -210,15 +235,16 @@ def test_scaled_logits_divide_after_the_cast():
 # Gradients
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk_size", [2, 100])
 @pytest.mark.parametrize("suppressed", [(), (1, 4)])
-def test_gradients_by_finite_differences(chunk_size, suppressed):
+def test_gradients_by_finite_differences(chunk_size, suppressed, softcap):
     hidden, head, targets = problem()
     targets = targets.where(~torch.isin(targets, torch.tensor(suppressed, dtype=torch.long)), 0)
 
     def values(hidden):
         return token_logprobs(
-            hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, chunk_size=chunk_size, entropy=True)
+            hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, softcap=softcap, chunk_size=chunk_size, entropy=True)
 
     assert gradcheck(lambda h: values(h)[0], hidden)
     assert gradcheck(lambda h: values(h)[1], hidden)
@@ -256,8 +282,8 @@ def saved_bytes(v: int, entropy: bool) -> int:
 
 @pytest.mark.parametrize(("entropy", "copies"), [(False, 1), (True, 2)])
 def test_nothing_of_the_vocabularys_size_is_kept(entropy, copies):
-    # d logprob / d hidden [M,H], and hidden where the entropy is asked for, fp32
-    assert saved_bytes(50, entropy) == saved_bytes(5000, entropy) == copies * 64 * H * 4
+    # d logprob / d hidden [M,H], and hidden and the entropy where it is asked for, fp32
+    assert saved_bytes(50, entropy) == saved_bytes(5000, entropy) == copies * 64 * H * 4 + entropy * 64 * 4
 
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
@@ -281,6 +307,35 @@ def test_no_more_than_a_chunk_of_logits_at_once():
     assert watched.largest == 8 * 5000
     # Eight chunks, each once: logits and d logprob / d hidden forward, logits and d entropy / d hidden backward.
     assert watched.products == 8 * 4
+
+
+def allocated_peak(step) -> int:
+    """Bytes that torch holds at most at once while `step` runs, kernels' buffers included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(("dtype", "entropy", "softcap", "gradient", "copies"), [
+    # of [chunk,V] in fp32: the probabilities, in place of the logits
+    (torch.float32, False, None, False, 1), (torch.float32, False, None, True, 1),
+    (torch.float32, True, None, False, 2), (torch.float32, True, None, True, 2),  # both: the entropy is made of both
+    (torch.float32, False, 9.0, True, 2), (torch.float32, True, 9.0, True, 3), (torch.float32, False, 9.0, False, 1),  # and the slope
+    # the product of the head in bf16; its gradient's input
+    (torch.bfloat16, False, None, False, 1.5), (torch.bfloat16, False, None, True, 1.5), (torch.bfloat16, True, None, True, 2),
+])
+def test_how_many_chunks_of_logits_there_are_at_once(dtype, entropy, softcap, gradient, copies):
+    hidden, head, targets = problem(dtype, m=64, v=20_000)
+    hidden = hidden.detach().requires_grad_(gradient)
+
+    def step():
+        logprobs, entropies = token_logprobs(hidden, head, targets, softcap=softcap, chunk_size=16, entropy=entropy)
+        if gradient:
+            (logprobs.sum() + (entropies.sum() if entropy else 0)).backward()
+
+    chunk = 16 * 20_000 * 4
+    assert copies * chunk < allocated_peak(step) < (copies + 0.15) * chunk  # the rest: [M,H], [M], and what a product packs
 
 
 def test_without_a_gradient_only_the_logits_are_made():

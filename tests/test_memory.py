@@ -97,13 +97,16 @@ def test_static_parts_and_cache_by_hand():
     assert kv_cache(SHAPE, replace(WORK, element_size=2), rows=5, length=7) == 2 * 3 * 4 * 2 * 5 * 7
 
 
-def test_the_head_never_grows_beyond_a_chunk_of_the_vocabulary():
-    def logits(scored: int) -> int:
-        states = 3 * scored * SHAPE.hidden * 4
-        return head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) - states
-
-    assert logits(100_000) == logits(1000) <= 256 * 100 * 4 * 6
-    assert logits(128) < logits(1000)
+def test_the_head_by_hand():
+    # a chunk of 256 x 100 logits: 102,400 bytes in fp32, 51,200 in bf16. Hidden states of 8 numbers, their gradient and the result.
+    bf16 = replace(WORK, element_size=2)
+    for scored in (300, 100_000):
+        assert head_chunk(SHAPE, WORK, scored, gradient=False, entropy=False) == 102_400 + scored * 32
+        assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=False) == 102_400 + scored * 96
+        assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) == 204_800 + scored * 96
+        assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
+        assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=True) == 204_800 + scored * 48
+    assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96  # half a chunk
 
 
 def test_phases_of_the_two_scripts():

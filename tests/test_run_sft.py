@@ -13,15 +13,16 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+import plain
 import run_sft
 from data.encode import Encoder
 from data.prompts import PROMPTS
 from data.records import read_jsonl
-from engine.model import EMBEDDED
+from engine.model import EMBEDDED, load_model
 from engine.run import shuffled
 from run_sft import SFTConfig, step_counts
-from plain import plain_batch
 from runs import adapter, document, equal_tensors, eval_log, largest_difference, lines, sft, train_log, write_rows
+from tiny import SAVE
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 ONE_STEP = ("--max_steps", "1", "--lora_dropout", "0")
@@ -91,7 +92,7 @@ def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[
     logprobs, correct = [], []
     for example in read_jsonl(data):
         row = encoder.encode_answer(example, PROMPTS["demo"], example.answer)
-        rows = plain_batch([row], encoder.pad_token_id).prompts
+        rows = plain.plain_batch([row], encoder.pad_token_id).prompts
         types = "mm_token_type_ids" if encoder.family == "qwen2_5_vl" else "token_type_ids"
         with torch.no_grad():
             logits = model(input_ids=rows.input_ids, **{types: rows.token_types}, **row.prompt.vision).logits[0]  # [S,V]
@@ -112,6 +113,19 @@ def test_validation_loss_and_accuracy_are_means_over_all_answer_tokens(family, t
     mean_of_rows = -torch.stack([row.mean()
                                  for row in logprobs]).mean().item()  # what a mean over rows would give: visibly another number
     assert abs(logged["loss"] - mean_of_rows) > 1e-4
+
+
+def test_soft_capping_holds_in_training_and_validation(tmp_path, tiny_data):
+    # Logits of this model reach 2.4. B is zero, so the adapter changes nothing at the first step.
+    capped = SAVE["gemma3"](tmp_path / "capped", text={"final_logit_softcapping": 0.5})
+    assert sft(capped, tiny_data, tmp_path / "run", "--validation_file", f"site={tiny_data}", *ONE_STEP, "--per_device_train_batch_size", "4",
+               "--gradient_accumulation_steps", "3", "--learning_rate", "1e-9") == 0
+    model = load_model(str(capped), dtype=torch.float32, device=torch.device("cpu"), min_visual_tokens=4, max_visual_tokens=4)
+    rows = [model.encode_answer(example, PROMPTS["demo"], example.answer) for example in read_jsonl(tiny_data)]
+    expected = -plain.logprobs_of(model.base, model.family, rows, temperature=1.0)
+    mean = float(expected.sum() / sum(len(row.completion_ids) for row in rows))
+    logged = [entry["loss"] for entry in (*train_log(tmp_path / "run"), *eval_log(tmp_path / "run"))]
+    assert logged == pytest.approx([mean, mean], abs=1e-5)
 
 
 def test_num_tokens_counts_answers_and_their_end_of_turn(tiny_sft_run, tiny_data):

@@ -66,11 +66,11 @@ def _byte_tokenizer(specials: list[str], template: str, **names) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, gain: float = 5.0) -> Path:
+def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, tied: bool = True, gain: float = 5.0) -> Path:
     """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens.
 
-    text, vision: other values of its two configurations. gain: of the default initialisation. By default larger, so that
-    positions, masks and the image visibly change the outputs.
+    text, vision: other values of its two configurations. tied: the head to the embedding. gain: of the default initialisation. By
+    default larger, so that positions, masks and the image visibly change the outputs.
     """
     tokenizer = _byte_tokenizer(
         QWEN_SPECIALS, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=QWEN_SPECIALS
@@ -79,13 +79,13 @@ def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=tied,
             bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])) | text,
         vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
                            temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1]) | vision,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     _multiply(model, gain)
@@ -99,9 +99,10 @@ def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}
     return folder
 
 
-def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, image_tokens: int = 4, gain: float = 5.0) -> Path:
+def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, image_tokens: int = 4, tied: bool = True,
+               gain: float = 5.0) -> Path:
     """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens. text, vision,
-    gain: see `save_qwen`.
+    tied, gain: see `save_qwen`.
     """
     tokenizer = _byte_tokenizer(
         GEMMA_SPECIALS,
@@ -138,6 +139,7 @@ def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {
         image_token_index=ids["<image_soft_token>"],
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(config)
