@@ -161,6 +161,35 @@ def test_micro_batches_do_not_change_the_step(family, tiny_checkpoint, tiny_data
     assert losses[1:3] == pytest.approx([losses[0]] * 2, rel=1e-6)
 
 
+def test_tokens_bound_the_forwards_of_a_step(family, tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
+    gradients, tokens, clip, forward = [], [], run_sft.clip_gradients, run_sft.completion_hidden_states
+
+    def recording(parameters, max_norm):
+        gradients.append({str(i): parameter.grad.clone() for i, parameter in enumerate(parameters)})
+        return clip(parameters, max_norm)
+
+    def counting(wrapped, of_family, batch):
+        tokens[-1].append((len(batch.completion_ids), len(batch.prompt_places) + int(batch.completion_mask.sum())))
+        return forward(wrapped, of_family, batch)
+
+    monkeypatch.setattr(run_sft, "clip_gradients", recording)
+    monkeypatch.setattr(run_sft, "completion_hidden_states", counting)
+    monkeypatch.setattr(run_sft, "validation_metrics", lambda *_, **__: {"loss": 1.0, "mean_token_accuracy": 0.0})
+    monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
+    monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
+    for bound in ("none", "900"):
+        tokens.append([])
+        assert sft(tiny_checkpoint(family), tiny_data, tmp_path / bound, *ONE_STEP, "--validation_file", f"site={tiny_data}",
+                   "--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1", "--max_tokens_per_forward", bound) == 0
+    whole, cut = tokens  # two rows have 867 to 893 tokens
+    assert [rows for rows, _ in whole] == [6] and whole[0][1] > 2500
+    assert [rows for rows, _ in cut] == [2, 2, 2] and all(n <= 900 for _, n in cut) and sum(n for _, n in cut) == whole[0][1]
+    size = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    assert largest_difference(*gradients) < 1e-5 * size
+    losses = [train_log(tmp_path / bound)[0]["loss"] for bound in ("none", "900")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")

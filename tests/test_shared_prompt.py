@@ -23,6 +23,8 @@ from tiny import SAVE, attach_random_adapter, examples_of, load
 # Of three prompts of different lengths and images; the first group is not in one piece, one completion is a single token. Prompts
 # have 60 to 90 tokens, so most of a completion lies beyond Gemma's window of 24 from their images.
 GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2))
+# As SFT packs them: one answer a prompt.
+ANSWERS = ((2, 9), (0, 30), (1, 17))
 
 
 def rows_of(model, images, groups=GROUPS) -> list[EncodedRow]:
@@ -40,6 +42,12 @@ def unshared(wrapped, model, rows) -> torch.Tensor:
     return plain.logprobs_of(wrapped, model.family, rows, temperature=0.8)
 
 
+def one_by_one(wrapped, model, rows) -> torch.Tensor:
+    """[N,T] as `unshared`, by a plain forward for every row, in which there is no padding."""
+    found = [unshared(wrapped, model, [row])[0] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+
 def cut(wrapped, model, rows, max_tokens: int) -> torch.Tensor:
     """[N,T] as `shared`, by forwards of at most max_tokens tokens."""
     result = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows))
@@ -49,14 +57,14 @@ def cut(wrapped, model, rows, max_tokens: int) -> torch.Tensor:
     return result
 
 
-def run(forward, checkpoint, images, *, dtype=torch.float32, checkpointing=False, **options):
+def run(forward, checkpoint, images, *, groups=GROUPS, dtype=torch.float32, checkpointing=False, **options):
     """(log-probabilities [N,T], {parameter: gradient}) of a random model and adapter, under random weights of the tokens."""
     model = load(checkpoint)
     model.base.to(dtype)
     wrapped = attach_random_adapter(model).to(dtype).train()
     if checkpointing:
         enable_gradient_checkpointing(wrapped)
-    logprobs = forward(wrapped, model, rows_of(model, images), **options)
+    logprobs = forward(wrapped, model, rows_of(model, images, groups), **options)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
     (logprobs * weights.to(dtype)).sum().backward()
     return logprobs.detach(), {name: parameter.grad for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
@@ -75,6 +83,15 @@ def test_equals_the_plain_forward(family, dtype, tolerance, checkpointing, tiny_
     ours, gradients = run(shared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing)
     expected, theirs = run(unshared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing)
     assert ours.dtype == dtype and float((ours - expected).abs().max()) < tolerance
+    assert gradient_difference(gradients, theirs) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("family", list(SAVE))
+def test_packed_answers_are_those_of_the_rows_one_by_one(family, dtype, tolerance, tiny_checkpoint, tiny_images):
+    ours, gradients = run(shared, tiny_checkpoint(family), tiny_images, groups=ANSWERS, dtype=dtype, checkpointing=True)
+    expected, theirs = run(one_by_one, tiny_checkpoint(family), tiny_images, groups=ANSWERS, dtype=dtype)
+    assert float((ours - expected).abs().max()) < tolerance
     assert gradient_difference(gradients, theirs) < 1e-5
 
 
@@ -115,9 +132,9 @@ def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, 
 
 
 # ---- controls: each makes the comparison fail -----------------------------------------------------------------------
-def differs(checkpoint, images, least: float) -> None:
+def differs(checkpoint, images, least: float, groups=GROUPS) -> None:
     model = load(checkpoint)
-    rows = rows_of(model, images)
+    rows = rows_of(model, images, groups)
     with torch.no_grad():
         difference = float((shared(model.base, model, rows) - unshared(model.base, model, rows)).abs().max())
     assert difference > least, difference
@@ -150,8 +167,9 @@ def test_control_a_completion_that_sees_another(family, tiny_checkpoint, tiny_im
     differs(tiny_checkpoint(family), tiny_images, 1e-2)
 
 
+@pytest.mark.parametrize("groups", [GROUPS, ANSWERS])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_control_another_completions_prompt(family, tiny_checkpoint, tiny_images, monkeypatch):
+def test_control_another_completions_prompt(family, groups, tiny_checkpoint, tiny_images, monkeypatch):
     masks = engine.forward.shared_prompt_masks
 
     def crossed(*arguments):
@@ -161,7 +179,19 @@ def test_control_another_completions_prompt(family, tiny_checkpoint, tiny_images
         return found
 
     monkeypatch.setattr(engine.forward, "shared_prompt_masks", crossed)
-    differs(tiny_checkpoint(family), tiny_images, 1e-2)
+    differs(tiny_checkpoint(family), tiny_images, 1e-2, groups)
+
+
+@pytest.mark.parametrize("family", list(SAVE))
+def test_control_padding_beside_shorter_prompts_is_seen(family, tiny_checkpoint, tiny_images, monkeypatch):
+    masks = engine.forward.shared_prompt_masks
+
+    def seeing(model, of_family, batch):
+        everything = dataclasses.replace(batch.prompts, attention_mask=torch.ones_like(batch.prompts.attention_mask))
+        return masks(model, of_family, dataclasses.replace(batch, prompts=everything))
+
+    monkeypatch.setattr(engine.forward, "shared_prompt_masks", seeing)
+    differs(tiny_checkpoint(family), tiny_images, 1e-2, ANSWERS)
 
 
 @pytest.mark.parametrize("change", ["window", "bidirectional", "window of the completion alone"])
