@@ -28,7 +28,7 @@ class Prompts:
     vision: list[dict[str, Tensor]]
 
     def to(self, device: torch.device | str) -> "Prompts":
-        vision = [{name: tensor.to(device) for name, tensor in image.items()} for image in self.vision]
+        vision = [{name: tensor.to(device, non_blocking=True) for name, tensor in image.items()} for image in self.vision]
         return replace(_moved(self, device), vision=vision)
 
 
@@ -79,7 +79,14 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
 
 
 def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
-    """Prompts alone, padded on the left so that all end where the first sampled token goes."""
+    """Prompts alone, padded on the left so that all end where the first sampled token goes.
+
+    Raises ValueError where an image has more or fewer features than its prompt has placeholders.
+    """
+    for prompt in prompts:  # here, on the CPU: on a GPU counting them would wait for all that it is still to do
+        placeholders, features = int(prompt.token_types.sum()), prompt.vision.get("features")
+        if features is not None and len(features) != placeholders:
+            raise ValueError(f"{placeholders} image placeholders for {len(features)} image features; the image processor and the model disagree")
     return Prompts(
         input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
         token_types=_pad_left([prompt.token_types for prompt in prompts], 0),
@@ -122,6 +129,6 @@ def _pad_left(sequences: list[Tensor], value: int | bool) -> Tensor:
 
 
 def _moved(batch, device: torch.device | str):
-    """A dataclass with all its own tensors on `device`."""
+    """A dataclass with all its own tensors on `device`; a GPU gets them when its work so far is done, without a wait here."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
+    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)})

@@ -67,10 +67,17 @@ class Qwen25VL(Family):
         return torch.cat(tuple(output.pooler_output))  # [tokens,H]
 
     def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
-        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])  # [B,3]
-        positions, _ = model.model.get_rope_index(
-            prompts.input_ids, mm_token_type_ids=prompts.token_types, image_grid_thw=grids, attention_mask=prompts.attention_mask)
-        return positions  # [3,B,S]
+        # M-RoPE in tensors alone: transformers' get_rope_index waits for the device several times a prompt.
+        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])  # [B,3] patches in time, height and width
+        height, width = (grids[:, 1:] // model.config.vision_config.spatial_merge_size).unbind(1)  # [B] tokens
+        height, width = height[:, None], width[:, None]
+        text = text_positions(prompts.attention_mask)  # [B,S]: if all were text
+        is_image = prompts.token_types == 1  # one image a row, so its tokens are one block
+        seen = is_image.long().cumsum(1)  # [B,S] image tokens up to each, itself included
+        index = seen - 1  # of a token within its image
+        axes = torch.stack([index // (height * width), index // width % height, index % width])  # [3,B,S]
+        after = text - seen + (seen > 0) * torch.maximum(height, width)  # text goes on beyond the image's longest side
+        return torch.where(is_image, text - index + axes, after) * prompts.attention_mask  # [3,B,S]
 
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions[None].expand(3, -1, -1)  # text advances all three axes alike

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.collate import Batch, Prompts
-from engine.attention import Places, SharedPromptMask
+from engine.attention import Places, SharedPromptMask, spread
 from engine.families import Family, language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
 from engine.logprobs import token_logprobs
 
@@ -24,10 +24,6 @@ def embed(model: nn.Module, prompts: Prompts) -> Tensor:
     text_ids = prompts.input_ids.masked_fill(is_image, 0)  # Gemma's placeholder id can lie outside the vocabulary
     embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
     rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H], row by row
-    if len(rows) != int(is_image.sum()):
-        raise ValueError(
-            f"{int(is_image.sum())} image placeholders for {len(rows)} image features; the image processor and the model disagree"
-        )
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
 
@@ -87,11 +83,5 @@ def completion_logprobs(
     logprobs, entropies = token_logprobs(
         hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, softcap=logit_softcap(model),
         entropy=entropy)  # [K]
-    return to_rows(logprobs, batch.completion_mask), to_rows(entropies, batch.completion_mask) if entropy else None
-
-
-def to_rows(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """[K] values of the scored tokens, completion by completion -> [N,T], 0 where `completion_mask` [N,T] is false. Keeps the
-    gradient.
-    """
-    return values.new_zeros(completion_mask.shape).masked_scatter(completion_mask, values)
+    shape = tuple(batch.completion_mask.shape)
+    return spread(logprobs, batch.scored_places, shape), spread(entropies, batch.scored_places, shape) if entropy else None

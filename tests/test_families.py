@@ -30,7 +30,7 @@ import engine.forward
 import eval.evaluate
 import run_grpo
 import run_sft
-from data.collate import Prompts, collate_rows
+from data.collate import Prompts, collate_prompts, collate_rows
 from data.encode import FAMILIES, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from data.records import Example
@@ -218,8 +218,9 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
     expected, _ = completion_logprobs(model.base, model.family, batch, temperature=1.0)
     types = torch.zeros_like(batch.prompts.token_types)
     zeroed = dataclasses.replace(batch, prompts=dataclasses.replace(batch.prompts, token_types=types))
+    forgetting = [dataclasses.replace(row.prompt, token_types=torch.zeros_like(row.prompt.token_types)) for row in rows]
     with pytest.raises(ValueError, match="0 image placeholders for"):  # the image would have no place
-        completion_logprobs(model.base, model.family, zeroed, temperature=1.0)
+        collate_prompts(forgetting, model.encoder.pad_token_id)
     # Positions and masks depend on them too: with the image in its place, they alone make another number.
     embeddings = engine.forward.embed(model.base, batch.prompts)
     monkeypatch.setattr(engine.forward, "embed", lambda *_: embeddings)

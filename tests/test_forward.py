@@ -9,10 +9,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM
 
 import plain
-from data.collate import Batch, collate_prompts, collate_rows
+from data.collate import Batch, Prompts, collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
 from engine.families import Gemma3, Qwen25VL, causal_mask, family_of, language_model, text_positions
@@ -289,11 +290,11 @@ def test_a_batch_without_scored_tokens(model, tiny_images):
 
 
 def test_features_and_placeholders_must_agree(model, tiny_images):
-    prompts = collate_rows(rows_of(model, tiny_images)[:1], model.encoder.pad_token_id).prompts
-    types = prompts.token_types.clone()
-    types[0, int(types[0].argmax())] = 0
+    prompt = rows_of(model, tiny_images)[0].prompt
+    types = prompt.token_types.clone()
+    types[int(types.argmax())] = 0
     with pytest.raises(ValueError, match="3 image placeholders for 4 image features"):
-        embed(model.base, dataclasses.replace(prompts, token_types=types))
+        collate_prompts([prompt, dataclasses.replace(prompt, token_types=types)], model.encoder.pad_token_id)
 
 
 def test_a_sampled_placeholder_is_text(model, tiny_images):
@@ -408,6 +409,19 @@ def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: in
     generate(model.base, model, prompts, SamplingConfig(temperature=0.0, max_completion_length=num_new + 1))
     hook.remove()
     return seen
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mrope_positions_are_those_of_transformers(qwen, side):
+    grids = [[1, 4, 4], [1, 2, 12], [1, 10, 4], [1, 2, 2]]  # square, wide, tall, one token
+    leads, tails = (3, 0, 9, 1), (2, 7, 1, 0)
+    prompts = [mrope_prompt(qwen, [1] * (h * w // 4) + [0] * tail, [t, h, w], lead) for (t, h, w), lead, tail in zip(grids, leads, tails)]
+    of_text = dataclasses.replace(prompts[0], token_types=torch.zeros_like(prompts[0].token_types))  # as if the image had been forgotten
+    ids, types, mask = (pad_sequence(tensors, batch_first=True, padding_side=side) for tensors in zip(*(
+        (prompt.input_ids, prompt.token_types, torch.ones(len(prompt.input_ids), dtype=torch.bool)) for prompt in (*prompts, of_text))))
+    expected, _ = qwen.base.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=torch.tensor(grids), attention_mask=mask)
+    padded = Prompts(ids, types, mask, [prompt.vision for prompt in (*prompts, of_text)])
+    assert torch.equal(qwen.family.positions(qwen.base, padded), expected)
 
 
 def test_p18_mrope_positions(qwen, case):

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from data.encode import EncodedPrompt, EncodedRow
-from engine.forward import to_rows
+from engine.attention import spread
 from engine.logprobs import CHUNK_SIZE, predicted_correctly, scaled_logits, token_logprobs
 from plain import plain_batch, predicted_tokens
 
@@ -166,9 +166,9 @@ def test_predicted_correctly_is_the_argmax():
         assert correct.tolist() == [True, False, True, True]
 
 
-def test_to_rows_puts_values_back_in_their_places():
+def test_values_are_put_back_in_their_places():
     values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    rows = to_rows(values, torch.tensor([[True, False, True], [False, False, False], [True, False, False]]))
+    rows = spread(values, torch.tensor([0, 2, 6]), (3, 3))
     assert rows.tolist() == [[1, 0, 2], [0, 0, 0], [3, 0, 0]]
     (rows * torch.arange(9.0).view(3, 3)).sum().backward()
     assert values.grad.tolist() == [0, 2, 6]

@@ -15,6 +15,7 @@ import plain
 from data.collate import collate_rows, plan_batches
 from data.encode import EncodedRow
 from data.prompts import Prompt
+from engine.attention import additive_mask
 from engine.families import Gemma3
 from engine.forward import completion_logprobs
 from engine.model import enable_gradient_checkpointing
@@ -129,6 +130,16 @@ def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, 
     hook.remove()
     prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
     assert lengths == [(1, sum(prompts.values()) + sum(n - 1 for _, n in GROUPS))]  # a completion's last token predicts nothing
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 5), (2, 8), (7, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_laid_out_for_the_memory_efficient_kernel(dtype, queries, keys):
+    mask = torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(0)) < 0.5
+    added = additive_mask(mask, dtype, 3)
+    assert added.dtype == dtype and added.shape == (2, 1, 3 * queries, keys)
+    assert added.stride(-1) == 1 and all(stride % 8 == 0 for stride in added.stride()[:-1])
+    assert torch.equal(added == 0, mask.repeat(1, 1, 3, 1)) and (added[added != 0] == -torch.inf).all()
 
 
 # ---- controls: each makes the comparison fail -----------------------------------------------------------------------
