@@ -113,7 +113,7 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
         of_this_step = of_pass[update % len(of_pass)]  # the next iteration over the rollout starts again at its first step
         num_completions = sum(len(indices) for indices in of_this_step)  # totals of the whole optimizer step
         num_tokens = sum(int(samples[i].mask.sum()) for indices in of_this_step for i in indices)
-        step_loss, to_dump = 0.0, []
+        computed, to_dump = [], []
         wrapped.train()  # for gradient checkpointing; dropout is 0
         for indices in of_this_step:
             micro = collate_samples([samples[i] for i in indices], prompts, pad, device)
@@ -124,12 +124,14 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs if objective.beta > 0 else None, micro.advantages,
                                     micro.mask, weights, objective, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
             loss.backward()
-            step_loss += float(loss.detach())
-            metrics.add_all(objective_metrics(terms, micro.advantages, micro.mask, objective))
+            computed.append((loss.detach(), {name: term.detach() for name, term in terms.items()}, entropy.detach(), micro.advantages, micro.mask))
             if state.global_step + 1 == config.dump_step:
                 to_dump.append(step_tensors(loss, logprobs, entropy, weights, terms))
-            if micro.mask.any():
-                metrics.add("entropy", entropy.detach()[micro.mask].mean(), weight=int(micro.mask.sum()))
+        for _, terms, entropy, advantages, mask in computed:  # only now: to read a number is to wait for the GPU
+            metrics.add_all(objective_metrics(terms, advantages, mask, objective))
+            if mask.any():
+                metrics.add("entropy", entropy[mask].mean(), weight=int(mask.sum()))
+        step_loss = sum(float(loss) for loss, *_ in computed)
         if to_dump:  # before the gradient is looked at, so that a step that fails can be seen too
             write_step(log.run_dir, state.global_step + 1, to_dump, of_this_step, samples, prompts, config, objective)
 

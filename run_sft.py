@@ -170,16 +170,17 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         random_state = rng_to_tensors()
 
         wrapped.train()
-        step_loss = 0.0
+        losses = []
         for indices in plan_batches(rows, config.per_device_train_batch_size, config.max_tokens_per_forward):
             batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(head.device)
             hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [K,H], [K]
             logprobs, _ = token_logprobs(hidden, head, targets, softcap=softcap)  # [K]
             loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's mean
             loss.backward()
-            step_loss += float(loss.detach())
+            losses.append(loss.detach())
             metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
 
+        step_loss = sum(float(loss) for loss in losses)  # only now: to read a number is to wait for the GPU
         grad_norm = clip_gradients(parameters, config.max_grad_norm)
         if not torch.isfinite(grad_norm):
             optimizer.zero_grad()

@@ -130,9 +130,9 @@ def collate_samples(
             values = getattr(sample, name)
             if values is not None:
                 row[: len(values)] = values
-        return rows.to(device)  # [N,T]
+        return rows.to(device, non_blocking=True)  # [N,T]
 
-    advantages = torch.tensor([sample.advantage for sample in samples], device=device)
+    advantages = torch.tensor([sample.advantage for sample in samples]).to(device, non_blocking=True)
     return MicroBatch(batch, advantages, padded("sampling_logprobs"), padded("old_logprobs"), padded("ref_logprobs"))
 
 
@@ -164,9 +164,10 @@ def score_samples(
         if with_reference:
             with use_adapter(wrapped, REFERENCE):
                 ref, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
+        old, ref = old.cpu(), ref.cpu()
         for row, i in enumerate(indices):
             length = len(samples[i].ids)
-            scored[i] = replace(samples[i], old_logprobs=old[row, :length].cpu(), ref_logprobs=ref[row, :length].cpu())
+            scored[i] = replace(samples[i], old_logprobs=old[row, :length], ref_logprobs=ref[row, :length])
     wrapped.train(was_training)
     return scored
 
