@@ -5,8 +5,8 @@ single tokens (projections, MLP, norms) therefore costs what the tokens cost. At
 here they are laid out by prompts [B,S] and completions [N,R], prompts attend to themselves, and each completion attends to
 its prompt and to itself, so that neither G copies of a prompt nor blocks between completions are ever computed.
 
-The family's masks of both parts travel to the layers in place of a mask tensor; with an ordinary mask (sampling,
-transformers' own forward) the attention is transformers' SDPA.
+What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to attend: SharedPromptMask here,
+engine/cache.py's while sampling. With an ordinary mask (transformers' own forward) the attention is transformers' SDPA.
 
 On CUDA, by the rules in torch 2.13's sources and not measured: flash attention takes no mask, the memory-efficient kernel takes
 one of the queries' dtype to add, whose rows begin at multiples of 8 elements, and as many heads of queries as of keys. Both calls
@@ -19,6 +19,7 @@ head's width.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,14 @@ from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "shared_prompt"  # name of `attention` for transformers
 ALIGNMENT = 8  # elements, of CUDA's memory-efficient kernel
+
+
+class PackedMask:
+    """What the tokens of a packed row see, in place of a mask tensor."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        """query [1,H,M,D], key and value [1,K,M,D] -> [1,M,H,D]. module: the layer's attention."""
+        raise TypeError("use a subclass")
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,32 @@ class Places:
 
 
 @dataclass
-class SharedPromptMask:
+class SharedPromptMask(PackedMask):
     """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its own prompt's tokens;
-    completions [N,1,R,S+R]: the prompt's, then its own.
+    completions [N,1,R,S+R]: the prompt's, then its own. keep(layer, keys, values): told those of the prompts, [B,S,K,D] each.
     """
 
     places: Places
     prompts: Tensor
     completions: Tensor
+    keep: Callable[[int, Tensor, Tensor], None] | None = None
     _additive: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+        places = self.places
+        prompt_mask, completion_mask = self.additive(query.dtype, query.shape[1] // key.shape[1])
+        split = len(places.prompts), len(places.completions)
+        (q, q_own), (k, k_own), (v, v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
+        q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in (q, k, v))  # [B,S,heads,D]
+        if self.keep is not None:
+            self.keep(module.layer_idx, k, v)
+        output = gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)  # [m,H,D]
+        if split[1]:
+            q_own, k_own, v_own = (spread(states, places.completions, places.completion_shape) for states in (q_own, k_own, v_own))
+            k, v = (torch.cat([prompt.index_select(0, places.prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
+            own = attend(q_own, k, v, completion_mask, dropout, scaling)  # [N,R,H,D]
+            output = torch.cat([output, gather(own, places.completions)])
+        return output[None]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> tuple[Tensor, Tensor]:
         """Both masks as numbers to add, repeated for the heads that share a key; made once for all layers, which keep it."""
@@ -70,23 +96,12 @@ def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
     return padded[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf).flatten(2, 3)
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: SharedPromptMask | Tensor | None,
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask | Tensor | None,
               dropout: float = 0.0, scaling: float | None = None, **keywords) -> tuple[Tensor, None]:
     """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call it."""
-    if not isinstance(attention_mask, SharedPromptMask):
+    if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords)
-    places = attention_mask.places
-    prompt_mask, completion_mask = attention_mask.additive(query.dtype, query.shape[1] // key.shape[1])
-    split = len(places.prompts), len(places.completions)
-    (q, q_own), (k, k_own), (v, v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
-    q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in (q, k, v))  # [B,S,heads,D]
-    output = gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)  # [m,H,D]
-    if split[1]:
-        q_own, k_own, v_own = (spread(states, places.completions, places.completion_shape) for states in (q_own, k_own, v_own))
-        k, v = (torch.cat([prompt.index_select(0, places.prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
-        own = attend(q_own, k, v, completion_mask, dropout, scaling)  # [N,R,H,D]
-        output = torch.cat([output, gather(own, places.completions)])
-    return output[None], None
+    return attention_mask.attend(module, query, key, value, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

@@ -39,10 +39,10 @@ class Family:
         raise TypeError("use a subclass")
 
     def attention_masks(
-        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int
+        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
-        """Which keys each of the last `query_length` tokens sees, for every kind of layer: bool [B,1,query_length,S], true
-        = sees.
+        """Which keys the tokens at the places `queries`, [Q] or [B,Q] int64, see in rows of S places, for every kind of layer: bool
+        [B,1,Q,S], true = sees.
         """
         raise TypeError("use a subclass")
 
@@ -82,8 +82,8 @@ class Qwen25VL(Family):
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions[None].expand(3, -1, -1)  # text advances all three axes alike
 
-    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
-        return {"full_attention": causal_mask(attention_mask, query_length)[:, None]}
+    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        return {"full_attention": causal_mask(attention_mask, queries)[:, None]}
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         vision = config.vision_config
@@ -107,14 +107,12 @@ class Gemma3(Family):
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions
 
-    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, query_length: int) -> dict[str, Tensor]:
-        size = attention_mask.shape[1]
-        causal = causal_mask(attention_mask, query_length)  # [B,Q,S]
-        queries = torch.arange(size - query_length, size, device=attention_mask.device)[:, None]  # [Q,1]
-        keys = torch.arange(size, device=attention_mask.device)[None]  # [1,S]
-        near = queries - keys < model.config.get_text_config().sliding_window  # [Q,S]
+    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        causal = causal_mask(attention_mask, queries)  # [B,Q,S]
+        keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # [S]
+        near = queries[..., None] - keys < model.config.get_text_config().sliding_window  # [Q,S] or [B,Q,S]
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
-        same_image = is_image[:, size - query_length:, None] & is_image[:, None, :]  # [B,Q,S]
+        same_image = is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]  # [B,Q,S]
         return {"full_attention": (causal | same_image)[:, None], "sliding_attention": (causal & near | same_image)[:, None]}
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
@@ -132,16 +130,14 @@ def family_of(model_type: str) -> Family:
     return _FAMILIES[model_type]
 
 
-def causal_mask(attention_mask: Tensor, query_length: int) -> Tensor:
-    """[B,S] bool -> [B,query_length,S] bool: the last `query_length` tokens see themselves and every earlier token that is
-    not padding.
+def causal_mask(attention_mask: Tensor, queries: Tensor) -> Tensor:
+    """[B,S] bool, places `queries` [Q] or [B,Q] int64 -> [B,Q,S] bool: the tokens there see themselves and every earlier token that
+    is not padding.
 
     Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the values of the next layer.
     """
-    size = attention_mask.shape[1]
-    index = torch.arange(size, device=attention_mask.device)
-    queries = index[size - query_length:, None]  # [Q,1]
-    return (index[None] <= queries) & attention_mask[:, None, :] | (index[None] == queries)
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (keys <= queries[..., None]) & attention_mask[:, None] | (keys == queries[..., None])
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:

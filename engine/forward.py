@@ -7,7 +7,7 @@ features (engine/vision.py).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,26 @@ def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> 
     return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
 
 
+def read_prompts(model: nn.Module, family: Family, prompts: Prompts, keep: Callable[[int, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+    """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that token's position.
+
+    keep(layer, keys, values) is told every layer's keys and values, [B,S,K,D].
+    """
+    base = unwrapped(model)
+    places = Places(prompts.attention_mask.flatten().nonzero()[:, 0], *[torch.arange(0, device=prompts.input_ids.device)] * 2,
+                    tuple(prompts.input_ids.shape), (0, 0))
+    masks = family.attention_masks(base, prompts.attention_mask, prompts.token_types,
+                                   torch.arange(places.prompt_shape[1], device=places.prompts.device))
+    positions = family.positions(base, prompts)  # [..,B,S]
+    states = language_model(model)(
+        inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places.prompts],
+        position_ids=positions.flatten(-2)[..., places.prompts].unsqueeze(-2),
+        attention_mask={kind: SharedPromptMask(places, mask, mask[:0, :, :0], keep) for kind, mask in masks.items()},
+        use_cache=False,
+    ).last_hidden_state[0]  # [M,H]
+    return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
+
+
 def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
     """Position ids of the packed row, [3,1,M] or [1,M]: those of the prompts, then of each completion, which begins again where
     its prompt ended.
@@ -61,10 +81,10 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
     places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
-    of_prompts = family.attention_masks(model, prompts.attention_mask, prompts.token_types, prompts.input_ids.shape[1])
+    of_prompts = family.attention_masks(model, prompts.attention_mask, prompts.token_types, torch.arange(places.prompt_shape[1], device=rows.device))
     whole = torch.cat([prompts.attention_mask[rows], batch.read_mask], 1)  # [N,S+R]
     text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is
-    of_completions = family.attention_masks(model, whole, text, batch.read_mask.shape[1])
+    of_completions = family.attention_masks(model, whole, text, torch.arange(places.prompt_shape[1], whole.shape[1], device=rows.device))
     return {kind: SharedPromptMask(places, of_prompts[kind], of_completions[kind]) for kind in of_prompts}
 
 

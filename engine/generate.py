@@ -4,10 +4,10 @@ Written out so that nothing else decides how completions are drawn: temperature 
 number a row and step. Of the model's generation_config only the stop ids are used (see engine/families.py). Suppressed ids
 (image tokens) have probability 0, here as in every log-probability.
 
-The uniform numbers are drawn for all rows at every step, so a completion depends neither on which rows have already
-finished nor on padding.
+A prompt is read once and its keys and values are shared by its completions (engine/cache.py). The uniform numbers of every
+completion are drawn before the first token, so it depends neither on which others are being written nor on padding.
 
-Shapes: B rows, Q new tokens of a call, S tokens so far, V vocabulary.
+Shapes: N completions, n of them being written, T their greatest length, B prompts of S places, H hidden, V vocabulary.
 """
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from data.collate import Prompts, collate_prompts
+from data.collate import collate_prompts
 from data.encode import EncodedPrompt
-from engine.families import language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
-from engine.forward import embed
+from engine.cache import DecodingMask, SamplingCache
+from engine.families import language_model, lm_head_weight, logit_softcap, unwrapped
+from engine.forward import read_prompts
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
 
-
-COMPACT_AT = 0.25  # share of finished rows at which they are dropped: each time costs a copy of the whole cache
+FREE_AT = 0.25  # share of places without a completion at which they are filled again, or dropped with a copy of the cache
+READ_TOKENS = 8192  # prompts are read so many tokens at a time
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have finished: each look waits for the GPU
+NUCLEUS_SIZES = 64, 1024  # most probable tokens among which the nucleus is looked for before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Completion:
 
 
 class Nucleus(NamedTuple):
-    """ids [B,V]: the vocabulary, most probable first; probabilities [B,V]: in that order, 0 outside the nucleus, not
-    renormalised; mass [B]: their sum, at least top_p.
+    """ids [B,k]: the most probable tokens, in that order; probabilities [B,k]: theirs, 0 outside the nucleus, not renormalised;
+    mass [B]: their sum, at least top_p. k is at least the size of the largest nucleus.
     """
 
     ids: Tensor
@@ -66,13 +68,17 @@ class Nucleus(NamedTuple):
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> Nucleus:
-    """The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included. logprobs
-    [B,V].
+    """The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included; which of equally
+    probable ones are in it is not said. logprobs [B,V].
     """
-    ordered, ids = logprobs.sort(dim=1, descending=True, stable=True)
-    probabilities = ordered.exp()
-    before = probabilities.cumsum(1) - probabilities  # mass of the more probable tokens
-    kept = probabilities * ((before < top_p) | (top_p >= 1))  # a sum that rounds to 1 early must not cut the tail
+    sizes = [size for size in NUCLEUS_SIZES if size < logprobs.shape[1] and top_p < 1]
+    for size in (*sizes, None):
+        ordered, ids = logprobs.topk(size, 1) if size else logprobs.sort(dim=1, descending=True)
+        probabilities = ordered.exp()
+        up_to = probabilities.cumsum(1)
+        if size is None or bool((up_to[:, -1] >= top_p).all()):  # waits for the GPU, but a sort of 152k tokens costs more
+            break
+    kept = probabilities * ((up_to - probabilities < top_p) | (top_p >= 1))  # a sum that rounds to 1 early must not cut the tail
     kept[:, 0] = probabilities[:, 0]  # the first token always stays, also at top_p 0
     return Nucleus(ids, kept, kept.sum(1))
 
@@ -111,90 +117,212 @@ def generate(
     sampling: SamplingConfig,
     *,
     num_generations: int = 1,
-    generator: torch.Generator | None = None,
+    max_rows: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_finished: Callable[[int, list[Completion]], None] = lambda prompt, completions: None,
 ) -> list[list[Completion]]:
     """`num_generations` completions of every prompt, in the prompts' order.
 
-    wrapped: the model with its active adapter (or the base). generator: a CPU generator; needed unless greedy. should_stop
-    is asked before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard the whole rollout.
-    Runs in eval() mode and restores the mode that it found. All completions are written together: the cache of
-    len(prompts) x num_generations rows must fit the memory.
+    wrapped: the model with its active adapter (or the base). generator: CPU generators, one or one for each prompt; needed unless
+    greedy. Completions are written `max_rows` at a time (at least one prompt's; None for all): where a prompt's have finished, the
+    next prompt takes their place, the longest first. on_finished(i, completions) is called as soon as those of prompt i are there.
+    should_stop is asked before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard what is not
+    finished. Runs in eval() mode and restores the mode that it found.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError("sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding")
     was_training = wrapped.training
     wrapped.eval()
     try:
-        batch = collate_prompts(list(prompts), model.encoder.pad_token_id).to(lm_head_weight(wrapped).device)
-        ids, logprobs, masses = _decode(wrapped, model, batch, sampling, num_generations, generator, should_stop)
+        writing = _Writing(wrapped, model, prompts, sampling, num_generations, max_rows, generator)
+        finished: dict[int, list[Completion]] = {}
+        while writing.goes_on:
+            if should_stop():
+                raise KeyboardInterrupt
+            for prompt, completions in writing.write_token():
+                finished[prompt] = completions
+                on_finished(prompt, completions)
     finally:
         wrapped.train(was_training)
-    mask, truncated = completion_mask(ids, model.stop_ids), is_truncated(ids, model.stop_ids)
-    completions = [
-        Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))
-    ]
-    return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
+    return [finished[i] for i in range(len(prompts))]
 
 
-def _decode(wrapped, model: LoadedModel, batch: Prompts, sampling: SamplingConfig, num_generations: int,
-            generator: torch.Generator | None, should_stop: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, logprobs, top-p masses), each [N,T] on the CPU; rows of one prompt lie together. What follows a stop token is
-    padding.
+@dataclass
+class _Row:
+    """A completion that is being written. place: in the cache; since: the token, counted over all that are written one after the
+    other, that is its first.
     """
-    base, decoder, head, family = unwrapped(wrapped), language_model(wrapped), lm_head_weight(wrapped), model.family
-    softcap = logit_softcap(wrapped)
-    device = batch.input_ids.device
-    suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=device)
-    stops = torch.tensor(sorted(model.stop_ids), device=device)
-    cache = DynamicCache()  # every layer keeps everything; sliding windows are in the masks
-    positions = family.positions(base, batch)  # [..,B,S]
-    hidden = decoder(
-        inputs_embeds=embed(wrapped, batch),
-        position_ids=positions,
-        cache=cache,
-        use_cache=True,
-        attention_mask=family.attention_masks(base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1]),
-    ).last_hidden_state[:, -1]  # [B,H]
-    next_position = next_positions(positions)  # [B]
 
-    # One prompt was read once; from here each of its completions is a row.
-    cache.batch_repeat_interleave(num_generations)
-    hidden, next_position, attention_mask, token_types = (
-        tensor.repeat_interleave(num_generations, 0)
-        for tensor in (hidden, next_position, batch.attention_mask, batch.token_types)
-    )
-    num_rows, length = len(hidden), sampling.max_completion_length
-    ids = torch.full((num_rows, length), model.encoder.pad_token_id, dtype=torch.long)
-    logprobs, masses = torch.zeros(num_rows, length), torch.ones(num_rows, length)
-    rows = torch.arange(num_rows, device=device)  # rows in the batch
-    alive = torch.ones(num_rows, dtype=torch.bool, device=device)  # those of them that are still being written
+    completion: int
+    place: int
+    since: int
 
-    for step in range(length):
-        if should_stop():
-            raise KeyboardInterrupt
-        tempered = scaled_logits(hidden, head, sampling.temperature or 1.0, suppressed, softcap).log_softmax(1)  # [rows,V]
+
+class _Writing:
+    """All completions of a call: those that are being written, the prompts that wait, and what has been written so far."""
+
+    def __init__(self, wrapped, model: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, generations: int,
+                 max_rows: int | None, generator: torch.Generator | Sequence[torch.Generator] | None):
+        self.wrapped, self.model, self.prompts, self.sampling, self.generations = wrapped, model, prompts, sampling, generations
+        self.decoder, self.embedding, self.head = language_model(wrapped), unwrapped(wrapped).get_input_embeddings(), lm_head_weight(wrapped)
+        self.device, self.softcap = self.head.device, logit_softcap(wrapped)
+        self.check_every = CHECK_EVERY.get(self.device.type, 1)
+        self.suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=self.device)
+        self.stops = torch.tensor(sorted(model.stop_ids), device=self.device)
+        shape = len(prompts) * generations, sampling.max_completion_length
+        self.ids = torch.full(shape, model.encoder.pad_token_id, device=self.device)  # [N,T]
+        self.logprobs, self.masses = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)
         if sampling.temperature > 0:
-            uniform = torch.rand(num_rows, generator=generator)[rows.cpu()].to(device)
-            tokens, mass = draw(tempered, sampling.top_p, uniform)
+            generators = [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
+            self.uniform = torch.cat([torch.rand(generations, shape[1], generator=own) for own in generators]).to(self.device)  # [N,T]
+
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])  # the longest at the end, which is taken first
+        num_places = len(prompts) if max_rows is None else min(len(prompts), max(1, max_rows // generations))
+        self.places: list[int | None] = [None] * num_places  # the prompt at each place of the cache
+        self.unfinished = {i: generations for i in range(len(prompts))}
+        self.cache = SamplingCache(num_places, max(lengths), generations, shape[1])
+        self.prompt_mask = torch.zeros(num_places, max(lengths), dtype=torch.bool, device=self.device)  # [B,S]
+        self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)  # [B] of the first token after each prompt
+        self.rows: list[_Row] = []
+        self.written = 0  # tokens so far, one after the other
+        self.hidden = self.head.new_zeros(0, self.head.shape[1])  # [n,H] the states that predict the next tokens
+        self._take_prompts()
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.rows)
+
+    def write_token(self) -> list[tuple[int, list[Completion]]]:
+        """The next token of every row; returns the prompts whose completions are found to have finished, with these."""
+        tokens = self._choose()
+        self.written += 1
+        finished, is_time = [], self.written % self.check_every == 0 or self._longest() == self.sampling.max_completion_length
+        if is_time:
+            tokens, finished = self._take_finished_out(tokens)
+        self.hidden = self._read(tokens) if self.rows else self.hidden[:0]
+        if is_time:
+            self._take_prompts()
+        return finished
+
+    def _longest(self) -> int:
+        return max(self.written - row.since for row in self.rows)
+
+    def _choose(self) -> Tensor:
+        """Draws a token for every row [n] and records it."""
+        at = self.completions, self.written - self.since
+        tempered = scaled_logits(self.hidden, self.head, self.sampling.temperature or 1.0, self.suppressed, self.softcap).log_softmax(1)  # [n,V]
+        if self.sampling.temperature > 0:
+            tokens, mass = draw(tempered, self.sampling.top_p, self.uniform[at])
+            self.masses[at] = mass.float()
         else:
             tokens = tempered.argmax(1)
-            mass = torch.ones_like(tempered[:, 0])
-        at = rows[alive].cpu()
-        ids[at, step] = tokens[alive].cpu()
-        logprobs[at, step] = tempered.gather(1, tokens[:, None])[alive, 0].float().cpu()
-        masses[at, step] = mass[alive].float().cpu()
-        alive &= ~torch.isin(tokens, stops)
-        if not alive.any() or step == length - 1:
-            return ids[:, : step + 1], logprobs[:, : step + 1], masses[:, : step + 1]
-        if alive.sum() <= (1 - COMPACT_AT) * len(alive):  # finished rows leave the batch and the cache
-            cache.batch_select_indices(alive.nonzero()[:, 0])
-            rows, tokens, next_position, attention_mask, token_types, alive = (
-                tensor[alive] for tensor in (rows, tokens, next_position, attention_mask, token_types, alive))
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)  # [rows,S]
-        token_types = torch.cat([token_types, torch.zeros_like(token_types[:, :1])], 1)
-        hidden = decoder(inputs_embeds=base.get_input_embeddings()(tokens[:, None]),
-                         position_ids=family.expand_positions((next_position + step)[:, None]),
-                         attention_mask=family.attention_masks(base, attention_mask, token_types, 1),
-                         cache=cache, use_cache=True).last_hidden_state[:, -1]
-    raise AssertionError("unreachable: the loop returns at its last step")
+        self.ids[at] = tokens
+        self.logprobs[at] = tempered.gather(1, tokens[:, None])[:, 0].float()
+        self.stopped |= torch.isin(tokens, self.stops)
+        return tokens
+
+    def _take_finished_out(self, tokens: Tensor) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
+        """(the tokens of the rows that go on, the prompts that have finished, with their completions)"""
+        stopped = self.stopped.tolist()
+        over = [stop or self.written - row.since == self.sampling.max_completion_length for row, stop in zip(self.rows, stopped)]
+        if not any(over):
+            return tokens, []
+        finished = []
+        for row in (row for row, done in zip(self.rows, over) if done):
+            prompt = row.completion // self.generations
+            self.unfinished[prompt] -= 1
+            if not self.unfinished[prompt]:
+                self.places[self.places.index(prompt)] = None
+                finished.append((prompt, self._completions(prompt)))
+        going_on = torch.tensor([i for i, done in enumerate(over) if not done], dtype=torch.long, device=self.device)
+        self.rows = [row for row, done in zip(self.rows, over) if not done]
+        self._arrange()
+        return tokens[going_on], finished
+
+    def _completions(self, prompt: int) -> list[Completion]:
+        rows = slice(prompt * self.generations, (prompt + 1) * self.generations)
+        ids, logprobs, masses = self.ids[rows].cpu(), self.logprobs[rows].cpu(), self.masses[rows].cpu()
+        mask, truncated = completion_mask(ids, self.model.stop_ids), is_truncated(ids, self.model.stop_ids)
+        return [Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))]
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Runs the rows' new tokens [n] through the decoder -> [n,H]."""
+        steps, length = self.written - 1 - self.since, self._longest()
+        whole = torch.cat([self.row_mask, self.row_mask.new_ones(len(tokens), length)], 1)  # [n,S+R]
+        prompt_length = self.row_mask.shape[1]
+        family = self.model.family
+        visible = family.attention_masks(unwrapped(self.wrapped), whole, torch.zeros_like(whole, dtype=torch.long), (prompt_length + steps)[:, None])
+        return self.decoder(
+            inputs_embeds=self.embedding(tokens)[None], position_ids=family.expand_positions((self.row_positions + steps)[None]),
+            attention_mask={kind: DecodingMask(self.cache, self.row_places, steps, prompt_length, length, mask) for kind, mask in visible.items()},
+            use_cache=False).last_hidden_state[0]
+
+    def _take_prompts(self) -> None:
+        """Reads the next prompts into places that are free, once there are enough of them; drops such places once none waits."""
+        free = [place for place, prompt in enumerate(self.places) if prompt is None]
+        if len(free) < FREE_AT * len(self.places):
+            return self._shrink()
+        chosen = [(place, self.waiting.pop()) for place in free[: len(self.waiting)]]
+        if not chosen:
+            return self._shrink()
+        for part in self._within(READ_TOKENS, chosen):
+            places = torch.tensor([place for place, _ in part], device=self.device)
+            batch = collate_prompts([self.prompts[i] for _, i in part], self.model.encoder.pad_token_id).to(self.device)
+            hidden, positions = read_prompts(self.wrapped, self.model.family, batch,
+                                             lambda layer, keys, values: self.cache.keep_prompts(layer, places, keys, values))
+            self.prompt_mask[places] = torch.nn.functional.pad(
+                batch.attention_mask, (self.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0))
+            self.positions[places] = positions
+            for place, i in part:
+                self.places[place] = i
+                self.rows += [_Row(i * self.generations + g, place * self.generations + g, self.written) for g in range(self.generations)]
+            self.hidden = torch.cat([self.hidden, hidden.repeat_interleave(self.generations, 0)])
+        order = sorted(range(len(self.rows)), key=lambda i: self.rows[i].place)
+        self.rows = [self.rows[i] for i in order]
+        self.hidden = self.hidden[torch.tensor(order, device=self.device)]
+        self._arrange()
+
+    def _within(self, max_tokens: int, chosen: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """The chosen (place, prompt) in lists of at most so many tokens, or of one prompt."""
+        parts, tokens = [], 0
+        for place, i in chosen:
+            tokens += len(self.prompts[i].input_ids)
+            if not parts or tokens > max_tokens:
+                parts.append([])
+                tokens = len(self.prompts[i].input_ids)
+            parts[-1].append((place, i))
+        return parts
+
+    def _shrink(self) -> None:
+        """Drops places of prompts and of completions at which nothing is written, once a good part of them is free."""
+        by_prompt: dict[int, list[_Row]] = {}
+        for row in self.rows:
+            by_prompt.setdefault(row.place // self.cache.generations, []).append(row)
+        width = max(map(len, by_prompt.values()), default=0)
+        if self.waiting or not 0 < len(by_prompt) * width <= (1 - FREE_AT) * self.cache.num_prompts * self.cache.generations:
+            return
+        rows = []
+        for new, (place, own) in enumerate(sorted(by_prompt.items())):
+            rows += [row.place for row in own] + [own[0].place] * (width - len(own))  # any place does where nothing is written
+            for g, row in enumerate(own):
+                row.place = new * width + g
+        prompts = torch.tensor(sorted(by_prompt), device=self.device)
+        self.cache.select(prompts, torch.tensor(rows, device=self.device))
+        self.prompt_mask, self.positions = self.prompt_mask[prompts], self.positions[prompts]
+        self.places = [self.places[place] for place in sorted(by_prompt)]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """What the steps to come need of the rows, on the device."""
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=self.device)
+
+        self.completions, self.row_places = tensor([row.completion for row in self.rows]), tensor([row.place for row in self.rows])
+        self.since = tensor([row.since for row in self.rows])  # [n]
+        self.stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        prompts = self.row_places // self.cache.generations
+        longest = max((len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0)
+        self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest:]  # [n,S]
+        self.row_positions = self.positions[prompts]  # [n]

@@ -283,14 +283,14 @@ class Progress:
         if _is_terminal(self._stream):
             self._bar = tqdm(total=total, initial=initial, desc=description, file=self._stream, dynamic_ncols=True)
 
-    def update(self, postfix: Mapping[str, float | str] | None = None, steps: int = 1) -> None:
-        """Advance by `steps` and show the values, numbers with four digits."""
-        self.step += steps
+    def update(self, postfix: Mapping[str, float | str] | None = None) -> None:
+        """Advance by one and show the values, numbers with four digits."""
+        self.step += 1
         shown = " ".join(f"{name}={_short(value)}" for name, value in (postfix or {}).items())
         if self._bar is not None:
             with self._ignoring_console():
                 self._bar.set_postfix_str(shown, refresh=False)
-                self._bar.update(steps)
+                self._bar.update()
             return
         now = time.monotonic()
         if now - self._printed >= self.interval or self.step >= self.total:

@@ -28,7 +28,7 @@ from data.labels import LABEL_MAPS, LABELS, chexpert_labels_of_nih
 from data.prompts import PROMPTS, Prompt
 from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, write_jsonl
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
-from engine.generate import SamplingConfig, generate
+from engine.generate import Completion, SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import (
     bad_image_counts, bad_images_line, run_document, saved_settings, usable_examples, write_bad_images, write_json)
@@ -40,7 +40,7 @@ from eval.metrics import (
     predict_by_prevalence, predict_most_frequent,
 )
 
-SORTED = 16  # batches in a window of like lengths
+WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
 PREVALENCE_DRAWS = 20  # the random baseline is a mean over draws: a single one is noisy on a few hundred images
 
 
@@ -57,49 +57,39 @@ def predict(
     seed: int = 0,
     done: Mapping[str, dict] = {},
     should_stop: Callable[[], bool] = lambda: False,
-    on_batch: Callable[[list[dict]], None] | None = None,
+    on_row: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
     """One completion of every example by the sampler of the rollouts -> rows of a predictions file, in the examples' order.
 
-    wrapped: the model with its active adapter, or the base. Images are looked at window by window; in a window of SORTED batches
-    prompts of like length come together, so that little is padded. done: {id: row} of an earlier call with the same arguments that was
-    cut short; batches of which all rows are there are not made again. on_batch gets the rows of each finished batch; once
-    should_stop says so, KeyboardInterrupt is raised and the batch in progress is lost. Greedy completions (temperature 0) do not
-    depend on batch_size; sampled ones do, and each batch has a generator of its own, made from seed and its number. Raises DataError
-    for an image that cannot be read.
+    wrapped: the model with its active adapter, or the base. `batch_size` completions are written together; a finished one makes room
+    for the next. Images are looked at window by window. done: {id: row} of an earlier call with the same arguments that was cut
+    short; these are not made again. on_row gets each row as soon as it is there; once should_stop says so, KeyboardInterrupt is
+    raised and what is being written is lost. Every example has random numbers of its own, made from seed and its position, so
+    completions depend on batch_size and on done only by rounding. Raises DataError for an image that cannot be read.
     """
-    rows: dict[str, dict] = {}
-    for start in range(0, len(examples), SORTED * batch_size):
-        window = examples[start : start + SORTED * batch_size]
-        if all(example.id in done for example in window):
-            rows |= {example.id: done[example.id] for example in window}
-            continue
+    rows = {example.id: done[example.id] for example in examples if example.id in done}
+
+    def keep(example: Example, completion: Completion) -> None:
+        [row] = reparse([{
+            "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
+            "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
+            "prompt": prompt.name, "completion": model.encoder.decode(completion.ids), "completion_length": len(completion.ids),
+        }], answer_format)
+        rows[example.id] = row
+        on_row(row)
+
+    for start in range(0, len(examples), WINDOW * batch_size):
+        window = range(start, min(start + WINDOW * batch_size, len(examples)))
+        missing = [i for i in window if examples[i].id not in done]
         encoded = []
-        for example in window:
+        for i in missing:
             if should_stop():
                 raise KeyboardInterrupt
-            encoded.append(model.encode_prompt(example, prompt))
-        by_length = sorted(range(len(window)), key=lambda i: len(encoded[i].input_ids))
-        for first in range(0, len(window), batch_size):
-            chosen = by_length[first : first + batch_size]
-            batch = [window[i] for i in chosen]
-            if all(example.id in done for example in batch):
-                rows |= {example.id: done[example.id] for example in batch}
-                continue
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + (start + first) // batch_size)
-            completions = generate(wrapped, model, [encoded[i] for i in chosen], sampling, generator=generator, should_stop=should_stop)
-            batch_rows = reparse([
-                {
-                    "id": example.id, "patient_id": example.patient_id, "dataset": example.dataset, "labels": list(example.labels),
-                    "evaluated_labels": list(example.evaluated_labels), "source_labels": list(example.source_labels),
-                    "prompt": prompt.name, "completion": model.encoder.decode(completion.ids),
-                    "completion_length": len(completion.ids),
-                }
-                for example, (completion,) in zip(batch, completions, strict=True)
-            ], answer_format)
-            rows |= {row["id"]: row for row in batch_rows}
-            if on_batch is not None:
-                on_batch(batch_rows)
+            encoded.append(model.encode_prompt(examples[i], prompt))
+        if encoded:
+            generate(wrapped, model, encoded, sampling, max_rows=batch_size, should_stop=should_stop,
+                     generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in missing],
+                     on_finished=lambda i, completions: keep(examples[missing[i]], *completions))
     return [rows[example.id] for example in examples]
 
 
@@ -247,15 +237,15 @@ def evaluate_sets(
         with (Progress(len(examples), initial=len(done), description=f"{name} (images)") as progress,
               _kept(output_dir, name, done, None if resumable is None else resumable[name]) as keep):
 
-            def on_batch(rows: list[dict]) -> None:
+            def on_row(row: dict) -> None:
                 nonlocal failed
-                keep(rows)
-                failed += sum(not row["parsed"] for row in rows)
-                progress.update({"failed": failed}, len(rows))
+                keep(row)
+                failed += not row["parsed"]
+                progress.update({"failed": failed})
 
             rows = predict(wrapped, model, examples, prompt, sampling, answer_format=answer_format or prompt.answer_format,
                            batch_size=batch_size, seed=seed, done={row["id"]: row for row in done}, should_stop=should_stop,
-                           on_batch=on_batch)
+                           on_row=on_row)
             rows = annotate(rows)
             results[name] = score(rows, reference=reference, seed=seed) | extra(rows) | (notes or {}).get(name, {})
             write_results(output_dir, name, rows, results[name], overwrite=True)
@@ -287,8 +277,8 @@ def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict
 
 
 @contextmanager
-def _kept(output_dir: str | Path, name: str, done: list[dict], document: dict | None) -> Iterator[Callable[[list[dict]], None]]:
-    """A function that appends rows to the file of partial answers at once. The file goes when the block ends well; else it stays
+def _kept(output_dir: str | Path, name: str, done: list[dict], document: dict | None) -> Iterator[Callable[[dict], None]]:
+    """A function that appends a row to the file of partial answers at once. The file goes when the block ends well; else it stays
     and is named.
     """
     partial, about = _partial_files(output_dir, name)
@@ -298,8 +288,8 @@ def _kept(output_dir: str | Path, name: str, done: list[dict], document: dict | 
     write_jsonl(partial, done)  # without a torn line
     with partial.open("a", encoding="utf-8") as file:
 
-        def keep(rows: list[dict]) -> None:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        def keep(row: dict) -> None:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
 
         try:
@@ -319,7 +309,7 @@ def _kept(output_dir: str | Path, name: str, done: list[dict], document: dict | 
 
 # ---- whether two evaluations are the same ---------------------------------------------------------------------------
 # Settings that may differ where an evaluation goes on: they change no answer.
-_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "num_threads", "image_root", "vision_cache_dir")
+_NO_MATTER = ("output_dir", "data_file", "predictions", "train_file", "num_threads", "image_root", "vision_cache_dir", "per_device_eval_batch_size")
 
 
 def evaluation_document(resolved: Resolved, name: str, file: Path, bad_images: list[dict]) -> dict:
@@ -331,14 +321,11 @@ def evaluation_document(resolved: Resolved, name: str, file: Path, bad_images: l
 
 
 def difference(before: Mapping, now: Mapping) -> str:
-    """The first setting, or data, in which an evaluation differs from what is asked for now; "" where it does not.
-
-    The size of a batch changes no greedy answer, so there it may differ.
-    """
+    """The first setting, or data, in which an evaluation differs from what is asked for now; "" where it does not."""
     was = before.get("settings") or {}
     greedy = now["settings"]["temperature"]["value"] == 0
     for name, entry in now["settings"].items():  # one that an earlier version did not have cannot differ
-        if name in _NO_MATTER or name not in was or (greedy and name in ("per_device_eval_batch_size", "seed")):
+        if name in _NO_MATTER or name not in was or greedy and name == "seed":
             continue
         if was[name].get("value") != entry["value"]:
             return f"{name} ({was[name].get('value')}, now {entry['value']})"
@@ -542,7 +529,7 @@ class EvalConfig:
     max_completion_length: int | None = setting(
         None, "where a completion is cut", unset="the adapter's run's, else 512", unit="tokens", source=OURS)
     per_device_eval_batch_size: int = setting(
-        8, "images decoded together; changes no greedy answer", unit="images", source=ENGINE)
+        8, "images decoded together; changes no answer", unit="images", source=ENGINE)
     min_visual_tokens: int | None = setting(
         None, "an image is enlarged to at least this many visual tokens; Gemma 3 has a fixed number",
         unset="the adapter's run's, else 256", unit="tokens", source=PAPER_SFT)

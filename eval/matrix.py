@@ -53,7 +53,7 @@ class MatrixConfig:
         None, "where a completion is cut", unset="the adapter's run's, else 512", unit="tokens", source=OURS
     )
     per_device_eval_batch_size: int = setting(
-        8, "images decoded together; changes no greedy answer", unit="images", source=ENGINE
+        8, "images decoded together; changes no answer", unit="images", source=ENGINE
     )
     min_visual_tokens: int | None = setting(
         None, "an image is enlarged to at least this many visual tokens", unset="the adapter's run's, else 256", unit="tokens"

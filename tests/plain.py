@@ -60,7 +60,7 @@ def hidden_states(model: nn.Module, family: Family, batch: PlainBatch) -> tuple[
     base, rows = unwrapped(model), batch.prompts
     output = language_model(model)(
         inputs_embeds=embed(model, family, rows), position_ids=family.positions(base, rows),
-        attention_mask=family.attention_masks(base, rows.attention_mask, rows.token_types, rows.input_ids.shape[1]), use_cache=False)
+        attention_mask=family.attention_masks(base, rows.attention_mask, rows.token_types, torch.arange(rows.input_ids.shape[1])), use_cache=False)
     at, columns = predicted_tokens(batch.loss_mask)
     return output.last_hidden_state[at, columns - 1], rows.input_ids[at, columns]
 

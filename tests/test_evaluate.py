@@ -84,12 +84,10 @@ def hand_rows(patient: str | None = None) -> list[dict]:
 def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeypatch):
     texts = ["<think>a b</think><solution>Fracture, edema, nodule</solution>", "<solution>Edema"]
 
-    def scripted(wrapped, model, prompts, sampling, **_):
-        groups = []
-        for _ in prompts:
+    def scripted(wrapped, model, prompts, sampling, *, on_finished, **_):
+        for i in range(len(prompts)):
             ids = torch.tensor(model.encoder.tokenizer(texts.pop(0)).input_ids + [model.encoder.end_of_turn_id])
-            groups.append([Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), False)])
-        return groups
+            on_finished(i, [Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), False)])
 
     monkeypatch.setattr(eval.evaluate, "generate", scripted)
     first, second = predict(model.base, model, examples[:2], SHORT, GREEDY, answer_format="think_solution", batch_size=2)
@@ -105,16 +103,23 @@ def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeyp
     assert (second["predicted"], second["valid"], second["parsed"], second["problem"]) == ([], False, False, "answer_unclosed")
 
 
-def test_greedy_completions_do_not_depend_on_the_batch(model, examples):
-    settings = {"answer_format": "think_solution"}
-    one_by_one = predict(model.base, model, examples, SHORT, GREEDY, batch_size=1, **settings)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_do_not_depend_on_the_batch(model, examples, temperature, monkeypatch):
+    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)  # of two images and of six
+    settings = {"answer_format": "think_solution", "seed": 1}
+    sampling = SamplingConfig(temperature, 0.95, GREEDY.max_completion_length)
+    one_by_one = predict(model.base, model, examples, SHORT, sampling, batch_size=1, **settings)
     assert len({row["completion"] for row in one_by_one}) == 5  # the images matter
-    sizes = []
-    together = predict(model.base, model, examples, SHORT, GREEDY, batch_size=3, **settings,
-                       on_batch=lambda rows: sizes.append(len(rows)))
+    told = []
+    together = predict(model.base, model, examples, SHORT, sampling, batch_size=3, **settings, on_row=told.append)
     assert together == one_by_one
-    assert sizes == [3, 2]
     assert [row["id"] for row in together] == [example.id for example in examples]
+    assert sorted(told, key=lambda row: row["id"]) == together
+    done = {row["id"]: row | {"completion": "kept"} for row in told[1:3]}
+    told.clear()
+    assert predict(model.base, model, examples, SHORT, sampling, batch_size=2, **settings, on_row=told.append, done=done) == [
+        done.get(row["id"], row) for row in together]
+    assert len(told) == 3
 
 
 def test_kept_predictions_score_as_the_run_did(model, examples, tmp_path, capsys):
@@ -431,36 +436,42 @@ def test_command_scores_again_without_a_model(tmp_path, capsys):
     assert "site                  4  0.333" in capsys.readouterr().out
 
 
+def stop_after(monkeypatch, rows: int, stop: signal.Signals) -> list[str]:
+    """A signal once so many rows are kept, in the whole process; returns the names of what is kept, which goes on to grow."""
+    kept, original = [], eval.evaluate.reparse
+
+    def counted(new, answer_format=None):
+        if len(new) == 1 and "predicted" not in new[0]:  # a new answer
+            kept.append(new[0]["id"])
+            if len(kept) == rows:
+                os.kill(os.getpid(), stop)
+        return original(new, answer_format)
+
+    monkeypatch.setattr(eval.evaluate, "reparse", counted)
+    return kept
+
+
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_keeps_finished_batches(project, tmp_path, monkeypatch, capsys, stop, code):
+def test_signal_keeps_finished_answers(project, tmp_path, monkeypatch, capsys, stop, code):
     partial = tmp_path / "predictions-site.partial.jsonl"
-    on_disk = []  # rows before each batch: they must survive a process that is killed, too
-
-    def interrupted(*arguments, **options):
-        on_disk.append(partial.read_text().count("\n"))
-        if len(on_disk) == 2:
-            os.kill(os.getpid(), stop)
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(eval.evaluate, "generate", interrupted)
+    kept = stop_after(monkeypatch, 2, stop)
     arguments = ["--adapter_name_or_path", str(project / "run"), "--data_file", f"site={project / 'site.jsonl'}",
-                 "--per_device_eval_batch_size", "2", "--output_dir", str(tmp_path)]
+                 "--per_device_eval_batch_size", "1", "--output_dir", str(tmp_path)]
     assert main(arguments) == code
-    assert on_disk == [0, 2]
     assert sorted(tmp_path.iterdir()) == [partial.with_suffix(".json"), partial]
     assert f"kept in {partial}: the same command goes on from there" in capsys.readouterr().err
-    assert len(read_predictions(partial)) == 2
+    assert [row["id"] for row in read_predictions(partial)] == kept and len(kept) == 2
     assert main(["--predictions", f"site={partial}", "--output_dir", str(tmp_path / "scores")]) == 0
 
     with partial.open("a") as file:
         file.write('{"id": "torn')  # as a process that is killed may leave it
     assert main([*arguments, "--temperature", "0.5"]) == 2  # what was kept is of greedy decoding
     assert "was begun with another temperature (0.0, now 0.5); finish that evaluation" in capsys.readouterr().err
-    assert main(arguments) == 0
-    assert len(on_disk) == 3  # the batch that was lost, of three rows in all
+    assert main([*arguments, "--per_device_eval_batch_size", "2"]) == 0  # which changes no answer
+    assert len(kept) == 3 == len(set(kept))
     assert not partial.exists() and not partial.with_suffix(".json").exists()
     monkeypatch.undo()
-    assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
+    assert main([*arguments[:-1], str(tmp_path / "whole"), "--per_device_eval_batch_size", "2"]) == 0
     for name in ("predictions-site.jsonl", "scores-site.json"):
         straight = (tmp_path / "whole" / name).read_text().replace(str(tmp_path / "whole"), str(tmp_path))
         assert (tmp_path / name).read_text() == straight
@@ -472,27 +483,19 @@ def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_pa
     common = ["--adapter_name_or_path", str(project / "run"), "--temperature", "1", "--top_p", "1", "--seed", "3", "--per_device_eval_batch_size", "1",
               "--data_file", f"one={project / 'site.jsonl'}", f"two={project / 'site.jsonl'}"]
     assert main([*common, "--output_dir", str(tmp_path / "straight")]) == 0
-    calls = []
-
-    def interrupted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 5:  # three images a set: in the second set, after one image
-            os.kill(os.getpid(), signal.SIGINT)
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(eval.evaluate, "generate", interrupted)
+    kept = stop_after(monkeypatch, 4, signal.SIGINT)  # three images a set: in the second set, after one image
     command = [*common, "--output_dir", str(tmp_path / "stopped")]
     assert main(command) == 130
     assert main([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"]) == 2
-    assert main(command) == 0 and len(calls) == 5 + 2
+    assert main(command) == 0 and len(kept) == 2 * 3
     for name in ("one", "two"):
         assert read_predictions(tmp_path / f"stopped/predictions-{name}.jsonl") == read_predictions(tmp_path / f"straight/predictions-{name}.jsonl")
 
 
-def test_every_batch_draws_its_own_numbers(model, examples):
+def test_every_example_draws_its_own_numbers(model, examples):
     twice = [examples[0], replace(examples[0], id="again")]
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_completion_length=8)
-    first, second = predict(model.base, model, twice, SHORT, sampling, answer_format="think_solution", batch_size=1, seed=1)
+    first, second = predict(model.base, model, twice, SHORT, sampling, answer_format="think_solution", batch_size=2, seed=1)
     assert first["completion"] != second["completion"]
 
 
@@ -503,21 +506,17 @@ def test_answers_of_an_unknown_beginning_are_neither_taken_nor_lost(project, tmp
     assert f"{partial} was left there by another command" in capsys.readouterr().err and partial.read_text() == "{}\n"
 
 
-def test_prompts_of_like_length_are_decoded_together(model, examples, monkeypatch):
-    lengths = []
+def test_one_call_decodes_a_window(model, examples, monkeypatch):
+    calls = []
 
-    def counted(wrapped, model, prompts, *arguments, **options):
-        lengths.append([len(prompt.input_ids) for prompt in prompts])
-        return generate(wrapped, model, prompts, *arguments, **options)
+    def counted(*arguments, **options):
+        calls.append((len(arguments[2]), options["max_rows"]))
+        return generate(*arguments, **options)
 
-    encode = LoadedModel.encode_prompt
-    texts = {example.id: Prompt(f"p{i}", "x" * (9, 1, 5, 2)[i % 4]) for i, example in enumerate(examples)}
-    monkeypatch.setattr(LoadedModel, "encode_prompt", lambda self, example, prompt: encode(self, example, texts[example.id]))
     monkeypatch.setattr(eval.evaluate, "generate", counted)
-    rows = predict(model.base, model, examples, SHORT, GREEDY, answer_format="think_solution", batch_size=2)
-    assert [row["id"] for row in rows] == [example.id for example in examples]  # in their own order again
-    flat = [length for batch in lengths for length in batch]
-    assert flat == sorted(flat) and len(set(flat)) > 2
+    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)
+    predict(model.base, model, examples, SHORT, GREEDY, answer_format="think_solution", batch_size=2)
+    assert calls == [(4, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

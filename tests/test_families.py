@@ -35,7 +35,7 @@ from data.encode import FAMILIES, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from data.records import Example
 from engine.families import family_of, stop_ids
-from engine.attention import SharedPromptMask
+from engine.attention import PackedMask
 from engine.forward import completion_logprobs
 from engine.model import LoadedModel, attach_new_adapter
 from engine.optim import trainable_parameters
@@ -255,8 +255,7 @@ def only_explicit_calls(monkeypatch) -> Counter:
         def forward(self, *arguments, **keywords):
             assert not arguments and keywords.get("input_ids") is None and keywords["inputs_embeds"] is not None
             assert keywords["position_ids"] is not None
-            assert all(isinstance(mask, SharedPromptMask) or mask.dtype == torch.bool and mask.dim() == 4
-                       for mask in keywords["attention_mask"].values())
+            assert all(isinstance(mask, PackedMask) for mask in keywords["attention_mask"].values())
             calls[type(self).__name__] += 1
             return original(self, **keywords)
 

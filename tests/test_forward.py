@@ -186,7 +186,7 @@ def rows_and_expected(model, images):
 def test_control_causal_attention_inside_an_image(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
     masks = Gemma3.attention_masks
-    text_only = lambda self, model, mask, types, length: masks(self, model, mask, 0 * types, length)  # noqa: E731
+    text_only = lambda self, model, mask, types, queries: masks(self, model, mask, 0 * types, queries)  # noqa: E731
     monkeypatch.setattr(Gemma3, "attention_masks", text_only)
     assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-2
 
@@ -439,12 +439,12 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("rope_delta_vs_unpadded_length", delta)
         p18.close("rope_delta_vs_padded_length", delta)  # no padding here
 
-        # Beside a prompt that is 4 longer: 0 on the padding, all else as before.
+        # Beside a prompt that is 4 longer, which is read first, without padding between them: as before.
         positions, *following = seen_positions(qwen, [prompt, mrope_prompt(qwen, types, grid, lead=4)], 2)
-        assert (positions[:, 0, :4] == 0).all()
-        p18.close("position_ids_thw", positions[:, 0, 4:])
-        p18.close("next_generated_positions", [step[0, 0, 0] for step in following])
-        assert [int(step[0, 1, 0]) for step in following] == [11, 12]
+        assert positions.shape == (3, 1, 14 + 10)
+        p18.close("position_ids_thw", positions[:, 0, 14:])
+        p18.close("next_generated_positions", [step[0, 0, 1] for step in following])
+        assert [int(step[0, 0, 0]) for step in following] == [11, 12]
 
         # In training, after a longer prompt; two and four tokens, whose last ones are not read
         row = lambda prompt, n: EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool))  # noqa: E731
@@ -456,17 +456,17 @@ def test_p18_mrope_positions(qwen, case):
 
 
 def test_the_causal_mask():
-    mask = causal_mask(torch.tensor([[False, True, True], [True, True, False]]), 3)
+    mask = causal_mask(torch.tensor([[False, True, True], [True, True, False]]), torch.arange(3))
     assert mask.int().tolist() == [
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]],  # padding sees itself, so that no row is empty; nothing else sees it
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
-    assert causal_mask(torch.tensor([[False, True, True]]), 1).int().tolist() == [[[0, 1, 1]]]
+    assert causal_mask(torch.tensor([[False, True, True]]), torch.tensor([2])).int().tolist() == [[[0, 1, 1]]]
 
 
 def test_gemma_masks_by_hand(gemma, monkeypatch):
     monkeypatch.setattr(gemma.base.config.get_text_config(), "sliding_window", 2)
     types = torch.tensor([[0, 1, 1, 1, 0, 0]])
-    masks = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, 6)
+    masks = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.arange(6))
     assert masks["full_attention"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],  # the image sees all of itself, backwards and forwards
@@ -481,7 +481,7 @@ def test_gemma_masks_by_hand(gemma, monkeypatch):
         [0, 1, 1, 1, 0, 0],
         [0, 0, 0, 1, 1, 0],  # itself and the one before
         [0, 0, 0, 0, 1, 1]]
-    last = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, 1)
+    last = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.tensor([5]))
     assert last["sliding_attention"][0, 0].int().tolist() == [[0, 0, 0, 0, 1, 1]]
 
 

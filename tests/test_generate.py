@@ -13,14 +13,16 @@ from collections import Counter
 import pytest
 import torch
 
+import engine.generate
 from data.collate import collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
 from data.records import Example
+from engine.cache import DecodingMask
+from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.generate import Completion, SamplingConfig, completion_mask, draw, generate, is_truncated, nucleus
 from engine.logprobs import scaled_logits, token_logprobs
-from engine.families import lm_head_weight
 from engine.model import LoadedModel
 from rl.records import rollout_metrics
 from rl.rewards import HardReward
@@ -147,12 +149,12 @@ def test_p09_temperature_then_nucleus(case):
         p09.close("importance_ratio_pi_old_over_behaviour", (logprobs[token] - behaviour[token].log()).exp())
 
 
-PROBABILITIES = torch.tensor([[0.1, 0.5, 0.05, 0.3, 0.05]])  # in order: 1, 3, 0, then 2 and 4
+PROBABILITIES = torch.tensor([[0.1, 0.5, 0.06, 0.3, 0.04]])  # in order: 1, 3, 0, 2, 4
 
 
 @pytest.mark.parametrize(("top_p", "kept", "mass"), [
     (0.0, [1], 0.5), (0.3, [1], 0.5), (0.49, [1], 0.5), (0.6, [1, 3], 0.8), (0.79, [1, 3], 0.8), (0.81, [1, 3, 0], 0.9),
-    (0.92, [1, 3, 0, 2], 0.95), (0.97, [1, 3, 0, 2, 4], 1.0), (1.0, [1, 3, 0, 2, 4], 1.0)])
+    (0.92, [1, 3, 0, 2], 0.96), (0.97, [1, 3, 0, 2, 4], 1.0), (1.0, [1, 3, 0, 2, 4], 1.0)])
 def test_the_nucleus_holds_the_token_that_crosses(top_p, kept, mass):
     result = nucleus(PROBABILITIES.log(), top_p)
     assert result.ids[0][result.probabilities[0] > 0].tolist() == kept
@@ -319,6 +321,131 @@ def test_finished_rows_do_not_change_the_others(model, prompts):
             torch.testing.assert_close(completion.top_p_mass, whole.top_p_mass[:length], rtol=0, atol=1e-5)
             lengths.append(length)
     assert len(set(lengths)) > 3 and len({int(c.ids[-1]) for group in stopped for c in group}) > 3  # both of several kinds
+
+
+# How they are written
+
+
+def same_completions(groups, others) -> None:
+    assert ids_of(groups) == ids_of(others)
+    for completion, other in zip((c for group in groups for c in group), (c for group in others for c in group), strict=True):
+        assert completion.truncated == other.truncated
+        torch.testing.assert_close(completion.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(completion.top_p_mass, other.top_p_mass, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def seen_by_decoder(model) -> list[int]:
+    """Tokens of every call of the decoder."""
+    seen: list[int] = []
+    hook = language_model(model.base).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+def ragged(model, prompts, num_generations: int) -> set[int]:
+    """Stop ids with which the completions of seed 0 have many lengths."""
+    endless = sample(model, prompts, num_generations=num_generations, stop_ids=NEVER)
+    return {int(i) for i in torch.cat([c.ids for group in endless for c in group])[::23]}
+
+
+@pytest.mark.parametrize(("num_generations", "max_rows"), [(1, 1), (1, 2), (1, 4), (3, 3), (3, 7), (3, 1)])
+def test_finished_rows_make_room_for_the_next_prompts(model, prompts, num_generations, max_rows, seen_by_decoder):
+    seven = [prompts[i] for i in (0, 1, 2, 1, 0, 2, 1)]
+    stops = ragged(model, seven, num_generations)
+    together = sample(model, seven, num_generations=num_generations, stop_ids=stops)
+    assert len({len(c.ids) for group in together for c in group}) > 3
+    seen_by_decoder.clear()
+    told = []
+    refilled = generate(
+        model.base, dataclasses.replace(model, stop_ids=frozenset(stops)), seven, SamplingConfig(max_completion_length=20),
+        num_generations=num_generations, max_rows=max_rows, generator=seeded(), on_finished=lambda i, group: told.append((i, group)))
+    same_completions(refilled, together)
+    assert sorted(i for i, _ in told) == list(range(7)) and all(group is refilled[i] for i, group in told)
+    lengths = [len(prompt.input_ids) for prompt in seven]
+    reading = [tokens for tokens in seen_by_decoder if tokens >= min(lengths)]
+    writing = [tokens for tokens in seen_by_decoder if tokens < min(lengths)]
+    places = max(1, max_rows // num_generations)
+    assert sum(reading) == sum(lengths)  # every prompt once, for all its completions
+    assert len(reading) >= 7 / places and max(writing) <= places * num_generations
+    assert reading[0] == sum(sorted(lengths)[-places:])  # the longest first
+
+
+def test_the_work_follows_the_rows_that_are_left(model, prompts, seen_by_decoder):
+    stops = ragged(model, prompts, 4)
+    seen_by_decoder.clear()
+    lengths = [len(c.ids) for group in sample(model, prompts, num_generations=4, stop_ids=stops) for c in group]
+    # A completion's last token is not read; the first is predicted by its prompt.
+    assert seen_by_decoder[1:] == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+
+
+@pytest.mark.parametrize("every", [2, 3, 50])
+def test_looking_for_finished_rows_less_often_changes_nothing(model, prompts, monkeypatch, every):
+    stops = ragged(model, prompts, 3)
+    expected = sample(model, prompts, num_generations=3, stop_ids=stops)
+    monkeypatch.setitem(engine.generate.CHECK_EVERY, "cpu", every)
+    same_completions(sample(model, prompts, num_generations=3, stop_ids=stops), expected)
+    model = dataclasses.replace(model, stop_ids=frozenset(stops))
+    same_completions(generate(model.base, model, prompts, SamplingConfig(max_completion_length=20), num_generations=3, max_rows=4,
+                              generator=seeded()), expected)
+
+
+def test_prompts_are_read_so_many_tokens_at_a_time(model, prompts, monkeypatch, seen_by_decoder):
+    expected = sample(model, prompts, num_generations=2, max_completion_length=1)
+    a, b, c = sorted(len(prompt.input_ids) for prompt in prompts)
+    assert seen_by_decoder == [a + b + c]
+    for tokens, calls in ((c, [c, a + b] if a + b <= c else [c, b, a]), (a + b, [c, a + b]), (1, [c, b, a])):
+        seen_by_decoder.clear()
+        monkeypatch.setattr(engine.generate, "READ_TOKENS", tokens)
+        same_completions(sample(model, prompts, num_generations=2, max_completion_length=1), expected)
+        assert seen_by_decoder == calls
+
+
+def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, prompts, monkeypatch):
+    sizes = []
+    attend = DecodingMask.attend
+
+    def watched(self, module, *arguments):
+        kept = self.cache.layers[module.layer_idx]
+        if module.layer_idx == 0:
+            sizes.append((len(kept.prompt_keys), len(kept.keys), len(self.rows)))
+        return attend(self, module, *arguments)
+
+    monkeypatch.setattr(DecodingMask, "attend", watched)
+    sample(model, prompts, num_generations=8, stop_ids=ragged(model, prompts, 8))
+    sizes = sizes[19:]  # after those of finding the stop ids
+    assert sizes[0][:2] == (3, 24)
+    assert sizes[-1][0] < 3 and len({rows for _, rows, _ in sizes}) > 3
+    assert all(rows >= written for _, rows, written in sizes)
+    assert sum(written for _, _, written in sizes) > 0.5 * sum(rows for _, rows, _ in sizes)
+
+
+@pytest.mark.parametrize("sizes", [(), (2,), (2, 30)])
+def test_the_nucleus_is_the_same_wherever_it_is_looked_for(monkeypatch, sizes):
+    logprobs = (3 * torch.randn(50, 200, generator=seeded())).log_softmax(1)
+    expected = [draw(logprobs, top_p, torch.rand(50, generator=seeded(1))) for top_p in (0.3, 0.9, 1.0)]
+    monkeypatch.setattr(engine.generate, "NUCLEUS_SIZES", sizes)
+    for top_p, (tokens, mass) in zip((0.3, 0.9, 1.0), expected):
+        again, mass_again = draw(logprobs, top_p, torch.rand(50, generator=seeded(1)))
+        assert torch.equal(again, tokens)
+        torch.testing.assert_close(mass_again, mass)
+
+
+def test_of_equally_probable_tokens_no_more_than_needed_are_kept():
+    kept = nucleus(torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log(), 0.5)
+    assert (kept.probabilities > 0).sum() == 2 and kept.mass.item() == pytest.approx(0.6)
+
+
+def test_prompts_can_have_generators_of_their_own(model, prompts):
+    def each(chosen: list[int]) -> dict[int, list[list[int]]]:
+        groups = generate(model.base, model, [prompts[i] for i in chosen], SamplingConfig(max_completion_length=6), num_generations=2,
+                          generator=[seeded(i) for i in chosen])
+        return dict(zip(chosen, ids_of(groups), strict=True))
+
+    every = each([0, 1, 2])
+    assert each([2, 0]) == {i: every[i] for i in (2, 0)}
+    assert every[0][0] != every[0][1]
 
 
 def test_each_stop_id_stops(model, prompts):

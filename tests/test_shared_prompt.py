@@ -209,9 +209,9 @@ def test_control_padding_beside_shorter_prompts_is_seen(family, tiny_checkpoint,
 def test_control_gemmas_masks(change, tiny_checkpoint, tiny_images, monkeypatch):
     masks = Gemma3.attention_masks
 
-    def changed(self, model, attention_mask, token_types, query_length):
-        found = masks(self, model, attention_mask, 0 * token_types if change == "bidirectional" else token_types, query_length)
-        of_completions = query_length < attention_mask.shape[1]
+    def changed(self, model, attention_mask, token_types, queries):
+        found = masks(self, model, attention_mask, 0 * token_types if change == "bidirectional" else token_types, queries)
+        of_completions = len(queries) < attention_mask.shape[1]
         if change == "window" or of_completions and change == "window of the completion alone":
             found["sliding_attention"] = found["full_attention"]
         return found

@@ -260,9 +260,9 @@ def test_without_a_terminal_there_are_plain_lines_no_more_often_than_the_interva
 
 def test_a_terminal_gets_a_bar_and_lines_do_not_break_it():
     console = Console(terminal=True)
-    with Progress(4, description="GRPO", stream=console) as progress:
+    with Progress(4, initial=3, description="GRPO", stream=console) as progress:
         progress.write("a line")
-        progress.update({"reward": 1.0}, steps=4)
+        progress.update({"reward": 1.0})
     assert "a line\n" in console.getvalue() and "4/4" in console.getvalue() and "reward=1" in console.getvalue()
 
 
@@ -284,7 +284,7 @@ def test_an_odd_console_never_raises(terminal):
     for progress in (progress, Progress(2, stream=Broken())):
         progress.update({"loss": 1.0})
         progress.write("x")
-        progress.update(steps=1)
+        progress.update()
         progress.close()
 
 
