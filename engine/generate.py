@@ -305,7 +305,7 @@ class _Writing:
             return
         rows = []
         for new, (place, own) in enumerate(sorted(by_prompt.items())):
-            rows += [row.place for row in own] + [own[0].place] * (width - len(own))  # any place does where nothing is written
+            rows += [row.place for row in own] + [0] * (width - len(own))  # any place does where nothing is written
             for g, row in enumerate(own):
                 row.place = new * width + g
         prompts = torch.tensor(sorted(by_prompt), device=self.device)
