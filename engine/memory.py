@@ -21,7 +21,7 @@ k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype; B prompts 
     frozen weights  need nothing of the input: `base_layer(x)` keeps no x
 
 Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE rows of the vocabulary, twice
-with the entropy. The cache grows by torch.cat, layer by layer: beside the whole cache one layer's keys exist twice.
+with the entropy. While sampling a prompt's keys and values are there once for all its completions, whose own are allocated at once.
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from engine.families import family_of
+from engine.generate import READ_TOKENS
 from engine.logprobs import CHUNK_SIZE
 
 FP32 = 4
@@ -229,7 +230,7 @@ def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) 
     """Bytes of one sampled token for all rows: [rows,V] of log-probabilities, sorted values and ids (int64), probabilities,
     the mass before each and what is kept of them; a GPU's sort needs both double. Greedy: logits and log-probabilities.
     """
-    logits = 3 * FP32  # log-probabilities of the step before, logits, log-probabilities
+    logits = 2 * FP32  # logits and log-probabilities
     sort = FP32 + 2 * (FP32 + 8) if work.device == "cuda" else FP32 + FP32 + 8
     nucleus = FP32 + (FP32 + 8) + 3 * FP32 + 2
     return rows * model.vocabulary * (logits if greedy else max(logits, sort, nucleus))
@@ -288,18 +289,21 @@ def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[
 
 
 def decoding_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
-    """The sampler: an image's features; prompts read once, all together; the last step, with no row finished before."""
-    e, prompt, rows = work.element_size, work.prompt_length, prompts * generations
+    """The sampler: an image's features; the last prompts that are read together, with the whole cache there; the last step, with no
+    row finished before, in its attention and in its head.
+    """
+    e, rows = work.element_size, prompts * generations
     yield {"activations": vision_tower(model, work)}
-    tokens, repeats = prompts * prompt, model.heads // model.kv_heads
-    yield {"inputs": inputs(model, work, tokens, tokens * prompt) + tokens * prompt * e,  # the mask as numbers, in every layer
-           "activations": layer_temporaries(model, work, tokens, repeats * tokens),
-           "KV cache": kv_cache(model, work, prompts, prompt)}
-    length = prompt + work.max_completion_length
-    cache = kv_cache(model, work, rows, length)
-    growing = cache // (2 * model.layers)  # one layer's keys, old and new
-    held = rows * length * 17 + prompts * work.image_tokens * model.hidden * e
-    yield {"inputs": held, "KV cache": cache + growing, "logits": FP32 * rows * model.vocabulary}
+    together = Packed(min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0)
+    cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(model, work, rows, work.max_completion_length)
+    features = prompts * work.image_tokens * model.hidden * e
+    held = rows * work.max_completion_length * 20 + features  # ids (int64), log-probabilities, masses, uniform numbers
+    yield {"inputs": held + packed_inputs(model, work, together), "KV cache": cache,
+           "activations": layer_temporaries(model, work, together.tokens, 0)}
+    length = work.prompt_length + work.max_completion_length
+    scores = rows * model.heads * length * (2 * e + max(e, FP32))  # of prompts and completions, together, and their softmax
+    masks = rows * length * model.mask_kinds * (1 + e)
+    yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
     yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
 
 
