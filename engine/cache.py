@@ -37,7 +37,7 @@ class SamplingCache:
         self.prompt_length, self.completion_length = prompt_length, completion_length
         self.layers: dict[int, LayerCache] = {}
 
-    def keep_prompts(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def keep_prompts(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """keys, values [b,s,K,D] of prompts padded on the left go to the places `slots` [b]."""
         if layer not in self.layers:
             self.layers[layer] = self._empty(keys)

@@ -1,4 +1,5 @@
-"""Hidden states of a batch of completions: the one forward of training, of the reference and of teacher-forced scoring.
+"""Hidden states: of a batch of completions, the one forward of training, of the reference and of teacher-forced scoring; and, for
+the sampler, of prompts and of the tokens that it writes after them.
 
 A prompt runs once for all its completions in the batch, in one row without padding; engine/attention.py lets each completion
 see its prompt and itself alone. Positions go on from the prompt's for every completion anew, so states and gradients are
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from data.collate import Batch, Prompts
 from engine.attention import Places, SharedPromptMask, spread
+from engine.cache import DecodingMask, SamplingCache
 from engine.families import Family, language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
 from engine.logprobs import token_logprobs
 
@@ -44,24 +46,43 @@ def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> 
     return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
 
 
-def read_prompts(model: nn.Module, family: Family, prompts: Prompts, keep: Callable[[int, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Tensor,
+                 keep: Callable[[int, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
     """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that token's position.
 
-    keep(layer, keys, values) is told every layer's keys and values, [B,S,K,D].
+    places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told every layer's keys and values,
+    [B,S,K,D].
     """
-    base = unwrapped(model)
-    places = Places(prompts.attention_mask.flatten().nonzero()[:, 0], *[torch.arange(0, device=prompts.input_ids.device)] * 2,
-                    tuple(prompts.input_ids.shape), (0, 0))
-    masks = family.attention_masks(base, prompts.attention_mask, prompts.token_types,
-                                   torch.arange(places.prompt_shape[1], device=places.prompts.device))
+    base, length = unwrapped(model), prompts.input_ids.shape[1]
+    nowhere = places[:0]
+    layout = Places(places, nowhere, nowhere, tuple(prompts.input_ids.shape), (0, 0))
+    masks = family.attention_masks(base, prompts.attention_mask, prompts.token_types, torch.arange(length, device=places.device))
     positions = family.positions(base, prompts)  # [..,B,S]
     states = language_model(model)(
-        inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places.prompts],
-        position_ids=positions.flatten(-2)[..., places.prompts].unsqueeze(-2),
-        attention_mask={kind: SharedPromptMask(places, mask, mask[:0, :, :0], keep) for kind, mask in masks.items()},
+        inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places],
+        position_ids=positions.flatten(-2)[..., places].unsqueeze(-2),
+        attention_mask={kind: SharedPromptMask(layout, mask, mask[:0, :, :0], keep) for kind, mask in masks.items()},
         use_cache=False,
     ).last_hidden_state[0]  # [M,H]
     return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
+
+
+def read_tokens(model: nn.Module, family: Family, tokens: Tensor, positions: Tensor, cache: SamplingCache, rows: Tensor, steps: Tensor,
+                prompt_mask: Tensor, length: int) -> Tensor:
+    """[n,H]: the states that predict the next tokens of n completions after their last `tokens` [n], which are kept in the cache.
+
+    positions [n]: of these tokens. rows, steps [n], length: see DecodingMask. prompt_mask [n,S] bool: the prompt of each in the last S
+    places of the cache, true where a token is.
+    """
+    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(tokens), length)], 1)  # [n,S+R]
+    text, size = torch.zeros_like(whole, dtype=torch.long), prompt_mask.shape[1]
+    visible = family.attention_masks(unwrapped(model), whole, text, (size + steps)[:, None])
+    return language_model(model)(
+        inputs_embeds=unwrapped(model).get_input_embeddings()(tokens)[None],
+        position_ids=family.expand_positions(positions[None]),
+        attention_mask={kind: DecodingMask(cache, rows, steps, size, length, mask) for kind, mask in visible.items()},
+        use_cache=False,
+    ).last_hidden_state[0]
 
 
 def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:

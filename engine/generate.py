@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from data.collate import collate_prompts
 from data.encode import EncodedPrompt
-from engine.cache import DecodingMask, SamplingCache
-from engine.families import language_model, lm_head_weight, logit_softcap, unwrapped
-from engine.forward import read_prompts
+from engine.cache import SamplingCache
+from engine.families import lm_head_weight, logit_softcap
+from engine.forward import read_prompts, read_tokens
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
 
@@ -165,8 +166,8 @@ class _Writing:
     def __init__(self, wrapped, model: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, generations: int,
                  max_rows: int | None, generator: torch.Generator | Sequence[torch.Generator] | None):
         self.wrapped, self.model, self.prompts, self.sampling, self.generations = wrapped, model, prompts, sampling, generations
-        self.decoder, self.embedding, self.head = language_model(wrapped), unwrapped(wrapped).get_input_embeddings(), lm_head_weight(wrapped)
-        self.device, self.softcap = self.head.device, logit_softcap(wrapped)
+        self.head, self.softcap = lm_head_weight(wrapped), logit_softcap(wrapped)
+        self.device = self.head.device
         self.check_every = CHECK_EVERY.get(self.device.type, 1)
         self.suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=self.device)
         self.stops = torch.tensor(sorted(model.stop_ids), device=self.device)
@@ -201,7 +202,11 @@ class _Writing:
         finished, is_time = [], self.written % self.check_every == 0 or self._longest() == self.sampling.max_completion_length
         if is_time:
             tokens, finished = self._take_finished_out(tokens)
-        self.hidden = self._read(tokens) if self.rows else self.hidden[:0]
+        self.hidden = self.hidden[:0]
+        if self.rows:
+            steps = self.written - 1 - self.since
+            self.hidden = read_tokens(self.wrapped, self.model.family, tokens, self.row_positions + steps, self.cache, self.row_places,
+                                      steps, self.row_mask, self._longest())
         if is_time:
             self._take_prompts()
         return finished
@@ -247,18 +252,6 @@ class _Writing:
         mask, truncated = completion_mask(ids, self.model.stop_ids), is_truncated(ids, self.model.stop_ids)
         return [Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))]
 
-    def _read(self, tokens: Tensor) -> Tensor:
-        """Runs the rows' new tokens [n] through the decoder -> [n,H]."""
-        steps, length = self.written - 1 - self.since, self._longest()
-        whole = torch.cat([self.row_mask, self.row_mask.new_ones(len(tokens), length)], 1)  # [n,S+R]
-        prompt_length = self.row_mask.shape[1]
-        family = self.model.family
-        visible = family.attention_masks(unwrapped(self.wrapped), whole, torch.zeros_like(whole, dtype=torch.long), (prompt_length + steps)[:, None])
-        return self.decoder(
-            inputs_embeds=self.embedding(tokens)[None], position_ids=family.expand_positions((self.row_positions + steps)[None]),
-            attention_mask={kind: DecodingMask(self.cache, self.row_places, steps, prompt_length, length, mask) for kind, mask in visible.items()},
-            use_cache=False).last_hidden_state[0]
-
     def _take_prompts(self) -> None:
         """Reads the next prompts into places that are free, once there are enough of them; drops such places once none waits."""
         free = [place for place, prompt in enumerate(self.places) if prompt is None]
@@ -269,9 +262,11 @@ class _Writing:
             return self._shrink()
         for part in self._within(READ_TOKENS, chosen):
             places = torch.tensor([place for place, _ in part], device=self.device)
-            batch = collate_prompts([self.prompts[i] for _, i in part], self.model.encoder.pad_token_id).to(self.device)
-            hidden, positions = read_prompts(self.wrapped, self.model.family, batch,
-                                             lambda layer, keys, values: self.cache.keep_prompts(layer, places, keys, values))
+            batch = collate_prompts([self.prompts[i] for _, i in part], self.model.encoder.pad_token_id)
+            tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)  # their places, counted on the CPU
+            batch = batch.to(self.device)
+            hidden, positions = read_prompts(self.wrapped, self.model.family, batch, tokens,
+                                             partial(self.cache.keep_prompts, slots=places))
             self.prompt_mask[places] = torch.nn.functional.pad(
                 batch.attention_mask, (self.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0))
             self.positions[places] = positions

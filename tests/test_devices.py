@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -18,16 +19,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
 
 import engine.families
 import engine.forward
+import engine.generate
 from data.collate import Batch, collate_rows
 from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.attention import spread
-from engine.families import Qwen25VL, language_model, lm_head_weight, next_positions
-from engine.forward import completion_logprobs, embed
+from engine.cache import SamplingCache
+from engine.families import Qwen25VL, lm_head_weight
+from engine.forward import completion_logprobs, embed, read_prompts, read_tokens
 from engine.generate import draw
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel, enable_gradient_checkpointing
@@ -115,29 +117,28 @@ def test_an_update_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_imag
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images):
-    """Its parts, as the sampler puts them together."""
+def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images, monkeypatch):
+    """Its parts, as the sampler puts them together; but that the nucleus is looked for among all tokens at once."""
+    monkeypatch.setattr(engine.generate, "NUCLEUS_SIZES", ())
     model, wrapped, batch = loaded(tiny_checkpoint(family), tiny_images)
     wrapped.eval()
     with pretended_device():
         move(wrapped, dtype)
-        prompts, decoder, cache = pretended(batch.prompts), language_model(wrapped), DynamicCache()
-        positions = model.family.positions(model.base, prompts)
-        masks = model.family.attention_masks(model.base, prompts.attention_mask, prompts.token_types, prompts.input_ids.shape[1])
-        hidden = decoder(inputs_embeds=embed(wrapped, prompts), position_ids=positions, attention_mask=masks, cache=cache, use_cache=True)
-        logits = scaled_logits(hidden.last_hidden_state[:, -1], lm_head_weight(wrapped), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))
-        tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(2, device=DEVICE))
-        seen = torch.cat([prompts.attention_mask, torch.ones_like(prompts.attention_mask[:, :1])], 1)
-        types = torch.cat([prompts.token_types, torch.zeros_like(prompts.token_types[:, :1])], 1)
-        state = decoder(inputs_embeds=model.base.get_input_embeddings()(tokens[:, None]), cache=cache, use_cache=True,
-                        position_ids=model.family.expand_positions(next_positions(positions)[:, None]),
-                        attention_mask=model.family.attention_masks(model.base, seen, types, 1)).last_hidden_state
-    assert state.device == DEVICE and state.dtype == dtype and state.shape == (2, 1, 32)
+        prompts, places = pretended(batch.prompts), pretended(batch.prompt_places)
+        cache, length = SamplingCache(2, prompts.input_ids.shape[1], 3, 8), prompts.input_ids.shape[1]
+        slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)  # of six completions one has finished
+        hidden, positions = read_prompts(wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots))
+        logits = scaled_logits(hidden[rows // 3], lm_head_weight(wrapped), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))
+        tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
+        state = read_tokens(wrapped, model.family, tokens, positions[rows // 3] + 4, cache, rows, torch.full_like(rows, 4),
+                            prompts.attention_mask[rows // 3], 5)
+    assert state.device == DEVICE and state.dtype == dtype and state.shape == (5, 32)
+    assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
 
 
 # ---- controls: each leaves something behind that the tests above must see --------------------------------------------
 def arange_on_the_cpu(patch):
-    patch.setattr(engine.families, "causal_mask", lambda mask, length: torch.tril(torch.ones(length, mask.shape[1])).bool() & mask[:, None])
+    patch.setattr(engine.families, "causal_mask", lambda mask, queries: torch.tril(torch.ones(len(queries), mask.shape[1])).bool() & mask[:, None])
 
 
 def count_of_a_mask(patch):

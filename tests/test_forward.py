@@ -132,7 +132,7 @@ SOFTCAP = 1.5  # logits of the random model reach 2.4
 def capped_logits(net, model: LoadedModel, rows: list[EncodedRow]) -> torch.Tensor:
     """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the same decoder and head."""
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
-    masks = model.family.attention_masks(model.base, batch.attention_mask, batch.token_types, batch.input_ids.shape[1])
+    masks = model.family.attention_masks(model.base, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1]))
     causal = Gemma3ForCausalLM._from_config(model.base.config.text_config)
     causal.model, causal.lm_head = language_model(net), model.base.lm_head
     return causal(inputs_embeds=plain.embed(net, model.family, batch), attention_mask=masks,

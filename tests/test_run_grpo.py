@@ -311,15 +311,15 @@ def test_masked_truncated_completions_give_no_gradient(tiny_sft_run, tiny_data, 
 
 
 def test_loss_types_weigh_tokens_differently(tiny_sft_run, tiny_data, tmp_path, readable):
-    flags = ("--max_steps", "1", "--max_completion_length", "40", "--max_grad_norm", "1e9")
+    flags = ("--max_steps", "1", "--max_completion_length", "80", "--max_grad_norm", "1e9", "--seed", "1")
     norms = {}
     for loss_type in ("dr_grpo", "grpo", "dapo"):
         norms[loss_type] = updates(tiny_sft_run, tiny_data, tmp_path / loss_type, *flags, "--loss_type",
                                    loss_type)[0]["grad_norm"]
     lengths = [row["completion_length"] for row in lines(tmp_path / "dapo/completions.jsonl")][:4]  # the four of the first step
     assert len(set(lengths)) > 1, "the seed must give completions of different lengths"
-    # dr_grpo divides each token by 4 x 40, dapo by the tokens of the step: the same gradient up to that constant.
-    assert norms["dapo"] / norms["dr_grpo"] == pytest.approx(4 * 40 / sum(lengths), rel=1e-4)
+    # dr_grpo divides each token by 4 x 80, dapo by the tokens of the step: the same gradient up to that constant.
+    assert norms["dapo"] / norms["dr_grpo"] == pytest.approx(4 * 80 / sum(lengths), rel=1e-4)
     assert abs(norms["grpo"] / norms["dapo"] - 1) > 1e-3
 
 
