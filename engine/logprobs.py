@@ -54,7 +54,9 @@ def scaled_logits(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # up-cast first; from here on in place
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    return logits.div_(temperature).index_fill_(1, suppressed, -torch.inf)
+    if temperature != 1:
+        logits.div_(temperature)
+    return logits.index_fill_(1, suppressed, -torch.inf)
 
 
 @torch.no_grad()
@@ -89,19 +91,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
             slope = _slope(logits, temperature, suppressed, softcap) if needs_gradient else None  # [m,V] or None
             logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
             chosen = logits.gather(1, target)  # [m,1]
-            probabilities = logits.exp() if with_entropy else logits.exp_()  # [m,V], not normalised yet
-            z = probabilities.sum(1, keepdim=True)  # [m,1]
+            exponentials = logits.exp() if with_entropy else logits.exp_()  # [m,V] z p
+            z = exponentials.sum(1, keepdim=True)  # [m,1]
             logprobs[chunk] = (chosen - z.log())[:, 0]
-            if with_entropy or needs_gradient:
-                probabilities /= z
             if with_entropy:
-                entropies[chunk] = z.log()[:, 0] - _finite(logits).mul_(probabilities).sum(1)
+                entropies[chunk] = (z.log() - _finite(logits).mul_(exponentials).sum(1, keepdim=True) / z)[:, 0]
             del logits
             if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
-                direction = probabilities.neg_().scatter_add_(1, target, torch.ones_like(z))  # [m,V]
+                direction = exponentials.div_(-z).scatter_add_(1, target, torch.ones_like(z))  # [m,V]
                 jacobian[chunk] = _through_head(direction, slope, weight, hidden.dtype, temperature)
                 del direction
-            del probabilities, slope
+            del exponentials, slope
         ctx.save_for_backward(jacobian, *(hidden, entropies) if with_entropy else (None, None), weight, suppressed)
         ctx.temperature, ctx.softcap, ctx.chunk_size = temperature, softcap, chunk_size
         ctx.set_materialize_grads(False)
@@ -120,15 +120,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 logits = scaled_logits(hidden[chunk], weight, ctx.temperature, suppressed, ctx.softcap)  # [m,V]
                 slope = _slope(logits, ctx.temperature, suppressed, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
-                probabilities = logits.exp()  # [m,V]
-                z = probabilities.sum(1, keepdim=True)  # [m,1]
-                probabilities /= z
-                logs = _finite(logits.sub_(z.log()))  # [m,V]
+                exponentials = logits.exp()  # [m,V] z p
+                z = exponentials.sum(1, keepdim=True)  # [m,1]
+                logs = _finite(logits.sub_(z.log() - entropies[chunk, None]))  # [m,V] log p + H
                 # dH / d logit_k = -p_k (log p_k + H)
-                direction = probabilities.mul_(logs.add_(entropies[chunk, None])).mul_(-grad_entropies[chunk, None])  # [m,V]
+                direction = exponentials.mul_(logs).mul_(-grad_entropies[chunk, None] / z)  # [m,V]
                 del logits, logs
                 grad[chunk] += _through_head(direction, slope, weight, grad.dtype, ctx.temperature)
-                del probabilities, direction, slope
+                del exponentials, direction, slope
         return grad, None, None, None, None, None, None, None
 
 

@@ -216,9 +216,9 @@ def backward_temporaries(model: ModelShape, work: Workload) -> int:
 
 # ---- vocabulary -----------------------------------------------------------------------------------------------------
 def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool) -> int:
-    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32, which become probabilities and
-    direction in place, beside the product in the base's dtype as they are made and the direction in it at the end; with the entropy
-    the probabilities beside the logits. Soft-capping, which no published model has, is left out.
+    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32, which become their exponentials and
+    a direction in place, beside the product in the base's dtype as they are made and the direction in it at the end; with the entropy
+    the exponentials beside the logits. Soft-capping, which no published model has, is left out.
     """
     e = work.element_size
     copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)

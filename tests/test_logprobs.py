@@ -318,7 +318,7 @@ def allocated_peak(step) -> int:
 
 
 @pytest.mark.parametrize(("dtype", "entropy", "softcap", "gradient", "copies"), [
-    # of [chunk,V] in fp32: the probabilities, in place of the logits
+    # of [chunk,V] in fp32: the exponentials, in place of the logits
     (torch.float32, False, None, False, 1), (torch.float32, False, None, True, 1),
     (torch.float32, True, None, False, 2), (torch.float32, True, None, True, 2),  # both: the entropy is made of both
     (torch.float32, False, 9.0, True, 2), (torch.float32, True, 9.0, True, 3), (torch.float32, False, 9.0, False, 1),  # and the slope
