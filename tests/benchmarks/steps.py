@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,11 +95,12 @@ def add(*phases: Seconds) -> Seconds:
 
 
 def quiet() -> None:
-    """One thread, and no bars and notes of the libraries between the tables."""
+    """One thread, and no bars, notes and warnings of libraries between the tables."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
 
 
@@ -323,7 +325,7 @@ def check_equal(what: str, ours: tuple[float, dict[str, Tensor]], theirs: tuple[
 
 
 def print_header() -> None:
-    print(f"  {'':34} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations")
+    print(f"  {'':44} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations")
 
 
 def print_row(name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bound: float | None) -> None:
@@ -332,7 +334,7 @@ def print_row(name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bou
         return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
 
     seconds = [statistics.median(side.cpu for side in sides) for sides in (ours, theirs)]
-    print(f"  {name:34} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
+    print(f"  {name:44} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
           f"{'' if bound is None else f'{bound:.2f}':>6}", flush=True)
 
 
