@@ -19,13 +19,15 @@ from data.encode import EncodedPrompt, EncodedRow
 class Prompts:
     """B prompts of S places, all ending in the last one.
 
-    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each prompt, see EncodedPrompt.
+    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each prompt, see EncodedPrompt. alike:
+    whether all have the same token types, so that they are attended to in the same way.
     """
 
     input_ids: Tensor
     token_types: Tensor
     attention_mask: Tensor
     vision: list[dict[str, Tensor]]
+    alike: bool = False
 
     def to(self, device: torch.device | str) -> "Prompts":
         vision = [{name: tensor.to(device, non_blocking=True) for name, tensor in image.items()} for image in self.vision]
@@ -91,7 +93,8 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
         input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
         token_types=_pad_left([prompt.token_types for prompt in prompts], 0),
         attention_mask=_pad_left([torch.ones(len(prompt.input_ids), dtype=torch.bool) for prompt in prompts], False),
-        vision=[prompt.vision for prompt in prompts])
+        vision=[prompt.vision for prompt in prompts],
+        alike=all(torch.equal(prompt.token_types, prompts[0].token_types) for prompt in prompts))
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:

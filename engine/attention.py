@@ -57,7 +57,8 @@ class Places:
 @dataclass
 class SharedPromptMask(PackedMask):
     """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its own prompt's tokens;
-    completions [N,1,R,S+R]: the prompt's, then its own. keep(layer, keys, values): told those of the prompts, [B,S,K,D] each.
+    completions [N,1,R,S+R]: the prompt's, then its own. Where all B, or N, are the same, it can be one. keep(layer, keys, values): told
+    those of the prompts, [B,S,K,D] each.
     """
 
     places: Places
@@ -109,7 +110,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None) -> Tensor:
-    """query [R,Q,H,D], key and value [R,T,K,D], mask [R,1,H/K x Q,T] to add -> [R,Q,H,D].
+    """query [R,Q,H,D], key and value [R,T,K,D], mask [R or 1,1,H/K x Q,T] to add -> [R,Q,H,D].
 
     The heads that share a key are more queries of it, so keys and values are not repeated for them.
     """

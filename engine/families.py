@@ -42,7 +42,7 @@ class Family:
         self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         """Which keys the tokens at the places `queries`, [Q] or [B,Q] int64, see in rows of S places, for every kind of layer: bool
-        [B,1,Q,S], true = sees.
+        [B,1,Q,S], true = sees; the same tensor for kinds that see the same.
         """
         raise TypeError("use a subclass")
 
@@ -110,10 +110,12 @@ class Gemma3(Family):
     def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor) -> dict[str, Tensor]:
         causal = causal_mask(attention_mask, queries)  # [B,Q,S]
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # [S]
-        near = queries[..., None] - keys < model.config.get_text_config().sliding_window  # [Q,S] or [B,Q,S]
+        window = model.config.get_text_config().sliding_window
+        near = queries[..., None] - keys < window  # [Q,S] or [B,Q,S]
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
         same_image = is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]  # [B,Q,S]
-        return {"full_attention": (causal | same_image)[:, None], "sliding_attention": (causal & near | same_image)[:, None]}
+        full = (causal | same_image)[:, None]
+        return {"full_attention": full, "sliding_attention": full if window >= len(keys) else (causal & near | same_image)[:, None]}
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         vision = config.vision_config

@@ -102,11 +102,16 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
     places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
-    of_prompts = family.attention_masks(model, prompts.attention_mask, prompts.token_types, torch.arange(places.prompt_shape[1], device=rows.device))
-    whole = torch.cat([prompts.attention_mask[rows], batch.read_mask], 1)  # [N,S+R]
+    alike = slice(1 if prompts.alike else None)
+    size, read = places.prompt_shape[1], places.completion_shape[1]
+    of_prompts = family.attention_masks(model, prompts.attention_mask[alike], prompts.token_types[alike], torch.arange(size, device=rows.device))
+    # A completion's padding comes after it, where none of its tokens looks: as if there were none.
+    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R], or [1,S+R]
     text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is
-    of_completions = family.attention_masks(model, whole, text, torch.arange(places.prompt_shape[1], whole.shape[1], device=rows.device))
-    return {kind: SharedPromptMask(places, of_prompts[kind], of_completions[kind]) for kind in of_prompts}
+    of_completions = family.attention_masks(model, whole, text, torch.arange(size, size + read, device=rows.device))
+    masks: dict[int, SharedPromptMask] = {}  # the same object where two kinds see the same: what it keeps is kept once
+    return {kind: masks.setdefault(id(of_completions[kind]), SharedPromptMask(places, of_prompts[kind], of_completions[kind]))
+            for kind in of_prompts}
 
 
 def completion_logprobs(

@@ -120,6 +120,30 @@ def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(fami
     assert not batch.read_mask[0].any() and batch.read_mask[2].sum() == 16  # of 17 tokens the last scored one is number 16, from 0
 
 
+@pytest.mark.parametrize("window", [24, 4096])
+@pytest.mark.parametrize("family", list(SAVE))
+def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, monkeypatch):
+    """However long its completions; and one for all layers where the window is longer than the rows."""
+    group, kept, masks = ((0, 30), (0, 1), (0, 17)), [], engine.forward.shared_prompt_masks
+
+    def with_window(model, *arguments):
+        model.config.get_text_config().sliding_window = window
+        found = masks(model, *arguments)
+        kept.extend(found.values())
+        return found
+
+    expected, theirs = run(unshared, tiny_checkpoint(family), tiny_images, groups=group)
+    monkeypatch.setattr(engine.forward, "shared_prompt_masks", with_window)
+    ours, gradients = run(shared, tiny_checkpoint(family), tiny_images, groups=group)
+    assert {(len(mask.prompts), len(mask.completions)) for mask in kept} == {(1, 1)}
+    assert len({id(mask) for mask in kept}) == (2 if family == "gemma3" and window == 24 else 1)
+    if window == 24:  # as the plain forward has it
+        assert float((ours - expected).abs().max()) < 5e-6 and gradient_difference(gradients, theirs) < 1e-5
+    model = load(tiny_checkpoint(family))
+    found = masks(model.base, model.family, collate_rows(rows_of(model, tiny_images), 0))["full_attention"]
+    assert (len(found.prompts), len(found.completions)) == (3, len(GROUPS))  # prompts of other lengths
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", list(SAVE))
 def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, tiny_images):
