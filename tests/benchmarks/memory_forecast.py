@@ -185,6 +185,11 @@ def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
+    return profiled_peak(profile)
+
+
+def profiled_peak(profile: torch.profiler.profile) -> int:
+    """Bytes that torch's CPU allocator held at most over those at the profile's beginning; it must have `profile_memory`."""
     events = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for _, size in sorted(events, key=lambda event: event[0]):

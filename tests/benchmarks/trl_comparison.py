@@ -23,13 +23,12 @@ step; without it: reference + policy + backward.
 from __future__ import annotations
 
 import argparse
-import statistics
+import ctypes
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -51,6 +50,7 @@ from engine.families import unwrapped
 from engine.model import load_adapter_weights, load_encoder
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+from memory_forecast import profiled_peak, resident  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import (  # noqa: E402
     MAX_GRAD_NORM, OBJECTIVE, TEMPERATURE, TOP_P, TRAINING, Bounds, Clock, Product, Seconds, Task, add, add_arguments, check_equal, gradients,
@@ -351,81 +351,78 @@ def compare_sft(folder: Path, family: str, sizes: Sizes, examples: Sequence[Exam
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+class Peaks:
+    """Memory of three steps: the first touches all that stays, of the second resident memory is measured, of the third torch's own."""
 
+    def __init__(self) -> None:
+        self.resident = self.allocated = 0
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
-@contextmanager
-def grown():
-    """A list that gets, at the end, by how many bytes resident memory was at most over what it is now."""
-    found: list[int] = []
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before = resident("VmRSS")
-    yield found
-    found.append(resident("VmHWM") - before)
+    def before(self, step: int) -> None:
+        if step == 1:
+            ctypes.CDLL(None).malloc_trim(0)  # what the first step freed goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+            self.resident = -resident("VmRSS")
+        if step == 2:
+            self._profile.__enter__()
+
+    def after(self, step: int) -> None:
+        if step == 1:
+            self.resident += resident("VmHWM")
+        if step == 2:
+            self._profile.__exit__(None, None, None)
+            self.allocated = profiled_peak(self._profile)
 
 
 def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows: int) -> None:
-    """One side's first step, in a process of its own; GRPO with generations, SFT where that is 0. Prints bytes."""
+    """One side, in a process of its own; GRPO with generations, SFT where that is 0. Prints allocated and resident bytes."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, peaks = Path(name), Peaks()
         examples = make_folder(folder, family, sizes, max(rows, 2))
         answers = make_answers(rows, sizes.new_tokens)
         product = Product(folder, family, sizes)
+        product.forget_images(keep=False)
         prompt = product.prompt_for(examples[0])
-        tasks = make_tasks(examples[:1], 1, generations or 1, sizes.new_tokens)
+        tasks = 3 * make_tasks(examples[:1], 1, generations or 1, sizes.new_tokens)
         if side == "ours":
-            product.forget_images(keep=False)
-            with grown() as peak:
-                product.grpo_step(tasks[0], prompt) if generations else product.sft_step(examples[:rows], answers, prompt)
-            print(peak[0])
-            return
-        del product
-        clock, measured = Clock(), []
-
-        def before(step: int) -> None:
-            measured.append(grown())
-            measured.append(measured[0].__enter__())
-
-        def after(step: int) -> None:
-            measured[0].__exit__(None, None, None)
-
-        callback, as_installed = Between(clock, before, after), lambda step: side == "installed"
-        if generations:
-            trainer = grpo_trainer(folder, family, sizes, generations, tasks, prompt, clock, callback, as_installed)
+            for step, task in enumerate(tasks):
+                peaks.before(step)
+                product.grpo_step(task, prompt) if generations else product.sft_step(examples[:rows], answers, prompt)
+                peaks.after(step)
         else:
-            trainer = sft_trainer(folder, family, sizes, [examples[:rows]], answers, prompt, callback, as_installed)
-        trainer.train()
-        print(measured[1][0])
+            del product
+            callback, as_installed = Between(Clock(), peaks.before, peaks.after), lambda step: side == "installed"
+            if generations:
+                trainer = grpo_trainer(folder, family, sizes, generations, tasks, prompt, Clock(), callback, as_installed)
+            else:
+                trainer = sft_trainer(folder, family, sizes, 3 * [examples[:rows]], answers, prompt, callback, as_installed)
+            trainer.train()
+    print(peaks.allocated, peaks.resident)
 
 
 def compare_memory(arguments: argparse.Namespace) -> None:
-    """Each case three times, alternating."""
-    print(f"peak resident memory of one step over what the process held before it, MB; medians of {arguments.pairs} processes a side")
-    print(f"  {'':24} {'ours':>7} {'installed':>10} {'hooks off':>10}   ours / theirs")
-    sides = ("ours", "installed", "hooks off")
+    print("Peak memory of a step over the loaded model, MB: what torch allocates (exact) and, beside it, resident memory of the process.")
+    print(f"  {'':28} {'allocated: ours':>16} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}    "
+          f"{'resident: ours':>15} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}")
     for family in arguments.families:
-        for generations in (*arguments.num_generations, 0):
-            found: dict[str, list[int]] = defaultdict(list)
-            for _ in range(arguments.pairs):
-                for side in sides:
-                    command = [sys.executable, __file__, "--measure", side, family, str(generations), "--rows", str(arguments.rows),
-                               "--new_tokens", str(arguments.new_tokens), "--prompt_length", str(arguments.prompt_length),
-                               "--image_tokens", str(arguments.image_tokens)]
-                    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-                    found[side].append(int(output.split()[-1]))
-            ours, installed, off = (statistics.median(found[side]) for side in sides)
-            ratios = [ours / theirs for ours, theirs in zip(found["ours"], found["installed"])]
-            print(f"  {FAMILIES[family]:11} {f'G {generations}' if generations else f'SFT of {arguments.rows}':12} {ours / 1e6:7.0f} {installed / 1e6:10.0f} "
-                  f"{off / 1e6:10.0f}   {ours / installed:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) and {ours / off:.2f}", flush=True)
+        for generations in (*arguments.num_generations, *([] if arguments.no_sft else [0])):
+            found = []
+            for side in ("ours", "installed", "hooks off"):
+                command = [sys.executable, __file__, "--measure", side, family, str(generations), "--rows", str(arguments.rows),
+                           "--new_tokens", str(arguments.new_tokens), "--prompt_length", str(arguments.prompt_length),
+                           "--image_tokens", str(arguments.image_tokens)]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+                found.append([int(word) / 1e6 for word in output.split()[-2:]])
+            name = f"{FAMILIES[family]}, {f'G {generations}' if generations else f'SFT of {arguments.rows}'}"
+            parts = [f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f} {ours / off:7.2f}"
+                     for width, (ours, installed, off) in zip((16, 15), zip(*found))]
+            print(f"  {name:28} {'    '.join(parts)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time; --pairs processes a side")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--no_sft", action="store_true", help="GRPO alone")
     parser.add_argument("--measure", nargs=3, metavar=("SIDE", "FAMILY", "G"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
