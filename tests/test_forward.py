@@ -499,4 +499,4 @@ def test_moving_a_batch_keeps_everything(model, tiny_images):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             tensors = [tensor for image in value for tensor in image.values()] if field.name == "vision" else [value]
-            assert field.name == "prompts" or tensors and all(tensor.device.type == "meta" for tensor in tensors)
+            assert field.name in ("prompts", "alike") or tensors and all(tensor.device.type == "meta" for tensor in tensors)
