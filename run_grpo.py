@@ -24,7 +24,7 @@ from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
 from engine.config import Resolved, describe, parse_config
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
-from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing
+from engine.model import EMBEDDED, LoadedModel, add_reference, attach_adapter, compile_decoder, enable_gradient_checkpointing
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_prompts
 from engine.run import (
@@ -124,7 +124,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs if objective.beta > 0 else None, micro.advantages,
                                     micro.mask, weights, objective, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
             loss.backward()
-            computed.append((loss.detach(), {name: term.detach() for name, term in terms.items()}, entropy.detach(), micro.advantages, micro.mask))
+            detached = {name: term.detach() for name, term in terms.items()}
+            computed.append((loss.detach(), detached, entropy.detach(), micro.advantages, micro.mask))
             if state.global_step + 1 == config.dump_step:
                 to_dump.append(step_tensors(loss, logprobs, entropy, weights, terms))
         for _, terms, entropy, advantages, mask in computed:  # only now: to read a number is to wait for the GPU
@@ -269,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     add_reference(wrapped, source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(wrapped)
+    if config.compile:
+        compile_decoder(wrapped)
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     sampler = torch.Generator().manual_seed(config.seed)
     reward_functions = build_rewards(config, examples)

@@ -32,7 +32,7 @@ from engine.forward import completion_hidden_states
 from engine.generate import SamplingConfig
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import (
-    EMBEDDED, LoadedModel, adapter_config, attach_adapter, attach_new_adapter, enable_gradient_checkpointing)
+    EMBEDDED, LoadedModel, adapter_config, attach_adapter, attach_new_adapter, compile_decoder, enable_gradient_checkpointing)
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
 from engine.preview import dry_run_report, show_answers
 from engine.run import (
@@ -304,6 +304,8 @@ def main(argv: list[str] | None = None) -> int:
         wrapped = attach_new_adapter(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(wrapped)
+    if config.compile:
+        compile_decoder(wrapped)
     optimizer = build_optimizer(wrapped, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     if config.dry_run:
         print(banner(config, resolved, model, wrapped, data, "dry run", device)

@@ -97,6 +97,7 @@ def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
     return padded[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf).flatten(2, 3)
 
 
+@torch.compiler.disable(reason="its shapes change with every batch, and all of it is a few large kernels")
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask | Tensor | None,
               dropout: float = 0.0, scaling: float | None = None, **keywords) -> tuple[Tensor, None]:
     """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call it."""

@@ -110,6 +110,7 @@ def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tenso
     return ~torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device)).any(1)
 
 
+@torch.compiler.set_stance("force_eager")  # with --compile too: shapes are others than in training
 @torch.no_grad()
 def generate(
     wrapped: PeftModel | nn.Module,

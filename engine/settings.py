@@ -101,6 +101,9 @@ class TrainingConfig:
         source=PAPER_SFT,
         group="memory",
     )
+    compile: bool = setting(
+        False, "let torch compile what decoder layers do with single tokens, in training and scoring, not in sampling; needs a C++ "
+        "compiler and, on a GPU, Triton; results differ by rounding from those without", source=ENGINE, group="memory")
 
     max_completion_length: int = setting(
         512, "longest completion that is sampled or decoded", unit="tokens", source=OURS, group="decoding"
