@@ -1,0 +1,135 @@
+"""Three layouts of the same completions in a training forward: split attention (the product's), dense-packed and padded plain.
+
+    python tests/benchmarks/attention_layouts.py [--generations 4 8] [--pairs 5] [--dtype fp32]
+
+All three run the decoder forward and backward with gradient checkpointing and adapters of rank 16, without vision tower and head, on
+one prompt of 577 tokens (256 an image) and G completions: even ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
+
+    split    tokens in one row; the prompt attends to itself, each completion to its prompt and itself (engine/attention.py)
+    packed   tokens in one row, one mask [M,M] over it for transformers' SDPA; blocks between completions are computed and masked
+    padded   every completion is a row with its own copy of the prompt, padded to the longest (tests/plain.py)
+
+Hidden states and adapter gradients of the three are compared first. They alternate in one process; printed are medians of CPU and
+wall seconds, each layout's time over split's as the median over pairs with the smallest and largest, and the peak of allocated
+memory over the loaded model. On a GPU CPU time is that of launching, and wall time says how fast it is.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+import plain  # noqa: E402
+from data.collate import Batch, collate_rows  # noqa: E402
+from data.encode import EncodedRow  # noqa: E402
+from engine.attention import additive_mask  # noqa: E402
+from engine.families import language_model  # noqa: E402
+from engine.forward import completion_hidden_states, embed, packed_positions  # noqa: E402
+from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing  # noqa: E402
+from engine.runtime import pick_device, versions  # noqa: E402
+from memory_forecast import DTYPES, Sizes, allocated_peak, load, make_prompt, model_config  # noqa: E402
+
+SIZES = Sizes()
+
+
+def split(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
+    return completion_hidden_states(wrapped, model.family, batch)[0]
+
+
+def packed(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
+    """Of Qwen2.5-VL: a token sees the earlier ones of its prompt and of its own completion."""
+    read = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
+    embeddings = torch.cat([embed(wrapped, batch.prompts).flatten(0, 1)[batch.prompt_places], model.base.get_input_embeddings()(read)])
+    row = torch.cat([torch.full_like(batch.prompt_places, -1), batch.read_places // batch.read_mask.shape[1]])  # [M]; -1: a prompt's
+    prompt = torch.cat([batch.prompt_places // batch.prompts.input_ids.shape[1], batch.prompt_of_row[row[row >= 0]]])  # [M]
+    index = torch.arange(len(row), device=row.device)
+    sees = (index <= index[:, None]) & (prompt == prompt[:, None]) & ((row == -1) | (row == row[:, None]))  # [M,M]
+    states = language_model(wrapped)(
+        inputs_embeds=embeddings[None], position_ids=packed_positions(model.base, model.family, batch), use_cache=False,
+        attention_mask={"full_attention": additive_mask(sees[None, None], embeddings.dtype, 1)}).last_hidden_state[0]
+    return states[batch.predictors]
+
+
+def padded(wrapped, model: LoadedModel, batch: plain.PlainBatch) -> Tensor:
+    return plain.hidden_states(wrapped, model.family, batch)[0]
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """(CPU time of this process, wall-clock time)"""
+    cpu, wall = time.process_time(), time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def spread_of(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--generations", type=int, nargs="+", default=[4, 8], help="G, completions of the prompt")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds, in each of which every layout runs once")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the base model; adapters are fp32")
+    parser.add_argument("--num_threads", type=int, default=1, help="CPU threads of torch")
+    arguments = parser.parse_args()
+
+    device, dtype = pick_device(arguments.num_threads), DTYPES[arguments.dtype]
+    config = model_config("qwen2_5_vl", SIZES)
+    model = load(config, dtype, device)
+    wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.0).train()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    enable_gradient_checkpointing(wrapped)
+    prompt = make_prompt(config, SIZES)
+    prompt = replace(prompt, vision={"features": torch.randn(SIZES.image_tokens, SIZES.hidden), "image_grid_thw": prompt.vision["image_grid_thw"]})
+    print(f"Qwen2.5-VL, {SIZES.layers} decoder layers, hidden {SIZES.hidden}, {SIZES.heads} heads, 2 KV heads, {arguments.dtype}, {device}, "
+          f"{arguments.num_threads} thread(s)\n{versions()}\n")
+    print("| G | completions | layout | tokens run | CPU s | wall s | CPU / split's | wall / split's | peak MB |\n" + "|---" * 9 + "|")
+
+    for generations in arguments.generations:
+        even = [SIZES.new_tokens] * generations
+        ragged = torch.linspace(32, SIZES.new_tokens, generations).long().tolist()
+        for kind, lengths in (("even", even), ("ragged", ragged)):
+            rows = [EncodedRow(prompt, torch.randint(100, SIZES.vocabulary, (n,)), torch.ones(n, dtype=torch.bool)) for n in lengths]
+            shared = collate_rows(rows, 0).to(device)
+            apart = plain.plain_batch(rows, 0)
+            apart = replace(apart, prompts=apart.prompts.to(device), loss_mask=apart.loss_mask.to(device))
+            signs = torch.randn(sum(lengths), SIZES.hidden, dtype=dtype, device=device)
+
+            def step(forward: Callable, batch) -> Tensor:
+                wrapped.zero_grad()
+                states = forward(wrapped, model, batch)
+                (states * signs).sum().backward()
+                return states.detach()
+
+            ways = {"split": lambda: step(split, shared), "packed": lambda: step(packed, shared), "padded": lambda: step(padded, apart)}
+            found = {}
+            for name, run in ways.items():  # also warms up
+                states = run()
+                found[name] = states, torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad])
+            for name in ("packed", "padded"):
+                for ours, theirs in zip(found[name], found["split"]):
+                    assert float((ours - theirs).norm() / theirs.norm()) < (1e-4 if dtype == torch.float32 else 5e-2), name
+            peaks = {name: allocated_peak(run, device) / 1e6 for name, run in ways.items()}
+            rounds = [{name: seconds(run, device) for name, run in ways.items()} for _ in range(arguments.pairs)]
+            tokens = {"split": len(shared.prompt_places) + len(shared.read_places), "padded": apart.prompts.input_ids.numel()}
+            for name in ways:
+                cpu, wall = (statistics.median(times[name][i] for times in rounds) for i in (0, 1))
+                ratios = [spread_of([times[name][i] / times["split"][i] for times in rounds]) for i in (0, 1)]
+                print(f"| {generations} | {kind} | {name} | {tokens.get(name, tokens['split'])} | {cpu:.2f} | {wall:.2f} | {ratios[0]} | {ratios[1]} "
+                      f"| {peaks[name]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
