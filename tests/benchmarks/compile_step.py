@@ -4,8 +4,9 @@
 
 Two copies of a model with the same random adapter get the same random completions (16 prompts x 4, up to 96 tokens, two micro-batches).
 First the first pass of each (the compiled one's compiles; TORCHINDUCTOR_COMPILE_THREADS=1 keeps all of it in this process and those
-it waits for, and a new TORCHINDUCTOR_CACHE_DIR makes it begin from nothing), the graphs so far, and the largest difference; then the two alternate in one process: medians of CPU and wall seconds, and the ratio
-without / with --compile as the median over pairs with the smallest and largest. On a GPU the wall time counts.
+it waits for, and a new TORCHINDUCTOR_CACHE_DIR makes it begin from nothing), the graphs so far, and the largest difference. Then the
+two alternate in one process: medians of CPU and wall seconds, and the ratio without / with --compile as the median over pairs with
+the smallest and largest. On a GPU the wall time counts.
 """
 from __future__ import annotations
 
