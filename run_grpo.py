@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,9 +40,9 @@ from rl.dump import step_tensors, write_step
 from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import (
-    completion_rows, mean_rewards, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples, with_rewards)
+    completion_rows, mean_rewards, mismatch_metrics, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples, with_rewards)
 from rl.rewards import RewardFunction
-from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
+from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
 from rl.settings import (
     SET_METRICS, GRPOConfig, batch_arithmetic, build_rewards, check_dump_step, check_watched, from_sft_run, length_warning, problems,
     prompts_per_rollout, total_steps, updates_per_rollout, warnings)
@@ -99,8 +100,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
                 bar.write(f"warning: {warning}")
             for function in reward_functions.values():
                 function.observe(sample.answer for sample in samples)
-            # 4 old and reference log-probabilities, on the micro-batches of the updates below
-            samples = score_samples(wrapped, model, samples, prompts, sum(plan(samples, prompts), []), temperature=config.temperature,
+            # 4 reference and old log-probabilities, on the micro-batches of the updates below; the first update finds its own old ones
+            samples = score_samples(wrapped, model, samples, prompts, plan(samples, prompts), temperature=config.temperature,
                                     with_reference=objective.beta > 0)
             # 5 advantages, within each prompt's group; a completion's KL is known by now, for a fork's reward
             samples = with_advantages(samples, objective)
@@ -119,20 +120,27 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             micro = collate_samples([samples[i] for i in indices], prompts, pad, device)
             logprobs, entropy = completion_logprobs(wrapped, model.family, micro.batch, temperature=config.temperature,
                                                     suppress_token_ids=model.suppressed_ids, entropy=True)  # [N,T]
+            if update == 0:  # the policy is still the one that sampled
+                micro = replace(micro, old_logprobs=logprobs.detach())
             weights = token_weights(micro.mask, objective.loss_type, num_completions=num_completions, num_tokens=num_tokens,
                                     max_completion_length=config.max_completion_length)
             loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs if objective.beta > 0 else None, micro.advantages,
                                     micro.mask, weights, objective, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
             loss.backward()
             detached = {name: term.detach() for name, term in terms.items()}
-            computed.append((loss.detach(), detached, entropy.detach(), micro.advantages, micro.mask))
+            computed.append((loss.detach(), detached, entropy.detach(), micro.advantages, micro.mask, logprobs.detach()))
             if state.global_step + 1 == config.dump_step:
                 to_dump.append(step_tensors(loss, logprobs, entropy, weights, terms))
-        for _, terms, entropy, advantages, mask in computed:  # only now: to read a number is to wait for the GPU
+        for _, terms, entropy, advantages, mask, _ in computed:  # only now: to read a number is to wait for the GPU
             metrics.add_all(objective_metrics(terms, advantages, mask, objective))
             if mask.any():
                 metrics.add("entropy", entropy[mask].mean(), weight=int(mask.sum()))
         step_loss = sum(float(loss) for loss, *_ in computed)
+        if update == 0:
+            for indices, (*_, logprobs) in zip(of_this_step, computed, strict=True):
+                samples = with_old(samples, indices, logprobs)
+            for name, value in mismatch_metrics(samples).items():
+                metrics.add(name, value)
         if to_dump:  # before the gradient is looked at, so that a step that fails can be seen too
             write_step(log.run_dir, state.global_step + 1, to_dump, of_this_step, samples, prompts, config, objective)
 

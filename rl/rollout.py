@@ -92,10 +92,13 @@ def build_samples(
 
 
 def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> list[Sample]:
-    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards stay equal."""
+    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards stay equal.
+
+    A completion's KL is of the log-probabilities that the sampler recorded: the old ones of the first step are not known yet.
+    """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.prompt for sample in samples])
-    kl = torch.stack([(sample.old_logprobs - sample.ref_logprobs)[sample.mask].double().sum() for sample in samples])
+    kl = torch.stack([(sample.sampling_logprobs - sample.ref_logprobs)[sample.mask].double().sum() for sample in samples])
     advantages = group_advantages(rewards, groups, objective.scale_rewards, kl=kl, config=objective)
     return [replace(sample, advantage=float(advantage)) for sample, advantage in zip(samples, advantages)]
 
@@ -141,35 +144,45 @@ def score_samples(
     model: LoadedModel,
     samples: Sequence[Sample],
     prompts: Sequence[EncodedPrompt],
-    micro_batches: Sequence[Sequence[int]],
+    steps: Sequence[Sequence[Sequence[int]]],
     *,
     temperature: float,
     with_reference: bool,
 ) -> list[Sample]:
-    """The samples with old log-probabilities (the policy as it is now) and those of the frozen reference.
+    """The samples with log-probabilities of the frozen reference and old ones: of the policy as it is now.
 
-    Without gradient, in eval() mode, micro-batch by micro-batch as planned; computed once a rollout, whatever the number of
-    updates.
+    Without gradient, in eval() mode, micro-batch by micro-batch as planned (`plan_micro_batches`); computed once a rollout,
+    whatever the number of updates. The samples of the first optimizer step get no old ones here: nothing has changed when that
+    step runs them, so its own are the old ones (`with_old`).
     """
     device = next(wrapped.parameters()).device
     settings = {"temperature": temperature, "suppress_token_ids": model.suppressed_ids}
     scored = list(samples)
     was_training = wrapped.training
     wrapped.eval()
-    for indices in micro_batches:
+    for step, indices in ((step, indices) for step, micro_batches in enumerate(steps) for indices in micro_batches):
         batch = collate_samples([samples[i] for i in indices], prompts, model.encoder.pad_token_id, device).batch
-        with torch.no_grad():
-            old, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
-        ref = old  # at beta 0 nothing reads it
+        if step > 0:
+            with torch.no_grad():
+                old, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
+            scored = with_old(scored, indices, old)
         if with_reference:
             with use_adapter(wrapped, REFERENCE):
                 ref, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
-        old, ref = old.cpu(), ref.cpu()
+            ref = ref.cpu()
         for row, i in enumerate(indices):
-            length = len(samples[i].ids)
-            scored[i] = replace(samples[i], old_logprobs=old[row, :length], ref_logprobs=ref[row, :length])
+            of_reference = ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs  # at beta 0 not read
+            scored[i] = replace(scored[i], ref_logprobs=of_reference)
     wrapped.train(was_training)
     return scored
+
+
+def with_old(samples: Sequence[Sample], indices: Sequence[int], logprobs: Tensor) -> list[Sample]:
+    """The samples, of which those of a micro-batch have its log-probabilities [N,T] as old ones."""
+    found = list(samples)
+    for row, i in zip(logprobs.detach().cpu(), indices, strict=True):
+        found[i] = replace(samples[i], old_logprobs=row[: len(samples[i].ids)])
+    return found
 
 
 def plan_micro_batches(

@@ -291,7 +291,7 @@ def test_p21_kl_in_reward(fork, monkeypatch):
     monkeypatch.setattr(rl.rollout, "group_advantages", group_advantages)
     with fork_case("P21_kl_in_reward") as p21:
         rows = zip(*(p21.inputs[key] for key in ("rewards", "mask", "logp", "ref_logp")))
-        samples = [sample(0, reward, mask=f64(mask).bool(), old_logprobs=f64(old), ref_logprobs=f64(ref))
+        samples = [sample(0, reward, mask=f64(mask).bool(), sampling_logprobs=f64(old), ref_logprobs=f64(ref))
                    for reward, mask, old, ref in rows]
         for key, in_reward in {"adv_center_only": True, "adv_without_kl": False}.items():
             config = module.ObjectiveConfig(beta=p21.inputs["beta"], kl_in_reward=in_reward)
@@ -354,7 +354,7 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
             assert len(set(ratio[own].tolist())) == 1
             assert math.log(ratio[own][0]) == pytest.approx(np.log(token_ratio[own]).mean(), abs=1e-6)
     if name == "kl_in_reward":  # step 4 holds the second group; at its rollout the policy had left the reference
-        kl = np.where(mask, step["old_logprobs"].astype(float) - step["ref_logprobs"], 0).sum(1)
+        kl = np.where(mask, step["sampling_logprobs"].astype(float) - step["ref_logprobs"], 0).sum(1)
         penalised = step["rollout/reward"][rows] - 0.15 * kl
         np.testing.assert_allclose(step["advantages"], penalised - penalised.mean(), rtol=0, atol=1e-6)
         assert np.abs(kl).max() > 1e-3

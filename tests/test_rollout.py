@@ -21,9 +21,9 @@ from engine.forward import completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import add_reference, attach_adapter, load_model
 from rl.objective import ObjectiveConfig
-from rl.records import completion_rows, pack_samples, rollout_metrics, unpack_samples
+from rl.records import completion_rows, mismatch_metrics, pack_samples, rollout_metrics, unpack_samples
 from rl.rewards import HardReward, NuancedReward, Reward
-from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
+from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
 
 SHORT = Prompt("short", "Which?")
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_what_forks_are_given_of_the_advantages(monkeypatch):
     """The KL of each completion, over the tokens in the loss, and the whole configuration."""
     given = {}
     monkeypatch.setattr(rl.rollout, "group_advantages", lambda rewards, groups, scale, **more: given.update(more) or rewards)
-    samples = [sample(0, 1.0, old_logprobs=torch.tensor([-1.0, -3.0]), ref_logprobs=torch.tensor([-1.5, -2.75])),
+    samples = [sample(0, 1.0, sampling_logprobs=torch.tensor([-1.0, -3.0]), ref_logprobs=torch.tensor([-1.5, -2.75])),
                sample(0, 0.0, mask=torch.tensor([False, True]), ref_logprobs=torch.tensor([float("nan"), -1.25])),
                sample(0, 0.0, mask=torch.zeros(2, dtype=torch.bool))]
     config = ObjectiveConfig(beta=0.5)
@@ -181,7 +181,7 @@ def test_old_and_reference_log_probabilities_are_of_the_right_adapter(rollout):
     wrapped, model, samples, prompts = rollout
     flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
     wrapped.train()
-    scored = score_samples(wrapped, model, samples, prompts, [[0, 1, 2, 3], [4, 5]], temperature=0.8, with_reference=True)
+    scored = score_samples(wrapped, model, samples, prompts, [[], [[0, 1, 2, 3], [4, 5]]], temperature=0.8, with_reference=True)
     assert wrapped.training and wrapped.active_adapter == "default"
     assert flags == {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
     wrapped.eval()
@@ -220,8 +220,28 @@ def reference_by_hand(wrapped, model, samples, prompts) -> list[torch.Tensor]:
 
 def test_without_a_reference_pass_the_reference_is_the_policy(rollout):
     wrapped, model, samples, prompts = rollout
-    scored = score_samples(wrapped, model, samples, prompts, [[0, 1, 2], [3, 4, 5]], temperature=0.8, with_reference=False)
-    assert all(torch.equal(s.ref_logprobs, s.old_logprobs) for s in scored)
+    scored = score_samples(wrapped, model, samples, prompts, [[[0, 1, 2], [3, 4, 5]]], temperature=0.8, with_reference=False)
+    assert all(torch.equal(s.ref_logprobs, s.sampling_logprobs) for s in scored)
+
+
+def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypatch):
+    """They are its own, to the last bit: those that a pass before the step would have found."""
+    wrapped, model, samples, prompts = rollout
+    passes, forward = [], rl.rollout.completion_logprobs
+    monkeypatch.setattr(rl.rollout, "completion_logprobs", lambda *given, **more: passes.append(wrapped.active_adapter) or forward(*given, **more))
+    settings = {"temperature": 0.8, "with_reference": True}
+    scored = score_samples(wrapped, model, samples, prompts, [[[0, 1], [2]], [[3, 4, 5]]], **settings)
+    assert passes == ["reference", "reference", "default", "reference"]
+    assert [sample.old_logprobs is None for sample in scored] == [True] * 3 + [False] * 3
+    all_scored = score_samples(wrapped, model, samples, prompts, [[], [[0, 1], [2], [3, 4, 5]]], **settings)
+    wrapped.train()
+    for indices in ([0, 1], [2]):
+        micro = collate_samples([samples[i] for i in indices], prompts, model.encoder.pad_token_id, CPU)
+        logprobs, _ = forward(wrapped, model.family, micro.batch, temperature=0.8, suppress_token_ids=model.suppressed_ids, entropy=True)
+        scored = with_old(scored, indices, logprobs)
+    for left, made in zip(scored, all_scored, strict=True):
+        assert not left.old_logprobs.requires_grad
+        assert torch.equal(left.old_logprobs, made.old_logprobs) and torch.equal(left.ref_logprobs, made.ref_logprobs)
 
 
 # ---- metrics by hand ------------------------------------------------------------------------------------------------
@@ -236,7 +256,7 @@ def test_metrics_of_a_rollout_by_hand():
         scored(0, 1.0, 2, 1, top_p_mass=torch.tensor([0.5, 1.0])), scored(0, 0.0, 4, 3, truncated=True),
         scored(1, 0.5, 3, 2, shift=0.5), scored(1, 0.5, 3, 2),
     ]
-    metrics = rollout_metrics(samples)
+    metrics = rollout_metrics(samples) | mismatch_metrics(samples)
     expected = {
         "reward": 0.5,  # (1 + 0 + 0.5 + 0.5) / 4
         "reward_std": (0.5 / 3) ** 0.5,  # squares 0.25 + 0.25 + 0 + 0, ddof 1
@@ -260,7 +280,8 @@ def test_metrics_of_a_rollout_by_hand():
 
 def test_metrics_where_every_completion_is_truncated_and_masked():
     masked = torch.zeros(2, dtype=torch.bool)
-    metrics = rollout_metrics([sample(0, 0.0, truncated=True, mask=masked), sample(0, 0.0, truncated=True, mask=masked)])
+    samples = [sample(0, 0.0, truncated=True, mask=masked), sample(0, 0.0, truncated=True, mask=masked)]
+    metrics = rollout_metrics(samples) | mismatch_metrics(samples)
     assert metrics["completions/clipped_ratio"] == 1.0 and metrics["frac_reward_zero_std"] == 1.0
     assert not [name for name in metrics if "terminated" in name or "sampling_logp" in name]
 
@@ -280,7 +301,7 @@ def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
     wrapped, model, samples, prompts = rollout
     samples = [Sample(**vars(s) | {"reward": 0.1 * i, "rewards": {"hard": Reward(0.1 * i, {"jaccard": 0.1 * i, "length": -0.0})}})
                for i, s in enumerate(samples)]
-    samples = score_samples(wrapped, model, samples, prompts, [[0, 1, 2, 3, 4, 5]], temperature=0.8, with_reference=True)
+    samples = score_samples(wrapped, model, samples, prompts, [[], [[0, 1, 2, 3, 4, 5]]], temperature=0.8, with_reference=True)
     samples = with_advantages(samples, ObjectiveConfig(scale_rewards="group"))
     samples[1] = Sample(**vars(samples[1]) | {"mask": torch.zeros_like(samples[1].mask), "truncated": not samples[1].truncated})
     tensors, document = pack_samples(samples)
