@@ -9,7 +9,7 @@ alternate in one process, on one thread. Times are CPU time of this process and 
 median of the pairs' ratios, with the smallest and the largest.
 
 A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is really sampled, with no stop
-ids, so that every completion has its full length; then given completions take its place. Learning rate 0: every step does the same.
+ids, so that every completion has its full length; then given completions take its place. One update a rollout needs no pass for old log-probabilities. Learning rate 0: all steps do the same.
 """
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import REFERENCE, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, use_adapter
 from engine.optim import build_optimizer, clip_gradients, trainable_parameters
 from engine.vision import VisionCache
-from rl import rollout
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.rewards import HardReward
-from rl.rollout import build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages
+from rl.rollout import build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
 import models  # noqa: E402
@@ -178,17 +177,18 @@ class Product:
                 samples = build_samples(task.examples, completions, self.model.encoder.decode, {"hard": HardReward()}, "hard",
                                         answer_format="think_solution", mask_truncated_completions=False)
             samples = [replace(sample, reward=reward) for sample, reward in zip(samples, [r for group in task.rewards for r in group])]
-            micro_batches = plan_micro_batches(samples, prompts, size=len(samples), accumulation=1, max_tokens=None)[0]
-            with self._apart(rollout, "completion_logprobs", lambda wrapped, *_, **__: f"{self._pass(wrapped)} log-probabilities"):
-                samples = score_samples(self.wrapped, self.model, samples, prompts, micro_batches, temperature=TEMPERATURE, with_reference=True)
+            steps = plan_micro_batches(samples, prompts, size=len(samples), accumulation=1, max_tokens=None)
+            with clock("reference log-probabilities"):
+                samples = score_samples(self.wrapped, self.model, samples, prompts, steps, temperature=TEMPERATURE, with_reference=True)
             samples = with_advantages(samples, OBJECTIVE)
             self.wrapped.train()
             total, num_tokens = 0.0, sum(len(sample.ids) for sample in samples)
-            for indices in micro_batches:
+            for indices in steps[0]:
                 with clock("policy forward"):
                     micro = collate_samples([samples[i] for i in indices], prompts, pad, models.CPU)
                     logprobs, entropy = completion_logprobs(self.wrapped, self.model.family, micro.batch, temperature=TEMPERATURE,
                                                             suppress_token_ids=self.model.suppressed_ids, entropy=True)
+                    samples, micro = with_old(samples, indices, logprobs), replace(micro, old_logprobs=logprobs.detach())
                     weights = token_weights(micro.mask, OBJECTIVE.loss_type, num_completions=len(samples), num_tokens=num_tokens,
                                             max_completion_length=self.sizes.new_tokens)
                     loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs, micro.advantages, micro.mask, weights,
@@ -229,9 +229,6 @@ class Product:
             self.optimizer.zero_grad()
         return found
 
-    def _pass(self, wrapped: PeftModel) -> str:
-        return "reference" if wrapped.active_adapter == REFERENCE else "old"
-
     @contextmanager
     def _apart(self, module, name: str, phase: str | Callable[..., str]) -> Iterator[None]:
         """Time a function that a module calls, as a phase."""
@@ -261,7 +258,7 @@ def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
 
 # ---- the plain forward -----------------------------------------------------------------------------------------------
 def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) -> tuple[float, dict[str, Tensor]]:
-    """Old, reference and policy passes of a step whose completions are given, on the product's model."""
+    """Reference and policy passes of a step whose completions are given, on the product's model."""
     wrapped, model, sizes = product.wrapped, product.model, product.sizes
     prompts = [model.encoder.encode_prompt(example, prompt) for example in task.examples]
     rows = [EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool)) for encoded, group in zip(prompts, task.completions) for ids in group]
@@ -270,18 +267,16 @@ def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) 
         return plain.logprobs_of(wrapped, model.family, rows, temperature=TEMPERATURE, suppress_token_ids=model.suppressed_ids, **options)
 
     wrapped.eval()
-    with torch.no_grad(), clock("old log-probabilities"):
-        old = logprobs_of()
     with use_adapter(wrapped, REFERENCE), clock("reference log-probabilities"):
         ref = logprobs_of()
     wrapped.train()
     advantages = torch.cat([torch.tensor(group) - sum(group) / len(group) for group in task.rewards])
-    mask = torch.ones_like(old, dtype=torch.bool)
+    mask = torch.ones_like(ref, dtype=torch.bool)
     with clock("policy forward"):
         logprobs = logprobs_of(entropy=True)
         weights = token_weights(mask, OBJECTIVE.loss_type, num_completions=len(rows), num_tokens=int(mask.sum()),
                                 max_completion_length=sizes.new_tokens)
-        loss, _ = grpo_loss(logprobs, old, ref, advantages, mask, weights, OBJECTIVE)
+        loss, _ = grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, weights, OBJECTIVE)
     with clock("backward"):
         loss.backward()
     found = gradients(wrapped)
@@ -362,7 +357,7 @@ class Bounds:
         return self.costs.prompt.forward + self._new.forward + self._head
 
     def scoring(self) -> float:
-        """Old or reference pass."""
+        """Reference pass."""
         return self.sampler()
 
     def policy(self) -> float:
@@ -413,14 +408,10 @@ def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int]
         print_header()
         bounds = Bounds(product.costs, generations)
         plain_pass, plain_policy = bounds.unshared_scoring(), bounds.unshared_policy(tower_trained=False) - bounds._head
-        for name, phases, bound in (
-                ("reference + policy + backward", TRAINING, (plain_pass + plain_policy) / (bounds.scoring() + bounds.policy())),
-                ("the same with old", ("old log-probabilities", *TRAINING),
-                 (2 * plain_pass + plain_policy) / (2 * bounds.scoring() + bounds.policy()))):
-            sides = ([add(*(found[phase] for phase in phases)) for found in side] for side in (ours, theirs))
-            print_row(f"G {generations}: {name}", *sides, bound)
-        image = ([add(found["images"]) for found in ours])
-        print(f"  the image, once: {statistics.median(seconds.cpu for seconds in image):.2f} s")
+        sides = ([add(*(found[phase] for phase in TRAINING)) for found in side] for side in (ours, theirs))
+        print_row(f"G {generations}: ref + policy + backward", *sides, (plain_pass + plain_policy) / (bounds.scoring() + bounds.policy()))
+        images = [found["images"].cpu for found in ours]
+        print(f"  the image, once: {statistics.median(images):.2f} s")
     answers = make_answers(rows, sizes.new_tokens)
     arguments = examples[:rows], answers, prompt
     check_equal("SFT", product.sft_step(*arguments), plain_sft_step(product, *arguments, clock))
@@ -453,15 +444,15 @@ def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], step
         median = {name: statistics.median(phases[name].cpu for phases in found) for name in found[0]}
         median["decode"] = median["sampler"] - median["prefill"]
         bounds = Bounds(product.costs, generations)
-        heads = 4 * bounds._head  # two in the policy pass, one in either of the others
+        heads = 3 * bounds._head  # two in the policy pass, one in the reference's
         operations = {
             "images": bounds.image(), "prefill": product.costs.prompt.forward, "decode": bounds.sampler() - product.costs.prompt.forward,
-            "old log-probabilities": bounds.scoring(), "reference log-probabilities": bounds.scoring(),
+            "reference log-probabilities": bounds.scoring(),
             "policy forward": bounds.scoring() + bounds._head, "backward": bounds.policy() - bounds.scoring() - bounds._head, "head": heads}
         print(f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of CPU time, median of {steps}")
         print(f"  {'':34} {'s':>7} {'share':>6} {'1e9 operations a s':>19}")
-        for name in ("images", "prefill", "decode", "rewards", "old log-probabilities", "reference log-probabilities", "policy forward",
-                     "backward", "metrics", "update"):
+        for name in ("images", "prefill", "decode", "rewards", "reference log-probabilities", "policy forward", "backward",
+                     "metrics", "update"):
             rate = f"{operations[name] / median[name] / 1e9:19.1f}" if name in operations else ""
             print(f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}")
         print(f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} {heads / median['head'] / 1e9:19.1f}",

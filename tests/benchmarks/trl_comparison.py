@@ -17,8 +17,7 @@ processors that the product uses.
 "As installed" TRL trains with hooks that make embeddings require a gradient, the vision tower's patches too: the frozen tower is
 recomputed and a gradient goes through it. "Hooks off" is the same trainer without them; it shares the sampler's times.
 
-One update a rollout: TRL then makes no pass for the old log-probabilities. The product always makes one, and it is in the whole
-step; without it: reference + policy + backward.
+One update a rollout, for which neither side makes a pass for old log-probabilities.
 """
 from __future__ import annotations
 
@@ -237,7 +236,7 @@ def compare_grpo(folder: Path, family: str, sizes: Sizes, generations: int, exam
         training = bounds.unshared_scoring() + bounds.unshared_policy(tower_trained=name == "installed")
         whole = [add(phases["whole step"], *([] if name == "installed" else [sampler])) for phases, sampler in zip(theirs, sampled)]
         print_row(f"{label}: whole step", [phases["whole step"] for phases in ours], whole,
-                  (bounds.unshared_sampler() + training) / (our_sampler + bounds.scoring() + our_training))
+                  (bounds.unshared_sampler() + training) / (our_sampler + our_training))
         print_row(f"{label}: ref + policy + backward", [add(*(phases[name] for name in TRAINING)) for phases in ours],
                   [add(*(phases[name] for name in TRAINING)) for phases in theirs], training / our_training)
     print_row(f"G {generations}: sampler, 1 prompt", [add(phases["images"], phases["sampler"]) for phases in ours], sampled,
