@@ -40,7 +40,8 @@ from rl.dump import step_tensors, write_step
 from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.records import (
-    completion_rows, mean_rewards, mismatch_metrics, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples, with_rewards)
+    completion_rows, mean_rewards, mismatch_metrics, pack_samples, record_evaluation, rollout_metrics, show_samples, unpack_samples,
+    with_rewards)
 from rl.rewards import RewardFunction
 from rl.rollout import Sample, build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
 from rl.settings import (

@@ -228,7 +228,8 @@ def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypat
     """They are its own, to the last bit: those that a pass before the step would have found."""
     wrapped, model, samples, prompts = rollout
     passes, forward = [], rl.rollout.completion_logprobs
-    monkeypatch.setattr(rl.rollout, "completion_logprobs", lambda *given, **more: passes.append(wrapped.active_adapter) or forward(*given, **more))
+    monkeypatch.setattr(rl.rollout, "completion_logprobs",
+                        lambda *given, **more: passes.append(wrapped.active_adapter) or forward(*given, **more))
     settings = {"temperature": 0.8, "with_reference": True}
     scored = score_samples(wrapped, model, samples, prompts, [[[0, 1], [2]], [[3, 4, 5]]], **settings)
     assert passes == ["reference", "reference", "default", "reference"]

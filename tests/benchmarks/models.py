@@ -234,7 +234,8 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = Sizes()
     print("Operations in 1e9, forward; CPU time of one process on one thread, median of pairs.")
-    print(f"{'':12} {'image':>7} {'prompt':>7} {'sequence':>9} {'head':>6}  image / sequence: {'wanted':>7} {'computed':>9} {'measured':>9}")
+    print(f"{'':12} {'image':>7} {'prompt':>7} {'sequence':>9} {'head':>6}  image / sequence: "
+          f"{'wanted':>7} {'computed':>9} {'measured':>9}")
     with tempfile.TemporaryDirectory() as folder:
         for family, title in FAMILIES.items():
             model = load(save_checkpoint(family, Path(folder) / family, sizes), sizes)

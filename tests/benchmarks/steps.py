@@ -9,7 +9,8 @@ alternate in one process, on one thread. Times are CPU time of this process and 
 median of the pairs' ratios, with the smallest and the largest.
 
 A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is really sampled, with no stop
-ids, so that every completion has its full length; then given completions take its place. One update a rollout needs no pass for old log-probabilities. Learning rate 0: all steps do the same.
+ids, so that every completion has its full length; then given completions take its place. One update a rollout needs no pass for old log-probabilities. Learning rate 0: all steps do the
+same.
 """
 from __future__ import annotations
 
@@ -108,9 +109,10 @@ def machine() -> str:
     import peft
     import transformers
 
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-                 "unknown CPU") if Path("/proc/cpuinfo").exists() else "unknown CPU"
-    return (f"{model}, 1 thread, fp32; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{name}, 1 thread, fp32; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -158,7 +160,8 @@ class Product:
 
     def sample(self, prompts: Sequence[EncodedPrompt], generations: int, new_tokens: int | None = None) -> list[list[Completion]]:
         sampling = SamplingConfig(TEMPERATURE, TOP_P, new_tokens or self.sizes.new_tokens)
-        return generate(self.wrapped, self.model, prompts, sampling, num_generations=generations, generator=torch.Generator().manual_seed(0))
+        return generate(self.wrapped, self.model, prompts, sampling, num_generations=generations,
+                        generator=torch.Generator().manual_seed(0))
 
     def look(self, examples: Sequence[Example], prompt: Prompt) -> list[EncodedPrompt]:
         with self.clock("images"):
@@ -172,7 +175,8 @@ class Product:
             if sample:
                 with clock("sampler"):
                     self.sample(prompts, len(task.rewards[0]))
-            completions = [[Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True) for ids in group] for group in task.completions]
+            completions = [[Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True) for ids in group]
+                           for group in task.completions]
             with clock("rewards"):
                 samples = build_samples(task.examples, completions, self.model.encoder.decode, {"hard": HardReward()}, "hard",
                                         answer_format="think_solution", mask_truncated_completions=False)
@@ -261,7 +265,8 @@ def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) 
     """Reference and policy passes of a step whose completions are given, on the product's model."""
     wrapped, model, sizes = product.wrapped, product.model, product.sizes
     prompts = [model.encoder.encode_prompt(example, prompt) for example in task.examples]
-    rows = [EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool)) for encoded, group in zip(prompts, task.completions) for ids in group]
+    rows = [EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool))
+            for encoded, group in zip(prompts, task.completions) for ids in group]
 
     def logprobs_of(**options) -> Tensor:
         return plain.logprobs_of(wrapped, model.family, rows, temperature=TEMPERATURE, suppress_token_ids=model.suppressed_ids, **options)
@@ -313,8 +318,8 @@ def check_equal(what: str, ours: tuple[float, dict[str, Tensor]], theirs: tuple[
         raise SystemExit(f"{what}: the two sides train different parameters: {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}")
     worst = max(float((our_gradients[name] - their).norm() / their.norm()) for name, their in their_gradients.items())
     of_loss = abs(our_loss - their_loss) / max(abs(their_loss), 1e-12)
-    print(f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most {worst:.1e} of a tensor's norm",
-          flush=True)
+    print(f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most "
+          f"{worst:.1e} of a tensor's norm", flush=True)
     if not worst <= bound or not of_loss <= 1e-4:
         raise SystemExit(f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that do not do the same")
 
@@ -397,7 +402,8 @@ def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int]
     print(f"\n{FAMILIES[family]}: one image costs {product.costs.image_share:.0%} of a sequence")
     for generations in groups:
         tasks = make_tasks(examples, 1, generations, sizes.new_tokens)
-        check_equal(f"G {generations}", product.grpo_step(tasks[0], prompt, sample=False), plain_grpo_step(product, tasks[0], prompt, clock))
+        first = product.grpo_step(tasks[0], prompt, sample=False)
+        check_equal(f"G {generations}", first, plain_grpo_step(product, tasks[0], prompt, clock))
         ours, theirs = [], []
         product.clock.take(), clock.take()
         for task in tasks[1 : pairs + 1]:
@@ -455,8 +461,8 @@ def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], step
                      "metrics", "update"):
             rate = f"{operations[name] / median[name] / 1e9:19.1f}" if name in operations else ""
             print(f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}")
-        print(f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} {heads / median['head'] / 1e9:19.1f}",
-              flush=True)
+        print(f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} "
+              f"{heads / median['head'] / 1e9:19.1f}", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

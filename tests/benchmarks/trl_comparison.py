@@ -52,8 +52,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # t
 from memory_forecast import profiled_peak, resident  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import (  # noqa: E402
-    MAX_GRAD_NORM, OBJECTIVE, TEMPERATURE, TOP_P, TRAINING, Bounds, Clock, Product, Seconds, Task, add, add_arguments, check_equal, gradients,
-    machine, make_answers, make_folder, make_tasks, print_header, print_row, quiet, sizes_of)
+    MAX_GRAD_NORM, OBJECTIVE, TEMPERATURE, TOP_P, TRAINING, Bounds, Clock, Product, Seconds, Task, add, add_arguments, check_equal,
+    gradients, machine, make_answers, make_folder, make_tasks, print_header, print_row, quiet, sizes_of)
 
 PROMPTS_TOGETHER = 4  # of the sampler's second row
 
@@ -73,13 +73,15 @@ class QwenProcessor(Qwen2_5_VLProcessor):
 
 
 def make_processor(folder: Path, family: str, sizes: Sizes) -> ProcessorMixin:
-    encoder: Encoder = load_encoder(str(folder / family / "model"), min_visual_tokens=sizes.image_tokens, max_visual_tokens=sizes.image_tokens)
+    encoder: Encoder = load_encoder(str(folder / family / "model"), min_visual_tokens=sizes.image_tokens,
+                                    max_visual_tokens=sizes.image_tokens)
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "left"
     # The product learns an answer to its end of turn; without this TRL would learn the template's line break after it too.
     template = tokenizer.chat_template
     for end in ("<|im_end|>", "<end_of_turn>"):
-        template = template.replace(f"{end}\n{{% endfor %}}", f"{end}{{{{ '' if loop.last and m['role'] == 'assistant' else '\n' }}}}{{% endfor %}}")
+        line_break = "{{ '' if loop.last and m['role'] == 'assistant' else '\n' }}"
+        template = template.replace(end + "\n{% endfor %}", end + line_break + "{% endfor %}")
     if family == "gemma3":
         return Gemma3Processor(encoder.image_processor, tokenizer, chat_template=template, image_seq_length=sizes.image_tokens)
     return QwenProcessor(encoder.image_processor, tokenizer, template)
@@ -121,7 +123,8 @@ class Hooks:
     def check(self) -> None:
         """Raises SystemExit where the tower's layers, in the last training pass, did not get what `switch` asked for."""
         if self._seen != self._on:
-            raise SystemExit(f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with hooks {'on' if self._on else 'off'}")
+            raise SystemExit(f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with hooks "
+                             f"{'on' if self._on else 'off'}")
 
 
 class Between(TrainerCallback):
@@ -221,7 +224,8 @@ def compare_grpo(folder: Path, family: str, sizes: Sizes, generations: int, exam
     def after(step: int) -> None:
         found["installed" if installed(step) else "hooks off"].append(clock.take())
         if step < 2:
-            check_equal(f"G {generations}, TRL {'as installed' if installed(step) else 'with hooks off'}", results["ours"], results["theirs"])
+            side = "as installed" if installed(step) else "with hooks off"
+            check_equal(f"G {generations}, TRL {side}", results["ours"], results["theirs"])
 
     trainer = grpo_trainer(folder, family, sizes, generations, doubled, prompt, clock, Between(clock, before, after), installed)
     keep_results(trainer, results)
