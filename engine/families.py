@@ -28,7 +28,8 @@ class Family:
     image_token_names: tuple[str, ...]  # tokens that stand for image content: sampled ones would have no features
     layer_norms: int  # RMS norms over the hidden state in a decoder layer (engine/memory.py)
     head_norms: bool  # whether queries and keys have norms of their own
-    mask_kinds: tuple[str, ...]  # keys of `attention_masks`
+    sliding_layers: bool  # whether some layers see a window only, with masks of their own
+    fixed_images: bool  # whether every image has the same number of tokens
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         """Embeddings of one image [tokens,H], in place of its placeholders."""
@@ -60,7 +61,7 @@ class Qwen25VL(Family):
 
     model_type = "qwen2_5_vl"
     image_token_names = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
-    layer_norms, head_norms, mask_kinds = 2, False, ("full_attention",)
+    layer_norms, head_norms, sliding_layers, fixed_images = 2, False, False, False
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         output = model.model.get_image_features(image["pixel_values"], image["image_grid_thw"], return_dict=True)
@@ -95,7 +96,7 @@ class Gemma3(Family):
 
     model_type = "gemma3"
     image_token_names = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
-    layer_norms, head_norms, mask_kinds = 4, True, ("full_attention", "sliding_attention")
+    layer_norms, head_norms, sliding_layers, fixed_images = 4, True, True, True
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
         output = model.model.get_image_features(image["pixel_values"], return_dict=True)

@@ -53,15 +53,15 @@ def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Ten
     places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told every layer's keys and values,
     [B,S,K,D].
     """
-    base, length = unwrapped(model), prompts.input_ids.shape[1]
-    nowhere = places[:0]
+    base, nowhere = unwrapped(model), places[:0]
     layout = Places(places, nowhere, nowhere, tuple(prompts.input_ids.shape), (0, 0))
-    masks = family.attention_masks(base, prompts.attention_mask, prompts.token_types, torch.arange(length, device=places.device))
+    masks = prompt_masks(base, family, prompts)
+    once = {id(mask): SharedPromptMask(layout, mask, mask[:0, :, :0], keep) for mask in masks.values()}
     positions = family.positions(base, prompts)  # [..,B,S]
     states = language_model(model)(
         inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places],
         position_ids=positions.flatten(-2)[..., places].unsqueeze(-2),
-        attention_mask={kind: SharedPromptMask(layout, mask, mask[:0, :, :0], keep) for kind, mask in masks.items()},
+        attention_mask={kind: once[id(mask)] for kind, mask in masks.items()},
         use_cache=False,
     ).last_hidden_state[0]  # [M,H]
     return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
@@ -102,16 +102,21 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
     places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
-    alike = slice(1 if prompts.alike else None)
-    size, read = places.prompt_shape[1], places.completion_shape[1]
-    of_prompts = family.attention_masks(model, prompts.attention_mask[alike], prompts.token_types[alike], torch.arange(size, device=rows.device))
+    of_prompts = prompt_masks(model, family, prompts)
+    alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], places.completion_shape[1]
     # A completion's padding comes after it, where none of its tokens looks: as if there were none.
     whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R], or [1,S+R]
     text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is
     of_completions = family.attention_masks(model, whole, text, torch.arange(size, size + read, device=rows.device))
-    masks: dict[int, SharedPromptMask] = {}  # the same object where two kinds see the same: what it keeps is kept once
-    return {kind: masks.setdefault(id(of_completions[kind]), SharedPromptMask(places, of_prompts[kind], of_completions[kind]))
-            for kind in of_prompts}
+    # The same object where two kinds of layers see the same: what it keeps is kept once.
+    once = {id(mask): SharedPromptMask(places, of_prompts[kind], mask) for kind, mask in of_completions.items()}
+    return {kind: once[id(mask)] for kind, mask in of_completions.items()}
+
+
+def prompt_masks(model: nn.Module, family: Family, prompts: Prompts) -> dict[str, Tensor]:
+    """What the tokens of each prompt see, for every kind of layer: bool [B,1,S,S], or [1,1,S,S] where all are alike."""
+    alike, queries = slice(1 if prompts.alike else None), torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device)
+    return family.attention_masks(model, prompts.attention_mask[alike], prompts.token_types[alike], queries)
 
 
 def completion_logprobs(

@@ -44,7 +44,8 @@ Parts = dict[str, int]  # bytes by part
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a model that memory depends on. layer_norms, head_norms: RMS norms a layer over the hidden state, and
-    whether queries and keys have theirs; mask_kinds: different attention masks. vision_*: the tower's; patches_per_token of
+    whether queries and keys have theirs; window: tokens that sliding layers see, None without such layers;
+    fixed_images: whether all images have the same number of tokens. vision_*: the tower's; patches_per_token of
     pixel_values_per_patch fp32 numbers each make one visual token.
     """
 
@@ -58,7 +59,8 @@ class ModelShape:
     vocabulary: int
     layer_norms: int
     head_norms: bool
-    mask_kinds: int
+    window: int | None
+    fixed_images: bool
     vision_hidden: int
     vision_intermediate: int
     patches_per_token: int
@@ -127,11 +129,6 @@ class Packed:
         """Keys that completions see, summed over completions."""
         return self.completions * (self.prompt_length + self.completion_length)
 
-    @property
-    def pairs(self) -> int:
-        """Elements of the attention masks of one kind."""
-        return self.prompts * self.prompt_length**2 + self.keys * self.completion_length
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -155,7 +152,8 @@ def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
     return ModelShape(
         base_parameters, text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
         getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads, text.intermediate_size, text.vocab_size,
-        family.layer_norms, family.head_norms, len(family.mask_kinds), vision.hidden_size, vision.intermediate_size, patches, values)
+        family.layer_norms, family.head_norms, text.sliding_window if family.sliding_layers else None, family.fixed_images,
+        vision.hidden_size, vision.intermediate_size, patches, values)
 
 
 def lora_parameters(model: ModelShape, r: int) -> int:
@@ -239,13 +237,21 @@ def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 def inputs(model: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
     """Embeddings, which hold the images' features, and ids of the tokens; masks (bool)."""
-    return tokens * (work.element_size * model.hidden + 24) + mask_elements * model.mask_kinds
+    return tokens * (work.element_size * model.hidden + 24) + mask_elements
 
 
 def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
-    """Of the packed row: the masks are there as numbers as well, for every query head of a key head."""
-    repeats = model.heads // model.kv_heads
-    return inputs(model, work, row.tokens, row.pairs) + row.pairs * model.mask_kinds * repeats * work.element_size
+    """Of the packed row: the masks are there as numbers as well, for every query head of a key head. Prompts that are alike have one
+    mask, and so have their completions; sliding layers have masks of their own where the window is shorter than a row.
+    """
+    alike, length = row.prompts == 1 or model.fixed_images, row.prompt_length + row.completion_length
+    prompts, completions = (1, min(row.completions, 1)) if alike else (row.prompts, row.completions)
+    masks = (prompts * row.prompt_length**2 + completions * row.completion_length * length) * mask_kinds(model, length)
+    return inputs(model, work, row.tokens, masks) + masks * (model.heads // model.kv_heads) * work.element_size
+
+
+def mask_kinds(model: ModelShape, length: int) -> int:
+    return 1 if model.window is None or model.window >= length else 2
 
 
 def vision_tower(model: ModelShape, work: Workload) -> int:
@@ -302,7 +308,7 @@ def decoding_moments(model: ModelShape, work: Workload, prompts: int, generation
            "activations": layer_temporaries(model, work, together.tokens, 0)}
     length = work.prompt_length + work.max_completion_length
     scores = rows * model.heads * length * (2 * e + max(e, FP32))  # of prompts and completions, together, and their softmax
-    masks = rows * length * model.mask_kinds * (1 + e)
+    masks = rows * length * mask_kinds(model, length) * (1 + e)
     yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
     yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
 

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
 from engine.memory import (
-    ModelShape, Packed, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, static_parts)
+    ModelShape, Packed, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, packed_inputs,
+    static_parts)
 from engine.model import attach_new_adapter
 from tiny import load
 
@@ -19,7 +20,7 @@ SIZES = Sizes(hidden=128, intermediate=344, heads=4, vocabulary=1024, image_toke
 CPU = torch.device("cpu")
 # h = 8, q = 4 x 2 = 8, k = 2 x 2 = 4, f = 16, V = 100
 SHAPE = ModelShape(base_parameters=1000, hidden=8, layers=3, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=100, layer_norms=2,
-                   head_norms=False, mask_kinds=1, vision_hidden=8, vision_intermediate=16, patches_per_token=4, pixel_values_per_patch=12)
+                   head_norms=False, window=None, fixed_images=False, vision_hidden=8, vision_intermediate=16, patches_per_token=4, pixel_values_per_patch=12)
 WORK = replace(workload("grpo", SIZES, torch.float32, CPU), lora_r=2)
 
 
@@ -75,12 +76,25 @@ def test_the_packed_row_by_hand():
     row = Packed(prompts=2, prompt_length=10, completions=6, completion_length=5)
     assert row.tokens == 2 * 10 + 6 * 5
     assert row.keys == 6 * 15
-    assert row.pairs == 2 * 10 * 10 + 6 * 5 * 15
     work = replace(WORK, prompt_length=10, completion_length=5, num_generations=3)
     assert work.packed(6) == row
     # 10 + 2 x 5 = 20, 10 + 3 x 5 = 25, 2 x 10 + 4 x 5 = 40 tokens
     assert work.packed(7) == Packed(3, 10, 7, 5)
     assert [replace(work, max_tokens_per_forward=n).packed(7).completions for n in (1, 19, 20, 39, 40)] == [1, 1, 2, 3, 4]
+
+
+def test_the_masks_of_a_packed_row_by_hand():
+    row, tokens = Packed(2, 10, 6, 5), 50 * (4 * 8 + 24)  # embeddings and ids
+    # Two prompts of 10 x 10 and six completions of 5 x 15, 650 in all; as bool, and in fp32 for the 2 heads that share a key
+    assert packed_inputs(SHAPE, WORK, row) == tokens + 650 * (1 + 2 * 4)
+    # Images of one size: one prompt's and one completion's, 100 + 75
+    fixed = replace(SHAPE, fixed_images=True)
+    assert packed_inputs(fixed, WORK, row) == tokens + 175 * 9
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 6, 5)) == (10 + 30) * 56 + 175 * 9  # so in one group
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 0, 0)) == 10 * 56 + 100 * 9  # a prompt that the sampler reads
+    # A window shorter than prompt and completion makes masks of its own.
+    assert packed_inputs(replace(fixed, window=15), WORK, row) == tokens + 175 * 9
+    assert packed_inputs(replace(fixed, window=14), WORK, row) == tokens + 2 * 175 * 9
 
 
 def test_gradients_alive_in_the_backward_pass_by_hand():
