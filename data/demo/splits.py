@@ -40,6 +40,8 @@ SPLITS: dict[str, Split] = {
     "validation-b": Split("b", 100),
     "test-a": Split("a", 300),
     "test-b": Split("b", 300),
+    "earlier-study-a": Split("a", 600),  # of a study of a shorter recipe: the present one was chosen after it
+    "earlier-study-b": Split("b", 600),
     "study-a": Split("a", 600),
     "study-b": Split("b", 600),
 }
