@@ -77,7 +77,7 @@ def test_p16_supervised_tokens_and_eq1(case):
 # Values
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.8, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 2.0, 2.5])
 def test_equals_log_softmax(temperature):
     hidden, head, targets = problem()
     logprobs, entropies = token_logprobs(hidden, head, targets, temperature=temperature, entropy=True)
