@@ -165,6 +165,7 @@ def grpo_trainer(folder: Path, family: str, sizes: Sizes, generations: int, task
     trainer = GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [rewards[repr(ids)] for ids in completion_ids], args=config,
                           train_dataset=rows, processing_class=make_processor(folder, family, sizes), callbacks=[callback])
     load_adapter_weights(trainer.model, folder / family / "policy")
+    trainer.eos_token_ids = [-1]  # nor is a drawn completion cut at one afterwards
     draw, tokenize = trainer._generate_single_turn, trainer._tokenize_prompts
 
     def given(*arguments, **keywords):
