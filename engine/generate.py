@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -26,12 +25,11 @@ from engine.cache import SamplingCache
 from engine.families import lm_head_weight, logit_softcap
 from engine.forward import read_prompts, read_tokens
 from engine.logprobs import scaled_logits
-from engine.model import LoadedModel
+from engine.model import LoadedModel, merged_adapter
 
 FREE_AT = 0.25  # share of places without a completion at which they are filled again, or dropped with a copy of the cache
 READ_TOKENS = 2048  # prompts are read so many tokens at a time: more together is no faster, but holds more
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have finished: each look waits for the GPU
-NUCLEUS_SIZES = 64, 1024  # most probable tokens among which the nucleus is looked for before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
@@ -58,41 +56,39 @@ class Completion:
     truncated: bool
 
 
-class Nucleus(NamedTuple):
-    """ids [B,k]: the most probable tokens, in that order; probabilities [B,k]: theirs, 0 outside the nucleus, not renormalised;
-    mass [B]: their sum, at least top_p. k is at least the size of the largest nucleus.
+def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """(probabilities [B,V], 0 outside the nucleus and not renormalised; their sum [B], at least top_p).
+
+    The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included; of equally probable
+    ones at the border, those of the smallest ids. logprobs [B,V]. Without sorting the vocabulary and without waiting for the
+    device: the border's probability is found by halving, on the bits of floats, which are ordered as the floats are.
     """
-
-    ids: Tensor
-    probabilities: Tensor
-    mass: Tensor
-
-
-def nucleus(logprobs: Tensor, top_p: float) -> Nucleus:
-    """The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included; which of equally
-    probable ones are in it is not said. logprobs [B,V].
-    """
-    sizes = [size for size in NUCLEUS_SIZES if size < logprobs.shape[1] and top_p < 1]
-    for size in (*sizes, None):
-        ordered, ids = logprobs.topk(size, 1) if size else logprobs.sort(dim=1, descending=True)
-        probabilities = ordered.exp()
-        up_to = probabilities.cumsum(1)
-        if size is None or bool((up_to[:, -1] >= top_p).all()):  # waits for the GPU, but a sort of 152k tokens costs more
-            break
-    kept = probabilities * ((up_to - probabilities < top_p) | (top_p >= 1))  # a sum that rounds to 1 early must not cut the tail
-    kept[:, 0] = probabilities[:, 0]  # the first token always stays, also at top_p 0
-    return Nucleus(ids, kept, kept.sum(1))
+    probabilities = logprobs.exp()
+    if top_p >= 1:
+        return probabilities, probabilities.sum(1)
+    bits = probabilities.view(torch.int32 if probabilities.element_size() == 4 else torch.int64)  # [B,V]
+    high = bits.amax(1, keepdim=True) + 1  # [B,1]
+    low = torch.zeros_like(high)  # what is at least low reaches top_p, what is at least high does not
+    for _ in range(30 if probabilities.element_size() == 4 else 62):  # bits below those of 2.0
+        middle = (low + high) // 2
+        reaches = (probabilities * (bits >= middle)).sum(1, keepdim=True) >= top_p
+        low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
+    border = bits == low
+    above = probabilities * (bits > low)
+    needed = ((top_p - above.sum(1, keepdim=True)) / low.view(probabilities.dtype)).ceil().clamp(min=1)  # [B,1] tokens of the border
+    kept = above + probabilities * (border & (border.cumsum(1) <= needed))
+    return kept, kept.sum(1)
 
 
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting its distribution at
-    `uniform` [B] in [0, 1).
+    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting its distribution, in the order of
+    ids, at `uniform` [B] in [0, 1).
     """
-    ids, probabilities, mass = nucleus(logprobs, top_p)
+    probabilities, mass = nucleus(logprobs, top_p)
     cumulative = probabilities.cumsum(1)
-    rank = (cumulative <= (uniform.to(mass.dtype) * mass)[:, None]).sum(1)
-    last = (probabilities > 0).sum(1) - 1  # rounding must not step past the nucleus
-    return ids.gather(1, torch.minimum(rank, last)[:, None])[:, 0], mass
+    tokens = (cumulative <= (uniform.to(mass.dtype) * mass)[:, None]).sum(1)
+    last = (cumulative < cumulative[:, -1:]).sum(1)  # rounding must not step past the nucleus
+    return torch.minimum(tokens, last), mass
 
 
 def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
@@ -137,14 +133,15 @@ def generate(
     was_training = wrapped.training
     wrapped.eval()
     try:
-        writing = _Writing(wrapped, model, prompts, sampling, num_generations, max_rows, generator)
-        finished: dict[int, list[Completion]] = {}
-        while writing.goes_on:
-            if should_stop():
-                raise KeyboardInterrupt
-            for prompt, completions in writing.write_token():
-                finished[prompt] = completions
-                on_finished(prompt, completions)
+        with merged_adapter(wrapped):
+            writing = _Writing(wrapped, model, prompts, sampling, num_generations, max_rows, generator)
+            finished: dict[int, list[Completion]] = {}
+            while writing.goes_on:
+                if should_stop():
+                    raise KeyboardInterrupt
+                for prompt, completions in writing.write_token():
+                    finished[prompt] = completions
+                    on_finished(prompt, completions)
     finally:
         wrapped.train(was_training)
     return [finished[i] for i in range(len(prompts))]

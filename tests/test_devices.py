@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 import engine.families
 import engine.forward
-import engine.generate
 from data.collate import Batch, collate_rows
 from data.encode import EncodedRow
 from data.prompts import Prompt
@@ -117,9 +116,8 @@ def test_an_update_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_imag
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images, monkeypatch):
-    """Its parts, as the sampler puts them together; but that the nucleus is looked for among all tokens at once."""
-    monkeypatch.setattr(engine.generate, "NUCLEUS_SIZES", ())
+def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images):
+    """Its parts, as the sampler puts them together."""
     model, wrapped, batch = loaded(tiny_checkpoint(family), tiny_images)
     wrapped.eval()
     with pretended_device():

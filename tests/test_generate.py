@@ -137,10 +137,10 @@ def test_p09_temperature_then_nucleus(case):
         p09.close("logp_token_T1", token_logprobs(logits, head, torch.tensor([token]))[0][0])
         p09.close("entropy_full_at_T", entropies[0])
 
-        kept = nucleus(scaled_logits(logits, head, temperature, NOTHING).log_softmax(1), p09.inputs["top_p"])
-        p09.close("kept_token_ids", kept.ids[0][kept.probabilities[0] > 0])
-        p09.close("kept_mass", kept.mass[0])
-        behaviour = torch.zeros(size).scatter(0, kept.ids[0], kept.probabilities[0] / kept.mass[0])
+        kept, mass = nucleus(scaled_logits(logits, head, temperature, NOTHING).log_softmax(1), p09.inputs["top_p"])
+        p09.close("kept_token_ids", kept[0].nonzero()[:, 0])
+        p09.close("kept_mass", mass[0])
+        behaviour = kept[0] / mass[0]
         p09.close("behaviour_probs", behaviour)
         p09.close("logq_token", behaviour[token].log())
         # What the sampler records beside each token is that ratio.
@@ -156,18 +156,19 @@ PROBABILITIES = torch.tensor([[0.1, 0.5, 0.06, 0.3, 0.04]])  # in order: 1, 3, 0
     (0.0, [1], 0.5), (0.3, [1], 0.5), (0.49, [1], 0.5), (0.6, [1, 3], 0.8), (0.79, [1, 3], 0.8), (0.81, [1, 3, 0], 0.9),
     (0.92, [1, 3, 0, 2], 0.96), (0.97, [1, 3, 0, 2, 4], 1.0), (1.0, [1, 3, 0, 2, 4], 1.0)])
 def test_the_nucleus_holds_the_token_that_crosses(top_p, kept, mass):
-    result = nucleus(PROBABILITIES.log(), top_p)
-    assert result.ids[0][result.probabilities[0] > 0].tolist() == kept
-    assert result.mass.item() == pytest.approx(mass, abs=1e-6)
-    for uniform, token in ((0.0, kept[0]), (1 - 2**-24, kept[-1])):  # both ends of [0, 1)
+    for dtype in (torch.float32, torch.float64):
+        probabilities, found = nucleus(PROBABILITIES.to(dtype).log(), top_p)
+        assert set(probabilities[0].nonzero()[:, 0].tolist()) == set(kept)
+        assert found.item() == pytest.approx(mass, abs=1e-6) and found.dtype == dtype
+    for uniform, token in ((0.0, min(kept)), (1 - 2**-24, max(kept))):  # both ends of [0, 1)
         assert draw(PROBABILITIES.log(), top_p, torch.tensor([uniform]))[0].tolist() == [token]
 
 
 def test_draw_inverts_the_distribution():
-    # nucleus {1: 0.5, 3: 0.3, 0: 0.1} of mass 0.9: borders at 5/9 and 8/9
-    uniforms = torch.tensor([0.55, 0.56, 0.88, 0.89])
+    # nucleus {0: 0.1, 1: 0.5, 3: 0.3} of mass 0.9: borders at 1/9 and 6/9
+    uniforms = torch.tensor([0.11, 0.12, 0.66, 0.67])
     tokens, mass = draw(PROBABILITIES.log().expand(4, -1), 0.85, uniforms)
-    assert tokens.tolist() == [1, 3, 3, 0] and mass.tolist() == pytest.approx([0.9] * 4)
+    assert tokens.tolist() == [0, 1, 1, 3] and mass.tolist() == pytest.approx([0.9] * 4)
 
 
 def chi_square(counts: list[int], probabilities: list[float]) -> float:
@@ -232,11 +233,10 @@ def test_every_token_lies_in_the_recorded_nucleus(model, prompts):
     groups = sample(model, prompts, num_generations=3, temperature=0.8, top_p=0.5)
     _, hidden, completions = scored(model, prompts, groups, 0.8)
     suppressed = torch.tensor(model.suppressed_ids)
-    kept = nucleus(scaled_logits(hidden, lm_head_weight(model.base), 0.8, suppressed).log_softmax(1), 0.5)
-    torch.testing.assert_close(completions.top_p_mass, kept.mass, rtol=0, atol=1e-5)
-    assert (kept.mass >= 0.5).all() and (kept.mass < 1).all()
-    for token, ids, probabilities in zip(completions.ids, kept.ids, kept.probabilities):
-        assert token in ids[probabilities > 0]
+    kept, mass = nucleus(scaled_logits(hidden, lm_head_weight(model.base), 0.8, suppressed).log_softmax(1), 0.5)
+    torch.testing.assert_close(completions.top_p_mass, mass, rtol=0, atol=1e-5)
+    assert (mass >= 0.5).all() and (mass < 1).all()
+    assert (kept.gather(1, completions.ids[:, None]) > 0).all()
 
 
 def test_cached_decoding_equals_teacher_forcing(model, prompts):
@@ -418,23 +418,27 @@ def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, promp
     assert sizes[0][:2] == (3, 24)
     assert sizes[-1][0] < 3 and len({rows for _, rows, _ in sizes}) > 3
     assert all(rows >= written for _, rows, written in sizes)
-    assert sum(written for _, _, written in sizes) > 0.5 * sum(rows for _, rows, _ in sizes)
+    assert sum(written for _, _, written in sizes) > 0.4 * sum(rows for _, rows, _ in sizes)
 
 
-@pytest.mark.parametrize("sizes", [(), (2,), (2, 30)])
-def test_the_nucleus_is_the_same_wherever_it_is_looked_for(monkeypatch, sizes):
-    logprobs = (3 * torch.randn(50, 200, generator=seeded())).log_softmax(1)
-    expected = [draw(logprobs, top_p, torch.rand(50, generator=seeded(1))) for top_p in (0.3, 0.9, 1.0)]
-    monkeypatch.setattr(engine.generate, "NUCLEUS_SIZES", sizes)
-    for top_p, (tokens, mass) in zip((0.3, 0.9, 1.0), expected):
-        again, mass_again = draw(logprobs, top_p, torch.rand(50, generator=seeded(1)))
-        assert torch.equal(again, tokens)
-        torch.testing.assert_close(mass_again, mass)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])
+def test_the_nucleus_is_what_sorting_finds(scale):
+    """Flat and peaked distributions of 300 tokens; no two tokens are equally probable."""
+    logprobs = (scale * torch.randn(50, 300, generator=seeded(), dtype=torch.float64)).log_softmax(1)
+    for top_p in (0.0, 0.1, 0.5, 0.95, 0.999):
+        kept, mass = nucleus(logprobs, top_p)
+        for row, probabilities in zip(kept, logprobs.exp()):
+            ordered = probabilities.sort(descending=True)
+            size = int((ordered.values.cumsum(0) < top_p).sum()) + 1
+            assert sorted(ordered.indices[:size].tolist()) == row.nonzero()[:, 0].tolist()
+        torch.testing.assert_close(kept, logprobs.exp() * (kept > 0), rtol=0, atol=0)
+        torch.testing.assert_close(mass, kept.sum(1), rtol=0, atol=0)
 
 
 def test_of_equally_probable_tokens_no_more_than_needed_are_kept():
-    kept = nucleus(torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log(), 0.5)
-    assert (kept.probabilities > 0).sum() == 2 and kept.mass.item() == pytest.approx(0.6)
+    kept, mass = nucleus(torch.tensor([[0.2, 0.4, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]]).log(), 0.5)
+    assert (kept > 0).tolist() == [[True, True, False, False], [True, True, False, False]]
+    assert mass.tolist() == pytest.approx([0.6, 0.5])
 
 
 def test_prompts_can_have_generators_of_their_own(model, prompts):
