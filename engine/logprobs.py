@@ -88,7 +88,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             target = targets[chunk, None]  # [m,1]
             logits = scaled_logits(hidden[chunk], weight, temperature, suppressed, softcap)  # [m,V]
-            slope = _slope(logits, temperature, suppressed, softcap) if needs_gradient else None  # [m,V] or None
+            slope = _slope(logits, temperature, softcap) if needs_gradient else None  # [m,V] or None
             logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
             chosen = logits.gather(1, target)  # [m,1]
             exponentials = logits.exp() if with_entropy else logits.exp_()  # [m,V] z p
@@ -118,7 +118,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
                 logits = scaled_logits(hidden[chunk], weight, ctx.temperature, suppressed, ctx.softcap)  # [m,V]
-                slope = _slope(logits, ctx.temperature, suppressed, ctx.softcap)  # [m,V] or None
+                slope = _slope(logits, ctx.temperature, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
                 exponentials = logits.exp()  # [m,V] z p
                 z = exponentials.sum(1, keepdim=True)  # [m,1]
@@ -136,14 +136,14 @@ def _finite(logs: Tensor) -> Tensor:
     return logs.clamp_(min=torch.finfo(logs.dtype).min)
 
 
-def _slope(logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None) -> Tensor | None:
+def _slope(logits: Tensor, temperature: float, softcap: float | None) -> Tensor | None:
     """d soft-capped logit / d logit [m,V], from `scaled_logits`; None without soft-capping.
 
     d c tanh(x / c) / dx = 1 - tanh(x / c)^2
     """
     if softcap is None:
         return None
-    return logits.mul(temperature / softcap).square_().neg_().add_(1).index_fill_(1, suppressed, 0)
+    return logits.mul(temperature / softcap).square_().neg_().add_(1).clamp_(min=0)  # a suppressed logit is -inf: 0
 
 
 def _through_head(direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
