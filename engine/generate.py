@@ -61,18 +61,18 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
     The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included; of equally probable
     ones at the border, those of the smallest ids. logprobs [B,V]. Without sorting the vocabulary and without waiting for the
-    device: the border's probability is found by halving, on the bits of floats, which are ordered as the floats are.
+    device: the border's probability is found bit by bit, for floats that are not negative are ordered as their bits are.
     """
     probabilities = logprobs.exp()
     if top_p >= 1:
         return probabilities, probabilities.sum(1)
-    bits = probabilities.view(torch.int32 if probabilities.element_size() == 4 else torch.int64)  # [B,V]
-    high = bits.amax(1, keepdim=True) + 1  # [B,1]
-    low = torch.zeros_like(high)  # what is at least low reaches top_p, what is at least high does not
-    for _ in range(30 if probabilities.element_size() == 4 else 62):  # bits below those of 2.0
-        middle = (low + high) // 2
-        reaches = (probabilities * (bits >= middle)).sum(1, keepdim=True) >= top_p
-        low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
+    integers, highest = (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)  # the highest bit of 1.0
+    bits = probabilities.view(integers)  # [B,V]
+    low = torch.zeros(len(bits), 1, dtype=integers, device=bits.device)  # [B,1]: what is at least this reaches top_p
+    for bit in range(highest, -1, -1):
+        higher = low + 2**bit
+        low = torch.where((probabilities * (bits >= higher)).sum(1, keepdim=True) >= top_p, higher, low)
+    low = torch.minimum(low, bits.amax(1, keepdim=True))  # at top_p 0 the most probable token stays
     border = bits == low
     above = probabilities * (bits > low)
     needed = ((top_p - above.sum(1, keepdim=True)) / low.view(probabilities.dtype)).ceil().clamp(min=1)  # [B,1] tokens of the border

@@ -225,13 +225,10 @@ def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool
 
 
 def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
-    """Bytes of one sampled token for all rows: [rows,V] of log-probabilities, sorted values and ids (int64), probabilities,
-    the mass before each and what is kept of them; a GPU's sort needs both double. Greedy: logits and log-probabilities.
+    """Bytes of one sampled token for all rows: [rows,V] of logits and log-probabilities; then of log-probabilities, probabilities,
+    those above the border, the border's count (int64) and what of it is kept (bools and their product); see engine/generate.py.
     """
-    logits = 2 * FP32  # logits and log-probabilities
-    sort = FP32 + 2 * (FP32 + 8) if work.device == "cuda" else FP32 + FP32 + 8
-    nucleus = FP32 + (FP32 + 8) + 3 * FP32 + 2
-    return rows * model.vocabulary * (logits if greedy else max(logits, sort, nucleus))
+    return rows * model.vocabulary * (2 * FP32 if greedy else 3 * FP32 + 8 + 3 + FP32)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -294,12 +291,23 @@ def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[
                    "logits": head_chunk(model, work, row.completions * row.completion_length, gradient=False, entropy=False)}
 
 
+def merged_weights(model: ModelShape, work: Workload) -> int:
+    """Of the seven projections, to which the sampler adds the adapter in fp32 only."""
+    h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
+    return model.layers * h * (2 * q + 2 * k + 3 * f) * FP32 if work.element_size == FP32 else 0
+
+
 def decoding_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
     """The sampler: an image's features; the last prompts that are read together, with the whole cache there; the last step, with no
     row finished before, in its attention and in its head.
     """
-    e, rows = work.element_size, prompts * generations
     yield {"activations": vision_tower(model, work)}
+    for moment in writing_moments(model, work, prompts, generations, greedy=greedy):
+        yield moment | {"merged weights": merged_weights(model, work)}
+
+
+def writing_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
+    e, rows = work.element_size, prompts * generations
     together = Packed(min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0)
     cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(model, work, rows, work.max_completion_length)
     features = prompts * work.image_tokens * model.hidden * e
