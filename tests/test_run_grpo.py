@@ -58,7 +58,7 @@ def finished(request, tmp_path_factory, tiny_sft_run, tiny_data):
             return metrics
 
         monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
-        assert grpo(tiny_sft_run(request.param), tiny_data, run, "--max_steps", "4", "--validation_file", f"a={tiny_data}",
+        assert grpo(tiny_sft_run(request.param), tiny_data, run, "--max_steps", "4", "--seed", "1", "--validation_file", f"a={tiny_data}",
                     f"b={tiny_data}",
                     "--eval_steps", "2", "--save_steps", "1") == 0
     return run, tiny_sft_run(request.param)
