@@ -8,7 +8,7 @@ its prompt and to itself, so that neither G copies of a prompt nor blocks betwee
 What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to attend: SharedPromptMask here,
 engine/cache.py's while sampling. With an ordinary mask (transformers' own forward) the attention is transformers' SDPA.
 
-On CUDA, by the rules in torch 2.13's sources and not measured: flash attention takes no mask, the memory-efficient kernel takes
+On CUDA, as far as torch's sources tell, not measured: flash attention takes no mask, the memory-efficient kernel takes
 one of the queries' dtype to add, whose rows begin at multiples of 8 elements, and as many heads of queries as of keys. Both calls
 here meet that in fp32, fp16 and bf16, so nothing of [heads,S,S] is made; a mask laid out otherwise would be copied anew in every
 layer. A causal prompt without padding could do without a mask, which halves its attention: at 600 tokens that is about 2 % of a
