@@ -18,6 +18,7 @@ for the pairs of tokens that see each other.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from steps import machine, quiet  # noqa: E402
 
 PARTS = ("sampler", "old + reference", "policy")
 PIECES = "policy in pieces"
+VOCABULARY_TOKENS = 64  # of a completion where the vocabulary grows
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,14 @@ def measured(bench: Workbench, points: Sequence[Point], examples: Sequence[Examp
         step()  # what libraries do once
     times = [[{name: seconds(step) for name, step in of_point.items() if name in PARTS} for of_point in parts] for _ in range(rounds)]
     return [Found({name: statistics.median(found[i][name] for found in times) for name in PARTS},
-                  {name: allocated_peak(step, models.CPU) for name, step in of_point.items()}) for i, of_point in enumerate(parts)]
+                  {name: allocated(step) for name, step in of_point.items()}) for i, of_point in enumerate(parts)]
+
+
+def allocated(step: Callable[[], None]) -> int:
+    """Bytes, as allocated_peak. A sampler's profile has a million events, in cycles that would pile up to tens of GB."""
+    found = allocated_peak(step, models.CPU)
+    gc.collect()
+    return found
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -228,13 +237,14 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
         print(f"    {part:16} {line.coefficients[0]:.3f} s + {line.coefficients[1]:.3f} s a thousand tokens: {described(line)};  with attention "
               f"{plane.coefficients[0]:.3f} s + {plane.coefficients[1]:.3f} s a thousand tokens + {plane.coefficients[2]:.3f} s a million pairs: "
               f"{described(plane)}", flush=True)
-    del bench
-    of_vocabularies = []
+    of_vocabularies, shorter = [], replace(sizes, new_tokens=min(sizes.new_tokens, VOCABULARY_TOKENS))
+    print(f"\n  completions of {shorter.new_tokens}")
     for vocabulary in arguments.vocabularies:
-        larger = replace(sizes, vocabulary=vocabulary)
+        larger = replace(shorter, vocabulary=vocabulary)
+        del bench
         bench = Workbench(family, folder, larger, arguments.max_tokens_per_forward)
         of_vocabularies += measured(bench, [Point(larger)], examples, arguments.rounds)
-    print_growth("vocabulary", [f"{n:,}" for n in arguments.vocabularies], bench, [Point(sizes)] * len(of_vocabularies), of_vocabularies)
+    print_growth("vocabulary", [f"{n:,}" for n in arguments.vocabularies], bench, [Point(shorter)] * len(of_vocabularies), of_vocabularies)
     if len(of_vocabularies) > 2:
         for part in PARTS:
             line = fit([costs.seconds[part] for costs in of_vocabularies], [n / 1000 for n in arguments.vocabularies])
