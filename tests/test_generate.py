@@ -9,9 +9,11 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import engine.generate
 from data.collate import collate_prompts, collate_rows
@@ -527,6 +529,32 @@ def test_the_mode_is_restored(model, prompts, training):
         assert model.base.training == training
     finally:
         model.base.eval()
+
+
+def adapted(wrapped) -> list[tuple[LoraLayer, int, torch.Tensor]]:
+    """Every layer with an adapter, where its base's weight lies and what it is."""
+    weights = [(layer, layer.get_base_layer().weight) for layer in wrapped.modules() if isinstance(layer, LoraLayer)]
+    return [(layer, weight.data_ptr(), weight.detach().clone()) for layer, weight in weights]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize(("dtype", "merged"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_the_adapter_is_merged_while_sampling_in_fp32_alone_and_taken_out_again(family, tiny_checkpoint, tiny_images, dtype, merged, stops):
+    loaded = dataclasses.replace(load(tiny_checkpoint(family), dtype=dtype), stop_ids=NEVER)
+    wrapped = attach_random_adapter(loaded)
+    prompts = [loaded.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
+    before, seen = adapted(wrapped), []
+
+    def should_stop():
+        seen.append([(layer.merged, torch.equal(layer.get_base_layer().weight, weight)) for layer, _, weight in before])
+        return stops and len(seen) == 3
+
+    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+        generate(wrapped, loaded, prompts, SamplingConfig(temperature=0.0, max_completion_length=4), should_stop=should_stop)
+    assert before and {state for states in seen for state in states} == {(merged, not merged)}
+    for layer, place, weight in before:
+        now = layer.get_base_layer().weight
+        assert not layer.merged and now.data_ptr() == place and torch.equal(now, weight)
 
 
 def test_training_mode_does_not_reach_the_samples(family, tiny_checkpoint, tiny_images):
