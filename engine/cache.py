@@ -65,8 +65,8 @@ class DecodingMask(PackedMask):
     """What n new tokens, one a completion, see in one kind of layer: the last `prompt_length` places of their prompts and the first
     `length` of their own completions, this token the last of them.
 
-    rows [n] int64: the completions' places in the cache; steps [n] int64: of each, the place of its new token; visible [n,1,1,S+R]
-    bool.
+    rows [n] int64: the completions' places in the cache; steps [n] int64: of each, the place of its new token; additive [B,W,1,1,S+R],
+    to add to scores: 0 what it sees, else -inf. Places without a new token see everything.
     """
 
     cache: SamplingCache
@@ -74,8 +74,7 @@ class DecodingMask(PackedMask):
     steps: Tensor
     prompt_length: int
     length: int
-    visible: Tensor
-    _additive: Tensor | None = None
+    additive: Tensor
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         cache, kept = self.cache, self.cache.layers[module.layer_idx]
@@ -89,19 +88,12 @@ class DecodingMask(PackedMask):
         query = spread(query[0].transpose(0, 1) * scaling, self.rows, grid).unflatten(2, (-1, repeats))  # [B,W,K,h,D]
         of_prompts = by_prompt(query) @ prompt_keys.transpose(2, 3)  # [B,K,W x h,S]
         of_completions = query.flatten(0, 1) @ keys.transpose(2, 3)  # [B x W,K,h,R]
-        scores = torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1) + self.additive(query)  # [B,W,K,h,S+R]
+        scores = torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1) + self.additive  # [B,W,K,h,S+R]
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         of_prompts, of_completions = weights.split((self.prompt_length, self.length), -1)
         output = by_row(by_prompt(of_prompts) @ prompt_values, grid[1])  # [B,W,K,h,D]
         output = output + (of_completions.flatten(0, 1) @ values).unflatten(0, grid)
         return gather(output.flatten(2, 3), self.rows)[None]  # [1,n,H,D]
-
-    def additive(self, query: Tensor) -> Tensor:
-        """[B,W,1,1,S+R] to add to scores; made once for all layers of the kind. Places without a new token see everything."""
-        if self._additive is None:
-            numbers = torch.zeros(self.visible.shape, dtype=query.dtype, device=query.device).masked_fill_(~self.visible, -torch.inf)
-            self._additive = spread(numbers, self.rows, (self.cache.num_prompts, self.cache.generations))
-        return self._additive
 
 
 def by_prompt(rows: Tensor) -> Tensor:

@@ -67,22 +67,36 @@ def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Ten
     return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
 
 
-def read_tokens(model: nn.Module, family: Family, tokens: Tensor, positions: Tensor, cache: SamplingCache, rows: Tensor, steps: Tensor,
-                prompt_mask: Tensor, length: int) -> Tensor:
-    """[n,H]: the states that predict the next tokens of n completions after their last `tokens` [n], which are kept in the cache.
-
-    positions [n]: of these tokens. rows, steps [n], length: see DecodingMask. prompt_mask [n,S] bool: the prompt of each in the last S
-    places of the cache, true where a token is.
+def read_tokens(model: nn.Module, family: Family, tokens: Tensor, positions: Tensor, masks: dict[str, DecodingMask]) -> Tensor:
+    """[n,H]: the states that predict the next tokens of n completions after their last `tokens` [n], at `positions` [n], which are kept
+    in the cache of the masks.
     """
-    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(tokens), length)], 1)  # [n,S+R]
-    text, size = torch.zeros_like(whole, dtype=torch.long), prompt_mask.shape[1]
-    visible = family.attention_masks(unwrapped(model), whole, text, (size + steps)[:, None])
     return language_model(model)(
         inputs_embeds=unwrapped(model).get_input_embeddings()(tokens)[None],
         position_ids=family.expand_positions(positions[None]),
-        attention_mask={kind: DecodingMask(cache, rows, steps, size, length, mask) for kind, mask in visible.items()},
+        attention_mask=masks,
         use_cache=False,
     ).last_hidden_state[0]
+
+
+def decoding_masks(model: nn.Module, family: Family, cache: SamplingCache, rows: Tensor, steps: Tensor, prompt_mask: Tensor,
+                   length: int) -> list[dict[str, DecodingMask]]:
+    """For each of the next Q tokens of n completions what it sees, in every kind of layer.
+
+    rows [n] int64: the completions' places in the cache; steps [Q,n] int64: the places of the tokens in their completions. prompt_mask
+    [n,S] bool: the prompt of each in the last S places of the cache, true where a token is. length: of the longest completion with the
+    first of these tokens.
+    """
+    size, ahead = prompt_mask.shape[1], len(steps)
+    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), length + ahead - 1)], 1)  # [n,S+R+Q-1]
+    text = torch.zeros_like(whole, dtype=torch.long)
+    visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())  # [n,1,Q,S+R+Q-1]
+    dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
+    # The same object where two kinds of layers see the same.
+    numbers = {id(mask): spread(torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf), rows, grid)
+               for mask in visible.values()}  # [B,W,1,Q,S+R+Q-1]
+    return [{kind: DecodingMask(cache, rows, steps[i], size, length + i, numbers[id(mask)][:, :, :, i : i + 1, : size + length + i])
+             for kind, mask in visible.items()} for i in range(ahead)]
 
 
 def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:

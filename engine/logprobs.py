@@ -46,11 +46,10 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def scaled_logits(
-    hidden: Tensor, lm_head_weight: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None
-) -> Tensor:
-    """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids. Shared with the sampler."""
-    logits = hidden.to(lm_head_weight.dtype) @ lm_head_weight.t()  # [m,V]
+def scaled_logits(logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None) -> Tensor:
+    """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from `logits` [m,V], the product of
+    states and head, which may be changed. Shared with the sampler.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # up-cast first; from here on in place
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -63,7 +62,7 @@ def scaled_logits(
 def predicted_correctly(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
     """[M] bool: whether each target is the model's most probable token. Its mean is the token accuracy."""
     chunks = [
-        (hidden[i : i + chunk_size].to(lm_head_weight.dtype) @ lm_head_weight.t()).argmax(1)
+        _head(hidden[i : i + chunk_size], lm_head_weight).argmax(1)
         for i in range(0, len(hidden), chunk_size)
     ]
     return torch.cat(chunks) == targets if chunks else targets.bool()
@@ -87,7 +86,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             target = targets[chunk, None]  # [m,1]
-            logits = scaled_logits(hidden[chunk], weight, temperature, suppressed, softcap)  # [m,V]
+            logits = scaled_logits(_head(hidden[chunk], weight), temperature, suppressed, softcap)  # [m,V]
             slope = _slope(logits, temperature, softcap) if needs_gradient else None  # [m,V] or None
             logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
             chosen = logits.gather(1, target)  # [m,1]
@@ -117,7 +116,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_entropies is not None:
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
-                logits = scaled_logits(hidden[chunk], weight, ctx.temperature, suppressed, ctx.softcap)  # [m,V]
+                logits = scaled_logits(_head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap)  # [m,V]
                 slope = _slope(logits, ctx.temperature, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
                 exponentials = logits.exp()  # [m,V] z p
@@ -129,6 +128,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad[chunk] += _through_head(direction, slope, weight, grad.dtype, ctx.temperature)
                 del exponentials, direction, slope
         return grad, None, None, None, None, None, None, None
+
+
+def _head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[m,V] in the head's dtype"""
+    return hidden.to(weight.dtype) @ weight.t()
 
 
 def _finite(logs: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from engine.families import family_of
-from engine.generate import READ_TOKENS
+from engine.generate import MASKS_AHEAD, READ_TOKENS
 from engine.logprobs import CHUNK_SIZE
 
 FP32 = 4
@@ -82,7 +82,7 @@ class Workload:
     element_size: bytes of the base's dtype, 4 or 2. adapters: 1 in SFT, 2 in GRPO. completion_length: of a training row.
     micro_batch: completions of a micro-batch, num_generations of each prompt; max_tokens_per_forward cuts it. eval_rows: rows
     decoded, or scored, together. rollout_prompts x num_generations rows are sampled together (0: SFT). device "cpu" or "cuda":
-    they differ in dropout's mask and in sorting.
+    they differ in dropout's mask and in copies of operands and weights.
     """
 
     element_size: int
@@ -226,9 +226,9 @@ def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool
 
 def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
     """Bytes of one sampled token for all rows: [rows,V] of logits and log-probabilities; then of log-probabilities, probabilities,
-    those above the border, the border's count (int64) and what of it is kept (bools and their product); see engine/generate.py.
+    a mask, what is kept and the border's count; see engine/generate.py.
     """
-    return rows * model.vocabulary * (2 * FP32 if greedy else 3 * FP32 + 8 + 3 + FP32)
+    return rows * model.vocabulary * FP32 * (2 if greedy else 5)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -291,10 +291,11 @@ def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[
                    "logits": head_chunk(model, work, row.completions * row.completion_length, gradient=False, entropy=False)}
 
 
-def merged_weights(model: ModelShape, work: Workload) -> int:
-    """Of the seven projections, to which the sampler adds the adapter in fp32 only."""
+def sampling_weights(model: ModelShape, work: Workload) -> int:
+    """In fp32, copies of the seven projections with the adapter; on a CPU of the head too (engine/sampling_layers.py)."""
     h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
-    return model.layers * h * (2 * q + 2 * k + 3 * f) * FP32 if work.element_size == FP32 else 0
+    head = model.vocabulary * h if work.device == "cpu" else 0
+    return (model.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32 if work.element_size == FP32 else 0
 
 
 def decoding_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
@@ -303,7 +304,7 @@ def decoding_moments(model: ModelShape, work: Workload, prompts: int, generation
     """
     yield {"activations": vision_tower(model, work)}
     for moment in writing_moments(model, work, prompts, generations, greedy=greedy):
-        yield moment | {"merged weights": merged_weights(model, work)}
+        yield moment | {"sampling weights": sampling_weights(model, work)}
 
 
 def writing_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
@@ -316,7 +317,7 @@ def writing_moments(model: ModelShape, work: Workload, prompts: int, generations
            "activations": layer_temporaries(model, work, together.tokens, 0)}
     length = work.prompt_length + work.max_completion_length
     scores = rows * model.heads * length * (2 * e + max(e, FP32))  # of prompts and completions, together, and their softmax
-    masks = rows * length * mask_kinds(model, length) * (1 + e)
+    masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * (1 + e)
     yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
     yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
 

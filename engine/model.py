@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -260,28 +259,6 @@ def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
         wrapped.set_adapter(active)
         for name, parameter in wrapped.named_parameters():
             parameter.requires_grad_(flags[name])
-
-
-@contextmanager
-def merged_adapter(wrapped: nn.Module) -> Iterator[None]:
-    """Run with the active adapter added to copies of the weights that it adapts, instead of beside them, and put everything back: the
-    weights are the same tensors as before.
-
-    Nothing but a detour less for every token, so only in fp32 and above: bf16 would round most of an adapter's small differences
-    away, and completions would be those of another model.
-    """
-    kept: list[tuple[LoraLayer, nn.Parameter, Tensor]] = []
-    try:
-        for layer in wrapped.modules():
-            if isinstance(layer, LoraLayer) and torch.finfo((weight := layer.get_base_layer().weight).dtype).bits >= 32:
-                kept.append((layer, weight, weight.data))
-                weight.data = weight.data.clone()
-                layer.merge()
-        yield
-    finally:
-        for layer, weight, data in kept:
-            weight.data = data
-            layer.merged_adapters.clear()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -27,11 +27,12 @@ from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.attention import spread
 from engine.cache import SamplingCache
-from engine.families import Qwen25VL, lm_head_weight
-from engine.forward import completion_logprobs, embed, read_prompts, read_tokens
+from engine.families import Qwen25VL
+from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
 from engine.generate import draw
 from engine.logprobs import scaled_logits
 from engine.model import LoadedModel, enable_gradient_checkpointing
+from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
@@ -125,11 +126,13 @@ def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, 
         prompts, places = pretended(batch.prompts), pretended(batch.prompt_places)
         cache, length = SamplingCache(2, prompts.input_ids.shape[1], 3, 8), prompts.input_ids.shape[1]
         slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)  # of six completions one has finished
-        hidden, positions = read_prompts(wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots))
-        logits = scaled_logits(hidden[rows // 3], lm_head_weight(wrapped), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))
-        tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
-        state = read_tokens(wrapped, model.family, tokens, positions[rows // 3] + 4, cache, rows, torch.full_like(rows, 4),
-                            prompts.attention_mask[rows // 3], 5)
+        with sampling_layers(wrapped) as head:
+            hidden, positions = read_prompts(wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots))
+            logits = scaled_logits(head(hidden[rows // 3]), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))
+            tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
+            steps = torch.full_like(rows, 4) + torch.arange(2, device=DEVICE)[:, None]
+            for masks in decoding_masks(wrapped, model.family, cache, rows, steps, prompts.attention_mask[rows // 3], 5):
+                state = read_tokens(wrapped, model.family, tokens, positions[rows // 3] + 4, masks)
     assert state.device == DEVICE and state.dtype == dtype and state.shape == (5, 32)
     assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
 

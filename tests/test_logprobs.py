@@ -139,8 +139,7 @@ def test_soft_capping_by_hand():
 
 def test_soft_capped_logits_are_of_the_sampler_too():
     # 3 tanh(3 / 3) = 2.284783, 3 tanh(-1 / 3) = -0.964538, divided by 0.5; a suppressed id stays out
-    hidden, head = head_for(torch.tensor([[3.0, -1.0, 30.0]]))
-    logits = scaled_logits(hidden, head, 0.5, torch.tensor([2]), 3.0)
+    logits = scaled_logits(torch.tensor([[3.0, -1.0, 30.0]]), 0.5, torch.tensor([2]), 3.0)
     torch.testing.assert_close(logits, torch.tensor([[4.569566, -1.929075, float("-inf")]]), rtol=0, atol=1e-5)
 
 
@@ -189,9 +188,9 @@ def test_bfloat16_in_float32_out():
 
 
 def test_the_product_runs_in_the_heads_dtype():
-    # 1 + 2^-9 is 1 in bf16: the two logits are equal, so the first is the argmax.
+    # 1 + 2^-9 is 1 in bf16: the two logits are equal, so each has the probability 1/2, and the first is the argmax.
     hidden, head = torch.tensor([[1.0, 1 + 2 ** -9]]), torch.eye(2, dtype=torch.bfloat16)
-    assert scaled_logits(hidden, head, 1.0, torch.tensor([], dtype=torch.long)).tolist() == [[1.0, 1.0]]
+    assert token_logprobs(hidden, head, torch.tensor([0]))[0].tolist() == pytest.approx([-0.6931472], abs=1e-7)
     assert predicted_correctly(hidden, head, torch.tensor([0])).tolist() == [True]
 
 
@@ -227,9 +226,9 @@ def test_large_logits_are_stable():
 
 
 def test_scaled_logits_divide_after_the_cast():
-    hidden, head = head_for(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16))
     # 3 / 0.7 = 4.285714; in bf16 it would be 4.28125
-    assert scaled_logits(hidden, head, 0.7, torch.tensor([0])).tolist() == [[float("-inf"), pytest.approx(3 / 0.7, abs=1e-6)]]
+    logits = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16)
+    assert scaled_logits(logits, 0.7, torch.tensor([0])).tolist() == [[float("-inf"), pytest.approx(3 / 0.7, abs=1e-6)]]
 
 
 # Gradients

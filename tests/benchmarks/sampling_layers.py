@@ -1,0 +1,120 @@
+"""What the linear layers of the sampler pay (engine/sampling_layers.py): products alone, and whole samplings.
+
+    python tests/benchmarks/sampling_layers.py       # about 3 minutes
+
+The products, x W^T of the benchmark models' shapes (models.py) and of their head, for rows from one token to a prompt: torch's `linear`
+against oneDNN's product with weights laid out for it. Then samplings of one prompt on both models, in three ways: with the adapter
+beside its weights, merged with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. On one thread in
+fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range. How much of it is oneDNN depends on the
+processor: torch's own products are Intel's MKL, which on processors of others uses narrower instructions.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.nn.functional import linear
+
+from engine import generate, sampling_layers
+from engine.families import lm_head_weight
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+from models import FAMILIES, Sizes  # noqa: E402
+from steps import Product, machine, make_folder, quiet  # noqa: E402
+
+WEIGHTS = 45_000_000  # bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
+
+
+def seconds(call: Callable[[], None]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def ratios(slow: list[float], fast: list[float]) -> str:
+    values = [a / b for a, b in zip(slow, fast)]
+    return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+@torch.no_grad()
+def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> None:
+    weights = [torch.randn(out_size, in_size) for _ in range(max(1, WEIGHTS // (4 * out_size * in_size)))]
+    products = [sampling_layers._product(weight) for weight in weights]
+    x = torch.randn(rows, in_size)
+    torch.testing.assert_close(products[0](x), linear(x, weights[0]), rtol=0, atol=1e-3)
+    calls = max(1, len(weights) * 4 // max(1, rows // 32))
+
+    def of_torch() -> None:
+        for i in range(calls):
+            linear(x, weights[i % len(weights)])
+
+    def of_onednn() -> None:
+        for i in range(calls):
+            products[i % len(products)](x)
+
+    of_torch(), of_onednn()
+    found = [(seconds(of_torch), seconds(of_onednn)) for _ in range(rounds)]
+    slow, fast = zip(*found)
+    print(f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f} {statistics.median(fast) / calls * 1e6:10.0f}   "
+          f"{ratios(slow, fast)}", flush=True)
+
+
+@contextmanager
+def adapter_beside(model) -> Iterator[Callable]:
+    """In place of `sampling_layers`."""
+    yield lambda hidden: hidden @ lm_head_weight(model).t()
+
+
+def compare_samplings(family: str, folder: Path, sizes: Sizes, generations: int, rounds: int) -> None:
+    [example] = make_folder(folder, family, sizes, 1)
+    product = Product(folder, family, sizes)
+    prompts = product.look([example], product.prompt_for(example))
+    ways = {"adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
+            "merged, torch": patch.object(sampling_layers, "_is_packable", lambda weight: False),
+            "merged, oneDNN": nullcontext()}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):  # the first is not counted
+        for name, way in ways.items():
+            with way:
+                found[name].append(seconds(lambda: product.sample(prompts, generations)))
+    for name, times in found.items():
+        del times[0]
+        against = "" if name == "merged, oneDNN" else f"   {ratios(times, found['merged, oneDNN'])}"
+        print(f"  G {generations}, {name:16} {statistics.median(times):7.2f}{against}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 32, 577], help="of a product")
+    parser.add_argument("--num_generations", nargs="+", type=int, default=[4, 8], help="completions of the prompt")
+    parser.add_argument("--new_tokens", type=int, default=Sizes.new_tokens, help="of a completion")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    quiet()
+    print(machine())
+    if not torch.backends.mkldnn.is_available():
+        raise SystemExit("this torch has no oneDNN: the sampler uses torch's products here")
+    sizes = Sizes(new_tokens=arguments.new_tokens)
+    print(f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}   times as fast")
+    for shape in ((sizes.hidden, sizes.hidden), (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate),
+                  (sizes.vocabulary, sizes.hidden)):
+        for rows in arguments.rows:
+            compare_products(*shape, rows, arguments.rounds)
+    for family in arguments.families:
+        print(f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged with oneDNN")
+        with tempfile.TemporaryDirectory() as folder:
+            for generations in arguments.num_generations:
+                compare_samplings(family, Path(folder) / str(generations), sizes, generations, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What layers do while sampling is what they do otherwise, in fewer products; and nothing of it stays."""
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.prompts import Prompt
+from engine.families import LORA_TARGETS, language_model, lm_head_weight
+from engine.generate import SamplingConfig, generate
+from engine.model import REFERENCE, use_adapter
+from engine.sampling_layers import sampling_layers
+from tiny import SAVE, attach_random_adapter, examples_of, load
+
+PRODUCTS = {"mm", "addmm", "bmm", "linear", "_linear_pointwise"}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.seen.update([name] if name in PRODUCTS else [])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=list(SAVE))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def wrapped(family, tiny_checkpoint):
+    return attach_random_adapter(load(tiny_checkpoint(family))).eval()
+
+
+def adapted(wrapped) -> list[LoraLayer]:
+    return [module for module in language_model(wrapped).modules() if isinstance(module, LoraLayer)]
+
+
+def inputs(layer, dtype=torch.float32, rows: int = 5) -> torch.Tensor:
+    return torch.randn(1, rows, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@torch.no_grad()
+def outputs(layers, dtype=torch.float32) -> list[torch.Tensor]:
+    return [layer(inputs(layer, dtype)) for layer in layers]
+
+
+def close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 2e-6) -> None:
+    assert len(found) == len(expected) > 0
+    for left, right in zip(found, expected):
+        torch.testing.assert_close(left, right, rtol=0, atol=tolerance * float(right.abs().max()))
+
+
+def untouched(layers) -> bool:
+    return not any("forward" in vars(layer) or layer.merged for layer in layers)
+
+
+def test_an_adapter_costs_no_product_of_its_own(wrapped):
+    layers = adapted(wrapped)
+    expected = outputs(layers)
+    with Products() as beside:
+        outputs(layers)
+    with sampling_layers(wrapped), Products() as merged:
+        found = outputs(layers)
+    assert len(layers) >= 14 and beside.seen.total() == 3 * len(layers)
+    assert merged.seen == {"_linear_pointwise": len(layers)}  # oneDNN's
+    close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33, 300])
+def test_any_number_of_rows(wrapped, rows):
+    layer = adapted(wrapped)[0]
+    x = inputs(layer, rows=rows)
+    with torch.no_grad():
+        expected = layer(x)
+        with sampling_layers(wrapped):
+            close([layer(x)], [expected])
+
+
+def test_elsewhere_the_product_is_torchs(wrapped, monkeypatch):
+    layers = adapted(wrapped)
+    expected = outputs(layers)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with sampling_layers(wrapped), Products() as products:
+        found = outputs(layers)
+    assert "_linear_pointwise" not in products.seen and products.seen.total() == len(layers)
+    close(found, expected)
+
+
+def test_in_fp64(family, tiny_checkpoint):
+    loaded = load(tiny_checkpoint(family), dtype=torch.float64)
+    wrapped = attach_random_adapter(loaded).eval().double()  # the adapter too
+    layers = adapted(wrapped)
+    expected = outputs(layers, torch.float64)
+    with sampling_layers(wrapped):
+        close(outputs(layers, torch.float64), expected, 1e-14)
+
+
+def test_an_adapter_stays_beside_weights_of_bf16(family, tiny_checkpoint):
+    wrapped = attach_random_adapter(load(tiny_checkpoint(family), dtype=torch.bfloat16)).eval()
+    layers = adapted(wrapped)
+    expected = outputs(layers, torch.bfloat16)
+    with sampling_layers(wrapped) as head:
+        assert untouched(layers)
+        for found, right in zip(outputs(layers, torch.bfloat16), expected):
+            assert torch.equal(found, right)
+        weight = lm_head_weight(wrapped)
+        x = torch.randn(3, weight.shape[1]).bfloat16()
+        assert torch.equal(head(x), x @ weight.t())
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_nothing_of_it_stays(wrapped, error):
+    layers = adapted(wrapped)
+    weights = [(layer.get_base_layer().weight.data_ptr(), layer.get_base_layer().weight.clone()) for layer in layers]
+    expected = outputs(layers)
+    try:
+        with sampling_layers(wrapped):
+            assert not untouched(layers)
+            if error:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert untouched(layers)
+    assert all(torch.equal(found, right) for found, right in zip(outputs(layers), expected))
+    for layer, (place, weight) in zip(layers, weights):
+        now = layer.get_base_layer().weight
+        assert now.data_ptr() == place and torch.equal(now, weight)
+
+
+def test_the_adapter_is_the_active_one_as_it_is_now(wrapped):
+    layers = adapted(wrapped)
+    wrapped.add_adapter(REFERENCE, wrapped.peft_config["default"])
+    wrapped.set_adapter("default")
+    before = outputs(layers)
+    for layer in layers:  # an update of the policy; the reference's B is zero
+        layer.lora_B["default"].weight.data.mul_(-1)
+    after = outputs(layers)
+    with sampling_layers(wrapped):
+        close(outputs(layers), after)
+    assert max(float((a - b).abs().max()) for a, b in zip(after, before)) > 0.1
+    with use_adapter(wrapped, REFERENCE):
+        reference = outputs(layers)
+        with sampling_layers(wrapped):
+            close(outputs(layers), reference)
+    with wrapped.disable_adapter(), sampling_layers(wrapped):
+        close(outputs(layers), reference)  # both are the base
+
+
+@pytest.mark.parametrize(("family", "targets", "kind"), [
+    *((family, LORA_TARGETS, {"use_dora": True}) for family in SAVE), ("qwen2_5_vl", r".*language_model.*self_attn\.[qkv]_proj", {"lora_bias": True})])
+def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targets, kind):
+    """Merging would lose DoRA's magnitudes, or change the bias of the base for ever."""
+    wrapped = get_peft_model(load(tiny_checkpoint(family)).base, LoraConfig(r=2, target_modules=targets, **kind)).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    layers = adapted(wrapped)
+    biases = [layer.get_base_layer().bias for layer in layers]
+    expected, before = outputs(layers), [None if bias is None else bias.clone() for bias in biases]
+    with sampling_layers(wrapped):
+        assert untouched(layers)
+        assert all(torch.equal(found, right) for found, right in zip(outputs(layers), expected))
+    assert all(bias is None or torch.equal(bias, right) for bias, right in zip(biases, before))
+
+
+def test_without_an_adapter(family, tiny_checkpoint):
+    base = load(tiny_checkpoint(family)).base
+    layers = [module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)]
+    expected = outputs(layers)
+    with sampling_layers(base) as head, Products() as products:
+        found = outputs(layers)
+        x = torch.randn(3, lm_head_weight(base).shape[1])
+        close([head(x)], [x @ lm_head_weight(base).t()])
+    assert products.seen["_linear_pointwise"] == len(layers) + 1
+    close(found, expected)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
+    """Every pass, of the prompt and of each token but the last: in fp32 one product a layer, in bf16 the adapter's two beside it."""
+    loaded = dataclasses.replace(load(tiny_checkpoint(family), dtype=dtype), stop_ids=frozenset())
+    wrapped = attach_random_adapter(loaded)
+    prompts = [loaded.encode_prompt(examples_of(tiny_images, 56)[0], Prompt("short", "Which?"))]
+    with Products() as products:
+        generate(wrapped, loaded, prompts, SamplingConfig(temperature=0.0, max_completion_length=4))
+    layers, passes = len(adapted(wrapped)), 4
+    if dtype == torch.float32:
+        assert products.seen["_linear_pointwise"] == passes * (layers + 1)  # with the head
+        assert products.seen["mm"] == layers  # each adapter's A and B, once
+    else:
+        assert products.seen["_linear_pointwise"] == 0
+        assert sum(products.seen[name] for name in ("mm", "addmm", "linear")) == passes * (3 * layers + 1)
