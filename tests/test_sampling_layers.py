@@ -40,7 +40,12 @@ def family(request) -> str:
 
 @pytest.fixture
 def wrapped(family, tiny_checkpoint):
-    return attach_random_adapter(load(tiny_checkpoint(family))).eval()
+    """With an adapter that changes outputs, and biases that are not zero where the family has some."""
+    model = attach_random_adapter(load(tiny_checkpoint(family))).eval()
+    for layer in adapted(model):
+        if layer.get_base_layer().bias is not None:
+            torch.nn.init.normal_(layer.get_base_layer().bias)
+    return model
 
 
 def adapted(wrapped) -> list[LoraLayer]:
@@ -143,19 +148,26 @@ def test_the_adapter_is_the_active_one_as_it_is_now(wrapped):
     layers = adapted(wrapped)
     wrapped.add_adapter(REFERENCE, wrapped.peft_config["default"])
     wrapped.set_adapter("default")
-    before = outputs(layers)
-    for layer in layers:  # an update of the policy; the reference's B is zero
-        layer.lora_B["default"].weight.data.mul_(-1)
+    for layer in layers:
+        layer.lora_B[REFERENCE].weight.data.normal_(std=0.1)
+        layer.lora_B["default"].weight.data.mul_(-1)  # an update of the policy
     after = outputs(layers)
     with sampling_layers(wrapped):
         close(outputs(layers), after)
-    assert max(float((a - b).abs().max()) for a, b in zip(after, before)) > 0.1
     with use_adapter(wrapped, REFERENCE):
         reference = outputs(layers)
         with sampling_layers(wrapped):
             close(outputs(layers), reference)
-    with wrapped.disable_adapter(), sampling_layers(wrapped):
-        close(outputs(layers), reference)  # both are the base
+    with wrapped.disable_adapter():
+        base = outputs(layers)
+        with sampling_layers(wrapped):
+            close(outputs(layers), base)
+    wrapped.base_model.set_adapter(["default", REFERENCE])  # peft adds both
+    both = outputs(layers)
+    with sampling_layers(wrapped):
+        close(outputs(layers), both)
+    for one, other in ((both, after), (after, reference), (after, base), (reference, base)):
+        assert max(float((a - b).abs().max()) for a, b in zip(one, other)) > 0.1
 
 
 @pytest.mark.parametrize(("family", "targets", "kind"), [
