@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.encode import EncodedPrompt, EncodedRow
 
+SIMILAR = 0.75  # the shortest completion of a bucket by its longest: tests/benchmarks/sft_packing.py
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -35,15 +37,29 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """n completions of similar lengths, which are laid out together where tokens meet: rows [n], which of the batch's they are;
+    places [m], of their tokens in the flat [n,length]; both int64.
+    """
+
+    rows: Tensor
+    places: Tensor
+    length: int
+
+    def to(self, device: torch.device | str) -> "Bucket":
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
 class Batch:
     """N completions, at most T tokens long, of B distinct prompts.
 
     completion_ids [N,T] int64, padded on the right; completion_mask [N,T] bool, true on the tokens that are predicted and
     scored. prompt_of_row [N]. Of a completion only the tokens before its last scored one are read: read_mask [N,R] bool.
 
-    The packed row has M tokens. prompt_places and read_places: of its tokens in the flat [B,S] and [N,R]. For the scored
-    tokens, completion by completion: scored_places [K], in the flat [N,T], and predictors [K], the packed token before each.
-    All int64.
+    The packed row has M tokens: the prompts', then the completions' bucket by bucket, the longest first. prompt_places and read_places:
+    of its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion by completion: scored_places [K], in the flat [N,T], and
+    predictors [K], the packed token before each. All int64.
     """
 
     prompts: Prompts
@@ -53,11 +69,12 @@ class Batch:
     read_mask: Tensor
     prompt_places: Tensor
     read_places: Tensor
+    buckets: list[Bucket]
     scored_places: Tensor
     predictors: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(_moved(self, device), prompts=self.prompts.to(device))
+        return replace(_moved(self, device), prompts=self.prompts.to(device), buckets=[bucket.to(device) for bucket in self.buckets])
 
 
 def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
@@ -70,13 +87,16 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     read_lengths = (columns * scored).amax(1)  # [N]: the last scored token predicts nothing and is not read
     read_mask = columns[: int(read_lengths.max())] < read_lengths[:, None]  # [N,R]
 
+    order, buckets = _buckets(read_lengths)
+    read_places = [bucket.rows[bucket.places // bucket.length] * read_mask.shape[1] + bucket.places % bucket.length for bucket in buckets]
     last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]: each prompt's last token in the packed row
-    start = int(last[-1]) + 1 + read_lengths.cumsum(0) - read_lengths  # [N]: each completion's first
+    before = torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0)) - read_lengths  # [N] completions' tokens
+    start = int(last[-1]) + 1 + before  # [N]: each completion's first
     row, column = scored.nonzero(as_tuple=True)
     return Batch(
         prompts=prompts, prompt_of_row=prompt_of_row, completion_ids=ids, completion_mask=scored, read_mask=read_mask,
-        prompt_places=prompts.attention_mask.flatten().nonzero()[:, 0], read_places=read_mask.flatten().nonzero()[:, 0],
-        scored_places=scored.flatten().nonzero()[:, 0],
+        prompt_places=prompts.attention_mask.flatten().nonzero()[:, 0], read_places=torch.cat([order[:0], *read_places]),
+        buckets=buckets, scored_places=scored.flatten().nonzero()[:, 0],
         predictors=torch.where(column == 0, last[prompt_of_row[row]], start[row] + column - 1))
 
 
@@ -113,6 +133,20 @@ def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> l
         seen.add(id(row.prompt))
         tokens += cost
     return batches
+
+
+def _buckets(lengths: Tensor) -> tuple[Tensor, list[Bucket]]:
+    """(completions in the order of their lengths [N], the longest first; those with tokens in buckets)"""
+    order = lengths.argsort(descending=True, stable=True)
+    ordered, buckets, first = lengths[order].tolist(), [], 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or ordered[end] < SIMILAR * ordered[first]:
+            rows, length = order[first:end], ordered[first]
+            if length > 0:
+                is_token = torch.arange(length) < lengths[rows, None]  # [n,length]
+                buckets.append(Bucket(rows, is_token.flatten().nonzero()[:, 0], length))
+            first = end
+    return order, buckets
 
 
 def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], Tensor]:

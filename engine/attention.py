@@ -2,8 +2,9 @@
 
 A forward of training runs tokens in one row without padding: every prompt once, then the completions. All that works on
 single tokens (projections, MLP, norms) therefore costs what the tokens cost. Attention is the one place where tokens meet:
-here they are laid out by prompts [B,S] and completions [N,R], prompts attend to themselves, and each completion attends to
-its prompt and to itself, so that neither G copies of a prompt nor blocks between completions are ever computed.
+here they are laid out by prompts [B,S] and completions, those of similar lengths together [N,R], prompts attend to themselves, and
+each completion attends to its prompt and to itself, so that neither G copies of a prompt nor blocks between completions are ever
+computed.
 
 What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to attend: SharedPromptMask here,
 engine/cache.py's while sampling. With an ordinary mask (transformers' own forward) the attention is transformers' SDPA.
@@ -19,7 +20,7 @@ head's width.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from data.collate import Bucket
 
 IMPLEMENTATION = "shared_prompt"  # name of `attention` for transformers
 ALIGNMENT = 8  # elements, of CUDA's memory-efficient kernel
@@ -43,50 +46,55 @@ class PackedMask:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S] and of the completions' in
-    [N,R], both int64 and ascending; prompt_of_row [N].
+    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S], int64 and ascending; the completions'
+    buckets, whose tokens follow one after the other; prompt_of_row, of all completions.
     """
 
     prompts: Tensor
-    completions: Tensor
-    prompt_of_row: Tensor
     prompt_shape: tuple[int, int]
-    completion_shape: tuple[int, int]
+    buckets: Sequence[Bucket] = ()
+    prompt_of_row: Tensor | None = None
 
 
 @dataclass
 class SharedPromptMask(PackedMask):
     """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its own prompt's tokens;
-    completions [N,1,R,S+R]: the prompt's, then its own. Where all B, or N, are the same, it can be one. keep(layer, keys, values): told
-    those of the prompts, [B,S,K,D] each.
+    completions [N,1,R,S+R], of all: the prompt's, then its own. Where all B, or N, are the same, it can be one. keep(layer, keys,
+    values): told those of the prompts, [B,S,K,D] each.
     """
 
     places: Places
     prompts: Tensor
-    completions: Tensor
+    completions: Tensor | None = None
     keep: Callable[[int, Tensor, Tensor], None] | None = None
-    _additive: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _additive: dict[tuple, list[Tensor]] = field(default_factory=dict)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         places = self.places
-        prompt_mask, completion_mask = self.additive(query.dtype, query.shape[1] // key.shape[1])
-        split = len(places.prompts), len(places.completions)
-        (q, q_own), (k, k_own), (v, v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
+        of_prompts, *of_buckets = self.additive(query.dtype, query.shape[1] // key.shape[1])
+        split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
+        (q, *q_own), (k, *k_own), (v, *v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
         q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in (q, k, v))  # [B,S,heads,D]
         if self.keep is not None:
             self.keep(module.layer_idx, k, v)
-        output = gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)  # [m,H,D]
-        if split[1]:
-            q_own, k_own, v_own = (spread(states, places.completions, places.completion_shape) for states in (q_own, k_own, v_own))
-            k, v = (torch.cat([prompt.index_select(0, places.prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
-            own = attend(q_own, k, v, completion_mask, dropout, scaling)  # [N,R,H,D]
-            output = torch.cat([output, gather(own, places.completions)])
-        return output[None]
+        outputs = [gather(attend(q, k, v, of_prompts, dropout, scaling), places.prompts)]  # [m,H,D]
+        for bucket, mask, *own in zip(places.buckets, of_buckets, q_own, k_own, v_own):
+            q_own, k_own, v_own = (spread(states, bucket.places, (len(bucket.rows), bucket.length)) for states in own)  # [n,R,heads,D]
+            prompt_of_row = places.prompt_of_row[bucket.rows]
+            seen = (torch.cat([prompt.index_select(0, prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
+            outputs.append(gather(attend(q_own, *seen, mask, dropout, scaling), bucket.places))
+        return torch.cat(outputs)[None]
 
-    def additive(self, dtype: torch.dtype, repeats: int) -> tuple[Tensor, Tensor]:
-        """Both masks as numbers to add, repeated for the heads that share a key; made once for all layers, which keep it."""
+    def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
+        """The prompts' mask and every bucket's as numbers to add, repeated for the heads that share a key; made once for all layers,
+        which keep them.
+        """
         if (dtype, repeats) not in self._additive:
-            self._additive[dtype, repeats] = tuple(additive_mask(mask, dtype, repeats) for mask in (self.prompts, self.completions))
+            masks, size = [self.prompts], self.places.prompt_shape[1]
+            for bucket in self.places.buckets:
+                of_rows = self.completions if len(self.completions) == 1 else self.completions[bucket.rows]
+                masks.append(of_rows[:, :, : bucket.length, : size + bucket.length])
+            self._additive[dtype, repeats] = [additive_mask(mask, dtype, repeats) for mask in masks]
         return self._additive[dtype, repeats]
 
 

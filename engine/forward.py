@@ -53,10 +53,10 @@ def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Ten
     places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told every layer's keys and values,
     [B,S,K,D].
     """
-    base, nowhere = unwrapped(model), places[:0]
-    layout = Places(places, nowhere, nowhere, tuple(prompts.input_ids.shape), (0, 0))
+    base = unwrapped(model)
+    layout = Places(places, tuple(prompts.input_ids.shape))
     masks = prompt_masks(base, family, prompts)
-    once = {id(mask): SharedPromptMask(layout, mask, mask[:0, :, :0], keep) for mask in masks.values()}
+    once = {id(mask): SharedPromptMask(layout, mask, keep=keep) for mask in masks.values()}
     positions = family.positions(base, prompts)  # [..,B,S]
     states = language_model(model)(
         inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places],
@@ -115,9 +115,9 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     that its prompt, padded on the left, and its own tokens make.
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
-    places = Places(batch.prompt_places, batch.read_places, rows, tuple(prompts.input_ids.shape), tuple(batch.read_mask.shape))
+    places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets, rows)
     of_prompts = prompt_masks(model, family, prompts)
-    alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], places.completion_shape[1]
+    alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], batch.read_mask.shape[1]
     # A completion's padding comes after it, where none of its tokens looks: as if there were none.
     whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R], or [1,S+R]
     text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is

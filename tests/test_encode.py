@@ -96,6 +96,26 @@ def test_the_packed_row_by_hand():
     # scored 10 11 12 13 21 30, predicted by 3 10 11 12 20 3
     assert batch.scored_places.tolist() == [0, 1, 2, 3, 5, 8]
     assert batch.predictors.tolist() == [2, 5, 6, 7, 8, 2]
+    # In another order the row is the same, but 21 is scored before the others: the longest completion comes first in any order.
+    batch = collate_rows([rows[1], rows[2], rows[0]], 0)
+    assert batch.prompts.input_ids.tolist() == [[0, 4, 5], [1, 2, 3]]
+    assert batch.read_places.tolist() == [6, 7, 8, 0]  # packed: 4 5 1 2 3 10 11 12 20
+    assert batch.scored_places.tolist() == [1, 4, 8, 9, 10, 11] and batch.predictors.tolist() == [8, 4, 4, 5, 6, 7]
+
+
+def test_completions_of_similar_lengths_are_laid_out_together():
+    """Of 4, 9, 7, 1 and 5 tokens 3, 8, 6, 0 and 4 are read. 6 is three quarters of 8, and 3 of 4; what has nothing to read has no place."""
+    prompt = EncodedPrompt(torch.tensor([1, 2]), torch.zeros(2, dtype=torch.long), {})
+    rows = [EncodedRow(prompt, torch.arange(10 * i, 10 * i + n), torch.ones(n, dtype=torch.bool)) for i, n in enumerate((4, 9, 7, 1, 5), 1)]
+    batch = collate_rows(rows, 0)
+    assert [(bucket.rows.tolist(), bucket.length) for bucket in batch.buckets] == [([1, 2], 8), ([4, 0], 4)]
+    assert batch.buckets[0].places.tolist() == [*range(14)] and batch.buckets[1].places.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    read = batch.completion_ids[:, :8].flatten()[batch.read_places]
+    assert read.tolist() == [*range(20, 28), *range(30, 36), *range(50, 54), *range(10, 13)]
+    packed = torch.cat([torch.tensor([1, 2]), read])
+    before = [[2, *row.completion_ids[:-1].tolist()] for row in rows]  # each token's predecessor
+    assert packed[batch.predictors].tolist() == [token for row in before for token in row]
+    assert collate_rows(rows[3:4], 0).buckets == [] and collate_rows(rows[3:4], 0).read_places.tolist() == []
 
 
 def test_batches_are_cut_by_tokens():

@@ -446,13 +446,13 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("next_generated_positions", [step[0, 0, 1] for step in following])
         assert [int(step[0, 0, 0]) for step in following] == [11, 12]
 
-        # In training, after a longer prompt; two and four tokens, whose last ones are not read
+        # In training, after a longer prompt; three, two and four tokens, whose last ones are not read, the longest first
         row = lambda prompt, n: EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool))  # noqa: E731
         longer = mrope_prompt(qwen, types, grid, lead=4)
         batch = collate_rows([row(longer, 3), row(prompt, 2), row(prompt, 4)], 0)
         packed = packed_positions(qwen.base, qwen.family, batch)[:, 0]  # [3,14 + 10 + 2 + 1 + 3]
         p18.close("position_ids_thw", packed[:, 14:24])
-        assert packed[:, 24:].tolist() == [[11, 12, 7, 7, 8, 9]] * 3
+        assert packed[:, 24:].tolist() == [[7, 8, 9, 11, 12, 7]] * 3
 
 
 def test_the_causal_mask():
@@ -495,8 +495,10 @@ def test_moving_a_batch_keeps_everything(model, tiny_images):
     batch = collate_rows(rows_of(model, tiny_images), model.encoder.pad_token_id)
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    for part in (moved, moved.prompts):
+    assert len(moved.buckets) == len(batch.buckets) > 0
+    for part in (moved, moved.prompts, *moved.buckets):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             tensors = [tensor for image in value for tensor in image.values()] if field.name == "vision" else [value]
-            assert field.name in ("prompts", "alike") or tensors and all(tensor.device.type == "meta" for tensor in tensors)
+            others = ("prompts", "alike", "buckets", "length")
+            assert field.name in others or tensors and all(tensor.device.type == "meta" for tensor in tensors)
