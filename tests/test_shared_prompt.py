@@ -23,7 +23,7 @@ from tiny import SAVE, attach_random_adapter, examples_of, load
 
 # Of three prompts of different lengths and images; the first group is not in one piece, one completion is a single token. Prompts
 # have 60 to 90 tokens, so most of a completion lies beyond Gemma's window of 24 from their images.
-GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2))
+GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2), (0, 27))
 # As SFT packs them: one answer a prompt.
 ANSWERS = ((2, 9), (0, 30), (1, 17))
 
