@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.encode import EncodedPrompt, EncodedRow
 
-SIMILAR = 0.75  # the shortest completion of a bucket by its longest: tests/benchmarks/sft_packing.py
+SIMILAR = 0.75  # how long a bucket's shortest completion is at least, by its longest: see tests/benchmarks/attention_layouts.py
 
 
 @dataclass(frozen=True)

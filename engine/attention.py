@@ -71,18 +71,18 @@ class SharedPromptMask(PackedMask):
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
         places = self.places
-        of_prompts, *of_buckets = self.additive(query.dtype, query.shape[1] // key.shape[1])
+        prompt_mask, *bucket_masks = self.additive(query.dtype, query.shape[1] // key.shape[1])
         split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
-        (q, *q_own), (k, *k_own), (v, *v_own) = (states[0].transpose(0, 1).split(split) for states in (query, key, value))  # [m,heads,D]
-        q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in (q, k, v))  # [B,S,heads,D]
+        prompts, *completions = zip(*(states[0].transpose(0, 1).split(split) for states in (query, key, value)))  # (q, k, v) [m,heads,D]
+        q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)  # [B,S,heads,D]
         if self.keep is not None:
             self.keep(module.layer_idx, k, v)
-        outputs = [gather(attend(q, k, v, of_prompts, dropout, scaling), places.prompts)]  # [m,H,D]
-        for bucket, mask, *own in zip(places.buckets, of_buckets, q_own, k_own, v_own):
-            q_own, k_own, v_own = (spread(states, bucket.places, (len(bucket.rows), bucket.length)) for states in own)  # [n,R,heads,D]
-            prompt_of_row = places.prompt_of_row[bucket.rows]
-            seen = (torch.cat([prompt.index_select(0, prompt_of_row), own], 1) for prompt, own in ((k, k_own), (v, v_own)))
-            outputs.append(gather(attend(q_own, *seen, mask, dropout, scaling), bucket.places))
+        outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]  # [m,H,D]
+        for bucket, states, mask in zip(places.buckets, completions, bucket_masks):
+            own_q, own_k, own_v = (spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states)  # [n,R,heads,D]
+            prompt = places.prompt_of_row[bucket.rows]  # [n]
+            keys, values = (torch.cat([of_prompts.index_select(0, prompt), own], 1) for of_prompts, own in ((k, own_k), (v, own_v)))
+            outputs.append(gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places))
         return torch.cat(outputs)[None]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:

@@ -163,8 +163,9 @@ class _Row:
 class _Writing:
     """All completions of a call: those that are being written, the prompts that wait, and what has been written so far."""
 
-    def __init__(self, wrapped, head: Callable[[Tensor], Tensor], model: LoadedModel, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig, generations: int,
-                 max_rows: int | None, generator: torch.Generator | Sequence[torch.Generator] | None):
+    def __init__(self, wrapped, head: Callable[[Tensor], Tensor], model: LoadedModel, prompts: Sequence[EncodedPrompt],
+                 sampling: SamplingConfig, generations: int, max_rows: int | None,
+                 generator: torch.Generator | Sequence[torch.Generator] | None):
         self.wrapped, self.model, self.prompts, self.sampling, self.generations = wrapped, model, prompts, sampling, generations
         self.head, self.softcap, weight = head, logit_softcap(wrapped), lm_head_weight(wrapped)
         self.device = weight.device

@@ -69,6 +69,7 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
     weight = weight.detach()
     if not _is_packable(weight):
         return partial(linear, weight=weight, bias=bias)
+    # The two operators that torch's own inductor compiles linear layers to on a CPU; torch has no public way to them.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # a copy
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
