@@ -47,13 +47,12 @@ class PackedMask:
 @dataclass(frozen=True)
 class Places:
     """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S], int64 and ascending; the completions'
-    buckets, whose tokens follow one after the other; prompt_of_row, of all completions.
+    buckets, whose tokens follow one after the other.
     """
 
     prompts: Tensor
     prompt_shape: tuple[int, int]
     buckets: Sequence[Bucket] = ()
-    prompt_of_row: Tensor | None = None
 
 
 @dataclass
@@ -80,8 +79,7 @@ class SharedPromptMask(PackedMask):
         outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]  # [m,H,D]
         for bucket, states, mask in zip(places.buckets, completions, bucket_masks):
             own_q, own_k, own_v = (spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states)  # [n,R,heads,D]
-            prompt = places.prompt_of_row[bucket.rows]  # [n]
-            keys, values = (torch.cat([of_prompts.index_select(0, prompt), own], 1) for of_prompts, own in ((k, own_k), (v, own_v)))
+            keys, values = (torch.cat([of_prompts.index_select(0, bucket.prompts), own], 1) for of_prompts, own in ((k, own_k), (v, own_v)))
             outputs.append(gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places))
         return torch.cat(outputs)[None]
 

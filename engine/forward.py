@@ -92,9 +92,9 @@ def decoding_masks(model: nn.Module, family: Family, cache: SamplingCache, rows:
     text = torch.zeros_like(whole, dtype=torch.long)
     visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())  # [n,1,Q,S+R+Q-1]
     dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
-    # The same object where two kinds of layers see the same.
-    numbers = {id(mask): spread(torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf), rows, grid)
-               for mask in visible.values()}  # [B,W,1,Q,S+R+Q-1]
+    once = {id(mask): mask for mask in visible.values()}  # two kinds of layers may see the same
+    numbers = {key: spread(torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf), rows, grid)
+               for key, mask in once.items()}  # [B,W,1,Q,S+R+Q-1]
     return [{kind: DecodingMask(cache, rows, steps[i], size, length + i, numbers[id(mask)][:, :, :, i : i + 1, : size + length + i])
              for kind, mask in visible.items()} for i in range(ahead)]
 
@@ -115,7 +115,7 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     that its prompt, padded on the left, and its own tokens make.
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
-    places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets, rows)
+    places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets)
     of_prompts = prompt_masks(model, family, prompts)
     alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], batch.read_mask.shape[1]
     # A completion's padding comes after it, where none of its tokens looks: as if there were none.

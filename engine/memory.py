@@ -317,7 +317,7 @@ def writing_moments(model: ModelShape, work: Workload, prompts: int, generations
            "activations": layer_temporaries(model, work, together.tokens, 0)}
     length = work.prompt_length + work.max_completion_length
     scores = rows * model.heads * length * (2 * e + max(e, FP32))  # of prompts and completions, together, and their softmax
-    masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * (1 + e)
+    masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * e
     yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
     yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
 

@@ -131,8 +131,8 @@ def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, 
             logits = scaled_logits(head(hidden[rows // 3]), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))
             tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
             steps = torch.full_like(rows, 4) + torch.arange(2, device=DEVICE)[:, None]
-            for masks in decoding_masks(wrapped, model.family, cache, rows, steps, prompts.attention_mask[rows // 3], 5):
-                state = read_tokens(wrapped, model.family, tokens, positions[rows // 3] + 4, masks)
+            for i, masks in enumerate(decoding_masks(wrapped, model.family, cache, rows, steps, prompts.attention_mask[rows // 3], 5)):
+                state = read_tokens(wrapped, model.family, tokens, positions[rows // 3] + 4 + i, masks)
     assert state.device == DEVICE and state.dtype == dtype and state.shape == (5, 32)
     assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
 

@@ -109,7 +109,7 @@ def test_completions_of_similar_lengths_are_laid_out_together():
     rows = [EncodedRow(prompt, torch.arange(10 * i, 10 * i + n), torch.ones(n, dtype=torch.bool)) for i, n in enumerate((4, 9, 7, 1, 5), 1)]
     batch = collate_rows(rows, 0)
     assert [(bucket.rows.tolist(), bucket.length) for bucket in batch.buckets] == [([1, 2], 8), ([4, 0], 4)]
-    assert batch.buckets[0].places.tolist() == [*range(14)] and batch.buckets[1].places.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.buckets[0].prompts.tolist() == [0, 0] and batch.buckets[0].places.tolist() == [*range(14)] and batch.buckets[1].places.tolist() == [0, 1, 2, 3, 4, 5, 6]
     read = batch.completion_ids[:, :8].flatten()[batch.read_places]
     assert read.tolist() == [*range(20, 28), *range(30, 36), *range(50, 54), *range(10, 13)]
     packed = torch.cat([torch.tensor([1, 2]), read])

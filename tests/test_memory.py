@@ -11,7 +11,7 @@ import torch
 from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
 from engine.memory import (
     ModelShape, Packed, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, packed_inputs,
-    static_parts)
+    sampler_head, sampling_weights, static_parts, writing_moments)
 from engine.model import attach_new_adapter
 from tiny import load
 
@@ -121,6 +121,26 @@ def test_the_head_by_hand():
         assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
         assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=True) == 204_800 + scored * 48
     assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96  # half a chunk
+
+
+def test_the_copies_of_the_sampler_by_hand():
+    # a layer's weights: 8 x (2 x 8 + 2 x 4 + 3 x 16) = 576, three layers 1,728; on a CPU the head's 800 too; none in bf16
+    assert sampling_weights(SHAPE, WORK) == 4 * (1728 + 800)
+    assert sampling_weights(SHAPE, replace(WORK, device="cuda")) == 4 * 1728
+    assert sampling_weights(SHAPE, replace(WORK, element_size=2)) == 0
+    # Logits and log-probabilities of 6 rows; drawn, what the nucleus needs beside the log-probabilities as well
+    assert sampler_head(SHAPE, WORK, 6, greedy=True) == 6 * 100 * 4 * 2
+    assert sampler_head(SHAPE, WORK, 6, greedy=False) == 6 * 100 * 4 * 5
+
+
+def test_the_masks_of_the_sampler_by_hand():
+    # 2 prompts of 10 tokens, 3 completions each of at most 5: 6 rows see 15 places, of 8 tokens, each a number of 4 bytes. Beside these
+    # is held: 6 x 5 x 20 bytes of what was written and features of 2 x 64 x 8 x 4 bytes.
+    work = replace(WORK, prompt_length=10, max_completion_length=5)
+    attention = list(writing_moments(SHAPE, work, 2, 3, greedy=False))[1]
+    assert attention["inputs"] == 6 * 5 * 20 + 2 * 64 * 8 * 4 + 8 * 6 * 15 * 4
+    two_kinds = list(writing_moments(replace(SHAPE, window=14), work, 2, 3, greedy=False))[1]
+    assert two_kinds["inputs"] - attention["inputs"] == 8 * 6 * 15 * 4
 
 
 def test_phases_of_the_two_scripts():

@@ -14,9 +14,10 @@ from data.prompts import Prompt
 from engine.families import LORA_TARGETS, language_model, lm_head_weight
 from engine.generate import SamplingConfig, generate
 from engine.model import REFERENCE, use_adapter
-from engine.sampling_layers import sampling_layers
+from engine.sampling_layers import _rounded_up, sampling_layers
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 PRODUCTS = {"mm", "addmm", "bmm", "linear", "_linear_pointwise"}
 
 
@@ -71,6 +72,7 @@ def untouched(layers) -> bool:
     return not any("forward" in vars(layer) or layer.merged for layer in layers)
 
 
+@needs_onednn
 def test_an_adapter_costs_no_product_of_its_own(wrapped):
     layers = adapted(wrapped)
     expected = outputs(layers)
@@ -83,14 +85,23 @@ def test_an_adapter_costs_no_product_of_its_own(wrapped):
     close(found, expected)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 33, 300])
+@pytest.mark.parametrize("rows", [1, 2, 7, 9, 33, 300])
 def test_any_number_of_rows(wrapped, rows):
     layer = adapted(wrapped)[0]
     x = inputs(layer, rows=rows)
     with torch.no_grad():
         expected = layer(x)
-        with sampling_layers(wrapped):
-            close([layer(x)], [expected])
+        with sampling_layers(wrapped) as head:
+            close([layer(x), layer(x[0])], [expected, expected[0]])
+            hidden, weight = torch.randn(rows, lm_head_weight(wrapped).shape[1]), lm_head_weight(wrapped)
+            close([head(hidden)], [hidden @ weight.t()])
+
+
+def test_products_have_few_numbers_of_rows():
+    sizes = {_rounded_up(rows) for rows in range(1, 2049)}
+    assert len(sizes) == 40  # 1 to 7, then four for each of 8, 16, ..., 1024, and 2048
+    assert {5, 7, 8, 10, 12, 14, 16, 20, 640, 2048} <= sizes
+    assert all(rows <= _rounded_up(rows) <= 1.25 * rows for rows in range(1, 2049))
 
 
 def test_elsewhere_the_product_is_torchs(wrapped, monkeypatch):
@@ -109,6 +120,7 @@ def test_in_fp64(family, tiny_checkpoint):
     layers = adapted(wrapped)
     expected = outputs(layers, torch.float64)
     with sampling_layers(wrapped):
+        assert not any(layer.forward == type(layer).forward.__get__(layer) for layer in layers)
         close(outputs(layers, torch.float64), expected, 1e-14)
 
 
@@ -170,6 +182,39 @@ def test_the_adapter_is_the_active_one_as_it_is_now(wrapped):
         assert max(float((a - b).abs().max()) for a, b in zip(one, other)) > 0.1
 
 
+def test_a_forward_of_a_modules_own_is_there_again(wrapped):
+    layer = adapted(wrapped)[0]
+    layer.forward = own = lambda x: x
+    try:
+        with sampling_layers(wrapped):
+            assert layer.forward is not own
+            with sampling_layers(wrapped):
+                inner = outputs(adapted(wrapped))
+            close(outputs(adapted(wrapped)), inner)
+        assert layer.forward is own
+    finally:
+        del layer.forward
+
+
+def test_an_adapter_that_is_merged_already_is_not_added_twice(wrapped):
+    layers = adapted(wrapped)
+    expected = outputs(layers)
+    wrapped.merge_adapter()
+    try:
+        with sampling_layers(wrapped):
+            close(outputs(layers), expected)
+    finally:
+        wrapped.unmerge_adapter()
+
+
+def test_the_heads_product_is_in_its_own_dtype(family, tiny_checkpoint):
+    base = load(tiny_checkpoint(family), dtype=torch.bfloat16).base
+    base.lm_head = torch.nn.Linear(32, 7, bias=False)  # fp32, as a fork may have it
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad(), sampling_layers(base) as head:
+        close([head(x)], [x.float() @ base.lm_head.weight.t()])
+
+
 @pytest.mark.parametrize(("family", "targets", "kind"), [
     *((family, LORA_TARGETS, {"use_dora": True}) for family in SAVE), ("qwen2_5_vl", r".*language_model.*self_attn\.[qkv]_proj", {"lora_bias": True})])
 def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targets, kind):
@@ -187,6 +232,7 @@ def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targ
     assert all(bias is None or torch.equal(bias, right) for bias, right in zip(biases, before))
 
 
+@needs_onednn
 def test_without_an_adapter(family, tiny_checkpoint):
     base = load(tiny_checkpoint(family)).base
     layers = [module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)]
@@ -200,6 +246,7 @@ def test_without_an_adapter(family, tiny_checkpoint):
     assert not any("forward" in vars(layer) for layer in layers)
 
 
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
     """Every pass, of the prompt and of each token but the last: in fp32 one product a layer, in bf16 the adapter's two beside it."""

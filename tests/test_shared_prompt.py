@@ -21,9 +21,10 @@ from engine.forward import completion_logprobs
 from engine.model import enable_gradient_checkpointing
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
-# Of three prompts of different lengths and images; the first group is not in one piece, one completion is a single token. Prompts
+# Of three prompts of different lengths and images; no group is in one piece, one completion is a single token, and the 30, 27 and 25
+# tokens of two prompts are laid out together. Prompts
 # have 60 to 90 tokens, so most of a completion lies beyond Gemma's window of 24 from their images.
-GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2), (0, 27))
+GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2), (1, 27))
 # As SFT packs them: one answer a prompt.
 ANSWERS = ((2, 9), (0, 30), (1, 17))
 
@@ -210,7 +211,8 @@ def test_control_another_completions_prompt(family, groups, tiny_checkpoint, tin
     def crossed(*arguments):
         found = masks(*arguments)
         for mask in found.values():
-            mask.places = dataclasses.replace(mask.places, prompt_of_row=mask.places.prompt_of_row.flip(0))
+            buckets = [dataclasses.replace(bucket, prompts=2 - bucket.prompts) for bucket in mask.places.buckets]
+            mask.places = dataclasses.replace(mask.places, buckets=buckets)
         return found
 
     monkeypatch.setattr(engine.forward, "shared_prompt_masks", crossed)
