@@ -2,7 +2,7 @@
 
 Every token reads all weights, and what its layers do beside that counts. In fp32 the adapter is added to copies of the weights that it
 adapts, in place of two more products beside each. On a CPU these copies, and the head's, are laid out as oneDNN likes them; how much
-faster its products are depends on the processor (tests/benchmarks/sampling_layers.py: 1.8 to 2.7 times as fast as torch's on an AMD
+faster its products are depends on the processor (tests/benchmarks/sampling_layers.py: 1.6 to 2.8 times as fast as torch's on an AMD
 EPYC). The model itself is not changed: its layers have another `forward` for a while, so hooks on a layer's parts do not see it.
 """
 from __future__ import annotations
