@@ -6,7 +6,7 @@ The products, x W^T of the benchmark models' shapes (models.py) and of their hea
 against oneDNN's product with weights laid out for it. Then samplings of one prompt on both models, in three ways: with the adapter
 beside its weights, merged with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. On one thread in
 fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range. How much of it is oneDNN depends on the
-processor: torch's own products are Intel's MKL, which on processors of others uses narrower instructions.
+processor: torch's own products are Intel's MKL.
 """
 from __future__ import annotations
 
