@@ -17,7 +17,7 @@ from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.config import ConfigError, UsageError
 from engine.forward import completion_logprobs
-from engine.model import POLICY, REFERENCE, LoadedModel, adapter_state, compile_decoder, enable_gradient_checkpointing, use_adapter
+from engine.model import POLICY, REFERENCE, LoadedModel, compile_decoder, enable_gradient_checkpointing, use_adapter
 from runs import grpo, speak, train_log
 from tiny import attach_random_adapter, examples_of, load
 
