@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.encode import EncodedPrompt, EncodedRow
 
 # How long a bucket's shortest completion is at least, by its longest. On a CPU, where a bucket costs next to nothing, ragged groups of
-# 4 and 8 take 0.87 and 0.82 of the time that they take in one bucket; nothing was measured on a GPU.
+# 4 and 8 would take 1.14 and 1.13 times as long in one bucket (tests/benchmarks/attention_layouts.py); nothing was measured on a GPU.
 SIMILAR = 0.75
 
 
@@ -61,8 +61,8 @@ class Batch:
     scored. prompt_of_row [N]. Of a completion only the tokens before its last scored one are read: read_mask [N,R] bool.
 
     The packed row has M tokens: the prompts', then the completions', bucket by bucket, the longest first; completions of which nothing is
-    read are in no bucket. prompt_places and read_places: of its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion by completion: scored_places [K], in the flat [N,T], and
-    predictors [K], the packed token before each. All int64.
+    read are in no bucket. prompt_places and read_places: of its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion
+    by completion: scored_places [K], in the flat [N,T], and predictors [K], the packed token before each. All int64.
     """
 
     prompts: Prompts

@@ -86,8 +86,9 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
 
 
 def _rounded_up(rows: int) -> int:
-    """At most a fourth more, of which there are four between a number and its double: oneDNN compiles a kernel of half a megabyte for
-    every number of rows and shape of weights, and keeps a thousand of them.
+    """At least `rows` and at most a fourth more: one of four numbers between a power of two and the next.
+
+    oneDNN compiles a kernel for every number of rows and shape of weights, and keeps a thousand, of half a megabyte each.
     """
     step = 2 ** max(0, rows.bit_length() - 3)
     return -(-rows // step) * step

@@ -1,15 +1,16 @@
-"""Three layouts of the same completions in a training forward: split attention (the product's), dense-packed and padded plain.
+"""Layouts of the same completions in a training forward: split attention (the product's), in one bucket, dense-packed and padded plain.
 
     python tests/benchmarks/attention_layouts.py [--generations 4 8] [--pairs 5] [--dtype fp32]
 
-All three run the decoder forward and backward with gradient checkpointing and adapters of rank 16, without vision tower and head, on
+All run the decoder forward and backward with gradient checkpointing and adapters of rank 16, without vision tower and head, on
 one prompt of 577 tokens (256 an image) and G completions: even ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
 
     split    tokens in one row; the prompt attends to itself, each completion to its prompt and itself (engine/attention.py)
+    one      as split, with completions of all lengths in one bucket, padded in attention alone
     packed   tokens in one row, one mask [M,M] over it for transformers' SDPA; blocks between completions are computed and masked
     padded   every completion is a row with its own copy of the prompt, padded to the longest (tests/plain.py)
 
-Hidden states and adapter gradients of the three are compared first. They alternate in one process; printed are medians of CPU and
+Hidden states and adapter gradients are compared first. They alternate in one process; printed are medians of CPU and
 wall seconds, each layout's time over split's as the median over pairs with the smallest and largest, and the peak of allocated
 memory over the loaded model. On a GPU CPU time is that of launching, and wall time says how fast it is.
 """
@@ -22,11 +23,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+import data.collate  # noqa: E402
 import plain  # noqa: E402
 from data.collate import Batch, collate_rows  # noqa: E402
 from data.encode import EncodedRow  # noqa: E402
@@ -103,6 +106,8 @@ def main() -> None:
         for kind, lengths in (("even", even), ("ragged", ragged)):
             rows = [EncodedRow(prompt, torch.randint(100, SIZES.vocabulary, (n,)), torch.ones(n, dtype=torch.bool)) for n in lengths]
             shared = collate_rows(rows, 0).to(device)
+            with patch.object(data.collate, "SIMILAR", 0.0):
+                one = collate_rows(rows, 0).to(device)
             apart = plain.plain_batch(rows, 0)
             apart = replace(apart, prompts=apart.prompts.to(device), loss_mask=apart.loss_mask.to(device))
             signs = torch.randn(sum(lengths), SIZES.hidden, dtype=dtype, device=device)
@@ -113,12 +118,13 @@ def main() -> None:
                 (states * signs).sum().backward()
                 return states.detach()
 
-            ways = {"split": lambda: step(split, shared), "packed": lambda: step(packed, shared), "padded": lambda: step(padded, apart)}
+            ways = {"split": lambda: step(split, shared), "one": lambda: step(split, one), "packed": lambda: step(packed, shared),
+                    "padded": lambda: step(padded, apart)}
             found = {}
             for name, run in ways.items():  # also warms up
                 states = run()
                 found[name] = states, torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad])
-            for name in ("packed", "padded"):
+            for name in ("one", "packed", "padded"):
                 for ours, theirs in zip(found[name], found["split"]):
                     assert float((ours - theirs).norm() / theirs.norm()) < (1e-4 if dtype == torch.float32 else 5e-2), name
             peaks = {name: allocated_peak(run, device) / 1e6 for name, run in ways.items()}

@@ -14,8 +14,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -23,20 +22,16 @@ from unittest.mock import patch
 import torch
 from torch.nn.functional import linear
 
+from data.encode import EncodedPrompt
 from engine import generate, sampling_layers
 from engine.families import lm_head_weight
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+from cost_growth import seconds  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import Product, machine, make_folder, quiet  # noqa: E402
 
 WEIGHTS = 45_000_000  # bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
-
-
-def seconds(call: Callable[[], None]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def ratios(slow: list[float], fast: list[float]) -> str:
@@ -73,10 +68,7 @@ def adapter_beside(model) -> Iterator[Callable]:
     yield lambda hidden: hidden @ lm_head_weight(model).t()
 
 
-def compare_samplings(family: str, folder: Path, sizes: Sizes, generations: int, rounds: int) -> None:
-    [example] = make_folder(folder, family, sizes, 1)
-    product = Product(folder, family, sizes)
-    prompts = product.look([example], product.prompt_for(example))
+def compare_samplings(product: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int) -> None:
     ways = {"adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
             "merged, torch": patch.object(sampling_layers, "_is_packable", lambda weight: False),
             "merged, oneDNN": nullcontext()}
@@ -111,9 +103,12 @@ def main() -> None:
             compare_products(*shape, rows, arguments.rounds)
     for family in arguments.families:
         print(f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged with oneDNN")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            [example] = make_folder(Path(name), family, sizes, 1)
+            product = Product(Path(name), family, sizes)
+            prompts = product.look([example], product.prompt_for(example))
             for generations in arguments.num_generations:
-                compare_samplings(family, Path(folder) / str(generations), sizes, generations, arguments.rounds)
+                compare_samplings(product, prompts, generations, arguments.rounds)
 
 
 if __name__ == "__main__":
