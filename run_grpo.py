@@ -66,7 +66,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
     bar = Progress(steps, initial=state.global_step, description="GRPO")
     state.log_history = log.log_history
     prompts, remembering = [], reward_functions | {"monitors": monitors}
-    evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))  # the start, or one that was cut short
+    # the start, or one that was cut short
+    evaluate_when_due(config, state, steps, guard, evaluate, lambda: save(samples))
 
     while state.global_step < steps and guard.stop is None and monitors.stopped is None:
         started = time.perf_counter()
@@ -78,8 +79,10 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             orders = {epoch: shuffled(len(examples), epoch, config.seed) for epoch, _ in positions}
             chosen = [examples[orders[epoch][index]] for epoch, index in positions]
             try:
-                prompts = [model.encode_prompt(example, prompt) for example in chosen]  # with the frozen tower's features
-            except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
+                # with the frozen tower's features
+                prompts = [model.encode_prompt(example, prompt) for example in chosen]
+            except DataError:
+                # a damaged image in the middle of a run: nothing of this step has happened yet
                 save(samples)
                 raise
 
@@ -111,16 +114,20 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             metrics.add("time/rollout", time.perf_counter() - started)
 
         # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip, learning rate, step
-        of_pass = plan(samples, prompts)  # the same for every pass, so that the ratio is exactly 1 at first
-        of_this_step = of_pass[update % len(of_pass)]  # the next iteration over the rollout starts again at its first step
-        num_completions = sum(len(indices) for indices in of_this_step)  # totals of the whole optimizer step
+        # the same for every pass, so that the ratio is exactly 1 at first
+        of_pass = plan(samples, prompts)
+        # the next iteration over the rollout starts again at its first step
+        of_this_step = of_pass[update % len(of_pass)]
+        # totals of the whole optimizer step
+        num_completions = sum(len(indices) for indices in of_this_step)
         num_tokens = sum(int(samples[i].mask.sum()) for indices in of_this_step for i in indices)
         computed, to_dump = [], []
         wrapped.train()  # for gradient checkpointing; dropout is 0
         for indices in of_this_step:
             micro = collate_samples([samples[i] for i in indices], prompts, pad, device)
             logprobs, entropy = completion_logprobs(wrapped, model.family, micro.batch, temperature=config.temperature,
-                                                    suppress_token_ids=model.suppressed_ids, entropy=True)  # [N,T]
+                                                    # [N,T]
+                                                    suppress_token_ids=model.suppressed_ids, entropy=True)
             if update == 0:  # the policy is still the one that sampled
                 micro = replace(micro, old_logprobs=logprobs.detach())
             weights = token_weights(micro.mask, objective.loss_type, num_completions=num_completions, num_tokens=num_tokens,
@@ -132,7 +139,8 @@ def train(config: GRPOConfig, objective: ObjectiveConfig, model: LoadedModel, wr
             computed.append((loss.detach(), detached, entropy.detach(), micro.advantages, micro.mask, logprobs.detach()))
             if state.global_step + 1 == config.dump_step:
                 to_dump.append(step_tensors(loss, logprobs, entropy, weights, terms))
-        for _, terms, entropy, advantages, mask, _ in computed:  # only now: to read a number is to wait for the GPU
+        # only now: to read a number is to wait for the GPU
+        for _, terms, entropy, advantages, mask, _ in computed:
             metrics.add_all(objective_metrics(terms, advantages, mask, objective))
             if mask.any():
                 metrics.add("entropy", entropy[mask].mean(), weight=int(mask.sum()))
@@ -334,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
                 return guard.exit_code
             best = load_best_adapter(run_dir, state, wrapped) if config.load_best_model_at_end else None
             save_final_adapter(run_dir, state, wrapped, base_name=model.name)
-            if best not in (None, f"checkpoint-{state.global_step}"):  # the scores in the folder are those of the final adapter
+            # the scores in the folder are those of the final adapter
+            if best not in (None, f"checkpoint-{state.global_step}"):
                 try:
                     evaluate_policy(config, model, wrapped, sets, examples, reward_functions, run_dir, guard, bad_images,
                                     int(best.rpartition("-")[2]))

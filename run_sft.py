@@ -162,11 +162,14 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
         order = shuffled(len(data.train), epoch, config.seed)
         examples = [data.train[i] for i in order[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]]
         try:
-            rows = [model.encode_answer(example, prompt, example.answer) for example in examples]  # with the frozen tower's features
-        except DataError:  # a damaged image in the middle of a run: nothing of this step has happened yet
+            # with the frozen tower's features
+            rows = [model.encode_answer(example, prompt, example.answer) for example in examples]
+        except DataError:
+            # a damaged image in the middle of a run: nothing of this step has happened yet
             save()
             raise
-        supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)  # of the whole optimizer step
+        # of the whole optimizer step
+        supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
         random_state = rng_to_tensors()
 
         wrapped.train()
@@ -175,12 +178,14 @@ def train(config: SFTConfig, model: LoadedModel, wrapped, data: SFTData, log: Ru
             batch = collate_rows([rows[i] for i in indices], model.encoder.pad_token_id).to(head.device)
             hidden, targets = completion_hidden_states(wrapped, model.family, batch)  # [K,H], [K]
             logprobs, _ = token_logprobs(hidden, head, targets, softcap=softcap)  # [K]
-            loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's mean
+            # Eq. 1; micro-batches add up to the step's mean
+            loss = -logprobs.sum() / supervised_tokens
             loss.backward()
             losses.append(loss.detach())
             metrics.add("mean_token_accuracy", predicted_correctly(hidden, head, targets).float().mean(), weight=len(targets))
 
-        step_loss = sum(float(loss) for loss in losses)  # only now: to read a number is to wait for the GPU
+        # only now: to read a number is to wait for the GPU
+        step_loss = sum(float(loss) for loss in losses)
         grad_norm = clip_gradients(parameters, config.max_grad_norm)
         if not torch.isfinite(grad_norm):
             optimizer.zero_grad()
@@ -296,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint is not None:
         document = continue_document(checkpoint, document)
     model = load_base(config, device)
-    for example in data.train[:1] + data.validation[:1]:  # a wrong path or template shows now, not after an epoch
+    # a wrong path or template shows now, not after an epoch
+    for example in data.train[:1] + data.validation[:1]:
         model.encode_answer(example, PROMPTS[config.prompt], example.answer)
     if config.adapter_name_or_path and checkpoint is None:
         wrapped = attach_adapter(model, config.adapter_name_or_path, trainable=True, dropout=config.lora_dropout)

@@ -61,12 +61,14 @@ class Answer:
     """What one completion says, and how well it keeps to the format."""
 
     valid: bool  # strict: exactly the format and nothing else
-    parsed: bool  # the labels could be read; the fail rate is the share of answers where this is False
+    # the labels could be read; the fail rate is the share of answers where this is False
+    parsed: bool
     problem: str | None = None  # a code of the module's table
     labels: tuple[str, ...] = ()  # of the 14, in the text's order, each once
     unknown: tuple[str, ...] = ()  # entries that are none of the 14, as written, each once
     duplicates: tuple[str, ...] = ()  # one item for every entry that repeats an earlier one
-    contradictions: tuple[str, ...] = ()  # labels that cannot stand beside No Finding, where it is among the labels
+    # labels that cannot stand beside No Finding, where it is among the labels
+    contradictions: tuple[str, ...] = ()
     think: str | None = None  # inside of the <think> block, where there is exactly one
     outside: str = ""  # text outside the blocks, stripped; pieces joined by a newline
 

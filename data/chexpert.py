@@ -18,7 +18,8 @@ from data.sources import (
     VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known, places,
     raise_problems, source_folder, view_rank)
 
-PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # {part: names of its folder of images}
+# {part: names of its folder of images}
+PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 _LABEL_FILES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("groundtruth.csv", "test_labels.csv")}
 _STUDY = re.compile(r"(?:.*/)?(patient\d+)/(study\d+)")
 _IS_FRONTAL = {"Frontal": True, "_frontal": True, "Lateral": False, "_lateral": False}

@@ -84,16 +84,20 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     """Prompt + completion of every row; rows with the same prompt object share it."""
     distinct, prompt_of_row = _distinct_prompts([row.prompt for row in rows])
     prompts = collate_prompts(distinct, pad_token_id)
-    ids = pad_sequence([row.completion_ids for row in rows], batch_first=True, padding_value=pad_token_id)  # [N,T]
+    # [N,T]
+    ids = pad_sequence([row.completion_ids for row in rows], batch_first=True, padding_value=pad_token_id)
     scored = pad_sequence([row.completion_mask for row in rows], batch_first=True)  # [N,T]
     columns = torch.arange(ids.shape[1])
-    read_lengths = (columns * scored).amax(1)  # [N]: the last scored token predicts nothing and is not read
+    # the last scored token predicts nothing and is not read
+    read_lengths = (columns * scored).amax(1)  # [N]
     read_mask = columns[: int(read_lengths.max())] < read_lengths[:, None]  # [N,R]
 
     order, buckets = _buckets(read_lengths, prompt_of_row)
     read_places = [bucket.rows[bucket.places // bucket.length] * read_mask.shape[1] + bucket.places % bucket.length for bucket in buckets]
-    last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]: each prompt's last token in the packed row
-    before = torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0)) - read_lengths  # [N] completions' tokens
+    # each prompt's last token in the packed row
+    last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]
+    # [N] completions' tokens
+    before = torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0)) - read_lengths
     start = int(last[-1]) + 1 + before  # [N]: each completion's first
     row, column = scored.nonzero(as_tuple=True)
     return Batch(
@@ -108,7 +112,8 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
 
     Raises ValueError where an image has more or fewer features than its prompt has placeholders.
     """
-    for prompt in prompts:  # here, on the CPU: on a GPU counting them would wait for all that it is still to do
+    # here, on the CPU: on a GPU counting them would wait for all that it is still to do
+    for prompt in prompts:
         placeholders, features = int(prompt.token_types.sum()), prompt.vision.get("features")
         if features is not None and len(features) != placeholders:
             raise ValueError(f"{placeholders} image placeholders for {len(features)} image features; the image processor and the model disagree")

@@ -63,7 +63,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id = image_token_id
-        self.image_seq_length = image_seq_length  # Gemma 3: every image is the same number of tokens
+        # Gemma 3: every image is the same number of tokens
+        self.image_seq_length = image_seq_length
         self.pad_token_id = tokenizer.pad_token_id
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>" if family == "qwen2_5_vl" else "<end_of_turn>")
         # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's <end_of_turn>.
@@ -105,7 +106,8 @@ class Encoder:
     def encode_prompt(self, example: Example, prompt: Prompt, vision: dict[str, Tensor] | None = None) -> EncodedPrompt:
         """The instruction and the example's image, which is not read where `vision` is given. Raises DataError as `encode_image`."""
         vision = self.encode_image(example) if vision is None else vision
-        input_ids = torch.tensor(self._tokenize(self._prompt_text(prompt), self._num_image_tokens(vision)))  # [P]
+        # [P]
+        input_ids = torch.tensor(self._tokenize(self._prompt_text(prompt), self._num_image_tokens(vision)))
         return EncodedPrompt(input_ids, (input_ids == self.image_token_id).long() * IMAGE_TYPE, vision)
 
     def encode_answer(self, example: Example, prompt: Prompt, answer: str, vision: dict[str, Tensor] | None = None) -> EncodedRow:

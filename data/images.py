@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data.records import MAX_PROBLEMS, DataError, Example
 
-MAX_PIXELS = 80_000_000  # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
+# the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
+MAX_PIXELS = 80_000_000
 MAX_ASPECT_RATIO = 20  # a longer strip is no radiograph, and image processors refuse or distort it
 FORMATS = ("JPEG", "PNG")
 
@@ -39,7 +40,8 @@ def image_path(example: Example) -> Path:
         mode = path.stat().st_mode if inside else 0
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError([f"{name}: no such file under the image root {root}; check the row or --image_root"]) from error
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links, no permission
+    except (OSError, ValueError, RuntimeError) as error:
+        # too long, a null byte, a loop of links, no permission
         raise DataError([f"{name}: not a usable path ({getattr(error, 'strerror', None) or error})"]) from error
     if not inside:
         raise DataError([f"{name} lies outside the image root {root}, through a symbolic link"])
@@ -120,7 +122,8 @@ def load_image(example: Example) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except Exception as error:  # of many classes: Pillow's readers raise what a damaged file makes them stumble over
+    except Exception as error:
+        # of many classes: Pillow's readers raise what a damaged file makes them stumble over
         raise DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]) from error
 
 

@@ -120,7 +120,8 @@ def read_examples(spec: str | Path, image_root: str | Path | None = None) -> lis
 
 def _parse_row(line: bytes) -> tuple[dict, list[str]]:
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())  # some tools put a byte order mark in front of the first line
+        # some tools put a byte order mark in front of the first line
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:
         return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
     except UnicodeDecodeError as error:

@@ -30,7 +30,8 @@ from data.sources import FRONTALS, VIEWS, Report
 HOSPITALS = ("mimic", "chexpert", "nih")
 TRAINING_SETS = ("sft", "rl", "validation")
 SAMPLINGS = ("natural", "balanced")
-_VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}  # the hospital's own, where it has one
+# the hospital's own, where it has one
+_VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
         except DataError as error:
             problems += error.problems
     if problems:
-        raise DataError(dict.fromkeys(problems))  # two parts of one folder may have the same problem
+        # two parts of one folder may have the same problem
+        raise DataError(dict.fromkeys(problems))
     return pools
 
 
@@ -194,7 +196,8 @@ def deal_patients(examples: Sequence[Example], sizes: Mapping[str, int], rng: ra
     the pools are in proportion to the sizes.
     """
     by_patient: dict[str, list[Example]] = {}
-    for example in sorted(examples, key=lambda example: example.id):  # the draw does not depend on the order of the label file
+    # the draw does not depend on the order of the label file
+    for example in sorted(examples, key=lambda example: example.id):
         by_patient.setdefault(example.patient_id, []).append(example)
     patients = list(by_patient)
     rng.shuffle(patients)
@@ -222,7 +225,8 @@ def draw(examples: Sequence[Example], count: int, sampling: str, rng: random.Ran
         for queue in queues.values():
             while queue and queue[-1].id in drawn:
                 queue.pop()
-        name = min((name for name in names if queues[name]), key=lambda name: counts[name])  # of equal ones, CheXpert's order
+        # of equal ones, CheXpert's order
+        name = min((name for name in names if queues[name]), key=lambda name: counts[name])
         example = queues[name].pop()
         drawn[example.id] = example
         counts.update(example.labels or (None,))

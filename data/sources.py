@@ -103,7 +103,8 @@ class Table:
         if not header or not any(header):
             raise DataError([f"{path}: has no header row"])
         self.columns = {name.strip().casefold(): index for index, name in enumerate(header) if name.strip()}
-        self.names = {index: header[index].strip() for index in self.columns.values()}  # {index: name as written}
+        # {index: name as written}
+        self.names = {index: header[index].strip() for index in self.columns.values()}
         self._width = max(self.columns.values()) + 1  # NIH has had trailing commas
         twice = [name for name, count in Counter(name.strip().casefold() for name in header if name.strip()).items() if count > 1]
         if twice:

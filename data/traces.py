@@ -252,7 +252,8 @@ def _gemini_answer(row: dict) -> TeacherAnswer:
     if not candidates:
         return TeacherAnswer(_text(row["key"]), rejected=("failed", _shortened(row["response"].get("promptFeedback") or "no candidate")))
     parts = (candidates[0].get("content") or {}).get("parts") or []
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))  # a thinking model's own notes
+    # a thinking model's own notes
+    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
     return _finished(_text(row["key"]), text, candidates[0].get("finishReason") or "", cut="MAX_TOKENS", good="STOP")
 
 
@@ -409,7 +410,8 @@ def _import(arguments: argparse.Namespace) -> int:
         if rows:
             write_jsonl(file, rows)
             print(f"written: {file}")
-    if imported.kept and selection_file(path).is_file():  # what data.select noted of these examples stays with them
+    # what data.select noted of these examples stays with them
+    if imported.kept and selection_file(path).is_file():
         shutil.copyfile(selection_file(path), selection_file(output))
     root = Path(arguments.image_root) if arguments.image_root else path.parent
     if root.resolve() != output.parent.resolve():

@@ -72,13 +72,17 @@ class SharedPromptMask(PackedMask):
         places = self.places
         prompt_mask, *bucket_masks = self.additive(query.dtype, query.shape[1] // key.shape[1])
         split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
-        prompts, *completions = zip(*(states[0].transpose(0, 1).split(split) for states in (query, key, value)))  # (q, k, v) [m,heads,D]
-        q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)  # [B,S,heads,D]
+        # (q, k, v) [m,heads,D]
+        prompts, *completions = zip(*(states[0].transpose(0, 1).split(split) for states in (query, key, value)))
+        # [B,S,heads,D]
+        q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)
         if self.keep is not None:
             self.keep(module.layer_idx, k, v)
-        outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]  # [m,H,D]
+        # [m,H,D]
+        outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]
         for bucket, states, mask in zip(places.buckets, completions, bucket_masks):
-            own_q, own_k, own_v = (spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states)  # [n,R,heads,D]
+            # [n,R,heads,D]
+            own_q, own_k, own_v = (spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states)
             keys, values = (torch.cat([of_prompts.index_select(0, bucket.prompts), own], 1) for of_prompts, own in ((k, own_k), (v, own_v)))
             outputs.append(gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places))
         return torch.cat(outputs)[None]
@@ -123,7 +127,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: flo
     """
     rows, length, heads, width = query.shape
     shared = key.shape[2]
-    query = query.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)  # [R,K,H/K x Q,D]
+    # [R,K,H/K x Q,D]
+    query = query.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return output.view(rows, shared, heads // shared, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width)

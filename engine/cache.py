@@ -50,7 +50,8 @@ class SamplingCache:
         heads, width = like.shape[2:]
         prompts = self.num_prompts, heads, self.prompt_length, width
         rows = self.num_prompts * self.generations, heads, self.completion_length, width
-        return LayerCache(*(like.new_zeros(shape) for shape in (prompts, prompts, rows, rows)))  # zeros: 0 x NaN would be NaN
+        # zeros: 0 x NaN would be NaN
+        return LayerCache(*(like.new_zeros(shape) for shape in (prompts, prompts, rows, rows)))
 
     def select(self, prompts: Tensor, rows: Tensor) -> None:
         """Keep the prompts at these places [b] and the completions at these [b x w], in their order."""
@@ -82,13 +83,17 @@ class DecodingMask(PackedMask):
         for into, new in ((kept.keys, key), (kept.values, value)):
             into[self.rows, :, self.steps] = new[0].transpose(0, 1)  # [n,K,D]
         start = cache.prompt_length - self.prompt_length
-        prompt_keys, prompt_values = kept.prompt_keys[:, :, start:], kept.prompt_values[:, :, start:]  # [B,K,S,D]
-        keys, values = kept.keys[:, :, : self.length], kept.values[:, :, : self.length]  # [B x W,K,R,D]
+        # [B,K,S,D]
+        prompt_keys, prompt_values = kept.prompt_keys[:, :, start:], kept.prompt_values[:, :, start:]
+        # [B x W,K,R,D]
+        keys, values = kept.keys[:, :, : self.length], kept.values[:, :, : self.length]
 
-        query = spread(query[0].transpose(0, 1) * scaling, self.rows, grid).unflatten(2, (-1, repeats))  # [B,W,K,h,D]
+        # [B,W,K,h,D]
+        query = spread(query[0].transpose(0, 1) * scaling, self.rows, grid).unflatten(2, (-1, repeats))
         of_prompts = by_prompt(query) @ prompt_keys.transpose(2, 3)  # [B,K,W x h,S]
         of_completions = query.flatten(0, 1) @ keys.transpose(2, 3)  # [B x W,K,h,R]
-        scores = torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1) + self.additive  # [B,W,K,h,S+R]
+        # [B,W,K,h,S+R]
+        scores = torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1) + self.additive
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         of_prompts, of_completions = weights.split((self.prompt_length, self.length), -1)
         output = by_row(by_prompt(of_prompts) @ prompt_values, grid[1])  # [B,W,K,h,D]

@@ -29,7 +29,8 @@ from engine.config import UsageError
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"  # incomplete, or on its way out: never read, removed by clean_leftovers
-_REPLACED = ".old-"  # complete, for the moment in which a checkpoint of the same step takes its place
+# complete, for the moment in which a checkpoint of the same step takes its place
+_REPLACED = ".old-"
 _SUFFIXES = (".safetensors", ".json")
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def save_checkpoint(
         for name, payload in encoded.items():
             entries[name] = _write(temporary / name, payload)
         manifest = {"step": step, "files": entries, "notes": dict(notes or {})}
-        _write(temporary / MANIFEST, _to_json(manifest))  # last: its presence says that the rest was written
+        # last: its presence says that the rest was written
+        _write(temporary / MANIFEST, _to_json(manifest))
         _sync_directory(temporary)
         _publish(temporary, final)
     except BaseException as error:
@@ -119,7 +121,8 @@ def _sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a directory
+        # some network file systems cannot sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -253,7 +256,8 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
     deletable = [path for path in checkpoints if path.resolve() not in kept]
     deleted = []
     for path in deletable[: max(0, len(checkpoints) - limit)]:
-        doomed = path.with_name(f"{_TEMPORARY}{path.name}-deleted")  # so that half a checkpoint is never visible
+        # so that half a checkpoint is never visible
+        doomed = path.with_name(f"{_TEMPORARY}{path.name}-deleted")
         try:
             os.rename(path, doomed)
             shutil.rmtree(doomed)

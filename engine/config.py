@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-RECIPE_TABLES = ("sft", "grpo", "eval", "merge")  # one table per script; keys above the first table are shared by all of them
+# one table per script; keys above the first table are shared by all of them
+RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 
 
 class UsageError(ValueError):
@@ -237,7 +238,8 @@ def _build_parser(
         "--recipe", "--config", dest="recipe", action="append", metavar="NAME|FILE.toml",
         help=f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})",
     )  # fmt: skip
-    titles = dict.fromkeys(setting.group for setting in settings.values())  # in the order of first appearance
+    # in the order of first appearance
+    titles = dict.fromkeys(setting.group for setting in settings.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     for setting in settings.values():
         flags = [f"--{name}" for name in (setting.name, *setting.aliases)]

@@ -25,7 +25,8 @@ class Family:
     """What differs between model families. One subclass each; `family_of` picks it."""
 
     model_type: str
-    image_token_names: tuple[str, ...]  # tokens that stand for image content: sampled ones would have no features
+    # tokens that stand for image content: sampled ones would have no features
+    image_token_names: tuple[str, ...]
     layer_norms: int  # RMS norms over the hidden state in a decoder layer (engine/memory.py)
     head_norms: bool  # whether queries and keys have norms of their own
     sliding_layers: bool  # whether some layers see a window only, with masks of their own
@@ -69,15 +70,19 @@ class Qwen25VL(Family):
 
     def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
         # M-RoPE in tensors alone: transformers' get_rope_index waits for the device several times a prompt.
-        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])  # [B,3] patches in time, height and width
-        height, width = (grids[:, 1:] // model.config.vision_config.spatial_merge_size).unbind(1)  # [B] tokens
+        # [B,3] patches in time, height and width
+        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])
+        # [B] tokens
+        height, width = (grids[:, 1:] // model.config.vision_config.spatial_merge_size).unbind(1)
         height, width = height[:, None], width[:, None]
         text = text_positions(prompts.attention_mask)  # [B,S]: if all were text
         is_image = prompts.token_types == 1  # one image a row, so its tokens are one block
         seen = is_image.long().cumsum(1)  # [B,S] image tokens up to each, itself included
         index = seen - 1  # of a token within its image
-        axes = torch.stack([index // (height * width), index // width % height, index % width])  # [3,B,S]
-        after = text - seen + (seen > 0) * torch.maximum(height, width)  # text goes on beyond the image's longest side
+        # [3,B,S]
+        axes = torch.stack([index // (height * width), index // width % height, index % width])
+        # text goes on beyond the image's longest side
+        after = text - seen + (seen > 0) * torch.maximum(height, width)
         return torch.where(is_image, text - index + axes, after) * prompts.attention_mask  # [3,B,S]
 
     def expand_positions(self, positions: Tensor) -> Tensor:
@@ -114,7 +119,8 @@ class Gemma3(Family):
         window = model.config.get_text_config().sliding_window
         near = queries[..., None] - keys < window  # [Q,S] or [B,Q,S]
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
-        same_image = is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]  # [B,Q,S]
+        # [B,Q,S]
+        same_image = is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]
         full = (causal | same_image)[:, None]
         return {"full_attention": full, "sliding_attention": full if window >= len(keys) else (causal & near | same_image)[:, None]}
 

@@ -22,10 +22,13 @@ from engine.logprobs import token_logprobs
 
 def embed(model: nn.Module, prompts: Prompts) -> Tensor:
     """Input embeddings [B,S,H] of prompts, with every image's features in its placeholders."""
-    is_image = prompts.token_types == 1  # [B,S]; by type, not by id: a sampled placeholder id would not be an image
-    text_ids = prompts.input_ids.masked_fill(is_image, 0)  # Gemma's placeholder id can lie outside the vocabulary
+    # by type, not by id: a sampled placeholder id would not be an image
+    is_image = prompts.token_types == 1  # [B,S]
+    # Gemma's placeholder id can lie outside the vocabulary
+    text_ids = prompts.input_ids.masked_fill(is_image, 0)
     embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
-    rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H], row by row
+    # row by row
+    rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H]
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
 
@@ -34,7 +37,8 @@ def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> 
     its id.
     """
     base = unwrapped(model)
-    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]  # [m]
+    # [m]
+    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
     of_prompts = embed(model, batch.prompts).flatten(0, 1)[batch.prompt_places]
     embeddings = torch.cat([of_prompts, base.get_input_embeddings()(read_ids)])  # [M,H]
     states = language_model(model)(
@@ -88,9 +92,11 @@ def decoding_masks(model: nn.Module, family: Family, cache: SamplingCache, rows:
     first of these tokens.
     """
     size, ahead = prompt_mask.shape[1], len(steps)
-    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), length + ahead - 1)], 1)  # [n,S+R+Q-1]
+    # [n,S+R+Q-1]
+    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), length + ahead - 1)], 1)
     text = torch.zeros_like(whole, dtype=torch.long)
-    visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())  # [n,1,Q,S+R+Q-1]
+    # [n,1,Q,S+R+Q-1]
+    visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())
     dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
     once = {id(mask): mask for mask in visible.values()}  # two kinds of layers may see the same
     numbers = {key: spread(torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf), rows, grid)
@@ -119,8 +125,10 @@ def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[
     of_prompts = prompt_masks(model, family, prompts)
     alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], batch.read_mask.shape[1]
     # A completion's padding comes after it, where none of its tokens looks: as if there were none.
-    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R], or [1,S+R]
-    text = torch.zeros_like(whole, dtype=torch.long)  # nothing that a completion sees depends on where the image is
+    # or [1,S+R]
+    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R]
+    # nothing that a completion sees depends on where the image is
+    text = torch.zeros_like(whole, dtype=torch.long)
     of_completions = family.attention_masks(model, whole, text, torch.arange(size, size + read, device=rows.device))
     # The same object where two kinds of layers see the same: what it keeps is kept once.
     once = {id(mask): SharedPromptMask(places, of_prompts[kind], mask) for kind, mask in of_completions.items()}

@@ -28,10 +28,14 @@ from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
 from engine.sampling_layers import sampling_layers
 
-FREE_AT = 0.25  # share of places without a completion at which they are filled again, or dropped with a copy of the cache
-READ_TOKENS = 2048  # prompts are read so many tokens at a time: more together is no faster, but holds more
+# share of places without a completion at which they are filled again, or dropped with a copy of the
+# cache
+FREE_AT = 0.25
+# prompts are read so many tokens at a time: more together is no faster, but holds more
+READ_TOKENS = 2048
 MASKS_AHEAD = 8  # tokens whose masks are made together
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at which rows have finished: each look waits for the GPU
+# tokens between two looks at which rows have finished: each look waits for the GPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,23 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     probabilities = logprobs.exp()
     if top_p >= 1:
         return probabilities, probabilities.sum(1)
-    integers, highest = (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)  # the highest bit of 1.0
-    low = torch.zeros(len(probabilities), 1, dtype=integers, device=probabilities.device)  # [B,1]: what is at least this reaches top_p
-    mask = torch.empty_like(probabilities)  # [B,V] 1 or 0: masks in the probabilities' own dtype take a third of the time of bool
+    # the highest bit of 1.0
+    integers, highest = (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)
+    # what is at least this reaches top_p
+    low = torch.zeros(len(probabilities), 1, dtype=integers, device=probabilities.device)  # [B,1]
+    # [B,V] 1 or 0: masks in the probabilities' own dtype take a third of the time of bool
+    mask = torch.empty_like(probabilities)
     for bit in range(highest, -1, -1):
         torch.ge(probabilities, (low + 2**bit).view(probabilities.dtype), out=mask)
         low.add_(mask.mul_(probabilities).sum(1, keepdim=True) >= top_p, alpha=2**bit)
-    least = torch.minimum(low.view(probabilities.dtype), probabilities.amax(1, keepdim=True))  # at top_p 0 the most probable token stays
-    kept = torch.gt(probabilities, least, out=mask).mul(probabilities)  # [B,V] what lies above the border
-    needed = ((top_p - kept.sum(1, keepdim=True)) / least).ceil().clamp(min=1)  # [B,1] tokens of the border
-    on_border = torch.eq(probabilities, least, out=mask)  # its counts are exact: they stay below 2^24
+    # at top_p 0 the most probable token stays
+    least = torch.minimum(low.view(probabilities.dtype), probabilities.amax(1, keepdim=True))
+    # [B,V] what lies above the border
+    kept = torch.gt(probabilities, least, out=mask).mul(probabilities)
+    # [B,1] tokens of the border
+    needed = ((top_p - kept.sum(1, keepdim=True)) / least).ceil().clamp(min=1)
+    # its counts are exact: they stay below 2^24
+    on_border = torch.eq(probabilities, least, out=mask)
     kept += on_border.cumsum(1).le_(needed).mul_(on_border).mul_(probabilities)
     return kept, kept.sum(1)
 
@@ -99,7 +110,8 @@ def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Te
     By position, never by comparing with the padding id, which may be a stop id.
     """
     is_stop = torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device))  # [N,T]
-    stopped_before = is_stop.long().cumsum(1) - is_stop.long()  # stop tokens strictly before each token
+    # stop tokens strictly before each token
+    stopped_before = is_stop.long().cumsum(1) - is_stop.long()
     return stopped_before == 0
 
 
@@ -177,19 +189,24 @@ class _Writing:
         self.logprobs, self.masses = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)
         if sampling.temperature > 0:
             generators = [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
-            self.uniform = torch.cat([torch.rand(generations, shape[1], generator=own) for own in generators]).to(self.device)  # [N,T]
+            # [N,T]
+            self.uniform = torch.cat([torch.rand(generations, shape[1], generator=own) for own in generators]).to(self.device)
 
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])  # the longest at the end, which is taken first
+        # the longest at the end, which is taken first
+        self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])
         num_places = len(prompts) if max_rows is None else min(len(prompts), max(1, max_rows // generations))
         self.places: list[int | None] = [None] * num_places  # the prompt at each place of the cache
         self.unfinished = {i: generations for i in range(len(prompts))}
         self.cache = SamplingCache(num_places, max(lengths), generations, shape[1])
-        self.prompt_mask = torch.zeros(num_places, max(lengths), dtype=torch.bool, device=self.device)  # [B,S]
-        self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)  # [B] of the first token after each prompt
+        # [B,S]
+        self.prompt_mask = torch.zeros(num_places, max(lengths), dtype=torch.bool, device=self.device)
+        # [B] of the first token after each prompt
+        self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)
         self.rows: list[_Row] = []
         self.written = 0  # tokens so far, one after the other
-        self.hidden = weight.new_zeros(0, weight.shape[1])  # [n,H] the states that predict the next tokens
+        # [n,H] the states that predict the next tokens
+        self.hidden = weight.new_zeros(0, weight.shape[1])
         self._take_prompts()
 
     @property
@@ -215,7 +232,8 @@ class _Writing:
 
     def _next_masks(self) -> dict[str, DecodingMask]:
         if not self.masks:
-            steps = self.written - 1 - self.since + torch.arange(MASKS_AHEAD, device=self.device)[:, None]  # [Q,n]
+            # [Q,n]
+            steps = self.written - 1 - self.since + torch.arange(MASKS_AHEAD, device=self.device)[:, None]
             self.masks = decoding_masks(self.wrapped, self.model.family, self.cache, self.row_places, steps, self.row_mask, self._longest())
         return self.masks.pop(0)
 
@@ -223,7 +241,8 @@ class _Writing:
         """Draws a token for every row [n] and records it."""
         at = self.completions, self.written - self.since
         temperature = self.sampling.temperature or 1.0
-        tempered = scaled_logits(self.head(self.hidden), temperature, self.suppressed, self.softcap).log_softmax(1)  # [n,V]
+        # [n,V]
+        tempered = scaled_logits(self.head(self.hidden), temperature, self.suppressed, self.softcap).log_softmax(1)
         if self.sampling.temperature > 0:
             tokens, mass = draw(tempered, self.sampling.top_p, self.uniform[at])
             self.masses[at] = mass.float()
@@ -269,7 +288,8 @@ class _Writing:
         for part in self._within(READ_TOKENS, chosen):
             places = torch.tensor([place for place, _ in part], device=self.device)
             batch = collate_prompts([self.prompts[i] for _, i in part], self.model.encoder.pad_token_id)
-            tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)  # their places, counted on the CPU
+            # their places, counted on the CPU
+            tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)
             batch = batch.to(self.device)
             hidden, positions = read_prompts(self.wrapped, self.model.family, batch, tokens,
                                              partial(self.cache.keep_prompts, slots=places))
@@ -306,7 +326,8 @@ class _Writing:
             return
         rows = []
         for new, (place, own) in enumerate(sorted(by_prompt.items())):
-            rows += [row.place for row in own] + [0] * (width - len(own))  # any place does where nothing is written
+            # any place does where nothing is written
+            rows += [row.place for row in own] + [0] * (width - len(own))
             for g, row in enumerate(own):
                 row.place = new * width + g
         prompts = torch.tensor(sorted(by_prompt), device=self.device)
@@ -326,5 +347,7 @@ class _Writing:
         prompts = self.row_places // self.cache.generations
         longest = max((len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0)
         self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest:]  # [n,S]
-        self.row_positions = self.positions[prompts] - self.since  # [n] of the token that is written first of all
-        self.masks: list[dict[str, DecodingMask]] = []  # of the tokens to come, as far as they are made
+        # [n] of the token that is written first of all
+        self.row_positions = self.positions[prompts] - self.since
+        # of the tokens to come, as far as they are made
+        self.masks: list[dict[str, DecodingMask]] = []

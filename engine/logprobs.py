@@ -50,7 +50,8 @@ def scaled_logits(logits: Tensor, temperature: float, suppressed: Tensor, softca
     """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from `logits` [m,V], the product of
     states and head, which may be changed. Shared with the sampler.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # up-cast first; from here on in place
+    # up-cast first; from here on in place
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if temperature != 1:
@@ -82,13 +83,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)  # [M]
         entropies = torch.zeros_like(logprobs)  # [M]
         needs_gradient = ctx.needs_input_grad[0]
-        jacobian = torch.empty_like(hidden) if needs_gradient else None  # [M,H] d logprob / d hidden
+        # [M,H] d logprob / d hidden
+        jacobian = torch.empty_like(hidden) if needs_gradient else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             target = targets[chunk, None]  # [m,1]
-            logits = scaled_logits(_head(hidden[chunk], weight), temperature, suppressed, softcap)  # [m,V]
-            slope = _slope(logits, temperature, softcap) if needs_gradient else None  # [m,V] or None
-            logits -= logits.amax(1, keepdim=True)  # or fp32 loses digits to the size of the logits, the entropy most of all
+            # [m,V]
+            logits = scaled_logits(_head(hidden[chunk], weight), temperature, suppressed, softcap)
+            # [m,V] or None
+            slope = _slope(logits, temperature, softcap) if needs_gradient else None
+            # or fp32 loses digits to the size of the logits, the entropy most of all
+            logits -= logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target)  # [m,1]
             exponentials = logits.exp() if with_entropy else logits.exp_()  # [m,V] z p
             z = exponentials.sum(1, keepdim=True)  # [m,1]
@@ -97,7 +102,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 entropies[chunk] = (z.log() - _finite(logits).mul_(exponentials).sum(1, keepdim=True) / z)[:, 0]
             del logits
             if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
-                direction = exponentials.div_(-z).scatter_add_(1, target, torch.ones_like(z))  # [m,V]
+                # [m,V]
+                direction = exponentials.div_(-z).scatter_add_(1, target, torch.ones_like(z))
                 jacobian[chunk] = _through_head(direction, slope, weight, hidden.dtype, temperature)
                 del direction
             del exponentials, slope
@@ -116,7 +122,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_entropies is not None:
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
-                logits = scaled_logits(_head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap)  # [m,V]
+                # [m,V]
+                logits = scaled_logits(_head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap)
                 slope = _slope(logits, ctx.temperature, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
                 exponentials = logits.exp()  # [m,V] z p
@@ -147,7 +154,8 @@ def _slope(logits: Tensor, temperature: float, softcap: float | None) -> Tensor 
     """
     if softcap is None:
         return None
-    return logits.mul(temperature / softcap).square_().neg_().add_(1).clamp_(min=0)  # a suppressed logit is -inf: 0
+    # a suppressed logit is -inf: 0
+    return logits.mul(temperature / softcap).square_().neg_().add_(1).clamp_(min=0)
 
 
 def _through_head(direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:

@@ -198,7 +198,8 @@ def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int)
     """
     e, h = work.element_size, model.hidden
     lora_input = 0 if e == FP32 else FP32 * h
-    mixed = FP32 if work.device == "cpu" and e != FP32 else 0  # bf16 + fp32 on a CPU: the bf16 operand is copied first
+    # bf16 + fp32 on a CPU: the bf16 operand is copied first
+    mixed = FP32 if work.device == "cpu" and e != FP32 else 0
     # the layer's input, residual and norm; act(gate), the base's output, LoRA's update twice
     mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * model.intermediate
     attention = 2 * e * h + e * (3 * model.query_width + 2 * model.key_width)
@@ -220,7 +221,8 @@ def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool
     """
     e = work.element_size
     copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)
-    states = scored * model.hidden * e * (3 if gradient else 1)  # hidden states, their gradient, the result
+    # hidden states, their gradient, the result
+    states = scored * model.hidden * e * (3 if gradient else 1)
     return min(scored, CHUNK_SIZE) * model.vocabulary * copies + states
 
 
@@ -312,11 +314,13 @@ def writing_moments(model: ModelShape, work: Workload, prompts: int, generations
     together = Packed(min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0)
     cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(model, work, rows, work.max_completion_length)
     features = prompts * work.image_tokens * model.hidden * e
-    held = rows * work.max_completion_length * 20 + features  # ids (int64), log-probabilities, masses, uniform numbers
+    # ids (int64), log-probabilities, masses, uniform numbers
+    held = rows * work.max_completion_length * 20 + features
     yield {"inputs": held + packed_inputs(model, work, together), "KV cache": cache,
            "activations": layer_temporaries(model, work, together.tokens, 0)}
     length = work.prompt_length + work.max_completion_length
-    scores = rows * model.heads * length * (2 * e + max(e, FP32))  # of prompts and completions, together, and their softmax
+    # of prompts and completions, together, and their softmax
+    scores = rows * model.heads * length * (2 * e + max(e, FP32))
     masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * e
     yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
     yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}

@@ -46,8 +46,11 @@ from engine.run import saved_settings, write_json
 from engine.runtime import main_guard, pick_device, sha256_of, versions
 from engine.settings import FALLBACKS
 
-FLOAT32_BOUND = 1e-4  # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
-BFLOAT16_BOUND = 2.0  # times the rounding of base + adapter itself: rounding W + delta once more costs about as much again
+# of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
+FLOAT32_BOUND = 1e-4
+# times the rounding of base + adapter itself: rounding W + delta once more costs about as much
+# again
+BFLOAT16_BOUND = 2.0
 PROBE_ANSWER = "<think>Clear lungs, normal heart size, no effusion.</think><solution>No Finding</solution>"
 # What a tokenizer, an image processor or `generate` of transformers reads beside weights and config.json.
 COPIED_FILES = (
@@ -96,7 +99,8 @@ def copy_processor(path: str, folder: Path) -> list[str]:
     for name in COPIED_FILES:
         try:
             source = cached_file(path, name)
-        except OSError:  # the base has none, and so it is not needed: the loaded processors are compared later
+        except OSError:
+            # the base has none, and so it is not needed: the loaded processors are compared later
             continue
         shutil.copyfile(source, folder / name)
         copied.append(name)
@@ -123,7 +127,8 @@ def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor
     probe, seen = probe_rows(model)
     batch = collate_rows([seen], model.encoder.pad_token_id).to(device)
     hidden, _ = completion_hidden_states(net, model.family, batch)  # [T,H]
-    pieces = lm_head_weight(net).split(16_384)  # the whole head in fp32 would be the largest tensor by far
+    # the whole head in fp32 would be the largest tensor by far
+    pieces = lm_head_weight(net).split(16_384)
     return probe, torch.cat([(hidden.float() @ piece.float().T).cpu() for piece in pieces], dim=1)
 
 

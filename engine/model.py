@@ -269,7 +269,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """
     decoder = language_model(model)
     decoder.activation_checkpointing_enable({"use_reentrant": False})
-    decoder.disable_input_require_grads()  # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
+    # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
+    decoder.disable_input_require_grads()
 
 
 def compile_decoder(model: nn.Module) -> None:
@@ -305,7 +306,8 @@ def _set_trainable(wrapped: PeftModel) -> None:
     """
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # also the reference: in bf16 it would not be the policy's start
+            # also the reference: in bf16 it would not be the policy's start
+            parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
     leaked = [
         name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name

@@ -22,9 +22,11 @@ from engine.run import shuffled
 from engine.settings import TrainingConfig
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
-COLOURS = {"supervised": "32", "prompt": "39", "control": "35", "image": "36", "padding": "90"}  # SGR foregrounds
+# SGR foregrounds
+COLOURS = {"supervised": "32", "prompt": "39", "control": "35", "image": "36", "padding": "90"}
 CARDS = (24, 40, 80)  # GB
-USABLE = 0.9  # of a card: the rest is a guess at CUDA's context and at what the caching allocator cannot reuse
+# of a card: the rest is a guess at CUDA's context and at what the caching allocator cannot reuse
+USABLE = 0.9
 
 
 # ---- one batch ------------------------------------------------------------------------------------------------------

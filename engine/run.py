@@ -56,7 +56,8 @@ class TrainerState:
     num_tokens: int = 0  # supervised or sampled so far
     evaluated_step: int = -1  # the last step whose evaluation was finished
     log_history: list[dict[str, Any]] = field(default_factory=list)
-    unlogged_metrics: dict[str, Any] = field(default_factory=dict)  # of the steps since the last log, where logging_steps > 1
+    # of the steps since the last log, where logging_steps > 1
+    unlogged_metrics: dict[str, Any] = field(default_factory=dict)
 
     def record_evaluation(self, metric: float, *, greater_is_better: bool) -> bool:
         """Note an evaluation at this step; returns whether it is the best so far. NaN is never the best."""

@@ -82,7 +82,8 @@ class SignalGuard:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked worker inherits the handler, and must die quietly when told to
+        # a forked worker inherits the handler, and must die quietly when told to
+        if os.getpid() != self._owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -92,7 +93,8 @@ class SignalGuard:
             return
         self.stop = int(number)
         notice = f"\n{signal.Signals(number).name}: stopping at the next safe point and saving; Ctrl-C stops at once\n"
-        with contextlib.suppress(OSError):  # not print: it is not safe to call while another print is interrupted
+        # not print: it is not safe to call while another print is interrupted
+        with contextlib.suppress(OSError):
             os.write(2, notice.encode())
 
 

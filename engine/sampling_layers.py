@@ -62,7 +62,8 @@ def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     merged = base.weight.detach()
     for name in layer.active_adapters:
         if name in layer.lora_A and not layer.disable_adapters:
-            a, b = (part[name].weight.detach().to(merged.dtype) for part in (layer.lora_A, layer.lora_B))  # [r,in], [out,r]
+            # [out,r]
+            a, b = (part[name].weight.detach().to(merged.dtype) for part in (layer.lora_A, layer.lora_B))  # [r,in]
             merged = merged + b @ a * layer.scaling[name]
     return _product(merged, base.bias)
 

@@ -215,7 +215,8 @@ def from_adapter(resolved: Resolved) -> Resolved:
             resolved = resolved.with_value(name, saved.get(name) or default, "adapter's run" if name in saved else "default")
     if resolved.configs[0].answer_format is None:
         prompt = resolved.configs[0].prompt
-        learned = saved.get("answer_format") if prompt == saved.get("prompt") else None  # another prompt asks for its own form
+        # another prompt asks for its own form
+        learned = saved.get("answer_format") if prompt == saved.get("prompt") else None
         resolved = resolved.with_value("answer_format", learned or PROMPTS[prompt].answer_format, "adapter's run" if learned else "prompt")
     found = training_problems(resolved.configs[0])
     if found:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")  # every line has a "step", so a resume can tell old from repeated
+# every line has a "step", so a resume can tell old from repeated
+STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.log_history = [dict(entry) for entry in log_history]
         self._warned: set[str] = set()
-        self._torn: set[str] = set()  # files whose last write failed, perhaps in the middle of a line
+        # files whose last write failed, perhaps in the middle of a line
+        self._torn: set[str] = set()
         if resume_step is not None:
             for name in STEP_LOGS:
                 with self._degrading(name):
@@ -234,7 +236,8 @@ def set_later_lines_aside(path: Path, step: int) -> int:
     with open(path, "rb") as source, open(temporary, "wb") as kept, contextlib.ExitStack() as stack:
         later = None
         for line in source:
-            line = line.rstrip(b"\n") + b"\n"  # the last line may be torn exactly before its newline
+            # the last line may be torn exactly before its newline
+            line = line.rstrip(b"\n") + b"\n"
             if _step_of(line, otherwise=step + 1) <= step:
                 kept.write(line)
                 continue
@@ -262,7 +265,8 @@ _ESCAPES |= {ord(character): html.escape(character) for character in "&<>\"'"}
 
 def escape_markdown(text: str) -> str:
     """Text as it stands, for TensorBoard's Markdown and for a cell of its tables: no markup, no HTML, <br> for newlines."""
-    return text.replace("\r\n", "\n").translate(_ESCAPES)  # in one pass: an entity must not be escaped again
+    # in one pass: an entity must not be escaped again
+    return text.replace("\r\n", "\n").translate(_ESCAPES)
 
 
 # ---- show -----------------------------------------------------------------------------------------------------------
@@ -327,7 +331,8 @@ class Progress:
         return f"[{tqdm.format_interval(elapsed)}<{tqdm.format_interval(remaining)}]"
 
     def _ignoring_console(self) -> contextlib.AbstractContextManager:
-        return contextlib.suppress(OSError, ValueError, LookupError)  # closed stream, broken pipe, unknown encoding
+        # closed stream, broken pipe, unknown encoding
+        return contextlib.suppress(OSError, ValueError, LookupError)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -85,7 +85,8 @@ class VisionCache:
     def _read(self, image: str) -> Vision | None:
         try:
             return None if self.folder is None else load_file(self.folder / f"{image}.safetensors")
-        except (FileNotFoundError, SafetensorError):  # not there yet, or cut short by a full disk: made anew
+        except (FileNotFoundError, SafetensorError):
+            # not there yet, or cut short by a full disk: made anew
             return None
 
     def _write(self, image: str, vision: Vision) -> None:

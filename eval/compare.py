@@ -24,7 +24,8 @@ from eval.results import Entry, flag_first, load_entry, load_predictions, named_
 from eval.statistics import PERMUTATIONS, RESAMPLES
 from eval.tables import number, p_text, scores_table, signed
 
-_OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")  # settings that say nothing about the model
+# settings that say nothing about the model
+_OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")
 _FIGURES = (("macro_f1", "Macro F1"), ("micro_f1", "Micro F1"), ("jaccard", "Jaccard"))
 
 

@@ -157,7 +157,8 @@ class Transfer:
     after: str
     home: Change | None
     away: Change | None
-    gap: tuple[float, tuple[float, float]] | None  # home difference minus away difference, with its 95 % interval
+    # home difference minus away difference, with its 95 % interval
+    gap: tuple[float, tuple[float, float]] | None
 
 
 def transfers(comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[Transfer]:

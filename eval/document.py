@@ -80,7 +80,8 @@ class ModelAnswer:
     reasoning: str
     predicted: Sequence[str]
     completion: str
-    facts: Sequence[tuple[str, str]]  # name, value: Jaccard, tokens, reward parts, what is wrong with the answer
+    # name, value: Jaccard, tokens, reward parts, what is wrong with the answer
+    facts: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)

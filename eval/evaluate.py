@@ -41,7 +41,8 @@ from eval.metrics import (
 )
 
 WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
-PREVALENCE_DRAWS = 20  # the random baseline is a mean over draws: a single one is noisy on a few hundred images
+# the random baseline is a mean over draws: a single one is noisy on a few hundred images
+PREVALENCE_DRAWS = 20
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
@@ -152,10 +153,12 @@ def score(rows: Sequence[dict], *, reference: Sequence[Example] | None = None, s
     if not columns:
         raise DataError([f"nothing to score: {len(rows)} rows, and evaluated_labels is empty in all of them"])
     targets, predictions, evaluated = (
-        label_matrix([row[field] for row in rows], columns) for field in ("labels", "predicted", "evaluated_labels"))  # [N,K]
+        # [N,K]
+        label_matrix([row[field] for row in rows], columns) for field in ("labels", "predicted", "evaluated_labels"))
     parsed, valid = (np.array([row[field] for row in rows]) for field in ("parsed", "valid"))  # [N]
     num_unknown = np.array([len(row["unknown"]) for row in rows])
-    jaccard = np.where(valid, jaccard_per_image(targets, predictions, evaluated, num_unknown), 0.0)  # [N]
+    # [N]
+    jaccard = np.where(valid, jaccard_per_image(targets, predictions, evaluated, num_unknown), 0.0)
 
     policies = failure_policies(targets, predictions, parsed, columns, evaluated)
     patients = [row["patient_id"] for row in rows]
@@ -324,7 +327,8 @@ def difference(before: Mapping, now: Mapping) -> str:
     """The first setting, or data, in which an evaluation differs from what is asked for now; "" where it does not."""
     was = before.get("settings") or {}
     greedy = now["settings"]["temperature"]["value"] == 0
-    for name, entry in now["settings"].items():  # one that an earlier version did not have cannot differ
+    # one that an earlier version did not have cannot differ
+    for name, entry in now["settings"].items():
         if name in _NO_MATTER or name not in was or greedy and name == "seed":
             continue
         if was[name].get("value") != entry["value"]:
@@ -355,7 +359,8 @@ def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list
 
 # ---- show -----------------------------------------------------------------------------------------------------------
 _BASELINE_TITLES = {"most_frequent": "most frequent", "all_labels": "all labels", "prevalence_matched": "prevalence-matched"}
-_POLICY_TITLES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}  # beside "empty", the row of the data set
+# beside "empty", the row of the data set
+_POLICY_TITLES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
 _NAME_WIDTH = 22
 
 

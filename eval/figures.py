@@ -171,7 +171,8 @@ def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
     labels = [k for k in np.argsort(comparison.support, kind="stable") if comparison.support[k]]
     with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (figure, (axis,)):
         for place, model in enumerate(models):
-            low, high = np.percentile(comparison.resampled[model]["label_f1"], [2.5, 97.5], axis=0)  # [K] each
+            # [K] each
+            low, high = np.percentile(comparison.resampled[model]["label_f1"], [2.5, 97.5], axis=0)
             value = comparison.values[model]["label_f1"][0]
             height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - place) / max(1, len(models))
             colour = _COLOURS[place % len(_COLOURS)]

@@ -40,7 +40,8 @@ def multilabel_scores(
     false_positives = (~targets & predictions & evaluated).sum(axis=0)  # [K]
     false_negatives = (targets & ~predictions & evaluated).sum(axis=0)  # [K]
 
-    by_label = _precision_recall_f1(true_positives, false_positives, false_negatives)  # three times [K]
+    # three times [K]
+    by_label = _precision_recall_f1(true_positives, false_positives, false_negatives)
     micro = _precision_recall_f1(true_positives.sum(), false_positives.sum(), false_negatives.sum())
     support = true_positives + false_negatives  # [K]
     return {
@@ -62,7 +63,8 @@ def jaccard_per_image(
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
-    union = ((targets | predictions) & evaluated).sum(axis=1) + (0 if num_unknown is None else num_unknown)  # [N]
+    # [N]
+    union = ((targets | predictions) & evaluated).sum(axis=1) + (0 if num_unknown is None else num_unknown)
     return np.where(union == 0, 1.0, _ratio(intersection, union))
 
 
@@ -148,7 +150,8 @@ def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.nda
 def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
     """The figures of R totals [R, 3K + 2] as `patient_totals` lays them out: "micro_f1", "macro_f1", "jaccard" [R], "label_f1" [R, K]."""
     num_labels = (totals.shape[1] - 2) // 3
-    counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]  # TP, FP, FN, each [R, K]
+    # TP, FP, FN, each [R, K]
+    counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]
     by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
     micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
     return {"micro_f1": micro, "macro_f1": by_label.mean(axis=1), "jaccard": totals[:, -2] / totals[:, -1], "label_f1": by_label}
@@ -195,7 +198,8 @@ def _precision_recall_f1(true_positives, false_positives, false_negatives) -> di
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return numerator / np.maximum(denominator, 1)  # counts: where the denominator is 0, so is the numerator
+    # counts: where the denominator is 0, so is the numerator
+    return numerator / np.maximum(denominator, 1)
 
 
 def _checked(targets, predictions, evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,7 +216,8 @@ def _boolean(name: str, matrix) -> np.ndarray:
     matrix = np.asarray(matrix)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must be a matrix [N, K], got shape {matrix.shape}")
-    if matrix.dtype != bool and not np.isin(matrix, (0, 1)).all():  # NaN or CheXpert's -1 would silently become True
+    # NaN or CheXpert's -1 would silently become True
+    if matrix.dtype != bool and not np.isin(matrix, (0, 1)).all():
         raise ValueError(f"{name} must hold only 0 and 1 or booleans")
     return matrix.astype(bool)
 

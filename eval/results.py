@@ -40,7 +40,8 @@ class Predictions:
     targets: np.ndarray
     predictions: np.ndarray
     evaluated: np.ndarray
-    nih_targets: np.ndarray  # NIH's own labels mapped to ten categories; nothing where the source is not NIH's
+    # NIH's own labels mapped to ten categories; nothing where the source is not NIH's
+    nih_targets: np.ndarray
     is_nih: bool  # whether all of the data set has NIH's own labels
     parsed: np.ndarray  # [N]
     valid: np.ndarray  # [N]
@@ -134,7 +135,8 @@ def _bits(labels: Sequence[str]) -> int:
 
 
 def _matrix(bits: list[int]) -> np.ndarray:
-    return (np.array(bits, dtype=np.int64)[:, None] >> np.arange(len(LABELS)) & 1).astype(bool)  # [N, 14]
+    # [N, 14]
+    return (np.array(bits, dtype=np.int64)[:, None] >> np.arange(len(LABELS)) & 1).astype(bool)
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------

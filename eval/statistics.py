@@ -31,7 +31,8 @@ def shared_resamples(
     """
     if len({len(rows) for rows in totals.values()}) != 1:
         raise ValueError(f"models with different patients: {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}")
-    drawn = resampled_totals(np.concatenate(list(totals.values()), axis=1), seed=seed, resamples=resamples)  # [R, models x C]
+    # [R, models x C]
+    drawn = resampled_totals(np.concatenate(list(totals.values()), axis=1), seed=seed, resamples=resamples)
     ends = np.cumsum([rows.shape[1] for rows in totals.values()])[:-1]
     return {name: figures(part) for name, part in zip(totals, np.split(drawn, ends, axis=1))}
 
@@ -53,9 +54,11 @@ def permutation_p_values(
     chunk = max(1, _SWAPS_AT_ONCE // max(1, len(change)))
     at_least = {name: np.ones(value.shape[1:]) for name, value in seen.items()}
     for start in range(0, permutations, chunk):
-        swapped = rng.binomial(counts, 0.5, size=(min(chunk, permutations - start), len(counts))) @ change  # [chunk, C]
+        # [chunk, C]
+        swapped = rng.binomial(counts, 0.5, size=(min(chunk, permutations - start), len(counts))) @ change
         for name, value in _differences(totals[0] - swapped, totals[1] + swapped).items():
-            at_least[name] += (np.abs(value) >= np.abs(seen[name]) - 1e-12).sum(axis=0)  # 1e-12: equal but for rounding
+            # 1e-12: equal but for rounding
+            at_least[name] += (np.abs(value) >= np.abs(seen[name]) - 1e-12).sum(axis=0)
     return {name: count / (1 + permutations) for name, count in at_least.items()}
 
 

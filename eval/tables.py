@@ -349,7 +349,8 @@ def paper_tables(
     at_home = next((comparison for comparison in comparisons if comparison.data_set in home), None)
     base = [entry for entry in entries if entry.stage == "base"]
     sft = [entry for entry in entries if entry.stage == "sft"]
-    third = [entry for entry in sft if "gemma" not in entry.base.lower()]  # of another base than table 2's
+    # of another base than table 2's
+    third = [entry for entry in sft if "gemma" not in entry.base.lower()]
     return [
         _format_table(
             1,

@@ -58,7 +58,8 @@ def write_step(
     width = max(len(samples[i].ids) for i in rows)
 
     tensors = {
-        name: torch.cat([pad(part[name], (0, width - part[name].shape[1])) for part in computed])  # [n,t] each -> [N,T]
+        # [n,t] each -> [N,T]
+        name: torch.cat([pad(part[name], (0, width - part[name].shape[1])) for part in computed])
         for name in computed[0] if name != "loss"
     }
     for name in PER_TOKEN:

@@ -153,7 +153,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     if estimator == "k2":
         return log_ref_ratio.square() / 2
     if estimator == "k3":  # (4)
-        return torch.expm1(log_ref_ratio) - log_ref_ratio  # expm1: exact where the policies nearly agree
+        # expm1: exact where the policies nearly agree
+        return torch.expm1(log_ref_ratio) - log_ref_ratio
     raise ValueError(f"kl_estimator is {estimator!r}; use k1, k2 or k3")
 
 
@@ -231,9 +232,11 @@ def grpo_loss(
     else:
         kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # [N,T]
 
-    per_token_loss = -surrogate + config.beta * kl  # [N,T]; minus: J is maximised, the loss is minimised
+    # minus: J is maximised, the loss is minimised
+    per_token_loss = -surrogate + config.beta * kl  # [N,T]
     if config.beta == 0:
-        per_token_loss = -surrogate  # an estimate that overflows is still logged, but 0 * inf would be NaN
+        # an estimate that overflows is still logged, but 0 * inf would be NaN
+        per_token_loss = -surrogate
     per_token_loss = torch.where(mask, per_token_loss, zero)
     loss = (weights * per_token_loss).sum()
 

@@ -20,7 +20,8 @@ from data.labels import LABELS, Target
 
 @dataclass(frozen=True)
 class Reward:
-    total: float  # in the reward's own units; `RewardFunction.scaled` makes the number that is trained on
+    # in the reward's own units; `RewardFunction.scaled` makes the number that is trained on
+    total: float
     parts: dict[str, float]  # signed; they sum to total
 
 
@@ -61,8 +62,10 @@ class HardReward(RewardFunction):
     Taken to the letter, as here, a short wrong answer (-length_penalty) is worth less than an invalid one (0).
     """
 
-    length_penalty: float = 0.1  # lambda_len; its value is not published. A tenth of the best reward
-    min_length: int = 250  # published without a unit; counted in completion tokens, as |t| in Eq. 2 is
+    # lambda_len; its value is not published. A tenth of the best reward
+    length_penalty: float = 0.1
+    # published without a unit; counted in completion tokens, as |t| in Eq. 2 is
+    min_length: int = 250
     scale: float = 1.0
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
@@ -92,9 +95,11 @@ class NuancedReward(RewardFunction):
     Raises ValueError for a frequency that is no share of a label, and for a window that never holds `min_window`.
     """
 
-    label_frequency: dict[str, float]  # label -> share of the training images that have it, 0 to 1; a missing label has 0
+    # label -> share of the training images that have it, 0 to 1; a missing label has 0
+    label_frequency: dict[str, float]
     window: int = 100  # predictions; published
-    min_window: int = 50  # below it the shares are too noisy: with 10 predictions a label of 45 % passes 70 % in 1 of 37
+    # below it the shares are too noisy: with 10 predictions a label of 45 % passes 70 % in 1 of 37
+    min_window: int = 50
     dominance: float = 0.7  # published
     match_points: float = 100.0  # published
     recall_points: float = 30.0  # published
@@ -116,7 +121,8 @@ class NuancedReward(RewardFunction):
     # Not published. An unreadable answer must be no way around the other penalties: three labels that half of the images
     # have, all wrong and one of them dominant, lose 3 x 30 + 80 = 170.
     unparsed_penalty: float = 200.0
-    floor: float = -300.0  # points, before scaling: one answer with a long list of inventions must not set a group's scale
+    # points, before scaling: one answer with a long list of inventions must not set a group's scale
+    floor: float = -300.0
     scale: float = 0.01  # the 100 points of a match become 1, the size of the hard reward
 
     def __post_init__(self) -> None:
@@ -180,5 +186,6 @@ def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozens
 
 
 def _reward(**parts: float) -> Reward:
-    parts = {name: value + 0.0 for name, value in parts.items()}  # + 0.0 turns -0.0 into 0.0, which logs would show
+    # + 0.0 turns -0.0 into 0.0, which logs would show
+    parts = {name: value + 0.0 for name, value in parts.items()}
     return Reward(total=sum(parts.values()), parts=parts)

@@ -171,7 +171,8 @@ def score_samples(
                 ref, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
             ref = ref.cpu()
         for row, i in enumerate(indices):
-            of_reference = ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs  # at beta 0 not read
+            # at beta 0 not read
+            of_reference = ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs
             scored[i] = replace(scored[i], ref_logprobs=of_reference)
     wrapped.train(was_training)
     return scored

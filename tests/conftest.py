@@ -108,7 +108,8 @@ class Case:
             if isinstance(expected, (bool, str)):
                 same = type(value) is type(expected) and value == expected
             else:
-                same = abs(value - expected) <= (self.atol if rtol is None else rtol * abs(expected))  # False for NaN
+                # False for NaN
+                same = abs(value - expected) <= (self.atol if rtol is None else rtol * abs(expected))
             if not same:
                 mismatches.append(f"{self.id}.{key}{index}: {value}, expected {expected}")
         return mismatches
@@ -153,7 +154,8 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
             flags = (
                 "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
             )
-            with pytest.MonkeyPatch.context() as patch:  # whichever test asks first: its `speak` must not get into the predictions
+            # whichever test asks first: its `speak` must not get into the predictions
+            with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Encoder, "decode", DECODE)
                 assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", *flags) == 0
         return made[family]

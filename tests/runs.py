@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator  # what its pages are made of
+# what its pages are made of
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 import run_grpo

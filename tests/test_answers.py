@@ -58,7 +58,8 @@ def test_strict_answer_gives_every_field():
         ("Sure. <think>a</think><solution>Edema</solution>", "outside", True),
         ("<think>a</think> so <solution>Edema</solution>", "outside", True),
         ("<think>a</think><solution>Edema</solution> Done.", "outside", True),
-        ("<think>a</think><solution>Edema</solution>\u200b", "outside", True),  # invisible, but no white space
+        # invisible, but no white space
+        ("<think>a</think><solution>Edema</solution>\u200b", "outside", True),
     ],
 )
 def test_broken_form_is_named_and_never_valid(text, problem, parsed):
@@ -126,7 +127,8 @@ def test_an_entry_of_more_than_200_characters_is_not_looked_up():
 def test_no_finding_contradicts_every_finding_but_support_devices():
     answer = parse_answer(FORM.format("Edema, No Finding, Support Devices, Fracture"))
     assert answer.contradictions == ("Edema", "Fracture")
-    assert answer.labels == ("Edema", "No Finding", "Support Devices", "Fracture")  # counted, not repaired
+    # counted, not repaired
+    assert answer.labels == ("Edema", "No Finding", "Support Devices", "Fracture")
     assert parse_answer(FORM.format("No Finding, Support Devices")).contradictions == ()
     assert parse_answer(FORM.format("Edema, Fracture")).contradictions == ()
 

@@ -92,7 +92,8 @@ def test_evaluation_skips_them(damaged, tiny_sft_run, tmp_path, capsys):
     scores = document(tmp_path / "out" / "scores-site.json")
     assert (scores["bad_images"], scores["n"]) == (3, 9) and len(scores["run"]["bad_images"]["site"]) == 3
     assert len(lines(tmp_path / "out" / "predictions-site.jsonl")) == 9
-    assert evaluate([*flags, str(tmp_path / "first"), "--bad_images", "skip", "--max_samples", "4"]) == 0  # of the file's first four rows
+    # of the file's first four rows
+    assert evaluate([*flags, str(tmp_path / "first"), "--bad_images", "skip", "--max_samples", "4"]) == 0
     assert [row["id"] for row in lines(tmp_path / "first" / "predictions-site.jsonl")] == ["e0", "e1"]
     assert evaluate([*flags, str(tmp_path / "out2")]) == 2
     assert "error: example 'e9': image 'image-9.png': no such file" in capsys.readouterr().err

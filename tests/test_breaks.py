@@ -160,6 +160,7 @@ def test_a_break_is_seen(name, monkeypatch):
     old, new = BREAKS[name]
     assert SOURCE.count(old) == 1, f"the break replaces {old!r}, which must stand once in rl/objective.py: adapt this break"
     broken = module_of(SOURCE.replace(old, new), monkeypatch)
-    with contextlib.suppress(AssertionError):  # any other exception means that the break itself is broken, and shows
+    # any other exception means that the break itself is broken, and shows
+    with contextlib.suppress(AssertionError):
         battery(broken)
         pytest.fail(f"{name!r} passes every check of the battery")

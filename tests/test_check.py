@@ -67,7 +67,8 @@ def test_all_problems_at_once(tmp_path, capsys):
     assert len(problems) == len(expected)
     assert [problem[: len(start)] for problem, start in zip(problems, expected)] == expected
     assert first.startswith(f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6, Fracture 1, Support")
-    assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"  # none: 'd' and 'g', whose labels are not evaluated
+    # none: 'd' and 'g', whose labels are not evaluated
+    assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"
 
 
 def test_a_file_that_is_not_there_does_not_hide_the_others(tmp_path, capsys):

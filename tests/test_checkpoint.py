@@ -219,7 +219,8 @@ def test_an_interrupt_at_any_point_is_passed_on_and_cleans_up(tmp_path, at):
         Fault(patch, at, KeyboardInterrupt, kill=False)
         save(tmp_path, 1, value=2.0)
     assert not list(tmp_path.glob(".tmp-*"))
-    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 16 else 2.0)  # the last call is after the rename
+    # the last call is after the rename
+    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 16 else 2.0)
 
 
 def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
@@ -313,7 +314,8 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"optimizer.pt: is not a plain name ending in .safetensors or .json"):
         load_checkpoint(path)
 
-    del manifest["files"]["optimizer.pt"]  # under a name and a hash that pass: not safetensors, not JSON
+    # under a name and a hash that pass: not safetensors, not JSON
+    del manifest["files"]["optimizer.pt"]
     for name in ("optimizer.safetensors", "trainer_state.json"):
         (path / name).write_bytes(payload)
         manifest["files"][name] = entry

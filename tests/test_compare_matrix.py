@@ -39,7 +39,8 @@ def runs(tmp_path) -> tuple[Path, Path]:
 def test_settings_and_scores_that_differ(runs, capsys):
     assert compare_main([*map(str, runs), *FEW]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["reward", "hard", "(None)", "nuanced", "(None)"] in lines  # no origin in these documents
+    # no origin in these documents
+    assert ["reward", "hard", "(None)", "nuanced", "(None)"] in lines
     assert not [line for line in lines if line[:1] == ["prompt"]]  # the same in both
     # Macro 4/3/14 and 37/15/14, micro 4/9 and 4/5, Jaccard 3/8 and 3/4: by hand in test_report.py.
     scored = [" ".join(line).partition(" (")[0] for line in lines if line[:1] == ["two"] and "to" in line]
@@ -166,7 +167,8 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
     shown = capsys.readouterr().out
     assert "0 to do" in shown
     cells = [f"{name}={out / name}" for name in ("base.demo", "base.free_reasoning", "sft.demo", "sft.free_reasoning")]
-    assert shown.endswith(f"next: python -m eval.report {' '.join(cells)} --output_dir FOLDER\n")  # in the models' order
+    # in the models' order
+    assert shown.endswith(f"next: python -m eval.report {' '.join(cells)} --output_dir FOLDER\n")
 
 
 def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, capsys):
@@ -182,7 +184,8 @@ def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, c
         assert matrix(project, out, prompts=("demo",)) == 2
         assert ("another data file of a" if file == "a.jsonl" else "another adapter of the same name") in capsys.readouterr().err
         (project / file).write_bytes(content)
-    assert matrix(project, out, "--per_device_eval_batch_size", "1", prompts=("demo",)) == 0  # which changes no answer
+    # which changes no answer
+    assert matrix(project, out, "--per_device_eval_batch_size", "1", prompts=("demo",)) == 0
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -248,7 +248,8 @@ def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
 
 # ---- a resumed run --------------------------------------------------------------------------------------------------
 RESUME = {"inherit_with": "model_name_or_path", "free_to_change": ("max_steps",
-                                                                   "model_name_or_path")}  # its value names the run
+                                                                   # its value names the run
+                                                                   "model_name_or_path")}
 
 
 def saved(*argv: str, **options) -> dict:
@@ -287,7 +288,8 @@ def test_a_resumed_run_has_the_settings_of_the_run(shipped):
     # The default recipe would give max_steps 3; it does not apply to a resumed run.
     resolved = resume(earlier, recipes_package=shipped, default_recipe="demo")
     assert resolved.configs == (
-        TrainConfig("run-1", False, 1e-4, 9, 0, ("a=x", "b=y")),  # tuples come back from JSON's lists
+        # tuples come back from JSON's lists
+        TrainConfig("run-1", False, 1e-4, 9, 0, ("a=x", "b=y")),
         LossConfig(0.15, "k2"),
     )
     assert resolved.origins == {
@@ -309,7 +311,8 @@ def test_a_resumed_run_refuses_every_changed_setting_at_once(recipe):
     remedy = "a resumed run keeps its settings: leave it out, or start a new run"
     assert resume_problems(earlier, "--learning_rate", "5e-5", "--estimator", "k1", "--recipe", path, "--zzzzzzz") == [
         "unknown flag --zzzzzzz",
-        f"--learning_rate: the resumed run has 0.0001, not 5e-05 (flag); {remedy}",  # also where it is the default
+        # also where it is the default
+        f"--learning_rate: the resumed run has 0.0001, not 5e-05 (flag); {remedy}",
         f"--warmup_steps: the resumed run has 0, not 5 (recipe {path}); {remedy}",
         f"--estimator: the resumed run has k3, not k1 (flag); {remedy}",
     ]

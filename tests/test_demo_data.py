@@ -124,9 +124,11 @@ def test_site_a_labels_all_fourteen():
 
 @pytest.mark.parametrize(("drawn", "source_labels", "labels"), [
     ((), ("No Finding",), ("No Finding",)),
-    (("Fracture",), ("No Finding",), ("No Finding",)),  # never written down at b, so its reader saw nothing
+    # never written down at b, so its reader saw nothing
+    (("Fracture",), ("No Finding",), ("No Finding",)),
     (("Enlarged Cardiomediastinum", SUPPORT_DEVICES), ("No Finding",), ("No Finding",)),
-    (("Pleural Effusion",), ("Effusion",), ()),  # written down, but not among the nine: no label, and not No Finding
+    # written down, but not among the nine: no label, and not No Finding
+    (("Pleural Effusion",), ("Effusion",), ()),
     (("Lung Opacity",), ("Infiltration",), ()),
     (("Pleural Other", "Fracture"), ("Pleural_Thickening",), ("Pleural Other",)),
     (("Pleural Effusion", "Edema", "Cardiomegaly"), ("Cardiomegaly", "Edema", "Effusion"), ("Cardiomegaly", "Edema")),
@@ -212,7 +214,8 @@ def test_a_complete_split_is_reused_and_any_other_is_drawn_again(tmp_path, monke
     image.unlink()
     write_split("rl-train", 3, tmp_path)
     assert image.exists()  # drawn again: a picture was missing
-    assert len(write_split("rl-train", 5, tmp_path).read_text().splitlines()) == 5  # drawn again: another count
+    # drawn again: another count
+    assert len(write_split("rl-train", 5, tmp_path).read_text().splitlines()) == 5
     assert data_file.exists()
 
 
@@ -252,7 +255,8 @@ def test_the_base_sees_every_label_behind_a_tag_and_behind_a_comma(patients):
     answers = [sample_task(r, task, rng)[1] for r in patients["a"] for task in ("choice", "impression")]
     for label in LABELS:
         assert any(f"<solution>{label}</solution>" in answer for answer in answers)
-        if label not in LABELS[:2]:  # No Finding and Enlarged Cardiomediastinum can only begin a list in CheXpert's order
+        # No Finding and Enlarged Cardiomediastinum can only begin a list in CheXpert's order
+        if label not in LABELS[:2]:
             assert any(f", {label}" in answer for answer in answers)
 
 
@@ -350,7 +354,8 @@ def test_the_shipped_base_loads(family, tokenizer):
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids(family.image_token)
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.end_of_turn)}
-    stop_ids |= {tokenizer.pad_token_id} if family is BASE_FAMILIES["qwen2_5_vl"] else set()  # Qwen's <|endoftext|> is both
+    # Qwen's <|endoftext|> is both
+    stop_ids |= {tokenizer.pad_token_id} if family is BASE_FAMILIES["qwen2_5_vl"] else set()
     assert set(model.generation_config.eos_token_id) == stop_ids
     assert tokenizer.chat_template.strip() == family.chat_template.strip()
     processor = AutoImageProcessor.from_pretrained(family.folder, backend="pil")

@@ -52,7 +52,8 @@ class OneDevice(TorchDispatchMode):
 
 @contextmanager
 def pretended_device() -> Iterator[None]:
-    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():  # inputs: torch makes lists of numbers into `meta` tensors of its own
+    # inputs: torch makes lists of numbers into `meta` tensors of its own
+    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
         yield
 
 
@@ -125,7 +126,8 @@ def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, 
         move(wrapped, dtype)
         prompts, places = pretended(batch.prompts), pretended(batch.prompt_places)
         cache, length = SamplingCache(2, prompts.input_ids.shape[1], 3, 8), prompts.input_ids.shape[1]
-        slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)  # of six completions one has finished
+        # of six completions one has finished
+        slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)
         with sampling_layers(wrapped) as head:
             hidden, positions = read_prompts(wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots))
             logits = scaled_logits(head(hidden[rows // 3]), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE))

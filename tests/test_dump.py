@@ -22,7 +22,8 @@ FAMILIES = ["qwen2_5_vl", "gemma3"]
 # The interval of the clip is so narrow that ratios lie on both sides of its bounds.
 RAGGED = ("--per_device_train_batch_size 2 --gradient_accumulation_steps 3 --steps_per_generation 6 --mask_truncated_completions "
           "--epsilon_low 0.005 --epsilon_high 0.008").split()
-LENGTHS, MASKED = [6, 1, 3, 5, 2, 4, 1, 6, 2, 3, 5, 2], {2, 7}  # of the 12 completions of a rollout; those left out of the loss
+# of the 12 completions of a rollout; those left out of the loss
+LENGTHS, MASKED = [6, 1, 3, 5, 2, 4, 1, 6, 2, 3, 5, 2], {2, 7}
 # The terms are computed in fp32 and here in fp64 from the same fp32 inputs: a few units in the last place of fp32, 6e-8 relative;
 # k3 subtracts two numbers of the size of the log-ratio to the reference, below 2 here, so it is right to some 2e-7 absolutely.
 CLOSE = {"rtol": 1e-6, "atol": 3e-7}
@@ -92,7 +93,8 @@ def check(run: Path, number: int) -> tuple[dict, dict]:
     terms, weights = terms_of(step, settings), weights_of(step, settings)
 
     advantages = advantages_of(step, settings)
-    np.testing.assert_allclose(step["rollout/advantage"], advantages, rtol=0, atol=1e-12)  # fp64 on both sides
+    # fp64 on both sides
+    np.testing.assert_allclose(step["rollout/advantage"], advantages, rtol=0, atol=1e-12)
     np.testing.assert_allclose(step["advantages"], advantages[rows], rtol=1e-7, atol=0)
     assert {name.removeprefix("terms/") for name in step if name.startswith("terms/")} == set(terms)
     for name, expected in terms.items():
@@ -105,7 +107,8 @@ def check(run: Path, number: int) -> tuple[dict, dict]:
     scale = np.abs(token_losses).sum()  # the sum may cancel; its rounding error does not
     np.testing.assert_allclose(step["micro_batch_loss"], by_micro_batch, rtol=0, atol=1e-6 * scale)
     np.testing.assert_allclose(step["loss"], token_losses.sum(), rtol=0, atol=1e-6 * scale)
-    assert train_log(run)[number - 1]["loss"] == float(step["loss"])  # what was logged, to the last bit
+    # what was logged, to the last bit
+    assert train_log(run)[number - 1]["loss"] == float(step["loss"])
 
     assert (notes["step"], notes["num_completions"], notes["num_tokens"]) == (number, len(mask), mask.sum())
     return step, notes
@@ -124,7 +127,8 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(family, tiny_
     # Step 4 is the second half of the second rollout: neither the ratio is 1 nor the KL 0, and every kind of row is there.
     assert step["rollout_row"].tolist() == [6, 7, 8, 9, 10, 11] and step["micro_batch"].tolist() == [0, 0, 1, 1, 2, 2]
     mask, advantages, lengths = step["mask"], step["advantages"], (step["ids"] >= 0).sum(1)
-    assert (lengths <= LENGTHS[6:]).all() and len(set(lengths)) >= 4  # one may have stopped by itself
+    # one may have stopped by itself
+    assert (lengths <= LENGTHS[6:]).all() and len(set(lengths)) >= 4
     assert mask.sum(1).tolist() == np.where([True, False, True, True, True, True], lengths, 0).tolist()
     assert np.abs(step["terms/ratio"][mask] - 1).max() > 0.01 and step["terms/kl"][mask].max() > 1e-3
     assert (step["terms/ratio"] != step["terms/clipped_ratio"])[mask].any() and advantages.min() < 0 < advantages.max()
@@ -180,7 +184,8 @@ def test_a_step_whose_gradient_is_not_finite_is_dumped(tiny_sft_run, tiny_data, 
     with pytest.raises(RuntimeError, match="step 1 is not finite"):
         grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, tmp_path, "--max_steps", "2", "--dump_step", "1", *RAGGED)
     step, _ = read(tmp_path / "step-1.safetensors")
-    assert np.array_equal(step["logprobs"][step["mask"]], step["old_logprobs"][step["mask"]])  # the first update of a rollout
+    # the first update of a rollout
+    assert np.array_equal(step["logprobs"][step["mask"]], step["old_logprobs"][step["mask"]])
 
 
 def test_a_resumed_run_dumps_what_the_whole_run_does(tiny_sft_run, tiny_data, tmp_path, ragged):
@@ -188,7 +193,8 @@ def test_a_resumed_run_dumps_what_the_whole_run_does(tiny_sft_run, tiny_data, tm
     flags = ("--max_steps", "4", "--save_steps", "1", *RAGGED)
     assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, whole, *flags, "--dump_step", "2") == 0
     run = ["--resume_from_checkpoint", str(whole / "checkpoint-1"), "--output_dir"]
-    assert run_grpo.main([*run, str(resumed)]) == 0  # in the middle of a rollout; the step to dump is inherited
+    # in the middle of a rollout; the step to dump is inherited
+    assert run_grpo.main([*run, str(resumed)]) == 0
     assert equal_tensors(whole / "step-2.safetensors", resumed / "step-2.safetensors")
 
     run[1] = str(whole / "checkpoint-2")

@@ -129,7 +129,8 @@ def test_batches_are_cut_by_tokens():
     # 10 + 5 + 6 + 7 = 28; 20 + 8 + 9 = 37
     assert plan_batches(rows, 6, 37) == [[0, 1, 2], [3, 4], [5]]
     assert plan_batches(rows, 6, 56) == [[0, 1, 2, 3], [4], [5]]  # 28 + 28
-    assert plan_batches(rows, 4, 37) == [[0, 1, 2], [3], [4], [5]]  # 4 begins a batch of its own in any case
+    # 4 begins a batch of its own in any case
+    assert plan_batches(rows, 4, 37) == [[0, 1, 2], [3], [4], [5]]
 
 
 def test_prompts_are_padded_on_the_left(encoder, tiny_images):
@@ -228,7 +229,8 @@ def image_tokens(encoder, folder, height, width) -> int:
 def test_qwen_image_tokens_follow_the_bounds(tiny_checkpoint, tmp_path, bounds, height, width, expected):
     folder = tiny_checkpoint("qwen2_5_vl")
     own = json.loads((folder / "preprocessor_config.json").read_text())
-    assert (own["min_pixels"], own["max_pixels"]) == (4 * 784, 16384 * 784)  # the checkpoint's own: nearly anything
+    # the checkpoint's own: nearly anything
+    assert (own["min_pixels"], own["max_pixels"]) == (4 * 784, 16384 * 784)
     encoder = encoder_of(folder, *bounds)
     assert image_tokens(encoder, tmp_path, height, width) == expected
     assert bounds[0] <= expected <= bounds[1]

@@ -42,7 +42,8 @@ def model(request, tmp_path_factory) -> LoadedModel:
     torch.set_num_threads(1)
     loaded = load(SAVE[request.param](tmp_path_factory.mktemp(request.param)))
     head = torch.randn(loaded.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-    loaded.base.lm_head.weight = torch.nn.Parameter(head)  # the tied head repeats one token, whatever the image
+    # the tied head repeats one token, whatever the image
+    loaded.base.lm_head.weight = torch.nn.Parameter(head)
     return loaded
 
 
@@ -95,7 +96,8 @@ def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeyp
         "id": "e0", "patient_id": "p0", "dataset": "site", "labels": ["Edema", "Fracture"], "evaluated_labels": list(ABC),
         "source_labels": ["oedema"], "prompt": "short",
         "completion": "<think>a b</think><solution>Fracture, edema, nodule</solution>",
-        "completion_length": 63,  # 7 + 3 + 8 + 10 + 23 + 11 characters, one byte and token each, and the stop token
+        # 7 + 3 + 8 + 10 + 23 + 11 characters, one byte and token each, and the stop token
+        "completion_length": 63,
         "predicted": ["Fracture", "Edema"], "valid": True, "parsed": True, "problem": None, "unknown": ["nodule"],
         "answer_format": "think_solution",
     }
@@ -143,7 +145,8 @@ def test_sampled_answers_come_from_the_seed(model, examples, tmp_path):
         return [row["completion"] for row in read_predictions(tmp_path / name / "predictions-a.jsonl")]
 
     first = completions("first", {"a": examples}, 0)
-    assert completions("second", {"other": examples[:2], "a": examples}, 0) == first  # whatever was decoded before
+    # whatever was decoded before
+    assert completions("second", {"other": examples[:2], "a": examples}, 0) == first
     assert completions("third", {"a": examples}, 1) != first
 
 
@@ -330,7 +333,8 @@ def test_table_of_scores():
         "Fracture       0.000   0.000  0.000        2",
     ]
     assert prevalence.startswith("  prevalence-matched     0.")
-    assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]  # all three figures are the same
+    # all three figures are the same
+    assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]
 
 
 def test_table_is_at_most_100_columns_wide():
@@ -483,7 +487,8 @@ def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_pa
     common = ["--adapter_name_or_path", str(project / "run"), "--temperature", "1", "--top_p", "1", "--seed", "3", "--per_device_eval_batch_size", "1",
               "--data_file", f"one={project / 'site.jsonl'}", f"two={project / 'site.jsonl'}"]
     assert main([*common, "--output_dir", str(tmp_path / "straight")]) == 0
-    kept = stop_after(monkeypatch, 4, signal.SIGINT)  # three images a set: in the second set, after one image
+    # three images a set: in the second set, after one image
+    kept = stop_after(monkeypatch, 4, signal.SIGINT)
     command = [*common, "--output_dir", str(tmp_path / "stopped")]
     assert main(command) == 130
     assert main([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"]) == 2

@@ -66,7 +66,8 @@ def family(request) -> str:
 def test_lora_on_the_real_sizes(family, layers, modules, trainable, total):
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(REAL_CONFIGS[family](), dtype=torch.bfloat16)
-    assert sum(parameter.numel() for parameter in base.parameters()) == total  # before adapters; the tied head counts once
+    # before adapters; the tied head counts once
+    assert sum(parameter.numel() for parameter in base.parameters()) == total
     model = LoadedModel(family, base, family_of(family), None, frozenset(), (), None)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1)
     trained = dict(trainable_parameters(wrapped))
@@ -150,7 +151,8 @@ def test_white_space_around_an_answer_is_the_templates_affair(tiny_checkpoint, t
     encoder = encoder_of(tiny_checkpoint("gemma3"))
     encoder.tokenizer.chat_template = GEMMA_AS_PUBLISHED
     row = encoder.encode_answer(examples_of(tiny_images, 56)[0], PROMPT, " \nEdema \n")
-    assert encoder.tokenizer.decode(row.completion_ids) == "Edema<end_of_turn>"  # the published template trims it
+    # the published template trims it
+    assert encoder.tokenizer.decode(row.completion_ids) == "Edema<end_of_turn>"
 
 
 def test_every_template_has_both_stop_ids(family, tiny_checkpoint):
@@ -183,7 +185,8 @@ def visual_tokens(encoder: Encoder, folder: Path, height: int, width: int) -> tu
     (560, 672, (40, 48)),
 ])
 def test_qwen_has_256_to_512_tokens_on_images_of_real_sizes(tiny_checkpoint, tmp_path, height, width, grid):
-    encoder = encoder_of(tiny_checkpoint("qwen2_5_vl"), 256, 512)  # its preprocessor_config.json asks for 4 to 16384
+    # its preprocessor_config.json asks for 4 to 16384
+    encoder = encoder_of(tiny_checkpoint("qwen2_5_vl"), 256, 512)
     tokens, vision = visual_tokens(encoder, tmp_path, height, width)
     assert vision["image_grid_thw"].tolist() == [[1, *grid]]
     assert tokens == grid[0] * grid[1] // 4 and 256 <= tokens <= 512
@@ -219,7 +222,8 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
     types = torch.zeros_like(batch.prompts.token_types)
     zeroed = dataclasses.replace(batch, prompts=dataclasses.replace(batch.prompts, token_types=types))
     forgetting = [dataclasses.replace(row.prompt, token_types=torch.zeros_like(row.prompt.token_types)) for row in rows]
-    with pytest.raises(ValueError, match="0 image placeholders for"):  # the image would have no place
+    # the image would have no place
+    with pytest.raises(ValueError, match="0 image placeholders for"):
         collate_prompts(forgetting, model.encoder.pad_token_id)
     # Positions and masks depend on them too: with the image in its place, they alone make another number.
     embeddings = engine.forward.embed(model.base, batch.prompts)
@@ -326,7 +330,8 @@ def test_a_hub_model_that_cannot_be_had_is_one_line(error, reason, tiny_data, tm
 
 
 def test_a_hub_repository_without_a_configuration(tiny_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.encode.cached_file", lambda *_: None)  # what transformers answers then
+    # what transformers answers then
+    monkeypatch.setattr("data.encode.cached_file", lambda *_: None)
     flags = ["--model_name_or_path", "someone/weights-gguf", "--train_file", str(tiny_data), *SFT]
     assert main_guard(lambda: run_sft.main(flags)) == 2
     assert "no config.json could be had (someone/weights-gguf holds no config.json)" in capsys.readouterr().err
@@ -420,7 +425,8 @@ def test_family_facts_have_one_place(file):
     name = file.relative_to(ROOT).as_posix()
     if name in PLACES:
         assert family_facts(file.read_text(encoding="utf-8"))
-    elif not name.startswith("data/demo/"):  # the demo's base is built as a Qwen2.5-VL; nothing of it runs in training
+    elif not name.startswith("data/demo/"):
+        # the demo's base is built as a Qwen2.5-VL; nothing of it runs in training
         assert family_facts(file.read_text(encoding="utf-8")) == []
 
 

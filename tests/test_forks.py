@@ -45,9 +45,11 @@ NOT_IN_THE_FORKS = {
 }
 # Checks of the battery that fail with a variant switched on, because they state what it changes.
 TOY_NUMBERS = {"test_toy_terms", "test_toy_loss_and_gradient", "test_toy_metrics"}
-A_NEW_TERM = {"test_toy_terms", "test_toy_metrics"}  # both count the terms; nothing else of theirs changes
+# both count the terms; nothing else of theirs changes
+A_NEW_TERM = {"test_toy_terms", "test_toy_metrics"}
 CHANGED = {
-    "gspo": TOY_NUMBERS | {"test_p05_full_loss", "test_clip_extremes_are_over_completions"},  # P03 has one token a completion
+    # P03 has one token a completion
+    "gspo": TOY_NUMBERS | {"test_p05_full_loss", "test_clip_extremes_are_over_completions"},
     "cispo": TOY_NUMBERS | {"test_p03_clip", "test_p05_full_loss"},
     "dual_clip": A_NEW_TERM,  # no ratio of the cases reaches 3
     "tis": A_NEW_TERM,  # the sampler agrees with pi_old
@@ -223,7 +225,8 @@ def test_p11_dual_clip(fork):
             loss.backward()
         p11.close("rows.loss_standard", terms[None]["per_token_loss"][:, 0])
         p11.close("rows.loss_dual_clip", terms[c]["per_token_loss"][:, 0])
-        p11.close("rows.loss_trl_delta", terms[c]["per_token_loss"][:, 0])  # TRL clamps the ratio; the numbers are the same
+        # TRL clamps the ratio; the numbers are the same
+        p11.close("rows.loss_trl_delta", terms[c]["per_token_loss"][:, 0])
     assert terms[c]["dual_clipped"][:, 0].tolist() == [True, False, False, False]
     # Held at c A the first token has no gradient left; 5 with A > 0 and 0.5 with A < 0 are clipped as ever; -r A = 1
     close(logprobs.grad[:, 0], [0, 0, 0, 1])
@@ -234,7 +237,8 @@ def test_p12_gspo(fork):
     with fork_case("P12_gspo") as p12:
         config = module.ObjectiveConfig(importance_sampling_level="sequence", epsilon_low=p12.inputs["eps_low"],
                                         epsilon_high=p12.inputs["eps_high"], beta=0)
-        logprobs, mask = f64(p12.inputs["logp"]).requires_grad_(), torch.tensor(p12.inputs["mask"]).bool()  # [4,4]
+        # [4,4]
+        logprobs, mask = f64(p12.inputs["logp"]).requires_grad_(), torch.tensor(p12.inputs["mask"]).bool()
         advantages, weights = f64(p12.inputs["advantages"]), weights_of(module, mask, "grpo")
         loss, terms = module.grpo_loss(logprobs, f64(p12.inputs["old_logp"]), None, advantages, mask, weights, config)
         loss.backward()
@@ -353,7 +357,8 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
         for ratio, token_ratio, own in zip(step["terms/ratio"], step["terms/token_ratio"], mask):
             assert len(set(ratio[own].tolist())) == 1
             assert math.log(ratio[own][0]) == pytest.approx(np.log(token_ratio[own]).mean(), abs=1e-6)
-    if name == "kl_in_reward":  # step 4 holds the second group; at its rollout the policy had left the reference
+    # step 4 holds the second group; at its rollout the policy had left the reference
+    if name == "kl_in_reward":
         kl = np.where(mask, step["sampling_logprobs"].astype(float) - step["ref_logprobs"], 0).sum(1)
         penalised = step["rollout/reward"][rows] - 0.15 * kl
         np.testing.assert_allclose(step["advantages"], penalised - penalised.mean(), rtol=0, atol=1e-6)
@@ -375,5 +380,6 @@ def test_a_patched_copy_of_the_project_is_all_that_gspo_needs(tiny_sft_run, tiny
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^importance_sampling_level +sequence +flag$", done.stdout, re.MULTILINE)  # in the banner
+    # in the banner
+    assert re.search(r"^importance_sampling_level +sequence +flag$", done.stdout, re.MULTILINE)
     assert all({"ratio/mean", "token_ratio"} <= line.keys() for line in train_log(run))

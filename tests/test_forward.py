@@ -73,7 +73,8 @@ def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[t
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     inputs = pixel_inputs([row.prompt for row in rows])
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
-    logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs).logits  # [B,S,V]
+    # [B,S,V]
+    logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs).logits
     logprobs = logits.log_softmax(-1)
     result = []
     for row, values in zip(rows, logprobs):
@@ -260,7 +261,8 @@ def test_completions_of_one_prompt_share_its_image(model, tiny_images):
     completions = [torch.tensor(ids) for ids in ([70, 71, 72], [80], [90, 91, 92, 93, 94])]
     rows = [EncodedRow(shared.prompt, ids, torch.ones(len(ids), dtype=torch.bool)) for ids in completions]
     mixed = [rows[0], other, rows[1], rows[2]]
-    apart = [dataclasses.replace(row, prompt=dataclasses.replace(row.prompt)) for row in mixed]  # four prompt objects
+    # four prompt objects
+    apart = [dataclasses.replace(row, prompt=dataclasses.replace(row.prompt)) for row in mixed]
     assert len(collate_rows(mixed, 0).prompts.vision) == 2 and collate_rows(mixed, 0).prompt_of_row.tolist() == [0, 1, 0, 0]
     assert len(collate_rows(apart, 0).prompts.vision) == 4
     assert largest_difference(logprobs_of(model.base, model, mixed), logprobs_of(model.base, model, apart)) < 1e-5
@@ -269,7 +271,8 @@ def test_completions_of_one_prompt_share_its_image(model, tiny_images):
 @torch.no_grad()
 def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
     rows = rows_of(model, tiny_images)
-    rows[1] = dataclasses.replace(rows[1], completion_mask=torch.zeros_like(rows[1].completion_mask))  # left out of the loss
+    # left out of the loss
+    rows[1] = dataclasses.replace(rows[1], completion_mask=torch.zeros_like(rows[1].completion_mask))
     batch = collate_rows(rows, model.encoder.pad_token_id)
     logprobs, entropies = completion_logprobs(model.base, model.family, batch, temperature=0.8, entropy=True)
     assert logprobs.shape == entropies.shape == batch.completion_mask.shape == (3, len(rows[0].completion_ids))
@@ -326,10 +329,12 @@ def gradients(model: LoadedModel, rows, *, checkpointing: bool) -> tuple[dict[st
     tower.register_forward_hook(lambda _, args, output: features.append(output.last_hidden_state))
     language_model(wrapped).layers[0].self_attn.register_forward_hook(counted("layer"))
     prompts = {id(row.prompt): row.prompt for row in rows}
-    seen_once = {key: with_features(model, prompt) for key, prompt in prompts.items()}  # what engine/vision.py does, in the loops
+    # what engine/vision.py does, in the loops
+    seen_once = {key: with_features(model, prompt) for key, prompt in prompts.items()}
     rows = [dataclasses.replace(row, prompt=seen_once[id(row.prompt)]) for row in rows]
     sum(logprobs.sum() for logprobs in logprobs_of(wrapped, model, rows)).backward()
-    assert not any(output.requires_grad for output in features)  # no graph, so no backward pass through the tower
+    # no graph, so no backward pass through the tower
+    assert not any(output.requires_grad for output in features)
     return {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}, counts["layer"], counts["vision"]
 
 
@@ -343,7 +348,8 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
         results.append(gradients(model, rows, checkpointing=checkpointing))
     (plain, layer_plain, vision_plain), (recomputed, layer_recomputed, vision_recomputed) = results
     assert (layer_plain, layer_recomputed) == (1, 2)  # the decoder really is computed again
-    assert vision_plain == vision_recomputed == 3  # once an image, and not again in the backward pass
+    # once an image, and not again in the backward pass
+    assert vision_plain == vision_recomputed == 3
     # 7 projections a layer, A and B of each; only they have a gradient
     assert plain.keys() == recomputed.keys() and len(plain) == 14 * len(model.base.model.language_model.layers)
     assert all("lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
@@ -416,7 +422,8 @@ def test_mrope_positions_are_those_of_transformers(qwen, side):
     grids = [[1, 4, 4], [1, 2, 12], [1, 10, 4], [1, 2, 2]]  # square, wide, tall, one token
     leads, tails = (3, 0, 9, 1), (2, 7, 1, 0)
     prompts = [mrope_prompt(qwen, [1] * (h * w // 4) + [0] * tail, [t, h, w], lead) for (t, h, w), lead, tail in zip(grids, leads, tails)]
-    of_text = dataclasses.replace(prompts[0], token_types=torch.zeros_like(prompts[0].token_types))  # as if the image had been forgotten
+    # as if the image had been forgotten
+    of_text = dataclasses.replace(prompts[0], token_types=torch.zeros_like(prompts[0].token_types))
     ids, types, mask = (pad_sequence(tensors, batch_first=True, padding_side=side) for tensors in zip(*(
         (prompt.input_ids, prompt.token_types, torch.ones(len(prompt.input_ids), dtype=torch.bool)) for prompt in (*prompts, of_text))))
     expected, _ = qwen.base.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=torch.tensor(grids), attention_mask=mask)
@@ -433,7 +440,8 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("num_image_tokens", len(qwen.family.image_features(qwen.base, prompt.vision)))
         positions, *following = seen_positions(qwen, [prompt], p18.inputs["num_generated"])
         p18.close("position_ids_thw", positions[:, 0])
-        assert all(torch.equal(step, step[:1].expand(3, 1, 1)) for step in following)  # the same on all three axes
+        # the same on all three axes
+        assert all(torch.equal(step, step[:1].expand(3, 1, 1)) for step in following)
         p18.close("next_generated_positions", [step[0, 0, 0] for step in following])
         delta = following[0][0, 0, 0] - len(types)
         p18.close("rope_delta_vs_unpadded_length", delta)
@@ -458,7 +466,8 @@ def test_p18_mrope_positions(qwen, case):
 def test_the_causal_mask():
     mask = causal_mask(torch.tensor([[False, True, True], [True, True, False]]), torch.arange(3))
     assert mask.int().tolist() == [
-        [[1, 0, 0], [0, 1, 0], [0, 1, 1]],  # padding sees itself, so that no row is empty; nothing else sees it
+        # padding sees itself, so that no row is empty; nothing else sees it
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     assert causal_mask(torch.tensor([[False, True, True]]), torch.tensor([2])).int().tolist() == [[[0, 1, 1]]]
 

@@ -320,7 +320,8 @@ def test_finished_rows_do_not_change_the_others(model, prompts):
             torch.testing.assert_close(completion.logprobs, whole.logprobs[:length], rtol=0, atol=1e-5)
             torch.testing.assert_close(completion.top_p_mass, whole.top_p_mass[:length], rtol=0, atol=1e-5)
             lengths.append(length)
-    assert len(set(lengths)) > 3 and len({int(c.ids[-1]) for group in stopped for c in group}) > 3  # both of several kinds
+    # both of several kinds
+    assert len(set(lengths)) > 3 and len({int(c.ids[-1]) for group in stopped for c in group}) > 3
 
 
 # How they are written
@@ -483,14 +484,16 @@ def test_image_tokens_are_never_sampled(family, tiny_checkpoint, tiny_images, te
     head = lm_head_weight(favoured.base)
     first, second = favoured.suppressed_ids[:2]
     direction = torch.randn(head.shape[1], generator=seeded(3))
-    head[first], head[second] = 100 * direction, -100 * direction  # whatever the state, one of the two wins by far
+    # whatever the state, one of the two wins by far
+    head[first], head[second] = 100 * direction, -100 * direction
     prompts = [favoured.encode_prompt(examples_of(tiny_images, 56)[0], SHORT)]
     unprotected = dataclasses.replace(favoured, suppressed_ids=())
     [[completion]] = sample(unprotected, prompts, temperature=temperature, max_completion_length=10)
     assert set(completion.ids.tolist()) <= {first, second}  # they would be drawn
     groups = sample(favoured, prompts, num_generations=4, temperature=temperature)
     assert not {i for c in groups[0] for i in c.ids.tolist()} & set(favoured.suppressed_ids)
-    assert all((c.logprobs > -50).all() for c in groups[0])  # and they do not take the others' probability away
+    # and they do not take the others' probability away
+    assert all((c.logprobs > -50).all() for c in groups[0])
 
 
 def test_suppressed_ids_are_the_image_tokens(model, family):
@@ -506,7 +509,8 @@ def test_suppressed_ids_are_the_image_tokens(model, family):
 def test_a_seed_gives_the_same_completions_again(model, prompts):
     first, again, other = (ids_of(sample(model, prompts, num_generations=2, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
-    assert all(group[0] != group[1] for group in first)  # the completions of one prompt have numbers of their own
+    # the completions of one prompt have numbers of their own
+    assert all(group[0] != group[1] for group in first)
 
 
 def test_greedy_needs_no_generator_and_sampling_does(model, prompts):

@@ -42,7 +42,8 @@ def test_from_the_folders_to_scores(hospital, family, prompt, tiny_checkpoint, t
     start, end = tmp_path / "sft", tmp_path / "grpo"
     assert sft(tiny_checkpoint(family), train, start, *root, "--prompt", prompt, "--max_steps", "2") == 0
     noted = document(start / "config.json")["data"]["train"]["selection"]
-    assert noted == document(xrays / "sft.select.json")  # with the SHA-256 of the hospital's label files
+    # with the SHA-256 of the hospital's label files
+    assert noted == document(xrays / "sft.select.json")
 
     if prompt != "only_label":
         speak(monkeypatch)  # readable answers in the form with reasoning

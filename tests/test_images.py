@@ -54,7 +54,8 @@ def test_only_files_under_the_root(tmp_path):
         assert refusal(root, name) == (
             f"example 'e1': image {name!r}: write the path relative to the image root, without '..' (--image_root)")
     assert refusal(root, "link.png") == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic link"
-    assert "relative to the image root" in refusal(root, str(root / "deep" / "a.png"))  # absolute, though inside
+    # absolute, though inside
+    assert "relative to the image root" in refusal(root, str(root / "deep" / "a.png"))
     for name in ("deep/a.png", "deep//./a.png", "inside.png"):
         assert image_path(example(root, name)) == root / "deep" / "a.png"
 
@@ -258,7 +259,8 @@ def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
     # 1000 is the darkest, 5080 the brightest: (value - 1000) / 16. Clipping at 255 would give white everywhere.
     Image.fromarray(np.array([[1000, 1016], [3040, 5080]], dtype=np.uint16)).save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode.startswith("I")
-    assert pixels(tmp_path, "a.png")[..., 0].tolist() == [[0, 1], [128, 255]]  # 127.5 rounds to even
+    # 127.5 rounds to even
+    assert pixels(tmp_path, "a.png")[..., 0].tolist() == [[0, 1], [128, 255]]
     Image.fromarray(np.full((2, 2), 700, dtype=np.uint16)).save(tmp_path / "b.png")
     assert (pixels(tmp_path, "b.png") == 0).all()  # flat: nothing to scale, and no division by 0
 

@@ -48,7 +48,8 @@ def test_p16_supervised_tokens_and_eq1(case):
         ids, mask = torch.tensor(p16.inputs["input_ids"]), torch.tensor(p16.inputs["assistant_mask"]).bool()
         rows = []
         for i in range(2):
-            start = int(mask[i].long().argmax())  # what follows the answer's end of turn is in the row, but not supervised
+            # what follows the answer's end of turn is in the row, but not supervised
+            start = int(mask[i].long().argmax())
             prompt = EncodedPrompt(ids[i, :start], torch.zeros(start, dtype=torch.long), {})
             rows.append(EncodedRow(prompt, ids[i, start:], mask[i, start:]))
         batch = plain_batch(rows, pad_token_id=0)
@@ -117,7 +118,8 @@ def test_suppressed_ids_leave_the_vocabulary():
     torch.testing.assert_close(everything[:, rest].exp().sum(1), torch.ones(M, dtype=torch.float64), rtol=0, atol=1e-13)
     assert (everything[:, list(suppressed)] == float("-inf")).all()
     smaller, entropies = token_logprobs(hidden, head[rest], torch.zeros(M, dtype=torch.long), **settings)
-    torch.testing.assert_close(everything[:, 0], smaller, rtol=0, atol=1e-13)  # as if the vocabulary had never held them
+    # as if the vocabulary had never held them
+    torch.testing.assert_close(everything[:, 0], smaller, rtol=0, atol=1e-13)
     torch.testing.assert_close(results[0][1], entropies, rtol=0, atol=1e-13)
 
 
@@ -180,7 +182,8 @@ def test_bfloat16_in_float32_out():
     hidden, head, targets = problem(torch.bfloat16, m=40, scale=4.0)
     logprobs, entropies = token_logprobs(hidden, head, targets, temperature=0.8, entropy=True)
     assert logprobs.dtype == entropies.dtype == torch.float32
-    logits = (hidden @ head.t()).double() / 0.8  # the product is bf16, as in sampling; what follows is not
+    # the product is bf16, as in sampling; what follows is not
+    logits = (hidden @ head.t()).double() / 0.8
     exact = torch.log_softmax(logits, 1)[torch.arange(40), targets]
     torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
     logprobs.sum().backward()
@@ -319,8 +322,10 @@ def allocated_peak(step) -> int:
 @pytest.mark.parametrize(("dtype", "entropy", "softcap", "gradient", "copies"), [
     # of [chunk,V] in fp32: the exponentials, in place of the logits
     (torch.float32, False, None, False, 1), (torch.float32, False, None, True, 1),
-    (torch.float32, True, None, False, 2), (torch.float32, True, None, True, 2),  # both: the entropy is made of both
-    (torch.float32, False, 9.0, True, 2), (torch.float32, True, 9.0, True, 3), (torch.float32, False, 9.0, False, 1),  # and the slope
+    # both: the entropy is made of both
+    (torch.float32, True, None, False, 2), (torch.float32, True, None, True, 2),
+    # and the slope
+    (torch.float32, False, 9.0, True, 2), (torch.float32, True, 9.0, True, 3), (torch.float32, False, 9.0, False, 1),
     # the product of the head in bf16; its gradient's input
     (torch.bfloat16, False, None, False, 1.5), (torch.bfloat16, False, None, True, 1.5), (torch.bfloat16, True, None, True, 2),
 ])
@@ -334,7 +339,8 @@ def test_how_many_chunks_of_logits_there_are_at_once(dtype, entropy, softcap, gr
             (logprobs.sum() + (entropies.sum() if entropy else 0)).backward()
 
     chunk = 16 * 20_000 * 4
-    assert copies * chunk < allocated_peak(step) < (copies + 0.15) * chunk  # the rest: [M,H], [M], and what a product packs
+    # the rest: [M,H], [M], and what a product packs
+    assert copies * chunk < allocated_peak(step) < (copies + 0.15) * chunk
 
 
 def test_without_a_gradient_only_the_logits_are_made():
@@ -347,7 +353,8 @@ def test_without_a_gradient_only_the_logits_are_made():
 
 
 def test_the_default_chunk_of_gemmas_logits_takes_256_mib():
-    assert CHUNK_SIZE * 262_208 * 4 / 2 ** 20 == pytest.approx(256, abs=0.1)  # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06
+    # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06
+    assert CHUNK_SIZE * 262_208 * 4 / 2 ** 20 == pytest.approx(256, abs=0.1)
 
 
 def test_the_gradients_of_log_probabilities_and_entropy_add_up():

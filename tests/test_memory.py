@@ -38,9 +38,12 @@ def test_also_in_bf16(family, phase):
 
 
 @pytest.mark.parametrize("phase, sizes", [
-    ("rollout", replace(SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256)),  # the cache is the most
-    ("rollout", replace(SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192)),  # the sampler's vocabulary
-    ("grpo", replace(SIZES, hidden=64, intermediate=172, layers=1, prompt_length=90, new_tokens=80, vocabulary=8192, rows=8)),  # the head's
+    # the cache is the most
+    ("rollout", replace(SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256)),
+    # the sampler's vocabulary
+    ("rollout", replace(SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192)),
+    # the head's
+    ("grpo", replace(SIZES, hidden=64, intermediate=172, layers=1, prompt_length=90, new_tokens=80, vocabulary=8192, rows=8)),
 ])
 def test_also_where_another_part_is_the_most(phase, sizes):
     step, expected = prepare("qwen2_5_vl", phase, sizes, torch.float32, CPU)
@@ -90,8 +93,10 @@ def test_the_masks_of_a_packed_row_by_hand():
     # Images of one size: one prompt's and one completion's, 100 + 75
     fixed = replace(SHAPE, fixed_images=True)
     assert packed_inputs(fixed, WORK, row) == tokens + 175 * 9
-    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 6, 5)) == (10 + 30) * 56 + 175 * 9  # so in one group
-    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 0, 0)) == 10 * 56 + 100 * 9  # a prompt that the sampler reads
+    # so in one group
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 6, 5)) == (10 + 30) * 56 + 175 * 9
+    # a prompt that the sampler reads
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 0, 0)) == 10 * 56 + 100 * 9
     # A window shorter than prompt and completion makes masks of its own.
     assert packed_inputs(replace(fixed, window=15), WORK, row) == tokens + 175 * 9
     assert packed_inputs(replace(fixed, window=14), WORK, row) == tokens + 2 * 175 * 9
@@ -120,7 +125,8 @@ def test_the_head_by_hand():
         assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) == 204_800 + scored * 96
         assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
         assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=True) == 204_800 + scored * 48
-    assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96  # half a chunk
+    # half a chunk
+    assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96
 
 
 def test_the_copies_of_the_sampler_by_hand():
@@ -150,7 +156,8 @@ def test_phases_of_the_two_scripts():
     for found in (grpo, sft):
         assert [phase for phase, parts in found.phases.items() if "gradients" in parts] == ["update"]
         assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
-    many = forecast(SHAPE, replace(WORK, num_generations=256))  # all rows of a rollout are written at once
+    # all rows of a rollout are written at once
+    many = forecast(SHAPE, replace(WORK, num_generations=256))
     assert many.phases["rollout"]["KV cache"] > 10 * grpo.phases["rollout"]["KV cache"]
 
 

@@ -123,7 +123,8 @@ def test_the_stated_bound_is_checked_and_kept(run, merged):
     assert exact["difference"] < exact["bound"] == FLOAT32_BOUND
     assert exact["difference"] < 1e-5 and exact["difference_of_base_and_adapter"] == 0.0
     assert rounded["bound"] == BFLOAT16_BOUND * rounded["difference_of_base_and_adapter"]
-    assert 1e-3 < rounded["difference"] < rounded["bound"] < 1e-1  # a bfloat16 has 8 bits: 2^-9 = 2e-3 a rounding
+    # a bfloat16 has 8 bits: 2^-9 = 2e-3 a rounding
+    assert 1e-3 < rounded["difference"] < rounded["bound"] < 1e-1
     assert rounded["adapter"] == str(run) and (rounded["min_visual_tokens"], rounded["max_visual_tokens"]) == (4, 4)
 
 
@@ -157,7 +158,8 @@ def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
     count = lambda *_: in_float32.append(sum(parameter.dtype == torch.float32 for parameter in base))  # noqa: E731
     with float32_decoder(wrapped):
         inner = [module for module in wrapped.modules() if type(module) is torch.nn.Linear and module.weight in set(base)]
-        handles = [module.register_forward_pre_hook(count) for module in inner]  # after the cast of the same module
+        # after the cast of the same module
+        handles = [module.register_forward_pre_hook(count) for module in inner]
         _, exact = probe_logits(model, wrapped)
     for handle in handles:
         handle.remove()
@@ -208,7 +210,8 @@ def test_a_merge_that_is_interrupted_leaves_nothing(run, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.merge, "copy_processor", interrupted)  # the weights are written by then
+    # the weights are written by then
+    monkeypatch.setattr(engine.merge, "copy_processor", interrupted)
     assert main(flags_of(run, tmp_path / "merged")) == 130
     assert not list(tmp_path.iterdir())
 

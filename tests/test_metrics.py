@@ -33,7 +33,8 @@ def random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def sklearn_scores(targets, predictions, **options) -> tuple:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # zero_division=0 is stated, so nothing is left to warn about
+        # zero_division=0 is stated, so nothing is left to warn about
+        warnings.simplefilter("error")
         return precision_recall_fscore_support(targets, predictions, zero_division=0, **options)
 
 
@@ -113,7 +114,8 @@ def test_scores_do_not_change_their_inputs():
         (bools("110"), bools("110"), bools("11"), r"evaluated \(1, 2\) differ in shape"),
         (bools("11"), bools("11"), None, "3 labels given"),
         (np.array([True, False, True]), bools("110"), None, r"targets must be a matrix \[N, K\]"),
-        (np.array([[1.0, 0.0, -1.0]]), bools("110"), None, "targets must hold only 0 and 1"),  # CheXpert's 'uncertain'
+        # CheXpert's 'uncertain'
+        (np.array([[1.0, 0.0, -1.0]]), bools("110"), None, "targets must hold only 0 and 1"),
         (bools("110"), np.array([[1.0, np.nan, 0.0]]), None, "predictions must hold only 0 and 1"),
         (bools("110"), bools("110"), np.array([[1.0, 0.5, 0.0]]), "evaluated must hold only 0 and 1"),
     ],
@@ -145,7 +147,8 @@ def test_jaccard_of_each_image():
 
 def test_jaccard_equals_scikit_learn():
     targets, predictions = random_case(0)
-    targets[:, 0] = True  # scikit-learn scores empty against empty with zero_division, which is not at issue here
+    # scikit-learn scores empty against empty with zero_division, which is not at issue here
+    targets[:, 0] = True
     assert jaccard_per_image(targets, predictions).mean() == pytest.approx(jaccard_score(targets, predictions, average="samples"))
 
 
@@ -237,7 +240,8 @@ def draws_by_hand(targets, predictions, evaluated, patient_ids, *, seed, resampl
     rows = sorted(members)
     shares = [len(members[row]) / len(totals) for row in rows]
     weights = np.random.default_rng(seed).multinomial(len(totals), shares, size=resamples)
-    nobody = dict.fromkeys(patient_ids, 0)  # of patients with equal totals, the first stands for all
+    # of patients with equal totals, the first stands for all
+    nobody = dict.fromkeys(patient_ids, 0)
     return [nobody | {members[row][0]: int(times) for row, times in zip(rows, weight)} for weight in weights]
 
 
@@ -293,11 +297,13 @@ def test_bootstrap_draws_patients_not_images():
     targets, predictions = bools(*["100"] * 100), bools(*["100"] * 50, *["010"] * 50)
     intervals = bootstrap_intervals(targets, predictions, None, ["a"] * 50 + ["b"] * 50, seed=0)
     assert intervals["micro_f1"] == intervals["jaccard"] == (0.0, 1.0)
-    assert intervals["macro_f1"] == pytest.approx((0, 1 / 3))  # the other two labels have no true positive
+    # the other two labels have no true positive
+    assert intervals["macro_f1"] == pytest.approx((0, 1 / 3))
 
 
 def test_bootstrap_of_one_patient_is_a_point():
-    targets, predictions = bools("110", "010"), bools("100", "100")  # the scores of test_scores_by_hand; Jaccard 1/2 and 0
+    # the scores of test_scores_by_hand; Jaccard 1/2 and 0
+    targets, predictions = bools("110", "010"), bools("100", "100")
     intervals = bootstrap_intervals(targets, predictions, None, ["a", "a"], seed=0, resamples=5)
     for metric, value in {"micro_f1": 2 / 5, "macro_f1": 2 / 9, "jaccard": 1 / 4}.items():
         assert intervals[metric] == pytest.approx((value, value))

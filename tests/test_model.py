@@ -165,7 +165,8 @@ def test_lora_is_on_the_language_models_projections_only(model, family):
     expected = {(str(layer), projection, side)
                 for layer in range(LAYERS[family]) for projection in PROJECTIONS for side in "AB"}
     assert None not in found and {match.groups() for match in found} == expected and len(names) == 2 * 7 * LAYERS[family]
-    assert sum("lora_" in name for name, _ in wrapped.named_parameters()) == len(names)  # none on the vision tower or the head
+    # none on the vision tower or the head
+    assert sum("lora_" in name for name, _ in wrapped.named_parameters()) == len(names)
     layer = wrapped.get_base_model().model.language_model.layers[0].self_attn.q_proj
     assert (layer.r[POLICY], layer.lora_alpha[POLICY], layer.scaling[POLICY], layer.lora_dropout[POLICY].p) == (4, 8, 2.0, 0.1)
 
@@ -286,11 +287,13 @@ def test_keys_that_do_not_fit_are_refused(model, saved):
         tensors = load_file(saved / "adapter_model.safetensors")
         assert refusal(load_adapter_state, wrapped, tensors, source=str(saved)).startswith(said)
         after = adapter_state(wrapped)
-        assert all(torch.equal(after[name], before[name]) for name in before)  # nothing was half loaded
+        # nothing was half loaded
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_checkpoint, tmp_path):
-    folder = save(attach_random_adapter(load(tiny_checkpoint("gemma3"))), tmp_path / "gemma")  # three layers; Qwen has two
+    # three layers; Qwen has two
+    folder = save(attach_random_adapter(load(tiny_checkpoint("gemma3"))), tmp_path / "gemma")
     said = refusal(attach_adapter, load(tiny_checkpoint("qwen2_5_vl")), folder)
     assert said.startswith(f"{folder}: the adapter does not fit the model, left over: 14, such as ")
 
@@ -308,7 +311,8 @@ def test_folders_without_a_readable_adapter(tiny_checkpoint, saved):
         assert refusal(attach_adapter, model, saved) == (
             f"{saved}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors")
         (saved / file).write_bytes(kept)
-        model = load(tiny_checkpoint("qwen2_5_vl"))  # the refused adapter is on the first one's layers
+        # the refused adapter is on the first one's layers
+        model = load(tiny_checkpoint("qwen2_5_vl"))
 
 
 # Two adapters
@@ -397,7 +401,8 @@ def test_p24_the_reference_is_the_sft_adapter(case):
         policy = wrapped(x)
         with use_adapter(wrapped, REFERENCE):
             reference = wrapped(x)
-        with wrapped.disable_adapter():  # what the reference would be if it were taken for "no adapter"
+        # what the reference would be if it were taken for "no adapter"
+        with wrapped.disable_adapter():
             disabled = wrapped(x)
         p24.close("scaling", layer.scaling[POLICY])
         p24.close("logits_policy", policy[0])

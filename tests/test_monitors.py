@@ -90,7 +90,8 @@ def test_labels_that_a_source_cannot_express_are_not_looked_at(window_of_four):
     everything = (text_of(LABELS, "x"), 1, 5, False)
     two = (text_of(["Edema", "Pneumonia", "Fracture"], "y"), 1, 5, False)
     values = observed((nine, [everything, two, (text_of(["Edema", "Fracture", "Cardiomegaly"]), 1, 5, False), (text_of(["Edema"]), 1, 5, False)]))
-    assert values["all_labels"] == 2 / 4  # three and two of its three; Fracture and Cardiomegaly are not among them
+    # three and two of its three; Fracture and Cardiomegaly are not among them
+    assert values["all_labels"] == 2 / 4
     assert set(name for name in values if "/" in name) == {"label_shift/No_Finding", "label_shift/Edema", "label_shift/Pneumonia"}
 
 
@@ -124,7 +125,8 @@ def test_nothing_is_said_of_a_few_completions():
         assert monitors.observe(samples_of([group])) == {}  # 49 of SETTLED = 50
     names = set(monitors.observe(samples_of([group])))
     assert {f"monitors/{name}" for name in ("identical_text", "entropy", "label_shift/Edema")} <= names <= set(NAMES)
-    assert not names & {"monitors/entropy_drop", "monitors/hacking"}  # the start is not complete yet
+    # the start is not complete yet
+    assert not names & {"monitors/entropy_drop", "monitors/hacking"}
     for _ in range(21):
         names = set(monitors.observe(samples_of([group])))
     assert names == set(NAMES)  # after 203
@@ -134,7 +136,8 @@ def test_nothing_is_said_of_a_few_completions():
 TRUTHS = ([NO_FINDING], ["Edema"], ["Cardiomegaly", "Edema"], ["Pneumonia"], ["Pleural Effusion", SUPPORT_DEVICES], ["Fracture"], [NO_FINDING],
           ["Atelectasis", "Lung Opacity"])
 WORDS = "the a heart lung left right base apex hazy clear dense sharp border vessel rib device silhouette volume shadow line angle".split()
-SWITCH = 8  # rollout from which a policy collapses: the start (200 completions) is complete after the seventh
+# rollout from which a policy collapses: the start (200 completions) is complete after the seventh
+SWITCH = 8
 
 
 def healthy(image: Example, rng: random.Random, number: int) -> tuple[str, float, int, bool]:

@@ -20,7 +20,8 @@ from data.labels import canonical_label
 from engine.optim import clip_gradients, learning_rate_at
 from rl.rewards import jaccard
 
-LOSS_TYPES = {"seq_mean_eq2": "grpo", "dr_grpo_const": "dr_grpo", "token_mean_dapo": "dapo"}  # the cases' names and ours
+# the cases' names and ours
+LOSS_TYPES = {"seq_mean_eq2": "grpo", "dr_grpo_const": "dr_grpo", "token_mean_dapo": "dapo"}
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_p01_advantages(objective, case):
         p01.close("adv_center_only", centred)
         p01.close("adv_std_ddof1_eps1e_4", scaled)
         p01.close("group_mean", (rewards - centred)[:, 0])  # the mean is what was taken off,
-        p01.close("group_std_ddof1", (centred / scaled)[:, 0] - 1e-4)  # and the std, plus 1e-4, what it was divided by
+        # and the std, plus 1e-4, what it was divided by
+        p01.close("group_std_ddof1", (centred / scaled)[:, 0] - 1e-4)
         p01.differs("adv_std_ddof0_eps1e_4", scaled)
         p01.differs("adv_rloo", centred)
 
@@ -74,7 +76,8 @@ def test_p03_clip(objective, case):
     with case("P03_clip_asymmetric") as p03:
         rows = leaves(p03.inputs["rows"])
         config = objective.ObjectiveConfig(epsilon_low=p03.inputs["eps_low"], epsilon_high=p03.inputs["eps_high"], beta=0)
-        logprobs = f64(rows["logp"])[:, None].requires_grad_()  # [7,1]: seven completions of one token
+        # seven completions of one token
+        logprobs = f64(rows["logp"])[:, None].requires_grad_()  # [7,1]
         advantages, mask = f64(rows["advantage"]), torch.ones(7, 1, dtype=torch.bool)
         loss, terms = objective.grpo_loss(
             logprobs, f64(rows["old_logp"])[:, None], None, advantages, mask, torch.ones(7, 1, dtype=torch.float64), config)
@@ -156,11 +159,13 @@ def test_p06_on_policy(objective, case):
 def test_p08_microbatches(objective, case):
     """The case gives each token's loss. With k1, beta 1, advantage 0 and a reference of 0 it is the log-probability itself."""
     with case("P08_microbatch_invariance") as p08:
-        token_loss, mask = f64(p08.inputs["token_loss"]), torch.tensor(p08.inputs["mask"]).bool()  # [4,3]
+        # [4,3]
+        token_loss, mask = f64(p08.inputs["token_loss"]), torch.tensor(p08.inputs["mask"]).bool()
         config = objective.ObjectiveConfig(kl_estimator="k1", beta=1)
 
         def loss_of(rows, loss_type):
-            weights = objective.token_weights(mask[rows], loss_type, num_completions=4, num_tokens=8,  # of the whole step
+            # of the whole step
+            weights = objective.token_weights(mask[rows], loss_type, num_completions=4, num_tokens=8,
                                               max_completion_length=p08.inputs["max_completion_length"], dtype=torch.float64)
             logprobs, zeros = token_loss[rows], torch.zeros_like(token_loss[rows])
             return objective.grpo_loss(logprobs, logprobs, zeros, zeros[:, 0], mask[rows], weights, config)[0]
@@ -272,7 +277,8 @@ def test_toy_metrics(objective):
         "ratio/mean": (4.55 / 4, 4, "mean"),
         "ratio/min": (0.8, 1, "min"),
         "ratio/max": (1.5, 1, "max"),
-        "clip_ratio/low_mean": (1 / 4, 4, "mean"),  # the 0.8; the 1.5 is outside too, but A < 0 and its gradient is kept
+        # the 0.8; the 1.5 is outside too, but A < 0 and its gradient is kept
+        "clip_ratio/low_mean": (1 / 4, 4, "mean"),
         "clip_ratio/low_min": (0, 1, "min"),  # completion 1 has none, completion 2 one of two
         "clip_ratio/high_mean": (1 / 4, 4, "mean"),  # the 1.25
         "clip_ratio/high_max": (1 / 2, 1, "max"),
@@ -342,7 +348,8 @@ def test_rewards_one_millionth_apart_say_nothing(objective):
 
 def test_one_rated_completion_gets_zero_without_a_warning(objective):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of a standard deviation of one value, and makes it NaN
+        # torch warns of a standard deviation of one value, and makes it NaN
+        warnings.simplefilter("error")
         for scale_rewards in ("none", "group", "batch"):
             close(objective.group_advantages(f64([3.0]), torch.tensor([0]), scale_rewards), [0])
 

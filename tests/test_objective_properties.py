@@ -38,7 +38,8 @@ def random_batch(seed: int) -> dict[str, torch.Tensor]:
 
     shape = 6, 5
     logprobs = uniform(-3, -0.1, *shape)
-    side = torch.arange(30).view(shape)[:, torch.randperm(5, generator=random)] % 3 - 1  # all of -1, 0, 1
+    # all of -1, 0, 1
+    side = torch.arange(30).view(shape)[:, torch.randperm(5, generator=random)] % 3 - 1
     sign = torch.tensor([1, -1, 1, -1, 0, 1])[torch.randperm(6, generator=random)]
     lengths = torch.tensor([5, 3, 0, 1, 4, 2])[torch.randperm(6, generator=random)]
     return {
@@ -188,11 +189,13 @@ def test_masked_slots_change_nothing(objective, names, garbage):
         assert torch.equal(spoilt_gradient[~batch["mask"]], torch.zeros(15, dtype=torch.float64))
         for name, term in terms.items():
             assert torch.equal(spoilt_terms[name][batch["mask"]], term[batch["mask"]]), name
-            assert spoilt_terms[name].isfinite().all(), name  # so that a fork may multiply a term by a mask
+            # so that a fork may multiply a term by a mask
+            assert spoilt_terms[name].isfinite().all(), name
         assert spoilt_metrics == metrics
 
 
-@pytest.mark.parametrize("garbage", [math.nan, 0.1, 9.0])  # 0.1 and 9 are outside the interval of the ratio
+# 0.1 and 9 are outside the interval of the ratio
+@pytest.mark.parametrize("garbage", [math.nan, 0.1, 9.0])
 def test_metrics_read_real_tokens_only(objective, garbage):
     for sign in (-1, 1):
         batch = random_batch(seed=4)
@@ -224,7 +227,8 @@ def test_weights_are_zero_where_masked_and_positive_elsewhere(objective, loss_ty
 def test_padding_changes_nothing(objective, loss_type):
     """Columns of garbage on the left, in the middle and on the right."""
     batch = random_batch(seed=6)
-    columns = torch.tensor([0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0]).bool()  # where the five columns of the batch go
+    # where the five columns of the batch go
+    columns = torch.tensor([0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0]).bool()
 
     def padded(values):
         wide = torch.full((6, len(columns)), math.nan, dtype=torch.float64)
@@ -253,7 +257,8 @@ def test_a_completion_without_tokens(objective, loss_type):
     assert_same_metrics(values_of(metrics), values_of(metrics_of_others))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 15])  # of the step: all of it masked, or only this micro-batch
+# of the step: all of it masked, or only this micro-batch
+@pytest.mark.parametrize("num_tokens", [0, 15])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_batch_without_tokens_is_zero(objective, loss_type, num_tokens):
     batch = random_batch(seed=8)
@@ -331,7 +336,8 @@ def test_advantages_follow_the_group_ids(objective, scale_rewards):
     order = torch.tensor([8, 2, 0, 5, 1, 7, 3, 6, 4])
     moved = objective.group_advantages(REWARDS[order], GROUP_IDS[order], scale_rewards)
     torch.testing.assert_close(moved, advantages[order], **TOLERANCE)
-    raised = objective.group_advantages(REWARDS + 5 * GROUP_IDS, GROUP_IDS, "none")  # a bonus for a whole group says nothing
+    # a bonus for a whole group says nothing
+    raised = objective.group_advantages(REWARDS + 5 * GROUP_IDS, GROUP_IDS, "none")
     torch.testing.assert_close(raised, objective.group_advantages(REWARDS, GROUP_IDS, "none"), **TOLERANCE)
 
 

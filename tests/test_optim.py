@@ -82,4 +82,5 @@ def test_gradients_are_scaled_together_and_only_when_too_long():
     assert clip_gradients(model.parameters(), 10.0).item() == pytest.approx(5)  # 3, 4, 5
     assert (model.a.grad.item(), model.b.grad.item()) == (3.0, 4.0)
     assert clip_gradients(model.parameters(), 1.0).item() == pytest.approx(5)  # the norm before
-    assert (model.a.grad.item(), model.b.grad.item()) == pytest.approx((0.6, 0.8), abs=1e-6)  # coefficient 1 / (5 + 1e-6)
+    # coefficient 1 / (5 + 1e-6)
+    assert (model.a.grad.item(), model.b.grad.item()) == pytest.approx((0.6, 0.8), abs=1e-6)

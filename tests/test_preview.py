@@ -84,7 +84,8 @@ def test_counts_by_hand(tiny_checkpoint, tiny_data, tmp_path, capsys):
             re.findall(r"(\d+) tokens, (\d+) supervised, (\d+) image, (\d+) padding", capsys.readouterr().out)]
     first, second, batch = rows
     assert [a + b for a, b in zip(first, second)] == batch
-    assert first[3] == second[3] == 0 and first[0] != second[0]  # a batch of training has no padding
+    # a batch of training has no padding
+    assert first[3] == second[3] == 0 and first[0] != second[0]
     # same prompt and label name lengths apart, so rows differ in their answers alone
     assert first[0] - first[1] == second[0] - second[1]
     assert first[2] == second[2] == 4
@@ -96,7 +97,8 @@ def test_grpo_shows_the_prompts_once(family, tiny_sft_run, tiny_data, tmp_path, 
     no_weights(monkeypatch)
     assert grpo(start, tiny_data, tmp_path / "run", "--show_batch") == 0
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^row \d: ", shown, re.MULTILINE)) == 2  # 4 completions x 2 micro-batches / 4
+    # 4 completions x 2 micro-batches / 4
+    assert len(re.findall(r"^row \d: ", shown, re.MULTILINE)) == 2
     assert shown.count("<image x 4>") == 1 and "[[" not in shown.split("row 1")[1]
     assert ", 0 supervised, " in shown and "supervised later" in shown
     assert snapshot(tmp_path) == {}

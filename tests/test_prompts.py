@@ -50,7 +50,8 @@ def test_every_variant_states_the_labels_and_the_form(name):
 
 def test_the_texts_differ_and_fit_a_prompt():
     assert len({prompt.text for prompt in PROMPTS.values()}) == len(PROMPTS)
-    assert all(prompt.text.isascii() and len(prompt.text) < 4500 for prompt in PROMPTS.values())  # some 1,000 tokens
+    # some 1,000 tokens
+    assert all(prompt.text.isascii() and len(prompt.text) < 4500 for prompt in PROMPTS.values())
 
 
 @pytest.mark.parametrize(("name", "cues"), [  # the paper's words for each (Table 1)
@@ -85,7 +86,8 @@ def test_the_system_text_is_the_prompts_own():
 
 
 def test_the_target_of_only_label():
-    assert solution_text({"Fracture", "No Finding", "Edema"}) == "<solution>No Finding, Edema, Fracture</solution>"  # CheXpert's order
+    # CheXpert's order
+    assert solution_text({"Fracture", "No Finding", "Edema"}) == "<solution>No Finding, Edema, Fracture</solution>"
     assert solution_text(()) == "<solution></solution>"
     for labels in ((), ("Edema",), LABELS):
         answer = parse_answer(solution_text(labels), "solution")
@@ -125,7 +127,8 @@ def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path
     ([], ("demo", "think_solution")), (["--prompt", "demo"], ("demo", "think_solution")),
     (["--prompt", "only_label"], ("only_label", "solution")),  # another prompt brings its own form
     (["--prompt", "nv_reason"], ("nv_reason", "answer_tag")),
-    (["--prompt", "nv_reason", "--answer_format", "label_list"], ("nv_reason", "label_list")),  # but for a flag
+    # but for a flag
+    (["--prompt", "nv_reason", "--answer_format", "label_list"], ("nv_reason", "label_list")),
     (["--answer_format", "label_list"], ("demo", "label_list"))])
 def test_sft_and_evaluation_of_an_adapter(tiny_sft_run, flags, expected):
     flags = ["--adapter_name_or_path", str(tiny_sft_run("qwen2_5_vl")), *flags]

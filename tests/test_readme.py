@@ -44,7 +44,8 @@ def test_a_line_link_points_to_its_code(shown, linked, code):
 
 def test_the_forks_diff_that_is_shown_is_the_patch():
     shown = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
-    changed = [line for line in patch_of("gspo").splitlines() if line[0] in "+-"][2:]  # without the two header lines
+    # without the two header lines
+    changed = [line for line in patch_of("gspo").splitlines() if line[0] in "+-"][2:]
     assert [line for line in shown.splitlines() if line[0] in "+-"] == changed
     assert all(line in patch_of("gspo").splitlines() for line in shown.splitlines() if line != "@@")
 
@@ -93,13 +94,15 @@ def test_every_file_of_the_layout_tree_exists():
 def test_every_flag_named_is_a_flag(capsys):
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig, *REPORTS)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
-    fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}  # of data.select
+    # of data.select
+    fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}
     for command in ("export", "import"):
         with pytest.raises(SystemExit):
             traces([command, "--help"])
     fields |= set(re.findall(r"--([a-z_]+)", capsys.readouterr().out))
     named = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
-    assert named - fields == {"recipe", "family"}  # which parse_config adds; of data.demo.build_base
+    # which parse_config adds; of data.demo.build_base
+    assert named - fields == {"recipe", "family"}
 
 
 def test_nothing_is_left_to_fill_in():

@@ -35,7 +35,8 @@ def test_a_row_with_everything(tmp_path):
                  "source_labels": ["oedema", "rib #"], "answer": "<think>x</think>", "age": 61, "view": {"kind": "PA"}}
     [example] = read_jsonl(write(tmp_path / "d.jsonl", row))
     assert example == Example(
-        id="a", patient_id="p1", image="a.png", labels=("Edema", "Fracture"), dataset="nih",  # CheXpert's order, once each
+        # CheXpert's order, once each
+        id="a", patient_id="p1", image="a.png", labels=("Edema", "Fracture"), dataset="nih",
         image_root=tmp_path, evaluated_labels=("Edema", "Pneumonia"), source_labels=("oedema", "rib #"),
         answer="<think>x</think>",
         extra={"age": 61, "view": {"kind": "PA"}})
@@ -164,7 +165,8 @@ def test_writing_is_all_or_nothing(tmp_path):
 
     def rows():
         yield {"id": "new"}
-        assert path.read_text() == json.dumps(ROW) + "\n"  # untouched while the new one is being written
+        # untouched while the new one is being written
+        assert path.read_text() == json.dumps(ROW) + "\n"
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
@@ -188,7 +190,8 @@ def test_a_split_shares_no_patient_and_loses_no_example():
     rest, held = split_by_patient(examples, 0.1, seed=1)
     assert not {e.patient_id for e in rest} & {e.patient_id for e in held}
     assert sorted(e.id for e in rest + held) == sorted(e.id for e in examples)
-    assert rest == [e for e in examples if e in rest] and held == [e for e in examples if e in held]  # order kept
+    # order kept
+    assert rest == [e for e in examples if e in rest] and held == [e for e in examples if e in held]
     # 250 examples: at least 25, and no more than one patient (4 examples) over it
     assert 25 <= len(held) < 25 + 4
 

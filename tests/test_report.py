@@ -166,7 +166,8 @@ def test_fail_rates_are_multiples_of_one_in_500():
 def test_the_papers_tables_without_any_run_of_ours():
     tables = paper_tables([], [], [], {})
     assert [table.caption.split(".")[0] for table in tables] == [f"Table {n}" for n in range(1, 7)]
-    assert [len(table.rows) for table in tables] == [9, 4, 4, 4, 16, 11]  # labels, and two lines of macro-F1
+    # labels, and two lines of macro-F1
+    assert [len(table.rows) for table in tables] == [9, 4, 4, 4, 16, 11]
     assert line_of(tables[0], "Reasoning C") == ["Reasoning C", "paper, MedGemma-4B", "0.260", "0.132", "0.482"]
     assert line_of(tables[3], "hard", "last step")[3:] == ["0.340", "0.418", "0.375", "0.243", "0.279", "0.242", "0.018"]
     assert line_of(tables[4], "Fracture") == ["Fracture", "5", "0.750", "0.143", "0.009", "0.150", "0.200"]
@@ -177,7 +178,8 @@ def test_the_papers_tables_without_any_run_of_ours():
     ]
     assert bold == ["0.822"]
     assert any("macro-F1 0.291 and micro-F1 0.332" in note for note in tables[4].notes)
-    assert all(any("published" in note or "licence" in note for note in table.notes) for table in tables)  # why it cannot compare
+    # why it cannot compare
+    assert all(any("published" in note or "licence" in note for note in table.notes) for table in tables)
     for table in tables:
         assert {len(line) for line in table.rows} == {len(table.header)}
 
@@ -230,7 +232,8 @@ def test_what_is_said_against_what_is_true(tmp_path):
 def test_length_and_variety(tmp_path):
     table = diversity_table([compared(tmp_path, BEFORE, AFTER)])
     base = texts(table.rows[0])
-    assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0"]  # No Finding and Fracture: 1 of 4
+    # No Finding and Fracture: 1 of 4
+    assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0"]
     assert base[11] == "answer_missing 1"
 
 
@@ -241,7 +244,8 @@ def test_transfer_and_paradox(tmp_path):
     assert line_of(table, "base \u2192 sft", "home")[2:7] == ["in distribution", "0.095", "0.176", "+0.081", "+85.0 %"]
     assert line_of(table, "base \u2192 sft", "nih")[2:7] == ["across schemes", "0.222", "0.074", "-0.148", "-66.7 %"]
     [transfer] = transfers(found, ["home"], [("base", "sft")])
-    assert transfer.gap[0] == pytest.approx((37 / 15 - 4 / 3) / 14 + 4 / 27)  # 2/3 + 4/5 + 1 = 37/15
+    # 2/3 + 4/5 + 1 = 37/15
+    assert transfer.gap[0] == pytest.approx((37 / 15 - 4 / 3) / 14 + 4 / 27)
     paradox = paradox_table([transfer])
     assert texts(paradox.rows[0])[:4] == ["base \u2192 sft", "+0.081", "-0.148", "+0.229"]
     # The paper's: 0.362 to 0.282 and 0.243 to 0.299; then +23 % at CheXpert and -19 % at NIH.
@@ -337,7 +341,8 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
             BEFORE,
             {"run": {"settings": settings(adapter_name_or_path=adapter, model_name_or_path="org/medgemma", prompt="b")}},
         )
-        monkeypatch.chdir(tmp_path if adapter else "/")  # the path is found from above the folder, too
+        # the path is found from above the folder, too
+        monkeypatch.chdir(tmp_path if adapter else "/")
         entry = load_entry("y", folder)
         assert (entry.stage, entry.checkpoint, entry.prompt) == ("grpo" if adapter else "base", checkpoint, "b")
         assert entry.training is None if adapter is None else entry.training.resolve() == run
@@ -364,7 +369,8 @@ def test_steps_follow_the_stages(tmp_path):
 def test_home_sets_are_those_with_all_labels(tmp_path):
     home, away = compared(tmp_path, BEFORE, AFTER, "zhome"), compared(tmp_path, NIH_BEFORE, NIH_AFTER, "away")
     assert home_sets([away, home], ()) == ["zhome"]
-    assert home_sets([away], ()) == home_sets([], ()) == []  # nothing says that such a set is the training data's
+    # nothing says that such a set is the training data's
+    assert home_sets([away], ()) == home_sets([], ()) == []
     assert home_sets([away, home], ("away",)) == ["away"]
     with pytest.raises(UsageError, match="--in_distribution nih: no such data set; there are: away, zhome"):
         home_sets([away, home], ("nih",))
@@ -477,10 +483,12 @@ def test_no_text_becomes_markup_in_html(text):
     page, harmless = Page(to_html(hostile_document(text))), Page(to_html(hostile_document("harmless")))
     assert page.tags == harmless.tags and page.open == []
     assert [name for _, name, _ in page.attributes] == [name for _, name, _ in harmless.attributes]
-    assert page.scripts == harmless.scripts and len(page.scripts) == 2  # the style and the script of the page itself
+    # the style and the script of the page itself
+    assert page.scripts == harmless.scripts and len(page.scripts) == 2
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert all(value.startswith(("#", "data:image/")) for _, name, value in page.attributes if name in ("href", "src"))
-    assert sum(shown.strip() == plain(text).strip() for shown in page.texts) >= 12  # and it is shown as it is
+    # and it is shown as it is
+    assert sum(shown.strip() == plain(text).strip() for shown in page.texts) >= 12
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -582,7 +590,8 @@ def test_a_whole_report(folders, tmp_path, capsys):
         assert any(title in shown for shown in page.texts), title
         assert html.escape(title) in markdown_text
     assert "0.9 = +1 jaccard -0.1 length" in page.texts
-    assert page.tags.count("article") == 4 + 3 and page.tags.count("script") == 1  # all images of both sets
+    # all images of both sets
+    assert page.tags.count("article") == 4 + 3 and page.tags.count("script") == 1
     assert html_text.count("data:image/jpeg") == 4
     assert "alert(1)" not in html_text.replace(HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;"), "").replace(
         "onerror=alert(1)&gt;", ""
@@ -609,7 +618,8 @@ def test_one_model_on_one_set_without_images(folders, tmp_path):
     assert main([str(folders["sft"]), "--output_dir", str(tmp_path / "one"), *FEW]) == 0
     page = Page((tmp_path / "one" / "report.html").read_text(encoding="utf-8"))
     assert "The image is not at hand." in page.texts and "What transferred" in page.texts
-    assert not any("Who gained where" in shown for shown in page.texts)  # there is no step to speak of
+    # there is no step to speak of
+    assert not any("Who gained where" in shown for shown in page.texts)
 
 
 @pytest.mark.parametrize(

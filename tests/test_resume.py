@@ -92,7 +92,8 @@ def test_the_straight_runs_have_something_to_get_wrong(straight_sft, straight_gr
     assert document(straight_sft / "checkpoint-3/trainer_state.json")["unlogged_metrics"]
     assert document(straight_grpo / "checkpoint-1/rollout.json") and not document(straight_grpo / "checkpoint-2/rollout.json")
     collapse = [row["rewards"]["nuanced"]["collapse"] for row in lines(straight_grpo / "completions.jsonl")]
-    assert not any(collapse[:8]) and any(collapse[8:16]) and any(collapse[16:])  # the window acts after the first rollout
+    # the window acts after the first rollout
+    assert not any(collapse[:8]) and any(collapse[8:16]) and any(collapse[16:])
 
 
 @pytest.mark.parametrize("step", SFT_STEPS)
@@ -109,7 +110,8 @@ def test_sft_goes_on_bit_for_bit(straight_sft, tmp_path, step, place):
         assert_same_run(straight_sft, tmp_path / "elsewhere")
         assert tensorboard(tmp_path / "elsewhere") == tensorboard(straight_sft)
         assert snapshot(copy) == before
-    assert snapshot(straight_sft) == before  # where the run was first written does not matter any more
+    # where the run was first written does not matter any more
+    assert snapshot(straight_sft) == before
 
 
 @pytest.mark.parametrize("step", GRPO_STEPS)
@@ -193,7 +195,8 @@ def at_call(monkeypatch, owner, name: str, number: int, stop: signal.Signals) ->
     ((run_sft, "clip_gradients"), 1, signal.SIGTERM, 143, 1),
     ((run_sft, "clip_gradients"), 4, signal.SIGINT, 130, 4),
     ((run_sft, "validation_metrics"), 1, signal.SIGTERM, 143, 3),
-    ((run_sft, "clip_gradients"), 6, signal.SIGINT, 130, 6),  # in the last step: the run is not finished until it is resumed
+    # in the last step: the run is not finished until it is resumed
+    ((run_sft, "clip_gradients"), 6, signal.SIGINT, 130, 6),
 ])
 def test_sft_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_sft, start_sft, tmp_path, monkeypatch, capsys, where,
                                                             call, stop, code, saved):
@@ -216,14 +219,21 @@ def test_sft_stopped_while_scoring_is_finished(straight_sft, start_sft, tmp_path
 
 
 @pytest.mark.parametrize(("where", "call", "stop", "code", "saved"), [
-    ((eval.evaluate, "generate"), 1, signal.SIGTERM, 143, 0),  # the evaluation before the first step
+    # the evaluation before the first step
+    ((eval.evaluate, "generate"), 1, signal.SIGTERM, 143, 0),
     ((engine.generate, "draw"), 2, signal.SIGINT, 130, 0),  # while the first rollout is sampled
-    ((engine.generate, "draw"), 9, signal.SIGTERM, 143, 2),  # the second rollout: its random numbers are drawn anew
-    ((run_grpo, "score_samples"), 2, signal.SIGTERM, 143, 3),  # before its update, which is still made
-    ((run_grpo, "clip_gradients"), 1, signal.SIGINT, 130, 1),  # between the two updates of a rollout
-    ((run_grpo, "clip_gradients"), 3, signal.SIGTERM, 143, 3),  # an evaluation is due and left to the resumed run
-    ((eval.evaluate, "generate"), 4, signal.SIGINT, 130, 3),  # in the second site's evaluation of step 3
-    ((run_grpo, "clip_gradients"), 5, signal.SIGTERM, 143, 5),  # in the last step, with the last evaluation due
+    # the second rollout: its random numbers are drawn anew
+    ((engine.generate, "draw"), 9, signal.SIGTERM, 143, 2),
+    # before its update, which is still made
+    ((run_grpo, "score_samples"), 2, signal.SIGTERM, 143, 3),
+    # between the two updates of a rollout
+    ((run_grpo, "clip_gradients"), 1, signal.SIGINT, 130, 1),
+    # an evaluation is due and left to the resumed run
+    ((run_grpo, "clip_gradients"), 3, signal.SIGTERM, 143, 3),
+    # in the second site's evaluation of step 3
+    ((eval.evaluate, "generate"), 4, signal.SIGINT, 130, 3),
+    # in the last step, with the last evaluation due
+    ((run_grpo, "clip_gradients"), 5, signal.SIGTERM, 143, 5),
     ((eval.evaluate, "generate"), 5, signal.SIGTERM, 143, 5),  # in the last evaluation
 ])
 def test_grpo_stopped_by_a_signal_ends_as_if_it_had_not_been(straight_grpo, start_grpo, tmp_path, monkeypatch, capsys, where,
@@ -272,7 +282,8 @@ def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(straight_grpo, s
         def poisoned(parameters, max_norm):
             calls.append(1)
             norm = clip(parameters, max_norm)
-            return norm * float("nan") if len(calls) == 3 else norm  # step 3: in GRPO, just after a rollout
+            # step 3: in GRPO, just after a rollout
+            return norm * float("nan") if len(calls) == 3 else norm
 
         with monkeypatch.context() as context:
             context.setattr(script, "clip_gradients", poisoned)
@@ -372,5 +383,6 @@ def test_a_resumed_run_does_not_go_on_in_a_folder_that_holds_something_else(stra
     (line,) = refused(run_sft.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-1"), "--output_dir", str(other))
     assert line.startswith(f"error: --output_dir {other} is not empty")
     assert snapshot(other) == before
-    assert resume(run_sft.main, copy / "checkpoint-5", "--output_dir", str(copy)) == 0  # its own folder by name is in place
+    # its own folder by name is in place
+    assert resume(run_sft.main, copy / "checkpoint-5", "--output_dir", str(copy)) == 0
     assert_same_run(straight_sft, copy)

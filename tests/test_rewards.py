@@ -33,7 +33,8 @@ def target(*labels: str, evaluated=None) -> Target:
         (["Edema", "Cardiomegaly"], ["edema", "Pleural Effusion"], 1 / 3),  # 1 shared of 3
         ([], [], 1.0),  # convention
         (["No Finding"], ["Pneumonia"], 0.0),
-        (["Edema", " edema ", "Atelectasis"], ["Atelectasis", "Edema"], 1.0),  # a repetition is one label
+        # a repetition is one label
+        (["Edema", " edema ", "Atelectasis"], ["Atelectasis", "Edema"], 1.0),
         ([], ["Fracture"], 0.0),
     ],
 )
@@ -120,7 +121,8 @@ def test_nuanced_reward_of_a_partly_right_answer():
 @pytest.mark.parametrize(
     ("predicted", "true", "expected"),
     [
-        ((), (), (100, 50, 0, 0, 0)),  # nothing to find and nothing claimed: a match, recall and precision 1
+        # nothing to find and nothing claimed: a match, recall and precision 1
+        ((), (), (100, 50, 0, 0, 0)),
         ((), ("Edema",), (0, 0, 0, 0, 0)),  # recall 0/1, precision 0/0 = 0
         (("Edema",), (), (0, 0, -14, 0, 0)),  # recall 0/0 = 0, precision 0/1; 10 + 40 x 0.1
         (("Edema",), ("Edema", "Fracture", "Pneumonia"), (0, 30, 0, 0, 0)),  # 30 x 1/3 + 20 x 1/1

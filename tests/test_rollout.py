@@ -152,7 +152,8 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
     assert micro.mask.tolist() == [[True, True, True], [False, False, False]]
     assert micro.advantages.tolist() == [0.25, -0.5] and micro.advantages.dtype == torch.float32
     assert micro.old_logprobs.tolist() == [[-1.0, -2.0, -3.0], [-7.0, 0.0, 0.0]]
-    assert micro.ref_logprobs.tolist() == [[-4.0, -5.0, -6.0], [0.0, 0.0, 0.0]]  # a pass that was not made
+    # a pass that was not made
+    assert micro.ref_logprobs.tolist() == [[-4.0, -5.0, -6.0], [0.0, 0.0, 0.0]]
     assert micro.sampling_logprobs.tolist() == [[-1.0, -1.0, -1.0], [-8.0, 0.0, 0.0]]
 
 
@@ -273,7 +274,8 @@ def test_metrics_of_a_rollout_by_hand():
         "sampling/top_p_mass_mean": 11.5 / 12,  # 0.5 once, else 1, of 12 tokens
         "rewards/hard/mean": 0.5, "rewards/hard/std": (0.5 / 3) ** 0.5, "rewards/hard/jaccard": 0.5, "rewards/hard/length": 0.0,
         "sampling/sampling_logp_difference/mean": 0.5 / 12, "sampling/sampling_logp_difference/max": 0.5,
-        "sampling/importance_sampling_ratio/min": 1.0, "sampling/importance_sampling_ratio/max": 1.6487213,  # exp(0.5)
+        # exp(0.5)
+        "sampling/importance_sampling_ratio/min": 1.0, "sampling/importance_sampling_ratio/max": 1.6487213,
         "sampling/importance_sampling_ratio/mean": (11 + 1.6487213) / 12,
     }
     assert metrics == pytest.approx(expected, abs=1e-6)

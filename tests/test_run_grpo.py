@@ -135,7 +135,8 @@ def test_every_rollout_row_is_kept_with_both_rewards(finished, tiny_data):
         group = rows[start : start + 4]
         mean = sum(row["reward"] for row in group) / 4
         assert [row["advantage"] for row in group] == pytest.approx([row["reward"] - mean for row in group], abs=1e-12)
-    assert len({row["advantage"] for row in rows}) > 2  # the test would say nothing on equal rewards
+    # the test would say nothing on equal rewards
+    assert len({row["advantage"] for row in rows}) > 2
 
 
 def test_metrics_have_trls_names_and_a_rollout_is_logged_once(finished):
@@ -145,7 +146,8 @@ def test_metrics_have_trls_names_and_a_rollout_is_logged_once(finished):
     assert {"loss", "grad_norm", "kl", "ratio/min"} <= second.keys()
     rows = lines(finished[0] / "completions.jsonl")
     assert third["reward"] == pytest.approx(sum(row["reward"] for row in rows[8:]) / 8)
-    assert second["num_tokens"] == sum(row["completion_length"] for row in rows[:8])  # so far, as in TRL
+    # so far, as in TRL
+    assert second["num_tokens"] == sum(row["completion_length"] for row in rows[:8])
     assert third["num_tokens"] == sum(row["completion_length"] for row in rows)
 
 
@@ -230,7 +232,8 @@ def test_micro_batches_do_not_change_an_update(family, tiny_sft_run, tiny_data, 
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(run_grpo, "clip_gradients", recording)
-    splits = [(8, 1), (4, 2), (2, 4), (1, 8)]  # the second update is taken: there the ratio is not 1 and the KL not 0
+    # the second update is taken: there the ratio is not 1 and the KL not 0
+    splits = [(8, 1), (4, 2), (2, 4), (1, 8)]
     for micro, accumulation in splits:
         updates(tiny_sft_run, tiny_data, tmp_path / f"{micro}", "--max_steps", "2", "--num_iterations", "2", "--learning_rate",
                 "1e-3",
@@ -272,7 +275,8 @@ def test_batch_arithmetic_by_hand():
     (*_, run) = batch_arithmetic(replace(config, max_steps=5), 20)
     assert run.startswith("run         5 optimizer steps = 3 rollouts = 12 prompts (0.60 epochs)")
     assert total_steps(replace(config, num_iterations=2), 21) == 32
-    assert total_steps(replace(config, num_train_epochs=0.01), 21) == 2  # never less than one rollout
+    # never less than one rollout
+    assert total_steps(replace(config, num_train_epochs=0.01), 21) == 2
 
 
 def test_one_update_a_rollout_is_possible_and_warned_of(tiny_sft_run, tiny_data, tmp_path, readable, capsys):
@@ -287,7 +291,8 @@ def test_iterations_go_over_the_same_rollout_again(tiny_sft_run, tiny_data, tmp_
     monkeypatch.setattr(run_grpo, "collate_samples", lambda samples, *rest: seen.append([s.text for s in samples])
                         or collate(samples, *rest))
     log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "6", "--num_iterations", "2")
-    assert rollouts(tmp_path / "run") == [1, 5]  # 2 updates x 2 iterations of the first rollout are steps 1 to 4
+    # 2 updates x 2 iterations of the first rollout are steps 1 to 4
+    assert rollouts(tmp_path / "run") == [1, 5]
     assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
     assert [entry["ratio/max"] == 1.0 for entry in log] == [True, False, False, False, True, False]
 
@@ -316,7 +321,8 @@ def test_loss_types_weigh_tokens_differently(tiny_sft_run, tiny_data, tmp_path, 
     for loss_type in ("dr_grpo", "grpo", "dapo"):
         norms[loss_type] = updates(tiny_sft_run, tiny_data, tmp_path / loss_type, *flags, "--loss_type",
                                    loss_type)[0]["grad_norm"]
-    lengths = [row["completion_length"] for row in lines(tmp_path / "dapo/completions.jsonl")][:4]  # the four of the first step
+    # the four of the first step
+    lengths = [row["completion_length"] for row in lines(tmp_path / "dapo/completions.jsonl")][:4]
     assert len(set(lengths)) > 1, "the seed must give completions of different lengths"
     # dr_grpo divides each token by 4 x 80, dapo by the tokens of the step: the same gradient up to that constant.
     assert norms["dapo"] / norms["dr_grpo"] == pytest.approx(4 * 80 / sum(lengths), rel=1e-4)
@@ -326,7 +332,8 @@ def test_loss_types_weigh_tokens_differently(tiny_sft_run, tiny_data, tmp_path, 
 def test_the_nuanced_reward_can_be_trained_on(tiny_sft_run, tiny_data, tmp_path, readable):
     log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "1", "--reward", "nuanced")
     rows = lines(tmp_path / "run/completions.jsonl")
-    assert min(row["rewards"]["nuanced"]["total"] for row in rows) == -200.0  # points are logged as they are
+    # points are logged as they are
+    assert min(row["rewards"]["nuanced"]["total"] for row in rows) == -200.0
     for row in rows:
         assert row["reward"] == pytest.approx(0.01 * row["rewards"]["nuanced"]["total"])
     assert log[0]["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 8)
@@ -392,7 +399,8 @@ def test_a_condition_on_an_evaluation_ends_the_run(tiny_sft_run, tiny_data, tmp_
     assert "stopping: gap>0.2: 0.25" in capsys.readouterr().err
     assert lines(run / "warnings.jsonl") == [{"step": 2, "warning": "stopping: gap>0.2: 0.25"}]
     assert len(train_log(run)) == 2 and run.joinpath("last").readlink().name == "checkpoint-2"
-    assert (run / "adapter_model.safetensors").exists() and not (run / "scores-a.json").exists()  # decoding was scripted
+    # decoding was scripted
+    assert (run / "adapter_model.safetensors").exists() and not (run / "scores-a.json").exists()
     # A stopped run does not go on by itself, only without the condition that ended it.
     again = ["--resume_from_checkpoint", str(run)]
     assert run_grpo.main(again) == 0 and len(train_log(run)) == 2
@@ -407,7 +415,8 @@ def test_a_condition_on_what_training_logs_ends_the_run_after_an_evaluation(tiny
                 "--stop_when", "grad_norm>0 for 3", "--warn_when", "a/jaccard>-1") == 0
     assert [line["warning"].split(":")[:2] for line in lines(run / "warnings.jsonl")] == [
         ["warning", " a/jaccard>-1"], ["stopping", " grad_norm>0 for 3"]]
-    assert [entry["step"] for entry in eval_log(run)] == [0, 3] and len(train_log(run)) == 3  # in the middle of a rollout
+    # in the middle of a rollout
+    assert [entry["step"] for entry in eval_log(run)] == [0, 3] and len(train_log(run)) == 3
     assert run.joinpath("last").readlink().name == "checkpoint-3" and (run / "adapter_model.safetensors").exists()
     assert capsys.readouterr().err.count("a/jaccard>-1") == 1  # still true at step 3, and no news
 
@@ -425,7 +434,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(tiny_sft
     def poisoned(*arguments, **options):
         value, terms = loss(*arguments, **options)
         calls.append(1)
-        return (value * float("nan") if len(calls) == 2 else value), terms  # the second update of the first rollout
+        # the second update of the first rollout
+        return (value * float("nan") if len(calls) == 2 else value), terms
 
     monkeypatch.setattr(run_grpo, "grpo_loss", poisoned)
     run = tmp_path / "run"

@@ -95,8 +95,10 @@ def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[
         rows = plain.plain_batch([row], encoder.pad_token_id).prompts
         types = "mm_token_type_ids" if encoder.family == "qwen2_5_vl" else "token_type_ids"
         with torch.no_grad():
-            logits = model(input_ids=rows.input_ids, **{types: rows.token_types}, **row.prompt.vision).logits[0]  # [S,V]
-        length = len(example.answer) + 1  # ASCII and a byte tokenizer: one token a character, and the end of turn
+            # [S,V]
+            logits = model(input_ids=rows.input_ids, **{types: rows.token_types}, **row.prompt.vision).logits[0]
+        # ASCII and a byte tokenizer: one token a character, and the end of turn
+        length = len(example.answer) + 1
         predicted, targets = logits[-length - 1 : -1], rows.input_ids[0, -length:]
         logprobs.append(predicted.log_softmax(1).gather(1, targets[:, None])[:, 0])
         correct.append(predicted.argmax(1) == targets)
@@ -111,7 +113,8 @@ def test_validation_loss_and_accuracy_are_means_over_all_answer_tokens(family, t
     assert logged["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=2e-5)
     assert logged["mean_token_accuracy"] == pytest.approx(torch.cat(correct).float().mean().item(), abs=1e-6)
     mean_of_rows = -torch.stack([row.mean()
-                                 for row in logprobs]).mean().item()  # what a mean over rows would give: visibly another number
+                                 # what a mean over rows would give: visibly another number
+                                 for row in logprobs]).mean().item()
     assert abs(logged["loss"] - mean_of_rows) > 1e-4
 
 
@@ -146,7 +149,8 @@ def test_micro_batches_do_not_change_the_step(family, tiny_checkpoint, tiny_data
     monkeypatch.setattr(run_sft, "clip_gradients", recording)
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
-    splits = [(4, 1), (2, 2), (1, 4), (3, 2)]  # the last one is 6 rows: other rows, another gradient
+    # the last one is 6 rows: other rows, another gradient
+    splits = [(4, 1), (2, 2), (1, 4), (3, 2)]
     for micro, accumulation in splits:
         sft(tiny_checkpoint(family), tiny_data, tmp_path / f"{micro}", *ONE_STEP, "--validation_file", f"site={tiny_data}",
             "--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation), "--learning_rate",
@@ -205,7 +209,8 @@ def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(tiny_checkpoin
     first, second = shuffled(5, 0, 42), shuffled(5, 1, 42)
     expected = [-torch.cat([logprobs[i] for i in rows]).mean().item() for rows in (first[:4], first[4:], second[:4])]
     assert [entry["loss"] for entry in train_log(tmp_path / "short")] == pytest.approx(expected, abs=2e-5)
-    assert min(abs(one - other) for one in expected for other in expected if one != other) > 1e-4  # or it would not show
+    # or it would not show
+    assert min(abs(one - other) for one in expected for other in expected if one != other) > 1e-4
 
 
 def test_steps_by_hand():
@@ -261,11 +266,13 @@ def scripted(monkeypatch, losses: list[float]) -> None:
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
 
 
-FOUR_STEPS_AN_EPOCH = ("--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "1")  # 12 rows
+# 12 rows
+FOUR_STEPS_AN_EPOCH = ("--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "1")
 
 
 def test_early_stop_keeps_and_uses_the_best_epoch(tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys):
-    scripted(monkeypatch, [3.0, 2.0, 2.5, 2.0, 1.0])  # epoch 4 only equals the best, so patience 2 ends the run before the 1.0
+    # epoch 4 only equals the best, so patience 2 ends the run before the 1.0
+    scripted(monkeypatch, [3.0, 2.0, 2.5, 2.0, 1.0])
     run = tmp_path / "run"
     assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, *FOUR_STEPS_AN_EPOCH, "--validation_file", f"site={tiny_data}",
                "--save_total_limit", "1") == 0
@@ -297,7 +304,8 @@ def test_without_a_validation_file_patients_are_held_out(tiny_checkpoint, tiny_d
     assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, *FOUR_STEPS_AN_EPOCH, "--num_train_epochs", "1",
                "--validation_split", "0.3") == 0
     held_out = lines(run / "predictions-validation.jsonl")
-    trained_on = {example.id: example.patient_id for example in seen[2:]}  # the first two are the check before the run
+    # the first two are the check before the run
+    trained_on = {example.id: example.patient_id for example in seen[2:]}
     # 30 % of 12 rows are 3.6, and patients have 2 rows each: two patients are held out.
     assert (len(trained_on), len(held_out)) == (8, 4)
     assert not set(trained_on.values()) & {row["patient_id"] for row in held_out}
@@ -335,7 +343,8 @@ def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_p
     assert settings["lora_r"] == {"value": 16, "origin": "adapter"}
     assert settings["max_visual_tokens"] == {"value": 4, "origin": "adapter's run"}
     assert settings["prompt"] == {"value": "demo", "origin": "adapter's run"}
-    assert document(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1  # SFT's own, also on an adapter that goes on
+    # SFT's own, also on an adapter that goes on
+    assert document(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1
 
 
 @pytest.mark.parametrize("name", list(EMBEDDED))

@@ -160,7 +160,8 @@ def test_the_newest_finished_run_of_a_kind(tmp_path):
     for name in ("20250101-000000-sft", "20250102-000000-sft-9", "20250102-000000-sft-10", "20250103-000000-grpo", "zz-sft"):
         finish(tmp_path / name)
     finish(tmp_path / "20250104-000000-sft")
-    (tmp_path / "20250104-000000-sft" / "adapter_model.safetensors").unlink()  # still running, or stopped early
+    # still running, or stopped early
+    (tmp_path / "20250104-000000-sft" / "adapter_model.safetensors").unlink()
     assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250102-000000-sft-10"
     assert newest_finished_run(tmp_path, "grpo") == tmp_path / "20250103-000000-grpo"
 

@@ -55,7 +55,8 @@ def test_the_sets_of_two_hospitals(tmp_path, capsys):
     touch(nih(tmp_path / "nih"), *(f"images/{name}.png" for name in ("00000013_004", "00000013_005", "00000014_000", "00000014_001")))
     assert run("--chexpert", tmp_path / "CheXpert-v1.0", "--nih", tmp_path / "nih", "--output_dir", tmp_path, *SIZES) == 0
     sizes = {"sft": 6, "rl": 3, "validation": 2, "test-chexpert": 4, "test-nih": 2}
-    sets = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in sizes}  # no --image_root: all lies under the output folder
+    # no --image_root: all lies under the output folder
+    sets = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in sizes}
     assert {name: len(examples) for name, examples in sets.items()} == sizes
     assert all((example.image_root / example.image).is_file() for examples in sets.values() for example in examples)
     people = [patients_of(tmp_path / f"{name}.jsonl") for name in sizes]
@@ -133,7 +134,8 @@ def test_mimic_has_a_validation_part_of_its_own(tmp_path):
     assert patients_of(tmp_path / "a" / "validation.jsonl") == {"mimic-10000009"}
     assert patients_of(tmp_path / "a" / "sft.jsonl") == {"mimic-10000001"}
     assert read_jsonl(tmp_path / "a" / "test-mimic.jsonl")[0].labels == ("No Finding",)
-    assert run("--mimic", tmp_path / "m", "--output_dir", tmp_path / "b", *sizes, "--validation_from", "train") == 2  # one patient there
+    # one patient there
+    assert run("--mimic", tmp_path / "m", "--output_dir", tmp_path / "b", *sizes, "--validation_from", "train") == 2
     assert run("--mimic", tmp_path / "m", "--output_dir", tmp_path / "c", *sizes, "--mimic_test_labels", "radiologist",
                "--mimic_labels", "negbio", "--validation_size", 0) == 0
     assert read_jsonl(tmp_path / "c" / "test-mimic.jsonl")[0].labels == ("Lung Opacity",)
@@ -204,7 +206,8 @@ def test_a_missing_image_is_an_error_or_is_not_drawn(tmp_path, capsys):
         "--uncertain Edma=ones: 'Edma' is no label", "--uncertain maybe: no such rule", "--uncertain zeros ones: one rule for all"]),
     ("--nih x --sft_size 0 --rl_size 0 --validation_size 0 --tests none", ["nothing to write"]),
     ("--nih x --seed y", ["argument --seed: invalid int value: 'y'"]), ("--nih x --sed 1", ["unrecognized arguments: --sed 1"]),
-    ("--nih x --chexpert y", ["y: no such folder", "x: no such folder"]),  # each source says what is wrong with it
+    # each source says what is wrong with it
+    ("--nih x --chexpert y", ["y: no such folder", "x: no such folder"]),
 ])
 def test_mistakes_of_the_command_line(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
@@ -241,7 +244,8 @@ def test_image_root_must_be_above_the_images(tmp_path, capsys):
     folder = chexpert(tmp_path / "c")
     assert run("--chexpert", folder, "--output_dir", tmp_path / "out", "--image_root", tmp_path / "out", *SIZES) == 2
     assert errors(capsys) == [f"--image_root {tmp_path}/out: {folder} does not lie under it"]
-    assert run("--chexpert", folder, "--output_dir", tmp_path / "out", *SIZES) == 0  # by itself: the folder of the images
+    # by itself: the folder of the images
+    assert run("--chexpert", folder, "--output_dir", tmp_path / "out", *SIZES) == 0
     assert f"--image_root {folder}" in capsys.readouterr().out
     examples = read_jsonl(tmp_path / "out" / "sft.jsonl", folder)
     assert all((folder / example.image).is_file() and not os.path.isabs(example.image) for example in examples)
@@ -249,7 +253,8 @@ def test_image_root_must_be_above_the_images(tmp_path, capsys):
 
 def test_parts_that_share_a_patient_are_refused(tmp_path, capsys):
     folder = nih(tmp_path)
-    write(folder / "test_list.txt", "00000013_005.png", "00000014_000.png")  # patient 13 is in the training list, too
+    # patient 13 is in the training list, too
+    write(folder / "test_list.txt", "00000013_005.png", "00000014_000.png")
     touch(folder, *(f"images/{name}.png" for name in ("00000013_004", "00000013_005", "00000014_000")))
     assert run("--nih", folder, "--output_dir", tmp_path / "out", *"--sft_size 2 --rl_size 0 --validation_size 0".split()) == 2
     assert errors(capsys)[0].startswith("sft and test-nih share 1 patients, such as nih-00000013")

@@ -118,7 +118,8 @@ def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(fami
     scored = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     torch.testing.assert_close(shared(model.base, model, partly), whole * scored, rtol=0, atol=5e-6)
     batch = collate_rows(partly, 0)
-    assert not batch.read_mask[0].any() and batch.read_mask[2].sum() == 16  # of 17 tokens the last scored one is number 16, from 0
+    # of 17 tokens the last scored one is number 16, from 0
+    assert not batch.read_mask[0].any() and batch.read_mask[2].sum() == 16
 
 
 @pytest.mark.parametrize("window", [24, 4096])
@@ -142,7 +143,8 @@ def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, mo
         assert float((ours - expected).abs().max()) < 5e-6 and gradient_difference(gradients, theirs) < 1e-5
     model = load(tiny_checkpoint(family))
     found = masks(model.base, model.family, collate_rows(rows_of(model, tiny_images), 0))["full_attention"]
-    assert (len(found.prompts), len(found.completions)) == (3, len(GROUPS))  # prompts of other lengths
+    # prompts of other lengths
+    assert (len(found.prompts), len(found.completions)) == (3, len(GROUPS))
 
 
 @torch.no_grad()
@@ -154,7 +156,8 @@ def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, 
     shared(model.base, model, rows)
     hook.remove()
     prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
-    assert lengths == [(1, sum(prompts.values()) + sum(n - 1 for _, n in GROUPS))]  # a completion's last token predicts nothing
+    # a completion's last token predicts nothing
+    assert lengths == [(1, sum(prompts.values()) + sum(n - 1 for _, n in GROUPS))]
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 5), (2, 8), (7, 17)])
@@ -195,7 +198,8 @@ def test_control_a_completion_that_sees_another(family, tiny_checkpoint, tiny_im
     attend = engine.attention.attend
 
     def leaking(query, key, value, *others):
-        if len(query) > 1 and key.shape[1] > query.shape[1]:  # completions: the keys of each one's first token are those of another
+        # completions: the keys of each one's first token are those of another
+        if len(query) > 1 and key.shape[1] > query.shape[1]:
             key = torch.cat([key[:, : -query.shape[1]], key[:, -query.shape[1] :][:, :1].roll(1, 0), key[:, 1 - query.shape[1] :]], 1)
         return attend(query, key, value, *others)
 

@@ -23,7 +23,8 @@ from data.nih import load_nih
 from data.records import MAX_PROBLEMS, DataError
 from data.sources import Report, Table
 
-NINE_OTHERS = ("Enlarged Cardiomediastinum", "Lung Opacity", "Pleural Effusion", "Fracture", "Support Devices")  # not NIH's nine
+# not NIH's nine
+NINE_OTHERS = ("Enlarged Cardiomediastinum", "Lung Opacity", "Pleural Effusion", "Fracture", "Support Devices")
 sample = pytest.mark.skipif("CXR_SAMPLE" not in os.environ, reason="CXR_SAMPLE does not name the folder of the sample X-rays")
 
 
@@ -82,15 +83,18 @@ def test_no_label_at_all_is_no_finding_or_stays_empty():
     for cells in ({}, {"No_Finding": 0, "Edema": 0}, {"Edema": -1}):
         assert read(LabelPolicy(no_label="no_finding"), **cells) == ({"No Finding"}, ())
         assert read(LabelPolicy(no_label="empty"), **cells) == (set(), ())
-        assert read(LabelPolicy(no_label="drop"), **cells) == (set(), ())  # left out by whoever reads the table
+        # left out by whoever reads the table
+        assert read(LabelPolicy(no_label="drop"), **cells) == (set(), ())
     assert read(LabelPolicy(), Support_Devices=1) == ({"Support Devices"}, ())  # has a label
 
 
 def test_an_image_with_an_unknown_finding_is_not_called_normal():
     assert read(LabelPolicy("ignore"), Edema=-1) == (set(), ("No Finding", "Edema"))
     assert read(LabelPolicy("ignore", no_label="empty"), Edema=-1) == (set(), ("Edema",))
-    assert read(LabelPolicy("ignore"), Support_Devices=-1) == ({"No Finding"}, ("Support Devices",))  # a device is no finding
-    assert read(LabelPolicy("ignore"), No_Finding=-1) == (set(), ("No Finding",))  # the table itself is not sure
+    # a device is no finding
+    assert read(LabelPolicy("ignore"), Support_Devices=-1) == ({"No Finding"}, ("Support Devices",))
+    # the table itself is not sure
+    assert read(LabelPolicy("ignore"), No_Finding=-1) == (set(), ("No Finding",))
     assert read(LabelPolicy(blank="ignore")) == (set(), LABELS)
 
 
@@ -100,7 +104,8 @@ def test_contradictions_are_kept():
 
 def test_a_table_without_the_column_no_finding():
     absent = ("No Finding",)
-    assert read(LabelPolicy(no_label="empty"), absent, Edema=1) == ({"Edema"}, ())  # a finding settles it
+    # a finding settles it
+    assert read(LabelPolicy(no_label="empty"), absent, Edema=1) == ({"Edema"}, ())
     assert read(LabelPolicy(no_label="empty"), absent) == (set(), ("No Finding",))
     assert read(LabelPolicy(), absent) == ({"No Finding"}, ())
 
@@ -235,7 +240,8 @@ def test_chexpert_study_level_labels(tmp_path):
     report = Report()
     first, second = load_chexpert(tmp_path, "test", policy=LabelPolicy(no_label="empty"), report=report)
     assert (first.image, first.labels) == ("test/patient64741/study1/view2_frontal.jpg", ("Lung Lesion",))
-    assert (second.labels, second.evaluated_labels) == ((), LABELS)  # all zero, and No Finding is one of the zeros
+    # all zero, and No Finding is one of the zeros
+    assert (second.labels, second.evaluated_labels) == ((), LABELS)
     assert report.rows == 4 and report.dropped == {"lateral view": 1, "another image of the study was chosen": 1}
     # 32 of the 500 real studies are all zero: by the other convention they are No Finding.
     assert load_chexpert(tmp_path, "test", report=Report())[1].labels == ("No Finding",)
@@ -274,7 +280,8 @@ def test_the_choice_among_several_images_of_a_study(tmp_path, options, views):
 def test_a_missing_image_is_not_chosen_where_it_should_be_dropped(tmp_path):
     several_frontals(tmp_path)
     touch(tmp_path, "train/patient00009/study7/view2_frontal.jpg")
-    assert load_chexpert(tmp_path, report=Report())[0].image.endswith("view3_frontal.jpg")  # nobody looked
+    # nobody looked
+    assert load_chexpert(tmp_path, report=Report())[0].image.endswith("view3_frontal.jpg")
     report = Report()
     [example] = load_chexpert(tmp_path, drop_missing=True, report=report)
     assert example.image.endswith("view2_frontal.jpg") and report.dropped == {"lateral view": 2, "image file is missing": 3}
@@ -474,7 +481,8 @@ def nih(folder: Path, variant: str = "v2020") -> Path:
     name = {"v2020": "Data_Entry_2017_v2020.csv", "kaggle sample": "sample_labels.csv"}.get(variant, "Data_Entry_2017.csv")
     write(folder / name, "Image Index,Finding Labels," + header[variant],
           *(f"{image},{findings},{ids(follow_up, patient)},M,PA,2682,2749,0.143,0.143{end}" for image, findings, follow_up, patient in rows))
-    write(folder / "train_val_list.txt", "00000013_004.png", "00000013_005.png", end="")  # as published: no newline at the end
+    # as published: no newline at the end
+    write(folder / "train_val_list.txt", "00000013_004.png", "00000013_005.png", end="")
     write(folder / "test_list.txt", "00000014_001.png", "00000014_000.png", end="")
     return folder
 
@@ -560,7 +568,8 @@ def test_a_large_label_file_needs_little_memory_and_no_repeated_work(tmp_path, m
     assert len(examples) == 20_000 and peak / 20_000 < 2_200
     # zeros: only what is true counts. Three labels are 1 or not (8 kinds), Atelectasis is 1.0 or not: 16.
     assert combined[1] == 16
-    assert len({id(example.source_labels) for example in examples}) == 81  # rows of one kind share theirs
+    # rows of one kind share theirs
+    assert len({id(example.source_labels) for example in examples}) == 81
 
 
 def test_a_table_is_read_row_by_row(tmp_path):

@@ -109,7 +109,8 @@ def test_patients_with_the_same_change_are_swapped_one_by_one():
     hit, miss = np.array([[1.0, 0, 0, 1, 1]] * 4), np.array([[0.0, 0, 1, 0, 1]] * 4)
     p_values = permutation_p_values(miss, hit, seed=0, permutations=20_000)
     assert p_values["macro_f1"] == pytest.approx(2 / 16, abs=0.012)  # five standard errors
-    assert permutation_p_values(hit, hit, seed=0, permutations=10)["macro_f1"] == 1.0  # nothing to swap
+    # nothing to swap
+    assert permutation_p_values(hit, hit, seed=0, permutations=10)["macro_f1"] == 1.0
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
@@ -118,7 +119,8 @@ def test_p_values_are_uniform_where_there_is_no_difference():
     small = 0
     for repetition in range(200):
         targets, first, _, patient = simulated(rng, 40, images=2)
-        other = first ^ (rng.random(first.shape) < 0.2)  # other errors, then which model has which is drawn
+        # other errors, then which model has which is drawn
+        other = first ^ (rng.random(first.shape) < 0.2)
         swap = (rng.random(40) < 0.5)[patient][:, None]
         pair = np.where(swap, other, first), np.where(swap, first, other)
         totals = [patient_totals(targets, predictions, None, patient) for predictions in pair]
@@ -167,7 +169,8 @@ def test_diversity_by_hand():
     found = diversity(texts, sets, np.array([False, False, False, True]), np.array([10, 20, 30, 100]), num_labels=3)
     assert (found.answers, found.distinct_completions, found.distinct_label_sets) == (4, 3, 3)
     assert (found.most_frequent_set, found.most_frequent_share) == (frozenset({"Edema"}), 0.5)
-    assert found.label_set_entropy == pytest.approx(1.5)  # shares 1/2, 1/4, 1/4: 0.5 x 1 + 2 x 0.25 x 2
+    # shares 1/2, 1/4, 1/4: 0.5 x 1 + 2 x 0.25 x 2
+    assert found.label_set_entropy == pytest.approx(1.5)
     assert (found.labels_per_answer, found.all_labels_share, found.contradiction_share) == (5 / 4, 1 / 4, 1 / 4)
     assert (found.length_mean, found.length_median, found.length_max) == (40, 25, 100)
     same = diversity([1, 1], [frozenset()] * 2, np.zeros(2), np.ones(2), 3)

@@ -54,7 +54,8 @@ def openai(name: str, text: str | None, reason: str = "stop") -> dict:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("text", "labels", "found"), [
     (trace("Edema, Fracture"), ("Edema", "Fracture"), None),
-    (trace("fracture;pulmonary edema"), ("Edema", "Fracture"), None),  # order and spelling are the parser's matter
+    # order and spelling are the parser's matter
+    (trace("fracture;pulmonary edema"), ("Edema", "Fracture"), None),
     (trace(""), (), None),
     (trace("Edema"), ("Edema", "Fracture"), ("labels", "Edema, not Edema, Fracture")),
     (trace("Edema, Fracture"), ("Edema",), ("labels", "Edema, Fracture, not Edema")),
@@ -120,7 +121,8 @@ def test_the_template_teacher_writes_a_good_trace_for_any_labels():
         text = trace_from_labels(labels, seed)
         assert check_trace(text, example(*labels)) is None and text == trace_from_labels(labels, seed)
         assert not {"left", "right", "upper", "lower"} & set(parse_answer(text).think.lower().replace(".", "").split()) and "{" not in text
-    assert len({trace_from_labels(("Edema",), seed) for seed in range(20)}) == 3  # its three wordings
+    # its three wordings
+    assert len({trace_from_labels(("Edema",), seed) for seed in range(20)}) == 3
     (answer,) = template_answers([example("Edema", "Support Devices", evaluated=NIH_NINE)])
     assert parse_answer(answer.text).labels == ("Edema",)  # only what the source rates
 
@@ -128,14 +130,16 @@ def test_the_template_teacher_writes_a_good_trace_for_any_labels():
 # ---- requests -------------------------------------------------------------------------------------------------------
 def test_what_the_teacher_is_asked():
     text = teacher_text(example("Edema", "Pneumonia", evaluated=NIH_NINE), PROMPTS["reasoning_b"])
-    assert text.startswith(PROMPTS["reasoning_b"].text)  # the student's own instruction, with the form of the answer
+    # the student's own instruction, with the form of the answer
+    assert text.startswith(PROMPTS["reasoning_b"].text)
     assert "\npresent: Edema, Pneumonia\n" in text and "\nabsent: No Finding, Cardiomegaly, Lung Lesion, Consolidation, Atelectasis" in text
     assert "\nnot rated, and not to be used in <solution>: Enlarged Cardiomediastinum, Lung Opacity, Pleural Effusion, Fracture, Supp" in text
     assert "reasons independently from what is visible" in text and "Nothing may show that the labels were known" in text
     assert "not rated" not in teacher_text(example("Edema"), PROMPTS["demo"])
     assert "present: none\n" in teacher_text(example(), PROMPTS["demo"]) and "<solution></solution> stays empty" in teacher_text(
         example(), PROMPTS["demo"])
-    assert leak("The reference standard shows an edema.")  # a teacher that repeats the request's own words is caught
+    # a teacher that repeats the request's own words is caught
+    assert leak("The reference standard shows an edema.")
 
 
 @pytest.fixture
@@ -157,7 +161,8 @@ def test_the_gemini_form(images):
     (content,) = row["request"]["contents"]
     picture, text = content["parts"]
     assert content["role"] == "user" and picture["inline_data"]["mime_type"] == "image/jpeg"
-    assert Image.open(io.BytesIO(base64.b64decode(picture["inline_data"]["data"]))).size == (20, 10)  # reduced, in proportion
+    # reduced, in proportion
+    assert Image.open(io.BytesIO(base64.b64decode(picture["inline_data"]["data"]))).size == (20, 10)
     assert text == {"text": teacher_text(images[0], PROMPTS["demo"])}
 
 

@@ -183,7 +183,8 @@ def test_a_file_that_is_damaged_is_made_anew(damage, tiny_checkpoint, tiny_image
     whole = file.read_bytes()
     file.unlink() if damage == "missing" else file.write_bytes(whole[:100])
     assert torch.equal(caches(model, folder=tmp_path).look(example)["features"], expected["features"])
-    assert file.read_bytes() == whole and len(list(tmp_path.rglob("*"))) == 2  # the folder and the file
+    # the folder and the file
+    assert file.read_bytes() == whole and len(list(tmp_path.rglob("*"))) == 2
 
 
 def test_a_disk_that_takes_nothing_ends_no_run(tiny_checkpoint, tiny_images, tmp_path, caplog):

@@ -36,10 +36,12 @@ class BaseFamily:
     folder: Path  # of the shipped checkpoint
     special_tokens: tuple[str, ...]
     chat_template: str
-    chat_words: str  # what the template writes beside its special tokens; the tokenizer learns from it
+    # what the template writes beside its special tokens; the tokenizer learns from it
+    chat_words: str
     end_of_turn: str
     image_token: str
-    token_types_name: str  # of the argument that marks image tokens; transformers goes wrong silently without it
+    # of the argument that marks image tokens; transformers goes wrong silently without it
+    token_types_name: str
 
     def train_tokenizer(self, texts: Iterator[str]) -> PreTrainedTokenizerBase:
         raise TypeError("use a subclass")
@@ -156,7 +158,8 @@ class Qwen25VLBase(BaseFamily):
         side = IMAGE_SIZE // PATCH_SIZE // MERGE_SIZE
         x = self._normalised(images).view(-1, 3, side, MERGE_SIZE, PATCH_SIZE, side, MERGE_SIZE, PATCH_SIZE)
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, side, side, merge, merge, 3, patch, patch]
-        x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])  # one picture stands for both frames of a temporal patch
+        # one picture stands for both frames of a temporal patch
+        x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])
         grid = [1, side * MERGE_SIZE, side * MERGE_SIZE]
         return dict(pixel_values=x.reshape(-1, 3 * 2 * PATCH_SIZE**2), image_grid_thw=torch.tensor([grid] * len(images)))
 
@@ -278,4 +281,5 @@ def _learned(bpe: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-BASE_FAMILIES: dict[str, BaseFamily] = {"qwen2_5_vl": Qwen25VLBase(), "gemma3": Gemma3Base()}  # by `model_type`
+# by `model_type`
+BASE_FAMILIES: dict[str, BaseFamily] = {"qwen2_5_vl": Qwen25VLBase(), "gemma3": Gemma3Base()}

@@ -122,7 +122,8 @@ class Encoder:
     def __init__(self, family: BaseFamily, tokenizer: PreTrainedTokenizerBase) -> None:
         self.family, self.tokenizer = family, tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(family.image_token)
-        self.prompt_ids = cache(self._prompt_ids)  # few different questions are asked, many times each
+        # few different questions are asked, many times each
+        self.prompt_ids = cache(self._prompt_ids)
 
     def _prompt_ids(self, text: str) -> list[int]:
         messages = build_messages(Prompt("base", text))

@@ -40,7 +40,8 @@ class Site:
     stream: int  # keeps the random streams of the sites apart
     prevalence: dict[str, float]  # of each drawn label among patients that are not healthy
     healthy_share: float  # patients without an abnormality; a device may still be there
-    conspicuity: tuple[float, float]  # how plainly an abnormality shows; 1 is as its function draws it
+    # how plainly an abnormality shows; 1 is as its function draws it
+    conspicuity: tuple[float, float]
     rotation_sd: float  # degrees
     zoom: tuple[float, float]  # above 1: wider field of view
     gain: tuple[float, float]
@@ -94,7 +95,8 @@ class Radiograph:
     image: np.ndarray  # uint8 [112, 112]
     findings: tuple[str, ...]  # what is drawn, CheXpert labels in CheXpert's order
     locations: dict[str, str]  # drawn label -> words such as "right lower", "pacemaker" or ""
-    grid: np.ndarray  # bool [14, 4, 4], the cells in which each label can be seen; all False for No Finding
+    # bool [14, 4, 4], the cells in which each label can be seen; all False for No Finding
+    grid: np.ndarray
 
     @property
     def source_labels(self) -> tuple[str, ...]:
@@ -133,7 +135,8 @@ def draw_findings(findings: tuple[str, ...], seed: int, site: SiteName) -> Radio
     for label, draw_finding in _FINDINGS.items():
         if label in drawn:
             before, rng = chest.pixels.copy(), _stream(seed, site, label)
-            strength = 1.0 if label == SUPPORT_DEVICES else rng.uniform(*SITES[site].conspicuity)  # metal is never faint
+            # metal is never faint
+            strength = 1.0 if label == SUPPORT_DEVICES else rng.uniform(*SITES[site].conspicuity)
             locations[label] = draw_finding(chest, rng)
             chest.pixels = before + strength * (chest.pixels - before)
             grid[LABELS.index(label)] = _changed_cells(before, chest.pixels)
@@ -170,7 +173,8 @@ def _nih_reading(findings: tuple[str, ...], locations: dict[str, str]) -> tuple[
 def _changed_cells(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """bool [4, 4]: the cells whose mean brightness change is visible, or within a factor of two of the strongest cell."""
     cell = IMAGE_SIZE // GRID_SIZE
-    change = np.abs(after - before).reshape(GRID_SIZE, cell, GRID_SIZE, cell).mean(axis=(1, 3))  # [4, 4]
+    # [4, 4]
+    change = np.abs(after - before).reshape(GRID_SIZE, cell, GRID_SIZE, cell).mean(axis=(1, 3))
     return change > min(0.012, 0.5 * change.max())
 
 
@@ -274,12 +278,15 @@ def _draw_mediastinum_and_heart(chest: Chest, rng: np.random.Generator) -> None:
     half_width = rng.uniform(0.11, 0.145)
     chest.mediastinum = _edge(half_width - np.abs(chest.x - 0.01), 0.03) * _edge(0.25 - chest.y, 0.15)
     heart_y = chest.diaphragm["left"] - rng.uniform(0.17, 0.22)
-    heart_rx = rng.uniform(0.36, 0.44) * (chest.lung_x + chest.lung_rx)  # half of the cardiothoracic ratio's heart
+    # half of the cardiothoracic ratio's heart
+    heart_rx = rng.uniform(0.36, 0.44) * (chest.lung_x + chest.lung_rx)
     chest.heart = _ellipse(chest, 0.10, heart_y, heart_rx, rng.uniform(0.22, 0.26), power=2.2, softness=0.06)
     for mask, over_lung in ((chest.mediastinum, 0.27), (chest.heart, 0.31)):
         chest.pixels += mask * (0.08 + (over_lung - 0.08) * chest.lungs)
-    chest.pixels += 0.10 * _ellipse(chest, 0.9 * half_width + 0.02, -0.30, 0.09, 0.10, softness=0.2)  # aortic knob
-    chest.pixels += 0.06 * _ridge(chest.x, 0.07, 0.03) * (0.7 + 0.3 * np.sign(np.sin(28.0 * chest.y)))  # vertebrae
+    # aortic knob
+    chest.pixels += 0.10 * _ellipse(chest, 0.9 * half_width + 0.02, -0.30, 0.09, 0.10, softness=0.2)
+    # vertebrae
+    chest.pixels += 0.06 * _ridge(chest.x, 0.07, 0.03) * (0.7 + 0.3 * np.sign(np.sin(28.0 * chest.y)))
 
 
 def _draw_bones(chest: Chest) -> None:
@@ -378,7 +385,8 @@ def _lung_lesion(chest: Chest, rng: np.random.Generator) -> str:
     zone, low, high = ("upper", -0.48, -0.26) if rng.random() < 0.5 else ("mid", -0.12, 0.14)
     cx, cy = sign * rng.uniform(0.32, 0.54), rng.uniform(low, high)
     chest.pixels += 0.36 * _ellipse(chest, cx, cy, radius, radius, softness=0.06) * chest.lung[side]
-    return f"{side} {zone} {'mass' if radius > 0.115 else 'nodule'}"  # on a chest 30 cm wide, a mass is above 3 cm
+    # on a chest 30 cm wide, a mass is above 3 cm
+    return f"{side} {zone} {'mass' if radius > 0.115 else 'nodule'}"
 
 
 def _atelectasis(chest: Chest, rng: np.random.Generator) -> str:
@@ -397,7 +405,8 @@ def _pneumothorax(chest: Chest, rng: np.random.Generator) -> str:
     remnant = _ellipse(chest, sign * chest.lung_x * 0.82, chest.lung_y + 0.10, chest.lung_rx * collapse,
                        chest.lung_ry * collapse * 1.08, power=2.4, softness=0.03)
     chest.pixels -= 0.15 * chest.lung[side] * (1.0 - remnant)
-    chest.pixels += 0.18 * np.exp(-np.square((remnant - 0.5) / 0.16)) * chest.lung[side]  # the visceral pleura
+    # the visceral pleura
+    chest.pixels += 0.18 * np.exp(-np.square((remnant - 0.5) / 0.16)) * chest.lung[side]
     return side
 
 

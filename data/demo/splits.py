@@ -40,7 +40,8 @@ SPLITS: dict[str, Split] = {
     "validation-b": Split("b", 100),
     "test-a": Split("a", 300),
     "test-b": Split("b", 300),
-    "earlier-study-a": Split("a", 600),  # of a study of a shorter recipe: the present one was chosen after it
+    # of a study of a shorter recipe: the present one was chosen after it
+    "earlier-study-a": Split("a", 600),
     "earlier-study-b": Split("b", 600),
     "study-a": Split("a", 600),
     "study-b": Split("b", 600),
@@ -94,7 +95,8 @@ def write_split(name: str, count: int | None, folder: Path) -> Path:
 def _row(name: str, example_id: str, radiograph: Radiograph) -> dict:
     row = {
         "id": example_id,
-        "patient_id": f"demo-{radiograph.site}-{radiograph.seed}",  # every picture is another patient
+        # every picture is another patient
+        "patient_id": f"demo-{radiograph.site}-{radiograph.seed}",
         "image": f"{name}/{example_id}.png",
         "labels": list(radiograph.labels),
         "dataset": f"demo-{radiograph.site}",

@@ -51,10 +51,13 @@ def packed(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
     """Of Qwen2.5-VL: a token sees the earlier ones of its prompt and of its own completion."""
     read = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
     embeddings = torch.cat([embed(wrapped, batch.prompts).flatten(0, 1)[batch.prompt_places], model.base.get_input_embeddings()(read)])
-    row = torch.cat([torch.full_like(batch.prompt_places, -1), batch.read_places // batch.read_mask.shape[1]])  # [M]; -1: a prompt's
-    prompt = torch.cat([batch.prompt_places // batch.prompts.input_ids.shape[1], batch.prompt_of_row[row[row >= 0]]])  # [M]
+    # -1: a prompt's
+    row = torch.cat([torch.full_like(batch.prompt_places, -1), batch.read_places // batch.read_mask.shape[1]])  # [M]
+    # [M]
+    prompt = torch.cat([batch.prompt_places // batch.prompts.input_ids.shape[1], batch.prompt_of_row[row[row >= 0]]])
     index = torch.arange(len(row), device=row.device)
-    sees = (index <= index[:, None]) & (prompt == prompt[:, None]) & ((row == -1) | (row == row[:, None]))  # [M,M]
+    # [M,M]
+    sees = (index <= index[:, None]) & (prompt == prompt[:, None]) & ((row == -1) | (row == row[:, None]))
     states = language_model(wrapped)(
         inputs_embeds=embeddings[None], position_ids=packed_positions(model.base, model.family, batch), use_cache=False,
         attention_mask={"full_attention": additive_mask(sees[None, None], embeddings.dtype, 1)}).last_hidden_state[0]

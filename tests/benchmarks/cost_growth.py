@@ -81,7 +81,8 @@ class Workbench:
     def __init__(self, family: str, folder: Path, sizes: Sizes, max_tokens: int) -> None:
         model_folder = models.save_checkpoint(family, folder / f"{family}-{sizes.vocabulary}", sizes)
         adapters = [models.save_adapter(model_folder, folder / f"{family}-{name}", seed, sizes) for seed, name in enumerate(("policy", "reference"))]
-        self.model: LoadedModel = replace(models.load(model_folder, sizes, vision_cache_gb=1.0), stop_ids=frozenset())  # completions are full
+        # completions are full
+        self.model: LoadedModel = replace(models.load(model_folder, sizes, vision_cache_gb=1.0), stop_ids=frozenset())
         self.wrapped: PeftModel = attach_adapter(self.model, adapters[0], trainable=True)
         add_reference(self.wrapped, adapters[1])
         enable_gradient_checkpointing(self.wrapped)

@@ -212,7 +212,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     for split in ("sft-train", "rl-train", "validation-a", "validation-b", *SITES.values()):
-        write_split(split, None, folder / "demo-data")  # before the processes, which would draw them at the same time
+        # before the processes, which would draw them at the same time
+        write_split(split, None, folder / "demo-data")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda seed: study_seed(folder, seed, arguments.recipe), arguments.seeds))
     answer(folder, "base", "--recipe", arguments.recipe, temperature=GRPOConfig().temperature)

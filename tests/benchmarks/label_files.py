@@ -25,7 +25,8 @@ from data.labels import LABELS
 from data.mimic import load_mimic
 from data.sources import Report
 
-CELLS, WEIGHTS = ("", "1.0", "0.0", "-1.0"), (75, 14, 7, 4)  # about as often as in CheXpert's train.csv
+# about as often as in CheXpert's train.csv
+CELLS, WEIGHTS = ("", "1.0", "0.0", "-1.0"), (75, 14, 7, 4)
 
 
 def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
@@ -35,7 +36,8 @@ def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
         writer = csv.writer(file)
         writer.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS])
         for number in range(rows):
-            labels = labels if number % 2 else rng.choices(CELLS, WEIGHTS, k=14)  # of the study, copied to each of its images
+            # of the study, copied to each of its images
+            labels = labels if number % 2 else rng.choices(CELLS, WEIGHTS, k=14)
             patient, study, view = number * 2 // 7, number // 2, number % 2 + 1
             side, projection = ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))
             path = f"CheXpert-v1.0/train/patient{patient:05d}/study{study}/view{view}_{side.lower()}.jpg"

@@ -32,7 +32,8 @@ from memory_forecast import DTYPES, resident  # noqa: E402
 from steps import machine, quiet  # noqa: E402
 
 REAL_HIDDEN = {151_936: 2048, 262_208: 2560}  # Qwen2.5-VL-3B and Gemma 3 4B
-Step = Callable[[], tuple[Tensor, Tensor]]  # -> log-probabilities [N], gradient of the hidden states [N,H]
+# -> log-probabilities [N], gradient of the hidden states [N,H]
+Step = Callable[[], tuple[Tensor, Tensor]]
 
 
 def make_inputs(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,8 @@ def grown_peak(step: Callable) -> int:
 def measure(variant: str, entropy: bool, tokens: int, vocabulary: int, hidden: int, dtype: str) -> None:
     """One variant's peak, in a process of its own."""
     quiet()
-    make_step(variant, entropy, *make_inputs(8, 64, hidden, DTYPES[dtype]))()  # what libraries load once
+    # what libraries load once
+    make_step(variant, entropy, *make_inputs(8, 64, hidden, DTYPES[dtype]))()
     print(grown_peak(make_step(variant, entropy, *make_inputs(tokens, vocabulary, hidden, DTYPES[dtype]))))
 
 

@@ -38,7 +38,8 @@ import tiny  # noqa: E402
 
 FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "gemma3": "Gemma 3"}
 CPU = torch.device("cpu")
-PATCH, PATCHES_PER_TOKEN = 14, 4  # a side in pixels; both towers merge 2 x 2 patches (Gemma's real one 4 x 4: see `Sizes`)
+# a side in pixels; both towers merge 2 x 2 patches (Gemma's real one 4 x 4: see `Sizes`)
+PATCH, PATCHES_PER_TOKEN = 14, 4
 TOWERS = {  # chosen for the shares of the real models: see the table that this file prints
     "qwen2_5_vl": dict(hidden_size=192, intermediate_size=520, depth=3, num_heads=3),
     "gemma3": dict(hidden_size=400, intermediate_size=1440, num_hidden_layers=3, num_attention_heads=5),

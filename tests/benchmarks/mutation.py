@@ -97,7 +97,8 @@ class Mutator(libcst.CSTVisitor):
 def mutants_of(file: str) -> Iterator[Mutant]:
     source = (ROOT / file).read_text(encoding="utf-8")
     module, seen = libcst.parse_module(source), {source}
-    pieces = [module.code_for_node(statement) for statement in module.body]  # only one is made anew for a mutant
+    # only one is made anew for a mutant
+    pieces = [module.code_for_node(statement) for statement in module.body]
     head, _, tail = source.partition("".join(pieces))
     for position, statement in enumerate(module.body):
         mutator = Mutator()
@@ -166,7 +167,9 @@ class Mutants:
             if child:
                 index, start = self.running.pop(child)
                 code = os.waitstatus_to_exitcode(status)
-                if code > 2:  # below: passed, failed, interrupted by an error while the tests were collected, ended by a signal
+                # below: passed, failed, interrupted by an error while the tests were collected,
+                # ended by a signal
+                if code > 2:
                     pytest.exit(f"the tests ended with exit code {code} on {described(self.mutants[index])}")
                 self.outcomes[index] = "killed" if code else "survived"
                 if index == 0:

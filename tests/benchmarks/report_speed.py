@@ -23,7 +23,8 @@ from data.labels import LABELS, NIH_NINE
 from data.records import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-PREVALENCE = dict(zip(NIH_NINE, (0.385, 0.042, 0.119, 0.036, 0.071, 0.022, 0.128, 0.104, 0.045)))  # of the official test images
+# of the official test images
+PREVALENCE = dict(zip(NIH_NINE, (0.385, 0.042, 0.119, 0.036, 0.071, 0.022, 0.128, 0.104, 0.045)))
 NIH_NAMES = {"Lung Lesion": "Mass", "Pleural Other": "Pleural_Thickening"}
 
 

@@ -26,12 +26,14 @@ from data.encode import EncodedPrompt
 from engine import generate, sampling_layers
 from engine.families import lm_head_weight
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+# tests/ and tests/benchmarks/
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from cost_growth import seconds  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import Product, machine, make_folder, quiet  # noqa: E402
 
-WEIGHTS = 45_000_000  # bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
+# bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
+WEIGHTS = 45_000_000
 
 
 def ratios(slow: list[float], fast: list[float]) -> str:

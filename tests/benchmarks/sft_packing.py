@@ -29,7 +29,8 @@ from engine.forward import completion_hidden_states
 from engine.logprobs import token_logprobs
 from engine.model import attach_adapter, enable_gradient_checkpointing
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+# tests/ and tests/benchmarks/
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import models  # noqa: E402
 import plain  # noqa: E402
 from memory_forecast import allocated_peak  # noqa: E402

@@ -47,7 +47,8 @@ from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_we
 from rl.rewards import HardReward
 from rl.rollout import build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+# tests/ and tests/benchmarks/
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import models  # noqa: E402
 import plain  # noqa: E402
 from models import FAMILIES, Costs, Sizes  # noqa: E402

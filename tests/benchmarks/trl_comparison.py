@@ -48,7 +48,8 @@ from data.records import Example
 from engine.families import unwrapped
 from engine.model import load_adapter_weights, load_encoder
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # tests/ and tests/benchmarks/
+# tests/ and tests/benchmarks/
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from memory_forecast import profiled_peak, resident  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import (  # noqa: E402
@@ -154,7 +155,8 @@ def grpo_trainer(folder: Path, family: str, sizes: Sizes, generations: int, task
     and draws completions of its own first, or without hooks.
     """
     rewards = {task.completions[0][i].tolist().__repr__(): reward for task in tasks for i, reward in enumerate(task.rewards[0])}
-    model = load_peft_model(folder, family, "reference")  # TRL copies the adapter that it finds: this is its reference
+    # TRL copies the adapter that it finds: this is its reference
+    model = load_peft_model(folder, family, "reference")
     rows = datasets.Dataset.from_list([{"prompt": messages(prompt), "image": load_image(task.examples[0])} for task in tasks])
     config = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=generations, num_generations=generations, max_steps=len(tasks),
@@ -432,7 +434,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
 
-    trl.trainer.utils._use_triton = lambda device: True  # the head works on the completions' tokens alone
+    # the head works on the completions' tokens alone
+    trl.trainer.utils._use_triton = lambda device: True
     sizes = sizes_of(arguments)
     if arguments.measure:
         side, family, generations = arguments.measure
