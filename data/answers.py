@@ -33,6 +33,7 @@ reported on their own for the rewards and tables to count.
 
 Time is linear in the length of the text: substring search and splitting only, no regular expression.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
     Raises ValueError for an `answer_format` that is not one of ANSWER_FORMATS.
     """
     if answer_format not in _BLOCKS:
-        raise ValueError(f"unknown answer format {answer_format!r}; known: {', '.join(ANSWER_FORMATS)}")
+        raise ValueError(
+            f"unknown answer format {answer_format!r}; known: {', '.join(ANSWER_FORMATS)}"
+        )
     if answer_format == "label_list":
         return _parse_label_list(text)
 
@@ -106,7 +109,13 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
 
     think_text = think.body if think else None
     if answer is None:
-        return Answer(valid=False, parsed=False, problem=f"answer_{answer_fault}", think=think_text, outside=outside)
+        return Answer(
+            valid=False,
+            parsed=False,
+            problem=f"answer_{answer_fault}",
+            think=think_text,
+            outside=outside,
+        )
     entries = _read_entries(answer.body)
     return Answer(
         valid=form_problem is None,
@@ -123,7 +132,9 @@ def _parse_label_list(text: str) -> Answer:
         return Answer(valid=False, parsed=False, problem="tagged")
     entries = _read_entries(text)
     if not entries["labels"]:
-        return Answer(valid=False, parsed=False, problem="no_label" if entries["unknown"] else "empty")
+        return Answer(
+            valid=False, parsed=False, problem="no_label" if entries["unknown"] else "empty"
+        )
     return Answer(valid=True, parsed=True, **entries)
 
 
@@ -163,7 +174,11 @@ def _read_entries(body: str) -> dict[str, tuple[str, ...]]:
         else:
             (labels if label else unknown).append(label or entry)
         seen.add(key)
-    contradictions = [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)] if NO_FINDING in labels else []
+    contradictions = (
+        [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)]
+        if NO_FINDING in labels
+        else []
+    )
     return {
         "labels": tuple(labels),
         "unknown": tuple(unknown),

@@ -4,6 +4,7 @@
 
 All problems are printed, one line each. Exit code 0: nothing is wrong; 1: something is; 2: the command cannot be carried out.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,22 +23,32 @@ def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example],
     path = data_file(spec)
     examples, problems = scan_jsonl(path, image_root)
     problems += [f"{path}, {problem}" for example in examples for problem in _row_problems(example)]
-    problems += [f"{path}, {problem}" for problem in image_problems(examples, f"{path.name} (images)") if problem]
+    problems += [
+        f"{path}, {problem}"
+        for problem in image_problems(examples, f"{path.name} (images)")
+        if problem
+    ]
     return examples, problems
 
 
 def _row_problems(example: Example) -> list[str]:
     problems = []
     if not example.evaluated_labels:
-        problems.append(f"example {example.id!r}: evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out")
+        problems.append(
+            f"example {example.id!r}: evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out"
+        )
     if example.answer is not None:
         answer = parse_answer(example.answer)
         wrong = answer.problem if not answer.valid else None
-        if not wrong and (answer.unknown or answer.duplicates or set(answer.labels) != example.target.labels):
+        if not wrong and (
+            answer.unknown or answer.duplicates or set(answer.labels) != example.target.labels
+        ):
             wrong = f"says {', '.join((*answer.labels, *answer.unknown)) or 'no label'}"
         if wrong:
-            problems.append(f"example {example.id!r}: the answer is not its labels in the form think_solution ({wrong}); "
-                            "write it again with data.traces")
+            problems.append(
+                f"example {example.id!r}: the answer is not its labels in the form think_solution ({wrong}); "
+                "write it again with data.traces"
+            )
     return problems
 
 
@@ -45,17 +56,28 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
     """What the sound rows of a file are: counts of rows, patients, answers and labels."""
     counts = Counter(label for example in examples for label in example.target.labels)
     without = sum(not example.target.labels for example in examples)
-    contradictory = sum(NO_FINDING in example.labels and bool({*example.labels} - {NO_FINDING, SUPPORT_DEVICES}) for example in examples)
-    return (f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})} patients, "
-            f"{sum(example.answer is not None for example in examples)} with an answer; labels: "
-            + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label]) + (f", none {without}" if without else "")
-            + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else ""))
+    contradictory = sum(
+        NO_FINDING in example.labels and bool({*example.labels} - {NO_FINDING, SUPPORT_DEVICES})
+        for example in examples
+    )
+    return (
+        f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})} patients, "
+        f"{sum(example.answer is not None for example in examples)} with an answer; labels: "
+        + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label])
+        + (f", none {without}" if without else "")
+        + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else "")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.check", description="Check every row and every image of data files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.check", description="Check every row and every image of data files."
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL data files, or demo:SPLIT")
-    parser.add_argument("--image_root", help="folder that image paths are relative to (default: each data file's own folder)")
+    parser.add_argument(
+        "--image_root",
+        help="folder that image paths are relative to (default: each data file's own folder)",
+    )
     arguments = parser.parse_args(argv)
     found, missing = 0, False
     for spec in arguments.files:

@@ -5,6 +5,7 @@
 Label files: train.csv; valid.csv or CheXlocalize's val_labels.csv; for the test part groundtruth.csv (one row a study) or
 test_labels.csv (one row an image, without the columns of the view).
 """
+
 from __future__ import annotations
 
 import os
@@ -15,12 +16,30 @@ from pathlib import Path
 from data.labels import LabelPolicy
 from data.records import Example
 from data.sources import (
-    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known, places,
-    raise_problems, source_folder, view_rank)
+    VIEWS,
+    Candidate,
+    LabelCells,
+    Reading,
+    Report,
+    Table,
+    cell_problems,
+    choose,
+    collector_paused,
+    find_file,
+    known,
+    places,
+    raise_problems,
+    source_folder,
+    view_rank,
+)
 
 # {part: names of its folder of images}
 PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
-_LABEL_FILES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("groundtruth.csv", "test_labels.csv")}
+_LABEL_FILES = {
+    "train": ("train.csv",),
+    "valid": ("valid.csv", "val_labels.csv"),
+    "test": ("groundtruth.csv", "test_labels.csv"),
+}
 _STUDY = re.compile(r"(?:.*/)?(patient\d+)/(study\d+)")
 _IS_FRONTAL = {"Frontal": True, "_frontal": True, "Lateral": False, "_lateral": False}
 _IMAGE = re.compile(_STUDY.pattern + r"/(view(\d+)(_frontal|_lateral)?\.(?:jpg|jpeg|png))")
@@ -28,8 +47,15 @@ _IMAGE = re.compile(_STUDY.pattern + r"/(view(\d+)(_frontal|_lateral)?\.(?:jpg|j
 
 @collector_paused()
 def load_chexpert(
-    folder: str | Path, part: str = "train", *, policy: LabelPolicy = LabelPolicy(), views: str = "frontal",
-    frontals: str = "pa_first", label_file: str | None = None, drop_missing: bool = False, report: Report | None = None,
+    folder: str | Path,
+    part: str = "train",
+    *,
+    policy: LabelPolicy = LabelPolicy(),
+    views: str = "frontal",
+    frontals: str = "pa_first",
+    label_file: str | None = None,
+    drop_missing: bool = False,
+    report: Report | None = None,
 ) -> list[Example]:
     """Examples of one part ("train", "valid" or "test"), image paths relative to `folder`.
 
@@ -43,7 +69,11 @@ def load_chexpert(
     """
     folder = source_folder(folder)
     known("part", part, tuple(PARTS)), known("views", views, VIEWS)
-    names = (label_file,) if label_file else _LABEL_FILES[part][:: -1 if part == "test" and frontals == "all" else 1]
+    names = (
+        (label_file,)
+        if label_file
+        else _LABEL_FILES[part][:: -1 if part == "test" and frontals == "all" else 1]
+    )
     table = Table(find_file(folder, names))
     filled = (Report() if report is None else report).begin(f"CheXpert {part}", table.path)
     cells = LabelCells(table, policy)
@@ -55,7 +85,14 @@ def load_chexpert(
     if "No Finding" not in cells.labels:
         filled.notes.append("the label file has no column 'No Finding'")
     examples = choose(
-        candidates, "chexpert", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+        candidates,
+        "chexpert",
+        folder,
+        filled,
+        frontals=frontals,
+        no_label=policy.no_label,
+        drop_missing=drop_missing,
+    )
     if report is None:
         print(filled.text())
     return examples
@@ -64,22 +101,33 @@ def load_chexpert(
 def _images(table, cells, locate, folder, views, drop_missing, report, problems) -> list[Candidate]:
     """Candidates of a table with one row an image."""
     with_view = table.has("Frontal/Lateral")
-    view_columns = [*table.find("Frontal/Lateral"), *table.find("AP/PA")] if with_view else table.find("Path") * 2
+    view_columns = (
+        [*table.find("Frontal/Lateral"), *table.find("AP/PA")]
+        if with_view
+        else table.find("Path") * 2
+    )
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    for number, (path, side, projection), labels in table.rows(problems, [*table.find("Path"), *view_columns], cells.indices):
+    for number, (path, side, projection), labels in table.rows(
+        problems, [*table.find("Path"), *view_columns], cells.indices
+    ):
         report.rows += 1
         image = _IMAGE.fullmatch(path)
         if image is None:
             problems.append(
-                f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg")
+                f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg"
+            )
             continue
         if with_view:
             frontal = _IS_FRONTAL.get(side)
         else:
             frontal, projection = _IS_FRONTAL.get(image[5]), ""
         if frontal is None:
-            where = f"column 'Frontal/Lateral': {side!r} is" if with_view else f"column 'Path': {path!r} names"
+            where = (
+                f"column 'Frontal/Lateral': {side!r} is"
+                if with_view
+                else f"column 'Path': {path!r} names"
+            )
             problems.append(f"{table.path}, row {number}, {where} neither Frontal nor Lateral")
             continue
         reading = cells.read(labels)
@@ -87,7 +135,9 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
             problems += cell_problems(table, number, reading)
             continue
         if row_of.setdefault(path, number) != number:
-            problems.append(f"{table.path}, row {number}, column 'Path': {path!r} is also in row {row_of[path]}")
+            problems.append(
+                f"{table.path}, row {number}, column 'Path': {path!r} is also in row {row_of[path]}"
+            )
             continue
         if views == "frontal" and not frontal:
             report.drop("lateral view")
@@ -96,31 +146,45 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
     return candidates
 
 
-def _studies(table, cells, locate, folder, views, drop_missing, report, problems) -> list[Candidate]:
+def _studies(
+    table, cells, locate, folder, views, drop_missing, report, problems
+) -> list[Candidate]:
     """Candidates of a table with one row a study and no image names: those that lie in the study's folder."""
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    for number, (path, _), labels in table.rows(problems, table.find("Study", "Study"), cells.indices):
+    for number, (path, _), labels in table.rows(
+        problems, table.find("Study", "Study"), cells.indices
+    ):
         study = _STUDY.fullmatch(path)
         if study is None:
-            problems.append(f"{table.path}, row {number}, column 'Study': {path!r} does not end in patientN/studyN")
+            problems.append(
+                f"{table.path}, row {number}, column 'Study': {path!r} does not end in patientN/studyN"
+            )
             continue
         reading = cells.read(labels)
         if reading.bad:
             problems += cell_problems(table, number, reading)
             continue
         if row_of.setdefault(path, number) != number:
-            problems.append(f"{table.path}, row {number}, column 'Study': {path!r} is also in row {row_of[path]}")
+            problems.append(
+                f"{table.path}, row {number}, column 'Study': {path!r} is also in row {row_of[path]}"
+            )
             continue
         root = locate(study[1])
         inside = folder / root / study[1] / study[2]
         names = sorted(os.listdir(inside)) if inside.is_dir() else []
-        images = [image for name in names if (image := _IMAGE.fullmatch(f"{study[1]}/{study[2]}/{name}")) and image[5]]
+        images = [
+            image
+            for name in names
+            if (image := _IMAGE.fullmatch(f"{study[1]}/{study[2]}/{name}")) and image[5]
+        ]
         report.rows += len(images)
         if not images and drop_missing:
             report.drop("image files of a study are missing (studies)")
         elif not images:
-            problems.append(f"{table.path}, row {number}, column 'Study': {inside} holds no viewN_frontal.jpg")
+            problems.append(
+                f"{table.path}, row {number}, column 'Study': {inside} holds no viewN_frontal.jpg"
+            )
         for image in images:
             if views == "frontal" and image[5] == "_lateral":
                 report.drop("lateral view")
@@ -129,7 +193,9 @@ def _studies(table, cells, locate, folder, views, drop_missing, report, problems
     return candidates
 
 
-def _candidate(image: re.Match, root: str, projection: str, frontal: bool, reading: Reading) -> Candidate:
+def _candidate(
+    image: re.Match, root: str, projection: str, frontal: bool, reading: Reading
+) -> Candidate:
     """image: a match of _IMAGE."""
     patient, study, name, order = image.group(1, 2, 3, 4)
     return Candidate(
@@ -145,7 +211,9 @@ def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
     """
     around = list(dict.fromkeys([base, *places(base), *places(folder)]))
     roots = [place / name for place in around for name in PARTS[part] if (place / name).is_dir()]
-    roots += [place for place in around if part == "train" and re.search(r"batch \d+ \(train", place.name)]
+    roots += [
+        place for place in around if part == "train" and re.search(r"batch \d+ \(train", place.name)
+    ]
     roots = roots or [base / PARTS[part][0]]
     relative = [root.relative_to(folder).as_posix() for root in roots]
     if len(relative) == 1:

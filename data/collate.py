@@ -4,6 +4,7 @@ Prompts are padded on the left, for the sampler and for training alike. A traini
 beside its completions, and says where each token stands in the one unpadded row that the forward runs: the prompts' tokens,
 then the completions'.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
@@ -34,7 +35,10 @@ class Prompts:
     alike: bool = False
 
     def to(self, device: torch.device | str) -> "Prompts":
-        vision = [{name: tensor.to(device, non_blocking=True) for name, tensor in image.items()} for image in self.vision]
+        vision = [
+            {name: tensor.to(device, non_blocking=True) for name, tensor in image.items()}
+            for image in self.vision
+        ]
         return replace(_moved(self, device), vision=vision)
 
 
@@ -77,7 +81,11 @@ class Batch:
     predictors: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(_moved(self, device), prompts=self.prompts.to(device), buckets=[bucket.to(device) for bucket in self.buckets])
+        return replace(
+            _moved(self, device),
+            prompts=self.prompts.to(device),
+            buckets=[bucket.to(device) for bucket in self.buckets],
+        )
 
 
 def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
@@ -85,7 +93,9 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     distinct, prompt_of_row = _distinct_prompts([row.prompt for row in rows])
     prompts = collate_prompts(distinct, pad_token_id)
     # [N,T]
-    ids = pad_sequence([row.completion_ids for row in rows], batch_first=True, padding_value=pad_token_id)
+    ids = pad_sequence(
+        [row.completion_ids for row in rows], batch_first=True, padding_value=pad_token_id
+    )
     scored = pad_sequence([row.completion_mask for row in rows], batch_first=True)  # [N,T]
     columns = torch.arange(ids.shape[1])
     # the last scored token predicts nothing and is not read
@@ -93,18 +103,32 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     read_mask = columns[: int(read_lengths.max())] < read_lengths[:, None]  # [N,R]
 
     order, buckets = _buckets(read_lengths, prompt_of_row)
-    read_places = [bucket.rows[bucket.places // bucket.length] * read_mask.shape[1] + bucket.places % bucket.length for bucket in buckets]
+    read_places = [
+        bucket.rows[bucket.places // bucket.length] * read_mask.shape[1]
+        + bucket.places % bucket.length
+        for bucket in buckets
+    ]
     # each prompt's last token in the packed row
     last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]
     # [N] completions' tokens
-    before = torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0)) - read_lengths
+    before = (
+        torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0))
+        - read_lengths
+    )
     start = int(last[-1]) + 1 + before  # [N]: each completion's first
     row, column = scored.nonzero(as_tuple=True)
     return Batch(
-        prompts=prompts, prompt_of_row=prompt_of_row, completion_ids=ids, completion_mask=scored, read_mask=read_mask,
-        prompt_places=prompts.attention_mask.flatten().nonzero()[:, 0], read_places=torch.cat([order[:0], *read_places]),
-        buckets=buckets, scored_places=scored.flatten().nonzero()[:, 0],
-        predictors=torch.where(column == 0, last[prompt_of_row[row]], start[row] + column - 1))
+        prompts=prompts,
+        prompt_of_row=prompt_of_row,
+        completion_ids=ids,
+        completion_mask=scored,
+        read_mask=read_mask,
+        prompt_places=prompts.attention_mask.flatten().nonzero()[:, 0],
+        read_places=torch.cat([order[:0], *read_places]),
+        buckets=buckets,
+        scored_places=scored.flatten().nonzero()[:, 0],
+        predictors=torch.where(column == 0, last[prompt_of_row[row]], start[row] + column - 1),
+    )
 
 
 def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
@@ -116,13 +140,18 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
     for prompt in prompts:
         placeholders, features = int(prompt.token_types.sum()), prompt.vision.get("features")
         if features is not None and len(features) != placeholders:
-            raise ValueError(f"{placeholders} image placeholders for {len(features)} image features; the image processor and the model disagree")
+            raise ValueError(
+                f"{placeholders} image placeholders for {len(features)} image features; the image processor and the model disagree"
+            )
     return Prompts(
         input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
         token_types=_pad_left([prompt.token_types for prompt in prompts], 0),
-        attention_mask=_pad_left([torch.ones(len(prompt.input_ids), dtype=torch.bool) for prompt in prompts], False),
+        attention_mask=_pad_left(
+            [torch.ones(len(prompt.input_ids), dtype=torch.bool) for prompt in prompts], False
+        ),
         vision=[prompt.vision for prompt in prompts],
-        alike=all(torch.equal(prompt.token_types, prompts[0].token_types) for prompt in prompts))
+        alike=all(torch.equal(prompt.token_types, prompts[0].token_types) for prompt in prompts),
+    )
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:
@@ -132,7 +161,9 @@ def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> l
     batches: list[list[int]] = []
     seen, tokens = set(), 0
     for index, row in enumerate(rows):
-        cost = len(row.completion_ids) + (0 if id(row.prompt) in seen else len(row.prompt.input_ids))
+        cost = len(row.completion_ids) + (
+            0 if id(row.prompt) in seen else len(row.prompt.input_ids)
+        )
         if index % size == 0 or (max_tokens is not None and tokens + cost > max_tokens):
             batches.append([])
             seen, tokens = set(), 0
@@ -152,7 +183,9 @@ def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucke
             rows, length = order[first:end], ordered[first]
             if length > 0:
                 is_token = torch.arange(length) < lengths[rows, None]  # [n,length]
-                buckets.append(Bucket(rows, prompt_of_row[rows], is_token.flatten().nonzero()[:, 0], length))
+                buckets.append(
+                    Bucket(rows, prompt_of_row[rows], is_token.flatten().nonzero()[:, 0], length)
+                )
             first = end
     return order, buckets
 
@@ -176,4 +209,11 @@ def _pad_left(sequences: list[Tensor], value: int | bool) -> Tensor:
 def _moved(batch, device: torch.device | str):
     """A dataclass with all its own tensors on `device`; a GPU gets them when its work so far is done, without a wait here."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)})
+    return replace(
+        batch,
+        **{
+            name: value.to(device, non_blocking=True)
+            for name, value in tensors.items()
+            if isinstance(value, Tensor)
+        },
+    )

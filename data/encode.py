@@ -4,6 +4,7 @@ The mask is made together with the tokens: an answer's row is the prompt (not su
 end-of-turn token (supervised). That the tokens of prompt + answer really begin with the tokens of the prompt is checked for
 every row. Image processors are the PIL ones of both families, so torchvision is never needed.
 """
+
 from __future__ import annotations
 
 import json
@@ -66,13 +67,19 @@ class Encoder:
         # Gemma 3: every image is the same number of tokens
         self.image_seq_length = image_seq_length
         self.pad_token_id = tokenizer.pad_token_id
-        self.end_of_turn_id = tokenizer.convert_tokens_to_ids("<|im_end|>" if family == "qwen2_5_vl" else "<end_of_turn>")
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(
+            "<|im_end|>" if family == "qwen2_5_vl" else "<end_of_turn>"
+        )
         # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's <end_of_turn>.
-        self.control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         self._prompt_texts: dict[Prompt, str] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, min_visual_tokens: int, max_visual_tokens: int) -> "Encoder":
+    def from_pretrained(
+        cls, path: str | Path, *, min_visual_tokens: int, max_visual_tokens: int
+    ) -> "Encoder":
         """Tokenizer and image processor of a checkpoint (a local folder or a hub name).
 
         min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes the image to lie between
@@ -84,11 +91,21 @@ class Encoder:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if family == "gemma3":
             image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-            return cls(family, tokenizer, image_processor, config["image_token_index"] if "image_token_index" in config
-                       else config["image_token_id"], config["mm_tokens_per_image"])
+            return cls(
+                family,
+                tokenizer,
+                image_processor,
+                config["image_token_index"]
+                if "image_token_index" in config
+                else config["image_token_id"],
+                config["mm_tokens_per_image"],
+            )
         vision = config["vision_config"]
         pixels_per_token = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
-        bounds = {"min_pixels": min_visual_tokens * pixels_per_token, "max_pixels": max_visual_tokens * pixels_per_token}
+        bounds = {
+            "min_pixels": min_visual_tokens * pixels_per_token,
+            "max_pixels": max_visual_tokens * pixels_per_token,
+        }
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **bounds)
         # A checkpoint's own bounds have been seen to win silently; the ones asked for must be the ones in force.
         in_force = (image_processor.size["shortest_edge"], image_processor.size["longest_edge"])
@@ -103,14 +120,22 @@ class Encoder:
         vision = self.image_processor(images=[load_image(example)], return_tensors="pt")
         return {name: vision[name] for name in ("pixel_values", "image_grid_thw") if name in vision}
 
-    def encode_prompt(self, example: Example, prompt: Prompt, vision: dict[str, Tensor] | None = None) -> EncodedPrompt:
+    def encode_prompt(
+        self, example: Example, prompt: Prompt, vision: dict[str, Tensor] | None = None
+    ) -> EncodedPrompt:
         """The instruction and the example's image, which is not read where `vision` is given. Raises DataError as `encode_image`."""
         vision = self.encode_image(example) if vision is None else vision
         # [P]
-        input_ids = torch.tensor(self._tokenize(self._prompt_text(prompt), self._num_image_tokens(vision)))
-        return EncodedPrompt(input_ids, (input_ids == self.image_token_id).long() * IMAGE_TYPE, vision)
+        input_ids = torch.tensor(
+            self._tokenize(self._prompt_text(prompt), self._num_image_tokens(vision))
+        )
+        return EncodedPrompt(
+            input_ids, (input_ids == self.image_token_id).long() * IMAGE_TYPE, vision
+        )
 
-    def encode_answer(self, example: Example, prompt: Prompt, answer: str, vision: dict[str, Tensor] | None = None) -> EncodedRow:
+    def encode_answer(
+        self, example: Example, prompt: Prompt, answer: str, vision: dict[str, Tensor] | None = None
+    ) -> EncodedRow:
         """The example with an answer to learn: all of the answer and its end-of-turn token are supervised, nothing else is.
 
         Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is
@@ -119,7 +144,9 @@ class Encoder:
         control = [token for token in self.control_tokens if token in answer]
         if control:
             raise DataError(
-                [f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"]
+                [
+                    f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"
+                ]
             )
         encoded = self.encode_prompt(example, prompt, vision)
         num_image_tokens = int((encoded.token_types == IMAGE_TYPE).sum())
@@ -144,16 +171,21 @@ class Encoder:
         completion = completion[
             : completion.index(self.end_of_turn_id) + 1
         ]  # what the template writes after it is not the answer
-        return EncodedRow(encoded, torch.tensor(completion), torch.ones(len(completion), dtype=torch.bool))
+        return EncodedRow(
+            encoded, torch.tensor(completion), torch.ones(len(completion), dtype=torch.bool)
+        )
 
     def decode(self, ids: Tensor) -> str:
         """Completion ids -> text, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt not in self._prompt_texts:
             self._prompt_texts[prompt] = self.tokenizer.apply_chat_template(
-                build_messages(prompt), tokenize=False, add_generation_prompt=True)
+                build_messages(prompt), tokenize=False, add_generation_prompt=True
+            )
         return self._prompt_texts[prompt]
 
     def _num_image_tokens(self, vision: dict[str, Tensor]) -> int:
@@ -164,7 +196,11 @@ class Encoder:
     def _tokenize(self, text: str, num_image_tokens: int) -> list[int]:
         """Chat text with one image placeholder -> ids with as many placeholders as the image has tokens."""
         if self.family == "gemma3":
-            begin, image, end = self.tokenizer.boi_token, self.tokenizer.image_token, self.tokenizer.eoi_token
+            begin, image, end = (
+                self.tokenizer.boi_token,
+                self.tokenizer.image_token,
+                self.tokenizer.eoi_token,
+            )
             text = text.replace(begin, f"\n\n{begin}{image * num_image_tokens}{end}\n\n", 1)
         else:
             text = text.replace("<|image_pad|>", "<|image_pad|>" * num_image_tokens, 1)
@@ -191,5 +227,7 @@ def read_config(path: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"its config.json is not valid JSON ({error})") from error
     if config.get("model_type") not in FAMILIES:
-        raise ValueError(f"a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models")
+        raise ValueError(
+            f"a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models"
+        )
     return config

@@ -3,6 +3,7 @@
 What is read: regular JPEG and PNG files under the data set's image root. Everything else is refused with a line that names the
 example, the path and the reason, so that a damaged or hostile file can stop or leave a run but never enter it unseen.
 """
+
 from __future__ import annotations
 
 import os
@@ -30,19 +31,27 @@ def image_path(example: Example) -> Path:
     name = f"example {example.id!r}: image {example.image!r}"
     written = PurePosixPath(example.image)
     if "://" in example.image:
-        raise DataError([f"{name} is a URL; images are read from files only: download it and give its path"])
+        raise DataError(
+            [f"{name} is a URL; images are read from files only: download it and give its path"]
+        )
     if written.is_absolute() or ".." in written.parts:
-        raise DataError([f"{name}: write the path relative to the image root, without '..' (--image_root)"])
+        raise DataError(
+            [f"{name}: write the path relative to the image root, without '..' (--image_root)"]
+        )
     try:
         root = example.image_root.resolve()
         path = (root / example.image).resolve()
         inside = path.is_relative_to(root)
         mode = path.stat().st_mode if inside else 0
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError([f"{name}: no such file under the image root {root}; check the row or --image_root"]) from error
+        raise DataError(
+            [f"{name}: no such file under the image root {root}; check the row or --image_root"]
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         # too long, a null byte, a loop of links, no permission
-        raise DataError([f"{name}: not a usable path ({getattr(error, 'strerror', None) or error})"]) from error
+        raise DataError(
+            [f"{name}: not a usable path ({getattr(error, 'strerror', None) or error})"]
+        ) from error
     if not inside:
         raise DataError([f"{name} lies outside the image root {root}, through a symbolic link"])
     if not stat.S_ISREG(mode):  # a pipe would wait for ever
@@ -62,7 +71,9 @@ def check_images(examples: Iterable[Example]) -> None:
             problems += error.problems
     if problems:
         hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else []))
+        raise DataError(
+            problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else [])
+        )
 
 
 def image_problem(example: Example) -> str | None:
@@ -85,17 +96,32 @@ def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Exa
     Raises DataError where no example is left.
     """
     problems = image_problems(examples, f"{name} (checking images)")
-    bad = [{"id": example.id, "patient_id": example.patient_id, "image": example.image, "reason": problem}
-           for example, problem in zip(examples, problems) if problem]
+    bad = [
+        {
+            "id": example.id,
+            "patient_id": example.patient_id,
+            "image": example.image,
+            "reason": problem,
+        }
+        for example, problem in zip(examples, problems)
+        if problem
+    ]
     if len(bad) == len(examples):
-        raise DataError([f"data set {name}: none of its {len(bad)} images can be read, such as {bad[0]['reason']}"])
+        raise DataError(
+            [
+                f"data set {name}: none of its {len(bad)} images can be read, such as {bad[0]['reason']}"
+            ]
+        )
     return [example for example, problem in zip(examples, problems) if not problem], bad
 
 
 def in_parallel(function, items: Sequence, description: str) -> Iterator:
     """function(item) of every item, in order. Threads: decoding releases Python's lock. At most a few results wait in memory."""
     workers = min(32, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(items), desc=description, unit="image", disable=None) as bar:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(items), desc=description, unit="image", disable=None) as bar,
+    ):
         for start in range(0, len(items), 16 * workers):
             for result in pool.map(function, items[start : start + 16 * workers]):
                 bar.update()
@@ -113,10 +139,14 @@ def load_image(example: Example) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             size, shape = image.width * image.height, f"{image.width} x {image.height} pixels"
             if size > MAX_PIXELS:
-                raise DataError([f"example {example.id!r}: {path} has {shape}; at most {MAX_PIXELS:,} are read"])
+                raise DataError(
+                    [f"example {example.id!r}: {path} has {shape}; at most {MAX_PIXELS:,} are read"]
+                )
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise DataError(
-                    [f"example {example.id!r}: {path} has {shape}; one side may be at most {MAX_ASPECT_RATIO} times the other"]
+                    [
+                        f"example {example.id!r}: {path} has {shape}; one side may be at most {MAX_ASPECT_RATIO} times the other"
+                    ]
                 )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
@@ -124,7 +154,9 @@ def load_image(example: Example) -> Image.Image:
         raise
     except Exception as error:
         # of many classes: Pillow's readers raise what a damaged file makes them stumble over
-        raise DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]) from error
+        raise DataError(
+            [f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]
+        ) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -135,5 +167,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert(
+            "RGB"
+        )
     return image.convert("RGB")

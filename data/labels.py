@@ -3,6 +3,7 @@
 Everything that compares labels goes through `canonical_label`, so that a model answer, a data file and a
 score table can never disagree about spelling.
 """
+
 from __future__ import annotations
 
 import unicodedata
@@ -46,7 +47,9 @@ ALIASES: dict[str, str] = {
     "enlarged cardiomediastinal silhouette": "Enlarged Cardiomediastinum",
 }
 
-_CANONICAL = {label.casefold(): label for label in LABELS} | {alias.casefold(): label for alias, label in ALIASES.items()}
+_CANONICAL = {label.casefold(): label for label in LABELS} | {
+    alias.casefold(): label for alias, label in ALIASES.items()
+}
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 
@@ -105,12 +108,16 @@ class LabelPolicy:
                 raise ValueError(f"{name}: {rule!r} is no rule; known: {', '.join(rules)}")
         unknown = [label for label in self.uncertain_by_label if label not in LABELS]
         if unknown:
-            raise ValueError(f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are: {', '.join(LABELS)}")
+            raise ValueError(
+                f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are: {', '.join(LABELS)}"
+            )
 
     def meaning(self, label: str, value: int | None) -> str:
         """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or, for an unknown blank, "silent"."""
         if value == -1:
-            return {"ones": "true", "zeros": "false", "ignore": "ignored"}[self.uncertain_by_label.get(label, self.uncertain)]
+            return {"ones": "true", "zeros": "false", "ignore": "ignored"}[
+                self.uncertain_by_label.get(label, self.uncertain)
+            ]
         if value is None:
             return "silent" if self.blank == "ignore" else "false"
         return "true" if value else "false"
@@ -123,7 +130,9 @@ class LabelPolicy:
         image is called No Finding only where no finding is unknown; where one is, No Finding is unknown too. Contradictions of
         the table are kept.
         """
-        by_meaning = lambda name: {label for label in LABELS if meanings.get(label, "silent") == name}  # noqa: E731
+        by_meaning = lambda name: {
+            label for label in LABELS if meanings.get(label, "silent") == name
+        }  # noqa: E731
         true, ignored, silent = by_meaning("true"), by_meaning("ignored"), by_meaning("silent")
         if NO_FINDING in true:
             silent &= {SUPPORT_DEVICES}
@@ -136,7 +145,9 @@ class LabelPolicy:
                 true.add(NO_FINDING)
                 silent.discard(NO_FINDING)
         unknown = ignored | silent
-        return tuple(label for label in LABELS if label in true), tuple(label for label in LABELS if label not in unknown)
+        return tuple(label for label in LABELS if label in true), tuple(
+            label for label in LABELS if label not in unknown
+        )
 
 
 # NIH ChestX-ray14's strings -> CheXpert labels. None: NIH has the category, but none of the 14 says the same thing
@@ -162,15 +173,26 @@ NIH_TO_CHEXPERT: dict[str, str | None] = {
 # The nine categories of the paper's Table 6, in CheXpert's order. NIH does label effusions; the paper's nine leave them
 # out, so the ten are offered as a variant.
 NIH_NINE: tuple[str, ...] = (
-    NO_FINDING, "Cardiomegaly", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
+    NO_FINDING,
+    "Cardiomegaly",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
     "Pleural Other",
 )
-NIH_TEN: tuple[str, ...] = tuple(label for label in LABELS if label in {*NIH_NINE, "Pleural Effusion"})
+NIH_TEN: tuple[str, ...] = tuple(
+    label for label in LABELS if label in {*NIH_NINE, "Pleural Effusion"}
+)
 LABEL_MAPS: dict[str, tuple[str, ...]] = {"nih_nine": NIH_NINE, "nih_ten": NIH_TEN}  # --label_map
 
 
 def chexpert_labels_of_nih(
-    source_labels: list[str] | tuple[str, ...], evaluated: tuple[str, ...] = NIH_NINE, no_label: str = "empty"
+    source_labels: list[str] | tuple[str, ...],
+    evaluated: tuple[str, ...] = NIH_NINE,
+    no_label: str = "empty",
 ) -> tuple[str, ...]:
     """NIH strings of one image -> the CheXpert labels among `evaluated`, in CheXpert's order.
 

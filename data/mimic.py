@@ -5,6 +5,7 @@
 Release 2.1.0 kept the file names mimic-cxr-2.0.0-*.csv.gz and added mimic-cxr-2.1.0-test-set-labeled.csv, the labels that a
 radiologist gave to the reports of part of the test split.
 """
+
 from __future__ import annotations
 
 import re
@@ -13,20 +14,43 @@ from pathlib import Path
 from data.labels import LabelPolicy
 from data.records import DataError, Example
 from data.sources import (
-    VIEWS, Candidate, LabelCells, Reading, Report, Table, cell_problems, choose, collector_paused, find_file, known,
-    raise_problems, source_folder, view_rank)
+    VIEWS,
+    Candidate,
+    LabelCells,
+    Reading,
+    Report,
+    Table,
+    cell_problems,
+    choose,
+    collector_paused,
+    find_file,
+    known,
+    raise_problems,
+    source_folder,
+    view_rank,
+)
 
 PARTS = ("train", "validate", "test")
 LABEL_SOURCES = ("chexpert", "negbio", "radiologist")
 _FRONTAL = ("AP", "PA")
-_IDS = {"subject_id": re.compile(r"\d{8}"), "study_id": re.compile(r"\d{8}"),
-        "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}")}
+_IDS = {
+    "subject_id": re.compile(r"\d{8}"),
+    "study_id": re.compile(r"\d{8}"),
+    "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}"),
+}
 
 
 @collector_paused()
 def load_mimic(
-    folder: str | Path, part: str = "train", *, policy: LabelPolicy = LabelPolicy(), labels: str = "chexpert",
-    views: str = "frontal", frontals: str = "pa_first", drop_missing: bool = False, report: Report | None = None,
+    folder: str | Path,
+    part: str = "train",
+    *,
+    policy: LabelPolicy = LabelPolicy(),
+    labels: str = "chexpert",
+    views: str = "frontal",
+    frontals: str = "pa_first",
+    drop_missing: bool = False,
+    report: Report | None = None,
 ) -> list[Example]:
     """Examples of one part of the official split ("train", "validate", "test"), image paths relative to `folder`.
 
@@ -38,8 +62,10 @@ def load_mimic(
     """
     folder = source_folder(folder)
     known("part", part, PARTS), known("labels", labels, LABEL_SOURCES), known("views", views, VIEWS)
-    names = {name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")]
-             for name in ("metadata", "split", "chexpert", "negbio")}
+    names = {
+        name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")]
+        for name in ("metadata", "split", "chexpert", "negbio")
+    }
     names["radiologist"] = ["mimic-cxr-2.1.0-test-set-labeled.csv"]
     files, problems = {}, []
     for name in ("metadata", "split", labels):
@@ -48,20 +74,33 @@ def load_mimic(
         except DataError as error:
             problems += error.problems
     raise_problems(problems)
-    filled = (Report() if report is None else report).begin(f"MIMIC-CXR-JPG {part}", *files.values())
+    filled = (Report() if report is None else report).begin(
+        f"MIMIC-CXR-JPG {part}", *files.values()
+    )
     studies = _label_table(Table(files[labels]), policy, problems)
     in_part = _split(Table(files["split"]), part, problems)
     root = files["metadata"].parent.relative_to(folder) / "files"
-    candidates = _images(Table(files["metadata"]), in_part, studies, root.as_posix(), views, filled, problems)
+    candidates = _images(
+        Table(files["metadata"]), in_part, studies, root.as_posix(), views, filled, problems
+    )
     raise_problems(problems)
     examples = choose(
-        candidates, "mimic", folder, filled, frontals=frontals, no_label=policy.no_label, drop_missing=drop_missing)
+        candidates,
+        "mimic",
+        folder,
+        filled,
+        frontals=frontals,
+        no_label=policy.no_label,
+        drop_missing=drop_missing,
+    )
     if report is None:
         print(filled.text())
     return examples
 
 
-def _label_table(table: Table, policy: LabelPolicy, problems: list[str]) -> dict[str, tuple[str | None, Reading]]:
+def _label_table(
+    table: Table, policy: LabelPolicy, problems: list[str]
+) -> dict[str, tuple[str | None, Reading]]:
     """{study_id: (subject_id, what its labels are)}; the radiologist's file names no subject."""
     cells = LabelCells(table, policy)
     with_subject = table.has("subject_id")
@@ -69,7 +108,10 @@ def _label_table(table: Table, policy: LabelPolicy, problems: list[str]) -> dict
     studies: dict[str, tuple[str | None, Reading]] = {}
     for number, (study, subject), labels in table.rows(problems, table.find(*ids), cells.indices):
         reading = cells.read(labels)
-        found = [*_id_problems(table, number, dict(zip(ids, (study, subject)))), *cell_problems(table, number, reading)]
+        found = [
+            *_id_problems(table, number, dict(zip(ids, (study, subject)))),
+            *cell_problems(table, number, reading),
+        ]
         if not found and study in studies:
             found = [f"{table.path}, row {number}, column 'study_id': {study} is there twice"]
         problems += found
@@ -85,7 +127,9 @@ def _split(table: Table, part: str, problems: list[str]) -> set[str]:
         if split == part:
             chosen.add(dicom)
         elif split not in PARTS:
-            problems.append(f"{table.path}, row {number}, column 'split': {split!r} is none of {', '.join(PARTS)}")
+            problems.append(
+                f"{table.path}, row {number}, column 'split': {split!r} is none of {', '.join(PARTS)}"
+            )
     return chosen
 
 
@@ -97,13 +141,19 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
         if dicom not in in_part:
             continue
         report.rows += 1
-        found = _id_problems(table, number, {"dicom_id": dicom, "subject_id": subject, "study_id": study})
+        found = _id_problems(
+            table, number, {"dicom_id": dicom, "subject_id": subject, "study_id": study}
+        )
         owner, reading = studies.get(study, (None, None))
         if owner is not None and owner != subject:
-            found.append(f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, "
-                         f"not {subject}")
+            found.append(
+                f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, "
+                f"not {subject}"
+            )
         if not found and row_of.setdefault(dicom, number) != number:
-            found = [f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row {row_of[dicom]}"]
+            found = [
+                f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row {row_of[dicom]}"
+            ]
         problems += found
         if found:
             continue
@@ -121,5 +171,8 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
 
 def _id_problems(table: Table, number: int, ids: dict[str, str]) -> list[str]:
     """Ids become parts of paths, so they are held to their form."""
-    return [f"{table.path}, row {number}, column {name!r}: {value!r} is no {name}" for name, value in ids.items()
-            if not _IDS[name].fullmatch(value)]
+    return [
+        f"{table.path}, row {number}, column {name!r}: {value!r} is no {name}"
+        for name, value in ids.items()
+        if not _IDS[name].fullmatch(value)
+    ]

@@ -5,6 +5,7 @@
 Every image is frontal and a study of its own. NIH has other categories than CheXpert: an image's labels are those among the nine
 of the paper, or ten with Pleural Effusion, and the others are unknown.
 """
+
 from __future__ import annotations
 
 import os
@@ -12,11 +13,29 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data.labels import LABELS, NIH_NINE, NIH_TO_CHEXPERT, NO_FINDING, NO_LABEL_RULES, chexpert_labels_of_nih
+from data.labels import (
+    LABELS,
+    NIH_NINE,
+    NIH_TO_CHEXPERT,
+    NO_FINDING,
+    NO_LABEL_RULES,
+    chexpert_labels_of_nih,
+)
 from data.records import Example
 from data.sources import (
-    Candidate, Reading, Report, Table, choose, collector_paused, find_file, known, places, raise_problems, source_folder,
-    view_rank)
+    Candidate,
+    Reading,
+    Report,
+    Table,
+    choose,
+    collector_paused,
+    find_file,
+    known,
+    places,
+    raise_problems,
+    source_folder,
+    view_rank,
+)
 
 PARTS = {"train": "train_val_list.txt", "test": "test_list.txt", "all": None}
 _LABEL_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
@@ -25,8 +44,13 @@ _NAME = re.compile(r"(\d{8})_\d{3}\.png")
 
 @collector_paused()
 def load_nih(
-    folder: str | Path, part: str = "train", *, evaluated: tuple[str, ...] = NIH_NINE, no_label: str = "empty",
-    drop_missing: bool = False, report: Report | None = None,
+    folder: str | Path,
+    part: str = "train",
+    *,
+    evaluated: tuple[str, ...] = NIH_NINE,
+    no_label: str = "empty",
+    drop_missing: bool = False,
+    report: Report | None = None,
 ) -> list[Example]:
     """Examples of one part ("train" and "test" by the official lists, "all"), image paths relative to `folder`.
 
@@ -50,8 +74,18 @@ def load_nih(
     candidates = _images(table, listed, evaluated, no_label, _locator(folder), filled, problems)
     raise_problems(problems)
     if listed is not None and len(listed) > filled.rows:
-        filled.notes.append(f"{len(listed) - filled.rows:,} images of {files[1].name} are not in the label file")
-    examples = choose(candidates, "nih", folder, filled, frontals="all", no_label=no_label, drop_missing=drop_missing)
+        filled.notes.append(
+            f"{len(listed) - filled.rows:,} images of {files[1].name} are not in the label file"
+        )
+    examples = choose(
+        candidates,
+        "nih",
+        folder,
+        filled,
+        frontals="all",
+        no_label=no_label,
+        drop_missing=drop_missing,
+    )
     if report is None:
         print(filled.text())
     return examples
@@ -68,7 +102,9 @@ def _images(table, listed, evaluated, no_label, locate, report, problems) -> lis
         report.rows += 1
         where, named = f"{table.path}, row {number}, column", _NAME.fullmatch(name)
         if named is None:
-            problems.append(f"{where} 'Image Index': {name!r} is no name of an NIH image, such as 00000013_005.png")
+            problems.append(
+                f"{where} 'Image Index': {name!r} is no name of an NIH image, such as 00000013_005.png"
+            )
             continue
         if not patient.isdecimal() or int(patient) != int(named[1]):
             problems.append(f"{where} 'Patient ID': {patient!r} is not the patient of {name}")
@@ -81,11 +117,23 @@ def _images(table, listed, evaluated, no_label, locate, report, problems) -> lis
         reading = readings[findings]
         if reading.bad:
             unknown = ", ".join(repr(string) for _, string in reading.bad)
-            problems.append(f"{where} 'Finding Labels': {unknown} is no category of NIH; known: {', '.join(NIH_TO_CHEXPERT)}")
+            problems.append(
+                f"{where} 'Finding Labels': {unknown} is no category of NIH; known: {', '.join(NIH_TO_CHEXPERT)}"
+            )
             continue
         image_id = name.removesuffix(".png")
-        candidates.append(Candidate(
-            image_id, image_id, named[1], f"{locate(name)}/{name}", view, view_rank(view, True), number, reading))
+        candidates.append(
+            Candidate(
+                image_id,
+                image_id,
+                named[1],
+                f"{locate(name)}/{name}",
+                view,
+                view_rank(view, True),
+                number,
+                reading,
+            )
+        )
     return candidates
 
 
@@ -96,13 +144,23 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
         return Reading(bad=bad)
     labels = chexpert_labels_of_nih(strings, evaluated, no_label)
     stated = "1" if NO_FINDING in strings else "0"
-    return Reading(labels, tuple(label for label in LABELS if label in evaluated), strings, (NO_FINDING,), (stated,))
+    return Reading(
+        labels,
+        tuple(label for label in LABELS if label in evaluated),
+        strings,
+        (NO_FINDING,),
+        (stated,),
+    )
 
 
 def _locator(folder: Path) -> Callable[[str], str]:
     """image name -> its folder relative to `folder`: images/, or images_001/images/ and so on as some downloads unpack."""
-    inner = sorted(path for place in places(folder) for path in place.glob("images*") if path.is_dir())
-    roots = list(dict.fromkeys(deeper if (deeper := path / "images").is_dir() else path for path in inner))
+    inner = sorted(
+        path for place in places(folder) for path in place.glob("images*") if path.is_dir()
+    )
+    roots = list(
+        dict.fromkeys(deeper if (deeper := path / "images").is_dir() else path for path in inner)
+    )
     names = [root.relative_to(folder).as_posix() for root in roots] or ["images"]
     if len(names) == 1:
         return lambda image: names[0]

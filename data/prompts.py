@@ -13,6 +13,7 @@
 All but the other system's state the 14 labels and the answer format, so that a base model can be scored before any training.
 Data never reaches a template engine: texts are plain strings, put together here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -88,7 +89,8 @@ PROMPTS: dict[str, Prompt] = _prompts(
     ),
     Prompt(
         "only_label",
-        "Which labels apply to this frontal chest X-ray? Give the labels only, without any explanation.\n" + _LABEL_RULES
+        "Which labels apply to this frontal chest X-ray? Give the labels only, without any explanation.\n"
+        + _LABEL_RULES
         + "Answer in exactly this form, with nothing before or after it:\n"
         "<solution>label, label, ...</solution>",
         answer_format="solution",
@@ -99,7 +101,8 @@ PROMPTS: dict[str, Prompt] = _prompts(
         "judge the technique as far as it limits the reading, then describe what you see in heart, mediastinum, lungs, pleura, bones "
         "and devices, with side, zone, extent and certainty. As you go, gather the evidence: for each suspected finding weigh what "
         "speaks for it against what speaks against it, note which findings explain each other, and say which normal structures rule "
-        "a diagnosis out. Close with the findings that the evidence as a whole supports.\n" + _ANSWER_RULES,
+        "a diagnosis out. Close with the findings that the evidence as a whole supports.\n"
+        + _ANSWER_RULES,
     ),
     Prompt(
         "reasoning_self_check",
@@ -133,7 +136,8 @@ PROMPTS: dict[str, Prompt] = _prompts(
         "9. Pleura, fissures and costophrenic angles, free air in the pleural space.\n"
         "10. Diaphragm and the region below it.\n"
         "11. Ribs, clavicles, shoulders, spine and soft tissues.\n"
-        "12. Impression: which labels the steps above support, and which they rule out.\n" + _ANSWER_RULES,
+        "12. Impression: which labels the steps above support, and which they rule out.\n"
+        + _ANSWER_RULES,
     ),
     Prompt(
         "reasoning_b",
@@ -142,7 +146,8 @@ PROMPTS: dict[str, Prompt] = _prompts(
         "by pattern: filled air spaces with air bronchograms (Consolidation, Pneumonia), loss of volume with displaced structures "
         "(Atelectasis), septal lines and perihilar haze on both sides (Edema), a rounded density with a border (Lung Lesion), density "
         "that blunts the angle or layers (Pleural Effusion), thickened pleura (Pleural Other), a pleural line without markings beyond "
-        "it (Pneumothorax). Then review heart and mediastinum, bones and devices.\n" + _ANSWER_RULES,
+        "it (Pneumothorax). Then review heart and mediastinum, bones and devices.\n"
+        + _ANSWER_RULES,
     ),
     Prompt(
         "reasoning_c",
@@ -156,7 +161,8 @@ PROMPTS: dict[str, Prompt] = _prompts(
     Prompt(
         "reasoning_d",
         "Read this frontal chest X-ray with the definitions below, and give a label only where its definition is met by what is "
-        "visible:\n" + _DEFINITIONS
+        "visible:\n"
+        + _DEFINITIONS
         + "Name for each label that you give the part of its definition that is met and where, and for each label that you "
         "considered and rejected the part that is missing.\n" + _ANSWER_RULES,
     ),
@@ -177,11 +183,15 @@ PROMPTS: dict[str, Prompt] = _prompts(
     ),
     # The question and system text with which NV-Reason-CXR-3B is shown by its authors, to be scored in its own form.
     Prompt(
-        "nv_reason", "Find abnormalities and support devices.", answer_format="answer_tag", system="You are a helpful assistant.",
+        "nv_reason",
+        "Find abnormalities and support devices.",
+        answer_format="answer_tag",
+        system="You are a helpful assistant.",
     ),
     Prompt(
         "label_list",
-        "Which labels apply to this frontal chest X-ray?\n" + _LABEL_RULES
+        "Which labels apply to this frontal chest X-ray?\n"
+        + _LABEL_RULES
         + "Answer with the labels that apply, separated by commas, and with nothing else.",
         answer_format="label_list",
     ),

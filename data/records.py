@@ -1,4 +1,5 @@
 """One example, the JSONL files that hold them, and splits that never share a patient."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +45,10 @@ class Example:
     @property
     def target(self) -> Target:
         """What rewards and scores compare with: the labels among the evaluated ones."""
-        return Target(frozenset(self.labels) & frozenset(self.evaluated_labels), frozenset(self.evaluated_labels))
+        return Target(
+            frozenset(self.labels) & frozenset(self.evaluated_labels),
+            frozenset(self.evaluated_labels),
+        )
 
 
 _REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
@@ -62,11 +66,16 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
     examples, problems = scan_jsonl(path, image_root)
     if problems:
         hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
+        raise DataError(
+            problems[:MAX_PROBLEMS]
+            + ([f"{path}: and {hidden} more problems"] if hidden > 0 else [])
+        )
     return examples
 
 
-def scan_jsonl(path: str | Path, image_root: str | Path | None = None) -> tuple[list[Example], list[str]]:
+def scan_jsonl(
+    path: str | Path, image_root: str | Path | None = None
+) -> tuple[list[Example], list[str]]:
     """(the sound rows of a data file, all that is wrong with the others or the file), as `read_jsonl` reads it.
 
     Raises DataError where there is no such file.
@@ -109,7 +118,9 @@ def data_file(spec: str | Path) -> Path:
 
     name = str(spec).removeprefix("demo:")
     if name not in WRITTEN_SPLITS:
-        raise DataError([f"{spec}: the demo has no split {name!r}; it has {', '.join(WRITTEN_SPLITS)}"])
+        raise DataError(
+            [f"{spec}: the demo has no split {name!r}; it has {', '.join(WRITTEN_SPLITS)}"]
+        )
     return write_split(name, None, Path("demo-data"))
 
 
@@ -125,7 +136,9 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
     except json.JSONDecodeError as error:
         return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
     except UnicodeDecodeError as error:
-        return {}, [f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"]
+        return {}, [
+            f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"
+        ]
     if not isinstance(row, dict):
         return {}, [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
     problems = [f"field {name!r} is missing" for name in _REQUIRED if name not in row]
@@ -133,12 +146,18 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
         if name not in row or (name in _OPTIONAL and row[name] is None):
             continue
         value = row[name]
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
-            problems.append(f"field {name!r} is {json.dumps(value)[:60]}; it must be {_TYPE_NAMES[kind]}")
+        if not isinstance(value, kind) or (
+            kind is list and not all(isinstance(item, str) for item in value)
+        ):
+            problems.append(
+                f"field {name!r} is {json.dumps(value)[:60]}; it must be {_TYPE_NAMES[kind]}"
+            )
         elif name in ("labels", "evaluated_labels"):
             unknown = [item for item in value if item not in LABELS]
             if unknown:
-                problems.append(f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are: {', '.join(LABELS)}")
+                problems.append(
+                    f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are: {', '.join(LABELS)}"
+                )
     return row, problems
 
 
@@ -146,18 +165,32 @@ def _example(row: dict, root: Path) -> Example:
     ordered = lambda names: tuple(label for label in LABELS if label in names)  # noqa: E731
     evaluated = row.get("evaluated_labels")
     return Example(
-        id=row["id"], patient_id=row["patient_id"], image=row["image"], labels=ordered(row["labels"]), dataset=row["dataset"],
-        image_root=root, evaluated_labels=LABELS if evaluated is None else ordered(evaluated),
-        source_labels=tuple(row.get("source_labels") or ()), answer=row.get("answer"),
-        extra={name: value for name, value in row.items() if name not in _REQUIRED and name not in _OPTIONAL},
+        id=row["id"],
+        patient_id=row["patient_id"],
+        image=row["image"],
+        labels=ordered(row["labels"]),
+        dataset=row["dataset"],
+        image_root=root,
+        evaluated_labels=LABELS if evaluated is None else ordered(evaluated),
+        source_labels=tuple(row.get("source_labels") or ()),
+        answer=row.get("answer"),
+        extra={
+            name: value
+            for name, value in row.items()
+            if name not in _REQUIRED and name not in _OPTIONAL
+        },
     )
 
 
 def row_of(example: Example) -> dict:
     """The row of a data file that `read_jsonl` reads as this example."""
     row = {
-        "id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
-        "dataset": example.dataset, "evaluated_labels": list(example.evaluated_labels),
+        "id": example.id,
+        "patient_id": example.patient_id,
+        "image": example.image,
+        "labels": list(example.labels),
+        "dataset": example.dataset,
+        "evaluated_labels": list(example.evaluated_labels),
         "source_labels": list(example.source_labels),
     }
     return row | ({} if example.answer is None else {"answer": example.answer}) | example.extra
@@ -183,7 +216,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
     return path
 
 
-def split_by_patient(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_by_patient(
+    examples: list[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
     """(rest, held out): about `fraction` of the examples held out, no patient on both sides, order kept, the same for one seed.
 
     Raises DataError where there are too few patients for two non-empty sides.
@@ -191,7 +226,9 @@ def split_by_patient(examples: list[Example], fraction: float, seed: int) -> tup
     patients = sorted({example.patient_id for example in examples})
     if len(patients) < 2:
         raise DataError(
-            [f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"]
+            [
+                f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"
+            ]
         )
     random.Random(seed).shuffle(patients)
     counts = {patient: 0 for patient in patients}
@@ -202,4 +239,6 @@ def split_by_patient(examples: list[Example], fraction: float, seed: int) -> tup
         if held and sum(counts[p] for p in held) >= fraction * len(examples):
             break
         held.add(patient)
-    return [e for e in examples if e.patient_id not in held], [e for e in examples if e.patient_id in held]
+    return [e for e in examples if e.patient_id not in held], [
+        e for e in examples if e.patient_id in held
+    ]

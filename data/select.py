@@ -7,6 +7,7 @@ test-<hospital>.jsonl of each. No patient is in two sets. Beside each NAME.jsonl
 of the label files, what was dropped and why, and the balance; the run scripts and eval.evaluate copy it into a run's
 configuration. Reads label files only: no image is opened and nothing leaves the machine.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.chexpert import load_chexpert
-from data.labels import BLANK_RULES, LABEL_MAPS, LABELS, NO_LABEL_RULES, UNCERTAIN_RULES, LabelPolicy, canonical_label
+from data.labels import (
+    BLANK_RULES,
+    LABEL_MAPS,
+    LABELS,
+    NO_LABEL_RULES,
+    UNCERTAIN_RULES,
+    LabelPolicy,
+    canonical_label,
+)
 from data.mimic import LABEL_SOURCES, load_mimic
 from data.nih import load_nih
 from data.records import MAX_PROBLEMS, DataError, Example, row_of, selection_file
@@ -41,58 +50,182 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data.select", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m data.select", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
 
     def group(title: str) -> Callable[..., None]:
         add = parser.add_argument_group(title).add_argument
         return lambda flag, *, help, default=None, **options: add(
-            flag, default=default, help=help if default is None else f"{help} [default: {default}]", **options)
+            flag,
+            default=default,
+            help=help if default is None else f"{help} [default: {default}]",
+            **options,
+        )
 
     flag = group("folders")
-    flag("--mimic", metavar="FOLDER", help="MIMIC-CXR-JPG: the release's folder or the one that holds it")
-    flag("--chexpert", metavar="FOLDER", help="CheXpert: the release's folder, or the one that holds it or the batch folders")
-    flag("--nih", metavar="FOLDER", help="NIH ChestX-ray14: the folder of Data_Entry_2017*.csv, the lists and the images")
-    flag("--output_dir", metavar="FOLDER", required=True, help="where the JSONL files go; nothing is overwritten")
-    flag("--image_root", metavar="FOLDER", help="folder that image paths are relative to, above all images [default: "
-         "output_dir where all images lie under it, else the nearest folder above all of them; the run scripts then need "
-         "--image_root]")
+    flag(
+        "--mimic",
+        metavar="FOLDER",
+        help="MIMIC-CXR-JPG: the release's folder or the one that holds it",
+    )
+    flag(
+        "--chexpert",
+        metavar="FOLDER",
+        help="CheXpert: the release's folder, or the one that holds it or the batch folders",
+    )
+    flag(
+        "--nih",
+        metavar="FOLDER",
+        help="NIH ChestX-ray14: the folder of Data_Entry_2017*.csv, the lists and the images",
+    )
+    flag(
+        "--output_dir",
+        metavar="FOLDER",
+        required=True,
+        help="where the JSONL files go; nothing is overwritten",
+    )
+    flag(
+        "--image_root",
+        metavar="FOLDER",
+        help="folder that image paths are relative to, above all images [default: "
+        "output_dir where all images lie under it, else the nearest folder above all of them; the run scripts then need "
+        "--image_root]",
+    )
     flag = group("sets")
-    flag("--train_on", choices=HOSPITALS, help="hospital of the three training sets [default: the first of mimic, chexpert, "
-         "nih given]")
-    flag("--sft_size", type=int, default=2000, metavar="N", help="images of sft.jsonl; 0: no such file; the paper's number")
-    flag("--rl_size", type=int, default=1000, metavar="N", help="images of rl.jsonl; 0: no such file; the paper's number")
-    flag("--validation_size", type=int, default=500, metavar="N", help="images of validation.jsonl; 0: no such file; not "
-         "published, but the paper's failure rates are multiples of 1/500")
-    flag("--validation_from", choices=("train", "valid"), help="draw validation.jsonl from the hospital's training part or "
-         "from its own validation part [default: valid for MIMIC, whose part is large enough, else train]")
-    flag("--tests", nargs="+", choices=(*HOSPITALS, "none"), metavar="HOSPITAL", help="hospitals to write "
-         "test-<hospital>.jsonl of, or none [default: every one given]")
-    flag("--test_level", choices=("study", "image"), default="study", help="test sets of MIMIC and CheXpert: one image a "
-         "study (CheXpert: groundtruth.csv), or every image (CheXpert: test_labels.csv)")
-    flag("--max_samples", type=int, metavar="N", help="images a test set at most, drawn with --seed [default: all]")
+    flag(
+        "--train_on",
+        choices=HOSPITALS,
+        help="hospital of the three training sets [default: the first of mimic, chexpert, "
+        "nih given]",
+    )
+    flag(
+        "--sft_size",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="images of sft.jsonl; 0: no such file; the paper's number",
+    )
+    flag(
+        "--rl_size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images of rl.jsonl; 0: no such file; the paper's number",
+    )
+    flag(
+        "--validation_size",
+        type=int,
+        default=500,
+        metavar="N",
+        help="images of validation.jsonl; 0: no such file; not "
+        "published, but the paper's failure rates are multiples of 1/500",
+    )
+    flag(
+        "--validation_from",
+        choices=("train", "valid"),
+        help="draw validation.jsonl from the hospital's training part or "
+        "from its own validation part [default: valid for MIMIC, whose part is large enough, else train]",
+    )
+    flag(
+        "--tests",
+        nargs="+",
+        choices=(*HOSPITALS, "none"),
+        metavar="HOSPITAL",
+        help="hospitals to write test-<hospital>.jsonl of, or none [default: every one given]",
+    )
+    flag(
+        "--test_level",
+        choices=("study", "image"),
+        default="study",
+        help="test sets of MIMIC and CheXpert: one image a "
+        "study (CheXpert: groundtruth.csv), or every image (CheXpert: test_labels.csv)",
+    )
+    flag(
+        "--max_samples",
+        type=int,
+        metavar="N",
+        help="images a test set at most, drawn with --seed [default: all]",
+    )
     flag("--seed", type=int, default=0, help="of every draw")
-    flag("--sampling", choices=SAMPLINGS, default="natural", help="of the training sets: natural draws images as they come, "
-         "balanced draws from the label that has fewest so far")
-    flag("--test_sampling", choices=SAMPLINGS, default="natural", help="the same for test sets cut by --max_samples")
+    flag(
+        "--sampling",
+        choices=SAMPLINGS,
+        default="natural",
+        help="of the training sets: natural draws images as they come, "
+        "balanced draws from the label that has fewest so far",
+    )
+    flag(
+        "--test_sampling",
+        choices=SAMPLINGS,
+        default="natural",
+        help="the same for test sets cut by --max_samples",
+    )
     flag = group("labels")
-    flag("--uncertain", nargs="+", metavar="RULE", help=f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), "
-         "and exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]")
-    flag("--blank", choices=BLANK_RULES, default="zeros", help="what a label that is not mentioned becomes")
-    flag("--no_label", choices=NO_LABEL_RULES, help="an image without any label is called No Finding, keeps its empty set, or "
-         "is left out [default: no_finding; NIH: empty, because it names No Finding itself]")
-    flag("--label_map", choices=LABEL_MAPS, default="nih_nine", help="NIH: the nine categories of the paper, or ten with "
-         "Pleural Effusion")
-    flag("--mimic_labels", choices=LABEL_SOURCES[:2], default="chexpert", help="MIMIC: labeler of the training sets")
-    flag("--mimic_test_labels", choices=LABEL_SOURCES, default="chexpert", help="MIMIC: labels of the test set; radiologist: "
-         "of the reports that one read (release 2.1.0)")
-    flag("--chexpert_labels", metavar="FILE.csv", help="CheXpert: another label file of the training part [default: "
-         "train.csv]")
+    flag(
+        "--uncertain",
+        nargs="+",
+        metavar="RULE",
+        help=f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), "
+        "and exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]",
+    )
+    flag(
+        "--blank",
+        choices=BLANK_RULES,
+        default="zeros",
+        help="what a label that is not mentioned becomes",
+    )
+    flag(
+        "--no_label",
+        choices=NO_LABEL_RULES,
+        help="an image without any label is called No Finding, keeps its empty set, or "
+        "is left out [default: no_finding; NIH: empty, because it names No Finding itself]",
+    )
+    flag(
+        "--label_map",
+        choices=LABEL_MAPS,
+        default="nih_nine",
+        help="NIH: the nine categories of the paper, or ten with Pleural Effusion",
+    )
+    flag(
+        "--mimic_labels",
+        choices=LABEL_SOURCES[:2],
+        default="chexpert",
+        help="MIMIC: labeler of the training sets",
+    )
+    flag(
+        "--mimic_test_labels",
+        choices=LABEL_SOURCES,
+        default="chexpert",
+        help="MIMIC: labels of the test set; radiologist: "
+        "of the reports that one read (release 2.1.0)",
+    )
+    flag(
+        "--chexpert_labels",
+        metavar="FILE.csv",
+        help="CheXpert: another label file of the training part [default: train.csv]",
+    )
     flag = group("images")
-    flag("--views", choices=VIEWS, default="frontal", help="frontal: MIMIC's AP and PA, CheXpert's Frontal; NIH has no others")
-    flag("--frontals", choices=FRONTALS, default="pa_first", help="which of several images of a study: PA before AP and then "
-         "the first, the first, or all")
-    flag("--missing_images", choices=("fail", "drop"), default="fail", help="fail: a drawn image that is not there is an "
-         "error; drop: draw from the images that are there")
+    flag(
+        "--views",
+        choices=VIEWS,
+        default="frontal",
+        help="frontal: MIMIC's AP and PA, CheXpert's Frontal; NIH has no others",
+    )
+    flag(
+        "--frontals",
+        choices=FRONTALS,
+        default="pa_first",
+        help="which of several images of a study: PA before AP and then "
+        "the first, the first, or all",
+    )
+    flag(
+        "--missing_images",
+        choices=("fail", "drop"),
+        default="fail",
+        help="fail: a drawn image that is not there is an "
+        "error; drop: draw from the images that are there",
+    )
     return parser
 
 
@@ -100,22 +233,38 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
     """The flags. Raises DataError with every problem of their values."""
     flags = build_parser().parse_args(argv)
     given = [name for name in HOSPITALS if getattr(flags, name) is not None]
-    problems = [] if given else ["no data: give --mimic FOLDER, --chexpert FOLDER or --nih FOLDER, or several of them"]
+    problems = (
+        []
+        if given
+        else ["no data: give --mimic FOLDER, --chexpert FOLDER or --nih FOLDER, or several of them"]
+    )
     flags.train_on = flags.train_on or (given[0] if given else None)
     if flags.train_on not in (None, *given):
-        problems.append(f"--train_on {flags.train_on}: give its folder too, --{flags.train_on} FOLDER")
+        problems.append(
+            f"--train_on {flags.train_on}: give its folder too, --{flags.train_on} FOLDER"
+        )
     for name in ("sft_size", "rl_size", "validation_size"):
         if getattr(flags, name) < 0:
             problems.append(f"--{name} {getattr(flags, name)}: must be 0 or more")
     if flags.max_samples is not None and flags.max_samples < 1:
         problems.append(f"--max_samples {flags.max_samples}: must be at least 1")
-    flags.tests = given if flags.tests is None else [name for name in HOSPITALS if name in flags.tests]
-    problems += [f"--tests {name}: give its folder too, --{name} FOLDER" for name in flags.tests if name not in given]
+    flags.tests = (
+        given if flags.tests is None else [name for name in HOSPITALS if name in flags.tests]
+    )
+    problems += [
+        f"--tests {name}: give its folder too, --{name} FOLDER"
+        for name in flags.tests
+        if name not in given
+    ]
     if flags.validation_from is None:
         flags.validation_from = "valid" if flags.train_on == "mimic" else "train"
     elif flags.validation_from == "valid" and flags.train_on not in (None, *_VALIDATION_PARTS):
-        problems.append(f"--validation_from valid: {flags.train_on} has no validation part of its own; use train")
-    flags.uncertain, flags.uncertain_by_label = _uncertain_rules(flags.uncertain or ["zeros"], problems)
+        problems.append(
+            f"--validation_from valid: {flags.train_on} has no validation part of its own; use train"
+        )
+    flags.uncertain, flags.uncertain_by_label = _uncertain_rules(
+        flags.uncertain or ["zeros"], problems
+    )
     if not flags.tests and not any(getattr(flags, f"{name}_size") for name in TRAINING_SETS):
         problems.append("nothing to write: all sizes are 0 and there is no test set")
     if problems:
@@ -130,13 +279,19 @@ def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, d
     for name, _, rule in (value.partition("=") for value in values if "=" in value):
         label = canonical_label(name)
         if label is None:
-            problems.append(f"--uncertain {name}={rule}: {name!r} is no label; the labels are: {', '.join(LABELS)}")
+            problems.append(
+                f"--uncertain {name}={rule}: {name!r} is no label; the labels are: {', '.join(LABELS)}"
+            )
         else:
             by_label[label] = rule
     wrong = [rule for rule in (*plain, *by_label.values()) if rule not in UNCERTAIN_RULES]
-    problems += [f"--uncertain {rule}: no such rule; known: {', '.join(UNCERTAIN_RULES)}" for rule in wrong]
+    problems += [
+        f"--uncertain {rule}: no such rule; known: {', '.join(UNCERTAIN_RULES)}" for rule in wrong
+    ]
     if len(plain) > 1:
-        problems.append(f"--uncertain {' '.join(plain)}: one rule for all labels, and exceptions as LABEL=RULE")
+        problems.append(
+            f"--uncertain {' '.join(plain)}: one rule for all labels, and exceptions as LABEL=RULE"
+        )
     return plain[0], by_label
 
 
@@ -149,7 +304,9 @@ class Pool:
     report: Report
 
 
-def _loader(flags: argparse.Namespace, hospital: str, part: str) -> Callable[[Report], list[Example]]:
+def _loader(
+    flags: argparse.Namespace, hospital: str, part: str
+) -> Callable[[Report], list[Example]]:
     """How the pool of a hospital's part ("train", "valid" or "test") is loaded."""
     folder, drop_missing = getattr(flags, hospital), flags.missing_images == "drop"
     if hospital == "nih":
@@ -158,14 +315,22 @@ def _loader(flags: argparse.Namespace, hospital: str, part: str) -> Callable[[Re
             report=report)  # fmt: skip
     frontals = flags.frontals
     if part == "test":
-        frontals = "all" if flags.test_level == "image" else "pa_first" if frontals == "all" else frontals
+        frontals = (
+            "all" if flags.test_level == "image" else "pa_first" if frontals == "all" else frontals
+        )
     options = {
-        "policy": LabelPolicy(flags.uncertain, flags.uncertain_by_label, flags.blank, flags.no_label or "no_finding"),
-        "views": flags.views, "frontals": frontals, "drop_missing": drop_missing,
+        "policy": LabelPolicy(
+            flags.uncertain, flags.uncertain_by_label, flags.blank, flags.no_label or "no_finding"
+        ),
+        "views": flags.views,
+        "frontals": frontals,
+        "drop_missing": drop_missing,
     }
     if hospital == "chexpert":
         label_file = flags.chexpert_labels if part == "train" else None
-        return lambda report: load_chexpert(folder, part, label_file=label_file, report=report, **options)
+        return lambda report: load_chexpert(
+            folder, part, label_file=label_file, report=report, **options
+        )
     labels = flags.mimic_test_labels if part == "test" else flags.mimic_labels
     part = _VALIDATION_PARTS["mimic"] if part == "valid" else part
     return lambda report: load_mimic(folder, part, labels=labels, report=report, **options)
@@ -174,8 +339,11 @@ def _loader(flags: argparse.Namespace, hospital: str, part: str) -> Callable[[Re
 def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
     """{(hospital, part): pool} of every part that a set is drawn from. Raises DataError with the problems of all of them."""
     sizes = {name: getattr(flags, f"{name}_size") for name in TRAINING_SETS}
-    parts = {(flags.train_on, flags.validation_from if name == "validation" else "train"): None
-             for name in TRAINING_SETS if sizes[name]}
+    parts = {
+        (flags.train_on, flags.validation_from if name == "validation" else "train"): None
+        for name in TRAINING_SETS
+        if sizes[name]
+    }
     parts |= {(hospital, "test"): None for hospital in flags.tests}
     pools, problems = {}, []
     for hospital, part in parts:
@@ -191,7 +359,9 @@ def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
 
 
 # ---- draw -----------------------------------------------------------------------------------------------------------
-def deal_patients(examples: Sequence[Example], sizes: Mapping[str, int], rng: random.Random) -> dict[str, list[Example]]:
+def deal_patients(
+    examples: Sequence[Example], sizes: Mapping[str, int], rng: random.Random
+) -> dict[str, list[Example]]:
     """{set: the examples of its patients}. Patients come in random order, each to the set that has the least of what it needs, so
     the pools are in proportion to the sizes.
     """
@@ -208,7 +378,9 @@ def deal_patients(examples: Sequence[Example], sizes: Mapping[str, int], rng: ra
     return pools
 
 
-def draw(examples: Sequence[Example], count: int, sampling: str, rng: random.Random) -> list[Example]:
+def draw(
+    examples: Sequence[Example], count: int, sampling: str, rng: random.Random
+) -> list[Example]:
     """`count` of the examples, or all where there are fewer, in random order; the first so many of them are a draw, too.
 
     balanced: each from the label that has fewest images so far and has any left; images without a label count as one more label.
@@ -218,7 +390,10 @@ def draw(examples: Sequence[Example], count: int, sampling: str, rng: random.Ran
     if sampling == "natural":
         return remaining[:count]
     names = (*LABELS, None)
-    queues = {name: [e for e in reversed(remaining) if (name in e.labels if name else not e.labels)] for name in names}
+    queues = {
+        name: [e for e in reversed(remaining) if (name in e.labels if name else not e.labels)]
+        for name in names
+    }
     drawn: dict[str, Example] = {}
     counts: Counter[str | None] = Counter()
     while len(drawn) < min(count, len(remaining)):
@@ -233,42 +408,60 @@ def draw(examples: Sequence[Example], count: int, sampling: str, rng: random.Ran
     return list(drawn.values())
 
 
-def draw_sets(flags: argparse.Namespace, pools: Mapping[tuple[str, str], Pool]) -> dict[str, tuple[list[Example], Pool]]:
+def draw_sets(
+    flags: argparse.Namespace, pools: Mapping[tuple[str, str], Pool]
+) -> dict[str, tuple[list[Example], Pool]]:
     """{file name without .jsonl: (its examples, the pool they come from)}. Raises DataError where patients do not suffice, and
     where a patient is in two sets.
     """
     sets: dict[str, tuple[list[Example], Pool]] = {}
     problems: list[str] = []
     for part in ("train", "valid"):
-        sizes = {name: size for name in TRAINING_SETS if (size := getattr(flags, f"{name}_size"))
-                 and part == (flags.validation_from if name == "validation" else "train")}
+        sizes = {
+            name: size
+            for name in TRAINING_SETS
+            if (size := getattr(flags, f"{name}_size"))
+            and part == (flags.validation_from if name == "validation" else "train")
+        }
         if not sizes:
             continue
         pool = pools[flags.train_on, part]
         dealt = deal_patients(pool.examples, sizes, random.Random(f"{flags.seed} patients {part}"))
         problems += _too_few(pool, dealt, sizes)
         for name, size in sizes.items():
-            sets[name] = draw(dealt[name], size, flags.sampling, random.Random(f"{flags.seed} {name}")), pool
+            sets[name] = (
+                draw(dealt[name], size, flags.sampling, random.Random(f"{flags.seed} {name}")),
+                pool,
+            )
     for hospital in flags.tests:
         pool, name = pools[hospital, "test"], f"test-{hospital}"
         if not pool.examples:
-            problems.append(f"{name}.jsonl: {pool.report.source} has no image left; {_dropped(pool.report)}")
+            problems.append(
+                f"{name}.jsonl: {pool.report.source} has no image left; {_dropped(pool.report)}"
+            )
         count = flags.max_samples or len(pool.examples)
-        sets[name] = draw(pool.examples, count, flags.test_sampling, random.Random(f"{flags.seed} {name}")), pool
+        sets[name] = (
+            draw(pool.examples, count, flags.test_sampling, random.Random(f"{flags.seed} {name}")),
+            pool,
+        )
     if problems:
         raise DataError(problems)
     check_disjoint({name: examples for name, (examples, _) in sets.items()})
     return sets
 
 
-def _too_few(pool: Pool, dealt: Mapping[str, Sequence[Example]], sizes: Mapping[str, int]) -> list[str]:
+def _too_few(
+    pool: Pool, dealt: Mapping[str, Sequence[Example]], sizes: Mapping[str, int]
+) -> list[str]:
     if all(len(dealt[name]) >= size for name, size in sizes.items()):
         return []
     wanted = ", ".join(f"--{name}_size {size}" for name, size in sizes.items())
     shares = ", ".join(f"{name} {len(dealt[name])} of {size}" for name, size in sizes.items())
     patients = len({example.patient_id for example in pool.examples})
-    return [f"{wanted}: too few patients; {pool.report.source} has {len(pool.examples)} images of {patients} patients, dealt out so "
-            f"that no patient is in two sets: {shares} ({_dropped(pool.report)}); ask for less"]
+    return [
+        f"{wanted}: too few patients; {pool.report.source} has {len(pool.examples)} images of {patients} patients, dealt out so "
+        f"that no patient is in two sets: {shares} ({_dropped(pool.report)}); ask for less"
+    ]
 
 
 def _dropped(report: Report) -> str:
@@ -278,14 +471,18 @@ def _dropped(report: Report) -> str:
 
 def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
     """Raise DataError naming each two sets that share a patient."""
-    patients = {name: {example.patient_id for example in examples} for name, examples in sets.items()}
+    patients = {
+        name: {example.patient_id for example in examples} for name, examples in sets.items()
+    }
     names, problems = list(patients), []
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
             shared = sorted(patients[first] & patients[second])
             if shared:
-                problems.append(f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the hospital's own parts "
-                                "overlap; check its split file or lists")
+                problems.append(
+                    f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the hospital's own parts "
+                    "overlap; check its split file or lists"
+                )
     if problems:
         raise DataError(problems)
 
@@ -293,14 +490,23 @@ def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
 # ---- write ----------------------------------------------------------------------------------------------------------
 def common_root(flags: argparse.Namespace, output_dir: Path) -> Path:
     """The folder that image paths are relative to. Raises DataError where --image_root is not above the hospitals' folders."""
-    folders = [Path(getattr(flags, name)).resolve() for name in HOSPITALS if getattr(flags, name) is not None]
+    folders = [
+        Path(getattr(flags, name)).resolve()
+        for name in HOSPITALS
+        if getattr(flags, name) is not None
+    ]
     if flags.image_root is None:
         inside = all(folder.is_relative_to(output_dir.resolve()) for folder in folders)
         return output_dir.resolve() if inside else Path(os.path.commonpath(folders))
     root = Path(flags.image_root).resolve()
     outside = [folder for folder in folders if not folder.is_relative_to(root)]
     if outside:
-        raise DataError([f"--image_root {flags.image_root}: {folder} does not lie under it" for folder in outside])
+        raise DataError(
+            [
+                f"--image_root {flags.image_root}: {folder} does not lie under it"
+                for folder in outside
+            ]
+        )
     return root
 
 
@@ -312,13 +518,25 @@ def rebased(example: Example, root: Path) -> Example:
 
 def check_present(sets: Mapping[str, Sequence[Example]]) -> None:
     """Raise DataError where an image that was drawn is not there."""
-    missing = [(name, example) for name, examples in sets.items() for example in examples
-               if not (example.image_root / example.image).is_file()]
+    missing = [
+        (name, example)
+        for name, examples in sets.items()
+        for example in examples
+        if not (example.image_root / example.image).is_file()
+    ]
     if missing:
-        lines = [f"{name}: {example.image_root / example.image}: no such image" for name, example in missing[:MAX_PROBLEMS]]
+        lines = [
+            f"{name}: {example.image_root / example.image}: no such image"
+            for name, example in missing[:MAX_PROBLEMS]
+        ]
         drawn = sum(map(len, sets.values()))
-        raise DataError([*lines, f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from those that "
-                                 "are there: --missing_images drop"])
+        raise DataError(
+            [
+                *lines,
+                f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from those that "
+                "are there: --missing_images drop",
+            ]
+        )
 
 
 def balance(examples: Sequence[Example]) -> dict[str, int]:
@@ -345,7 +563,9 @@ def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
         for path in named:
             path.unlink()
         where = error.filename2 or error.filename
-        raise DataError([f"--output_dir {output_dir}: cannot be written to ({error.strerror}: {where})"]) from error
+        raise DataError(
+            [f"--output_dir {output_dir}: cannot be written to ({error.strerror}: {where})"]
+        ) from error
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -355,34 +575,52 @@ def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
 def run(argv: Sequence[str]) -> None:
     flags = settings_of(argv)
     output_dir = Path(flags.output_dir)
-    names = [name for name in TRAINING_SETS if getattr(flags, f"{name}_size")] + [f"test-{hospital}" for hospital in flags.tests]
+    names = [name for name in TRAINING_SETS if getattr(flags, f"{name}_size")] + [
+        f"test-{hospital}" for hospital in flags.tests
+    ]
     files = {name: output_dir / f"{name}.jsonl" for name in names}
-    existing = [path for file in files.values() for path in (file, selection_file(file)) if path.exists()]
+    existing = [
+        path for file in files.values() for path in (file, selection_file(file)) if path.exists()
+    ]
     if existing:
-        raise DataError([f"{path} exists and nothing is overwritten; give another --output_dir" for path in existing])
+        raise DataError(
+            [
+                f"{path} exists and nothing is overwritten; give another --output_dir"
+                for path in existing
+            ]
+        )
     pools = load_pools(flags)
     for pool in pools.values():
         print(pool.report.text() + "\n")
     root = common_root(flags, output_dir)
     drawn = draw_sets(flags, pools)
-    sets = {name: [rebased(example, root) for example in examples] for name, (examples, _) in drawn.items()}
+    sets = {
+        name: [rebased(example, root) for example in examples]
+        for name, (examples, _) in drawn.items()
+    }
     check_present(sets)
     contents = {}
     for name, file in files.items():
-        contents[file] = "".join(json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in sets[name])
+        contents[file] = "".join(
+            json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in sets[name]
+        )
         document = _document(flags, name, sets[name], drawn[name][1], contents[file])
         contents[selection_file(file)] = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     write_all(output_dir, contents)
     for group in (TRAINING_SETS, [f"test-{hospital}" for hospital in HOSPITALS]):
         if chosen := {name: drawn[name] for name in group if name in drawn}:
             print(balance_table(chosen) + "\n")
-    print(f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its .select.json; "
-          "no patient is in two of them")
+    print(
+        f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its .select.json; "
+        "no patient is in two of them"
+    )
     if root != output_dir.resolve():
         print(f"image paths are relative to {root}: give the other commands --image_root {root}")
 
 
-def _document(flags: argparse.Namespace, name: str, examples: Sequence[Example], pool: Pool, content: str) -> dict:
+def _document(
+    flags: argparse.Namespace, name: str, examples: Sequence[Example], pool: Pool, content: str
+) -> dict:
     """NAME.select.json."""
     return {
         "set": name, "images": len(examples), "patients": len({example.patient_id for example in examples}),
@@ -394,11 +632,19 @@ def _document(flags: argparse.Namespace, name: str, examples: Sequence[Example],
 def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
     """Positives of every set by label, and their share in the set and in the pool that it was drawn from."""
     titles = [f"{name} ({len(examples):,})" for name, (examples, _) in sets.items()]
-    lines = [f"{'images with the label':<28}" + "".join(f"{title:>26}" for title in titles),
-             f"{'n, share (in the pool)':<28}"]
-    counts = [(balance(examples), len(examples), balance(pool.examples), len(pool.examples)) for examples, pool in sets.values()]
+    lines = [
+        f"{'images with the label':<28}" + "".join(f"{title:>26}" for title in titles),
+        f"{'n, share (in the pool)':<28}",
+    ]
+    counts = [
+        (balance(examples), len(examples), balance(pool.examples), len(pool.examples))
+        for examples, pool in sets.values()
+    ]
     for label in LABELS:
-        cells = [f"{drawn[label]:,} {drawn[label] / n:6.1%} ({natural[label] / of:6.1%})" for drawn, n, natural, of in counts]
+        cells = [
+            f"{drawn[label]:,} {drawn[label] / n:6.1%} ({natural[label] / of:6.1%})"
+            for drawn, n, natural, of in counts
+        ]
         lines.append(f"{label:<28}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 A loader reads every row before it complains, so that one message names all bad rows (file, row, column). Rows are numbered as
 a spreadsheet does: the header is row 1.
 """
+
 from __future__ import annotations
 
 import csv
@@ -70,14 +71,20 @@ def find_file(folder: Path, names: Sequence[str]) -> Path:
     outer, *inner = places(folder)
     for name in names:
         for candidates in ([outer], inner):
-            found = [path for place in candidates if (path := _plain_or_gz(place, name)) is not None]
+            found = [
+                path for place in candidates if (path := _plain_or_gz(place, name)) is not None
+            ]
             if len(found) > 1:
                 both = " and in ".join(path.parent.name for path in found)
                 raise DataError([f"{folder}: {name} is in {both}; name one of them"])
             if found:
                 return found[0]
-    raise DataError([f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does; put the file there, or give the "
-                     "folder above that holds it"])
+    raise DataError(
+        [
+            f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does; put the file there, or give the "
+            "folder above that holds it"
+        ]
+    )
 
 
 def _plain_or_gz(place: Path, name: str) -> Path | None:
@@ -88,7 +95,9 @@ def raise_problems(problems: Sequence[str]) -> None:
     """Raise DataError where there are any, a long list cut."""
     if problems:
         hidden = len(problems) - MAX_PROBLEMS
-        raise DataError([*problems[:MAX_PROBLEMS], *([f"and {hidden} more problems"] if hidden > 0 else [])])
+        raise DataError(
+            [*problems[:MAX_PROBLEMS], *([f"and {hidden} more problems"] if hidden > 0 else [])]
+        )
 
 
 class Table:
@@ -102,11 +111,19 @@ class Table:
         header = next(self._lines(), None)
         if not header or not any(header):
             raise DataError([f"{path}: has no header row"])
-        self.columns = {name.strip().casefold(): index for index, name in enumerate(header) if name.strip()}
+        self.columns = {
+            name.strip().casefold(): index for index, name in enumerate(header) if name.strip()
+        }
         # {index: name as written}
         self.names = {index: header[index].strip() for index in self.columns.values()}
         self._width = max(self.columns.values()) + 1  # NIH has had trailing commas
-        twice = [name for name, count in Counter(name.strip().casefold() for name in header if name.strip()).items() if count > 1]
+        twice = [
+            name
+            for name, count in Counter(
+                name.strip().casefold() for name in header if name.strip()
+            ).items()
+            if count > 1
+        ]
         if twice:
             raise DataError([f"{path}: column {name!r} occurs twice" for name in twice])
 
@@ -114,7 +131,11 @@ class Table:
         """Indices of columns. Raises DataError naming those that are missing."""
         missing = [name for name in names if name.casefold() not in self.columns]
         if missing:
-            raise DataError([f"{self.path}: column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"])
+            raise DataError(
+                [
+                    f"{self.path}: column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"
+                ]
+            )
         return [self.columns[name.casefold()] for name in names]
 
     def has(self, name: str) -> bool:
@@ -129,15 +150,25 @@ class Table:
         for index, name in self.names.items():
             label = canonical_label(name)
             if label in found:
-                raise DataError([f"{self.path}: columns {self.names[found[label]]!r} and {name!r} are both {label}"])
+                raise DataError(
+                    [
+                        f"{self.path}: columns {self.names[found[label]]!r} and {name!r} are both {label}"
+                    ]
+                )
             if label is not None:
                 found[label] = index
         missing = [label for label in LABELS if label not in found and label != NO_FINDING]
         if missing:
-            raise DataError([f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"])
+            raise DataError(
+                [
+                    f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"
+                ]
+            )
         return {label: found[label] for label in LABELS if label in found}
 
-    def rows(self, problems: list[str], first: Sequence[int], second: Sequence[int]) -> Iterator[tuple[int, tuple, tuple]]:
+    def rows(
+        self, problems: list[str], first: Sequence[int], second: Sequence[int]
+    ) -> Iterator[tuple[int, tuple, tuple]]:
         """(row number, cells of the columns `first`, cells of `second`) of each row; each names two columns or more.
 
         A row of another length becomes a problem.
@@ -150,7 +181,9 @@ class Table:
                 if not row:
                     continue
                 if len(row) < width or any(row[width:]):
-                    problems.append(f"{self.path}, row {number}: has {len(row)} fields, the header has {width}")
+                    problems.append(
+                        f"{self.path}, row {number}: has {len(row)} fields, the header has {width}"
+                    )
                     continue
             yield number, pick_first(row), pick_second(row)
 
@@ -159,11 +192,15 @@ class Table:
         try:
             with open(self.path, "rb") as file:
                 zipped = file.read(2) == b"\x1f\x8b"
-            with (gzip.open if zipped else open)(self.path, "rt", encoding="utf-8-sig", newline="") as text:
+            with (gzip.open if zipped else open)(
+                self.path, "rt", encoding="utf-8-sig", newline=""
+            ) as text:
                 for row, line in enumerate(csv.reader(text), start=1):
                     yield line
         except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-            raise DataError([f"{self.path}, after row {row}: cannot be read ({error}); download it again"]) from error
+            raise DataError(
+                [f"{self.path}, after row {row}: cannot be read ({error}); download it again"]
+            ) from error
 
     def _shown(self) -> str:
         return ", ".join(self.names.values())
@@ -194,7 +231,10 @@ class LabelCells:
         self._policy = policy
         self._names = [table.names[index] for index in self.indices]
         self._strings = [{cell: f"{name}={cell}" for cell in _VALUES} for name in self._names]
-        self._meanings = [{cell: policy.meaning(label, value) for cell, value in _VALUES.items()} for label in self.labels]
+        self._meanings = [
+            {cell: policy.meaning(label, value) for cell, value in _VALUES.items()}
+            for label in self.labels
+        ]
         self._combined: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._readings: dict[tuple[str, ...], Reading] = {}
 
@@ -209,18 +249,26 @@ class LabelCells:
         try:
             meanings = tuple(map(getitem, self._meanings, cells))
         except KeyError:
-            return Reading(bad=tuple((name, cell) for name, cell in zip(self._names, cells) if cell not in _VALUES))
+            return Reading(
+                bad=tuple(
+                    (name, cell) for name, cell in zip(self._names, cells) if cell not in _VALUES
+                )
+            )
         if meanings not in self._combined:
             self._combined[meanings] = self._policy.combine(dict(zip(self.labels, meanings)))
         labels, evaluated = self._combined[meanings]
-        strings = tuple([string for string, cell in zip(map(getitem, self._strings, cells), cells) if cell])
+        strings = tuple(
+            [string for string, cell in zip(map(getitem, self._strings, cells), cells) if cell]
+        )
         return Reading(labels, evaluated, strings, self.labels, cells)
 
 
 def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
     """One line for each cell that is no label value."""
-    return [f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1 and blank"
-            for name, cell in reading.bad]
+    return [
+        f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1 and blank"
+        for name, cell in reading.bad
+    ]
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
@@ -243,7 +291,14 @@ def view_rank(view: str, frontal: bool) -> int:
 
 
 def choose(
-    candidates: Sequence[Candidate], dataset: str, root: Path, report: Report, *, frontals: str, no_label: str, drop_missing: bool
+    candidates: Sequence[Candidate],
+    dataset: str,
+    root: Path,
+    report: Report,
+    *,
+    frontals: str,
+    no_label: str,
+    drop_missing: bool,
 ) -> list[Example]:
     """The examples among the candidates, in their order; what is left out goes into the report.
 
@@ -270,8 +325,14 @@ def choose(
     report.keep(candidates)
     return [
         Example(
-            f"{dataset}-{candidate.id}", f"{dataset}-{candidate.patient}", candidate.image, candidate.reading.labels, dataset,
-            root, candidate.reading.evaluated, candidate.reading.source_labels,
+            f"{dataset}-{candidate.id}",
+            f"{dataset}-{candidate.patient}",
+            candidate.image,
+            candidate.reading.labels,
+            dataset,
+            root,
+            candidate.reading.evaluated,
+            candidate.reading.source_labels,
             extra={"study_id": candidate.study, "view": candidate.view},
         )  # fmt: skip
         for candidate in candidates
@@ -279,7 +340,10 @@ def choose(
 
 
 def _preference(candidate: Candidate, frontals: str) -> tuple[int, int]:
-    return (candidate.rank if frontals == "pa_first" else candidate.rank == NOT_FRONTAL, candidate.order)
+    return (
+        candidate.rank if frontals == "pa_first" else candidate.rank == NOT_FRONTAL,
+        candidate.order,
+    )
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -327,7 +391,9 @@ class Report:
             normal = NO_FINDING in reading.labels
             counts["without_label"] += count * (not reading.labels)
             counts["called_no_finding"] += count * (normal and values.get(NO_FINDING) != 1)
-            counts["contradictory"] += count * (normal and bool(set(reading.labels) - {NO_FINDING, SUPPORT_DEVICES}))
+            counts["contradictory"] += count * (
+                normal and bool(set(reading.labels) - {NO_FINDING, SUPPORT_DEVICES})
+            )
         return {
             "source": self.source, "label_files": self.files, "images_listed": self.rows, "images_kept": self._kept.total(),
             "studies_kept": len(self._studies), "patients_kept": len(self._patients),
@@ -337,15 +403,26 @@ class Report:
     def text(self) -> str:
         """The same for people."""
         content = self.document()
-        lines = [f"{self.source}: kept {content['images_kept']:,} of {self.rows:,} images "
-                 f"({content['studies_kept']:,} studies, {content['patients_kept']:,} patients)"]
-        lines += [f"  label file {file} (SHA-256 {digest[:12]})" for file, digest in self.files.items()]
+        lines = [
+            f"{self.source}: kept {content['images_kept']:,} of {self.rows:,} images "
+            f"({content['studies_kept']:,} studies, {content['patients_kept']:,} patients)"
+        ]
+        lines += [
+            f"  label file {file} (SHA-256 {digest[:12]})" for file, digest in self.files.items()
+        ]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in content["dropped"].items()]
         lines += [f"  note: {note}" for note in self.notes]
-        lines.append(f"  without any label {content['without_label']:,}; called No Finding by rule "
-                     f"{content['called_no_finding']:,}; No Finding beside a finding {content['contradictory']:,}")
-        lines.append(f"  {'of the images kept':<28}{'true':>9}{'evaluated':>11}{'uncertain':>11}{'blank':>9}")
+        lines.append(
+            f"  without any label {content['without_label']:,}; called No Finding by rule "
+            f"{content['called_no_finding']:,}; No Finding beside a finding {content['contradictory']:,}"
+        )
+        lines.append(
+            f"  {'of the images kept':<28}{'true':>9}{'evaluated':>11}{'uncertain':>11}{'blank':>9}"
+        )
         columns = content["by_label"]
-        lines += [f"  {label:<28}{columns['true'][label]:>9,}{columns['evaluated'][label]:>11,}"
-                  f"{columns['uncertain'][label]:>11,}{columns['blank'][label]:>9,}" for label in LABELS]
+        lines += [
+            f"  {label:<28}{columns['true'][label]:>9,}{columns['evaluated'][label]:>11,}"
+            f"{columns['uncertain'][label]:>11,}{columns['blank'][label]:>9,}"
+            for label in LABELS
+        ]
         return "\n".join(lines)

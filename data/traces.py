@@ -18,6 +18,7 @@ An answer is rejected as
     labels      its labels are not exactly the true ones
     leak        it lets on that the labels were known; the detail is the phrase (LEAK_PHRASES)
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,10 +42,21 @@ from data.demo.teacher import trace_from_labels
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, solution_text
-from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_jsonl, row_of, selection_file, write_jsonl
+from data.records import (
+    MAX_PROBLEMS,
+    DataError,
+    Example,
+    data_file,
+    read_jsonl,
+    row_of,
+    selection_file,
+    write_jsonl,
+)
 
 ANSWER_FORMAT = "think_solution"  # of every trace
-TEACHER_PROMPTS = tuple(name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT)
+TEACHER_PROMPTS = tuple(
+    name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT
+)
 FORMS = ("gemini", "openai")
 # Limits on one input file: Gemini's Batch API takes 2 GB; OpenAI's 200 MB and 50,000 requests. One's own server has none.
 MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
@@ -53,54 +65,174 @@ MAX_REQUESTS = 50_000
 # Words by which a trace lets on that its author knew the labels, or talks about the task. Compared word by word, whatever the case
 # and the punctuation: "ground truth" is also found in "Ground-truth:".
 LEAK_PHRASES: tuple[str, ...] = (
-    "ground truth", "reference standard", "reference label", "reference labels", "gold standard label", "gold label", "gold labels",
-    "true label", "true labels", "correct label", "correct labels", "correct answer", "expected answer", "expected label",
-    "expected labels", "target label", "target labels", "known label", "known labels", "known diagnosis", "answer key",
-    "given label", "given labels", "the given finding", "the given findings", "given answer", "the given diagnosis", "provided label",
-    "provided labels", "provided finding", "provided findings", "provided answer", "provided diagnosis", "provided list",
-    "supplied label", "supplied labels", "labels given", "labels provided", "labels supplied", "label is given", "label was given",
-    "label provided", "label given", "labels are given", "labels were given", "labels are provided", "labels were provided",
-    "findings are given", "findings were given", "findings are provided", "findings were provided", "listed as present",
-    "labeled as", "labelled as", "as labeled", "as labelled", "annotated as", "annotated with", "the annotations", "per the annotation",
-    "annotator", "annotators", "according to the label", "according to the labels",
-    "per the label", "per the labels", "based on the label", "based on the labels", "match the label", "match the labels",
-    "matches the label", "matches the labels", "matching the label", "matching the labels", "label says", "label states",
-    "label indicates", "labels say", "labels state", "labels indicate", "labels include", "consistent with the label",
-    "consistent with the labels", "according to the report", "per the report", "the report says", "the report states",
-    "the report mentions", "we are told", "we were told", "i am told", "i was told", "we know that the labels", "as instructed",
-    "was instructed", "were instructed", "am instructed", "are instructed", "instructions", "the prompt", "the user", "you told",
-    "you provided", "you gave", "i must include", "must be included", "i must conclude", "need to justify", "have to justify",
-    "asked to justify", "justify the label", "justify the labels", "pretend", "pretending", "as if i", "as if independently",
-    "independently of the label", "without knowing the", "hindsight", "metadata", "dataset", "data set",
+    "ground truth",
+    "reference standard",
+    "reference label",
+    "reference labels",
+    "gold standard label",
+    "gold label",
+    "gold labels",
+    "true label",
+    "true labels",
+    "correct label",
+    "correct labels",
+    "correct answer",
+    "expected answer",
+    "expected label",
+    "expected labels",
+    "target label",
+    "target labels",
+    "known label",
+    "known labels",
+    "known diagnosis",
+    "answer key",
+    "given label",
+    "given labels",
+    "the given finding",
+    "the given findings",
+    "given answer",
+    "the given diagnosis",
+    "provided label",
+    "provided labels",
+    "provided finding",
+    "provided findings",
+    "provided answer",
+    "provided diagnosis",
+    "provided list",
+    "supplied label",
+    "supplied labels",
+    "labels given",
+    "labels provided",
+    "labels supplied",
+    "label is given",
+    "label was given",
+    "label provided",
+    "label given",
+    "labels are given",
+    "labels were given",
+    "labels are provided",
+    "labels were provided",
+    "findings are given",
+    "findings were given",
+    "findings are provided",
+    "findings were provided",
+    "listed as present",
+    "labeled as",
+    "labelled as",
+    "as labeled",
+    "as labelled",
+    "annotated as",
+    "annotated with",
+    "the annotations",
+    "per the annotation",
+    "annotator",
+    "annotators",
+    "according to the label",
+    "according to the labels",
+    "per the label",
+    "per the labels",
+    "based on the label",
+    "based on the labels",
+    "match the label",
+    "match the labels",
+    "matches the label",
+    "matches the labels",
+    "matching the label",
+    "matching the labels",
+    "label says",
+    "label states",
+    "label indicates",
+    "labels say",
+    "labels state",
+    "labels indicate",
+    "labels include",
+    "consistent with the label",
+    "consistent with the labels",
+    "according to the report",
+    "per the report",
+    "the report says",
+    "the report states",
+    "the report mentions",
+    "we are told",
+    "we were told",
+    "i am told",
+    "i was told",
+    "we know that the labels",
+    "as instructed",
+    "was instructed",
+    "were instructed",
+    "am instructed",
+    "are instructed",
+    "instructions",
+    "the prompt",
+    "the user",
+    "you told",
+    "you provided",
+    "you gave",
+    "i must include",
+    "must be included",
+    "i must conclude",
+    "need to justify",
+    "have to justify",
+    "asked to justify",
+    "justify the label",
+    "justify the labels",
+    "pretend",
+    "pretending",
+    "as if i",
+    "as if independently",
+    "independently of the label",
+    "without knowing the",
+    "hindsight",
+    "metadata",
+    "dataset",
+    "data set",
 )
 
 
 # ---- what SFT learns from -------------------------------------------------------------------------------------------
-def answers_to_learn(examples: Sequence[Example], answer_format: str, file: str | Path) -> list[Example]:
+def answers_to_learn(
+    examples: Sequence[Example], answer_format: str, file: str | Path
+) -> list[Example]:
     """The examples with the answers that SFT learns: of the form `solution` (Only Label) made from the labels, of the others the
     file's own.
 
     Raises DataError where an example has no answer, or one that is not strictly in the form.
     """
     if answer_format == "solution":
-        return [replace(example, answer=solution_text(example.target.labels)) for example in examples]
+        return [
+            replace(example, answer=solution_text(example.target.labels)) for example in examples
+        ]
     without = [example.id for example in examples if not example.answer]
     if without:
-        raise DataError([f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn from, such as {without[0]!r}; "
-                         "make them with `python -m data.traces`, or learn the labels alone with --prompt only_label"])
-    problems = {example.id: answer.problem for example in examples
-                if not (answer := parse_answer(example.answer, answer_format)).valid}
+        raise DataError(
+            [
+                f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn from, such as {without[0]!r}; "
+                "make them with `python -m data.traces`, or learn the labels alone with --prompt only_label"
+            ]
+        )
+    problems = {
+        example.id: answer.problem
+        for example in examples
+        if not (answer := parse_answer(example.answer, answer_format)).valid
+    }
     if problems:
         name, problem = next(iter(problems.items()))
-        raise DataError([f"{file}: {len(problems)} of {len(examples)} answers are not in the form {answer_format}, such as that of "
-                         f"{name!r} ({problem}); repair them, or give the --answer_format that they have"])
+        raise DataError(
+            [
+                f"{file}: {len(problems)} of {len(examples)} answers are not in the form {answer_format}, such as that of "
+                f"{name!r} ({problem}); repair them, or give the --answer_format that they have"
+            ]
+        )
     return list(examples)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 def leak(text: str) -> str | None:
     """The first of LEAK_PHRASES in a text, or None."""
-    words = " ".join("".join(c if c.isalnum() else " " for c in text.casefold().replace("'", "")).split())
+    words = " ".join(
+        "".join(c if c.isalnum() else " " for c in text.casefold().replace("'", "")).split()
+    )
     return next((phrase for phrase in LEAK_PHRASES if f" {phrase} " in f" {words} "), None)
 
 
@@ -115,7 +247,10 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
         return "form", "empty think"
     said = {*answer.labels, *answer.unknown}
     if said != example.target.labels or answer.duplicates:
-        return "labels", f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not {_listed(example.target.labels)}"
+        return (
+            "labels",
+            f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not {_listed(example.target.labels)}",
+        )
     if phrase := leak(text):
         return "leak", phrase
     return None
@@ -125,7 +260,11 @@ def _foreign_tag(text: str) -> str | None:
     """The first <name> in a text, in the spellings that control tokens have, that is not of the form's two blocks."""
     for piece in text.split("<")[1:]:
         name, closed, _ = piece.partition(">")
-        if closed and name.strip("/|").replace("_", "").isalnum() and name.strip("/") not in ("think", "solution"):
+        if (
+            closed
+            and name.strip("/|").replace("_", "").isalnum()
+            and name.strip("/") not in ("think", "solution")
+        ):
             return f"<{name}>"
     return None
 
@@ -142,19 +281,28 @@ def teacher_text(example: Example, prompt: Prompt) -> str:
     truth = example.target.labels
     absent = [label for label in example.evaluated_labels if label not in truth]
     unrated = [label for label in LABELS if label not in example.evaluated_labels]
-    return "\n".join([
-        prompt.text, "",
-        "For you alone, the reference standard of this image:",
-        f"present: {_listed(truth)}",
-        f"absent: {_listed(absent)}",
-        *([f"not rated, and not to be used in <solution>: {_listed(unrated)}"] if unrated else []),
-        "",
-        "Write the answer of a radiologist who sees nothing but the image and reasons independently from what is visible to exactly the "
-        "labels that are present" + ("" if truth else ": here none, so <solution></solution> stays empty") + ". Support each of them by "
-        "the signs that can be seen, with side and zone where you can tell, and say where the appearance is subtle or uncertain. Do not "
-        "invent measurements, earlier images, symptoms or history. Nothing may show that the labels were known: mention no labels, "
-        "reference, report, data set or instructions that you were given.",
-    ])
+    return "\n".join(
+        [
+            prompt.text,
+            "",
+            "For you alone, the reference standard of this image:",
+            f"present: {_listed(truth)}",
+            f"absent: {_listed(absent)}",
+            *(
+                [f"not rated, and not to be used in <solution>: {_listed(unrated)}"]
+                if unrated
+                else []
+            ),
+            "",
+            "Write the answer of a radiologist who sees nothing but the image and reasons independently from what is visible to exactly the "
+            "labels that are present"
+            + ("" if truth else ": here none, so <solution></solution> stays empty")
+            + ". Support each of them by "
+            "the signs that can be seen, with side and zone where you can tell, and say where the appearance is subtle or uncertain. Do not "
+            "invent measurements, earlier images, symptoms or history. Nothing may show that the labels were known: mention no labels, "
+            "reference, report, data set or instructions that you were given.",
+        ]
+    )
 
 
 def jpeg(example: Example, max_side: int) -> bytes:
@@ -166,28 +314,50 @@ def jpeg(example: Example, max_side: int) -> bytes:
     return buffer.getvalue()
 
 
-def request(example: Example, prompt: Prompt, form: str, *, model: str | None, max_side: int) -> str:
+def request(
+    example: Example, prompt: Prompt, form: str, *, model: str | None, max_side: int
+) -> str:
     """One line of a batch file: of the Gemini API's batch form, or of OpenAI's, which other servers take too."""
-    data, text = base64.b64encode(jpeg(example, max_side)).decode("ascii"), teacher_text(example, prompt)
+    data, text = (
+        base64.b64encode(jpeg(example, max_side)).decode("ascii"),
+        teacher_text(example, prompt),
+    )
     if form == "gemini":
         parts = [{"inline_data": {"mime_type": "image/jpeg", "data": data}}, {"text": text}]
         row = {"key": example.id, "request": {"contents": [{"role": "user", "parts": parts}]}}
     else:
-        content = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}, {"type": "text", "text": text}]
-        row = {"custom_id": example.id, "method": "POST", "url": "/v1/chat/completions",
-               "body": {"model": model, "messages": [{"role": "user", "content": content}]}}
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+            {"type": "text", "text": text},
+        ]
+        row = {
+            "custom_id": example.id,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": model, "messages": [{"role": "user", "content": content}]},
+        }
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def export(examples: Sequence[Example], prompt: Prompt, form: str, output_dir: Path, *, model: str | None = None, max_side: int = 1024,
-           max_bytes: int | None = None) -> list[Path]:
+def export(
+    examples: Sequence[Example],
+    prompt: Prompt,
+    form: str,
+    output_dir: Path,
+    *,
+    model: str | None = None,
+    max_side: int = 1024,
+    max_bytes: int | None = None,
+) -> list[Path]:
     """Write the requests of all examples to output_dir/requests-001.jsonl and so on, whole or not at all; returns the files.
 
     A file holds at most max_bytes (None: what the form's service takes). Raises DataError for an image that cannot be read, and
     where output_dir exists.
     """
     if output_dir.exists():
-        raise DataError([f"--output_dir {output_dir} exists and nothing is overwritten; name another folder"])
+        raise DataError(
+            [f"--output_dir {output_dir} exists and nothing is overwritten; name another folder"]
+        )
     check_images(examples)
     max_bytes = max_bytes or MAX_BYTES[form]
     temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
@@ -195,7 +365,11 @@ def export(examples: Sequence[Example], prompt: Prompt, form: str, output_dir: P
     try:
         names: list[str] = []
         size = count = max_bytes  # the first request opens the first file
-        for line in in_parallel(partial(request, prompt=prompt, form=form, model=model, max_side=max_side), examples, "requests"):
+        for line in in_parallel(
+            partial(request, prompt=prompt, form=form, model=model, max_side=max_side),
+            examples,
+            "requests",
+        ):
             encoded = line.encode("utf-8")
             if size + len(encoded) > max_bytes or count >= MAX_REQUESTS:
                 names.append(f"requests-{len(names) + 1:03}.jsonl")
@@ -236,25 +410,44 @@ def read_answers(path: str | Path) -> list[TeacherAnswer]:
                 row = json.loads(line)
                 answers.append(_gemini_answer(row) if "key" in row else _openai_answer(row))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                problems.append(f"{path}, line {number}: an answer of neither batch form, with 'key' (Gemini) or 'custom_id' (OpenAI) "
-                                f"and 'response' ({type(error).__name__}: {error})")
+                problems.append(
+                    f"{path}, line {number}: an answer of neither batch form, with 'key' (Gemini) or 'custom_id' (OpenAI) "
+                    f"and 'response' ({type(error).__name__}: {error})"
+                )
     if problems:
         hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more lines"] if hidden > 0 else []))
+        raise DataError(
+            problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more lines"] if hidden > 0 else [])
+        )
     return answers
 
 
 def _gemini_answer(row: dict) -> TeacherAnswer:
     """{"key", "response": GenerateContentResponse}, or {"key", "error" or "status"} of a request that failed."""
     if not row.get("response"):
-        return TeacherAnswer(_text(row["key"]), rejected=("failed", _shortened(row.get("error") or row.get("status") or "no response")))
+        return TeacherAnswer(
+            _text(row["key"]),
+            rejected=("failed", _shortened(row.get("error") or row.get("status") or "no response")),
+        )
     candidates = row["response"].get("candidates") or []
     if not candidates:
-        return TeacherAnswer(_text(row["key"]), rejected=("failed", _shortened(row["response"].get("promptFeedback") or "no candidate")))
+        return TeacherAnswer(
+            _text(row["key"]),
+            rejected=(
+                "failed",
+                _shortened(row["response"].get("promptFeedback") or "no candidate"),
+            ),
+        )
     parts = (candidates[0].get("content") or {}).get("parts") or []
     # a thinking model's own notes
     text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-    return _finished(_text(row["key"]), text, candidates[0].get("finishReason") or "", cut="MAX_TOKENS", good="STOP")
+    return _finished(
+        _text(row["key"]),
+        text,
+        candidates[0].get("finishReason") or "",
+        cut="MAX_TOKENS",
+        good="STOP",
+    )
 
 
 def _openai_answer(row: dict) -> TeacherAnswer:
@@ -264,8 +457,13 @@ def _openai_answer(row: dict) -> TeacherAnswer:
         reported = row.get("error") or (response and response.get("body")) or "no response"
         return TeacherAnswer(_text(row["custom_id"]), rejected=("failed", _shortened(reported)))
     choice = response["body"]["choices"][0]
-    return _finished(_text(row["custom_id"]), choice["message"].get("content") or "", choice.get("finish_reason") or "", cut="length",
-                     good="stop")
+    return _finished(
+        _text(row["custom_id"]),
+        choice["message"].get("content") or "",
+        choice.get("finish_reason") or "",
+        cut="length",
+        good="stop",
+    )
 
 
 def _text(value: object) -> str:
@@ -313,21 +511,32 @@ def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imp
                 break
             code, detail = problem
         else:
-            rejected.append(_clean_row(example) | {"rejected": {"code": code, "detail": detail, "text": text}})
+            rejected.append(
+                _clean_row(example) | {"rejected": {"code": code, "detail": detail, "text": text}}
+            )
     return Imported(kept, rejected, [answer.id for answer in unknown])
 
 
 def _clean_row(example: Example) -> dict:
-    return {name: value for name, value in row_of(example).items() if name not in ("answer", "rejected")}
+    return {
+        name: value for name, value in row_of(example).items() if name not in ("answer", "rejected")
+    }
 
 
 def template_answers(examples: Sequence[Example]) -> list[TeacherAnswer]:
     """Answers of the template teacher, which knows the labels and not the image."""
-    return [TeacherAnswer(example.id, trace_from_labels(example.target.labels, zlib.crc32(example.id.encode("utf-8"))))
-            for example in examples]
+    return [
+        TeacherAnswer(
+            example.id,
+            trace_from_labels(example.target.labels, zlib.crc32(example.id.encode("utf-8"))),
+        )
+        for example in examples
+    ]
 
 
-TEACHERS: dict[str, Callable[[Sequence[Example]], list[TeacherAnswer]]] = {"template": template_answers}
+TEACHERS: dict[str, Callable[[Sequence[Example]], list[TeacherAnswer]]] = {
+    "template": template_answers
+}
 
 
 def report(imported: Imported) -> str:
@@ -336,40 +545,95 @@ def report(imported: Imported) -> str:
     codes = Counter(row["rejected"]["code"] for row in imported.rejected)
     lines = [f"{'kept':<10} {len(imported.kept):6} of {total}"]
     for code, count in codes.most_common():
-        details = Counter(row["rejected"]["detail"] for row in imported.rejected if row["rejected"]["code"] == code)
-        shown = "; ".join(f"{detail} ({number})" for detail, number in details.most_common(5) if detail)
+        details = Counter(
+            row["rejected"]["detail"]
+            for row in imported.rejected
+            if row["rejected"]["code"] == code
+        )
+        shown = "; ".join(
+            f"{detail} ({number})" for detail, number in details.most_common(5) if detail
+        )
         lines.append(f"{code:<10} {count:6} {shown}{'; ...' if len(details) > 5 else ''}".rstrip())
     if imported.unknown:
-        lines.append(f"{len(imported.unknown)} answers belong to no example, such as {imported.unknown[0]!r}")
+        lines.append(
+            f"{len(imported.unknown)} answers belong to no example, such as {imported.unknown[0]!r}"
+        )
     return "\n".join(lines)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
-_PRIVACY = ("Nothing is sent anywhere by this command. The files hold the images and their labels; MIMIC-CXR's and CheXpert's terms forbid "
-            "giving them to others, public services included. For credentialed data use a server of your own.")
+_PRIVACY = (
+    "Nothing is sent anywhere by this command. The files hold the images and their labels; MIMIC-CXR's and CheXpert's terms forbid "
+    "giving them to others, public services included. For credentialed data use a server of your own."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m data.traces", description="Teacher traces: requests out (export), answers in, with checks (import).",
-        epilog=_PRIVACY)
+        prog="python -m data.traces",
+        description="Teacher traces: requests out (export), answers in, with checks (import).",
+        epilog=_PRIVACY,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", description="Write a teacher request for every example, as JSONL in a batch form.", epilog=_PRIVACY)
-    back = commands.add_parser("import", description="Check a teacher's answers and write the SFT data file.")
+    out = commands.add_parser(
+        "export",
+        description="Write a teacher request for every example, as JSONL in a batch form.",
+        epilog=_PRIVACY,
+    )
+    back = commands.add_parser(
+        "import", description="Check a teacher's answers and write the SFT data file."
+    )
     for command in (out, back):
-        command.add_argument("--data_file", required=True, help="examples with labels (JSONL), or demo:SPLIT")
-        command.add_argument("--image_root", help="folder that image paths are relative to (default: the data file's own folder)")
-    out.add_argument("--form", required=True, choices=FORMS, help="gemini: the Gemini API's batch form; openai: OpenAI's, which vLLM's "
-                     "run-batch and other servers take")
-    out.add_argument("--model", help="model's name on the server (openai; Gemini's is named when the job is made)")
-    out.add_argument("--prompt", default="free_reasoning", help=f"the student's instruction (default free_reasoning): {', '.join(TEACHER_PROMPTS)}")
-    out.add_argument("--max_side", type=int, default=1024, help="images are reduced to this many pixels a side (default 1024)")
-    out.add_argument("--output_dir", required=True, type=Path, help="new folder for requests-001.jsonl and so on")
+        command.add_argument(
+            "--data_file", required=True, help="examples with labels (JSONL), or demo:SPLIT"
+        )
+        command.add_argument(
+            "--image_root",
+            help="folder that image paths are relative to (default: the data file's own folder)",
+        )
+    out.add_argument(
+        "--form",
+        required=True,
+        choices=FORMS,
+        help="gemini: the Gemini API's batch form; openai: OpenAI's, which vLLM's "
+        "run-batch and other servers take",
+    )
+    out.add_argument(
+        "--model",
+        help="model's name on the server (openai; Gemini's is named when the job is made)",
+    )
+    out.add_argument(
+        "--prompt",
+        default="free_reasoning",
+        help=f"the student's instruction (default free_reasoning): {', '.join(TEACHER_PROMPTS)}",
+    )
+    out.add_argument(
+        "--max_side",
+        type=int,
+        default=1024,
+        help="images are reduced to this many pixels a side (default 1024)",
+    )
+    out.add_argument(
+        "--output_dir", required=True, type=Path, help="new folder for requests-001.jsonl and so on"
+    )
     source = back.add_mutually_exclusive_group(required=True)
-    source.add_argument("--answers", nargs="+", metavar="FILE", help="batch output files, of one or several rounds; the first good answer counts")
-    source.add_argument("--teacher", choices=sorted(TEACHERS), help="template: write answers from the labels alone, to try the pipeline")
+    source.add_argument(
+        "--answers",
+        nargs="+",
+        metavar="FILE",
+        help="batch output files, of one or several rounds; the first good answer counts",
+    )
+    source.add_argument(
+        "--teacher",
+        choices=sorted(TEACHERS),
+        help="template: write answers from the labels alone, to try the pipeline",
+    )
     back.add_argument("--output", required=True, type=Path, help="SFT data file to write")
-    back.add_argument("--rejected", type=Path, help="where the rejected examples go, with reasons (default: <output>-rejected.jsonl)")
+    back.add_argument(
+        "--rejected",
+        type=Path,
+        help="where the rejected examples go, with reasons (default: <output>-rejected.jsonl)",
+    )
     arguments = parser.parse_args(argv)
     try:
         return _export(arguments) if arguments.command == "export" else _import(arguments)
@@ -380,16 +644,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     if arguments.prompt not in TEACHER_PROMPTS:
-        why = ("has no reasoning; its answers are made from the labels" if arguments.prompt in PROMPTS else "no such instruction variant")
-        raise DataError([f"--prompt {arguments.prompt}: {why}; a teacher can be asked with {', '.join(TEACHER_PROMPTS)}"])
+        why = (
+            "has no reasoning; its answers are made from the labels"
+            if arguments.prompt in PROMPTS
+            else "no such instruction variant"
+        )
+        raise DataError(
+            [
+                f"--prompt {arguments.prompt}: {why}; a teacher can be asked with {', '.join(TEACHER_PROMPTS)}"
+            ]
+        )
     if (arguments.form == "openai") != (arguments.model is not None):
-        raise DataError(["--model: needed with --form openai, and with no other: the Gemini API takes it when the job is made"])
+        raise DataError(
+            [
+                "--model: needed with --form openai, and with no other: the Gemini API takes it when the job is made"
+            ]
+        )
     if arguments.max_side < 1:
         raise DataError([f"--max_side {arguments.max_side}: must be at least 1"])
     examples = read_jsonl(data_file(arguments.data_file), arguments.image_root)
-    files = export(examples, PROMPTS[arguments.prompt], arguments.form, arguments.output_dir, model=arguments.model,
-                   max_side=arguments.max_side)
-    print("\n".join([f"{len(examples)} requests:", *(f"  {file}  {file.stat().st_size / 1e6:.1f} MB" for file in files), _PRIVACY]))
+    files = export(
+        examples,
+        PROMPTS[arguments.prompt],
+        arguments.form,
+        arguments.output_dir,
+        model=arguments.model,
+        max_side=arguments.max_side,
+    )
+    print(
+        "\n".join(
+            [
+                f"{len(examples)} requests:",
+                *(f"  {file}  {file.stat().st_size / 1e6:.1f} MB" for file in files),
+                _PRIVACY,
+            ]
+        )
+    )
     return 0
 
 
@@ -398,12 +688,20 @@ def _import(arguments: argparse.Namespace) -> int:
     rejected_file = arguments.rejected or output.with_name(f"{output.stem}-rejected.jsonl")
     existing = [file for file in (output, rejected_file) if file.exists()]
     if existing or output == rejected_file:
-        raise DataError([f"{file} exists and nothing is overwritten; give another --output or --rejected" for file in existing]
-                        or [f"--rejected {rejected_file} is the --output; give another"])
+        raise DataError(
+            [
+                f"{file} exists and nothing is overwritten; give another --output or --rejected"
+                for file in existing
+            ]
+            or [f"--rejected {rejected_file} is the --output; give another"]
+        )
     path = data_file(arguments.data_file)
     examples = read_jsonl(path, arguments.image_root)
-    answers = (TEACHERS[arguments.teacher](examples) if arguments.teacher
-               else [answer for file in arguments.answers for answer in read_answers(file)])
+    answers = (
+        TEACHERS[arguments.teacher](examples)
+        if arguments.teacher
+        else [answer for file in arguments.answers for answer in read_answers(file)]
+    )
     imported = accept(examples, answers)
     print(report(imported))
     for file, rows in ((output, imported.kept), (rejected_file, imported.rejected)):

@@ -18,6 +18,7 @@ prompt's work, and needs a second layout of the heads, so it is not done.
 Shapes: B prompts of S places, N completions of R places, M tokens in the row, H heads, K heads of keys and values, D a
 head's width.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,15 @@ ALIGNMENT = 8  # elements, of CUDA's memory-efficient kernel
 class PackedMask:
     """What the tokens of a packed row see, in place of a mask tensor."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float,
+        scaling: float,
+    ) -> Tensor:
         """query [1,H,M,D], key and value [1,K,M,D] -> [1,M,H,D]. module: the layer's attention."""
         raise TypeError("use a subclass")
 
@@ -68,12 +77,22 @@ class SharedPromptMask(PackedMask):
     keep: Callable[[int, Tensor, Tensor], None] | None = None
     _additive: dict[tuple, list[Tensor]] = field(default_factory=dict)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float,
+        scaling: float,
+    ) -> Tensor:
         places = self.places
         prompt_mask, *bucket_masks = self.additive(query.dtype, query.shape[1] // key.shape[1])
         split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
         # (q, k, v) [m,heads,D]
-        prompts, *completions = zip(*(states[0].transpose(0, 1).split(split) for states in (query, key, value)))
+        prompts, *completions = zip(
+            *(states[0].transpose(0, 1).split(split) for states in (query, key, value))
+        )
         # [B,S,heads,D]
         q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)
         if self.keep is not None:
@@ -82,9 +101,16 @@ class SharedPromptMask(PackedMask):
         outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]
         for bucket, states, mask in zip(places.buckets, completions, bucket_masks):
             # [n,R,heads,D]
-            own_q, own_k, own_v = (spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states)
-            keys, values = (torch.cat([of_prompts.index_select(0, bucket.prompts), own], 1) for of_prompts, own in ((k, own_k), (v, own_v)))
-            outputs.append(gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places))
+            own_q, own_k, own_v = (
+                spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states
+            )
+            keys, values = (
+                torch.cat([of_prompts.index_select(0, bucket.prompts), own], 1)
+                for of_prompts, own in ((k, own_k), (v, own_v))
+            )
+            outputs.append(
+                gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places)
+            )
         return torch.cat(outputs)[None]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
@@ -94,7 +120,11 @@ class SharedPromptMask(PackedMask):
         if (dtype, repeats) not in self._additive:
             masks, size = [self.prompts], self.places.prompt_shape[1]
             for bucket in self.places.buckets:
-                of_rows = self.completions if len(self.completions) == 1 else self.completions[bucket.rows]
+                of_rows = (
+                    self.completions
+                    if len(self.completions) == 1
+                    else self.completions[bucket.rows]
+                )
                 masks.append(of_rows[:, :, : bucket.length, : size + bucket.length])
             self._additive[dtype, repeats] = [additive_mask(mask, dtype, repeats) for mask in masks]
         return self._additive[dtype, repeats]
@@ -103,24 +133,48 @@ class SharedPromptMask(PackedMask):
 def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
     """[R,1,Q,T] bool -> [R,1,repeats x Q,T] of `dtype`: 0 where a query sees, else -inf. Rows begin at multiples of ALIGNMENT."""
     rows, _, queries, keys = mask.shape
-    padded = torch.zeros(rows, 1, repeats, queries, -(-keys // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=mask.device)
+    padded = torch.zeros(
+        rows,
+        1,
+        repeats,
+        queries,
+        -(-keys // ALIGNMENT) * ALIGNMENT,
+        dtype=dtype,
+        device=mask.device,
+    )
     return padded[..., :keys].masked_fill_(~mask[:, :, None], -torch.inf).flatten(2, 3)
 
 
-@torch.compiler.disable(reason="its shapes change with every batch, and all of it is a few large kernels")
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask | Tensor | None,
-              dropout: float = 0.0, scaling: float | None = None, **keywords) -> tuple[Tensor, None]:
+@torch.compiler.disable(
+    reason="its shapes change with every batch, and all of it is a few large kernels"
+)
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackedMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **keywords,
+) -> tuple[Tensor, None]:
     """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call it."""
     if not isinstance(attention_mask, PackedMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords)
-    return attention_mask.attend(module, query, key, value, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
+        )
+    return attention_mask.attend(
+        module, query, key, value, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling
+    ), None
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
     """query [R,Q,H,D], key and value [R,T,K,D], mask [R or 1,1,H/K x Q,T] to add -> [R,Q,H,D].
 
     The heads that share a key are more queries of it, so keys and values are not repeated for them.
@@ -130,15 +184,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: flo
     # [R,K,H/K x Q,D]
     query = query.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(rows, shared, -1, width)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return output.view(rows, shared, heads // shared, length, width).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return (
+        output.view(rows, shared, heads // shared, length, width)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(rows, length, heads, width)
+    )
 
 
 def spread(tokens: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
     """[m,...] -> [*shape,...]: each token at its place, zeros elsewhere."""
     if len(places) == shape[0] * shape[1]:
         return tokens.unflatten(0, shape)
-    return tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:]).index_copy(0, places, tokens).unflatten(0, shape)
+    return (
+        tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:])
+        .index_copy(0, places, tokens)
+        .unflatten(0, shape)
+    )
 
 
 def gather(padded: Tensor, places: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ All that works on single tokens (projections, MLP, norms) sees one row of the to
 Shapes: B prompts of S places, W completions each of T places, R of them in use; n new tokens, one a row; H heads, K heads of keys and
 values, h = H / K, D a head's width.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class SamplingCache:
     `completion_length` tokens each.
     """
 
-    def __init__(self, num_prompts: int, prompt_length: int, generations: int, completion_length: int):
+    def __init__(
+        self, num_prompts: int, prompt_length: int, generations: int, completion_length: int
+    ):
         self.num_prompts, self.generations = num_prompts, generations
         self.prompt_length, self.completion_length = prompt_length, completion_length
         self.layers: dict[int, LayerCache] = {}
@@ -56,7 +59,12 @@ class SamplingCache:
     def select(self, prompts: Tensor, rows: Tensor) -> None:
         """Keep the prompts at these places [b] and the completions at these [b x w], in their order."""
         for kept in self.layers.values():
-            for name, places in (("prompt_keys", prompts), ("prompt_values", prompts), ("keys", rows), ("values", rows)):
+            for name, places in (
+                ("prompt_keys", prompts),
+                ("prompt_values", prompts),
+                ("keys", rows),
+                ("values", rows),
+            ):
                 setattr(kept, name, getattr(kept, name).index_select(0, places))
         self.num_prompts, self.generations = len(prompts), len(rows) // len(prompts)
 
@@ -77,24 +85,42 @@ class DecodingMask(PackedMask):
     length: int
     additive: Tensor
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float,
+        scaling: float,
+    ) -> Tensor:
         cache, kept = self.cache, self.cache.layers[module.layer_idx]
         grid, repeats = (cache.num_prompts, cache.generations), query.shape[1] // key.shape[1]
         for into, new in ((kept.keys, key), (kept.values, value)):
             into[self.rows, :, self.steps] = new[0].transpose(0, 1)  # [n,K,D]
         start = cache.prompt_length - self.prompt_length
         # [B,K,S,D]
-        prompt_keys, prompt_values = kept.prompt_keys[:, :, start:], kept.prompt_values[:, :, start:]
+        prompt_keys, prompt_values = (
+            kept.prompt_keys[:, :, start:],
+            kept.prompt_values[:, :, start:],
+        )
         # [B x W,K,R,D]
         keys, values = kept.keys[:, :, : self.length], kept.values[:, :, : self.length]
 
         # [B,W,K,h,D]
-        query = spread(query[0].transpose(0, 1) * scaling, self.rows, grid).unflatten(2, (-1, repeats))
+        query = spread(query[0].transpose(0, 1) * scaling, self.rows, grid).unflatten(
+            2, (-1, repeats)
+        )
         of_prompts = by_prompt(query) @ prompt_keys.transpose(2, 3)  # [B,K,W x h,S]
         of_completions = query.flatten(0, 1) @ keys.transpose(2, 3)  # [B x W,K,h,R]
         # [B,W,K,h,S+R]
-        scores = torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1) + self.additive
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        scores = (
+            torch.cat([by_row(of_prompts, grid[1]), of_completions.unflatten(0, grid)], -1)
+            + self.additive
+        )
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            query.dtype
+        )
         of_prompts, of_completions = weights.split((self.prompt_length, self.length), -1)
         output = by_row(by_prompt(of_prompts) @ prompt_values, grid[1])  # [B,W,K,h,D]
         output = output + (of_completions.flatten(0, 1) @ values).unflatten(0, grid)

@@ -4,6 +4,7 @@ A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files o
 `manifest.json` of their sizes and SHA-256. It is written under a name that starts with `.tmp-`, flushed to the disk and
 renamed last, so a run that dies at any point leaves its previous checkpoints as they were.
 """
+
 from __future__ import annotations
 
 import errno
@@ -62,7 +63,9 @@ def save_checkpoint(
     names = [*(f"{stem}.safetensors" for stem in tensors), *encoded]
     refused = [name for name in names if not _is_plain(name)]
     if refused or len(set(names)) < len(names):
-        raise ValueError(f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}: {refused or names}")
+        raise ValueError(
+            f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}: {refused or names}"
+        )
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     needed += sum(map(len, encoded.values()))
     try:
@@ -70,7 +73,9 @@ def save_checkpoint(
         os.mkdir(temporary)
         entries = {}
         for stem, group in tensors.items():
-            payload = safetensors.torch.save({key: _detached(tensor) for key, tensor in group.items()}, {"format": "pt"})
+            payload = safetensors.torch.save(
+                {key: _detached(tensor) for key, tensor in group.items()}, {"format": "pt"}
+            )
             entries[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", payload)
         for name, payload in encoded.items():
             entries[name] = _write(temporary / name, payload)
@@ -158,7 +163,9 @@ class Checkpoint:
         try:
             return safetensors.torch.load(self._read(f"{name}.safetensors"))
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path / name}.safetensors: is not a safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{self.path / name}.safetensors: is not a safetensors file: {error}"
+            ) from error
 
     def document(self, name: str) -> Any:
         """The content of the JSON file `name`; CheckpointError where the checkpoint has none."""
@@ -182,14 +189,21 @@ def verify_checkpoint(path: Path) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty where every listed file has its size and SHA-256."""
     try:
         manifest = json.loads((Path(path) / MANIFEST).read_bytes())
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if any(type(number) is not int for number in (manifest["step"], *(size for size, _ in files.values()))):
+        files = {
+            name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+        if any(
+            type(number) is not int
+            for number in (manifest["step"], *(size for size, _ in files.values()))
+        ):
             raise TypeError("the step and every size must be integers")
     except OSError as error:
         return [f"{MANIFEST}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: is not a checkpoint's manifest ({type(error).__name__}: {error})"]
-    problems = (_file_problem(Path(path), name, size, sha256) for name, (size, sha256) in files.items())
+    problems = (
+        _file_problem(Path(path), name, size, sha256) for name, (size, sha256) in files.items()
+    )
     return [problem for problem in problems if problem]
 
 
@@ -223,7 +237,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint directories of a run, lowest step first, whether valid or not; none where there is no run."""
     if not Path(run_dir).is_dir():
         return []
-    found = [path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [
+        path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
+    ]
     return sorted(found, key=_step_of)
 
 
@@ -275,7 +291,10 @@ def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
     moved = []
     for path in list_checkpoints(run_dir):
         if _step_of(path) > step:
-            names = (path.with_name(f"after-{step}-{path.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
+            names = (
+                path.with_name(f"after-{step}-{path.name}{suffix}")
+                for suffix in ("", *(f"-{n}" for n in range(2, 10_000)))
+            )
             target = next(name for name in names if not name.exists())
             os.rename(path, target)
             moved.append(target)
@@ -290,7 +309,9 @@ def clean_leftovers(run_dir: Path) -> list[Path]:
         if path.name.startswith(_REPLACED) and _NAME.fullmatch(final.name) and not final.exists():
             os.rename(path, final)
         elif path.name.startswith((_TEMPORARY, _REPLACED)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(
+                path, ignore_errors=True
+            ) if path.is_dir() and not path.is_symlink() else path.unlink()
             removed.append(path)
     return removed
 
@@ -310,7 +331,9 @@ def point_link(run_dir: Path, name: str, target: Path) -> None:
 
 
 # ---- optimizer and random state -------------------------------------------------------------------------------------
-def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def optimizer_to_tensors(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON document of the rest)."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
@@ -319,36 +342,57 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, to
             (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
     document = {
         "optimizer": type(optimizer).__name__,
-        "shapes": [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]],
+        "shapes": [
+            list(parameter.shape)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ],
         "param_groups": state["param_groups"],
         "scalars": scalars,
     }
     return tensors, document
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], document: dict[str, Any]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], document: dict[str, Any]
+) -> None:
     """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same parameters in the
     same order. Raises CheckpointError where the class, the groups, the parameters or a state's shape differ.
     """
     if document["optimizer"] != type(optimizer).__name__:
-        raise CheckpointError(f"optimizer state is of {document['optimizer']}, the run uses {type(optimizer).__name__}")
+        raise CheckpointError(
+            f"optimizer state is of {document['optimizer']}, the run uses {type(optimizer).__name__}"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = [list(parameter.shape) for parameter in parameters]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group["params"]) for group in document["param_groups"]]
     if sizes != saved_sizes:
-        raise CheckpointError(f"optimizer state has parameter groups of {saved_sizes}, the run has {sizes}")
+        raise CheckpointError(
+            f"optimizer state has parameter groups of {saved_sizes}, the run has {sizes}"
+        )
     for index, (saved, shape) in enumerate(zip(document["shapes"], shapes, strict=True)):
         if saved != shape:
-            raise CheckpointError(f"optimizer state of parameter {index} has shape {saved}, the run's has {shape}")
+            raise CheckpointError(
+                f"optimizer state of parameter {index} has shape {saved}, the run's has {shape}"
+            )
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **document["scalars"]}.items():
         index, name = key.split(".", 1)
-        if isinstance(value, torch.Tensor) and value.dim() and list(value.shape) != shapes[int(index)]:
-            raise CheckpointError(f"optimizer state {key} has shape {list(value.shape)}, its parameter {shapes[int(index)]}")
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim()
+            and list(value.shape) != shapes[int(index)]
+        ):
+            raise CheckpointError(
+                f"optimizer state {key} has shape {list(value.shape)}, its parameter {shapes[int(index)]}"
+            )
         state.setdefault(int(index), {})[name] = value
     groups = [
-        {name: tuple(value) if isinstance(current.get(name), tuple) else value for name, value in saved.items()}
+        {
+            name: tuple(value) if isinstance(current.get(name), tuple) else value
+            for name, value in saved.items()
+        }
         for saved, current in zip(document["param_groups"], optimizer.param_groups, strict=True)
     ]  # JSON made lists of tuples such as betas
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -362,8 +406,12 @@ def rng_to_tensors(
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    tensors |= {f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()}
+        tensors |= {
+            f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
+        }
+    tensors |= {
+        f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()
+    }
     algorithm, key, position, has_gauss, gauss = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(key.astype(np.int64))
     version, words, python_gauss = random.getstate()
@@ -387,7 +435,11 @@ def load_rng(
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved_devices = sum(name.startswith("cuda.") for name in tensors)
     if devices != saved_devices:
-        logger.warning("random state of %d CUDA devices was saved, %d are here: draws will differ", saved_devices, devices)
+        logger.warning(
+            "random state of %d CUDA devices was saved, %d are here: draws will differ",
+            saved_devices,
+            devices,
+        )
     try:
         torch.set_rng_state(tensors["torch"])
         for index in range(min(devices, saved_devices)):
@@ -395,8 +447,12 @@ def load_rng(
         for name, generator in (generators or {}).items():
             generator.set_state(tensors[f"generator.{name}"])
         algorithm, position, has_gauss, gauss = document["numpy"]
-        np.random.set_state((algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+        np.random.set_state(
+            (algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
+        )
         version, words, python_gauss = document["python"]
         random.setstate((version, tuple(words), python_gauss))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"random state cannot be restored: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"random state cannot be restored: {type(error).__name__}: {error}"
+        ) from error

@@ -6,6 +6,7 @@ problem of one command line (flags, recipe, combinations) is collected and repor
 
 Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of these, ...].
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,7 +38,14 @@ class ConfigError(UsageError):
 
 
 def setting(
-    default: Any, help: str, *, unit: str = "", source: str = "", unset: str = "", aliases: tuple[str, ...] = (), group: str = ""
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    source: str = "",
+    unset: str = "",
+    aliases: tuple[str, ...] = (),
+    group: str = "",
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -45,7 +53,14 @@ def setting(
     None stands for, `aliases` are further names of the flag (without dashes), `group` is the heading in --help (default:
     the name of the class).
     """
-    metadata = {"help": help, "unit": unit, "source": source, "unset": unset, "aliases": aliases, "group": group}
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "source": source,
+        "unset": unset,
+        "aliases": aliases,
+        "group": group,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -118,9 +133,13 @@ def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
         hints = get_type_hints(owner)
         for field in dataclasses.fields(owner):
             if field.name in found:
-                raise TypeError(f"{field.name} is a field of both {found[field.name].owner.__name__} and {owner.__name__}")
+                raise TypeError(
+                    f"{field.name} is a field of both {found[field.name].owner.__name__} and {owner.__name__}"
+                )
             if field.default is dataclasses.MISSING:
-                raise TypeError(f"{owner.__name__}.{field.name} needs a default that is not a factory")
+                raise TypeError(
+                    f"{owner.__name__}.{field.name} needs a default that is not a factory"
+                )
             found[field.name] = _Setting(
                 field.name, owner, *_take_apart(hints[field.name]), field.default, _help_text(field),
                 field.metadata.get("group") or _group_of(owner, field.name), tuple(field.metadata.get("aliases", ())),
@@ -130,7 +149,9 @@ def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
 
 def _group_of(owner: type, name: str) -> str:
     """The class that declares the field, so that inherited fields are listed under their own heading."""
-    declaring = next(cls for cls in owner.__mro__ if name in cls.__dict__.get("__annotations__", {}))
+    declaring = next(
+        cls for cls in owner.__mro__ if name in cls.__dict__.get("__annotations__", {})
+    )
     return declaring.__name__.removesuffix("Config").lower() or declaring.__name__
 
 
@@ -138,7 +159,11 @@ def _help_text(field: dataclasses.Field) -> str:
     unit, source = field.metadata.get("unit", ""), field.metadata.get("source", "")
     facts = [f"default {field.metadata.get('unset') or _show(field.default)}"]
     if unit:
-        facts = [f"{facts[0]} {unit}"] if isinstance(field.default, (int, float)) else [*facts, f"in {unit}"]
+        facts = (
+            [f"{facts[0]} {unit}"]
+            if isinstance(field.default, (int, float))
+            else [*facts, f"in {unit}"]
+        )
     if source:
         facts.append(source)
     return f"{field.metadata.get('help', '')} [{'; '.join(facts)}]".strip()
@@ -201,7 +226,14 @@ def _expected(setting: _Setting) -> str:
 
 
 def _toml_type(value: Any) -> str:
-    names = {bool: "boolean", int: "integer", float: "float", str: "string", list: "array", dict: "table"}
+    names = {
+        bool: "boolean",
+        int: "integer",
+        float: "float",
+        str: "string",
+        list: "array",
+        dict: "table",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -252,7 +284,9 @@ def _build_parser(
             options["metavar"] = "{" + ",".join(map(str, setting.choices)) + "}"
         else:
             options["metavar"] = setting.kind.__name__.upper()
-        groups[setting.group].add_argument(*flags, dest=setting.name, action="append", help=text, **options)
+        groups[setting.group].add_argument(
+            *flags, dest=setting.name, action="append", help=text, **options
+        )
     return parser
 
 
@@ -262,9 +296,19 @@ def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list
     --a-b becomes --a_b, --no_x of a bool becomes --x=false, --x value becomes --x=value (so that -1e-5 is a value), and
     a flag whose value is missing is taken out and reported.
     """
-    by_flag = {f"--{alias}": setting for setting in settings.values() for alias in (setting.name, *setting.aliases)}
-    off = {flag.replace("--", "--no_"): f"{flag}=false" for flag, setting in by_flag.items() if setting.kind is bool}
-    expected = {flag: _expected(setting) for flag, setting in by_flag.items() if setting.kind is not bool}
+    by_flag = {
+        f"--{alias}": setting
+        for setting in settings.values()
+        for alias in (setting.name, *setting.aliases)
+    }
+    off = {
+        flag.replace("--", "--no_"): f"{flag}=false"
+        for flag, setting in by_flag.items()
+        if setting.kind is bool
+    }
+    expected = {
+        flag: _expected(setting) for flag, setting in by_flag.items() if setting.kind is not bool
+    }
     expected |= dict.fromkeys(("--recipe", "--config"), "a name or a .toml file")
     tokens, problems, rest = [], [], list(argv)
     while rest:
@@ -292,8 +336,13 @@ def _split(
     raw: dict[str, list[str]] = {}
     for name, occurrences in vars(namespace).items():
         for occurrence in occurrences or []:
-            raw.setdefault(name, []).extend(occurrence if isinstance(occurrence, list) else [occurrence])
-    known = ["recipe", *(alias for setting in settings.values() for alias in (setting.name, *setting.aliases))]
+            raw.setdefault(name, []).extend(
+                occurrence if isinstance(occurrence, list) else [occurrence]
+            )
+    known = [
+        "recipe",
+        *(alias for setting in settings.values() for alias in (setting.name, *setting.aliases)),
+    ]
     after_unknown = False
     for extra in extras:
         is_flag = extra.startswith("-") and not extra[1:2].isdigit()
@@ -336,7 +385,11 @@ def _recipe_values(
     recipe: str, content: dict[str, Any], settings: dict[str, _Setting], script: str
 ) -> tuple[dict[str, Any], list[str]]:
     """({field: value}, problems) of the shared keys and of this script's table, which wins."""
-    names = {alias: setting.name for setting in settings.values() for alias in (setting.name, *setting.aliases)}
+    names = {
+        alias: setting.name
+        for setting in settings.values()
+        for alias in (setting.name, *setting.aliases)
+    }
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     values: dict[str, Any] = {}
     problems = [
@@ -394,18 +447,30 @@ def parse_config(
     if script not in RECIPE_TABLES:
         raise ValueError(f"script must be one of {RECIPE_TABLES}, not {script!r}")
     settings = _settings(config_classes)
-    parser = _build_parser(settings, prog=prog, description=description, recipes=_shipped_recipes(recipes_package))
+    parser = _build_parser(
+        settings, prog=prog, description=description, recipes=_shipped_recipes(recipes_package)
+    )
     raw, problems = _split(parser, argv, settings)
 
-    inherited = _inherited(inherit(raw[inherit_with][-1]), settings) if inherit and inherit_with in raw else None
-    recipe = default_recipe if inherited is None and not any(name in raw for name in default_recipe_unless) else None
+    inherited = (
+        _inherited(inherit(raw[inherit_with][-1]), settings)
+        if inherit and inherit_with in raw
+        else None
+    )
+    recipe = (
+        default_recipe
+        if inherited is None and not any(name in raw for name in default_recipe_unless)
+        else None
+    )
     if "recipe" in raw:
         recipe = raw.pop("recipe")[-1]
     values = {name: setting.default for name, setting in settings.items()}
     origins = dict.fromkeys(values, "default")
     if recipe is not None:
         try:
-            chosen, found = _recipe_values(recipe, _read_recipe(recipe, recipes_package), settings, script)
+            chosen, found = _recipe_values(
+                recipe, _read_recipe(recipe, recipes_package), settings, script
+            )
         except ConfigError as error:
             chosen, found = {}, error.problems
         problems += found
@@ -413,7 +478,11 @@ def parse_config(
         origins |= dict.fromkeys(chosen, f"recipe {recipe}")
     if inherited is not None:
         values |= {name: value for name, value in inherited.items() if origins[name] == "default"}
-        changed = [name for name in inherited if origins[name] == "default" and values[name] != settings[name].default]
+        changed = [
+            name
+            for name in inherited
+            if origins[name] == "default" and values[name] != settings[name].default
+        ]
         origins |= dict.fromkeys(changed, "resumed run")
     for name, texts in raw.items():
         try:
@@ -445,15 +514,21 @@ def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str
             f"the run that is resumed and this version do not have the same settings ({', '.join(different)} differ), "
             "so it cannot go on bit for bit; start a new run from its adapter"
         )
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+    }
 
 
-def _instances(config_classes: Sequence[type], values: dict[str, Any]) -> tuple[list[Any], list[str]]:
+def _instances(
+    config_classes: Sequence[type], values: dict[str, Any]
+) -> tuple[list[Any], list[str]]:
     """One instance of each class; what a __post_init__ refuses with a ValueError becomes a problem."""
     configs, problems = [], []
     for config_class in config_classes:
         try:
-            configs.append(config_class(**{name: values[name] for name in _field_names(config_class)}))
+            configs.append(
+                config_class(**{name: values[name] for name in _field_names(config_class)})
+            )
         except ValueError as error:
             problems += str(error).splitlines()
     return configs, problems
@@ -470,13 +545,18 @@ def describe(resolved: Resolved) -> str:
     if not rows:
         return "every setting has its default value"
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+    return "\n".join(
+        f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows
+    )
 
 
 def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
     """{name: {"value", "origin"}} of every setting, in values that JSON keeps (tuples become lists)."""
     return {
-        field.name: {"value": _json_value(getattr(config, field.name)), "origin": resolved.origins[field.name]}
+        field.name: {
+            "value": _json_value(getattr(config, field.name)),
+            "origin": resolved.origins[field.name],
+        }
         for config in resolved.configs
         for field in dataclasses.fields(config)
     }

@@ -7,6 +7,7 @@ wrong when token types are forgotten, and Qwen's model caches `rope_deltas` betw
 
 Shapes: B rows, S tokens, I images, H hidden.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,8 +18,10 @@ from data.collate import Prompts
 
 # The language model's attention and feed-forward projections. Anchored on `language_model`: both vision towers have projections
 # of the same names (SigLIP q/k/v_proj; Qwen's visual gate/up/down_proj), which plain suffixes would catch.
-LORA_TARGETS = (r"^(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\."
-                r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)$")
+LORA_TARGETS = (
+    r"^(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\."
+    r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)$"
+)
 
 
 class Family:
@@ -61,11 +64,19 @@ class Qwen25VL(Family):
     """Qwen2.5-VL (arXiv 2502.13923)."""
 
     model_type = "qwen2_5_vl"
-    image_token_names = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+    image_token_names = (
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    )
     layer_norms, head_norms, sliding_layers, fixed_images = 2, False, False, False
 
     def image_features(self, model: PreTrainedModel, image: dict[str, Tensor]) -> Tensor:
-        output = model.model.get_image_features(image["pixel_values"], image["image_grid_thw"], return_dict=True)
+        output = model.model.get_image_features(
+            image["pixel_values"], image["image_grid_thw"], return_dict=True
+        )
         return torch.cat(tuple(output.pooler_output))  # [tokens,H]
 
     def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
@@ -88,7 +99,9 @@ class Qwen25VL(Family):
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions[None].expand(3, -1, -1)  # text advances all three axes alike
 
-    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor) -> dict[str, Tensor]:
+    def attention_masks(
+        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+    ) -> dict[str, Tensor]:
         return {"full_attention": causal_mask(attention_mask, queries)[:, None]}
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
@@ -113,20 +126,31 @@ class Gemma3(Family):
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions
 
-    def attention_masks(self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor) -> dict[str, Tensor]:
+    def attention_masks(
+        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+    ) -> dict[str, Tensor]:
         causal = causal_mask(attention_mask, queries)  # [B,Q,S]
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # [S]
         window = model.config.get_text_config().sliding_window
         near = queries[..., None] - keys < window  # [Q,S] or [B,Q,S]
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
         # [B,Q,S]
-        same_image = is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]
+        same_image = (
+            is_image.gather(1, queries.expand(len(is_image), -1))[..., None] & is_image[:, None]
+        )
         full = (causal | same_image)[:, None]
-        return {"full_attention": full, "sliding_attention": full if window >= len(keys) else (causal & near | same_image)[:, None]}
+        return {
+            "full_attention": full,
+            "sliding_attention": full
+            if window >= len(keys)
+            else (causal & near | same_image)[:, None],
+        }
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         vision = config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image, 3 * vision.patch_size**2
+        return (
+            vision.image_size // vision.patch_size
+        ) ** 2 // config.mm_tokens_per_image, 3 * vision.patch_size**2
 
 
 _FAMILIES = {family.model_type: family for family in (Qwen25VL(), Gemma3())}
@@ -135,7 +159,9 @@ _FAMILIES = {family.model_type: family for family in (Qwen25VL(), Gemma3())}
 def family_of(model_type: str) -> Family:
     """The family of a configuration's `model_type`. Raises ValueError for one that this engine does not train."""
     if model_type not in _FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported; this engine trains {' and '.join(_FAMILIES)} models")
+        raise ValueError(
+            f"model type {model_type!r} is not supported; this engine trains {' and '.join(_FAMILIES)} models"
+        )
     return _FAMILIES[model_type]
 
 
@@ -159,13 +185,23 @@ def next_positions(positions: Tensor) -> Tensor:
     return (positions.amax(0) if positions.dim() == 3 else positions).amax(1) + 1
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int) -> frozenset[int]:
+def stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int
+) -> frozenset[int]:
     """Tokens that end a completion: the checkpoint's own (generation_config.eos_token_id) and the chat template's end of turn.
 
     This is all that is ever read from a generation_config: its other fields would silently change how completions are sampled.
     """
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+    configured = (
+        model.generation_config.eos_token_id if model.generation_config is not None else None
+    )
+    listed = (
+        []
+        if configured is None
+        else [configured]
+        if isinstance(configured, int)
+        else list(configured)
+    )
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return frozenset(listed + eos + [end_of_turn_id])
 
@@ -173,7 +209,9 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_
 def suppressed_ids(family: Family, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Image tokens, which the sampler never draws and which are left out of every log-probability's vocabulary."""
     vocabulary = tokenizer.get_vocab()
-    return tuple(sorted(vocabulary[name] for name in family.image_token_names if name in vocabulary))
+    return tuple(
+        sorted(vocabulary[name] for name in family.image_token_names if name in vocabulary)
+    )
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:

@@ -6,6 +6,7 @@ see its prompt and itself alone. Positions go on from the prompt's for every com
 those of the completions one by one (tests/plain.py). The vision tower does not run here: prompts bring their image's
 features (engine/vision.py).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from data.collate import Batch, Prompts
 from engine.attention import Places, SharedPromptMask, spread
 from engine.cache import DecodingMask, SamplingCache
-from engine.families import Family, language_model, lm_head_weight, logit_softcap, next_positions, unwrapped
+from engine.families import (
+    Family,
+    language_model,
+    lm_head_weight,
+    logit_softcap,
+    next_positions,
+    unwrapped,
+)
 from engine.logprobs import token_logprobs
 
 
@@ -32,7 +40,9 @@ def embed(model: nn.Module, prompts: Prompts) -> Tensor:
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
 
-def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
+def completion_hidden_states(
+    model: nn.Module, family: Family, batch: Batch
+) -> tuple[Tensor, Tensor]:
     """(hidden [K,H], targets [K]): for each of the K scored tokens, completion by completion, the state that predicts it, and
     its id.
     """
@@ -50,8 +60,13 @@ def completion_hidden_states(model: nn.Module, family: Family, batch: Batch) -> 
     return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
 
 
-def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Tensor,
-                 keep: Callable[[int, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+def read_prompts(
+    model: nn.Module,
+    family: Family,
+    prompts: Prompts,
+    places: Tensor,
+    keep: Callable[[int, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor]:
     """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that token's position.
 
     places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told every layer's keys and values,
@@ -71,7 +86,13 @@ def read_prompts(model: nn.Module, family: Family, prompts: Prompts, places: Ten
     return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
 
 
-def read_tokens(model: nn.Module, family: Family, tokens: Tensor, positions: Tensor, masks: dict[str, DecodingMask]) -> Tensor:
+def read_tokens(
+    model: nn.Module,
+    family: Family,
+    tokens: Tensor,
+    positions: Tensor,
+    masks: dict[str, DecodingMask],
+) -> Tensor:
     """[n,H]: the states that predict the next tokens of n completions after their last `tokens` [n], at `positions` [n], which are kept
     in the cache of the masks.
     """
@@ -83,8 +104,15 @@ def read_tokens(model: nn.Module, family: Family, tokens: Tensor, positions: Ten
     ).last_hidden_state[0]
 
 
-def decoding_masks(model: nn.Module, family: Family, cache: SamplingCache, rows: Tensor, steps: Tensor, prompt_mask: Tensor,
-                   length: int) -> list[dict[str, DecodingMask]]:
+def decoding_masks(
+    model: nn.Module,
+    family: Family,
+    cache: SamplingCache,
+    rows: Tensor,
+    steps: Tensor,
+    prompt_mask: Tensor,
+    length: int,
+) -> list[dict[str, DecodingMask]]:
     """For each of the next Q tokens of n completions what it sees, in every kind of layer.
 
     rows [n] int64: the completions' places in the cache; steps [Q,n] int64: the places of the tokens in their completions. prompt_mask
@@ -99,10 +127,30 @@ def decoding_masks(model: nn.Module, family: Family, cache: SamplingCache, rows:
     visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())
     dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
     once = {id(mask): mask for mask in visible.values()}  # two kinds of layers may see the same
-    numbers = {key: spread(torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf), rows, grid)
-               for key, mask in once.items()}  # [B,W,1,Q,S+R+Q-1]
-    return [{kind: DecodingMask(cache, rows, steps[i], size, length + i, numbers[id(mask)][:, :, :, i : i + 1, : size + length + i])
-             for kind, mask in visible.items()} for i in range(ahead)]
+    numbers = {
+        key: spread(
+            torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, -torch.inf
+            ),
+            rows,
+            grid,
+        )
+        for key, mask in once.items()
+    }  # [B,W,1,Q,S+R+Q-1]
+    return [
+        {
+            kind: DecodingMask(
+                cache,
+                rows,
+                steps[i],
+                size,
+                length + i,
+                numbers[id(mask)][:, :, :, i : i + 1, : size + length + i],
+            )
+            for kind, mask in visible.items()
+        }
+        for i in range(ahead)
+    ]
 
 
 def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
@@ -113,32 +161,56 @@ def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
     columns = torch.arange(batch.read_mask.shape[1], device=prompts.device)
     completions = next_positions(prompts)[batch.prompt_of_row][:, None] + columns  # [N,R]
     completions = family.expand_positions(completions)  # [..,N,R]
-    return torch.cat([prompts.flatten(-2)[..., batch.prompt_places], completions.flatten(-2)[..., batch.read_places]], -1).unsqueeze(-2)
+    return torch.cat(
+        [
+            prompts.flatten(-2)[..., batch.prompt_places],
+            completions.flatten(-2)[..., batch.read_places],
+        ],
+        -1,
+    ).unsqueeze(-2)
 
 
-def shared_prompt_masks(model: nn.Module, family: Family, batch: Batch) -> dict[str, SharedPromptMask]:
+def shared_prompt_masks(
+    model: nn.Module, family: Family, batch: Batch
+) -> dict[str, SharedPromptMask]:
     """For every kind of layer what the tokens of the packed row see: in a prompt as ever; a completion is the last part of a row
     that its prompt, padded on the left, and its own tokens make.
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
     places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets)
     of_prompts = prompt_masks(model, family, prompts)
-    alike, size, read = slice(1 if prompts.alike else None), places.prompt_shape[1], batch.read_mask.shape[1]
+    alike, size, read = (
+        slice(1 if prompts.alike else None),
+        places.prompt_shape[1],
+        batch.read_mask.shape[1],
+    )
     # A completion's padding comes after it, where none of its tokens looks: as if there were none.
     # or [1,S+R]
-    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[alike]  # [N,S+R]
+    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[
+        alike
+    ]  # [N,S+R]
     # nothing that a completion sees depends on where the image is
     text = torch.zeros_like(whole, dtype=torch.long)
-    of_completions = family.attention_masks(model, whole, text, torch.arange(size, size + read, device=rows.device))
+    of_completions = family.attention_masks(
+        model, whole, text, torch.arange(size, size + read, device=rows.device)
+    )
     # The same object where two kinds of layers see the same: what it keeps is kept once.
-    once = {id(mask): SharedPromptMask(places, of_prompts[kind], mask) for kind, mask in of_completions.items()}
+    once = {
+        id(mask): SharedPromptMask(places, of_prompts[kind], mask)
+        for kind, mask in of_completions.items()
+    }
     return {kind: once[id(mask)] for kind, mask in of_completions.items()}
 
 
 def prompt_masks(model: nn.Module, family: Family, prompts: Prompts) -> dict[str, Tensor]:
     """What the tokens of each prompt see, for every kind of layer: bool [B,1,S,S], or [1,1,S,S] where all are alike."""
-    alike, queries = slice(1 if prompts.alike else None), torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device)
-    return family.attention_masks(model, prompts.attention_mask[alike], prompts.token_types[alike], queries)
+    alike, queries = (
+        slice(1 if prompts.alike else None),
+        torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device),
+    )
+    return family.attention_masks(
+        model, prompts.attention_mask[alike], prompts.token_types[alike], queries
+    )
 
 
 def completion_logprobs(
@@ -154,7 +226,15 @@ def completion_logprobs(
     hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
     head = lm_head_weight(model)  # [V,H]
     logprobs, entropies = token_logprobs(
-        hidden, head, targets, temperature=temperature, suppress_token_ids=suppress_token_ids, softcap=logit_softcap(model),
-        entropy=entropy)  # [K]
+        hidden,
+        head,
+        targets,
+        temperature=temperature,
+        suppress_token_ids=suppress_token_ids,
+        softcap=logit_softcap(model),
+        entropy=entropy,
+    )  # [K]
     shape = tuple(batch.completion_mask.shape)
-    return spread(logprobs, batch.scored_places, shape), spread(entropies, batch.scored_places, shape) if entropy else None
+    return spread(logprobs, batch.scored_places, shape), spread(
+        entropies, batch.scored_places, shape
+    ) if entropy else None

@@ -9,6 +9,7 @@ completion are drawn before the first token, so it depends neither on which othe
 
 Shapes: N completions, n of them being written, T their greatest length, B prompts of S places, H hidden, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -73,7 +74,9 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     if top_p >= 1:
         return probabilities, probabilities.sum(1)
     # the highest bit of 1.0
-    integers, highest = (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)
+    integers, highest = (
+        (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)
+    )
     # what is at least this reaches top_p
     low = torch.zeros(len(probabilities), 1, dtype=integers, device=probabilities.device)  # [B,1]
     # [B,V] 1 or 0: masks in the probabilities' own dtype take a third of the time of bool
@@ -143,12 +146,16 @@ def generate(
     finished. Runs in eval() mode and restores the mode that it found.
     """
     if sampling.temperature > 0 and generator is None:
-        raise ValueError("sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding")
+        raise ValueError(
+            "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
+        )
     was_training = wrapped.training
     wrapped.eval()
     try:
         with sampling_layers(wrapped) as head:
-            writing = _Writing(wrapped, head, model, prompts, sampling, num_generations, max_rows, generator)
+            writing = _Writing(
+                wrapped, head, model, prompts, sampling, num_generations, max_rows, generator
+            )
             finished: dict[int, list[Completion]] = {}
             while writing.goes_on:
                 if should_stop():
@@ -175,10 +182,24 @@ class _Row:
 class _Writing:
     """All completions of a call: those that are being written, the prompts that wait, and what has been written so far."""
 
-    def __init__(self, wrapped, head: Callable[[Tensor], Tensor], model: LoadedModel, prompts: Sequence[EncodedPrompt],
-                 sampling: SamplingConfig, generations: int, max_rows: int | None,
-                 generator: torch.Generator | Sequence[torch.Generator] | None):
-        self.wrapped, self.model, self.prompts, self.sampling, self.generations = wrapped, model, prompts, sampling, generations
+    def __init__(
+        self,
+        wrapped,
+        head: Callable[[Tensor], Tensor],
+        model: LoadedModel,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingConfig,
+        generations: int,
+        max_rows: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ):
+        self.wrapped, self.model, self.prompts, self.sampling, self.generations = (
+            wrapped,
+            model,
+            prompts,
+            sampling,
+            generations,
+        )
         self.head, self.softcap, weight = head, logit_softcap(wrapped), lm_head_weight(wrapped)
         self.device = weight.device
         self.check_every = CHECK_EVERY.get(self.device.type, 1)
@@ -186,21 +207,32 @@ class _Writing:
         self.stops = torch.tensor(sorted(model.stop_ids), device=self.device)
         shape = len(prompts) * generations, sampling.max_completion_length
         self.ids = torch.full(shape, model.encoder.pad_token_id, device=self.device)  # [N,T]
-        self.logprobs, self.masses = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)
+        self.logprobs, self.masses = (
+            torch.zeros(shape, device=self.device),
+            torch.ones(shape, device=self.device),
+        )
         if sampling.temperature > 0:
-            generators = [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
+            generators = (
+                [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
+            )
             # [N,T]
-            self.uniform = torch.cat([torch.rand(generations, shape[1], generator=own) for own in generators]).to(self.device)
+            self.uniform = torch.cat(
+                [torch.rand(generations, shape[1], generator=own) for own in generators]
+            ).to(self.device)
 
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # the longest at the end, which is taken first
         self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])
-        num_places = len(prompts) if max_rows is None else min(len(prompts), max(1, max_rows // generations))
+        num_places = (
+            len(prompts) if max_rows is None else min(len(prompts), max(1, max_rows // generations))
+        )
         self.places: list[int | None] = [None] * num_places  # the prompt at each place of the cache
         self.unfinished = {i: generations for i in range(len(prompts))}
         self.cache = SamplingCache(num_places, max(lengths), generations, shape[1])
         # [B,S]
-        self.prompt_mask = torch.zeros(num_places, max(lengths), dtype=torch.bool, device=self.device)
+        self.prompt_mask = torch.zeros(
+            num_places, max(lengths), dtype=torch.bool, device=self.device
+        )
         # [B] of the first token after each prompt
         self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)
         self.rows: list[_Row] = []
@@ -217,12 +249,22 @@ class _Writing:
         """The next token of every row; returns the prompts whose completions are found to have finished, with these."""
         tokens = self._choose()
         self.written += 1
-        finished, is_time = [], self.written % self.check_every == 0 or self._longest() == self.sampling.max_completion_length
+        finished, is_time = (
+            [],
+            self.written % self.check_every == 0
+            or self._longest() == self.sampling.max_completion_length,
+        )
         if is_time:
             tokens, finished = self._take_finished_out(tokens)
         self.hidden = self.hidden[:0]
         if self.rows:
-            self.hidden = read_tokens(self.wrapped, self.model.family, tokens, self.row_positions + self.written - 1, self._next_masks())
+            self.hidden = read_tokens(
+                self.wrapped,
+                self.model.family,
+                tokens,
+                self.row_positions + self.written - 1,
+                self._next_masks(),
+            )
         if is_time:
             self._take_prompts()
         return finished
@@ -233,8 +275,21 @@ class _Writing:
     def _next_masks(self) -> dict[str, DecodingMask]:
         if not self.masks:
             # [Q,n]
-            steps = self.written - 1 - self.since + torch.arange(MASKS_AHEAD, device=self.device)[:, None]
-            self.masks = decoding_masks(self.wrapped, self.model.family, self.cache, self.row_places, steps, self.row_mask, self._longest())
+            steps = (
+                self.written
+                - 1
+                - self.since
+                + torch.arange(MASKS_AHEAD, device=self.device)[:, None]
+            )
+            self.masks = decoding_masks(
+                self.wrapped,
+                self.model.family,
+                self.cache,
+                self.row_places,
+                steps,
+                self.row_mask,
+                self._longest(),
+            )
         return self.masks.pop(0)
 
     def _choose(self) -> Tensor:
@@ -242,7 +297,9 @@ class _Writing:
         at = self.completions, self.written - self.since
         temperature = self.sampling.temperature or 1.0
         # [n,V]
-        tempered = scaled_logits(self.head(self.hidden), temperature, self.suppressed, self.softcap).log_softmax(1)
+        tempered = scaled_logits(
+            self.head(self.hidden), temperature, self.suppressed, self.softcap
+        ).log_softmax(1)
         if self.sampling.temperature > 0:
             tokens, mass = draw(tempered, self.sampling.top_p, self.uniform[at])
             self.masses[at] = mass.float()
@@ -253,10 +310,15 @@ class _Writing:
         self.stopped |= torch.isin(tokens, self.stops)
         return tokens
 
-    def _take_finished_out(self, tokens: Tensor) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
+    def _take_finished_out(
+        self, tokens: Tensor
+    ) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
         """(the tokens of the rows that go on, the prompts that have finished, with their completions)"""
         stopped = self.stopped.tolist()
-        over = [stop or self.written - row.since == self.sampling.max_completion_length for row, stop in zip(self.rows, stopped)]
+        over = [
+            stop or self.written - row.since == self.sampling.max_completion_length
+            for row, stop in zip(self.rows, stopped)
+        ]
         if not any(over):
             return tokens, []
         finished = []
@@ -266,16 +328,30 @@ class _Writing:
             if not self.unfinished[prompt]:
                 self.places[self.places.index(prompt)] = None
                 finished.append((prompt, self._completions(prompt)))
-        going_on = torch.tensor([i for i, done in enumerate(over) if not done], dtype=torch.long, device=self.device)
+        going_on = torch.tensor(
+            [i for i, done in enumerate(over) if not done], dtype=torch.long, device=self.device
+        )
         self.rows = [row for row, done in zip(self.rows, over) if not done]
         self._arrange()
         return tokens[going_on], finished
 
     def _completions(self, prompt: int) -> list[Completion]:
         rows = slice(prompt * self.generations, (prompt + 1) * self.generations)
-        ids, logprobs, masses = self.ids[rows].cpu(), self.logprobs[rows].cpu(), self.masses[rows].cpu()
-        mask, truncated = completion_mask(ids, self.model.stop_ids), is_truncated(ids, self.model.stop_ids)
-        return [Completion(ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])) for i in range(len(ids))]
+        ids, logprobs, masses = (
+            self.ids[rows].cpu(),
+            self.logprobs[rows].cpu(),
+            self.masses[rows].cpu(),
+        )
+        mask, truncated = (
+            completion_mask(ids, self.model.stop_ids),
+            is_truncated(ids, self.model.stop_ids),
+        )
+        return [
+            Completion(
+                ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])
+            )
+            for i in range(len(ids))
+        ]
 
     def _take_prompts(self) -> None:
         """Reads the next prompts into places that are free, once there are enough of them; drops such places once none waits."""
@@ -287,25 +363,38 @@ class _Writing:
             return self._shrink()
         for part in self._within(READ_TOKENS, chosen):
             places = torch.tensor([place for place, _ in part], device=self.device)
-            batch = collate_prompts([self.prompts[i] for _, i in part], self.model.encoder.pad_token_id)
+            batch = collate_prompts(
+                [self.prompts[i] for _, i in part], self.model.encoder.pad_token_id
+            )
             # their places, counted on the CPU
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)
             batch = batch.to(self.device)
-            hidden, positions = read_prompts(self.wrapped, self.model.family, batch, tokens,
-                                             partial(self.cache.keep_prompts, slots=places))
+            hidden, positions = read_prompts(
+                self.wrapped,
+                self.model.family,
+                batch,
+                tokens,
+                partial(self.cache.keep_prompts, slots=places),
+            )
             self.prompt_mask[places] = torch.nn.functional.pad(
-                batch.attention_mask, (self.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0))
+                batch.attention_mask, (self.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0)
+            )
             self.positions[places] = positions
             for place, i in part:
                 self.places[place] = i
-                self.rows += [_Row(i * self.generations + g, place * self.generations + g, self.written) for g in range(self.generations)]
+                self.rows += [
+                    _Row(i * self.generations + g, place * self.generations + g, self.written)
+                    for g in range(self.generations)
+                ]
             self.hidden = torch.cat([self.hidden, hidden.repeat_interleave(self.generations, 0)])
         order = sorted(range(len(self.rows)), key=lambda i: self.rows[i].place)
         self.rows = [self.rows[i] for i in order]
         self.hidden = self.hidden[torch.tensor(order, device=self.device)]
         self._arrange()
 
-    def _within(self, max_tokens: int, chosen: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    def _within(
+        self, max_tokens: int, chosen: list[tuple[int, int]]
+    ) -> list[list[tuple[int, int]]]:
         """The chosen (place, prompt) in lists of at most so many tokens, or of one prompt."""
         parts, tokens = [], 0
         for place, i in chosen:
@@ -322,7 +411,12 @@ class _Writing:
         for row in self.rows:
             by_prompt.setdefault(row.place // self.cache.generations, []).append(row)
         width = max(map(len, by_prompt.values()), default=0)
-        if self.waiting or not 0 < len(by_prompt) * width <= (1 - FREE_AT) * self.cache.num_prompts * self.cache.generations:
+        if (
+            self.waiting
+            or not 0
+            < len(by_prompt) * width
+            <= (1 - FREE_AT) * self.cache.num_prompts * self.cache.generations
+        ):
             return
         rows = []
         for new, (place, own) in enumerate(sorted(by_prompt.items())):
@@ -338,15 +432,21 @@ class _Writing:
 
     def _arrange(self) -> None:
         """What the steps to come need of the rows, on the device."""
+
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=self.device)
 
-        self.completions, self.row_places = tensor([row.completion for row in self.rows]), tensor([row.place for row in self.rows])
+        self.completions, self.row_places = (
+            tensor([row.completion for row in self.rows]),
+            tensor([row.place for row in self.rows]),
+        )
         self.since = tensor([row.since for row in self.rows])  # [n]
         self.stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
         prompts = self.row_places // self.cache.generations
-        longest = max((len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0)
-        self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest:]  # [n,S]
+        longest = max(
+            (len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0
+        )
+        self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest :]  # [n,S]
         # [n] of the token that is written first of all
         self.row_positions = self.positions[prompts] - self.since
         # of the tokens to come, as far as they are made

@@ -6,6 +6,7 @@ nothing of the vocabulary's size is kept for the backward pass. The head is froz
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -37,16 +38,27 @@ def token_logprobs(
     positive.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)")
+        raise ValueError(
+            f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)"
+        )
     suppressed = torch.as_tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
     logprobs, entropies = _ChunkedLogProbs.apply(
-        hidden, lm_head_weight, targets, float(temperature), suppressed, softcap, chunk_size, entropy
+        hidden,
+        lm_head_weight,
+        targets,
+        float(temperature),
+        suppressed,
+        softcap,
+        chunk_size,
+        entropy,
     )
     return logprobs, entropies if entropy else None
 
 
 @torch.no_grad()
-def scaled_logits(logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None) -> Tensor:
+def scaled_logits(
+    logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None
+) -> Tensor:
     """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from `logits` [m,V], the product of
     states and head, which may be changed. Shared with the sampler.
     """
@@ -60,7 +72,9 @@ def scaled_logits(logits: Tensor, temperature: float, suppressed: Tensor, softca
 
 
 @torch.no_grad()
-def predicted_correctly(hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
+def predicted_correctly(
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
+) -> Tensor:
     """[M] bool: whether each target is the model's most probable token. Its mean is the token accuracy."""
     chunks = [
         _head(hidden[i : i + chunk_size], lm_head_weight).argmax(1)
@@ -78,7 +92,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, suppressed, softcap, chunk_size, with_entropy):
+    def forward(
+        ctx, hidden, weight, targets, temperature, suppressed, softcap, chunk_size, with_entropy
+    ):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)  # [M]
         entropies = torch.zeros_like(logprobs)  # [M]
@@ -99,7 +115,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             z = exponentials.sum(1, keepdim=True)  # [m,1]
             logprobs[chunk] = (chosen - z.log())[:, 0]
             if with_entropy:
-                entropies[chunk] = (z.log() - _finite(logits).mul_(exponentials).sum(1, keepdim=True) / z)[:, 0]
+                entropies[chunk] = (
+                    z.log() - _finite(logits).mul_(exponentials).sum(1, keepdim=True) / z
+                )[:, 0]
             del logits
             if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
                 # [m,V]
@@ -107,7 +125,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 jacobian[chunk] = _through_head(direction, slope, weight, hidden.dtype, temperature)
                 del direction
             del exponentials, slope
-        ctx.save_for_backward(jacobian, *(hidden, entropies) if with_entropy else (None, None), weight, suppressed)
+        ctx.save_for_backward(
+            jacobian, *(hidden, entropies) if with_entropy else (None, None), weight, suppressed
+        )
         ctx.temperature, ctx.softcap, ctx.chunk_size = temperature, softcap, chunk_size
         ctx.set_materialize_grads(False)
         return logprobs, entropies
@@ -123,7 +143,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
                 # [m,V]
-                logits = scaled_logits(_head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap)
+                logits = scaled_logits(
+                    _head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap
+                )
                 slope = _slope(logits, ctx.temperature, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
                 exponentials = logits.exp()  # [m,V] z p
@@ -158,7 +180,9 @@ def _slope(logits: Tensor, temperature: float, softcap: float | None) -> Tensor 
     return logits.mul(temperature / softcap).square_().neg_().add_(1).clamp_(min=0)
 
 
-def _through_head(direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+def _through_head(
+    direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float
+) -> Tensor:
     """d / d scaled logits [m,V] -> d / d hidden [m,H] of the given dtype. Changes `direction`."""
     if slope is not None:
         direction *= slope

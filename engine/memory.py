@@ -25,6 +25,7 @@ with the entropy. While sampling a prompt's keys and values are there once for a
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -103,8 +104,11 @@ class Workload:
 
     def packed(self, completions: int) -> "Packed":
         """The largest forward of so many completions, cut as data/collate.py does."""
+
         def row(n: int) -> Packed:
-            return Packed(-(-n // self.num_generations), self.prompt_length, n, self.completion_length)
+            return Packed(
+                -(-n // self.num_generations), self.prompt_length, n, self.completion_length
+            )
 
         bound = self.max_tokens_per_forward
         fitting = [n for n in range(2, completions + 1) if bound is None or row(n).tokens <= bound]
@@ -147,13 +151,30 @@ class Forecast:
 
 def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
     """The sizes in a configuration of either family. base_parameters: the base's, tied ones once."""
-    family, text, vision = family_of(config.model_type), config.get_text_config(), config.vision_config
+    family, text, vision = (
+        family_of(config.model_type),
+        config.get_text_config(),
+        config.vision_config,
+    )
     patches, values = family.patches(config)
     return ModelShape(
-        base_parameters, text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads,
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads, text.intermediate_size, text.vocab_size,
-        family.layer_norms, family.head_norms, text.sliding_window if family.sliding_layers else None, family.fixed_images,
-        vision.hidden_size, vision.intermediate_size, patches, values)
+        base_parameters,
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        text.intermediate_size,
+        text.vocab_size,
+        family.layer_norms,
+        family.head_norms,
+        text.sliding_window if family.sliding_layers else None,
+        family.fixed_images,
+        vision.hidden_size,
+        vision.intermediate_size,
+        patches,
+        values,
+    )
 
 
 def lora_parameters(model: ModelShape, r: int) -> int:
@@ -166,7 +187,11 @@ def lora_parameters(model: ModelShape, r: int) -> int:
 def static_parts(model: ModelShape, work: Workload) -> Parts:
     """Base in its own dtype; adapters and AdamW's two moments in fp32 (the moments of the policy alone)."""
     adapter = FP32 * lora_parameters(model, work.lora_r)
-    return {"base": model.base_parameters * work.element_size, "adapters": work.adapters * adapter, "AdamW": 2 * adapter}
+    return {
+        "base": model.base_parameters * work.element_size,
+        "adapters": work.adapters * adapter,
+        "AdamW": 2 * adapter,
+    }
 
 
 # ---- one decoder layer ----------------------------------------------------------------------------------------------
@@ -183,11 +208,17 @@ def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
 def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
     """Bytes that one layer keeps for its backward pass."""
     e, q = work.element_size, model.query_width
-    norms = FP32 * (model.layer_norms * model.hidden + (q + model.key_width if model.head_norms else 0))
+    norms = FP32 * (
+        model.layer_norms * model.hidden + (q + model.key_width if model.head_norms else 0)
+    )
     attention = 2 * e * (q + model.key_width) + FP32 * model.heads  # q, output, k, v; logsumexp
     mlp = 3 * e * model.intermediate
-    inputs = (lora_inputs(work, model.hidden, 3) + lora_inputs(work, q) + lora_inputs(work, model.hidden, 2)
-              + lora_inputs(work, model.intermediate))
+    inputs = (
+        lora_inputs(work, model.hidden, 3)
+        + lora_inputs(work, q)
+        + lora_inputs(work, model.hidden, 2)
+        + lora_inputs(work, model.intermediate)
+    )
     each = norms + attention + mlp + inputs + 7 * FP32 * work.lora_r
     return row.tokens * each + row.keys * 2 * e * model.key_width
 
@@ -214,7 +245,9 @@ def backward_temporaries(model: ModelShape, work: Workload) -> int:
 
 
 # ---- vocabulary -----------------------------------------------------------------------------------------------------
-def head_chunk(model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool) -> int:
+def head_chunk(
+    model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool
+) -> int:
     """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32, which become their exponentials and
     a direction in place, beside the product in the base's dtype as they are made and the direction in it at the end; with the entropy
     the exponentials beside the logits. Soft-capping, which no published model has, is left out.
@@ -243,10 +276,18 @@ def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
     """Of the packed row: the masks are there as numbers as well, for every query head of a key head. Prompts that are alike have one
     mask, and so have their completions; sliding layers have masks of their own where the window is shorter than a row.
     """
-    alike, length = row.prompts == 1 or model.fixed_images, row.prompt_length + row.completion_length
+    alike, length = (
+        row.prompts == 1 or model.fixed_images,
+        row.prompt_length + row.completion_length,
+    )
     prompts, completions = (1, min(row.completions, 1)) if alike else (row.prompts, row.completions)
-    masks = (prompts * row.prompt_length**2 + completions * row.completion_length * length) * mask_kinds(model, length)
-    return inputs(model, work, row.tokens, masks) + masks * (model.heads // model.kv_heads) * work.element_size
+    masks = (
+        prompts * row.prompt_length**2 + completions * row.completion_length * length
+    ) * mask_kinds(model, length)
+    return (
+        inputs(model, work, row.tokens, masks)
+        + masks * (model.heads // model.kv_heads) * work.element_size
+    )
 
 
 def mask_kinds(model: ModelShape, length: int) -> int:
@@ -257,7 +298,9 @@ def vision_tower(model: ModelShape, work: Workload) -> int:
     """One image without gradient: its pixels; in a layer's MLP or, with rotary positions in fp32, its attention."""
     e, h = work.element_size, model.vision_hidden
     widest = max(e * (2 * h + 3 * model.vision_intermediate), e * 6 * h + 6 * FP32 * h)
-    return work.image_tokens * model.patches_per_token * (widest + model.pixel_values_per_patch * FP32)
+    return (
+        work.image_tokens * model.patches_per_token * (widest + model.pixel_values_per_patch * FP32)
+    )
 
 
 def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
@@ -276,31 +319,50 @@ def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
     given = gradients | {"inputs": packed_inputs(model, work, row)}
     layer = kept_by_layer(model, work, row)
     # With checkpointing each layer's input, of which the first is among the inputs
-    kept = row.tokens * (model.layers - 1) * e * h if work.gradient_checkpointing else model.layers * layer
+    kept = (
+        row.tokens * (model.layers - 1) * e * h
+        if work.gradient_checkpointing
+        else model.layers * layer
+    )
     kept += row.tokens * FP32 * h  # the last norm's input
     scored = row.completions * row.completion_length
-    yield given | {"activations": kept, "logits": head_chunk(model, work, scored, gradient=True, entropy=work.adapters > 1)}
+    yield given | {
+        "activations": kept,
+        "logits": head_chunk(model, work, scored, gradient=True, entropy=work.adapters > 1),
+    }
     recomputed = layer if work.gradient_checkpointing else 0
-    yield given | {"activations": kept + recomputed + row.tokens * backward_temporaries(model, work),
-                   "logits": scored * h * e}
+    yield given | {
+        "activations": kept + recomputed + row.tokens * backward_temporaries(model, work),
+        "logits": scored * h * e,
+    }
 
 
 def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
     """A teacher-forced forward without gradient."""
     given = {"inputs": packed_inputs(model, work, row)}
     yield given | {"activations": layer_temporaries(model, work, row.tokens, row.keys)}
-    yield given | {"activations": row.tokens * work.element_size * model.hidden,
-                   "logits": head_chunk(model, work, row.completions * row.completion_length, gradient=False, entropy=False)}
+    yield given | {
+        "activations": row.tokens * work.element_size * model.hidden,
+        "logits": head_chunk(
+            model, work, row.completions * row.completion_length, gradient=False, entropy=False
+        ),
+    }
 
 
 def sampling_weights(model: ModelShape, work: Workload) -> int:
     """In fp32, copies of the seven projections with the adapter; on a CPU of the head too (engine/sampling_layers.py)."""
     h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
     head = model.vocabulary * h if work.device == "cpu" else 0
-    return (model.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32 if work.element_size == FP32 else 0
+    return (
+        (model.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32
+        if work.element_size == FP32
+        else 0
+    )
 
 
-def decoding_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
+def decoding_moments(
+    model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
+) -> Iterator[Parts]:
     """The sampler: an image's features; the last prompts that are read together, with the whole cache there; the last step, with no
     row finished before, in its attention and in its head.
     """
@@ -309,32 +371,59 @@ def decoding_moments(model: ModelShape, work: Workload, prompts: int, generation
         yield moment | {"sampling weights": sampling_weights(model, work)}
 
 
-def writing_moments(model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool) -> Iterator[Parts]:
+def writing_moments(
+    model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
+) -> Iterator[Parts]:
     e, rows = work.element_size, prompts * generations
-    together = Packed(min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0)
-    cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(model, work, rows, work.max_completion_length)
+    together = Packed(
+        min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0
+    )
+    cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(
+        model, work, rows, work.max_completion_length
+    )
     features = prompts * work.image_tokens * model.hidden * e
     # ids (int64), log-probabilities, masses, uniform numbers
     held = rows * work.max_completion_length * 20 + features
-    yield {"inputs": held + packed_inputs(model, work, together), "KV cache": cache,
-           "activations": layer_temporaries(model, work, together.tokens, 0)}
+    yield {
+        "inputs": held + packed_inputs(model, work, together),
+        "KV cache": cache,
+        "activations": layer_temporaries(model, work, together.tokens, 0),
+    }
     length = work.prompt_length + work.max_completion_length
     # of prompts and completions, together, and their softmax
     scores = rows * model.heads * length * (2 * e + max(e, FP32))
     masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * e
-    yield {"inputs": held + masks, "KV cache": cache, "activations": scores + rows * layer_temporaries(model, work, 1, 0)}
-    yield {"inputs": held, "KV cache": cache, "logits": sampler_head(model, work, rows, greedy=greedy)}
+    yield {
+        "inputs": held + masks,
+        "KV cache": cache,
+        "activations": scores + rows * layer_temporaries(model, work, 1, 0),
+    }
+    yield {
+        "inputs": held,
+        "KV cache": cache,
+        "logits": sampler_head(model, work, rows, greedy=greedy),
+    }
 
 
 def forecast(model: ModelShape, work: Workload) -> Forecast:
     """The largest moment of every phase of a run, by part."""
     static = static_parts(model, work)
-    moments = {"update": update_moments(model, work),
-               "evaluation": decoding_moments(model, work, work.eval_rows, 1, greedy=True)}
+    moments = {
+        "update": update_moments(model, work),
+        "evaluation": decoding_moments(model, work, work.eval_rows, 1, greedy=True),
+    }
     if work.rollout_prompts:
-        moments["rollout"] = decoding_moments(model, work, work.rollout_prompts, work.num_generations, greedy=False)
+        moments["rollout"] = decoding_moments(
+            model, work, work.rollout_prompts, work.num_generations, greedy=False
+        )
         moments["scoring"] = scoring_moments(model, work, work.packed(work.micro_batch))
     else:
         moments["validation"] = scoring_moments(model, work, work.packed(work.eval_rows))
     order = ("rollout", "scoring", "update", "validation", "evaluation")
-    return Forecast({phase: static | max(moments[phase], key=lambda parts: sum(parts.values())) for phase in order if phase in moments})
+    return Forecast(
+        {
+            phase: static | max(moments[phase], key=lambda parts: sum(parts.values()))
+            for phase in order
+            if phase in moments
+        }
+    )

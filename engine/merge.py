@@ -13,6 +13,7 @@ logits of the answer's tokens of the difference to base + adapter computed in fp
 
 The folder gets its name only after that, so a merge that fails or is killed leaves none that looks finished.
 """
+
 from __future__ import annotations
 
 import os
@@ -41,7 +42,16 @@ from data.records import Example
 from engine.config import UsageError, parse_config, setting
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
-from engine.model import EMBEDDED, POLICY, LoadedModel, adapter_config, attach_adapter, load_model, looks_local, model_path
+from engine.model import (
+    EMBEDDED,
+    POLICY,
+    LoadedModel,
+    adapter_config,
+    attach_adapter,
+    load_model,
+    looks_local,
+    model_path,
+)
 from engine.run import saved_settings, write_json
 from engine.runtime import main_guard, pick_device, sha256_of, versions
 from engine.settings import FALLBACKS
@@ -51,12 +61,24 @@ FLOAT32_BOUND = 1e-4
 # times the rounding of base + adapter itself: rounding W + delta once more costs about as much
 # again
 BFLOAT16_BOUND = 2.0
-PROBE_ANSWER = "<think>Clear lungs, normal heart size, no effusion.</think><solution>No Finding</solution>"
+PROBE_ANSWER = (
+    "<think>Clear lungs, normal heart size, no effusion.</think><solution>No Finding</solution>"
+)
 # What a tokenizer, an image processor or `generate` of transformers reads beside weights and config.json.
 COPIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
 )
 
 
@@ -64,17 +86,29 @@ COPIED_FILES = (
 class MergeConfig:
     """Flags of `python -m engine.merge`."""
 
-    adapter_name_or_path: str | None = setting(None, "folder of the adapter: a finished run, or a checkpoint-<step> of one")
+    adapter_name_or_path: str | None = setting(
+        None, "folder of the adapter: a finished run, or a checkpoint-<step> of one"
+    )
     output_dir: str | None = setting(None, "new folder for the merged model")
     model_name_or_path: str | None = setting(
-        None, "base model, where it has moved: a folder, a hub name or 'demo'; without it, the base that the adapter names")
-    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the merged weights; the sum itself is always in float32")
-    num_threads: int | None = setting(None, "CPU threads of torch; else torch's own choice", unit="threads")
+        None,
+        "base model, where it has moved: a folder, a hub name or 'demo'; without it, the base that the adapter names",
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "of the merged weights; the sum itself is always in float32"
+    )
+    num_threads: int | None = setting(
+        None, "CPU threads of torch; else torch's own choice", unit="threads"
+    )
 
 
 def config_problems(config: MergeConfig) -> list[str]:
     """What is missing on the command line."""
-    return [f"--{name} is missing" for name in ("adapter_name_or_path", "output_dir") if not getattr(config, name)]
+    return [
+        f"--{name} is missing"
+        for name in ("adapter_name_or_path", "output_dir")
+        if not getattr(config, name)
+    ]
 
 
 # ---- merge ----------------------------------------------------------------------------------------------------------
@@ -151,7 +185,11 @@ def float32_decoder(net: nn.Module) -> Iterator[None]:
         return arguments, keywords | {"inputs_embeds": keywords["inputs_embeds"].float()}
 
     decoder = language_model(net)
-    owners = [module for module in decoder.modules() if next(module.parameters(recurse=False), None) is not None]
+    owners = [
+        module
+        for module in decoder.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
     handles = [decoder.register_forward_pre_hook(inputs, with_kwargs=True)]
     handles += [module.register_forward_pre_hook(cast, with_kwargs=True) for module in owners]
     handles += [module.register_forward_hook(restore) for module in owners]
@@ -169,10 +207,17 @@ def relative_difference(logits: Tensor, truth: Tensor) -> float:
 
 def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
     """Raises RuntimeError where the copied processor does not give the base's tokens and pixels."""
-    first, second = ({"ids": row.prompt.input_ids, "answer": row.completion_ids} | row.prompt.vision for row in (merged, base))
-    if first.keys() != second.keys() or not all(torch.equal(first[name], second[name]) for name in second):
-        raise RuntimeError("the copied tokenizer, chat template or image processor does not give the base's inputs; "
-                           "nothing was written")
+    first, second = (
+        {"ids": row.prompt.input_ids, "answer": row.completion_ids} | row.prompt.vision
+        for row in (merged, base)
+    )
+    if first.keys() != second.keys() or not all(
+        torch.equal(first[name], second[name]) for name in second
+    ):
+        raise RuntimeError(
+            "the copied tokenizer, chat template or image processor does not give the base's inputs; "
+            "nothing was written"
+        )
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -185,12 +230,18 @@ def base_of(config: MergeConfig) -> str:
     named, given = adapter_config(folder).base_model_name_or_path, config.model_name_or_path
     if given is None or given == named:
         if not named:
-            raise UsageError(f"{folder}: adapter_config.json names no base model; give --model_name_or_path")
+            raise UsageError(
+                f"{folder}: adapter_config.json names no base model; give --model_name_or_path"
+            )
         return named
     if named and not any(name not in EMBEDDED and looks_local(name) for name in (named, given)):
         raise UsageError(
-            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give that model or a copy of it")
-    print(f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy of it", file=sys.stderr)
+            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give that model or a copy of it"
+        )
+    print(
+        f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy of it",
+        file=sys.stderr,
+    )
     return given
 
 
@@ -199,7 +250,9 @@ def new_folder(output_dir: str) -> tuple[Path, Path]:
     final = Path(output_dir).absolute()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
-        raise UsageError(f"--output_dir {output_dir} {kind} and nothing is overwritten: name another folder")
+        raise UsageError(
+            f"--output_dir {output_dir} {kind} and nothing is overwritten: name another folder"
+        )
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
@@ -215,14 +268,23 @@ def merge(config: MergeConfig) -> dict:
     Raises UsageError for a base or an adapter that does not fit and for an output_dir in use, RuntimeError where the saved
     model differs from base + adapter by more than the bound.
     """
-    adapter, base, dtype = Path(config.adapter_name_or_path), base_of(config), getattr(torch, config.dtype)
+    adapter, base, dtype = (
+        Path(config.adapter_name_or_path),
+        base_of(config),
+        getattr(torch, config.dtype),
+    )
     settings = saved_settings(adapter)
-    bounds = {name: settings.get(name) or FALLBACKS[name] for name in ("min_visual_tokens", "max_visual_tokens")}
+    bounds = {
+        name: settings.get(name) or FALLBACKS[name]
+        for name in ("min_visual_tokens", "max_visual_tokens")
+    }
     device = pick_device(config.num_threads)
     final, temporary = new_folder(config.output_dir)
     try:
         # The truth: base + adapter in fp32. Then the merge itself, in place.
-        model = load_model(base, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds)
+        model = load_model(
+            base, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds
+        )
         wrapped = attach_adapter(model, adapter)
         with float32_decoder(wrapped):
             inputs, truth = probe_logits(model, wrapped)
@@ -241,12 +303,22 @@ def merge(config: MergeConfig) -> dict:
         check_same_inputs(merged_inputs, inputs)
         difference = relative_difference(logits, truth)
         if not difference <= bound:
-            raise RuntimeError(f"the merged model differs from base + adapter by {difference:.2e} of the logits' root mean "
-                               f"square, more than the bound {bound:.2e}; nothing was written")
+            raise RuntimeError(
+                f"the merged model differs from base + adapter by {difference:.2e} of the logits' root mean "
+                f"square, more than the bound {bound:.2e}; nothing was written"
+            )
         document = {
-            "base": base, "adapter": str(adapter), "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
-            "dtype": config.dtype, "difference": difference, "bound": bound, "difference_of_base_and_adapter": rounding,
-            "copied": copied, **bounds, "prompt": settings.get("prompt"), "versions": versions(),
+            "base": base,
+            "adapter": str(adapter),
+            "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
+            "dtype": config.dtype,
+            "difference": difference,
+            "bound": bound,
+            "difference_of_base_and_adapter": rounding,
+            "copied": copied,
+            **bounds,
+            "prompt": settings.get("prompt"),
+            "versions": versions(),
         }
         write_json(temporary / "merge.json", document)
         os.rename(temporary, final)
@@ -261,17 +333,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    resolved = parse_config([MergeConfig], argv, script="merge", prog="python -m engine.merge", validate=config_problems,
-                            description="Fold a trained adapter into its base and write a folder that plain transformers loads.")
+    resolved = parse_config(
+        [MergeConfig],
+        argv,
+        script="merge",
+        prog="python -m engine.merge",
+        validate=config_problems,
+        description="Fold a trained adapter into its base and write a folder that plain transformers loads.",
+    )
     config: MergeConfig = resolved.configs[0]
     done = merge(config)
     prompt = f" --prompt {done['prompt']}" if done["prompt"] else ""
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]
-    print(f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in, {done['dtype']}; its logits differ "
-          f"from base + adapter by {done['difference']:.1e} of their root mean square (bound {done['bound']:.1e})\n"
-          f"trained with bounds of {lowest} to {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\n"
-          f"next: python -m eval.evaluate --model_name_or_path {config.output_dir}{prompt} --min_visual_tokens {lowest} "
-          f"--max_visual_tokens {highest} --data_file NAME=FILE")
+    print(
+        f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in, {done['dtype']}; its logits differ "
+        f"from base + adapter by {done['difference']:.1e} of their root mean square (bound {done['bound']:.1e})\n"
+        f"trained with bounds of {lowest} to {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\n"
+        f"next: python -m eval.evaluate --model_name_or_path {config.output_dir}{prompt} --min_visual_tokens {lowest} "
+        f"--max_visual_tokens {highest} --data_file NAME=FILE"
+    )
     return 0
 
 

@@ -4,6 +4,7 @@ The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO load
 trained, so that what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint. There is never a second
 base.
 """
+
 from __future__ import annotations
 
 import sys
@@ -15,7 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,15 +34,24 @@ from data.prompts import Prompt
 from data.records import Example
 from engine.attention import IMPLEMENTATION
 from engine.config import UsageError
-from engine.families import LORA_TARGETS, Family, family_of, language_model, stop_ids, suppressed_ids
+from engine.families import (
+    LORA_TARGETS,
+    Family,
+    family_of,
+    language_model,
+    stop_ids,
+    suppressed_ids,
+)
 from engine.vision import VisionCache
 
 # The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name their base so, not by a path of
 # this machine.
 EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
 POLICY, REFERENCE = "default", "reference"
-_HUB_ADVICE = ("A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a gated one accept its "
-               "licence at https://huggingface.co/{} and run `hf auth login`")
+_HUB_ADVICE = (
+    "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a gated one accept its "
+    "licence at https://huggingface.co/{} and run `hf auth login`"
+)
 
 
 @dataclass(frozen=True)
@@ -71,14 +87,22 @@ def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -
     path = model_path(name)
     _check_checkpoint(name, path)
     try:
-        return Encoder.from_pretrained(path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
+        return Encoder.from_pretrained(
+            path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
+        )
     except (OSError, ValueError) as error:
         raise UsageError(_unusable(name, error)) from error
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | Literal["auto"], device: torch.device, min_visual_tokens: int, max_visual_tokens: int,
-    vision_cache_gb: float = 0.0, vision_cache_dir: str | None = None
+    name: str,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    min_visual_tokens: int,
+    max_visual_tokens: int,
+    vision_cache_gb: float = 0.0,
+    vision_cache_dir: str | None = None,
 ) -> LoadedModel:
     """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its weights are stored in;
     vision_cache_gb, vision_cache_dir: see VisionCache.
@@ -89,11 +113,19 @@ def load_model(
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
     # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do about it.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    encoder = load_encoder(name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens)
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )
+    encoder = load_encoder(
+        name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
+    )
     try:
         base, loading = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION}, output_loading_info=True)
+            path,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
+            output_loading_info=True,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(_unusable(name, error)) from error
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
@@ -105,13 +137,22 @@ def load_model(
     base.to(device).eval()
     family = family_of(base.config.model_type)
     stops = stop_ids(base, encoder.tokenizer, encoder.end_of_turn_id)
-    vision = VisionCache(base, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir)
-    return LoadedModel(name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision)
+    vision = VisionCache(
+        base, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
+    )
+    return LoadedModel(
+        name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision
+    )
 
 
 def looks_local(name: str) -> bool:
     """Whether `name` can only be a folder (or an embedded one): anything but owner/model, or owner/model where such a folder exists."""
-    return name in EMBEDDED or name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).is_dir()
+    return (
+        name in EMBEDDED
+        or name.startswith((".", "~", "/"))
+        or name.count("/") != 1
+        or Path(name).is_dir()
+    )
 
 
 def _check_checkpoint(name: str, path: str) -> None:
@@ -121,7 +162,9 @@ def _check_checkpoint(name: str, path: str) -> None:
             f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
         )
     if looks_local(name) and not (Path(path) / "config.json").is_file():
-        raise UsageError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint")
+        raise UsageError(
+            f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint"
+        )
     try:
         text = read_config(path).get("text_config") or {}
     except ValueError as error:
@@ -139,7 +182,11 @@ def _check_checkpoint(name: str, path: str) -> None:
 
 def _unusable(name: str, error: Exception) -> str:
     """What to say where a file of the checkpoint is missing, damaged or of another kind."""
-    advice = "" if looks_local(name) or not isinstance(error, OSError) else f". {_HUB_ADVICE.format(name)}"
+    advice = (
+        ""
+        if looks_local(name) or not isinstance(error, OSError)
+        else f". {_HUB_ADVICE.format(name)}"
+    )
     return f"--model_name_or_path {name}: {_first_line(error)}{advice}"
 
 
@@ -150,14 +197,21 @@ def _first_line(error: Exception) -> str:
 def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
     """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the model's outputs are unchanged."""
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LORA_TARGETS,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model.base, config)
     _finish(wrapped, model.name)
     return wrapped
 
 
-def attach_adapter(model: LoadedModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0) -> PeftModel:
+def attach_adapter(
+    model: LoadedModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0
+) -> PeftModel:
     """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it, unless SFT goes on with it.
 
     Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left
@@ -187,14 +241,19 @@ def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
 
 def adapter_config(folder: Path) -> LoraConfig:
     """The LoraConfig saved in a folder. Raises UsageError where there is none that can be read."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+    if (
+        not (folder / "adapter_config.json").is_file()
+        or not (folder / "adapter_model.safetensors").is_file()
+    ):
         raise UsageError(
             f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
         )
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{folder}: adapter_config.json cannot be read ({_first_line(error)})") from error
+        raise UsageError(
+            f"{folder}: adapter_config.json cannot be read ({_first_line(error)})"
+        ) from error
 
 
 def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
@@ -202,14 +261,21 @@ def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = 
     try:
         saved = load_file(Path(folder) / "adapter_model.safetensors")
     except SafetensorError as error:
-        raise UsageError(f"{folder}: adapter_model.safetensors cannot be read ({_first_line(error)})") from error
+        raise UsageError(
+            f"{folder}: adapter_model.safetensors cannot be read ({_first_line(error)})"
+        ) from error
     load_adapter_state(wrapped, saved, adapter, source=str(folder))
 
 
-def load_adapter_state(wrapped: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str) -> None:
+def load_adapter_state(
+    wrapped: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str
+) -> None:
     """As `load_adapter_weights`, from tensors. Raises UsageError that names `source` and the keys or shapes that do not fit."""
     expected = adapter_state(wrapped, adapter)
-    missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    missing, unexpected = (
+        sorted(expected.keys() - saved.keys()),
+        sorted(saved.keys() - expected.keys()),
+    )
     if missing or unexpected:
         examples = "; ".join(
             f"{kind}: {len(keys)}, such as {keys[0]}"
@@ -239,7 +305,10 @@ def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
     """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user gave it."""
     config = wrapped.peft_config[POLICY].to_dict()
     config |= {"base_model_name_or_path": base_name, "inference_mode": True}
-    return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in config.items()}
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in config.items()
+    }
 
 
 @contextmanager
@@ -285,7 +354,9 @@ def compile_decoder(model: nn.Module) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1, options=options)(torch.zeros(8, device=decoder.device))
     except (RuntimeError, ImportError, OSError) as error:
-        raise UsageError(f"--compile: torch cannot compile on this machine: {_first_line(error)}") from error
+        raise UsageError(
+            f"--compile: torch cannot compile on this machine: {_first_line(error)}"
+        ) from error
     # A part has a graph for each adapter, kind of layer, and with and without gradient. Past the limit torch would go on without
     # compiling, unseen, and round differently from then on.
     torch._dynamo.config.recompile_limit = 64
@@ -310,7 +381,11 @@ def _set_trainable(wrapped: PeftModel) -> None:
             parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
     leaked = [
-        name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and "language_model." not in name
+        name
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad and "language_model." not in name
     ]
     if leaked:
-        raise RuntimeError(f"LoRA reached outside the language model: {leaked[0]} and {len(leaked) - 1} more")
+        raise RuntimeError(
+            f"LoRA reached outside the language model: {leaked[0]} and {len(leaked) - 1} more"
+        )

@@ -1,4 +1,5 @@
 """AdamW's parameter groups, the learning rate as a pure function of the step, and the gradient's norm."""
+
 from __future__ import annotations
 
 import math
@@ -10,17 +11,23 @@ from torch import Tensor, nn
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained, in the model's order (the order of the optimizer's state)."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
 
 
-def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, betas 0.9 and 0.999, eps 1e-8 (the paper names only AdamW).
 
     LoRA matrices all have two dimensions, so all are decayed, in one group. They are fp32, and so is the state.
     """
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     if not parameters:
-        raise ValueError("the model has no trainable parameters; the adapter was not attached or is frozen")
+        raise ValueError(
+            "the model has no trainable parameters; the adapter was not attached or is frozen"
+        )
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 

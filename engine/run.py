@@ -2,6 +2,7 @@
 
 Nothing here touches a gradient.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,8 +39,22 @@ from engine.runtime import run_directory, sha256_of, versions
 from engine.tracking import STEP_LOGS
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by SHA-256.
-FREE_TO_CHANGE = ("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "train_file", "validation_file", "image_root",
-                  "dump_step", "stop_when", "warn_when", "show_batch", "dry_run", "vision_cache_gb", "vision_cache_dir")
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "train_file",
+    "validation_file",
+    "image_root",
+    "dump_step",
+    "stop_when",
+    "warn_when",
+    "show_batch",
+    "dry_run",
+    "vision_cache_gb",
+    "vision_cache_dir",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +77,31 @@ class TrainerState:
     def record_evaluation(self, metric: float, *, greater_is_better: bool) -> bool:
         """Note an evaluation at this step; returns whether it is the best so far. NaN is never the best."""
         better = metric == metric and (
-            self.best_metric is None or (metric > self.best_metric if greater_is_better else metric < self.best_metric)
+            self.best_metric is None
+            or (metric > self.best_metric if greater_is_better else metric < self.best_metric)
         )
         if better:
             self.best_metric, self.best_model_checkpoint = metric, f"checkpoint-{self.global_step}"
-        self.evaluations_without_improvement = 0 if better else self.evaluations_without_improvement + 1
+        self.evaluations_without_improvement = (
+            0 if better else self.evaluations_without_improvement + 1
+        )
         return better
 
 
 # ---- configuration of the run ---------------------------------------------------------------------------------------
-def run_document(resolved: Resolved, script: str, data_files: Mapping[str, Path], bad_images: Mapping[str, list[dict]]) -> dict:
+def run_document(
+    resolved: Resolved,
+    script: str,
+    data_files: Mapping[str, Path],
+    bad_images: Mapping[str, list[dict]],
+) -> dict:
     """config.json: every setting with its origin, the data files with their SHA-256 and what data.select noted of them, the
     examples left out for their images, and the versions that ran.
     """
-    data = {name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path) for name, path in data_files.items()}
+    data = {
+        name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path)
+        for name, path in data_files.items()
+    }
     return {
         "script": script,
         "recipe": resolved.recipe,
@@ -94,13 +120,17 @@ def _selection(data_file: Path) -> dict[str, Any]:
     try:
         return {"selection": json.loads(path.read_text(encoding="utf-8"))}
     except ValueError as error:
-        raise UsageError(f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it") from error
+        raise UsageError(
+            f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it"
+        ) from error
 
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, path)
 
 
@@ -123,8 +153,9 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
-def usable_examples(sets: Mapping[str, list[Example]], policy: Literal["fail", "skip"],
-                    resumed: dict | None = None) -> tuple[dict[str, list[Example]], dict[str, list[dict]]]:
+def usable_examples(
+    sets: Mapping[str, list[Example]], policy: Literal["fail", "skip"], resumed: dict | None = None
+) -> tuple[dict[str, list[Example]], dict[str, list[dict]]]:
     """(data sets to use, {name: rows of the examples left out}), as --bad_images says.
 
     fail: every image file must be there; what is in it shows when it is needed. skip: all images are read now, unless the run
@@ -136,10 +167,15 @@ def usable_examples(sets: Mapping[str, list[Example]], policy: Literal["fail", "
         return dict(sets), {name: [] for name in sets}
     if resumed is None:
         checked = {name: without_bad_images(examples, name) for name, examples in sets.items()}
-        return {name: good for name, (good, _) in checked.items()}, {name: bad for name, (_, bad) in checked.items()}
+        return {name: good for name, (good, _) in checked.items()}, {
+            name: bad for name, (_, bad) in checked.items()
+        }
     bad = resumed["bad_images"]
     ids = {name: {row["id"] for row in bad.get(name, [])} for name in sets}
-    kept = {name: [example for example in examples if example.id not in ids[name]] for name, examples in sets.items()}
+    kept = {
+        name: [example for example in examples if example.id not in ids[name]]
+        for name, examples in sets.items()
+    }
     check_images(example for examples in kept.values() for example in examples)
     return kept, bad
 
@@ -153,7 +189,9 @@ def write_bad_images(folder: Path, bad: Mapping[str, list[dict]]) -> None:
 
 def bad_images_line(bad: Mapping[str, list[dict]]) -> str:
     """What the banner's line on data says of the examples left out; empty where there are none."""
-    counts = ", ".join(f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad.items() if rows)
+    counts = ", ".join(
+        f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad.items() if rows
+    )
     return f"; left out for their images: {counts}" if counts else ""
 
 
@@ -174,10 +212,17 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
         raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
     resolved = path.resolve()  # `last` and `best` are links
     if resolved.name.startswith("checkpoint-"):
-        return load_checkpoint(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved), []
+        return load_checkpoint(
+            resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved
+        ), []
     newest, rejected = latest_valid_checkpoint(path)
     if newest is None:
-        raise CheckpointError([f"--resume_from_checkpoint {named}: the folder holds no sound checkpoint-<step>", *rejected])
+        raise CheckpointError(
+            [
+                f"--resume_from_checkpoint {named}: the folder holds no sound checkpoint-<step>",
+                *rejected,
+            ]
+        )
     return load_checkpoint(newest), rejected
 
 
@@ -193,15 +238,21 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
         raise UsageError(
             f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume it with that script"
         )
-    return {name: entry["value"] for name, entry in document["settings"].items()} | {"output_dir": None}
+    return {name: entry["value"] for name, entry in document["settings"].items()} | {
+        "output_dir": None
+    }
 
 
-def run_folder(checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]) -> Path:
+def run_folder(
+    checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]
+) -> Path:
     """The folder of this run: that of the checkpoint it goes on from, or a new one where output_dir names another.
 
     Raises UsageError where that other folder is not empty.
     """
-    if checkpoint is not None and (output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent.resolve()):
+    if checkpoint is not None and (
+        output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent.resolve()
+    ):
         return checkpoint.path.parent
     return run_directory(output_dir, kind)
 
@@ -227,7 +278,9 @@ def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
             ]
         )
     settings = {
-        name: saved["settings"][name] if saved["settings"].get(name, {}).get("value") == entry["value"] else entry
+        name: saved["settings"][name]
+        if saved["settings"].get(name, {}).get("value") == entry["value"]
+        else entry
         for name, entry in document["settings"].items()
     }  # a value that did not change keeps its origin
     return document | {"recipe": saved["recipe"], "settings": settings}
@@ -272,7 +325,10 @@ def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
 
 def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
     """The hashes of the run's reference. Raises UsageError where it is not the adapter that the run began with."""
-    folder, before = checkpoint.path.parent / "reference", checkpoint.document("config.json")["reference"]
+    folder, before = (
+        checkpoint.path.parent / "reference",
+        checkpoint.document("config.json")["reference"],
+    )
     now = _reference_hashes(folder)
     if now != before:
         changed = next(name for name in before if now.get(name) != before[name])
@@ -291,15 +347,27 @@ def _reference_hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def restore(checkpoint: Checkpoint, wrapped: PeftModel, optimizer: torch.optim.Optimizer,
-            generators: Mapping[str, torch.Generator] | None = None) -> TrainerState:
+def restore(
+    checkpoint: Checkpoint,
+    wrapped: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator] | None = None,
+) -> TrainerState:
     """Put adapter, optimizer and every source of randomness back where the checkpoint has them."""
     load_adapter_state(wrapped, checkpoint.tensors("adapter_model"), source=str(checkpoint.path))
-    load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json"))
+    load_optimizer(
+        optimizer, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json")
+    )
     load_rng(checkpoint.tensors("rng"), checkpoint.document("rng.json"), generators)
     state = TrainerState(**checkpoint.document("trainer_state.json"))
-    if state.best_model_checkpoint is not None and not (checkpoint.path.parent / state.best_model_checkpoint).is_dir():
-        logger.warning("the best checkpoint so far, %s, is no longer there: the best is chosen among later ones", state.best_model_checkpoint)
+    if (
+        state.best_model_checkpoint is not None
+        and not (checkpoint.path.parent / state.best_model_checkpoint).is_dir()
+    ):
+        logger.warning(
+            "the best checkpoint so far, %s, is no longer there: the best is chosen among later ones",
+            state.best_model_checkpoint,
+        )
         state.best_metric = state.best_model_checkpoint = None
     return state
 
@@ -340,7 +408,9 @@ def save_training_checkpoint(
             "config.json": config_document,
             **(documents or {}),
         },
-        notes={"reference": config_document["reference"]} if "reference" in config_document else None,
+        notes={"reference": config_document["reference"]}
+        if "reference" in config_document
+        else None,
     )
     point_link(run_dir, "last", path)
     best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None
@@ -350,12 +420,17 @@ def save_training_checkpoint(
     return path
 
 
-def save_final_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel, *, base_name: str) -> None:
+def save_final_adapter(
+    run_dir: Path, state: TrainerState, wrapped: PeftModel, *, base_name: str
+) -> None:
     """The run's result at the top of its folder, as plain peft loads it; its presence says that the run has finished."""
     write_json(run_dir / "trainer_state.json", asdict(state))
     write_json(run_dir / "adapter_config.json", adapter_config_document(wrapped, base_name))
     temporary = run_dir / ".tmp-adapter_model.safetensors"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(wrapped, POLICY).items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in adapter_state(wrapped, POLICY).items()
+    }
     temporary.write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
     os.replace(temporary, run_dir / "adapter_model.safetensors")
 
@@ -374,7 +449,9 @@ def shuffled(count: int, epoch: int, seed: int) -> list[int]:
     """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume needs no position of a
     loader.
     """
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    ).tolist()
 
 
 def in_chunks(items: Sequence, size: int) -> list[Sequence]:

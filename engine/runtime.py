@@ -1,4 +1,5 @@
 """What a run needs around its loop: seeds, device, signals, its directory and lock, versions, exit codes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,8 +49,14 @@ def pick_device(num_threads: int | None = None) -> torch.device:
 
 def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:
     """The base model's precision. Raises UsageError for bf16 on a GPU that has none (before NVIDIA's Ampere generation)."""
-    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UsageError(f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for float32")
+    if (
+        bf16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UsageError(
+            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for float32"
+        )
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -100,7 +107,10 @@ class SignalGuard:
 
 # ---- run directory --------------------------------------------------------------------------------------------------
 def run_directory(
-    output_dir: str | Path | None, kind: Literal["sft", "grpo", "eval", "report", "matrix"], *, root: Path = Path("runs")
+    output_dir: str | Path | None,
+    kind: Literal["sft", "grpo", "eval", "report", "matrix"],
+    *,
+    root: Path = Path("runs"),
 ) -> Path:
     """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
 
@@ -117,7 +127,11 @@ def run_directory(
     if content:
         raise UsageError(
             f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is overwritten: "
-            + ("name another folder, or go on with --resume_from_checkpoint" if kind in ("sft", "grpo") else "name another folder")
+            + (
+                "name another folder, or go on with --resume_from_checkpoint"
+                if kind in ("sft", "grpo")
+                else "name another folder"
+            )
         )
     return directory
 
@@ -147,8 +161,14 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-                raise UsageError(f"{run_dir} is in use by another run (process {holder})") from error
-            logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run_dir, error.strerror)
+                raise UsageError(
+                    f"{run_dir} is in use by another run (process {holder})"
+                ) from error
+            logger.warning(
+                "%s cannot be locked (%s): make sure that no other run uses it",
+                run_dir,
+                error.strerror,
+            )
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
@@ -156,18 +176,25 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def newest_finished_run(root: Path, kind: Literal["sft", "grpo"], base: str | None = None) -> Path | None:
+def newest_finished_run(
+    root: Path, kind: Literal["sft", "grpo"], base: str | None = None
+) -> Path | None:
     """The newest run of a kind below `root`, by the time in its name, that has saved its final adapter; with `base`, the newest
     whose adapter names that base model.
     """
     if not Path(root).is_dir():
         return None
-    names = {path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name) for path in Path(root).iterdir()}
+    names = {
+        path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name)
+        for path in Path(root).iterdir()
+    }
     finished = ("config.json", "adapter_config.json", "adapter_model.safetensors")
     runs = [
         (match[1], int(match[2] or 1), path)
         for path, match in names.items()
-        if match and all((path / name).is_file() for name in finished) and base in (None, _adapter_base(path))
+        if match
+        and all((path / name).is_file() for name in finished)
+        and base in (None, _adapter_base(path))
     ]
     return max(runs)[-1] if runs else None
 
@@ -175,7 +202,9 @@ def newest_finished_run(root: Path, kind: Literal["sft", "grpo"], base: str | No
 def _adapter_base(run: Path) -> str | None:
     """The base model that a run's adapter names; None where its file cannot be read."""
     try:
-        return json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -200,7 +229,9 @@ def versions() -> dict[str, str]:
 
 def environment_banner(device: torch.device) -> str:
     """One line for the top of the log and for bug reports."""
-    return " | ".join([f"device {device}", *(f"{name} {version}" for name, version in versions().items())])
+    return " | ".join(
+        [f"device {device}", *(f"{name} {version}" for name, version in versions().items())]
+    )
 
 
 # ---- exit codes -----------------------------------------------------------------------------------------------------
@@ -218,5 +249,7 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; what was done since the last checkpoint is not saved", file=sys.stderr)
+        print(
+            "stopped at once; what was done since the last checkpoint is not saved", file=sys.stderr
+        )
         return 130

@@ -5,6 +5,7 @@ adapts, in place of two more products beside each. On a CPU these copies, and th
 faster its products are depends on the processor (tests/benchmarks/sampling_layers.py: 1.6 to 2.8 times as fast as torch's on an AMD
 EPYC). The model itself is not changed: its layers have another `forward` for a while, so hooks on a layer's parts do not see it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     try:
         for layer in _linear_layers(language_model(model)):
             if (forward := _forward(layer)) is not None:
-                before.append((layer, {name: own for name, own in vars(layer).items() if name == "forward"}))
+                before.append(
+                    (layer, {name: own for name, own in vars(layer).items() if name == "forward"})
+                )
                 layer.forward = forward
         weight = lm_head_weight(model)
         product = _product(weight)
@@ -56,14 +59,18 @@ def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if not isinstance(layer, LoraLayer):
         return _product(layer.weight, layer.bias) if _is_packable(layer.weight) else None
     base = layer.get_base_layer()
-    is_plain = isinstance(base, nn.Linear) and not (layer.merged or layer.lora_variant or any(layer.lora_bias.values()))
+    is_plain = isinstance(base, nn.Linear) and not (
+        layer.merged or layer.lora_variant or any(layer.lora_bias.values())
+    )
     if not is_plain or torch.finfo(base.weight.dtype).bits < 32:
         return None
     merged = base.weight.detach()
     for name in layer.active_adapters:
         if name in layer.lora_A and not layer.disable_adapters:
             # [out,r]
-            a, b = (part[name].weight.detach().to(merged.dtype) for part in (layer.lora_A, layer.lora_B))  # [r,in]
+            a, b = (
+                part[name].weight.detach().to(merged.dtype) for part in (layer.lora_A, layer.lora_B)
+            )  # [r,in]
             merged = merged + b @ a * layer.scaling[name]
     return _product(merged, base.bias)
 
@@ -96,4 +103,8 @@ def _rounded_up(rows: int) -> int:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )

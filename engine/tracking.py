@@ -3,6 +3,7 @@
 Writing never stops a training: a disk that is full or a TensorBoard that fails costs one warning. Names of timings are
 `step_time` or start with `time/` (see `is_timing`); all other metrics of a run on one machine are reproducible.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -56,10 +57,17 @@ class MetricAccumulator:
         self._entries: dict[str, list[tuple[Any, Any]]] = {}
         self._reductions: dict[str, str] = {}
         for name, (reduction, entries) in (state or {}).items():
-            self._reductions[name], self._entries[name] = reduction, [tuple(entry) for entry in entries]
+            self._reductions[name], self._entries[name] = (
+                reduction,
+                [tuple(entry) for entry in entries],
+            )
 
     def add(
-        self, name: str, value: float | torch.Tensor, weight: float | torch.Tensor = 1.0, reduction: Reduction = "mean"
+        self,
+        name: str,
+        value: float | torch.Tensor,
+        weight: float | torch.Tensor = 1.0,
+        reduction: Reduction = "mean",
     ) -> None:
         """Add one measurement; 0-d tensors are kept as they are, so that nothing waits for the device before `collect`.
 
@@ -68,7 +76,9 @@ class MetricAccumulator:
         if reduction not in ("mean", "min", "max", "sum"):
             raise ValueError(f"metric {name}: unknown reduction {reduction!r}")
         if self._reductions.setdefault(name, reduction) != reduction:
-            raise ValueError(f"metric {name}: reduction {reduction!r} after {self._reductions[name]!r}")
+            raise ValueError(
+                f"metric {name}: reduction {reduction!r} after {self._reductions[name]!r}"
+            )
         self._entries.setdefault(name, []).append((_detach(value), _detach(weight)))
 
     def add_all(self, metrics: Mapping[str, WeightedMetric]) -> None:
@@ -79,7 +89,10 @@ class MetricAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """What has been added since the last `collect`, as JSON can hold it."""
         return {
-            name: [self._reductions[name], [[float(value), float(weight)] for value, weight in entries]]
+            name: [
+                self._reductions[name],
+                [[float(value), float(weight)] for value, weight in entries],
+            ]
             for name, entries in self._entries.items()
         }
 
@@ -105,7 +118,9 @@ def _combine(weighted: list[tuple[float, float]], reduction: str) -> float:
     if any(map(math.isnan, values)):
         return math.nan  # Python's min and max would hide it, depending on the order
     if reduction == "mean":
-        return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
+        return sum(value * weight for value, weight in weighted) / sum(
+            weight for _, weight in weighted
+        )
     return {"min": min, "max": max, "sum": sum}[reduction](values)
 
 
@@ -118,7 +133,11 @@ class RunLogger:
     """
 
     def __init__(
-        self, run_dir: Path, *, resume_step: int | None = None, log_history: Sequence[Mapping[str, Any]] = ()
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int | None = None,
+        log_history: Sequence[Mapping[str, Any]] = (),
     ):
         self.run_dir = Path(run_dir)
         self.log_history = [dict(entry) for entry in log_history]
@@ -155,7 +174,10 @@ class RunLogger:
         where = {"step": step, "epoch": epoch, "split": split, "dataset": dataset}
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append("metrics.jsonl", [{key: value for key, value in where.items() if value is not None} | finite])
+        self._append(
+            "metrics.jsonl",
+            [{key: value for key, value in where.items() if value is not None} | finite],
+        )
         prefix = "" if split == "train" else f"{split}_{dataset}_" if dataset else f"{split}_"
         entry = {f"{prefix}{name}": value for name, value in finite.items()} | {"step": step}
         self.log_history.append(entry if epoch is None else entry | {"epoch": epoch})
@@ -199,7 +221,9 @@ class RunLogger:
         with self._degrading(filename):
             separator = "\n" if filename in self._torn else ""
             self._torn.add(filename)
-            with open(self.run_dir / filename, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(
+                self.run_dir / filename, "a", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 file.write(separator + text)
             self._torn.remove(filename)
 
@@ -277,15 +301,32 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, *, initial: int = 0, description: str = "", interval: float = 30.0, stream: TextIO | None = None
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        description: str = "",
+        interval: float = 30.0,
+        stream: TextIO | None = None,
     ):
-        self.total, self.step, self.description, self.interval = total, initial, description, interval
+        self.total, self.step, self.description, self.interval = (
+            total,
+            initial,
+            description,
+            interval,
+        )
         self._initial, self._start = initial, time.monotonic()
         self._printed = -math.inf  # the first update always shows
         self._stream = sys.stderr if stream is None else stream
         self._bar = None
         if _is_terminal(self._stream):
-            self._bar = tqdm(total=total, initial=initial, desc=description, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description,
+                file=self._stream,
+                dynamic_ncols=True,
+            )
 
     def update(self, postfix: Mapping[str, float | str] | None = None) -> None:
         """Advance by one and show the values, numbers with four digits."""
@@ -299,7 +340,9 @@ class Progress:
         now = time.monotonic()
         if now - self._printed >= self.interval or self.step >= self.total:
             self._printed = now
-            self.write(f"{self.description} {self.step}/{self.total} {shown} {self._times(now)}".strip())
+            self.write(
+                f"{self.description} {self.step}/{self.total} {shown} {self._times(now)}".strip()
+            )
 
     def write(self, line: str) -> None:
         """Print a line without breaking the bar; characters the console cannot show are replaced."""

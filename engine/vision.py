@@ -4,6 +4,7 @@ Nothing of the tower is trained, so an image's features never change. Rollouts, 
 epochs of SFT and evaluation take them from here. An image goes through the tower alone, so that its features do not depend on
 which images came with it: with a warm cache, a cold one or none a run is the same to the last bit.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -39,10 +40,20 @@ class VisionCache:
     deleted there. Raises UsageError where it is no folder.
     """
 
-    def __init__(self, base: PreTrainedModel, family: Family, encoder: Encoder, *, max_bytes: int, folder: Path | None = None):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        family: Family,
+        encoder: Encoder,
+        *,
+        max_bytes: int,
+        folder: Path | None = None,
+    ):
         self.base, self.family, self.encoder, self.max_bytes = base, family, encoder, max_bytes
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise UsageError(f"--vision_cache_dir {folder}: not a folder; give one, it need not exist yet")
+            raise UsageError(
+                f"--vision_cache_dir {folder}: not a folder; give one, it need not exist yet"
+            )
         self.folder = None if folder is None else Path(folder) / fingerprint(base, encoder)
         self._kept: OrderedDict[str, Vision] = OrderedDict()  # by image, the last used at the end
         self._kept_bytes = 0
@@ -66,7 +77,9 @@ class VisionCache:
         image = self.encoder.encode_image(example)
         pixels = {name: tensor.to(self.base.device) for name, tensor in image.items()}
         features = self.family.image_features(self.base, pixels).cpu()
-        return {"features": features} | {name: tensor for name, tensor in image.items() if name != "pixel_values"}
+        return {"features": features} | {
+            name: tensor for name, tensor in image.items() if name != "pixel_values"
+        }
 
     def _keep(self, image: str, vision: Vision) -> None:
         self._kept[image] = vision
@@ -95,7 +108,9 @@ class VisionCache:
         temporary = self.folder / f".{image}.{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in vision.items()}))
+            temporary.write_bytes(
+                save({name: tensor.contiguous() for name, tensor in vision.items()})
+            )
             os.replace(temporary, self.folder / f"{image}.safetensors")
         except OSError as error:  # a full disk must not end a run that needs nothing of it
             logger.warning("image features are not kept in %s any more: %s", self.folder, error)
@@ -110,8 +125,18 @@ def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
     """32 hex digits of all that an image's features depend on: the weights outside the decoder and their dtype, the image
     processor, the device's kind and the libraries' versions.
     """
-    digest = hashlib.sha256(json.dumps([base.device.type, torch.__version__, transformers.__version__, encoder.image_processor.to_dict()],
-                                       sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            [
+                base.device.type,
+                torch.__version__,
+                transformers.__version__,
+                encoder.image_processor.to_dict(),
+            ],
+            sort_keys=True,
+            default=str,
+        ).encode()
+    )
     for name, tensor in base.state_dict().items():
         if "language_model." not in name and "lm_head" not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -45,9 +45,16 @@ def chosen_ids(answers: Predictions, count: int, seed: int) -> list[str]:
         for candidates in waiting.values():
             if candidates and len(ids) < count:
                 labels = {
-                    n: np.flatnonzero(answers.targets[n] | answers.predictions[n]).tolist() for n in candidates[:_CANDIDATES]
+                    n: np.flatnonzero(answers.targets[n] | answers.predictions[n]).tolist()
+                    for n in candidates[:_CANDIDATES]
                 }
-                best = min(labels, key=lambda n: (sum(seen[k] for k in labels[n]) / max(1, len(labels[n])), candidates.index(n)))
+                best = min(
+                    labels,
+                    key=lambda n: (
+                        sum(seen[k] for k in labels[n]) / max(1, len(labels[n])),
+                        candidates.index(n),
+                    ),
+                )
                 candidates.remove(best)
                 seen.update(labels[best])
                 ids.append(answers.ids[best])
@@ -55,7 +62,12 @@ def chosen_ids(answers: Predictions, count: int, seed: int) -> list[str]:
 
 
 def sample_cases(
-    entries: Sequence[Entry], comparisons: Sequence[Comparison], count: int, *, seed: int, image_root: str | None = None
+    entries: Sequence[Entry],
+    comparisons: Sequence[Comparison],
+    count: int,
+    *,
+    seed: int,
+    image_root: str | None = None,
 ) -> Cases:
     """`count` cases over all data sets, by the answers of each set's last model. An image that cannot be read is left out."""
     cases, prompts = [], {}
@@ -67,7 +79,11 @@ def sample_cases(
         pictures = _pictures(models, comparison.data_set, ids, image_root)
         places = {id: n for n, id in enumerate(comparison.first.ids)}
         shown = {
-            entry.name: (comparison.predictions[entry.name], outcomes(comparison.predictions[entry.name])) for entry in models
+            entry.name: (
+                comparison.predictions[entry.name],
+                outcomes(comparison.predictions[entry.name]),
+            )
+            for entry in models
         }
         for id in ids:
             answers = [
@@ -91,7 +107,11 @@ def sample_cases(
             )
             prompts |= {str(rows[entry.name][id].get("prompt")): None for entry in models}
     return Cases(
-        cases, [(name, PROMPTS[name].text if name in PROMPTS else "(its text is not in this version)") for name in prompts]
+        cases,
+        [
+            (name, PROMPTS[name].text if name in PROMPTS else "(its text is not in this version)")
+            for name in prompts
+        ],
     )
 
 
@@ -105,9 +125,15 @@ def _rows(path: Path, ids: set[str]) -> dict[str, dict]:
 def _answer(model: str, row: Mapping, outcome: str, jaccard: float) -> ModelAnswer:
     answer = parse_answer(row["completion"], row["answer_format"])
     facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", f"{row['completion_length']:,}")]
-    for name, reward in (row.get("rewards") or {}).items() if isinstance(row.get("rewards"), dict) else ():
-        if isinstance(reward, dict) and all(isinstance(value, (int, float)) for value in reward.values()):
-            parts = " ".join(f"{round(value, 3):+g} {part}" for part, value in reward.items() if part != "total")
+    for name, reward in (
+        (row.get("rewards") or {}).items() if isinstance(row.get("rewards"), dict) else ()
+    ):
+        if isinstance(reward, dict) and all(
+            isinstance(value, (int, float)) for value in reward.values()
+        ):
+            parts = " ".join(
+                f"{round(value, 3):+g} {part}" for part, value in reward.items() if part != "total"
+            )
             facts.append((f"{name} reward", f"{round(reward.get('total', 0), 3):g} = {parts}"))
     facts += [
         (name, value)
@@ -118,20 +144,29 @@ def _answer(model: str, row: Mapping, outcome: str, jaccard: float) -> ModelAnsw
         )
         if value
     ]
-    return ModelAnswer(model, outcome, (answer.think or "").strip(), list(answer.labels), row["completion"], facts)
+    return ModelAnswer(
+        model, outcome, (answer.think or "").strip(), list(answer.labels), row["completion"], facts
+    )
 
 
-def _pictures(models: Sequence[Entry], data_set: str, ids: Sequence[str], image_root: str | None) -> dict[str, Picture]:
+def _pictures(
+    models: Sequence[Entry], data_set: str, ids: Sequence[str], image_root: str | None
+) -> dict[str, Picture]:
     """{id: its picture}, from the first model's data file that is still there and holds the images."""
     for entry in models:
         file = entry.data_file(data_set)
         root = image_root or entry.settings.get("image_root")
         if file is not None:
             try:
-                examples = {example.id: example for example in read_jsonl(file, located(root, entry.folder) if root else None)}
+                examples = {
+                    example.id: example
+                    for example in read_jsonl(file, located(root, entry.folder) if root else None)
+                }
             except DataError:
                 continue
-            return {id: picture for id in ids if id in examples and (picture := _picture(examples[id]))}
+            return {
+                id: picture for id in ids if id in examples and (picture := _picture(examples[id]))
+            }
     return {}
 
 

@@ -18,9 +18,25 @@ from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.comparison import Comparison, compare
 from eval.document import Document, Picture, Section, Table, Text, to_text
-from eval.figures import FIGURE_1, MISSING, Panel, available, draw_labels, draw_training, reward_panels
+from eval.figures import (
+    FIGURE_1,
+    MISSING,
+    Panel,
+    available,
+    draw_labels,
+    draw_training,
+    reward_panels,
+)
 from eval.report import write
-from eval.results import Entry, flag_first, load_entry, load_predictions, named_folders, read_document, read_log
+from eval.results import (
+    Entry,
+    flag_first,
+    load_entry,
+    load_predictions,
+    named_folders,
+    read_document,
+    read_log,
+)
 from eval.statistics import PERMUTATIONS, RESAMPLES
 from eval.tables import number, p_text, scores_table, signed
 
@@ -33,11 +49,21 @@ _FIGURES = (("macro_f1", "Macro F1"), ("micro_f1", "Micro F1"), ("jaccard", "Jac
 class CompareConfig:
     """Flags of `python -m eval.compare`."""
 
-    run: tuple[str, ...] = setting((), "two runs or more, each FOLDER or NAME=FOLDER; may stand first without the flag")
-    output_dir: str | None = setting(None, "new folder for report.html and report.md", unset="tables on the console only")
-    resamples: int = setting(RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE)
-    permutations: int = setting(PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE)
-    seed: int = setting(0, "of the intervals, the permutation test and the random baseline", source=ENGINE)
+    run: tuple[str, ...] = setting(
+        (), "two runs or more, each FOLDER or NAME=FOLDER; may stand first without the flag"
+    )
+    output_dir: str | None = setting(
+        None, "new folder for report.html and report.md", unset="tables on the console only"
+    )
+    resamples: int = setting(
+        RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE
+    )
+    permutations: int = setting(
+        PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE
+    )
+    seed: int = setting(
+        0, "of the intervals, the permutation test and the random baseline", source=ENGINE
+    )
 
 
 def config_problems(config: CompareConfig) -> list[str]:
@@ -47,7 +73,11 @@ def config_problems(config: CompareConfig) -> list[str]:
         for name in ("resamples", "permutations")
         if getattr(config, name) < 1
     ]
-    return problems + ([] if len(config.run) >= 2 else [f"--run: two runs or more are compared, got {len(config.run)}"])
+    return problems + (
+        []
+        if len(config.run) >= 2
+        else [f"--run: two runs or more are compared, got {len(config.run)}"]
+    )
 
 
 def settings_table(entries: Sequence[Entry]) -> Table:
@@ -63,7 +93,9 @@ def settings_table(entries: Sequence[Entry]) -> Table:
         "Settings that differ",
         ["Setting", *(entry.name for entry in entries)],
         rows,
-        ["In brackets: where the value comes from. Settings that all runs share, and names of folders, are left out."]
+        [
+            "In brackets: where the value comes from. Settings that all runs share, and names of folders, are left out."
+        ]
         if rows
         else ["No setting differs."],
         numbers_from=99,
@@ -75,8 +107,14 @@ def _told(entry: Entry) -> dict[str, str]:
     files' SHA-256 and the versions.
     """
     own = read_document(entry.folder / "config.json")
-    trained = own or (read_document(entry.training / "config.json") if entry.training is not None else {})
-    evaluated = {} if own else next((found["run"] for found in entry.documents.values() if found.get("run")), {})
+    trained = own or (
+        read_document(entry.training / "config.json") if entry.training is not None else {}
+    )
+    evaluated = (
+        {}
+        if own
+        else next((found["run"] for found in entry.documents.values() if found.get("run")), {})
+    )
     told = {"stage": entry.stage}
     for prefix, document in (("", trained), ("evaluation: ", evaluated)):
         told |= {
@@ -89,7 +127,10 @@ def _told(entry: Entry) -> dict[str, str]:
             for name, file in (document.get("data") or {}).items()
             if isinstance(file, dict)
         }
-        told |= {f"{prefix}version of {name}": str(version) for name, version in (document.get("versions") or {}).items()}
+        told |= {
+            f"{prefix}version of {name}": str(version)
+            for name, version in (document.get("versions") or {}).items()
+        }
     return told
 
 
@@ -135,31 +176,50 @@ def build(entries: Sequence[Entry], config: CompareConfig) -> Document:
     """The comparison as data."""
     first = entries[0].name
     scores, charts = [], []
-    for place, data_set in enumerate(sorted({data_set for entry in entries for data_set in entry.sets})):
-        answers = {entry.name: load_predictions(entry.sets[data_set]) for entry in entries if data_set in entry.sets}
+    for place, data_set in enumerate(
+        sorted({data_set for entry in entries for data_set in entry.sets})
+    ):
+        answers = {
+            entry.name: load_predictions(entry.sets[data_set])
+            for entry in entries
+            if data_set in entry.sets
+        }
         if first not in answers or len(answers) < 2:
             continue
         pairs = [(first, name) for name in answers if name != first]
         comparison = compare(
-            data_set, answers, pairs, seed=config.seed + place, resamples=config.resamples, permutations=config.permutations
+            data_set,
+            answers,
+            pairs,
+            seed=config.seed + place,
+            resamples=config.resamples,
+            permutations=config.permutations,
         )
         scores += [differences_table(comparison, first), scores_table(comparison)]
         charts += [draw_labels(comparison)] if config.output_dir and available() else []
     logs = {
-        entry.name: log for entry in entries if entry.training is not None and (log := read_log(entry.training / "metrics.jsonl"))
+        entry.name: log
+        for entry in entries
+        if entry.training is not None and (log := read_log(entry.training / "metrics.jsonl"))
     }
     curves: list[Picture | Text] = []
     if config.output_dir and panels_of(entries) and len(logs) > 1:
         caption = "Faint: logged values; bold: their exponential moving average, 0.95."
         curves = (
-            [draw_training("curves", caption, logs, panels_of(entries))] if available() else [Text(f"Without curves: {MISSING}")]
+            [draw_training("curves", caption, logs, panels_of(entries))]
+            if available()
+            else [Text(f"Without curves: {MISSING}")]
         )
     return Document(
         "Comparison of runs",
         ", ".join(f"{entry.name} ({entry.folder})" for entry in entries),
         [
             Section("Settings", [settings_table(entries)]),
-            Section("Scores", [*scores, *charts] or [Text(f"No data set was answered by {first} and another run.")]),
+            Section(
+                "Scores",
+                [*scores, *charts]
+                or [Text(f"No data set was answered by {first} and another run.")],
+            ),
             *([Section("Training", curves)] if curves else []),
         ],
     )
@@ -180,7 +240,9 @@ def _run(argv: Sequence[str]) -> int:
         description="Compare runs: settings, scores with paired intervals, curves.",
     )
     config: CompareConfig = resolved.configs[0]
-    entries = [load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()]
+    entries = [
+        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
+    ]
     unknown = [entry for entry in entries if not entry.sets and entry.training is None]
     if unknown:
         raise UsageError(

@@ -13,7 +13,14 @@ from engine.config import UsageError
 from eval.evaluate import baselines
 from eval.metrics import failure_policies, figures, interval, patient_totals
 from eval.results import Entry, Predictions
-from eval.statistics import PERMUTATIONS, RESAMPLES, Change, change, permutation_p_values, shared_resamples
+from eval.statistics import (
+    PERMUTATIONS,
+    RESAMPLES,
+    Change,
+    change,
+    permutation_p_values,
+    shared_resamples,
+)
 
 FIGURES = ("micro_f1", "macro_f1", "jaccard")
 _RANK = {"base": 0, "sft": 1, "grpo": 2}
@@ -106,7 +113,10 @@ def compare(
     columns = [LABELS.index(label) for label in labels]
     totals = {
         name: patient_totals(
-            *(getattr(predictions, matrix)[:, columns] for matrix in ("targets", "predictions", "evaluated")),
+            *(
+                getattr(predictions, matrix)[:, columns]
+                for matrix in ("targets", "predictions", "evaluated")
+            ),
             predictions.patients,
             predictions.jaccard,
         )
@@ -119,13 +129,17 @@ def compare(
         predictions=taken,
         left_out={name: len(predictions.ids) - len(ids) for name, predictions in answers.items()},
         scores={
-            name: failure_policies(targets, predictions.predictions[:, columns], predictions.parsed, labels, evaluated)
+            name: failure_policies(
+                targets, predictions.predictions[:, columns], predictions.parsed, labels, evaluated
+            )
             for name, predictions in taken.items()
         },
         values={name: figures(rows.sum(axis=0)[None]) for name, rows in totals.items()},
         resampled=shared_resamples(totals, seed=seed, resamples=resamples),
         p_values={
-            (before, after): permutation_p_values(totals[before], totals[after], seed=seed, permutations=permutations)
+            (before, after): permutation_p_values(
+                totals[before], totals[after], seed=seed, permutations=permutations
+            )
             for before, after in pairs
             if before in totals and after in totals
         },
@@ -141,9 +155,14 @@ def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     pairs = []
     for place, entry in enumerate(entries):
         earlier = entries[:place]
-        lower = [other for other in earlier if _RANK.get(other.stage, 9) < _RANK.get(entry.stage, 0)]
+        lower = [
+            other for other in earlier if _RANK.get(other.stage, 9) < _RANK.get(entry.stage, 0)
+        ]
         nearest = {other.stage: other.name for other in lower}  # the last of each stage
-        pairs += [(nearest[stage], entry.name) for stage in sorted(nearest, key=lambda stage: -_RANK[stage])]
+        pairs += [
+            (nearest[stage], entry.name)
+            for stage in sorted(nearest, key=lambda stage: -_RANK[stage])
+        ]
         if not lower and earlier:
             pairs.append((entries[0].name, entry.name))
     return pairs
@@ -161,21 +180,35 @@ class Transfer:
     gap: tuple[float, tuple[float, float]] | None
 
 
-def transfers(comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[Transfer]:
+def transfers(
+    comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> list[Transfer]:
     """The transfer of each pair that two data sets or more can show. home: names of the in-distribution sets."""
     found = []
     for before, after in pairs:
         both = [comparison for comparison in comparisons if (before, after) in comparison.p_values]
-        sides = [[comparison for comparison in both if (comparison.data_set in home) == at_home] for at_home in (True, False)]
+        sides = [
+            [comparison for comparison in both if (comparison.data_set in home) == at_home]
+            for at_home in (True, False)
+        ]
         changes = [_mean_change(side, before, after) for side in sides]
         if any(changes):
             gap = None
             if all(changes):
                 moved = [
-                    np.mean([c.resampled[after]["macro_f1"] - c.resampled[before]["macro_f1"] for c in side], axis=0)
+                    np.mean(
+                        [
+                            c.resampled[after]["macro_f1"] - c.resampled[before]["macro_f1"]
+                            for c in side
+                        ],
+                        axis=0,
+                    )
                     for side in sides
                 ]
-                gap = (changes[0].after - changes[0].before - changes[1].after + changes[1].before, interval(moved[0] - moved[1]))
+                gap = (
+                    changes[0].after - changes[0].before - changes[1].after + changes[1].before,
+                    interval(moved[0] - moved[1]),
+                )
             found.append(Transfer(before, after, *changes, gap))
     return found
 
@@ -186,16 +219,25 @@ def _mean_change(side: Sequence[Comparison], before: str, after: str) -> Change 
         return None
     if len(side) == 1:
         return side[0].change(before, after, "macro_f1")
-    point = [float(np.mean([c.values[name]["macro_f1"][0] for c in side])) for name in (before, after)]
-    drawn = [np.mean([c.resampled[name]["macro_f1"] for c in side], axis=0) for name in (before, after)]
+    point = [
+        float(np.mean([c.values[name]["macro_f1"][0] for c in side])) for name in (before, after)
+    ]
+    drawn = [
+        np.mean([c.resampled[name]["macro_f1"] for c in side], axis=0) for name in (before, after)
+    ]
     return change(*point, *drawn, float("nan"))
 
 
-def nih_variants(answers: Mapping[str, Predictions]) -> dict[str, tuple[dict[str, Predictions], tuple[str, ...]]]:
+def nih_variants(
+    answers: Mapping[str, Predictions],
+) -> dict[str, tuple[dict[str, Predictions], tuple[str, ...]]]:
     """{"nine", "ten": (answers scored against that mapping, its labels)} where all answers are to NIH's images; else empty."""
     if not answers or not all(predictions.is_nih for predictions in answers.values()):
         return {}
     return {
-        name: ({model: predictions.under_nih(labels) for model, predictions in answers.items()}, labels)
+        name: (
+            {model: predictions.under_nih(labels) for model, predictions in answers.items()},
+            labels,
+        )
         for name, labels in (("nine", NIH_NINE), ("ten", NIH_TEN))
     }

@@ -162,13 +162,22 @@ def _markdown_block(block: object, pictures: str | None) -> list[str]:
     if isinstance(block, Bullets):
         return [f"* {_md(item)}" for item in block.items]
     if isinstance(block, Picture):
-        return [] if pictures is None else [f"![{_md(block.alt)}]({pictures}/{picture_file(block)})", "", _md(block.caption)]
+        return (
+            []
+            if pictures is None
+            else [f"![{_md(block.alt)}]({pictures}/{picture_file(block)})", "", _md(block.caption)]
+        )
     return _markdown_cases(block)
 
 
 def _markdown_table(table: Table) -> list[str]:
     aligned = ["---:" if table.is_number(column) else "---" for column in range(len(table.header))]
-    lines = [f"**{_md(table.caption)}**", "", "| " + " | ".join(map(_md, table.header)) + " |", "| " + " | ".join(aligned) + " |"]
+    lines = [
+        f"**{_md(table.caption)}**",
+        "",
+        "| " + " | ".join(map(_md, table.header)) + " |",
+        "| " + " | ".join(aligned) + " |",
+    ]
     for row in table.rows:
         texts = []
         for cell in _cells(row):
@@ -191,7 +200,13 @@ def _markdown_cases(block: Cases) -> list[str]:
         ]
         for answer in case.answers:
             facts = ", ".join(f"{name} {value}" for name, value in answer.facts)
-            cells = (answer.model, answer.outcome, ", ".join(answer.predicted) or "(none)", answer.completion, facts)
+            cells = (
+                answer.model,
+                answer.outcome,
+                ", ".join(answer.predicted) or "(none)",
+                answer.completion,
+                facts,
+            )
             lines.append("| " + " | ".join(map(_md, cells)) + " |")
         lines.append("")
     for name, text in block.prompts:
@@ -215,7 +230,10 @@ def to_text(document: Document) -> str:
                 lines += ["", plain(block.text)]
             elif isinstance(block, Table):
                 rows = [
-                    [f"{cell.text}{f' ({cell.detail})' if cell.detail else ''}" for cell in _cells(row)]
+                    [
+                        f"{cell.text}{f' ({cell.detail})' if cell.detail else ''}"
+                        for cell in _cells(row)
+                    ]
                     for row in [block.header, *block.rows]
                 ]
                 rows = [[plain(text).replace("\n", " ") for text in row] for row in rows]
@@ -241,10 +259,14 @@ def to_html(document: Document) -> str:
     script_hash = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
     numbered = list(enumerate(document.sections, start=1))
-    contents = "".join(f'<li><a href="#s{number}">{_h(section.title)}</a></li>' for number, section in numbered)
+    contents = "".join(
+        f'<li><a href="#s{number}">{_h(section.title)}</a></li>' for number, section in numbered
+    )
     body = "".join(
         f'<section aria-labelledby="s{number}"><h2 id="s{number}">{_h(section.title)}</h2>'
-        + "".join(_html_block(block, f"s{number}-{place}") for place, block in enumerate(section.blocks))
+        + "".join(
+            _html_block(block, f"s{number}-{place}") for place, block in enumerate(section.blocks)
+        )
         + "</section>\n"
         for number, section in numbered
     )
@@ -288,13 +310,17 @@ _TONES = {
 
 def _html_table(table: Table, id: str) -> str:
     def cell(tag: str, content: Cell, column: int, scope: str = "") -> str:
-        classes = " ".join(filter(None, ["number" if table.is_number(column) else "", content.tone]))
+        classes = " ".join(
+            filter(None, ["number" if table.is_number(column) else "", content.tone])
+        )
         shown = _TONES.get(content.tone, "") + _h(content.text)
         shown = f"<strong>{shown}</strong>" if content.tone == "best" else shown
         detail = f'<span class="detail">{_h(content.detail)}</span>' if content.detail else ""
         return f"<{tag}{scope}{f' class={chr(34)}{classes}{chr(34)}' if classes else ''}>{shown}{detail}</{tag}>"
 
-    head = "".join(cell("th", Cell(text), column, ' scope="col"') for column, text in enumerate(table.header))
+    head = "".join(
+        cell("th", Cell(text), column, ' scope="col"') for column, text in enumerate(table.header)
+    )
     rows = "".join(
         "<tr>"
         + "".join(
@@ -317,7 +343,8 @@ def _html_cases(block: Cases, id: str) -> str:
 
     def choice(name: str, title: str, options: Sequence[tuple[str, str]], chosen: str = "") -> str:
         shown = "".join(
-            f'<option value="{_h(value)}"{" selected" if value == chosen else ""}>{_h(text)}</option>' for value, text in options
+            f'<option value="{_h(value)}"{" selected" if value == chosen else ""}>{_h(text)}</option>'
+            for value, text in options
         )
         return f'<label for="{id}-{name}">{title}</label><select id="{id}-{name}" data-filter="{name}">{shown}</select>'
 
@@ -331,12 +358,19 @@ def _html_cases(block: Cases, id: str) -> str:
                 [(str(n), model) for n, model in enumerate(models)],
                 str(models.index(last)) if models else "",
             ),
-            choice("outcome", "that are", [("", "any"), *((outcome, outcome) for outcome in OUTCOMES)]),
-            choice("label", "with the label, true or predicted,", [("", "any"), *((label, label) for label in labels)]),
+            choice(
+                "outcome", "that are", [("", "any"), *((outcome, outcome) for outcome in OUTCOMES)]
+            ),
+            choice(
+                "label",
+                "with the label, true or predicted,",
+                [("", "any"), *((label, label) for label in labels)],
+            ),
         )
     )
     prompts = "".join(
-        f"<details><summary>Prompt {_h(name)}</summary><pre>{_h(text)}</pre></details>" for name, text in block.prompts
+        f"<details><summary>Prompt {_h(name)}</summary><pre>{_h(text)}</pre></details>"
+        for name, text in block.prompts
     )
     cards = "".join(_html_case(case, models) for case in block.cases)
     return (
@@ -346,8 +380,14 @@ def _html_cases(block: Cases, id: str) -> str:
 
 
 def _html_case(case: Case, models: Sequence[str]) -> str:
-    picture = _html_image(case.picture) if case.picture else '<p class="note">The image is not at hand.</p>'
-    answers = "".join(_html_answer(answer, models.index(answer.model), case.evaluated) for answer in case.answers)
+    picture = (
+        _html_image(case.picture)
+        if case.picture
+        else '<p class="note">The image is not at hand.</p>'
+    )
+    answers = "".join(
+        _html_answer(answer, models.index(answer.model), case.evaluated) for answer in case.answers
+    )
     return (
         f'<article class="case" data-true="{_h("|".join(case.labels))}"><h3>{_h(case.title)}</h3><div class="picture">{picture}</div>'
         f"<div><p><b>True:</b> {_html_labels(case.labels, case.evaluated)}</p>{answers}</div></article>"
@@ -362,7 +402,9 @@ def _html_labels(labels: Sequence[str], evaluated: Sequence[str]) -> str:
 
 
 def _html_answer(answer: ModelAnswer, model: int, evaluated: Sequence[str]) -> str:
-    facts = "".join(f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in answer.facts)
+    facts = "".join(
+        f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in answer.facts
+    )
     reasoning = (
         f"<blockquote>{_h(answer.reasoning)}</blockquote>"
         if answer.reasoning

@@ -48,7 +48,10 @@ class Panel:
     unit: str
 
 
-FIGURE_1 = (Panel("mean_token_accuracy", "Token accuracy", "share of tokens"), Panel("loss", "Training loss", "nats a token"))
+FIGURE_1 = (
+    Panel("mean_token_accuracy", "Token accuracy", "share of tokens"),
+    Panel("loss", "Training loss", "nats a token"),
+)
 
 
 def reward_panels(reward: str) -> tuple[Panel, ...]:
@@ -72,14 +75,18 @@ def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
     """s_0 = x_0, s_t = smoothing s_(t-1) + (1 - smoothing) x_t."""
     smoothed: list[float] = []
     for value in values:
-        smoothed.append(value if not smoothed else smoothing * smoothed[-1] + (1 - smoothing) * value)
+        smoothed.append(
+            value if not smoothed else smoothing * smoothed[-1] + (1 - smoothing) * value
+        )
     return smoothed
 
 
 def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric in the training lines of a log; steps where it is null or missing are left out."""
     points = [
-        (row["step"], row[metric]) for row in log if row.get("split") == "train" and isinstance(row.get(metric), (int, float))
+        (row["step"], row[metric])
+        for row in log
+        if row.get("split") == "train" and isinstance(row.get(metric), (int, float))
     ]
     return [step for step, _ in points], [float(value) for _, value in points]
 
@@ -123,7 +130,11 @@ def _rendered(figure: object, form: str) -> bytes:
 
 
 def draw_training(
-    name: str, caption: str, logs: Mapping[str, Sequence[Mapping]], panels: Sequence[Panel], form: str = "svg"
+    name: str,
+    caption: str,
+    logs: Mapping[str, Sequence[Mapping]],
+    panels: Sequence[Panel],
+    form: str = "svg",
 ) -> Picture:
     """Curves of several runs ({run: lines of metrics.jsonl}), one panel a metric. Raises UsageError without matplotlib."""
     told = []
@@ -135,7 +146,14 @@ def draw_training(
                     continue
                 smoothed, colour = ema(values), _COLOURS[place % len(_COLOURS)]
                 axis.plot(steps, values, color=colour, alpha=0.4, linewidth=0.9)
-                axis.plot(steps, smoothed, color=colour, linewidth=2, linestyle=_DASHES[place % len(_DASHES)], label=run)
+                axis.plot(
+                    steps,
+                    smoothed,
+                    color=colour,
+                    linewidth=2,
+                    linestyle=_DASHES[place % len(_DASHES)],
+                    label=run,
+                )
                 told.append(
                     f"{panel.title} of {run}: {smoothed[0]:.3g} at step {steps[0]}, {smoothed[-1]:.3g} at step {steps[-1]}"
                 )
@@ -143,7 +161,13 @@ def draw_training(
         if len(logs) > 1:
             axes[0].legend(fontsize=9)
         data = _rendered(figure, form)
-    return _picture(name, data, form, "Line charts over optimizer steps, smoothed. " + "; ".join(told) + ".", caption)
+    return _picture(
+        name,
+        data,
+        form,
+        "Line charts over optimizer steps, smoothed. " + "; ".join(told) + ".",
+        caption,
+    )
 
 
 def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "svg") -> Picture:
@@ -154,33 +178,61 @@ def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "
             for place, (metric, label) in enumerate(HACKING.items()):
                 steps, values = series(log, metric)
                 if steps:
-                    axis.plot(steps, values, color=_COLOURS[place], linewidth=2, linestyle=_DASHES[place], label=label)
+                    axis.plot(
+                        steps,
+                        values,
+                        color=_COLOURS[place],
+                        linewidth=2,
+                        linestyle=_DASHES[place],
+                        label=label,
+                    )
                     told.append(f"{label} of {run}: {values[-1]:+.2f} at step {steps[-1]}")
             axis.axhline(0, color="#5b5b5b", linewidth=0.8)
             axis.set(title=run, xlabel="optimizer step", ylabel="change since the start, in its SD")
         axes[0].legend(fontsize=9)
         data = _rendered(figure, form)
-    caption = ("Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over the last 200 completions, as changes "
-               "since the run's start in standard deviations. A reward that rises while F1 does not is being gamed.")
-    return _picture(name, data, form, "Line charts over optimizer steps. " + "; ".join(told) + ".", caption)
+    caption = (
+        "Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over the last 200 completions, as changes "
+        "since the run's start in standard deviations. A reward that rises while F1 does not is being gamed."
+    )
+    return _picture(
+        name, data, form, "Line charts over optimizer steps. " + "; ".join(told) + ".", caption
+    )
 
 
 def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
     """F1 of each label for each model with its 95 % interval. Labels without positives are left out."""
     models = list(comparison.values)
     labels = [k for k in np.argsort(comparison.support, kind="stable") if comparison.support[k]]
-    with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (figure, (axis,)):
+    with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
+        figure,
+        (axis,),
+    ):
         for place, model in enumerate(models):
             # [K] each
             low, high = np.percentile(comparison.resampled[model]["label_f1"], [2.5, 97.5], axis=0)
             value = comparison.values[model]["label_f1"][0]
-            height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - place) / max(1, len(models))
+            height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - place) / max(
+                1, len(models)
+            )
             colour = _COLOURS[place % len(_COLOURS)]
             axis.hlines(height, low[labels], high[labels], color=colour, linewidth=1.4, alpha=0.7)
-            axis.plot(value[labels], height, _MARKERS[place % len(_MARKERS)], color=colour, markersize=6, label=model)
-        axis.set_yticks(range(len(labels)), [f"{comparison.labels[k]} ({comparison.support[k]:,})" for k in labels])
+            axis.plot(
+                value[labels],
+                height,
+                _MARKERS[place % len(_MARKERS)],
+                color=colour,
+                markersize=6,
+                label=model,
+            )
+        axis.set_yticks(
+            range(len(labels)),
+            [f"{comparison.labels[k]} ({comparison.support[k]:,})" for k in labels],
+        )
         axis.set(
-            xlim=(-0.02, 1.02), xlabel="F1, 95 % interval", title=f"F1 by label on {comparison.data_set}, positives in brackets"
+            xlim=(-0.02, 1.02),
+            xlabel="F1, 95 % interval",
+            title=f"F1 by label on {comparison.data_set}, positives in brackets",
         )
         figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9)
         data = _rendered(figure, form)
@@ -204,15 +256,43 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
                 logs[kind][entry.name] = log
     raw = "Faint: logged values; bold: their exponential moving average, 0.95."
     figures = (
-        ("figure-1", f"Figure 1 of the paper: token accuracy and loss in SFT. {raw}", "sft", FIGURE_1),
-        ("figure-2", f"Figure 2 of the paper: GRPO on the nuanced reward. {raw}", "nuanced", reward_panels("nuanced")),
-        ("figure-3", f"Figure 3 of the paper: GRPO on the hard reward. {raw}", "hard", reward_panels("hard")),
+        (
+            "figure-1",
+            f"Figure 1 of the paper: token accuracy and loss in SFT. {raw}",
+            "sft",
+            FIGURE_1,
+        ),
+        (
+            "figure-2",
+            f"Figure 2 of the paper: GRPO on the nuanced reward. {raw}",
+            "nuanced",
+            reward_panels("nuanced"),
+        ),
+        (
+            "figure-3",
+            f"Figure 3 of the paper: GRPO on the hard reward. {raw}",
+            "hard",
+            reward_panels("hard"),
+        ),
     )
-    pictures = [draw_training(name, caption, logs[kind], panels, form) for name, caption, kind, panels in figures if logs[kind]]
-    watched = [(run, log) for kind in ("nuanced", "hard") for run, log in logs[kind].items() if any(series(log, metric)[0] for metric in HACKING)]
+    pictures = [
+        draw_training(name, caption, logs[kind], panels, form)
+        for name, caption, kind, panels in figures
+        if logs[kind]
+    ]
+    watched = [
+        (run, log)
+        for kind in ("nuanced", "hard")
+        for run, log in logs[kind].items()
+        if any(series(log, metric)[0] for metric in HACKING)
+    ]
     for first in range(0, len(watched), MOST_CHARTS):
         number = f"-{first // MOST_CHARTS + 1}" if len(watched) > MOST_CHARTS else ""
-        pictures.append(draw_hacking(f"reward-hacking{number}", dict(watched[first : first + MOST_CHARTS]), form))
+        pictures.append(
+            draw_hacking(
+                f"reward-hacking{number}", dict(watched[first : first + MOST_CHARTS]), form
+            )
+        )
     return pictures
 
 
@@ -221,14 +301,25 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
 class FiguresConfig:
     """Flags of `python -m eval.figures`."""
 
-    run: tuple[str, ...] = setting((), "runs to draw, each FOLDER or NAME=FOLDER; may stand first without the flag")
-    output_dir: str | None = setting(None, "folder for the PNG and SVG files", unset="it must be given")
+    run: tuple[str, ...] = setting(
+        (), "runs to draw, each FOLDER or NAME=FOLDER; may stand first without the flag"
+    )
+    output_dir: str | None = setting(
+        None, "folder for the PNG and SVG files", unset="it must be given"
+    )
 
 
 def config_problems(config: FiguresConfig) -> list[str]:
     """What is missing on the command line."""
-    needed = {"run": "one or more FOLDER or NAME=FOLDER of training runs", "output_dir": "a folder for the pictures"}
-    return [f"--{name} is missing: give {what}" for name, what in needed.items() if not getattr(config, name)]
+    needed = {
+        "run": "one or more FOLDER or NAME=FOLDER of training runs",
+        "output_dir": "a folder for the pictures",
+    }
+    return [
+        f"--{name} is missing: give {what}"
+        for name, what in needed.items()
+        if not getattr(config, name)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,14 +337,27 @@ def _run(argv: Sequence[str]) -> int:
         description="Draw the paper's figures 1 to 3, and reward hacking, from the logs of runs.",
     )
     config: FiguresConfig = resolved.configs[0]
-    entries = [load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()]
+    entries = [
+        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
+    ]
     pictures = [picture for form in ("svg", "png") for picture in training_pictures(entries, form)]
     if not pictures:
-        raise UsageError(f"nothing to draw: no metrics.jsonl of a training run in {', '.join(config.run)}")
+        raise UsageError(
+            f"nothing to draw: no metrics.jsonl of a training run in {', '.join(config.run)}"
+        )
     folder = Path(config.output_dir)
-    existing = [folder / picture_file(picture) for picture in pictures if (folder / picture_file(picture)).exists()]
+    existing = [
+        folder / picture_file(picture)
+        for picture in pictures
+        if (folder / picture_file(picture)).exists()
+    ]
     if existing:
-        raise UsageError([f"{file} exists and nothing is overwritten; give another --output_dir" for file in existing])
+        raise UsageError(
+            [
+                f"{file} exists and nothing is overwritten; give another --output_dir"
+                for file in existing
+            ]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / picture_file(picture)).write_bytes(picture.data)

@@ -4,6 +4,7 @@ Everything works on boolean matrices [N, K]: N images, K labels. `evaluated[n, k
 express label k; that position is neither a true or false positive nor a false negative, whatever was predicted.
 Quotients 0/0 are 0, as scikit-learn's zero_division=0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -23,7 +24,10 @@ def label_matrix(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.n
 
 
 def multilabel_scores(
-    targets: np.ndarray, predictions: np.ndarray, labels: Sequence[str], evaluated: np.ndarray | None = None
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    labels: Sequence[str],
+    evaluated: np.ndarray | None = None,
 ) -> dict:
     """Micro, macro and per-label precision, recall and F1 of bool [N, K] matrices.
 
@@ -35,7 +39,9 @@ def multilabel_scores(
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     if targets.shape[1] != len(labels) or not len(labels):
-        raise ValueError(f"{len(labels)} labels given for matrices of shape {targets.shape}; each label needs one column")
+        raise ValueError(
+            f"{len(labels)} labels given for matrices of shape {targets.shape}; each label needs one column"
+        )
     true_positives = (targets & predictions & evaluated).sum(axis=0)  # [K]
     false_positives = (~targets & predictions & evaluated).sum(axis=0)  # [K]
     false_negatives = (targets & ~predictions & evaluated).sum(axis=0)  # [K]
@@ -48,14 +54,18 @@ def multilabel_scores(
         "micro": {name: float(value) for name, value in micro.items()},
         "macro": {name: float(values.mean()) for name, values in by_label.items()},
         "per_label": {
-            label: {name: float(values[k]) for name, values in by_label.items()} | {"support": int(support[k])}
+            label: {name: float(values[k]) for name, values in by_label.items()}
+            | {"support": int(support[k])}
             for k, label in enumerate(labels)
         },
     }
 
 
 def jaccard_per_image(
-    targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None = None, num_unknown: np.ndarray | None = None
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    evaluated: np.ndarray | None = None,
+    num_unknown: np.ndarray | None = None,
 ) -> np.ndarray:
     """|T & P| / |T | P| among the evaluated labels, float [N]; 1 where both are empty.
 
@@ -64,12 +74,18 @@ def jaccard_per_image(
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
     # [N]
-    union = ((targets | predictions) & evaluated).sum(axis=1) + (0 if num_unknown is None else num_unknown)
+    union = ((targets | predictions) & evaluated).sum(axis=1) + (
+        0 if num_unknown is None else num_unknown
+    )
     return np.where(union == 0, 1.0, _ratio(intersection, union))
 
 
 def failure_policies(
-    targets: np.ndarray, predictions: np.ndarray, parsed: np.ndarray, labels: Sequence[str], evaluated: np.ndarray | None = None
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    parsed: np.ndarray,
+    labels: Sequence[str],
+    evaluated: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """`multilabel_scores` under the three treatments of answers that could not be read (`parsed[n]` False).
 
@@ -83,8 +99,12 @@ def failure_policies(
     read = parsed[:, None]  # [N, 1]
     return {
         "empty": multilabel_scores(targets, predictions & read, labels, evaluated),
-        "dropped": multilabel_scores(targets[parsed], predictions[parsed], labels, evaluated[parsed]),
-        "all_wrong": multilabel_scores(targets, np.where(read, predictions, ~targets), labels, evaluated),
+        "dropped": multilabel_scores(
+            targets[parsed], predictions[parsed], labels, evaluated[parsed]
+        ),
+        "all_wrong": multilabel_scores(
+            targets, np.where(read, predictions, ~targets), labels, evaluated
+        ),
     }
 
 
@@ -113,17 +133,26 @@ def bootstrap_intervals(
 
 
 def patient_totals(
-    targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray | None, patient_ids: Sequence[str],
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    evaluated: np.ndarray | None,
+    patient_ids: Sequence[str],
     jaccard: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `figures` needs of each patient, in sorted order: float [P, 3K + 2], sums over the patient's images of true positives,
     false positives and false negatives by label, of the Jaccard values, and of the images themselves. Sums of rows are totals too.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
-    jaccard = jaccard_per_image(targets, predictions, evaluated) if jaccard is None else np.asarray(jaccard)
+    jaccard = (
+        jaccard_per_image(targets, predictions, evaluated)
+        if jaccard is None
+        else np.asarray(jaccard)
+    )
     if not len(targets) or not len(targets) == len(patient_ids) == len(jaccard):
-        raise ValueError(f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values: need equal "
-                         "numbers, at least one")
+        raise ValueError(
+            f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values: need equal "
+            "numbers, at least one"
+        )
     patients, patient_of_image = np.unique(np.asarray(patient_ids), return_inverse=True)  # [P], [N]
     columns = np.concatenate([  # [N, 3K + 2]
         targets & predictions & evaluated, ~targets & predictions & evaluated, targets & ~predictions & evaluated,
@@ -144,7 +173,9 @@ def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.nda
     rng = np.random.default_rng(seed)
     chunk = max(1, _WEIGHTS_AT_ONCE // len(rows))  # changes the memory, not the draws
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    return np.concatenate([rng.multinomial(len(totals), counts / len(totals), size=size) @ rows for size in sizes])
+    return np.concatenate(
+        [rng.multinomial(len(totals), counts / len(totals), size=size) @ rows for size in sizes]
+    )
 
 
 def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,7 +185,12 @@ def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
     counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]
     by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
     micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
-    return {"micro_f1": micro, "macro_f1": by_label.mean(axis=1), "jaccard": totals[:, -2] / totals[:, -1], "label_f1": by_label}
+    return {
+        "micro_f1": micro,
+        "macro_f1": by_label.mean(axis=1),
+        "jaccard": totals[:, -2] / totals[:, -1],
+        "label_f1": by_label,
+    }
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -173,7 +209,9 @@ def predict_most_frequent(reference: np.ndarray, num_images: int) -> np.ndarray:
 
     The empty set counts like any other.
     """
-    rows, first, counts = np.unique(_reference(reference), axis=0, return_index=True, return_counts=True)
+    rows, first, counts = np.unique(
+        _reference(reference), axis=0, return_index=True, return_counts=True
+    )
     best = min(range(len(rows)), key=lambda i: (-counts[i], first[i]))
     return np.tile(rows[best], (num_images, 1))
 
@@ -183,7 +221,9 @@ def predict_all_labels(num_images: int, num_labels: int) -> np.ndarray:
     return np.ones((num_images, num_labels), dtype=bool)
 
 
-def predict_by_prevalence(reference: np.ndarray, num_images: int, rng: np.random.Generator) -> np.ndarray:
+def predict_by_prevalence(
+    reference: np.ndarray, num_images: int, rng: np.random.Generator
+) -> np.ndarray:
     """Each label drawn on its own with the probability that it has in `reference`."""
     prevalence = _reference(reference).mean(axis=0)  # [K]
     return rng.random((num_images, len(prevalence))) < prevalence

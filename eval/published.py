@@ -2,6 +2,7 @@
 
 Labels are in CheXpert's order here; the paper's tables list them by the alphabet.
 """
+
 from __future__ import annotations
 
 from data.labels import LABELS, NIH_NINE
@@ -74,8 +75,13 @@ _BY_LABEL_6 = {
 }
 
 
-def _by_model(by_label: dict[str, tuple[float, ...]], labels: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    return {model: {label: by_label[label][column] for label in labels} for column, model in enumerate(MODELS)}
+def _by_model(
+    by_label: dict[str, tuple[float, ...]], labels: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    return {
+        model: {label: by_label[label][column] for label in labels}
+        for column, model in enumerate(MODELS)
+    }
 
 
 TABLE_5 = _by_model(_BY_LABEL_5, LABELS)
@@ -86,23 +92,42 @@ MACRO_6 = dict(zip(MODELS, (0.297, 0.243, 0.062, 0.299, 0.243)))
 
 # Positives of each label among the 500 studies of CheXpert's test set (its public groundtruth.csv), in CheXpert's order.
 CHEXPERT_TEST_STUDIES = 500
-CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261)))
+CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(
+    zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261))
+)
 
 # Why a figure cannot be compared in principle, by table.
 VALIDATION_NOTE = (
     "Not comparable in principle: the paper's 'CheXpert validation' images are not published. Every fail rate is a multiple of 0.002, so "
-    "there were probably 500; CheXpert's own validation set has 234.")
+    "there were probably 500; CheXpert's own validation set has 234."
+)
 NOTES: dict[int, tuple[str, ...]] = {
-    1: (VALIDATION_NOTE, "The texts of the nine prompts are not published; ours follow the design cues of the paper."),
-    2: (VALIDATION_NOTE, "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on."),
-    3: (VALIDATION_NOTE, "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on."),
-    4: (VALIDATION_NOTE, "The paper's best checkpoint was chosen on the images that it is scored on here, which flatters it."),
-    5: ("CheXpert's test labels are those of 500 studies. 32 of them have no label at all: No Finding has 62 positives in the file, 94 where "
+    1: (
+        VALIDATION_NOTE,
+        "The texts of the nine prompts are not published; ours follow the design cues of the paper.",
+    ),
+    2: (
+        VALIDATION_NOTE,
+        "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on.",
+    ),
+    3: (
+        VALIDATION_NOTE,
+        "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on.",
+    ),
+    4: (
+        VALIDATION_NOTE,
+        "The paper's best checkpoint was chosen on the images that it is scored on here, which flatters it.",
+    ),
+    5: (
+        "CheXpert's test labels are those of 500 studies. 32 of them have no label at all: No Finding has 62 positives in the file, 94 where "
         "such studies count as No Finding; the paper does not say which.",
         "NV-Reason's published training example contains the CheXpert test set, and its figure is above the three radiologists' (macro-F1 "
         "0.58 to 0.62 on the same labels): possibly exposed. Its weights may not be used commercially.",
-        "The paper gives neither intervals nor seeds. With 4 positives, one hit more in Pleural Other moves macro-F1 by 0.02 to 0.03."),
-    6: ("Not comparable in principle: the paper's NIH subset and its size are not published. Edema at 0.526 cannot come from the natural "
+        "The paper gives neither intervals nor seeds. With 4 positives, one hit more in Pleural Other moves macro-F1 by 0.02 to 0.03.",
+    ),
+    6: (
+        "Not comparable in principle: the paper's NIH subset and its size are not published. Edema at 0.526 cannot come from the natural "
         "test set's 3.6 % prevalence without a far better model, so the subset was probably enriched.",
-        "The paper's nine categories leave out Effusion, which NIH labels; the variant with ten puts it back."),
+        "The paper's nine categories leave out Effusion, which NIH labels; the variant with ten puts it back.",
+    ),
 }

@@ -24,7 +24,17 @@ from engine.runtime import main_guard, run_directory, sha256_of
 from engine.settings import ENGINE
 from eval.cases import sample_cases
 from eval.comparison import Comparison, Transfer, compare, nih_variants, pairs_of, transfers
-from eval.document import Bullets, Document, Picture, Section, Table, Text, picture_file, to_html, to_markdown
+from eval.document import (
+    Bullets,
+    Document,
+    Picture,
+    Section,
+    Table,
+    Text,
+    picture_file,
+    to_html,
+    to_markdown,
+)
 from eval.figures import MISSING, available, draw_labels, training_pictures
 from eval.published import SOURCE
 from eval.results import Entry, flag_first, load_entry, load_predictions, named_folders
@@ -47,22 +57,40 @@ class ReportConfig:
     """Flags of `python -m eval.report`."""
 
     run: tuple[str, ...] = setting(
-        (), "results to report, each FOLDER or NAME=FOLDER, in the order of training; may stand first without the flag"
+        (),
+        "results to report, each FOLDER or NAME=FOLDER, in the order of training; may stand first without the flag",
     )
-    output_dir: str | None = setting(None, "new folder for the report", unset="a new folder runs/<time>-report")
+    output_dir: str | None = setting(
+        None, "new folder for the report", unset="a new folder runs/<time>-report"
+    )
     in_distribution: tuple[str, ...] = setting(
-        (), "data sets with the training data's label scheme; without it, those that evaluate all 14 labels"
+        (),
+        "data sets with the training data's label scheme; without it, those that evaluate all 14 labels",
     )
     train_file: str | None = setting(
-        None, "training data whose label frequencies the baselines imitate", unset="each data set's own frequencies"
+        None,
+        "training data whose label frequencies the baselines imitate",
+        unset="each data set's own frequencies",
     )
     image_root: str | None = setting(
-        None, "folder that image paths are relative to", unset="as in the evaluation, else the data file's folder"
+        None,
+        "folder that image paths are relative to",
+        unset="as in the evaluation, else the data file's folder",
     )
-    cases: int = setting(24, "sample cases, with their images; 0 for none", unit="images", source=ENGINE)
-    resamples: int = setting(RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE)
-    permutations: int = setting(PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE)
-    seed: int = setting(0, "of the intervals, the permutation test, the random baseline and the choice of cases", source=ENGINE)
+    cases: int = setting(
+        24, "sample cases, with their images; 0 for none", unit="images", source=ENGINE
+    )
+    resamples: int = setting(
+        RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE
+    )
+    permutations: int = setting(
+        PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE
+    )
+    seed: int = setting(
+        0,
+        "of the intervals, the permutation test, the random baseline and the choice of cases",
+        source=ENGINE,
+    )
 
 
 def config_problems(config: ReportConfig) -> list[str]:
@@ -72,7 +100,9 @@ def config_problems(config: ReportConfig) -> list[str]:
         for name in ("resamples", "permutations")
         if getattr(config, name) < 1
     ]
-    return problems + ([f"--cases {config.cases}: must not be negative"] if config.cases < 0 else [])
+    return problems + (
+        [f"--cases {config.cases}: must not be negative"] if config.cases < 0 else []
+    )
 
 
 # ---- gather ---------------------------------------------------------------------------------------------------------
@@ -81,17 +111,32 @@ def compare_sets(
 ) -> tuple[list[Comparison], dict[str, Comparison]]:
     """(the comparison on each data set that any model answered, {"nine", "ten": that on the first NIH set under each mapping})."""
     pairs = pairs_of(entries)
-    options = {"reference": reference, "resamples": config.resamples, "permutations": config.permutations}
+    options = {
+        "reference": reference,
+        "resamples": config.resamples,
+        "permutations": config.permutations,
+    }
     comparisons, nih = [], {}
-    for place, data_set in enumerate(sorted({data_set for entry in entries for data_set in entry.sets})):
-        answers = {entry.name: load_predictions(entry.sets[data_set]) for entry in entries if data_set in entry.sets}
+    for place, data_set in enumerate(
+        sorted({data_set for entry in entries for data_set in entry.sets})
+    ):
+        answers = {
+            entry.name: load_predictions(entry.sets[data_set])
+            for entry in entries
+            if data_set in entry.sets
+        }
         comparisons.append(compare(data_set, answers, pairs, seed=config.seed + place, **options))
         for name, (relabelled, labels) in ({} if nih else nih_variants(answers)).items():
             same = labels == comparisons[-1].labels and all(
-                np.array_equal(relabelled[model].targets, answers[model].targets) for model in answers
+                np.array_equal(relabelled[model].targets, answers[model].targets)
+                for model in answers
             )
             nih[name] = (
-                comparisons[-1] if same else compare(data_set, relabelled, (), labels=labels, seed=config.seed + place, **options)
+                comparisons[-1]
+                if same
+                else compare(
+                    data_set, relabelled, (), labels=labels, seed=config.seed + place, **options
+                )
             )
     return comparisons, nih
 
@@ -103,31 +148,54 @@ def home_sets(comparisons: Sequence[Comparison], named: Sequence[str]) -> list[s
     known = [comparison.data_set for comparison in comparisons]
     missing = [name for name in named if name not in known]
     if missing:
-        raise UsageError(f"--in_distribution {missing[0]}: no such data set; there are: {', '.join(known) or 'none'}")
+        raise UsageError(
+            f"--in_distribution {missing[0]}: no such data set; there are: {', '.join(known) or 'none'}"
+        )
     return list(named) or [comparison.data_set for comparison in comparisons if comparison.is_home]
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------
-def build(entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None) -> Document:
+def build(
+    entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None
+) -> Document:
     """The whole report as data."""
     comparisons, nih = compare_sets(entries, config, reference)
     home = home_sets(comparisons, config.in_distribution)
     comparisons.sort(key=lambda comparison: comparison.data_set not in home)  # the home sets first
-    pairs = [pair for pair in pairs_of(entries) if any(pair in comparison.p_values for comparison in comparisons)]
+    pairs = [
+        pair
+        for pair in pairs_of(entries)
+        if any(pair in comparison.p_values for comparison in comparisons)
+    ]
     papers = Section(
         "The paper's tables",
         [
-            Text(f"Figures of {SOURCE} beside ours. Bold: the best of each row, among the paper's models and among ours."),
+            Text(
+                f"Figures of {SOURCE} beside ours. Bold: the best of each row, among the paper's models and among ours."
+            ),
             *paper_tables(entries, comparisons, home, nih),
         ],
     )
     if not comparisons:
-        return Document("The paper's tables", f"Figures of {SOURCE}; no run of ours was given.", [papers])
+        return Document(
+            "The paper's tables", f"Figures of {SOURCE}; no run of ours was given.", [papers]
+        )
     found = transfers(comparisons, home, pairs)
-    drawn: list[Picture] = [*map(draw_labels, comparisons), *training_pictures(entries)] if available() else []
+    drawn: list[Picture] = (
+        [*map(draw_labels, comparisons), *training_pictures(entries)] if available() else []
+    )
     charts, curves = drawn[: len(comparisons)], drawn[len(comparisons) :]
     sections = (
-        [Section("What transferred", [Bullets(headlines(found)), paradox_table(found), transfer_table(comparisons, home, pairs)])]
+        [
+            Section(
+                "What transferred",
+                [
+                    Bullets(headlines(found)),
+                    paradox_table(found),
+                    transfer_table(comparisons, home, pairs),
+                ],
+            )
+        ]
         if pairs
         else []
     )
@@ -136,11 +204,19 @@ def build(entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Ex
         sections.append(
             Section(
                 "What moved, label by label",
-                [movers_table(comparison, *pair) for pair in pairs for comparison in comparisons if pair in comparison.p_values],
+                [
+                    movers_table(comparison, *pair)
+                    for pair in pairs
+                    for comparison in comparisons
+                    if pair in comparison.p_values
+                ],
             )
         )
     sections.append(
-        Section("What is said, whatever the image", [*map(marginals_table, comparisons), diversity_table(comparisons)])
+        Section(
+            "What is said, whatever the image",
+            [*map(marginals_table, comparisons), diversity_table(comparisons)],
+        )
     )
     sections.append(papers)
     if curves or not available():
@@ -154,12 +230,20 @@ def build(entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Ex
                         "Chosen by the last model's answers: failed, wrong and right by turns, labels as varied as possible, so their shares say nothing. "
                         "Right: exactly the true labels among those that the data set evaluates. Reward parts are those that run_grpo.py recorded."
                     ),
-                    sample_cases(entries, comparisons, config.cases, seed=config.seed, image_root=config.image_root),
+                    sample_cases(
+                        entries,
+                        comparisons,
+                        config.cases,
+                        seed=config.seed,
+                        image_root=config.image_root,
+                    ),
                 ],
             )
         )
     sections.append(Section("Where the figures come from", [_provenance(entries)]))
-    images = ", ".join(f"{comparison.data_set} {len(comparison.first.ids):,}" for comparison in comparisons)
+    images = ", ".join(
+        f"{comparison.data_set} {len(comparison.first.ids):,}" for comparison in comparisons
+    )
     return Document(
         "What transferred",
         f"{', '.join(entry.name for entry in entries)} on {images} images. In distribution: {', '.join(home) or 'none'}.",
@@ -173,10 +257,15 @@ def headlines(found: Sequence[Transfer]) -> list[str]:
     for transfer in found:
         sides = [
             f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to {moved.difference[1]:+.3f})"
-            for where, moved in (("in distribution", transfer.home), ("across schemes", transfer.away))
+            for where, moved in (
+                ("in distribution", transfer.home),
+                ("across schemes", transfer.away),
+            )
             if moved is not None
         ]
-        lines.append(f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {', '.join(sides)}: {reading(transfer)}.")
+        lines.append(
+            f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {', '.join(sides)}: {reading(transfer)}."
+        )
     return lines
 
 
@@ -209,7 +298,12 @@ def write(document: Document, folder: Path) -> None:
     """report.html, report.md and the pictures that the latter names."""
     (folder / "report.html").write_text(to_html(document), encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(document, "pictures"), encoding="utf-8")
-    pictures = [block for section in document.sections for block in section.blocks if isinstance(block, Picture)]
+    pictures = [
+        block
+        for section in document.sections
+        for block in section.blocks
+        if isinstance(block, Picture)
+    ]
     for picture in pictures:
         (folder / "pictures").mkdir(exist_ok=True)
         (folder / "pictures" / picture_file(picture)).write_bytes(picture.data)
@@ -231,7 +325,9 @@ def _run(argv: Sequence[str]) -> int:
         description="Tables, figures and sample cases from runs or kept predictions.",
     )
     config: ReportConfig = resolved.configs[0]
-    entries = [load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()]
+    entries = [
+        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
+    ]
     empty = [entry for entry in entries if not entry.sets]
     if empty:
         raise UsageError(

@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.labels import LABELS, NIH_TEN, NIH_TO_CHEXPERT, NO_FINDING, SUPPORT_DEVICES, chexpert_labels_of_nih
+from data.labels import (
+    LABELS,
+    NIH_TEN,
+    NIH_TO_CHEXPERT,
+    NO_FINDING,
+    SUPPORT_DEVICES,
+    chexpert_labels_of_nih,
+)
 from engine.config import UsageError
 from eval.evaluate import iter_predictions
 from eval.metrics import jaccard_per_image
@@ -28,7 +35,17 @@ _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 # Fields of Predictions that hold a value, or a row of labels, for each answer
-_ARRAYS = ("patients", "targets", "predictions", "evaluated", "nih_targets", "parsed", "valid", "num_unknown", "lengths")
+_ARRAYS = (
+    "patients",
+    "targets",
+    "predictions",
+    "evaluated",
+    "nih_targets",
+    "parsed",
+    "valid",
+    "num_unknown",
+    "lengths",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,11 @@ class Predictions:
     @cached_property
     def jaccard(self) -> np.ndarray:
         """[N] as in scores-<name>.json: 0 for an answer that is not valid."""
-        return np.where(self.valid, jaccard_per_image(self.targets, self.predictions, self.evaluated, self.num_unknown), 0.0)
+        return np.where(
+            self.valid,
+            jaccard_per_image(self.targets, self.predictions, self.evaluated, self.num_unknown),
+            0.0,
+        )
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -70,7 +91,9 @@ class Predictions:
     @cached_property
     def contradictions(self) -> np.ndarray:
         """[N] No Finding beside a finding other than Support Devices."""
-        return self.predictions[:, LABELS.index(NO_FINDING)] & self.predictions[:, _FINDINGS].any(axis=1)
+        return self.predictions[:, LABELS.index(NO_FINDING)] & self.predictions[:, _FINDINGS].any(
+            axis=1
+        )
 
     def label_sets(self) -> list[frozenset[str]]:
         """The predicted labels of each answer, also those that are not evaluated."""
@@ -97,7 +120,10 @@ class Predictions:
         shown = np.isin(np.array(LABELS), list(labels))
         return Predictions(
             **{name: getattr(self, name) for name in self.__dataclass_fields__}
-            | {"targets": self.nih_targets & shown, "evaluated": np.broadcast_to(shown, self.targets.shape)}
+            | {
+                "targets": self.nih_targets & shown,
+                "evaluated": np.broadcast_to(shown, self.targets.shape),
+            }
         )
 
 
@@ -107,7 +133,11 @@ def load_predictions(path: Path) -> Predictions:
     prompts, problems, all_nih = {}, Counter(), True
     for row in iter_predictions(path):
         source = row.get("source_labels") or ()
-        nih = bool(source) and all(label in NIH_TO_CHEXPERT for label in source) and set(row["evaluated_labels"]) <= set(NIH_TEN)
+        nih = (
+            bool(source)
+            and all(label in NIH_TO_CHEXPERT for label in source)
+            and set(row["evaluated_labels"]) <= set(NIH_TEN)
+        )
         all_nih &= nih
         prompts[str(row.get("prompt", ""))] = None
         problems.update([row["problem"]] if row["problem"] else [])
@@ -125,9 +155,17 @@ def load_predictions(path: Path) -> Predictions:
             ("texts", fingerprint(row["completion"])),
         ):
             columns[name].append(value)
-    matrices = {name: _matrix(columns.pop(name)) for name in ("targets", "predictions", "evaluated", "nih_targets")}
-    arrays = {name: np.array(columns.pop(name)) for name in ("patients", "parsed", "valid", "num_unknown", "lengths")}
-    return Predictions(**columns, **matrices, **arrays, is_nih=all_nih, prompts=tuple(prompts), problems=problems)
+    matrices = {
+        name: _matrix(columns.pop(name))
+        for name in ("targets", "predictions", "evaluated", "nih_targets")
+    }
+    arrays = {
+        name: np.array(columns.pop(name))
+        for name in ("patients", "parsed", "valid", "num_unknown", "lengths")
+    }
+    return Predictions(
+        **columns, **matrices, **arrays, is_nih=all_nih, prompts=tuple(prompts), problems=problems
+    )
 
 
 def _bits(labels: Sequence[str]) -> int:
@@ -170,9 +208,16 @@ class Entry:
 
     def data_file(self, data_set: str) -> Path | None:
         """The data file of a set, for its images; None where no document names one that is still there."""
-        for document in (self.documents.get(data_set, {}).get("run") or {}, read_document(self.folder / "config.json")):
+        for document in (
+            self.documents.get(data_set, {}).get("run") or {},
+            read_document(self.folder / "config.json"),
+        ):
             named = (document.get("data") or {}).get(data_set)
-            if isinstance(named, dict) and named.get("file") and (found := located(named["file"], self.folder)):
+            if (
+                isinstance(named, dict)
+                and named.get("file")
+                and (found := located(named["file"], self.folder))
+            ):
                 return found
         return None
 
@@ -189,7 +234,9 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
         if not equals:
             name, folder = Path(value).name or Path(value).resolve().name, value
         if not folder or not Path(folder).is_dir():
-            problems.append(f"--{flag} {value}: {folder or 'nothing'} is no folder; give FOLDER or NAME=FOLDER")
+            problems.append(
+                f"--{flag} {value}: {folder or 'nothing'} is no folder; give FOLDER or NAME=FOLDER"
+            )
         elif name in folders:
             problems.append(f"--{flag} {value}: the name {name} is given twice; write NAME=FOLDER")
         folders.setdefault(name, Path(folder))
@@ -211,11 +258,19 @@ def load_entry(name: str, folder: Path) -> Entry:
     }
     documents = {data_set: read_document(folder / f"scores-{data_set}.json") for data_set in sets}
     own = read_document(folder / "config.json")
-    evaluation = next((document["run"] for document in documents.values() if document.get("run")), {})
+    evaluation = next(
+        (document["run"] for document in documents.values() if document.get("run")), {}
+    )
     settings = _values(own or evaluation)
     adapter = settings.get("adapter_name_or_path") if not own else str(folder)
     found = located(adapter, folder) if adapter else None
-    training = None if found is None else found.resolve().parent if found.resolve().name.startswith("checkpoint-") else found
+    training = (
+        None
+        if found is None
+        else found.resolve().parent
+        if found.resolve().name.startswith("checkpoint-")
+        else found
+    )
     run = own or (read_document(training / "config.json") if training is not None else {})
     trained = _values(run)
     state = read_document(training / "trainer_state.json") if training is not None else {}
@@ -225,10 +280,20 @@ def load_entry(name: str, folder: Path) -> Entry:
     step = next((document["step"] for document in documents.values() if "step" in document), None)
     if step is None and found is not None:
         folder_name = found.resolve().name
-        final = best_step if trained.get("load_best_model_at_end") or run.get("script") == "sft" else last_step
-        step = int(folder_name.rpartition("-")[2]) if folder_name.startswith("checkpoint-") else final
+        final = (
+            best_step
+            if trained.get("load_best_model_at_end") or run.get("script") == "sft"
+            else last_step
+        )
+        step = (
+            int(folder_name.rpartition("-")[2]) if folder_name.startswith("checkpoint-") else final
+        )
     stage: Stage = (
-        run.get("script") if run.get("script") in ("sft", "grpo") else "base" if evaluation and not adapter else _stage_of(name)
+        run.get("script")
+        if run.get("script") in ("sft", "grpo")
+        else "base"
+        if evaluation and not adapter
+        else _stage_of(name)
     )
     return Entry(
         name=name,
@@ -248,7 +313,9 @@ def load_entry(name: str, folder: Path) -> Entry:
 
 
 def _stage_of(name: str) -> Stage:
-    return next((stage for stage in ("base", "sft", "grpo") if name.lower().startswith(stage)), "other")
+    return next(
+        (stage for stage in ("base", "sft", "grpo") if name.lower().startswith(stage)), "other"
+    )
 
 
 def _values(document: dict) -> dict[str, Any]:
@@ -269,7 +336,9 @@ def read_document(path: Path) -> dict:
     except ValueError as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
     if not isinstance(document, dict):
-        raise UsageError(f"{path}: holds {type(document).__name__}, not an object; repair or remove it")
+        raise UsageError(
+            f"{path}: holds {type(document).__name__}, not an object; repair or remove it"
+        )
     return document
 
 

@@ -30,9 +30,13 @@ def shared_resamples(
     paired difference. Raises ValueError for different numbers of patients.
     """
     if len({len(rows) for rows in totals.values()}) != 1:
-        raise ValueError(f"models with different patients: {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}")
+        raise ValueError(
+            f"models with different patients: {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}"
+        )
     # [R, models x C]
-    drawn = resampled_totals(np.concatenate(list(totals.values()), axis=1), seed=seed, resamples=resamples)
+    drawn = resampled_totals(
+        np.concatenate(list(totals.values()), axis=1), seed=seed, resamples=resamples
+    )
     ends = np.cumsum([rows.shape[1] for rows in totals.values()])[:-1]
     return {name: figures(part) for name, part in zip(totals, np.split(drawn, ends, axis=1))}
 
@@ -55,7 +59,9 @@ def permutation_p_values(
     at_least = {name: np.ones(value.shape[1:]) for name, value in seen.items()}
     for start in range(0, permutations, chunk):
         # [chunk, C]
-        swapped = rng.binomial(counts, 0.5, size=(min(chunk, permutations - start), len(counts))) @ change
+        swapped = (
+            rng.binomial(counts, 0.5, size=(min(chunk, permutations - start), len(counts))) @ change
+        )
         for name, value in _differences(totals[0] - swapped, totals[1] + swapped).items():
             # 1e-12: equal but for rounding
             at_least[name] += (np.abs(value) >= np.abs(seen[name]) - 1e-12).sum(axis=0)
@@ -83,21 +89,35 @@ class Change:
         return self.difference[0] > 0 or self.difference[1] < 0
 
 
-def change(before: float, after: float, resampled_before: np.ndarray, resampled_after: np.ndarray, p_value: float) -> Change:
+def change(
+    before: float,
+    after: float,
+    resampled_before: np.ndarray,
+    resampled_after: np.ndarray,
+    p_value: float,
+) -> Change:
     """A `Change` from two point estimates and the two models' values in the same resamples, both [R]."""
-    relative = interval(resampled_after / resampled_before - 1) if (resampled_before > 0).all() else None
-    return Change(before, after, interval(resampled_after - resampled_before), relative, float(p_value))
+    relative = (
+        interval(resampled_after / resampled_before - 1) if (resampled_before > 0).all() else None
+    )
+    return Change(
+        before, after, interval(resampled_after - resampled_before), relative, float(p_value)
+    )
 
 
 # ---- what is said, whatever the image -------------------------------------------------------------------------------
-def said_and_true(targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def said_and_true(
+    targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(share of images for which each label is predicted, share for which it is true), both [K], among those that evaluate it.
 
     NaN for a label that no image evaluates.
     """
     images = evaluated.sum(axis=0)  # [K]
     with np.errstate(invalid="ignore"):
-        return (predictions & evaluated).sum(axis=0) / images, (targets & evaluated).sum(axis=0) / images
+        return (predictions & evaluated).sum(axis=0) / images, (targets & evaluated).sum(
+            axis=0
+        ) / images
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Numbers that a run is judged by, as flags write them: which checkpoint is best, when to warn, when to stop.
 
-    site-a/macro_f1 - 0.5*gap                    a trade-off: names of metrics, weights, " + " and " - " with spaces around
-    gap>0.05                                     a condition on one
-    monitors/identical_labels>0.9 for 3          that must hold three times in a row
+site-a/macro_f1 - 0.5*gap                    a trade-off: names of metrics, weights, " + " and " - " with spaces around
+gap>0.05                                     a condition on one
+monitors/identical_labels>0.9 for 3          that must hold three times in a row
 """
+
 from __future__ import annotations
 
 import math
@@ -29,7 +30,11 @@ class Combination:
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """None where a metric is not among them, or is None as a logged NaN is."""
         values = [metrics.get(name) for name in self.names]
-        return None if None in values else sum(weight * value for (weight, _), value in zip(self.terms, values))
+        return (
+            None
+            if None in values
+            else sum(weight * value for (weight, _), value in zip(self.terms, values))
+        )
 
 
 def parse_combination(text: str) -> Combination:
@@ -39,7 +44,9 @@ def parse_combination(text: str) -> Combination:
     for sign, word in zip(["+", *words[1::2]], words[::2]):
         match = _TERM.fullmatch(word)
         if match is None:
-            raise ValueError(f"{word!r} is no metric; write NAME or WEIGHT*NAME, joined by ' + ' and ' - '")
+            raise ValueError(
+                f"{word!r} is no metric; write NAME or WEIGHT*NAME, joined by ' + ' and ' - '"
+            )
         terms.append((float(match[1] or 1) * (-1 if sign == "-" else 1), match[2]))
     return Combination(text, tuple(terms))
 
@@ -65,7 +72,9 @@ def parse_condition(text: str) -> Condition:
     try:
         bound, times = float(match[3]), int(match[4] or 1)
     except (TypeError, ValueError):
-        raise ValueError("write METRIC>NUMBER or METRIC<NUMBER, with ' for N' where it must hold N times in a row") from None
+        raise ValueError(
+            "write METRIC>NUMBER or METRIC<NUMBER, with ' for N' where it must hold N times in a row"
+        ) from None
     if not math.isfinite(bound) or times < 1:
         raise ValueError(f"{match[3]} must be a number and N at least 1")
     return Condition(text, parse_combination(match[1]), match[2] == ">", bound, times)
@@ -88,7 +97,9 @@ class Watch:
             value = condition.combination.value(metrics)
             if value is None:
                 continue
-            self.held[condition.text] = self.held[condition.text] + 1 if condition.holds(value) else 0
+            self.held[condition.text] = (
+                self.held[condition.text] + 1 if condition.holds(value) else 0
+            )
             if self.held[condition.text] == condition.times:
                 lines.append(f"{condition.text}: {value:.4g}")
         return lines
@@ -99,4 +110,3 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take over the counts of the conditions that are still watched."""
         self.held |= {text: count for text, count in state.items() if text in self.held}
-

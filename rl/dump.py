@@ -1,4 +1,5 @@
 """All tensors of one optimizer step, for --dump_step: with them any program can compute the loss again."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,9 @@ from rl.rollout import Sample
 from rl.settings import GRPOConfig
 
 
-def step_tensors(loss: Tensor, logprobs: Tensor, entropy: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def step_tensors(
+    loss: Tensor, logprobs: Tensor, entropy: Tensor, weights: Tensor, terms: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What a micro-batch of `write_step` is made of, on the CPU and free of the graph, which holds the GPU's memory."""
     tensors = {"loss": loss, "logprobs": logprobs, "entropy": entropy, "weights": weights}
     tensors |= {f"terms/{name}": term for name, term in terms.items()}
@@ -60,27 +63,38 @@ def write_step(
     tensors = {
         # [n,t] each -> [N,T]
         name: torch.cat([pad(part[name], (0, width - part[name].shape[1])) for part in computed])
-        for name in computed[0] if name != "loss"
+        for name in computed[0]
+        if name != "loss"
     }
     for name in PER_TOKEN:
         beyond = -1 if name == "ids" else 0
-        tensors[name] = pad_sequence([getattr(samples[i], name) for i in rows], batch_first=True, padding_value=beyond)
+        tensors[name] = pad_sequence(
+            [getattr(samples[i], name) for i in rows], batch_first=True, padding_value=beyond
+        )
     if objective.beta == 0:
         del tensors["ref_logprobs"]  # that pass was not made
     losses = [float(part["loss"]) for part in computed]
     tensors |= {
         "advantages": torch.tensor([samples[i].advantage for i in rows]),
         "rollout_row": torch.tensor(rows),
-        "micro_batch": torch.tensor([k for k, indices in enumerate(micro_batches) for _ in indices]),
+        "micro_batch": torch.tensor(
+            [k for k, indices in enumerate(micro_batches) for _ in indices]
+        ),
         "rollout/reward": torch.tensor([sample.reward for sample in samples], dtype=torch.float64),
-        "rollout/advantage": torch.tensor([sample.advantage for sample in samples], dtype=torch.float64),
+        "rollout/advantage": torch.tensor(
+            [sample.advantage for sample in samples], dtype=torch.float64
+        ),
         "rollout/group": torch.tensor([sample.prompt for sample in samples]),
-        "prompt_ids": pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True, padding_value=-1),
+        "prompt_ids": pad_sequence(
+            [prompt.input_ids for prompt in prompts], batch_first=True, padding_value=-1
+        ),
         "micro_batch_loss": torch.tensor(losses),
         "loss": torch.tensor(sum(losses), dtype=torch.float64),
     }
     for name in samples[0].rewards:
-        tensors[f"rollout/rewards/{name}"] = torch.tensor([sample.rewards[name].total for sample in samples], dtype=torch.float64)
+        tensors[f"rollout/rewards/{name}"] = torch.tensor(
+            [sample.rewards[name].total for sample in samples], dtype=torch.float64
+        )
     notes = {
         "step": step,
         "settings": asdict(config) | asdict(objective),
@@ -89,6 +103,9 @@ def write_step(
         "num_tokens": int(tensors["mask"].sum()),
     }
     temporary = run_dir / f".tmp-step-{step}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary,
-              {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        temporary,
+        {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()},
+    )
     os.replace(temporary, run_dir / f"step-{step}.safetensors")

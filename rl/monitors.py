@@ -29,6 +29,7 @@ and, since the start, in standard deviations of the start (so that they fit one 
 The start is the run's first window. Nothing is returned before the window holds SETTLED completions, or, of what is compared with
 the start, before the start is complete.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -48,23 +49,67 @@ NGRAM, LOOP_WORDS = 4, 20  # reasoning of fewer words is not looked at for loops
 SERIES = ("trained", "other", "f1")
 FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
 PER_LABEL = tuple(f"label_shift/{label.replace(' ', '_')}" for label in LABELS)
-NAMES = tuple(f"monitors/{name}" for name in (
-    "identical_text", "identical_labels", "label_shift", *PER_LABEL, "all_labels", "contradiction", "unknown_label", "duplicate_label",
-    "empty_reasoning", "looping_reasoning", "copied_reasoning", "truncated", "length_to_cap", "distinct_per_group", "entropy",
-    *FROM_THE_START))
+NAMES = tuple(
+    f"monitors/{name}"
+    for name in (
+        "identical_text",
+        "identical_labels",
+        "label_shift",
+        *PER_LABEL,
+        "all_labels",
+        "contradiction",
+        "unknown_label",
+        "duplicate_label",
+        "empty_reasoning",
+        "looping_reasoning",
+        "copied_reasoning",
+        "truncated",
+        "length_to_cap",
+        "distinct_per_group",
+        "entropy",
+        *FROM_THE_START,
+    )
+)
 # A run of the demo stays below each of them by a factor of 1.5 or more.
-WARN_WHEN = tuple(f"monitors/{condition}" for condition in (
-    "identical_text>0.5", "identical_labels>0.75", "label_shift>0.4", "all_labels>0.3", "contradiction>0.1", "unknown_label>0.1",
-    "duplicate_label>0.5", "empty_reasoning>0.2", "looping_reasoning>0.2", "copied_reasoning>0.35", "truncated>0.3",
-    "distinct_per_group<0.3", "entropy_drop>0.6", "hacking>0.75"))
-HACKING_CHART = {"GRPO": {"reward against labels (since the start, in SD)": [
-    "Multiline", [f"train/monitors/{name}_gain" for name in SERIES]]}}
+WARN_WHEN = tuple(
+    f"monitors/{condition}"
+    for condition in (
+        "identical_text>0.5",
+        "identical_labels>0.75",
+        "label_shift>0.4",
+        "all_labels>0.3",
+        "contradiction>0.1",
+        "unknown_label>0.1",
+        "duplicate_label>0.5",
+        "empty_reasoning>0.2",
+        "looping_reasoning>0.2",
+        "copied_reasoning>0.35",
+        "truncated>0.3",
+        "distinct_per_group<0.3",
+        "entropy_drop>0.6",
+        "hacking>0.75",
+    )
+)
+HACKING_CHART = {
+    "GRPO": {
+        "reward against labels (since the start, in SD)": [
+            "Multiline",
+            [f"train/monitors/{name}_gain" for name in SERIES],
+        ]
+    }
+}
 
 
 class Monitors:
     """One run's monitors and the conditions that watch them and everything else that is logged."""
 
-    def __init__(self, trained_reward: str, max_completion_length: int, warn_when: Sequence[str] = (), stop_when: Sequence[str] = ()):
+    def __init__(
+        self,
+        trained_reward: str,
+        max_completion_length: int,
+        warn_when: Sequence[str] = (),
+        stop_when: Sequence[str] = (),
+    ):
         self.trained_reward, self.max_completion_length = trained_reward, max_completion_length
         self.warnings, self.stops = Watch(warn_when), Watch(stop_when)
         self.window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
@@ -79,10 +124,16 @@ class Monitors:
             self.window.append(_facts(sample, f"{start}/{sample.prompt}", self.trained_reward))
             self.num_seen += 1
             if self.num_seen == WINDOW:
-                self.start = {name: _mean_and_std([fact[name] for fact in self.window]) for name in ("entropy", *SERIES)}
+                self.start = {
+                    name: _mean_and_std([fact[name] for fact in self.window])
+                    for name in ("entropy", *SERIES)
+                }
         if len(self.window) < SETTLED:
             return {}
-        return {f"monitors/{name}": value for name, value in (self._now() | self._since_the_start()).items()}
+        return {
+            f"monitors/{name}": value
+            for name, value in (self._now() | self._since_the_start()).items()
+        }
 
     def check(self, metrics: Mapping[str, float]) -> list[str]:
         """Lines to show for these metrics, as they were logged; sets `stopped` where the run has to end."""
@@ -103,42 +154,85 @@ class Monitors:
         groups: dict[str, list[str]] = {}
         for fact in facts:
             groups.setdefault(fact["group"], []).append(fact["text"])
-        shifts = {name: shift for label, name in zip(LABELS, PER_LABEL) if (shift := _shift(facts, label)) is not None}
+        shifts = {
+            name: shift
+            for label, name in zip(LABELS, PER_LABEL)
+            if (shift := _shift(facts, label)) is not None
+        }
         return {
             "identical_text": sum(len(images[fact["text"]]) > 1 for fact in facts) / total,
-            "identical_labels": max(Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts).values()) / total,
-            "label_shift": max(map(abs, shifts.values()), default=0.0), **shifts,
-            **{name: share(name) for name in ("all_labels", "contradiction", "unknown_label", "duplicate_label", "empty_reasoning",
-                                              "looping_reasoning")},
-            "copied_reasoning": sum(len(truths[fact["reasoning"]]) > 1 for fact in facts if fact["reasoning"]) / total,
+            "identical_labels": max(
+                Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts).values()
+            )
+            / total,
+            "label_shift": max(map(abs, shifts.values()), default=0.0),
+            **shifts,
+            **{
+                name: share(name)
+                for name in (
+                    "all_labels",
+                    "contradiction",
+                    "unknown_label",
+                    "duplicate_label",
+                    "empty_reasoning",
+                    "looping_reasoning",
+                )
+            },
+            "copied_reasoning": sum(
+                len(truths[fact["reasoning"]]) > 1 for fact in facts if fact["reasoning"]
+            )
+            / total,
             "truncated": share("truncated"),
             "length_to_cap": share("length") / self.max_completion_length,
-            "distinct_per_group": sum(len(set(texts)) / len(texts) for texts in groups.values()) / len(groups),
+            "distinct_per_group": sum(len(set(texts)) / len(texts) for texts in groups.values())
+            / len(groups),
             "entropy": share("entropy"),
         }
 
     def _since_the_start(self) -> dict[str, float]:
         if not self.start:
             return {}
-        now = {name: sum(fact[name] for fact in self.window) / len(self.window) for name in self.start}
-        gains = {f"{name}_gain": (now[name] - self.start[name][0]) / self.start[name][1] if self.start[name][1] else 0.0 for name in SERIES}
+        now = {
+            name: sum(fact[name] for fact in self.window) / len(self.window) for name in self.start
+        }
+        gains = {
+            f"{name}_gain": (now[name] - self.start[name][0]) / self.start[name][1]
+            if self.start[name][1]
+            else 0.0
+            for name in SERIES
+        }
         entropy = self.start["entropy"][0]
-        return gains | {"hacking": gains["trained_gain"] - gains["f1_gain"],
-                        "entropy_drop": 1 - now["entropy"] / entropy if entropy > 0 else 0.0}
+        return gains | {
+            "hacking": gains["trained_gain"] - gains["f1_gain"],
+            "entropy_drop": 1 - now["entropy"] / entropy if entropy > 0 else 0.0,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as JSON can hold it."""
-        return {"window": list(self.window), "num_seen": self.num_seen, "start": self.start, "stopped": self.stopped,
-                "warnings": self.warnings.state_dict(), "stops": self.stops.state_dict()}
+        return {
+            "window": list(self.window),
+            "num_seen": self.num_seen,
+            "start": self.start,
+            "stopped": self.stopped,
+            "warnings": self.warnings.state_dict(),
+            "stops": self.stops.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. A run that a condition had ended goes on where that condition is no longer asked for."""
         self.window = deque(state["window"], maxlen=WINDOW)
-        self.num_seen, self.start = state["num_seen"], {name: tuple(values) for name, values in state["start"].items()}
+        self.num_seen, self.start = (
+            state["num_seen"],
+            {name: tuple(values) for name, values in state["start"].items()},
+        )
         self.warnings.load_state_dict(state["warnings"])
         self.stops.load_state_dict(state["stops"])
         stopped = state["stopped"]
-        self.stopped = stopped if stopped and any(stopped.startswith(f"{text}: ") for text in self.stops.held) else None
+        self.stopped = (
+            stopped
+            if stopped and any(stopped.startswith(f"{text}: ") for text in self.stops.held)
+            else None
+        )
 
 
 # ---- one completion -------------------------------------------------------------------------------------------------
@@ -184,8 +278,17 @@ def _loops(words: Sequence[str]) -> bool:
 
 def _f1(answer: Answer, target: Target) -> float:
     """2 TP / (said + true) over the evaluated labels; 1 where both are empty, 0 for an answer that cannot be read."""
-    said, true = set(answer.labels) & target.evaluated_labels, target.labels & target.evaluated_labels
-    return 0.0 if not answer.parsed else 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
+    said, true = (
+        set(answer.labels) & target.evaluated_labels,
+        target.labels & target.evaluated_labels,
+    )
+    return (
+        0.0
+        if not answer.parsed
+        else 2 * len(said & true) / (len(said) + len(true))
+        if said or true
+        else 1.0
+    )
 
 
 # ---- the window -----------------------------------------------------------------------------------------------------
@@ -200,7 +303,11 @@ def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[st
 def _shift(facts: Sequence[Mapping[str, Any]], label: str) -> float | None:
     """Share that says the label, minus the share that has it, where it is evaluated; None where it never is."""
     rows = [fact for fact in facts if label in fact["evaluated"]]
-    return sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows) if rows else None
+    return (
+        sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows)
+        if rows
+        else None
+    )
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -25,6 +25,7 @@ may lie in different micro-batches. `mask` [N,T] bool is true on the tokens of t
 outside it may hold anything, NaN included, and change nothing. Everything is computed in the dtype of `logprobs` (fp32 in
 training).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -47,15 +48,36 @@ class ObjectiveConfig:
     Raises ValueError naming every field that is out of range.
     """
 
-    epsilon_low: float = field(default=0.15, metadata={
-        "help": "lower clip: the ratio is held above 1 - epsilon_low", "source": "paper 3.2.2", "aliases": ("epsilon",)})
-    epsilon_high: float = field(default=0.22, metadata={
-        "help": "upper clip: the ratio is held below 1 + epsilon_high", "source": "paper 3.2.2"})
-    beta: float = field(default=0.15, metadata={
-        "help": "weight of the KL term against the frozen SFT reference", "unit": "reward per nat", "source": "paper 3.2.2"})
-    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k3", metadata={
-        "help": "per-token KL estimate in the loss; k1 has the right value but a zero-mean gradient, so it does not regularise",
-        "source": "not published; k3 as in DeepSeekMath"})
+    epsilon_low: float = field(
+        default=0.15,
+        metadata={
+            "help": "lower clip: the ratio is held above 1 - epsilon_low",
+            "source": "paper 3.2.2",
+            "aliases": ("epsilon",),
+        },
+    )
+    epsilon_high: float = field(
+        default=0.22,
+        metadata={
+            "help": "upper clip: the ratio is held below 1 + epsilon_high",
+            "source": "paper 3.2.2",
+        },
+    )
+    beta: float = field(
+        default=0.15,
+        metadata={
+            "help": "weight of the KL term against the frozen SFT reference",
+            "unit": "reward per nat",
+            "source": "paper 3.2.2",
+        },
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k3",
+        metadata={
+            "help": "per-token KL estimate in the loss; k1 has the right value but a zero-mean gradient, so it does not regularise",
+            "source": "not published; k3 as in DeepSeekMath",
+        },
+    )
     loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(
         default="dr_grpo",
         metadata={
@@ -64,9 +86,13 @@ class ObjectiveConfig:
             "source": "paper 3.2.2, text",
         },
     )
-    scale_rewards: Literal["none", "group", "batch"] = field(default="none", metadata={
-        "help": "what divides the centred reward: nothing, the group's standard deviation, or that of the whole rollout",
-        "source": "paper 3.2.2 says Dr. GRPO only"})
+    scale_rewards: Literal["none", "group", "batch"] = field(
+        default="none",
+        metadata={
+            "help": "what divides the centred reward: nothing, the group's standard deviation, or that of the whole rollout",
+            "source": "paper 3.2.2 says Dr. GRPO only",
+        },
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -88,7 +114,9 @@ class ObjectiveConfig:
     def warnings(self) -> list[str]:
         """Settings that are allowed but do not do what their name promises, one line each."""
         if self.kl_estimator == "k1" and self.beta > 0:
-            return ["kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use k2 or k3."]
+            return [
+                "kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use k2 or k3."
+            ]
         return []
 
 
@@ -209,9 +237,16 @@ def grpo_loss(
         raise ValueError(
             f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the frozen SFT checkpoint"
         )
-    for name, tensor in {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask, "weights": weights}.items():
+    for name, tensor in {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "mask": mask,
+        "weights": weights,
+    }.items():
         if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are [N,T]")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are [N,T]"
+            )
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed, [{len(logprobs)}]"
@@ -252,7 +287,9 @@ def grpo_loss(
 
 
 @torch.no_grad()
-def objective_metrics(terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig) -> dict[str, Metric]:
+def objective_metrics(
+    terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig
+) -> dict[str, Metric]:
     """What to log of the terms, under TRL's names. Token means are weighted by tokens, so micro-batches combine to the
     step's mean.
 
@@ -286,4 +323,6 @@ def objective_metrics(terms: dict[str, Tensor], advantages: Tensor, mask: Tensor
         "clip_ratio/high_max": Metric((clipped_high.sum(1)[rows] / lengths).max(), 1, "max"),
         "clip_ratio/region_mean": token_mean(clipped_low | clipped_high),
     }
-    return metrics | {name: token_mean(values) for name, values in terms.items() if name not in LOGGED_TERMS}
+    return metrics | {
+        name: token_mean(values) for name, values in terms.items() if name not in LOGGED_TERMS
+    }

@@ -1,6 +1,7 @@
 """What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in TensorBoard, its state in a
 checkpoint; and what is noted of an evaluation.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -36,12 +37,18 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     groups = [rewards[prompts == prompt] for prompt in prompts.unique()]
     lengths = torch.tensor([float(len(sample.ids)) for sample in samples])
     terminated = lengths[torch.tensor([not sample.truncated for sample in samples])]
-    distinct = [len({sample.text for sample in samples if sample.prompt == prompt}) for prompt in prompts.unique().tolist()]
+    distinct = [
+        len({sample.text for sample in samples if sample.prompt == prompt})
+        for prompt in prompts.unique().tolist()
+    ]
     metrics = {
         "reward": rewards.mean(),
         "reward_std": rewards.std(),
         "reward_group_std": torch.stack([group.std() for group in groups]).mean(),
-        "frac_reward_zero_std": sum(bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups) / len(groups),
+        "frac_reward_zero_std": sum(
+            bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups
+        )
+        / len(groups),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -49,7 +56,8 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "completions/valid_rate": sum(sample.answer.valid for sample in samples) / len(samples),
         "completions/parsed_rate": sum(sample.answer.parsed for sample in samples) / len(samples),
         "completions/distinct_per_group": sum(distinct) / len(distinct),
-        "completions/mean_labels": sum(len(sample.answer.labels) for sample in samples) / len(samples),
+        "completions/mean_labels": sum(len(sample.answer.labels) for sample in samples)
+        / len(samples),
         "sampling/top_p_mass_mean": torch.cat([sample.top_p_mass for sample in samples]).mean(),
     }
     if len(terminated):
@@ -59,10 +67,14 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
             "completions/max_terminated_length": terminated.max(),
         }
     for name in samples[0].rewards:
-        totals = torch.tensor([sample.rewards[name].total for sample in samples], dtype=torch.float64)
+        totals = torch.tensor(
+            [sample.rewards[name].total for sample in samples], dtype=torch.float64
+        )
         metrics |= {f"rewards/{name}/mean": totals.mean(), f"rewards/{name}/std": totals.std()}
         for part in samples[0].rewards[name].parts:
-            metrics[f"rewards/{name}/{part}"] = sum(sample.rewards[name].parts[part] for sample in samples) / len(samples)
+            metrics[f"rewards/{name}/{part}"] = sum(
+                sample.rewards[name].parts[part] for sample in samples
+            ) / len(samples)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -98,7 +110,10 @@ def completion_rows(samples: Sequence[Sample]) -> list[dict]:
             "predicted": list(sample.answer.labels),
             "valid": sample.answer.valid,
             "problem": sample.answer.problem,
-            "rewards": {name: {"total": reward.total} | reward.parts for name, reward in sample.rewards.items()},
+            "rewards": {
+                name: {"total": reward.total} | reward.parts
+                for name, reward in sample.rewards.items()
+            },
             "reward": sample.reward,
             "advantage": sample.advantage,
         }
@@ -106,7 +121,9 @@ def completion_rows(samples: Sequence[Sample]) -> list[dict]:
     ]
 
 
-def show_samples(log: RunLogger, samples: Sequence[Sample], step: int, *, max_side: int = 448) -> None:
+def show_samples(
+    log: RunLogger, samples: Sequence[Sample], step: int, *, max_side: int = 448
+) -> None:
     """One group in TensorBoard: the X-ray, and a table of its completions with rewards and advantages. Model text is
     escaped.
     """
@@ -116,8 +133,10 @@ def show_samples(log: RunLogger, samples: Sequence[Sample], step: int, *, max_si
     log.image("completions/image", np.asarray(image), step)
     names = list(samples[0].rewards)
     lines = [
-        f"{escape_markdown(example.id)}, labels: {escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}", "",
-        "| completion | " + " | ".join(names) + " | advantage |", "|---" * (len(names) + 2) + "|",
+        f"{escape_markdown(example.id)}, labels: {escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}",
+        "",
+        "| completion | " + " | ".join(names) + " | advantage |",
+        "|---" * (len(names) + 2) + "|",
     ]
     for sample in samples:
         totals = " | ".join(f"{sample.rewards[name].total:.2f}" for name in names)
@@ -132,12 +151,23 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
     """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for
     bit.
     """
-    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in PER_TOKEN} if samples else {}
+    tensors = (
+        {name: torch.cat([getattr(sample, name) for sample in samples]) for name in PER_TOKEN}
+        if samples
+        else {}
+    )
     document = [
         {
-            "prompt": sample.prompt, "example": sample.example.id, "length": len(sample.ids), "truncated": sample.truncated,
-            "rewards": {name: {"total": reward.total, "parts": reward.parts} for name, reward in sample.rewards.items()},
-            "reward": sample.reward, "advantage": sample.advantage,
+            "prompt": sample.prompt,
+            "example": sample.example.id,
+            "length": len(sample.ids),
+            "truncated": sample.truncated,
+            "rewards": {
+                name: {"total": reward.total, "parts": reward.parts}
+                for name, reward in sample.rewards.items()
+            },
+            "reward": sample.reward,
+            "advantage": sample.advantage,
         }
         for sample in samples
     ]
@@ -158,7 +188,10 @@ def unpack_samples(
     samples = []
     for i, row in enumerate(document):
         text = decode(pieces["ids"][i])
-        rewards = {name: Reward(total=reward["total"], parts=reward["parts"]) for name, reward in row["rewards"].items()}
+        rewards = {
+            name: Reward(total=reward["total"], parts=reward["parts"])
+            for name, reward in row["rewards"].items()
+        }
         samples.append(
             Sample(
                 prompt=row["prompt"],
@@ -176,7 +209,9 @@ def unpack_samples(
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
-def with_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction]) -> list[dict]:
+def with_rewards(
+    rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction]
+) -> list[dict]:
     """The rows of a predictions file, each with its "rewards" as in completions.jsonl: {name: {"total", its parts}}.
 
     Nothing is observed: the windows stay those of the rollouts.
@@ -184,23 +219,42 @@ def with_rewards(rows: Sequence[dict], reward_functions: Mapping[str, RewardFunc
     rewarded = []
     for row in rows:
         answer = parse_answer(row["completion"], row["answer_format"])
-        target = Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"]))
-        rewards = {name: function(answer, target, row["completion_length"]) for name, function in reward_functions.items()}
-        rewarded.append(row | {"rewards": {name: {"total": reward.total} | reward.parts for name, reward in rewards.items()}})
+        target = Target(
+            frozenset(row["labels"]) & frozenset(row["evaluated_labels"]),
+            frozenset(row["evaluated_labels"]),
+        )
+        rewards = {
+            name: function(answer, target, row["completion_length"])
+            for name, function in reward_functions.items()
+        }
+        rewarded.append(
+            row
+            | {
+                "rewards": {
+                    name: {"total": reward.total} | reward.parts for name, reward in rewards.items()
+                }
+            }
+        )
     return rewarded
 
 
-def mean_rewards(rows: Sequence[dict], trained_reward: str, function: RewardFunction) -> dict[str, float]:
+def mean_rewards(
+    rows: Sequence[dict], trained_reward: str, function: RewardFunction
+) -> dict[str, float]:
     """Means over rows of `with_rewards`: `rewards/<name>/mean` in the reward's own units, `reward` as it is trained on."""
     means = Counter()
     for row in rows:
         for name, reward in row["rewards"].items():
             means[f"rewards/{name}/mean"] += reward["total"] / len(rows)
-        means["reward"] += function.scaled(Reward(row["rewards"][trained_reward]["total"], {})) / len(rows)
+        means["reward"] += function.scaled(
+            Reward(row["rewards"][trained_reward]["total"], {})
+        ) / len(rows)
     return dict(means)
 
 
-def record_evaluation(metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None) -> dict[str, float]:
+def record_evaluation(
+    metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None
+) -> dict[str, float]:
     """Log the metrics of each set and the gap between them, and note whether this checkpoint is the best; returns them by
     NAME/METRIC, and the gap.
 
@@ -213,12 +267,21 @@ def record_evaluation(metrics: Mapping[str, dict[str, float]], log: RunLogger, s
         log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
     flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
     if len(names) > 1:
-        start = {name: next(entry[f"eval_{name}_macro_f1"] for entry in log.log_history if f"eval_{name}_macro_f1" in entry) for name in names}
+        start = {
+            name: next(
+                entry[f"eval_{name}_macro_f1"]
+                for entry in log.log_history
+                if f"eval_{name}_macro_f1" in entry
+            )
+            for name in names
+        }
         first, *others = (metrics[name]["macro_f1"] - start[name] for name in names)
         flat["gap"] = first - sum(others) / len(others)
         log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
     if names:
         combination = parse_combination(chosen or f"{names[0]}/macro_f1")
         single = combination.terms[0][1].rpartition("/")[2] if len(combination.terms) == 1 else None
-        state.record_evaluation(combination.value(flat), greater_is_better=single not in LOWER_IS_BETTER)
+        state.record_evaluation(
+            combination.value(flat), greater_is_better=single not in LOWER_IS_BETTER
+        )
     return flat

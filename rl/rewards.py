@@ -7,6 +7,7 @@ without surprise. Another reward is another subclass of `RewardFunction`.
 Both look only at the labels that the image's source can express, `target.evaluated_labels`: a predicted label outside
 them is ignored, neither right nor wrong.
 """
+
 from __future__ import annotations
 
 import math
@@ -128,14 +129,24 @@ class NuancedReward(RewardFunction):
     def __post_init__(self) -> None:
         for label, frequency in self.label_frequency.items():
             if label not in LABELS or not 0 <= frequency <= 1:
-                raise ValueError(f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}: {frequency!r}")
+                raise ValueError(
+                    f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}: {frequency!r}"
+                )
         if self.window < self.min_window:
-            raise ValueError(f"window {self.window} is below min_window {self.min_window}: mode collapse would never be seen")
+            raise ValueError(
+                f"window {self.window} is below min_window {self.min_window}: mode collapse would never be seen"
+            )
         self._predictions: deque[tuple[str, ...]] = deque(maxlen=self.window)
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         if not answer.parsed:
-            return _reward(match=0.0, partial=0.0, false_positive=0.0, collapse=0.0, format=-self.unparsed_penalty)
+            return _reward(
+                match=0.0,
+                partial=0.0,
+                false_positive=0.0,
+                collapse=0.0,
+                format=-self.unparsed_penalty,
+            )
         predicted, true = _comparable(answer, target)
         match = predicted == true
         hits = len(predicted & true)
@@ -146,8 +157,12 @@ class NuancedReward(RewardFunction):
             match=self.match_points * match,
             partial=self.recall_points * recall + self.precision_points * precision,
             # fsum, because a set's order differs between processes and a resumed run must agree to the last bit.
-            false_positive=-math.fsum(self._false_positive_points(label) for label in predicted - true),
-            collapse=-(self.collapse_points + self.repetition_points * len(repeated)) if repeated else 0.0,
+            false_positive=-math.fsum(
+                self._false_positive_points(label) for label in predicted - true
+            ),
+            collapse=-(self.collapse_points + self.repetition_points * len(repeated))
+            if repeated
+            else 0.0,
             format=-(
                 self.unknown_points * len(answer.unknown)
                 + self.duplicate_points * len(answer.duplicates)
@@ -174,15 +189,21 @@ class NuancedReward(RewardFunction):
         return {"predictions": [list(labels) for labels in self._predictions]}
 
     def load_state_dict(self, state: dict) -> None:
-        self._predictions = deque((tuple(labels) for labels in state["predictions"]), maxlen=self.window)
+        self._predictions = deque(
+            (tuple(labels) for labels in state["predictions"]), maxlen=self.window
+        )
 
     def _false_positive_points(self, label: str) -> float:
-        return self.false_positive_base + self.false_positive_slope * self.label_frequency.get(label, 0.0)
+        return self.false_positive_base + self.false_positive_slope * self.label_frequency.get(
+            label, 0.0
+        )
 
 
 def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:
     """Predicted and true labels among those that the source can express."""
-    return target.evaluated_labels.intersection(answer.labels), target.evaluated_labels & target.labels
+    return target.evaluated_labels.intersection(
+        answer.labels
+    ), target.evaluated_labels & target.labels
 
 
 def _reward(**parts: float) -> Reward:

@@ -5,6 +5,7 @@ A rollout is a list of `Sample`s on the CPU, one a completion, padded only when 
 micro-batches follow from its lengths alone: the old, reference and policy passes run on the same rows laid out in the same
 way, so before the first update the ratio is exactly 1 and the KL exactly 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -70,9 +71,12 @@ def build_samples(
             text = decode(completion.ids)
             answer = parse_answer(text, answer_format)
             rewards = {
-                name: function(answer, example.target, len(completion.ids)) for name, function in reward_functions.items()
+                name: function(answer, example.target, len(completion.ids))
+                for name, function in reward_functions.items()
             }
-            mask = torch.full((len(completion.ids),), not (completion.truncated and mask_truncated_completions))
+            mask = torch.full(
+                (len(completion.ids),), not (completion.truncated and mask_truncated_completions)
+            )
             samples.append(
                 Sample(
                     prompt=index,
@@ -98,9 +102,17 @@ def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> li
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.prompt for sample in samples])
-    kl = torch.stack([(sample.sampling_logprobs - sample.ref_logprobs)[sample.mask].double().sum() for sample in samples])
+    kl = torch.stack(
+        [
+            (sample.sampling_logprobs - sample.ref_logprobs)[sample.mask].double().sum()
+            for sample in samples
+        ]
+    )
     advantages = group_advantages(rewards, groups, objective.scale_rewards, kl=kl, config=objective)
-    return [replace(sample, advantage=float(advantage)) for sample, advantage in zip(samples, advantages)]
+    return [
+        replace(sample, advantage=float(advantage))
+        for sample, advantage in zip(samples, advantages)
+    ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,10 @@ class MicroBatch:
 
 
 def collate_samples(
-    samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device
+    samples: Sequence[Sample],
+    prompts: Sequence[EncodedPrompt],
+    pad_token_id: int,
+    device: torch.device,
 ) -> MicroBatch:
     """Pad samples into one micro-batch on `device`; passes that have not been made yet are zeros."""
     batch = collate_rows(encoded_rows(samples, prompts), pad_token_id).to(device)
@@ -135,8 +150,16 @@ def collate_samples(
                 row[: len(values)] = values
         return rows.to(device, non_blocking=True)  # [N,T]
 
-    advantages = torch.tensor([sample.advantage for sample in samples]).to(device, non_blocking=True)
-    return MicroBatch(batch, advantages, padded("sampling_logprobs"), padded("old_logprobs"), padded("ref_logprobs"))
+    advantages = torch.tensor([sample.advantage for sample in samples]).to(
+        device, non_blocking=True
+    )
+    return MicroBatch(
+        batch,
+        advantages,
+        padded("sampling_logprobs"),
+        padded("old_logprobs"),
+        padded("ref_logprobs"),
+    )
 
 
 def score_samples(
@@ -160,8 +183,12 @@ def score_samples(
     scored = list(samples)
     was_training = wrapped.training
     wrapped.eval()
-    for step, indices in ((step, indices) for step, micro_batches in enumerate(steps) for indices in micro_batches):
-        batch = collate_samples([samples[i] for i in indices], prompts, model.encoder.pad_token_id, device).batch
+    for step, indices in (
+        (step, indices) for step, micro_batches in enumerate(steps) for indices in micro_batches
+    ):
+        batch = collate_samples(
+            [samples[i] for i in indices], prompts, model.encoder.pad_token_id, device
+        ).batch
         if step > 0:
             with torch.no_grad():
                 old, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
@@ -172,7 +199,9 @@ def score_samples(
             ref = ref.cpu()
         for row, i in enumerate(indices):
             # at beta 0 not read
-            of_reference = ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs
+            of_reference = (
+                ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs
+            )
             scored[i] = replace(scored[i], ref_logprobs=of_reference)
     wrapped.train(was_training)
     return scored
@@ -200,8 +229,13 @@ def plan_micro_batches(
     forward (see plan_batches); where a cut parts a group, its prompt is in both.
     """
     rows, per_step = encoded_rows(samples, prompts), size * accumulation
-    return [[[start + i for i in indices] for indices in plan_batches(rows[start : start + per_step], size, max_tokens)]
-            for start in range(0, len(rows), per_step)]
+    return [
+        [
+            [start + i for i in indices]
+            for indices in plan_batches(rows[start : start + per_step], size, max_tokens)
+        ]
+        for start in range(0, len(rows), per_step)
+    ]
 
 
 def encoded_rows(samples: Sequence[Sample], prompts: Sequence[EncodedPrompt]) -> list[EncodedRow]:

@@ -1,4 +1,5 @@
 """The settings of run_grpo.py beside those of the objective: their checks, what follows from them, what the SFT run fills in."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -20,8 +21,16 @@ from rl.rollout import Sample
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
 # What an evaluation measures on each validation set; two sets or more also have a gap (rl/records.py).
-SET_METRICS = ("macro_f1", "micro_f1", "jaccard", "fail_rate", "invalid_rate", "completion_length", "reward",
-               *(f"rewards/{name}/mean" for name in get_args(RewardName)))
+SET_METRICS = (
+    "macro_f1",
+    "micro_f1",
+    "jaccard",
+    "fail_rate",
+    "invalid_rate",
+    "completion_length",
+    "reward",
+    *(f"rewards/{name}/mean" for name in get_args(RewardName)),
+)
 
 
 @dataclass(frozen=True)
@@ -34,34 +43,79 @@ class GRPOConfig(TrainingConfig):
         unset="the newest finished SFT run under runs/, of the recipe's base model where there is a recipe",
         group="model and data",
     )
-    learning_rate: float = setting(1e-5, "peak learning rate of AdamW", source=OURS, group="optimization")
-    num_train_epochs: float = setting(1.0, "passes over the prompts", unit="epochs", source=OURS, group="optimization")
-    warmup_ratio: float = setting(
-        0.0, "share of all steps with rising learning rate, before the cosine", source=OURS, group="optimization"
+    learning_rate: float = setting(
+        1e-5, "peak learning rate of AdamW", source=OURS, group="optimization"
     )
-    max_grad_norm: float = setting(1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization")
+    num_train_epochs: float = setting(
+        1.0, "passes over the prompts", unit="epochs", source=OURS, group="optimization"
+    )
+    warmup_ratio: float = setting(
+        0.0,
+        "share of all steps with rising learning rate, before the cosine",
+        source=OURS,
+        group="optimization",
+    )
+    max_grad_norm: float = setting(
+        1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization"
+    )
 
     per_device_train_batch_size: int = setting(
-        8, "completions in a micro-batch; those of one prompt share its forward", unit="completions", source=OURS, group="optimization")
-    gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step", unit="micro-batches", source=OURS,
-                                               group="optimization")
+        8,
+        "completions in a micro-batch; those of one prompt share its forward",
+        unit="completions",
+        source=OURS,
+        group="optimization",
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "micro-batches in an optimizer step",
+        unit="micro-batches",
+        source=OURS,
+        group="optimization",
+    )
 
-    num_generations: int = setting(4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout")
-    temperature: float = setting(0.8, "sampling temperature, also of every log-probability", source=PAPER_GRPO, group="rollout")
-    top_p: float = setting(0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout")
+    num_generations: int = setting(
+        4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout"
+    )
+    temperature: float = setting(
+        0.8,
+        "sampling temperature, also of every log-probability",
+        source=PAPER_GRPO,
+        group="rollout",
+    )
+    top_p: float = setting(
+        0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout"
+    )
     steps_per_generation: int | None = setting(
-        None, "micro-batches in a rollout", unset="2 x gradient_accumulation_steps, so two optimizer steps use one rollout",
-        unit="micro-batches", source=OURS, group="rollout")
-    num_iterations: int = setting(1, "how often each rollout is gone through", unit="passes", source=OURS, group="rollout")
+        None,
+        "micro-batches in a rollout",
+        unset="2 x gradient_accumulation_steps, so two optimizer steps use one rollout",
+        unit="micro-batches",
+        source=OURS,
+        group="rollout",
+    )
+    num_iterations: int = setting(
+        1, "how often each rollout is gone through", unit="passes", source=OURS, group="rollout"
+    )
     mask_truncated_completions: bool = setting(
-        False, "leave completions without a stop token out of the loss", source=OURS, group="rollout"
+        False,
+        "leave completions without a stop token out of the loss",
+        source=OURS,
+        group="rollout",
     )
 
     reward: RewardName = setting(
-        "hard", "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged", source=PAPER_GRPO, group="reward"
+        "hard",
+        "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged",
+        source=PAPER_GRPO,
+        group="reward",
     )
     reward_scale: float | None = setting(
-        None, "multiplies the reward before advantages", unset="1 for hard, 0.01 for nuanced", source=OURS, group="reward"
+        None,
+        "multiplies the reward before advantages",
+        unset="1 for hard, 0.01 for nuanced",
+        source=OURS,
+        group="reward",
     )
     length_penalty: float = setting(0.1, "lambda_len of Eq. 3", source=OURS, group="reward")
     min_length: int = setting(
@@ -73,7 +127,11 @@ class GRPOConfig(TrainingConfig):
     )
 
     eval_steps: int | None = setting(
-        100, "evaluate every so many steps, beside the start and the end", unit="optimizer steps", source=OURS, group="evaluation"
+        100,
+        "evaluate every so many steps, beside the start and the end",
+        unit="optimizer steps",
+        source=OURS,
+        group="evaluation",
     )
     metric_for_best_model: str | None = setting(
         None,
@@ -83,28 +141,53 @@ class GRPOConfig(TrainingConfig):
         group="evaluation",
     )
     load_best_model_at_end: bool = setting(
-        False, "make the best checkpoint the final adapter, not the last one", source=OURS, group="evaluation"
+        False,
+        "make the best checkpoint the final adapter, not the last one",
+        source=OURS,
+        group="evaluation",
     )
     stop_when: tuple[str, ...] = setting(
-        (), "end the run when this becomes true of what is logged: 'gap>0.05', 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a "
-        "trade-off; names that training does not log are refused after the first step", group="evaluation")
-    warn_when: tuple[str, ...] = setting(WARN_WHEN, "say when this becomes true; written like --stop_when", source=OURS, group="evaluation")
+        (),
+        "end the run when this becomes true of what is logged: 'gap>0.05', 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a "
+        "trade-off; names that training does not log are refused after the first step",
+        group="evaluation",
+    )
+    warn_when: tuple[str, ...] = setting(
+        WARN_WHEN,
+        "say when this becomes true; written like --stop_when",
+        source=OURS,
+        group="evaluation",
+    )
     dump_step: int | None = setting(
-        None, "write every tensor of this step's loss to step-<N>.safetensors in the run's folder", unset="none is written",
-        unit="optimizer step", group="run")
+        None,
+        "write every tensor of this step's loss to step-<N>.safetensors in the run's folder",
+        unset="none is written",
+        unit="optimizer step",
+        group="run",
+    )
 
 
 def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     found = training_problems(config)
     if config.train_file is None:
-        found.append("--train_file is missing: give the JSONL file with the prompts' images and labels")
+        found.append(
+            "--train_file is missing: give the JSONL file with the prompts' images and labels"
+        )
     if config.num_generations < 2:
         found.append(
             f"--num_generations is {config.num_generations}; a group needs at least 2 completions, or every advantage is 0"
         )
     if not config.temperature > 0 or not 0 < config.top_p <= 1:
-        found.append(f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]")
-    for name in ("num_iterations", "steps_per_generation", "eval_steps", "reward_scale", "dump_step"):
+        found.append(
+            f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]"
+        )
+    for name in (
+        "num_iterations",
+        "steps_per_generation",
+        "eval_steps",
+        "reward_scale",
+        "dump_step",
+    ):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
     return found + judging_problems(config) or batch_problems(config)
@@ -115,43 +198,73 @@ def judging_problems(config: GRPOConfig) -> list[str]:
     once they are logged (`check_watched`).
     """
     sets = [entry.partition("=")[0] for entry in config.validation_file]
-    combinations = [("metric_for_best_model", config.metric_for_best_model)] if config.metric_for_best_model else []
+    combinations = (
+        [("metric_for_best_model", config.metric_for_best_model)]
+        if config.metric_for_best_model
+        else []
+    )
     found = []
     for flag in ("stop_when", "warn_when"):
         combinations += [(flag, text) for text in getattr(config, flag)]
     for flag, text in combinations:
         try:
-            names = (parse_combination(text) if flag == "metric_for_best_model" else parse_condition(text).combination).names
+            names = (
+                parse_combination(text)
+                if flag == "metric_for_best_model"
+                else parse_condition(text).combination
+            ).names
         except ValueError as error:
             found.append(f"--{flag} {text}: {error}")
             continue
         for name in names:
             prefix, _, metric = name.partition("/")
             if name == "gap" and len(sets) < 2:
-                found.append(f"--{flag} {text}: gap needs two sets of --validation_file or more, there are {len(sets)}")
+                found.append(
+                    f"--{flag} {text}: gap needs two sets of --validation_file or more, there are {len(sets)}"
+                )
             elif prefix == "monitors" and flag != "metric_for_best_model" and name not in NAMES:
                 found.append(f"--{flag} {text}: there is no {name}; there are {', '.join(NAMES)}")
-            elif name != "gap" and (prefix in sets and metric not in SET_METRICS or prefix not in sets and flag == "metric_for_best_model"):
-                found.append(f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}) and a "
-                             f"METRIC of {', '.join(SET_METRICS)}; or gap")
+            elif name != "gap" and (
+                prefix in sets
+                and metric not in SET_METRICS
+                or prefix not in sets
+                and flag == "metric_for_best_model"
+            ):
+                found.append(
+                    f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}) and a "
+                    f"METRIC of {', '.join(SET_METRICS)}; or gap"
+                )
     return found
 
 
 def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
     """Raises UsageError for a condition on a metric that a first step has not logged."""
     sets = [entry.partition("=")[0] for entry in config.validation_file]
-    known = {*logged, *NAMES, "gap", *(f"{name}/{metric}" for name in sets for metric in SET_METRICS)}
-    missing = [f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of --validation_file, monitors/... and "
-               f"{', '.join(sorted(set(logged) - set(NAMES)))}"
-               for flag in ("stop_when", "warn_when") for text in getattr(config, flag)
-               for name in parse_condition(text).combination.names if name not in known]
+    known = {
+        *logged,
+        *NAMES,
+        "gap",
+        *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
+    }
+    missing = [
+        f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of --validation_file, monitors/... and "
+        f"{', '.join(sorted(set(logged) - set(NAMES)))}"
+        for flag in ("stop_when", "warn_when")
+        for text in getattr(config, flag)
+        for name in parse_condition(text).combination.names
+        if name not in known
+    ]
     if missing:
         raise UsageError(missing)
 
 
 def batch_problems(config: GRPOConfig) -> list[str]:
     """Batches that do not divide, with the nearest that do."""
-    micro, accumulation, group = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_generations
+    micro, accumulation, group = (
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.num_generations,
+    )
     per_rollout = micro_batches_per_rollout(config)
     found = []
     if per_rollout % accumulation:
@@ -162,7 +275,12 @@ def batch_problems(config: GRPOConfig) -> list[str]:
         )
     if micro * per_rollout % group:
         fitting = [n for n in range(1, micro + group + 1) if n * per_rollout % group == 0]
-        nearest = sorted({max((n for n in fitting if n < micro), default=fitting[0]), min(n for n in fitting if n > micro)})
+        nearest = sorted(
+            {
+                max((n for n in fitting if n < micro), default=fitting[0]),
+                min(n for n in fitting if n > micro),
+            }
+        )
         found.append(
             f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches = {micro * per_rollout} completions does not "
             f"divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that do: "
@@ -176,11 +294,19 @@ def micro_batches_per_rollout(config: GRPOConfig) -> int:
 
 
 def updates_per_rollout(config: GRPOConfig) -> int:
-    return micro_batches_per_rollout(config) // config.gradient_accumulation_steps * config.num_iterations
+    return (
+        micro_batches_per_rollout(config)
+        // config.gradient_accumulation_steps
+        * config.num_iterations
+    )
 
 
 def prompts_per_rollout(config: GRPOConfig) -> int:
-    return config.per_device_train_batch_size * micro_batches_per_rollout(config) // config.num_generations
+    return (
+        config.per_device_train_batch_size
+        * micro_batches_per_rollout(config)
+        // config.num_generations
+    )
 
 
 def total_steps(config: GRPOConfig, num_examples: int) -> int:
@@ -220,10 +346,14 @@ def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
     config: GRPOConfig = resolved.configs[0]
     step, steps = config.dump_step, total_steps(config, num_examples)
     if step is not None and step > steps:
-        raise UsageError(f"--dump_step {step}: the run ends with step {steps}; name one of its steps")
+        raise UsageError(
+            f"--dump_step {step}: the run ends with step {steps}; name one of its steps"
+        )
     if step is not None and step <= done and resolved.origins["dump_step"] != "resumed run":
-        raise UsageError(f"--dump_step {step}: the run goes on after step {done} and does not make it again; name a later step, or "
-                         "resume from an earlier checkpoint")
+        raise UsageError(
+            f"--dump_step {step}: the run goes on after step {done} and does not make it again; name a later step, or "
+            "resume from an earlier checkpoint"
+        )
 
 
 def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
@@ -243,13 +373,21 @@ def from_sft_run(resolved: Resolved) -> Resolved:
     """Fill in what was not given: the newest finished SFT run, and what follows from it (`from_adapter`)."""
     config: GRPOConfig = resolved.configs[0]
     if config.adapter_name_or_path is None:
-        base = config.model_name_or_path if resolved.origins["model_name_or_path"].startswith("recipe") else None
+        base = (
+            config.model_name_or_path
+            if resolved.origins["model_name_or_path"].startswith("recipe")
+            else None
+        )
         of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
         newest = newest_finished_run(Path("runs"), "sft", base)
         if newest is None:
-            raise UsageError(f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}` first, "
-                             "or give --adapter_name_or_path")
-        resolved = resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")
+            raise UsageError(
+                f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}` first, "
+                "or give --adapter_name_or_path"
+            )
+        resolved = resolved.with_value(
+            "adapter_name_or_path", str(newest), f"newest SFT run{of_base}"
+        )
     return from_adapter(_with_its_prompt(resolved))
 
 
@@ -264,8 +402,10 @@ def _with_its_prompt(resolved: Resolved) -> Resolved:
         if learned is None or given in (None, learned):
             continue
         if resolved.origins[name] == "flag":
-            raise UsageError(f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with {learned}; leave the flag "
-                             "out, or give the adapter of another SFT run")
+            raise UsageError(
+                f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with {learned}; leave the flag "
+                "out, or give the adapter of another SFT run"
+            )
         resolved = resolved.with_value(name, learned, "adapter's run")
     return resolved
 

@@ -2,6 +2,7 @@
 
 Every expected number of a case that a test opens must be compared, or be listed below with the reason why it is not ours.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 CASES_FILE = Path(__file__).with_name("objective_cases.json")
-CASES: dict[str, dict] = {entry["id"]: entry for entry in json.loads(CASES_FILE.read_text(encoding="utf-8"))["cases"]}
+CASES: dict[str, dict] = {
+    entry["id"]: entry for entry in json.loads(CASES_FILE.read_text(encoding="utf-8"))["cases"]
+}
 
 # Expected values that the product does not make, as "<case>.<key>", or "<case>" for a case as a whole. `Case.differs` shows
 # that the product's own value is another one, where there is one to compare with.
@@ -28,10 +31,8 @@ NOT_IN_THE_PRODUCT = {
     "P05_full_loss.metrics.kl_seq_mean": "mean of completions' means; we log the mean over tokens, as TRL does",
     "P05_full_loss.metrics.completions/mean_length": "about completions, not the objective; P07 compares it",
     "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo": "a mean of means: wrong",
-    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.seq_mean_eq2":
-        "a mean of means; right here only because both micro-batches hold two completions",
-    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.dr_grpo_const":
-        "a mean of means; right here only because both micro-batches hold two completions",
+    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.seq_mean_eq2": "a mean of means; right here only because both micro-batches hold two completions",
+    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.dr_grpo_const": "a mean of means; right here only because both micro-batches hold two completions",
     "P08_microbatch_invariance.wrong_sum_over_Lmax_times_one_over_K": "forgets the number of completions in a micro-batch",
     "P10_tis": "truncated importance sampling: tests/forks/tis.patch",
     "P11_dual_clip": "dual clip: tests/forks/dual_clip.patch",
@@ -56,7 +57,11 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
         value = {name: [row[name] for row in value] for name in value[0]}
     if not isinstance(value, dict):
         return {key: value}
-    return {path: leaf for name, item in value.items() for path, leaf in leaves(item, f"{key}.{name}" if key else name).items()}
+    return {
+        path: leaf
+        for name, item in value.items()
+        for path, leaf in leaves(item, f"{key}.{name}" if key else name).items()
+    }
 
 
 def covers(prefix: str, key: str) -> bool:
@@ -69,7 +74,11 @@ def scalars(value: Any, index: str = "") -> list[tuple[str, Any]]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
         return [(index, value)]
-    return [pair for position, item in enumerate(value) for pair in scalars(item, f"{index}[{position}]")]
+    return [
+        pair
+        for position, item in enumerate(value)
+        for pair in scalars(item, f"{index}[{position}]")
+    ]
 
 
 class Case:
@@ -82,11 +91,16 @@ class Case:
         self.expected = leaves(CASES[case_id]["expected"])
         unknown = [key for key in keys if not any(covers(key, leaf) for leaf in self.expected)]
         assert not unknown, f"{case_id} expects nothing under {unknown}"
-        opened = {leaf for leaf in self.expected if not keys or any(covers(key, leaf) for key in keys)}
+        opened = {
+            leaf for leaf in self.expected if not keys or any(covers(key, leaf) for key in keys)
+        }
         self.unchecked = {leaf for leaf in opened if not self._reason(leaf)}
 
     def _reason(self, leaf: str) -> str | None:
-        return next((reason for key, reason in self.listed.items() if covers(key, f"{self.id}.{leaf}")), None)
+        return next(
+            (reason for key, reason in self.listed.items() if covers(key, f"{self.id}.{leaf}")),
+            None,
+        )
 
     def close(self, key: str, actual: Any, rtol: float | None = None) -> None:
         """The product's value is the expected one: within the case's atol (or rtol, if given); truth values and text equal."""
@@ -101,26 +115,37 @@ class Case:
 
     def _mismatches(self, key: str, actual: Any, rtol: float | None = None) -> list[str]:
         expected_scalars, actual_scalars = scalars(self.expected[key]), scalars(actual)
-        expected_shape, actual_shape = [index for index, _ in expected_scalars], [index for index, _ in actual_scalars]
-        assert actual_shape == expected_shape, f"{self.id}.{key} has another shape: {actual} for {self.expected[key]}"
+        expected_shape, actual_shape = (
+            [index for index, _ in expected_scalars],
+            [index for index, _ in actual_scalars],
+        )
+        assert actual_shape == expected_shape, (
+            f"{self.id}.{key} has another shape: {actual} for {self.expected[key]}"
+        )
         mismatches = []
         for (index, expected), (_, value) in zip(expected_scalars, actual_scalars):
             if isinstance(expected, (bool, str)):
                 same = type(value) is type(expected) and value == expected
             else:
                 # False for NaN
-                same = abs(value - expected) <= (self.atol if rtol is None else rtol * abs(expected))
+                same = abs(value - expected) <= (
+                    self.atol if rtol is None else rtol * abs(expected)
+                )
             if not same:
                 mismatches.append(f"{self.id}.{key}{index}: {value}, expected {expected}")
         return mismatches
 
 
 @contextmanager
-def open_case(case_id: str, *keys: str, listed: dict[str, str] = NOT_IN_THE_PRODUCT) -> Iterator[Case]:
+def open_case(
+    case_id: str, *keys: str, listed: dict[str, str] = NOT_IN_THE_PRODUCT
+) -> Iterator[Case]:
     """The case `case_id`, or its part under `keys`; at the end every expected value must have been compared, or be `listed`."""
     opened = Case(case_id, keys, listed)
     yield opened
-    assert not opened.unchecked, f"{case_id}: neither compared nor listed as not ours: {sorted(opened.unchecked)}"
+    assert not opened.unchecked, (
+        f"{case_id}: neither compared nor listed as not ours: {sorted(opened.unchecked)}"
+    )
 
 
 @pytest.fixture
@@ -151,13 +176,21 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
     def run(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("runs") / f"sft-{family}"
-            flags = (
-                "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
-            )
+            flags = "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
             # whichever test asks first: its `speak` must not get into the predictions
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Encoder, "decode", DECODE)
-                assert sft(tiny_checkpoint(family), tiny_data, made[family], "--validation_file", f"site={tiny_data}", *flags) == 0
+                assert (
+                    sft(
+                        tiny_checkpoint(family),
+                        tiny_data,
+                        made[family],
+                        "--validation_file",
+                        f"site={tiny_data}",
+                        *flags,
+                    )
+                    == 0
+                )
         return made[family]
 
     return run

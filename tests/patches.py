@@ -1,4 +1,5 @@
 """The diffs of tests/forks against rl/objective.py: what each one adds, how it is applied, its size."""
+
 from __future__ import annotations
 
 import re
@@ -46,16 +47,23 @@ def patched(name: str, source: str = OBJECTIVE) -> str:
     context included, must stand exactly once, so there is no guessing where they belong.
     """
     patch = re.sub(r"\Adiff --git .*\nindex .*\n", "", patch_of(name))
-    assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, f"{name}.patch must touch rl/objective.py and nothing else"
-    hunks = re.split(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch.removeprefix(HEADER), flags=re.MULTILINE)
+    assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, (
+        f"{name}.patch must touch rl/objective.py and nothing else"
+    )
+    hunks = re.split(
+        r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch.removeprefix(HEADER), flags=re.MULTILINE
+    )
     assert hunks.pop(0) == "" and hunks
     for old_length, new_length, hunk in zip(hunks[0::3], hunks[1::3], hunks[2::3]):
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert (old.count("\n"), new.count("\n")) == (int(old_length), int(new_length)), f"{name}.patch: wrong counts after @@"
+        assert (old.count("\n"), new.count("\n")) == (int(old_length), int(new_length)), (
+            f"{name}.patch: wrong counts after @@"
+        )
         assert source.count(old) == 1, (
             f"tests/forks/{name}.patch no longer fits: rl/objective.py has moved under it. Put its lines in by hand where they "
-            f"belong now, `git diff rl/objective.py > tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}")
+            f"belong now, `git diff rl/objective.py > tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}"
+        )
         source = source.replace(old, new)
     return source

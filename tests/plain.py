@@ -1,6 +1,7 @@
 """The plain forward, the oracle of the product's: every completion is a padded row with its own copy of the prompt, run by the
 decoder with ordinary masks; the image goes through the vision tower in the same call.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -34,17 +35,36 @@ def plain_batch(rows: list[EncodedRow], pad_token_id: int) -> PlainBatch:
     return PlainBatch(
         prompts=Prompts(
             input_ids=padded(whole, pad_token_id),
-            token_types=padded([torch.cat([row.prompt.token_types, torch.zeros_like(row.completion_ids)]) for row in rows]),
+            token_types=padded(
+                [
+                    torch.cat([row.prompt.token_types, torch.zeros_like(row.completion_ids)])
+                    for row in rows
+                ]
+            ),
             attention_mask=padded([torch.ones(len(ids), dtype=torch.bool) for ids in whole]),
-            vision=[row.prompt.vision for row in rows]),
-        loss_mask=padded([torch.cat([torch.zeros(len(row.prompt.input_ids), dtype=torch.bool), row.completion_mask]) for row in rows]),
-        completion_mask=padded([row.completion_mask for row in rows]))
+            vision=[row.prompt.vision for row in rows],
+        ),
+        loss_mask=padded(
+            [
+                torch.cat(
+                    [torch.zeros(len(row.prompt.input_ids), dtype=torch.bool), row.completion_mask]
+                )
+                for row in rows
+            ]
+        ),
+        completion_mask=padded([row.completion_mask for row in rows]),
+    )
 
 
 def embed(model: nn.Module, family: Family, prompts: Prompts) -> Tensor:
     """Input embeddings [B,S,H], the vision tower run for every row that has pixels."""
     with torch.no_grad():
-        features = [family.image_features(unwrapped(model), image) if "pixel_values" in image else image["features"] for image in prompts.vision]
+        features = [
+            family.image_features(unwrapped(model), image)
+            if "pixel_values" in image
+            else image["features"]
+            for image in prompts.vision
+        ]
     is_image = prompts.token_types == 1
     embeddings = unwrapped(model).get_input_embeddings()(prompts.input_ids.masked_fill(is_image, 0))
     return embeddings.masked_scatter(is_image[..., None], torch.cat(features).to(embeddings.dtype))
@@ -59,15 +79,31 @@ def hidden_states(model: nn.Module, family: Family, batch: PlainBatch) -> tuple[
     """(hidden [K,H], targets [K]) as engine.forward.completion_hidden_states."""
     base, rows = unwrapped(model), batch.prompts
     output = language_model(model)(
-        inputs_embeds=embed(model, family, rows), position_ids=family.positions(base, rows),
-        attention_mask=family.attention_masks(base, rows.attention_mask, rows.token_types, torch.arange(rows.input_ids.shape[1])), use_cache=False)
+        inputs_embeds=embed(model, family, rows),
+        position_ids=family.positions(base, rows),
+        attention_mask=family.attention_masks(
+            base, rows.attention_mask, rows.token_types, torch.arange(rows.input_ids.shape[1])
+        ),
+        use_cache=False,
+    )
     at, columns = predicted_tokens(batch.loss_mask)
     return output.last_hidden_state[at, columns - 1], rows.input_ids[at, columns]
 
 
-def logprobs_of(model: nn.Module, family: Family, rows: list[EncodedRow], *, temperature: float, **options) -> Tensor:
+def logprobs_of(
+    model: nn.Module, family: Family, rows: list[EncodedRow], *, temperature: float, **options
+) -> Tensor:
     """[N,T] log-probabilities of the completions, 0 outside their masks."""
     batch = plain_batch(rows, pad_token_id=0)
     hidden, targets = hidden_states(model, family, batch)
-    values, _ = token_logprobs(hidden, lm_head_weight(model), targets, temperature=temperature, softcap=logit_softcap(model), **options)
-    return values.new_zeros(batch.completion_mask.shape).masked_scatter(batch.completion_mask, values)
+    values, _ = token_logprobs(
+        hidden,
+        lm_head_weight(model),
+        targets,
+        temperature=temperature,
+        softcap=logit_softcap(model),
+        **options,
+    )
+    return values.new_zeros(batch.completion_mask.shape).masked_scatter(
+        batch.completion_mask, values
+    )

@@ -2,6 +2,7 @@
 
 A parser that is lenient where the reward is strict, or that hangs on broken text, spoils training without a visible error.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,9 @@ FORM = "<think>Dense left base.</think>\n<solution>{}</solution>"
 
 
 def test_strict_answer_gives_every_field():
-    answer = parse_answer("  <think>\nDense left base.\n</think>\n\n<solution>Edema, Pleural Effusion</solution>\n")
+    answer = parse_answer(
+        "  <think>\nDense left base.\n</think>\n\n<solution>Edema, Pleural Effusion</solution>\n"
+    )
     assert (answer.valid, answer.parsed, answer.problem) == (True, True, None)
     assert answer.labels == ("Edema", "Pleural Effusion")
     assert answer.unknown == answer.duplicates == answer.contradictions == ()
@@ -39,11 +42,27 @@ def test_strict_answer_gives_every_field():
         ("<think>a</think><solution>Edema, Card", "answer_unclosed", False),
         ("<think>a</think>Edema</solution>", "answer_unopened", False),
         ("<think>a</think></solution>Edema<solution>", "answer_reversed", False),
-        ("<think>a</think><solution>Edema</solution><solution>Edema</solution>", "answer_repeated", False),
-        ("<think>a</think><solution><solution>Edema</solution></solution>", "answer_repeated", False),
+        (
+            "<think>a</think><solution>Edema</solution><solution>Edema</solution>",
+            "answer_repeated",
+            False,
+        ),
+        (
+            "<think>a</think><solution><solution>Edema</solution></solution>",
+            "answer_repeated",
+            False,
+        ),
         ("<think>a</think><solution>Edema</solution></solution>", "answer_repeated", False),
-        ("<think>as a <solution> I say</think><solution>Edema</solution>", "answer_repeated", False),
-        ("<think><solution>Edema</solution></think><solution>Edema</solution>", "answer_repeated", False),
+        (
+            "<think>as a <solution> I say</think><solution>Edema</solution>",
+            "answer_repeated",
+            False,
+        ),
+        (
+            "<think><solution>Edema</solution></think><solution>Edema</solution>",
+            "answer_repeated",
+            False,
+        ),
         ("<solution>Edema</solution>", "think_missing", True),
         ("<THINK>a</THINK><solution>Edema</solution>", "think_missing", True),
         ("<think>a<solution>Edema</solution>", "think_unclosed", True),
@@ -93,13 +112,22 @@ def test_empty_block_is_a_readable_answer_without_labels(body):
     answer = parse_answer(FORM.format(body))
     assert (answer.problem, answer.parsed, answer.valid, answer.labels) == ("empty", True, True, ())
     without_think = parse_answer(f"<solution>{body}</solution>")
-    assert (without_think.problem, without_think.parsed, without_think.valid) == ("empty", True, False)
+    assert (without_think.problem, without_think.parsed, without_think.valid) == (
+        "empty",
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
     ("body", "labels", "unknown", "duplicates"),
     [
-        ("Edema; Cardiomegaly\nFracture,Pneumonia", ("Edema", "Cardiomegaly", "Fracture", "Pneumonia"), (), ()),
+        (
+            "Edema; Cardiomegaly\nFracture,Pneumonia",
+            ("Edema", "Cardiomegaly", "Fracture", "Pneumonia"),
+            (),
+            (),
+        ),
         ("\r\n- lung_opacity\r\n- OEDEMA.\r\n", ("Lung Opacity", "Edema"), (), ()),
         ("Edema, pulmonary edema, edema", ("Edema",), (), ("Edema", "Edema")),
         ("no edema, Normal, Fracture", ("Fracture",), ("no edema", "Normal"), ()),
@@ -121,7 +149,9 @@ def test_entries_are_known_unknown_or_repeated(body, labels, unknown, duplicates
 def test_an_entry_of_more_than_200_characters_is_not_looked_up():
     # 5 letters and 195 zero-width spaces, which a label's spelling may hold; then one more.
     assert parse_answer(FORM.format("Edema" + "\u200b" * 195)).labels == ("Edema",)
-    assert parse_answer(FORM.format("Edema" + "\u200b" * 196)).unknown == ("Edema" + "\u200b" * 196,)
+    assert parse_answer(FORM.format("Edema" + "\u200b" * 196)).unknown == (
+        "Edema" + "\u200b" * 196,
+    )
 
 
 def test_no_finding_contradicts_every_finding_but_support_devices():
@@ -145,15 +175,29 @@ def test_all_fourteen_labels_are_read_in_the_texts_order():
         ("Edema", "solution", "answer_missing", False, False),
         ("<think>a</think><answer>Edema</answer>", "answer_tag", None, True, True),
         ("<answer>Edema</answer>", "answer_tag", "think_missing", True, False),
-        ("<think>a</think><solution>Edema</solution>", "answer_tag", "answer_missing", False, False),
+        (
+            "<think>a</think><solution>Edema</solution>",
+            "answer_tag",
+            "answer_missing",
+            False,
+            False,
+        ),
         ("Edema\nFracture", "label_list", None, True, True),
         ("Edema, mild", "label_list", None, True, True),
         ("The lungs are clear.", "label_list", "no_label", False, False),
         (" \n", "label_list", "empty", False, False),
         # Tagged text is no plain list; reading it would take labels out of the reasoning.
-        ("<think>no edema, fracture, or mass</think> Pneumonia", "label_list", "tagged", False, False),
-        *((f"Edema, {tag}", "label_list", "tagged", False, False)
-          for tag in ("<think>", "</think>", "<solution>", "</solution>", "<answer>", "</answer>")),
+        (
+            "<think>no edema, fracture, or mass</think> Pneumonia",
+            "label_list",
+            "tagged",
+            False,
+            False,
+        ),
+        *(
+            (f"Edema, {tag}", "label_list", "tagged", False, False)
+            for tag in ("<think>", "</think>", "<solution>", "</solution>", "<answer>", "</answer>")
+        ),
     ],
 )
 def test_other_formats(text, answer_format, problem, parsed, valid):
@@ -168,7 +212,9 @@ def test_label_list_reads_labels():
 
 
 def test_unknown_format_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'json'; known: think_solution, solution, answer_tag, label_list"):
+    with pytest.raises(
+        ValueError, match=r"'json'; known: think_solution, solution, answer_tag, label_list"
+    ):
         parse_answer("Edema", "json")
 
 
@@ -186,7 +232,16 @@ def test_unknown_format_is_an_error_that_lists_the_known_ones():
         FORM.format("a" + "\u0301\u0323" * 100_000),
         FORM.format(",".join(str(i) for i in range(200_000))),
     ],
-    ids=["openers", "thinks", "solutions", "pairs", "commas", "one entry", "combining marks", "entries"],
+    ids=[
+        "openers",
+        "thinks",
+        "solutions",
+        "pairs",
+        "commas",
+        "one entry",
+        "combining marks",
+        "entries",
+    ],
 )
 @pytest.mark.timeout(20)
 def test_a_megabyte_of_hostile_text_is_read_at_once(text):
@@ -195,8 +250,25 @@ def test_a_megabyte_of_hostile_text_is_read_at_once(text):
 
 
 FRAGMENTS = [
-    "<think>", "</think>", "<solution>", "</solution>", "<answer>", "</answer>", "<", "think", ">", ",", ";", "\n", " ",
-    "Edema", "no finding", "Support Devices", "nodule", "\u200b", "\ud800",
+    "<think>",
+    "</think>",
+    "<solution>",
+    "</solution>",
+    "<answer>",
+    "</answer>",
+    "<",
+    "think",
+    ">",
+    ",",
+    ";",
+    "\n",
+    " ",
+    "Edema",
+    "no finding",
+    "Support Devices",
+    "nodule",
+    "\u200b",
+    "\ud800",
 ]
 
 

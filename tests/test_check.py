@@ -1,6 +1,7 @@
 """Protects `python -m data.check`: every bad row, label, answer and image is named, all at once, with the right exit code.
 Run: pytest tests/test_check.py
 """
+
 from __future__ import annotations
 
 import json
@@ -17,15 +18,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def row(tmp_path, **fields) -> dict:
-    return {"id": "a", "patient_id": "p", "image": "image-0.png", "labels": ["Edema"], "dataset": "site"} | fields
+    return {
+        "id": "a",
+        "patient_id": "p",
+        "image": "image-0.png",
+        "labels": ["Edema"],
+        "dataset": "site",
+    } | fields
 
 
 def test_a_good_file(tiny_data, tmp_path, capsys):
-    file = write_rows(tiny_data.parent / "good.jsonl", [row | {"answer": None} for row in lines(tiny_data)])
+    file = write_rows(
+        tiny_data.parent / "good.jsonl", [row | {"answer": None} for row in lines(tiny_data)]
+    )
     assert main([str(file)]) == 0
     # rows 0..11: labels i % 3 of (Edema, Pneumonia, Fracture), and Fracture beside one of the first two where i is odd: 1, 3, 7, 9
     assert capsys.readouterr().out == (
-        f"{file}: 12 examples of 6 patients, 0 with an answer; labels: Edema 4, Pneumonia 4, Fracture 8\nno problem found\n")
+        f"{file}: 12 examples of 6 patients, 0 with an answer; labels: Edema 4, Pneumonia 4, Fracture 8\nno problem found\n"
+    )
 
 
 def test_all_problems_at_once(tmp_path, capsys):
@@ -38,11 +48,20 @@ def test_all_problems_at_once(tmp_path, capsys):
         json.dumps(row(tmp_path, labels="Edema", id=3)),
         json.dumps(row(tmp_path)),  # the id of line 1
         json.dumps(row(tmp_path, id="b", image="page.png")),
-        json.dumps(row(tmp_path, id="c", image="../x.png", labels=["No Finding", "Support Devices", "Edema", "Fracture"])),
+        json.dumps(
+            row(
+                tmp_path,
+                id="c",
+                image="../x.png",
+                labels=["No Finding", "Support Devices", "Edema", "Fracture"],
+            )
+        ),
         json.dumps(row(tmp_path, id="d", evaluated_labels=[])),
         json.dumps(row(tmp_path, id="e", answer=answer.format("Edema, Fracture"))),
         json.dumps(row(tmp_path, id="f", answer="<solution>Edema</solution>")),
-        json.dumps(row(tmp_path, id="g", answer=answer.format("Edema"), evaluated_labels=["Fracture"])),
+        json.dumps(
+            row(tmp_path, id="g", answer=answer.format("Edema"), evaluated_labels=["Fracture"])
+        ),
         json.dumps(row(tmp_path, id="h", labels=["No Finding", "Support Devices"])),
         json.dumps(row(tmp_path, id="i", image="gone.png")),
     ]
@@ -66,7 +85,9 @@ def test_all_problems_at_once(tmp_path, capsys):
     ]
     assert len(problems) == len(expected)
     assert [problem[: len(start)] for problem, start in zip(problems, expected)] == expected
-    assert first.startswith(f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6, Fracture 1, Support")
+    assert first.startswith(
+        f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6, Fracture 1, Support"
+    )
     # none: 'd' and 'g', whose labels are not evaluated
     assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"
 
@@ -75,11 +96,17 @@ def test_a_file_that_is_not_there_does_not_hide_the_others(tmp_path, capsys):
     good = write_rows(tmp_path / "good.jsonl", [row(tmp_path, id="a")])
     assert main([str(tmp_path / "none.jsonl"), "demo:none", str(good)]) == 2
     out, err = capsys.readouterr()
-    assert f"{good}: 1 examples" in out and "none.jsonl" in err and "the demo has no split 'none'" in err
+    assert (
+        f"{good}: 1 examples" in out
+        and "none.jsonl" in err
+        and "the demo has no split 'none'" in err
+    )
 
 
 def test_more_problems_than_an_error_of_a_run_lists(tmp_path, capsys):
-    file = write_rows(tmp_path / "bad.jsonl", [row(tmp_path, id=f"e{i}", image=f"{i}.png") for i in range(50)])
+    file = write_rows(
+        tmp_path / "bad.jsonl", [row(tmp_path, id=f"e{i}", image=f"{i}.png") for i in range(50)]
+    )
     assert main([str(file)]) == 1
     assert sum("no such file" in line for line in capsys.readouterr().out.splitlines()) == 50
 
@@ -95,8 +122,11 @@ def test_the_command(tmp_path):
     """As a person runs it: exit codes, the image root, a progress bar only on a terminal."""
     write_data(tmp_path / "images", 2)
     file = write_rows(tmp_path / "data.jsonl", [row(tmp_path)])
+
     def run(*flags):
-        return subprocess.run([sys.executable, "-m", "data.check", *flags], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "data.check", *flags], cwd=ROOT, capture_output=True, text=True
+        )
 
     good = run(str(file), "--image_root", str(tmp_path / "images"))
     assert (good.returncode, good.stderr) == (0, "") and good.stdout.endswith("no problem found\n")

@@ -1,6 +1,7 @@
 """Protects saved work: a checkpoint is complete or absent whatever dies while it is written, damage is found and
 named, and a resumed optimizer and random state go on bit for bit. Run: python -m pytest tests/test_checkpoint.py
 """
+
 from __future__ import annotations
 
 import builtins
@@ -39,7 +40,10 @@ from engine.checkpoint import (
 
 
 def save(run_dir: Path, step: int, value: float = 1.0, **options) -> Path:
-    tensors = {"adapter_model": {"a": torch.full((2, 3), value)}, "optimizer": {"m": torch.arange(4)}}
+    tensors = {
+        "adapter_model": {"a": torch.full((2, 3), value)},
+        "optimizer": {"m": torch.arange(4)},
+    }
     documents = {"trainer_state.json": {"value": value}} | options.pop("documents", {})
     return save_checkpoint(run_dir, step, tensors=tensors, documents=documents, **options)
 
@@ -65,10 +69,14 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     checkpoint = load_checkpoint(path)
     rollout = checkpoint.tensors("rollout")
     assert rollout["columns"].dtype == torch.bfloat16
-    assert rollout["columns"].tolist() == rollout["same storage"].tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert (
+        rollout["columns"].tolist() == rollout["same storage"].tolist() == [[0, 1], [4, 5], [8, 9]]
+    )
     assert rollout["flags"].tolist() == [[False] * 4, [True] * 4, [True] * 4]
     assert checkpoint.document("trainer_state.json") == {"global_step": 12, "best": None}
-    assert checkpoint.document("adapter_config.json") == {"r": 16} and checkpoint.document("notes.json") == [1]
+    assert checkpoint.document("adapter_config.json") == {"r": 16} and checkpoint.document(
+        "notes.json"
+    ) == [1]
     assert checkpoint.step == 12 and checkpoint.manifest["notes"] == {"reference_sha256": "abc"}
     assert "rollout.safetensors" in checkpoint and "optimizer.safetensors" not in checkpoint
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-12"]
@@ -77,13 +85,19 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
     path = save(tmp_path, 1)
     listed = json.loads((path / "manifest.json").read_text())["files"]
-    assert sorted(listed) == ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"]
+    assert sorted(listed) == [
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
     for name, entry in listed.items():
         content = (path / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "../up.json", "manifest.json", "sub/x.json", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "../up.json", "manifest.json", "sub/x.json", "optimizer.safetensors"]
+)
 def test_only_plain_safetensors_and_json_names_are_written(tmp_path, name):
     with pytest.raises(ValueError, match="plain names"):
         save(tmp_path, 1, documents={name: {}})
@@ -105,7 +119,14 @@ class Killed(BaseException):
 class Fault:
     """Fails at the `at`-th system call of a save. A kill also fails every later call: a dead process cleans nothing."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, error: Callable[[], BaseException], *, kill: bool):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        at: int,
+        error: Callable[[], BaseException],
+        *,
+        kill: bool,
+    ):
         self.calls, self.at, self.error, self.kill = 0, at, error, kill
         for name in ("mkdir", "rename", "fsync"):
             monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
@@ -197,7 +218,9 @@ def test_a_kill_while_a_step_is_replaced_leaves_the_old_or_the_new_one(tmp_path,
 
 @pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.parametrize("at", range(16))
-def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(tmp_path, at, replacing):
+def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(
+    tmp_path, at, replacing
+):
     step = 1 if replacing else 2
     save(tmp_path, 1, value=1.0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
@@ -205,7 +228,10 @@ def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(tmp
         save(tmp_path, step, value=2.0)
     assert caught.value.errno == errno.ENOSPC
     # 6 floats of 4 bytes, 4 integers of 8, and the 19 bytes of '{\n  "value": 2.0\n}\n' make 75
-    assert f"{tmp_path}/checkpoint-{step} was not saved: No space left on device; it needs 75 bytes" in str(caught.value)
+    assert (
+        f"{tmp_path}/checkpoint-{step} was not saved: No space left on device; it needs 75 bytes"
+        in str(caught.value)
+    )
     assert not list(tmp_path.glob(".tmp-*"))
     assert all(verify_checkpoint(path) == [] for path in list_checkpoints(tmp_path))
     assert value_of(tmp_path / "checkpoint-1") == 1.0
@@ -251,10 +277,17 @@ def alter(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"]
+)
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(truncate, "bytes, the manifest says"), (empty, "has 0 bytes"), (alter, "was altered"), (Path.unlink, "is missing")],
+    [
+        (truncate, "bytes, the manifest says"),
+        (empty, "has 0 bytes"),
+        (alter, "was altered"),
+        (Path.unlink, "is missing"),
+    ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage, words):
     path = save(tmp_path, 1)
@@ -262,7 +295,10 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage, words):
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
     assert len(caught.value.problems) == 1
-    assert caught.value.problems[0].startswith(f"{path}: {name}: ") and words in caught.value.problems[0]
+    assert (
+        caught.value.problems[0].startswith(f"{path}: {name}: ")
+        and words in caught.value.problems[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -311,7 +347,9 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
     entry = {"size": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     manifest["files"]["optimizer.pt"] = entry  # in the manifest: refused
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"optimizer.pt: is not a plain name ending in .safetensors or .json"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.pt: is not a plain name ending in .safetensors or .json"
+    ):
         load_checkpoint(path)
 
     # under a name and a hash that pass: not safetensors, not JSON
@@ -351,7 +389,11 @@ def test_rotation_deletes_the_oldest_but_keeps_the_best_and_the_last(tmp_path):
     assert rotate_checkpoints(tmp_path, None) == []
     deleted = rotate_checkpoints(tmp_path, 3, keep={tmp_path / "best"})
     assert [path.name for path in deleted] == ["checkpoint-4", "checkpoint-6"]
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-8", "checkpoint-10"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-8",
+        "checkpoint-10",
+    ]
     rotate_checkpoints(tmp_path, 1, keep={tmp_path / "best"})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
 
@@ -394,7 +436,11 @@ def test_clean_leftovers_touches_nothing_else(tmp_path):
     (tmp_path / ".tmp-metrics.jsonl").touch()
     (tmp_path / ".lock").touch()
     removed = clean_leftovers(tmp_path)
-    assert [path.name for path in removed] == [".old-checkpoint-1", ".tmp-checkpoint-2-77", ".tmp-metrics.jsonl"]
+    assert [path.name for path in removed] == [
+        ".old-checkpoint-1",
+        ".tmp-checkpoint-2-77",
+        ".tmp-metrics.jsonl",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1"]
 
 
@@ -425,7 +471,10 @@ def test_adamw_goes_on_bit_for_bit_after_a_round_trip_through_the_disk(tmp_path)
     optimizer.param_groups[0]["lr"] = 0.0123  # as a schedule leaves it
     tensors, document = optimizer_to_tensors(optimizer)
     path = save_checkpoint(
-        tmp_path, 3, tensors={"optimizer": tensors, "model": model.state_dict()}, documents={"optimizer.json": document}
+        tmp_path,
+        3,
+        tensors={"optimizer": tensors, "model": model.state_dict()},
+        documents={"optimizer.json": document},
     )
 
     checkpoint = load_checkpoint(path)
@@ -433,7 +482,10 @@ def test_adamw_goes_on_bit_for_bit_after_a_round_trip_through_the_disk(tmp_path)
     resumed_model.load_state_dict(checkpoint.tensors("model"))
     resumed = adamw(resumed_model)
     load_optimizer(resumed, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json"))
-    assert resumed.param_groups[0]["lr"] == 0.0123 and resumed.param_groups[1]["betas"] == (0.8, 0.95)
+    assert resumed.param_groups[0]["lr"] == 0.0123 and resumed.param_groups[1]["betas"] == (
+        0.8,
+        0.95,
+    )
     # 4 parameters, each with step, exp_avg, exp_avg_sq
     assert len(tensors) == 12
     assert {int(state["step"]) for state in resumed.state.values()} == {3}
@@ -454,9 +506,13 @@ def test_optimizer_state_that_does_not_fit_is_refused():
     with pytest.raises(CheckpointError, match=r"groups of \[2, 2\], the run has \[4\]"):
         load_optimizer(torch.optim.AdamW(model.parameters()), tensors, document)
     wider = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-    with pytest.raises(CheckpointError, match=r"parameter 0 has shape \[4, 3\], the run's has \[5, 3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"parameter 0 has shape \[4, 3\], the run's has \[5, 3\]"
+    ):
         load_optimizer(adamw(wider), tensors, document)
-    with pytest.raises(CheckpointError, match=r"state 1.exp_avg has shape \[1\], its parameter \[4\]"):
+    with pytest.raises(
+        CheckpointError, match=r"state 1.exp_avg has shape \[1\], its parameter \[4\]"
+    ):
         load_optimizer(adamw(model), {**tensors, "1.exp_avg": torch.zeros(1)}, document)
 
 
@@ -499,5 +555,8 @@ def test_checkpoints_of_an_abandoned_branch_are_set_aside_and_kept(tmp_path):
             save(tmp_path, step)
         moved = set_later_checkpoints_aside(tmp_path, 2)
         assert [path.name for path in moved] == ["after-2-checkpoint-4" + ("-2" if branch else "")]
-        assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"] and verify_checkpoint(moved[0]) == []
+        assert (
+            list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+            and verify_checkpoint(moved[0]) == []
+        )
     assert set_later_checkpoints_aside(tmp_path, 2) == []

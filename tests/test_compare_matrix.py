@@ -30,7 +30,10 @@ from tiny import SAVE, save_images
 # ---- compare --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def runs(tmp_path) -> tuple[Path, Path]:
-    made = tuple(training_run(tmp_path / name, "grpo", reward) for name, reward in (("one", "hard"), ("two", "nuanced")))
+    made = tuple(
+        training_run(tmp_path / name, "grpo", reward)
+        for name, reward in (("one", "hard"), ("two", "nuanced"))
+    )
     for run, rows in zip(made, (BEFORE, AFTER)):
         save(run, home=rows)
     return made
@@ -43,8 +46,14 @@ def test_settings_and_scores_that_differ(runs, capsys):
     assert ["reward", "hard", "(None)", "nuanced", "(None)"] in lines
     assert not [line for line in lines if line[:1] == ["prompt"]]  # the same in both
     # Macro 4/3/14 and 37/15/14, micro 4/9 and 4/5, Jaccard 3/8 and 3/4: by hand in test_report.py.
-    scored = [" ".join(line).partition(" (")[0] for line in lines if line[:1] == ["two"] and "to" in line]
-    assert scored[:3] == ["two Macro F1 0.095 0.176 +0.081", "two Micro F1 0.444 0.800 +0.356", "two Jaccard 0.375 0.750 +0.375"]
+    scored = [
+        " ".join(line).partition(" (")[0] for line in lines if line[:1] == ["two"] and "to" in line
+    ]
+    assert scored[:3] == [
+        "two Macro F1 0.095 0.176 +0.081",
+        "two Micro F1 0.444 0.800 +0.356",
+        "two Jaccard 0.375 0.750 +0.375",
+    ]
 
 
 def test_curves_of_all_runs_are_on_one_chart(runs, tmp_path):
@@ -77,7 +86,13 @@ def test_mistakes_of_compare_are_one_line(runs, tmp_path, capsys, arguments, mes
 
 
 # ---- matrix ---------------------------------------------------------------------------------------------------------
-SETTINGS = {"prompt": "free_reasoning", "max_completion_length": 6, "min_visual_tokens": 4, "max_visual_tokens": 4, "bf16": False}
+SETTINGS = {
+    "prompt": "free_reasoning",
+    "max_completion_length": 6,
+    "min_visual_tokens": 4,
+    "max_visual_tokens": 4,
+    "bf16": False,
+}
 COMMON = "--max_completion_length 6 --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16".split()
 
 
@@ -96,13 +111,27 @@ def project(tmp_path_factory) -> Path:
     save_final_adapter(folder / "run", TrainerState(), wrapped, base_name=str(folder / "base"))
     write_json(
         folder / "run" / "config.json",
-        {"script": "sft", "settings": {name: {"value": value, "origin": "flag"} for name, value in SETTINGS.items()}},
+        {
+            "script": "sft",
+            "settings": {
+                name: {"value": value, "origin": "flag"} for name, value in SETTINGS.items()
+            },
+        },
     )
     names = save_images(folder, 4)
     for data_set, images in (("a", names[:2]), ("b", names[2:])):
         write_jsonl(
             folder / f"{data_set}.jsonl",
-            [{"id": name, "patient_id": name, "image": name, "labels": ["Edema"], "dataset": data_set} for name in images],
+            [
+                {
+                    "id": name,
+                    "patient_id": name,
+                    "image": name,
+                    "labels": ["Edema"],
+                    "dataset": data_set,
+                }
+                for name in images
+            ],
         )
     return folder
 
@@ -155,7 +184,9 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
         )
         == 0
     )
-    assert (tmp_path / "one" / "predictions-a.jsonl").read_bytes() == (out / "sft.demo" / "predictions-a.jsonl").read_bytes()
+    assert (tmp_path / "one" / "predictions-a.jsonl").read_bytes() == (
+        out / "sft.demo" / "predictions-a.jsonl"
+    ).read_bytes()
 
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
     (out / "base.demo" / "scores-b.json").unlink()  # as if it had been stopped before the last file
@@ -166,7 +197,10 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
     assert matrix(project, out) == 0 and len(done) == 5
     shown = capsys.readouterr().out
     assert "0 to do" in shown
-    cells = [f"{name}={out / name}" for name in ("base.demo", "base.free_reasoning", "sft.demo", "sft.free_reasoning")]
+    cells = [
+        f"{name}={out / name}"
+        for name in ("base.demo", "base.free_reasoning", "sft.demo", "sft.free_reasoning")
+    ]
     # in the models' order
     assert shown.endswith(f"next: python -m eval.report {' '.join(cells)} --output_dir FOLDER\n")
 
@@ -177,19 +211,27 @@ def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, c
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
     assert matrix(project, out, "--max_completion_length", "5", prompts=("demo",)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4 and "base.demo/predictions-a.jsonl is finished, but with another max_completion_length (6, now 5)" in errors[0]
+    assert (
+        len(errors) == 4
+        and "base.demo/predictions-a.jsonl is finished, but with another max_completion_length (6, now 5)"
+        in errors[0]
+    )
     for file in ("a.jsonl", "run/adapter_model.safetensors"):
         content = (project / file).read_bytes()
         (project / file).write_bytes(content + b"\n")
         assert matrix(project, out, prompts=("demo",)) == 2
-        assert ("another data file of a" if file == "a.jsonl" else "another adapter of the same name") in capsys.readouterr().err
+        assert (
+            "another data file of a" if file == "a.jsonl" else "another adapter of the same name"
+        ) in capsys.readouterr().err
         (project / file).write_bytes(content)
     # which changes no answer
     assert matrix(project, out, "--per_device_eval_batch_size", "1", prompts=("demo",)) == 0
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(project, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
+    project, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "matrix"
 
     def interrupted(*arguments, **options):
@@ -200,7 +242,9 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(project, tmp_path
     monkeypatch.setattr(eval.matrix, "evaluate_sets", interrupted)
     assert matrix(project, out, prompts=("demo",)) == 143
     assert "stopped; the same command goes on" in capsys.readouterr().out
-    assert (out / "base.demo" / "scores-b.json").is_file() and not list((out / "sft.demo").glob("scores-*"))
+    assert (out / "base.demo" / "scores-b.json").is_file() and not list(
+        (out / "sft.demo").glob("scores-*")
+    )
     monkeypatch.setattr(eval.matrix, "evaluate_sets", evaluate_sets)
     assert matrix(project, out, prompts=("demo",)) == 0
     assert "2 cells x 2 data sets, 2 to do" in capsys.readouterr().out
@@ -233,11 +277,25 @@ def test_mistakes_of_matrix_are_told(project, tmp_path, monkeypatch, capsys, arg
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(project, tmp_path, capsys):
+def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(
+    project, tmp_path, capsys
+):
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    rows = [line | {"image": str(image)} for line, image in zip(lines(project / "a.jsonl"), ["bad.png", *save_images(tmp_path, 20)])]
+    rows = [
+        line | {"image": str(image)}
+        for line, image in zip(lines(project / "a.jsonl"), ["bad.png", *save_images(tmp_path, 20)])
+    ]
     data = write_jsonl(tmp_path / "c.jsonl", rows)
-    command = ["--model", f"base={project / 'base'}", "--prompt", "demo", "free_reasoning", "--data_file", f"c={data}", *COMMON]
+    command = [
+        "--model",
+        f"base={project / 'base'}",
+        "--prompt",
+        "demo",
+        "free_reasoning",
+        "--data_file",
+        f"c={data}",
+        *COMMON,
+    ]
     assert matrix_main([*command, "--output_dir", str(tmp_path / "stopped")]) == 2
     assert "bad.png is not a readable JPEG or PNG" in capsys.readouterr().err
     out = tmp_path / "skipped"
@@ -250,7 +308,10 @@ def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(proje
     save_images(tmp_path / "more", 1)
     (tmp_path / "bad.png").write_bytes(next((tmp_path / "more").glob("*.png")).read_bytes())
     assert matrix_main([*command, "--output_dir", str(out), "--bad_images", "skip"]) == 2
-    assert "predictions-c.jsonl is finished, but with another list of unreadable images" in capsys.readouterr().err
+    assert (
+        "predictions-c.jsonl is finished, but with another list of unreadable images"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_prompts_of_a_model_look_at_an_image_once(project, tmp_path, monkeypatch):
@@ -261,10 +322,25 @@ def test_the_prompts_of_a_model_look_at_an_image_once(project, tmp_path, monkeyp
         return compute(cache, example)
 
     monkeypatch.setattr(VisionCache, "_compute", counted)
-    command = ["--model", f"base={project / 'base'}", "--prompt", "demo", "free_reasoning", "--data_file", f"a={project / 'a.jsonl'}", *COMMON]
+    command = [
+        "--model",
+        f"base={project / 'base'}",
+        "--prompt",
+        "demo",
+        "free_reasoning",
+        "--data_file",
+        f"a={project / 'a.jsonl'}",
+        *COMMON,
+    ]
     assert matrix_main([*command, "--output_dir", str(tmp_path / "kept")]) == 0
     images = {row["image"] for row in lines(project / "a.jsonl")}
     assert len(looked) == len(images)
-    assert matrix_main([*command, "--output_dir", str(tmp_path / "not"), "--vision_cache_gb", "0"]) == 0
+    assert (
+        matrix_main([*command, "--output_dir", str(tmp_path / "not"), "--vision_cache_gb", "0"])
+        == 0
+    )
     assert len(looked) > 2 * len(images)
-    assert matrix_main([*command, "--output_dir", str(tmp_path / "wrong"), "--vision_cache_gb", "-1"]) == 2
+    assert (
+        matrix_main([*command, "--output_dir", str(tmp_path / "wrong"), "--vision_cache_gb", "-1"])
+        == 2
+    )

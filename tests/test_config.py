@@ -1,6 +1,7 @@
 """Protects the command line: where a value comes from, that every problem is reported at once, and that nothing
 misspelt or ill-typed is ever accepted silently. Run: python -m pytest tests/test_config.py
 """
+
 from __future__ import annotations
 
 import json
@@ -29,7 +30,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
-    learning_rate: float = setting(5e-5, "peak learning rate", source="paper 3.2.1", group="optimizer")
+    learning_rate: float = setting(
+        5e-5, "peak learning rate", source="paper 3.2.1", group="optimizer"
+    )
     max_steps: int | None = setting(None, "stop here", unit="optimizer steps")
     warmup_steps: int = setting(0, "steps of warm-up", unit="optimizer steps")
     validation_file: tuple[str, ...] = setting((), "NAME=FILE, repeatable")
@@ -39,7 +42,9 @@ class TrainConfig(ModelConfig):
 class LossConfig:
     """As in a file that knows nothing of this package: plain fields with metadata."""
 
-    epsilon_low: float = field(default=0.15, metadata={"help": "lower clip", "aliases": ("epsilon",)})
+    epsilon_low: float = field(
+        default=0.15, metadata={"help": "lower clip", "aliases": ("epsilon",)}
+    )
     estimator: Literal["k1", "k2", "k3"] = field(default="k3", metadata={"help": "KL estimator"})
 
     def __post_init__(self):
@@ -71,7 +76,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     package = tmp_path / "shipped_recipes"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "demo.toml").write_text('model_name_or_path = "tiny"\n[sft]\nmax_steps = 3\n[grpo]\nbeta = 1.0\n')
+    (package / "demo.toml").write_text(
+        'model_name_or_path = "tiny"\n[sft]\nmax_steps = 3\n[grpo]\nbeta = 1.0\n'
+    )
     monkeypatch.syspath_prepend(tmp_path)
     return "shipped_recipes"
 
@@ -139,24 +146,32 @@ def test_all_problems_of_a_command_line_are_listed_together(recipe):
 
 
 def test_config_error_is_a_usage_error_with_one_line_a_problem():
-    with pytest.raises(UsageError, match=r"^--max_steps: .*\n--learning_rate: |^--learning_rate: .*\n--max_steps: "):
+    with pytest.raises(
+        UsageError, match=r"^--max_steps: .*\n--learning_rate: |^--learning_rate: .*\n--max_steps: "
+    ):
         parse("--max_steps", "x", "--learning_rate", "nan")
 
 
-@pytest.mark.parametrize("argv", [("--learning", "1"), ("--model", "x"), ("--no_learning_rate",), ("-l", "1")])
+@pytest.mark.parametrize(
+    "argv", [("--learning", "1"), ("--model", "x"), ("--no_learning_rate",), ("-l", "1")]
+)
 def test_no_abbreviations(argv):
     assert problems(*argv)[0].startswith(f"unknown flag {argv[0]}")
 
 
 def test_stray_arguments_are_refused_but_the_value_of_an_unknown_flag_is_not_reported_twice():
-    assert problems("--max_steps", "3", "stray") == ["unexpected argument 'stray': every value needs a flag in front"]
+    assert problems("--max_steps", "3", "stray") == [
+        "unexpected argument 'stray': every value needs a flag in front"
+    ]
     assert len(problems("--zzzzzz", "3")) == 1
     assert len(problems("--zzzzzz", "-3")) == 1
 
 
 @pytest.mark.parametrize("text", ["", "1.5", "1e3", "true"])
 def test_an_integer_flag_takes_integers_only(text):
-    assert problems(f"--warmup_steps={text}") == [f"--warmup_steps: expected an integer, got {text!r}"]
+    assert problems(f"--warmup_steps={text}") == [
+        f"--warmup_steps: expected an integer, got {text!r}"
+    ]
 
 
 def test_what_post_init_refuses_is_a_problem_and_validate_is_not_called_without_a_config():
@@ -198,10 +213,19 @@ def test_precedence_is_default_then_recipe_shared_then_recipe_table_then_flag(re
         ('validation_file = "a=x"', "validation_file: expected an array, got the string 'a=x'"),
         ("validation_file = [1]", "validation_file: expected text, got the integer 1"),
         ('estimator = "k33"', "estimator: 'k33' is not one of k1, k2, k3"),
-        ("[sftt]\nbf16 = true", "unknown table [sftt]; did you mean sft?; known: sft, grpo, eval, merge"),
-        ("[sft]\nepsilon = 0.1\nepsilon_low = 0.2", "epsilon_low is given twice in [sft], once as an alias"),
+        (
+            "[sftt]\nbf16 = true",
+            "unknown table [sftt]; did you mean sft?; known: sft, grpo, eval, merge",
+        ),
+        (
+            "[sft]\nepsilon = 0.1\nepsilon_low = 0.2",
+            "epsilon_low is given twice in [sft], once as an alias",
+        ),
         ("sft = 3", "unknown key 'sft'"),
-        ("[sft]\n[sft.bf16]\nx = 1", "bf16 in [sft]: expected true or false, got the table {'x': 1}"),
+        (
+            "[sft]\n[sft.bf16]\nx = 1",
+            "bf16 in [sft]: expected true or false, got the table {'x': 1}",
+        ),
     ],
 )
 def test_recipe_problems_name_file_and_key(recipe, toml, expected):
@@ -213,24 +237,40 @@ def test_a_recipe_that_cannot_be_read_is_one_problem(recipe, shipped, tmp_path):
     path = recipe("learning_rate = = 3")
     assert problems("--recipe", path)[0].startswith(f"--recipe {path}: is not valid TOML: ")
     missing = f"{tmp_path}/no.toml"
-    assert problems("--recipe", missing) == [f"--recipe {missing}: cannot be read: No such file or directory"]
+    assert problems("--recipe", missing) == [
+        f"--recipe {missing}: cannot be read: No such file or directory"
+    ]
     assert problems("--recipe", "demu", recipes_package=shipped) == [
         "--recipe demu: no such recipe; did you mean demo? (shipped: demo; the name of a file ends in .toml)"
     ]
 
 
 def test_the_default_recipe_applies_only_without_the_named_flags(shipped, recipe):
-    demo = {"recipes_package": shipped, "default_recipe": "demo", "default_recipe_unless": ("model_name_or_path",)}
+    demo = {
+        "recipes_package": shipped,
+        "default_recipe": "demo",
+        "default_recipe_unless": ("model_name_or_path",),
+    }
     resolved = parse("--warmup_steps", "2", **demo)
-    assert (resolved.recipe, resolved.configs[0].model_name_or_path, resolved.configs[0].max_steps) == ("demo", "tiny", 3)
+    assert (
+        resolved.recipe,
+        resolved.configs[0].model_name_or_path,
+        resolved.configs[0].max_steps,
+    ) == ("demo", "tiny", 3)
     assert resolved.origins["max_steps"] == "recipe demo"
-    for argv in (("--model-name-or-path", "m"), ("--model_name_or_path=m",), ("--recipe", recipe("bf16 = false"))):
+    for argv in (
+        ("--model-name-or-path", "m"),
+        ("--model_name_or_path=m",),
+        ("--recipe", recipe("bf16 = false")),
+    ):
         assert parse(*argv, **demo).configs[0].max_steps is None
     assert parse("--recipe", "demo", "--model_name_or_path", "m", **demo).configs[0].max_steps == 3
 
 
 def test_describe_lists_what_differs_from_the_defaults_with_its_origin(shipped):
-    resolved = parse("--recipe", "demo", "--no_bf16", "--warmup_steps", "0", recipes_package=shipped)
+    resolved = parse(
+        "--recipe", "demo", "--no_bf16", "--warmup_steps", "0", recipes_package=shipped
+    )
     assert describe(resolved).splitlines() == [
         "model_name_or_path  tiny   recipe demo",
         "bf16                false  flag",
@@ -247,19 +287,33 @@ def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
 
 
 # ---- a resumed run --------------------------------------------------------------------------------------------------
-RESUME = {"inherit_with": "model_name_or_path", "free_to_change": ("max_steps",
-                                                                   # its value names the run
-                                                                   "model_name_or_path")}
+RESUME = {
+    "inherit_with": "model_name_or_path",
+    "free_to_change": (
+        "max_steps",
+        # its value names the run
+        "model_name_or_path",
+    ),
+}
 
 
 def saved(*argv: str, **options) -> dict:
     """The settings of an earlier run as they come back from its config.json."""
-    return {name: entry["value"] for name, entry in json.loads(json.dumps(to_json(parse(*argv, **options)))).items()}
+    return {
+        name: entry["value"]
+        for name, entry in json.loads(json.dumps(to_json(parse(*argv, **options)))).items()
+    }
 
 
 def resume(earlier: dict, *argv: str, **options) -> Resolved:
-    return parse("--model_name_or_path", "run-1", *argv, inherit=lambda named: earlier if named == "run-1" else {}, **RESUME,
-                 **options)
+    return parse(
+        "--model_name_or_path",
+        "run-1",
+        *argv,
+        inherit=lambda named: earlier if named == "run-1" else {},
+        **RESUME,
+        **options,
+    )
 
 
 def resume_problems(earlier: dict, *argv: str, **options) -> list[str]:
@@ -269,7 +323,9 @@ def resume_problems(earlier: dict, *argv: str, **options) -> list[str]:
 
 
 def test_json_keeps_every_value_with_its_origin(recipe):
-    written = to_json(parse("--recipe", path := recipe("max_steps = 3"), "--validation_file", "a=x", "--no_bf16"))
+    written = to_json(
+        parse("--recipe", path := recipe("max_steps = 3"), "--validation_file", "a=x", "--no_bf16")
+    )
     assert written == {
         "model_name_or_path": {"value": None, "origin": "default"},
         "bf16": {"value": False, "origin": "flag"},
@@ -283,8 +339,18 @@ def test_json_keeps_every_value_with_its_origin(recipe):
 
 
 def test_a_resumed_run_has_the_settings_of_the_run(shipped):
-    earlier = saved("--learning_rate", "1e-4", "--validation_file", "a=x", "b=y", "--no_bf16", "--estimator", "k2",
-                    "--max_steps", "9")
+    earlier = saved(
+        "--learning_rate",
+        "1e-4",
+        "--validation_file",
+        "a=x",
+        "b=y",
+        "--no_bf16",
+        "--estimator",
+        "k2",
+        "--max_steps",
+        "9",
+    )
     # The default recipe would give max_steps 3; it does not apply to a resumed run.
     resolved = resume(earlier, recipes_package=shipped, default_recipe="demo")
     assert resolved.configs == (
@@ -309,7 +375,9 @@ def test_a_resumed_run_refuses_every_changed_setting_at_once(recipe):
     earlier = saved("--learning_rate", "1e-4", "--max_steps", "9")
     path = recipe("warmup_steps = 5\nmax_steps = 10\n")
     remedy = "a resumed run keeps its settings: leave it out, or start a new run"
-    assert resume_problems(earlier, "--learning_rate", "5e-5", "--estimator", "k1", "--recipe", path, "--zzzzzzz") == [
+    assert resume_problems(
+        earlier, "--learning_rate", "5e-5", "--estimator", "k1", "--recipe", path, "--zzzzzzz"
+    ) == [
         "unknown flag --zzzzzzz",
         # also where it is the default
         f"--learning_rate: the resumed run has 0.0001, not 5e-05 (flag); {remedy}",
@@ -320,13 +388,17 @@ def test_a_resumed_run_refuses_every_changed_setting_at_once(recipe):
 
 def test_what_changes_no_number_may_be_changed_and_the_same_value_may_be_repeated():
     earlier = saved("--learning_rate", "1e-4", "--max_steps", "9", "--validation_file", "a=x")
-    resolved = resume(earlier, "--max_steps", "20", "--learning_rate", "0.0001", "--validation_file", "a=x")
+    resolved = resume(
+        earlier, "--max_steps", "20", "--learning_rate", "0.0001", "--validation_file", "a=x"
+    )
     assert (resolved.configs[0].max_steps, resolved.origins["max_steps"]) == (20, "flag")
     assert resolved.configs[0].validation_file == ("a=x",)
 
 
 def test_without_the_resuming_flag_nothing_is_inherited():
-    resolved = parse("--max_steps", "2", inherit=lambda named: pytest.fail("asked for a run"), **RESUME)
+    resolved = parse(
+        "--max_steps", "2", inherit=lambda named: pytest.fail("asked for a run"), **RESUME
+    )
     assert resolved.configs[0] == TrainConfig(max_steps=2)
 
 
@@ -335,7 +407,10 @@ def test_a_run_of_another_version_is_refused():
     del earlier["bf16"]
     earlier["old_setting"] = 1
     (line,) = resume_problems(earlier)
-    assert "do not have the same settings (bf16, old_setting differ)" in line and "start a new run from its adapter" in line
+    assert (
+        "do not have the same settings (bf16, old_setting differ)" in line
+        and "start a new run from its adapter" in line
+    )
 
 
 def test_what_the_resumed_run_says_of_itself_is_not_lost():
@@ -360,7 +435,11 @@ def test_help_names_default_unit_source_and_groups(capsys):
     assert "--epsilon_low FLOAT, --epsilon FLOAT lower clip [default 0.15]" in text
     assert "--estimator {k1,k2,k3}" in text
     # an inherited field stands under the class that declares it, an explicit group under its own heading
-    assert text.index("model: --model_name_or_path") < text.index("optimizer: --learning_rate") < text.index("loss: --eps")
+    assert (
+        text.index("model: --model_name_or_path")
+        < text.index("optimizer: --learning_rate")
+        < text.index("loss: --eps")
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ cannot overlap, and base checkpoints of both families that have seen what fine-t
 
     python -m pytest tests/test_demo_data.py
 """
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +22,14 @@ from data import encode
 from data.demo import build_base, splits
 from data.demo.base_families import BASE_FAMILIES
 from data.demo.build_base import (
-    Encoder, LocationHeads, Pictures, pretrain_all, pretrain_vision, sample_task, tokenizer_corpus, visual_tokens,
+    Encoder,
+    LocationHeads,
+    Pictures,
+    pretrain_all,
+    pretrain_vision,
+    sample_task,
+    tokenizer_corpus,
+    visual_tokens,
 )
 from data.demo.radiographs import IMAGE_SIZE, draw, draw_findings
 from data.demo.splits import SPLITS, WRITTEN_SPLITS, draw_split, seeds, write_split
@@ -52,6 +60,7 @@ def patients():
 
 # -------------------------------------------------------------------------------------------------------------- pictures
 
+
 @pytest.mark.parametrize("site", ["a", "b"])
 def test_a_seed_and_a_site_fix_the_picture(site):
     first, again, other = draw(11, site), draw(11, site), draw(12, site)
@@ -76,13 +85,20 @@ def test_each_finding_can_be_seen_where_the_grid_says(label, site):
         assert change[inside].mean() > 1.0
         assert np.percentile(change[inside], 99) > 11.0
         assert change[inside].mean() > 5 * change[~inside].mean()
-        assert not with_finding.grid[[LABELS.index(other) for other in LABELS if other != label]].any()
+        assert not with_finding.grid[
+            [LABELS.index(other) for other in LABELS if other != label]
+        ].any()
 
 
 def test_findings_are_independent_of_each_other():
-    alone, together = draw_findings(("Fracture",), 5, "a"), draw_findings(("Edema", "Fracture", "Lung Lesion"), 5, "a")
+    alone, together = (
+        draw_findings(("Fracture",), 5, "a"),
+        draw_findings(("Edema", "Fracture", "Lung Lesion"), 5, "a"),
+    )
     assert together.locations["Fracture"] == alone.locations["Fracture"]
-    assert np.array_equal(together.grid[LABELS.index("Fracture")], alone.grid[LABELS.index("Fracture")])
+    assert np.array_equal(
+        together.grid[LABELS.index("Fracture")], alone.grid[LABELS.index("Fracture")]
+    )
 
 
 def test_no_finding_means_nothing_but_devices(patients):
@@ -91,7 +107,9 @@ def test_no_finding_means_nothing_but_devices(patients):
     assert draw_findings((SUPPORT_DEVICES,), 1, "a").findings == (NO_FINDING, SUPPORT_DEVICES)
     assert draw_findings((SUPPORT_DEVICES, "Edema"), 1, "a").findings == ("Edema", SUPPORT_DEVICES)
     for radiograph in patients["a"] + patients["b"]:
-        assert (NO_FINDING in radiograph.findings) == set(radiograph.findings).issubset({NO_FINDING, SUPPORT_DEVICES})
+        assert (NO_FINDING in radiograph.findings) == set(radiograph.findings).issubset(
+            {NO_FINDING, SUPPORT_DEVICES}
+        )
 
 
 def test_unknown_sites_and_labels_are_refused():
@@ -104,35 +122,56 @@ def test_unknown_sites_and_labels_are_refused():
 def test_the_sites_differ_in_contrast_and_prevalence(patients):
     a, b = patients["a"], patients["b"]
     middle = slice(30, 82)  # lungs and heart, clear of site b's collimation and marker
-    contrast_a, contrast_b = (np.mean([r.image[middle, middle].std() for r in site]) for site in (a, b))
-    brightness_a, brightness_b = (np.mean([r.image[middle, middle].mean() for r in site]) for site in (a, b))
+    contrast_a, contrast_b = (
+        np.mean([r.image[middle, middle].std() for r in site]) for site in (a, b)
+    )
+    brightness_a, brightness_b = (
+        np.mean([r.image[middle, middle].mean() for r in site]) for site in (a, b)
+    )
     assert contrast_b < 0.85 * contrast_a
     assert abs(brightness_a - brightness_b) > 5.0
     # Every label is drawn at both sites; lesions are commoner at b (0.22 against 0.13), devices at a (0.28 against 0.12).
-    share_a, share_b = ({label: np.mean([label in r.findings for r in site]) for label in LABELS} for site in (a, b))
+    share_a, share_b = (
+        {label: np.mean([label in r.findings for r in site]) for label in LABELS} for site in (a, b)
+    )
     assert min(*share_a.values(), *share_b.values()) > 0.0
-    assert share_b["Lung Lesion"] > share_a["Lung Lesion"] and share_a[SUPPORT_DEVICES] > share_b[SUPPORT_DEVICES]
+    assert (
+        share_b["Lung Lesion"] > share_a["Lung Lesion"]
+        and share_a[SUPPORT_DEVICES] > share_b[SUPPORT_DEVICES]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- schemes
 
+
 def test_site_a_labels_all_fourteen():
     radiograph = draw_findings(("Fracture", "Pleural Effusion", SUPPORT_DEVICES), 3, "a")
-    assert radiograph.source_labels == radiograph.labels == ("Pleural Effusion", "Fracture", SUPPORT_DEVICES)
+    assert (
+        radiograph.source_labels
+        == radiograph.labels
+        == ("Pleural Effusion", "Fracture", SUPPORT_DEVICES)
+    )
     assert radiograph.evaluated_labels == LABELS
 
 
-@pytest.mark.parametrize(("drawn", "source_labels", "labels"), [
-    ((), ("No Finding",), ("No Finding",)),
-    # never written down at b, so its reader saw nothing
-    (("Fracture",), ("No Finding",), ("No Finding",)),
-    (("Enlarged Cardiomediastinum", SUPPORT_DEVICES), ("No Finding",), ("No Finding",)),
-    # written down, but not among the nine: no label, and not No Finding
-    (("Pleural Effusion",), ("Effusion",), ()),
-    (("Lung Opacity",), ("Infiltration",), ()),
-    (("Pleural Other", "Fracture"), ("Pleural_Thickening",), ("Pleural Other",)),
-    (("Pleural Effusion", "Edema", "Cardiomegaly"), ("Cardiomegaly", "Edema", "Effusion"), ("Cardiomegaly", "Edema")),
-])
+@pytest.mark.parametrize(
+    ("drawn", "source_labels", "labels"),
+    [
+        ((), ("No Finding",), ("No Finding",)),
+        # never written down at b, so its reader saw nothing
+        (("Fracture",), ("No Finding",), ("No Finding",)),
+        (("Enlarged Cardiomediastinum", SUPPORT_DEVICES), ("No Finding",), ("No Finding",)),
+        # written down, but not among the nine: no label, and not No Finding
+        (("Pleural Effusion",), ("Effusion",), ()),
+        (("Lung Opacity",), ("Infiltration",), ()),
+        (("Pleural Other", "Fracture"), ("Pleural_Thickening",), ("Pleural Other",)),
+        (
+            ("Pleural Effusion", "Edema", "Cardiomegaly"),
+            ("Cardiomegaly", "Edema", "Effusion"),
+            ("Cardiomegaly", "Edema"),
+        ),
+    ],
+)
 def test_site_b_labels_as_nih(drawn, source_labels, labels):
     radiograph = draw_findings(drawn, 3, "b")
     assert radiograph.source_labels == source_labels
@@ -151,10 +190,13 @@ def test_site_b_calls_a_lesion_mass_or_nodule_by_size():
 
 # ---------------------------------------------------------------------------------------------------------------- traces
 
+
 def test_traces_are_valid_answers_with_the_drawn_labels(patients):
     for radiograph in patients["a"] + patients["b"]:
         trace = reasoning_trace(radiograph, 0)
-        think, solution = trace.removeprefix("<think>").removesuffix("</solution>").split("</think><solution>")
+        think, solution = (
+            trace.removeprefix("<think>").removesuffix("</solution>").split("</think><solution>")
+        )
         assert trace == f"<think>{think}</think><solution>{solution}</solution>"
         assert think.strip() and not set("<>{}") & set(think + solution)
         assert tuple(solution.split(", ")) == radiograph.findings
@@ -169,11 +211,14 @@ def test_traces_vary_and_name_the_location():
 
 
 def test_traces_are_short(tokenizer, patients):
-    lengths = [len(tokenizer(reasoning_trace(radiograph, 0)).input_ids) + 1 for radiograph in patients["a"]]
+    lengths = [
+        len(tokenizer(reasoning_trace(radiograph, 0)).input_ids) + 1 for radiograph in patients["a"]
+    ]
     assert 20 <= np.mean(lengths) <= 45 and max(lengths) < 80
 
 
 # ---------------------------------------------------------------------------------------------------------------- splits
+
 
 def test_seeds_of_different_splits_never_meet():
     largest = {name: seeds(name, 1_000_000) for name in SPLITS}
@@ -195,7 +240,9 @@ def test_written_rows_hold_to_the_data_file_contract(tmp_path, name):
     for row, radiograph in zip(rows, draw_split(name, 12), strict=True):
         assert row["image"] == f"{name}/{row['id']}.png"
         assert np.array_equal(np.asarray(Image.open(tmp_path / row["image"])), radiograph.image)
-        assert row["labels"] == list(radiograph.labels) and row["source_labels"] == list(radiograph.source_labels)
+        assert row["labels"] == list(radiograph.labels) and row["source_labels"] == list(
+            radiograph.source_labels
+        )
         assert row["evaluated_labels"] == list(LABELS if name == "sft-train" else NIH_NINE)
         assert row["dataset"] == ("demo-a" if name == "sft-train" else "demo-b")
         assert ("answer" in row) == (name == "sft-train")
@@ -230,10 +277,13 @@ def test_an_interrupted_redraw_leaves_no_data_file(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------------ base
 
+
 def test_pixel_inputs_equal_the_image_processors(family):
     images = np.stack([draw(seed, "b").image for seed in range(2)])
     made = family.pixel_inputs(images)
-    expected = family.image_processor()(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+    expected = family.image_processor()(
+        images=[Image.fromarray(image) for image in images], return_tensors="pt"
+    )
     assert set(made) <= set(expected)
     for name in made:
         torch.testing.assert_close(made[name], torch.as_tensor(expected[name]), rtol=0, atol=1e-6)
@@ -252,7 +302,9 @@ def test_the_base_is_never_taught_the_demo_task(patients):
 
 def test_the_base_sees_every_label_behind_a_tag_and_behind_a_comma(patients):
     rng = np.random.default_rng(0)
-    answers = [sample_task(r, task, rng)[1] for r in patients["a"] for task in ("choice", "impression")]
+    answers = [
+        sample_task(r, task, rng)[1] for r in patients["a"] for task in ("choice", "impression")
+    ]
     for label in LABELS:
         assert any(f"<solution>{label}</solution>" in answer for answer in answers)
         # No Finding and Enlarged Cardiomediastinum can only begin a list in CheXpert's order
@@ -276,11 +328,19 @@ def test_the_build_and_the_engine_encode_alike(family, fresh, tmp_path):
     Image.new("L", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "x.png")
     trace = "<think>Enlarged heart.</think><solution>Cardiomegaly, Edema</solution>"
     example = Example("x", "p", "x.png", ("Edema",), "demo", tmp_path)
-    row = encode.Encoder.from_pretrained(tmp_path, min_visual_tokens=16, max_visual_tokens=16).encode_answer(
-        example, PROMPTS["demo"], trace)
-    batch = Encoder(family, tokenizer).batch(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8), [PROMPTS["demo"].text], [trace])
-    assert batch["input_ids"][0].tolist() == row.prompt.input_ids.tolist() + row.completion_ids.tolist()
-    assert batch[family.token_types_name][0].tolist() == row.prompt.token_types.tolist() + [0] * len(row.completion_ids)
+    row = encode.Encoder.from_pretrained(
+        tmp_path, min_visual_tokens=16, max_visual_tokens=16
+    ).encode_answer(example, PROMPTS["demo"], trace)
+    batch = Encoder(family, tokenizer).batch(
+        np.zeros((1, IMAGE_SIZE, IMAGE_SIZE), np.uint8), [PROMPTS["demo"].text], [trace]
+    )
+    assert (
+        batch["input_ids"][0].tolist()
+        == row.prompt.input_ids.tolist() + row.completion_ids.tolist()
+    )
+    assert batch[family.token_types_name][0].tolist() == row.prompt.token_types.tolist() + [
+        0
+    ] * len(row.completion_ids)
     supervised = batch["labels"][0][batch["labels"][0] != -100]
     assert supervised.tolist() == row.completion_ids.tolist()
     assert tokenizer.decode(supervised) == trace + family.end_of_turn
@@ -290,7 +350,10 @@ def test_the_build_and_the_engine_encode_alike(family, fresh, tmp_path):
 
 
 def test_a_trained_tokenizer_is_deterministic_and_has_its_familys_special_tokens(family, patients):
-    first, again = (family.train_tokenizer(tokenizer_corpus(patients["a"][:60], family.chat_words)) for _ in range(2))
+    first, again = (
+        family.train_tokenizer(tokenizer_corpus(patients["a"][:60], family.chat_words))
+        for _ in range(2)
+    )
     assert first.get_vocab() == again.get_vocab()
     text = f"user\n\n{family.image_token}H\u00e4ufung  37 %{family.end_of_turn}"
     assert first.decode(first(text, add_special_tokens=False).input_ids) == text
@@ -299,7 +362,9 @@ def test_a_trained_tokenizer_is_deterministic_and_has_its_familys_special_tokens
 
 @pytest.fixture(scope="module")
 def gemma_tokenizer(patients):
-    return BASE_FAMILIES["gemma3"].train_tokenizer(tokenizer_corpus(patients["a"], BASE_FAMILIES["gemma3"].chat_words))
+    return BASE_FAMILIES["gemma3"].train_tokenizer(
+        tokenizer_corpus(patients["a"], BASE_FAMILIES["gemma3"].chat_words)
+    )
 
 
 def test_some_of_gemmas_layers_see_only_part_of_the_prompt(gemma_tokenizer):
@@ -307,16 +372,24 @@ def test_some_of_gemmas_layers_see_only_part_of_the_prompt(gemma_tokenizer):
     family = BASE_FAMILIES["gemma3"]
     text = family.build_model(gemma_tokenizer).config.get_text_config()
     assert set(text.layer_types) == {"sliding_attention", "full_attention"}
-    assert text.sliding_window < len(Encoder(family, gemma_tokenizer).prompt_ids(PROMPTS["demo"].text)) / 2
+    assert (
+        text.sliding_window
+        < len(Encoder(family, gemma_tokenizer).prompt_ids(PROMPTS["demo"].text)) / 2
+    )
 
 
 def test_gemmas_tokens_do_not_cross_the_borders_of_words(gemma_tokenizer):
     """Its merges run over whole texts; none may join a tag with a label, or a label would be other tokens behind a tag."""
     family, tokenizer = BASE_FAMILIES["gemma3"], gemma_tokenizer
     space = "\N{LOWER ONE EIGHTH BLOCK}"
-    for token in tokenizer.get_vocab().keys() - {*family.special_tokens, *(f"<0x{byte:02X}>" for byte in range(256))}:
+    for token in tokenizer.get_vocab().keys() - {
+        *family.special_tokens,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    }:
         word = token.removeprefix(space)
-        assert space not in word and (word.isalpha() or not any(map(str.isalnum, word)) or len(word) == 1), token
+        assert space not in word and (
+            word.isalpha() or not any(map(str.isalnum, word)) or len(word) == 1
+        ), token
 
 
 def test_a_picture_reaches_the_loss_and_both_stages_train(family, fresh, patients, monkeypatch):
@@ -330,7 +403,11 @@ def test_a_picture_reaches_the_loss_and_both_stages_train(family, fresh, patient
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def moved() -> set[str]:
-        return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if not torch.equal(parameter, before[name])
+        }
 
     language = {name for name in before if "language_model." in name}
     pretrain_vision(family, model, heads, pictures)
@@ -345,7 +422,11 @@ def test_the_shipped_base_is_small_and_names_no_path_of_the_machine_that_made_it
     for path in files:
         if path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8")
-            assert "_name_or_path" not in text and str(Path.home()) not in text and not re.search(r'"/\w+/', text)
+            assert (
+                "_name_or_path" not in text
+                and str(Path.home()) not in text
+                and not re.search(r'"/\w+/', text)
+            )
 
 
 def test_the_shipped_base_loads(family, tokenizer):

@@ -13,7 +13,15 @@ from PIL import Image
 import eval.figures
 from data.records import write_jsonl
 from engine.config import UsageError
-from eval.figures import FIGURE_1, draw_training, ema, main, reward_panels, series, training_pictures
+from eval.figures import (
+    FIGURE_1,
+    draw_training,
+    ema,
+    main,
+    reward_panels,
+    series,
+    training_pictures,
+)
 from eval.report import main as report_main
 from eval.results import load_entry
 from test_report import AFTER, BEFORE, FEW, save
@@ -25,7 +33,10 @@ def training_run(folder: Path, script: str, reward: str = "hard") -> Path:
     values = {"reward": {"value": reward}, "prompt": {"value": "demo"}}
     (folder / "config.json").write_text(json.dumps({"script": script, "settings": values}))
     names = [panel.metric for panel in (FIGURE_1 if script == "sft" else reward_panels(reward))]
-    rows = [{"step": step, "split": "train"} | {name: step / 10 + (step % 3) for name in names} for step in range(1, 31)]
+    rows = [
+        {"step": step, "split": "train"} | {name: step / 10 + (step % 3) for name in names}
+        for step in range(1, 31)
+    ]
     write_jsonl(folder / "metrics.jsonl", rows + [{"step": 30, "split": "eval", "loss": 99.0}])
     return folder
 
@@ -60,19 +71,41 @@ def test_each_run_goes_into_its_figure(tmp_path):
     assert "Mean nuanced reward of n" in pictures[1].alt and "of h" not in pictures[1].alt
     # Logged 1/10 + 1 at step 1; the last average lies near 3 + 1 less the lag of 19 steps at 1/10.
     assert "Mean hard reward of h: 1.1 at step 1" in pictures[2].alt
-    assert [picture.name for picture in training_pictures([load_entry("n", runs[3])])] == ["figure-2"]
+    assert [picture.name for picture in training_pictures([load_entry("n", runs[3])])] == [
+        "figure-2"
+    ]
 
 
 def test_reward_hacking_is_drawn_for_runs_that_were_monitored(tmp_path):
-    runs = {name: training_run(tmp_path / name, "grpo") for name in ("a", "b", "c", "d", "unwatched")}
+    runs = {
+        name: training_run(tmp_path / name, "grpo") for name in ("a", "b", "c", "d", "unwatched")
+    }
     for place, name in enumerate(["a", "b", "c", "d"]):
-        rows = [{"step": step, "split": "train", "monitors/trained_gain": step / 10, "monitors/other_gain": 0.0, "monitors/f1_gain": -place / 10}
-                for step in range(5, 31)]
+        rows = [
+            {
+                "step": step,
+                "split": "train",
+                "monitors/trained_gain": step / 10,
+                "monitors/other_gain": 0.0,
+                "monitors/f1_gain": -place / 10,
+            }
+            for step in range(5, 31)
+        ]
         write_jsonl(runs[name] / "metrics.jsonl", rows)
     pictures = training_pictures([load_entry(name, run) for name, run in runs.items()])
-    assert [picture.name for picture in pictures] == ["figure-3", "reward-hacking-1", "reward-hacking-2"]
-    assert "reward trained on of a: +3.00 at step 30; the other reward of a: +0.00" in pictures[1].alt
-    assert "F1 of the labels of d: -0.30 at step 30" in pictures[2].alt and "of a" not in pictures[2].alt and "unwatched" not in pictures[1].alt
+    assert [picture.name for picture in pictures] == [
+        "figure-3",
+        "reward-hacking-1",
+        "reward-hacking-2",
+    ]
+    assert (
+        "reward trained on of a: +3.00 at step 30; the other reward of a: +0.00" in pictures[1].alt
+    )
+    assert (
+        "F1 of the labels of d: -0.30 at step 30" in pictures[2].alt
+        and "of a" not in pictures[2].alt
+        and "unwatched" not in pictures[1].alt
+    )
 
 
 def test_a_picture_is_the_same_for_the_same_log():
@@ -109,8 +142,22 @@ def test_without_matplotlib_a_report_says_what_to_install(tmp_path, monkeypatch,
     for name, rows in (("base", BEFORE), ("sft", AFTER)):
         (tmp_path / name).mkdir()
         save(tmp_path / name, home=rows)
-    assert report_main([str(tmp_path / "base"), str(tmp_path / "sft"), "--output_dir", str(tmp_path / "out"), *FEW]) == 0
+    assert (
+        report_main(
+            [
+                str(tmp_path / "base"),
+                str(tmp_path / "sft"),
+                "--output_dir",
+                str(tmp_path / "out"),
+                *FEW,
+            ]
+        )
+        == 0
+    )
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "the pictures need matplotlib: pip install -e &#x27;.[plots]&#x27;" in page and "image/svg" not in page
+    assert (
+        "the pictures need matplotlib: pip install -e &#x27;.[plots]&#x27;" in page
+        and "image/svg" not in page
+    )
     with pytest.raises(UsageError, match="need matplotlib"):
         draw_training("x", "", {}, FIGURE_1)

@@ -2,6 +2,7 @@
 metrics appear by themselves. Each is applied to a copy and checked against its worked case; switched off it changes nothing,
 switched on only what it means to change; and it runs in the whole of run_grpo.py. Run: pytest tests/test_forks.py
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,9 +55,20 @@ CHANGED = {
     "dual_clip": A_NEW_TERM,  # no ratio of the cases reaches 3
     "tis": A_NEW_TERM,  # the sampler agrees with pi_old
     # P08 makes its losses of the KL term; one row of the last has advantage 0, so nothing is left of its loss
-    "kl_in_reward": {"test_p05_full_loss", "test_p08_microbatches", "test_toy_terms", "test_toy_loss_and_gradient",
-                     "test_masked_slots_carry_no_loss"},
-    "rloo": TOY_NUMBERS | {"test_p01_advantages", "test_p02_zero_variance", "test_p22_groups_by_id", "test_toy_advantages"},
+    "kl_in_reward": {
+        "test_p05_full_loss",
+        "test_p08_microbatches",
+        "test_toy_terms",
+        "test_toy_loss_and_gradient",
+        "test_masked_slots_carry_no_loss",
+    },
+    "rloo": TOY_NUMBERS
+    | {
+        "test_p01_advantages",
+        "test_p02_zero_variance",
+        "test_p22_groups_by_id",
+        "test_toy_advantages",
+    },
 }
 fork_case = partial(open_case, listed=NOT_IN_THE_FORKS)
 
@@ -74,13 +86,21 @@ def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
     config = partial(module.ObjectiveConfig, **settings)
 
     def group_advantages(rewards, group_ids, scale_rewards="none"):
-        return module.group_advantages(rewards, group_ids, scale_rewards, kl=torch.zeros_like(rewards), config=config())
+        return module.group_advantages(
+            rewards, group_ids, scale_rewards, kl=torch.zeros_like(rewards), config=config()
+        )
 
     def grpo_loss(logprobs, old_logprobs, *rest, sampling_logprobs=None, **more):
         sampling_logprobs = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        return module.grpo_loss(logprobs, old_logprobs, *rest, sampling_logprobs=sampling_logprobs, **more)
+        return module.grpo_loss(
+            logprobs, old_logprobs, *rest, sampling_logprobs=sampling_logprobs, **more
+        )
 
-    changed = {"ObjectiveConfig": config, "group_advantages": group_advantages, "grpo_loss": grpo_loss}
+    changed = {
+        "ObjectiveConfig": config,
+        "group_advantages": group_advantages,
+        "grpo_loss": grpo_loss,
+    }
     return SimpleNamespace(**vars(module) | changed)
 
 
@@ -95,7 +115,11 @@ def fails(check, module) -> bool:
 # ---- what a patch touches -------------------------------------------------------------------------------------------
 def test_every_patch_is_known():
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.patch" for name in FORKS}
-    named = [name for reason in NOT_IN_THE_PRODUCT.values() for name in re.findall(r"tests/forks/(\w+)\.patch", reason)]
+    named = [
+        name
+        for reason in NOT_IN_THE_PRODUCT.values()
+        for name in re.findall(r"tests/forks/(\w+)\.patch", reason)
+    ]
     assert sorted(named) == sorted(FORKS)  # each worked case that the product leaves to a fork
 
 
@@ -133,8 +157,12 @@ def test_the_new_term_is_logged_by_itself(name, fork):
     found = {}
     for switch in ({}, {FORKS[name].field: FORKS[name].on}):
         config = module.ObjectiveConfig(**switch)
-        _, terms = module.grpo_loss(**batch, weights=step_weights(module, batch["mask"], "dr_grpo"), config=config)
-        found[bool(switch)] = module.objective_metrics(terms, batch["advantages"], batch["mask"], config)
+        _, terms = module.grpo_loss(
+            **batch, weights=step_weights(module, batch["mask"], "dr_grpo"), config=config
+        )
+        found[bool(switch)] = module.objective_metrics(
+            terms, batch["advantages"], batch["mask"], config
+        )
     new = found[True].keys() - found[False].keys()
     assert new == ({FORKS[name].metric} if FORKS[name].metric else set())
     for metric in new:
@@ -142,20 +170,32 @@ def test_the_new_term_is_logged_by_itself(name, fork):
         assert found[True][metric][1:] == (15, "mean")
 
 
-@pytest.mark.parametrize(("name", "value"), [("dual_clip", 1.0), ("dual_clip", math.nan), ("tis_cap", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("dual_clip", 1.0), ("dual_clip", math.nan), ("tis_cap", 0.0)]
+)
 def test_a_value_that_makes_no_sense_is_refused(name, value, fork):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
         fork(name.removesuffix("_cap")).ObjectiveConfig(**{name: value})
 
 
 def test_an_unknown_choice_of_a_new_field_is_refused(fork):
-    with pytest.raises(ConfigError, match="importance_sampling_level: 'sentence' is not one of token, sequence"):
-        parse_config([fork("gspo").ObjectiveConfig], ["--importance_sampling_level", "sentence"], script="grpo", prog="")
+    with pytest.raises(
+        ConfigError, match="importance_sampling_level: 'sentence' is not one of token, sequence"
+    ):
+        parse_config(
+            [fork("gspo").ObjectiveConfig],
+            ["--importance_sampling_level", "sentence"],
+            script="grpo",
+            prog="",
+        )
 
 
 def test_a_patch_that_no_longer_fits_says_what_to_do():
     moved = OBJECTIVE.replace("ratio = log_ratio.exp()", "ratio = torch.exp(log_ratio)")
-    with pytest.raises(AssertionError, match=r"(?s)gspo.patch no longer fits: .*`git diff rl/objective.py > .*log_ratio.exp"):
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)gspo.patch no longer fits: .*`git diff rl/objective.py > .*log_ratio.exp",
+    ):
         patched("gspo", moved)
     with pytest.raises(AssertionError, match="rloo.patch no longer fits"):
         patched("rloo", OBJECTIVE + OBJECTIVE)  # fits twice
@@ -163,8 +203,14 @@ def test_a_patch_that_no_longer_fits_says_what_to_do():
 
 # ---- the worked cases -----------------------------------------------------------------------------------------------
 def test_the_list_has_no_stale_entry():
-    existing = [f"{case_id}.{leaf}" for case_id, entry in CASES.items() for leaf in leaves(entry["expected"])]
-    assert [key for key in NOT_IN_THE_FORKS if not any(covers(key, leaf) for leaf in existing)] == []
+    existing = [
+        f"{case_id}.{leaf}"
+        for case_id, entry in CASES.items()
+        for leaf in leaves(entry["expected"])
+    ]
+    assert [
+        key for key in NOT_IN_THE_FORKS if not any(covers(key, leaf) for leaf in existing)
+    ] == []
 
 
 def test_p01_rloo(fork):
@@ -174,7 +220,10 @@ def test_p01_rloo(fork):
         config = module.ObjectiveConfig(baseline="leave_one_out")
         p01.close("adv_rloo", module.group_advantages(rewards, groups, config=config).view(2, 4))
     # 3 less the mean of 1 and 2, 1 less that of 3 and 2, 2 less that of 3 and 1; the unrated one counts for nobody.
-    close(module.group_advantages(f64([3, 1, math.nan, 2]), torch.zeros(4), config=config), [1.5, -1.5, 0, 0])
+    close(
+        module.group_advantages(f64([3, 1, math.nan, 2]), torch.zeros(4), config=config),
+        [1.5, -1.5, 0, 0],
+    )
 
 
 def test_p10_truncated_importance_sampling(fork):
@@ -188,8 +237,16 @@ def test_p10_truncated_importance_sampling(fork):
         def evaluate(**settings):
             config = module.ObjectiveConfig(**settings)
             loss, terms = module.grpo_loss(
-                logprobs, old, old + 0.3, advantages, mask, weights, config, sampling_logprobs=sampling)
-            gradient, = torch.autograd.grad(loss, logprobs)
+                logprobs,
+                old,
+                old + 0.3,
+                advantages,
+                mask,
+                weights,
+                config,
+                sampling_logprobs=sampling,
+            )
+            (gradient,) = torch.autograd.grad(loss, logprobs)
             return terms, gradient, module.objective_metrics(terms, advantages, mask, config)
 
         raw, _, metrics = evaluate(tis_cap=math.inf)
@@ -197,12 +254,17 @@ def test_p10_truncated_importance_sampling(fork):
         p10.close("mean_weight", metrics["tis_weight"].value)
         truncated, gradient, _ = evaluate(tis_cap=p10.inputs["C"], beta=0)
         p10.close("token_truncate", truncated["tis_weight"] * mask)
-        p10.close("frac_tokens_truncated", (truncated["tis_weight"] == p10.inputs["C"])[mask].double().mean())
+        p10.close(
+            "frac_tokens_truncated",
+            (truncated["tis_weight"] == p10.inputs["C"])[mask].double().mean(),
+        )
         p10.differs("token_mask_icepop", truncated["tis_weight"] * mask)
     # The weight is a constant factor of the policy term and of its gradient, and none of the KL term's.
     plain, plain_gradient, _ = evaluate(beta=0)
     weight = f64(p10.expected["token_truncate"])
-    torch.testing.assert_close(truncated["surrogate"][mask], (weight * plain["surrogate"])[mask], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        truncated["surrogate"][mask], (weight * plain["surrogate"])[mask], rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(gradient, weight * plain_gradient, rtol=1e-6, atol=0)
     with_kl, kl_gradient, _ = evaluate(tis_cap=p10.inputs["C"], beta=0.5)
     # k3 of log(pi_ref/pi) = 0.2: e^0.2 - 1.2 = 0.021403, gradient 1 - e^0.2 = -0.221403; weights are 1/5 a token
@@ -215,13 +277,24 @@ def test_p11_dual_clip(fork):
     module = fork("dual_clip")
     with fork_case("P11_dual_clip") as p11:
         rows = leaves(p11.inputs["rows"])
-        settings = {"epsilon_low": p11.inputs["eps_low"], "epsilon_high": p11.inputs["eps_high"], "beta": 0}
+        settings = {
+            "epsilon_low": p11.inputs["eps_low"],
+            "epsilon_high": p11.inputs["eps_high"],
+            "beta": 0,
+        }
         ones, mask = torch.ones(4, 1, dtype=torch.float64), torch.ones(4, 1, dtype=torch.bool)
         terms = {}
         for c in (None, p11.inputs["c"]):
             logprobs = f64(rows["ratio"])[:, None].log().requires_grad_()  # [4,1]
             loss, terms[c] = module.grpo_loss(
-                logprobs, 0 * ones, None, f64(rows["advantage"]), mask, ones, module.ObjectiveConfig(**settings, dual_clip=c))
+                logprobs,
+                0 * ones,
+                None,
+                f64(rows["advantage"]),
+                mask,
+                ones,
+                module.ObjectiveConfig(**settings, dual_clip=c),
+            )
             loss.backward()
         p11.close("rows.loss_standard", terms[None]["per_token_loss"][:, 0])
         p11.close("rows.loss_dual_clip", terms[c]["per_token_loss"][:, 0])
@@ -235,19 +308,35 @@ def test_p11_dual_clip(fork):
 def test_p12_gspo(fork):
     module = fork("gspo")
     with fork_case("P12_gspo") as p12:
-        config = module.ObjectiveConfig(importance_sampling_level="sequence", epsilon_low=p12.inputs["eps_low"],
-                                        epsilon_high=p12.inputs["eps_high"], beta=0)
+        config = module.ObjectiveConfig(
+            importance_sampling_level="sequence",
+            epsilon_low=p12.inputs["eps_low"],
+            epsilon_high=p12.inputs["eps_high"],
+            beta=0,
+        )
         # [4,4]
-        logprobs, mask = f64(p12.inputs["logp"]).requires_grad_(), torch.tensor(p12.inputs["mask"]).bool()
+        logprobs, mask = (
+            f64(p12.inputs["logp"]).requires_grad_(),
+            torch.tensor(p12.inputs["mask"]).bool(),
+        )
         advantages, weights = f64(p12.inputs["advantages"]), weights_of(module, mask, "grpo")
-        loss, terms = module.grpo_loss(logprobs, f64(p12.inputs["old_logp"]), None, advantages, mask, weights, config)
+        loss, terms = module.grpo_loss(
+            logprobs, f64(p12.inputs["old_logp"]), None, advantages, mask, weights, config
+        )
         loss.backward()
         p12.close("seq_ratio", terms["ratio"][:, 0])
         p12.close("objective_per_seq", terms["surrogate"][:, 0])
         p12.close("loss", loss)
         p12.close("grad_logp", logprobs.grad)
-        clipped = [module.objective_metrics({name: term[i:i + 1] for name, term in terms.items()}, advantages[i:i + 1],
-                                            mask[i:i + 1], config)["clip_ratio/region_mean"].value for i in range(4)]
+        clipped = [
+            module.objective_metrics(
+                {name: term[i : i + 1] for name, term in terms.items()},
+                advantages[i : i + 1],
+                mask[i : i + 1],
+                config,
+            )["clip_ratio/region_mean"].value
+            for i in range(4)
+        ]
         p12.close("clipped", [bool(share == 1) for share in clipped])
     assert all((terms["ratio"] == terms["ratio"][:, :1]).flatten())
     close(terms["token_ratio"][mask][:4], [math.exp(x) for x in (0.1, 0, -0.1, 0.3)])
@@ -258,8 +347,13 @@ def test_gspo_inside_its_clip_by_hand(fork):
     # -s A = -2.060909; d loss / d logp_j = -A s / |t_i| = -1.030455 for each token, whatever its own ratio.
     module = fork("gspo")
     config = module.ObjectiveConfig(importance_sampling_level="sequence", beta=0)
-    logprobs, mask = f64([[-0.98, -0.96, math.nan]]).requires_grad_(), torch.tensor([[True, True, False]])
-    loss, _ = module.grpo_loss(logprobs, f64([[-1, -1, 7]]), None, f64([2]), mask, weights_of(module, mask, "grpo"), config)
+    logprobs, mask = (
+        f64([[-0.98, -0.96, math.nan]]).requires_grad_(),
+        torch.tensor([[True, True, False]]),
+    )
+    loss, _ = module.grpo_loss(
+        logprobs, f64([[-1, -1, 7]]), None, f64([2]), mask, weights_of(module, mask, "grpo"), config
+    )
     loss.backward()
     close(loss, -2.060909, atol=1e-6)
     close(logprobs.grad, [[-1.030455, -1.030455, 0]], atol=1e-6)
@@ -270,13 +364,21 @@ def test_p13_cispo(fork):
     module = fork("cispo")
     with fork_case("P13_cispo") as p13:
         given, ones = p13.inputs, torch.ones(3, 1, dtype=torch.float64)
-        bounds = {"relative_clip": {"epsilon_low": given["eps_low"], "epsilon_high": given["eps_high"]},
-                  "absolute_cap": {"epsilon_low": 0.999, "epsilon_high": given["absolute_cap"] - 1}}
+        bounds = {
+            "relative_clip": {"epsilon_low": given["eps_low"], "epsilon_high": given["eps_high"]},
+            "absolute_cap": {"epsilon_low": 0.999, "epsilon_high": given["absolute_cap"] - 1},
+        }
         for name, settings in bounds.items():
             logprobs = f64(given["logp"])[:, None].requires_grad_()  # [3,1]
             loss, terms = module.grpo_loss(
-                logprobs, f64(given["old_logp"])[:, None], None, f64(given["advantages"]), ones.bool(), ones,
-                module.ObjectiveConfig(**settings, policy_term="cispo", beta=0))
+                logprobs,
+                f64(given["old_logp"])[:, None],
+                None,
+                f64(given["advantages"]),
+                ones.bool(),
+                ones,
+                module.ObjectiveConfig(**settings, policy_term="cispo", beta=0),
+            )
             loss.backward()
             p13.close("ratio", terms["ratio"][:, 0])
             p13.close(f"weight_{name}", terms["cispo_weight"][:, 0])
@@ -295,16 +397,24 @@ def test_p21_kl_in_reward(fork, monkeypatch):
     monkeypatch.setattr(rl.rollout, "group_advantages", group_advantages)
     with fork_case("P21_kl_in_reward") as p21:
         rows = zip(*(p21.inputs[key] for key in ("rewards", "mask", "logp", "ref_logp")))
-        samples = [sample(0, reward, mask=f64(mask).bool(), sampling_logprobs=f64(old), ref_logprobs=f64(ref))
-                   for reward, mask, old, ref in rows]
+        samples = [
+            sample(
+                0, reward, mask=f64(mask).bool(), sampling_logprobs=f64(old), ref_logprobs=f64(ref)
+            )
+            for reward, mask, old, ref in rows
+        ]
         for key, in_reward in {"adv_center_only": True, "adv_without_kl": False}.items():
             config = module.ObjectiveConfig(beta=p21.inputs["beta"], kl_in_reward=in_reward)
-            p21.close(key, [scored.advantage for scored in rl.rollout.with_advantages(samples, config)])
+            p21.close(
+                key, [scored.advantage for scored in rl.rollout.with_advantages(samples, config)]
+            )
         p21.close("seq_k1", given_kl[0])
     # It must not count twice: the loss is that of beta 0, while its KL is logged as ever.
     batch = random_batch(seed=0)
     weights = step_weights(module, batch["mask"], "dr_grpo")
-    in_reward, terms = module.grpo_loss(**batch, weights=weights, config=module.ObjectiveConfig(kl_in_reward=True))
+    in_reward, terms = module.grpo_loss(
+        **batch, weights=weights, config=module.ObjectiveConfig(kl_in_reward=True)
+    )
     without, _ = module.grpo_loss(**batch, weights=weights, config=module.ObjectiveConfig(beta=0))
     assert torch.equal(in_reward, without) and (terms["kl"][batch["mask"]] > 0).all()
 
@@ -312,8 +422,19 @@ def test_p21_kl_in_reward(fork, monkeypatch):
 # ---- the whole of run_grpo.py ---------------------------------------------------------------------------------------
 def grpo_flags(adapter, data, run, name: str) -> list[str]:
     """Two rollouts of 2 groups; each of the 4 steps takes one group."""
-    return ["--adapter_name_or_path", str(adapter), "--train_file", str(data), "--output_dir", str(run), *GRPO,
-            "--max_steps", "4", f"--{FORKS[name].field}", str(FORKS[name].on)]
+    return [
+        "--adapter_name_or_path",
+        str(adapter),
+        "--train_file",
+        str(data),
+        "--output_dir",
+        str(run),
+        *GRPO,
+        "--max_steps",
+        "4",
+        f"--{FORKS[name].field}",
+        str(FORKS[name].on),
+    ]
 
 
 @pytest.fixture
@@ -344,41 +465,69 @@ def forked_main(tmp_path, monkeypatch):
 def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, monkeypatch):
     speak(monkeypatch)
     run, fork = tmp_path / "run", FORKS[name]
-    assert forked_main(name)([*grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, name), "--dump_step", "4"]) == 0
-    assert document(run / "config.json")["settings"][fork.field] == {"value": fork.on, "origin": "flag"}
+    assert (
+        forked_main(name)(
+            [*grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, name), "--dump_step", "4"]
+        )
+        == 0
+    )
+    assert document(run / "config.json")["settings"][fork.field] == {
+        "value": fork.on,
+        "origin": "flag",
+    }
     step, notes = read(run / "step-4.safetensors")
     mask, rows = step["mask"], step["rollout_row"]
     assert notes["settings"][fork.field] == fork.on
     assert step["terms/ratio"][mask].std() > 0 and step["terms/kl"][mask].max() > 1e-4
     if fork.metric:
         metric = [line[fork.metric] for line in train_log(run)]
-        assert len(metric) == 4 and metric[3] == pytest.approx(step[f"terms/{fork.metric}"][mask].astype(float).mean(), rel=1e-6)
+        assert len(metric) == 4 and metric[3] == pytest.approx(
+            step[f"terms/{fork.metric}"][mask].astype(float).mean(), rel=1e-6
+        )
     if name == "gspo":
         for ratio, token_ratio, own in zip(step["terms/ratio"], step["terms/token_ratio"], mask):
             assert len(set(ratio[own].tolist())) == 1
-            assert math.log(ratio[own][0]) == pytest.approx(np.log(token_ratio[own]).mean(), abs=1e-6)
+            assert math.log(ratio[own][0]) == pytest.approx(
+                np.log(token_ratio[own]).mean(), abs=1e-6
+            )
     # step 4 holds the second group; at its rollout the policy had left the reference
     if name == "kl_in_reward":
-        kl = np.where(mask, step["sampling_logprobs"].astype(float) - step["ref_logprobs"], 0).sum(1)
+        kl = np.where(mask, step["sampling_logprobs"].astype(float) - step["ref_logprobs"], 0).sum(
+            1
+        )
         penalised = step["rollout/reward"][rows] - 0.15 * kl
-        np.testing.assert_allclose(step["advantages"], penalised - penalised.mean(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            step["advantages"], penalised - penalised.mean(), rtol=0, atol=1e-6
+        )
         assert np.abs(kl).max() > 1e-3
-        np.testing.assert_array_equal(step["terms/per_token_loss"][mask], -step["terms/surrogate"][mask])
+        np.testing.assert_array_equal(
+            step["terms/per_token_loss"][mask], -step["terms/surrogate"][mask]
+        )
     if name == "rloo":
         rewards = step["rollout/reward"][rows]
-        np.testing.assert_allclose(step["advantages"], 4 / 3 * (rewards - rewards.mean()), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            step["advantages"], 4 / 3 * (rewards - rewards.mean()), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_a_patched_copy_of_the_project_is_all_that_gspo_needs(tiny_sft_run, tiny_data, tmp_path):
     """As a researcher does it: copy, patch, run the script."""
     tree, run = tmp_path / "tree", tmp_path / "run"
     for package in ("data", "engine", "eval", "rl"):
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("base", "__pycache__"))
+        shutil.copytree(
+            ROOT / package, tree / package, ignore=shutil.ignore_patterns("base", "__pycache__")
+        )
     shutil.copy(ROOT / "run_grpo.py", tree)
     (tree / "rl" / "objective.py").write_text(patched("gspo"), encoding="utf-8")
-    command = [sys.executable, "run_grpo.py", *grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "gspo")]
+    command = [
+        sys.executable,
+        "run_grpo.py",
+        *grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "gspo"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     # in the banner
     assert re.search(r"^importance_sampling_level +sequence +flag$", done.stdout, re.MULTILINE)

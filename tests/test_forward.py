@@ -3,6 +3,7 @@
 Random checkpoints whose prompts are longer than the sliding window, images of several sizes, ragged rows.
 Run: pytest tests/test_forward.py
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -57,7 +58,10 @@ def gemma(tiny_checkpoint) -> LoadedModel:
 def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
     """Three rows whose prompts, images and answers have different lengths."""
     prompts = (PROMPTS[0], PROMPTS[1], PROMPTS[0])
-    rows = [model.encoder.encode_answer(*row) for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS)]
+    rows = [
+        model.encoder.encode_answer(*row)
+        for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS)
+    ]
     return [with_features(model, row) for row in rows]
 
 
@@ -72,14 +76,20 @@ def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[t
     """The same from transformers' own forward, with the inputs that its documentation asks for."""
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     inputs = pixel_inputs([row.prompt for row in rows])
-    inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = batch.token_types
+    inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = (
+        batch.token_types
+    )
     # [B,S,V]
-    logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs).logits
+    logits = net(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **inputs
+    ).logits
     logprobs = logits.log_softmax(-1)
     result = []
     for row, values in zip(rows, logprobs):
         start, length = len(row.prompt.input_ids), len(row.completion_ids)
-        result.append(values[start - 1 : start + length - 1].gather(1, row.completion_ids[:, None])[:, 0])
+        result.append(
+            values[start - 1 : start + length - 1].gather(1, row.completion_ids[:, None])[:, 0]
+        )
     return result
 
 
@@ -93,7 +103,12 @@ def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) ->
 @torch.no_grad()
 def test_equals_transformers(model, tiny_images):
     rows = rows_of(model, tiny_images)
-    assert largest_difference(logprobs_of(model.base, model, rows), official_logprobs(model.base, model, rows)) < 1e-5
+    assert (
+        largest_difference(
+            logprobs_of(model.base, model, rows), official_logprobs(model.base, model, rows)
+        )
+        < 1e-5
+    )
 
 
 @torch.no_grad()
@@ -108,20 +123,32 @@ def test_equals_transformers_with_an_adapter(own_model, tiny_images):
 
 def as_saved(folder) -> LoadedModel:
     """The checkpoint with its own head; tiny.load gives it a random one."""
-    return load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"), min_visual_tokens=4, max_visual_tokens=16)
+    return load_model(
+        str(folder),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        min_visual_tokens=4,
+        max_visual_tokens=16,
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads(family, tied, tmp_path, tiny_images):
     model = as_saved(SAVE[family](tmp_path, tied=tied))
     head, embedding = lm_head_weight(model.base), model.base.get_input_embeddings().weight
-    assert (head.data_ptr() == embedding.data_ptr()) == tied and torch.equal(head, embedding) == tied
+    assert (head.data_ptr() == embedding.data_ptr()) == tied and torch.equal(
+        head, embedding
+    ) == tied
     rows, wrapped = rows_of(model, tiny_images), attach_random_adapter(model)
     ours = logprobs_of(wrapped, model, rows)
     assert largest_difference(ours, official_logprobs(wrapped, model, rows)) < 1e-5
     sum(logprobs.sum() for logprobs in ours).backward()
     assert head.grad is None and embedding.grad is None
-    assert all(parameter.grad.abs().max() > 0 for parameter in wrapped.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad.abs().max() > 0
+        for parameter in wrapped.parameters()
+        if parameter.requires_grad
+    )
 
 
 # Soft-capping of the logits, which no published Gemma 3 has
@@ -133,17 +160,24 @@ SOFTCAP = 1.5  # logits of the random model reach 2.4
 def capped_logits(net, model: LoadedModel, rows: list[EncodedRow]) -> torch.Tensor:
     """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the same decoder and head."""
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
-    masks = model.family.attention_masks(model.base, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1]))
+    masks = model.family.attention_masks(
+        model.base, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1])
+    )
     causal = Gemma3ForCausalLM._from_config(model.base.config.text_config)
     causal.model, causal.lm_head = language_model(net), model.base.lm_head
-    return causal(inputs_embeds=plain.embed(net, model.family, batch), attention_mask=masks,
-                  position_ids=model.family.positions(model.base, batch)).logits
+    return causal(
+        inputs_embeds=plain.embed(net, model.family, batch),
+        attention_mask=masks,
+        position_ids=model.family.positions(model.base, batch),
+    ).logits
 
 
 def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatch):
     results = []
     for ours in (True, False):
-        model = as_saved(SAVE["gemma3"](tmp_path / str(ours), text={"final_logit_softcapping": SOFTCAP}))
+        model = as_saved(
+            SAVE["gemma3"](tmp_path / str(ours), text={"final_logit_softcapping": SOFTCAP})
+        )
         rows, wrapped = rows_of(model, tiny_images), attach_random_adapter(model)
         if ours:
             found = logprobs_of(wrapped, model, rows)
@@ -151,10 +185,16 @@ def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatc
             logits = capped_logits(wrapped, model, rows)
             assert 0.9 * SOFTCAP < logits.detach().abs().max() <= SOFTCAP
             starts = [len(row.prompt.input_ids) - 1 for row in rows]
-            found = [values[start : start + len(row.completion_ids)].log_softmax(1).gather(1, row.completion_ids[:, None])[:, 0]
-                     for values, start, row in zip(logits, starts, rows)]
+            found = [
+                values[start : start + len(row.completion_ids)]
+                .log_softmax(1)
+                .gather(1, row.completion_ids[:, None])[:, 0]
+                for values, start, row in zip(logits, starts, rows)
+            ]
         sum(logprobs.sum() for logprobs in found).backward()
-        results.append((found, {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}))
+        results.append(
+            (found, {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad})
+        )
     (found, gradients), (expected, expected_gradients) = results
     assert largest_difference(found, expected) < 1e-5
     for name, gradient in gradients.items():
@@ -167,12 +207,44 @@ def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatc
 def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
     model = as_saved(SAVE["gemma3"](tmp_path, text={"final_logit_softcapping": SOFTCAP}))
     prompt = rows_of(model, tiny_images)[0].prompt
-    [group] = generate(model.base, model, [prompt], SamplingConfig(0.8, 0.95, 12), num_generations=3, generator=torch.Generator().manual_seed(0))
-    rows = [EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool)) for completion in group]
-    expected, _ = completion_logprobs(model.base, model.family, collate_rows(rows, 0), temperature=0.8, suppress_token_ids=model.suppressed_ids)
+    [group] = generate(
+        model.base,
+        model,
+        [prompt],
+        SamplingConfig(0.8, 0.95, 12),
+        num_generations=3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    rows = [
+        EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool))
+        for completion in group
+    ]
+    expected, _ = completion_logprobs(
+        model.base,
+        model.family,
+        collate_rows(rows, 0),
+        temperature=0.8,
+        suppress_token_ids=model.suppressed_ids,
+    )
     for completion, values in zip(group, expected):
-        torch.testing.assert_close(completion.logprobs, values[: len(completion.ids)], rtol=0, atol=1e-5)
-    assert largest_difference([expected], [plain.logprobs_of(model.base, model.family, rows, temperature=0.8, suppress_token_ids=model.suppressed_ids)]) < 1e-5
+        torch.testing.assert_close(
+            completion.logprobs, values[: len(completion.ids)], rtol=0, atol=1e-5
+        )
+    assert (
+        largest_difference(
+            [expected],
+            [
+                plain.logprobs_of(
+                    model.base,
+                    model.family,
+                    rows,
+                    temperature=0.8,
+                    suppress_token_ids=model.suppressed_ids,
+                )
+            ],
+        )
+        < 1e-5
+    )
 
 
 # Each of the following shows that the equality above can fail.
@@ -187,7 +259,9 @@ def rows_and_expected(model, images):
 def test_control_causal_attention_inside_an_image(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
     masks = Gemma3.attention_masks
-    text_only = lambda self, model, mask, types, queries: masks(self, model, mask, 0 * types, queries)  # noqa: E731
+    text_only = lambda self, model, mask, types, queries: masks(
+        self, model, mask, 0 * types, queries
+    )  # noqa: E731
     monkeypatch.setattr(Gemma3, "attention_masks", text_only)
     assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-2
 
@@ -209,7 +283,9 @@ def test_control_sliding_window_off_by_one(gemma, tiny_images, monkeypatch):
 @torch.no_grad()
 def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(qwen, tiny_images)
-    one_dimensional = lambda self, model, prompts: text_positions(prompts.attention_mask).expand(3, -1, -1)  # noqa: E731
+    one_dimensional = lambda self, model, prompts: text_positions(prompts.attention_mask).expand(
+        3, -1, -1
+    )  # noqa: E731
     monkeypatch.setattr(Qwen25VL, "positions", one_dimensional)
     assert largest_difference(logprobs_of(qwen.base, qwen, rows), expected) > 1e-2
 
@@ -217,17 +293,33 @@ def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
 @torch.no_grad()
 def test_the_image_matters(model, tiny_images):
     rows = rows_of(model, tiny_images)
-    vision = [row.prompt.vision | {"pixel_values": torch.zeros_like(row.prompt.vision["pixel_values"])} for row in rows]
-    blind = [with_features(model, dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, vision=image))) for row, image in zip(rows, vision)]
-    for seen, unseen in zip(logprobs_of(model.base, model, rows), logprobs_of(model.base, model, blind)):
+    vision = [
+        row.prompt.vision | {"pixel_values": torch.zeros_like(row.prompt.vision["pixel_values"])}
+        for row in rows
+    ]
+    blind = [
+        with_features(
+            model, dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, vision=image))
+        )
+        for row, image in zip(rows, vision)
+    ]
+    for seen, unseen in zip(
+        logprobs_of(model.base, model, rows), logprobs_of(model.base, model, blind)
+    ):
         assert (seen - unseen).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_images_are_not_mixed_up(model, tiny_images):
     # Three images of one size: each row keeps its own, whatever its place in the batch.
-    rows = [with_features(model, model.encoder.encode_answer(example, PROMPTS[0], "ab")) for example in examples_of(tiny_images, 56, 56, 56)]
-    forwards, backwards = logprobs_of(model.base, model, rows), logprobs_of(model.base, model, rows[::-1])
+    rows = [
+        with_features(model, model.encoder.encode_answer(example, PROMPTS[0], "ab"))
+        for example in examples_of(tiny_images, 56, 56, 56)
+    ]
+    forwards, backwards = (
+        logprobs_of(model.base, model, rows),
+        logprobs_of(model.base, model, rows[::-1]),
+    )
     assert largest_difference(forwards, backwards[::-1]) < 1e-5
     assert largest_difference(forwards, backwards) > 1e-2
 
@@ -248,36 +340,68 @@ def test_padding_and_neighbours_change_nothing(model, tiny_images):
 @torch.no_grad()
 def test_what_stands_in_the_padding_changes_nothing(model, tiny_images):
     batch = collate_rows(rows_of(model, tiny_images), model.encoder.pad_token_id)
-    prompts = dataclasses.replace(batch.prompts, input_ids=torch.where(batch.prompts.attention_mask, batch.prompts.input_ids, 65))
+    prompts = dataclasses.replace(
+        batch.prompts,
+        input_ids=torch.where(batch.prompts.attention_mask, batch.prompts.input_ids, 65),
+    )
     ids = torch.where(batch.completion_mask, batch.completion_ids, 65)
     other = dataclasses.replace(batch, prompts=prompts, completion_ids=ids)
-    results = [completion_logprobs(model.base, model.family, b, temperature=1.0)[0] for b in (batch, other)]
-    assert not batch.prompts.attention_mask.all() and not batch.completion_mask.all() and torch.equal(*results)
+    results = [
+        completion_logprobs(model.base, model.family, b, temperature=1.0)[0] for b in (batch, other)
+    ]
+    assert (
+        not batch.prompts.attention_mask.all()
+        and not batch.completion_mask.all()
+        and torch.equal(*results)
+    )
 
 
 @torch.no_grad()
 def test_completions_of_one_prompt_share_its_image(model, tiny_images):
     shared, other = rows_of(model, tiny_images)[1], rows_of(model, tiny_images)[0]
     completions = [torch.tensor(ids) for ids in ([70, 71, 72], [80], [90, 91, 92, 93, 94])]
-    rows = [EncodedRow(shared.prompt, ids, torch.ones(len(ids), dtype=torch.bool)) for ids in completions]
+    rows = [
+        EncodedRow(shared.prompt, ids, torch.ones(len(ids), dtype=torch.bool))
+        for ids in completions
+    ]
     mixed = [rows[0], other, rows[1], rows[2]]
     # four prompt objects
     apart = [dataclasses.replace(row, prompt=dataclasses.replace(row.prompt)) for row in mixed]
-    assert len(collate_rows(mixed, 0).prompts.vision) == 2 and collate_rows(mixed, 0).prompt_of_row.tolist() == [0, 1, 0, 0]
+    assert len(collate_rows(mixed, 0).prompts.vision) == 2 and collate_rows(
+        mixed, 0
+    ).prompt_of_row.tolist() == [0, 1, 0, 0]
     assert len(collate_rows(apart, 0).prompts.vision) == 4
-    assert largest_difference(logprobs_of(model.base, model, mixed), logprobs_of(model.base, model, apart)) < 1e-5
+    assert (
+        largest_difference(
+            logprobs_of(model.base, model, mixed), logprobs_of(model.base, model, apart)
+        )
+        < 1e-5
+    )
 
 
 @torch.no_grad()
 def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
     rows = rows_of(model, tiny_images)
     # left out of the loss
-    rows[1] = dataclasses.replace(rows[1], completion_mask=torch.zeros_like(rows[1].completion_mask))
+    rows[1] = dataclasses.replace(
+        rows[1], completion_mask=torch.zeros_like(rows[1].completion_mask)
+    )
     batch = collate_rows(rows, model.encoder.pad_token_id)
-    logprobs, entropies = completion_logprobs(model.base, model.family, batch, temperature=0.8, entropy=True)
-    assert logprobs.shape == entropies.shape == batch.completion_mask.shape == (3, len(rows[0].completion_ids))
-    assert (logprobs[~batch.completion_mask] == 0).all() and (logprobs[batch.completion_mask] < 0).all()
-    assert (entropies[~batch.completion_mask] == 0).all() and (entropies[batch.completion_mask] > 0).all()
+    logprobs, entropies = completion_logprobs(
+        model.base, model.family, batch, temperature=0.8, entropy=True
+    )
+    assert (
+        logprobs.shape
+        == entropies.shape
+        == batch.completion_mask.shape
+        == (3, len(rows[0].completion_ids))
+    )
+    assert (logprobs[~batch.completion_mask] == 0).all() and (
+        logprobs[batch.completion_mask] < 0
+    ).all()
+    assert (entropies[~batch.completion_mask] == 0).all() and (
+        entropies[batch.completion_mask] > 0
+    ).all()
     hidden, targets = completion_hidden_states(model.base, model.family, batch)
     assert torch.equal(targets, torch.cat([rows[0].completion_ids, rows[2].completion_ids]))
     expected, _ = token_logprobs(hidden, lm_head_weight(model.base), targets, temperature=0.8)
@@ -297,21 +421,27 @@ def test_features_and_placeholders_must_agree(model, tiny_images):
     types = prompt.token_types.clone()
     types[int(types.argmax())] = 0
     with pytest.raises(ValueError, match="3 image placeholders for 4 image features"):
-        collate_prompts([prompt, dataclasses.replace(prompt, token_types=types)], model.encoder.pad_token_id)
+        collate_prompts(
+            [prompt, dataclasses.replace(prompt, token_types=types)], model.encoder.pad_token_id
+        )
 
 
 def test_a_sampled_placeholder_is_text(model, tiny_images):
     # Its id alone must not ask for an image's features.
     prompt = rows_of(model, tiny_images)[0].prompt
     ids = torch.tensor([70, model.encoder.image_token_id, 71])
-    [logprobs] = logprobs_of(model.base, model, [EncodedRow(prompt, ids, torch.ones(3, dtype=torch.bool))])
+    [logprobs] = logprobs_of(
+        model.base, model, [EncodedRow(prompt, ids, torch.ones(3, dtype=torch.bool))]
+    )
     assert logprobs.isfinite().all()
 
 
 # Gradients
 
 
-def gradients(model: LoadedModel, rows, *, checkpointing: bool) -> tuple[dict[str, torch.Tensor], int, int]:
+def gradients(
+    model: LoadedModel, rows, *, checkpointing: bool
+) -> tuple[dict[str, torch.Tensor], int, int]:
     """(gradients, forward passes of the first decoder layer, forward passes of the vision tower) of one training step."""
     wrapped = attach_random_adapter(model)
     if checkpointing:
@@ -319,7 +449,9 @@ def gradients(model: LoadedModel, rows, *, checkpointing: bool) -> tuple[dict[st
     wrapped.train()
     counts = {"layer": 0, "vision": 0}
     base = wrapped.get_base_model()
-    tower = base.model.visual if model.family.model_type == "qwen2_5_vl" else base.model.vision_tower
+    tower = (
+        base.model.visual if model.family.model_type == "qwen2_5_vl" else base.model.vision_tower
+    )
 
     def counted(name):
         return lambda *_: counts.__setitem__(name, counts[name] + 1)
@@ -335,7 +467,11 @@ def gradients(model: LoadedModel, rows, *, checkpointing: bool) -> tuple[dict[st
     sum(logprobs.sum() for logprobs in logprobs_of(wrapped, model, rows)).backward()
     # no graph, so no backward pass through the tower
     assert not any(output.requires_grad for output in features)
-    return {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}, counts["layer"], counts["vision"]
+    return (
+        {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None},
+        counts["layer"],
+        counts["vision"],
+    )
 
 
 def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tiny_images):
@@ -344,14 +480,18 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
         model = load(tiny_checkpoint(family))
         rows = rows_of(model, tiny_images)
         # four rows, three images
-        rows.append(EncodedRow(rows[0].prompt, torch.tensor([70, 71]), torch.ones(2, dtype=torch.bool)))
+        rows.append(
+            EncodedRow(rows[0].prompt, torch.tensor([70, 71]), torch.ones(2, dtype=torch.bool))
+        )
         results.append(gradients(model, rows, checkpointing=checkpointing))
     (plain, layer_plain, vision_plain), (recomputed, layer_recomputed, vision_recomputed) = results
     assert (layer_plain, layer_recomputed) == (1, 2)  # the decoder really is computed again
     # once an image, and not again in the backward pass
     assert vision_plain == vision_recomputed == 3
     # 7 projections a layer, A and B of each; only they have a gradient
-    assert plain.keys() == recomputed.keys() and len(plain) == 14 * len(model.base.model.language_model.layers)
+    assert plain.keys() == recomputed.keys() and len(plain) == 14 * len(
+        model.base.model.language_model.layers
+    )
     assert all("lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
@@ -360,13 +500,20 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
 def test_checkpointing_asks_for_no_gradient_of_the_inputs(own_model, tiny_images):
     wrapped = attach_random_adapter(own_model)
     enable_gradient_checkpointing(wrapped)
-    assert not embed(wrapped.train(), collate_rows(rows_of(own_model, tiny_images), 0).prompts).requires_grad
+    assert not embed(
+        wrapped.train(), collate_rows(rows_of(own_model, tiny_images), 0).prompts
+    ).requires_grad
 
 
 def test_the_vision_tower_has_no_graph_even_where_it_is_not_frozen(own_model, tiny_images):
     own_model.base.requires_grad_(True)
-    features = [own_model.vision.look(example)["features"] for example in examples_of(tiny_images, 56, 112, 84)]
-    assert [len(image) for image in features] == ([4, 16, 9] if own_model.family.model_type == "qwen2_5_vl" else [4, 4, 4])
+    features = [
+        own_model.vision.look(example)["features"]
+        for example in examples_of(tiny_images, 56, 112, 84)
+    ]
+    assert [len(image) for image in features] == (
+        [4, 16, 9] if own_model.family.model_type == "qwen2_5_vl" else [4, 4, 4]
+    )
     assert not any(image.requires_grad for image in features)
 
 
@@ -375,7 +522,9 @@ def test_gradient_equals_transformers(family, tiny_checkpoint, tiny_images):
     for forward in (logprobs_of, official_logprobs):
         model = load(tiny_checkpoint(family))
         wrapped = attach_random_adapter(model).train()
-        sum(logprobs.sum() for logprobs in forward(wrapped, model, rows_of(model, tiny_images))).backward()
+        sum(
+            logprobs.sum() for logprobs in forward(wrapped, model, rows_of(model, tiny_images))
+        ).backward()
         results.append({name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad})
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-4)
@@ -395,24 +544,44 @@ def test_gemma_positions_leave_the_padding_out(gemma, tiny_images):
     prompts = [row.prompt for row in rows_of(gemma, tiny_images)[:2]]
     batch = collate_prompts(prompts, gemma.encoder.pad_token_id)
     short, long = (len(prompt.input_ids) for prompt in prompts)
-    assert gemma.family.positions(gemma.base, batch).tolist() == [[0] * (long - short) + list(range(short)), list(range(long))]
+    assert gemma.family.positions(gemma.base, batch).tolist() == [
+        [0] * (long - short) + list(range(short)),
+        list(range(long)),
+    ]
 
 
-def mrope_prompt(model: LoadedModel, token_types: list[int], grid: list[int], lead: int = 0) -> EncodedPrompt:
+def mrope_prompt(
+    model: LoadedModel, token_types: list[int], grid: list[int], lead: int = 0
+) -> EncodedPrompt:
     """A prompt of the given token types and image grid, with `lead` more text tokens in front."""
     types = torch.tensor([0] * lead + token_types)
     ids = torch.where(types == 1, model.encoder.image_token_id, 65)
-    patches = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    return with_features(model, EncodedPrompt(ids, types, {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}))
+    patches = torch.randn(
+        grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)
+    )
+    return with_features(
+        model,
+        EncodedPrompt(
+            ids, types, {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
+        ),
+    )
 
 
-def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: int) -> list[torch.Tensor]:
+def seen_positions(
+    model: LoadedModel, prompts: list[EncodedPrompt], num_new: int
+) -> list[torch.Tensor]:
     """The position ids that the decoder gets while sampling: those of the prompts, then of each new token."""
     seen = []
     hook = language_model(model.base).register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
     model = dataclasses.replace(model, stop_ids=frozenset({-1}))  # nothing stops
-    generate(model.base, model, prompts, SamplingConfig(temperature=0.0, max_completion_length=num_new + 1))
+    generate(
+        model.base,
+        model,
+        prompts,
+        SamplingConfig(temperature=0.0, max_completion_length=num_new + 1),
+    )
     hook.remove()
     return seen
 
@@ -421,12 +590,28 @@ def seen_positions(model: LoadedModel, prompts: list[EncodedPrompt], num_new: in
 def test_mrope_positions_are_those_of_transformers(qwen, side):
     grids = [[1, 4, 4], [1, 2, 12], [1, 10, 4], [1, 2, 2]]  # square, wide, tall, one token
     leads, tails = (3, 0, 9, 1), (2, 7, 1, 0)
-    prompts = [mrope_prompt(qwen, [1] * (h * w // 4) + [0] * tail, [t, h, w], lead) for (t, h, w), lead, tail in zip(grids, leads, tails)]
+    prompts = [
+        mrope_prompt(qwen, [1] * (h * w // 4) + [0] * tail, [t, h, w], lead)
+        for (t, h, w), lead, tail in zip(grids, leads, tails)
+    ]
     # as if the image had been forgotten
     of_text = dataclasses.replace(prompts[0], token_types=torch.zeros_like(prompts[0].token_types))
-    ids, types, mask = (pad_sequence(tensors, batch_first=True, padding_side=side) for tensors in zip(*(
-        (prompt.input_ids, prompt.token_types, torch.ones(len(prompt.input_ids), dtype=torch.bool)) for prompt in (*prompts, of_text))))
-    expected, _ = qwen.base.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=torch.tensor(grids), attention_mask=mask)
+    ids, types, mask = (
+        pad_sequence(tensors, batch_first=True, padding_side=side)
+        for tensors in zip(
+            *(
+                (
+                    prompt.input_ids,
+                    prompt.token_types,
+                    torch.ones(len(prompt.input_ids), dtype=torch.bool),
+                )
+                for prompt in (*prompts, of_text)
+            )
+        )
+    )
+    expected, _ = qwen.base.model.get_rope_index(
+        ids, mm_token_type_ids=types, image_grid_thw=torch.tensor(grids), attention_mask=mask
+    )
     padded = Prompts(ids, types, mask, [prompt.vision for prompt in (*prompts, of_text)])
     assert torch.equal(qwen.family.positions(qwen.base, padded), expected)
 
@@ -448,14 +633,18 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("rope_delta_vs_padded_length", delta)  # no padding here
 
         # Beside a prompt that is 4 longer, which is read first, without padding between them: as before.
-        positions, *following = seen_positions(qwen, [prompt, mrope_prompt(qwen, types, grid, lead=4)], 2)
+        positions, *following = seen_positions(
+            qwen, [prompt, mrope_prompt(qwen, types, grid, lead=4)], 2
+        )
         assert positions.shape == (3, 1, 14 + 10)
         p18.close("position_ids_thw", positions[:, 0, 14:])
         p18.close("next_generated_positions", [step[0, 0, 1] for step in following])
         assert [int(step[0, 0, 0]) for step in following] == [11, 12]
 
         # In training, after a longer prompt; three, two and four tokens, whose last ones are not read, the longest first
-        row = lambda prompt, n: EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool))  # noqa: E731
+        row = lambda prompt, n: EncodedRow(
+            prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool)
+        )  # noqa: E731
         longer = mrope_prompt(qwen, types, grid, lead=4)
         batch = collate_rows([row(longer, 3), row(prompt, 2), row(prompt, 4)], 0)
         packed = packed_positions(qwen.base, qwen.family, batch)[:, 0]  # [3,14 + 10 + 2 + 1 + 3]
@@ -468,35 +657,47 @@ def test_the_causal_mask():
     assert mask.int().tolist() == [
         # padding sees itself, so that no row is empty; nothing else sees it
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
-        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
-    assert causal_mask(torch.tensor([[False, True, True]]), torch.tensor([2])).int().tolist() == [[[0, 1, 1]]]
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+    ]
+    assert causal_mask(torch.tensor([[False, True, True]]), torch.tensor([2])).int().tolist() == [
+        [[0, 1, 1]]
+    ]
 
 
 def test_gemma_masks_by_hand(gemma, monkeypatch):
     monkeypatch.setattr(gemma.base.config.get_text_config(), "sliding_window", 2)
     types = torch.tensor([[0, 1, 1, 1, 0, 0]])
-    masks = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.arange(6))
+    masks = gemma.family.attention_masks(
+        gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.arange(6)
+    )
     assert masks["full_attention"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],  # the image sees all of itself, backwards and forwards
         [1, 1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0, 0],
         [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1, 1]]
+        [1, 1, 1, 1, 1, 1],
+    ]
     assert masks["sliding_attention"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],
         [0, 1, 1, 1, 0, 0],
         [0, 1, 1, 1, 0, 0],
         [0, 0, 0, 1, 1, 0],  # itself and the one before
-        [0, 0, 0, 0, 1, 1]]
-    last = gemma.family.attention_masks(gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.tensor([5]))
+        [0, 0, 0, 0, 1, 1],
+    ]
+    last = gemma.family.attention_masks(
+        gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.tensor([5])
+    )
     assert last["sliding_attention"][0, 0].int().tolist() == [[0, 0, 0, 0, 1, 1]]
 
 
 def test_families(model, family):
     assert family_of(family).model_type == family
-    with pytest.raises(ValueError, match="model type 'llama' is not supported; this engine trains qwen2_5_vl and gemma3"):
+    with pytest.raises(
+        ValueError,
+        match="model type 'llama' is not supported; this engine trains qwen2_5_vl and gemma3",
+    ):
         family_of("llama")
 
 
@@ -508,6 +709,14 @@ def test_moving_a_batch_keeps_everything(model, tiny_images):
     for part in (moved, moved.prompts, *moved.buckets):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            tensors = [tensor for image in value for tensor in image.values()] if field.name == "vision" else [value]
+            tensors = (
+                [tensor for image in value for tensor in image.values()]
+                if field.name == "vision"
+                else [value]
+            )
             others = ("prompts", "alike", "buckets", "length")
-            assert field.name in others or tensors and all(tensor.device.type == "meta" for tensor in tensors)
+            assert (
+                field.name in others
+                or tensors
+                and all(tensor.device.type == "meta" for tensor in tensors)
+            )

@@ -2,6 +2,7 @@
 
 Run: pytest tests/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it reads those too.
 """
+
 from __future__ import annotations
 
 import os
@@ -50,10 +51,21 @@ def test_only_files_under_the_root(tmp_path):
         Image.fromarray(noise(4, 4)).save(path)
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "inside.png").symlink_to(root / "deep" / "a.png")
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "deep/../../secret.png", "deep/../deep/a.png", "deep/..", ".."):
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "deep/../../secret.png",
+        "deep/../deep/a.png",
+        "deep/..",
+        "..",
+    ):
         assert refusal(root, name) == (
-            f"example 'e1': image {name!r}: write the path relative to the image root, without '..' (--image_root)")
-    assert refusal(root, "link.png") == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic link"
+            f"example 'e1': image {name!r}: write the path relative to the image root, without '..' (--image_root)"
+        )
+    assert (
+        refusal(root, "link.png")
+        == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic link"
+    )
     # absolute, though inside
     assert "relative to the image root" in refusal(root, str(root / "deep" / "a.png"))
     for name in ("deep/a.png", "deep//./a.png", "inside.png"):
@@ -63,7 +75,8 @@ def test_only_files_under_the_root(tmp_path):
 @pytest.mark.parametrize("name", ["https://host/a.png", "file:///etc/passwd", "s3://bucket/a.png"])
 def test_urls(tmp_path, name):
     assert refusal(tmp_path, name) == (
-        f"example 'e1': image {name!r} is a URL; images are read from files only: download it and give its path")
+        f"example 'e1': image {name!r} is a URL; images are read from files only: download it and give its path"
+    )
 
 
 def test_what_is_no_regular_file(tmp_path):
@@ -71,7 +84,8 @@ def test_what_is_no_regular_file(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "folder.png"):
         assert refusal(tmp_path, name) == (
-            f"example 'e1': image {name!r}: {tmp_path / name} is not a regular file; check the row or --image_root")
+            f"example 'e1': image {name!r}: {tmp_path / name} is not a regular file; check the row or --image_root"
+        )
     (tmp_path / "null.png").symlink_to("/dev/null")
     assert "lies outside the image root" in refusal(tmp_path, "null.png")
 
@@ -88,7 +102,10 @@ def test_paths_that_cannot_be_followed(tmp_path):
 @pytest.mark.parametrize("name", ["none.png", "none/a.png", "data:image/png;base64,AAAA"])
 def test_missing_files(tmp_path, name):
     said = refusal(tmp_path, name)
-    assert said == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
+    assert (
+        said
+        == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
+    )
 
 
 def test_all_missing_images_are_listed(tmp_path):
@@ -96,10 +113,16 @@ def test_all_missing_images_are_listed(tmp_path):
     check_images([example(tmp_path, "a.png")] * 3)
     with pytest.raises(DataError) as caught:
         check_images([example(tmp_path, name, id=name) for name in ("x.png", "a.png", "../y.png")])
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["example 'x.png'", "example '../y.png'"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "example 'x.png'",
+        "example '../y.png'",
+    ]
     with pytest.raises(DataError) as caught:
         check_images([example(tmp_path, "x.png")] * (MAX_PROBLEMS + 2))
-    assert len(caught.value.problems) == MAX_PROBLEMS + 1 and caught.value.problems[-1] == "and 2 more images"
+    assert (
+        len(caught.value.problems) == MAX_PROBLEMS + 1
+        and caught.value.problems[-1] == "and 2 more images"
+    )
 
 
 # Damaged and foreign files
@@ -110,7 +133,9 @@ def test_all_missing_images_are_listed(tmp_path):
 def test_truncated_files(tmp_path, name, kept):
     Image.fromarray(noise(64, 64)).save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    (tmp_path / name).write_bytes(
+        content[: kept if isinstance(kept, int) else int(kept * len(content))]
+    )
     assert f"{tmp_path / name} is not a readable JPEG or PNG" in refusal(tmp_path, name)
 
 
@@ -155,11 +180,15 @@ def test_a_png_that_claims_more_pixels_than_it_has(tmp_path):
     content[16:24] = struct.pack(">II", 60_000, 60_000)
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))  # the header's checksum
     (tmp_path / "a.png").write_bytes(content)
-    assert "is not a readable JPEG or PNG (Image size (3600000000 pixels) exceeds limit" in refusal(tmp_path, "a.png")
+    assert "is not a readable JPEG or PNG (Image size (3600000000 pixels) exceeds limit" in refusal(
+        tmp_path, "a.png"
+    )
     content[16:24] = struct.pack(">II", 9_000, 9_000)  # 81 million: below Pillow's own limits
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     (tmp_path / "a.png").write_bytes(content)
-    assert refusal(tmp_path, "a.png").endswith("has 9000 x 9000 pixels; at most 80,000,000 are read")
+    assert refusal(tmp_path, "a.png").endswith(
+        "has 9000 x 9000 pixels; at most 80,000,000 are read"
+    )
 
 
 def test_text_that_unpacks_to_more_than_pillow_takes(tmp_path):
@@ -178,7 +207,9 @@ def test_strips(tmp_path):
         assert pixels(tmp_path, "a.png").shape == (*shape, 3)
     for shape, said in (((1, 21), "21 x 1"), ((21, 1), "1 x 21"), ((2, 20_000), "20000 x 2")):
         Image.fromarray(noise(*shape)).save(tmp_path / "a.png")
-        assert refusal(tmp_path, "a.png").endswith(f"has {said} pixels; one side may be at most 20 times the other")
+        assert refusal(tmp_path, "a.png").endswith(
+            f"has {said} pixels; one side may be at most 20 times the other"
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF data
@@ -218,14 +249,17 @@ def test_good_and_bad_images_are_told_apart_in_order(tmp_path):
     for i in range(40):  # more than one chunk of a single worker
         Image.fromarray(noise(4, 4)).save(tmp_path / f"{i}.png")
     (tmp_path / "7.png").write_bytes(b"")
-    examples = [example(tmp_path, f"{i}.png", id=f"e{i}") for i in range(40)] + [example(tmp_path, "../x.png", id="e40")]
+    examples = [example(tmp_path, f"{i}.png", id=f"e{i}") for i in range(40)] + [
+        example(tmp_path, "../x.png", id="e40")
+    ]
     problems = image_problems(examples)
     assert [i for i, problem in enumerate(problems) if problem] == [7, 40]
     good, bad = without_bad_images(examples, "train")
     assert [e.id for e in good] == [f"e{i}" for i in range(40) if i != 7]
     assert bad == [
         {"id": "e7", "patient_id": "p", "image": "7.png", "reason": problems[7]},
-        {"id": "e40", "patient_id": "p", "image": "../x.png", "reason": problems[40]}]
+        {"id": "e40", "patient_id": "p", "image": "../x.png", "reason": problems[40]},
+    ]
     assert "is not a readable JPEG or PNG" in problems[7] and "without '..'" in problems[40]
     with pytest.raises(DataError, match="data set train: none of its 1 images can be read"):
         without_bad_images(examples[-1:], "train")
@@ -257,7 +291,9 @@ def test_rgb_is_kept(tmp_path):
 
 def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
     # 1000 is the darkest, 5080 the brightest: (value - 1000) / 16. Clipping at 255 would give white everywhere.
-    Image.fromarray(np.array([[1000, 1016], [3040, 5080]], dtype=np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.array([[1000, 1016], [3040, 5080]], dtype=np.uint16)).save(
+        tmp_path / "a.png"
+    )
     assert Image.open(tmp_path / "a.png").mode.startswith("I")
     # 127.5 rounds to even
     assert pixels(tmp_path, "a.png")[..., 0].tolist() == [[0, 1], [128, 255]]
@@ -266,7 +302,9 @@ def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
 
 
 def test_transparency_is_put_on_black(tmp_path):
-    Image.fromarray(np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8), "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(
+        np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8), "RGBA"
+    ).save(tmp_path / "a.png")
     assert pixels(tmp_path, "a.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
     Image.fromarray(np.array([[[90, 255], [90, 0]]], dtype=np.uint8), "LA").save(tmp_path / "b.png")
     assert pixels(tmp_path, "b.png").tolist() == [[[90, 90, 90], [0, 0, 0]]]
@@ -294,7 +332,10 @@ def test_black_and_white(tmp_path):
 
 def test_cmyk_is_converted(tmp_path):
     # no ink is white; cyan alone takes the red away
-    for name, ink, colour in (("a.jpg", (0, 0, 0, 0), [255, 255, 255]), ("b.jpg", (255, 0, 0, 0), [0, 255, 255])):
+    for name, ink, colour in (
+        ("a.jpg", (0, 0, 0, 0), [255, 255, 255]),
+        ("b.jpg", (255, 0, 0, 0), [0, 255, 255]),
+    ):
         Image.new("CMYK", (16, 16), ink).save(tmp_path / name)
         assert Image.open(tmp_path / name).mode == "CMYK"
         assert np.abs(pixels(tmp_path, name)[8, 8].astype(int) - colour).max() <= 3  # JPEG is lossy
@@ -317,7 +358,9 @@ def test_the_exif_orientation_is_applied(tmp_path):
 # Real X-rays
 
 
-@pytest.mark.skipif("CXR_SAMPLE" not in os.environ, reason="CXR_SAMPLE names no folder of real X-rays")
+@pytest.mark.skipif(
+    "CXR_SAMPLE" not in os.environ, reason="CXR_SAMPLE names no folder of real X-rays"
+)
 def test_real_radiographs():
     root = Path(os.environ["CXR_SAMPLE"]) / "nih" / "images"
     names = sorted(path.name for path in root.glob("*.png"))
@@ -327,4 +370,6 @@ def test_real_radiographs():
         with Image.open(root / name) as stored:
             assert loaded.shape == (stored.height, stored.width, 3)
         assert (loaded == loaded[..., :1]).all(), f"{name}: a greyscale image has equal channels"
-        assert loaded.std() > 20 and loaded.max() - loaded.min() > 100, f"{name}: hardly any contrast"
+        assert loaded.std() > 20 and loaded.max() - loaded.min() > 100, (
+            f"{name}: hardly any contrast"
+        )

@@ -1,8 +1,9 @@
 """The arrows of imports between the packages, the run-time packages, and that nothing is loaded through pickle.
 
-    data <- engine <- rl      data imports only data; engine also data; rl and eval also data and engine, never each other;
-    data <- engine <- eval    the run scripts import any of them, and nothing imports a run script.
+data <- engine <- rl      data imports only data; engine also data; rl and eval also data and engine, never each other;
+data <- engine <- eval    the run scripts import any of them, and nothing imports a run script.
 """
+
 from __future__ import annotations
 
 import ast
@@ -29,7 +30,11 @@ PICKLES = {"pickle", "cPickle", "_pickle", "shelve", "marshal", "dill", "cloudpi
 
 
 def product_files() -> list[Path]:
-    packages = [file for package in ("data", "engine", "rl", "eval") for file in (ROOT / package).rglob("*.py")]
+    packages = [
+        file
+        for package in ("data", "engine", "rl", "eval")
+        for file in (ROOT / package).rglob("*.py")
+    ]
     return sorted(packages) + sorted(ROOT.glob("run_*.py"))
 
 
@@ -47,17 +52,26 @@ def imported(source: str, package: str) -> dict[str, int]:
 def wrong_imports(source: str, path: str) -> list[str]:
     """What the file `path` (relative to the root) must not import, one line each."""
     package = Path(path).parts[0].removesuffix(".py")
-    allowed = NARROWER.get(path, RUN_TIME | WITH_TRANSFORMERS | MAY_IMPORT[package] | EXTRAS.get(path, set()))
-    return [f"{path}:{line} imports {name}" for name, line in imported(source, package).items()
-            if name in PICKLES or name not in allowed and name not in sys.stdlib_module_names]
+    allowed = NARROWER.get(
+        path, RUN_TIME | WITH_TRANSFORMERS | MAY_IMPORT[package] | EXTRAS.get(path, set())
+    )
+    return [
+        f"{path}:{line} imports {name}"
+        for name, line in imported(source, package).items()
+        if name in PICKLES or name not in allowed and name not in sys.stdlib_module_names
+    ]
 
 
 def unsafe_loads(source: str, path: str) -> list[str]:
     """Calls that let a file run code: weights_only or allow_pickle set to anything but the safe literal."""
     safe = {"weights_only": True, "allow_pickle": False}
-    return [f"{path}:{node.lineno} {keyword.arg}={ast.unparse(keyword.value)}"
-            for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) for keyword in node.keywords
-            if keyword.arg in safe and ast.unparse(keyword.value) != str(safe[keyword.arg])]
+    return [
+        f"{path}:{node.lineno} {keyword.arg}={ast.unparse(keyword.value)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg in safe and ast.unparse(keyword.value) != str(safe[keyword.arg])
+    ]
 
 
 @pytest.mark.parametrize("file", product_files(), ids=lambda file: str(file.relative_to(ROOT)))
@@ -72,7 +86,10 @@ def test_a_file_imports_what_it_may(file):
 def test_every_package_is_looked_at():
     files = {file.relative_to(ROOT).as_posix() for file in product_files()}
     packages = [name for name in MAY_IMPORT if not name.startswith("run_")]
-    assert files >= {f"{package}/__init__.py" for package in packages} | {"rl/objective.py", "engine/optim.py"}
+    assert files >= {f"{package}/__init__.py" for package in packages} | {
+        "rl/objective.py",
+        "engine/optim.py",
+    }
     unknown = {file.parent.name for file in ROOT.glob("*/__init__.py")} - set(packages)
     assert not unknown, f"{unknown} need a row in MAY_IMPORT"
 
@@ -80,23 +97,30 @@ def test_every_package_is_looked_at():
 def test_the_run_time_packages_are_those_of_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    required = {line.split()[0] for line in config["options"]["install_requires"].split("\n") if line.strip()}
+    required = {
+        line.split()[0]
+        for line in config["options"]["install_requires"].split("\n")
+        if line.strip()
+    }
     assert {"PIL" if name == "pillow" else name for name in required} == RUN_TIME
 
 
-@pytest.mark.parametrize("path, source", [
-    ("data/labels.py", "import engine.model"),
-    ("engine/model.py", "from rl.objective import grpo_loss"),
-    ("engine/model.py", "def late():\n    import eval.metrics"),
-    ("rl/rewards.py", "from eval.metrics import multilabel_scores"),
-    ("eval/metrics.py", "import rl"),
-    ("rl/rollout.py", "import run_grpo"),
-    ("run_grpo.py", "from run_sft import main"),
-    ("rl/objective.py", "from engine.optim import learning_rate_at"),
-    ("eval/metrics.py", "import sklearn.metrics"),
-    ("eval/report.py", "import matplotlib.pyplot"),
-    ("engine/checkpoint.py", "import json, pickle"),
-])
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("data/labels.py", "import engine.model"),
+        ("engine/model.py", "from rl.objective import grpo_loss"),
+        ("engine/model.py", "def late():\n    import eval.metrics"),
+        ("rl/rewards.py", "from eval.metrics import multilabel_scores"),
+        ("eval/metrics.py", "import rl"),
+        ("rl/rollout.py", "import run_grpo"),
+        ("run_grpo.py", "from run_sft import main"),
+        ("rl/objective.py", "from engine.optim import learning_rate_at"),
+        ("eval/metrics.py", "import sklearn.metrics"),
+        ("eval/report.py", "import matplotlib.pyplot"),
+        ("engine/checkpoint.py", "import json, pickle"),
+    ],
+)
 def test_a_wrong_import_is_seen(path, source):
     assert len(wrong_imports(source, path)) == 1
 
@@ -107,7 +131,13 @@ def test_a_right_import_is_not():
 
 
 def test_an_unsafe_load_is_seen():
-    assert unsafe_loads("torch.load(path, weights_only=False)", "x.py") == ["x.py:1 weights_only=False"]
-    assert unsafe_loads("torch.load(path, weights_only=not strict)", "x.py") == ["x.py:1 weights_only=not strict"]
-    assert unsafe_loads("numpy.load(path, allow_pickle=True)", "x.py") == ["x.py:1 allow_pickle=True"]
+    assert unsafe_loads("torch.load(path, weights_only=False)", "x.py") == [
+        "x.py:1 weights_only=False"
+    ]
+    assert unsafe_loads("torch.load(path, weights_only=not strict)", "x.py") == [
+        "x.py:1 weights_only=not strict"
+    ]
+    assert unsafe_loads("numpy.load(path, allow_pickle=True)", "x.py") == [
+        "x.py:1 allow_pickle=True"
+    ]
     assert unsafe_loads("torch.load(path, weights_only=True)", "x.py") == []

@@ -2,6 +2,7 @@
 
 Run: pytest tests/test_logprobs.py
 """
+
 from __future__ import annotations
 
 import itertools
@@ -22,7 +23,11 @@ M, H, V = 7, 5, 11
 def problem(dtype=torch.float64, m=M, v=V, scale=1.0, seed=0):
     """(hidden [m,H] with gradient, head [v,H], targets [m])."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = (scale * torch.randn(m, H, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    hidden = (
+        (scale * torch.randn(m, H, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+    )
     head = torch.randn(v, H, generator=generator, dtype=torch.float64).to(dtype)
     return hidden, head, torch.randint(0, v, (m,), generator=generator)
 
@@ -40,12 +45,20 @@ def test_p20_entropy(case):
         hidden, head = head_for(torch.tensor(p20.inputs["logits"]))
         targets = torch.zeros(2, dtype=torch.long)
         p20.close("entropy_T1", token_logprobs(hidden, head, targets, entropy=True)[1])
-        p20.close("entropy_T08", token_logprobs(hidden, head, targets, temperature=p20.inputs["temperature"], entropy=True)[1])
+        p20.close(
+            "entropy_T08",
+            token_logprobs(
+                hidden, head, targets, temperature=p20.inputs["temperature"], entropy=True
+            )[1],
+        )
 
 
 def test_p16_supervised_tokens_and_eq1(case):
     with case("P16_sft_mask_loss") as p16:
-        ids, mask = torch.tensor(p16.inputs["input_ids"]), torch.tensor(p16.inputs["assistant_mask"]).bool()
+        ids, mask = (
+            torch.tensor(p16.inputs["input_ids"]),
+            torch.tensor(p16.inputs["assistant_mask"]).bool(),
+        )
         rows = []
         for i in range(2):
             # what follows the answer's end of turn is in the row, but not supervised
@@ -56,7 +69,10 @@ def test_p16_supervised_tokens_and_eq1(case):
         at, columns = predicted_tokens(batch.loss_mask)
         ignored = torch.full_like(ids, -100)
         p16.close("labels", ignored.where(~batch.loss_mask, batch.prompts.input_ids))
-        p16.close("labels_shifted_for_logits", ignored.index_put((at, columns - 1), batch.prompts.input_ids[at, columns]))
+        p16.close(
+            "labels_shifted_for_logits",
+            ignored.index_put((at, columns - 1), batch.prompts.input_ids[at, columns]),
+        )
         p16.close("supervised_tokens_per_row", batch.loss_mask.sum(1))
 
         # Logits at t - 1 that give token t the case's probability and share the rest evenly
@@ -69,7 +85,10 @@ def test_p16_supervised_tokens_and_eq1(case):
             micro = plain_batch([rows[i] for i in indices], pad_token_id=0)
             at, columns = predicted_tokens(micro.loss_mask)
             hidden, head = head_for(states[indices][at, columns - 1])
-            contributions.append(-token_logprobs(hidden, head, micro.prompts.input_ids[at, columns])[0].sum() / supervised)
+            contributions.append(
+                -token_logprobs(hidden, head, micro.prompts.input_ids[at, columns])[0].sum()
+                / supervised
+            )
         p16.close("correct_microbatch_contributions", torch.stack(contributions))
         p16.close("token_mean_loss_global", sum(contributions))
         p16.differs("wrong_mean_of_microbatch_means", sum(contributions))
@@ -81,7 +100,9 @@ def test_p16_supervised_tokens_and_eq1(case):
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 2.0, 2.5])
 def test_equals_log_softmax(temperature):
     hidden, head, targets = problem()
-    logprobs, entropies = token_logprobs(hidden, head, targets, temperature=temperature, entropy=True)
+    logprobs, entropies = token_logprobs(
+        hidden, head, targets, temperature=temperature, entropy=True
+    )
     full = torch.log_softmax(hidden @ head.t() / temperature, 1)
     torch.testing.assert_close(logprobs, full[torch.arange(M), targets], rtol=0, atol=1e-13)
     torch.testing.assert_close(entropies, -(full.exp() * full).sum(1), rtol=0, atol=1e-13)
@@ -94,7 +115,14 @@ def test_chunks_do_not_matter(chunk_size):
     for size in (M, chunk_size):
         hidden, head, targets = problem()
         logprobs, entropies = token_logprobs(
-            hidden, head, targets, temperature=0.8, suppress_token_ids=[0], chunk_size=size, entropy=True)
+            hidden,
+            head,
+            targets,
+            temperature=0.8,
+            suppress_token_ids=[0],
+            chunk_size=size,
+            entropy=True,
+        )
         (logprobs.nan_to_num(neginf=0.0).sum() + 2 * entropies.sum()).backward()
         results.append((logprobs, entropies, hidden.grad))
     for whole, chunked in zip(*results):
@@ -105,7 +133,9 @@ def test_chunks_do_not_matter(chunk_size):
 def test_chunks_do_not_matter_without_a_gradient(chunk_size):
     hidden, head, targets = problem()
     logprobs, _ = token_logprobs(hidden.detach(), head, targets, chunk_size=chunk_size)
-    torch.testing.assert_close(logprobs, token_logprobs(hidden, head, targets)[0].detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        logprobs, token_logprobs(hidden, head, targets)[0].detach(), rtol=0, atol=1e-13
+    )
 
 
 def test_suppressed_ids_leave_the_vocabulary():
@@ -113,11 +143,18 @@ def test_suppressed_ids_leave_the_vocabulary():
     rest = [i for i in range(V) if i not in suppressed]
     hidden, head, _ = problem()
     settings = {"temperature": 0.8, "entropy": True}
-    results = [token_logprobs(hidden, head, torch.full((M,), i), suppress_token_ids=suppressed, **settings) for i in range(V)]
+    results = [
+        token_logprobs(hidden, head, torch.full((M,), i), suppress_token_ids=suppressed, **settings)
+        for i in range(V)
+    ]
     everything = torch.stack([logprobs for logprobs, _ in results], 1)  # [M,V]
-    torch.testing.assert_close(everything[:, rest].exp().sum(1), torch.ones(M, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        everything[:, rest].exp().sum(1), torch.ones(M, dtype=torch.float64), rtol=0, atol=1e-13
+    )
     assert (everything[:, list(suppressed)] == float("-inf")).all()
-    smaller, entropies = token_logprobs(hidden, head[rest], torch.zeros(M, dtype=torch.long), **settings)
+    smaller, entropies = token_logprobs(
+        hidden, head[rest], torch.zeros(M, dtype=torch.long), **settings
+    )
     # as if the vocabulary had never held them
     torch.testing.assert_close(everything[:, 0], smaller, rtol=0, atol=1e-13)
     torch.testing.assert_close(results[0][1], entropies, rtol=0, atol=1e-13)
@@ -128,7 +165,9 @@ def test_soft_capping_by_hand():
     # p_0 = 1 / (1 + e^-2) = 0.880797, log p_0 = -0.126928; H = -0.880797 log 0.880797 - 0.119203 log 0.119203 = 0.365334
     hidden, head = head_for(torch.tensor([[1.098612, 0.0]]))
     hidden.requires_grad_()
-    logprobs, entropies = token_logprobs(hidden, head, torch.tensor([0]), temperature=0.5, softcap=2.0, entropy=True)
+    logprobs, entropies = token_logprobs(
+        hidden, head, torch.tensor([0]), temperature=0.5, softcap=2.0, entropy=True
+    )
     torch.testing.assert_close(logprobs, torch.tensor([-0.126928]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropies, torch.tensor([0.365334]), rtol=0, atol=1e-6)
     # d log p_0 / d logits = (1 - p_0, -p_1) = (0.119203, -0.119203), by the slopes 1 - 1/4 and 1, by 1 / 0.5
@@ -142,7 +181,9 @@ def test_soft_capping_by_hand():
 def test_soft_capped_logits_are_of_the_sampler_too():
     # 3 tanh(3 / 3) = 2.284783, 3 tanh(-1 / 3) = -0.964538, divided by 0.5; a suppressed id stays out
     logits = scaled_logits(torch.tensor([[3.0, -1.0, 30.0]]), 0.5, torch.tensor([2]), 3.0)
-    torch.testing.assert_close(logits, torch.tensor([[4.569566, -1.929075, float("-inf")]]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits, torch.tensor([[4.569566, -1.929075, float("-inf")]]), rtol=0, atol=1e-5
+    )
 
 
 def test_no_tokens():
@@ -161,9 +202,13 @@ def test_a_temperature_must_be_positive(temperature):
 
 
 def test_predicted_correctly_is_the_argmax():
-    hidden, head = head_for(torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 0.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]]))
+    hidden, head = head_for(
+        torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 0.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
+    )
     for chunk_size in (1, 3, 256):
-        correct = predicted_correctly(hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size)
+        correct = predicted_correctly(
+            hidden, head, torch.tensor([1, 1, 2, 0]), chunk_size=chunk_size
+        )
         assert correct.tolist() == [True, False, True, True]
 
 
@@ -192,34 +237,46 @@ def test_bfloat16_in_float32_out():
 
 def test_the_product_runs_in_the_heads_dtype():
     # 1 + 2^-9 is 1 in bf16: the two logits are equal, so each has the probability 1/2, and the first is the argmax.
-    hidden, head = torch.tensor([[1.0, 1 + 2 ** -9]]), torch.eye(2, dtype=torch.bfloat16)
-    assert token_logprobs(hidden, head, torch.tensor([0]))[0].tolist() == pytest.approx([-0.6931472], abs=1e-7)
+    hidden, head = torch.tensor([[1.0, 1 + 2**-9]]), torch.eye(2, dtype=torch.bfloat16)
+    assert token_logprobs(hidden, head, torch.tensor([0]))[0].tolist() == pytest.approx(
+        [-0.6931472], abs=1e-7
+    )
     assert predicted_correctly(hidden, head, torch.tensor([0])).tolist() == [True]
 
 
 def test_the_gradient_is_divided_in_the_dtype_of_hidden():
     # p = (1/2, 1/2), so d logprob_0 / d logits = (1/2, -1/2), exact in bf16; 0.5 / 0.7 = 0.714286, which bf16 would make 0.714844
     hidden = torch.zeros(1, 2, requires_grad=True)
-    token_logprobs(hidden, torch.eye(2, dtype=torch.bfloat16), torch.tensor([0]), temperature=0.7)[0].sum().backward()
-    torch.testing.assert_close(hidden.grad, torch.tensor([[0.714286, -0.714286]]), rtol=0, atol=1e-6)
+    token_logprobs(hidden, torch.eye(2, dtype=torch.bfloat16), torch.tensor([0]), temperature=0.7)[
+        0
+    ].sum().backward()
+    torch.testing.assert_close(
+        hidden.grad, torch.tensor([[0.714286, -0.714286]]), rtol=0, atol=1e-6
+    )
     # The entropy of two logits z, 0 has the gradient -p (1 - p) z and its opposite; z = 0.6875 / 0.7 = 0.982143, p = 0.727533. The
     # product with the head makes 0.194690 the bf16 number 199/1024; 199/1024/0.7 = 0.277623, which bf16 would make 0.277344.
     hidden = torch.tensor([[0.6875, 0.0]], requires_grad=True)
     head, targets = torch.eye(2, dtype=torch.bfloat16), torch.tensor([0])
     token_logprobs(hidden, head, targets, temperature=0.7, entropy=True)[1].sum().backward()
-    torch.testing.assert_close(hidden.grad, torch.tensor([[-0.277623, 0.277623]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        hidden.grad, torch.tensor([[-0.277623, 0.277623]]), rtol=0, atol=1e-6
+    )
 
 
 def test_everything_stays_on_the_device_of_hidden():
     hidden, head, targets = (tensor.detach().to("meta") for tensor in problem())
-    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, targets, suppress_token_ids=[1], entropy=True)
+    logprobs, entropies = token_logprobs(
+        hidden.requires_grad_(), head, targets, suppress_token_ids=[1], entropy=True
+    )
     (logprobs.sum() + entropies.sum()).backward()
     assert {tensor.device.type for tensor in (logprobs, entropies, hidden.grad)} == {"meta"}
 
 
 def test_large_logits_are_stable():
     hidden, head = head_for(torch.tensor([[3e4, 0.0, -1e4], [-1e4, 1e4, 1e4]]))
-    logprobs, entropies = token_logprobs(hidden.requires_grad_(), head, torch.tensor([1, 2]), entropy=True)
+    logprobs, entropies = token_logprobs(
+        hidden.requires_grad_(), head, torch.tensor([1, 2]), entropy=True
+    )
     # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the logits must be shifted first, and
     # each row by its own maximum.
     torch.testing.assert_close(logprobs, torch.tensor([-3e4, -0.693147]), rtol=0, atol=1e-6)
@@ -231,7 +288,9 @@ def test_large_logits_are_stable():
 def test_scaled_logits_divide_after_the_cast():
     # 3 / 0.7 = 4.285714; in bf16 it would be 4.28125
     logits = torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16)
-    assert scaled_logits(logits, 0.7, torch.tensor([0])).tolist() == [[float("-inf"), pytest.approx(3 / 0.7, abs=1e-6)]]
+    assert scaled_logits(logits, 0.7, torch.tensor([0])).tolist() == [
+        [float("-inf"), pytest.approx(3 / 0.7, abs=1e-6)]
+    ]
 
 
 # Gradients
@@ -246,7 +305,15 @@ def test_gradients_by_finite_differences(chunk_size, suppressed, softcap):
 
     def values(hidden):
         return token_logprobs(
-            hidden, head, targets, temperature=0.8, suppress_token_ids=suppressed, softcap=softcap, chunk_size=chunk_size, entropy=True)
+            hidden,
+            head,
+            targets,
+            temperature=0.8,
+            suppress_token_ids=suppressed,
+            softcap=softcap,
+            chunk_size=chunk_size,
+            entropy=True,
+        )
 
     assert gradcheck(lambda h: values(h)[0], hidden)
     assert gradcheck(lambda h: values(h)[1], hidden)
@@ -265,9 +332,15 @@ def test_gradient_of_the_mean_nll_by_hand():
 def test_inputs_are_left_as_they_were():
     hidden, head, targets = problem()
     before = hidden.detach().clone(), head.clone(), targets.clone()
-    logprobs, entropies = token_logprobs(hidden, head, targets, suppress_token_ids=[3], entropy=True)
+    logprobs, entropies = token_logprobs(
+        hidden, head, targets, suppress_token_ids=[3], entropy=True
+    )
     (logprobs[logprobs.isfinite()].sum() + entropies.sum()).backward()
-    assert torch.equal(hidden, before[0]) and torch.equal(head, before[1]) and torch.equal(targets, before[2])
+    assert (
+        torch.equal(hidden, before[0])
+        and torch.equal(head, before[1])
+        and torch.equal(targets, before[2])
+    )
 
 
 # Memory
@@ -285,7 +358,11 @@ def saved_bytes(v: int, entropy: bool) -> int:
 @pytest.mark.parametrize(("entropy", "copies"), [(False, 1), (True, 2)])
 def test_nothing_of_the_vocabularys_size_is_kept(entropy, copies):
     # d logprob / d hidden [M,H], and hidden and the entropy where it is asked for, fp32
-    assert saved_bytes(50, entropy) == saved_bytes(5000, entropy) == copies * 64 * H * 4 + entropy * 64 * 4
+    assert (
+        saved_bytes(50, entropy)
+        == saved_bytes(5000, entropy)
+        == copies * 64 * H * 4 + entropy * 64 * 4
+    )
 
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
@@ -313,28 +390,47 @@ def test_no_more_than_a_chunk_of_logits_at_once():
 
 def allocated_peak(step) -> int:
     """Bytes that torch holds at most at once while `step` runs, kernels' buffers included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return max(
+        itertools.accumulate(
+            event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+        )
+    )
 
 
-@pytest.mark.parametrize(("dtype", "entropy", "softcap", "gradient", "copies"), [
-    # of [chunk,V] in fp32: the exponentials, in place of the logits
-    (torch.float32, False, None, False, 1), (torch.float32, False, None, True, 1),
-    # both: the entropy is made of both
-    (torch.float32, True, None, False, 2), (torch.float32, True, None, True, 2),
-    # and the slope
-    (torch.float32, False, 9.0, True, 2), (torch.float32, True, 9.0, True, 3), (torch.float32, False, 9.0, False, 1),
-    # the product of the head in bf16; its gradient's input
-    (torch.bfloat16, False, None, False, 1.5), (torch.bfloat16, False, None, True, 1.5), (torch.bfloat16, True, None, True, 2),
-])
+@pytest.mark.parametrize(
+    ("dtype", "entropy", "softcap", "gradient", "copies"),
+    [
+        # of [chunk,V] in fp32: the exponentials, in place of the logits
+        (torch.float32, False, None, False, 1),
+        (torch.float32, False, None, True, 1),
+        # both: the entropy is made of both
+        (torch.float32, True, None, False, 2),
+        (torch.float32, True, None, True, 2),
+        # and the slope
+        (torch.float32, False, 9.0, True, 2),
+        (torch.float32, True, 9.0, True, 3),
+        (torch.float32, False, 9.0, False, 1),
+        # the product of the head in bf16; its gradient's input
+        (torch.bfloat16, False, None, False, 1.5),
+        (torch.bfloat16, False, None, True, 1.5),
+        (torch.bfloat16, True, None, True, 2),
+    ],
+)
 def test_how_many_chunks_of_logits_there_are_at_once(dtype, entropy, softcap, gradient, copies):
     hidden, head, targets = problem(dtype, m=64, v=20_000)
     hidden = hidden.detach().requires_grad_(gradient)
 
     def step():
-        logprobs, entropies = token_logprobs(hidden, head, targets, softcap=softcap, chunk_size=16, entropy=entropy)
+        logprobs, entropies = token_logprobs(
+            hidden, head, targets, softcap=softcap, chunk_size=16, entropy=entropy
+        )
         if gradient:
             (logprobs.sum() + (entropies.sum() if entropy else 0)).backward()
 
@@ -354,18 +450,22 @@ def test_without_a_gradient_only_the_logits_are_made():
 
 def test_the_default_chunk_of_gemmas_logits_takes_256_mib():
     # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06
-    assert CHUNK_SIZE * 262_208 * 4 / 2 ** 20 == pytest.approx(256, abs=0.1)
+    assert CHUNK_SIZE * 262_208 * 4 / 2**20 == pytest.approx(256, abs=0.1)
 
 
 def test_the_gradients_of_log_probabilities_and_entropy_add_up():
     # as in an entropy bonus: each part alone, and both in one backward pass, over several chunks
     generator = torch.Generator().manual_seed(3)
-    hidden, weight = (torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in (5, 7))
+    hidden, weight = (
+        torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in (5, 7)
+    )
     targets = torch.arange(5)
 
     def gradient(of_logprobs: float, of_entropy: float) -> torch.Tensor:
         states = hidden.clone().requires_grad_()
-        logprobs, entropy = token_logprobs(states, weight, targets, temperature=0.8, chunk_size=2, entropy=True)
+        logprobs, entropy = token_logprobs(
+            states, weight, targets, temperature=0.8, chunk_size=2, entropy=True
+        )
         (of_logprobs * logprobs.sum() + of_entropy * entropy.sum()).backward()
         return states.grad
 

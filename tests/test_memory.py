@@ -1,6 +1,7 @@
 """Protects the memory forecast: it lies within 20 % of what torch really allocates, for both families, in every phase, and its
 parts are those of the model. Run: pytest tests/test_memory.py
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,19 +9,64 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.memory_forecast import DTYPES, PHASES, Sizes, allocated_peak, model_config, prepare, workload
+from benchmarks.memory_forecast import (
+    DTYPES,
+    PHASES,
+    Sizes,
+    allocated_peak,
+    model_config,
+    prepare,
+    workload,
+)
 from engine.memory import (
-    ModelShape, Packed, backward_temporaries, forecast, head_chunk, kept_by_layer, kv_cache, lora_parameters, model_shape, packed_inputs,
-    sampler_head, sampling_weights, static_parts, writing_moments)
+    ModelShape,
+    Packed,
+    backward_temporaries,
+    forecast,
+    head_chunk,
+    kept_by_layer,
+    kv_cache,
+    lora_parameters,
+    model_shape,
+    packed_inputs,
+    sampler_head,
+    sampling_weights,
+    static_parts,
+    writing_moments,
+)
 from engine.model import attach_new_adapter
 from tiny import load
 
 # Small, but activations, vocabulary and cache all count, and so does the mask that every layer makes.
-SIZES = Sizes(hidden=128, intermediate=344, heads=4, vocabulary=1024, image_tokens=64, prompt_length=150, new_tokens=40)
+SIZES = Sizes(
+    hidden=128,
+    intermediate=344,
+    heads=4,
+    vocabulary=1024,
+    image_tokens=64,
+    prompt_length=150,
+    new_tokens=40,
+)
 CPU = torch.device("cpu")
 # h = 8, q = 4 x 2 = 8, k = 2 x 2 = 4, f = 16, V = 100
-SHAPE = ModelShape(base_parameters=1000, hidden=8, layers=3, heads=4, kv_heads=2, head_dim=2, intermediate=16, vocabulary=100, layer_norms=2,
-                   head_norms=False, window=None, fixed_images=False, vision_hidden=8, vision_intermediate=16, patches_per_token=4, pixel_values_per_patch=12)
+SHAPE = ModelShape(
+    base_parameters=1000,
+    hidden=8,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=2,
+    intermediate=16,
+    vocabulary=100,
+    layer_norms=2,
+    head_norms=False,
+    window=None,
+    fixed_images=False,
+    vision_hidden=8,
+    vision_intermediate=16,
+    patches_per_token=4,
+    pixel_values_per_patch=12,
+)
 WORK = replace(workload("grpo", SIZES, torch.float32, CPU), lora_r=2)
 
 
@@ -31,20 +77,47 @@ def test_the_forecast_is_within_a_fifth_of_what_is_allocated(family, phase):
     assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
 
 
-@pytest.mark.parametrize("family, phase", [("qwen2_5_vl", "sft"), ("gemma3", "grpo-checkpointed"), ("gemma3", "rollout")])
+@pytest.mark.parametrize(
+    "family, phase", [("qwen2_5_vl", "sft"), ("gemma3", "grpo-checkpointed"), ("gemma3", "rollout")]
+)
 def test_also_in_bf16(family, phase):
     step, expected = prepare(family, phase, SIZES, DTYPES["bf16"], CPU)
     assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
 
 
-@pytest.mark.parametrize("phase, sizes", [
-    # the cache is the most
-    ("rollout", replace(SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256)),
-    # the sampler's vocabulary
-    ("rollout", replace(SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192)),
-    # the head's
-    ("grpo", replace(SIZES, hidden=64, intermediate=172, layers=1, prompt_length=90, new_tokens=80, vocabulary=8192, rows=8)),
-])
+@pytest.mark.parametrize(
+    "phase, sizes",
+    [
+        # the cache is the most
+        (
+            "rollout",
+            replace(
+                SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256
+            ),
+        ),
+        # the sampler's vocabulary
+        (
+            "rollout",
+            replace(
+                SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192
+            ),
+        ),
+        # the head's
+        (
+            "grpo",
+            replace(
+                SIZES,
+                hidden=64,
+                intermediate=172,
+                layers=1,
+                prompt_length=90,
+                new_tokens=80,
+                vocabulary=8192,
+                rows=8,
+            ),
+        ),
+    ],
+)
 def test_also_where_another_part_is_the_most(phase, sizes):
     step, expected = prepare("qwen2_5_vl", phase, sizes, torch.float32, CPU)
     assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
@@ -55,7 +128,9 @@ def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint)
     model = load(tiny_checkpoint(family))
     shape = model_shape(model.base.config, sum(p.numel() for p in model.base.parameters()))
     wrapped = attach_new_adapter(model, r=3, alpha=6, dropout=0.0)
-    assert lora_parameters(shape, 3) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert lora_parameters(shape, 3) == sum(
+        p.numel() for p in wrapped.parameters() if p.requires_grad
+    )
 
 
 def test_what_a_layer_keeps_by_hand():
@@ -68,9 +143,13 @@ def test_what_a_layer_keeps_by_hand():
     assert kept_by_layer(SHAPE, replace(WORK, element_size=2), prompt) == 10 * 536
     # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU masks of a byte: 256 + 64 = 320.
     assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), prompt) == 10 * (584 - 160 + 512)
-    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (584 - 160 + 320)
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (
+        584 - 160 + 320
+    )
     # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
-    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, prompt) == 10 * (584 + 64 + 48)
+    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, prompt) == 10 * (
+        584 + 64 + 48
+    )
     # Three completions of 5: 25 tokens; each sees 15 keys, whose k and v in fp32 are 2 x 4 x 4 = 32
     assert kept_by_layer(SHAPE, WORK, Packed(1, 10, 3, 5)) == 25 * 584 + 3 * 15 * 32
 
@@ -83,7 +162,9 @@ def test_the_packed_row_by_hand():
     assert work.packed(6) == row
     # 10 + 2 x 5 = 20, 10 + 3 x 5 = 25, 2 x 10 + 4 x 5 = 40 tokens
     assert work.packed(7) == Packed(3, 10, 7, 5)
-    assert [replace(work, max_tokens_per_forward=n).packed(7).completions for n in (1, 19, 20, 39, 40)] == [1, 1, 2, 3, 4]
+    assert [
+        replace(work, max_tokens_per_forward=n).packed(7).completions for n in (1, 19, 20, 39, 40)
+    ] == [1, 1, 2, 3, 4]
 
 
 def test_the_masks_of_a_packed_row_by_hand():
@@ -111,7 +192,11 @@ def test_gradients_alive_in_the_backward_pass_by_hand():
 def test_static_parts_and_cache_by_hand():
     # a layer's A and B: r 2 x ((8+8) + 2 (8+4) + (8+8) + 2 (8+16) + (16+8)) = 2 x 128 = 256; 3 layers 768; fp32 3,072 bytes
     assert lora_parameters(SHAPE, 2) == 768
-    assert static_parts(SHAPE, replace(WORK, element_size=2)) == {"base": 2000, "adapters": 2 * 3072, "AdamW": 2 * 3072}
+    assert static_parts(SHAPE, replace(WORK, element_size=2)) == {
+        "base": 2000,
+        "adapters": 2 * 3072,
+        "AdamW": 2 * 3072,
+    }
     # keys and values x 3 layers x 4 numbers x 2 bytes x 5 rows x 7 tokens
     assert kv_cache(SHAPE, replace(WORK, element_size=2), rows=5, length=7) == 2 * 3 * 4 * 2 * 5 * 7
 
@@ -120,10 +205,16 @@ def test_the_head_by_hand():
     # a chunk of 256 x 100 logits: 102,400 bytes in fp32, 51,200 in bf16. Hidden states of 8 numbers, their gradient and the result.
     bf16 = replace(WORK, element_size=2)
     for scored in (300, 100_000):
-        assert head_chunk(SHAPE, WORK, scored, gradient=False, entropy=False) == 102_400 + scored * 32
-        assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=False) == 102_400 + scored * 96
+        assert (
+            head_chunk(SHAPE, WORK, scored, gradient=False, entropy=False) == 102_400 + scored * 32
+        )
+        assert (
+            head_chunk(SHAPE, WORK, scored, gradient=True, entropy=False) == 102_400 + scored * 96
+        )
         assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) == 204_800 + scored * 96
-        assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
+        assert (
+            head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
+        )
         assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=True) == 204_800 + scored * 48
     # half a chunk
     assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96
@@ -154,7 +245,9 @@ def test_phases_of_the_two_scripts():
     assert list(grpo.phases) == ["rollout", "scoring", "update", "evaluation"]
     assert list(sft.phases) == ["update", "validation", "evaluation"]
     for found in (grpo, sft):
-        assert [phase for phase, parts in found.phases.items() if "gradients" in parts] == ["update"]
+        assert [phase for phase, parts in found.phases.items() if "gradients" in parts] == [
+            "update"
+        ]
         assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
     # all rows of a rollout are written at once
     many = forecast(SHAPE, replace(WORK, num_generations=256))
@@ -163,7 +256,9 @@ def test_phases_of_the_two_scripts():
 
 def test_the_shapes_of_the_two_families():
     # four patches a visual token in both small models; Qwen's patch has two frames
-    qwen, gemma = (model_shape(model_config(family, SIZES), 1) for family in ("qwen2_5_vl", "gemma3"))
+    qwen, gemma = (
+        model_shape(model_config(family, SIZES), 1) for family in ("qwen2_5_vl", "gemma3")
+    )
     assert (qwen.patches_per_token, qwen.pixel_values_per_patch) == (4, 3 * 2 * 14 * 14)
     assert (gemma.patches_per_token, gemma.pixel_values_per_patch) == (4, 3 * 14 * 14)
     assert (qwen.head_dim, qwen.kv_heads, gemma.head_dim) == (32, 2, 32)

@@ -1,5 +1,6 @@
 """Protects the scores: equal to scikit-learn's with and without labels that a data set cannot express, the three
 treatments of failed answers, and the baselines. Rare labels rule macro-F1, so the 0/0 cases matter most."""
+
 from __future__ import annotations
 
 import warnings
@@ -10,8 +11,17 @@ from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from data.labels import LABELS
 from eval.metrics import (
-    bootstrap_intervals, failure_policies, figures, jaccard_per_image, label_matrix, multilabel_scores, patient_totals, predict_all_labels,
-    predict_by_prevalence, predict_most_frequent, resampled_totals,
+    bootstrap_intervals,
+    failure_policies,
+    figures,
+    jaccard_per_image,
+    label_matrix,
+    multilabel_scores,
+    patient_totals,
+    predict_all_labels,
+    predict_by_prevalence,
+    predict_most_frequent,
+    resampled_totals,
 )
 
 ABC = ("Edema", "Fracture", "Pneumonia")
@@ -46,11 +56,17 @@ def triple(scores: dict) -> tuple[float, float, float]:
 def test_scores_equal_scikit_learn(seed):
     targets, predictions = random_case(seed)
     scores = multilabel_scores(targets, predictions, LABELS)
-    assert triple(scores["micro"]) == pytest.approx(sklearn_scores(targets, predictions, average="micro")[:3], abs=1e-12)
-    assert triple(scores["macro"]) == pytest.approx(sklearn_scores(targets, predictions, average="macro")[:3], abs=1e-12)
+    assert triple(scores["micro"]) == pytest.approx(
+        sklearn_scores(targets, predictions, average="micro")[:3], abs=1e-12
+    )
+    assert triple(scores["macro"]) == pytest.approx(
+        sklearn_scores(targets, predictions, average="macro")[:3], abs=1e-12
+    )
     per_label = np.array(sklearn_scores(targets, predictions, average=None))  # [4, 14]
     for k, label in enumerate(LABELS):
-        assert triple(scores["per_label"][label]) == pytest.approx(tuple(per_label[:3, k]), abs=1e-12)
+        assert triple(scores["per_label"][label]) == pytest.approx(
+            tuple(per_label[:3, k]), abs=1e-12
+        )
         assert scores["per_label"][label]["support"] == per_label[3, k]
 
 
@@ -63,22 +79,43 @@ def test_positions_that_are_not_evaluated_are_left_out(seed):
     micro = sklearn_scores(targets[evaluated], predictions[evaluated], average="binary")
     assert triple(scores["micro"]) == pytest.approx(micro[:3], abs=1e-12)
     per_label = [
-        sklearn_scores(targets[shown, k], predictions[shown, k], average="binary") for k, shown in enumerate(evaluated.T)
+        sklearn_scores(targets[shown, k], predictions[shown, k], average="binary")
+        for k, shown in enumerate(evaluated.T)
     ]
     for (precision, recall, f1, _), label in zip(per_label, LABELS):
-        assert triple(scores["per_label"][label]) == pytest.approx((precision, recall, f1), abs=1e-12)
+        assert triple(scores["per_label"][label]) == pytest.approx(
+            (precision, recall, f1), abs=1e-12
+        )
     macro = np.mean([row[:3] for row in per_label], axis=0)
     assert triple(scores["macro"]) == pytest.approx(tuple(macro), abs=1e-12)
     # Whatever stands in a position that is not evaluated, the scores are the same.
-    assert multilabel_scores(targets ^ ~evaluated, predictions | ~evaluated, LABELS, evaluated) == scores
+    assert (
+        multilabel_scores(targets ^ ~evaluated, predictions | ~evaluated, LABELS, evaluated)
+        == scores
+    )
 
 
 def test_scores_by_hand():
     # Edema: TP 1 (row 0), FP 1 (row 1), FN 0. Fracture: TP 0, FP 0, FN 2. Pneumonia: nothing at all.
     scores = multilabel_scores(bools("110", "010"), bools("100", "100"), ABC)
-    assert scores["per_label"]["Edema"] == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1}
-    assert scores["per_label"]["Fracture"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 2}
-    assert scores["per_label"]["Pneumonia"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert scores["per_label"]["Edema"] == {
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": pytest.approx(2 / 3),
+        "support": 1,
+    }
+    assert scores["per_label"]["Fracture"] == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "support": 2,
+    }
+    assert scores["per_label"]["Pneumonia"] == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "support": 0,
+    }
     # Micro: TP 1, FP 1, FN 2 -> 1/2, 1/3, 2/5. Macro: sums over all three labels / 3, the zeros kept.
     assert triple(scores["micro"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
     assert triple(scores["macro"]) == pytest.approx((0.5 / 3, 1 / 3, 2 / 9))
@@ -91,7 +128,9 @@ def test_scores_by_hand():
 
 def test_zeros_and_ones_are_as_good_as_booleans():
     targets, predictions, evaluated = bools("110", "010"), bools("100", "100"), bools("101", "111")
-    scores = multilabel_scores(targets.astype(int), predictions.astype(float), ABC, evaluated.astype(int))
+    scores = multilabel_scores(
+        targets.astype(int), predictions.astype(float), ABC, evaluated.astype(int)
+    )
     assert scores == multilabel_scores(targets, predictions, ABC, evaluated)
 
 
@@ -117,7 +156,12 @@ def test_scores_do_not_change_their_inputs():
         # CheXpert's 'uncertain'
         (np.array([[1.0, 0.0, -1.0]]), bools("110"), None, "targets must hold only 0 and 1"),
         (bools("110"), np.array([[1.0, np.nan, 0.0]]), None, "predictions must hold only 0 and 1"),
-        (bools("110"), bools("110"), np.array([[1.0, 0.5, 0.0]]), "evaluated must hold only 0 and 1"),
+        (
+            bools("110"),
+            bools("110"),
+            np.array([[1.0, 0.5, 0.0]]),
+            "evaluated must hold only 0 and 1",
+        ),
     ],
 )
 def test_bad_matrices_are_errors(targets, predictions, evaluated, message):
@@ -131,7 +175,9 @@ def test_scores_need_a_label():
 
 
 def test_label_matrix_places_labels_in_their_columns():
-    matrix = label_matrix([("Pneumonia", "Edema"), frozenset(), ["Support Devices", "Fracture"]], ABC)
+    matrix = label_matrix(
+        [("Pneumonia", "Edema"), frozenset(), ["Support Devices", "Fracture"]], ABC
+    )
     assert matrix.dtype == bool
     assert (matrix == bools("101", "000", "010")).all()  # Support Devices has no column here
     assert label_matrix([], ABC).shape == (0, 3)
@@ -142,19 +188,25 @@ def test_jaccard_of_each_image():
     targets, predictions = bools("110", "000", "000", "110"), bools("100", "000", "001", "111")
     assert jaccard_per_image(targets, predictions).tolist() == pytest.approx([1 / 2, 1, 0, 2 / 3])
     # Without the third label: 1 of 2; 1; both empty = 1; 2 of 2.
-    assert jaccard_per_image(targets, predictions, bools(*["110"] * 4)).tolist() == pytest.approx([1 / 2, 1, 1, 1])
+    assert jaccard_per_image(targets, predictions, bools(*["110"] * 4)).tolist() == pytest.approx(
+        [1 / 2, 1, 1, 1]
+    )
 
 
 def test_jaccard_equals_scikit_learn():
     targets, predictions = random_case(0)
     # scikit-learn scores empty against empty with zero_division, which is not at issue here
     targets[:, 0] = True
-    assert jaccard_per_image(targets, predictions).mean() == pytest.approx(jaccard_score(targets, predictions, average="samples"))
+    assert jaccard_per_image(targets, predictions).mean() == pytest.approx(
+        jaccard_score(targets, predictions, average="samples")
+    )
 
 
 def test_failed_answers_are_treated_in_three_ways():
     targets, predictions = bools("110", "100", "011"), bools("111", "111", "010")
-    policies = failure_policies(targets, predictions, np.array([True, False, True]), ABC, bools("110", "110", "111"))
+    policies = failure_policies(
+        targets, predictions, np.array([True, False, True]), ABC, bools("110", "110", "111")
+    )
     assert list(policies) == ["empty", "dropped", "all_wrong"]
     # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed. Pneumonia is not evaluated in rows 0 and 1.
     assert triple(policies["dropped"]["micro"]) == pytest.approx((3 / 3, 3 / 4, 6 / 7))
@@ -164,11 +216,16 @@ def test_failed_answers_are_treated_in_three_ways():
     assert triple(policies["all_wrong"]["micro"]) == pytest.approx((3 / 4, 3 / 5, 6 / 9))
     assert policies["all_wrong"]["per_label"]["Pneumonia"]["precision"] == 0.0
     # Whether an answer was read may come as 0 and 1; those are no row numbers.
-    assert failure_policies(targets, predictions, [1, 0, 1], ABC, bools("110", "110", "111")) == policies
+    assert (
+        failure_policies(targets, predictions, [1, 0, 1], ABC, bools("110", "110", "111"))
+        == policies
+    )
 
 
 def test_all_answers_failed():
-    policies = failure_policies(bools("110", "100"), bools("000", "000"), np.array([False, False]), ABC)
+    policies = failure_policies(
+        bools("110", "100"), bools("000", "000"), np.array([False, False]), ABC
+    )
     for scores in policies.values():
         assert triple(scores["micro"]) == (0.0, 0.0, 0.0)
     assert policies["dropped"]["per_label"]["Edema"]["support"] == 0
@@ -192,7 +249,9 @@ def test_all_labels_baseline():
     # Precision is the share of positives, 3 of 6; recall is 1.
     predictions = predict_all_labels(2, 3)
     assert predictions.dtype == bool
-    assert triple(multilabel_scores(bools("110", "100"), predictions, ABC)["micro"]) == pytest.approx((1 / 2, 1, 2 / 3))
+    assert triple(
+        multilabel_scores(bools("110", "100"), predictions, ABC)["micro"]
+    ) == pytest.approx((1 / 2, 1, 2 / 3))
 
 
 def test_random_baseline_has_the_references_prevalence_and_no_correlation():
@@ -227,11 +286,15 @@ def test_baselines_need_a_reference():
 
 def test_jaccard_counts_unknown_entries_in_the_union():
     # Row 0: 1 shared, union 2 + 1 unknown. Row 1: both empty, but one unknown entry was predicted.
-    values = jaccard_per_image(bools("110", "000"), bools("100", "000"), num_unknown=np.array([1, 1]))
+    values = jaccard_per_image(
+        bools("110", "000"), bools("100", "000"), num_unknown=np.array([1, 1])
+    )
     assert values == pytest.approx([1 / 3, 0])
 
 
-def draws_by_hand(targets, predictions, evaluated, patient_ids, *, seed, resamples) -> list[dict[str, int]]:
+def draws_by_hand(
+    targets, predictions, evaluated, patient_ids, *, seed, resamples
+) -> list[dict[str, int]]:
     """{patient: times drawn} of each resample: one multinomial draw over the distinct rows of totals, in sorted order."""
     totals = patient_totals(targets, predictions, evaluated, patient_ids)
     members: dict[tuple, list[str]] = {}
@@ -242,25 +305,37 @@ def draws_by_hand(targets, predictions, evaluated, patient_ids, *, seed, resampl
     weights = np.random.default_rng(seed).multinomial(len(totals), shares, size=resamples)
     # of patients with equal totals, the first stands for all
     nobody = dict.fromkeys(patient_ids, 0)
-    return [nobody | {members[row][0]: int(times) for row, times in zip(rows, weight)} for weight in weights]
+    return [
+        nobody | {members[row][0]: int(times) for row, times in zip(rows, weight)}
+        for weight in weights
+    ]
 
 
 def test_bootstrap_equals_a_loop_over_the_same_draws():
     targets, predictions = random_case(0)
     evaluated = np.random.default_rng(1).random(targets.shape) < 0.8
     patient_ids = [f"p{n}" for n in np.random.default_rng(2).integers(12, size=50)]
-    intervals = bootstrap_intervals(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
+    intervals = bootstrap_intervals(
+        targets, predictions, evaluated, patient_ids, seed=3, resamples=30
+    )
 
     # A position that is not evaluated counts as a true negative for scikit-learn, which no F1 and no Jaccard index sees. The
     # images of a patient drawn twice are there twice.
     targets, predictions = targets & evaluated, predictions & evaluated
-    drawn_patients = draws_by_hand(targets, predictions, evaluated, patient_ids, seed=3, resamples=30)
+    drawn_patients = draws_by_hand(
+        targets, predictions, evaluated, patient_ids, seed=3, resamples=30
+    )
     values = []
     for times in drawn_patients:
         drawn = [n for n in range(50) for _ in range(times[patient_ids[n]])]
         sample = targets[drawn], predictions[drawn]
-        values.append((sklearn_scores(*sample, average="micro")[2], sklearn_scores(*sample, average="macro")[2],
-                        jaccard_score(*sample, average="samples", zero_division=1)))
+        values.append(
+            (
+                sklearn_scores(*sample, average="micro")[2],
+                sklearn_scores(*sample, average="macro")[2],
+                jaccard_score(*sample, average="samples", zero_division=1),
+            )
+        )
     low, high = np.percentile(values, [2.5, 97.5], axis=0)
     for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high):
         assert intervals[metric] == pytest.approx(bounds, abs=1e-12)
@@ -288,7 +363,9 @@ def test_bootstrap_does_not_depend_on_how_many_weights_fit_in_memory(monkeypatch
 def test_bootstrap_draws_a_thousand_resamples_by_default():
     targets, predictions = random_case(0)
     arguments = targets, predictions, None, [str(n) for n in range(50)]
-    assert bootstrap_intervals(*arguments, seed=0) == bootstrap_intervals(*arguments, seed=0, resamples=1000)
+    assert bootstrap_intervals(*arguments, seed=0) == bootstrap_intervals(
+        *arguments, seed=0, resamples=1000
+    )
 
 
 def test_bootstrap_draws_patients_not_images():
@@ -307,7 +384,9 @@ def test_bootstrap_of_one_patient_is_a_point():
     intervals = bootstrap_intervals(targets, predictions, None, ["a", "a"], seed=0, resamples=5)
     for metric, value in {"micro_f1": 2 / 5, "macro_f1": 2 / 9, "jaccard": 1 / 4}.items():
         assert intervals[metric] == pytest.approx((value, value))
-    own = bootstrap_intervals(targets, predictions, None, ["a", "a"], seed=0, resamples=5, jaccard=np.array([0.25, 0.0]))
+    own = bootstrap_intervals(
+        targets, predictions, None, ["a", "a"], seed=0, resamples=5, jaccard=np.array([0.25, 0.0])
+    )
     assert own["jaccard"] == (0.125, 0.125)
 
 
@@ -315,7 +394,9 @@ def test_bootstrap_needs_one_patient_id_an_image():
     with pytest.raises(ValueError, match="1 images, 2 patient ids"):
         bootstrap_intervals(bools("110"), bools("110"), None, ["a", "b"], seed=0)
     with pytest.raises(ValueError, match="1 images, 1 patient ids, 2 Jaccard values"):
-        bootstrap_intervals(bools("110"), bools("110"), None, ["a"], seed=0, jaccard=np.array([1.0, 1.0]))
+        bootstrap_intervals(
+            bools("110"), bools("110"), None, ["a"], seed=0, jaccard=np.array([1.0, 1.0])
+        )
     with pytest.raises(ValueError, match="0 images"):
         bootstrap_intervals(np.zeros((0, 3), bool), np.zeros((0, 3), bool), None, [], seed=0)
 

@@ -3,6 +3,7 @@ SFT model. A key that silently does not load, or a reference that follows the po
 
 Run: pytest tests/test_model.py
 """
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,9 @@ from tiny import SAVE, attach_random_adapter, examples_of, load
 
 CPU = torch.device("cpu")
 LAYERS = {"qwen2_5_vl": 2, "gemma3": 3}
-PROJECTIONS = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
+PROJECTIONS = {f"self_attn.{n}_proj" for n in "qkvo"} | {
+    f"mlp.{n}_proj" for n in ("gate", "up", "down")
+}
 
 
 @pytest.fixture(params=list(SAVE))
@@ -59,12 +62,16 @@ def model(family, tiny_checkpoint) -> LoadedModel:
 
 
 def open_model(name) -> LoadedModel:
-    return load_model(str(name), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16)
+    return load_model(
+        str(name), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16
+    )
 
 
 def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
-    return [model.encode_answer(example, Prompt("p", "Which?"), answer)
-            for example, answer in zip(examples_of(images, 56, 84), ("abc", "a longer answer"))]
+    return [
+        model.encode_answer(example, Prompt("p", "Which?"), answer)
+        for example, answer in zip(examples_of(images, 56, 84), ("abc", "a longer answer"))
+    ]
 
 
 def logprobs_of(net, model: LoadedModel, images) -> torch.Tensor:
@@ -76,7 +83,9 @@ def save(wrapped: PeftModel, folder, base_name: str = "base"):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config_document(wrapped, base_name)))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(adapter_config_document(wrapped, base_name))
+    )
     return folder
 
 
@@ -101,7 +110,11 @@ def move_policy(wrapped: PeftModel) -> None:
 def test_a_base_model_is_frozen_and_in_eval_mode(model, family, tiny_checkpoint):
     assert not any(parameter.requires_grad for parameter in model.base.parameters())
     assert not model.base.training and model.base.dtype == torch.float32
-    assert (model.name, model.family.model_type, model.encoder.family) == (str(tiny_checkpoint(family)), family, family)
+    assert (model.name, model.family.model_type, model.encoder.family) == (
+        str(tiny_checkpoint(family)),
+        family,
+        family,
+    )
 
 
 def test_the_dtype_is_the_one_asked_for(family, tiny_checkpoint):
@@ -110,7 +123,10 @@ def test_the_dtype_is_the_one_asked_for(family, tiny_checkpoint):
 
 def test_the_demos_are_embedded():
     assert model_path("elsewhere/model") == "elsewhere/model"
-    types = {name: json.loads((Path(model_path(name)) / "config.json").read_text())["model_type"] for name in EMBEDDED}
+    types = {
+        name: json.loads((Path(model_path(name)) / "config.json").read_text())["model_type"]
+        for name in EMBEDDED
+    }
     assert types == {"demo": "qwen2_5_vl", "demo-gemma": "gemma3"}
 
 
@@ -124,29 +140,40 @@ def refusal(call, *args, **kwargs) -> str:
 def test_no_such_folder(tmp_path):
     for name in (tmp_path / "none", "./none", "none", "a/b/c"):
         said = refusal(open_model, name)
-        assert said == (f"--model_name_or_path {name}: no such folder; "
-                        "give a checkpoint's folder, a hub name (owner/model) or 'demo'")
+        assert said == (
+            f"--model_name_or_path {name}: no such folder; "
+            "give a checkpoint's folder, a hub name (owner/model) or 'demo'"
+        )
 
 
 def test_a_folder_without_a_configuration(tmp_path):
     said = refusal(open_model, tmp_path)
-    assert said == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no checkpoint"
+    assert (
+        said
+        == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no checkpoint"
+    )
 
 
 def test_another_model_family(tmp_path):
     for content, kind in ({"model_type": "llama"}, "'llama'"), ({}, "None"):
         (tmp_path / "config.json").write_text(json.dumps(content))
         said = refusal(open_model, tmp_path)
-        assert said == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and gemma3 models"
+        assert (
+            said
+            == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and gemma3 models"
+        )
 
 
-@pytest.mark.parametrize(("file", "content", "said"), [
-    ("config.json", b"{", "its config.json is not valid JSON"),
-    ("tokenizer.json", None, ""),
-    ("preprocessor_config.json", None, "image processor"),
-    ("model.safetensors", None, "no file named model.safetensors"),
-    ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", ""),
-])
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", b"{", "its config.json is not valid JSON"),
+        ("tokenizer.json", None, ""),
+        ("preprocessor_config.json", None, "image processor"),
+        ("model.safetensors", None, "no file named model.safetensors"),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", ""),
+    ],
+)
 def test_damaged_checkpoints(tiny_checkpoint, tmp_path, file, content, said):
     folder = shutil.copytree(tiny_checkpoint("qwen2_5_vl"), tmp_path / "model")
     (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
@@ -160,21 +187,40 @@ def test_damaged_checkpoints(tiny_checkpoint, tmp_path, file, content, said):
 def test_lora_is_on_the_language_models_projections_only(model, family):
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.1)
     names = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    pattern = re.compile(r"base_model\.model\.model\.language_model\.layers\.(\d+)\.(.+)\.lora_([AB])\.default\.weight")
+    pattern = re.compile(
+        r"base_model\.model\.model\.language_model\.layers\.(\d+)\.(.+)\.lora_([AB])\.default\.weight"
+    )
     found = [pattern.fullmatch(name) for name in names]
-    expected = {(str(layer), projection, side)
-                for layer in range(LAYERS[family]) for projection in PROJECTIONS for side in "AB"}
-    assert None not in found and {match.groups() for match in found} == expected and len(names) == 2 * 7 * LAYERS[family]
+    expected = {
+        (str(layer), projection, side)
+        for layer in range(LAYERS[family])
+        for projection in PROJECTIONS
+        for side in "AB"
+    }
+    assert (
+        None not in found
+        and {match.groups() for match in found} == expected
+        and len(names) == 2 * 7 * LAYERS[family]
+    )
     # none on the vision tower or the head
     assert sum("lora_" in name for name, _ in wrapped.named_parameters()) == len(names)
     layer = wrapped.get_base_model().model.language_model.layers[0].self_attn.q_proj
-    assert (layer.r[POLICY], layer.lora_alpha[POLICY], layer.scaling[POLICY], layer.lora_dropout[POLICY].p) == (4, 8, 2.0, 0.1)
+    assert (
+        layer.r[POLICY],
+        layer.lora_alpha[POLICY],
+        layer.scaling[POLICY],
+        layer.lora_dropout[POLICY].p,
+    ) == (4, 8, 2.0, 0.1)
 
 
 def test_nothing_of_vision_or_head_is_trained(model):
     wrapped = attach_new_adapter(model, r=2, alpha=4, dropout=0.0)
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    assert not any(part in name for name in trained for part in ("visual", "vision", "lm_head", "embed", "projector", "norm"))
+    assert not any(
+        part in name
+        for name in trained
+        for part in ("visual", "vision", "lm_head", "embed", "projector", "norm")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,13 +229,18 @@ def test_adapters_are_float32(family, tiny_checkpoint, saved, dtype):
     loaded = attach_adapter(load(tiny_checkpoint(family), dtype=dtype), saved, trainable=True)
     add_reference(loaded, saved)
     for wrapped in (new, loaded):
-        assert {p.dtype for name, p in wrapped.named_parameters() if "lora_" in name} == {torch.float32}
+        assert {p.dtype for name, p in wrapped.named_parameters() if "lora_" in name} == {
+            torch.float32
+        }
         assert {p.dtype for name, p in wrapped.named_parameters() if "lora_" not in name} == {dtype}
 
 
 def test_a_fresh_adapter_changes_no_output(model, tiny_images):
     before = logprobs_of(model.base, model, tiny_images)
-    assert torch.equal(logprobs_of(attach_new_adapter(model, r=4, alpha=8, dropout=0.0), model, tiny_images), before)
+    assert torch.equal(
+        logprobs_of(attach_new_adapter(model, r=4, alpha=8, dropout=0.0), model, tiny_images),
+        before,
+    )
 
 
 def test_dropout_acts_in_training_mode_only(model, tiny_images):
@@ -198,15 +249,23 @@ def test_dropout_acts_in_training_mode_only(model, tiny_images):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     wrapped.eval()
-    assert torch.equal(logprobs_of(wrapped, model, tiny_images), logprobs_of(wrapped, model, tiny_images))
+    assert torch.equal(
+        logprobs_of(wrapped, model, tiny_images), logprobs_of(wrapped, model, tiny_images)
+    )
     wrapped.train()
-    assert not torch.equal(logprobs_of(wrapped, model, tiny_images), logprobs_of(wrapped, model, tiny_images))
+    assert not torch.equal(
+        logprobs_of(wrapped, model, tiny_images), logprobs_of(wrapped, model, tiny_images)
+    )
 
 
 def test_gradient_checkpointing_is_the_decoders(model):
     wrapped = attach_new_adapter(model, r=2, alpha=4, dropout=0.0)
     enable_gradient_checkpointing(wrapped)
-    on = {name for name, module in wrapped.named_modules() if getattr(module, "gradient_checkpointing", False)}
+    on = {
+        name
+        for name, module in wrapped.named_modules()
+        if getattr(module, "gradient_checkpointing", False)
+    }
     assert on and all("language_model" in name for name in on)
 
 
@@ -224,7 +283,12 @@ def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tin
     base.lm_head.weight = model.base.lm_head.weight  # tiny.load gives the base a head of its own
     plain = PeftModel.from_pretrained(base, folder).eval()
     rows = rows_of(model, tiny_images)
-    torch.testing.assert_close(plain_forward.logprobs_of(plain, model.family, rows, temperature=0.8), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        plain_forward.logprobs_of(plain, model.family, rows, temperature=0.8),
+        expected,
+        rtol=0,
+        atol=5e-6,
+    )
 
     again = attach_adapter(load(tiny_checkpoint(family)), folder)
     assert torch.equal(logprobs_of(again, model, tiny_images), expected)
@@ -233,9 +297,16 @@ def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tin
 def test_the_saved_configuration(model):
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.25)
     document = adapter_config_document(wrapped, "demo-gemma")
-    assert document["base_model_name_or_path"] == "demo-gemma" and document["inference_mode"] is True
-    assert (document["peft_type"], document["task_type"], document["r"], document["lora_alpha"], document["lora_dropout"]) == (
-        "LORA", "CAUSAL_LM", 4, 8, 0.25)
+    assert (
+        document["base_model_name_or_path"] == "demo-gemma" and document["inference_mode"] is True
+    )
+    assert (
+        document["peft_type"],
+        document["task_type"],
+        document["r"],
+        document["lora_alpha"],
+        document["lora_dropout"],
+    ) == ("LORA", "CAUSAL_LM", 4, 8, 0.25)
     json.dumps(document)
 
 
@@ -247,16 +318,22 @@ def test_the_policy_is_saved_and_not_the_reference(model, saved):
     state, reference = adapter_state(wrapped), adapter_state(wrapped, REFERENCE)
     assert state.keys() == reference.keys() == original.keys()
     for name in original:
-        assert torch.equal(reference[name], original[name]) and not torch.equal(state[name], original[name])
+        assert torch.equal(reference[name], original[name]) and not torch.equal(
+            state[name], original[name]
+        )
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_a_loaded_adapter_is_trainable_or_not_and_has_no_dropout(family, tiny_checkpoint, tiny_images, saved, trainable):
+def test_a_loaded_adapter_is_trainable_or_not_and_has_no_dropout(
+    family, tiny_checkpoint, tiny_images, saved, trainable
+):
     document = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(document | {"lora_dropout": 0.9}))
     model = load(tiny_checkpoint(family))
     wrapped = attach_adapter(model, saved, trainable=trainable)
-    assert {p.requires_grad for name, p in wrapped.named_parameters() if "lora_" in name} == {trainable}
+    assert {p.requires_grad for name, p in wrapped.named_parameters() if "lora_" in name} == {
+        trainable
+    }
     assert not any(p.requires_grad for name, p in wrapped.named_parameters() if "lora_" not in name)
     wrapped.eval()
     expected = logprobs_of(wrapped, model, tiny_images)
@@ -276,11 +353,18 @@ def test_keys_that_do_not_fit_are_refused(model, saved):
     wrapped = attach_adapter(model, saved)
     before = {name: tensor.clone() for name, tensor in adapter_state(wrapped).items()}
     changes = [
-        (lambda t: t.pop(first), f"{saved}: the adapter does not fit the model, missing: 1, such as {first}. "),
-        (lambda t: t.update({first: torch.zeros_like(before[first]), other: torch.zeros(1)}),
-         f"{saved}: the adapter does not fit the model, left over: 1, such as {other}. "),
-        (lambda t: (t.pop(other), t.update({first: torch.zeros(3, 2)})),
-         f"{saved}: {first} has shape (3, 2), the model needs "),
+        (
+            lambda t: t.pop(first),
+            f"{saved}: the adapter does not fit the model, missing: 1, such as {first}. ",
+        ),
+        (
+            lambda t: t.update({first: torch.zeros_like(before[first]), other: torch.zeros(1)}),
+            f"{saved}: the adapter does not fit the model, left over: 1, such as {other}. ",
+        ),
+        (
+            lambda t: (t.pop(other), t.update({first: torch.zeros(3, 2)})),
+            f"{saved}: {first} has shape (3, 2), the model needs ",
+        ),
     ]
     for change, said in changes:
         change_saved(saved, change)
@@ -309,7 +393,8 @@ def test_folders_without_a_readable_adapter(tiny_checkpoint, saved):
         assert refusal(attach_adapter, model, saved).startswith(f"{saved}: {said}")
         (saved / file).unlink()
         assert refusal(attach_adapter, model, saved) == (
-            f"{saved}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors")
+            f"{saved}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        )
         (saved / file).write_bytes(kept)
         # the refused adapter is on the first one's layers
         model = load(tiny_checkpoint("qwen2_5_vl"))
@@ -331,12 +416,16 @@ def flags(wrapped) -> dict[str, bool]:
 
 def test_only_the_policy_is_trained(both):
     trained = {name for name, flag in flags(both).items() if flag}
-    assert trained == {name for name, _ in both.named_parameters() if "lora_" in name and ".default." in name}
+    assert trained == {
+        name for name, _ in both.named_parameters() if "lora_" in name and ".default." in name
+    }
     assert both.active_adapter == POLICY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_is_the_policy_at_the_start_and_stays(family, tiny_checkpoint, tiny_images, saved, dtype):
+def test_the_reference_is_the_policy_at_the_start_and_stays(
+    family, tiny_checkpoint, tiny_images, saved, dtype
+):
     model = load(tiny_checkpoint(family), dtype=dtype)
     both = attach_adapter(model, saved, trainable=True)
     add_reference(both, saved)
@@ -387,12 +476,20 @@ def test_p24_the_reference_is_the_sft_adapter(case):
         given = {name: torch.tensor(value) for name, value in p24.inputs.items()}
         net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
         net[0].weight.data = given["W"]
-        settings = {"r": 1, "lora_alpha": p24.inputs["alpha"], "target_modules": ["0"], "lora_dropout": 0.0}
+        settings = {
+            "r": 1,
+            "lora_alpha": p24.inputs["alpha"],
+            "target_modules": ["0"],
+            "lora_dropout": 0.0,
+        }
         wrapped = get_peft_model(net, LoraConfig(**settings), adapter_name=POLICY)
         wrapped.add_adapter(REFERENCE, LoraConfig(**settings))
         layer = wrapped.get_base_model()[0]
         for adapter, name in ((POLICY, "policy"), (REFERENCE, "sft")):
-            layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = given[f"A_{name}"], given[f"B_{name}"]
+            layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = (
+                given[f"A_{name}"],
+                given[f"B_{name}"],
+            )
         x, token = given["x"][None], torch.tensor([p24.inputs["token"]])
 
         def logprob(logits):
@@ -415,7 +512,10 @@ def test_p24_the_reference_is_the_sft_adapter(case):
         p24.close("k3_vs_adapter_disabled", kl_estimate(logprob(policy), logprob(disabled))[0])
 
         # At the start of GRPO the two adapters are the same.
-        layer.lora_A[POLICY].weight.data, layer.lora_B[POLICY].weight.data = given["A_sft"].clone(), given["B_sft"].clone()
+        layer.lora_A[POLICY].weight.data, layer.lora_B[POLICY].weight.data = (
+            given["A_sft"].clone(),
+            given["B_sft"].clone(),
+        )
         assert kl_estimate(logprob(wrapped(x)), logprob(reference)).tolist() == [0.0]
         assert kl_estimate(logprob(wrapped(x)), logprob(disabled)).item() > 1e-3
 
@@ -424,7 +524,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_checkpoint, family, tmp
     """transformers fills missing weights with random numbers and only warns."""
     folder = shutil.copytree(tiny_checkpoint(family), tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    dropped = next(name for name in weights if "down_proj" in name and "visual" not in name and "vision" not in name)
+    dropped = next(
+        name
+        for name in weights
+        if "down_proj" in name and "visual" not in name and "vision" not in name
+    )
     del weights[dropped]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match="lacks 1 weights of the model, such as .*down_proj"):

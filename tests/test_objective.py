@@ -2,6 +2,7 @@
 
 A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it a broken one.
 """
+
 from __future__ import annotations
 
 import ast
@@ -35,13 +36,21 @@ def f64(values) -> torch.Tensor:
 
 def weights_of(objective, mask, loss_type, max_completion_length=1):
     """Weights of a step that consists of just these rows."""
-    return objective.token_weights(mask, loss_type, num_completions=len(mask), num_tokens=int(mask.sum()),
-                                   max_completion_length=max_completion_length, dtype=torch.float64)
+    return objective.token_weights(
+        mask,
+        loss_type,
+        num_completions=len(mask),
+        num_tokens=int(mask.sum()),
+        max_completion_length=max_completion_length,
+        dtype=torch.float64,
+    )
 
 
 def close(actual, expected, atol=1e-9) -> None:
     """Equal to numbers that were worked out by hand."""
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), f64(expected), rtol=0, atol=atol)
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64), f64(expected), rtol=0, atol=atol
+    )
 
 
 # The worked cases
@@ -75,12 +84,21 @@ def test_p02_zero_variance(objective, case):
 def test_p03_clip(objective, case):
     with case("P03_clip_asymmetric") as p03:
         rows = leaves(p03.inputs["rows"])
-        config = objective.ObjectiveConfig(epsilon_low=p03.inputs["eps_low"], epsilon_high=p03.inputs["eps_high"], beta=0)
+        config = objective.ObjectiveConfig(
+            epsilon_low=p03.inputs["eps_low"], epsilon_high=p03.inputs["eps_high"], beta=0
+        )
         # seven completions of one token
         logprobs = f64(rows["logp"])[:, None].requires_grad_()  # [7,1]
         advantages, mask = f64(rows["advantage"]), torch.ones(7, 1, dtype=torch.bool)
         loss, terms = objective.grpo_loss(
-            logprobs, f64(rows["old_logp"])[:, None], None, advantages, mask, torch.ones(7, 1, dtype=torch.float64), config)
+            logprobs,
+            f64(rows["old_logp"])[:, None],
+            None,
+            advantages,
+            mask,
+            torch.ones(7, 1, dtype=torch.float64),
+            config,
+        )
         loss.backward()
         p03.close("rows.ratio", terms["ratio"][:, 0])
         p03.close("rows.unclipped", terms["ratio"][:, 0] * advantages)
@@ -93,10 +111,23 @@ def test_p03_clip(objective, case):
         p03.close("clip_ratio_low_mean", metrics["clip_ratio/low_mean"].value)
         p03.close("clip_ratio_high_mean", metrics["clip_ratio/high_mean"].value)
         p03.close("clip_ratio_region_mean", metrics["clip_ratio/region_mean"].value)
-        rows_alone = [objective.objective_metrics({name: term[i:i + 1] for name, term in terms.items()}, advantages[i:i + 1],
-                                                  mask[i:i + 1], config) for i in range(7)]
-        p03.close("rows.clip_low_binding", [bool(row["clip_ratio/low_mean"].value == 1) for row in rows_alone])
-        p03.close("rows.clip_high_binding", [bool(row["clip_ratio/high_mean"].value == 1) for row in rows_alone])
+        rows_alone = [
+            objective.objective_metrics(
+                {name: term[i : i + 1] for name, term in terms.items()},
+                advantages[i : i + 1],
+                mask[i : i + 1],
+                config,
+            )
+            for i in range(7)
+        ]
+        p03.close(
+            "rows.clip_low_binding",
+            [bool(row["clip_ratio/low_mean"].value == 1) for row in rows_alone],
+        )
+        p03.close(
+            "rows.clip_high_binding",
+            [bool(row["clip_ratio/high_mean"].value == 1) for row in rows_alone],
+        )
 
 
 def test_p04_kl_estimators(objective, case):
@@ -119,13 +150,21 @@ def test_p04_kl_estimators(objective, case):
 def test_p05_full_loss(objective, case):
     with case("P05_full_loss") as p05:
         given = p05.inputs
-        config = objective.ObjectiveConfig(epsilon_low=given["eps_low"], epsilon_high=given["eps_high"], beta=given["beta"])
-        old_logprobs, ref_logprobs, advantages = f64(given["old_logp"]), f64(given["ref_logp"]), f64(given["advantages"])
+        config = objective.ObjectiveConfig(
+            epsilon_low=given["eps_low"], epsilon_high=given["eps_high"], beta=given["beta"]
+        )
+        old_logprobs, ref_logprobs, advantages = (
+            f64(given["old_logp"]),
+            f64(given["ref_logp"]),
+            f64(given["advantages"]),
+        )
         mask = torch.tensor(given["mask"]).bool()
         for name, loss_type in LOSS_TYPES.items():
             logprobs = f64(given["logp"]).requires_grad_()  # [4,4]
             weights = weights_of(objective, mask, loss_type, given["max_completion_length"])
-            loss, terms = objective.grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, config)
+            loss, terms = objective.grpo_loss(
+                logprobs, old_logprobs, ref_logprobs, advantages, mask, weights, config
+            )
             loss.backward()
             p05.close(f"{name}.loss", loss)
             p05.close(f"{name}.policy_part", -(weights * terms["surrogate"]).sum())
@@ -150,7 +189,9 @@ def test_p06_on_policy(objective, case):
             logprobs = f64(given["logp"]).requires_grad_()  # [4,4]
             weights = weights_of(objective, mask, loss_type, given["max_completion_length"])
             config = objective.ObjectiveConfig(beta=given["beta"])
-            loss, _ = objective.grpo_loss(logprobs, logprobs.detach(), None, f64(given["advantages"]), mask, weights, config)
+            loss, _ = objective.grpo_loss(
+                logprobs, logprobs.detach(), None, f64(given["advantages"]), mask, weights, config
+            )
             loss.backward()
             p06.close(f"{name}.loss", loss)
             p06.close(f"{name}.grad_logp", logprobs.grad)
@@ -165,18 +206,31 @@ def test_p08_microbatches(objective, case):
 
         def loss_of(rows, loss_type):
             # of the whole step
-            weights = objective.token_weights(mask[rows], loss_type, num_completions=4, num_tokens=8,
-                                              max_completion_length=p08.inputs["max_completion_length"], dtype=torch.float64)
+            weights = objective.token_weights(
+                mask[rows],
+                loss_type,
+                num_completions=4,
+                num_tokens=8,
+                max_completion_length=p08.inputs["max_completion_length"],
+                dtype=torch.float64,
+            )
             logprobs, zeros = token_loss[rows], torch.zeros_like(token_loss[rows])
-            return objective.grpo_loss(logprobs, logprobs, zeros, zeros[:, 0], mask[rows], weights, config)[0]
+            return objective.grpo_loss(
+                logprobs, logprobs, zeros, zeros[:, 0], mask[rows], weights, config
+            )[0]
 
         for name, loss_type in LOSS_TYPES.items():
             full_batch = loss_of([0, 1, 2, 3], loss_type)
-            contributions = torch.stack([loss_of(rows, loss_type) for rows in p08.inputs["micro_batches"]])
+            contributions = torch.stack(
+                [loss_of(rows, loss_type) for rows in p08.inputs["micro_batches"]]
+            )
             p08.close(f"full_batch_loss.{name}", full_batch)
             p08.close(f"correct_microbatch_contributions.{name}", contributions)
             if loss_type == "dapo":
-                p08.differs("naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo", contributions.sum())
+                p08.differs(
+                    "naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo",
+                    contributions.sum(),
+                )
             if loss_type == "dr_grpo":
                 p08.differs("wrong_sum_over_Lmax_times_one_over_K", contributions.sum())
 
@@ -184,29 +238,44 @@ def test_p08_microbatches(objective, case):
 def test_p14_jaccard(case):
     with case("P14_jaccard") as p14:
         rows = [
-            {name: [canonical_label(label) for label in row[name]] for name in ("pred", "gold")} for row in p14.inputs["rows"]
+            {name: [canonical_label(label) for label in row[name]] for name in ("pred", "gold")}
+            for row in p14.inputs["rows"]
         ]
-        p14.close("rows.jaccard_both_empty_is_1", [jaccard(row["pred"], row["gold"]) for row in rows])
+        p14.close(
+            "rows.jaccard_both_empty_is_1", [jaccard(row["pred"], row["gold"]) for row in rows]
+        )
 
 
 def test_p17_learning_rate(case):
     with case("P17_cosine_warmup") as p17:
-        schedule = {"warmup_steps": p17.inputs["warmup_steps"], "total_steps": p17.inputs["total_steps"]}
+        schedule = {
+            "warmup_steps": p17.inputs["warmup_steps"],
+            "total_steps": p17.inputs["total_steps"],
+        }
         for step in p17.inputs["steps"]:
             p17.close(f"multiplier.{step}", learning_rate_at(step, base=1.0, **schedule))
-            p17.close(f"lr.{step}", learning_rate_at(step, base=p17.inputs["base_lr"], **schedule), rtol=p17.lr_rtol)
+            p17.close(
+                f"lr.{step}",
+                learning_rate_at(step, base=p17.inputs["base_lr"], **schedule),
+                rtol=p17.lr_rtol,
+            )
 
 
 def test_p22_groups_by_id(objective, case):
     with case("P22_group_order") as p22:
-        advantages = objective.group_advantages(f64(p22.inputs["rewards"]), torch.tensor(p22.inputs["prompt_ids"]))
+        advantages = objective.group_advantages(
+            f64(p22.inputs["rewards"]), torch.tensor(p22.inputs["prompt_ids"])
+        )
         p22.close("advantages_by_prompt_id", advantages)
         p22.differs("wrong_if_viewed_as_contiguous_groups", advantages)
 
 
 def test_p23_gradient_clipping(case):
     with case("P23_grad_clip") as p23:
-        parameters = [torch.nn.Parameter(torch.zeros(len(grad), dtype=torch.float64)) for grad in p23.inputs["grads"]]
+        parameters = [
+            torch.nn.Parameter(torch.zeros(len(grad), dtype=torch.float64))
+            for grad in p23.inputs["grads"]
+        ]
         for parameter, grad in zip(parameters, p23.inputs["grads"]):
             parameter.grad = f64(grad)
         p23.close("total_norm", clip_gradients(parameters, p23.inputs["max_norm"]))
@@ -225,7 +294,11 @@ def test_p23_gradient_clipping(case):
 #     pi_ref/pi            1      2          0.5    1
 #
 # Rewards 1 and 0 have the mean 0.5: A = +0.5 and -0.5.
-PI, PI_OLD, PI_REF = f64([[0.5, 0.3], [0.2, 0.6]]), f64([[0.4, 0.3], [0.25, 0.4]]), f64([[0.5, 0.6], [0.1, 0.6]])
+PI, PI_OLD, PI_REF = (
+    f64([[0.5, 0.3], [0.2, 0.6]]),
+    f64([[0.4, 0.3], [0.25, 0.4]]),
+    f64([[0.5, 0.6], [0.1, 0.6]]),
+)
 BOTH_TOKENS = torch.ones(2, 2, dtype=torch.bool)
 
 
@@ -235,14 +308,28 @@ def toy(objective, loss_type="dr_grpo", max_completion_length=10):
     advantages = objective.group_advantages(f64([1, 0]), torch.tensor([7, 7]))
     weights = weights_of(objective, BOTH_TOKENS, loss_type, max_completion_length)
     loss, terms = objective.grpo_loss(
-        logprobs, PI_OLD.log(), PI_REF.log(), advantages, BOTH_TOKENS, weights, objective.ObjectiveConfig())
+        logprobs,
+        PI_OLD.log(),
+        PI_REF.log(),
+        advantages,
+        BOTH_TOKENS,
+        weights,
+        objective.ObjectiveConfig(),
+    )
     loss.backward()
     return loss, terms, advantages, logprobs.grad
 
 
 def test_toy_terms(objective):
     _, terms, advantages, _ = toy(objective)
-    assert set(terms) == {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
+    assert set(terms) == {
+        "log_ratio",
+        "ratio",
+        "clipped_ratio",
+        "surrogate",
+        "kl",
+        "per_token_loss",
+    }
     close(advantages, [0.5, -0.5])
     close(terms["log_ratio"].exp(), [[1.25, 1], [0.8, 1.5]])
     close(terms["ratio"], [[1.25, 1], [0.8, 1.5]])
@@ -269,7 +356,9 @@ def test_toy_loss_and_gradient(objective):
 
 def test_toy_metrics(objective):
     _, terms, advantages, _ = toy(objective)
-    metrics = objective.objective_metrics(terms, advantages, BOTH_TOKENS, objective.ObjectiveConfig())
+    metrics = objective.objective_metrics(
+        terms, advantages, BOTH_TOKENS, objective.ObjectiveConfig()
+    )
     expected = {  # value, weight, reduction
         "kl": (0.5 / 4, 4, "mean"),
         "policy_loss": (0.065 / 4, 4, "mean"),
@@ -296,12 +385,16 @@ def test_clip_extremes_are_over_completions(objective):
     ratio = f64([[0.5, 0.5, 0.86], [0.5, 9, 9], [2, 1.21, 9]])
     mask, advantages = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool(), f64([-1, -1, 1])
     config = objective.ObjectiveConfig(beta=0)
-    _, terms = objective.grpo_loss(ratio.log(), torch.zeros(3, 3).double(), None, advantages, mask, mask.double(), config)
+    _, terms = objective.grpo_loss(
+        ratio.log(), torch.zeros(3, 3).double(), None, advantages, mask, mask.double(), config
+    )
     metrics = objective.objective_metrics(terms, advantages, mask, config)
     close(metrics["clip_ratio/low_min"].value, 0)
     close(metrics["clip_ratio/high_max"].value, 1 / 2)
     close(metrics["clip_ratio/low_mean"].value, 3 / 6)
-    first_two = objective.objective_metrics({name: term[:2] for name, term in terms.items()}, advantages[:2], mask[:2], config)
+    first_two = objective.objective_metrics(
+        {name: term[:2] for name, term in terms.items()}, advantages[:2], mask[:2], config
+    )
     close(first_two["clip_ratio/low_min"].value, 2 / 3)  # in fp64, as the tensors are
     close(first_two["clip_ratio/high_max"].value, 0)
 
@@ -310,8 +403,12 @@ def test_a_forks_own_term_is_logged(objective):
     # The mean over the three real tokens, (1 + 2 + 6) / 3; what stands in the masked slot does not count.
     mask, advantages = torch.tensor([[1, 1], [1, 0]]).bool(), f64([1, -1])
     config = objective.ObjectiveConfig(beta=0)
-    _, terms = objective.grpo_loss(f64([[0, 0], [0, 0]]), f64([[0, 0], [0, 0]]), None, advantages, mask, mask.double(), config)
-    metrics = objective.objective_metrics(terms | {"bonus": f64([[1, 2], [6, math.nan]])}, advantages, mask, config)
+    _, terms = objective.grpo_loss(
+        f64([[0, 0], [0, 0]]), f64([[0, 0], [0, 0]]), None, advantages, mask, mask.double(), config
+    )
+    metrics = objective.objective_metrics(
+        terms | {"bonus": f64([[1, 2], [6, math.nan]])}, advantages, mask, config
+    )
     assert "bonus" in metrics
     close(metrics["bonus"].value, 3)
     assert metrics["bonus"][1:] == (3, "mean")
@@ -325,7 +422,11 @@ def test_toy_uneven_lengths(objective):
     close(weights_of(objective, mask, "dapo", 4), [[1 / 3, 0], [1 / 3, 1 / 3]])
     # On policy, with A = 0.5 and -0.5, each token loses -A: -0.5 | 0.5, 0.5
     config, zeros = objective.ObjectiveConfig(beta=0), torch.zeros(2, 2).double()
-    for loss_type, expected in {"dr_grpo": 0.5 / 8, "grpo": -0.5 / 2 + 1 / 4, "dapo": 0.5 / 3}.items():
+    for loss_type, expected in {
+        "dr_grpo": 0.5 / 8,
+        "grpo": -0.5 / 2 + 1 / 4,
+        "dapo": 0.5 / 3,
+    }.items():
         weights = weights_of(objective, mask, loss_type, 4)
         loss, _ = objective.grpo_loss(zeros, zeros, None, f64([0.5, -0.5]), mask, weights, config)
         close(loss, expected)
@@ -337,13 +438,25 @@ def test_toy_advantages(objective):
     # All four: mean 2, std = sqrt((4 + 4 + 1 + 1)/(4 - 1)) = 1.825742. The divisor is the std + 0.0001.
     rewards, group_ids = f64([4, 1, 0, 3]), torch.tensor([5, 3, 5, 3])
     close(objective.group_advantages(rewards, group_ids), [2, -1, -2, 1])
-    close(objective.group_advantages(rewards, group_ids, "group"), [0.707082, -0.707057, -0.707082, 0.707057], atol=1e-6)
-    close(objective.group_advantages(rewards, group_ids, "batch"), [1.095385, -0.547693, -1.095385, 0.547693], atol=1e-6)
+    close(
+        objective.group_advantages(rewards, group_ids, "group"),
+        [0.707082, -0.707057, -0.707082, 0.707057],
+        atol=1e-6,
+    )
+    close(
+        objective.group_advantages(rewards, group_ids, "batch"),
+        [1.095385, -0.547693, -1.095385, 0.547693],
+        atol=1e-6,
+    )
 
 
 def test_rewards_one_millionth_apart_say_nothing(objective):
     # Group 0 differs by exactly 1e-6, the most that counts as residue; group 1 by 2e-6, whose halves are +-1e-6.
-    close(objective.group_advantages(f64([0, 1e-6, 0, 2e-6]), torch.tensor([0, 0, 1, 1])), [0, 0, -1e-6, 1e-6], atol=1e-12)
+    close(
+        objective.group_advantages(f64([0, 1e-6, 0, 2e-6]), torch.tensor([0, 0, 1, 1])),
+        [0, 0, -1e-6, 1e-6],
+        atol=1e-12,
+    )
 
 
 def test_one_rated_completion_gets_zero_without_a_warning(objective):
@@ -363,7 +476,9 @@ def test_one_token_in_the_whole_step(objective):
 def test_without_beta_an_overflowing_estimate_is_logged_and_not_lost_on(objective):
     # pi_ref/pi = exp(1000) is infinite, and 0 x inf would be NaN. The surrogate is 1 x 2, so the loss is -2.
     zeros, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    loss, terms = objective.grpo_loss(zeros, zeros, zeros + 1000, f64([2]), mask, mask.double(), objective.ObjectiveConfig(beta=0))
+    loss, terms = objective.grpo_loss(
+        zeros, zeros, zeros + 1000, f64([2]), mask, mask.double(), objective.ObjectiveConfig(beta=0)
+    )
     close(loss, -2)
     assert terms["kl"].item() == math.inf
 
@@ -376,15 +491,23 @@ def test_a_token_is_clipped_only_where_its_gradient_is(objective):
     terms = {"ratio": ratio, "kl": ratio, "surrogate": ratio, "log_ratio": ratio}
     mask = torch.ones(8, 1, dtype=torch.bool)
     metrics = objective.objective_metrics(terms, advantages, mask, objective.ObjectiveConfig())
-    close([metrics[f"clip_ratio/{name}"].value for name in ("low_mean", "high_mean", "region_mean")], [1 / 8, 1 / 8, 2 / 8])
+    close(
+        [metrics[f"clip_ratio/{name}"].value for name in ("low_mean", "high_mean", "region_mean")],
+        [1 / 8, 1 / 8, 2 / 8],
+    )
 
 
 def test_metrics_carry_no_gradient(objective):
     logprobs, mask = torch.zeros(1, 1, requires_grad=True), torch.ones(1, 1, dtype=torch.bool)
     config = objective.ObjectiveConfig()
-    _, terms = objective.grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), torch.ones(1), mask, mask.float(), config)
+    _, terms = objective.grpo_loss(
+        logprobs, logprobs.detach(), logprobs.detach(), torch.ones(1), mask, mask.float(), config
+    )
     assert terms["ratio"].requires_grad
-    assert not any(metric.value.requires_grad for metric in objective.objective_metrics(terms, torch.ones(1), mask, config).values())
+    assert not any(
+        metric.value.requires_grad
+        for metric in objective.objective_metrics(terms, torch.ones(1), mask, config).values()
+    )
 
 
 # What is refused, and what is only warned of
@@ -393,14 +516,22 @@ def test_metrics_carry_no_gradient(objective):
 def test_config_names_every_field_out_of_range(objective):
     with pytest.raises(ValueError) as error:
         objective.ObjectiveConfig(epsilon_low=1.0, epsilon_high=-0.1, beta=math.nan)
-    assert all(name in str(error.value) for name in ("epsilon_low is 1.0", "epsilon_high is -0.1", "beta is nan"))
+    assert all(
+        name in str(error.value)
+        for name in ("epsilon_low is 1.0", "epsilon_high is -0.1", "beta is nan")
+    )
     with pytest.raises(ValueError, match="epsilon_low is -0.1"):
         objective.ObjectiveConfig(epsilon_low=-0.1)
     with pytest.raises(ValueError) as error:
-        objective.ObjectiveConfig(kl_estimator="k4", loss_type="ppo", scale_rewards="std", beta=-1.0)
+        objective.ObjectiveConfig(
+            kl_estimator="k4", loss_type="ppo", scale_rewards="std", beta=-1.0
+        )
     assert str(error.value).splitlines() == [
-        "kl_estimator is 'k4'; use one of k1, k2, k3", "loss_type is 'ppo'; use one of dr_grpo, grpo, dapo",
-        "scale_rewards is 'std'; use one of none, group, batch", "beta is -1.0; it must not be negative"]
+        "kl_estimator is 'k4'; use one of k1, k2, k3",
+        "loss_type is 'ppo'; use one of dr_grpo, grpo, dapo",
+        "scale_rewards is 'std'; use one of none, group, batch",
+        "beta is -1.0; it must not be negative",
+    ]
 
 
 def test_zero_is_in_every_range_and_a_config_does_not_change(objective):
@@ -411,22 +542,36 @@ def test_zero_is_in_every_range_and_a_config_does_not_change(objective):
 
 def test_every_field_documents_itself(objective):
     """What run_grpo.py makes flags and help texts of."""
-    metadata = {field.name: field.metadata for field in dataclasses.fields(objective.ObjectiveConfig)}
+    metadata = {
+        field.name: field.metadata for field in dataclasses.fields(objective.ObjectiveConfig)
+    }
     assert all(entry["help"] and entry["source"] for entry in metadata.values())
-    assert {name: entry["aliases"] for name, entry in metadata.items() if "aliases" in entry} == {"epsilon_low": ("epsilon",)}
-    assert {name: entry["unit"] for name, entry in metadata.items() if "unit" in entry} == {"beta": "reward per nat"}
+    assert {name: entry["aliases"] for name, entry in metadata.items() if "aliases" in entry} == {
+        "epsilon_low": ("epsilon",)
+    }
+    assert {name: entry["unit"] for name, entry in metadata.items() if "unit" in entry} == {
+        "beta": "reward per nat"
+    }
 
 
 def test_defaults_are_the_papers(objective):
     config = objective.ObjectiveConfig()
     assert (config.epsilon_low, config.epsilon_high, config.beta) == (0.15, 0.22, 0.15)
-    assert (config.kl_estimator, config.loss_type, config.scale_rewards) == ("k3", "dr_grpo", "none")
+    assert (config.kl_estimator, config.loss_type, config.scale_rewards) == (
+        "k3",
+        "dr_grpo",
+        "none",
+    )
 
 
 def test_only_k1_in_the_loss_is_warned_of(objective):
     assert "k1" in objective.ObjectiveConfig(kl_estimator="k1").warnings()[0]
     assert objective.ObjectiveConfig(kl_estimator="k1", beta=0).warnings() == []
-    assert objective.ObjectiveConfig(kl_estimator="k2").warnings() == objective.ObjectiveConfig().warnings() == []
+    assert (
+        objective.ObjectiveConfig(kl_estimator="k2").warnings()
+        == objective.ObjectiveConfig().warnings()
+        == []
+    )
 
 
 def test_unknown_names_and_a_missing_reference_are_refused(objective):
@@ -444,13 +589,27 @@ def test_unknown_names_and_a_missing_reference_are_refused(objective):
 @pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "mask", "weights"])
 def test_a_tensor_of_another_shape_is_refused(objective, name):
     """It would broadcast, and the loss be a number all the same."""
-    arguments = {"old_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3), "advantages": torch.zeros(2),
-                 "mask": torch.ones(2, 3, dtype=torch.bool), "weights": torch.ones(2, 3)}
+    arguments = {
+        "old_logprobs": torch.zeros(2, 3),
+        "ref_logprobs": torch.zeros(2, 3),
+        "advantages": torch.zeros(2),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+        "weights": torch.ones(2, 3),
+    }
     config = objective.ObjectiveConfig()
-    with pytest.raises(ValueError, match=rf"^{name} has shape \(1, 3\), logprobs \(2, 3\); all are \[N,T\]$"):
-        objective.grpo_loss(torch.zeros(2, 3), **arguments | {name: arguments[name][:1]}, config=config)
-    with pytest.raises(ValueError, match=r"^advantages has shape \(2, 1\); one number a completion is needed, \[2\]$"):
-        objective.grpo_loss(torch.zeros(2, 3), **arguments | {"advantages": torch.zeros(2, 1)}, config=config)
+    with pytest.raises(
+        ValueError, match=rf"^{name} has shape \(1, 3\), logprobs \(2, 3\); all are \[N,T\]$"
+    ):
+        objective.grpo_loss(
+            torch.zeros(2, 3), **arguments | {name: arguments[name][:1]}, config=config
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"^advantages has shape \(2, 1\); one number a completion is needed, \[2\]$",
+    ):
+        objective.grpo_loss(
+            torch.zeros(2, 3), **arguments | {"advantages": torch.zeros(2, 1)}, config=config
+        )
 
 
 # The worked cases are used up
@@ -462,9 +621,14 @@ def opened_keys() -> dict[str, set[str]]:
     opened: dict[str, set[str]] = {}
     for file in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "case":
-                assert node.args and all(isinstance(argument, ast.Constant) for argument in node.args), \
-                    f"{file.name}:{node.lineno}: write the id and the keys of a case as literals"
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "case"
+            ):
+                assert node.args and all(
+                    isinstance(argument, ast.Constant) for argument in node.args
+                ), f"{file.name}:{node.lineno}: write the id and the keys of a case as literals"
                 case_id, *keys = [argument.value for argument in node.args]
                 opened.setdefault(case_id, set()).update(keys or [""])
     return opened
@@ -473,21 +637,34 @@ def opened_keys() -> dict[str, set[str]]:
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_expected_value_is_opened_or_listed(case_id):
     keys = opened_keys().get(case_id, set())
-    forgotten = [leaf for leaf in leaves(CASES[case_id]["expected"])
-                 if not any(key == "" or covers(key, leaf) for key in keys)
-                 and not any(covers(listed, f"{case_id}.{leaf}") for listed in NOT_IN_THE_PRODUCT)]
-    assert not forgotten, f"no test opens {forgotten} of {case_id}, and NOT_IN_THE_PRODUCT does not list them"
+    forgotten = [
+        leaf
+        for leaf in leaves(CASES[case_id]["expected"])
+        if not any(key == "" or covers(key, leaf) for key in keys)
+        and not any(covers(listed, f"{case_id}.{leaf}") for listed in NOT_IN_THE_PRODUCT)
+    ]
+    assert not forgotten, (
+        f"no test opens {forgotten} of {case_id}, and NOT_IN_THE_PRODUCT does not list them"
+    )
 
 
 def test_the_list_has_no_stale_entry():
-    existing = [f"{case_id}.{leaf}" for case_id, entry in CASES.items() for leaf in leaves(entry["expected"])]
-    assert [key for key in NOT_IN_THE_PRODUCT if not any(covers(key, leaf) for leaf in existing)] == []
+    existing = [
+        f"{case_id}.{leaf}"
+        for case_id, entry in CASES.items()
+        for leaf in leaves(entry["expected"])
+    ]
+    assert [
+        key for key in NOT_IN_THE_PRODUCT if not any(covers(key, leaf) for leaf in existing)
+    ] == []
     assert all(NOT_IN_THE_PRODUCT.values())
     assert len(CASES) == 24
 
 
 def test_a_forgotten_or_wrong_value_fails():
-    with pytest.raises(AssertionError, match="neither compared nor listed as not ours: .*'clipped', 'total_norm'"):
+    with pytest.raises(
+        AssertionError, match="neither compared nor listed as not ours: .*'clipped', 'total_norm'"
+    ):
         with open_case("P23_grad_clip") as p23:
             p23.close("clip_coef", 0.076923)
     with open_case("P23_grad_clip", "clipped") as p23:  # a part

@@ -2,6 +2,7 @@
 
 A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it a broken one.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -55,8 +56,14 @@ def random_batch(seed: int) -> dict[str, torch.Tensor]:
 
 def step_weights(objective, mask, loss_type, num_tokens=15, dtype=torch.float64):
     """Weights in a step that is one random batch: six completions, 15 tokens."""
-    return objective.token_weights(mask, loss_type, num_completions=6, num_tokens=num_tokens,
-                                   max_completion_length=MAX_COMPLETION_LENGTH, dtype=dtype)
+    return objective.token_weights(
+        mask,
+        loss_type,
+        num_completions=6,
+        num_tokens=num_tokens,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        dtype=dtype,
+    )
 
 
 def evaluate(objective, batch, loss_type="dr_grpo", rows=slice(None), num_tokens=15, **settings):
@@ -66,11 +73,24 @@ def evaluate(objective, batch, loss_type="dr_grpo", rows=slice(None), num_tokens
     logprobs = batch["logprobs"].clone().requires_grad_()
     weights = step_weights(objective, batch["mask"], loss_type, num_tokens, logprobs.dtype)
     loss, terms = objective.grpo_loss(
-        logprobs, batch["old_logprobs"], batch["ref_logprobs"], batch["advantages"], batch["mask"], weights, config,
-        sampling_logprobs=batch["sampling_logprobs"], entropy=batch["entropy"])
-    gradient, = torch.autograd.grad(loss, logprobs)
+        logprobs,
+        batch["old_logprobs"],
+        batch["ref_logprobs"],
+        batch["advantages"],
+        batch["mask"],
+        weights,
+        config,
+        sampling_logprobs=batch["sampling_logprobs"],
+        entropy=batch["entropy"],
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
     terms = {name: term.detach() for name, term in terms.items()}
-    return loss.detach(), gradient, terms, objective.objective_metrics(terms, batch["advantages"], batch["mask"], config)
+    return (
+        loss.detach(),
+        gradient,
+        terms,
+        objective.objective_metrics(terms, batch["advantages"], batch["mask"], config),
+    )
 
 
 def combine(micro_batches):
@@ -81,14 +101,22 @@ def combine(micro_batches):
         values = torch.stack([metric.value for metric in found])
         weights = torch.tensor([metric.weight for metric in found])
         mean = (values * weights).sum() / weights.sum()
-        combined[name] = {"mean": mean, "min": values.min(), "max": values.max()}[found[0].reduction]
+        combined[name] = {"mean": mean, "min": values.min(), "max": values.max()}[
+            found[0].reduction
+        ]
     return combined
 
 
 def assert_same_metrics(actual, expected) -> None:
     assert set(actual) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-10 if value.dtype == torch.float64 else 1e-7, msg=name)
+        torch.testing.assert_close(
+            actual[name],
+            value,
+            rtol=0,
+            atol=1e-10 if value.dtype == torch.float64 else 1e-7,
+            msg=name,
+        )
 
 
 def values_of(metrics):
@@ -121,14 +149,24 @@ def test_gradient_by_central_differences(objective, loss_type, estimator, beta):
 
     def loss_at(logprobs):
         ref_logprobs = batch["ref_logprobs"] if beta else None
-        return objective.grpo_loss(logprobs, batch["old_logprobs"], ref_logprobs, batch["advantages"], mask, weights, config)[0]
+        return objective.grpo_loss(
+            logprobs,
+            batch["old_logprobs"],
+            ref_logprobs,
+            batch["advantages"],
+            mask,
+            weights,
+            config,
+        )[0]
 
     for index in itertools.product(range(6), range(5)):
         step = torch.zeros(6, 5, dtype=torch.float64)
         step[index] = h
-        numbers[index] = (loss_at(batch["logprobs"] + step) - loss_at(batch["logprobs"] - step)) / (2 * h)
+        numbers[index] = (loss_at(batch["logprobs"] + step) - loss_at(batch["logprobs"] - step)) / (
+            2 * h
+        )
     logprobs = batch["logprobs"].clone().requires_grad_()
-    gradient, = torch.autograd.grad(loss_at(logprobs), logprobs)
+    (gradient,) = torch.autograd.grad(loss_at(logprobs), logprobs)
     torch.testing.assert_close(gradient, numbers, rtol=1e-6, atol=1e-9)
     assert (gradient[mask] != 0).any()
 
@@ -140,9 +178,17 @@ def test_random_inputs_by_gradcheck(objective, loss_type):
         weights = step_weights(objective, batch["mask"], loss_type)
         config = objective.ObjectiveConfig(loss_type=loss_type)
         assert torch.autograd.gradcheck(
-            lambda logprobs: objective.grpo_loss(logprobs, batch["old_logprobs"], batch["ref_logprobs"], batch["advantages"],
-                                                 batch["mask"], weights, config)[0],
-            batch["logprobs"].requires_grad_())
+            lambda logprobs: objective.grpo_loss(
+                logprobs,
+                batch["old_logprobs"],
+                batch["ref_logprobs"],
+                batch["advantages"],
+                batch["mask"],
+                weights,
+                config,
+            )[0],
+            batch["logprobs"].requires_grad_(),
+        )
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -157,16 +203,26 @@ def test_before_the_first_update(objective, loss_type, estimator):
     assert torch.equal(terms["kl"], torch.zeros(6, 5, dtype=torch.float64))
     assert torch.equal(gradient, -batch["advantages"][:, None] * weights)
     assert metrics["ratio/min"].value == metrics["ratio/max"].value == 1
-    assert metrics["kl"].value == metrics["approx_kl_old"].value == metrics["clip_ratio/region_mean"].value == 0
+    assert (
+        metrics["kl"].value
+        == metrics["approx_kl_old"].value
+        == metrics["clip_ratio/region_mean"].value
+        == 0
+    )
 
 
 def test_kl_acts_where_the_advantage_is_zero(objective):
     """A group without a preference is still pulled towards the reference: the gradient is beta w (1 - pi_ref/pi)."""
     batch = random_batch(seed=3)
-    batch |= {"advantages": torch.zeros(6, dtype=torch.float64), "ref_logprobs": batch["logprobs"] - math.log(2)}
+    batch |= {
+        "advantages": torch.zeros(6, dtype=torch.float64),
+        "ref_logprobs": batch["logprobs"] - math.log(2),
+    }
     _, gradient, _, _ = evaluate(objective, batch, beta=0.3)
     expected = 0.3 * 0.5 / (6 * MAX_COMPLETION_LENGTH)  # pi_ref/pi = 1/2 everywhere
-    torch.testing.assert_close(gradient, batch["mask"] * torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
+    torch.testing.assert_close(
+        gradient, batch["mask"] * torch.tensor(expected, dtype=torch.float64), **TOLERANCE
+    )
 
 
 # Masked slots
@@ -183,7 +239,9 @@ def test_masked_slots_change_nothing(objective, names, garbage):
     spoilt = batch | {name: torch.where(batch["mask"], batch[name], garbage) for name in names}
     for loss_type in LOSS_TYPES:
         loss, gradient, terms, metrics = evaluate(objective, batch, loss_type)
-        spoilt_loss, spoilt_gradient, spoilt_terms, spoilt_metrics = evaluate(objective, spoilt, loss_type)
+        spoilt_loss, spoilt_gradient, spoilt_terms, spoilt_metrics = evaluate(
+            objective, spoilt, loss_type
+        )
         assert torch.equal(spoilt_loss, loss)
         assert torch.equal(spoilt_gradient, gradient)
         assert torch.equal(spoilt_gradient[~batch["mask"]], torch.zeros(15, dtype=torch.float64))
@@ -203,16 +261,29 @@ def test_metrics_read_real_tokens_only(objective, garbage):
         batch["mask"][:, -1] = False  # so that each completion has a masked slot
         _, _, terms, metrics = evaluate(objective, batch)
         spoilt = {name: torch.where(batch["mask"], term, garbage) for name, term in terms.items()}
-        assert objective.objective_metrics(spoilt, batch["advantages"], batch["mask"], objective.ObjectiveConfig()) == metrics
+        assert (
+            objective.objective_metrics(
+                spoilt, batch["advantages"], batch["mask"], objective.ObjectiveConfig()
+            )
+            == metrics
+        )
 
 
 def test_masked_slots_carry_no_loss(objective):
     """Not even with weights that are not 0 there."""
     batch = random_batch(seed=4)
     _, terms = objective.grpo_loss(
-        batch["logprobs"], batch["old_logprobs"], batch["ref_logprobs"], batch["advantages"], batch["mask"],
-        torch.ones(6, 5, dtype=torch.float64), objective.ObjectiveConfig())
-    assert torch.equal(terms["per_token_loss"][~batch["mask"]], torch.zeros(15, dtype=torch.float64))
+        batch["logprobs"],
+        batch["old_logprobs"],
+        batch["ref_logprobs"],
+        batch["advantages"],
+        batch["mask"],
+        torch.ones(6, 5, dtype=torch.float64),
+        objective.ObjectiveConfig(),
+    )
+    assert torch.equal(
+        terms["per_token_loss"][~batch["mask"]], torch.zeros(15, dtype=torch.float64)
+    )
     assert (terms["per_token_loss"][batch["mask"]] != 0).all()
 
 
@@ -235,7 +306,11 @@ def test_padding_changes_nothing(objective, loss_type):
         wide[:, columns] = values
         return wide
 
-    wide = batch | {name: padded(batch[name]) for name in TOKEN_INPUTS} | {"mask": padded(batch["mask"].double()) == 1}
+    wide = (
+        batch
+        | {name: padded(batch[name]) for name in TOKEN_INPUTS}
+        | {"mask": padded(batch["mask"].double()) == 1}
+    )
     loss, gradient, _, metrics = evaluate(objective, batch, loss_type)
     wide_loss, wide_gradient, _, wide_metrics = evaluate(objective, wide, loss_type)
     torch.testing.assert_close(wide_loss, loss, **TOLERANCE)
@@ -276,10 +351,12 @@ def partitions(rows):
     """All ways to deal the rows into micro-batches."""
     if not rows:
         return [[]]
-    return [[[rows[0], *chosen], *rest]
-            for size in range(len(rows))
-            for chosen in itertools.combinations(rows[1:], size)
-            for rest in partitions([row for row in rows[1:] if row not in chosen])]
+    return [
+        [[rows[0], *chosen], *rest]
+        for size in range(len(rows))
+        for chosen in itertools.combinations(rows[1:], size)
+        for rest in partitions([row for row in rows[1:] if row not in chosen])
+    ]
 
 
 def test_partitions_are_all_there():
@@ -331,14 +408,18 @@ def test_advantages_follow_the_group_ids(objective, scale_rewards):
     for group in range(3):
         assert advantages[GROUP_IDS == group].sum().abs() < 1e-12
     assert (advantages[GROUP_IDS == 1] == 0).all() and (advantages[GROUP_IDS != 1] != 0).all()
-    renamed = torch.tensor([-4, 10 ** 12, 3])[GROUP_IDS]  # only equality of ids counts
-    torch.testing.assert_close(objective.group_advantages(REWARDS, renamed, scale_rewards), advantages, **TOLERANCE)
+    renamed = torch.tensor([-4, 10**12, 3])[GROUP_IDS]  # only equality of ids counts
+    torch.testing.assert_close(
+        objective.group_advantages(REWARDS, renamed, scale_rewards), advantages, **TOLERANCE
+    )
     order = torch.tensor([8, 2, 0, 5, 1, 7, 3, 6, 4])
     moved = objective.group_advantages(REWARDS[order], GROUP_IDS[order], scale_rewards)
     torch.testing.assert_close(moved, advantages[order], **TOLERANCE)
     # a bonus for a whole group says nothing
     raised = objective.group_advantages(REWARDS + 5 * GROUP_IDS, GROUP_IDS, "none")
-    torch.testing.assert_close(raised, objective.group_advantages(REWARDS, GROUP_IDS, "none"), **TOLERANCE)
+    torch.testing.assert_close(
+        raised, objective.group_advantages(REWARDS, GROUP_IDS, "none"), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("scale_rewards", SCALES)
@@ -359,7 +440,10 @@ def test_nan_rewards_are_left_out(objective, scale_rewards):
     group_ids = torch.tensor([0, 0, 0, 1, 1, 2, 2])  # some rated, none rated, one rated
     rated = torch.tensor([0, 2, 5])
     advantages = objective.group_advantages(rewards, group_ids, scale_rewards)
-    assert torch.equal(advantages[rated], objective.group_advantages(rewards[rated], group_ids[rated], scale_rewards))
+    assert torch.equal(
+        advantages[rated],
+        objective.group_advantages(rewards[rated], group_ids[rated], scale_rewards),
+    )
     assert (advantages[[1, 3, 4, 5, 6]] == 0).all() and advantages[0] > 0 > advantages[2]
     assert objective.group_advantages(rewards[:0], group_ids[:0], scale_rewards).shape == (0,)
 
@@ -371,14 +455,19 @@ def test_k3_in_float32_is_precise_and_not_negative(objective):
     """Where the policies nearly agree, exp(d) - 1 - d would be rounding error; at d = 0.001 the series is d^2/2 + d^3/6."""
     d = torch.tensor([1e-3, -1e-3])
     expected = torch.tensor([5e-7 + 1e-9 / 6, 5e-7 - 1e-9 / 6])
-    torch.testing.assert_close(objective.kl_estimate(torch.zeros(2), d), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        objective.kl_estimate(torch.zeros(2), d), expected, rtol=1e-3, atol=0
+    )
     for span in (5, 0.01, 1e-4):
         kl = objective.kl_estimate(torch.zeros(2001), torch.linspace(-span, span, 2001))
         assert (kl > -1e-9).all()  # but for the last digit of expm1
 
 
 def test_float32_stays_float32(objective):
-    batch = {name: values if name == "mask" else values.float() for name, values in random_batch(seed=11).items()}
+    batch = {
+        name: values if name == "mask" else values.float()
+        for name, values in random_batch(seed=11).items()
+    }
     assert objective.group_advantages(REWARDS.float(), GROUP_IDS, "batch").dtype == torch.float32
     for loss_type in LOSS_TYPES:
         loss, gradient, terms, metrics = evaluate(objective, batch, loss_type)
@@ -392,9 +481,19 @@ def test_float32_stays_float32(objective):
 def test_without_beta_the_reference_is_not_needed(objective):
     batch = random_batch(seed=12)
     loss, _, _, _ = evaluate(objective, batch, beta=0)
-    weights, config = step_weights(objective, batch["mask"], "dr_grpo"), objective.ObjectiveConfig(beta=0)
+    weights, config = (
+        step_weights(objective, batch["mask"], "dr_grpo"),
+        objective.ObjectiveConfig(beta=0),
+    )
     without, terms = objective.grpo_loss(
-        batch["logprobs"], batch["old_logprobs"], None, batch["advantages"], batch["mask"], weights, config)
+        batch["logprobs"],
+        batch["old_logprobs"],
+        None,
+        batch["advantages"],
+        batch["mask"],
+        weights,
+        config,
+    )
     assert torch.equal(without, loss)
     assert (terms["kl"] == 0).all()
 

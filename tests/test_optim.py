@@ -3,13 +3,20 @@
 A schedule that is off by a step, or a decay that is not applied, shows in no curve. The worked cases P17 and P23 are in
 test_objective.py.
 """
+
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
 
-from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate, trainable_parameters
+from engine.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+    trainable_parameters,
+)
 
 
 def model_of(**values: float) -> nn.Module:
@@ -24,7 +31,7 @@ def test_only_what_requires_a_gradient_is_trained_in_the_models_order():
     model = model_of(z=1.0, frozen=2.0, a=3.0)
     model.frozen.requires_grad_(False)
     assert [name for name, _ in trainable_parameters(model)] == ["z", "a"]
-    group, = build_optimizer(model, learning_rate=0.1, weight_decay=0.0).param_groups
+    (group,) = build_optimizer(model, learning_rate=0.1, weight_decay=0.0).param_groups
     assert [id(parameter) for parameter in group["params"]] == [id(model.z), id(model.a)]
 
 
@@ -53,7 +60,18 @@ def test_adamw_by_hand():
 def test_learning_rate_by_hand():
     # 4 steps of warm-up from 0, then half a cosine over 8: 2 x (1 + cos(pi x done/8)) / 2; cos 0 = 1, cos(pi/2) = 0, cos pi = -1
     schedule = {"base": 2.0, "warmup_steps": 4, "total_steps": 12}
-    by_step = {0: 0.0, 1: 0.5, 3: 1.5, 4: 2.0, 6: 1 + 0.5 ** 0.5, 8: 1.0, 10: 1 - 0.5 ** 0.5, 12: 0.0, 13: 0.0, 20: 0.0}
+    by_step = {
+        0: 0.0,
+        1: 0.5,
+        3: 1.5,
+        4: 2.0,
+        6: 1 + 0.5**0.5,
+        8: 1.0,
+        10: 1 - 0.5**0.5,
+        12: 0.0,
+        13: 0.0,
+        20: 0.0,
+    }
     for step, expected in by_step.items():
         assert learning_rate_at(step, **schedule) == pytest.approx(expected, abs=1e-12), step
 
@@ -71,14 +89,19 @@ def test_learning_rate_of_nothing_but_warmup():
 
 def test_learning_rate_is_set_in_every_group():
     model = model_of(a=1.0, b=1.0)
-    optimizer = torch.optim.AdamW([{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.2}])
+    optimizer = torch.optim.AdamW(
+        [{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.2}]
+    )
     set_learning_rate(optimizer, 0.05)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
 
 
 def test_gradients_are_scaled_together_and_only_when_too_long():
     model = model_of(a=0.0, b=0.0)
-    model.a.grad, model.b.grad = torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
+    model.a.grad, model.b.grad = (
+        torch.tensor([3.0], dtype=torch.float64),
+        torch.tensor([4.0], dtype=torch.float64),
+    )
     assert clip_gradients(model.parameters(), 10.0).item() == pytest.approx(5)  # 3, 4, 5
     assert (model.a.grad.item(), model.b.grad.item()) == (3.0, 4.0)
     assert clip_gradients(model.parameters(), 1.0).item() == pytest.approx(5)  # the norm before

@@ -1,6 +1,7 @@
 """Protects the README from drifting away from the code: line links into the objective, the forks' diffs and sizes, recipes, the
 layout tree, flags and files. Run: pytest tests/test_readme.py
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,7 +40,9 @@ def test_every_term_of_the_objective_has_its_line():
 @pytest.mark.parametrize("shown, linked, code", TERMS)
 def test_a_line_link_points_to_its_code(shown, linked, code):
     line = (ROOT / "rl" / "objective.py").read_text(encoding="utf-8").splitlines()[int(linked) - 1]
-    assert shown == linked and code in line, f"README links line {linked} for {code!r}, which holds {line.strip()!r}"
+    assert shown == linked and code in line, (
+        f"README links line {linked} for {code!r}, which holds {line.strip()!r}"
+    )
 
 
 def test_the_forks_diff_that_is_shown_is_the_patch():
@@ -53,9 +56,14 @@ def test_the_forks_diff_that_is_shown_is_the_patch():
 @pytest.mark.parametrize("name", FORKS)
 def test_a_forks_row_has_its_size_flag_and_metric(name):
     fork, (added, removed) = FORKS[name], size(patch_of(name))
-    value = "" if fork.on is True else f" {fork.on:g}" if isinstance(fork.on, float) else f" {fork.on}"
+    value = (
+        "" if fork.on is True else f" {fork.on:g}" if isinstance(fork.on, float) else f" {fork.on}"
+    )
     metric = f"`{fork.metric}` " if fork.metric else ""
-    assert f"| [{name}](tests/forks/{name}.patch) | +{added} -{removed} | `--{fork.field}{value}` | {metric}| " in README
+    assert (
+        f"| [{name}](tests/forks/{name}.patch) | +{added} -{removed} | `--{fork.field}{value}` | {metric}| "
+        in README
+    )
 
 
 def test_the_forks_toy_example_gives_what_it_says(monkeypatch, capsys):
@@ -65,7 +73,9 @@ def test_the_forks_toy_example_gives_what_it_says(monkeypatch, capsys):
     exec(example, {})
     numbers = [float(number) for number in re.findall(r"-?\d\.\d{4}", capsys.readouterr().out)]
     assert numbers == [-2.0609, 1.0305, 1.0305, 1.0202, 1.0408]
-    assert [float(number) for number in re.findall(r"-?\d\.\d{4}", example.rpartition("#")[2])] == numbers
+    assert [
+        float(number) for number in re.findall(r"-?\d\.\d{4}", example.rpartition("#")[2])
+    ] == numbers
 
 
 def test_the_recipe_table_is_the_shipped_recipes():
@@ -95,7 +105,9 @@ def test_every_flag_named_is_a_flag(capsys):
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig, *REPORTS)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
     # of data.select
-    fields |= {fork.field for fork in FORKS.values()} | {action.dest for action in build_parser()._actions}
+    fields |= {fork.field for fork in FORKS.values()} | {
+        action.dest for action in build_parser()._actions
+    }
     for command in ("export", "import"):
         with pytest.raises(SystemExit):
             traces([command, "--help"])
@@ -115,8 +127,22 @@ def test_the_demo_splits_named_exist():
 
 # Plain numbers: ratios, ranks, seeds, and what stands in a formula.
 WITHOUT_UNIT = {
-    "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "validation_split", "lora_r", "lora_alpha", "lora_dropout",
-    "seed", "temperature", "top_p", "reward_scale", "length_penalty", "epsilon_low", "epsilon_high"}
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "validation_split",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "seed",
+    "temperature",
+    "top_p",
+    "reward_scale",
+    "length_penalty",
+    "epsilon_low",
+    "epsilon_high",
+}
 
 
 @pytest.mark.parametrize("owner", [SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, *REPORTS])
@@ -129,5 +155,9 @@ def test_every_setting_of_the_commands_explains_itself(owner):
         elif field.default != ():
             assert field.metadata["source"], what
         is_number = any(kind in str(field.type) for kind in ("int", "float"))
-        assert bool(field.metadata.get("unit")) == (is_number and field.name not in WITHOUT_UNIT), what
-        assert "default" not in field.metadata["help"], f"{what}: the default stands in the brackets"
+        assert bool(field.metadata.get("unit")) == (is_number and field.name not in WITHOUT_UNIT), (
+            what
+        )
+        assert "default" not in field.metadata["help"], (
+            f"{what}: the default stands in the brackets"
+        )

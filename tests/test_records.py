@@ -2,6 +2,7 @@
 
 A row that is read wrongly trains and scores without any error. Run: pytest tests/test_records.py
 """
+
 from __future__ import annotations
 
 import json
@@ -10,20 +11,34 @@ import os
 import pytest
 
 from data.labels import LABELS, NIH_NINE, Target
-from data.records import MAX_PROBLEMS, DataError, Example, data_file, read_examples, read_jsonl, split_by_patient, write_jsonl
+from data.records import (
+    MAX_PROBLEMS,
+    DataError,
+    Example,
+    data_file,
+    read_examples,
+    read_jsonl,
+    split_by_patient,
+    write_jsonl,
+)
 
 ROW = {"id": "a", "patient_id": "p1", "image": "a.png", "labels": ["Edema"], "dataset": "nih"}
 
 
 def write(path, *lines) -> str:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
 def refusal(path) -> list[str]:
     with pytest.raises(DataError) as caught:
         read_jsonl(path)
-    assert isinstance(caught.value, ValueError) and str(caught.value) == "\n".join(caught.value.problems)
+    assert isinstance(caught.value, ValueError) and str(caught.value) == "\n".join(
+        caught.value.problems
+    )
     return caught.value.problems
 
 
@@ -31,15 +46,28 @@ def refusal(path) -> list[str]:
 
 
 def test_a_row_with_everything(tmp_path):
-    row = ROW | {"labels": ["Fracture", "Edema", "Fracture"], "evaluated_labels": ["Pneumonia", "Edema"],
-                 "source_labels": ["oedema", "rib #"], "answer": "<think>x</think>", "age": 61, "view": {"kind": "PA"}}
+    row = ROW | {
+        "labels": ["Fracture", "Edema", "Fracture"],
+        "evaluated_labels": ["Pneumonia", "Edema"],
+        "source_labels": ["oedema", "rib #"],
+        "answer": "<think>x</think>",
+        "age": 61,
+        "view": {"kind": "PA"},
+    }
     [example] = read_jsonl(write(tmp_path / "d.jsonl", row))
     assert example == Example(
         # CheXpert's order, once each
-        id="a", patient_id="p1", image="a.png", labels=("Edema", "Fracture"), dataset="nih",
-        image_root=tmp_path, evaluated_labels=("Edema", "Pneumonia"), source_labels=("oedema", "rib #"),
+        id="a",
+        patient_id="p1",
+        image="a.png",
+        labels=("Edema", "Fracture"),
+        dataset="nih",
+        image_root=tmp_path,
+        evaluated_labels=("Edema", "Pneumonia"),
+        source_labels=("oedema", "rib #"),
         answer="<think>x</think>",
-        extra={"age": 61, "view": {"kind": "PA"}})
+        extra={"age": 61, "view": {"kind": "PA"}},
+    )
     # Fracture is not evaluated here: unknown, not true
     assert example.target == Target(frozenset({"Edema"}), frozenset({"Edema", "Pneumonia"}))
 
@@ -47,7 +75,12 @@ def test_a_row_with_everything(tmp_path):
 def test_defaults_of_the_optional_fields(tmp_path):
     for optional in ({}, {"evaluated_labels": None, "source_labels": None, "answer": None}):
         [example] = read_jsonl(write(tmp_path / "d.jsonl", ROW | optional))
-        assert (example.evaluated_labels, example.source_labels, example.answer, example.extra) == (LABELS, (), None, {})
+        assert (example.evaluated_labels, example.source_labels, example.answer, example.extra) == (
+            LABELS,
+            (),
+            None,
+            {},
+        )
         assert example.target == Target(frozenset({"Edema"}), frozenset(LABELS))
 
 
@@ -57,13 +90,22 @@ def test_evaluating_no_label_is_not_the_default(tmp_path):
 
 
 def test_no_label_at_all_is_allowed(tmp_path):
-    [example] = read_jsonl(write(tmp_path / "d.jsonl", ROW | {"labels": [], "evaluated_labels": list(NIH_NINE)}))
+    [example] = read_jsonl(
+        write(tmp_path / "d.jsonl", ROW | {"labels": [], "evaluated_labels": list(NIH_NINE)})
+    )
     assert (example.labels, example.evaluated_labels) == ((), NIH_NINE)
 
 
 def test_blank_lines_order_and_byte_order_mark(tmp_path):
     path = tmp_path / "d.jsonl"
-    lines = ["", json.dumps(ROW | {"id": "z"}), "   ", json.dumps(ROW | {"id": "ä"}, ensure_ascii=False), "", ""]
+    lines = [
+        "",
+        json.dumps(ROW | {"id": "z"}),
+        "   ",
+        json.dumps(ROW | {"id": "ä"}, ensure_ascii=False),
+        "",
+        "",
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + "\r\n".join(lines).encode())
     assert [example.id for example in read_jsonl(path)] == ["a", "z", "ä"]
 
@@ -73,7 +115,9 @@ def test_image_root_and_names(tmp_path):
     assert read_examples(str(path))[0].image_root == tmp_path  # the file's own folder
     assert read_examples(path, tmp_path / "elsewhere")[0].image_root == tmp_path / "elsewhere"
     assert data_file("demo.jsonl").name == "demo.jsonl"
-    with pytest.raises(DataError, match="demo:nothing: the demo has no split 'nothing'; it has .*train"):
+    with pytest.raises(
+        DataError, match="demo:nothing: the demo has no split 'nothing'; it has .*train"
+    ):
         data_file("demo:nothing")
 
 
@@ -82,7 +126,9 @@ def test_image_root_and_names(tmp_path):
 
 def test_missing_file_and_folder(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
-        assert refusal(path) == [f"{path}: no such data file; give a JSONL file with one example a line"]
+        assert refusal(path) == [
+            f"{path}: no such data file; give a JSONL file with one example a line"
+        ]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
@@ -92,12 +138,21 @@ def test_empty_file(tmp_path, content):
     assert refusal(path) == [f"{path}: the file holds no examples; it needs at least one"]
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ('{"id": "a",', "not valid JSON (Expecting property name enclosed in double quotes, column 12)"),
-    ('{"id": "a"} {}', "not valid JSON (Extra data, column 13)"),
-    ("[1, 2]", "holds list, not an object with fields id, patient_id, image, labels, dataset"),
-    ("null", "holds NoneType, not an object with fields id, patient_id, image, labels, dataset"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            '{"id": "a",',
+            "not valid JSON (Expecting property name enclosed in double quotes, column 12)",
+        ),
+        ('{"id": "a"} {}', "not valid JSON (Extra data, column 13)"),
+        ("[1, 2]", "holds list, not an object with fields id, patient_id, image, labels, dataset"),
+        (
+            "null",
+            "holds NoneType, not an object with fields id, patient_id, image, labels, dataset",
+        ),
+    ],
+)
 def test_lines_that_are_no_object(tmp_path, line, said):
     path = write(tmp_path / "d.jsonl", ROW, "", line)
     assert refusal(path) == [f"{path}, line 3: {said}"]
@@ -106,23 +161,36 @@ def test_lines_that_are_no_object(tmp_path, line, said):
 def test_another_encoding(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + '{"id": "ä"}'.encode("latin-1"))
-    assert refusal(path) == [f"{path}, line 2: not UTF-8 text (invalid continuation byte, byte 9); save the file as UTF-8"]
+    assert refusal(path) == [
+        f"{path}, line 2: not UTF-8 text (invalid continuation byte, byte 9); save the file as UTF-8"
+    ]
 
 
-@pytest.mark.parametrize(("field", "value", "said"), [
-    ("id", 7, "field 'id' is 7; it must be a string"),
-    ("patient_id", None, "field 'patient_id' is null; it must be a string"),
-    ("image", ["a.png"], "field 'image' is [\"a.png\"]; it must be a string"),
-    ("labels", "Edema", "field 'labels' is \"Edema\"; it must be a list of strings"),
-    ("labels", [1], "field 'labels' is [1]; it must be a list of strings"),
-    ("labels", None, "field 'labels' is null; it must be a list of strings"),
-    ("dataset", False, "field 'dataset' is false; it must be a string"),
-    ("evaluated_labels", {}, "field 'evaluated_labels' is {}; it must be a list of strings"),
-    ("source_labels", "x", "field 'source_labels' is \"x\"; it must be a list of strings"),
-    ("answer", 3.5, "field 'answer' is 3.5; it must be a string"),
-    ("labels", ["Edema", "edema", "Mass"], "field 'labels' holds 'edema', 'Mass'; the labels are: " + ", ".join(LABELS)),
-    ("evaluated_labels", ["Nodule"], "field 'evaluated_labels' holds 'Nodule'; the labels are: " + ", ".join(LABELS)),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("id", 7, "field 'id' is 7; it must be a string"),
+        ("patient_id", None, "field 'patient_id' is null; it must be a string"),
+        ("image", ["a.png"], "field 'image' is [\"a.png\"]; it must be a string"),
+        ("labels", "Edema", "field 'labels' is \"Edema\"; it must be a list of strings"),
+        ("labels", [1], "field 'labels' is [1]; it must be a list of strings"),
+        ("labels", None, "field 'labels' is null; it must be a list of strings"),
+        ("dataset", False, "field 'dataset' is false; it must be a string"),
+        ("evaluated_labels", {}, "field 'evaluated_labels' is {}; it must be a list of strings"),
+        ("source_labels", "x", "field 'source_labels' is \"x\"; it must be a list of strings"),
+        ("answer", 3.5, "field 'answer' is 3.5; it must be a string"),
+        (
+            "labels",
+            ["Edema", "edema", "Mass"],
+            "field 'labels' holds 'edema', 'Mass'; the labels are: " + ", ".join(LABELS),
+        ),
+        (
+            "evaluated_labels",
+            ["Nodule"],
+            "field 'evaluated_labels' holds 'Nodule'; the labels are: " + ", ".join(LABELS),
+        ),
+    ],
+)
 def test_wrong_types_and_labels(tmp_path, field, value, said):
     path = write(tmp_path / "d.jsonl", ROW | {"id": "b"}, ROW | {field: value})
     assert refusal(path) == [f"{path}, line 2: {said}"]
@@ -130,17 +198,31 @@ def test_wrong_types_and_labels(tmp_path, field, value, said):
 
 @pytest.mark.parametrize("field", ROW)
 def test_missing_fields(tmp_path, field):
-    path = write(tmp_path / "d.jsonl", {name: value for name, value in ROW.items() if name != field})
+    path = write(
+        tmp_path / "d.jsonl", {name: value for name, value in ROW.items() if name != field}
+    )
     assert refusal(path) == [f"{path}, line 1: field {field!r} is missing"]
 
 
 def test_all_problems_at_once(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"id": 1, "image": "x"}, ROW, "{", ROW, ROW | {"id": "c", "labels": ["X"]})
+    path = write(
+        tmp_path / "d.jsonl",
+        {"id": 1, "image": "x"},
+        ROW,
+        "{",
+        ROW,
+        ROW | {"id": "c", "labels": ["X"]},
+    )
     said = refusal(path)
     assert [line.removeprefix(f"{path}, ")[:42] for line in said] == [
-        "line 1: field 'patient_id' is missing", "line 1: field 'labels' is missing", "line 1: field 'dataset' is missing",
-        "line 1: field 'id' is 1; it must be a stri", "line 3: not valid JSON (Expecting property",
-        "line 4: field 'id': 'a' is also on line 2;", "line 5: field 'labels' holds 'X'; the labe"]
+        "line 1: field 'patient_id' is missing",
+        "line 1: field 'labels' is missing",
+        "line 1: field 'dataset' is missing",
+        "line 1: field 'id' is 1; it must be a stri",
+        "line 3: not valid JSON (Expecting property",
+        "line 4: field 'id': 'a' is also on line 2;",
+        "line 5: field 'labels' holds 'X'; the labe",
+    ]
 
 
 def test_a_long_list_of_problems_is_cut(tmp_path):
@@ -154,7 +236,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
 
 
 def test_written_rows_are_read_again(tmp_path):
-    rows = [ROW | {"note": "ödem \u2028 \"x\"\n"}, ROW | {"id": "b"}]
+    rows = [ROW | {"note": 'ödem \u2028 "x"\n'}, ROW | {"id": "b"}]
     path = write_jsonl(tmp_path / "new" / "d.jsonl", rows)
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == rows
     assert [example.extra for example in read_jsonl(path)] == [{"note": rows[0]["note"]}, {}]
@@ -181,8 +263,12 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 def patients(*counts: int) -> list[Example]:
     """`counts[i]` examples of patient i, patients in turn."""
-    return [Example(f"{p}-{n}", f"p{p}", "x.png", (), "site", None)
-            for n in range(max(counts)) for p, count in enumerate(counts) if n < count]
+    return [
+        Example(f"{p}-{n}", f"p{p}", "x.png", (), "site", None)
+        for n in range(max(counts))
+        for p, count in enumerate(counts)
+        if n < count
+    ]
 
 
 def test_a_split_shares_no_patient_and_loses_no_example():
@@ -201,7 +287,9 @@ def test_a_split_is_a_function_of_its_seed():
     first = split_by_patient(examples, 0.25, seed=3)
     assert split_by_patient(examples, 0.25, seed=3) == first
     # The patients decide, not the order of the file.
-    assert {e.id for e in split_by_patient(examples[::-1], 0.25, seed=3)[1]} == {e.id for e in first[1]}
+    assert {e.id for e in split_by_patient(examples[::-1], 0.25, seed=3)[1]} == {
+        e.id for e in first[1]
+    }
     assert split_by_patient(examples, 0.25, seed=4) != first
 
 

@@ -79,7 +79,14 @@ def home_rows(*said: str) -> list[dict]:
     true = (("Edema",), ("Edema", "Fracture"), ("No Finding",), ("Fracture",))
     return reparse(
         [
-            row(text, labels, id=f"h{n}", patient=f"p{min(n, 2)}", evaluated=LABELS, completion_length=10 * n + 10)
+            row(
+                text,
+                labels,
+                id=f"h{n}",
+                patient=f"p{min(n, 2)}",
+                evaluated=LABELS,
+                completion_length=10 * n + 10,
+            )
             for n, (text, labels) in enumerate(zip(said, true))
         ]
     )
@@ -91,14 +98,19 @@ def nih_rows(*said: str) -> list[dict]:
     true = (("Edema",), (), ("Lung Lesion",))
     return reparse(
         [
-            row(text, labels, id=f"n{n}", patient=f"q{n}", evaluated=NIH_NINE) | {"source_labels": list(names)}
+            row(text, labels, id=f"n{n}", patient=f"q{n}", evaluated=NIH_NINE)
+            | {"source_labels": list(names)}
             for n, (text, labels, names) in enumerate(zip(said, true, source))
         ]
     )
 
 
-BEFORE = home_rows(answer("Edema"), answer("Pneumonia"), "no idea", answer("No Finding", "Fracture"))
-AFTER = home_rows(answer("Edema"), answer("Edema", "Fracture"), answer("No Finding"), answer("Edema"))
+BEFORE = home_rows(
+    answer("Edema"), answer("Pneumonia"), "no idea", answer("No Finding", "Fracture")
+)
+AFTER = home_rows(
+    answer("Edema"), answer("Edema", "Fracture"), answer("No Finding"), answer("Edema")
+)
 NIH_BEFORE = nih_rows(answer("Edema"), answer("Pleural Effusion"), answer("Lung Lesion"))
 NIH_AFTER = nih_rows(answer("Edema"), answer("Edema"), answer("Pleural Effusion"))
 
@@ -160,7 +172,10 @@ def test_fail_rates_are_multiples_of_one_in_500():
         for table in (published.TABLE_1, published.TABLE_2, published.TABLE_3, published.TABLE_4)
         for row in table.values()
     ]
-    assert all(rate * 500 == pytest.approx(round(rate * 500), abs=1e-9) for rate in rates) and len(rates) == 21
+    assert (
+        all(rate * 500 == pytest.approx(round(rate * 500), abs=1e-9) for rate in rates)
+        and len(rates) == 21
+    )
 
 
 def test_the_papers_tables_without_any_run_of_ours():
@@ -168,18 +183,56 @@ def test_the_papers_tables_without_any_run_of_ours():
     assert [table.caption.split(".")[0] for table in tables] == [f"Table {n}" for n in range(1, 7)]
     # labels, and two lines of macro-F1
     assert [len(table.rows) for table in tables] == [9, 4, 4, 4, 16, 11]
-    assert line_of(tables[0], "Reasoning C") == ["Reasoning C", "paper, MedGemma-4B", "0.260", "0.132", "0.482"]
-    assert line_of(tables[3], "hard", "last step")[3:] == ["0.340", "0.418", "0.375", "0.243", "0.279", "0.242", "0.018"]
-    assert line_of(tables[4], "Fracture") == ["Fracture", "5", "0.750", "0.143", "0.009", "0.150", "0.200"]
-    assert line_of(tables[4], "Macro F1, mean of the rows above")[2:] == ["0.755", "0.362", "0.228", "0.282", "0.346"]
-    assert line_of(tables[5], "Macro F1, as printed")[1:] == ["0.297", "0.243", "0.062", "0.299", "0.243"]
+    assert line_of(tables[0], "Reasoning C") == [
+        "Reasoning C",
+        "paper, MedGemma-4B",
+        "0.260",
+        "0.132",
+        "0.482",
+    ]
+    assert line_of(tables[3], "hard", "last step")[3:] == [
+        "0.340",
+        "0.418",
+        "0.375",
+        "0.243",
+        "0.279",
+        "0.242",
+        "0.018",
+    ]
+    assert line_of(tables[4], "Fracture") == [
+        "Fracture",
+        "5",
+        "0.750",
+        "0.143",
+        "0.009",
+        "0.150",
+        "0.200",
+    ]
+    assert line_of(tables[4], "Macro F1, mean of the rows above")[2:] == [
+        "0.755",
+        "0.362",
+        "0.228",
+        "0.282",
+        "0.346",
+    ]
+    assert line_of(tables[5], "Macro F1, as printed")[1:] == [
+        "0.297",
+        "0.243",
+        "0.062",
+        "0.299",
+        "0.243",
+    ]
     [bold] = [
-        [cell.text for cell in line[2:] if cell.tone == "best"] for line in tables[4].rows if texts(line)[0] == "Pleural Effusion"
+        [cell.text for cell in line[2:] if cell.tone == "best"]
+        for line in tables[4].rows
+        if texts(line)[0] == "Pleural Effusion"
     ]
     assert bold == ["0.822"]
     assert any("macro-F1 0.291 and micro-F1 0.332" in note for note in tables[4].notes)
     # why it cannot compare
-    assert all(any("published" in note or "licence" in note for note in table.notes) for table in tables)
+    assert all(
+        any("published" in note or "licence" in note for note in table.notes) for table in tables
+    )
     for table in tables:
         assert {len(line) for line in table.rows} == {len(table.header)}
 
@@ -204,11 +257,18 @@ def test_scores_and_policies_by_hand(tmp_path):
         "0.071",
     ]
     # sft: right, right, right, and Edema for Fracture: TP 4, FP 1, FN 1; Edema 4/5, Fracture 2/3, No Finding 1: macro 0.176.
-    assert texts(table.rows[1])[3] == "0.800" and texts(table.rows[1])[6:9] == ["0.176", "0.750", "0.000"]
+    assert texts(table.rows[1])[3] == "0.800" and texts(table.rows[1])[6:9] == [
+        "0.176",
+        "0.750",
+        "0.000",
+    ]
     # All 14 labels: 2 x 5 / (4 x 14 + 5) = 10/61.
     assert line_of(table, "baseline: all labels")[3] == "0.164"
     assert "4 images of 3 patients; 14 labels" in table.notes[0]
-    assert "Without any positive here: Enlarged Cardiomediastinum" in table.notes[1] and "base 0.444, sft 0.822" in table.notes[1]
+    assert (
+        "Without any positive here: Enlarged Cardiomediastinum" in table.notes[1]
+        and "base 0.444, sft 0.822" in table.notes[1]
+    )
 
 
 def test_movers_show_labels_without_positives_as_such(tmp_path):
@@ -223,7 +283,9 @@ def test_movers_show_labels_without_positives_as_such(tmp_path):
 def test_what_is_said_against_what_is_true(tmp_path):
     table = marginals_table(compared(tmp_path, BEFORE, AFTER))
     assert line_of(table, "Edema") == ["Edema", "2", "50.0 %", "25.0 %", "75.0 %"]
-    assert [cell.detail for line in table.rows if texts(line)[0] == "Edema" for cell in line[3:]] == ["0.50 x", "1.50 x"]
+    assert [
+        cell.detail for line in table.rows if texts(line)[0] == "Edema" for cell in line[3:]
+    ] == ["0.50 x", "1.50 x"]
     # sft: Edema 1/4 too often, Fracture 1/4 too rarely, of 14 labels: 0.5 / 14 = 3.6 points. base: Edema, Fracture -1/4 each,
     # Pneumonia +1/4, No Finding as often as it is true: 0.75 / 14 = 5.4.
     assert line_of(table, "mean distance from true")[3:] == ["5.4 points", "3.6 points"]
@@ -238,11 +300,26 @@ def test_length_and_variety(tmp_path):
 
 
 def test_transfer_and_paradox(tmp_path):
-    found = [compared(tmp_path, BEFORE, AFTER, "home"), compared(tmp_path, NIH_BEFORE, NIH_AFTER, "nih")]
+    found = [
+        compared(tmp_path, BEFORE, AFTER, "home"),
+        compared(tmp_path, NIH_BEFORE, NIH_AFTER, "nih"),
+    ]
     # nih, nine labels: before Edema and Lung Lesion right, 2/9; after Edema 2/3 (FP n1), Lung Lesion missed: 2/27.
     table = transfer_table(found, ["home"], [("base", "sft")])
-    assert line_of(table, "base \u2192 sft", "home")[2:7] == ["in distribution", "0.095", "0.176", "+0.081", "+85.0 %"]
-    assert line_of(table, "base \u2192 sft", "nih")[2:7] == ["across schemes", "0.222", "0.074", "-0.148", "-66.7 %"]
+    assert line_of(table, "base \u2192 sft", "home")[2:7] == [
+        "in distribution",
+        "0.095",
+        "0.176",
+        "+0.081",
+        "+85.0 %",
+    ]
+    assert line_of(table, "base \u2192 sft", "nih")[2:7] == [
+        "across schemes",
+        "0.222",
+        "0.074",
+        "-0.148",
+        "-66.7 %",
+    ]
     [transfer] = transfers(found, ["home"], [("base", "sft")])
     # 2/3 + 4/5 + 1 = 37/15
     assert transfer.gap[0] == pytest.approx((37 / 15 - 4 / 3) / 14 + 4 / 27)
@@ -258,14 +335,30 @@ def test_a_reading_needs_an_interval_without_zero(tmp_path):
 
     def rows(said: str, prefix: str, evaluated) -> list[dict]:
         return reparse(
-            [row(answer(said), ("Edema",), id=f"{prefix}{n}", patient=f"p{n}", evaluated=evaluated) for n in range(40)]
+            [
+                row(
+                    answer(said),
+                    ("Edema",),
+                    id=f"{prefix}{n}",
+                    patient=f"p{n}",
+                    evaluated=evaluated,
+                )
+                for n in range(40)
+            ]
         )
 
     home = compared(tmp_path, rows("Fracture", "h", LABELS), rows("Edema", "h", LABELS), "home")
-    away = compared(tmp_path, rows("Edema", "a", ("Edema",)), rows("Edema", "a", ("Edema",)), "away")
-    lost = compared(tmp_path, rows("Edema", "a", ("Edema",)), rows("Fracture", "a", ("Edema",)), "away")
+    away = compared(
+        tmp_path, rows("Edema", "a", ("Edema",)), rows("Edema", "a", ("Edema",)), "away"
+    )
+    lost = compared(
+        tmp_path, rows("Edema", "a", ("Edema",)), rows("Fracture", "a", ("Edema",)), "away"
+    )
     [transfer] = transfers([home, away], ["home"], [("base", "sft")])
-    assert texts(paradox_table([transfer]).rows[0])[4] == "at home: gains; elsewhere: no clear change; the gap moved towards home"
+    assert (
+        texts(paradox_table([transfer]).rows[0])[4]
+        == "at home: gains; elsewhere: no clear change; the gap moved towards home"
+    )
     [transfer] = transfers([home, lost], ["home"], [("base", "sft")])
     assert "the paper's trade-off" in texts(paradox_table([transfer]).rows[0])[4]
     [transfer] = transfers([lost, home], ["away"], [("base", "sft")])
@@ -275,20 +368,32 @@ def test_a_reading_needs_an_interval_without_zero(tmp_path):
 def test_nih_under_nine_and_ten_categories(tmp_path):
     write_jsonl(tmp_path / "nih.jsonl", NIH_BEFORE)
     variants = nih_variants({"base": load_predictions(tmp_path / "nih.jsonl")})
-    assert {name: labels for name, (_, labels) in variants.items()} == {"nine": NIH_NINE, "ten": NIH_TEN}
-    nine, ten = (compare("nih", variants[name][0], [], labels=variants[name][1], resamples=10) for name in ("nine", "ten"))
-    # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and the answer names: 3 of 10.
-    assert nine.values["base"]["macro_f1"][0] == pytest.approx(2 / 9) and ten.values["base"]["macro_f1"][0] == pytest.approx(
-        3 / 10
+    assert {name: labels for name, (_, labels) in variants.items()} == {
+        "nine": NIH_NINE,
+        "ten": NIH_TEN,
+    }
+    nine, ten = (
+        compare("nih", variants[name][0], [], labels=variants[name][1], resamples=10)
+        for name in ("nine", "ten")
     )
-    assert ten.support[ten.labels.index("Pleural Effusion")] == 1 and "Pleural Effusion" not in nine.labels
+    # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and the answer names: 3 of 10.
+    assert nine.values["base"]["macro_f1"][0] == pytest.approx(2 / 9) and ten.values["base"][
+        "macro_f1"
+    ][0] == pytest.approx(3 / 10)
+    assert (
+        ten.support[ten.labels.index("Pleural Effusion")] == 1
+        and "Pleural Effusion" not in nine.labels
+    )
     write_jsonl(tmp_path / "home.jsonl", BEFORE)
     assert nih_variants({"base": load_predictions(tmp_path / "home.jsonl")}) == {}
 
 
 def test_models_are_compared_on_the_images_that_all_answered(tmp_path):
     comparison = compared(tmp_path, BEFORE, AFTER[::-1][:3])  # other order, and h0 is missing
-    assert comparison.first.ids == ["h1", "h2", "h3"] and comparison.left_out == {"base": 1, "sft": 0}
+    assert comparison.first.ids == ["h1", "h2", "h3"] and comparison.left_out == {
+        "base": 1,
+        "sft": 0,
+    }
     assert comparison.values["sft"]["micro_f1"][0] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
     assert "left out: base 1" in scores_table(comparison).notes[1]
     with pytest.raises(UsageError, match="no image is answered by all"):
@@ -310,12 +415,16 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
         json.dumps(
             {
                 "script": "grpo",
-                "settings": settings(model_name_or_path="org/medgemma", prompt="demo", reward="hard"),
+                "settings": settings(
+                    model_name_or_path="org/medgemma", prompt="demo", reward="hard"
+                ),
                 "data": {"a": {"file": "data/a.jsonl"}},
             }
         )
     )
-    (run / "trainer_state.json").write_text(json.dumps({"global_step": 8, "best_model_checkpoint": "checkpoint-4"}))
+    (run / "trainer_state.json").write_text(
+        json.dumps({"global_step": 8, "best_model_checkpoint": "checkpoint-4"})
+    )
     (run / "checkpoint-4").mkdir()
     write_jsonl(run / "predictions-a.jsonl", BEFORE)
     write_jsonl(run / "predictions-a.partial.jsonl", BEFORE)
@@ -332,30 +441,51 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
     )
     assert own.data_file("a") == Path("data/a.jsonl")
 
-    for adapter, checkpoint in (("runs/g", "last step"), ("runs/g/checkpoint-4", "best F1"), (None, "")):
+    for adapter, checkpoint in (
+        ("runs/g", "last step"),
+        ("runs/g/checkpoint-4", "best F1"),
+        (None, ""),
+    ):
         folder = tmp_path / f"eval-{checkpoint}"
         folder.mkdir()
         write_results(
             folder,
             "t",
             BEFORE,
-            {"run": {"settings": settings(adapter_name_or_path=adapter, model_name_or_path="org/medgemma", prompt="b")}},
+            {
+                "run": {
+                    "settings": settings(
+                        adapter_name_or_path=adapter, model_name_or_path="org/medgemma", prompt="b"
+                    )
+                }
+            },
         )
         # the path is found from above the folder, too
         monkeypatch.chdir(tmp_path if adapter else "/")
         entry = load_entry("y", folder)
-        assert (entry.stage, entry.checkpoint, entry.prompt) == ("grpo" if adapter else "base", checkpoint, "b")
+        assert (entry.stage, entry.checkpoint, entry.prompt) == (
+            "grpo" if adapter else "base",
+            checkpoint,
+            "b",
+        )
         assert entry.training is None if adapter is None else entry.training.resolve() == run
     (tmp_path / "bare").mkdir()
     write_jsonl(tmp_path / "bare" / "predictions-t.jsonl", BEFORE)
-    assert [load_entry(name, tmp_path / "bare").stage for name in ("sft-1", "NV-Reason")] == ["sft", "other"]
+    assert [load_entry(name, tmp_path / "bare").stage for name in ("sft-1", "NV-Reason")] == [
+        "sft",
+        "other",
+    ]
 
 
 def test_steps_follow_the_stages(tmp_path):
     def entries(*names: str):
         return [load_entry(name, tmp_path) for name in names]
 
-    assert pairs_of(entries("base", "sft", "grpo")) == [("base", "sft"), ("sft", "grpo"), ("base", "grpo")]
+    assert pairs_of(entries("base", "sft", "grpo")) == [
+        ("base", "sft"),
+        ("sft", "grpo"),
+        ("base", "grpo"),
+    ]
     assert pairs_of(entries("base", "sft", "grpo-hard", "grpo-nuanced")) == [
         ("base", "sft"),
         ("sft", "grpo-hard"),
@@ -367,41 +497,69 @@ def test_steps_follow_the_stages(tmp_path):
 
 
 def test_home_sets_are_those_with_all_labels(tmp_path):
-    home, away = compared(tmp_path, BEFORE, AFTER, "zhome"), compared(tmp_path, NIH_BEFORE, NIH_AFTER, "away")
+    home, away = (
+        compared(tmp_path, BEFORE, AFTER, "zhome"),
+        compared(tmp_path, NIH_BEFORE, NIH_AFTER, "away"),
+    )
     assert home_sets([away, home], ()) == ["zhome"]
     # nothing says that such a set is the training data's
     assert home_sets([away], ()) == home_sets([], ()) == []
     assert home_sets([away, home], ("away",)) == ["away"]
-    with pytest.raises(UsageError, match="--in_distribution nih: no such data set; there are: away, zhome"):
+    with pytest.raises(
+        UsageError, match="--in_distribution nih: no such data set; there are: away, zhome"
+    ):
         home_sets([away, home], ("nih",))
 
 
 def test_prompts_are_told_by_their_names():
-    assert prompt_key("Reasoning Self-Check") == prompt_key("reasoning_self_check") == prompt_key("self_check")
-    assert prompt_key("Only Label") == prompt_key("only_label") and prompt_key("Reasoning A") == prompt_key(
-        "reasoning_a"
-    ) != prompt_key("reasoning_b")
+    assert (
+        prompt_key("Reasoning Self-Check")
+        == prompt_key("reasoning_self_check")
+        == prompt_key("self_check")
+    )
+    assert prompt_key("Only Label") == prompt_key("only_label") and prompt_key(
+        "Reasoning A"
+    ) == prompt_key("reasoning_a") != prompt_key("reasoning_b")
 
 
 def test_our_rows_stand_under_the_papers_of_the_same_prompt(folders):
-    config = {"script": "sft", "settings": settings(model_name_or_path="google/medgemma-4b-it", prompt="free_reasoning")}
+    config = {
+        "script": "sft",
+        "settings": settings(model_name_or_path="google/medgemma-4b-it", prompt="free_reasoning"),
+    }
     (folders["sft"] / "config.json").write_text(json.dumps(config))
     (folders["base"] / "scores-home.json").write_text(
         json.dumps({"run": {"settings": settings(model_name_or_path="demo", prompt="reasoning_c")}})
     )
     entries = [load_entry(name, folder) for name, folder in folders.items()]
-    comparison = compare("home", {entry.name: load_predictions(entry.sets["home"]) for entry in entries}, [], resamples=20)
+    comparison = compare(
+        "home",
+        {entry.name: load_predictions(entry.sets["home"]) for entry in entries},
+        [],
+        resamples=20,
+    )
     first, second, third, *_ = paper_tables(entries, [comparison], ["home"], {})
     names = [texts(line)[:2] for line in first.rows]
-    assert names[names.index(["Reasoning C", "paper, MedGemma-4B"]) + 1] == ["Reasoning C", "base (demo)"]
+    assert names[names.index(["Reasoning C", "paper, MedGemma-4B"]) + 1] == [
+        "Reasoning C",
+        "base (demo)",
+    ]
     names = [texts(line)[:2] for line in second.rows]
-    assert names[names.index(["Free Reasoning", "paper, MedGemma-4B"]) + 1] == ["Free Reasoning", "sft (google/medgemma-4b-it)"]
+    assert names[names.index(["Free Reasoning", "paper, MedGemma-4B"]) + 1] == [
+        "Free Reasoning",
+        "sft (google/medgemma-4b-it)",
+    ]
     assert not any("sft (" in texts(line)[1] for line in third.rows)
-    assert {len(line) for table in (first, second, third) for line in table.rows if table is first} == {5}
+    assert {
+        len(line) for table in (first, second, third) for line in table.rows if table is first
+    } == {5}
 
 
 def test_folders_are_named(tmp_path):
-    assert named_folders([str(tmp_path), f"x={tmp_path}"], "run") == {tmp_path.name: tmp_path, "x": tmp_path}
+    assert named_folders([str(tmp_path), f"x={tmp_path}"], "run") == {
+        tmp_path.name: tmp_path,
+        "x": tmp_path,
+    }
     with pytest.raises(UsageError) as caught:
         named_folders([f"x={tmp_path}", f"x={tmp_path}", "gone"], "run")
     assert caught.value.problems == [
@@ -413,7 +571,9 @@ def test_folders_are_named(tmp_path):
 
 
 def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n\n[1]\n{"step": "x"}\n{"step": 2, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n\n[1]\n{"step": "x"}\n{"step": 2, "lo'
+    )
     assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     assert read_log(tmp_path / "none") == []
 
@@ -422,7 +582,12 @@ def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
 def test_cases_cover_outcomes_and_labels(tmp_path):
     said = ["no idea"] * 2 + [answer("Edema")] * 4 + [answer("Fracture")]
     true = [("Edema",)] * 2 + [("Edema",)] * 2 + [("Fracture",)] * 3
-    rows = reparse([row(text, labels, id=f"c{n}", patient=f"p{n}") for n, (text, labels) in enumerate(zip(said, true))])
+    rows = reparse(
+        [
+            row(text, labels, id=f"c{n}", patient=f"p{n}")
+            for n, (text, labels) in enumerate(zip(said, true))
+        ]
+    )
     write_jsonl(tmp_path / "rows.jsonl", rows)
     answers = load_predictions(tmp_path / "rows.jsonl")
     assert outcomes(answers) == ["failed"] * 2 + ["right"] * 2 + ["wrong"] * 2 + ["right"]
@@ -453,7 +618,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag  # every element is closed where it should be
 
     def handle_data(self, data):
-        (self.scripts if self.open and self.open[-1] in ("script", "style") else self.texts).append(data)
+        (self.scripts if self.open and self.open[-1] in ("script", "style") else self.texts).append(
+            data
+        )
 
 
 def hostile_document(text: str) -> Document:
@@ -480,13 +647,20 @@ def hostile_document(text: str) -> Document:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_becomes_markup_in_html(text):
-    page, harmless = Page(to_html(hostile_document(text))), Page(to_html(hostile_document("harmless")))
+    page, harmless = (
+        Page(to_html(hostile_document(text))),
+        Page(to_html(hostile_document("harmless"))),
+    )
     assert page.tags == harmless.tags and page.open == []
     assert [name for _, name, _ in page.attributes] == [name for _, name, _ in harmless.attributes]
     # the style and the script of the page itself
     assert page.scripts == harmless.scripts and len(page.scripts) == 2
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert all(value.startswith(("#", "data:image/")) for _, name, value in page.attributes if name in ("href", "src"))
+    assert all(
+        value.startswith(("#", "data:image/"))
+        for _, name, value in page.attributes
+        if name in ("href", "src")
+    )
     # and it is shown as it is
     assert sum(shown.strip() == plain(text).strip() for shown in page.texts) >= 12
 
@@ -522,7 +696,9 @@ def test_a_page_can_be_used_by_keyboard_and_screen_reader():
     assert len(of["img", "alt"]) == page.tags.count("img") and all(of["img", "alt"])
     assert of["label", "for"] == of["select", "id"] and len(of["label", "for"]) == 3
     ids = [value for (_, name), values in of.items() if name == "id" for value in values]
-    assert len(ids) == len(set(ids)) and set(of["div", "aria-labelledby"]) | set(of["section", "aria-labelledby"]) <= set(ids)
+    assert len(ids) == len(set(ids)) and set(of["div", "aria-labelledby"]) | set(
+        of["section", "aria-labelledby"]
+    ) <= set(ids)
     assert of["div", "tabindex"] == ["0"]  # a wide table can be scrolled by keyboard
     assert set(of["th", "scope"]) == {"col", "row"}
 
@@ -531,7 +707,11 @@ def test_labels_that_are_not_evaluated_are_set_apart():
     given = ModelAnswer("m", "right", "", ["Edema", "Fracture"], "", [])
     case = Case("c", ["Edema", "Pneumonia"], ["Edema"], None, [given])
     shown = Page(to_html(Document("", "", [Section("", [Cases([case], [])])]))).texts
-    assert shown.count(" Edema ") == 2 and "not evaluated here: Pneumonia" in shown and "not evaluated here: Fracture" in shown
+    assert (
+        shown.count(" Edema ") == 2
+        and "not evaluated here: Pneumonia" in shown
+        and "not evaluated here: Fracture" in shown
+    )
 
 
 def test_text_for_the_console_is_aligned():
@@ -559,9 +739,23 @@ def test_a_whole_report(folders, tmp_path, capsys):
     Image.new("L", (600, 400), 90).save(tmp_path / "h0.png")
     write_jsonl(
         tmp_path / "home.jsonl",
-        [{"id": f"h{n}", "patient_id": "p", "image": "h0.png", "labels": ["Edema"], "dataset": "d"} for n in range(4)],
+        [
+            {
+                "id": f"h{n}",
+                "patient_id": "p",
+                "image": "h0.png",
+                "labels": ["Edema"],
+                "dataset": "d",
+            }
+            for n in range(4)
+        ],
     )
-    rows = home_rows(answer("Edema", think=HOSTILE[0]), answer("Edema"), HOSTILE[1], answer("Fracture", think=HOSTILE[2]))
+    rows = home_rows(
+        answer("Edema", think=HOSTILE[0]),
+        answer("Edema"),
+        HOSTILE[1],
+        answer("Fracture", think=HOSTILE[2]),
+    )
     rows[0]["rewards"] = {"hard": {"total": 0.9, "jaccard": 1.0, "length": -0.1}}
     rows[1]["rewards"] = {"hard": "not numbers"}
     for name, of in (("base", BEFORE), ("sft", rows)):
@@ -574,10 +768,19 @@ def test_a_whole_report(folders, tmp_path, capsys):
         }
         (folders[name] / "scores-home.json").write_text(json.dumps(run))
     out = tmp_path / "out"
-    assert main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(out), *FEW]) == 0
+    assert (
+        main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(out), *FEW])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "base \u2192 sft, macro-F1 in distribution +" in printed and str(out / "report.html") in printed
-    html_text, markdown_text = (out / "report.html").read_text(encoding="utf-8"), (out / "report.md").read_text(encoding="utf-8")
+    assert (
+        "base \u2192 sft, macro-F1 in distribution +" in printed
+        and str(out / "report.html") in printed
+    )
+    html_text, markdown_text = (
+        (out / "report.html").read_text(encoding="utf-8"),
+        (out / "report.md").read_text(encoding="utf-8"),
+    )
     page = Page(html_text)
     for title in (
         "What transferred",
@@ -593,15 +796,21 @@ def test_a_whole_report(folders, tmp_path, capsys):
     # all images of both sets
     assert page.tags.count("article") == 4 + 3 and page.tags.count("script") == 1
     assert html_text.count("data:image/jpeg") == 4
-    assert "alert(1)" not in html_text.replace(HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;"), "").replace(
-        "onerror=alert(1)&gt;", ""
-    )
-    assert {path.name for path in (out / "pictures").iterdir()} >= {"labels-home.svg", "labels-nih.svg"}
+    assert "alert(1)" not in html_text.replace(
+        HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;"), ""
+    ).replace("onerror=alert(1)&gt;", "")
+    assert {path.name for path in (out / "pictures").iterdir()} >= {
+        "labels-home.svg",
+        "labels-nih.svg",
+    }
     assert re.findall(r"\((pictures/[^)]*)\)", markdown_text) and all(
         (out / name).is_file() for name in re.findall(r"\((pictures/[^)]*)\)", markdown_text)
     )
     again = tmp_path / "again"
-    assert main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(again), *FEW]) == 0
+    assert (
+        main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(again), *FEW])
+        == 0
+    )
     assert (again / "report.html").read_bytes() == (
         out / "report.html"
     ).read_bytes()  # nothing of it is by chance or by the clock
@@ -627,25 +836,37 @@ def test_one_model_on_one_set_without_images(folders, tmp_path):
     [
         (["gone"], "--run gone: gone is no folder"),
         (["{tmp}/empty"], "holds no predictions-<set>.jsonl"),
-        (["{tmp}/base", "--in_distribution", "mimic"], "--in_distribution mimic: no such data set; there are: home, nih"),
+        (
+            ["{tmp}/base", "--in_distribution", "mimic"],
+            "--in_distribution mimic: no such data set; there are: home, nih",
+        ),
         (["{tmp}/base", "--resamples", "0"], "--resamples 0: must be at least 1"),
         (["{tmp}/base", "--cases", "-1"], "--cases -1: must not be negative"),
         (["{tmp}/base", "--output_dir", "{tmp}/sft"], "is not empty"),
         (["{tmp}/broken"], "predictions-a.jsonl, line 1: not valid JSON"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(folders, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_one_line_and_exit_code_2(
+    folders, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken" / "predictions-a.jsonl").write_text("{\n")
-    assert main([argument.format(tmp=tmp_path) for argument in [*arguments, "--permutations", "20"]]) == 2
+    assert (
+        main([argument.format(tmp=tmp_path) for argument in [*arguments, "--permutations", "20"]])
+        == 2
+    )
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_broken_predictions_file_names_its_lines(tmp_path):
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(BEFORE[0] | {"source_labels": "Edema"}) + "\n")
-    with pytest.raises(DataError, match="line 1: field 'source_labels' is \"Edema\"; it must be a list of strings"):
+    (tmp_path / "predictions.jsonl").write_text(
+        json.dumps(BEFORE[0] | {"source_labels": "Edema"}) + "\n"
+    )
+    with pytest.raises(
+        DataError, match="line 1: field 'source_labels' is \"Edema\"; it must be a list of strings"
+    ):
         load_predictions(tmp_path / "predictions.jsonl")

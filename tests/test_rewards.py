@@ -2,6 +2,7 @@
 
 A reward that is off by a sign or a label trains towards the wrong thing, and the curve still rises.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,7 +22,11 @@ def answer(*entries: str):
 
 
 def target(*labels: str, evaluated=None) -> Target:
-    return Target(frozenset(labels)) if evaluated is None else Target(frozenset(labels), frozenset(evaluated))
+    return (
+        Target(frozenset(labels))
+        if evaluated is None
+        else Target(frozenset(labels), frozenset(evaluated))
+    )
 
 
 # Jaccard
@@ -39,7 +44,9 @@ def target(*labels: str, evaluated=None) -> Target:
     ],
 )
 def test_jaccard_of_canonical_labels(predicted, true, expected):
-    assert jaccard([canonical_label(p) for p in predicted], [canonical_label(t) for t in true]) == pytest.approx(expected)
+    assert jaccard(
+        [canonical_label(p) for p in predicted], [canonical_label(t) for t in true]
+    ) == pytest.approx(expected)
 
 
 # Eq. 3
@@ -56,7 +63,11 @@ def test_hard_reward_charges_short_answers(completion_length, expected):
 
 
 def test_hard_reward_of_an_invalid_answer_is_zero_at_any_length():
-    for text in ("", "<solution>Edema</solution>", "<think>x</think><solution>Edema</solution> Done."):
+    for text in (
+        "",
+        "<solution>Edema</solution>",
+        "<think>x</think><solution>Edema</solution> Done.",
+    ):
         for completion_length in (10, 300):
             reward = HardReward()(parse_answer(text), target("Edema"), completion_length)
             assert reward == Reward(0.0, {"jaccard": 0.0, "length": 0.0})
@@ -97,7 +108,9 @@ def test_hard_reward_takes_its_numbers_from_its_fields():
 
 
 def points(reward: Reward) -> tuple[float, ...]:
-    return tuple(reward.parts[name] for name in ("match", "partial", "false_positive", "collapse", "format"))
+    return tuple(
+        reward.parts[name] for name in ("match", "partial", "false_positive", "collapse", "format")
+    )
 
 
 def test_nuanced_reward_of_an_exact_answer_is_150():
@@ -112,7 +125,9 @@ def test_nuanced_reward_of_a_partly_right_answer():
     # partial: 30 x 1/2 + 20 x 1/4 = 20
     # false positives: Fracture, which has no frequency, 10; Support Devices 10 + 40 x 0.5 = 30; No Finding 10 + 40 x 0.25 = 20
     reward = NuancedReward(FREQUENCY)(
-        answer("Edema", "Fracture", "Support Devices", "No Finding"), target("Edema", "Pneumonia"), 10
+        answer("Edema", "Fracture", "Support Devices", "No Finding"),
+        target("Edema", "Pneumonia"),
+        10,
     )
     assert points(reward) == pytest.approx((0, 20, -60, 0, 0))
     assert reward.total == pytest.approx(-40)
@@ -129,14 +144,17 @@ def test_nuanced_reward_of_a_partly_right_answer():
     ],
 )
 def test_nuanced_reward_with_empty_sides(predicted, true, expected):
-    assert points(NuancedReward(FREQUENCY)(answer(*predicted), target(*true), 10)) == pytest.approx(expected)
+    assert points(NuancedReward(FREQUENCY)(answer(*predicted), target(*true), 10)) == pytest.approx(
+        expected
+    )
 
 
 def test_nuanced_reward_charges_common_labels_more_than_rare_ones():
     # The same miss, by the label's share of the training data: 0.5 > 0.25 > 0.1 > absent.
     reward = NuancedReward(FREQUENCY)
     charged = [
-        reward(answer(label), target("Pneumonia"), 10).total for label in ("Support Devices", "No Finding", "Edema", "Fracture")
+        reward(answer(label), target("Pneumonia"), 10).total
+        for label in ("Support Devices", "No Finding", "Edema", "Fracture")
     ]
     assert charged == pytest.approx([-30, -20, -14, -10])
 
@@ -144,7 +162,9 @@ def test_nuanced_reward_charges_common_labels_more_than_rare_ones():
 def test_nuanced_reward_drops_unknown_and_repeated_labels_after_charging_them():
     # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia) x 100, and 3 repeats
     # (edema twice, Nodule) x 25.
-    reward = NuancedReward(FREQUENCY)(answer("Edema", "nodule", "hernia", "edema", "edema", "Nodule"), target("Edema"), 10)
+    reward = NuancedReward(FREQUENCY)(
+        answer("Edema", "nodule", "hernia", "edema", "edema", "Nodule"), target("Edema"), 10
+    )
     assert points(reward) == (100, 50, 0, 0, -275)
     assert reward.total == -125
 
@@ -159,7 +179,13 @@ def test_nuanced_reward_drops_unknown_and_repeated_labels_after_charging_them():
 )
 def test_nuanced_reward_charges_a_readable_answer_that_breaks_the_form(text):
     # An exact answer (150) less 25, once.
-    assert points(NuancedReward(FREQUENCY)(parse_answer(text), target("Edema"), 10)) == (100, 50, 0, 0, -25)
+    assert points(NuancedReward(FREQUENCY)(parse_answer(text), target("Edema"), 10)) == (
+        100,
+        50,
+        0,
+        0,
+        -25,
+    )
 
 
 def test_nuanced_reward_of_an_unreadable_answer_is_its_penalty_alone():
@@ -171,7 +197,13 @@ def test_nuanced_reward_of_an_unreadable_answer_is_its_penalty_alone():
 def test_nuanced_reward_ignores_labels_that_the_source_cannot_express():
     # Under NIH's nine both sides are {Edema}; Support Devices costs nothing, and a missed Lung Opacity is not missed.
     evaluated = target("Edema", "Lung Opacity", evaluated=NIH_NINE)
-    assert points(NuancedReward(FREQUENCY)(answer("Edema", "Support Devices"), evaluated, 10)) == (100, 50, 0, 0, 0)
+    assert points(NuancedReward(FREQUENCY)(answer("Edema", "Support Devices"), evaluated, 10)) == (
+        100,
+        50,
+        0,
+        0,
+        0,
+    )
 
 
 def test_collapse_waits_for_fifty_predictions():
@@ -201,7 +233,12 @@ def test_collapse_charges_each_dominant_label_that_an_answer_repeats():
     assert reward(answer("Fracture", "Edema"), target("Edema"), 10).parts["collapse"] == -110
     assert reward(answer("Pneumonia"), target("Edema"), 10).parts["collapse"] == 0
     # Where Fracture cannot be scored (NIH's nine), only Edema counts.
-    assert reward(answer("Fracture", "Edema"), target("Edema", evaluated=NIH_NINE), 10).parts["collapse"] == -80
+    assert (
+        reward(answer("Fracture", "Edema"), target("Edema", evaluated=NIH_NINE), 10).parts[
+            "collapse"
+        ]
+        == -80
+    )
 
 
 def test_window_forgets_all_but_the_last_hundred_predictions():
@@ -273,14 +310,21 @@ def test_nuanced_points_are_floored_and_scaled_only_for_training():
 def test_parts_sum_to_the_total_and_show_no_negative_zero():
     reward = NuancedReward(FREQUENCY)
     reward.observe([answer("Edema")] * 60)
-    for entries in ((), ("Edema",), ("Edema", "Fracture", "nodule"), ("Support Devices", "Edema", "Edema")):
+    for entries in (
+        (),
+        ("Edema",),
+        ("Edema", "Fracture", "nodule"),
+        ("Support Devices", "Edema", "Edema"),
+    ):
         for function in (HardReward(), reward):
             result = function(answer(*entries), target("Edema", "Pneumonia"), 10)
             assert result.total == sum(result.parts.values())
             assert "-0.0" not in [str(value) for value in result.parts.values()]
 
 
-@pytest.mark.parametrize("frequency", [{"Edema": 1.5}, {"Edema": -0.1}, {"Edema": float("nan")}, {"edema": 0.1}])
+@pytest.mark.parametrize(
+    "frequency", [{"Edema": 1.5}, {"Edema": -0.1}, {"Edema": float("nan")}, {"edema": 0.1}]
+)
 def test_label_frequency_must_hold_shares_of_labels(frequency):
     with pytest.raises(ValueError, match="shares from 0 to 1 of the 14 labels, got '[Ee]dema'"):
         NuancedReward(frequency)
@@ -289,7 +333,9 @@ def test_label_frequency_must_hold_shares_of_labels(frequency):
 def test_a_label_of_none_or_all_of_the_images_is_a_share_too():
     # A false positive costs 10 + 40 x 0 and 10 + 40 x 1.
     reward = NuancedReward({"Fracture": 0.0, "Edema": 1.0})
-    assert [reward(answer(label), target("Pneumonia"), 10).total for label in ("Fracture", "Edema")] == [-10, -50]
+    assert [
+        reward(answer(label), target("Pneumonia"), 10).total for label in ("Fracture", "Edema")
+    ] == [-10, -50]
 
 
 def test_a_window_of_min_window_acts_once_it_is_full():

@@ -1,6 +1,7 @@
 """Protects a run from its surroundings: a signal stops it at a safe point, its directory is never overwritten or
 shared, and the process ends with the documented exit code. Run: python -m pytest tests/test_runtime.py
 """
+
 from __future__ import annotations
 
 import json
@@ -86,8 +87,12 @@ def test_a_forked_worker_dies_by_the_signal_and_leaves_the_guard_alone(capfd):
 
 # ---- run directory --------------------------------------------------------------------------------------------------
 def test_default_directories_are_named_by_time_and_unique_within_a_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.time, "strftime", lambda form: {"%Y%m%d-%H%M%S": "20250102-030405"}[form])
-    made = [run_directory(None, kind, root=tmp_path / "runs") for kind in ("sft", "sft", "grpo", "sft")]
+    monkeypatch.setattr(
+        runtime.time, "strftime", lambda form: {"%Y%m%d-%H%M%S": "20250102-030405"}[form]
+    )
+    made = [
+        run_directory(None, kind, root=tmp_path / "runs") for kind in ("sft", "sft", "grpo", "sft")
+    ]
     assert [path.relative_to(tmp_path).as_posix() for path in made] == [
         "runs/20250102-030405-sft", "runs/20250102-030405-sft-2", "runs/20250102-030405-grpo", "runs/20250102-030405-sft-3",
     ]  # fmt: skip
@@ -100,7 +105,9 @@ def test_an_output_directory_with_content_is_refused_and_left_alone(tmp_path):
     (target / runtime.LOCK_FILE).touch()  # what an earlier start that failed at once leaves
     run_directory(target, "sft")
     (target / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"b is not empty \(it holds config.json\).*--resume_from_checkpoint"):
+    with pytest.raises(
+        UsageError, match=r"b is not empty \(it holds config.json\).*--resume_from_checkpoint"
+    ):
         run_directory(target, "sft")
     with pytest.raises(UsageError, match="nothing is overwritten: name another folder$"):
         run_directory(target, "report")  # which cannot be resumed
@@ -129,22 +136,35 @@ sys.exit(main_guard(main))
 
 def test_two_processes_cannot_share_a_run(tmp_path):
     command = [sys.executable, "-c", LOCK_IN_ANOTHER_PROCESS, str(tmp_path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UsageError, match=rf"in use by another run \(process {other.pid}\)"), lock_run(tmp_path):
+        with (
+            pytest.raises(UsageError, match=rf"in use by another run \(process {other.pid}\)"),
+            lock_run(tmp_path),
+        ):
             pass
         other.kill()  # without a chance to clean up: the kernel lets go
         other.wait()
     with lock_run(tmp_path):
-        refused = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        refused = subprocess.run(
+            command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert refused.returncode == 2
-        assert refused.stderr == f"error: {tmp_path} is in use by another run (process {os.getpid()})\n"
+        assert (
+            refused.stderr
+            == f"error: {tmp_path} is in use by another run (process {os.getpid()})\n"
+        )
     with lock_run(tmp_path):  # released at the end of the block
         pass
 
 
 def test_a_directory_that_cannot_hold_a_lock_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="gone cannot be written to: No such file or directory"), lock_run(tmp_path / "gone"):
+    with (
+        pytest.raises(UsageError, match="gone cannot be written to: No such file or directory"),
+        lock_run(tmp_path / "gone"),
+    ):
         pass
 
 
@@ -157,7 +177,13 @@ def finish(run: Path) -> None:
 def test_the_newest_finished_run_of_a_kind(tmp_path):
     assert newest_finished_run(tmp_path / "none", "sft") is None
     assert newest_finished_run(tmp_path, "sft") is None
-    for name in ("20250101-000000-sft", "20250102-000000-sft-9", "20250102-000000-sft-10", "20250103-000000-grpo", "zz-sft"):
+    for name in (
+        "20250101-000000-sft",
+        "20250102-000000-sft-9",
+        "20250102-000000-sft-10",
+        "20250103-000000-grpo",
+        "zz-sft",
+    ):
         finish(tmp_path / name)
     finish(tmp_path / "20250104-000000-sft")
     # still running, or stopped early
@@ -195,11 +221,16 @@ def test_seeding_fixes_every_global_source():
 def test_the_hash_of_a_file(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
-    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "abc")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_the_banner_names_device_and_versions():
-    assert versions()["torch"].startswith(torch.__version__.split("+")[0]) and versions()["python"].startswith("3.")
+    assert versions()["torch"].startswith(torch.__version__.split("+")[0]) and versions()[
+        "python"
+    ].startswith("3.")
     assert environment_banner(torch.device("cpu")).startswith("device cpu | python 3.")
 
 

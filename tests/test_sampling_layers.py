@@ -1,4 +1,5 @@
 """What layers do while sampling is what they do otherwise, in fewer products; and nothing of it stays."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,9 @@ from engine.model import REFERENCE, use_adapter
 from engine.sampling_layers import _rounded_up, sampling_layers
 from tiny import SAVE, attach_random_adapter, examples_of, load
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
 PRODUCTS = {"mm", "addmm", "bmm", "linear", "_linear_pointwise"}
 
 
@@ -54,7 +57,9 @@ def adapted(wrapped) -> list[LoraLayer]:
 
 
 def inputs(layer, dtype=torch.float32, rows: int = 5) -> torch.Tensor:
-    return torch.randn(1, rows, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return torch.randn(
+        1, rows, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=dtype
+    )
 
 
 @torch.no_grad()
@@ -93,7 +98,10 @@ def test_any_number_of_rows(wrapped, rows):
         expected = layer(x)
         with sampling_layers(wrapped) as head:
             close([layer(x), layer(x[0])], [expected, expected[0]])
-            hidden, weight = torch.randn(rows, lm_head_weight(wrapped).shape[1]), lm_head_weight(wrapped)
+            hidden, weight = (
+                torch.randn(rows, lm_head_weight(wrapped).shape[1]),
+                lm_head_weight(wrapped),
+            )
             close([head(hidden)], [hidden @ weight.t()])
 
 
@@ -140,7 +148,10 @@ def test_an_adapter_stays_beside_weights_of_bf16(family, tiny_checkpoint):
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_nothing_of_it_stays(wrapped, error):
     layers = adapted(wrapped)
-    weights = [(layer.get_base_layer().weight.data_ptr(), layer.get_base_layer().weight.clone()) for layer in layers]
+    weights = [
+        (layer.get_base_layer().weight.data_ptr(), layer.get_base_layer().weight.clone())
+        for layer in layers
+    ]
     expected = outputs(layers)
     try:
         with sampling_layers(wrapped):
@@ -215,11 +226,18 @@ def test_the_heads_product_is_in_its_own_dtype(family, tiny_checkpoint):
         close([head(x)], [x.float() @ base.lm_head.weight.t()])
 
 
-@pytest.mark.parametrize(("family", "targets", "kind"), [
-    *((family, LORA_TARGETS, {"use_dora": True}) for family in SAVE), ("qwen2_5_vl", r".*language_model.*self_attn\.[qkv]_proj", {"lora_bias": True})])
+@pytest.mark.parametrize(
+    ("family", "targets", "kind"),
+    [
+        *((family, LORA_TARGETS, {"use_dora": True}) for family in SAVE),
+        ("qwen2_5_vl", r".*language_model.*self_attn\.[qkv]_proj", {"lora_bias": True}),
+    ],
+)
 def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targets, kind):
     """Merging would lose DoRA's magnitudes, or change the bias of the base for ever."""
-    wrapped = get_peft_model(load(tiny_checkpoint(family)).base, LoraConfig(r=2, target_modules=targets, **kind)).eval()
+    wrapped = get_peft_model(
+        load(tiny_checkpoint(family)).base, LoraConfig(r=2, target_modules=targets, **kind)
+    ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -235,7 +253,9 @@ def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targ
 @needs_onednn
 def test_without_an_adapter(family, tiny_checkpoint):
     base = load(tiny_checkpoint(family)).base
-    layers = [module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)]
+    layers = [
+        module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)
+    ]
     expected = outputs(layers)
     with sampling_layers(base) as head, Products() as products:
         found = outputs(layers)
@@ -261,4 +281,6 @@ def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
         assert products.seen["mm"] == layers  # each adapter's A and B, once
     else:
         assert products.seen["_linear_pointwise"] == 0
-        assert sum(products.seen[name] for name in ("mm", "addmm", "linear")) == passes * (3 * layers + 1)
+        assert sum(products.seen[name] for name in ("mm", "addmm", "linear")) == passes * (
+            3 * layers + 1
+        )

@@ -2,6 +2,7 @@
 in which every completion has a prompt of its own, for both families, ragged lengths, with and without checkpointing; and the
 comparison fails where positions, masks or layout are wrong. Run: pytest tests/test_shared_prompt.py
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,10 +31,21 @@ ANSWERS = ((2, 9), (0, 30), (1, 17))
 
 
 def rows_of(model, images, groups=GROUPS) -> list[EncodedRow]:
-    texts = (Prompt("a", "Which?"), Prompt("b", "A longer question about this image?"), Prompt("c", "Where?"))
+    texts = (
+        Prompt("a", "Which?"),
+        Prompt("b", "A longer question about this image?"),
+        Prompt("c", "Where?"),
+    )
     prompts = [model.encode_prompt(*pair) for pair in zip(examples_of(images, 56, 112, 84), texts)]
     generator = torch.Generator().manual_seed(0)
-    return [EncodedRow(prompts[p], torch.randint(40, 200, (n,), generator=generator), torch.ones(n, dtype=torch.bool)) for p, n in groups]
+    return [
+        EncodedRow(
+            prompts[p],
+            torch.randint(40, 200, (n,), generator=generator),
+            torch.ones(n, dtype=torch.bool),
+        )
+        for p, n in groups
+    ]
 
 
 def shared(wrapped, model, rows) -> torch.Tensor:
@@ -55,11 +67,22 @@ def cut(wrapped, model, rows, max_tokens: int) -> torch.Tensor:
     result = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows))
     for indices in plan_batches(rows, len(rows), max_tokens):
         found = shared(wrapped, model, [rows[i] for i in indices])
-        result = result.to(found.dtype).index_put((torch.tensor(indices)[:, None], torch.arange(found.shape[1])), found)
+        result = result.to(found.dtype).index_put(
+            (torch.tensor(indices)[:, None], torch.arange(found.shape[1])), found
+        )
     return result
 
 
-def run(forward, checkpoint, images, *, groups=GROUPS, dtype=torch.float32, checkpointing=False, **options):
+def run(
+    forward,
+    checkpoint,
+    images,
+    *,
+    groups=GROUPS,
+    dtype=torch.float32,
+    checkpointing=False,
+    **options,
+):
     """(log-probabilities [N,T], {parameter: gradient}) of a random model and adapter, under random weights of the tokens."""
     model = load(checkpoint)
     model.base.to(dtype)
@@ -69,7 +92,11 @@ def run(forward, checkpoint, images, *, groups=GROUPS, dtype=torch.float32, chec
     logprobs = forward(wrapped, model, rows_of(model, images, groups), **options)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
     (logprobs * weights.to(dtype)).sum().backward()
-    return logprobs.detach(), {name: parameter.grad for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    return logprobs.detach(), {
+        name: parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def gradient_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -81,18 +108,35 @@ def gradient_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_equals_the_plain_forward(family, dtype, tolerance, checkpointing, tiny_checkpoint, tiny_images):
-    ours, gradients = run(shared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing)
-    expected, theirs = run(unshared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing)
+def test_equals_the_plain_forward(
+    family, dtype, tolerance, checkpointing, tiny_checkpoint, tiny_images
+):
+    ours, gradients = run(
+        shared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing
+    )
+    expected, theirs = run(
+        unshared, tiny_checkpoint(family), tiny_images, dtype=dtype, checkpointing=checkpointing
+    )
     assert ours.dtype == dtype and float((ours - expected).abs().max()) < tolerance
     assert gradient_difference(gradients, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_packed_answers_are_those_of_the_rows_one_by_one(family, dtype, tolerance, tiny_checkpoint, tiny_images):
-    ours, gradients = run(shared, tiny_checkpoint(family), tiny_images, groups=ANSWERS, dtype=dtype, checkpointing=True)
-    expected, theirs = run(one_by_one, tiny_checkpoint(family), tiny_images, groups=ANSWERS, dtype=dtype)
+def test_packed_answers_are_those_of_the_rows_one_by_one(
+    family, dtype, tolerance, tiny_checkpoint, tiny_images
+):
+    ours, gradients = run(
+        shared,
+        tiny_checkpoint(family),
+        tiny_images,
+        groups=ANSWERS,
+        dtype=dtype,
+        checkpointing=True,
+    )
+    expected, theirs = run(
+        one_by_one, tiny_checkpoint(family), tiny_images, groups=ANSWERS, dtype=dtype
+    )
     assert float((ours - expected).abs().max()) < tolerance
     assert gradient_difference(gradients, theirs) < 1e-5
 
@@ -108,7 +152,9 @@ def test_where_batches_are_cut_changes_nothing(family, max_tokens, tiny_checkpoi
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", list(SAVE))
-def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(family, tiny_checkpoint, tiny_images):
+def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(
+    family, tiny_checkpoint, tiny_images
+):
     model = load(tiny_checkpoint(family))
     rows = rows_of(model, tiny_images)
     whole = shared(model.base, model, rows)
@@ -140,9 +186,14 @@ def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, mo
     assert {(len(mask.prompts), len(mask.completions)) for mask in kept} == {(1, 1)}
     assert len({id(mask) for mask in kept}) == (2 if family == "gemma3" and window == 24 else 1)
     if window == 24:  # as the plain forward has it
-        assert float((ours - expected).abs().max()) < 5e-6 and gradient_difference(gradients, theirs) < 1e-5
+        assert (
+            float((ours - expected).abs().max()) < 5e-6
+            and gradient_difference(gradients, theirs) < 1e-5
+        )
     model = load(tiny_checkpoint(family))
-    found = masks(model.base, model.family, collate_rows(rows_of(model, tiny_images), 0))["full_attention"]
+    found = masks(model.base, model.family, collate_rows(rows_of(model, tiny_images), 0))[
+        "full_attention"
+    ]
     # prompts of other lengths
     assert (len(found.prompts), len(found.completions)) == (3, len(GROUPS))
 
@@ -152,7 +203,9 @@ def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, mo
 def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, tiny_images):
     model = load(tiny_checkpoint(family))
     rows, lengths = rows_of(model, tiny_images), []
-    hook = model.base.model.language_model.layers[0].mlp.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:2]))
+    hook = model.base.model.language_model.layers[0].mlp.register_forward_hook(
+        lambda _, inputs, __: lengths.append(inputs[0].shape[:2])
+    )
     shared(model.base, model, rows)
     hook.remove()
     prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
@@ -167,7 +220,9 @@ def test_masks_are_laid_out_for_the_memory_efficient_kernel(dtype, queries, keys
     added = additive_mask(mask, dtype, 3)
     assert added.dtype == dtype and added.shape == (2, 1, 3 * queries, keys)
     assert added.stride(-1) == 1 and all(stride % 8 == 0 for stride in added.stride()[:-1])
-    assert torch.equal(added == 0, mask.repeat(1, 1, 3, 1)) and (added[added != 0] == -torch.inf).all()
+    assert (
+        torch.equal(added == 0, mask.repeat(1, 1, 3, 1)) and (added[added != 0] == -torch.inf).all()
+    )
 
 
 # ---- controls: each makes the comparison fail -----------------------------------------------------------------------
@@ -175,12 +230,16 @@ def differs(checkpoint, images, least: float, groups=GROUPS) -> None:
     model = load(checkpoint)
     rows = rows_of(model, images, groups)
     with torch.no_grad():
-        difference = float((shared(model.base, model, rows) - unshared(model.base, model, rows)).abs().max())
+        difference = float(
+            (shared(model.base, model, rows) - unshared(model.base, model, rows)).abs().max()
+        )
     assert difference > least, difference
 
 
 @pytest.mark.parametrize("family", list(SAVE))
-def test_control_positions_that_are_not_restarted(family, tiny_checkpoint, tiny_images, monkeypatch):
+def test_control_positions_that_are_not_restarted(
+    family, tiny_checkpoint, tiny_images, monkeypatch
+):
     packed = engine.forward.packed_positions
 
     def running_on(*arguments):
@@ -200,7 +259,14 @@ def test_control_a_completion_that_sees_another(family, tiny_checkpoint, tiny_im
     def leaking(query, key, value, *others):
         # completions: the keys of each one's first token are those of another
         if len(query) > 1 and key.shape[1] > query.shape[1]:
-            key = torch.cat([key[:, : -query.shape[1]], key[:, -query.shape[1] :][:, :1].roll(1, 0), key[:, 1 - query.shape[1] :]], 1)
+            key = torch.cat(
+                [
+                    key[:, : -query.shape[1]],
+                    key[:, -query.shape[1] :][:, :1].roll(1, 0),
+                    key[:, 1 - query.shape[1] :],
+                ],
+                1,
+            )
         return attend(query, key, value, *others)
 
     monkeypatch.setattr(engine.attention, "attend", leaking)
@@ -209,13 +275,18 @@ def test_control_a_completion_that_sees_another(family, tiny_checkpoint, tiny_im
 
 @pytest.mark.parametrize("groups", [GROUPS, ANSWERS])
 @pytest.mark.parametrize("family", list(SAVE))
-def test_control_another_completions_prompt(family, groups, tiny_checkpoint, tiny_images, monkeypatch):
+def test_control_another_completions_prompt(
+    family, groups, tiny_checkpoint, tiny_images, monkeypatch
+):
     masks = engine.forward.shared_prompt_masks
 
     def crossed(*arguments):
         found = masks(*arguments)
         for mask in found.values():
-            buckets = [dataclasses.replace(bucket, prompts=2 - bucket.prompts) for bucket in mask.places.buckets]
+            buckets = [
+                dataclasses.replace(bucket, prompts=2 - bucket.prompts)
+                for bucket in mask.places.buckets
+            ]
             mask.places = dataclasses.replace(mask.places, buckets=buckets)
         return found
 
@@ -224,11 +295,15 @@ def test_control_another_completions_prompt(family, groups, tiny_checkpoint, tin
 
 
 @pytest.mark.parametrize("family", list(SAVE))
-def test_control_padding_beside_shorter_prompts_is_seen(family, tiny_checkpoint, tiny_images, monkeypatch):
+def test_control_padding_beside_shorter_prompts_is_seen(
+    family, tiny_checkpoint, tiny_images, monkeypatch
+):
     masks = engine.forward.shared_prompt_masks
 
     def seeing(model, of_family, batch):
-        everything = dataclasses.replace(batch.prompts, attention_mask=torch.ones_like(batch.prompts.attention_mask))
+        everything = dataclasses.replace(
+            batch.prompts, attention_mask=torch.ones_like(batch.prompts.attention_mask)
+        )
         return masks(model, of_family, dataclasses.replace(batch, prompts=everything))
 
     monkeypatch.setattr(engine.forward, "shared_prompt_masks", seeing)
@@ -240,7 +315,13 @@ def test_control_gemmas_masks(change, tiny_checkpoint, tiny_images, monkeypatch)
     masks = Gemma3.attention_masks
 
     def changed(self, model, attention_mask, token_types, queries):
-        found = masks(self, model, attention_mask, 0 * token_types if change == "bidirectional" else token_types, queries)
+        found = masks(
+            self,
+            model,
+            attention_mask,
+            0 * token_types if change == "bidirectional" else token_types,
+            queries,
+        )
         of_completions = len(queries) < attention_mask.shape[1]
         if change == "window" or of_completions and change == "window of the completion alone":
             found["sliding_attention"] = found["full_attention"]

@@ -22,7 +22,9 @@ from eval.statistics import (
 )
 
 
-def simulated(rng: np.random.Generator, patients: int, images: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def simulated(
+    rng: np.random.Generator, patients: int, images: int = 6
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(targets, predictions of a model and of a better one, patient of each image): three labels, `images` images a patient.
 
     Images of a patient are alike: the patient has the disease or not, and the model reads the patient right or wrong; then one
@@ -34,7 +36,12 @@ def simulated(rng: np.random.Generator, patients: int, images: int = 6) -> tuple
     better = misread & (rng.random((patients, 3)) < 0.6)
     patient = np.repeat(np.arange(patients), images)
     flips = [rng.random((len(patient), 3)) < 0.1 for _ in range(3)]
-    return sick[patient] ^ flips[0], (sick ^ misread)[patient] ^ flips[1], (sick ^ better)[patient] ^ flips[2], patient
+    return (
+        sick[patient] ^ flips[0],
+        (sick ^ misread)[patient] ^ flips[1],
+        (sick ^ better)[patient] ^ flips[2],
+        patient,
+    )
 
 
 def macro(targets: np.ndarray, predictions: np.ndarray) -> float:
@@ -57,14 +64,19 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for repetition in range(200):
         targets, first, second, patient = simulated(rng, 80)
         totals = {
-            name: patient_totals(targets, predictions, None, patient) for name, predictions in (("a", first), ("b", second))
+            name: patient_totals(targets, predictions, None, patient)
+            for name, predictions in (("a", first), ("b", second))
         }
         resampled = shared_resamples(totals, seed=repetition, resamples=400)
         low, high = np.percentile(resampled["a"]["macro_f1"], [2.5, 97.5])
         by_patient += low <= truth <= high
-        low, high = change(0, 0, resampled["a"]["macro_f1"], resampled["b"]["macro_f1"], 1.0).difference
+        low, high = change(
+            0, 0, resampled["a"]["macro_f1"], resampled["b"]["macro_f1"], 1.0
+        ).difference
         of_difference += low <= true_difference <= high
-        low, high = bootstrap_intervals(targets, first, None, np.arange(len(patient)), seed=repetition, resamples=400)["macro_f1"]
+        low, high = bootstrap_intervals(
+            targets, first, None, np.arange(len(patient)), seed=repetition, resamples=400
+        )["macro_f1"]
         by_image += low <= truth <= high
     assert 180 <= by_patient <= 199
     assert 180 <= of_difference <= 199
@@ -76,7 +88,9 @@ def test_paired_resamples_are_of_the_same_patients():
     targets, first, second, patient = simulated(np.random.default_rng(1), 30)
     totals = patient_totals(targets, first, None, patient)
     resampled = shared_resamples(
-        {"a": totals, "again": totals, "b": patient_totals(targets, second, None, patient)}, seed=0, resamples=50
+        {"a": totals, "again": totals, "b": patient_totals(targets, second, None, patient)},
+        seed=0,
+        resamples=50,
     )
     assert resampled["a"]["macro_f1"].std() > 0.01
     assert (resampled["a"]["macro_f1"] == resampled["again"]["macro_f1"]).all()
@@ -93,9 +107,13 @@ def test_p_values_equal_all_swaps_by_hand():
     as_large = 0
     for swapped in itertools.product([False, True], repeat=8):
         swap = np.array(swapped)[patient][:, None]
-        difference = macro(targets, np.where(swap, first, second)) - macro(targets, np.where(swap, second, first))
+        difference = macro(targets, np.where(swap, first, second)) - macro(
+            targets, np.where(swap, second, first)
+        )
         as_large += abs(difference) >= abs(seen) - 1e-12
-    totals = [patient_totals(targets, predictions, None, patient) for predictions in (first, second)]
+    totals = [
+        patient_totals(targets, predictions, None, patient) for predictions in (first, second)
+    ]
     p_values = permutation_p_values(*totals, seed=0, permutations=10_000)
     assert 0.02 < as_large / 256 < 0.9
     assert p_values["macro_f1"] == pytest.approx(as_large / 256, abs=0.02)
@@ -130,7 +148,9 @@ def test_p_values_are_uniform_where_there_is_no_difference():
 
 def test_the_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
     targets, first, second, patient = simulated(np.random.default_rng(3), 20)
-    totals = [patient_totals(targets, predictions, None, patient) for predictions in (first, second)]
+    totals = [
+        patient_totals(targets, predictions, None, patient) for predictions in (first, second)
+    ]
     whole = permutation_p_values(*totals, seed=0, permutations=100)
     monkeypatch.setattr("eval.statistics._SWAPS_AT_ONCE", 60)
     assert permutation_p_values(*totals, seed=0, permutations=100)["macro_f1"] == whole["macro_f1"]
@@ -139,7 +159,9 @@ def test_the_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
 def test_a_change_by_hand():
     # Differences 0.1 and 0.3 in two resamples, relative changes 1/2 and 1; percentiles 2.5 and 97.5 lie 2.5 % inside.
     result = change(0.2, 0.4, np.array([0.2, 0.3]), np.array([0.3, 0.6]), 0.01)
-    assert result.difference == pytest.approx((0.105, 0.295)) and result.relative == pytest.approx((0.5125, 0.9875))
+    assert result.difference == pytest.approx((0.105, 0.295)) and result.relative == pytest.approx(
+        (0.5125, 0.9875)
+    )
     assert result.is_clear and (result.before, result.after, result.p_value) == (0.2, 0.4, 0.01)
     assert change(0, 0.4, np.array([0.0, 0.3]), np.array([0.3, 0.6]), 0.01).relative is None
     assert not change(0.2, 0.2, np.array([0.2, 0.3]), np.array([0.3, 0.2]), 1.0).is_clear
@@ -159,19 +181,36 @@ def test_what_is_said_and_what_is_true():
     evaluated = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0]], dtype=bool)
     said, true = said_and_true(targets, predictions, evaluated)
     # Second label: the third image does not evaluate it, so 2 of 2 and 1 of 2. Third label: nobody does.
-    assert said[:2].tolist() == pytest.approx([1 / 3, 1]) and true[:2].tolist() == pytest.approx([2 / 3, 1 / 2])
+    assert said[:2].tolist() == pytest.approx([1 / 3, 1]) and true[:2].tolist() == pytest.approx(
+        [2 / 3, 1 / 2]
+    )
     assert np.isnan([said[2], true[2]]).all()
 
 
 def test_diversity_by_hand():
-    sets = [frozenset({"Edema"}), frozenset({"Edema"}), frozenset(), frozenset({"Edema", "Fracture", "Pneumonia"})]
+    sets = [
+        frozenset({"Edema"}),
+        frozenset({"Edema"}),
+        frozenset(),
+        frozenset({"Edema", "Fracture", "Pneumonia"}),
+    ]
     texts = [fingerprint(text) for text in ("one", "one", "two", "three")]
-    found = diversity(texts, sets, np.array([False, False, False, True]), np.array([10, 20, 30, 100]), num_labels=3)
+    found = diversity(
+        texts,
+        sets,
+        np.array([False, False, False, True]),
+        np.array([10, 20, 30, 100]),
+        num_labels=3,
+    )
     assert (found.answers, found.distinct_completions, found.distinct_label_sets) == (4, 3, 3)
     assert (found.most_frequent_set, found.most_frequent_share) == (frozenset({"Edema"}), 0.5)
     # shares 1/2, 1/4, 1/4: 0.5 x 1 + 2 x 0.25 x 2
     assert found.label_set_entropy == pytest.approx(1.5)
-    assert (found.labels_per_answer, found.all_labels_share, found.contradiction_share) == (5 / 4, 1 / 4, 1 / 4)
+    assert (found.labels_per_answer, found.all_labels_share, found.contradiction_share) == (
+        5 / 4,
+        1 / 4,
+        1 / 4,
+    )
     assert (found.length_mean, found.length_median, found.length_max) == (40, 25, 100)
     same = diversity([1, 1], [frozenset()] * 2, np.zeros(2), np.ones(2), 3)
     assert str(same.label_set_entropy) == "0.0"  # not -0.0

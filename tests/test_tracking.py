@@ -1,6 +1,7 @@
 """Protects the numbers people read: metrics of micro-batches combine to those of the step, logs hold every step once
 after a resume, and a failing log never stops a training. Run: python -m pytest tests/test_tracking.py
 """
+
 from __future__ import annotations
 
 import errno
@@ -19,7 +20,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from engine import tracking as module
-from engine.tracking import MetricAccumulator, Progress, RunLogger, escape_markdown, is_timing, set_later_lines_aside
+from engine.tracking import (
+    MetricAccumulator,
+    Progress,
+    RunLogger,
+    escape_markdown,
+    is_timing,
+    set_later_lines_aside,
+)
 
 Metric = namedtuple("Metric", "value weight reduction")
 
@@ -38,7 +46,13 @@ def test_micro_batches_combine_to_the_metrics_of_the_step():
                      "ratio_min": Metric(0.7, 1, "min"), "tokens": Metric(1, 1, "sum")})  # fmt: skip
     metrics.add("reward", 2.0)
     metrics.add("reward", 4.0)
-    assert metrics.collect() == {"kl": 2.0, "ratio_max": 1.5, "ratio_min": 0.7, "tokens": 4.0, "reward": 3.0}
+    assert metrics.collect() == {
+        "kl": 2.0,
+        "ratio_max": 1.5,
+        "ratio_min": 0.7,
+        "tokens": 4.0,
+        "reward": 3.0,
+    }
     assert metrics.collect() == {}
 
 
@@ -87,7 +101,12 @@ def test_accumulated_tensors_do_not_keep_the_graph_alive_or_change():
 
 
 def test_timings_can_be_told_from_results():
-    assert [is_timing(name) for name in ("time/rollout", "step_time", "loss", "lifetime/x")] == [True, True, False, False]
+    assert [is_timing(name) for name in ("time/rollout", "step_time", "loss", "lifetime/x")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 # ---- write ----------------------------------------------------------------------------------------------------------
@@ -109,9 +128,17 @@ def test_one_event_in_three_forms(tmp_path):
         {"eval_nih_micro/f1": 0.4, "step": 3},
         {"eval_loss": 1.0, "step": 3},
     ]
-    assert rows_of(tmp_path / "completions.jsonl") == [{"step": 3, "id": "x", "text": "\u00e9\ud800"}, {"step": 3, "id": "y"}]
+    assert rows_of(tmp_path / "completions.jsonl") == [
+        {"step": 3, "id": "x", "text": "\u00e9\ud800"},
+        {"step": 3, "id": "y"},
+    ]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["eval/loss", "eval/nih/micro/f1", "train/loss", "train/reward/std"]
+    assert sorted(events.Tags()["scalars"]) == [
+        "eval/loss",
+        "eval/nih/micro/f1",
+        "train/loss",
+        "train/reward/std",
+    ]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
     assert events.Tensors("completions/text_summary")[0].tensor_proto.string_val == [b"| a |"]
     image = events.Images("inputs/0")[0]
@@ -128,34 +155,54 @@ def test_resuming_moves_later_and_torn_lines_aside_and_tells_tensorboard(tmp_pat
     history = log.log_history[:2]
     with RunLogger(tmp_path, resume_step=2, log_history=history) as log:
         log.scalars(3, {"loss": 30.0})
-    assert [(row["step"], row["loss"]) for row in rows_of(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(row["step"], row["loss"]) for row in rows_of(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     assert [entry["loss"] for entry in log.log_history] == [1.0, 2.0, 30.0] and len(history) == 2
     aside = (tmp_path / "metrics.after-2.jsonl").read_text().splitlines()
     assert json.loads(aside[0])["loss"] == 3.0 and aside[1:] == ['{"step": 4, "lo']
-    assert [row["id"] for row in rows_of(tmp_path / "completions.jsonl")] == ["1a", "1b", "2a", "2b"]
+    assert [row["id"] for row in rows_of(tmp_path / "completions.jsonl")] == [
+        "1a",
+        "1b",
+        "2a",
+        "2b",
+    ]
     assert [row["id"] for row in rows_of(tmp_path / "completions.after-2.jsonl")] == ["3a", "3b"]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     # TensorBoard's pages read the files in another way, which drops points only at the second start that it sees.
     pages = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tensors("train/loss")
-    assert [(event.step, float(make_ndarray(event.tensor_proto))) for event in pages] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(event.step, float(make_ndarray(event.tensor_proto))) for event in pages] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_setting_lines_aside_loses_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert set_later_lines_aside(path, 5) == 0 and not path.exists()
-    kept, later = [b'{"step": 1}', b'{"step": 5}'], [b'{"step": 6}', b"\xff\x00", b'{"id": "no step"}', b"[]"]
+    kept, later = (
+        [b'{"step": 1}', b'{"step": 5}'],
+        [b'{"step": 6}', b"\xff\x00", b'{"id": "no step"}', b"[]"],
+    )
     path.write_bytes(b"\n".join([kept[0], *later, kept[1]]))  # the last line lost only its newline
     assert set_later_lines_aside(path, 5) == 4
     assert path.read_bytes() == b'{"step": 1}\n{"step": 5}\n'
     assert set_later_lines_aside(path, 5) == 0
     path.write_bytes(b'{"step": 7}\n')
     set_later_lines_aside(path, 5)  # a second resume from the same step appends
-    assert (tmp_path / "metrics.after-5.jsonl").read_bytes() == b"\n".join([*later, b'{"step": 7}', b""])
+    assert (tmp_path / "metrics.after-5.jsonl").read_bytes() == b"\n".join(
+        [*later, b'{"step": 7}', b""]
+    )
 
 
-def test_a_full_disk_is_one_warning_and_the_log_goes_on_when_there_is_room(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_one_warning_and_the_log_goes_on_when_there_is_room(
+    tmp_path, monkeypatch, caplog
+):
     log = RunLogger(tmp_path)
     log.scalars(1, {"loss": 1.0})
 
@@ -208,7 +255,10 @@ def test_a_run_directory_that_vanished_does_not_raise(tmp_path, caplog):
     [
         ("<think>a & b</think>", "&lt;think&gt;a &amp; b&lt;/think&gt;"),
         ("a|b\r\n`c`\n", "a&#124;b<br>&#96;c&#96;<br>"),
-        ("**x** _y_ [l](u) ![i](u) # \\", "&#42;&#42;x&#42;&#42; &#95;y&#95; &#91;l&#93;(u) &#33;&#91;i&#93;(u) &#35; &#92;"),
+        (
+            "**x** _y_ [l](u) ![i](u) # \\",
+            "&#42;&#42;x&#42;&#42; &#95;y&#95; &#91;l&#93;(u) &#33;&#91;i&#93;(u) &#35; &#92;",
+        ),
         ("&lt;\x00\x1b[31m", "&amp;lt;\ufffd\ufffd&#91;31m"),
     ],
 )
@@ -219,10 +269,18 @@ def test_model_text_is_shown_as_it_stands(text, escaped):
 def test_a_chart_of_several_curves(tmp_path):
     with RunLogger(tmp_path) as log:
         log.charts({"GRPO": {"gains": ["Multiline", ["train/a", "train/b"]]}})
-    summary = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")[0]
+    summary = (
+        plugin_event_accumulator.EventAccumulator(str(tmp_path))
+        .Reload()
+        .Tensors("custom_scalars__config__")[0]
+    )
     layout = layout_pb2.Layout.FromString(make_ndarray(summary.tensor_proto).item())
     [category] = layout.category
-    assert (category.title, category.chart[0].title, list(category.chart[0].multiline.tag)) == ("GRPO", "gains", ["train/a", "train/b"])
+    assert (category.title, category.chart[0].title, list(category.chart[0].multiline.tag)) == (
+        "GRPO",
+        "gains",
+        ["train/a", "train/b"],
+    )
 
 
 def test_warnings_are_kept_with_their_step_and_set_aside_by_a_resume(tmp_path):
@@ -263,7 +321,11 @@ def test_a_terminal_gets_a_bar_and_lines_do_not_break_it():
     with Progress(4, initial=3, description="GRPO", stream=console) as progress:
         progress.write("a line")
         progress.update({"reward": 1.0})
-    assert "a line\n" in console.getvalue() and "4/4" in console.getvalue() and "reward=1" in console.getvalue()
+    assert (
+        "a line\n" in console.getvalue()
+        and "4/4" in console.getvalue()
+        and "reward=1" in console.getvalue()
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])

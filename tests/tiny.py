@@ -3,6 +3,7 @@
 They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and full layers, whose window
 is shorter than a prompt here) and are saved as folders that the product loads like any checkpoint. Nothing is downloaded.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,33 +60,71 @@ GEMMA_TEMPLATE = (
 
 def _byte_tokenizer(specials: list[str], template: str, **names) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, tied: bool = True, gain: float = 5.0) -> Path:
+def save_qwen(
+    folder: Path,
+    seed: int = 0,
+    *,
+    text: dict = {},
+    vision: dict = {},
+    tied: bool = True,
+    gain: float = 5.0,
+) -> Path:
     """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens.
 
     text, vision: other values of its two configurations. tied: the head to the embedding. gain: of the default initialisation. By
     default larger, so that positions, masks and the image visibly change the outputs.
     """
     tokenizer = _byte_tokenizer(
-        QWEN_SPECIALS, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=QWEN_SPECIALS
+        QWEN_SPECIALS,
+        QWEN_TEMPLATE,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=QWEN_SPECIALS,
     )
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIALS}
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=tied,
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])) | text,
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1]) | vision,
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied)
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]),
+        )
+        | text,
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=56,
+            out_hidden_size=32,
+            fullatt_block_indexes=[1],
+        )
+        | vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     _multiply(model, gain)
@@ -93,14 +132,33 @@ def save_qwen(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # As on the hub: the file carries bounds of its own, which must not win over the ones asked for.
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="Qwen2VLImageProcessor", min_pixels=3136, max_pixels=12845056, patch_size=14, merge_size=2,
-        temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            dict(
+                image_processor_type="Qwen2VLImageProcessor",
+                min_pixels=3136,
+                max_pixels=12845056,
+                patch_size=14,
+                merge_size=2,
+                temporal_patch_size=2,
+                image_mean=[0.5] * 3,
+                image_std=[0.5] * 3,
+            )
+        )
+    )
     return folder
 
 
-def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {}, image_tokens: int = 4, tied: bool = True,
-               gain: float = 5.0) -> Path:
+def save_gemma(
+    folder: Path,
+    seed: int = 0,
+    *,
+    text: dict = {},
+    vision: dict = {},
+    image_tokens: int = 4,
+    tied: bool = True,
+    gain: float = 5.0,
+) -> Path:
     """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens. text, vision,
     tied, gain: see `save_qwen`.
     """
@@ -111,7 +169,9 @@ def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {
         pad_token="<pad>",
         bos_token="<bos>",
         model_specific_special_tokens=dict(
-            boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+            image_token="<image_soft_token>",
         ),
     )
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in GEMMA_SPECIALS}
@@ -131,10 +191,17 @@ def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {
             pad_token_id=ids["<pad>"],
             eos_token_id=ids["<eos>"],
             bos_token_id=ids["<bos>"],
-        ) | text,
+        )
+        | text,
         vision_config=dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-        ) | vision,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        )
+        | vision,
         mm_tokens_per_image=image_tokens,
         image_token_index=ids["<image_soft_token>"],
         boi_token_index=ids["<start_of_image>"],
@@ -149,9 +216,18 @@ def save_gemma(folder: Path, seed: int = 0, *, text: dict = {}, vision: dict = {
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     side = config.vision_config.image_size
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="Gemma3ImageProcessor", size=dict(height=side, width=side), image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        do_pan_and_scan=False, image_seq_length=image_tokens)))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            dict(
+                image_processor_type="Gemma3ImageProcessor",
+                size=dict(height=side, width=side),
+                image_mean=[0.5] * 3,
+                image_std=[0.5] * 3,
+                do_pan_and_scan=False,
+                image_seq_length=image_tokens,
+            )
+        )
+    )
     return folder
 
 
@@ -172,13 +248,23 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     The tied head of a random model repeats its last token for ever; a random one gives completions that depend on everything.
     """
     torch.set_num_threads(1)
-    model = load_model(str(folder), dtype=dtype, device=torch.device("cpu"), min_visual_tokens=4, max_visual_tokens=16)
-    head = 0.4 * torch.randn(model.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    model = load_model(
+        str(folder),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        min_visual_tokens=4,
+        max_visual_tokens=16,
+    )
+    head = 0.4 * torch.randn(
+        model.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+    )
     model.base.lm_head.weight = torch.nn.Parameter(head.to(dtype), requires_grad=False)
     return model
 
 
-def with_features(model: LoadedModel, encoded: EncodedPrompt | EncodedRow) -> EncodedPrompt | EncodedRow:
+def with_features(
+    model: LoadedModel, encoded: EncodedPrompt | EncodedRow
+) -> EncodedPrompt | EncodedRow:
     """The encoded prompt or row with its image's features beside its pixels, which official forwards take."""
     if isinstance(encoded, EncodedRow):
         return dataclasses.replace(encoded, prompt=with_features(model, encoded.prompt))
@@ -189,7 +275,11 @@ def with_features(model: LoadedModel, encoded: EncodedPrompt | EncodedRow) -> En
 
 def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
     """The image inputs of transformers' own forward."""
-    return {name: torch.cat([prompt.vision[name] for prompt in prompts]) for name in prompts[0].vision if name != "features"}
+    return {
+        name: torch.cat([prompt.vision[name] for prompt in prompts])
+        for name in prompts[0].vision
+        if name != "features"
+    }
 
 
 def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:
@@ -204,7 +294,10 @@ def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:
 
 def examples_of(images: Path, *sizes: int) -> list[Example]:
     """One example an image of the fixture `tiny_images`, of the given sizes in turn."""
-    return [Example(f"e{i}", f"p{i}", f"{size}/image-{i % 3}.png", ("Edema",), "site", images) for i, size in enumerate(sizes)]
+    return [
+        Example(f"e{i}", f"p{i}", f"{size}/image-{i % 3}.png", ("Edema",), "site", images)
+        for i, size in enumerate(sizes)
+    ]
 
 
 def save_images(folder: Path, count: int, size: int = 56) -> list[str]:

@@ -3,6 +3,7 @@ picture becomes pixels and placeholders. `build_base.py` trains either with the 
 
 Both have about 2 M parameters, a language model of 4 layers and width 160, and 16 visual tokens for a 112 px picture.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,7 +15,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
-    Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2_5_VLConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -69,7 +75,10 @@ class BaseFamily:
 
     def _normalised(self, images: np.ndarray) -> torch.Tensor:
         processor = self.image_processor()
-        mean, std = (torch.tensor(values)[None, :, None, None] for values in (processor.image_mean, processor.image_std))
+        mean, std = (
+            torch.tensor(values)[None, :, None, None]
+            for values in (processor.image_mean, processor.image_std)
+        )
         return (torch.from_numpy(images).float()[:, None] / 255.0 - mean) / std  # [B,3,112,112]
 
 
@@ -78,7 +87,13 @@ class Qwen25VLBase(BaseFamily):
 
     folder = Path(__file__).parent / "base"
     special_tokens = (
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
         "<|video_pad|>",
     )
     chat_template = """\
@@ -110,39 +125,69 @@ class Qwen25VLBase(BaseFamily):
     def train_tokenizer(self, texts: Iterator[str]) -> Qwen2Tokenizer:
         bpe = Tokenizer(models.BPE())
         bpe.normalizer = normalizers.NFC()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=VOCABULARY_SIZE - len(self.special_tokens), min_frequency=3, show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        ))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        bpe.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=VOCABULARY_SIZE - len(self.special_tokens),
+                min_frequency=3,
+                show_progress=False,
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            ),
+        )
         vocabulary, merges = _learned(bpe)
         return Qwen2Tokenizer(
-            vocab=vocabulary, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-            extra_special_tokens=list(self.special_tokens[1:]), chat_template=self.chat_template,
+            vocab=vocabulary,
+            merges=merges,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            extra_special_tokens=list(self.special_tokens[1:]),
+            chat_template=self.chat_template,
         )
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.special_tokens}
         config = Qwen2_5_VLConfig(
             text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=HIDDEN_SIZE, intermediate_size=FEED_FORWARD_SIZE, num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, max_position_embeddings=2048,
+                vocab_size=len(tokenizer),
+                hidden_size=HIDDEN_SIZE,
+                intermediate_size=FEED_FORWARD_SIZE,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KEY_VALUE_HEADS,
+                max_position_embeddings=2048,
                 tie_word_embeddings=True,
                 # The three sections (time, height, width) sum to half of the head size of 40.
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 7, 7]),
-                bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+                rope_parameters=dict(
+                    rope_type="default", rope_theta=10000.0, mrope_section=[6, 7, 7]
+                ),
+                bos_token_id=ids["<|endoftext|>"],
+                eos_token_id=ids["<|im_end|>"],
+                pad_token_id=ids["<|endoftext|>"],
             ),
             vision_config=dict(
-                depth=TOWER_LAYERS, hidden_size=TOWER_HIDDEN_SIZE, intermediate_size=320, num_heads=TOWER_HEADS,
-                patch_size=PATCH_SIZE, spatial_merge_size=MERGE_SIZE, temporal_patch_size=2, out_hidden_size=HIDDEN_SIZE,
+                depth=TOWER_LAYERS,
+                hidden_size=TOWER_HIDDEN_SIZE,
+                intermediate_size=320,
+                num_heads=TOWER_HEADS,
+                patch_size=PATCH_SIZE,
+                spatial_merge_size=MERGE_SIZE,
+                temporal_patch_size=2,
+                out_hidden_size=HIDDEN_SIZE,
                 # Full attention everywhere: one window would hold the whole picture anyway.
-                window_size=IMAGE_SIZE, fullatt_block_indexes=list(range(TOWER_LAYERS)),
+                window_size=IMAGE_SIZE,
+                fullatt_block_indexes=list(range(TOWER_LAYERS)),
             ),
-            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+            tie_word_embeddings=True,
         )
         model = Qwen2_5_VLForConditionalGeneration(config)
         model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
@@ -151,17 +196,24 @@ class Qwen25VLBase(BaseFamily):
 
     def image_processor(self) -> Qwen2VLImageProcessorPil:
         pixels = IMAGE_SIZE * IMAGE_SIZE  # the demo's pictures keep their size: 16 visual tokens
-        return Qwen2VLImageProcessorPil(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=pixels, max_pixels=pixels)
+        return Qwen2VLImageProcessorPil(
+            patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, min_pixels=pixels, max_pixels=pixels
+        )
 
     def pixel_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
         """pixel_values [B * 64, 1176] and image_grid_thw [B, 3]."""
         side = IMAGE_SIZE // PATCH_SIZE // MERGE_SIZE
-        x = self._normalised(images).view(-1, 3, side, MERGE_SIZE, PATCH_SIZE, side, MERGE_SIZE, PATCH_SIZE)
+        x = self._normalised(images).view(
+            -1, 3, side, MERGE_SIZE, PATCH_SIZE, side, MERGE_SIZE, PATCH_SIZE
+        )
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, side, side, merge, merge, 3, patch, patch]
         # one picture stands for both frames of a temporal patch
         x = x.unsqueeze(6).expand(*x.shape[:6], 2, *x.shape[6:])
         grid = [1, side * MERGE_SIZE, side * MERGE_SIZE]
-        return dict(pixel_values=x.reshape(-1, 3 * 2 * PATCH_SIZE**2), image_grid_thw=torch.tensor([grid] * len(images)))
+        return dict(
+            pixel_values=x.reshape(-1, 3 * 2 * PATCH_SIZE**2),
+            image_grid_thw=torch.tensor([grid] * len(images)),
+        )
 
     def expand_image(self, rendered: str) -> str:
         return rendered.replace(self.image_token, self.image_token * VISUAL_TOKENS)
@@ -178,7 +230,15 @@ class Gemma3Base(BaseFamily):
 
     folder = Path(__file__).parent / "base_gemma"
     special_tokens = (  # the first five have Gemma's own ids, 0 to 4
-        "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>",
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<start_of_image>",
+        "<end_of_image>",
         "<image_soft_token>",
     )
     # As Gemma's: there is no system role, its text opens the first user turn; texts are trimmed.
@@ -207,7 +267,11 @@ class Gemma3Base(BaseFamily):
 {%- endif -%}
 """
     chat_words = "user\nmodel\n\n\n\n"
-    end_of_turn, image_token, token_types_name = "<end_of_turn>", "<image_soft_token>", "token_type_ids"
+    end_of_turn, image_token, token_types_name = (
+        "<end_of_turn>",
+        "<image_soft_token>",
+        "token_type_ids",
+    )
 
     def train_tokenizer(self, texts: Iterator[str]) -> GemmaTokenizer:
         """Gemma's tokenizer applies its merges to the whole text, spaces as U+2581. They were learned, as SentencePiece does,
@@ -218,17 +282,32 @@ class Gemma3Base(BaseFamily):
         bpe = Tokenizer(models.BPE())
         bpe.normalizer = normalizers.Replace(" ", space)
         bpe.pre_tokenizer = pre_tokenizers.Split(
-            Regex(rf"{space}?\p{{L}}+|{space}?\p{{N}}|\n+|{space}?[^{space}\p{{L}}\p{{N}}\n]+|{space}"), "isolated")
+            Regex(
+                rf"{space}?\p{{L}}+|{space}?\p{{N}}|\n+|{space}?[^{space}\p{{L}}\p{{N}}\n]+|{space}"
+            ),
+            "isolated",
+        )
         byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=VOCABULARY_SIZE - len(self.special_tokens) - len(byte_tokens), min_frequency=3, show_progress=False,
-        ))
+        bpe.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=VOCABULARY_SIZE - len(self.special_tokens) - len(byte_tokens),
+                min_frequency=3,
+                show_progress=False,
+            ),
+        )
         learned, merges = _learned(bpe)
         tokens = [*self.special_tokens[:5], *byte_tokens, *sorted(learned, key=learned.get)]
         return GemmaTokenizer(
-            vocab={token: number for number, token in enumerate(tokens)}, merges=merges,
-            extra_special_tokens=["<start_of_turn>", "<end_of_turn>"], chat_template=self.chat_template,
-            model_specific_special_tokens=dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token=self.image_token),
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=merges,
+            extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+            chat_template=self.chat_template,
+            model_specific_special_tokens=dict(
+                boi_token="<start_of_image>",
+                eoi_token="<end_of_image>",
+                image_token=self.image_token,
+            ),
         )
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> Gemma3ForConditionalGeneration:
@@ -236,32 +315,55 @@ class Gemma3Base(BaseFamily):
         head_size = HIDDEN_SIZE // HEADS
         config = Gemma3Config(
             text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=HIDDEN_SIZE, intermediate_size=FEED_FORWARD_SIZE, num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, head_dim=head_size,
-                query_pre_attn_scalar=head_size, max_position_embeddings=2048, tie_word_embeddings=True,
-                sliding_window=32, layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+                vocab_size=len(tokenizer),
+                hidden_size=HIDDEN_SIZE,
+                intermediate_size=FEED_FORWARD_SIZE,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KEY_VALUE_HEADS,
+                head_dim=head_size,
+                query_pre_attn_scalar=head_size,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                sliding_window=32,
+                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
                 # Gemma multiplies embeddings by sqrt(hidden). With its 0.02 they would be a quarter of what each normalised
                 # sublayer adds to them; so they are 1, as the visual tokens below.
                 initializer_range=HIDDEN_SIZE**-0.5,
-                pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"],
+                pad_token_id=ids["<pad>"],
+                eos_token_id=ids["<eos>"],
+                bos_token_id=ids["<bos>"],
             ),
             vision_config=dict(
-                hidden_size=TOWER_HIDDEN_SIZE, intermediate_size=512, num_hidden_layers=TOWER_LAYERS,
-                num_attention_heads=TOWER_HEADS, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, vision_use_head=False,
+                hidden_size=TOWER_HIDDEN_SIZE,
+                intermediate_size=512,
+                num_hidden_layers=TOWER_LAYERS,
+                num_attention_heads=TOWER_HEADS,
+                image_size=IMAGE_SIZE,
+                patch_size=PATCH_SIZE,
+                vision_use_head=False,
             ),
-            mm_tokens_per_image=VISUAL_TOKENS, image_token_index=ids["<image_soft_token>"],
-            boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"], tie_word_embeddings=True,
+            mm_tokens_per_image=VISUAL_TOKENS,
+            image_token_index=ids["<image_soft_token>"],
+            boi_token_index=ids["<start_of_image>"],
+            eoi_token_index=ids["<end_of_image>"],
+            tie_word_embeddings=True,
         )
         model = Gemma3ForConditionalGeneration(config)
         # transformers begins with zeros, which leaves every picture the same.
-        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=TOWER_HIDDEN_SIZE**-0.5)
+        nn.init.normal_(
+            model.model.multi_modal_projector.mm_input_projection_weight,
+            std=TOWER_HIDDEN_SIZE**-0.5,
+        )
         model.generation_config.eos_token_id = [ids["<eos>"], ids["<end_of_turn>"]]
         model.generation_config.pad_token_id = ids["<pad>"]
         return model
 
     def image_processor(self) -> Gemma3ImageProcessorPil:
         size = dict(height=IMAGE_SIZE, width=IMAGE_SIZE)
-        return Gemma3ImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pan_and_scan=False)
+        return Gemma3ImageProcessorPil(
+            size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pan_and_scan=False
+        )
 
     def pixel_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
         """pixel_values [B,3,112,112]."""
@@ -269,7 +371,9 @@ class Gemma3Base(BaseFamily):
 
     def expand_image(self, rendered: str) -> str:
         placeholders = self.image_token * VISUAL_TOKENS
-        return rendered.replace("<start_of_image>", f"\n\n<start_of_image>{placeholders}<end_of_image>\n\n")
+        return rendered.replace(
+            "<start_of_image>", f"\n\n<start_of_image>{placeholders}<end_of_image>\n\n"
+        )
 
     def vision_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         return [model.model.vision_tower, model.model.multi_modal_projector]

@@ -18,6 +18,7 @@ is left to fine-tuning. It has seen every label right after "<solution>" and, wh
 needs to: Qwen's pre-tokenizer glues ">" to the word behind it, so ">Edema" is a token of its own, and LoRA leaves the tied
 embedding frozen. A base without those tokens answers well greedily and falls apart when sampled.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -62,7 +63,10 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
     if task == "caption":
         return str(rng.choice(_CAPTION_PROMPTS)), reading(radiograph, rng)
     if task == "impression":
-        return _IMPRESSION_PROMPT, f"Findings: {reading(radiograph, rng)} Impression: {', '.join(radiograph.findings)}."
+        return (
+            _IMPRESSION_PROMPT,
+            f"Findings: {reading(radiograph, rng)} Impression: {', '.join(radiograph.findings)}.",
+        )
     absent = [label for label in LABELS if label not in radiograph.findings]
     present_label, absent_label = str(rng.choice(radiograph.findings)), str(rng.choice(absent))
     if task == "choice":
@@ -73,15 +77,24 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
         )
     if rng.random() < 0.5:
         phrase = finding_phrases(radiograph, rng)[present_label]
-        return f"Is there {present_label}?{_IN_TAGS}", f"<think>{phrase.capitalize()}.</think><solution>yes</solution>"
-    return f"Is there {absent_label}?{_IN_TAGS}", f"<think>{reading(radiograph, rng)}</think><solution>no</solution>"
+        return (
+            f"Is there {present_label}?{_IN_TAGS}",
+            f"<think>{phrase.capitalize()}.</think><solution>yes</solution>",
+        )
+    return (
+        f"Is there {absent_label}?{_IN_TAGS}",
+        f"<think>{reading(radiograph, rng)}</think><solution>no</solution>",
+    )
 
 
 def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator[str]:
     """Prompts, traces and answers from which the tokenizer learns its merges."""
     rng = np.random.default_rng(SEED)
     demo_prompt = "".join(
-        part["text"] for message in build_messages(PROMPTS["demo"]) for part in message["content"] if part["type"] == "text"
+        part["text"]
+        for message in build_messages(PROMPTS["demo"])
+        for part in message["content"]
+        if part["type"] == "text"
     )
     for radiograph in radiographs:
         yield f"{chat_words}{demo_prompt}"
@@ -91,6 +104,7 @@ def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -103,11 +117,17 @@ class Pictures:
 
     @staticmethod
     def of(radiographs: list[Radiograph]) -> Pictures:
-        grids = np.stack([radiograph.grid for radiograph in radiographs]).reshape(-1, len(LABELS), VISUAL_TOKENS)
-        labels = [[float(label in radiograph.findings) for label in LABELS] for radiograph in radiographs]
+        grids = np.stack([radiograph.grid for radiograph in radiographs]).reshape(
+            -1, len(LABELS), VISUAL_TOKENS
+        )
+        labels = [
+            [float(label in radiograph.findings) for label in LABELS] for radiograph in radiographs
+        ]
         return Pictures(
-            radiographs, np.stack([radiograph.image for radiograph in radiographs]),
-            torch.tensor(grids, dtype=torch.float32).transpose(1, 2), torch.tensor(labels),
+            radiographs,
+            np.stack([radiograph.image for radiograph in radiographs]),
+            torch.tensor(grids, dtype=torch.float32).transpose(1, 2),
+            torch.tensor(labels),
         )
 
 
@@ -127,13 +147,17 @@ class Encoder:
 
     def _prompt_ids(self, text: str) -> list[int]:
         messages = build_messages(Prompt("base", text))
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
         return self._ids(self.family.expand_image(rendered))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def batch(self, images: np.ndarray, questions: list[str], answers: list[str] | None = None) -> dict[str, torch.Tensor]:
+    def batch(
+        self, images: np.ndarray, questions: list[str], answers: list[str] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Right-padded with answers, for training (the loss is on the answer and its end of turn); else for generation."""
         rows, labels = [], []
         for number, question in enumerate(questions):
@@ -146,7 +170,9 @@ class Encoder:
         input_ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # [B, L]
         batch = {
             "input_ids": input_ids,
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+            ),
             # Without it transformers 5 silently treats the image as text: its positions (Qwen), its attention (Gemma).
             self.family.token_types_name: (input_ids == self.image_token_id).int(),
             **self.family.pixel_inputs(images),
@@ -157,6 +183,7 @@ class Encoder:
 
 
 # -------------------------------------------------------------------------------------------------------------- training
+
 
 class LocationHeads(nn.Module):
     """Reads from the visual tokens where each label is, and from both which labels are there. Used in training only."""
@@ -174,39 +201,56 @@ class LocationHeads(nn.Module):
     def loss(self, tokens: torch.Tensor, grids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         cells, image = self(tokens)
         rare_cells = torch.tensor(4.0)  # few cells of a picture show anything
-        return (F.binary_cross_entropy_with_logits(image, labels)
-                + F.binary_cross_entropy_with_logits(cells, grids, pos_weight=rare_cells))
+        return F.binary_cross_entropy_with_logits(
+            image, labels
+        ) + F.binary_cross_entropy_with_logits(cells, grids, pos_weight=rare_cells)
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int = 50) -> float:
-    return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / total_steps)))
+    return min(1.0, (step + 1) / warmup_steps) * (
+        0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+    )
 
 
-def optimizer_step(optimizer: torch.optim.AdamW, loss: torch.Tensor, step: int, total_steps: int) -> None:
+def optimizer_step(
+    optimizer: torch.optim.AdamW, loss: torch.Tensor, step: int, total_steps: int
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate_factor(step, total_steps)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
+    nn.utils.clip_grad_norm_(
+        [parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0
+    )
     optimizer.step()
 
 
 def make_optimizer(*groups: tuple[list[nn.Parameter], float]) -> torch.optim.AdamW:
-    return torch.optim.AdamW([dict(params=parameters, base_lr=rate) for parameters, rate in groups],
-                             lr=0.0, weight_decay=0.05, betas=(0.9, 0.98))
+    return torch.optim.AdamW(
+        [dict(params=parameters, base_lr=rate) for parameters, rate in groups],
+        lr=0.0,
+        weight_decay=0.05,
+        betas=(0.9, 0.98),
+    )
 
 
 def visual_tokens(family: BaseFamily, model: PreTrainedModel, images: np.ndarray) -> torch.Tensor:
     """uint8 [B,112,112] -> [B,16,hidden]."""
-    features = model.model.get_image_features(**family.pixel_inputs(images), return_dict=True).pooler_output
+    features = model.model.get_image_features(
+        **family.pixel_inputs(images), return_dict=True
+    ).pooler_output
     return torch.cat(tuple(features)).view(len(images), VISUAL_TOKENS, HIDDEN_SIZE)
 
 
 def vision_parameters(family: BaseFamily, model: PreTrainedModel) -> list[nn.Parameter]:
-    return [parameter for module in family.vision_modules(model) for parameter in module.parameters()]
+    return [
+        parameter for module in family.vision_modules(model) for parameter in module.parameters()
+    ]
 
 
-def pretrain_vision(family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, pictures: Pictures) -> None:
+def pretrain_vision(
+    family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, pictures: Pictures
+) -> None:
     """Stage 1."""
     rng = np.random.default_rng([SEED, 1])
     parameters = [*vision_parameters(family, model), *heads.parameters()]
@@ -220,23 +264,34 @@ def pretrain_vision(family: BaseFamily, model: PreTrainedModel, heads: LocationH
         progress.log(step, vision=loss.item())
 
 
-def pretrain_all(model: PreTrainedModel, heads: LocationHeads, pictures: Pictures, encoder: Encoder) -> None:
+def pretrain_all(
+    model: PreTrainedModel, heads: LocationHeads, pictures: Pictures, encoder: Encoder
+) -> None:
     """Stage 2."""
     rng = np.random.default_rng([SEED, 2])
     tower = vision_parameters(encoder.family, model)
     in_tower = set(map(id, tower))
     language = [parameter for parameter in model.parameters() if id(parameter) not in in_tower]
-    optimizer = make_optimizer((language, ALL_LEARNING_RATE), ([*tower, *heads.parameters()], TOWER_RATE * ALL_LEARNING_RATE))
+    optimizer = make_optimizer(
+        (language, ALL_LEARNING_RATE),
+        ([*tower, *heads.parameters()], TOWER_RATE * ALL_LEARNING_RATE),
+    )
     features: list[torch.Tensor] = []  # of the current step, for the auxiliary loss
     hook = encoder.family.vision_modules(model)[-1].register_forward_hook(
-        lambda module, inputs, output: features.append(getattr(output, "pooler_output", output)))
+        lambda module, inputs, output: features.append(getattr(output, "pooler_output", output))
+    )
     progress = Progress("stage 2", ALL_STEPS)
     for step in range(ALL_STEPS):
         chosen = rng.choice(len(pictures.images), BATCH_SIZE, replace=False)
         tasks = rng.choice(_TASKS, BATCH_SIZE, p=_TASK_SHARES)
-        pairs = [sample_task(pictures.radiographs[index], task, rng) for index, task in zip(chosen, tasks)]
+        pairs = [
+            sample_task(pictures.radiographs[index], task, rng)
+            for index, task in zip(chosen, tasks)
+        ]
         questions, answers = map(list, zip(*pairs))
-        text_loss = model(**encoder.batch(augment(pictures.images[chosen], rng), questions, answers)).loss
+        text_loss = model(
+            **encoder.batch(augment(pictures.images[chosen], rng), questions, answers)
+        ).loss
         tokens = features.pop().view(BATCH_SIZE, VISUAL_TOKENS, HIDDEN_SIZE)
         vision_loss = heads.loss(tokens, pictures.grids[chosen], pictures.labels[chosen])
         optimizer_step(optimizer, text_loss + vision_loss, step, ALL_STEPS)
@@ -256,12 +311,18 @@ class Progress:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if (step + 1) % self.every == 0:
-            means = "  ".join(f"{name} {total / self.every:.3f}" for name, total in self.sums.items())
-            print(f"{self.stage}  {step + 1}/{self.total_steps}  {means}  {time.monotonic() - self.start:.0f} s", flush=True)
+            means = "  ".join(
+                f"{name} {total / self.every:.3f}" for name, total in self.sums.items()
+            )
+            print(
+                f"{self.stage}  {step + 1}/{self.total_steps}  {means}  {time.monotonic() - self.start:.0f} s",
+                flush=True,
+            )
             self.sums.clear()
 
 
 # -------------------------------------------------------------------------------------------------------------- checking
+
 
 def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
     """Micro and macro F1 of bool [N, 14]."""
@@ -270,10 +331,20 @@ def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float
 
 
 @torch.no_grad()
-def report_vision(family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, name: str, pictures: Pictures) -> None:
-    logits = torch.cat([heads(visual_tokens(family, model, images))[1] for images in np.array_split(pictures.images, 10)])
+def report_vision(
+    family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, name: str, pictures: Pictures
+) -> None:
+    logits = torch.cat(
+        [
+            heads(visual_tokens(family, model, images))[1]
+            for images in np.array_split(pictures.images, 10)
+        ]
+    )
     micro, macro = f1_scores(logits > 0, pictures.labels > 0)
-    print(f"{name}: which labels the vision tower sees: micro F1 {micro:.3f}, macro F1 {macro:.3f}", flush=True)
+    print(
+        f"{name}: which labels the vision tower sees: micro F1 {micro:.3f}, macro F1 {macro:.3f}",
+        flush=True,
+    )
 
 
 @torch.no_grad()
@@ -281,27 +352,50 @@ def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: P
     impressions: list[str] = []
     for images in np.array_split(pictures.images, 10):
         batch = encoder.batch(images, [_IMPRESSION_PROMPT] * len(images))
-        output = model.generate(**batch, do_sample=False, max_new_tokens=120)[:, batch["input_ids"].shape[1]:]
+        output = model.generate(**batch, do_sample=False, max_new_tokens=120)[
+            :, batch["input_ids"].shape[1] :
+        ]
         impressions += encoder.tokenizer.batch_decode(output, skip_special_tokens=True)
-    listed = [set(text.partition("Impression: ")[2].rstrip(".").split(", ")) for text in impressions]
+    listed = [
+        set(text.partition("Impression: ")[2].rstrip(".").split(", ")) for text in impressions
+    ]
     predicted = torch.tensor([[label in labels for label in LABELS] for labels in listed])
     micro, macro = f1_scores(predicted, pictures.labels > 0)
-    print(f"{name}: labels in the written impression: micro F1 {micro:.3f}, macro F1 {macro:.3f}", flush=True)
+    print(
+        f"{name}: labels in the written impression: micro F1 {micro:.3f}, macro F1 {macro:.3f}",
+        flush=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-def save(family: BaseFamily, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+
+def save(
+    family: BaseFamily, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     family.image_processor().save_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.demo.build_base", description="Train a base checkpoint of the demo.")
-    parser.add_argument("--family", choices=list(BASE_FAMILIES), default="qwen2_5_vl", help="model type (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: the shipped checkpoint's, data/demo/base or base_gemma)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.demo.build_base", description="Train a base checkpoint of the demo."
+    )
+    parser.add_argument(
+        "--family",
+        choices=list(BASE_FAMILIES),
+        default="qwen2_5_vl",
+        help="model type (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write (default: the shipped checkpoint's, data/demo/base or base_gemma)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch's CPU threads (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     family = BASE_FAMILIES[options.family]
     output = options.output or family.folder
@@ -312,11 +406,18 @@ def main(arguments: list[str] | None = None) -> None:
     with ProcessPoolExecutor(max_workers=2) as pool:
         train_a, train_b, *validation = pool.map(draw_split, names)
     train = Pictures.of(train_a + train_b)
-    validation = {name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], validation)}
-    tokenizer = family.train_tokenizer(tokenizer_corpus(train_a[:2000] + train_b[:500], family.chat_words))
+    validation = {
+        name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], validation)
+    }
+    tokenizer = family.train_tokenizer(
+        tokenizer_corpus(train_a[:2000] + train_b[:500], family.chat_words)
+    )
     encoder = Encoder(family, tokenizer)
     model, heads = family.build_model(tokenizer), LocationHeads()
-    print(f"{len(train.images)} radiographs, {len(tokenizer)} tokens, {model.num_parameters():,} parameters", flush=True)
+    print(
+        f"{len(train.images)} radiographs, {len(tokenizer)} tokens, {model.num_parameters():,} parameters",
+        flush=True,
+    )
 
     model.train()
     pretrain_vision(family, model, heads, train)

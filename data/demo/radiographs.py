@@ -14,6 +14,7 @@ same patient under the same exposure.
 Coordinates: x and y run from -1 to 1 over the picture, y downwards. The patient's right is on the picture's left.
 Brightness runs from 0 (air) to 1 (metal) until `_develop` turns it into bytes.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -56,22 +57,58 @@ SITES: dict[str, Site] = {
     "a": Site(
         stream=0,
         prevalence={
-            "Enlarged Cardiomediastinum": 0.13, "Cardiomegaly": 0.20, "Lung Opacity": 0.17, "Lung Lesion": 0.13, "Edema": 0.16,
-            "Consolidation": 0.14, "Pneumonia": 0.13, "Atelectasis": 0.16, "Pneumothorax": 0.14, "Pleural Effusion": 0.24,
-            "Pleural Other": 0.11, "Fracture": 0.12, SUPPORT_DEVICES: 0.28,
+            "Enlarged Cardiomediastinum": 0.13,
+            "Cardiomegaly": 0.20,
+            "Lung Opacity": 0.17,
+            "Lung Lesion": 0.13,
+            "Edema": 0.16,
+            "Consolidation": 0.14,
+            "Pneumonia": 0.13,
+            "Atelectasis": 0.16,
+            "Pneumothorax": 0.14,
+            "Pleural Effusion": 0.24,
+            "Pleural Other": 0.11,
+            "Fracture": 0.12,
+            SUPPORT_DEVICES: 0.28,
         },
-        healthy_share=0.22, conspicuity=(0.40, 1.0), rotation_sd=2.5, zoom=(0.95, 1.06),
-        gain=(0.88, 1.12), offset=(-0.05, 0.05), gamma=(0.88, 1.15), noise=(0.012, 0.032), collimated_share=0.0, marker=False,
+        healthy_share=0.22,
+        conspicuity=(0.40, 1.0),
+        rotation_sd=2.5,
+        zoom=(0.95, 1.06),
+        gain=(0.88, 1.12),
+        offset=(-0.05, 0.05),
+        gamma=(0.88, 1.15),
+        noise=(0.012, 0.032),
+        collimated_share=0.0,
+        marker=False,
     ),
     "b": Site(
         stream=1,
         prevalence={
-            "Enlarged Cardiomediastinum": 0.05, "Cardiomegaly": 0.12, "Lung Opacity": 0.18, "Lung Lesion": 0.22, "Edema": 0.07,
-            "Consolidation": 0.10, "Pneumonia": 0.08, "Atelectasis": 0.20, "Pneumothorax": 0.16, "Pleural Effusion": 0.15,
-            "Pleural Other": 0.14, "Fracture": 0.06, SUPPORT_DEVICES: 0.12,
+            "Enlarged Cardiomediastinum": 0.05,
+            "Cardiomegaly": 0.12,
+            "Lung Opacity": 0.18,
+            "Lung Lesion": 0.22,
+            "Edema": 0.07,
+            "Consolidation": 0.10,
+            "Pneumonia": 0.08,
+            "Atelectasis": 0.20,
+            "Pneumothorax": 0.16,
+            "Pleural Effusion": 0.15,
+            "Pleural Other": 0.14,
+            "Fracture": 0.06,
+            SUPPORT_DEVICES: 0.12,
         },
-        healthy_share=0.30, conspicuity=(0.45, 1.0), rotation_sd=4.0, zoom=(1.02, 1.18),
-        gain=(0.62, 0.90), offset=(0.04, 0.16), gamma=(0.65, 0.90), noise=(0.025, 0.045), collimated_share=0.6, marker=True,
+        healthy_share=0.30,
+        conspicuity=(0.45, 1.0),
+        rotation_sd=4.0,
+        zoom=(1.02, 1.18),
+        gain=(0.62, 0.90),
+        offset=(0.04, 0.16),
+        gamma=(0.65, 0.90),
+        noise=(0.025, 0.045),
+        collimated_share=0.6,
+        marker=True,
     ),
 }
 
@@ -80,8 +117,14 @@ MAX_ABNORMALITIES = 4  # devices not counted; keeps teacher traces short
 # What site b writes down for a drawn label; Lung Lesion is 'Mass' or 'Nodule' by size, and the labels left out are never
 # written down.
 _NIH_STRINGS = {
-    "Cardiomegaly": "Cardiomegaly", "Lung Opacity": "Infiltration", "Edema": "Edema", "Consolidation": "Consolidation",
-    "Pneumonia": "Pneumonia", "Atelectasis": "Atelectasis", "Pneumothorax": "Pneumothorax", "Pleural Effusion": "Effusion",
+    "Cardiomegaly": "Cardiomegaly",
+    "Lung Opacity": "Infiltration",
+    "Edema": "Edema",
+    "Consolidation": "Consolidation",
+    "Pneumonia": "Pneumonia",
+    "Atelectasis": "Atelectasis",
+    "Pneumothorax": "Pneumothorax",
+    "Pleural Effusion": "Effusion",
     "Pleural Other": "Pleural_Thickening",
 }
 
@@ -116,7 +159,9 @@ class Radiograph:
 
 def draw(seed: int, site: SiteName) -> Radiograph:
     """The picture of `seed` at `site`, with findings drawn at the site's prevalence."""
-    return draw_findings(_sample_findings(_stream(seed, site, "prevalence"), SITES[site]), seed, site)
+    return draw_findings(
+        _sample_findings(_stream(seed, site, "prevalence"), SITES[site]), seed, site
+    )
 
 
 def draw_findings(findings: tuple[str, ...], seed: int, site: SiteName) -> Radiograph:
@@ -143,10 +188,14 @@ def draw_findings(findings: tuple[str, ...], seed: int, site: SiteName) -> Radio
     if drawn <= {SUPPORT_DEVICES}:  # CheXpert's rule: a device is not an abnormality
         drawn.add(NO_FINDING)
     image = _develop(chest, _stream(seed, site, "exposure"), SITES[site])
-    return Radiograph(seed, site, image, tuple(label for label in LABELS if label in drawn), locations, grid)
+    return Radiograph(
+        seed, site, image, tuple(label for label in LABELS if label in drawn), locations, grid
+    )
 
 
-_STREAMS = {name: number for number, name in enumerate(("prevalence", "anatomy", "exposure", *LABELS))}
+_STREAMS = {
+    name: number for number, name in enumerate(("prevalence", "anatomy", "exposure", *LABELS))
+}
 
 
 def _stream(seed: int, site: SiteName, purpose: str) -> np.random.Generator:
@@ -180,6 +229,7 @@ def _changed_cells(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------- shapes
 
+
 def _edge(distance: np.ndarray, softness: float) -> np.ndarray:
     """A smooth step: 0 where distance is well below 0, 1 where it is well above."""
     return 1.0 / (1.0 + np.exp(-np.clip(distance / softness, -30.0, 30.0)))
@@ -190,9 +240,19 @@ def _ridge(distance: np.ndarray, half_width: float, softness: float) -> np.ndarr
     return np.exp(-0.5 * np.square(np.maximum(np.abs(distance) - half_width, 0.0) / softness))
 
 
-def _ellipse(chest: Chest, cx: float, cy: float, rx: float, ry: float, power: float = 2.0, softness: float = 0.1) -> np.ndarray:
+def _ellipse(
+    chest: Chest,
+    cx: float,
+    cy: float,
+    rx: float,
+    ry: float,
+    power: float = 2.0,
+    softness: float = 0.1,
+) -> np.ndarray:
     """A filled (super)ellipse; softness is relative to its radius."""
-    radius = (np.abs((chest.x - cx) / rx) ** power + np.abs((chest.y - cy) / ry) ** power) ** (1.0 / power)
+    radius = (np.abs((chest.x - cx) / rx) ** power + np.abs((chest.y - cy) / ry) ** power) ** (
+        1.0 / power
+    )
     return _edge(1.0 - radius, softness)
 
 
@@ -203,6 +263,7 @@ def _texture(rng: np.random.Generator, cells: int) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------- anatomy
+
 
 @dataclass
 class Chest:
@@ -231,9 +292,19 @@ def _anatomy(rng: np.random.Generator, site: Site) -> Chest:
     right_dome = rng.uniform(0.43, 0.53)
     nothing = np.zeros_like(x)
     chest = Chest(
-        pixels=0.03 + 0.52 * body, x=x, y=y, body=body, lung={}, lungs=nothing, heart=nothing, mediastinum=nothing,
-        lung_x=rng.uniform(0.40, 0.43), lung_y=rng.uniform(-0.17, -0.09), lung_rx=rng.uniform(0.29, 0.33),
-        lung_ry=rng.uniform(0.60, 0.68), diaphragm={"right": right_dome, "left": right_dome + rng.uniform(0.02, 0.08)},
+        pixels=0.03 + 0.52 * body,
+        x=x,
+        y=y,
+        body=body,
+        lung={},
+        lungs=nothing,
+        heart=nothing,
+        mediastinum=nothing,
+        lung_x=rng.uniform(0.40, 0.43),
+        lung_y=rng.uniform(-0.17, -0.09),
+        lung_rx=rng.uniform(0.29, 0.33),
+        lung_ry=rng.uniform(0.60, 0.68),
+        diaphragm={"right": right_dome, "left": right_dome + rng.uniform(0.02, 0.08)},
         rib_y=tuple(-0.72 + 0.165 * i + rng.uniform(-0.01, 0.01) for i in range(8)),
     )
     _draw_lungs(chest, rng)
@@ -248,7 +319,11 @@ def _coordinates(rng: np.random.Generator, site: Site) -> tuple[np.ndarray, np.n
     centres = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2.0 - 1.0
     x, y = np.meshgrid(centres, centres)
     angle = np.deg2rad(rng.normal(0.0, site.rotation_sd))
-    cos, sin, zoom = np.float32(np.cos(angle)), np.float32(np.sin(angle)), np.float32(rng.uniform(*site.zoom))
+    cos, sin, zoom = (
+        np.float32(np.cos(angle)),
+        np.float32(np.sin(angle)),
+        np.float32(rng.uniform(*site.zoom)),
+    )
     shift_x, shift_y = rng.normal(0.0, 0.03, size=2).astype(np.float32)
     return (x * cos + y * sin) * zoom + shift_x, (y * cos - x * sin) * zoom + shift_y
 
@@ -257,7 +332,9 @@ def _draw_lungs(chest: Chest, rng: np.random.Generator) -> None:
     for side, sign in _SIDES.items():
         cx = sign * chest.lung_x
         dome = chest.diaphragm[side] + 0.16 * ((chest.x - cx) / chest.lung_rx) ** 2
-        lung = _ellipse(chest, cx, chest.lung_y, chest.lung_rx, chest.lung_ry, power=2.4, softness=0.05)
+        lung = _ellipse(
+            chest, cx, chest.lung_y, chest.lung_rx, chest.lung_ry, power=2.4, softness=0.05
+        )
         chest.lung[side] = lung * _edge(dome - chest.y, 0.02)
     chest.lungs = np.maximum(chest.lung["right"], chest.lung["left"])
     chest.pixels -= 0.36 * chest.lungs
@@ -276,17 +353,23 @@ def _draw_vessels(chest: Chest, rng: np.random.Generator) -> None:
 
 def _draw_mediastinum_and_heart(chest: Chest, rng: np.random.Generator) -> None:
     half_width = rng.uniform(0.11, 0.145)
-    chest.mediastinum = _edge(half_width - np.abs(chest.x - 0.01), 0.03) * _edge(0.25 - chest.y, 0.15)
+    chest.mediastinum = _edge(half_width - np.abs(chest.x - 0.01), 0.03) * _edge(
+        0.25 - chest.y, 0.15
+    )
     heart_y = chest.diaphragm["left"] - rng.uniform(0.17, 0.22)
     # half of the cardiothoracic ratio's heart
     heart_rx = rng.uniform(0.36, 0.44) * (chest.lung_x + chest.lung_rx)
-    chest.heart = _ellipse(chest, 0.10, heart_y, heart_rx, rng.uniform(0.22, 0.26), power=2.2, softness=0.06)
+    chest.heart = _ellipse(
+        chest, 0.10, heart_y, heart_rx, rng.uniform(0.22, 0.26), power=2.2, softness=0.06
+    )
     for mask, over_lung in ((chest.mediastinum, 0.27), (chest.heart, 0.31)):
         chest.pixels += mask * (0.08 + (over_lung - 0.08) * chest.lungs)
     # aortic knob
     chest.pixels += 0.10 * _ellipse(chest, 0.9 * half_width + 0.02, -0.30, 0.09, 0.10, softness=0.2)
     # vertebrae
-    chest.pixels += 0.06 * _ridge(chest.x, 0.07, 0.03) * (0.7 + 0.3 * np.sign(np.sin(28.0 * chest.y)))
+    chest.pixels += (
+        0.06 * _ridge(chest.x, 0.07, 0.03) * (0.7 + 0.3 * np.sign(np.sin(28.0 * chest.y)))
+    )
 
 
 def _draw_bones(chest: Chest) -> None:
@@ -305,6 +388,7 @@ def _rib_course(rib_y: float, across: np.ndarray | float) -> np.ndarray | float:
 # -------------------------------------------------------------------------------------------------------------- findings
 # Each draws one label onto the chest and returns the words of its location.
 
+
 def _choose_side(rng: np.random.Generator) -> tuple[str, float]:
     side = "right" if rng.random() < 0.5 else "left"
     return side, _SIDES[side]
@@ -312,7 +396,11 @@ def _choose_side(rng: np.random.Generator) -> tuple[str, float]:
 
 def _wide_mediastinum(chest: Chest, rng: np.random.Generator) -> str:
     half_width = rng.uniform(0.31, 0.39)
-    wide = _edge(half_width - np.abs(chest.x - 0.01), 0.03) * _edge(0.10 - chest.y, 0.10) * _edge(chest.y + 0.72, 0.06)
+    wide = (
+        _edge(half_width - np.abs(chest.x - 0.01), 0.03)
+        * _edge(0.10 - chest.y, 0.10)
+        * _edge(chest.y + 0.72, 0.06)
+    )
     chest.pixels += 0.32 * np.maximum(wide - chest.mediastinum, 0.0) * chest.lungs
     return ""
 
@@ -320,7 +408,9 @@ def _wide_mediastinum(chest: Chest, rng: np.random.Generator) -> str:
 def _cardiomegaly(chest: Chest, rng: np.random.Generator) -> str:
     heart_rx = rng.uniform(0.66, 0.80) * (chest.lung_x + chest.lung_rx)
     heart_y = chest.diaphragm["left"] - rng.uniform(0.20, 0.26)
-    big = _ellipse(chest, 0.09, heart_y, heart_rx, rng.uniform(0.32, 0.38), power=2.2, softness=0.05)
+    big = _ellipse(
+        chest, 0.09, heart_y, heart_rx, rng.uniform(0.32, 0.38), power=2.2, softness=0.05
+    )
     chest.pixels += 0.34 * np.maximum(big - chest.heart, 0.0) * chest.lungs
     return ""
 
@@ -329,10 +419,14 @@ def _edema(chest: Chest, rng: np.random.Generator) -> str:
     strength = rng.uniform(0.18, 0.24)
     mottled = np.maximum(1.0 + 0.35 * _texture(rng, 24), 0.2)
     for side, sign in _SIDES.items():
-        wing = np.exp(-np.square((chest.x - sign * 0.26) / 0.28) - np.square((chest.y - 0.02) / 0.42))
+        wing = np.exp(
+            -np.square((chest.x - sign * 0.26) / 0.28) - np.square((chest.y - 0.02) / 0.42)
+        )
         chest.pixels += strength * wing * chest.lungs * mottled
         for line in range(4):  # Kerley B lines at the lateral base
-            septum = _ridge(chest.y - (0.16 + 0.06 * line), 0.003, 0.008) * _edge(sign * chest.x - 0.55, 0.015)
+            septum = _ridge(chest.y - (0.16 + 0.06 * line), 0.003, 0.008) * _edge(
+                sign * chest.x - 0.55, 0.015
+            )
             chest.pixels += 0.12 * septum * chest.lung[side]
     return "bilateral"
 
@@ -352,7 +446,12 @@ def _consolidation(chest: Chest, rng: np.random.Generator) -> str:
     fissure = (-0.30 if zone == "upper" else 0.10) + rng.uniform(-0.06, 0.06)
     above = fissure - chest.y
     lobe = chest.lung[side] * _edge(above if zone == "upper" else -above, 0.015)
-    bronchi = np.maximum(*(_ridge((chest.x - sign * cx) * 0.7 - above * 0.7 * sign, 0.006, 0.012) for cx in (0.30, 0.48)))
+    bronchi = np.maximum(
+        *(
+            _ridge((chest.x - sign * cx) * 0.7 - above * 0.7 * sign, 0.006, 0.012)
+            for cx in (0.30, 0.48)
+        )
+    )
     chest.pixels += 0.30 * lobe * (1.0 - 0.6 * bronchi)
     return f"{side} {zone}"
 
@@ -361,7 +460,9 @@ def _pneumonia(chest: Chest, rng: np.random.Generator) -> str:
     side, sign = _choose_side(rng)
     for _ in range(7):
         cx, cy = sign * rng.uniform(0.24, 0.58), rng.uniform(-0.22, 0.36)
-        patch = _ellipse(chest, cx, cy, rng.uniform(0.05, 0.085), rng.uniform(0.05, 0.085), softness=0.25)
+        patch = _ellipse(
+            chest, cx, cy, rng.uniform(0.05, 0.085), rng.uniform(0.05, 0.085), softness=0.25
+        )
         chest.pixels += rng.uniform(0.16, 0.24) * patch * chest.lung[side]
     return side
 
@@ -372,8 +473,20 @@ def _pleural_effusion(chest: Chest, rng: np.random.Generator) -> str:
     across = np.abs(chest.x)
     for name in sides:
         level = chest.diaphragm[name] - rng.uniform(0.16, 0.34)
-        meniscus = level - 0.55 * np.maximum(across - 0.35, 0.0) ** 1.3 - 0.22 * np.maximum(0.22 - across, 0.0)
-        cavity = _ellipse(chest, _SIDES[name] * chest.lung_x, chest.lung_y, chest.lung_rx, 1.15 * chest.lung_ry, 2.6, 0.05)
+        meniscus = (
+            level
+            - 0.55 * np.maximum(across - 0.35, 0.0) ** 1.3
+            - 0.22 * np.maximum(0.22 - across, 0.0)
+        )
+        cavity = _ellipse(
+            chest,
+            _SIDES[name] * chest.lung_x,
+            chest.lung_y,
+            chest.lung_rx,
+            1.15 * chest.lung_ry,
+            2.6,
+            0.05,
+        )
         fluid = 0.9 * cavity * _edge(chest.y - meniscus, 0.025) * _edge(0.95 - chest.y, 0.1)
         chest.pixels += (0.66 - chest.pixels) * fluid
     return "bilateral" if len(sides) == 2 else side
@@ -393,17 +506,32 @@ def _atelectasis(chest: Chest, rng: np.random.Generator) -> str:
     side, sign = _choose_side(rng)
     inside = np.maximum(chest.lung[side], 0.2)
     for _ in range(int(rng.integers(1, 3))):
-        height, slope = chest.diaphragm[side] - rng.uniform(0.12, 0.26), sign * rng.uniform(-0.35, 0.35)
+        height, slope = (
+            chest.diaphragm[side] - rng.uniform(0.12, 0.26),
+            sign * rng.uniform(-0.35, 0.35),
+        )
         offset = chest.x - sign * 0.42
-        chest.pixels += 0.25 * _ridge(chest.y - height - slope * offset, 0.018, 0.010) * _ridge(offset, 0.20, 0.03) * inside
+        chest.pixels += (
+            0.25
+            * _ridge(chest.y - height - slope * offset, 0.018, 0.010)
+            * _ridge(offset, 0.20, 0.03)
+            * inside
+        )
     return side
 
 
 def _pneumothorax(chest: Chest, rng: np.random.Generator) -> str:
     side, sign = _choose_side(rng)
     collapse = rng.uniform(0.66, 0.80)
-    remnant = _ellipse(chest, sign * chest.lung_x * 0.82, chest.lung_y + 0.10, chest.lung_rx * collapse,
-                       chest.lung_ry * collapse * 1.08, power=2.4, softness=0.03)
+    remnant = _ellipse(
+        chest,
+        sign * chest.lung_x * 0.82,
+        chest.lung_y + 0.10,
+        chest.lung_rx * collapse,
+        chest.lung_ry * collapse * 1.08,
+        power=2.4,
+        softness=0.03,
+    )
     chest.pixels -= 0.15 * chest.lung[side] * (1.0 - remnant)
     # the visceral pleura
     chest.pixels += 0.18 * np.exp(-np.square((remnant - 0.5) / 0.16)) * chest.lung[side]
@@ -413,11 +541,21 @@ def _pneumothorax(chest: Chest, rng: np.random.Generator) -> str:
 def _pleural_thickening(chest: Chest, rng: np.random.Generator) -> str:
     side, sign = _choose_side(rng)
     outer, inner = (
-        _ellipse(chest, sign * chest.lung_x, chest.lung_y, chest.lung_rx * rx, chest.lung_ry * ry, power=2.4, softness=0.03)
+        _ellipse(
+            chest,
+            sign * chest.lung_x,
+            chest.lung_y,
+            chest.lung_rx * rx,
+            chest.lung_ry * ry,
+            power=2.4,
+            softness=0.03,
+        )
         for rx, ry in ((0.98, 0.98), (0.78, 0.85))
     )
     middle = rng.uniform(-0.35, 0.0)
-    lateral = _edge(sign * chest.x - chest.lung_x + 0.02, 0.03) * _edge(0.40 - np.abs(chest.y - middle), 0.03)
+    lateral = _edge(sign * chest.x - chest.lung_x + 0.02, 0.03) * _edge(
+        0.40 - np.abs(chest.y - middle), 0.03
+    )
     lumps = 0.8 + 0.4 * np.sin(30.0 * chest.y + rng.uniform(0.0, 6.0))
     chest.pixels += 0.38 * np.clip(outer - inner, 0.0, 1.0) * lateral * lumps
     return side
@@ -428,12 +566,18 @@ def _fracture(chest: Chest, rng: np.random.Generator) -> str:
     rib_y, break_x = chest.rib_y[int(rng.integers(3, 7))], rng.uniform(0.48, 0.62)
     break_y = _rib_course(rib_y, break_x)
     across = sign * chest.x
-    chest.pixels -= 0.10 * np.exp(-np.square((across - break_x) / 0.035) - np.square((chest.y - break_y) / 0.05))
+    chest.pixels -= 0.10 * np.exp(
+        -np.square((across - break_x) / 0.035) - np.square((chest.y - break_y) / 0.05)
+    )
     # The outer piece is displaced downwards, the inner one upwards; callus makes both brighter than a rib.
     outer = _ridge(chest.y - (break_y + 0.085 + 0.9 * (across - break_x)), 0.024, 0.010)
     inner = _ridge(chest.y - (break_y - 0.045 + 0.5 * (across - break_x)), 0.024, 0.010)
-    chest.pixels += 0.42 * outer * _edge(across - break_x - 0.01, 0.01) * _edge(break_x + 0.20 - across, 0.01)
-    chest.pixels += 0.42 * inner * _edge(break_x - 0.01 - across, 0.01) * _edge(across - break_x + 0.20, 0.01)
+    chest.pixels += (
+        0.42 * outer * _edge(across - break_x - 0.01, 0.01) * _edge(break_x + 0.20 - across, 0.01)
+    )
+    chest.pixels += (
+        0.42 * inner * _edge(break_x - 0.01 - across, 0.01) * _edge(across - break_x + 0.20, 0.01)
+    )
     return side
 
 
@@ -441,7 +585,9 @@ def _support_devices(chest: Chest, rng: np.random.Generator) -> str:
     device = ("pacemaker", "central line", "endotracheal tube")[int(rng.integers(3))]
     if device == "pacemaker":
         cx, cy = 0.50 + rng.uniform(-0.05, 0.05), -0.48 + rng.uniform(-0.05, 0.05)
-        chest.pixels = np.maximum(chest.pixels, 0.98 * _ellipse(chest, cx, cy, 0.12, 0.10, power=3.0, softness=0.06))
+        chest.pixels = np.maximum(
+            chest.pixels, 0.98 * _ellipse(chest, cx, cy, 0.12, 0.10, power=3.0, softness=0.06)
+        )
         along = np.clip((cx - chest.x) / (cx - 0.05), 0.0, 1.0)
         lead = _ridge(chest.y - (cy + 0.75 * along**2), 0.008, 0.008)
         chest.pixels += 0.40 * lead * (chest.x < cx) * (chest.x > 0.05)
@@ -454,7 +600,9 @@ def _support_devices(chest: Chest, rng: np.random.Generator) -> str:
         walls = _ridge(np.abs(chest.x - 0.005) - 0.035, 0.008, 0.008)
         chest.pixels += 0.38 * walls * (chest.y < -0.26)
         for cx in (-0.60, 0.10, 0.55):  # ECG electrodes, as on most intubated patients
-            electrode = 0.9 * _ellipse(chest, cx, -0.55 + 0.9 * abs(cx), 0.045, 0.045, softness=0.15)
+            electrode = 0.9 * _ellipse(
+                chest, cx, -0.55 + 0.9 * abs(cx), 0.045, 0.045, softness=0.15
+            )
             chest.pixels = np.maximum(chest.pixels, electrode)
     return device
 
@@ -479,15 +627,23 @@ _FINDINGS: dict[str, Callable[[Chest, np.random.Generator], str]] = {
 
 # -------------------------------------------------------------------------------------------------------------- exposure
 
+
 def _develop(chest: Chest, rng: np.random.Generator, site: Site) -> np.ndarray:
     """Exposure, film curve, uneven beam, noise and the site's artefacts -> uint8 [112, 112]."""
-    gain, offset, gamma, noise = (rng.uniform(*bounds) for bounds in (site.gain, site.offset, site.gamma, site.noise))
+    gain, offset, gamma, noise = (
+        rng.uniform(*bounds) for bounds in (site.gain, site.offset, site.gamma, site.noise)
+    )
     tilt_x, tilt_y = rng.uniform(-0.06, 0.06), rng.uniform(-0.05, 0.05)
-    pixels = np.clip(chest.pixels, 0.0, 1.1) ** gamma * gain + offset + tilt_x * chest.x + tilt_y * chest.y
+    pixels = (
+        np.clip(chest.pixels, 0.0, 1.1) ** gamma * gain
+        + offset
+        + tilt_x * chest.x
+        + tilt_y * chest.y
+    )
     pixels += noise * rng.standard_normal(pixels.shape, dtype=np.float32)
     if rng.random() < site.collimated_share:
         border = int(IMAGE_SIZE * rng.uniform(0.03, 0.08))
-        pixels[:, :border] = pixels[:, IMAGE_SIZE - border:] = 0.01
+        pixels[:, :border] = pixels[:, IMAGE_SIZE - border :] = 0.01
     if site.marker:  # a burned-in L beside the patient's left shoulder
         pixels[6:14, 96:98] = pixels[12:14, 96:102] = 0.97
     return (np.clip(pixels, 0.0, 1.0) * 255.0).round().astype(np.uint8)

@@ -5,6 +5,7 @@
 draws every split that the run scripts use. A split owns a block of seeds of its own, so no picture can be in two splits, and
 none of them can be among the pictures from which the base checkpoint learned.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -58,7 +59,9 @@ def seeds(name: str, count: int | None = None) -> range:
         raise ValueError(f"no such split: {name!r}; known: {', '.join(SPLITS)}")
     count = SPLITS[name].count if count is None else count
     if not 0 < count <= _SEEDS_PER_SPLIT:
-        raise ValueError(f"split {name}: the count must be between 1 and {_SEEDS_PER_SPLIT}, not {count}")
+        raise ValueError(
+            f"split {name}: the count must be between 1 and {_SEEDS_PER_SPLIT}, not {count}"
+        )
     first = (list(SPLITS).index(name) + 1) * _SEEDS_PER_SPLIT
     return range(first, first + count)
 
@@ -114,13 +117,19 @@ def _is_complete(data_file: Path, count: int) -> bool:
         return False
     rows = [json.loads(line) for line in data_file.read_text(encoding="utf-8").splitlines()]
     return len(rows) == count and all(
-        row["generator_version"] == GENERATOR_VERSION and (data_file.parent / row["image"]).is_file() for row in rows
+        row["generator_version"] == GENERATOR_VERSION
+        and (data_file.parent / row["image"]).is_file()
+        for row in rows
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.demo.splits", description="Draw the demo's synthetic data sets.")
-    parser.add_argument("folder", type=Path, help="where the JSONL files and the folders of images go")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.demo.splits", description="Draw the demo's synthetic data sets."
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where the JSONL files and the folders of images go"
+    )
     folder = parser.parse_args(arguments).folder
     for name in WRITTEN_SPLITS:
         data_file = write_split(name, None, folder)

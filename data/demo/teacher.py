@@ -4,6 +4,7 @@ names findings without a place, for any labelled image: it lets the whole pipeli
 The traces stand in for those that a large model writes about real images. They name what is drawn and where, in varied words
 and order, so that fine-tuning on them is language modelling and not the copying of one template.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -15,38 +16,122 @@ from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
 
 # {where} is the drawn location, such as "right lower"; labels without a location do not use it.
 _WORDINGS: dict[str, tuple[str, ...]] = {
-    "Enlarged Cardiomediastinum": ("widened mediastinum", "the mediastinum is wide", "broad upper mediastinal contour"),
+    "Enlarged Cardiomediastinum": (
+        "widened mediastinum",
+        "the mediastinum is wide",
+        "broad upper mediastinal contour",
+    ),
     "Cardiomegaly": ("enlarged heart", "the heart is too large", "wide cardiac silhouette"),
-    "Lung Opacity": ("hazy {where} opacity", "{where} zone is hazy", "soft shadow in the {where} zone"),
+    "Lung Opacity": (
+        "hazy {where} opacity",
+        "{where} zone is hazy",
+        "soft shadow in the {where} zone",
+    ),
     "Lung Lesion": ("round {where}", "a sharply outlined {where}", "solitary {where}"),
-    "Edema": ("{where} perihilar haze with septal lines", "wet lungs with septal lines", "{where} vascular congestion"),
-    "Consolidation": ("dense {where} lobe", "{where} lobe is solid with air bronchograms", "{where} airspace filling"),
-    "Pneumonia": ("patchy {where} infiltrates", "several patches in the {where} lung", "{where} lung is patchy"),
-    "Atelectasis": ("linear {where} basal band", "plate-like collapse at the {where} base", "{where} base shows volume loss"),
-    "Pneumothorax": ("{where} pleural line without markings beyond", "free air on the {where}", "collapsed {where} lung edge"),
+    "Edema": (
+        "{where} perihilar haze with septal lines",
+        "wet lungs with septal lines",
+        "{where} vascular congestion",
+    ),
+    "Consolidation": (
+        "dense {where} lobe",
+        "{where} lobe is solid with air bronchograms",
+        "{where} airspace filling",
+    ),
+    "Pneumonia": (
+        "patchy {where} infiltrates",
+        "several patches in the {where} lung",
+        "{where} lung is patchy",
+    ),
+    "Atelectasis": (
+        "linear {where} basal band",
+        "plate-like collapse at the {where} base",
+        "{where} base shows volume loss",
+    ),
+    "Pneumothorax": (
+        "{where} pleural line without markings beyond",
+        "free air on the {where}",
+        "collapsed {where} lung edge",
+    ),
     "Pleural Effusion": ("blunted {where} angle", "{where} fluid level", "{where} pleural fluid"),
-    "Pleural Other": ("thickened {where} pleura", "{where} lateral pleura is lumpy", "pleural thickening on the {where}"),
+    "Pleural Other": (
+        "thickened {where} pleura",
+        "{where} lateral pleura is lumpy",
+        "pleural thickening on the {where}",
+    ),
     "Fracture": ("broken {where} rib", "a displaced {where} rib", "{where} rib is interrupted"),
     SUPPORT_DEVICES: ("{where} in place", "{where} is present", "{where} seen"),
 }
 # The same without a place: of a real radiograph the labels are known, but not where.
 _UNPLACED_WORDINGS: dict[str, tuple[str, ...]] = {
-    "Enlarged Cardiomediastinum": ("widened mediastinum", "the mediastinum is wide", "broad mediastinal contour"),
+    "Enlarged Cardiomediastinum": (
+        "widened mediastinum",
+        "the mediastinum is wide",
+        "broad mediastinal contour",
+    ),
     "Cardiomegaly": _WORDINGS["Cardiomegaly"],
-    "Lung Opacity": ("a hazy opacity in the lung", "part of the lung is abnormally dense", "a soft shadow over the lung"),
-    "Lung Lesion": ("a rounded density with a border of its own", "a nodular or mass-like density in the lung", "a focal lung lesion"),
-    "Edema": ("perihilar haze with septal lines", "the vessels are blurred and congested", "wet lungs with septal lines"),
-    "Consolidation": ("dense airspace filling", "consolidated lung that hides the vessels", "homogeneous airspace density"),
-    "Pneumonia": ("patchy infiltrates that suggest infection", "airspace opacity of pneumonic pattern", "patchy lung opacities, likely infectious"),
-    "Atelectasis": ("linear bands with loss of volume", "plate-like collapse", "crowded vessels from volume loss"),
-    "Pneumothorax": ("a pleural line without markings beyond", "free air in the pleural space", "a visible lung edge"),
-    "Pleural Effusion": ("a blunted costophrenic angle", "pleural fluid with a meniscus", "fluid in the pleural space"),
-    "Pleural Other": ("thickened pleura", "irregular pleural thickening", "the pleura is thick and lumpy"),
+    "Lung Opacity": (
+        "a hazy opacity in the lung",
+        "part of the lung is abnormally dense",
+        "a soft shadow over the lung",
+    ),
+    "Lung Lesion": (
+        "a rounded density with a border of its own",
+        "a nodular or mass-like density in the lung",
+        "a focal lung lesion",
+    ),
+    "Edema": (
+        "perihilar haze with septal lines",
+        "the vessels are blurred and congested",
+        "wet lungs with septal lines",
+    ),
+    "Consolidation": (
+        "dense airspace filling",
+        "consolidated lung that hides the vessels",
+        "homogeneous airspace density",
+    ),
+    "Pneumonia": (
+        "patchy infiltrates that suggest infection",
+        "airspace opacity of pneumonic pattern",
+        "patchy lung opacities, likely infectious",
+    ),
+    "Atelectasis": (
+        "linear bands with loss of volume",
+        "plate-like collapse",
+        "crowded vessels from volume loss",
+    ),
+    "Pneumothorax": (
+        "a pleural line without markings beyond",
+        "free air in the pleural space",
+        "a visible lung edge",
+    ),
+    "Pleural Effusion": (
+        "a blunted costophrenic angle",
+        "pleural fluid with a meniscus",
+        "fluid in the pleural space",
+    ),
+    "Pleural Other": (
+        "thickened pleura",
+        "irregular pleural thickening",
+        "the pleura is thick and lumpy",
+    ),
     "Fracture": ("an interrupted rib contour", "a bone shows a break", "a step in a bony contour"),
-    SUPPORT_DEVICES: ("a device is in place", "tubes or lines are present", "support hardware is seen"),
+    SUPPORT_DEVICES: (
+        "a device is in place",
+        "tubes or lines are present",
+        "support hardware is seen",
+    ),
 }
-_NOTHING_LISTED = ("none of the findings in question is seen", "no finding of the list can be made out")
-_ALL_NORMAL = ("heart, lungs and bones are normal", "nothing abnormal", "clear lungs and a normal heart", "no abnormality")
+_NOTHING_LISTED = (
+    "none of the findings in question is seen",
+    "no finding of the list can be made out",
+)
+_ALL_NORMAL = (
+    "heart, lungs and bones are normal",
+    "nothing abnormal",
+    "clear lungs and a normal heart",
+    "no abnormality",
+)
 _OPENINGS = ("frontal view", "looking at heart and lungs", "first the lungs")
 # A normal part may be mentioned when none of its labels is drawn.
 _NORMAL_PARTS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -73,7 +158,9 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
     phrases = list(finding_phrases(radiograph, rng).values())
     rng.shuffle(phrases)
     if len(phrases) <= _MOST_FINDINGS_WITH_EXTRAS:
-        normal_parts = [part for part, labels in _NORMAL_PARTS if labels.isdisjoint(radiograph.findings)]
+        normal_parts = [
+            part for part, labels in _NORMAL_PARTS if labels.isdisjoint(radiograph.findings)
+        ]
         if rng.random() < 0.5:
             phrases.append(str(rng.choice(normal_parts)))
         if rng.random() < 0.35:
@@ -96,8 +183,14 @@ def trace_from_labels(labels: Collection[str], seed: int) -> str:
 
     The words are a function of the labels and `seed`.
     """
-    rng = np.random.default_rng([seed, *(LABELS.index(label) for label in LABELS if label in labels)])
-    phrases = [str(rng.choice(_ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label])) for label in LABELS if label in labels]
+    rng = np.random.default_rng(
+        [seed, *(LABELS.index(label) for label in LABELS if label in labels)]
+    )
+    phrases = [
+        str(rng.choice(_ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label]))
+        for label in LABELS
+        if label in labels
+    ]
     phrases = phrases or [str(rng.choice(_NOTHING_LISTED))]
     rng.shuffle(phrases)
     return f"<think>{_sentences(phrases)}</think><solution>{', '.join(label for label in LABELS if label in labels)}</solution>"

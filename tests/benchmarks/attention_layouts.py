@@ -14,6 +14,7 @@ Hidden states and adapter gradients are compared first. They alternate in one pr
 wall seconds, each layout's time over split's as the median over pairs with the smallest and largest, and the peak of allocated
 memory over the loaded model. On a GPU CPU time is that of launching, and wall time says how fast it is.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -50,17 +51,36 @@ def split(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
 def packed(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
     """Of Qwen2.5-VL: a token sees the earlier ones of its prompt and of its own completion."""
     read = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
-    embeddings = torch.cat([embed(wrapped, batch.prompts).flatten(0, 1)[batch.prompt_places], model.base.get_input_embeddings()(read)])
+    embeddings = torch.cat(
+        [
+            embed(wrapped, batch.prompts).flatten(0, 1)[batch.prompt_places],
+            model.base.get_input_embeddings()(read),
+        ]
+    )
     # -1: a prompt's
-    row = torch.cat([torch.full_like(batch.prompt_places, -1), batch.read_places // batch.read_mask.shape[1]])  # [M]
+    row = torch.cat(
+        [torch.full_like(batch.prompt_places, -1), batch.read_places // batch.read_mask.shape[1]]
+    )  # [M]
     # [M]
-    prompt = torch.cat([batch.prompt_places // batch.prompts.input_ids.shape[1], batch.prompt_of_row[row[row >= 0]]])
+    prompt = torch.cat(
+        [
+            batch.prompt_places // batch.prompts.input_ids.shape[1],
+            batch.prompt_of_row[row[row >= 0]],
+        ]
+    )
     index = torch.arange(len(row), device=row.device)
     # [M,M]
-    sees = (index <= index[:, None]) & (prompt == prompt[:, None]) & ((row == -1) | (row == row[:, None]))
+    sees = (
+        (index <= index[:, None])
+        & (prompt == prompt[:, None])
+        & ((row == -1) | (row == row[:, None]))
+    )
     states = language_model(wrapped)(
-        inputs_embeds=embeddings[None], position_ids=packed_positions(model.base, model.family, batch), use_cache=False,
-        attention_mask={"full_attention": additive_mask(sees[None, None], embeddings.dtype, 1)}).last_hidden_state[0]
+        inputs_embeds=embeddings[None],
+        position_ids=packed_positions(model.base, model.family, batch),
+        use_cache=False,
+        attention_mask={"full_attention": additive_mask(sees[None, None], embeddings.dtype, 1)},
+    ).last_hidden_state[0]
     return states[batch.predictors]
 
 
@@ -82,10 +102,21 @@ def spread_of(ratios: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--generations", type=int, nargs="+", default=[4, 8], help="G, completions of the prompt")
-    parser.add_argument("--pairs", type=int, default=5, help="rounds, in each of which every layout runs once")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the base model; adapters are fp32")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--generations", type=int, nargs="+", default=[4, 8], help="G, completions of the prompt"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="rounds, in each of which every layout runs once"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp32",
+        help="of the base model; adapters are fp32",
+    )
     parser.add_argument("--num_threads", type=int, default=1, help="CPU threads of torch")
     arguments = parser.parse_args()
 
@@ -98,21 +129,42 @@ def main() -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     enable_gradient_checkpointing(wrapped)
     prompt = make_prompt(config, SIZES)
-    prompt = replace(prompt, vision={"features": torch.randn(SIZES.image_tokens, SIZES.hidden), "image_grid_thw": prompt.vision["image_grid_thw"]})
-    print(f"Qwen2.5-VL, {SIZES.layers} decoder layers, hidden {SIZES.hidden}, {SIZES.heads} heads, 2 KV heads, {arguments.dtype}, {device}, "
-          f"{arguments.num_threads} thread(s)\n{versions()}\n")
-    print("| G | completions | layout | tokens run | CPU s | wall s | CPU / split's | wall / split's | peak MB |\n" + "|---" * 9 + "|")
+    prompt = replace(
+        prompt,
+        vision={
+            "features": torch.randn(SIZES.image_tokens, SIZES.hidden),
+            "image_grid_thw": prompt.vision["image_grid_thw"],
+        },
+    )
+    print(
+        f"Qwen2.5-VL, {SIZES.layers} decoder layers, hidden {SIZES.hidden}, {SIZES.heads} heads, 2 KV heads, {arguments.dtype}, {device}, "
+        f"{arguments.num_threads} thread(s)\n{versions()}\n"
+    )
+    print(
+        "| G | completions | layout | tokens run | CPU s | wall s | CPU / split's | wall / split's | peak MB |\n"
+        + "|---" * 9
+        + "|"
+    )
 
     for generations in arguments.generations:
         even = [SIZES.new_tokens] * generations
         ragged = torch.linspace(32, SIZES.new_tokens, generations).long().tolist()
         for kind, lengths in (("even", even), ("ragged", ragged)):
-            rows = [EncodedRow(prompt, torch.randint(100, SIZES.vocabulary, (n,)), torch.ones(n, dtype=torch.bool)) for n in lengths]
+            rows = [
+                EncodedRow(
+                    prompt,
+                    torch.randint(100, SIZES.vocabulary, (n,)),
+                    torch.ones(n, dtype=torch.bool),
+                )
+                for n in lengths
+            ]
             shared = collate_rows(rows, 0).to(device)
             with patch.object(data.collate, "SIMILAR", 0.0):
                 one = collate_rows(rows, 0).to(device)
             apart = plain.plain_batch(rows, 0)
-            apart = replace(apart, prompts=apart.prompts.to(device), loss_mask=apart.loss_mask.to(device))
+            apart = replace(
+                apart, prompts=apart.prompts.to(device), loss_mask=apart.loss_mask.to(device)
+            )
             signs = torch.randn(sum(lengths), SIZES.hidden, dtype=dtype, device=device)
 
             def step(forward: Callable, batch) -> Tensor:
@@ -121,23 +173,44 @@ def main() -> None:
                 (states * signs).sum().backward()
                 return states.detach()
 
-            ways = {"split": lambda: step(split, shared), "one": lambda: step(split, one), "packed": lambda: step(packed, shared),
-                    "padded": lambda: step(padded, apart)}
+            ways = {
+                "split": lambda: step(split, shared),
+                "one": lambda: step(split, one),
+                "packed": lambda: step(packed, shared),
+                "padded": lambda: step(padded, apart),
+            }
             found = {}
             for name, run in ways.items():  # also warms up
                 states = run()
-                found[name] = states, torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad])
+                found[name] = (
+                    states,
+                    torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad]),
+                )
             for name in ("one", "packed", "padded"):
                 for ours, theirs in zip(found[name], found["split"]):
-                    assert float((ours - theirs).norm() / theirs.norm()) < (1e-4 if dtype == torch.float32 else 5e-2), name
+                    assert float((ours - theirs).norm() / theirs.norm()) < (
+                        1e-4 if dtype == torch.float32 else 5e-2
+                    ), name
             peaks = {name: allocated_peak(run, device) / 1e6 for name, run in ways.items()}
-            rounds = [{name: seconds(run, device) for name, run in ways.items()} for _ in range(arguments.pairs)]
-            tokens = {"split": len(shared.prompt_places) + len(shared.read_places), "padded": apart.prompts.input_ids.numel()}
+            rounds = [
+                {name: seconds(run, device) for name, run in ways.items()}
+                for _ in range(arguments.pairs)
+            ]
+            tokens = {
+                "split": len(shared.prompt_places) + len(shared.read_places),
+                "padded": apart.prompts.input_ids.numel(),
+            }
             for name in ways:
                 cpu, wall = (statistics.median(times[name][i] for times in rounds) for i in (0, 1))
-                ratios = [spread_of([times[name][i] / times["split"][i] for times in rounds]) for i in (0, 1)]
-                print(f"| {generations} | {kind} | {name} | {tokens.get(name, tokens['split'])} | {cpu:.2f} | {wall:.2f} | {ratios[0]} | {ratios[1]} "
-                      f"| {peaks[name]:.0f} |", flush=True)
+                ratios = [
+                    spread_of([times[name][i] / times["split"][i] for times in rounds])
+                    for i in (0, 1)
+                ]
+                print(
+                    f"| {generations} | {kind} | {name} | {tokens.get(name, tokens['split'])} | {cpu:.2f} | {wall:.2f} | {ratios[0]} | {ratios[1]} "
+                    f"| {peaks[name]:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

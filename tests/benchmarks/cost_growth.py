@@ -15,6 +15,7 @@ thousand tokens, R^2, and the largest distance of a measured time from the line,
 no line describes: its share of a training pass's operations is in the table, and below all tables the same fit has a second term
 for the pairs of tokens that see each other.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,7 +36,14 @@ from data.encode import EncodedPrompt, EncodedRow
 from data.records import Example
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
-from engine.model import REFERENCE, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, use_adapter
+from engine.model import (
+    REFERENCE,
+    LoadedModel,
+    add_reference,
+    attach_adapter,
+    enable_gradient_checkpointing,
+    use_adapter,
+)
 
 sys.path[:0] = [str(Path(__file__).parent)]
 import models  # noqa: E402
@@ -79,10 +87,17 @@ class Workbench:
     """The benchmark model of one family and vocabulary with both adapters."""
 
     def __init__(self, family: str, folder: Path, sizes: Sizes, max_tokens: int) -> None:
-        model_folder = models.save_checkpoint(family, folder / f"{family}-{sizes.vocabulary}", sizes)
-        adapters = [models.save_adapter(model_folder, folder / f"{family}-{name}", seed, sizes) for seed, name in enumerate(("policy", "reference"))]
+        model_folder = models.save_checkpoint(
+            family, folder / f"{family}-{sizes.vocabulary}", sizes
+        )
+        adapters = [
+            models.save_adapter(model_folder, folder / f"{family}-{name}", seed, sizes)
+            for seed, name in enumerate(("policy", "reference"))
+        ]
         # completions are full
-        self.model: LoadedModel = replace(models.load(model_folder, sizes, vision_cache_gb=1.0), stop_ids=frozenset())
+        self.model: LoadedModel = replace(
+            models.load(model_folder, sizes, vision_cache_gb=1.0), stop_ids=frozenset()
+        )
         self.wrapped: PeftModel = attach_adapter(self.model, adapters[0], trainable=True)
         add_reference(self.wrapped, adapters[1])
         enable_gradient_checkpointing(self.wrapped)
@@ -95,8 +110,15 @@ class Workbench:
     def parts(self, point: Point, examples: Sequence[Example]) -> dict[str, Callable[[], None]]:
         prompts, generator = self.prompts(point, examples), torch.Generator().manual_seed(0)
         length = point.sizes.new_tokens
-        rows = [EncodedRow(prompt, torch.randint(33, 123, (length,), generator=generator), torch.ones(length, dtype=torch.bool))
-                for prompt in prompts for _ in range(point.generations)]
+        rows = [
+            EncodedRow(
+                prompt,
+                torch.randint(33, 123, (length,), generator=generator),
+                torch.ones(length, dtype=torch.bool),
+            )
+            for prompt in prompts
+            for _ in range(point.generations)
+        ]
         options = dict(temperature=0.8, suppress_token_ids=self.model.suppressed_ids)
 
         def batches(max_tokens: int | None = None):
@@ -104,8 +126,14 @@ class Workbench:
                 yield collate_rows([rows[i] for i in indices], self.model.encoder.pad_token_id)
 
         def sampler() -> None:
-            generate(self.wrapped, self.model, prompts, SamplingConfig(0.8, 0.95, length), num_generations=point.generations,
-                     generator=torch.Generator().manual_seed(0))
+            generate(
+                self.wrapped,
+                self.model,
+                prompts,
+                SamplingConfig(0.8, 0.95, length),
+                num_generations=point.generations,
+                generator=torch.Generator().manual_seed(0),
+            )
 
         @torch.no_grad()
         def scoring() -> None:
@@ -118,11 +146,15 @@ class Workbench:
         def policy(max_tokens: int | None = None) -> None:
             self.wrapped.train()
             for batch in batches(max_tokens):
-                logprobs, _ = completion_logprobs(self.wrapped, self.model.family, batch, entropy=True, **options)
+                logprobs, _ = completion_logprobs(
+                    self.wrapped, self.model.family, batch, entropy=True, **options
+                )
                 logprobs.sum().backward()
             self.wrapped.zero_grad()
 
-        return dict(zip((*PARTS, PIECES), (sampler, scoring, policy, lambda: policy(self.max_tokens))))
+        return dict(
+            zip((*PARTS, PIECES), (sampler, scoring, policy, lambda: policy(self.max_tokens)))
+        )
 
     def attention_share(self, point: Point) -> float:
         """Of the operations of a training pass, without the head."""
@@ -130,14 +162,27 @@ class Workbench:
         return 4 * operations.attention / operations.trained
 
 
-def measured(bench: Workbench, points: Sequence[Point], examples: Sequence[Example], rounds: int) -> list[Found]:
+def measured(
+    bench: Workbench, points: Sequence[Point], examples: Sequence[Example], rounds: int
+) -> list[Found]:
     """Of every point. Each round times all points in turn; what is allocated is counted once."""
     parts = [bench.parts(point, examples) for point in points]
     for step in parts[0].values():
         step()  # what libraries do once
-    times = [[{name: seconds(step) for name, step in of_point.items() if name in PARTS} for of_point in parts] for _ in range(rounds)]
-    return [Found({name: statistics.median(found[i][name] for found in times) for name in PARTS},
-                  {name: allocated(step) for name, step in of_point.items()}) for i, of_point in enumerate(parts)]
+    times = [
+        [
+            {name: seconds(step) for name, step in of_point.items() if name in PARTS}
+            for of_point in parts
+        ]
+        for _ in range(rounds)
+    ]
+    return [
+        Found(
+            {name: statistics.median(found[i][name] for found in times) for name in PARTS},
+            {name: allocated(step) for name, step in of_point.items()},
+        )
+        for i, of_point in enumerate(parts)
+    ]
 
 
 def allocated(step: Callable[[], None]) -> int:
@@ -170,43 +215,72 @@ def fit(values: Sequence[float], *terms: Sequence[float]) -> Fit:
     scale = x.abs().amax(0)
     solution = torch.linalg.lstsq(x / scale, y[:, None]).solution[:, 0] / scale
     left, spread = y - x @ solution, (y - y.mean()).square().sum()
-    return Fit(solution.tolist(), 1 - float(left.square().sum() / spread) if spread else 1.0, float((left / y).abs().max()))
+    return Fit(
+        solution.tolist(),
+        1 - float(left.square().sum() / spread) if spread else 1.0,
+        float((left / y).abs().max()),
+    )
 
 
 def described(found: Fit) -> str:
     return f"R^2 {found.r_squared:.4f}, at most {found.residual:.1%} off"
 
 
-def print_growth(title: str, quantity: Sequence[object], bench: Workbench, points: Sequence[Point], found: Sequence[Found]) -> None:
+def print_growth(
+    title: str,
+    quantity: Sequence[object],
+    bench: Workbench,
+    points: Sequence[Point],
+    found: Sequence[Found],
+) -> None:
     print(f"\n  {'':20} {'':7} {'':9} {'CPU time, s':>33}   {'memory, MB':>41}")
-    print(f"  {title:20} {'tokens':>7} {'attention':>9} {'sampler':>9} {'old + ref':>11} {'policy':>11}   {'sampler':>9} {'old + ref':>10} {'policy':>9} "
-          f"{'in pieces':>10}")
+    print(
+        f"  {title:20} {'tokens':>7} {'attention':>9} {'sampler':>9} {'old + ref':>11} {'policy':>11}   {'sampler':>9} {'old + ref':>10} {'policy':>9} "
+        f"{'in pieces':>10}"
+    )
     for name, point, costs in zip(quantity, points, found):
         sampler, scoring, policy = (costs.seconds[part] for part in PARTS)
         held = [costs.bytes[part] / 1e6 for part in (*PARTS, PIECES)]
-        print(f"  {name:>20} {point.tokens:7} {bench.attention_share(point):9.1%} {sampler:9.3f} {scoring:11.3f} {policy:11.3f}   "
-              f"{held[0]:9.1f} {held[1]:10.1f} {held[2]:9.1f} {held[3]:10.1f}")
+        print(
+            f"  {name:>20} {point.tokens:7} {bench.attention_share(point):9.1%} {sampler:9.3f} {scoring:11.3f} {policy:11.3f}   "
+            f"{held[0]:9.1f} {held[1]:10.1f} {held[2]:9.1f} {held[3]:10.1f}"
+        )
     tokens = [point.tokens / 1000 for point in points]
     if len(set(tokens)) < 3:
         return
     for part in PARTS:
-        line, memory = fit([costs.seconds[part] for costs in found], tokens), fit([costs.bytes[part] / 1e6 for costs in found], tokens)
-        print(f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.3f} s a thousand tokens: {described(line)};   "
-              f"{memory.coefficients[0]:7.1f} MB + {memory.coefficients[1]:6.1f} MB: {described(memory)}", flush=True)
+        line, memory = (
+            fit([costs.seconds[part] for costs in found], tokens),
+            fit([costs.bytes[part] / 1e6 for costs in found], tokens),
+        )
+        print(
+            f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.3f} s a thousand tokens: {described(line)};   "
+            f"{memory.coefficients[0]:7.1f} MB + {memory.coefficients[1]:6.1f} MB: {described(memory)}",
+            flush=True,
+        )
 
 
 def second_look(bench: Workbench, examples: Sequence[Example], sizes: Sizes) -> None:
     """Times and tower forwards of the first and the second look at each of some images."""
     base, forwards = bench.model.base, []
-    tower = base.model.visual if bench.model.family.model_type == "qwen2_5_vl" else base.model.vision_tower
+    tower = (
+        base.model.visual
+        if bench.model.family.model_type == "qwen2_5_vl"
+        else base.model.vision_tower
+    )
     hook = tower.register_forward_hook(lambda *_: forwards.append(1))
     prompt = models.make_prompt(bench.model, examples[0], sizes)
     print(f"\n  {len(examples)} images, each looked at twice:")
     for look in ("first", "second"):
         forwards.clear()
-        times = [seconds(lambda: bench.model.encode_prompt(example, prompt)) for example in examples]
-        print(f"    {look:6} look: {len(forwards)} forwards of the tower, {statistics.median(times) * 1000:8.2f} ms an image with its prompt "
-              f"({min(times) * 1000:.2f} to {max(times) * 1000:.2f})", flush=True)
+        times = [
+            seconds(lambda: bench.model.encode_prompt(example, prompt)) for example in examples
+        ]
+        print(
+            f"    {look:6} look: {len(forwards)} forwards of the tower, {statistics.median(times) * 1000:8.2f} ms an image with its prompt "
+            f"({min(times) * 1000:.2f} to {max(times) * 1000:.2f})",
+            flush=True,
+        )
     hook.remove()
 
 
@@ -215,15 +289,26 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
     most_prompts = max(arguments.prompts)
     examples = models.make_examples(folder / "images", most_prompts, sizes)
     bench = Workbench(family, folder, sizes, arguments.max_tokens_per_forward)
-    print(f"\n{FAMILIES[family]}: prompts of {sizes.prompt_length} tokens, 256 of them an image, completions of {sizes.new_tokens}, "
-          f"1 prompt, 4 completions, vocabulary {sizes.vocabulary:,}, where nothing else is said")
+    print(
+        f"\n{FAMILIES[family]}: prompts of {sizes.prompt_length} tokens, 256 of them an image, completions of {sizes.new_tokens}, "
+        f"1 prompt, 4 completions, vocabulary {sizes.vocabulary:,}, where nothing else is said"
+    )
     second_look(bench, examples, sizes)
     base = Point(sizes)
     sweeps = {
-        "completions a prompt": [(n, replace(base, generations=n)) for n in arguments.num_generations],
+        "completions a prompt": [
+            (n, replace(base, generations=n)) for n in arguments.num_generations
+        ],
         "prompts": [(n, replace(base, prompts=n)) for n in arguments.prompts],
-        "prompt length": [(n, replace(base, sizes=replace(sizes, prompt_length=n))) for n in arguments.prompt_lengths],
-        "completion length": [(n, replace(base, sizes=replace(sizes, new_tokens=n))) for n in arguments.completion_lengths]}
+        "prompt length": [
+            (n, replace(base, sizes=replace(sizes, prompt_length=n)))
+            for n in arguments.prompt_lengths
+        ],
+        "completion length": [
+            (n, replace(base, sizes=replace(sizes, new_tokens=n)))
+            for n in arguments.completion_lengths
+        ],
+    }
     everything: list[tuple[Point, Found]] = []
     for title, entries in sweeps.items():
         names, points = zip(*entries)
@@ -231,38 +316,87 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
         print_growth(title, names, bench, points, found)
         everything += zip(points, found)
     print(f"\n  all {len(everything)} sizes above")
-    tokens, pairs = [point.tokens / 1000 for point, _ in everything], [point.pairs / 1e6 for point, _ in everything]
+    tokens, pairs = (
+        [point.tokens / 1000 for point, _ in everything],
+        [point.pairs / 1e6 for point, _ in everything],
+    )
     for part in PARTS[1:]:
         values = [costs.seconds[part] for _, costs in everything]
         line, plane = fit(values, tokens), fit(values, tokens, pairs)
-        print(f"    {part:16} {line.coefficients[0]:.3f} s + {line.coefficients[1]:.3f} s a thousand tokens: {described(line)};  with attention "
-              f"{plane.coefficients[0]:.3f} s + {plane.coefficients[1]:.3f} s a thousand tokens + {plane.coefficients[2]:.3f} s a million pairs: "
-              f"{described(plane)}", flush=True)
-    of_vocabularies, shorter = [], replace(sizes, new_tokens=min(sizes.new_tokens, VOCABULARY_TOKENS))
+        print(
+            f"    {part:16} {line.coefficients[0]:.3f} s + {line.coefficients[1]:.3f} s a thousand tokens: {described(line)};  with attention "
+            f"{plane.coefficients[0]:.3f} s + {plane.coefficients[1]:.3f} s a thousand tokens + {plane.coefficients[2]:.3f} s a million pairs: "
+            f"{described(plane)}",
+            flush=True,
+        )
+    of_vocabularies, shorter = (
+        [],
+        replace(sizes, new_tokens=min(sizes.new_tokens, VOCABULARY_TOKENS)),
+    )
     print(f"\n  completions of {shorter.new_tokens}")
     for vocabulary in arguments.vocabularies:
         larger = replace(shorter, vocabulary=vocabulary)
         del bench
         bench = Workbench(family, folder, larger, arguments.max_tokens_per_forward)
         of_vocabularies += measured(bench, [Point(larger)], examples, arguments.rounds)
-    print_growth("vocabulary", [f"{n:,}" for n in arguments.vocabularies], bench, [Point(shorter)] * len(of_vocabularies), of_vocabularies)
+    print_growth(
+        "vocabulary",
+        [f"{n:,}" for n in arguments.vocabularies],
+        bench,
+        [Point(shorter)] * len(of_vocabularies),
+        of_vocabularies,
+    )
     if len(of_vocabularies) > 2:
         for part in PARTS:
-            line = fit([costs.seconds[part] for costs in of_vocabularies], [n / 1000 for n in arguments.vocabularies])
-            print(f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.4f} s a thousand words of the vocabulary: {described(line)}",
-                  flush=True)
+            line = fit(
+                [costs.seconds[part] for costs in of_vocabularies],
+                [n / 1000 for n in arguments.vocabularies],
+            )
+            print(
+                f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.4f} s a thousand words of the vocabulary: {described(line)}",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--num_generations", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="completions of a prompt")
-    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 2, 4, 8], help="of a rollout, each with an image of its own")
-    parser.add_argument("--prompt_lengths", nargs="+", type=int, default=[321, 577, 1089, 2113], help="tokens, 256 of them an image")
-    parser.add_argument("--completion_lengths", nargs="+", type=int, default=[64, 128, 256, 512], help="tokens")
+    parser.add_argument(
+        "--num_generations",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8, 16],
+        help="completions of a prompt",
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8],
+        help="of a rollout, each with an image of its own",
+    )
+    parser.add_argument(
+        "--prompt_lengths",
+        nargs="+",
+        type=int,
+        default=[321, 577, 1089, 2113],
+        help="tokens, 256 of them an image",
+    )
+    parser.add_argument(
+        "--completion_lengths", nargs="+", type=int, default=[64, 128, 256, 512], help="tokens"
+    )
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[4096, 151_936, 262_208])
-    parser.add_argument("--new_tokens", type=int, default=Sizes.new_tokens, help="of a completion where its length is not what grows")
-    parser.add_argument("--max_tokens_per_forward", type=int, default=2048, help="of the last column, tokens")
+    parser.add_argument(
+        "--new_tokens",
+        type=int,
+        default=Sizes.new_tokens,
+        help="of a completion where its length is not what grows",
+    )
+    parser.add_argument(
+        "--max_tokens_per_forward", type=int, default=2048, help="of the last column, tokens"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
     arguments = parser.parse_args()
     quiet()

@@ -5,6 +5,7 @@
 Both variants alternate in one process and the median of the paired ratios is printed, so other work on the machine hits both. On an
 idle machine more threads may win; beside other work they wait for each other, and the demo's recipe therefore asks for one.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,14 +25,25 @@ from engine.model import attach_new_adapter, load_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="the number of threads that is compared with one")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="the number of threads that is compared with one"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="pairs of steps")
     arguments = parser.parse_args()
 
-    model = load_model("demo", dtype=torch.float32, device=torch.device("cpu"), min_visual_tokens=16, max_visual_tokens=16)
+    model = load_model(
+        "demo",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        min_visual_tokens=16,
+        max_visual_tokens=16,
+    )
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1).train()
     examples = read_examples("demo:sft-train")[:16]
-    batch = collate_rows([model.encode_answer(e, PROMPTS["demo"], e.answer) for e in examples], model.encoder.pad_token_id)
+    batch = collate_rows(
+        [model.encode_answer(e, PROMPTS["demo"], e.answer) for e in examples],
+        model.encoder.pad_token_id,
+    )
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -44,8 +56,12 @@ def main() -> None:
     seconds(1), seconds(arguments.threads)  # warm up
     pairs = [(seconds(1), seconds(arguments.threads)) for _ in range(arguments.rounds)]
     ratios = [several / one for one, several in pairs]
-    print(f"one thread: median {statistics.median(one for one, _ in pairs):.3f} s a step of 16 sequences")
-    print(f"{arguments.threads} threads / one thread: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"one thread: median {statistics.median(one for one, _ in pairs):.3f} s a step of 16 sequences"
+    )
+    print(
+        f"{arguments.threads} threads / one thread: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ is finished in FOLDER is not done again, so a study that was stopped goes on; it
 Differences are paired: an image's mean reward over the sampling seeds, minus the same of the SFT adapter that the arm started
 from. Their standard error is over images.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SITES = {"a": "study-a", "b": "study-b"}
 REWARDS = ("hard", "nuanced")
 MODES = ("greedy", "1", "2")  # greedy decoding, and sampling with these seeds
-ARMS = {"sft": "SFT", "grpo-hard": "SFT + GRPO, hard", "grpo-nuanced": "SFT + GRPO, nuanced", "more-sft": "SFT + more SFT"}
+ARMS = {
+    "sft": "SFT",
+    "grpo-hard": "SFT + GRPO, hard",
+    "grpo-nuanced": "SFT + GRPO, nuanced",
+    "more-sft": "SFT + more SFT",
+}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -48,10 +54,17 @@ def run(folder: Path, name: str, module: str, *arguments: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *arguments, "--output_dir", name]
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        finished = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                                  stdout=log, stderr=subprocess.STDOUT)
+        finished = subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     if finished.returncode:
-        raise SystemExit(f"{name} ended with {finished.returncode}: see {folder / name}.log, remove that folder and start again")
+        raise SystemExit(
+            f"{name} ended with {finished.returncode}: see {folder / name}.log, remove that folder and start again"
+        )
 
 
 def train(folder: Path, name: str, module: str, *arguments: str) -> None:
@@ -65,9 +78,24 @@ def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
         target = f"answers/{name}-{mode}"
         if (folder / target / "scores-b.json").is_file():  # written last
             continue
-        sampling = ["--temperature", "0"] if mode == "greedy" else ["--temperature", str(temperature), "--seed", mode]
-        run(folder, target, "eval.evaluate", *model, *sampling, "--train_file", "demo:sft-train", "--per_device_eval_batch_size", "100",
-            "--data_file", *(f"{site}=demo:{split}" for site, split in SITES.items()))
+        sampling = (
+            ["--temperature", "0"]
+            if mode == "greedy"
+            else ["--temperature", str(temperature), "--seed", mode]
+        )
+        run(
+            folder,
+            target,
+            "eval.evaluate",
+            *model,
+            *sampling,
+            "--train_file",
+            "demo:sft-train",
+            "--per_device_eval_batch_size",
+            "100",
+            "--data_file",
+            *(f"{site}=demo:{split}" for site, split in SITES.items()),
+        )
 
 
 def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
@@ -76,9 +104,16 @@ def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
         drawn = [json.loads(line)["id"] for line in lines]  # once for each completion
     examples = read_jsonl(folder / "demo-data/rl-train.jsonl")
     rows = [
-        {"id": example.id, "patient_id": example.patient_id, "image": example.image, "labels": list(example.labels),
-         "dataset": example.dataset, "answer": reasoning_trace(draw(image_seed, "a"), image_seed)}
-        for example, image_seed in zip(examples, seeds("rl-train"), strict=True) if example.id in set(drawn)
+        {
+            "id": example.id,
+            "patient_id": example.patient_id,
+            "image": example.image,
+            "labels": list(example.labels),
+            "dataset": example.dataset,
+            "answer": reasoning_trace(draw(image_seed, "a"), image_seed),
+        }
+        for example, image_seed in zip(examples, seeds("rl-train"), strict=True)
+        if example.id in set(drawn)
     ]
     passes = len(drawn) / grpo_settings(folder / f"grpo-hard-{seed}").num_generations / len(rows)
     return write_jsonl(folder / f"demo-data/more-sft-{seed}.jsonl", rows), passes
@@ -87,7 +122,13 @@ def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
 def grpo_settings(run_dir: Path) -> GRPOConfig:
     saved = saved_settings(run_dir)
     known = {field.name for field in fields(GRPOConfig)}
-    return GRPOConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in known})
+    return GRPOConfig(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in saved.items()
+            if name in known
+        }
+    )
 
 
 def study_seed(folder: Path, seed: int, recipe: str) -> None:
@@ -95,13 +136,38 @@ def study_seed(folder: Path, seed: int, recipe: str) -> None:
     common, sft = ["--recipe", recipe, "--seed", str(seed)], f"sft-{seed}"
     train(folder, sft, "run_sft", *common)
     for reward in REWARDS:
-        train(folder, f"grpo-{reward}-{seed}", "run_grpo", *common, "--adapter_name_or_path", sft, "--reward", reward)
+        train(
+            folder,
+            f"grpo-{reward}-{seed}",
+            "run_grpo",
+            *common,
+            "--adapter_name_or_path",
+            sft,
+            "--reward",
+            reward,
+        )
     data, passes = more_sft_data(folder, seed)
-    train(folder, f"more-sft-{seed}", "run_sft", *common, "--adapter_name_or_path", sft, "--train_file", str(data),
-          "--num_train_epochs", f"{passes:.2f}")
+    train(
+        folder,
+        f"more-sft-{seed}",
+        "run_sft",
+        *common,
+        "--adapter_name_or_path",
+        sft,
+        "--train_file",
+        str(data),
+        "--num_train_epochs",
+        f"{passes:.2f}",
+    )
     temperature = grpo_settings(folder / f"grpo-hard-{seed}").temperature
     for arm in ARMS:
-        answer(folder, f"{arm}-{seed}", "--adapter_name_or_path", f"{arm}-{seed}", temperature=temperature)
+        answer(
+            folder,
+            f"{arm}-{seed}",
+            "--adapter_name_or_path",
+            f"{arm}-{seed}",
+            temperature=temperature,
+        )
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -115,19 +181,39 @@ class Answers:
     scores: dict[str, float]
 
 
-def read_answers(folder: Path, name: str, modes: Sequence[str], site: str, functions: dict[str, RewardFunction]) -> Answers:
+def read_answers(
+    folder: Path, name: str, modes: Sequence[str], site: str, functions: dict[str, RewardFunction]
+) -> Answers:
     rewards, scores = {reward: [] for reward in functions}, []
     for mode in modes:
         run_dir = folder / f"answers/{name}-{mode}"
         with open(run_dir / f"predictions-{site}.jsonl", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
         for reward, function in functions.items():
-            rewards[reward].append([function.scaled(function(
-                parse_answer(row["completion"], row["answer_format"]),
-                Target(frozenset(row["labels"]) & frozenset(row["evaluated_labels"]), frozenset(row["evaluated_labels"])),
-                row["completion_length"])) for row in rows])
+            rewards[reward].append(
+                [
+                    function.scaled(
+                        function(
+                            parse_answer(row["completion"], row["answer_format"]),
+                            Target(
+                                frozenset(row["labels"]) & frozenset(row["evaluated_labels"]),
+                                frozenset(row["evaluated_labels"]),
+                            ),
+                            row["completion_length"],
+                        )
+                    )
+                    for row in rows
+                ]
+            )
         document = json.loads((run_dir / f"scores-{site}.json").read_text(encoding="utf-8"))
-        scores.append([document["micro"]["f1"], document["macro"]["f1"], document["fail_rate"], document["invalid_rate"]])
+        scores.append(
+            [
+                document["micro"]["f1"],
+                document["macro"]["f1"],
+                document["fail_rate"],
+                document["invalid_rate"],
+            ]
+        )
     means = dict(zip(("micro", "macro", "fail", "invalid"), np.mean(scores, axis=0)))
     return Answers({reward: np.mean(values, axis=0) for reward, values in rewards.items()}, means)
 
@@ -138,8 +224,20 @@ def gain(arm: np.ndarray, start: np.ndarray) -> str:
     return f"{difference.mean():+.3f} ({difference.std(ddof=1) / np.sqrt(len(difference)):.3f})"
 
 
-COLUMNS = ("hard, T", "gain", "nuanced, T", "gain", "hard, greedy", "gain", "micro-F1, T", "macro-F1, T", "micro-F1, greedy", "macro-F1, greedy",
-           "fail, T", "invalid, T")
+COLUMNS = (
+    "hard, T",
+    "gain",
+    "nuanced, T",
+    "gain",
+    "hard, greedy",
+    "gain",
+    "micro-F1, T",
+    "macro-F1, T",
+    "micro-F1, greedy",
+    "macro-F1, greedy",
+    "fail, T",
+    "invalid, T",
+)
 
 
 class Tables:
@@ -147,38 +245,83 @@ class Tables:
 
     def __init__(self, folder: Path, study_seeds: Sequence[int], site: str):
         self.folder, self.seeds, self.site = folder, study_seeds, site
-        self.functions = build_rewards(grpo_settings(folder / f"grpo-hard-{study_seeds[0]}"), read_jsonl(folder / "demo-data/rl-train.jsonl"))
+        self.functions = build_rewards(
+            grpo_settings(folder / f"grpo-hard-{study_seeds[0]}"),
+            read_jsonl(folder / "demo-data/rl-train.jsonl"),
+        )
         self.read: dict[str, tuple[Answers, Answers]] = {}
 
     def answers(self, name: str) -> tuple[Answers, Answers]:
         """(sampled, greedy)"""
         if name not in self.read:
-            self.read[name] = tuple(read_answers(self.folder, name, modes, self.site, self.functions) for modes in (MODES[1:], MODES[:1]))
+            self.read[name] = tuple(
+                read_answers(self.folder, name, modes, self.site, self.functions)
+                for modes in (MODES[1:], MODES[:1])
+            )
         return self.read[name]
 
     def figures(self, name: str) -> list[float]:
         """The columns that are no gain."""
         sampled, greedy = self.answers(name)
-        return [sampled.rewards["hard"].mean(), sampled.rewards["nuanced"].mean(), greedy.rewards["hard"].mean(), sampled.scores["micro"],
-                sampled.scores["macro"], greedy.scores["micro"], greedy.scores["macro"], sampled.scores["fail"], sampled.scores["invalid"]]
+        return [
+            sampled.rewards["hard"].mean(),
+            sampled.rewards["nuanced"].mean(),
+            greedy.rewards["hard"].mean(),
+            sampled.scores["micro"],
+            sampled.scores["macro"],
+            greedy.scores["micro"],
+            greedy.scores["macro"],
+            sampled.scores["fail"],
+            sampled.scores["invalid"],
+        ]
 
     def gains(self, name: str, start: str) -> list[str]:
         """The three columns of gains over the SFT adapter `start`."""
         (sampled, greedy), (sampled_start, greedy_start) = self.answers(name), self.answers(start)
-        return [gain(sampled.rewards["hard"], sampled_start.rewards["hard"]), gain(sampled.rewards["nuanced"], sampled_start.rewards["nuanced"]),
-                gain(greedy.rewards["hard"], greedy_start.rewards["hard"])]
+        return [
+            gain(sampled.rewards["hard"], sampled_start.rewards["hard"]),
+            gain(sampled.rewards["nuanced"], sampled_start.rewards["nuanced"]),
+            gain(greedy.rewards["hard"], greedy_start.rewards["hard"]),
+        ]
 
-    def row(self, *titles: str, names: Sequence[str], gains: Sequence[str] = ("", "", "")) -> list[str]:
+    def row(
+        self, *titles: str, names: Sequence[str], gains: Sequence[str] = ("", "", "")
+    ) -> list[str]:
         """Figures are means over `names`."""
-        figures = [f"{value:.3f}" for value in np.mean([self.figures(name) for name in names], axis=0)]
+        figures = [
+            f"{value:.3f}" for value in np.mean([self.figures(name) for name in names], axis=0)
+        ]
         return [*titles, *(cell for pair in zip(figures[:3], gains) for cell in pair), *figures[3:]]
 
     def baselines(self, *titles: str) -> list[list[str]]:
-        scores = json.loads((self.folder / f"answers/base-greedy/scores-{self.site}.json").read_text(encoding="utf-8"))
+        scores = json.loads(
+            (self.folder / f"answers/base-greedy/scores-{self.site}.json").read_text(
+                encoding="utf-8"
+            )
+        )
         rows = []
         for name, figures in scores["baselines"].items():
-            jaccard, micro, macro = (f"{figures[key]:.3f}" for key in ("jaccard", "micro_f1", "macro_f1"))
-            rows.append([*titles, name.replace("_", " "), jaccard, "", "", "", jaccard, "", micro, macro, micro, macro, "", ""])
+            jaccard, micro, macro = (
+                f"{figures[key]:.3f}" for key in ("jaccard", "micro_f1", "macro_f1")
+            )
+            rows.append(
+                [
+                    *titles,
+                    name.replace("_", " "),
+                    jaccard,
+                    "",
+                    "",
+                    "",
+                    jaccard,
+                    "",
+                    micro,
+                    macro,
+                    micro,
+                    macro,
+                    "",
+                    "",
+                ]
+            )
         return rows
 
     def by_seed(self) -> list[str]:
@@ -194,8 +337,18 @@ class Tables:
         """A row for each arm: figures are means over the seeds, gains one for each seed."""
         rows = [self.row("base", names=["base"])]
         for arm, title in ARMS.items():
-            gains = [self.gains(f"{arm}-{seed}", f"sft-{seed}") for seed in self.seeds] if arm != "sft" else []
-            rows.append(self.row(title, names=[f"{arm}-{seed}" for seed in self.seeds], gains=[", ".join(column) for column in zip(*gains)] or ("", "", "")))
+            gains = (
+                [self.gains(f"{arm}-{seed}", f"sft-{seed}") for seed in self.seeds]
+                if arm != "sft"
+                else []
+            )
+            rows.append(
+                self.row(
+                    title,
+                    names=[f"{arm}-{seed}" for seed in self.seeds],
+                    gains=[", ".join(column) for column in zip(*gains)] or ("", "", ""),
+                )
+            )
         return markdown(("", *COLUMNS), rows + self.baselines())
 
 
@@ -207,7 +360,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where runs, answers and the table go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that are worked on at once, each in processes of one thread")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="seeds that are worked on at once, each in processes of one thread",
+    )
     parser.add_argument("--recipe", default="demo", help="the recipe that is studied")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
@@ -220,7 +378,16 @@ def main() -> None:
     lines = []
     for site, split in SITES.items():
         tables = Tables(folder, arguments.seeds, site)
-        lines += [f"Site {site}, {split}: means over seeds", "", *tables.summary(), "", f"Site {site}, {split}: each seed", "", *tables.by_seed(), ""]
+        lines += [
+            f"Site {site}, {split}: means over seeds",
+            "",
+            *tables.summary(),
+            "",
+            f"Site {site}, {split}: each seed",
+            "",
+            *tables.by_seed(),
+            "",
+        ]
     (folder / "study.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 

@@ -7,6 +7,7 @@ and `load_mimic` with all frontal images kept, CPU seconds beside them (on a bus
 resident memory of the process, Python and its imports included. Each label of a study is drawn on its own, so there are more
 different combinations than in real files, which costs time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,7 +40,9 @@ def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
             # of the study, copied to each of its images
             labels = labels if number % 2 else rng.choices(CELLS, WEIGHTS, k=14)
             patient, study, view = number * 2 // 7, number // 2, number % 2 + 1
-            side, projection = ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))
+            side, projection = (
+                ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))
+            )
             path = f"CheXpert-v1.0/train/patient{patient:05d}/study{study}/view{view}_{side.lower()}.jpg"
             writer.writerow([path, "Female", rng.randrange(18, 91), side, projection, *labels])
 
@@ -47,21 +50,35 @@ def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
 def write_mimic(folder: Path, rows: int, seed: int = 0) -> None:
     """Metadata, split and labels of `rows` images, all of the train part, two images a study."""
     rng = random.Random(seed)
-    header = ("dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
-              "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning")
+    header = (
+        "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
+        "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning"
+    )
     name = str(folder / "mimic-cxr-2.0.0-{}.csv.gz")
-    with gzip.open(name.format("metadata"), "wt") as metadata, gzip.open(name.format("split"), "wt") as split, \
-            gzip.open(name.format("chexpert"), "wt") as labels:
+    with (
+        gzip.open(name.format("metadata"), "wt") as metadata,
+        gzip.open(name.format("split"), "wt") as split,
+        gzip.open(name.format("chexpert"), "wt") as labels,
+    ):
         print(header, file=metadata)
         print("dicom_id,study_id,subject_id,split", file=split)
         print("subject_id,study_id," + ",".join(sorted(LABELS)), file=labels)
         for number in range(rows):
             dicom = "-".join(f"{rng.getrandbits(32):08x}" for _ in range(5))
-            subject, study, view = 10_000_000 + number // 6, 50_000_000 + number // 2, rng.choice(("AP", "PA", "LATERAL"))
-            print(f"{dicom},{subject},{study},CHEST,{view},3056,2544,21800506,213014.531,CHEST,antero-posterior,Erect", file=metadata)
+            subject, study, view = (
+                10_000_000 + number // 6,
+                50_000_000 + number // 2,
+                rng.choice(("AP", "PA", "LATERAL")),
+            )
+            print(
+                f"{dicom},{subject},{study},CHEST,{view},3056,2544,21800506,213014.531,CHEST,antero-posterior,Erect",
+                file=metadata,
+            )
             print(f"{dicom},{study},{subject},train", file=split)
             if number % 2 == 0:
-                print(f"{subject},{study}," + ",".join(rng.choices(CELLS, WEIGHTS, k=14)), file=labels)
+                print(
+                    f"{subject},{study}," + ",".join(rng.choices(CELLS, WEIGHTS, k=14)), file=labels
+                )
 
 
 def measure(name: str, folder: Path) -> None:
@@ -71,19 +88,35 @@ def measure(name: str, folder: Path) -> None:
     examples = load(folder, frontals="all", report=Report())
     seconds, cpu = time.perf_counter() - start, time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
-    print(f"{name}: {seconds:.2f} s ({cpu:.2f} s of CPU with the imports), {len(examples):,} examples, peak {peak:.0f} MiB", flush=True)
+    print(
+        f"{name}: {seconds:.2f} s ({cpu:.2f} s of CPU with the imports), {len(examples):,} examples, peak {peak:.0f} MiB",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=224_000, help="images in CheXpert's file; MIMIC's has 377,110 / 224,000 of that")
-    parser.add_argument("--measure", nargs=2, metavar=("SOURCE", "FOLDER"), help="load one folder here; what the others start")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=224_000,
+        help="images in CheXpert's file; MIMIC's has 377,110 / 224,000 of that",
+    )
+    parser.add_argument(
+        "--measure",
+        nargs=2,
+        metavar=("SOURCE", "FOLDER"),
+        help="load one folder here; what the others start",
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure[0], Path(arguments.measure[1]))
         return
     mimic_rows = arguments.rows * 377_110 // 224_000
-    for name, write, rows in (("chexpert", write_chexpert, arguments.rows), ("mimic", write_mimic, mimic_rows)):
+    for name, write, rows in (
+        ("chexpert", write_chexpert, arguments.rows),
+        ("mimic", write_mimic, mimic_rows),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), rows)
             print(f"{rows:,} rows in the format of", end=" ", flush=True)

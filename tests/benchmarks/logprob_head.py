@@ -12,6 +12,7 @@ Memory: what the process's resident size reaches over that of the loaded inputs 
 in a process of its own; it holds the result and the gradient of the hidden states as well. Time: the variants alternate in one
 process, on one thread; CPU time of this process and wall clock, medians over the rounds, ratios of the rounds' pairs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,14 +37,22 @@ REAL_HIDDEN = {151_936: 2048, 262_208: 2560}  # Qwen2.5-VL-3B and Gemma 3 4B
 Step = Callable[[], tuple[Tensor, Tensor]]
 
 
-def make_inputs(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(
+    tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden states [N,H] with gradient, head [V,H], targets [N]), such that logits have the size of a real model's."""
     torch.manual_seed(0)
     head = torch.empty(vocabulary, hidden, dtype=dtype).normal_(std=3 / hidden**0.5)
-    return torch.randn(tokens, hidden).to(dtype).requires_grad_(), head, torch.randint(vocabulary, (tokens,))
+    return (
+        torch.randn(tokens, hidden).to(dtype).requires_grad_(),
+        head,
+        torch.randint(vocabulary, (tokens,)),
+    )
 
 
-def full_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+def full_logprobs(
+    hidden: Tensor, head: Tensor, targets: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     logprobs = (hidden @ head.t()).float().log_softmax(1)  # [N,V]
     found = -(logprobs.detach().exp() * logprobs.detach()).sum(1) if entropy else None
     return logprobs.gather(1, targets[:, None])[:, 0], found
@@ -51,11 +60,14 @@ def full_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, entropy: bool) 
 
 def make_step(variant: str, entropy: bool, hidden: Tensor, head: Tensor, targets: Tensor) -> Step:
     """variant: "full", or the size of a chunk."""
+
     def step() -> tuple[Tensor, Tensor]:
         if variant == "full":
             logprobs, _ = full_logprobs(hidden, head, targets, entropy)
         else:
-            logprobs, _ = token_logprobs(hidden, head, targets, chunk_size=int(variant), entropy=entropy)
+            logprobs, _ = token_logprobs(
+                hidden, head, targets, chunk_size=int(variant), entropy=entropy
+            )
         (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
         return logprobs.detach(), gradient
 
@@ -72,17 +84,28 @@ def grown_peak(step: Callable) -> int:
     return peak
 
 
-def measure(variant: str, entropy: bool, tokens: int, vocabulary: int, hidden: int, dtype: str) -> None:
+def measure(
+    variant: str, entropy: bool, tokens: int, vocabulary: int, hidden: int, dtype: str
+) -> None:
     """One variant's peak, in a process of its own."""
     quiet()
     # what libraries load once
     make_step(variant, entropy, *make_inputs(8, 64, hidden, DTYPES[dtype]))()
-    print(grown_peak(make_step(variant, entropy, *make_inputs(tokens, vocabulary, hidden, DTYPES[dtype]))))
+    print(
+        grown_peak(
+            make_step(variant, entropy, *make_inputs(tokens, vocabulary, hidden, DTYPES[dtype]))
+        )
+    )
 
 
 def child_peak(*case) -> float:
     """MB."""
-    output = subprocess.run([sys.executable, __file__, "--measure", *map(str, case)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, __file__, "--measure", *map(str, case)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
     return int(output.split()[-1]) / 1e6
 
 
@@ -97,7 +120,9 @@ def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def compare(tokens: int, vocabulary: int, hidden: int, dtype: str, chunk_sizes: list[int], rounds: int) -> None:
+def compare(
+    tokens: int, vocabulary: int, hidden: int, dtype: str, chunk_sizes: list[int], rounds: int
+) -> None:
     """One table: a row for every variant."""
     print(f"\n{tokens} tokens, vocabulary {vocabulary:,}, hidden {hidden}, {dtype}")
     inputs = make_inputs(tokens, vocabulary, hidden, DTYPES[dtype])
@@ -105,31 +130,62 @@ def compare(tokens: int, vocabulary: int, hidden: int, dtype: str, chunk_sizes: 
     expected, gradient = make_step("full", False, *inputs)()
     for variant in variants[1:]:
         found, of_hidden = make_step(variant, True, *inputs)()
-        print(f"  chunk {variant}: log-probabilities differ by at most {float((found - expected).abs().max()):.1e}, "
-              f"gradients by {float((of_hidden - gradient).norm() / gradient.norm()):.1e} of their norm")
+        print(
+            f"  chunk {variant}: log-probabilities differ by at most {float((found - expected).abs().max()):.1e}, "
+            f"gradients by {float((of_hidden - gradient).norm() / gradient.norm()):.1e} of their norm"
+        )
     del expected, gradient, found, of_hidden
-    print(f"  {'':26} {'peak MB':>8} {'CPU s':>7} {'wall s':>7}   full / this, by CPU time   by wall clock")
+    print(
+        f"  {'':26} {'peak MB':>8} {'CPU s':>7} {'wall s':>7}   full / this, by CPU time   by wall clock"
+    )
     for entropy in (False, True):
         steps = {variant: make_step(variant, entropy, *inputs) for variant in variants}
         times = [{variant: seconds(step) for variant, step in steps.items()} for _ in range(rounds)]
         for variant in variants:
             cpu, wall = ([found[variant][field] for found in times] for field in (0, 1))
-            ratios = [[found["full"][field] / found[variant][field] for found in times] for field in (0, 1)]
-            name = ("full logits" if variant == "full" else f"ours, chunk {variant}") + (", entropy" if entropy else "")
+            ratios = [
+                [found["full"][field] / found[variant][field] for found in times]
+                for field in (0, 1)
+            ]
+            name = ("full logits" if variant == "full" else f"ours, chunk {variant}") + (
+                ", entropy" if entropy else ""
+            )
             peak = child_peak(variant, int(entropy), tokens, vocabulary, hidden, dtype)
-            print(f"  {name:26} {peak:8.0f} {statistics.median(cpu):7.2f} {statistics.median(wall):7.2f}   "
-                  + ("" if variant == "full" else f"{spread(ratios[0]):24}   {spread(ratios[1])}"), flush=True)
+            print(
+                f"  {name:26} {peak:8.0f} {statistics.median(cpu):7.2f} {statistics.median(wall):7.2f}   "
+                + ("" if variant == "full" else f"{spread(ratios[0]):24}   {spread(ratios[1])}"),
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1000, help="that are scored")
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(REAL_HIDDEN))
-    parser.add_argument("--hidden", type=int, help="hidden size; by default the real model's, 2048 for 151,936 and 2560 otherwise")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of hidden states and head")
-    parser.add_argument("--chunk_sizes", nargs="+", type=int, default=[CHUNK_SIZE], help="of ours, tokens")
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        help="hidden size; by default the real model's, 2048 for 151,936 and 2560 otherwise",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(DTYPES),
+        default=list(DTYPES),
+        help="of hidden states and head",
+    )
+    parser.add_argument(
+        "--chunk_sizes", nargs="+", type=int, default=[CHUNK_SIZE], help="of ours, tokens"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of all variants in turn")
-    parser.add_argument("--measure", nargs=6, metavar=("VARIANT", "ENTROPY", "TOKENS", "VOCABULARY", "HIDDEN", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure",
+        nargs=6,
+        metavar=("VARIANT", "ENTROPY", "TOKENS", "VOCABULARY", "HIDDEN", "DTYPE"),
+        help=argparse.SUPPRESS,
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         variant, *numbers, dtype = arguments.measure
@@ -139,7 +195,14 @@ def main() -> None:
     print(machine())
     for vocabulary in arguments.vocabularies:
         for dtype in arguments.dtypes:
-            compare(arguments.tokens, vocabulary, arguments.hidden or REAL_HIDDEN.get(vocabulary, 2560), dtype, arguments.chunk_sizes, arguments.rounds)
+            compare(
+                arguments.tokens,
+                vocabulary,
+                arguments.hidden or REAL_HIDDEN.get(vocabulary, 2560),
+                dtype,
+                arguments.chunk_sizes,
+                arguments.rounds,
+            )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ profiler (exact, the same each time), and beside it the growth of the process's 
 what libraries hold and pages that malloc keeps. On a GPU: torch.cuda.max_memory_allocated. The models are random: 3 decoder
 layers, hidden 512, MLP 1376, 8 heads, 2 KV heads, vocabulary 4,096; prompts of 577 tokens, 256 of them an image, 256 new tokens.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,12 @@ from types import SimpleNamespace
 import torch
 from peft import PeftModel
 from transformers import (
-    Gemma3Config, Gemma3ForConditionalGeneration, PretrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from data.collate import collate_rows
 from data.encode import EncodedPrompt, EncodedRow
@@ -43,9 +49,20 @@ from run_sft import SFTConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from real_configs import REAL_CONFIGS  # noqa: E402
 
-CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "gemma3": Gemma3ForConditionalGeneration}
+CLASSES = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "gemma3": Gemma3ForConditionalGeneration,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASES = ("sft", "sft-checkpointed", "grpo", "grpo-checkpointed", "scoring", "rollout", "evaluation")
+PHASES = (
+    "sft",
+    "sft-checkpointed",
+    "grpo",
+    "grpo-checkpointed",
+    "scoring",
+    "rollout",
+    "evaluation",
+)
 IMAGE_ID, VISION_START = 5, 3
 
 
@@ -68,30 +85,88 @@ class Sizes:
 def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
     """Either real class: 2 KV heads, a small vision tower with four patches a visual token."""
     head_dim = sizes.hidden // sizes.heads
-    text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads, num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1)
+    text = dict(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     vision = dict(hidden_size=sizes.hidden // 2, intermediate_size=sizes.intermediate // 2)
     if family == "gemma3":
         layers = ["sliding_attention"] * (sizes.layers - 1) + ["full_attention"]
         return Gemma3Config(
-            text_config=text | dict(head_dim=head_dim, sliding_window=sizes.prompt_length // 2, query_pre_attn_scalar=head_dim,
-                                    layer_types=layers, pad_token_id=0),
-            vision_config=vision | dict(num_hidden_layers=2, num_attention_heads=4, patch_size=14,
-                                        image_size=28 * int(sizes.image_tokens**0.5)),
-            mm_tokens_per_image=sizes.image_tokens, image_token_index=IMAGE_ID, boi_token_index=6, eoi_token_index=7)
+            text_config=text
+            | dict(
+                head_dim=head_dim,
+                sliding_window=sizes.prompt_length // 2,
+                query_pre_attn_scalar=head_dim,
+                layer_types=layers,
+                pad_token_id=0,
+            ),
+            vision_config=vision
+            | dict(
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                patch_size=14,
+                image_size=28 * int(sizes.image_tokens**0.5),
+            ),
+            mm_tokens_per_image=sizes.image_tokens,
+            image_token_index=IMAGE_ID,
+            boi_token_index=6,
+            eoi_token_index=7,
+        )
     sections = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
     return Qwen2_5_VLConfig(
-        text_config=text | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections), tie_word_embeddings=True),
-        vision_config=vision | dict(depth=2, num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
-                                    out_hidden_size=sizes.hidden, fullatt_block_indexes=[1]),
-        image_token_id=IMAGE_ID, video_token_id=6, vision_start_token_id=VISION_START, vision_end_token_id=4, tie_word_embeddings=True)
+        text_config=text
+        | dict(
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
+            tie_word_embeddings=True,
+        ),
+        vision_config=vision
+        | dict(
+            depth=2,
+            num_heads=4,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            window_size=112,
+            out_hidden_size=sizes.hidden,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=IMAGE_ID,
+        video_token_id=6,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=4,
+        tie_word_embeddings=True,
+    )
 
 
 def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     """A random model as engine.model.load_model returns it, without a tokenizer and without stop ids: completions are full."""
     torch.manual_seed(0)
-    base = CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION}).requires_grad_(False).to(device).eval()
-    return LoadedModel("random", base, family_of(config.model_type), SimpleNamespace(pad_token_id=0), frozenset(), (), None)
+    base = (
+        CLASSES[config.model_type]
+        ._from_config(
+            config, dtype=dtype, attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION}
+        )
+        .requires_grad_(False)
+        .to(device)
+        .eval()
+    )
+    return LoadedModel(
+        "random",
+        base,
+        family_of(config.model_type),
+        SimpleNamespace(pad_token_id=0),
+        frozenset(),
+        (),
+        None,
+    )
 
 
 def make_prompt(config: PretrainedConfig, sizes: Sizes) -> EncodedPrompt:
@@ -101,17 +176,31 @@ def make_prompt(config: PretrainedConfig, sizes: Sizes) -> EncodedPrompt:
     if config.model_type == "gemma3":
         vision = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side)}
     else:
-        vision = {"pixel_values": torch.randn(side * side, 1176), "image_grid_thw": torch.tensor([[1, side, side]])}
+        vision = {
+            "pixel_values": torch.randn(side * side, 1176),
+            "image_grid_thw": torch.tensor([[1, side, side]]),
+        }
     return EncodedPrompt(ids, (ids == IMAGE_ID).long(), vision)
 
 
 def workload(phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     sft = phase.startswith("sft")
     return Workload(
-        element_size=dtype.itemsize, device=device.type, lora_r=16, lora_dropout=0.1 if sft else 0.0, adapters=1 if sft else 2,
-        gradient_checkpointing="checkpointed" in phase, prompt_length=sizes.prompt_length, image_tokens=sizes.image_tokens,
-        completion_length=sizes.new_tokens, max_completion_length=sizes.new_tokens, micro_batch=sizes.rows,
-        eval_rows=sizes.rows, rollout_prompts=0 if sft else sizes.rows, num_generations=1 if sft else sizes.generations)
+        element_size=dtype.itemsize,
+        device=device.type,
+        lora_r=16,
+        lora_dropout=0.1 if sft else 0.0,
+        adapters=1 if sft else 2,
+        gradient_checkpointing="checkpointed" in phase,
+        prompt_length=sizes.prompt_length,
+        image_tokens=sizes.image_tokens,
+        completion_length=sizes.new_tokens,
+        max_completion_length=sizes.new_tokens,
+        micro_batch=sizes.rows,
+        eval_rows=sizes.rows,
+        rollout_prompts=0 if sft else sizes.rows,
+        num_generations=1 if sft else sizes.generations,
+    )
 
 
 def expected_bytes(model: ModelShape, phase: str, work: Workload) -> int:
@@ -121,22 +210,46 @@ def expected_bytes(model: ModelShape, phase: str, work: Workload) -> int:
     return sum(size for part, size in parts.items() if part not in ("base", "adapters", "AdamW"))
 
 
-def phase_step(phase: str, sizes: Sizes, config: PretrainedConfig, model: LoadedModel, wrapped: PeftModel, device) -> Callable[[], None]:
+def phase_step(
+    phase: str,
+    sizes: Sizes,
+    config: PretrainedConfig,
+    model: LoadedModel,
+    wrapped: PeftModel,
+    device,
+) -> Callable[[], None]:
     """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made inside. GRPO's updates get
     the prompts with features from the rollout.
     """
+
     @torch.no_grad()
     def look(prompt: EncodedPrompt) -> EncodedPrompt:
         pixels = {name: tensor.to(device) for name, tensor in prompt.vision.items()}
         features = {"features": model.family.image_features(model.base, pixels).cpu()}
-        return replace(prompt, vision=features | {name: tensor for name, tensor in prompt.vision.items() if name != "pixel_values"})
+        return replace(
+            prompt,
+            vision=features
+            | {name: tensor for name, tensor in prompt.vision.items() if name != "pixel_values"},
+        )
 
-    of_rollout = [look(make_prompt(config, sizes)) for _ in range(-(-sizes.rows // sizes.generations))]
+    of_rollout = [
+        look(make_prompt(config, sizes)) for _ in range(-(-sizes.rows // sizes.generations))
+    ]
 
     def batch(generations: int):
-        prompts = of_rollout if generations > 1 else [look(make_prompt(config, sizes)) for _ in range(sizes.rows)]
-        rows = [EncodedRow(prompts[i // generations], torch.randint(100, sizes.vocabulary, (sizes.new_tokens,)),
-                           torch.ones(sizes.new_tokens, dtype=torch.bool)) for i in range(sizes.rows)]
+        prompts = (
+            of_rollout
+            if generations > 1
+            else [look(make_prompt(config, sizes)) for _ in range(sizes.rows)]
+        )
+        rows = [
+            EncodedRow(
+                prompts[i // generations],
+                torch.randint(100, sizes.vocabulary, (sizes.new_tokens,)),
+                torch.ones(sizes.new_tokens, dtype=torch.bool),
+            )
+            for i in range(sizes.rows)
+        ]
         return collate_rows(rows, 0).to(device)
 
     def sft() -> None:
@@ -147,7 +260,9 @@ def phase_step(phase: str, sizes: Sizes, config: PretrainedConfig, model: Loaded
 
     def grpo() -> None:
         held = batch(sizes.generations)
-        logprobs, _ = completion_logprobs(wrapped, model.family, held, temperature=0.8, entropy=True)
+        logprobs, _ = completion_logprobs(
+            wrapped, model.family, held, temperature=0.8, entropy=True
+        )
         logprobs.sum().backward()
 
     @torch.no_grad()
@@ -156,15 +271,29 @@ def phase_step(phase: str, sizes: Sizes, config: PretrainedConfig, model: Loaded
 
     def decode(temperature: float, generations: int) -> Callable[[], None]:
         sampling = SamplingConfig(temperature, 0.95, sizes.new_tokens)
-        return lambda: generate(wrapped, model, [look(make_prompt(config, sizes)) for _ in range(sizes.rows)], sampling,
-                                num_generations=generations, generator=torch.Generator().manual_seed(0))
+        return lambda: generate(
+            wrapped,
+            model,
+            [look(make_prompt(config, sizes)) for _ in range(sizes.rows)],
+            sampling,
+            num_generations=generations,
+            generator=torch.Generator().manual_seed(0),
+        )
 
     wrapped.train(phase.startswith(("sft", "grpo")))
-    steps = {"sft": sft, "grpo": grpo, "scoring": scoring, "rollout": decode(0.8, sizes.generations), "evaluation": decode(0.0, 1)}
+    steps = {
+        "sft": sft,
+        "grpo": grpo,
+        "scoring": scoring,
+        "rollout": decode(0.8, sizes.generations),
+        "evaluation": decode(0.0, 1),
+    }
     return steps[phase.removesuffix("-checkpointed")]
 
 
-def prepare(family: str, phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], int]:
+def prepare(
+    family: str, phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], None], int]:
     """(the phase's code, the bytes that the forecast gives for it over the loaded model)."""
     config = model_config(family, sizes)
     model = load(config, dtype, device)
@@ -173,7 +302,9 @@ def prepare(family: str, phase: str, sizes: Sizes, dtype: torch.dtype, device: t
     wrapped = attach_new_adapter(model, r=work.lora_r, alpha=32, dropout=work.lora_dropout)
     if work.gradient_checkpointing:
         enable_gradient_checkpointing(wrapped)
-    return phase_step(phase, sizes, config, model, wrapped, device), expected_bytes(shape, phase, work)
+    return phase_step(phase, sizes, config, model, wrapped, device), expected_bytes(
+        shape, phase, work
+    )
 
 
 def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
@@ -183,14 +314,20 @@ def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     return profiled_peak(profile)
 
 
 def profiled_peak(profile: torch.profiler.profile) -> int:
     """Bytes that torch's CPU allocator held at most over those at the profile's beginning; it must have `profile_memory`."""
-    events = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     held = peak = 0
     for _, size in sorted(events, key=lambda event: event[0]):
         held += size
@@ -200,7 +337,11 @@ def profiled_peak(profile: torch.profiler.profile) -> int:
 
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, bytes (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -216,13 +357,21 @@ def measure(family: str, phase: str, dtype: str) -> None:
 
 
 def compare(families: list[str], dtypes: list[str], phases: list[str]) -> None:
-    print(f"{'family':12} {'dtype':5} {'phase':18} {'forecast MB':>12} {'allocated MB':>13} {'ratio':>6} {'resident MB':>12}")
-    for family, dtype, phase in ((family, dtype, phase) for family in families for dtype in dtypes for phase in phases):
+    print(
+        f"{'family':12} {'dtype':5} {'phase':18} {'forecast MB':>12} {'allocated MB':>13} {'ratio':>6} {'resident MB':>12}"
+    )
+    for family, dtype, phase in (
+        (family, dtype, phase) for family in families for dtype in dtypes for phase in phases
+    ):
         command = [sys.executable, __file__, "--measure", family, phase, dtype]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ).stdout
         expected, allocated, grown = map(int, output.split()[-3:])
-        print(f"{family:12} {dtype:5} {phase:18} {expected / 1e6:12.1f} {allocated / 1e6:13.1f} {expected / allocated:6.2f} {grown / 1e6:12.1f}",
-              flush=True)
+        print(
+            f"{family:12} {dtype:5} {phase:18} {expected / 1e6:12.1f} {allocated / 1e6:13.1f} {expected / allocated:6.2f} {grown / 1e6:12.1f}",
+            flush=True,
+        )
 
 
 # ---- the shipped recipes on real cards: arithmetic ------------------------------------------------------------------
@@ -239,16 +388,40 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
     """(model, workload) of a shipped recipe on a GPU. No tokenizer is at hand: a prompt's text counts a token for four
     characters and 30 for the chat's frame; answers are taken as long as max_completion_length, images as max_visual_tokens.
     """
-    config = parse_config([SFTConfig] if script == "sft" else [GRPOConfig, ObjectiveConfig], ["--recipe", recipe], script=script, prog="").configs[0]
-    sft, micro, group = script == "sft", config.per_device_train_batch_size, 1 if script == "sft" else config.num_generations
-    image = 256 if "gemma" in config.model_name_or_path else config.max_visual_tokens or FALLBACKS["max_visual_tokens"]
+    config = parse_config(
+        [SFTConfig] if script == "sft" else [GRPOConfig, ObjectiveConfig],
+        ["--recipe", recipe],
+        script=script,
+        prog="",
+    ).configs[0]
+    sft, micro, group = (
+        script == "sft",
+        config.per_device_train_batch_size,
+        1 if script == "sft" else config.num_generations,
+    )
+    image = (
+        256
+        if "gemma" in config.model_name_or_path
+        else config.max_visual_tokens or FALLBACKS["max_visual_tokens"]
+    )
     text = 30 + len(SYSTEM_PROMPT + PROMPTS[config.prompt].text) // 4
     work = Workload(
-        element_size=2 if config.bf16 else 4, device="cuda", lora_r=16, lora_dropout=config.lora_dropout if sft else 0.0, adapters=1 if sft else 2,
-        gradient_checkpointing=config.gradient_checkpointing, prompt_length=image + text, image_tokens=image,
-        completion_length=config.max_completion_length, max_completion_length=config.max_completion_length, micro_batch=micro,
-        eval_rows=config.per_device_eval_batch_size, rollout_prompts=0 if sft else prompts_per_rollout(config), num_generations=group,
-        max_tokens_per_forward=config.max_tokens_per_forward)
+        element_size=2 if config.bf16 else 4,
+        device="cuda",
+        lora_r=16,
+        lora_dropout=config.lora_dropout if sft else 0.0,
+        adapters=1 if sft else 2,
+        gradient_checkpointing=config.gradient_checkpointing,
+        prompt_length=image + text,
+        image_tokens=image,
+        completion_length=config.max_completion_length,
+        max_completion_length=config.max_completion_length,
+        micro_batch=micro,
+        eval_rows=config.per_device_eval_batch_size,
+        rollout_prompts=0 if sft else prompts_per_rollout(config),
+        num_generations=group,
+        max_tokens_per_forward=config.max_tokens_per_forward,
+    )
     return config.model_name_or_path, work
 
 
@@ -274,28 +447,53 @@ def cards() -> None:
             name, work = recipe_work(recipe, script)
             shape = shapes[name] = shapes.get(name) or published_shape(name)
             found = forecast(shape, work)
-            rows = f", {work.rollout_prompts * work.num_generations} rows a rollout" if work.rollout_prompts else ""
-            print(f"\n{recipe} {script}: {name}, {shape.base_parameters:,} parameters; prompt {work.prompt_length}, "
-                  f"of them image {work.image_tokens}, completion {work.completion_length}; {work.micro_batch} rows a micro-batch{rows}, "
-                  f"{work.eval_rows} decoded together")
+            rows = (
+                f", {work.rollout_prompts * work.num_generations} rows a rollout"
+                if work.rollout_prompts
+                else ""
+            )
+            print(
+                f"\n{recipe} {script}: {name}, {shape.base_parameters:,} parameters; prompt {work.prompt_length}, "
+                f"of them image {work.image_tokens}, completion {work.completion_length}; {work.micro_batch} rows a micro-batch{rows}, "
+                f"{work.eval_rows} decoded together"
+            )
             print(memory_table(found, work))
             for card in CARDS:
-                update = largest(lambda n: phase_fits(shape, replace(work, micro_batch=n, max_tokens_per_forward=None), "update", card))
-                decoded = largest(lambda n: phase_fits(shape, replace(work, eval_rows=n), "evaluation", card))
+                update = largest(
+                    lambda n: phase_fits(
+                        shape,
+                        replace(work, micro_batch=n, max_tokens_per_forward=None),
+                        "update",
+                        card,
+                    )
+                )
+                decoded = largest(
+                    lambda n: phase_fits(shape, replace(work, eval_rows=n), "evaluation", card)
+                )
                 line = f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded together"
                 if work.rollout_prompts:
-                    prompts = largest(lambda n: phase_fits(shape, replace(work, rollout_prompts=n), "rollout", card))
+                    prompts = largest(
+                        lambda n: phase_fits(
+                            shape, replace(work, rollout_prompts=n), "rollout", card
+                        )
+                    )
                     line += f", {prompts * work.num_generations} rows a rollout"
                 print(line)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cards", action="store_true", help="forecast the shipped recipes on 24, 40 and 80 GB instead")
+    parser.add_argument(
+        "--cards",
+        action="store_true",
+        help="forecast the shipped recipes on 24, 40 and 80 GB instead",
+    )
     parser.add_argument("--families", nargs="+", choices=list(CLASSES), default=list(CLASSES))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--measure", nargs=3, metavar=("FAMILY", "PHASE", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("FAMILY", "PHASE", "DTYPE"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         measure(*arguments.measure)

@@ -11,6 +11,7 @@ Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers c
 costs 4HD a pair of a query and a key that it sees. Norms, activations, embeddings and adapters (5 % of the weights) are left
 out. With frozen weights and gradient checkpointing a training pass costs three forwards, of attention four.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,7 +32,13 @@ from transformers import PretrainedConfig
 from data.prompts import Prompt
 from data.records import Example
 from engine.families import language_model
-from engine.model import LoadedModel, adapter_config_document, adapter_state, attach_new_adapter, load_model
+from engine.model import (
+    LoadedModel,
+    adapter_config_document,
+    adapter_state,
+    attach_new_adapter,
+    load_model,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 import tiny  # noqa: E402
@@ -42,7 +49,9 @@ CPU = torch.device("cpu")
 PATCH, PATCHES_PER_TOKEN = 14, 4
 TOWERS = {  # chosen for the shares of the real models: see the table that this file prints
     "qwen2_5_vl": dict(hidden_size=192, intermediate_size=520, depth=3, num_heads=3),
-    "gemma3": dict(hidden_size=400, intermediate_size=1440, num_hidden_layers=3, num_attention_heads=5),
+    "gemma3": dict(
+        hidden_size=400, intermediate_size=1440, num_hidden_layers=3, num_attention_heads=5
+    ),
 }
 REAL_SHARES = {"qwen2_5_vl": 0.29, "gemma3": 1.04}
 
@@ -72,23 +81,47 @@ class Sizes:
 def save_checkpoint(family: str, folder: Path, sizes: Sizes = Sizes(), seed: int = 0) -> Path:
     """A checkpoint's folder, with tokenizer (bytes) and image processor."""
     head = sizes.hidden // sizes.heads
-    text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads)
+    text = dict(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+    )
     if family == "gemma3":
         layers = ["sliding_attention"] * (sizes.layers - 1) + ["full_attention"]
-        text |= dict(head_dim=head, query_pre_attn_scalar=head, sliding_window=1024, layer_types=layers)
-        return tiny.save_gemma(folder, seed, text=text, vision=TOWERS[family] | dict(image_size=sizes.image_side),
-                               image_tokens=sizes.image_tokens, gain=1.0)
+        text |= dict(
+            head_dim=head, query_pre_attn_scalar=head, sliding_window=1024, layer_types=layers
+        )
+        return tiny.save_gemma(
+            folder,
+            seed,
+            text=text,
+            vision=TOWERS[family] | dict(image_size=sizes.image_side),
+            image_tokens=sizes.image_tokens,
+            gain=1.0,
+        )
     sections = [head // 8, head * 3 // 16, head * 3 // 16]
     text |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections))
-    vision = TOWERS[family] | dict(window_size=112, out_hidden_size=sizes.hidden, fullatt_block_indexes=[TOWERS[family]["depth"] - 1])
+    vision = TOWERS[family] | dict(
+        window_size=112,
+        out_hidden_size=sizes.hidden,
+        fullatt_block_indexes=[TOWERS[family]["depth"] - 1],
+    )
     return tiny.save_qwen(folder, seed, text=text, vision=vision, gain=1.0)
 
 
 def load(folder: Path, sizes: Sizes = Sizes(), *, vision_cache_gb: float = 0.0) -> LoadedModel:
     """As the product loads it, in fp32."""
-    return load_model(str(folder), dtype=torch.float32, device=CPU, min_visual_tokens=sizes.image_tokens,
-                      max_visual_tokens=sizes.image_tokens, vision_cache_gb=vision_cache_gb)
+    return load_model(
+        str(folder),
+        dtype=torch.float32,
+        device=CPU,
+        min_visual_tokens=sizes.image_tokens,
+        max_visual_tokens=sizes.image_tokens,
+        vision_cache_gb=vision_cache_gb,
+    )
 
 
 def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Sizes()) -> Path:
@@ -100,8 +133,13 @@ def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Siz
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config_document(wrapped, str(model_folder))))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(
+        json.dumps(adapter_config_document(wrapped, str(model_folder)))
+    )
     return folder
 
 
@@ -115,13 +153,20 @@ def make_prompt(model: LoadedModel, example: Example, sizes: Sizes = Sizes()) ->
     """An instruction with which prompt and image have `prompt_length` tokens: a byte is one. Raises ValueError where that is fewer
     than without any.
     """
+
     def prompt(length: int) -> Prompt:
-        return Prompt("filler", ("Which findings does this image show? " * (length // 37 + 1))[:length], system="You read X-rays.")
+        return Prompt(
+            "filler",
+            ("Which findings does this image show? " * (length // 37 + 1))[:length],
+            system="You read X-rays.",
+        )
 
     fixed = len(model.encoder.encode_prompt(example, prompt(0)).input_ids)
     if fixed > sizes.prompt_length:
-        raise ValueError(f"a prompt has at least {fixed} tokens here, of which {sizes.image_tokens} are the image: "
-                         f"{sizes.prompt_length} are too few")
+        raise ValueError(
+            f"a prompt has at least {fixed} tokens here, of which {sizes.image_tokens} are the image: "
+            f"{sizes.prompt_length} are too few"
+        )
     return prompt(sizes.prompt_length - fixed)
 
 
@@ -164,7 +209,10 @@ class Costs:
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
         weights = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-        return Operations(2 * text.num_hidden_layers * weights * tokens, 4 * text.num_hidden_layers * queries * pairs)
+        return Operations(
+            2 * text.num_hidden_layers * weights * tokens,
+            4 * text.num_hidden_layers * queries * pairs,
+        )
 
     def head(self, tokens: float) -> Operations:
         text = self.config.get_text_config()
@@ -187,10 +235,17 @@ class Costs:
     @cached_property
     def image(self) -> Operations:
         """One image through the tower and the projection into the language model."""
-        vision, patches, tokens = self.config.vision_config, PATCHES_PER_TOKEN * self.sizes.image_tokens, self.sizes.image_tokens
+        vision, patches, tokens = (
+            self.config.vision_config,
+            PATCHES_PER_TOKEN * self.sizes.image_tokens,
+            self.sizes.image_tokens,
+        )
         width, out = vision.hidden_size, self.config.get_text_config().hidden_size
         if self.config.model_type == "gemma3":
-            layers, weights = vision.num_hidden_layers, 4 * width**2 + 2 * width * vision.intermediate_size
+            layers, weights = (
+                vision.num_hidden_layers,
+                4 * width**2 + 2 * width * vision.intermediate_size,
+            )
             seen = layers * patches
             ends = patches * 3 * PATCH**2 * width + tokens * width * out
         else:
@@ -198,7 +253,9 @@ class Costs:
             full, window = len(vision.fullatt_block_indexes), (vision.window_size // PATCH) ** 2
             seen = full * patches + (layers - full) * window
             merged = 4 * width
-            ends = patches * 3 * vision.temporal_patch_size * PATCH**2 * width + tokens * (merged**2 + merged * out)
+            ends = patches * 3 * vision.temporal_patch_size * PATCH**2 * width + tokens * (
+                merged**2 + merged * out
+            )
         return Operations(2 * (layers * weights * patches + ends), 4 * width * patches * seen)
 
     @property
@@ -213,7 +270,10 @@ def measured_share(model: LoadedModel, sizes: Sizes, pairs: int) -> float:
         image = {"pixel_values": torch.randn(1, 3, side, side)}
     else:
         grid = torch.tensor([[1, side // PATCH, side // PATCH]])
-        image = {"pixel_values": torch.randn((side // PATCH) ** 2, 6 * PATCH**2), "image_grid_thw": grid}
+        image = {
+            "pixel_values": torch.randn((side // PATCH) ** 2, 6 * PATCH**2),
+            "image_grid_thw": grid,
+        }
     embeddings = torch.randn(1, sizes.prompt_length + sizes.new_tokens, sizes.hidden)
 
     @torch.no_grad()
@@ -229,21 +289,30 @@ def measured_share(model: LoadedModel, sizes: Sizes, pairs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15, help="of one image and one sequence that are measured")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=15, help="of one image and one sequence that are measured"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = Sizes()
     print("Operations in 1e9, forward; CPU time of one process on one thread, median of pairs.")
-    print(f"{'':12} {'image':>7} {'prompt':>7} {'sequence':>9} {'head':>6}  image / sequence: "
-          f"{'wanted':>7} {'computed':>9} {'measured':>9}")
+    print(
+        f"{'':12} {'image':>7} {'prompt':>7} {'sequence':>9} {'head':>6}  image / sequence: "
+        f"{'wanted':>7} {'computed':>9} {'measured':>9}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for family, title in FAMILIES.items():
             model = load(save_checkpoint(family, Path(folder) / family, sizes), sizes)
             costs = Costs(model.base.config, sizes)
-            print(f"{title:12} {costs.image.forward / 1e9:7.2f} {costs.prompt.forward / 1e9:7.2f} {costs.sequence.forward / 1e9:9.2f} "
-                  f"{costs.head(sizes.new_tokens).forward / 1e9:6.2f}  {'':17} {REAL_SHARES[family]:7.1%} {costs.image_share:9.1%} "
-                  f"{measured_share(model, sizes, arguments.pairs):9.1%}", flush=True)
+            print(
+                f"{title:12} {costs.image.forward / 1e9:7.2f} {costs.prompt.forward / 1e9:7.2f} {costs.sequence.forward / 1e9:9.2f} "
+                f"{costs.head(sizes.new_tokens).forward / 1e9:6.2f}  {'':17} {REAL_SHARES[family]:7.1%} {costs.image_share:9.1%} "
+                f"{measured_share(model, sizes, arguments.pairs):9.1%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ of the objective and the backward pass. So the mutants are run here, in forked p
 mutated source is executed as the module and never written to disk: a test that reads source text learns nothing from it. Left
 alone are type annotations, docstrings, and prose: string literals with a space between two words, as in messages and help texts.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -105,12 +106,22 @@ def mutants_of(file: str) -> Iterator[Mutant]:
         statement.visit(mutator)
         for where, node, mutated in mutator.found:
             changed = mutated if node is statement else statement.deep_replace(node, mutated)
-            code = head + "".join([*pieces[:position], module.code_for_node(changed), *pieces[position + 1:]]) + tail
+            code = (
+                head
+                + "".join(
+                    [*pieces[:position], module.code_for_node(changed), *pieces[position + 1 :]]
+                )
+                + tail
+            )
             if code in seen:
                 continue
             seen.add(code)
-            diff = list(difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm=""))[2:]
-            old, new = ("\n".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+")
+            diff = list(
+                difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
+            )[2:]
+            old, new = (
+                "\n".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+"
+            )
             yield Mutant(file, where, old, new, code)
 
 
@@ -123,7 +134,12 @@ class Mutants:
 
     def __init__(self, file: str, jobs: int, listed: Collection[Key]) -> None:
         unchanged = Mutant(file, "", "", "", (ROOT / file).read_text(encoding="utf-8"))
-        self.file, self.jobs, self.listed, self.mutants = file, jobs, listed, [unchanged, *mutants_of(file)]
+        self.file, self.jobs, self.listed, self.mutants = (
+            file,
+            jobs,
+            listed,
+            [unchanged, *mutants_of(file)],
+        )
         self.outcomes: list[str] = [""] * len(self.mutants)
         self.limit = 600.0  # seconds
         self.running: dict[int, tuple[int, float]] = {}  # process -> index of the mutant, start
@@ -132,7 +148,9 @@ class Mutants:
     def pytest_collection(self, session: pytest.Session) -> bool | None:
         gc.collect()
         gc.freeze()  # or each child's collector walks through all of torch: 0.8 s more for a mutant
-        for index, mutant in enumerate(tqdm(self.mutants, desc=self.file, unit=" mutants", mininterval=10)):
+        for index, mutant in enumerate(
+            tqdm(self.mutants, desc=self.file, unit=" mutants", mininterval=10)
+        ):
             child = os.fork()
             if child == 0:
                 self.install(mutant)
@@ -142,7 +160,9 @@ class Mutants:
                 self.wait_for_one()
             if index == 0:
                 if self.outcomes[0] != "survived":
-                    pytest.exit(f"the tests of {self.file} fail without any mutation: pytest {' '.join(TESTS[self.file])}")
+                    pytest.exit(
+                        f"the tests of {self.file} fail without any mutation: pytest {' '.join(TESTS[self.file])}"
+                    )
         while self.running:
             self.wait_for_one()
         return True  # collected, and nothing left to run in this process
@@ -170,7 +190,9 @@ class Mutants:
                 # below: passed, failed, interrupted by an error while the tests were collected,
                 # ended by a signal
                 if code > 2:
-                    pytest.exit(f"the tests ended with exit code {code} on {described(self.mutants[index])}")
+                    pytest.exit(
+                        f"the tests ended with exit code {code} on {described(self.mutants[index])}"
+                    )
                 self.outcomes[index] = "killed" if code else "survived"
                 if index == 0:
                     self.limit = 60 + 10 * (time.monotonic() - start)
@@ -188,8 +210,12 @@ class Mutants:
 
 
 def described(mutant: Mutant) -> str:
-    lines = [f"- {line}" for line in mutant.old.splitlines()] + [f"+ {line}" for line in mutant.new.splitlines()]
-    return "\n".join([f"{mutant.file} {mutant.where or '(module)'}", *(f"    {line}" for line in lines)])
+    lines = [f"- {line}" for line in mutant.old.splitlines()] + [
+        f"+ {line}" for line in mutant.new.splitlines()
+    ]
+    return "\n".join(
+        [f"{mutant.file} {mutant.where or '(module)'}", *(f"    {line}" for line in lines)]
+    )
 
 
 def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
@@ -199,8 +225,19 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
     listed = [key for key in equivalents if key[0] == file]
     start, parent, plugin = time.monotonic(), os.getpid(), Mutants(file, jobs, listed)
     # hypothesis' profile ci: the same examples each time and no deadline, which a busy machine would miss
-    options = ["-x", "-q", "-s", "--disable-warnings", "-p", "no:cacheprovider", "--hypothesis-profile=ci", f"--rootdir={ROOT}"]
-    code = pytest.main([*(f"{ROOT}/tests/{name}" for name in TESTS[file]), *options], plugins=[plugin])
+    options = [
+        "-x",
+        "-q",
+        "-s",
+        "--disable-warnings",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=ci",
+        f"--rootdir={ROOT}",
+    ]
+    code = pytest.main(
+        [*(f"{ROOT}/tests/{name}" for name in TESTS[file]), *options], plugins=[plugin]
+    )
     if os.getpid() != parent:
         os._exit(code)
     if not all(plugin.outcomes):
@@ -209,10 +246,19 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
     survived = {mutant.key for mutant, outcome in zip(mutants, outcomes) if outcome == "survived"}
     for key in listed:
         if key not in survived:
-            state = "killed" if key in {mutant.key for mutant in mutants} else "there is no such mutant"
+            state = (
+                "killed" if key in {mutant.key for mutant in mutants} else "there is no such mutant"
+            )
             print(f"LISTED as equivalent, but {state}:", described(Mutant(*key, "")))
-    equivalent = sum(outcome == "survived" and mutant.key in listed for mutant, outcome in zip(mutants, outcomes))
-    counts = outcomes.count("killed"), outcomes.count("timeout"), equivalent, outcomes.count("survived") - equivalent
+    equivalent = sum(
+        outcome == "survived" and mutant.key in listed for mutant, outcome in zip(mutants, outcomes)
+    )
+    counts = (
+        outcomes.count("killed"),
+        outcomes.count("timeout"),
+        equivalent,
+        outcomes.count("survived") - equivalent,
+    )
     row = f"| `{file}` | {len(mutants)} | " + " | ".join(map(str, counts)) + " |"
     print(f"{row} in {(time.monotonic() - start) / 60:.1f} min", flush=True)
     return row, survived == set(listed)
@@ -220,20 +266,28 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}; all by default")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}; all by default"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     arguments = parser.parse_args()
     if unknown := set(arguments.files) - set(TESTS):
-        parser.error(f"no tests are named here for {', '.join(sorted(unknown))}; known: {', '.join(TESTS)}")
+        parser.error(
+            f"no tests are named here for {', '.join(sorted(unknown))}; known: {', '.join(TESTS)}"
+        )
     entries = tomllib.loads(EQUIVALENTS.read_text(encoding="utf-8"))["equivalent"]
-    equivalents = {(e["file"], e["where"], e["old"].strip(), e["new"].strip()): e["reason"] for e in entries}
+    equivalents = {
+        (e["file"], e["where"], e["old"].strip(), e["new"].strip()): e["reason"] for e in entries
+    }
 
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[0] = str(ROOT)  # this checkout, whatever is installed
     results = [run(file, arguments.jobs, equivalents) for file in arguments.files or TESTS]
     print(f"\nmutmut {importlib.metadata.version('mutmut')}'s operators\n")
-    print("| file | mutants | killed | timeouts | equivalent | survivors |\n|---|---|---|---|---|---|")
+    print(
+        "| file | mutants | killed | timeouts | equivalent | survivors |\n|---|---|---|---|---|---|"
+    )
     print("\n".join(row for row, _ in results))
     return 0 if all(complete for _, complete in results) else 1
 

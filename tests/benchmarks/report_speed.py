@@ -39,7 +39,10 @@ def rows(images: int, patients: int, seed: int):
         true = truth.random(9) < share
         predicted = np.where(said.random(9) < 0.9, true, said.random(9) < share)
         labels = [label for label, here in zip(NIH_NINE, true) if here]
-        answer = ", ".join(label for label, here in zip(NIH_NINE, predicted) if here) or "Support Devices"
+        answer = (
+            ", ".join(label for label, here in zip(NIH_NINE, predicted) if here)
+            or "Support Devices"
+        )
         think = " ".join(words[said.integers(len(words), size=150)])
         yield {
             "id": f"{n:08d}_000.png",
@@ -49,7 +52,9 @@ def rows(images: int, patients: int, seed: int):
             "evaluated_labels": list(NIH_NINE),
             "source_labels": [NIH_NAMES.get(label, label) for label in labels] or ["Hernia"],
             "prompt": "demo",
-            "completion": f"<think>{think}</think><solution>{answer}</solution>" if said.random() < 0.98 else think,
+            "completion": f"<think>{think}</think><solution>{answer}</solution>"
+            if said.random() < 0.98
+            else think,
             "completion_length": 180,
         }
 
@@ -58,7 +63,10 @@ def measured(name: str, *arguments: str) -> None:
     """Run python with the arguments; print its wall time, CPU time and peak memory."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -71,15 +79,22 @@ def measured(name: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=25_596)
     parser.add_argument("--patients", type=int, default=2_797)
     parser.add_argument("--models", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        names = [("base", "sft", "grpo")[n] if n < 3 else f"model-{n}" for n in range(options.models)]
+        names = [
+            ("base", "sft", "grpo")[n] if n < 3 else f"model-{n}" for n in range(options.models)
+        ]
         for seed, name in enumerate(names, start=1):
-            write_jsonl(Path(folder) / name / "predictions-nih.jsonl", rows(options.images, options.patients, seed))
+            write_jsonl(
+                Path(folder) / name / "predictions-nih.jsonl",
+                rows(options.images, options.patients, seed),
+            )
         file = Path(folder) / names[0] / "predictions-nih.jsonl"
         print(
             f"{options.images:,} predictions of {options.patients:,} patients a model, {file.stat().st_size / 2**20:.0f} MB each",

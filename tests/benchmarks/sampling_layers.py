@@ -8,6 +8,7 @@ beside its weights, merged with torch's product, and merged with oneDNN's, which
 fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range. How much of it is oneDNN depends on the
 processor: torch's own products are Intel's MKL.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,7 +44,9 @@ def ratios(slow: list[float], fast: list[float]) -> str:
 
 @torch.no_grad()
 def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> None:
-    weights = [torch.randn(out_size, in_size) for _ in range(max(1, WEIGHTS // (4 * out_size * in_size)))]
+    weights = [
+        torch.randn(out_size, in_size) for _ in range(max(1, WEIGHTS // (4 * out_size * in_size)))
+    ]
     products = [sampling_layers._product(weight) for weight in weights]
     x = torch.randn(rows, in_size)
     torch.testing.assert_close(products[0](x), linear(x, weights[0]), rtol=0, atol=1e-3)
@@ -60,8 +63,11 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
     of_torch(), of_onednn()
     found = [(seconds(of_torch), seconds(of_onednn)) for _ in range(rounds)]
     slow, fast = zip(*found)
-    print(f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f} {statistics.median(fast) / calls * 1e6:10.0f}   "
-          f"{ratios(slow, fast)}", flush=True)
+    print(
+        f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f} {statistics.median(fast) / calls * 1e6:10.0f}   "
+        f"{ratios(slow, fast)}",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -70,10 +76,14 @@ def adapter_beside(model) -> Iterator[Callable]:
     yield lambda hidden: hidden @ lm_head_weight(model).t()
 
 
-def compare_samplings(product: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int) -> None:
-    ways = {"adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
-            "merged, torch": patch.object(sampling_layers, "_is_packable", lambda weight: False),
-            "merged, oneDNN": nullcontext()}
+def compare_samplings(
+    product: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int
+) -> None:
+    ways = {
+        "adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
+        "merged, torch": patch.object(sampling_layers, "_is_packable", lambda weight: False),
+        "merged, oneDNN": nullcontext(),
+    }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):  # the first is not counted
         for name, way in ways.items():
@@ -86,10 +96,16 @@ def compare_samplings(product: Product, prompts: Sequence[EncodedPrompt], genera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 32, 577], help="of a product")
-    parser.add_argument("--num_generations", nargs="+", type=int, default=[4, 8], help="completions of the prompt")
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 4, 8, 32, 577], help="of a product"
+    )
+    parser.add_argument(
+        "--num_generations", nargs="+", type=int, default=[4, 8], help="completions of the prompt"
+    )
     parser.add_argument("--new_tokens", type=int, default=Sizes.new_tokens, help="of a completion")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -98,13 +114,21 @@ def main() -> None:
     if not torch.backends.mkldnn.is_available():
         raise SystemExit("this torch has no oneDNN: the sampler uses torch's products here")
     sizes = Sizes(new_tokens=arguments.new_tokens)
-    print(f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}   times as fast")
-    for shape in ((sizes.hidden, sizes.hidden), (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate),
-                  (sizes.vocabulary, sizes.hidden)):
+    print(
+        f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}   times as fast"
+    )
+    for shape in (
+        (sizes.hidden, sizes.hidden),
+        (sizes.intermediate, sizes.hidden),
+        (sizes.hidden, sizes.intermediate),
+        (sizes.vocabulary, sizes.hidden),
+    ):
         for rows in arguments.rows:
             compare_products(*shape, rows, arguments.rounds)
     for family in arguments.families:
-        print(f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged with oneDNN")
+        print(
+            f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged with oneDNN"
+        )
         with tempfile.TemporaryDirectory() as name:
             [example] = make_folder(Path(name), family, sizes, 1)
             product = Product(Path(name), family, sizes)

@@ -9,6 +9,7 @@ row; "padded" the plain forward (tests/plain.py). A step is Eq. 1, forward and b
 three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what torch allocates at most at once
 over the loaded model, from its profiler.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,7 +49,11 @@ def steps_of(wrapped, model, rows: list[EncodedRow]) -> dict[str, Callable[[], N
 
     def packed(size: int) -> None:
         for indices in plan_batches(rows, size, None):
-            backward(*completion_hidden_states(wrapped, model.family, collate_rows([rows[i] for i in indices], 0)))
+            backward(
+                *completion_hidden_states(
+                    wrapped, model.family, collate_rows([rows[i] for i in indices], 0)
+                )
+            )
 
     def padded() -> None:
         backward(*plain.hidden_states(wrapped, model.family, plain.plain_batch(rows, 0)))
@@ -64,19 +69,33 @@ def compare(family: str, folder: Path, lengths: list[int], sizes: Sizes, rounds:
     enable_gradient_checkpointing(wrapped)
     wrapped.train()
     examples = models.make_examples(folder / "images", len(lengths), sizes)
-    prompt, generator = models.make_prompt(model, examples[0], sizes), torch.Generator().manual_seed(0)
-    rows = [EncodedRow(model.encode_prompt(example, prompt), torch.randint(33, 123, (n,), generator=generator), torch.ones(n, dtype=torch.bool))
-            for example, n in zip(examples, lengths)]
+    prompt, generator = (
+        models.make_prompt(model, examples[0], sizes),
+        torch.Generator().manual_seed(0),
+    )
+    rows = [
+        EncodedRow(
+            model.encode_prompt(example, prompt),
+            torch.randint(33, 123, (n,), generator=generator),
+            torch.ones(n, dtype=torch.bool),
+        )
+        for example, n in zip(examples, lengths)
+    ]
     real = sum(sizes.prompt_length + n for n in lengths)
-    print(f"\n{FAMILIES[family]}: {len(rows)} rows, prompts of {sizes.prompt_length}, answers of {min(lengths)} to {max(lengths)} tokens; "
-          f"{real} tokens, padded {len(rows) * (sizes.prompt_length + max(lengths))}")
+    print(
+        f"\n{FAMILIES[family]}: {len(rows)} rows, prompts of {sizes.prompt_length}, answers of {min(lengths)} to {max(lengths)} tokens; "
+        f"{real} tokens, padded {len(rows) * (sizes.prompt_length + max(lengths))}"
+    )
     steps, found = steps_of(wrapped, model, rows), {}
     for name, step in steps.items():
         step()
         found[name] = gradients(wrapped)
         wrapped.zero_grad()
     for name in ("one by one", "padded"):
-        worst = max(float((found["packed"][key] - other).norm() / other.norm()) for key, other in found[name].items())
+        worst = max(
+            float((found["packed"][key] - other).norm() / other.norm())
+            for key, other in found[name].items()
+        )
         print(f"  gradients of packed and {name} differ by at most {worst:.1e} of a tensor's norm")
         if not worst < 1e-5:
             raise SystemExit("nothing is timed between two that do not do the same")
@@ -92,21 +111,37 @@ def compare(family: str, folder: Path, lengths: list[int], sizes: Sizes, rounds:
     for name, step in steps.items():
         wrapped.zero_grad()
         ratios = [of_round[name] / of_round["packed"] for of_round in times]
-        print(f"  {name:12} {statistics.median(of_round[name] for of_round in times):7.2f} {allocated_peak(step, models.CPU) / 1e6:7.0f}   "
-              + ("" if name == "packed" else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"), flush=True)
+        print(
+            f"  {name:12} {statistics.median(of_round[name] for of_round in times):7.2f} {allocated_peak(step, models.CPU) / 1e6:7.0f}   "
+            + (
+                ""
+                if name == "packed"
+                else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            ),
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--rows", type=int, default=8, help="of a micro-batch")
-    parser.add_argument("--shortest", type=int, default=64, help="answer, tokens; the others lie evenly between")
+    parser.add_argument(
+        "--shortest", type=int, default=64, help="answer, tokens; the others lie evenly between"
+    )
     parser.add_argument("--longest", type=int, default=448, help="answer, tokens")
     parser.add_argument("--rounds", type=int, default=5, help="of all three in turn")
     arguments = parser.parse_args()
     quiet()
     print(machine())
-    lengths = torch.linspace(arguments.shortest, arguments.longest, arguments.rows).round().long().tolist()
+    lengths = (
+        torch.linspace(arguments.shortest, arguments.longest, arguments.rows)
+        .round()
+        .long()
+        .tolist()
+    )
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
             compare(family, Path(folder), lengths, Sizes(), arguments.rounds)

@@ -12,6 +12,7 @@ A GRPO step is one new image, one group of completions, one update, as in run_gr
 ids, so that every completion has its full length; then given completions take its place. One update a rollout needs no pass for old log-probabilities. Learning rate 0: all steps do the
 same.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,12 +41,26 @@ from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model import REFERENCE, LoadedModel, add_reference, attach_adapter, enable_gradient_checkpointing, use_adapter
+from engine.model import (
+    REFERENCE,
+    LoadedModel,
+    add_reference,
+    attach_adapter,
+    enable_gradient_checkpointing,
+    use_adapter,
+)
 from engine.optim import build_optimizer, clip_gradients, trainable_parameters
 from engine.vision import VisionCache
 from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.rewards import HardReward
-from rl.rollout import build_samples, collate_samples, plan_micro_batches, score_samples, with_advantages, with_old
+from rl.rollout import (
+    build_samples,
+    collate_samples,
+    plan_micro_batches,
+    score_samples,
+    with_advantages,
+    with_old,
+)
 
 # tests/ and tests/benchmarks/
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -80,9 +95,11 @@ class Clock:
 
     def timed(self, function: Callable, name: str | Callable[..., str]) -> Callable:
         """`function` under a phase's name, which may depend on its arguments."""
+
         def call(*arguments, **keywords):
             with self(name(*arguments, **keywords) if callable(name) else name):
                 return function(*arguments, **keywords)
+
         return call
 
     def take(self) -> dict[str, Seconds]:
@@ -112,7 +129,10 @@ def machine() -> str:
 
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "unknown CPU",
+    )
     return f"{name}, 1 thread, fp32; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
 
 
@@ -126,24 +146,32 @@ class Task:
     rewards: list[list[float]]
 
 
-def make_tasks(examples: Sequence[Example], prompts: int, generations: int, new_tokens: int) -> list[Task]:
+def make_tasks(
+    examples: Sequence[Example], prompts: int, generations: int, new_tokens: int
+) -> list[Task]:
     """One task for every `prompts` examples. Completions are random printable bytes, so that they stay themselves as text."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(33, 123, (generations, new_tokens), generator=generator)  # noqa: E731
     rewards = [(i % 4) / 4 + i / 64 for i in range(generations)]
-    return [Task(list(examples[i : i + prompts]), [draw() for _ in range(prompts)], [rewards] * prompts)
-            for i in range(0, len(examples), prompts)]
+    return [
+        Task(list(examples[i : i + prompts]), [draw() for _ in range(prompts)], [rewards] * prompts)
+        for i in range(0, len(examples), prompts)
+    ]
 
 
 class Product:
     """The benchmark model with both adapters, and its steps as the loops of run_grpo.py and run_sft.py have them."""
 
-    def __init__(self, folder: Path, family: str, sizes: Sizes, *, gradient_checkpointing: bool = True) -> None:
+    def __init__(
+        self, folder: Path, family: str, sizes: Sizes, *, gradient_checkpointing: bool = True
+    ) -> None:
         self.sizes, self.clock = sizes, Clock()
         # No stop ids: completions are full. No suppressed ids: others know none in their log-probabilities.
         loaded = models.load(folder / family / "model", sizes)
         self.model: LoadedModel = replace(loaded, stop_ids=frozenset(), suppressed_ids=())
-        self.wrapped: PeftModel = attach_adapter(self.model, folder / family / "policy", trainable=True)
+        self.wrapped: PeftModel = attach_adapter(
+            self.model, folder / family / "policy", trainable=True
+        )
         add_reference(self.wrapped, folder / family / "reference")
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.wrapped)
@@ -156,19 +184,31 @@ class Product:
 
     def forget_images(self, *, keep: bool) -> None:
         """A new cache of image features, which holds all it sees or nothing."""
-        cache = VisionCache(self.model.base, self.model.family, self.model.encoder, max_bytes=2**30 if keep else 0)
+        cache = VisionCache(
+            self.model.base, self.model.family, self.model.encoder, max_bytes=2**30 if keep else 0
+        )
         self.model = replace(self.model, vision=cache)
 
-    def sample(self, prompts: Sequence[EncodedPrompt], generations: int, new_tokens: int | None = None) -> list[list[Completion]]:
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], generations: int, new_tokens: int | None = None
+    ) -> list[list[Completion]]:
         sampling = SamplingConfig(TEMPERATURE, TOP_P, new_tokens or self.sizes.new_tokens)
-        return generate(self.wrapped, self.model, prompts, sampling, num_generations=generations,
-                        generator=torch.Generator().manual_seed(0))
+        return generate(
+            self.wrapped,
+            self.model,
+            prompts,
+            sampling,
+            num_generations=generations,
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def look(self, examples: Sequence[Example], prompt: Prompt) -> list[EncodedPrompt]:
         with self.clock("images"):
             return [self.model.encode_prompt(example, prompt) for example in examples]
 
-    def grpo_step(self, task: Task, prompt: Prompt, *, sample: bool = True) -> tuple[float, dict[str, Tensor]]:
+    def grpo_step(
+        self, task: Task, prompt: Prompt, *, sample: bool = True
+    ) -> tuple[float, dict[str, Tensor]]:
         """(loss, gradients) of one step; its phases are on the clock. sample: whether completions are really drawn first."""
         clock, pad = self.clock, self.model.encoder.pad_token_id
         with clock("whole step"):
@@ -176,28 +216,76 @@ class Product:
             if sample:
                 with clock("sampler"):
                     self.sample(prompts, len(task.rewards[0]))
-            completions = [[Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True) for ids in group]
-                           for group in task.completions]
+            completions = [
+                [
+                    Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True)
+                    for ids in group
+                ]
+                for group in task.completions
+            ]
             with clock("rewards"):
-                samples = build_samples(task.examples, completions, self.model.encoder.decode, {"hard": HardReward()}, "hard",
-                                        answer_format="think_solution", mask_truncated_completions=False)
-            samples = [replace(sample, reward=reward) for sample, reward in zip(samples, [r for group in task.rewards for r in group])]
-            steps = plan_micro_batches(samples, prompts, size=len(samples), accumulation=1, max_tokens=None)
+                samples = build_samples(
+                    task.examples,
+                    completions,
+                    self.model.encoder.decode,
+                    {"hard": HardReward()},
+                    "hard",
+                    answer_format="think_solution",
+                    mask_truncated_completions=False,
+                )
+            samples = [
+                replace(sample, reward=reward)
+                for sample, reward in zip(samples, [r for group in task.rewards for r in group])
+            ]
+            steps = plan_micro_batches(
+                samples, prompts, size=len(samples), accumulation=1, max_tokens=None
+            )
             with clock("reference log-probabilities"):
-                samples = score_samples(self.wrapped, self.model, samples, prompts, steps, temperature=TEMPERATURE, with_reference=True)
+                samples = score_samples(
+                    self.wrapped,
+                    self.model,
+                    samples,
+                    prompts,
+                    steps,
+                    temperature=TEMPERATURE,
+                    with_reference=True,
+                )
             samples = with_advantages(samples, OBJECTIVE)
             self.wrapped.train()
             total, num_tokens = 0.0, sum(len(sample.ids) for sample in samples)
             for indices in steps[0]:
                 with clock("policy forward"):
                     micro = collate_samples([samples[i] for i in indices], prompts, pad, models.CPU)
-                    logprobs, entropy = completion_logprobs(self.wrapped, self.model.family, micro.batch, temperature=TEMPERATURE,
-                                                            suppress_token_ids=self.model.suppressed_ids, entropy=True)
-                    samples, micro = with_old(samples, indices, logprobs), replace(micro, old_logprobs=logprobs.detach())
-                    weights = token_weights(micro.mask, OBJECTIVE.loss_type, num_completions=len(samples), num_tokens=num_tokens,
-                                            max_completion_length=self.sizes.new_tokens)
-                    loss, terms = grpo_loss(logprobs, micro.old_logprobs, micro.ref_logprobs, micro.advantages, micro.mask, weights,
-                                            OBJECTIVE, sampling_logprobs=micro.sampling_logprobs, entropy=entropy)
+                    logprobs, entropy = completion_logprobs(
+                        self.wrapped,
+                        self.model.family,
+                        micro.batch,
+                        temperature=TEMPERATURE,
+                        suppress_token_ids=self.model.suppressed_ids,
+                        entropy=True,
+                    )
+                    samples, micro = (
+                        with_old(samples, indices, logprobs),
+                        replace(micro, old_logprobs=logprobs.detach()),
+                    )
+                    weights = token_weights(
+                        micro.mask,
+                        OBJECTIVE.loss_type,
+                        num_completions=len(samples),
+                        num_tokens=num_tokens,
+                        max_completion_length=self.sizes.new_tokens,
+                    )
+                    loss, terms = grpo_loss(
+                        logprobs,
+                        micro.old_logprobs,
+                        micro.ref_logprobs,
+                        micro.advantages,
+                        micro.mask,
+                        weights,
+                        OBJECTIVE,
+                        sampling_logprobs=micro.sampling_logprobs,
+                        entropy=entropy,
+                    )
                 with clock("backward"):
                     loss.backward()
                 with clock("metrics"):
@@ -205,24 +293,35 @@ class Product:
                 total += float(loss.detach())
         return total, self._update()
 
-    def sft_step(self, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt) -> tuple[float, dict[str, Tensor]]:
+    def sft_step(
+        self, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt
+    ) -> tuple[float, dict[str, Tensor]]:
         """(loss, gradients) of one step of one micro-batch."""
         clock = self.clock
         with clock("whole step"):
             with clock("images"):
-                rows = [self.model.encode_answer(example, prompt, answer) for example, answer in zip(examples, answers)]
+                rows = [
+                    self.model.encode_answer(example, prompt, answer)
+                    for example, answer in zip(examples, answers)
+                ]
             supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
             self.wrapped.train()
             for indices in plan_batches(rows, len(rows), None):
                 with clock("forward"):
-                    batch = collate_rows([rows[i] for i in indices], self.model.encoder.pad_token_id)
-                    hidden, targets = completion_hidden_states(self.wrapped, self.model.family, batch)
+                    batch = collate_rows(
+                        [rows[i] for i in indices], self.model.encoder.pad_token_id
+                    )
+                    hidden, targets = completion_hidden_states(
+                        self.wrapped, self.model.family, batch
+                    )
                     logprobs, _ = token_logprobs(hidden, lm_head_weight(self.wrapped), targets)
                     loss = -logprobs.sum() / supervised_tokens
                 with clock("backward"):
                     loss.backward()
                 with clock("metrics"):
-                    predicted_correctly(hidden, lm_head_weight(self.wrapped), targets).float().mean()
+                    predicted_correctly(
+                        hidden, lm_head_weight(self.wrapped), targets
+                    ).float().mean()
         return float(loss.detach()), self._update()
 
     def _update(self) -> dict[str, Tensor]:
@@ -258,30 +357,53 @@ class Product:
 
 def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
     """Copies, by parameter."""
-    return {name: parameter.grad.clone() for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in wrapped.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 # ---- the plain forward -----------------------------------------------------------------------------------------------
-def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) -> tuple[float, dict[str, Tensor]]:
+def plain_grpo_step(
+    product: Product, task: Task, prompt: Prompt, clock: Clock
+) -> tuple[float, dict[str, Tensor]]:
     """Reference and policy passes of a step whose completions are given, on the product's model."""
     wrapped, model, sizes = product.wrapped, product.model, product.sizes
     prompts = [model.encoder.encode_prompt(example, prompt) for example in task.examples]
-    rows = [EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool))
-            for encoded, group in zip(prompts, task.completions) for ids in group]
+    rows = [
+        EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool))
+        for encoded, group in zip(prompts, task.completions)
+        for ids in group
+    ]
 
     def logprobs_of(**options) -> Tensor:
-        return plain.logprobs_of(wrapped, model.family, rows, temperature=TEMPERATURE, suppress_token_ids=model.suppressed_ids, **options)
+        return plain.logprobs_of(
+            wrapped,
+            model.family,
+            rows,
+            temperature=TEMPERATURE,
+            suppress_token_ids=model.suppressed_ids,
+            **options,
+        )
 
     wrapped.eval()
     with use_adapter(wrapped, REFERENCE), clock("reference log-probabilities"):
         ref = logprobs_of()
     wrapped.train()
-    advantages = torch.cat([torch.tensor(group) - sum(group) / len(group) for group in task.rewards])
+    advantages = torch.cat(
+        [torch.tensor(group) - sum(group) / len(group) for group in task.rewards]
+    )
     mask = torch.ones_like(ref, dtype=torch.bool)
     with clock("policy forward"):
         logprobs = logprobs_of(entropy=True)
-        weights = token_weights(mask, OBJECTIVE.loss_type, num_completions=len(rows), num_tokens=int(mask.sum()),
-                                max_completion_length=sizes.new_tokens)
+        weights = token_weights(
+            mask,
+            OBJECTIVE.loss_type,
+            num_completions=len(rows),
+            num_tokens=int(mask.sum()),
+            max_completion_length=sizes.new_tokens,
+        )
         loss, _ = grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, weights, OBJECTIVE)
     with clock("backward"):
         loss.backward()
@@ -290,13 +412,23 @@ def plain_grpo_step(product: Product, task: Task, prompt: Prompt, clock: Clock) 
     return float(loss.detach()), found
 
 
-def plain_sft_step(product: Product, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt,
-                   clock: Clock) -> tuple[float, dict[str, Tensor]]:
+def plain_sft_step(
+    product: Product,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    prompt: Prompt,
+    clock: Clock,
+) -> tuple[float, dict[str, Tensor]]:
     wrapped, model = product.wrapped, product.model
     wrapped.train()
     with clock("whole step"):
-        rows = [model.encoder.encode_answer(example, prompt, answer) for example, answer in zip(examples, answers)]
-        hidden, targets = plain.hidden_states(wrapped, model.family, plain.plain_batch(rows, model.encoder.pad_token_id))
+        rows = [
+            model.encoder.encode_answer(example, prompt, answer)
+            for example, answer in zip(examples, answers)
+        ]
+        hidden, targets = plain.hidden_states(
+            wrapped, model.family, plain.plain_batch(rows, model.encoder.pad_token_id)
+        )
         logprobs, _ = token_logprobs(hidden, lm_head_weight(wrapped), targets)
         loss = -logprobs.mean()
         loss.backward()
@@ -310,33 +442,55 @@ def plain_sft_step(product: Product, examples: Sequence[Example], answers: Seque
 TRAINING = ("reference log-probabilities", "policy forward", "backward")
 
 
-def check_equal(what: str, ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]], bound: float = 1e-5) -> None:
+def check_equal(
+    what: str,
+    ours: tuple[float, dict[str, Tensor]],
+    theirs: tuple[float, dict[str, Tensor]],
+    bound: float = 1e-5,
+) -> None:
     """Print by how much losses and gradients differ. Raises SystemExit where a parameter's gradient differs by more than `bound` of
     its norm, or where one side trains what the other does not.
     """
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
     if our_gradients.keys() != their_gradients.keys():
-        raise SystemExit(f"{what}: the two sides train different parameters: {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}")
-    worst = max(float((our_gradients[name] - their).norm() / their.norm()) for name, their in their_gradients.items())
+        raise SystemExit(
+            f"{what}: the two sides train different parameters: {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}"
+        )
+    worst = max(
+        float((our_gradients[name] - their).norm() / their.norm())
+        for name, their in their_gradients.items()
+    )
     of_loss = abs(our_loss - their_loss) / max(abs(their_loss), 1e-12)
-    print(f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most "
-          f"{worst:.1e} of a tensor's norm", flush=True)
+    print(
+        f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most "
+        f"{worst:.1e} of a tensor's norm",
+        flush=True,
+    )
     if not worst <= bound or not of_loss <= 1e-4:
-        raise SystemExit(f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that do not do the same")
+        raise SystemExit(
+            f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that do not do the same"
+        )
 
 
 def print_header() -> None:
-    print(f"  {'':44} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations")
+    print(
+        f"  {'':44} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations"
+    )
 
 
-def print_row(name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bound: float | None) -> None:
+def print_row(
+    name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bound: float | None
+) -> None:
     def ratios(field: str) -> str:
         values = [getattr(their, field) / getattr(our, field) for our, their in zip(ours, theirs)]
         return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
 
     seconds = [statistics.median(side.cpu for side in sides) for sides in (ours, theirs)]
-    print(f"  {name:44} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
-          f"{'' if bound is None else f'{bound:.2f}':>6}", flush=True)
+    print(
+        f"  {name:44} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
+        f"{'' if bound is None else f'{bound:.2f}':>6}",
+        flush=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -392,10 +546,15 @@ def make_folder(folder: Path, family: str, sizes: Sizes, images: int) -> list[Ex
 def make_answers(count: int, tokens: int) -> list[str]:
     """Random printable bytes, with the end of turn of `tokens` tokens."""
     generator = torch.Generator().manual_seed(1)
-    return [bytes(torch.randint(97, 123, (tokens - 1,), generator=generator).tolist()).decode() for _ in range(count)]
+    return [
+        bytes(torch.randint(97, 123, (tokens - 1,), generator=generator).tolist()).decode()
+        for _ in range(count)
+    ]
 
 
-def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], rows: int, pairs: int) -> None:
+def against_plain(
+    family: str, folder: Path, sizes: Sizes, groups: Sequence[int], rows: int, pairs: int
+) -> None:
     examples = make_folder(folder, family, sizes, max(pairs + 1, rows))
     product, clock = Product(folder, family, sizes), Clock()
     product.forget_images(keep=False)
@@ -414,9 +573,19 @@ def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int]
             theirs.append(clock.take())
         print_header()
         bounds = Bounds(product.costs, generations)
-        plain_pass, plain_policy = bounds.unshared_scoring(), bounds.unshared_policy(tower_trained=False) - bounds._head
-        sides = ([add(*(found[phase] for phase in TRAINING)) for found in side] for side in (ours, theirs))
-        print_row(f"G {generations}: ref + policy + backward", *sides, (plain_pass + plain_policy) / (bounds.scoring() + bounds.policy()))
+        plain_pass, plain_policy = (
+            bounds.unshared_scoring(),
+            bounds.unshared_policy(tower_trained=False) - bounds._head,
+        )
+        sides = (
+            [add(*(found[phase] for phase in TRAINING)) for found in side]
+            for side in (ours, theirs)
+        )
+        print_row(
+            f"G {generations}: ref + policy + backward",
+            *sides,
+            (plain_pass + plain_policy) / (bounds.scoring() + bounds.policy()),
+        )
         images = [found["images"].cpu for found in ours]
         print(f"  the image, once: {statistics.median(images):.2f} s")
     answers = make_answers(rows, sizes.new_tokens)
@@ -434,8 +603,16 @@ def against_plain(family: str, folder: Path, sizes: Sizes, groups: Sequence[int]
             found[f"theirs {keep}"].append(clock.take()["whole step"])
     bounds = Bounds(product.costs, 1)
     plain_step = bounds.unshared_policy(tower_trained=False) - bounds._head
-    for keep, name, bound in ((False, "new images", bounds.policy() + bounds.image()), (True, "known images", bounds.policy())):
-        print_row(f"SFT step of {rows}, {name}", found[f"ours {keep}"], found[f"theirs {keep}"], plain_step / bound)
+    for keep, name, bound in (
+        (False, "new images", bounds.policy() + bounds.image()),
+        (True, "known images", bounds.policy()),
+    ):
+        print_row(
+            f"SFT step of {rows}, {name}",
+            found[f"ours {keep}"],
+            found[f"theirs {keep}"],
+            plain_step / bound,
+        )
 
 
 def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], steps: int) -> None:
@@ -448,51 +625,108 @@ def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], step
         product.grpo_step(tasks[0], prompt)
         product.clock.take()
         found = [product.profiled_step(task, prompt) for task in tasks[1 : steps + 1]]
-        median = {name: statistics.median(phases[name].cpu for phases in found) for name in found[0]}
+        median = {
+            name: statistics.median(phases[name].cpu for phases in found) for name in found[0]
+        }
         median["decode"] = median["sampler"] - median["prefill"]
         bounds = Bounds(product.costs, generations)
         heads = 3 * bounds._head  # two in the policy pass, one in the reference's
         operations = {
-            "images": bounds.image(), "prefill": product.costs.prompt.forward, "decode": bounds.sampler() - product.costs.prompt.forward,
+            "images": bounds.image(),
+            "prefill": product.costs.prompt.forward,
+            "decode": bounds.sampler() - product.costs.prompt.forward,
             "reference log-probabilities": bounds.scoring(),
-            "policy forward": bounds.scoring() + bounds._head, "backward": bounds.policy() - bounds.scoring() - bounds._head, "head": heads}
-        print(f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of CPU time, median of {steps}")
+            "policy forward": bounds.scoring() + bounds._head,
+            "backward": bounds.policy() - bounds.scoring() - bounds._head,
+            "head": heads,
+        }
+        print(
+            f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of CPU time, median of {steps}"
+        )
         print(f"  {'':34} {'s':>7} {'share':>6} {'1e9 operations a s':>19}")
-        for name in ("images", "prefill", "decode", "rewards", "reference log-probabilities", "policy forward", "backward",
-                     "metrics", "update"):
+        for name in (
+            "images",
+            "prefill",
+            "decode",
+            "rewards",
+            "reference log-probabilities",
+            "policy forward",
+            "backward",
+            "metrics",
+            "update",
+        ):
             rate = f"{operations[name] / median[name] / 1e9:19.1f}" if name in operations else ""
-            print(f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}")
-        print(f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} "
-              f"{heads / median['head'] / 1e9:19.1f}", flush=True)
+            print(
+                f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}"
+            )
+        print(
+            f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} "
+            f"{heads / median['head'] / 1e9:19.1f}",
+            flush=True,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--num_generations", nargs="+", type=int, default=[4, 8], help="completions of a prompt")
+    parser.add_argument(
+        "--num_generations", nargs="+", type=int, default=[4, 8], help="completions of a prompt"
+    )
     parser.add_argument("--rows", type=int, default=4, help="examples of an SFT step")
     parser.add_argument("--pairs", type=int, default=5, help="steps of either side that are timed")
-    parser.add_argument("--new_tokens", type=int, default=Sizes.new_tokens, help="of a completion or an answer, tokens")
-    parser.add_argument("--prompt_length", type=int, default=Sizes.prompt_length, help="with the image, tokens")
-    parser.add_argument("--image_tokens", type=int, default=Sizes.image_tokens, help="a square number, tokens")
+    parser.add_argument(
+        "--new_tokens",
+        type=int,
+        default=Sizes.new_tokens,
+        help="of a completion or an answer, tokens",
+    )
+    parser.add_argument(
+        "--prompt_length", type=int, default=Sizes.prompt_length, help="with the image, tokens"
+    )
+    parser.add_argument(
+        "--image_tokens", type=int, default=Sizes.image_tokens, help="a square number, tokens"
+    )
 
 
 def sizes_of(arguments: argparse.Namespace) -> Sizes:
-    return Sizes(new_tokens=arguments.new_tokens, prompt_length=arguments.prompt_length, image_tokens=arguments.image_tokens)
+    return Sizes(
+        new_tokens=arguments.new_tokens,
+        prompt_length=arguments.prompt_length,
+        image_tokens=arguments.image_tokens,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add_arguments(parser)
-    parser.add_argument("--profile", action="store_true", help="the phases of the product's step alone, --pairs steps")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="the phases of the product's step alone, --pairs steps",
+    )
     arguments = parser.parse_args()
     quiet()
     print(machine())
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
             if arguments.profile:
-                profile(family, Path(folder), sizes_of(arguments), arguments.num_generations, arguments.pairs)
+                profile(
+                    family,
+                    Path(folder),
+                    sizes_of(arguments),
+                    arguments.num_generations,
+                    arguments.pairs,
+                )
             else:
-                against_plain(family, Path(folder), sizes_of(arguments), arguments.num_generations, arguments.rows, arguments.pairs)
+                against_plain(
+                    family,
+                    Path(folder),
+                    sizes_of(arguments),
+                    arguments.num_generations,
+                    arguments.rows,
+                    arguments.pairs,
+                )
 
 
 if __name__ == "__main__":

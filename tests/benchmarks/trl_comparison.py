@@ -19,6 +19,7 @@ recomputed and a gradient goes through it. "Hooks off" is the same trainer witho
 
 One update a rollout, for which neither side makes a pass for old log-probabilities.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,12 @@ import trl
 import trl.trainer.utils
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    PrinterCallback,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -53,8 +59,29 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from memory_forecast import profiled_peak, resident  # noqa: E402
 from models import FAMILIES, Sizes  # noqa: E402
 from steps import (  # noqa: E402
-    MAX_GRAD_NORM, OBJECTIVE, TEMPERATURE, TOP_P, TRAINING, Bounds, Clock, Product, Seconds, Task, add, add_arguments, check_equal,
-    gradients, machine, make_answers, make_folder, make_tasks, print_header, print_row, quiet, sizes_of)
+    MAX_GRAD_NORM,
+    OBJECTIVE,
+    TEMPERATURE,
+    TOP_P,
+    TRAINING,
+    Bounds,
+    Clock,
+    Product,
+    Seconds,
+    Task,
+    add,
+    add_arguments,
+    check_equal,
+    gradients,
+    machine,
+    make_answers,
+    make_folder,
+    make_tasks,
+    print_header,
+    print_row,
+    quiet,
+    sizes_of,
+)
 
 PROMPTS_TOGETHER = 4  # of the sampler's second row
 
@@ -69,13 +96,18 @@ class QwenProcessor(Qwen2_5_VLProcessor):
 
     def __init__(self, image_processor, tokenizer, chat_template) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def make_processor(folder: Path, family: str, sizes: Sizes) -> ProcessorMixin:
-    encoder: Encoder = load_encoder(str(folder / family / "model"), min_visual_tokens=sizes.image_tokens,
-                                    max_visual_tokens=sizes.image_tokens)
+    encoder: Encoder = load_encoder(
+        str(folder / family / "model"),
+        min_visual_tokens=sizes.image_tokens,
+        max_visual_tokens=sizes.image_tokens,
+    )
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "left"
     # The product learns an answer to its end of turn; without this TRL would learn the template's line break after it too.
@@ -84,12 +116,19 @@ def make_processor(folder: Path, family: str, sizes: Sizes) -> ProcessorMixin:
         line_break = "{{ '' if loop.last and m['role'] == 'assistant' else '\n' }}"
         template = template.replace(end + "\n{% endfor %}", end + line_break + "{% endfor %}")
     if family == "gemma3":
-        return Gemma3Processor(encoder.image_processor, tokenizer, chat_template=template, image_seq_length=sizes.image_tokens)
+        return Gemma3Processor(
+            encoder.image_processor,
+            tokenizer,
+            chat_template=template,
+            image_seq_length=sizes.image_tokens,
+        )
     return QwenProcessor(encoder.image_processor, tokenizer, template)
 
 
 def load_peft_model(folder: Path, family: str, start: str) -> PeftModel:
-    base = AutoModelForImageTextToText.from_pretrained(folder / family / "model", dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(
+        folder / family / "model", dtype=torch.float32
+    )
     base.generation_config.eos_token_id = None  # completions have their full length
     return PeftModel.from_pretrained(base, folder / family / start, is_trainable=True)
 
@@ -105,14 +144,20 @@ class Hooks:
         base = unwrapped(model).model
         tower = base.visual if hasattr(base, "visual") else base.vision_tower
         embeddings = [base.language_model.get_input_embeddings(), tower.get_input_embeddings()]
-        self._hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in embeddings]
+        self._hooks = [
+            (module._forward_hooks, dict(module._forward_hooks)) for module in embeddings
+        ]
         self._on = self._seen = True
         first = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))[0]
         first.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module: nn.Module, arguments: tuple, keywords: dict) -> None:
         if torch.is_grad_enabled():
-            self._seen = any(value.requires_grad for value in (*arguments, *keywords.values()) if isinstance(value, Tensor))
+            self._seen = any(
+                value.requires_grad
+                for value in (*arguments, *keywords.values())
+                if isinstance(value, Tensor)
+            )
 
     def switch(self, on: bool) -> None:
         """For the next training pass."""
@@ -124,14 +169,18 @@ class Hooks:
     def check(self) -> None:
         """Raises SystemExit where the tower's layers, in the last training pass, did not get what `switch` asked for."""
         if self._seen != self._on:
-            raise SystemExit(f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with hooks "
-                             f"{'on' if self._on else 'off'}")
+            raise SystemExit(
+                f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with hooks "
+                f"{'on' if self._on else 'off'}"
+            )
 
 
 class Between(TrainerCallback):
     """Times TRL's steps and calls back around them: before(step), after(step, its gradients before clipping)."""
 
-    def __init__(self, clock: Clock, before: Callable[[int], None], after: Callable[[int], None]) -> None:
+    def __init__(
+        self, clock: Clock, before: Callable[[int], None], after: Callable[[int], None]
+    ) -> None:
         self.clock, self.before, self.after, self._phase = clock, before, after, None
 
     def on_step_begin(self, arguments, state, control, **_) -> None:
@@ -144,28 +193,77 @@ class Between(TrainerCallback):
         self.after(state.global_step - 1)
 
 
-COMMON = dict(learning_rate=0.0, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM, gradient_accumulation_steps=1,
-              gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True, bf16=False,
-              dataloader_pin_memory=False, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, seed=0)
+COMMON = dict(
+    learning_rate=0.0,
+    lr_scheduler_type="constant",
+    weight_decay=0.0,
+    max_grad_norm=MAX_GRAD_NORM,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=True,
+    gradient_checkpointing_kwargs={"use_reentrant": False},
+    use_cpu=True,
+    bf16=False,
+    dataloader_pin_memory=False,
+    save_strategy="no",
+    report_to="none",
+    logging_strategy="no",
+    disable_tqdm=True,
+    seed=0,
+)
 
 
-def grpo_trainer(folder: Path, family: str, sizes: Sizes, generations: int, tasks: Sequence[Task], prompt: Prompt, clock: Clock,
-                 callback: TrainerCallback, installed: Callable[[int], bool]) -> GRPOTrainer:
+def grpo_trainer(
+    folder: Path,
+    family: str,
+    sizes: Sizes,
+    generations: int,
+    tasks: Sequence[Task],
+    prompt: Prompt,
+    clock: Clock,
+    callback: TrainerCallback,
+    installed: Callable[[int], bool],
+) -> GRPOTrainer:
     """A trainer whose step s is tasks[s], whose completions and rewards are given. installed: whether a step is made as TRL makes it,
     and draws completions of its own first, or without hooks.
     """
-    rewards = {task.completions[0][i].tolist().__repr__(): reward for task in tasks for i, reward in enumerate(task.rewards[0])}
+    rewards = {
+        task.completions[0][i].tolist().__repr__(): reward
+        for task in tasks
+        for i, reward in enumerate(task.rewards[0])
+    }
     # TRL copies the adapter that it finds: this is its reference
     model = load_peft_model(folder, family, "reference")
-    rows = datasets.Dataset.from_list([{"prompt": messages(prompt), "image": load_image(task.examples[0])} for task in tasks])
+    rows = datasets.Dataset.from_list(
+        [{"prompt": messages(prompt), "image": load_image(task.examples[0])} for task in tasks]
+    )
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=generations, num_generations=generations, max_steps=len(tasks),
-        max_completion_length=sizes.new_tokens, temperature=TEMPERATURE, top_p=TOP_P, top_k=0, beta=OBJECTIVE.beta,
-        epsilon=OBJECTIVE.epsilon_low, epsilon_high=OBJECTIVE.epsilon_high, loss_type="dr_grpo", scale_rewards="none",
-        use_bias_correction_kl=False, shuffle_dataset=False, remove_unused_columns=False,
-        generation_kwargs={"eos_token_id": -1, "suppress_tokens": None}, **COMMON)
-    trainer = GRPOTrainer(model=model, reward_funcs=lambda completion_ids, **_: [rewards[repr(ids)] for ids in completion_ids], args=config,
-                          train_dataset=rows, processing_class=make_processor(folder, family, sizes), callbacks=[callback])
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=generations,
+        num_generations=generations,
+        max_steps=len(tasks),
+        max_completion_length=sizes.new_tokens,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        top_k=0,
+        beta=OBJECTIVE.beta,
+        epsilon=OBJECTIVE.epsilon_low,
+        epsilon_high=OBJECTIVE.epsilon_high,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        use_bias_correction_kl=False,
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        generation_kwargs={"eos_token_id": -1, "suppress_tokens": None},
+        **COMMON,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completion_ids, **_: [rewards[repr(ids)] for ids in completion_ids],
+        args=config,
+        train_dataset=rows,
+        processing_class=make_processor(folder, family, sizes),
+        callbacks=[callback],
+    )
     load_adapter_weights(trainer.model, folder / family / "policy")
     trainer.eos_token_ids = [-1]  # nor is a drawn completion cut at one afterwards
     draw, tokenize = trainer._generate_single_turn, trainer._tokenize_prompts
@@ -182,7 +280,11 @@ def grpo_trainer(folder: Path, family: str, sizes: Sizes, generations: int, task
     trainer._generate_single_turn = given
     trainer._tokenize_prompts = clock.timed(tokenize, "sampler")
     trainer.really_draw = draw
-    hooks, logprobs, loss = Hooks(trainer.model), trainer._get_per_token_logps_and_entropies, trainer.compute_loss
+    hooks, logprobs, loss = (
+        Hooks(trainer.model),
+        trainer._get_per_token_logps_and_entropies,
+        trainer.compute_loss,
+    )
 
     def policy_pass(*arguments, **keywords):
         hooks.switch(installed(trainer.state.global_step))
@@ -208,7 +310,14 @@ def installed(step: int) -> bool:
     return step % 2 == 0
 
 
-def compare_grpo(folder: Path, family: str, sizes: Sizes, generations: int, examples: Sequence[Example], pairs: int) -> None:
+def compare_grpo(
+    folder: Path,
+    family: str,
+    sizes: Sizes,
+    generations: int,
+    examples: Sequence[Example],
+    pairs: int,
+) -> None:
     """Of each task: the product, TRL as installed, TRL without its hooks. The first is not timed."""
     product, clock = Product(folder, family, sizes), Clock()
     product.forget_images(keep=False)
@@ -230,24 +339,57 @@ def compare_grpo(folder: Path, family: str, sizes: Sizes, generations: int, exam
             side = "as installed" if installed(step) else "with hooks off"
             check_equal(f"G {generations}, TRL {side}", results["ours"], results["theirs"])
 
-    trainer = grpo_trainer(folder, family, sizes, generations, doubled, prompt, clock, Between(clock, before, after), installed)
+    trainer = grpo_trainer(
+        folder,
+        family,
+        sizes,
+        generations,
+        doubled,
+        prompt,
+        clock,
+        Between(clock, before, after),
+        installed,
+    )
     keep_results(trainer, results)
     trainer.train()
     drop_first(found)
     ours, sampled = found["ours"], [phases["sampler"] for phases in found["installed"]]
     bounds = Bounds(product.costs, generations)
-    our_sampler, our_training = bounds.image() + bounds.sampler(), bounds.scoring() + bounds.policy()
+    our_sampler, our_training = (
+        bounds.image() + bounds.sampler(),
+        bounds.scoring() + bounds.policy(),
+    )
     print_header()
     for name in ("installed", "hooks off"):
-        theirs, label = found[name], f"G {generations}, {'as installed' if name == 'installed' else name}"
-        training = bounds.unshared_scoring() + bounds.unshared_policy(tower_trained=name == "installed")
-        whole = [add(phases["whole step"], *([] if name == "installed" else [sampler])) for phases, sampler in zip(theirs, sampled)]
-        print_row(f"{label}: whole step", [phases["whole step"] for phases in ours], whole,
-                  (bounds.unshared_sampler() + training) / (our_sampler + our_training))
-        print_row(f"{label}: ref + policy + backward", [add(*(phases[name] for name in TRAINING)) for phases in ours],
-                  [add(*(phases[name] for name in TRAINING)) for phases in theirs], training / our_training)
-    print_row(f"G {generations}: sampler, 1 prompt", [add(phases["images"], phases["sampler"]) for phases in ours], sampled,
-              bounds.unshared_sampler() / our_sampler)
+        theirs, label = (
+            found[name],
+            f"G {generations}, {'as installed' if name == 'installed' else name}",
+        )
+        training = bounds.unshared_scoring() + bounds.unshared_policy(
+            tower_trained=name == "installed"
+        )
+        whole = [
+            add(phases["whole step"], *([] if name == "installed" else [sampler]))
+            for phases, sampler in zip(theirs, sampled)
+        ]
+        print_row(
+            f"{label}: whole step",
+            [phases["whole step"] for phases in ours],
+            whole,
+            (bounds.unshared_sampler() + training) / (our_sampler + our_training),
+        )
+        print_row(
+            f"{label}: ref + policy + backward",
+            [add(*(phases[name] for name in TRAINING)) for phases in ours],
+            [add(*(phases[name] for name in TRAINING)) for phases in theirs],
+            training / our_training,
+        )
+    print_row(
+        f"G {generations}: sampler, 1 prompt",
+        [add(phases["images"], phases["sampler"]) for phases in ours],
+        sampled,
+        bounds.unshared_sampler() / our_sampler,
+    )
     compare_samplers(product, trainer, examples, prompt, generations, pairs, sampled, clock)
 
 
@@ -267,8 +409,16 @@ def drop_first(found: dict[str, list]) -> None:
         del side[0]
 
 
-def compare_samplers(product: Product, trainer: GRPOTrainer, examples: Sequence[Example], prompt: Prompt, generations: int, pairs: int,
-                     one_by_one: Sequence[Seconds], clock: Clock) -> None:
+def compare_samplers(
+    product: Product,
+    trainer: GRPOTrainer,
+    examples: Sequence[Example],
+    prompt: Prompt,
+    generations: int,
+    pairs: int,
+    one_by_one: Sequence[Seconds],
+    clock: Clock,
+) -> None:
     """Several prompts together on both sides, and on ours against TRL's one prompt a batch."""
     ours, theirs = [], []
     for i in range(pairs):
@@ -276,8 +426,13 @@ def compare_samplers(product: Product, trainer: GRPOTrainer, examples: Sequence[
         with product.clock("sampler"):
             product.sample(product.look(chosen, prompt), generations)
         ours.append(product.clock.take()["sampler"])
-        prompts = [trl.data_utils.prepare_multimodal_messages(messages(prompt), images=[load_image(example)])
-                   for example in chosen for _ in range(generations)]
+        prompts = [
+            trl.data_utils.prepare_multimodal_messages(
+                messages(prompt), images=[load_image(example)]
+            )
+            for example in chosen
+            for _ in range(generations)
+        ]
         clock.take()
         ids, images, fields = trainer._tokenize_prompts(prompts)
         with clock("sampler"):
@@ -286,19 +441,56 @@ def compare_samplers(product: Product, trainer: GRPOTrainer, examples: Sequence[
     bounds = Bounds(product.costs, generations)
     bound = bounds.unshared_sampler() / (bounds.image() + bounds.sampler())
     print_row(f"G {generations}: sampler, {PROMPTS_TOGETHER} prompts", ours, theirs, bound)
-    print_row(f"G {generations}: sampler, {PROMPTS_TOGETHER} prompts against 1 at a time", ours,
-              [Seconds(PROMPTS_TOGETHER * seconds.cpu, PROMPTS_TOGETHER * seconds.wall) for seconds in one_by_one], bound)
+    print_row(
+        f"G {generations}: sampler, {PROMPTS_TOGETHER} prompts against 1 at a time",
+        ours,
+        [
+            Seconds(PROMPTS_TOGETHER * seconds.cpu, PROMPTS_TOGETHER * seconds.wall)
+            for seconds in one_by_one
+        ],
+        bound,
+    )
 
 
-def sft_trainer(folder: Path, family: str, sizes: Sizes, batches: Sequence[Sequence[Example]], answers: Sequence[str], prompt: Prompt,
-                callback: TrainerCallback, installed: Callable[[int], bool]) -> SFTTrainer:
-    rows = datasets.Dataset.from_list([
-        {"prompt": messages(prompt), "completion": [{"role": "assistant", "content": answer}], "images": [load_image(example)]}
-        for batch in batches for example, answer in zip(batch, answers)])
-    config = SFTConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=len(answers), max_steps=len(batches), max_length=None,
-                       completion_only_loss=True, packing=False, shuffle_dataset=False, train_sampling_strategy="sequential", **COMMON)
-    trainer = SFTTrainer(model=load_peft_model(folder, family, "policy"), args=config, train_dataset=rows,
-                         processing_class=make_processor(folder, family, sizes), callbacks=[callback])
+def sft_trainer(
+    folder: Path,
+    family: str,
+    sizes: Sizes,
+    batches: Sequence[Sequence[Example]],
+    answers: Sequence[str],
+    prompt: Prompt,
+    callback: TrainerCallback,
+    installed: Callable[[int], bool],
+) -> SFTTrainer:
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "prompt": messages(prompt),
+                "completion": [{"role": "assistant", "content": answer}],
+                "images": [load_image(example)],
+            }
+            for batch in batches
+            for example, answer in zip(batch, answers)
+        ]
+    )
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=len(answers),
+        max_steps=len(batches),
+        max_length=None,
+        completion_only_loss=True,
+        packing=False,
+        shuffle_dataset=False,
+        train_sampling_strategy="sequential",
+        **COMMON,
+    )
+    trainer = SFTTrainer(
+        model=load_peft_model(folder, family, "policy"),
+        args=config,
+        train_dataset=rows,
+        processing_class=make_processor(folder, family, sizes),
+        callbacks=[callback],
+    )
     hooks, loss = Hooks(trainer.model), trainer.compute_loss
 
     def forward_pass(*arguments, **keywords):
@@ -312,11 +504,17 @@ def sft_trainer(folder: Path, family: str, sizes: Sizes, batches: Sequence[Seque
     return trainer
 
 
-def compare_sft(folder: Path, family: str, sizes: Sizes, examples: Sequence[Example], rows: int, pairs: int) -> None:
+def compare_sft(
+    folder: Path, family: str, sizes: Sizes, examples: Sequence[Example], rows: int, pairs: int
+) -> None:
     """Of each batch: the product with new images and with known ones, TRL as installed and without its hooks."""
     product, clock = Product(folder, family, sizes), Clock()
     prompt, answers = product.prompt_for(examples[0]), make_answers(rows, sizes.new_tokens)
-    batches = [[examples[(i + j) % len(examples)] for j in range(rows)] for i in range(pairs + 1) for _ in (True, False)]
+    batches = [
+        [examples[(i + j) % len(examples)] for j in range(rows)]
+        for i in range(pairs + 1)
+        for _ in (True, False)
+    ]
     found: dict[str, list[Seconds]] = defaultdict(list)
     results: dict[str, tuple[float, dict[str, Tensor]]] = {}
     collating: list[Seconds] = []  # of each batch, in order; the trainer makes them before its step
@@ -330,11 +528,19 @@ def compare_sft(folder: Path, family: str, sizes: Sizes, examples: Sequence[Exam
         clock.take()
 
     def after(step: int) -> None:
-        found["as installed" if installed(step) else "hooks off"].append(add(clock.take()["whole step"], collating[step]))
+        found["as installed" if installed(step) else "hooks off"].append(
+            add(clock.take()["whole step"], collating[step])
+        )
         if step < 2:
-            check_equal(f"SFT, TRL {'as installed' if installed(step) else 'with hooks off'}", results["ours"], results["theirs"])
+            check_equal(
+                f"SFT, TRL {'as installed' if installed(step) else 'with hooks off'}",
+                results["ours"],
+                results["theirs"],
+            )
 
-    trainer = sft_trainer(folder, family, sizes, batches, answers, prompt, Between(clock, before, after), installed)
+    trainer = sft_trainer(
+        folder, family, sizes, batches, answers, prompt, Between(clock, before, after), installed
+    )
     collate = trainer.data_collator
 
     def timed_collate(batch):
@@ -352,7 +558,10 @@ def compare_sft(folder: Path, family: str, sizes: Sizes, examples: Sequence[Exam
     print_header()
     for side in ("as installed", "hooks off"):
         theirs = bounds.unshared_policy(tower_trained=side == "as installed")
-        for images, ours in (("new images", bounds.policy() + bounds.image()), ("known images", bounds.policy())):
+        for images, ours in (
+            ("new images", bounds.policy() + bounds.image()),
+            ("known images", bounds.policy()),
+        ):
             print_row(f"SFT of {rows}, {side}: {images}", found[images], found[side], theirs / ours)
 
 
@@ -362,7 +571,9 @@ class Peaks:
 
     def __init__(self) -> None:
         self.resident = self.allocated = 0
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
 
     def before(self, step: int) -> None:
         if step == 1:
@@ -393,44 +604,97 @@ def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows:
         if side == "ours":
             for step, task in enumerate(tasks):
                 peaks.before(step)
-                product.grpo_step(task, prompt) if generations else product.sft_step(examples[:rows], answers, prompt)
+                product.grpo_step(task, prompt) if generations else product.sft_step(
+                    examples[:rows], answers, prompt
+                )
                 peaks.after(step)
         else:
             del product
-            callback, as_installed = Between(Clock(), peaks.before, peaks.after), lambda step: side == "installed"
+            callback, as_installed = (
+                Between(Clock(), peaks.before, peaks.after),
+                lambda step: side == "installed",
+            )
             if generations:
-                trainer = grpo_trainer(folder, family, sizes, generations, tasks, prompt, Clock(), callback, as_installed)
+                trainer = grpo_trainer(
+                    folder,
+                    family,
+                    sizes,
+                    generations,
+                    tasks,
+                    prompt,
+                    Clock(),
+                    callback,
+                    as_installed,
+                )
             else:
-                trainer = sft_trainer(folder, family, sizes, 3 * [examples[:rows]], answers, prompt, callback, as_installed)
+                trainer = sft_trainer(
+                    folder,
+                    family,
+                    sizes,
+                    3 * [examples[:rows]],
+                    answers,
+                    prompt,
+                    callback,
+                    as_installed,
+                )
             trainer.train()
     print(peaks.allocated, peaks.resident)
 
 
 def compare_memory(arguments: argparse.Namespace) -> None:
-    print("Peak memory of a step over the loaded model, MB: what torch allocates (exact) and, beside it, resident memory of the process.")
-    print(f"  {'':28} {'allocated: ours':>16} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}    "
-          f"{'resident: ours':>15} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}")
+    print(
+        "Peak memory of a step over the loaded model, MB: what torch allocates (exact) and, beside it, resident memory of the process."
+    )
+    print(
+        f"  {'':28} {'allocated: ours':>16} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}    "
+        f"{'resident: ours':>15} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}"
+    )
     for family in arguments.families:
         for generations in (*arguments.num_generations, *([] if arguments.no_sft else [0])):
             found = []
             for side in ("ours", "installed", "hooks off"):
-                command = [sys.executable, __file__, "--measure", side, family, str(generations), "--rows", str(arguments.rows),
-                           "--new_tokens", str(arguments.new_tokens), "--prompt_length", str(arguments.prompt_length),
-                           "--image_tokens", str(arguments.image_tokens)]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--measure",
+                    side,
+                    family,
+                    str(generations),
+                    "--rows",
+                    str(arguments.rows),
+                    "--new_tokens",
+                    str(arguments.new_tokens),
+                    "--prompt_length",
+                    str(arguments.prompt_length),
+                    "--image_tokens",
+                    str(arguments.image_tokens),
+                ]
+                output = subprocess.run(
+                    command,
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                ).stdout
                 found.append([int(word) / 1e6 for word in output.split()[-2:]])
             name = f"{FAMILIES[family]}, {f'G {generations}' if generations else f'SFT of {arguments.rows}'}"
-            parts = [f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f} {ours / off:7.2f}"
-                     for width, (ours, installed, off) in zip((16, 15), zip(*found))]
+            parts = [
+                f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f} {ours / off:7.2f}"
+                for width, (ours, installed, off) in zip((16, 15), zip(*found))
+            ]
             print(f"  {name:28} {'    '.join(parts)}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--no_sft", action="store_true", help="GRPO alone")
-    parser.add_argument("--measure", nargs=3, metavar=("SIDE", "FAMILY", "G"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("SIDE", "FAMILY", "G"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     quiet()
 
@@ -448,7 +712,9 @@ def main() -> None:
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            examples = make_folder(folder, family, sizes, max(arguments.pairs + 1, arguments.rows, PROMPTS_TOGETHER))
+            examples = make_folder(
+                folder, family, sizes, max(arguments.pairs + 1, arguments.rows, PROMPTS_TOGETHER)
+            )
             print(f"\n{FAMILIES[family]}")
             for generations in arguments.num_generations:
                 compare_grpo(folder, family, sizes, generations, examples, arguments.pairs)
