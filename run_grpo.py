@@ -1,11 +1,13 @@
 """GRPO against a verifiable reward: Eq. 2 of ChexReason (arXiv 2512.23090), from an SFT adapter.
 
-    python run_grpo.py                                           # continues the newest finished SFT run of the embedded demo
-    python run_grpo.py --recipe medgemma-4b-free-reasoning --adapter_name_or_path runs/... --train_file rl.jsonl
+    python run_grpo.py                                           # continues the newest finished SFT
+    run of the embedded demo
+    python run_grpo.py --recipe medgemma-4b-free-reasoning --adapter_name_or_path runs/...
+    --train_file rl.jsonl
 
-The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The loop is in `train`, in
-eight blocks: 1 prompts, 2 completions, 3 rewards, 4 old and reference log-probabilities, 5 advantages, 6 the update, 7
-logs, 8 evaluation and checkpoint.
+The objective is rl/objective.py, the rewards are rl/rewards.py, the settings rl/settings.py. The
+loop is in `train`, in eight blocks: 1 prompts, 2 completions, 3 rewards, 4 old and reference
+log-probabilities, 5 advantages, 6 the update, 7 logs, 8 evaluation and checkpoint.
 """
 
 from __future__ import annotations
@@ -133,8 +135,8 @@ def train(
     evaluate: Callable[[], None],
     save: Callable[[list[Sample]], None],
 ) -> None:
-    """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a resumed run is in the middle
-    of, or [].
+    """The loop, from state.global_step to the end or a signal. `samples`: the rollout that a
+    resumed run is in the middle of, or [].
     """
     device, prompt, pad = (
         next(wrapped.parameters()).device,
@@ -182,7 +184,8 @@ def train(
                 raise
 
         if update == 0:
-            # 2 sample G completions each; a rollout that a signal cuts short is as if it had never begun
+            # 2 sample G completions each; a rollout that a signal cuts short is as if it had never
+            # begun
             before = (
                 sampler.get_state(),
                 {name: part.state_dict() for name, part in remembering.items()},
@@ -216,7 +219,8 @@ def train(
                 bar.write(f"warning: {warning}")
             for function in reward_functions.values():
                 function.observe(sample.answer for sample in samples)
-            # 4 reference and old log-probabilities, on the micro-batches of the updates below; the first update finds its own old ones
+            # 4 reference and old log-probabilities, on the micro-batches of the updates below; the
+            # first update finds its own old ones
             samples = score_samples(
                 wrapped,
                 model,
@@ -226,14 +230,15 @@ def train(
                 temperature=config.temperature,
                 with_reference=objective.beta > 0,
             )
-            # 5 advantages, within each prompt's group; a completion's KL is known by now, for a fork's reward
+            # 5 advantages, within each prompt's group; a completion's KL is known by now, for a
+            # fork's reward
             samples = with_advantages(samples, objective)
             for name, value in (rollout_metrics(samples) | monitors.observe(samples)).items():
                 metrics.add(name, value)
             metrics.add("time/rollout", time.perf_counter() - started)
 
-        # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip, learning rate, step
-        # the same for every pass, so that the ratio is exactly 1 at first
+        # 6 one update: log-probabilities, loss and backward of each micro-batch, then clip,
+        # learning rate, step the same for every pass, so that the ratio is exactly 1 at first
         of_pass = plan(samples, prompts)
         # the next iteration over the rollout starts again at its first step
         of_this_step = of_pass[update % len(of_pass)]
@@ -319,8 +324,8 @@ def train(
                     part.load_state_dict(before[1][name])
             save(samples)
             raise RuntimeError(
-                f"the gradient of step {state.global_step + 1} is not finite; the state before it was saved. Prompts: "
-                f"{', '.join(example.id for example in chosen)}"
+                f"the gradient of step {state.global_step + 1} is not finite; the state before it"
+                f" was saved. Prompts: {', '.join(example.id for example in chosen)}"
             )
         learning_rate = learning_rate_at(
             state.global_step,
@@ -375,8 +380,8 @@ def evaluate_when_due(
     evaluate: Callable[[], None],
     save: Callable[[], None],
 ) -> bool:
-    """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done again when the run is
-    resumed.
+    """Evaluate at the start, every eval_steps and at the end; what a signal cuts short is done
+    again when the run is resumed.
     """
     due = state.global_step in (0, steps) or (
         config.eval_steps and state.global_step % config.eval_steps == 0
@@ -407,7 +412,9 @@ def evaluate_policy(
     bad_images: dict[str, list[dict]],
     step: int,
 ) -> dict[str, dict[str, float]]:
-    """Greedy decoding of every set -> {set: its SET_METRICS}. Rewards are computed, but nothing is observed."""
+    """Greedy decoding of every set -> {set: its SET_METRICS}. Rewards are computed, but nothing is
+    observed.
+    """
     notes = {
         name: {"step": step} | note for name, note in bad_image_counts(sets, bad_images).items()
     }
@@ -427,12 +434,14 @@ def evaluate_policy(
         notes=notes,
     )
     flat = {
-        name: score
-        | {
-            "macro_f1": score["macro"]["f1"],
-            "micro_f1": score["micro"]["f1"],
-            "completion_length": score["completion_length"]["mean"],
-        }
+        name: (
+            score
+            | {
+                "macro_f1": score["macro"]["f1"],
+                "micro_f1": score["micro"]["f1"],
+                "completion_length": score["completion_length"]["mean"],
+            }
+        )
         for name, score in scores.items()
     }
     return {
@@ -462,8 +471,11 @@ def banner(
         [
             f"GRPO -> {run_dir}",
             environment_banner(device),
-            f"model       {model.name} ({model.family.model_type}) with {config.adapter_name_or_path}: {total:,} parameters with both adapters, "
-            f"{trainable:,} trainable",
+            (
+                f"model       {model.name} ({model.family.model_type}) with"
+                f" {config.adapter_name_or_path}: {total:,} parameters with both adapters,"
+                f" {trainable:,} trainable"
+            ),
             f"data        {len(examples)} prompts; evaluated: "
             + (", ".join(f"{name} {len(s)}" for name, s in sets.items()) or "nothing")
             + bad_images_line(bad_images),

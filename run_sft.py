@@ -1,13 +1,18 @@
-"""Supervised fine-tuning on teacher reasoning traces: Eq. 1 of ChexReason (arXiv 2512.23090), with LoRA.
+"""Supervised fine-tuning on teacher reasoning traces: Eq. 1 of ChexReason (arXiv 2512.23090), with
+LoRA.
 
-    python run_sft.py                                            # the embedded demo, a few minutes on a CPU
-    python run_sft.py --recipe medgemma-4b-free-reasoning --train_file sft.jsonl --validation_file val=val.jsonl
+    python run_sft.py                                            # the embedded demo, a few minutes
+    on a CPU
+    python run_sft.py --recipe medgemma-4b-free-reasoning --train_file sft.jsonl --validation_file
+    val=val.jsonl
 
-    L_SFT = - sum_j log pi(t*_j | x, t*_<j)      over the answer's tokens and its end-of-turn; the prompt and the image are
+    L_SFT = - sum_j log pi(t*_j | x, t*_<j)      over the answer's tokens and its end-of-turn; the
+    prompt and the image are
     not scored
 
-Each optimizer step divides the sum by the number of supervised tokens of the WHOLE step, so neither the micro-batch size
-nor the accumulation changes the gradient. The loop is in `train` below, top to bottom; nothing else calls backward().
+Each optimizer step divides the sum by the number of supervised tokens of the WHOLE step, so neither
+the micro-batch size nor the accumulation changes the gradient. The loop is in `train` below, top to
+bottom; nothing else calls backward().
 """
 
 from __future__ import annotations
@@ -109,7 +114,8 @@ class SFTConfig(TrainingConfig):
     )
     validation_split: float = setting(
         0.1,
-        "share of the training data held out for the validation loss, by patient, where no --validation_file has answers",
+        "share of the training data held out for the validation loss, by patient, where no"
+        " --validation_file has answers",
         source=PAPER_SFT,
         group="model and data",
     )
@@ -140,7 +146,8 @@ def problems(config: SFTConfig) -> list[str]:
         )
     if not 0 <= config.lora_dropout < 1 or not 0 < config.validation_split < 1:
         found.append(
-            f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split {config.validation_split} in (0, 1)"
+            f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split"
+            f" {config.validation_split} in (0, 1)"
         )
     if config.early_stopping_patience < 1:
         found.append(
@@ -150,13 +157,16 @@ def problems(config: SFTConfig) -> list[str]:
 
 
 def with_rank_of_adapter(resolved: Resolved) -> Resolved:
-    """lora_r and lora_alpha are those of the adapter that training goes on with. Raises UsageError for a flag that says otherwise."""
+    """lora_r and lora_alpha are those of the adapter that training goes on with. Raises UsageError
+    for a flag that says otherwise.
+    """
     config: SFTConfig = resolved.configs[0]
     adapter = adapter_config(Path(config.adapter_name_or_path))
     for name, value in (("lora_r", adapter.r), ("lora_alpha", adapter.lora_alpha)):
         if resolved.origins[name] == "flag" and getattr(config, name) != value:
             raise UsageError(
-                f"--{name} {getattr(config, name)}: {config.adapter_name_or_path} has {value}; leave the flag out"
+                f"--{name} {getattr(config, name)}: {config.adapter_name_or_path} has {value};"
+                " leave the flag out"
             )
         resolved = resolved.with_value(name, value, "adapter")
     return resolved
@@ -164,8 +174,8 @@ def with_rank_of_adapter(resolved: Resolved) -> Resolved:
 
 @dataclass(frozen=True)
 class SFTData:
-    """train and validation have answers; decoded are the named sets that get scores at the end; files and bad_images (rows of the
-    examples left out, by data set) go into config.json.
+    """train and validation have answers; decoded are the named sets that get scores at the end;
+    files and bad_images (rows of the examples left out, by data set) go into config.json.
     """
 
     train: list[Example]
@@ -176,9 +186,11 @@ class SFTData:
 
 
 def load_data(config: SFTConfig, resumed: dict | None = None) -> SFTData:
-    """Read every data file; without a validation file that has answers, hold out a share of the training patients.
+    """Read every data file; without a validation file that has answers, hold out a share of the
+    training patients.
 
-    resumed: config.json of the run that goes on. With the answer form `solution` (Only Label) every example has an answer.
+    resumed: config.json of the run that goes on. With the answer form `solution` (Only Label) every
+    example has an answer.
     """
     files = {"train": data_file(config.train_file)}
     files |= {
@@ -300,8 +312,8 @@ def train(
             load_rng(*random_state)
             save()
             raise RuntimeError(
-                f"the gradient of step {state.global_step + 1} is not finite, the state before it was saved; "
-                f"examples: {', '.join(example.id for example in examples)}"
+                f"the gradient of step {state.global_step + 1} is not finite, the state before it"
+                f" was saved; examples: {', '.join(example.id for example in examples)}"
             )
         learning_rate = learning_rate_at(
             state.global_step,
@@ -346,7 +358,8 @@ def validation_metrics(
     examples: list[Example],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss (nats a token) and token accuracy over all supervised tokens of the validation set, without dropout.
+    """Loss (nats a token) and token accuracy over all supervised tokens of the validation set,
+    without dropout.
 
     Raises KeyboardInterrupt once should_stop says so.
     """
@@ -400,12 +413,20 @@ def banner(
         [
             f"SFT -> {run_dir}",
             environment_banner(device),
-            f"model       {model.name} ({model.family.model_type}), {total:,} parameters, {trainable:,} trainable (LoRA r {config.lora_r})",
-            f"data        {len(data.train)} training, {len(data.validation)} validation examples; scored at the end: "
+            (
+                f"model       {model.name} ({model.family.model_type}), {total:,} parameters,"
+                f" {trainable:,} trainable (LoRA r {config.lora_r})"
+            ),
+            f"data        {len(data.train)} training, {len(data.validation)} validation examples;"
+            " scored at the end: "
             + ", ".join(f"{name} {len(examples)}" for name, examples in data.decoded.items())
             + bad_images_line(data.bad_images),
-            f"batch       {micro} sequences x {accumulation} accumulated = {micro * accumulation} an optimizer step; {steps_per_epoch} steps an "
-            f"epoch, {total_steps} steps in all, early stop after {config.early_stopping_patience} epochs without a better loss",
+            (
+                f"batch       {micro} sequences x {accumulation} accumulated ="
+                f" {micro * accumulation} an optimizer step; {steps_per_epoch} steps an epoch,"
+                f" {total_steps} steps in all, early stop after {config.early_stopping_patience}"
+                " epochs without a better loss"
+            ),
             "settings that differ from the paper's or the engine's defaults:",
             describe(resolved),
             "",
@@ -414,7 +435,9 @@ def banner(
 
 
 def next_command(recipe: str | None, run_dir: Path, model: str | None = None) -> str:
-    """The command that goes on with GRPO; FILE is the user's to fill in. model: one that a flag has put in the place of the recipe's."""
+    """The command that goes on with GRPO; FILE is the user's to fill in. model: one that a flag has
+    put in the place of the recipe's.
+    """
     data = "" if recipe in EMBEDDED else " --train_file FILE"
     flags = (f" --recipe {recipe}" if recipe else "") + (
         f" --model_name_or_path {model}" if model else ""

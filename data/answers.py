@@ -2,36 +2,47 @@
 
 Formats (`blank` is any white space, tags count only in exactly this lower-case spelling):
 
-    think_solution   blank <think>..</think> blank <solution>label, label</solution> blank      the paper's
-    answer_tag       blank <think>..</think> blank <answer>label, label</answer> blank          NV-Reason-CXR's
-    solution         blank <solution>label, label</solution> blank                              labels without reasoning
-    label_list       label, label                                                               no tags at all
+    think_solution   blank <think>..</think> blank <solution>label, label</solution> blank      the
+                     paper's
+    answer_tag       blank <think>..</think> blank <answer>label, label</answer> blank
+                     NV-Reason-CXR's
+    solution         blank <solution>label, label</solution> blank
+                     labels without reasoning
+    label_list       label, label                                                               no
+                     tags at all
 
-"Answer block" below is <solution> or <answer>, whichever the format names. `Answer.problem` is the first of these that
-applies, or None:
+"Answer block" below is <solution> or <answer>, whichever the format names. `Answer.problem` is the
+first of these that applies, or None:
 
     code              parsed  valid  meaning
     answer_missing    no      no     neither tag of the answer block
-    answer_unclosed   no      no     only its opening tag (as a completion cut at the length limit leaves it)
+    answer_unclosed   no      no     only its opening tag (as a completion cut at the length limit
+                      leaves it)
     answer_unopened   no      no     only its closing tag
-    answer_repeated   no      no     one of its tags more than once, wherever: which block is meant cannot be told
+    answer_repeated   no      no     one of its tags more than once, wherever: which block is meant
+                      cannot be told
     answer_reversed   no      no     closing tag before opening tag
-    empty             yes     *      the answer block holds no entry, which reads as "none of the labels"
+    empty             yes     *      the answer block holds no entry, which reads as "none of the
+                      labels"
     think_missing     yes     no     the same five for the <think> block, where the format has one
     think_unclosed    yes     no
     think_unopened    yes     no
     think_repeated    yes     no
     think_reversed    yes     no
-    order             yes     no     the answer block does not come after the end of the <think> block
+    order             yes     no     the answer block does not come after the end of the <think>
+                      block
     outside           yes     no     text other than white space outside the blocks
     tagged            no      no     label_list: a tag of another format
-    no_label          no      no     label_list: not one entry is a label, so nothing tells a list from prose
-    * valid where the form is right otherwise; in label_list, an empty text is neither parsed nor valid.
+    no_label          no      no     label_list: not one entry is a label, so nothing tells a list
+                      from prose
+    * valid where the form is right otherwise; in label_list, an empty text is neither parsed nor
+    valid.
 
-Entries that are unknown, repeated or contradictory do not make an answer invalid: the form is right, and they are
-reported on their own for the rewards and tables to count.
+Entries that are unknown, repeated or contradictory do not make an answer invalid: the form is
+right, and they are reported on their own for the rewards and tables to count.
 
-Time is linear in the length of the text: substring search and splitting only, no regular expression.
+Time is linear in the length of the text: substring search and splitting only, no regular
+expression.
 """
 
 from __future__ import annotations
@@ -52,8 +63,8 @@ ANSWER_FORMATS: tuple[str, ...] = tuple(_BLOCKS)
 
 _TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
 
-# No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of combining marks, so a longer
-# entry is unknown without being looked up.
+# No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of
+# combining marks, so a longer entry is unknown without being looked up.
 _MAX_ENTRY_LENGTH = 200
 
 
@@ -161,7 +172,9 @@ def _outside(text: str, blocks: list[_Block]) -> str:
 
 
 def _read_entries(body: str) -> dict[str, tuple[str, ...]]:
-    """Entries separated by comma, semicolon or newline -> the fields labels, unknown, duplicates, contradictions."""
+    """Entries separated by comma, semicolon or newline -> the fields labels, unknown, duplicates,
+    contradictions.
+    """
     labels, unknown, duplicates, seen = [], [], [], set()
     for entry in body.replace(";", ",").replace("\n", ",").split(","):
         entry = entry.strip()

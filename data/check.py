@@ -1,8 +1,10 @@
-"""Checks data files before a long run: every row, every image, and the answers where there are some.
+"""Checks data files before a long run: every row, every image, and the answers where there are
+some.
 
     python -m data.check train.jsonl validation.jsonl [--image_root FOLDER]
 
-All problems are printed, one line each. Exit code 0: nothing is wrong; 1: something is; 2: the command cannot be carried out.
+All problems are printed, one line each. Exit code 0: nothing is wrong; 1: something is; 2: the
+command cannot be carried out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from data.records import DataError, Example, data_file, scan_jsonl
 
 
 def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example], list[str]]:
-    """(sound rows, all problems of rows, labels, answers and images) of one data file. Raises DataError for a missing file."""
+    """(sound rows, all problems of rows, labels, answers and images) of one data file. Raises
+    DataError for a missing file.
+    """
     path = data_file(spec)
     examples, problems = scan_jsonl(path, image_root)
     problems += [f"{path}, {problem}" for example in examples for problem in _row_problems(example)]
@@ -35,7 +39,8 @@ def _row_problems(example: Example) -> list[str]:
     problems = []
     if not example.evaluated_labels:
         problems.append(
-            f"example {example.id!r}: evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out"
+            f"example {example.id!r}: evaluated_labels is empty, so nothing can be rewarded or"
+            " scored; leave the row out"
         )
     if example.answer is not None:
         answer = parse_answer(example.answer)
@@ -46,8 +51,8 @@ def _row_problems(example: Example) -> list[str]:
             wrong = f"says {', '.join((*answer.labels, *answer.unknown)) or 'no label'}"
         if wrong:
             problems.append(
-                f"example {example.id!r}: the answer is not its labels in the form think_solution ({wrong}); "
-                "write it again with data.traces"
+                f"example {example.id!r}: the answer is not its labels in the form think_solution"
+                f" ({wrong}); write it again with data.traces"
             )
     return problems
 
@@ -61,8 +66,9 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
         for example in examples
     )
     return (
-        f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})} patients, "
-        f"{sum(example.answer is not None for example in examples)} with an answer; labels: "
+        f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})}"
+        f" patients, {sum(example.answer is not None for example in examples)} with an answer;"
+        " labels: "
         + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label])
         + (f", none {without}" if without else "")
         + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else "")

@@ -1,9 +1,11 @@
-"""CheXpert (Irvin et al., 2019): the small and the full release, its batch folders, and the test labels.
+"""CheXpert (Irvin et al., 2019): the small and the full release, its batch folders, and the test
+labels.
 
     load_chexpert("CheXpert-v1.0-small")                    # prints what it kept and dropped
 
-Label files: train.csv; valid.csv or CheXlocalize's val_labels.csv; for the test part groundtruth.csv (one row a study) or
-test_labels.csv (one row an image, without the columns of the view).
+Label files: train.csv; valid.csv or CheXlocalize's val_labels.csv; for the test part
+groundtruth.csv (one row a study) or test_labels.csv (one row an image, without the columns of the
+view).
 """
 
 from __future__ import annotations
@@ -59,11 +61,12 @@ def load_chexpert(
 ) -> list[Example]:
     """Examples of one part ("train", "valid" or "test"), image paths relative to `folder`.
 
-    folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded batch folders. views:
-    "frontal" by the Frontal/Lateral column, else by the file's name, or "all". frontals: which of several images of a study,
-    see `sources.choose`; at "all", each with its own labels, the image-level test_labels.csv goes before groundtruth.csv.
-    label_file: another CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are not there.
-    report: filled with what was kept and dropped; without one it is printed.
+    folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded
+    batch folders. views: "frontal" by the Frontal/Lateral column, else by the file's name, or
+    "all". frontals: which of several images of a study, see `sources.choose`; at "all", each with
+    its own labels, the image-level test_labels.csv goes before groundtruth.csv. label_file: another
+    CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are
+    not there. report: filled with what was kept and dropped; without one it is printed.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
@@ -115,7 +118,8 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
         image = _IMAGE.fullmatch(path)
         if image is None:
             problems.append(
-                f"{table.path}, row {number}, column 'Path': {path!r} does not end in patientN/studyN/viewN_frontal.jpg"
+                f"{table.path}, row {number}, column 'Path': {path!r} does not end in"
+                " patientN/studyN/viewN_frontal.jpg"
             )
             continue
         if with_view:
@@ -149,7 +153,9 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
 def _studies(
     table, cells, locate, folder, views, drop_missing, report, problems
 ) -> list[Candidate]:
-    """Candidates of a table with one row a study and no image names: those that lie in the study's folder."""
+    """Candidates of a table with one row a study and no image names: those that lie in the study's
+    folder.
+    """
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
     for number, (path, _), labels in table.rows(
@@ -158,7 +164,8 @@ def _studies(
         study = _STUDY.fullmatch(path)
         if study is None:
             problems.append(
-                f"{table.path}, row {number}, column 'Study': {path!r} does not end in patientN/studyN"
+                f"{table.path}, row {number}, column 'Study': {path!r} does not end in"
+                " patientN/studyN"
             )
             continue
         reading = cells.read(labels)
@@ -167,7 +174,8 @@ def _studies(
             continue
         if row_of.setdefault(path, number) != number:
             problems.append(
-                f"{table.path}, row {number}, column 'Study': {path!r} is also in row {row_of[path]}"
+                f"{table.path}, row {number}, column 'Study': {path!r} is also in row"
+                f" {row_of[path]}"
             )
             continue
         root = locate(study[1])
@@ -199,15 +207,23 @@ def _candidate(
     """image: a match of _IMAGE."""
     patient, study, name, order = image.group(1, 2, 3, 4)
     return Candidate(
-        f"{patient}/{study}", f"{patient}-{study}-{name.partition('.')[0]}", patient, f"{root}/{patient}/{study}/{name}",
-        projection or ("frontal" if frontal else "lateral"), view_rank(projection, frontal), int(order), reading)  # fmt: skip
+        f"{patient}/{study}",
+        f"{patient}-{study}-{name.partition('.')[0]}",
+        patient,
+        f"{root}/{patient}/{study}/{name}",
+        projection or ("frontal" if frontal else "lateral"),
+        view_rank(projection, frontal),
+        int(order),
+        reading,
+    )
 
 
 def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
     """patient -> the folder of the part's images that holds it, relative to `folder`.
 
-    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`, and `batch 2 (train 1)` and so
-    on with the training patients directly in them. A patient that is nowhere gets the first folder.
+    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`,
+    and `batch 2 (train 1)` and so on with the training patients directly in them. A patient that is
+    nowhere gets the first folder.
     """
     around = list(dict.fromkeys([base, *places(base), *places(folder)]))
     roots = [place / name for place in around for name in PARTS[part] if (place / name).is_dir()]

@@ -1,8 +1,8 @@
 """Lists of encoded prompts and rows -> batches.
 
-Prompts are padded on the left, for the sampler and for training alike. A training batch holds every distinct prompt once,
-beside its completions, and says where each token stands in the one unpadded row that the forward runs: the prompts' tokens,
-then the completions'.
+Prompts are padded on the left, for the sampler and for training alike. A training batch holds every
+distinct prompt once, beside its completions, and says where each token stands in the one unpadded
+row that the forward runs: the prompts' tokens, then the completions'.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.encode import EncodedPrompt, EncodedRow
 
-# How long a bucket's shortest completion is at least, by its longest. On a CPU, where a bucket costs next to nothing, ragged groups of
-# 4 and 8 would take 1.14 and 1.13 times as long in one bucket (tests/benchmarks/attention_layouts.py); nothing was measured on a GPU.
+# How long a bucket's shortest completion is at least, by its longest. On a CPU, where a bucket
+# costs next to nothing, ragged groups of 4 and 8 would take 1.14 and 1.13 times as long in one
+# bucket (tests/benchmarks/attention_layouts.py); nothing was measured on a GPU.
 SIMILAR = 0.75
 
 
@@ -24,8 +25,9 @@ SIMILAR = 0.75
 class Prompts:
     """B prompts of S places, all ending in the last one.
 
-    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each prompt, see EncodedPrompt. alike:
-    whether all have the same token types, so that they are attended to in the same way.
+    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each
+    prompt, see EncodedPrompt. alike: whether all have the same token types, so that they are
+    attended to in the same way.
     """
 
     input_ids: Tensor
@@ -34,7 +36,7 @@ class Prompts:
     vision: list[dict[str, Tensor]]
     alike: bool = False
 
-    def to(self, device: torch.device | str) -> "Prompts":
+    def to(self, device: torch.device | str) -> Prompts:
         vision = [
             {name: tensor.to(device, non_blocking=True) for name, tensor in image.items()}
             for image in self.vision
@@ -44,8 +46,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Bucket:
-    """n completions of similar lengths, which are laid out together where tokens meet: rows [n], which of the batch's they are;
-    prompts [n], of each; places [m], of their tokens in the flat [n,length]; all int64.
+    """n completions of similar lengths, which are laid out together where tokens meet: rows [n],
+    which of the batch's they are; prompts [n], of each; places [m], of their tokens in the flat
+    [n,length]; all int64.
     """
 
     rows: Tensor
@@ -53,7 +56,7 @@ class Bucket:
     places: Tensor
     length: int
 
-    def to(self, device: torch.device | str) -> "Bucket":
+    def to(self, device: torch.device | str) -> Bucket:
         return _moved(self, device)
 
 
@@ -61,12 +64,15 @@ class Bucket:
 class Batch:
     """N completions, at most T tokens long, of B distinct prompts.
 
-    completion_ids [N,T] int64, padded on the right; completion_mask [N,T] bool, true on the tokens that are predicted and
-    scored. prompt_of_row [N]. Of a completion only the tokens before its last scored one are read: read_mask [N,R] bool.
+    completion_ids [N,T] int64, padded on the right; completion_mask [N,T] bool, true on the tokens
+    that are predicted and scored. prompt_of_row [N]. Of a completion only the tokens before its
+    last scored one are read: read_mask [N,R] bool.
 
-    The packed row has M tokens: the prompts', then the completions', bucket by bucket, the longest first; completions of which nothing is
-    read are in no bucket. prompt_places and read_places: of its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion
-    by completion: scored_places [K], in the flat [N,T], and predictors [K], the packed token before each. All int64.
+    The packed row has M tokens: the prompts', then the completions', bucket by bucket, the longest
+    first; completions of which nothing is read are in no bucket. prompt_places and read_places: of
+    its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion by completion:
+    scored_places [K], in the flat [N,T], and predictors [K], the packed token before each. All
+    int64.
     """
 
     prompts: Prompts
@@ -80,7 +86,7 @@ class Batch:
     scored_places: Tensor
     predictors: Tensor
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         return replace(
             _moved(self, device),
             prompts=self.prompts.to(device),
@@ -141,7 +147,8 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
         placeholders, features = int(prompt.token_types.sum()), prompt.vision.get("features")
         if features is not None and len(features) != placeholders:
             raise ValueError(
-                f"{placeholders} image placeholders for {len(features)} image features; the image processor and the model disagree"
+                f"{placeholders} image placeholders for {len(features)} image features; the image"
+                " processor and the model disagree"
             )
     return Prompts(
         input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
@@ -155,8 +162,9 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:
-    """Indices of the rows of every batch, in order: at most `size` rows that cost at most `max_tokens` tokens, each distinct
-    prompt once a batch. A row that costs more than that is a batch of its own.
+    """Indices of the rows of every batch, in order: at most `size` rows that cost at most
+    `max_tokens` tokens, each distinct prompt once a batch. A row that costs more than that is a
+    batch of its own.
     """
     batches: list[list[int]] = []
     seen, tokens = set(), 0
@@ -175,7 +183,9 @@ def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> l
 
 
 def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucket]]:
-    """(completions in the order of their lengths [N], the longest first; those with tokens in buckets)"""
+    """(completions in the order of their lengths [N], the longest first; those with tokens in
+    buckets)
+    """
     order = lengths.argsort(descending=True, stable=True)
     ordered, buckets, first = lengths[order].tolist(), [], 0
     for end in range(1, len(ordered) + 1):
@@ -191,7 +201,9 @@ def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucke
 
 
 def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], Tensor]:
-    """Distinct prompt objects in order of first appearance, and the index among them of every row's [N]."""
+    """Distinct prompt objects in order of first appearance, and the index among them of every row's
+    [N].
+    """
     index: dict[int, int] = {}
     distinct: list[EncodedPrompt] = []
     for prompt in prompts:
@@ -207,7 +219,9 @@ def _pad_left(sequences: list[Tensor], value: int | bool) -> Tensor:
 
 
 def _moved(batch, device: torch.device | str):
-    """A dataclass with all its own tensors on `device`; a GPU gets them when its work so far is done, without a wait here."""
+    """A dataclass with all its own tensors on `device`; a GPU gets them when its work so far is
+    done, without a wait here.
+    """
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(
         batch,

@@ -1,8 +1,10 @@
-"""The processor side of both model families: one Example -> token ids, loss mask and vision tensors.
+"""The processor side of both model families: one Example -> token ids, loss mask and vision
+tensors.
 
-The mask is made together with the tokens: an answer's row is the prompt (not supervised) followed by the answer and its
-end-of-turn token (supervised). That the tokens of prompt + answer really begin with the tokens of the prompt is checked for
-every row. Image processors are the PIL ones of both families, so torchvision is never needed.
+The mask is made together with the tokens: an answer's row is the prompt (not supervised) followed
+by the answer and its end-of-turn token (supervised). That the tokens of prompt + answer really
+begin with the tokens of the prompt is checked for every row. Image processors are the PIL ones of
+both families, so torchvision is never needed.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ IMAGE_TYPE = 1  # token type of an image placeholder; 0 is text
 class EncodedPrompt:
     """One image and instruction, ready for the model.
 
-    input_ids [P] int64, ends with the generation prompt. token_types [P] int64, 1 on the image's placeholders. vision: this one
-    image, as the vision tower takes it (pixel_values) or as it leaves it (features); for Qwen also image_grid_thw [1,3].
+    input_ids [P] int64, ends with the generation prompt. token_types [P] int64, 1 on the image's
+    placeholders. vision: this one image, as the vision tower takes it (pixel_values) or as it
+    leaves it (features); for Qwen also image_grid_thw [1,3].
     """
 
     input_ids: Tensor
@@ -41,7 +44,8 @@ class EncodedPrompt:
 class EncodedRow:
     """A prompt and one completion of it: a teacher's answer or a sampled one.
 
-    completion_ids [C] int64, stop token included. completion_mask [C] bool: the tokens that the loss sees.
+    completion_ids [C] int64, stop token included. completion_mask [C] bool: the tokens that the
+    loss sees.
     """
 
     prompt: EncodedPrompt
@@ -70,7 +74,8 @@ class Encoder:
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(
             "<|im_end|>" if family == "qwen2_5_vl" else "<end_of_turn>"
         )
-        # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's <end_of_turn>.
+        # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's
+        # <end_of_turn>.
         self.control_tokens = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
@@ -79,12 +84,12 @@ class Encoder:
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, min_visual_tokens: int, max_visual_tokens: int
-    ) -> "Encoder":
+    ) -> Encoder:
         """Tokenizer and image processor of a checkpoint (a local folder or a hub name).
 
-        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes the image to lie between
-        them; Gemma 3 always has the 256 (mm_tokens_per_image) of its configuration and ignores them. Raises ValueError and
-        OSError as `read_config` does.
+        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes
+        the image to lie between them; Gemma 3 always has the 256 (mm_tokens_per_image) of its
+        configuration and ignores them. Raises ValueError and OSError as `read_config` does.
         """
         config = read_config(path)
         family = config["model_type"]
@@ -95,9 +100,11 @@ class Encoder:
                 family,
                 tokenizer,
                 image_processor,
-                config["image_token_index"]
-                if "image_token_index" in config
-                else config["image_token_id"],
+                (
+                    config["image_token_index"]
+                    if "image_token_index" in config
+                    else config["image_token_id"]
+                ),
                 config["mm_tokens_per_image"],
             )
         vision = config["vision_config"]
@@ -107,11 +114,13 @@ class Encoder:
             "max_pixels": max_visual_tokens * pixels_per_token,
         }
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **bounds)
-        # A checkpoint's own bounds have been seen to win silently; the ones asked for must be the ones in force.
+        # A checkpoint's own bounds have been seen to win silently; the ones asked for must be the
+        # ones in force.
         in_force = (image_processor.size["shortest_edge"], image_processor.size["longest_edge"])
         if in_force != tuple(bounds.values()):
             raise RuntimeError(
-                f"the image processor of {path} uses pixel bounds {in_force}, not {tuple(bounds.values())} as asked for"
+                f"the image processor of {path} uses pixel bounds {in_force}, not"
+                f" {tuple(bounds.values())} as asked for"
             )
         return cls(family, tokenizer, image_processor, config["image_token_id"], None)
 
@@ -123,7 +132,9 @@ class Encoder:
     def encode_prompt(
         self, example: Example, prompt: Prompt, vision: dict[str, Tensor] | None = None
     ) -> EncodedPrompt:
-        """The instruction and the example's image, which is not read where `vision` is given. Raises DataError as `encode_image`."""
+        """The instruction and the example's image, which is not read where `vision` is given.
+        Raises DataError as `encode_image`.
+        """
         vision = self.encode_image(example) if vision is None else vision
         # [P]
         input_ids = torch.tensor(
@@ -136,16 +147,18 @@ class Encoder:
     def encode_answer(
         self, example: Example, prompt: Prompt, answer: str, vision: dict[str, Tensor] | None = None
     ) -> EncodedRow:
-        """The example with an answer to learn: all of the answer and its end-of-turn token are supervised, nothing else is.
+        """The example with an answer to learn: all of the answer and its end-of-turn token are
+        supervised, nothing else is.
 
-        Raises DataError for an answer that holds one of the tokenizer's control tokens, or that changes how the prompt is
-        tokenised.
+        Raises DataError for an answer that holds one of the tokenizer's control tokens, or that
+        changes how the prompt is tokenised.
         """
         control = [token for token in self.control_tokens if token in answer]
         if control:
             raise DataError(
                 [
-                    f"example {example.id!r}: the answer holds the control token {control[0]!r}; remove it from the text"
+                    f"example {example.id!r}: the answer holds the control token {control[0]!r};"
+                    " remove it from the text"
                 ]
             )
         encoded = self.encode_prompt(example, prompt, vision)
@@ -156,16 +169,18 @@ class Encoder:
         if ids[:prompt_length] != encoded.input_ids.tolist():
             raise DataError(
                 [
-                    f"example {example.id!r}: prompt + answer does not begin with the tokens of the prompt, so a loss mask would be "
-                    "wrong; the answer or the chat template joins its first characters with the prompt's last"
+                    f"example {example.id!r}: prompt + answer does not begin with the tokens of the"
+                    " prompt, so a loss mask would be wrong; the answer or the chat template joins"
+                    " its first characters with the prompt's last"
                 ]
             )
         completion = ids[prompt_length:]
         if self.end_of_turn_id not in completion:
             raise DataError(
                 [
-                    f"example {example.id!r}: the chat template does not end the answer with "
-                    f"{self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)!r}, so the model would never learn to stop"
+                    f"example {example.id!r}: the chat template does not end the answer with"
+                    f" {self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)!r}, so the model"
+                    " would never learn to stop"
                 ]
             )
         completion = completion[
@@ -194,7 +209,9 @@ class Encoder:
         return int(vision["image_grid_thw"].prod()) // self.image_processor.merge_size**2
 
     def _tokenize(self, text: str, num_image_tokens: int) -> list[int]:
-        """Chat text with one image placeholder -> ids with as many placeholders as the image has tokens."""
+        """Chat text with one image placeholder -> ids with as many placeholders as the image has
+        tokens.
+        """
         if self.family == "gemma3":
             begin, image, end = (
                 self.tokenizer.boi_token,
@@ -209,15 +226,18 @@ class Encoder:
         ).input_ids  # the template has already written <bos> where there is one
         if ids.count(self.image_token_id) != num_image_tokens:
             raise ValueError(
-                f"the chat template gave {ids.count(self.image_token_id)} image placeholders for {num_image_tokens} image tokens"
+                f"the chat template gave {ids.count(self.image_token_id)} image placeholders for"
+                f" {num_image_tokens} image tokens"
             )
         return ids
 
 
 def read_config(path: str | Path) -> dict:
-    """config.json of a checkpoint (a local folder or a hub name) as written, before any class interprets it.
+    """config.json of a checkpoint (a local folder or a hub name) as written, before any class
+    interprets it.
 
-    Raises ValueError for one that is not JSON or of another family, OSError where there is none or the hub gives none.
+    Raises ValueError for one that is not JSON or of another family, OSError where there is none or
+    the hub gives none.
     """
     file = cached_file(str(path), "config.json")
     if file is None:  # the hub's answer for a repository without one
@@ -228,6 +248,7 @@ def read_config(path: str | Path) -> dict:
         raise ValueError(f"its config.json is not valid JSON ({error})") from error
     if config.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)} models"
+            f"a {config.get('model_type')!r} model; this engine trains {' and '.join(FAMILIES)}"
+            " models"
         )
     return config

@@ -1,7 +1,8 @@
 """The only place that opens an image.
 
-What is read: regular JPEG and PNG files under the data set's image root. Everything else is refused with a line that names the
-example, the path and the reason, so that a damaged or hostile file can stop or leave a run but never enter it unseen.
+What is read: regular JPEG and PNG files under the data set's image root. Everything else is refused
+with a line that names the example, the path and the reason, so that a damaged or hostile file can
+stop or leave a run but never enter it unseen.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ FORMATS = ("JPEG", "PNG")
 
 
 def image_path(example: Example) -> Path:
-    """Where the example's image lies. Raises DataError unless it is a regular file under `image_root`, symbolic links
-    resolved, named by a relative path without `..`.
+    """Where the example's image lies. Raises DataError unless it is a regular file under
+    `image_root`, symbolic links resolved, named by a relative path without `..`.
     """
     name = f"example {example.id!r}: image {example.image!r}"
     written = PurePosixPath(example.image)
@@ -60,8 +61,8 @@ def image_path(example: Example) -> Path:
 
 
 def check_images(examples: Iterable[Example]) -> None:
-    """Raise DataError naming every example whose image file is missing or out of bounds: before a run, not after an hour of
-    it.
+    """Raise DataError naming every example whose image file is missing or out of bounds: before a
+    run, not after an hour of it.
     """
     problems: list[str] = []
     for example in examples:
@@ -86,12 +87,15 @@ def image_problem(example: Example) -> str | None:
 
 
 def image_problems(examples: Sequence[Example], description: str = "images") -> list[str | None]:
-    """`image_problem` of every example, in their order, in parallel and with a progress bar on stderr."""
+    """`image_problem` of every example, in their order, in parallel and with a progress bar on
+    stderr.
+    """
     return list(in_parallel(image_problem, examples, description))
 
 
 def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Example], list[dict]]:
-    """(the examples whose image can be read, rows {"id", "patient_id", "image", "reason"} of the others) of the data set `name`.
+    """(the examples whose image can be read, rows {"id", "patient_id", "image", "reason"} of the
+    others) of the data set `name`.
 
     Raises DataError where no example is left.
     """
@@ -109,14 +113,17 @@ def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Exa
     if len(bad) == len(examples):
         raise DataError(
             [
-                f"data set {name}: none of its {len(bad)} images can be read, such as {bad[0]['reason']}"
+                f"data set {name}: none of its {len(bad)} images can be read, such as"
+                f" {bad[0]['reason']}"
             ]
         )
     return [example for example, problem in zip(examples, problems) if not problem], bad
 
 
 def in_parallel(function, items: Sequence, description: str) -> Iterator:
-    """function(item) of every item, in order. Threads: decoding releases Python's lock. At most a few results wait in memory."""
+    """function(item) of every item, in order. Threads: decoding releases Python's lock. At most a
+    few results wait in memory.
+    """
     workers = min(32, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(workers) as pool,
@@ -131,8 +138,8 @@ def in_parallel(function, items: Sequence, description: str) -> Iterator:
 def load_image(example: Example) -> Image.Image:
     """The example's image as 8-bit RGB, upright; of an animated PNG the first picture.
 
-    16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises DataError for a file that
-    is not a whole JPEG or PNG, has too many pixels or is a narrow strip.
+    16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises
+    DataError for a file that is not a whole JPEG or PNG, has too many pixels or is a narrow strip.
     """
     path = image_path(example)
     try:
@@ -145,7 +152,8 @@ def load_image(example: Example) -> Image.Image:
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise DataError(
                     [
-                        f"example {example.id!r}: {path} has {shape}; one side may be at most {MAX_ASPECT_RATIO} times the other"
+                        f"example {example.id!r}: {path} has {shape}; one side may be at most"
+                        f" {MAX_ASPECT_RATIO} times the other"
                     ]
                 )
             image.load()

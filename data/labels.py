@@ -1,7 +1,7 @@
 """The 14 CheXpert labels, their spellings, and how another hospital's categories map onto them.
 
-Everything that compares labels goes through `canonical_label`, so that a model answer, a data file and a
-score table can never disagree about spelling.
+Everything that compares labels goes through `canonical_label`, so that a model answer, a data file
+and a score table can never disagree about spelling.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ LABELS: tuple[str, ...] = (
     SUPPORT_DEVICES,
 )
 
-# Spellings that mean exactly one of the 14 and nothing else. Deliberately short: 'nodule', 'normal' or 'infiltrate'
-# are findings or judgements, not other names of a label, and an answer that uses them counts as unknown.
+# Spellings that mean exactly one of the 14 and nothing else. Deliberately short: 'nodule', 'normal'
+# or 'infiltrate' are findings or judgements, not other names of a label, and an answer that uses
+# them counts as unknown.
 ALIASES: dict[str, str] = {
     "airspace opacity": "Lung Opacity",  # MIMIC-CXR-JPG 2.1.0, the radiologists' test labels
     "lung opacities": "Lung Opacity",
@@ -56,8 +57,8 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 def canonical_label(text: str) -> str | None:
     """The CheXpert label that `text` spells, or None.
 
-    Case, Unicode compatibility forms, invisible characters, runs of white space, underscores, a list bullet in front
-    and a full stop at the end are folded; nothing else is guessed.
+    Case, Unicode compatibility forms, invisible characters, runs of white space, underscores, a
+    list bullet in front and a full stop at the end are folded; nothing else is guessed.
     """
     folded = unicodedata.normalize("NFKC", text).translate(_INVISIBLE).replace("_", " ")
     folded = " ".join(folded.split()).strip("\"'`").lstrip("-*\u2022 ").rstrip(".: ").casefold()
@@ -75,7 +76,8 @@ class Target:
     evaluated_labels: frozenset[str] = frozenset(LABELS)
 
 
-# What to make of an uncertain mention (-1): absent (U-Zeros), present (U-Ones) or unknown (U-Ignore; Irvin et al., 2019).
+# What to make of an uncertain mention (-1): absent (U-Zeros), present (U-Ones) or unknown
+# (U-Ignore; Irvin et al., 2019).
 UNCERTAIN_RULES = ("zeros", "ones", "ignore")
 BLANK_RULES = ("zeros", "ignore")
 # What to make of an image that none of the labels is true of.
@@ -86,9 +88,10 @@ NO_LABEL_RULES = ("no_finding", "empty", "drop")
 class LabelPolicy:
     """How the cells of CheXpert's and MIMIC's label tables (1, 0, -1, blank) become a label set.
 
-    uncertain: rule for -1; uncertain_by_label: other rules for single labels, as {"Edema": "ones"}. blank: rule for a label that
-    the report does not mention. "ignore" makes a label unknown for this image: it leaves evaluated_labels. no_label: an image
-    without any true label is called No Finding, keeps its empty set, or is left out (by whoever reads the table).
+    uncertain: rule for -1; uncertain_by_label: other rules for single labels, as {"Edema": "ones"}.
+    blank: rule for a label that the report does not mention. "ignore" makes a label unknown for
+    this image: it leaves evaluated_labels. no_label: an image without any true label is called No
+    Finding, keeps its empty set, or is left out (by whoever reads the table).
 
     Raises ValueError for an unknown rule or label.
     """
@@ -100,20 +103,27 @@ class LabelPolicy:
 
     def __post_init__(self) -> None:
         for name, rule, rules in (
-            ("uncertain", self.uncertain, UNCERTAIN_RULES), ("blank", self.blank, BLANK_RULES),
+            ("uncertain", self.uncertain, UNCERTAIN_RULES),
+            ("blank", self.blank, BLANK_RULES),
             ("no_label", self.no_label, NO_LABEL_RULES),
-            *((f"uncertain {label}", rule, UNCERTAIN_RULES) for label, rule in self.uncertain_by_label.items()),
-        ):  # fmt: skip
+            *(
+                (f"uncertain {label}", rule, UNCERTAIN_RULES)
+                for label, rule in self.uncertain_by_label.items()
+            ),
+        ):
             if rule not in rules:
                 raise ValueError(f"{name}: {rule!r} is no rule; known: {', '.join(rules)}")
         unknown = [label for label in self.uncertain_by_label if label not in LABELS]
         if unknown:
             raise ValueError(
-                f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are: {', '.join(LABELS)}"
+                f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are:"
+                f" {', '.join(LABELS)}"
             )
 
     def meaning(self, label: str, value: int | None) -> str:
-        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or, for an unknown blank, "silent"."""
+        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or, for an
+        unknown blank, "silent".
+        """
         if value == -1:
             return {"ones": "true", "zeros": "false", "ignore": "ignored"}[
                 self.uncertain_by_label.get(label, self.uncertain)
@@ -125,10 +135,11 @@ class LabelPolicy:
     def combine(self, meanings: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """{label: its `meaning`} -> (labels, evaluated labels), both in CheXpert's order.
 
-        A label that is no key has no column in the table and counts as silent. No Finding excludes every label but Support
-        Devices, so a stated No Finding makes silent findings false, and a stated finding makes a silent No Finding false. An
-        image is called No Finding only where no finding is unknown; where one is, No Finding is unknown too. Contradictions of
-        the table are kept.
+        A label that is no key has no column in the table and counts as silent. No Finding excludes
+        every label but Support Devices, so a stated No Finding makes silent findings false, and a
+        stated finding makes a silent No Finding false. An image is called No Finding only where no
+        finding is unknown; where one is, No Finding is unknown too. Contradictions of the table are
+        kept.
         """
         by_meaning = lambda name: {
             label for label in LABELS if meanings.get(label, "silent") == name
@@ -150,8 +161,8 @@ class LabelPolicy:
         )
 
 
-# NIH ChestX-ray14's strings -> CheXpert labels. None: NIH has the category, but none of the 14 says the same thing
-# ('Infiltration' is at best an approximate Lung Opacity), so it is dropped.
+# NIH ChestX-ray14's strings -> CheXpert labels. None: NIH has the category, but none of the 14 says
+# the same thing ('Infiltration' is at best an approximate Lung Opacity), so it is dropped.
 NIH_TO_CHEXPERT: dict[str, str | None] = {
     "No Finding": NO_FINDING,
     "Atelectasis": "Atelectasis",
@@ -170,8 +181,8 @@ NIH_TO_CHEXPERT: dict[str, str | None] = {
     "Pneumothorax": "Pneumothorax",
 }
 
-# The nine categories of the paper's Table 6, in CheXpert's order. NIH does label effusions; the paper's nine leave them
-# out, so the ten are offered as a variant.
+# The nine categories of the paper's Table 6, in CheXpert's order. NIH does label effusions; the
+# paper's nine leave them out, so the ten are offered as a variant.
 NIH_NINE: tuple[str, ...] = (
     NO_FINDING,
     "Cardiomegaly",
@@ -203,7 +214,8 @@ def chexpert_labels_of_nih(
     unknown = [s for s in source_labels if s not in NIH_TO_CHEXPERT]
     if unknown:
         raise ValueError(
-            f"not a label of NIH ChestX-ray14: {', '.join(map(repr, unknown))}; known: {', '.join(NIH_TO_CHEXPERT)}"
+            f"not a label of NIH ChestX-ray14: {', '.join(map(repr, unknown))}; known:"
+            f" {', '.join(NIH_TO_CHEXPERT)}"
         )
     mapped = {NIH_TO_CHEXPERT[s] for s in source_labels}
     if no_label == "no_finding" and not mapped & set(evaluated):

@@ -1,9 +1,11 @@
-"""MIMIC-CXR-JPG 2.0.0 and 2.1.0 (Johnson et al., 2019; credentialed access): images, their views and the official split.
+"""MIMIC-CXR-JPG 2.0.0 and 2.1.0 (Johnson et al., 2019; credentialed access): images, their views
+and the official split.
 
     load_mimic("mimic-cxr-jpg/2.1.0")                       # prints what it kept and dropped
 
-Release 2.1.0 kept the file names mimic-cxr-2.0.0-*.csv.gz and added mimic-cxr-2.1.0-test-set-labeled.csv, the labels that a
-radiologist gave to the reports of part of the test split.
+Release 2.1.0 kept the file names mimic-cxr-2.0.0-*.csv.gz and added
+mimic-cxr-2.1.0-test-set-labeled.csv, the labels that a radiologist gave to the reports of part of
+the test split.
 """
 
 from __future__ import annotations
@@ -52,11 +54,13 @@ def load_mimic(
     drop_missing: bool = False,
     report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part of the official split ("train", "validate", "test"), image paths relative to `folder`.
+    """Examples of one part of the official split ("train", "validate", "test"), image paths
+    relative to `folder`.
 
-    folder: the release's folder, or the one that holds it. labels: of the automatic labelers "chexpert" and "negbio", or
-    "radiologist" for the reports of the test part that one read. They belong to studies: every image of a study has them. views:
-    "frontal" is ViewPosition AP or PA. frontals, drop_missing, report: as in `load_chexpert`.
+    folder: the release's folder, or the one that holds it. labels: of the automatic labelers
+    "chexpert" and "negbio", or "radiologist" for the reports of the test part that one read. They
+    belong to studies: every image of a study has them. views: "frontal" is ViewPosition AP or PA.
+    frontals, drop_missing, report: as in `load_chexpert`.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
@@ -128,7 +132,8 @@ def _split(table: Table, part: str, problems: list[str]) -> set[str]:
             chosen.add(dicom)
         elif split not in PARTS:
             problems.append(
-                f"{table.path}, row {number}, column 'split': {split!r} is none of {', '.join(PARTS)}"
+                f"{table.path}, row {number}, column 'split': {split!r} is none of"
+                f" {', '.join(PARTS)}"
             )
     return chosen
 
@@ -147,12 +152,13 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
         owner, reading = studies.get(study, (None, None))
         if owner is not None and owner != subject:
             found.append(
-                f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner} in the label file, "
-                f"not {subject}"
+                f"{table.path}, row {number}, column 'subject_id': study {study} belongs to {owner}"
+                f" in the label file, not {subject}"
             )
         if not found and row_of.setdefault(dicom, number) != number:
             found = [
-                f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row {row_of[dicom]}"
+                f"{table.path}, row {number}, column 'dicom_id': {dicom} is also in row"
+                f" {row_of[dicom]}"
             ]
         problems += found
         if found:
@@ -163,9 +169,18 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
         elif reading is None:
             report.drop("the study has no row in the label file")
         else:
-            candidates.append(Candidate(
-                f"s{study}", dicom, subject, f"{root}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg", view or "unknown",
-                view_rank(view, frontal), number, reading))  # fmt: skip
+            candidates.append(
+                Candidate(
+                    f"s{study}",
+                    dicom,
+                    subject,
+                    f"{root}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg",
+                    view or "unknown",
+                    view_rank(view, frontal),
+                    number,
+                    reading,
+                )
+            )
     return candidates
 
 

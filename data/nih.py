@@ -1,9 +1,11 @@
-"""NIH ChestX-ray14 (Wang et al., 2017; NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC).
+"""NIH ChestX-ray14 (Wang et al., 2017; NIH Clinical Center,
+https://nihcc.app.box.com/v/ChestXray-NIHCC).
 
     load_nih("nih", "test")                                 # prints what it kept and dropped
 
-Every image is frontal and a study of its own. NIH has other categories than CheXpert: an image's labels are those among the nine
-of the paper, or ten with Pleural Effusion, and the others are unknown.
+Every image is frontal and a study of its own. NIH has other categories than CheXpert: an image's
+labels are those among the nine of the paper, or ten with Pleural Effusion, and the others are
+unknown.
 """
 
 from __future__ import annotations
@@ -52,12 +54,13 @@ def load_nih(
     drop_missing: bool = False,
     report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part ("train" and "test" by the official lists, "all"), image paths relative to `folder`.
+    """Examples of one part ("train" and "test" by the official lists, "all"), image paths relative
+    to `folder`.
 
-    evaluated: NIH_NINE or NIH_TEN. no_label: an image with none of them (4,689 of the official test list under the nine) keeps
-    its empty set, is called "no_finding", or is left out ("drop"). NIH names No Finding itself, so a finding outside the
-    categories is not the absence of one: hence another default than the other hospitals'. drop_missing, report: as in
-    `load_chexpert`.
+    evaluated: NIH_NINE or NIH_TEN. no_label: an image with none of them (4,689 of the official test
+    list under the nine) keeps its empty set, is called "no_finding", or is left out ("drop"). NIH
+    names No Finding itself, so a finding outside the categories is not the absence of one: hence
+    another default than the other hospitals'. drop_missing, report: as in `load_chexpert`.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
@@ -103,7 +106,8 @@ def _images(table, listed, evaluated, no_label, locate, report, problems) -> lis
         where, named = f"{table.path}, row {number}, column", _NAME.fullmatch(name)
         if named is None:
             problems.append(
-                f"{where} 'Image Index': {name!r} is no name of an NIH image, such as 00000013_005.png"
+                f"{where} 'Image Index': {name!r} is no name of an NIH image, such as"
+                " 00000013_005.png"
             )
             continue
         if not patient.isdecimal() or int(patient) != int(named[1]):
@@ -118,7 +122,8 @@ def _images(table, listed, evaluated, no_label, locate, report, problems) -> lis
         if reading.bad:
             unknown = ", ".join(repr(string) for _, string in reading.bad)
             problems.append(
-                f"{where} 'Finding Labels': {unknown} is no category of NIH; known: {', '.join(NIH_TO_CHEXPERT)}"
+                f"{where} 'Finding Labels': {unknown} is no category of NIH; known:"
+                f" {', '.join(NIH_TO_CHEXPERT)}"
             )
             continue
         image_id = name.removesuffix(".png")
@@ -154,7 +159,9 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
 
 
 def _locator(folder: Path) -> Callable[[str], str]:
-    """image name -> its folder relative to `folder`: images/, or images_001/images/ and so on as some downloads unpack."""
+    """image name -> its folder relative to `folder`: images/, or images_001/images/ and so on as
+    some downloads unpack.
+    """
     inner = sorted(
         path for place in places(folder) for path in place.glob("images*") if path.is_dir()
     )

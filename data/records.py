@@ -15,7 +15,9 @@ MAX_PROBLEMS = 20  # a message that lists more of them helps nobody
 
 
 class DataError(ValueError):
-    """Something is wrong with a data file. `problems` holds one line each, naming file, line and field."""
+    """Something is wrong with a data file. `problems` holds one line each, naming file, line and
+    field.
+    """
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
@@ -26,9 +28,10 @@ class DataError(ValueError):
 class Example:
     """One image with its labels.
 
-    image: path relative to `image_root`. labels, evaluated_labels: CheXpert names in CheXpert's order; a label outside
-    evaluated_labels is unknown. source_labels: the hospital's own strings. answer: the teacher's trace, or None. extra: fields
-    of the file that this project does not know, kept as they are.
+    image: path relative to `image_root`. labels, evaluated_labels: CheXpert names in CheXpert's
+    order; a label outside evaluated_labels is unknown. source_labels: the hospital's own strings.
+    answer: the teacher's trace, or None. extra: fields of the file that this project does not know,
+    kept as they are.
     """
 
     id: str
@@ -59,9 +62,9 @@ _TYPE_NAMES = {str: "a string", list: "a list of strings"}
 def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
     """Examples of one data file, in the file's order.
 
-    image_root: folder that image paths are relative to; default, the data file's own. Raises DataError with every problem
-    of the file at once (file, line, field), also for a missing or empty file and for an id that occurs twice. Images are
-    not opened here.
+    image_root: folder that image paths are relative to; default, the data file's own. Raises
+    DataError with every problem of the file at once (file, line, field), also for a missing or
+    empty file and for an id that occurs twice. Images are not opened here.
     """
     examples, problems = scan_jsonl(path, image_root)
     if problems:
@@ -76,7 +79,8 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
 def scan_jsonl(
     path: str | Path, image_root: str | Path | None = None
 ) -> tuple[list[Example], list[str]]:
-    """(the sound rows of a data file, all that is wrong with the others or the file), as `read_jsonl` reads it.
+    """(the sound rows of a data file, all that is wrong with the others or the file), as
+    `read_jsonl` reads it.
 
     Raises DataError where there is no such file.
     """
@@ -97,7 +101,8 @@ def scan_jsonl(
                 continue
             if row["id"] in line_of:
                 problems.append(
-                    f"{path}, line {number}: field 'id': {row['id']!r} is also on line {line_of[row['id']]}; ids must differ"
+                    f"{path}, line {number}: field 'id': {row['id']!r} is also on line"
+                    f" {line_of[row['id']]}; ids must differ"
                 )
                 continue
             line_of[row["id"]] = number
@@ -108,9 +113,11 @@ def scan_jsonl(
 
 
 def data_file(spec: str | Path) -> Path:
-    """The JSONL file that a `--train_file` or the like names: a path, or `demo:SPLIT` for a split of the embedded demo.
+    """The JSONL file that a `--train_file` or the like names: a path, or `demo:SPLIT` for a split
+    of the embedded demo.
 
-    The demo's images are drawn under ./demo-data the first time. Raises DataError for an unknown split.
+    The demo's images are drawn under ./demo-data the first time. Raises DataError for an unknown
+    split.
     """
     if not str(spec).startswith("demo:"):
         return Path(spec)
@@ -156,7 +163,8 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
             unknown = [item for item in value if item not in LABELS]
             if unknown:
                 problems.append(
-                    f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are: {', '.join(LABELS)}"
+                    f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
+                    f" {', '.join(LABELS)}"
                 )
     return row, problems
 
@@ -202,7 +210,9 @@ def selection_file(data_file: str | Path) -> Path:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
-    """Write rows as JSONL, whole or not at all: through a temporary file beside `path` that is renamed at the end."""
+    """Write rows as JSONL, whole or not at all: through a temporary file beside `path` that is
+    renamed at the end.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -219,7 +229,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
 def split_by_patient(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): about `fraction` of the examples held out, no patient on both sides, order kept, the same for one seed.
+    """(rest, held out): about `fraction` of the examples held out, no patient on both sides, order
+    kept, the same for one seed.
 
     Raises DataError where there are too few patients for two non-empty sides.
     """
@@ -227,7 +238,8 @@ def split_by_patient(
     if len(patients) < 2:
         raise DataError(
             [
-                f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s); at least two are needed"
+                f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s);"
+                " at least two are needed"
             ]
         )
     random.Random(seed).shuffle(patients)

@@ -1,11 +1,13 @@
 """Draw the training and test sets from downloaded hospitals' data.
 
-    python -m data.select --mimic data/mimic-cxr-jpg/2.1.0 --chexpert data/CheXpert-v1.0-small --nih data/nih --output_dir data
+    python -m data.select --mimic data/mimic-cxr-jpg/2.1.0 --chexpert data/CheXpert-v1.0-small --nih
+    data/nih --output_dir data
 
-writes sft.jsonl, rl.jsonl and validation.jsonl of one hospital (the first of mimic, chexpert and nih given, or --train_on), and
-test-<hospital>.jsonl of each. No patient is in two sets. Beside each NAME.jsonl lies NAME.select.json: every setting, the SHA-256
-of the label files, what was dropped and why, and the balance; the run scripts and eval.evaluate copy it into a run's
-configuration. Reads label files only: no image is opened and nothing leaves the machine.
+writes sft.jsonl, rl.jsonl and validation.jsonl of one hospital (the first of mimic, chexpert and
+nih given, or --train_on), and test-<hospital>.jsonl of each. No patient is in two sets. Beside each
+NAME.jsonl lies NAME.select.json: every setting, the SHA-256 of the label files, what was dropped
+and why, and the balance; the run scripts and eval.evaluate copy it into a run's configuration.
+Reads label files only: no image is opened and nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ SAMPLINGS = ("natural", "balanced")
 _VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise DataError([message])
@@ -88,16 +90,19 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--image_root",
         metavar="FOLDER",
-        help="folder that image paths are relative to, above all images [default: "
-        "output_dir where all images lie under it, else the nearest folder above all of them; the run scripts then need "
-        "--image_root]",
+        help=(
+            "folder that image paths are relative to, above all images [default: output_dir where"
+            " all images lie under it, else the nearest folder above all of them; the run scripts"
+            " then need --image_root]"
+        ),
     )
     flag = group("sets")
     flag(
         "--train_on",
         choices=HOSPITALS,
-        help="hospital of the three training sets [default: the first of mimic, chexpert, "
-        "nih given]",
+        help=(
+            "hospital of the three training sets [default: the first of mimic, chexpert, nih given]"
+        ),
     )
     flag(
         "--sft_size",
@@ -118,14 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=500,
         metavar="N",
-        help="images of validation.jsonl; 0: no such file; not "
-        "published, but the paper's failure rates are multiples of 1/500",
+        help=(
+            "images of validation.jsonl; 0: no such file; not "
+            "published, but the paper's failure rates are multiples of 1/500"
+        ),
     )
     flag(
         "--validation_from",
         choices=("train", "valid"),
-        help="draw validation.jsonl from the hospital's training part or "
-        "from its own validation part [default: valid for MIMIC, whose part is large enough, else train]",
+        help=(
+            "draw validation.jsonl from the hospital's training part or from its own validation"
+            " part [default: valid for MIMIC, whose part is large enough, else train]"
+        ),
     )
     flag(
         "--tests",
@@ -138,8 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--test_level",
         choices=("study", "image"),
         default="study",
-        help="test sets of MIMIC and CheXpert: one image a "
-        "study (CheXpert: groundtruth.csv), or every image (CheXpert: test_labels.csv)",
+        help=(
+            "test sets of MIMIC and CheXpert: one image a "
+            "study (CheXpert: groundtruth.csv), or every image (CheXpert: test_labels.csv)"
+        ),
     )
     flag(
         "--max_samples",
@@ -152,8 +163,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--sampling",
         choices=SAMPLINGS,
         default="natural",
-        help="of the training sets: natural draws images as they come, "
-        "balanced draws from the label that has fewest so far",
+        help=(
+            "of the training sets: natural draws images as they come, "
+            "balanced draws from the label that has fewest so far"
+        ),
     )
     flag(
         "--test_sampling",
@@ -166,8 +179,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--uncertain",
         nargs="+",
         metavar="RULE",
-        help=f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), "
-        "and exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]",
+        help=(
+            f"what -1 becomes: {', '.join(UNCERTAIN_RULES)} (unknown for this image), "
+            "and exceptions, as in: zeros Edema=ones 'Pleural Effusion=ones' [default: zeros]"
+        ),
     )
     flag(
         "--blank",
@@ -178,8 +193,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--no_label",
         choices=NO_LABEL_RULES,
-        help="an image without any label is called No Finding, keeps its empty set, or "
-        "is left out [default: no_finding; NIH: empty, because it names No Finding itself]",
+        help=(
+            "an image without any label is called No Finding, keeps its empty set, or "
+            "is left out [default: no_finding; NIH: empty, because it names No Finding itself]"
+        ),
     )
     flag(
         "--label_map",
@@ -197,8 +214,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--mimic_test_labels",
         choices=LABEL_SOURCES,
         default="chexpert",
-        help="MIMIC: labels of the test set; radiologist: "
-        "of the reports that one read (release 2.1.0)",
+        help=(
+            "MIMIC: labels of the test set; radiologist: "
+            "of the reports that one read (release 2.1.0)"
+        ),
     )
     flag(
         "--chexpert_labels",
@@ -216,15 +235,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--frontals",
         choices=FRONTALS,
         default="pa_first",
-        help="which of several images of a study: PA before AP and then "
-        "the first, the first, or all",
+        help=(
+            "which of several images of a study: PA before AP and then the first, the first, or all"
+        ),
     )
     flag(
         "--missing_images",
         choices=("fail", "drop"),
         default="fail",
-        help="fail: a drawn image that is not there is an "
-        "error; drop: draw from the images that are there",
+        help=(
+            "fail: a drawn image that is not there is an "
+            "error; drop: draw from the images that are there"
+        ),
     )
     return parser
 
@@ -260,7 +282,8 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
         flags.validation_from = "valid" if flags.train_on == "mimic" else "train"
     elif flags.validation_from == "valid" and flags.train_on not in (None, *_VALIDATION_PARTS):
         problems.append(
-            f"--validation_from valid: {flags.train_on} has no validation part of its own; use train"
+            f"--validation_from valid: {flags.train_on} has no validation part of its own; use"
+            " train"
         )
     flags.uncertain, flags.uncertain_by_label = _uncertain_rules(
         flags.uncertain or ["zeros"], problems
@@ -280,7 +303,8 @@ def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, d
         label = canonical_label(name)
         if label is None:
             problems.append(
-                f"--uncertain {name}={rule}: {name!r} is no label; the labels are: {', '.join(LABELS)}"
+                f"--uncertain {name}={rule}: {name!r} is no label; the labels are:"
+                f" {', '.join(LABELS)}"
             )
         else:
             by_label[label] = rule
@@ -295,7 +319,7 @@ def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, d
     return plain[0], by_label
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pool:
     """All examples that a set may be drawn from, and how they came to be."""
@@ -311,8 +335,13 @@ def _loader(
     folder, drop_missing = getattr(flags, hospital), flags.missing_images == "drop"
     if hospital == "nih":
         return lambda report: load_nih(
-            folder, part, evaluated=LABEL_MAPS[flags.label_map], no_label=flags.no_label or "empty", drop_missing=drop_missing,
-            report=report)  # fmt: skip
+            folder,
+            part,
+            evaluated=LABEL_MAPS[flags.label_map],
+            no_label=flags.no_label or "empty",
+            drop_missing=drop_missing,
+            report=report,
+        )
     frontals = flags.frontals
     if part == "test":
         frontals = (
@@ -337,7 +366,9 @@ def _loader(
 
 
 def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
-    """{(hospital, part): pool} of every part that a set is drawn from. Raises DataError with the problems of all of them."""
+    """{(hospital, part): pool} of every part that a set is drawn from. Raises DataError with the
+    problems of all of them.
+    """
     sizes = {name: getattr(flags, f"{name}_size") for name in TRAINING_SETS}
     parts = {
         (flags.train_on, flags.validation_from if name == "validation" else "train"): None
@@ -358,12 +389,12 @@ def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
     return pools
 
 
-# ---- draw -----------------------------------------------------------------------------------------------------------
+# ---- draw ----------------------------------------------------------------------------------------
 def deal_patients(
     examples: Sequence[Example], sizes: Mapping[str, int], rng: random.Random
 ) -> dict[str, list[Example]]:
-    """{set: the examples of its patients}. Patients come in random order, each to the set that has the least of what it needs, so
-    the pools are in proportion to the sizes.
+    """{set: the examples of its patients}. Patients come in random order, each to the set that has
+    the least of what it needs, so the pools are in proportion to the sizes.
     """
     by_patient: dict[str, list[Example]] = {}
     # the draw does not depend on the order of the label file
@@ -381,9 +412,11 @@ def deal_patients(
 def draw(
     examples: Sequence[Example], count: int, sampling: str, rng: random.Random
 ) -> list[Example]:
-    """`count` of the examples, or all where there are fewer, in random order; the first so many of them are a draw, too.
+    """`count` of the examples, or all where there are fewer, in random order; the first so many of
+    them are a draw, too.
 
-    balanced: each from the label that has fewest images so far and has any left; images without a label count as one more label.
+    balanced: each from the label that has fewest images so far and has any left; images without a
+    label count as one more label.
     """
     remaining = list(examples)
     rng.shuffle(remaining)
@@ -411,8 +444,8 @@ def draw(
 def draw_sets(
     flags: argparse.Namespace, pools: Mapping[tuple[str, str], Pool]
 ) -> dict[str, tuple[list[Example], Pool]]:
-    """{file name without .jsonl: (its examples, the pool they come from)}. Raises DataError where patients do not suffice, and
-    where a patient is in two sets.
+    """{file name without .jsonl: (its examples, the pool they come from)}. Raises DataError where
+    patients do not suffice, and where a patient is in two sets.
     """
     sets: dict[str, tuple[list[Example], Pool]] = {}
     problems: list[str] = []
@@ -459,8 +492,9 @@ def _too_few(
     shares = ", ".join(f"{name} {len(dealt[name])} of {size}" for name, size in sizes.items())
     patients = len({example.patient_id for example in pool.examples})
     return [
-        f"{wanted}: too few patients; {pool.report.source} has {len(pool.examples)} images of {patients} patients, dealt out so "
-        f"that no patient is in two sets: {shares} ({_dropped(pool.report)}); ask for less"
+        f"{wanted}: too few patients; {pool.report.source} has {len(pool.examples)} images of"
+        f" {patients} patients, dealt out so that no patient is in two sets: {shares}"
+        f" ({_dropped(pool.report)}); ask for less"
     ]
 
 
@@ -480,16 +514,18 @@ def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
             shared = sorted(patients[first] & patients[second])
             if shared:
                 problems.append(
-                    f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the hospital's own parts "
-                    "overlap; check its split file or lists"
+                    f"{first} and {second} share {len(shared)} patients, such as {shared[0]}: the"
+                    " hospital's own parts overlap; check its split file or lists"
                 )
     if problems:
         raise DataError(problems)
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
+# ---- write ---------------------------------------------------------------------------------------
 def common_root(flags: argparse.Namespace, output_dir: Path) -> Path:
-    """The folder that image paths are relative to. Raises DataError where --image_root is not above the hospitals' folders."""
+    """The folder that image paths are relative to. Raises DataError where --image_root is not above
+    the hospitals' folders.
+    """
     folders = [
         Path(getattr(flags, name)).resolve()
         for name in HOSPITALS
@@ -533,8 +569,10 @@ def check_present(sets: Mapping[str, Sequence[Example]]) -> None:
         raise DataError(
             [
                 *lines,
-                f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from those that "
-                "are there: --missing_images drop",
+                (
+                    f"{len(missing)} of the {drawn} images drawn are missing; download them, or"
+                    " draw from those that are there: --missing_images drop"
+                ),
             ]
         )
 
@@ -546,7 +584,8 @@ def balance(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
-    """Write every file under a temporary name, then give them their names; what fails leaves nothing behind.
+    """Write every file under a temporary name, then give them their names; what fails leaves
+    nothing behind.
 
     Raises DataError where the folder cannot be written to.
     """
@@ -571,7 +610,7 @@ def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
             path.unlink(missing_ok=True)
 
 
-# ---- all together ---------------------------------------------------------------------------------------------------
+# ---- all together --------------------------------------------------------------------------------
 def run(argv: Sequence[str]) -> None:
     flags = settings_of(argv)
     output_dir = Path(flags.output_dir)
@@ -611,8 +650,8 @@ def run(argv: Sequence[str]) -> None:
         if chosen := {name: drawn[name] for name in group if name in drawn}:
             print(balance_table(chosen) + "\n")
     print(
-        f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its .select.json; "
-        "no patient is in two of them"
+        f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its"
+        " .select.json; no patient is in two of them"
     )
     if root != output_dir.resolve():
         print(f"image paths are relative to {root}: give the other commands --image_root {root}")
@@ -623,14 +662,20 @@ def _document(
 ) -> dict:
     """NAME.select.json."""
     return {
-        "set": name, "images": len(examples), "patients": len({example.patient_id for example in examples}),
-        "labels": balance(examples), "sha256": hashlib.sha256(content.encode()).hexdigest(), "settings": vars(flags),
+        "set": name,
+        "images": len(examples),
+        "patients": len({example.patient_id for example in examples}),
+        "labels": balance(examples),
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "settings": vars(flags),
         "pool": pool.report.document(),
-    }  # fmt: skip
+    }
 
 
 def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
-    """Positives of every set by label, and their share in the set and in the pool that it was drawn from."""
+    """Positives of every set by label, and their share in the set and in the pool that it was drawn
+    from.
+    """
     titles = [f"{name} ({len(examples):,})" for name, (examples, _) in sets.items()]
     lines = [
         f"{'images with the label':<28}" + "".join(f"{title:>26}" for title in titles),

@@ -1,7 +1,8 @@
-"""What the loaders of the three hospitals share: label tables read by column name, the choice of images, the report.
+"""What the loaders of the three hospitals share: label tables read by column name, the choice of
+images, the report.
 
-A loader reads every row before it complains, so that one message names all bad rows (file, row, column). Rows are numbered as
-a spreadsheet does: the header is row 1.
+A loader reads every row before it complains, so that one message names all bad rows (file, row,
+column). Rows are numbered as a spreadsheet does: the header is row 1.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ OTHER_FRONTAL, NOT_FRONTAL = 2, 3
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's cycle collector off: it would search hundreds of thousands of new rows again and again, 40 % of the time, and they
-    have no cycles.
+    """Python's cycle collector off: it would search hundreds of thousands of new rows again and
+    again, 40 % of the time, and they have no cycles.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -49,7 +50,7 @@ def known(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def source_folder(folder: str | Path) -> Path:
     """The folder as a Path. Raises DataError where there is none."""
     folder = Path(folder)
@@ -59,7 +60,9 @@ def source_folder(folder: str | Path) -> Path:
 
 
 def places(folder: Path) -> list[Path]:
-    """The folder and the folders directly in it, by name: downloads are unpacked with and without their outer folder."""
+    """The folder and the folders directly in it, by name: downloads are unpacked with and without
+    their outer folder.
+    """
     return [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
 
 
@@ -81,8 +84,8 @@ def find_file(folder: Path, names: Sequence[str]) -> Path:
                 return found[0]
     raise DataError(
         [
-            f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does; put the file there, or give the "
-            "folder above that holds it"
+            f"{folder}: holds none of {', '.join(names)} (nor with .gz), and no folder in it does;"
+            " put the file there, or give the folder above that holds it"
         ]
     )
 
@@ -101,7 +104,8 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 class Table:
-    """A CSV file (.csv or .csv.gz, UTF-8), read by column name; names are compared without case and outer white space.
+    """A CSV file (.csv or .csv.gz, UTF-8), read by column name; names are compared without case and
+    outer white space.
 
     Raises DataError for a file without a header or with a column twice.
     """
@@ -133,7 +137,8 @@ class Table:
         if missing:
             raise DataError(
                 [
-                    f"{self.path}: column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"
+                    f"{self.path}: column {', '.join(map(repr, missing))} is missing; it has"
+                    f" {self._shown()}"
                 ]
             )
         return [self.columns[name.casefold()] for name in names]
@@ -144,7 +149,8 @@ class Table:
     def label_columns(self) -> dict[str, int]:
         """{label: column} of the 14; 'Airspace Opacity' and other aliases of data/labels.py count.
 
-        Only No Finding may be missing. Raises DataError for another one, and for a label that has two columns.
+        Only No Finding may be missing. Raises DataError for another one, and for a label that has
+        two columns.
         """
         found: dict[str, int] = {}
         for index, name in self.names.items():
@@ -152,7 +158,8 @@ class Table:
             if label in found:
                 raise DataError(
                     [
-                        f"{self.path}: columns {self.names[found[label]]!r} and {name!r} are both {label}"
+                        f"{self.path}: columns {self.names[found[label]]!r} and {name!r} are both"
+                        f" {label}"
                     ]
                 )
             if label is not None:
@@ -161,7 +168,8 @@ class Table:
         if missing:
             raise DataError(
                 [
-                    f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has {self._shown()}"
+                    f"{self.path}: label column {', '.join(map(repr, missing))} is missing; it has"
+                    f" {self._shown()}"
                 ]
             )
         return {label: found[label] for label in LABELS if label in found}
@@ -169,7 +177,8 @@ class Table:
     def rows(
         self, problems: list[str], first: Sequence[int], second: Sequence[int]
     ) -> Iterator[tuple[int, tuple, tuple]]:
-        """(row number, cells of the columns `first`, cells of `second`) of each row; each names two columns or more.
+        """(row number, cells of the columns `first`, cells of `second`) of each row; each names two
+        columns or more.
 
         A row of another length becomes a problem.
         """
@@ -206,10 +215,12 @@ class Table:
         return ", ".join(self.names.values())
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 @dataclass(eq=False, slots=True)
 class Reading:
-    """What one combination of label cells says. cells: those of the labels `columns`. bad: (column, cell) of what is no value."""
+    """What one combination of label cells says. cells: those of the labels `columns`. bad: (column,
+    cell) of what is no value.
+    """
 
     labels: tuple[str, ...] = ()
     evaluated: tuple[str, ...] = LABELS
@@ -223,7 +234,9 @@ _VALUES = {"": None, "1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1}
 
 
 class LabelCells:
-    """Label cells -> Reading. Equal rows share a Reading, and those that mean the same are combined once."""
+    """Label cells -> Reading. Equal rows share a Reading, and those that mean the same are combined
+    once.
+    """
 
     def __init__(self, table: Table, policy: LabelPolicy):
         columns = table.label_columns()
@@ -239,7 +252,9 @@ class LabelCells:
         self._readings: dict[tuple[str, ...], Reading] = {}
 
     def read(self, cells: tuple[str, ...]) -> Reading:
-        """cells: those of `indices`. source_labels are the cells that are not blank, as 'Edema=-1.0'."""
+        """cells: those of `indices`. source_labels are the cells that are not blank, as
+        'Edema=-1.0'.
+        """
         reading = self._readings.get(cells)
         if reading is None:
             reading = self._readings[cells] = self._read(cells)
@@ -266,12 +281,13 @@ class LabelCells:
 def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
     """One line for each cell that is no label value."""
     return [
-        f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1 and blank"
+        f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1"
+        " and blank"
         for name, cell in reading.bad
     ]
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 class Candidate(NamedTuple):
     """One image of a label table. rank: of its view, see `view_rank`; order: of images of one rank."""
 
@@ -302,8 +318,9 @@ def choose(
 ) -> list[Example]:
     """The examples among the candidates, in their order; what is left out goes into the report.
 
-    frontals: of several images of a study, pa_first (PA before AP, then the first), first, or all. drop_missing: leave out
-    images whose file is not there, before another one of the study is chosen.
+    frontals: of several images of a study, pa_first (PA before AP, then the first), first, or all.
+    drop_missing: leave out images whose file is not there, before another one of the study is
+    chosen.
     """
     known("frontals", frontals, FRONTALS)
     if drop_missing:
@@ -334,7 +351,7 @@ def choose(
             candidate.reading.evaluated,
             candidate.reading.source_labels,
             extra={"study_id": candidate.study, "view": candidate.view},
-        )  # fmt: skip
+        )
         for candidate in candidates
     ]
 
@@ -346,7 +363,7 @@ def _preference(candidate: Candidate, frontals: str) -> tuple[int, int]:
     )
 
 
-# ---- report ---------------------------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 @dataclass
 class Report:
     """What a loader kept and dropped. Images are counted, where a reason does not say otherwise."""
@@ -395,10 +412,17 @@ class Report:
                 normal and bool(set(reading.labels) - {NO_FINDING, SUPPORT_DEVICES})
             )
         return {
-            "source": self.source, "label_files": self.files, "images_listed": self.rows, "images_kept": self._kept.total(),
-            "studies_kept": len(self._studies), "patients_kept": len(self._patients),
-            "dropped": dict(self.dropped.most_common()), "notes": self.notes, "by_label": by_label, **counts,
-        }  # fmt: skip
+            "source": self.source,
+            "label_files": self.files,
+            "images_listed": self.rows,
+            "images_kept": self._kept.total(),
+            "studies_kept": len(self._studies),
+            "patients_kept": len(self._patients),
+            "dropped": dict(self.dropped.most_common()),
+            "notes": self.notes,
+            "by_label": by_label,
+            **counts,
+        }
 
     def text(self) -> str:
         """The same for people."""
@@ -413,8 +437,9 @@ class Report:
         lines += [f"  dropped {count:,}: {reason}" for reason, count in content["dropped"].items()]
         lines += [f"  note: {note}" for note in self.notes]
         lines.append(
-            f"  without any label {content['without_label']:,}; called No Finding by rule "
-            f"{content['called_no_finding']:,}; No Finding beside a finding {content['contradictory']:,}"
+            f"  without any label {content['without_label']:,}; called No Finding by rule"
+            f" {content['called_no_finding']:,}; No Finding beside a finding"
+            f" {content['contradictory']:,}"
         )
         lines.append(
             f"  {'of the images kept':<28}{'true':>9}{'evaluated':>11}{'uncertain':>11}{'blank':>9}"

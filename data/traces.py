@@ -1,20 +1,25 @@
 """Teacher traces: requests out, answers in, checked one by one; and what SFT learns from.
 
-    python -m data.traces export --data_file sft.jsonl --form openai --model MODEL --output_dir requests
-    python -m data.traces import --data_file sft.jsonl --answers answers.jsonl --output sft-traces.jsonl
+    python -m data.traces export --data_file sft.jsonl --form openai --model MODEL --output_dir
+    requests
+    python -m data.traces import --data_file sft.jsonl --answers answers.jsonl --output
+    sft-traces.jsonl
     python -m data.traces import --data_file sft.jsonl --teacher template --output sft-traces.jsonl
 
-Export writes a request for every example: the image, the student's own instruction, the true labels, and the demand to reason as if
-from the image alone. Import reads the service's answers and keeps a trace only where it passes `check_trace`. Nothing here opens a
-network connection: data leaves the machine only by what a person does with the exported files.
+Export writes a request for every example: the image, the student's own instruction, the true
+labels, and the demand to reason as if from the image alone. Import reads the service's answers and
+keeps a trace only where it passes `check_trace`. Nothing here opens a network connection: data
+leaves the machine only by what a person does with the exported files.
 
 An answer is rejected as
 
     no_answer   the files hold none for this example
     failed      the service reports an error, a refusal or no text
     cut         it stopped at the length limit
-    control     it holds a tag other than these four, as chat templates have for control tokens, which SFT refuses
-    form        it is not strictly in the form <think>..</think><solution>..</solution>; the detail is the parser's code
+    control     it holds a tag other than these four, as chat templates have for control tokens,
+                which SFT refuses
+    form        it is not strictly in the form <think>..</think><solution>..</solution>; the detail
+                is the parser's code
     labels      its labels are not exactly the true ones
     leak        it lets on that the labels were known; the detail is the phrase (LEAK_PHRASES)
 """
@@ -58,12 +63,14 @@ TEACHER_PROMPTS = tuple(
     name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT
 )
 FORMS = ("gemini", "openai")
-# Limits on one input file: Gemini's Batch API takes 2 GB; OpenAI's 200 MB and 50,000 requests. One's own server has none.
+# Limits on one input file: Gemini's Batch API takes 2 GB; OpenAI's 200 MB and 50,000 requests.
+# One's own server has none.
 MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
 MAX_REQUESTS = 50_000
 
-# Words by which a trace lets on that its author knew the labels, or talks about the task. Compared word by word, whatever the case
-# and the punctuation: "ground truth" is also found in "Ground-truth:".
+# Words by which a trace lets on that its author knew the labels, or talks about the task. Compared
+# word by word, whatever the case and the punctuation: "ground truth" is also found in
+# "Ground-truth:".
 LEAK_PHRASES: tuple[str, ...] = (
     "ground truth",
     "reference standard",
@@ -190,12 +197,12 @@ LEAK_PHRASES: tuple[str, ...] = (
 )
 
 
-# ---- what SFT learns from -------------------------------------------------------------------------------------------
+# ---- what SFT learns from ------------------------------------------------------------------------
 def answers_to_learn(
     examples: Sequence[Example], answer_format: str, file: str | Path
 ) -> list[Example]:
-    """The examples with the answers that SFT learns: of the form `solution` (Only Label) made from the labels, of the others the
-    file's own.
+    """The examples with the answers that SFT learns: of the form `solution` (Only Label) made from
+    the labels, of the others the file's own.
 
     Raises DataError where an example has no answer, or one that is not strictly in the form.
     """
@@ -207,8 +214,9 @@ def answers_to_learn(
     if without:
         raise DataError(
             [
-                f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn from, such as {without[0]!r}; "
-                "make them with `python -m data.traces`, or learn the labels alone with --prompt only_label"
+                f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn"
+                f" from, such as {without[0]!r}; make them with `python -m data.traces`, or learn"
+                " the labels alone with --prompt only_label"
             ]
         )
     problems = {
@@ -220,14 +228,15 @@ def answers_to_learn(
         name, problem = next(iter(problems.items()))
         raise DataError(
             [
-                f"{file}: {len(problems)} of {len(examples)} answers are not in the form {answer_format}, such as that of "
-                f"{name!r} ({problem}); repair them, or give the --answer_format that they have"
+                f"{file}: {len(problems)} of {len(examples)} answers are not in the form"
+                f" {answer_format}, such as that of {name!r} ({problem}); repair them, or give the"
+                " --answer_format that they have"
             ]
         )
     return list(examples)
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 def leak(text: str) -> str | None:
     """The first of LEAK_PHRASES in a text, or None."""
     words = " ".join(
@@ -237,7 +246,9 @@ def leak(text: str) -> str | None:
 
 
 def check_trace(text: str, example: Example) -> tuple[str, str] | None:
-    """(code, detail) of why a teacher's answer cannot be learnt from, codes as in the module's table; None for a good one."""
+    """(code, detail) of why a teacher's answer cannot be learnt from, codes as in the module's
+    table; None for a good one.
+    """
     if control := _foreign_tag(text):
         return "control", control
     answer = parse_answer(text, ANSWER_FORMAT)
@@ -249,7 +260,10 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
     if said != example.target.labels or answer.duplicates:
         return (
             "labels",
-            f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not {_listed(example.target.labels)}",
+            (
+                f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not"
+                f" {_listed(example.target.labels)}"
+            ),
         )
     if phrase := leak(text):
         return "leak", phrase
@@ -257,7 +271,9 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
 
 
 def _foreign_tag(text: str) -> str | None:
-    """The first <name> in a text, in the spellings that control tokens have, that is not of the form's two blocks."""
+    """The first <name> in a text, in the spellings that control tokens have, that is not of the
+    form's two blocks.
+    """
     for piece in text.split("<")[1:]:
         name, closed, _ = piece.partition(">")
         if (
@@ -275,7 +291,7 @@ def _listed(labels: Iterable[str]) -> str:
     return ", ".join(sorted(labels, key=lambda label: order.get(label, len(LABELS)))) or "none"
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 def teacher_text(example: Example, prompt: Prompt) -> str:
     """The student's instruction, the truth, and how to reason."""
     truth = example.target.labels
@@ -294,19 +310,22 @@ def teacher_text(example: Example, prompt: Prompt) -> str:
                 else []
             ),
             "",
-            "Write the answer of a radiologist who sees nothing but the image and reasons independently from what is visible to exactly the "
-            "labels that are present"
+            "Write the answer of a radiologist who sees nothing but the image and reasons"
+            " independently from what is visible to exactly the labels that are present"
             + ("" if truth else ": here none, so <solution></solution> stays empty")
-            + ". Support each of them by "
-            "the signs that can be seen, with side and zone where you can tell, and say where the appearance is subtle or uncertain. Do not "
-            "invent measurements, earlier images, symptoms or history. Nothing may show that the labels were known: mention no labels, "
-            "reference, report, data set or instructions that you were given.",
+            + ". Support each of them by the signs that can be seen, with side and zone where you"
+            " can tell, and say where the appearance is subtle or uncertain. Do not invent"
+            " measurements, earlier images, symptoms or history. Nothing may show that the labels"
+            " were known: mention no labels, reference, report, data set or instructions that you"
+            " were given.",
         ]
     )
 
 
 def jpeg(example: Example, max_side: int) -> bytes:
-    """The example's image for a request: reduced to `max_side` pixels a side, without the file's metadata."""
+    """The example's image for a request: reduced to `max_side` pixels a side, without the file's
+    metadata.
+    """
     image = load_image(example)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -317,7 +336,9 @@ def jpeg(example: Example, max_side: int) -> bytes:
 def request(
     example: Example, prompt: Prompt, form: str, *, model: str | None, max_side: int
 ) -> str:
-    """One line of a batch file: of the Gemini API's batch form, or of OpenAI's, which other servers take too."""
+    """One line of a batch file: of the Gemini API's batch form, or of OpenAI's, which other servers
+    take too.
+    """
     data, text = (
         base64.b64encode(jpeg(example, max_side)).decode("ascii"),
         teacher_text(example, prompt),
@@ -349,10 +370,11 @@ def export(
     max_side: int = 1024,
     max_bytes: int | None = None,
 ) -> list[Path]:
-    """Write the requests of all examples to output_dir/requests-001.jsonl and so on, whole or not at all; returns the files.
+    """Write the requests of all examples to output_dir/requests-001.jsonl and so on, whole or not
+    at all; returns the files.
 
-    A file holds at most max_bytes (None: what the form's service takes). Raises DataError for an image that cannot be read, and
-    where output_dir exists.
+    A file holds at most max_bytes (None: what the form's service takes). Raises DataError for an
+    image that cannot be read, and where output_dir exists.
     """
     if output_dir.exists():
         raise DataError(
@@ -383,10 +405,12 @@ def export(
     return [output_dir / name for name in names]
 
 
-# ---- import ---------------------------------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """One answer of a service: the example's id, and its text, or (code, detail) of why there is none to look at."""
+    """One answer of a service: the example's id, and its text, or (code, detail) of why there is
+    none to look at.
+    """
 
     id: str
     text: str = ""
@@ -394,7 +418,8 @@ class TeacherAnswer:
 
 
 def read_answers(path: str | Path) -> list[TeacherAnswer]:
-    """The answers of a batch output file of either form; each line says by its fields which one it is.
+    """The answers of a batch output file of either form; each line says by its fields which one it
+    is.
 
     Raises DataError with every line that is of neither form, and for a missing file.
     """
@@ -411,8 +436,8 @@ def read_answers(path: str | Path) -> list[TeacherAnswer]:
                 answers.append(_gemini_answer(row) if "key" in row else _openai_answer(row))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 problems.append(
-                    f"{path}, line {number}: an answer of neither batch form, with 'key' (Gemini) or 'custom_id' (OpenAI) "
-                    f"and 'response' ({type(error).__name__}: {error})"
+                    f"{path}, line {number}: an answer of neither batch form, with 'key' (Gemini)"
+                    f" or 'custom_id' (OpenAI) and 'response' ({type(error).__name__}: {error})"
                 )
     if problems:
         hidden = len(problems) - MAX_PROBLEMS
@@ -423,7 +448,9 @@ def read_answers(path: str | Path) -> list[TeacherAnswer]:
 
 
 def _gemini_answer(row: dict) -> TeacherAnswer:
-    """{"key", "response": GenerateContentResponse}, or {"key", "error" or "status"} of a request that failed."""
+    """{"key", "response": GenerateContentResponse}, or {"key", "error" or "status"} of a request
+    that failed.
+    """
     if not row.get("response"):
         return TeacherAnswer(
             _text(row["key"]),
@@ -486,8 +513,9 @@ def _shortened(value: object) -> str:
 
 @dataclass(frozen=True)
 class Imported:
-    """kept: rows with answers. rejected: rows with "rejected" {"code", "detail", "text"} in place of the answer; they are a data
-    file, so the same examples can be asked for again. unknown: ids of answers that no example has.
+    """kept: rows with answers. rejected: rows with "rejected" {"code", "detail", "text"} in place
+    of the answer; they are a data file, so the same examples can be asked for again. unknown: ids
+    of answers that no example has.
     """
 
     kept: list[dict]
@@ -496,7 +524,9 @@ class Imported:
 
 
 def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imported:
-    """The first good answer of each example, in the examples' order; without one, why its last answer is not good."""
+    """The first good answer of each example, in the examples' order; without one, why its last
+    answer is not good.
+    """
     by_id: dict[str, list[TeacherAnswer]] = {example.id: [] for example in examples}
     unknown = []
     for answer in answers:
@@ -561,10 +591,11 @@ def report(imported: Imported) -> str:
     return "\n".join(lines)
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 _PRIVACY = (
-    "Nothing is sent anywhere by this command. The files hold the images and their labels; MIMIC-CXR's and CheXpert's terms forbid "
-    "giving them to others, public services included. For credentialed data use a server of your own."
+    "Nothing is sent anywhere by this command. The files hold the images and their labels;"
+    " MIMIC-CXR's and CheXpert's terms forbid giving them to others, public services included. For"
+    " credentialed data use a server of your own."
 )
 
 
@@ -595,8 +626,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--form",
         required=True,
         choices=FORMS,
-        help="gemini: the Gemini API's batch form; openai: OpenAI's, which vLLM's "
-        "run-batch and other servers take",
+        help=(
+            "gemini: the Gemini API's batch form; openai: OpenAI's, which vLLM's "
+            "run-batch and other servers take"
+        ),
     )
     out.add_argument(
         "--model",
@@ -651,13 +684,15 @@ def _export(arguments: argparse.Namespace) -> int:
         )
         raise DataError(
             [
-                f"--prompt {arguments.prompt}: {why}; a teacher can be asked with {', '.join(TEACHER_PROMPTS)}"
+                f"--prompt {arguments.prompt}: {why}; a teacher can be asked with"
+                f" {', '.join(TEACHER_PROMPTS)}"
             ]
         )
     if (arguments.form == "openai") != (arguments.model is not None):
         raise DataError(
             [
-                "--model: needed with --form openai, and with no other: the Gemini API takes it when the job is made"
+                "--model: needed with --form openai, and with no other: the Gemini API takes it"
+                " when the job is made"
             ]
         )
     if arguments.max_side < 1:

@@ -1,22 +1,25 @@
 """Attention of completions that share their prompts.
 
-A forward of training runs tokens in one row without padding: every prompt once, then the completions. All that works on
-single tokens (projections, MLP, norms) therefore costs what the tokens cost. Attention is the one place where tokens meet:
-here they are laid out by prompts [B,S] and completions, those of similar lengths together [N,R], prompts attend to themselves, and
-each completion attends to its prompt and to itself, so that neither G copies of a prompt nor blocks between completions are ever
-computed.
+A forward of training runs tokens in one row without padding: every prompt once, then the
+completions. All that works on single tokens (projections, MLP, norms) therefore costs what the
+tokens cost. Attention is the one place where tokens meet: here they are laid out by prompts [B,S]
+and completions, those of similar lengths together [N,R], prompts attend to themselves, and each
+completion attends to its prompt and to itself, so that neither G copies of a prompt nor blocks
+between completions are ever computed.
 
-What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to attend: SharedPromptMask here,
-engine/cache.py's while sampling. With an ordinary mask (transformers' own forward) the attention is transformers' SDPA.
+What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to
+attend: SharedPromptMask here, engine/cache.py's while sampling. With an ordinary mask
+(transformers' own forward) the attention is transformers' SDPA.
 
-On CUDA, as far as torch's sources tell, not measured: flash attention takes no mask, the memory-efficient kernel takes
-one of the queries' dtype to add, whose rows begin at multiples of 8 elements, and as many heads of queries as of keys. Both calls
-here meet that in fp32, fp16 and bf16, so nothing of [heads,S,S] is made; a mask laid out otherwise would be copied anew in every
-layer. A causal prompt without padding could do without a mask, which halves its attention: at 600 tokens that is about 2 % of a
-prompt's work, and needs a second layout of the heads, so it is not done.
+On CUDA, as far as torch's sources tell, not measured: flash attention takes no mask, the
+memory-efficient kernel takes one of the queries' dtype to add, whose rows begin at multiples of 8
+elements, and as many heads of queries as of keys. Both calls here meet that in fp32, fp16 and bf16,
+so nothing of [heads,S,S] is made; a mask laid out otherwise would be copied anew in every layer. A
+causal prompt without padding could do without a mask, which halves its attention: at 600 tokens
+that is about 2 % of a prompt's work, and needs a second layout of the heads, so it is not done.
 
-Shapes: B prompts of S places, N completions of R places, M tokens in the row, H heads, K heads of keys and values, D a
-head's width.
+Shapes: B prompts of S places, N completions of R places, M tokens in the row, H heads, K heads of
+keys and values, D a head's width.
 """
 
 from __future__ import annotations
@@ -55,8 +58,8 @@ class PackedMask:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S], int64 and ascending; the completions'
-    buckets, whose tokens follow one after the other.
+    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S],
+    int64 and ascending; the completions' buckets, whose tokens follow one after the other.
     """
 
     prompts: Tensor
@@ -66,9 +69,10 @@ class Places:
 
 @dataclass
 class SharedPromptMask(PackedMask):
-    """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its own prompt's tokens;
-    completions [N,1,R,S+R], of all: the prompt's, then its own. Where all B, or N, are the same, it can be one. keep(layer, keys,
-    values): told those of the prompts, [B,S,K,D] each.
+    """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its
+    own prompt's tokens; completions [N,1,R,S+R], of all: the prompt's, then its own. Where all B,
+    or N, are the same, it can be one. keep(layer, keys, values): told those of the prompts,
+    [B,S,K,D] each.
     """
 
     places: Places
@@ -114,8 +118,8 @@ class SharedPromptMask(PackedMask):
         return torch.cat(outputs)[None]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
-        """The prompts' mask and every bucket's as numbers to add, repeated for the heads that share a key; made once for all layers,
-        which keep them.
+        """The prompts' mask and every bucket's as numbers to add, repeated for the heads that share
+        a key; made once for all layers, which keep them.
         """
         if (dtype, repeats) not in self._additive:
             masks, size = [self.prompts], self.places.prompt_shape[1]
@@ -131,7 +135,9 @@ class SharedPromptMask(PackedMask):
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
-    """[R,1,Q,T] bool -> [R,1,repeats x Q,T] of `dtype`: 0 where a query sees, else -inf. Rows begin at multiples of ALIGNMENT."""
+    """[R,1,Q,T] bool -> [R,1,repeats x Q,T] of `dtype`: 0 where a query sees, else -inf. Rows begin
+    at multiples of ALIGNMENT.
+    """
     rows, _, queries, keys = mask.shape
     padded = torch.zeros(
         rows,
@@ -158,14 +164,24 @@ def attention(
     scaling: float | None = None,
     **keywords,
 ) -> tuple[Tensor, None]:
-    """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call it."""
+    """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call
+    it.
+    """
     if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
-    return attention_mask.attend(
-        module, query, key, value, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling
-    ), None
+    return (
+        attention_mask.attend(
+            module,
+            query,
+            key,
+            value,
+            dropout,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+        ),
+        None,
+    )
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

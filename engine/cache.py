@@ -1,11 +1,13 @@
-"""Keys and values of the tokens that the sampler has read and written, and the attention of new tokens to them.
+"""Keys and values of the tokens that the sampler has read and written, and the attention of new
+tokens to them.
 
-A prompt's keys and values are kept once for all its completions: G new tokens of a prompt are G times as many queries of the same
-keys, so neither is the prompt copied nor read G times. Each completion has room of its own, allocated at the start for the longest.
-All that works on single tokens (projections, MLP, norms) sees one row of the tokens that are being written, without padding.
+A prompt's keys and values are kept once for all its completions: G new tokens of a prompt are G
+times as many queries of the same keys, so neither is the prompt copied nor read G times. Each
+completion has room of its own, allocated at the start for the longest. All that works on single
+tokens (projections, MLP, norms) sees one row of the tokens that are being written, without padding.
 
-Shapes: B prompts of S places, W completions each of T places, R of them in use; n new tokens, one a row; H heads, K heads of keys and
-values, h = H / K, D a head's width.
+Shapes: B prompts of S places, W completions each of T places, R of them in use; n new tokens, one a
+row; H heads, K heads of keys and values, h = H / K, D a head's width.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from engine.attention import PackedMask, gather, spread
 
 @dataclass
 class LayerCache:
-    """prompt_keys, prompt_values [B,K,S,D], prompts padded on the left; keys, values [B x W,K,T,D] of completions."""
+    """prompt_keys, prompt_values [B,K,S,D], prompts padded on the left; keys, values [B x W,K,T,D]
+    of completions.
+    """
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -29,8 +33,8 @@ class LayerCache:
 
 
 class SamplingCache:
-    """Of all layers, for `num_prompts` prompts of at most `prompt_length` tokens with `generations` completions of at most
-    `completion_length` tokens each.
+    """Of all layers, for `num_prompts` prompts of at most `prompt_length` tokens with `generations`
+    completions of at most `completion_length` tokens each.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class SamplingCache:
         return LayerCache(*(like.new_zeros(shape) for shape in (prompts, prompts, rows, rows)))
 
     def select(self, prompts: Tensor, rows: Tensor) -> None:
-        """Keep the prompts at these places [b] and the completions at these [b x w], in their order."""
+        """Keep the prompts at these places [b] and the completions at these [b x w], in their
+        order.
+        """
         for kept in self.layers.values():
             for name, places in (
                 ("prompt_keys", prompts),
@@ -71,11 +77,13 @@ class SamplingCache:
 
 @dataclass
 class DecodingMask(PackedMask):
-    """What n new tokens, one a completion, see in one kind of layer: the last `prompt_length` places of their prompts and the first
-    `length` of their own completions, this token the last of them.
+    """What n new tokens, one a completion, see in one kind of layer: the last `prompt_length`
+    places of their prompts and the first `length` of their own completions, this token the last of
+    them.
 
-    rows [n] int64: the completions' places in the cache; steps [n] int64: of each, the place of its new token; additive [B,W,1,1,S+R],
-    to add to scores: 0 what it sees, else -inf. Places without a new token see everything.
+    rows [n] int64: the completions' places in the cache; steps [n] int64: of each, the place of its
+    new token; additive [B,W,1,1,S+R], to add to scores: 0 what it sees, else -inf. Places without a
+    new token see everything.
     """
 
     cache: SamplingCache

@@ -1,8 +1,10 @@
-"""Checkpoints that are either complete or not there: atomic save, verified load, and the state a resume needs.
+"""Checkpoints that are either complete or not there: atomic save, verified load, and the state a
+resume needs.
 
-A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files only (nothing is ever unpickled), with a
-`manifest.json` of their sizes and SHA-256. It is written under a name that starts with `.tmp-`, flushed to the disk and
-renamed last, so a run that dies at any point leaves its previous checkpoints as they were.
+A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files only (nothing is ever
+unpickled), with a `manifest.json` of their sizes and SHA-256. It is written under a name that
+starts with `.tmp-`, flushed to the disk and renamed last, so a run that dies at any point leaves
+its previous checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class CheckpointError(UsageError):
     """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
-# ---- save -----------------------------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -50,11 +52,14 @@ def save_checkpoint(
     documents: Mapping[str, Any],
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is replaced.
+    """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is
+    replaced.
 
-    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json: JSON value}. notes:
-    JSON values kept in the manifest, such as the reference adapter's hash. Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete stays behind
-    and older checkpoints are untouched. ValueError for a file that is neither .safetensors nor .json.
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json:
+    JSON value}. notes: JSON values kept in the manifest, such as the reference adapter's hash.
+    Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete
+    stays behind and older checkpoints are untouched. ValueError for a file that is neither
+    .safetensors nor .json.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
@@ -64,7 +69,8 @@ def save_checkpoint(
     refused = [name for name in names if not _is_plain(name)]
     if refused or len(set(names)) < len(names):
         raise ValueError(
-            f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}: {refused or names}"
+            f"checkpoint files need distinct plain names ending in {' or '.join(_SUFFIXES)}:"
+            f" {refused or names}"
         )
     needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     needed += sum(map(len, encoded.values()))
@@ -88,7 +94,10 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        message = f"checkpoint {final} was not saved: {error.strerror or error}; it needs {needed:,} bytes"
+        message = (
+            f"checkpoint {final} was not saved: {error.strerror or error}; it needs {needed:,}"
+            " bytes"
+        )
         raise OSError(error.errno, message) from error
     return final
 
@@ -102,7 +111,8 @@ def _to_json(document: Any) -> bytes:
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    # A copy: safetensors refuses views that share storage, and rollout tensors are often slices of one batch.
+    # A copy: safetensors refuses views that share storage, and rollout tensors are often slices of
+    # one batch.
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -113,7 +123,9 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _write(path: Path, payload: bytes) -> dict[str, Any]:
-    """Write and flush one file; returns its manifest entry, hashed from memory and not from what the disk gives back."""
+    """Write and flush one file; returns its manifest entry, hashed from memory and not from what
+    the disk gives back.
+    """
     with open(path, "wb") as file:
         file.write(payload)
         file.flush()
@@ -134,7 +146,9 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place. A directory with content cannot be replaced in one call, so an old one steps aside first."""
+    """Rename into place. A directory with content cannot be replaced in one call, so an old one
+    steps aside first.
+    """
     replaced = final.with_name(_REPLACED + final.name)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -149,7 +163,7 @@ def _publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint. Tensors are read on demand, to the CPU."""
@@ -186,7 +200,9 @@ class Checkpoint:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty where every listed file has its size and SHA-256."""
+    """What is wrong with a checkpoint, one line a file; empty where every listed file has its size
+    and SHA-256.
+    """
     try:
         manifest = json.loads((Path(path) / MANIFEST).read_bytes())
         files = {
@@ -222,7 +238,9 @@ def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | N
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError with one line for each file that is missing, truncated or altered."""
+    """Verify and open. Raises CheckpointError with one line for each file that is missing,
+    truncated or altered.
+    """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
@@ -234,7 +252,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint directories of a run, lowest step first, whether valid or not; none where there is no run."""
+    """The checkpoint directories of a run, lowest step first, whether valid or not; none where
+    there is no run.
+    """
     if not Path(run_dir).is_dir():
         return []
     found = [
@@ -258,12 +278,12 @@ def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, rejected
 
 
-# ---- housekeeping ---------------------------------------------------------------------------------------------------
+# ---- housekeeping --------------------------------------------------------------------------------
 def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond `limit` in all and return them; None keeps every one.
 
-    The newest and those in `keep` (the best, say; links are followed) stay even where they exceed the limit. A delete
-    that fails is a warning: training matters more than disk space.
+    The newest and those in `keep` (the best, say; links are followed) stay even where they exceed
+    the limit. A delete that fails is a warning: training matters more than disk space.
     """
     checkpoints = list_checkpoints(run_dir)
     if limit is None or not checkpoints:
@@ -285,8 +305,9 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
 
 
 def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step` to `after-<step>-checkpoint-<n>`: a run that goes on from `step` takes another branch,
-    and the abandoned one must neither be taken for the newest nor be lost. Returns the new paths.
+    """Rename the checkpoints after `step` to `after-<step>-checkpoint-<n>`: a run that goes on from
+    `step` takes another branch, and the abandoned one must neither be taken for the newest nor be
+    lost. Returns the new paths.
     """
     moved = []
     for path in list_checkpoints(run_dir):
@@ -302,22 +323,27 @@ def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
 
 
 def clean_leftovers(run_dir: Path) -> list[Path]:
-    """Remove what a killed run left half-written; put back a checkpoint that was being replaced. Returns the removed."""
+    """Remove what a killed run left half-written; put back a checkpoint that was being replaced.
+    Returns the removed.
+    """
     removed = []
     for path in sorted(Path(run_dir).iterdir()):
         final = path.with_name(path.name.removeprefix(_REPLACED))
         if path.name.startswith(_REPLACED) and _NAME.fullmatch(final.name) and not final.exists():
             os.rename(path, final)
         elif path.name.startswith((_TEMPORARY, _REPLACED)):
-            shutil.rmtree(
-                path, ignore_errors=True
-            ) if path.is_dir() and not path.is_symlink() else path.unlink()
+            (
+                shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir() and not path.is_symlink()
+                else path.unlink()
+            )
             removed.append(path)
     return removed
 
 
 def point_link(run_dir: Path, name: str, target: Path) -> None:
-    """Make `run_dir/name` a relative link to a checkpoint of this run, replacing the old link in one step.
+    """Make `run_dir/name` a relative link to a checkpoint of this run, replacing the old link in
+    one step.
 
     The links are a convenience, so a file system without them costs a warning.
     """
@@ -330,11 +356,13 @@ def point_link(run_dir: Path, name: str, target: Path) -> None:
         logger.warning("link %s could not be set: %s", Path(run_dir) / name, error)
 
 
-# ---- optimizer and random state -------------------------------------------------------------------------------------
+# ---- optimizer and random state ------------------------------------------------------------------
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON document of the rest)."""
+    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON document of the
+    rest).
+    """
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, entries in state["state"].items():
@@ -356,12 +384,14 @@ def optimizer_to_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], document: dict[str, Any]
 ) -> None:
-    """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same parameters in the
-    same order. Raises CheckpointError where the class, the groups, the parameters or a state's shape differ.
+    """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same
+    parameters in the same order. Raises CheckpointError where the class, the groups, the parameters
+    or a state's shape differ.
     """
     if document["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
-            f"optimizer state is of {document['optimizer']}, the run uses {type(optimizer).__name__}"
+            f"optimizer state is of {document['optimizer']}, the run uses"
+            f" {type(optimizer).__name__}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = [list(parameter.shape) for parameter in parameters]
@@ -385,7 +415,8 @@ def load_optimizer(
             and list(value.shape) != shapes[int(index)]
         ):
             raise CheckpointError(
-                f"optimizer state {key} has shape {list(value.shape)}, its parameter {shapes[int(index)]}"
+                f"optimizer state {key} has shape {list(value.shape)}, its parameter"
+                f" {shapes[int(index)]}"
             )
         state.setdefault(int(index), {})[name] = value
     groups = [
@@ -401,8 +432,8 @@ def load_optimizer(
 def rng_to_tensors(
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every source of randomness as (tensors, JSON document): torch on CPU and CUDA, Python, numpy's global state, and
-    the named generators.
+    """Every source of randomness as (tensors, JSON document): torch on CPU and CUDA, Python,
+    numpy's global state, and the named generators.
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -427,10 +458,12 @@ def load_rng(
     document: dict[str, Any],
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> None:
-    """Restore what `rng_to_tensors` gave, so that every source goes on with the draws it would have made.
+    """Restore what `rng_to_tensors` gave, so that every source goes on with the draws it would have
+    made.
 
-    Raises CheckpointError for a generator without saved state and for state of another kind of device; a different
-    number of CUDA devices is a warning, since the run can go on but not bit for bit.
+    Raises CheckpointError for a generator without saved state and for state of another kind of
+    device; a different number of CUDA devices is a warning, since the run can go on but not bit for
+    bit.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved_devices = sum(name.startswith("cuda.") for name in tensors)

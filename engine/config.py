@@ -1,10 +1,12 @@
 """Flat frozen dataclasses <-> command-line flags <-> TOML recipes.
 
-Several dataclasses feed one flat flag namespace: every field is a flag, its type gives the conversion, its metadata
-the help text. A value comes from the dataclass default, then a recipe, then a flag, and its origin is kept. Every
-problem of one command line (flags, recipe, combinations) is collected and reported together.
+Several dataclasses feed one flat flag namespace: every field is a flag, its type gives the
+conversion, its metadata the help text. A value comes from the dataclass default, then a recipe,
+then a flag, and its origin is kept. Every problem of one command line (flags, recipe, combinations)
+is collected and reported together.
 
-Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of these, ...].
+Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of
+these, ...].
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 
 
 class UsageError(ValueError):
-    """A mistake the user can correct; the scripts print `problems`, one line each, and exit with code 2."""
+    """A mistake the user can correct; the scripts print `problems`, one line each, and exit with
+    code 2.
+    """
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -49,9 +53,9 @@ def setting(
 ) -> Any:
     """A dataclass field that becomes a flag.
 
-    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts, `unset` what a default of
-    None stands for, `aliases` are further names of the flag (without dashes), `group` is the heading in --help (default:
-    the name of the class).
+    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts,
+    `unset` what a default of None stands for, `aliases` are further names of the flag (without
+    dashes), `group` is the heading in --help (default: the name of the class).
     """
     metadata = {
         "help": help,
@@ -66,14 +70,17 @@ def setting(
 
 @dataclass(frozen=True)
 class Resolved:
-    """The configs in the order of the classes given, the origin of every value ("default", "recipe NAME", "flag")."""
+    """The configs in the order of the classes given, the origin of every value ("default", "recipe
+    NAME", "flag").
+    """
 
     configs: tuple[Any, ...]
     origins: dict[str, str]
     recipe: str | None
 
     def with_value(self, name: str, value: Any, origin: str) -> Resolved:
-        """A copy in which the script has filled in one value itself, such as the newest run's adapter.
+        """A copy in which the script has filled in one value itself, such as the newest run's
+        adapter.
 
         Raises KeyError for a name that is no field of the configs.
         """
@@ -105,9 +112,11 @@ class _Setting(NamedTuple):
     aliases: tuple[str, ...]
 
 
-# ---- types ----------------------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------
 def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
-    """annotation -> (kind, choices, optional, repeated); TypeError for a type that no flag can express."""
+    """annotation -> (kind, choices, optional, repeated); TypeError for a type that no flag can
+    express.
+    """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not type(None)]
@@ -134,21 +143,29 @@ def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
         for field in dataclasses.fields(owner):
             if field.name in found:
                 raise TypeError(
-                    f"{field.name} is a field of both {found[field.name].owner.__name__} and {owner.__name__}"
+                    f"{field.name} is a field of both {found[field.name].owner.__name__} and"
+                    f" {owner.__name__}"
                 )
             if field.default is dataclasses.MISSING:
                 raise TypeError(
                     f"{owner.__name__}.{field.name} needs a default that is not a factory"
                 )
             found[field.name] = _Setting(
-                field.name, owner, *_take_apart(hints[field.name]), field.default, _help_text(field),
-                field.metadata.get("group") or _group_of(owner, field.name), tuple(field.metadata.get("aliases", ())),
-            )  # fmt: skip
+                field.name,
+                owner,
+                *_take_apart(hints[field.name]),
+                field.default,
+                _help_text(field),
+                field.metadata.get("group") or _group_of(owner, field.name),
+                tuple(field.metadata.get("aliases", ())),
+            )
     return found
 
 
 def _group_of(owner: type, name: str) -> str:
-    """The class that declares the field, so that inherited fields are listed under their own heading."""
+    """The class that declares the field, so that inherited fields are listed under their own
+    heading.
+    """
     declaring = next(
         cls for cls in owner.__mro__ if name in cls.__dict__.get("__annotations__", {})
     )
@@ -177,7 +194,7 @@ def _show(value: Any) -> str:
     return str(value) or "''"
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -256,20 +273,29 @@ def _nearest(name: str, names: Sequence[Any], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 def _build_parser(
     settings: dict[str, _Setting], *, prog: str, description: str, recipes: list[str]
 ) -> argparse.ArgumentParser:
-    """A parser that only splits: each flag yields its raw strings, so that no conversion can stop at the first error."""
+    """A parser that only splits: each flag yields its raw strings, so that no conversion can stop
+    at the first error.
+    """
     parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s [--recipe NAME|FILE.toml] [--flag value ...]", description=description,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog,
+        usage="%(prog)s [--recipe NAME|FILE.toml] [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Flags may be written with - in place of _. A flag overrides the recipe, the recipe the default.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--recipe", "--config", dest="recipe", action="append", metavar="NAME|FILE.toml",
+        "--recipe",
+        "--config",
+        dest="recipe",
+        action="append",
+        metavar="NAME|FILE.toml",
         help=f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})",
-    )  # fmt: skip
+    )
     # in the order of first appearance
     titles = dict.fromkeys(setting.group for setting in settings.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
@@ -293,7 +319,8 @@ def _build_parser(
 def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list[str], list[str]]:
     """argv in the one spelling that argparse cannot stumble over -> (tokens, problems).
 
-    --a-b becomes --a_b, --no_x of a bool becomes --x=false, --x value becomes --x=value (so that -1e-5 is a value), and
+    --a-b becomes --a_b, --no_x of a bool becomes --x=false, --x value becomes --x=value (so that
+    -1e-5 is a value), and
     a flag whose value is missing is taken out and reported.
     """
     by_flag = {
@@ -355,22 +382,24 @@ def _split(
     return raw, problems
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------
 def _shipped_recipes(package: str) -> list[str]:
     files = importlib.resources.files(package).iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
 def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
-    """The parsed TOML of a shipped name or of a file; ConfigError where there is none or it is not TOML."""
+    """The parsed TOML of a shipped name or of a file; ConfigError where there is none or it is not
+    TOML.
+    """
     if recipe.endswith(".toml"):
         source = Path(recipe)
     else:
         shipped = _shipped_recipes(package)
         if recipe not in shipped:
             raise ConfigError(
-                f"--recipe {recipe}: no such recipe{_nearest(recipe, shipped)} (shipped: {', '.join(shipped) or 'none'}; "
-                "the name of a file ends in .toml)"
+                f"--recipe {recipe}: no such recipe{_nearest(recipe, shipped)} (shipped:"
+                f" {', '.join(shipped) or 'none'}; the name of a file ends in .toml)"
             )
         source = importlib.resources.files(package) / f"{recipe}.toml"
     try:
@@ -393,7 +422,8 @@ def _recipe_values(
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     values: dict[str, Any] = {}
     problems = [
-        f"{recipe}: unknown table [{key}]{_nearest(key, RECIPE_TABLES)}; known: {', '.join(RECIPE_TABLES)}"
+        f"{recipe}: unknown table [{key}]{_nearest(key, RECIPE_TABLES)}; known:"
+        f" {', '.join(RECIPE_TABLES)}"
         for key, value in content.items()
         if isinstance(value, dict) and key not in RECIPE_TABLES
     ]
@@ -417,7 +447,7 @@ def _recipe_values(
     return values, problems
 
 
-# ---- all together ---------------------------------------------------------------------------------------------------
+# ---- all together --------------------------------------------------------------------------------
 def parse_config(
     config_classes: Sequence[type],
     argv: Sequence[str],
@@ -435,14 +465,17 @@ def parse_config(
 ) -> Resolved:
     """Read one command line into one instance of each class.
 
-    `script` names the recipe table that applies. `default_recipe` applies when neither --recipe nor any of the fields
-    `default_recipe_unless` is given as a flag. `validate(*configs)` returns the problems of values that do not combine;
-    it sees the default or recipe value in place of one that could not be read.
+    `script` names the recipe table that applies. `default_recipe` applies when neither --recipe nor
+    any of the fields `default_recipe_unless` is given as a flag. `validate(*configs)` returns the
+    problems of values that do not combine; it sees the default or recipe value in place of one that
+    could not be read.
 
-    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the settings of that run. They
-    stand in for the defaults; a recipe or a flag that would change one is a problem, except those in `free_to_change`.
+    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the
+    settings of that run. They stand in for the defaults; a recipe or a flag that would change one
+    is a problem, except those in `free_to_change`.
 
-    Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse does.
+    Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse
+    does.
     """
     if script not in RECIPE_TABLES:
         raise ValueError(f"script must be one of {RECIPE_TABLES}, not {script!r}")
@@ -494,8 +527,9 @@ def parse_config(
     for name in inherited or ():
         if values[name] != inherited[name] and name not in free_to_change:
             problems.append(
-                f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])} ({origins[name]}); "
-                "a resumed run keeps its settings: leave it out, or start a new run"
+                f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])}"
+                f" ({origins[name]}); a resumed run keeps its settings: leave it out, or start a"
+                " new run"
             )
     configs, found = _instances(config_classes, values)
     problems += found
@@ -507,12 +541,15 @@ def parse_config(
 
 
 def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str, Any]:
-    """A saved run's settings in the types of today's dataclasses. Raises ConfigError where the names differ."""
+    """A saved run's settings in the types of today's dataclasses. Raises ConfigError where the
+    names differ.
+    """
     different = sorted(saved.keys() ^ settings.keys())
     if different:
         raise ConfigError(
-            f"the run that is resumed and this version do not have the same settings ({', '.join(different)} differ), "
-            "so it cannot go on bit for bit; start a new run from its adapter"
+            "the run that is resumed and this version do not have the same settings"
+            f" ({', '.join(different)} differ), so it cannot go on bit for bit; start a new run"
+            " from its adapter"
         )
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
@@ -551,7 +588,9 @@ def describe(resolved: Resolved) -> str:
 
 
 def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
-    """{name: {"value", "origin"}} of every setting, in values that JSON keeps (tuples become lists)."""
+    """{name: {"value", "origin"}} of every setting, in values that JSON keeps (tuples become
+    lists).
+    """
     return {
         field.name: {
             "value": _json_value(getattr(config, field.name)),

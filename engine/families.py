@@ -1,9 +1,10 @@
 """The model side of both families, and the only place that tests for one.
 
-Qwen2.5-VL and Gemma 3 differ in how an image becomes embeddings, in their positions (M-RoPE against plain), in their
-attention masks (causal against bidirectional inside an image, with sliding windows) and in which tokens stop or must never
-be sampled. Positions and masks are always made here, explicitly, from the token types: transformers makes them silently
-wrong when token types are forgotten, and Qwen's model caches `rope_deltas` between calls.
+Qwen2.5-VL and Gemma 3 differ in how an image becomes embeddings, in their positions (M-RoPE against
+plain), in their attention masks (causal against bidirectional inside an image, with sliding
+windows) and in which tokens stop or must never be sampled. Positions and masks are always made
+here, explicitly, from the token types: transformers makes them silently wrong when token types are
+forgotten, and Qwen's model caches `rope_deltas` between calls.
 
 Shapes: B rows, S tokens, I images, H hidden.
 """
@@ -16,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from data.collate import Prompts
 
-# The language model's attention and feed-forward projections. Anchored on `language_model`: both vision towers have projections
-# of the same names (SigLIP q/k/v_proj; Qwen's visual gate/up/down_proj), which plain suffixes would catch.
+# The language model's attention and feed-forward projections. Anchored on `language_model`: both
+# vision towers have projections of the same names (SigLIP q/k/v_proj; Qwen's visual
+# gate/up/down_proj), which plain suffixes would catch.
 LORA_TARGETS = (
     r"^(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\."
     r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)$"
@@ -46,8 +48,9 @@ class Family:
     def attention_masks(
         self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
-        """Which keys the tokens at the places `queries`, [Q] or [B,Q] int64, see in rows of S places, for every kind of layer: bool
-        [B,1,Q,S], true = sees; the same tensor for kinds that see the same.
+        """Which keys the tokens at the places `queries`, [Q] or [B,Q] int64, see in rows of S
+        places, for every kind of layer: bool [B,1,Q,S], true = sees; the same tensor for kinds that
+        see the same.
         """
         raise TypeError("use a subclass")
 
@@ -80,8 +83,8 @@ class Qwen25VL(Family):
         return torch.cat(tuple(output.pooler_output))  # [tokens,H]
 
     def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
-        # M-RoPE in tensors alone: transformers' get_rope_index waits for the device several times a prompt.
-        # [B,3] patches in time, height and width
+        # M-RoPE in tensors alone: transformers' get_rope_index waits for the device several times a
+        # prompt. [B,3] patches in time, height and width
         grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])
         # [B] tokens
         height, width = (grids[:, 1:] // model.config.vision_config.spatial_merge_size).unbind(1)
@@ -141,9 +144,9 @@ class Gemma3(Family):
         full = (causal | same_image)[:, None]
         return {
             "full_attention": full,
-            "sliding_attention": full
-            if window >= len(keys)
-            else (causal & near | same_image)[:, None],
+            "sliding_attention": (
+                full if window >= len(keys) else (causal & near | same_image)[:, None]
+            ),
         }
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
@@ -157,40 +160,50 @@ _FAMILIES = {family.model_type: family for family in (Qwen25VL(), Gemma3())}
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a configuration's `model_type`. Raises ValueError for one that this engine does not train."""
+    """The family of a configuration's `model_type`. Raises ValueError for one that this engine does
+    not train.
+    """
     if model_type not in _FAMILIES:
         raise ValueError(
-            f"model type {model_type!r} is not supported; this engine trains {' and '.join(_FAMILIES)} models"
+            f"model type {model_type!r} is not supported; this engine trains"
+            f" {' and '.join(_FAMILIES)} models"
         )
     return _FAMILIES[model_type]
 
 
 def causal_mask(attention_mask: Tensor, queries: Tensor) -> Tensor:
-    """[B,S] bool, places `queries` [Q] or [B,Q] int64 -> [B,Q,S] bool: the tokens there see themselves and every earlier token that
-    is not padding.
+    """[B,S] bool, places `queries` [Q] or [B,Q] int64 -> [B,Q,S] bool: the tokens there see
+    themselves and every earlier token that is not padding.
 
-    Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the values of the next layer.
+    Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the
+    values of the next layer.
     """
     keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (keys <= queries[..., None]) & attention_mask[:, None] | (keys == queries[..., None])
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:
-    """Positions 0, 1, 2, ... of the tokens of each row [B,S], wherever its padding is; 0 on padding."""
+    """Positions 0, 1, 2, ... of the tokens of each row [B,S], wherever its padding is; 0 on
+    padding.
+    """
     return ((attention_mask.long().cumsum(1) - 1) * attention_mask).clamp(min=0)
 
 
 def next_positions(positions: Tensor) -> Tensor:
-    """[3,B,S] or [B,S] positions of prompts -> [B]: of the first token after each, which lies beyond all of its axes."""
+    """[3,B,S] or [B,S] positions of prompts -> [B]: of the first token after each, which lies
+    beyond all of its axes.
+    """
     return (positions.amax(0) if positions.dim() == 3 else positions).amax(1) + 1
 
 
 def stop_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int
 ) -> frozenset[int]:
-    """Tokens that end a completion: the checkpoint's own (generation_config.eos_token_id) and the chat template's end of turn.
+    """Tokens that end a completion: the checkpoint's own (generation_config.eos_token_id) and the
+    chat template's end of turn.
 
-    This is all that is ever read from a generation_config: its other fields would silently change how completions are sampled.
+    This is all that is ever read from a generation_config: its other fields would silently change
+    how completions are sampled.
     """
     configured = (
         model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -207,7 +220,9 @@ def stop_ids(
 
 
 def suppressed_ids(family: Family, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Image tokens, which the sampler never draws and which are left out of every log-probability's vocabulary."""
+    """Image tokens, which the sampler never draws and which are left out of every log-probability's
+    vocabulary.
+    """
     vocabulary = tokenizer.get_vocab()
     return tuple(
         sorted(vocabulary[name] for name in family.image_token_names if name in vocabulary)
@@ -215,7 +230,9 @@ def suppressed_ids(family: Family, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
-    """The decoder (no vision, no head) of a model of either family, with or without adapters around it."""
+    """The decoder (no vision, no head) of a model of either family, with or without adapters around
+    it.
+    """
     return unwrapped(model).model.language_model
 
 
@@ -225,14 +242,17 @@ def lm_head_weight(model: nn.Module) -> Tensor:
 
 
 def logit_softcap(model: nn.Module) -> float | None:
-    """c of the soft-capping c tanh(logit / c) that the configuration asks for; None without (the published Gemma 3 models).
+    """c of the soft-capping c tanh(logit / c) that the configuration asks for; None without (the
+    published Gemma 3 models).
 
-    Of transformers' classes Gemma3ForCausalLM applies it and Gemma3ForConditionalGeneration does not; here every
-    log-probability and the sampler do.
+    Of transformers' classes Gemma3ForCausalLM applies it and Gemma3ForConditionalGeneration does
+    not; here every log-probability and the sampler do.
     """
     return getattr(unwrapped(model).config.get_text_config(), "final_logit_softcapping", None)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside peft's wrapper, adapters in place; the model itself where there is no wrapper."""
+    """The transformers model inside peft's wrapper, adapters in place; the model itself where there
+    is no wrapper.
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,10 +1,12 @@
-"""Hidden states: of a batch of completions, the one forward of training, of the reference and of teacher-forced scoring; and, for
-the sampler, of prompts and of the tokens that it writes after them.
+"""Hidden states: of a batch of completions, the one forward of training, of the reference and of
+teacher-forced scoring; and, for the sampler, of prompts and of the tokens that it writes after
+them.
 
-A prompt runs once for all its completions in the batch, in one row without padding; engine/attention.py lets each completion
-see its prompt and itself alone. Positions go on from the prompt's for every completion anew, so states and gradients are
-those of the completions one by one (tests/plain.py). The vision tower does not run here: prompts bring their image's
-features (engine/vision.py).
+A prompt runs once for all its completions in the batch, in one row without padding;
+engine/attention.py lets each completion see its prompt and itself alone. Positions go on from the
+prompt's for every completion anew, so states and gradients are those of the completions one by one
+(tests/plain.py). The vision tower does not run here: prompts bring their image's features
+(engine/vision.py).
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def embed(model: nn.Module, prompts: Prompts) -> Tensor:
 def completion_hidden_states(
     model: nn.Module, family: Family, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [K,H], targets [K]): for each of the K scored tokens, completion by completion, the state that predicts it, and
-    its id.
+    """(hidden [K,H], targets [K]): for each of the K scored tokens, completion by completion, the
+    state that predicts it, and its id.
     """
     base = unwrapped(model)
     # [m]
@@ -67,10 +69,11 @@ def read_prompts(
     places: Tensor,
     keep: Callable[[int, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that token's position.
+    """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that
+    token's position.
 
-    places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told every layer's keys and values,
-    [B,S,K,D].
+    places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told
+    every layer's keys and values, [B,S,K,D].
     """
     base = unwrapped(model)
     layout = Places(places, tuple(prompts.input_ids.shape))
@@ -93,8 +96,8 @@ def read_tokens(
     positions: Tensor,
     masks: dict[str, DecodingMask],
 ) -> Tensor:
-    """[n,H]: the states that predict the next tokens of n completions after their last `tokens` [n], at `positions` [n], which are kept
-    in the cache of the masks.
+    """[n,H]: the states that predict the next tokens of n completions after their last `tokens`
+    [n], at `positions` [n], which are kept in the cache of the masks.
     """
     return language_model(model)(
         inputs_embeds=unwrapped(model).get_input_embeddings()(tokens)[None],
@@ -115,9 +118,10 @@ def decoding_masks(
 ) -> list[dict[str, DecodingMask]]:
     """For each of the next Q tokens of n completions what it sees, in every kind of layer.
 
-    rows [n] int64: the completions' places in the cache; steps [Q,n] int64: the places of the tokens in their completions. prompt_mask
-    [n,S] bool: the prompt of each in the last S places of the cache, true where a token is. length: of the longest completion with the
-    first of these tokens.
+    rows [n] int64: the completions' places in the cache; steps [Q,n] int64: the places of the
+    tokens in their completions. prompt_mask [n,S] bool: the prompt of each in the last S places of
+    the cache, true where a token is. length: of the longest completion with the first of these
+    tokens.
     """
     size, ahead = prompt_mask.shape[1], len(steps)
     # [n,S+R+Q-1]
@@ -154,8 +158,8 @@ def decoding_masks(
 
 
 def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
-    """Position ids of the packed row, [3,1,M] or [1,M]: those of the prompts, then of each completion, which begins again where
-    its prompt ended.
+    """Position ids of the packed row, [3,1,M] or [1,M]: those of the prompts, then of each
+    completion, which begins again where its prompt ended.
     """
     prompts = family.positions(model, batch.prompts)  # [..,B,S]
     columns = torch.arange(batch.read_mask.shape[1], device=prompts.device)
@@ -173,8 +177,9 @@ def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
 def shared_prompt_masks(
     model: nn.Module, family: Family, batch: Batch
 ) -> dict[str, SharedPromptMask]:
-    """For every kind of layer what the tokens of the packed row see: in a prompt as ever; a completion is the last part of a row
-    that its prompt, padded on the left, and its own tokens make.
+    """For every kind of layer what the tokens of the packed row see: in a prompt as ever; a
+    completion is the last part of a row that its prompt, padded on the left, and its own tokens
+    make.
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
     places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets)
@@ -203,7 +208,9 @@ def shared_prompt_masks(
 
 
 def prompt_masks(model: nn.Module, family: Family, prompts: Prompts) -> dict[str, Tensor]:
-    """What the tokens of each prompt see, for every kind of layer: bool [B,1,S,S], or [1,1,S,S] where all are alike."""
+    """What the tokens of each prompt see, for every kind of layer: bool [B,1,S,S], or [1,1,S,S]
+    where all are alike.
+    """
     alike, queries = (
         slice(1 if prompts.alike else None),
         torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device),
@@ -222,7 +229,9 @@ def completion_logprobs(
     suppress_token_ids: Sequence[int] = (),
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [N,T], entropy [N,T] or None) of every completion under the active adapter; 0 outside `completion_mask`."""
+    """(logprobs [N,T], entropy [N,T] or None) of every completion under the active adapter; 0
+    outside `completion_mask`.
+    """
     hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
     head = lm_head_weight(model)  # [V,H]
     logprobs, entropies = token_logprobs(
@@ -235,6 +244,6 @@ def completion_logprobs(
         entropy=entropy,
     )  # [K]
     shape = tuple(batch.completion_mask.shape)
-    return spread(logprobs, batch.scored_places, shape), spread(
-        entropies, batch.scored_places, shape
-    ) if entropy else None
+    return spread(logprobs, batch.scored_places, shape), (
+        spread(entropies, batch.scored_places, shape) if entropy else None
+    )

@@ -1,13 +1,16 @@
 """The sampler, for rollouts and for evaluation.
 
-Written out so that nothing else decides how completions are drawn: temperature first, then the nucleus, then one uniform
-number a row and step. Of the model's generation_config only the stop ids are used (see engine/families.py). Suppressed ids
-(image tokens) have probability 0, here as in every log-probability.
+Written out so that nothing else decides how completions are drawn: temperature first, then the
+nucleus, then one uniform number a row and step. Of the model's generation_config only the stop ids
+are used (see engine/families.py). Suppressed ids (image tokens) have probability 0, here as in
+every log-probability.
 
-A prompt is read once and its keys and values are shared by its completions (engine/cache.py). The uniform numbers of every
-completion are drawn before the first token, so it depends neither on which others are being written nor on padding.
+A prompt is read once and its keys and values are shared by its completions (engine/cache.py). The
+uniform numbers of every completion are drawn before the first token, so it depends neither on which
+others are being written nor on padding.
 
-Shapes: N completions, n of them being written, T their greatest length, B prompts of S places, H hidden, V vocabulary.
+Shapes: N completions, n of them being written, T their greatest length, B prompts of S places, H
+hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,9 +55,9 @@ class SamplingConfig:
 class Completion:
     """One sampled completion.
 
-    ids [C] int64, up to and including the stop token; logprobs [C] fp32 of those tokens at the sampling temperature over
-    the whole vocabulary less the suppressed ids (at temperature 1 when greedy); top_p_mass [C] fp32, what the nucleus held.
-    truncated: no stop token came.
+    ids [C] int64, up to and including the stop token; logprobs [C] fp32 of those tokens at the
+    sampling temperature over the whole vocabulary less the suppressed ids (at temperature 1 when
+    greedy); top_p_mass [C] fp32, what the nucleus held. truncated: no stop token came.
     """
 
     ids: Tensor
@@ -64,11 +67,13 @@ class Completion:
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """(probabilities [B,V], 0 outside the nucleus and not renormalised; their sum [B], at least top_p).
+    """(probabilities [B,V], 0 outside the nucleus and not renormalised; their sum [B], at least
+    top_p).
 
-    The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it included; of equally probable
-    ones at the border, those of the smallest ids. logprobs [B,V]. Without sorting the vocabulary and without waiting for the
-    device: the border's probability is found bit by bit, for floats that are not negative are ordered as their bits are.
+    The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it
+    included; of equally probable ones at the border, those of the smallest ids. logprobs [B,V].
+    Without sorting the vocabulary and without waiting for the device: the border's probability is
+    found bit by bit, for floats that are not negative are ordered as their bits are.
     """
     probabilities = logprobs.exp()
     if top_p >= 1:
@@ -97,8 +102,8 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting its distribution, in the order of
-    ids, at `uniform` [B] in [0, 1).
+    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting
+    its distribution, in the order of ids, at `uniform` [B] in [0, 1).
     """
     probabilities, mass = nucleus(logprobs, top_p)
     cumulative = probabilities.cumsum(1)
@@ -108,7 +113,8 @@ def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tenso
 
 
 def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
-    """[N,T] ids -> [N,T] bool: true up to and including the first stop token, and everywhere in a row without one.
+    """[N,T] ids -> [N,T] bool: true up to and including the first stop token, and everywhere in a
+    row without one.
 
     By position, never by comparing with the padding id, which may be a stop id.
     """
@@ -139,11 +145,12 @@ def generate(
 ) -> list[list[Completion]]:
     """`num_generations` completions of every prompt, in the prompts' order.
 
-    wrapped: the model with its active adapter (or the base). generator: CPU generators, one or one for each prompt; needed unless
-    greedy. Completions are written `max_rows` at a time (at least one prompt's; None for all): where a prompt's have finished, the
-    next prompt takes their place, the longest first. on_finished(i, completions) is called as soon as those of prompt i are there.
-    should_stop is asked before every token: once it says so, KeyboardInterrupt is raised, for the caller to discard what is not
-    finished. Runs in eval() mode and restores the mode that it found.
+    wrapped: the model with its active adapter (or the base). generator: CPU generators, one or one
+    for each prompt; needed unless greedy. Completions are written `max_rows` at a time (at least
+    one prompt's; None for all): where a prompt's have finished, the next prompt takes their place,
+    the longest first. on_finished(i, completions) is called as soon as those of prompt i are there.
+    should_stop is asked before every token: once it says so, KeyboardInterrupt is raised, for the
+    caller to discard what is not finished. Runs in eval() mode and restores the mode that it found.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError(
@@ -170,8 +177,8 @@ def generate(
 
 @dataclass
 class _Row:
-    """A completion that is being written. place: in the cache; since: the token, counted over all that are written one after the
-    other, that is its first.
+    """A completion that is being written. place: in the cache; since: the token, counted over all
+    that are written one after the other, that is its first.
     """
 
     completion: int
@@ -180,7 +187,9 @@ class _Row:
 
 
 class _Writing:
-    """All completions of a call: those that are being written, the prompts that wait, and what has been written so far."""
+    """All completions of a call: those that are being written, the prompts that wait, and what has
+    been written so far.
+    """
 
     def __init__(
         self,
@@ -246,7 +255,9 @@ class _Writing:
         return bool(self.rows)
 
     def write_token(self) -> list[tuple[int, list[Completion]]]:
-        """The next token of every row; returns the prompts whose completions are found to have finished, with these."""
+        """The next token of every row; returns the prompts whose completions are found to have
+        finished, with these.
+        """
         tokens = self._choose()
         self.written += 1
         finished, is_time = (
@@ -313,7 +324,9 @@ class _Writing:
     def _take_finished_out(
         self, tokens: Tensor
     ) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
-        """(the tokens of the rows that go on, the prompts that have finished, with their completions)"""
+        """(the tokens of the rows that go on, the prompts that have finished, with their
+        completions)
+        """
         stopped = self.stopped.tolist()
         over = [
             stop or self.written - row.since == self.sampling.max_completion_length
@@ -354,7 +367,9 @@ class _Writing:
         ]
 
     def _take_prompts(self) -> None:
-        """Reads the next prompts into places that are free, once there are enough of them; drops such places once none waits."""
+        """Reads the next prompts into places that are free, once there are enough of them; drops
+        such places once none waits.
+        """
         free = [place for place, prompt in enumerate(self.places) if prompt is None]
         if len(free) < FREE_AT * len(self.places):
             return self._shrink()
@@ -406,7 +421,9 @@ class _Writing:
         return parts
 
     def _shrink(self) -> None:
-        """Drops places of prompts and of completions at which nothing is written, once a good part of them is free."""
+        """Drops places of prompts and of completions at which nothing is written, once a good part
+        of them is free.
+        """
         by_prompt: dict[int, list[_Row]] = {}
         for row in self.rows:
             by_prompt.setdefault(row.place // self.cache.generations, []).append(row)

@@ -1,8 +1,9 @@
 """Log-probabilities of chosen tokens, without ever holding a [tokens, vocabulary] matrix.
 
-The one function that turns hidden states into log-probabilities, for SFT, policy, old and reference alike. It works in
-chunks of tokens in fp32, and takes the gradient with respect to the hidden states while the chunk's logits exist, so
-nothing of the vocabulary's size is kept for the backward pass. The head is frozen, so it gets no gradient.
+The one function that turns hidden states into log-probabilities, for SFT, policy, old and reference
+alike. It works in chunks of tokens in fp32, and takes the gradient with respect to the hidden
+states while the chunk's logits exist, so nothing of the vocabulary's size is kept for the backward
+pass. The head is frozen, so it gets no gradient.
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
@@ -29,17 +30,20 @@ def token_logprobs(
     chunk_size: int = CHUNK_SIZE,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ lm_head_weight.T / temperature) at `targets`, over the vocabulary less `suppress_token_ids`.
+    """log softmax(hidden @ lm_head_weight.T / temperature) at `targets`, over the vocabulary less
+    `suppress_token_ids`.
 
-    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M], entropy [M] or None), fp32
-    (fp64 for fp64 input), entropy in nats of the same tempered distribution. Both are differentiable with respect to
-    `hidden`. softcap c: the model's logits are c tanh(x / c) of the product x (engine.families.logit_softcap). The product with
-    the head runs in its own dtype, as in sampling; everything after it in fp32. Raises ValueError for a temperature that is not
-    positive.
+    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M],
+    entropy [M] or None), fp32 (fp64 for fp64 input), entropy in nats of the same tempered
+    distribution. Both are differentiable with respect to `hidden`. softcap c: the model's logits
+    are c tanh(x / c) of the product x (engine.families.logit_softcap). The product with the head
+    runs in its own dtype, as in sampling; everything after it in fp32. Raises ValueError for a
+    temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(
-            f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the model's own)"
+            f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the"
+            " model's own)"
         )
     suppressed = torch.as_tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
     logprobs, entropies = _ChunkedLogProbs.apply(
@@ -59,8 +63,8 @@ def token_logprobs(
 def scaled_logits(
     logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from `logits` [m,V], the product of
-    states and head, which may be changed. Shared with the sampler.
+    """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from
+    `logits` [m,V], the product of states and head, which may be changed. Shared with the sampler.
     """
     # up-cast first; from here on in place
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -75,7 +79,9 @@ def scaled_logits(
 def predicted_correctly(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> Tensor:
-    """[M] bool: whether each target is the model's most probable token. Its mean is the token accuracy."""
+    """[M] bool: whether each target is the model's most probable token. Its mean is the token
+    accuracy.
+    """
     chunks = [
         _head(hidden[i : i + chunk_size], lm_head_weight).argmax(1)
         for i in range(0, len(hidden), chunk_size)
@@ -84,11 +90,13 @@ def predicted_correctly(
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward: log-probabilities (and entropies) by chunks, with d logprob / d hidden. Backward: a row scale.
+    """Forward: log-probabilities (and entropies) by chunks, with d logprob / d hidden. Backward: a
+    row scale.
 
-    The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass and only when it is asked
-    for. Of [m,V] a chunk holds one tensor, with the entropy two, with soft-capping one more for its slope: they are worked on in
-    place, and are gone before the next chunk's are made.
+    The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass
+    and only when it is asked for. Of [m,V] a chunk holds one tensor, with the entropy two, with
+    soft-capping one more for its slope: they are worked on in place, and are gone before the next
+    chunk's are made.
     """
 
     @staticmethod
@@ -165,7 +173,9 @@ def _head(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _finite(logs: Tensor) -> Tensor:
-    """The suppressed ids' -inf as a finite number, in place: their probability is 0, and 0 * -inf would be NaN."""
+    """The suppressed ids' -inf as a finite number, in place: their probability is 0, and 0 * -inf
+    would be NaN.
+    """
     return logs.clamp_(min=torch.finfo(logs.dtype).min)
 
 

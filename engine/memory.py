@@ -1,27 +1,37 @@
-"""How much memory a run will take, by part: arithmetic on a configuration, before anything is loaded or run.
+"""How much memory a run will take, by part: arithmetic on a configuration, before anything is
+loaded or run.
 
-    forecast(model_shape(config, ...), workload) -> Forecast: for every phase of a run its largest moment, part by part
+    forecast(model_shape(config, ...), workload) -> Forecast: for every phase of a run its largest
+    moment, part by part
 
-A run holds something all the time (base, adapters, AdamW's state; in the update gradients as well) and more for a while. Each
-phase has a few moments that can be its largest, one function each below; the phase takes the largest moment, the run the
-largest phase. Bytes are those of live tensors. A GPU needs some more: CUDA's context (about half a GB) and what the caching
-allocator cannot reuse; a process on a CPU needs Python's own memory.
+A run holds something all the time (base, adapters, AdamW's state; in the update gradients as well)
+and more for a while. Each phase has a few moments that can be its largest, one function each below;
+the phase takes the largest moment, the run the largest phase. Bytes are those of live tensors. A
+GPU needs some more: CUDA's context (about half a GB) and what the caching allocator cannot reuse; a
+process on a CPU needs Python's own memory.
 
-What follows from the code, per token of the packed row of engine/forward.py and decoder layer (h hidden, q = heads x head_dim,
-k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype; B prompts of S tokens, N completions of R):
+What follows from the code, per token of the packed row of engine/forward.py and decoder layer (h
+hidden, q = heads x head_dim, k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype;
+B prompts of S tokens, N completions of R):
 
-    RMS norm        backward needs its fp32 input                                  4h; 4h, 4h, 4h and 4(q + k) more in Gemma 3
-    LoRA's A        backward needs its fp32 input, which q, k, v (and gate, up)    4h for a bf16 base: three copies, one each;
-                    share in an fp32 base without dropout                          with dropout: one each, and the mask
+    RMS norm        backward needs its fp32 input                                  4h; 4h, 4h, 4h
+                    and 4(q + k) more in Gemma 3
+    LoRA's A        backward needs its fp32 input, which q, k, v (and gate, up)    4h for a bf16
+                    base: three copies, one each;
+                    share in an fp32 base without dropout                          with dropout: one
+                    each, and the mask
     attention       q laid out by rows, output, keys and values: e each            2eq + 2ek
-                    prompt's and own keys and values of each completion            2ek N(S + R) in all
-                    masks: bool, and of dtype e for all q heads of a kv head       once a forward, for all layers
+                    prompt's and own keys and values of each completion            2ek N(S + R) in
+                    all
+                    masks: bool, and of dtype e for all q heads of a kv head       once a forward,
+                    for all layers
     MLP             gate, act(gate), up: e each; their product as LoRA's input     3ef + 4f
     checkpointing   only the layer's input, e                                      eh
     frozen weights  need nothing of the input: `base_layer(x)` keeps no x
 
-Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE rows of the vocabulary, twice
-with the entropy. While sampling a prompt's keys and values are there once for all its completions, whose own are allocated at once.
+Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE
+rows of the vocabulary, twice with the entropy. While sampling a prompt's keys and values are there
+once for all its completions, whose own are allocated at once.
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
@@ -44,10 +54,11 @@ Parts = dict[str, int]  # bytes by part
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that memory depends on. layer_norms, head_norms: RMS norms a layer over the hidden state, and
-    whether queries and keys have theirs; window: tokens that sliding layers see, None without such layers;
-    fixed_images: whether all images have the same number of tokens. vision_*: the tower's; patches_per_token of
-    pixel_values_per_patch fp32 numbers each make one visual token.
+    """The sizes of a model that memory depends on. layer_norms, head_norms: RMS norms a layer over
+    the hidden state, and whether queries and keys have theirs; window: tokens that sliding layers
+    see, None without such layers; fixed_images: whether all images have the same number of tokens.
+    vision_*: the tower's; patches_per_token of pixel_values_per_patch fp32 numbers each make one
+    visual token.
     """
 
     base_parameters: int
@@ -80,9 +91,10 @@ class ModelShape:
 class Workload:
     """What a run does with the model, at its largest. Lengths in tokens, counts in rows.
 
-    element_size: bytes of the base's dtype, 4 or 2. adapters: 1 in SFT, 2 in GRPO. completion_length: of a training row.
-    micro_batch: completions of a micro-batch, num_generations of each prompt; max_tokens_per_forward cuts it. eval_rows: rows
-    decoded, or scored, together. rollout_prompts x num_generations rows are sampled together (0: SFT). device "cpu" or "cuda":
+    element_size: bytes of the base's dtype, 4 or 2. adapters: 1 in SFT, 2 in GRPO.
+    completion_length: of a training row. micro_batch: completions of a micro-batch, num_generations
+    of each prompt; max_tokens_per_forward cuts it. eval_rows: rows decoded, or scored, together.
+    rollout_prompts x num_generations rows are sampled together (0: SFT). device "cpu" or "cuda":
     they differ in dropout's mask and in copies of operands and weights.
     """
 
@@ -102,7 +114,7 @@ class Workload:
     num_generations: int = 1
     max_tokens_per_forward: int | None = None
 
-    def packed(self, completions: int) -> "Packed":
+    def packed(self, completions: int) -> Packed:
         """The largest forward of so many completions, cut as data/collate.py does."""
 
         def row(n: int) -> Packed:
@@ -183,9 +195,11 @@ def lora_parameters(model: ModelShape, r: int) -> int:
     return model.layers * r * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
 
 
-# ---- held all the time ----------------------------------------------------------------------------------------------
+# ---- held all the time ---------------------------------------------------------------------------
 def static_parts(model: ModelShape, work: Workload) -> Parts:
-    """Base in its own dtype; adapters and AdamW's two moments in fp32 (the moments of the policy alone)."""
+    """Base in its own dtype; adapters and AdamW's two moments in fp32 (the moments of the policy
+    alone).
+    """
     adapter = FP32 * lora_parameters(model, work.lora_r)
     return {
         "base": model.base_parameters * work.element_size,
@@ -194,11 +208,13 @@ def static_parts(model: ModelShape, work: Workload) -> Parts:
     }
 
 
-# ---- one decoder layer ----------------------------------------------------------------------------------------------
+# ---- one decoder layer ---------------------------------------------------------------------------
 def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
-    """What the backward pass of `projections` LoRA matrices A keeps of one token of an input that they share.
+    """What the backward pass of `projections` LoRA matrices A keeps of one token of an input that
+    they share.
 
-    Dropout makes an input of its own for each and keeps its mask: bool on a GPU, of the input's fp32 on a CPU.
+    Dropout makes an input of its own for each and keeps its mask: bool on a GPU, of the input's
+    fp32 on a CPU.
     """
     if work.lora_dropout:
         return projections * width * (FP32 + (1 if work.device == "cuda" else FP32))
@@ -224,8 +240,9 @@ def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
 
 
 def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int) -> int:
-    """Bytes at the largest moment inside a layer that keeps nothing: the MLP's up projection with its LoRA update, or the
-    attention with q in both layouts, k, v, its output, and `keys` keys and values laid out anew.
+    """Bytes at the largest moment inside a layer that keeps nothing: the MLP's up projection with
+    its LoRA update, or the attention with q in both layouts, k, v, its output, and `keys` keys and
+    values laid out anew.
     """
     e, h = work.element_size, model.hidden
     lora_input = 0 if e == FP32 else FP32 * h
@@ -238,19 +255,21 @@ def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int)
 
 
 def backward_temporaries(model: ModelShape, work: Workload) -> int:
-    """Bytes a token of gradients alive at once in the backward pass of one layer's MLP, the widest place: of down's input
-    through LoRA (fp32) and through the base, and the same of the layer's output. What LoRA's A kept there is free by then.
+    """Bytes a token of gradients alive at once in the backward pass of one layer's MLP, the widest
+    place: of down's input through LoRA (fp32) and through the base, and the same of the layer's
+    output. What LoRA's A kept there is free by then.
     """
     return (work.element_size + FP32) * (model.intermediate + model.hidden)
 
 
-# ---- vocabulary -----------------------------------------------------------------------------------------------------
+# ---- vocabulary ----------------------------------------------------------------------------------
 def head_chunk(
     model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool
 ) -> int:
-    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32, which become their exponentials and
-    a direction in place, beside the product in the base's dtype as they are made and the direction in it at the end; with the entropy
-    the exponentials beside the logits. Soft-capping, which no published model has, is left out.
+    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32,
+    which become their exponentials and a direction in place, beside the product in the base's dtype
+    as they are made and the direction in it at the end; with the entropy the exponentials beside
+    the logits. Soft-capping, which no published model has, is left out.
     """
     e = work.element_size
     copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)
@@ -260,21 +279,23 @@ def head_chunk(
 
 
 def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
-    """Bytes of one sampled token for all rows: [rows,V] of logits and log-probabilities; then of log-probabilities, probabilities,
-    a mask, what is kept and the border's count; see engine/generate.py.
+    """Bytes of one sampled token for all rows: [rows,V] of logits and log-probabilities; then of
+    log-probabilities, probabilities, a mask, what is kept and the border's count; see
+    engine/generate.py.
     """
     return rows * model.vocabulary * FP32 * (2 if greedy else 5)
 
 
-# ---- inputs ---------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 def inputs(model: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
     """Embeddings, which hold the images' features, and ids of the tokens; masks (bool)."""
     return tokens * (work.element_size * model.hidden + 24) + mask_elements
 
 
 def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
-    """Of the packed row: the masks are there as numbers as well, for every query head of a key head. Prompts that are alike have one
-    mask, and so have their completions; sliding layers have masks of their own where the window is shorter than a row.
+    """Of the packed row: the masks are there as numbers as well, for every query head of a key
+    head. Prompts that are alike have one mask, and so have their completions; sliding layers have
+    masks of their own where the window is shorter than a row.
     """
     alike, length = (
         row.prompts == 1 or model.fixed_images,
@@ -295,7 +316,9 @@ def mask_kinds(model: ModelShape, length: int) -> int:
 
 
 def vision_tower(model: ModelShape, work: Workload) -> int:
-    """One image without gradient: its pixels; in a layer's MLP or, with rotary positions in fp32, its attention."""
+    """One image without gradient: its pixels; in a layer's MLP or, with rotary positions in fp32,
+    its attention.
+    """
     e, h = work.element_size, model.vision_hidden
     widest = max(e * (2 * h + 3 * model.vision_intermediate), e * 6 * h + 6 * FP32 * h)
     return (
@@ -307,10 +330,10 @@ def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
     return 2 * model.layers * model.key_width * work.element_size * rows * length
 
 
-# ---- phases: their moments ------------------------------------------------------------------------------------------
+# ---- phases: their moments -----------------------------------------------------------------------
 def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
-    """One micro-batch with gradient: the head over all that the layers keep, the backward pass of one layer. SFT: before it,
-    the tower.
+    """One micro-batch with gradient: the head over all that the layers keep, the backward pass of
+    one layer. SFT: before it, the tower.
     """
     row, e, h = work.packed(work.micro_batch), work.element_size, model.hidden
     gradients = {"gradients": FP32 * lora_parameters(model, work.lora_r)}
@@ -350,7 +373,9 @@ def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[
 
 
 def sampling_weights(model: ModelShape, work: Workload) -> int:
-    """In fp32, copies of the seven projections with the adapter; on a CPU of the head too (engine/sampling_layers.py)."""
+    """In fp32, copies of the seven projections with the adapter; on a CPU of the head too
+    (engine/sampling_layers.py).
+    """
     h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
     head = model.vocabulary * h if work.device == "cpu" else 0
     return (
@@ -363,8 +388,8 @@ def sampling_weights(model: ModelShape, work: Workload) -> int:
 def decoding_moments(
     model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
-    """The sampler: an image's features; the last prompts that are read together, with the whole cache there; the last step, with no
-    row finished before, in its attention and in its head.
+    """The sampler: an image's features; the last prompts that are read together, with the whole
+    cache there; the last step, with no row finished before, in its attention and in its head.
     """
     yield {"activations": vision_tower(model, work)}
     for moment in writing_moments(model, work, prompts, generations, greedy=greedy):

@@ -1,17 +1,21 @@
-"""Fold a trained adapter into its base and write a folder that plain transformers loads, without peft.
+"""Fold a trained adapter into its base and write a folder that plain transformers loads, without
+peft.
 
     python -m engine.merge --adapter_name_or_path runs/20260101-120000-grpo --output_dir merged
 
-Every projection becomes W + scaling * B A, summed in fp32 and then cast, one projection at a time, so that a model needs its
-own size in memory and little more. Tokenizer, image processor, chat template and generation_config are the base's files.
+Every projection becomes W + scaling * B A, summed in fp32 and then cast, one projection at a time,
+so that a model needs its own size in memory and little more. Tokenizer, image processor, chat
+template and generation_config are the base's files.
 
-The saved folder is loaded again and compared with base + adapter on one image and answer. Let D be the root mean square over all
-logits of the answer's tokens of the difference to base + adapter computed in fp32, relative to that of the logits themselves:
+The saved folder is loaded again and compared with base + adapter on one image and answer. Let D be
+the root mean square over all logits of the answer's tokens of the difference to base + adapter
+computed in fp32, relative to that of the logits themselves:
 
     float32     D(merged) <= 1e-4
     bfloat16    D(merged) <= 2 * D(base + adapter, computed in bfloat16 as in training)
 
-The folder gets its name only after that, so a merge that fails or is killed leaves none that looks finished.
+The folder gets its name only after that, so a merge that fails or is killed leaves none that looks
+finished.
 """
 
 from __future__ import annotations
@@ -64,7 +68,8 @@ BFLOAT16_BOUND = 2.0
 PROBE_ANSWER = (
     "<think>Clear lungs, normal heart size, no effusion.</think><solution>No Finding</solution>"
 )
-# What a tokenizer, an image processor or `generate` of transformers reads beside weights and config.json.
+# What a tokenizer, an image processor or `generate` of transformers reads beside weights and
+# config.json.
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -92,7 +97,8 @@ class MergeConfig:
     output_dir: str | None = setting(None, "new folder for the merged model")
     model_name_or_path: str | None = setting(
         None,
-        "base model, where it has moved: a folder, a hub name or 'demo'; without it, the base that the adapter names",
+        "base model, where it has moved: a folder, a hub name or 'demo'; without it, the base that"
+        " the adapter names",
     )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16", "of the merged weights; the sum itself is always in float32"
@@ -111,11 +117,13 @@ def config_problems(config: MergeConfig) -> list[str]:
     ]
 
 
-# ---- merge ----------------------------------------------------------------------------------------------------------
+# ---- merge ---------------------------------------------------------------------------------------
 def merge_adapter(wrapped: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with `default` folded in and no adapter left, its weights in `dtype`; `wrapped` is used up.
+    """The model with `default` folded in and no adapter left, its weights in `dtype`; `wrapped` is
+    used up.
 
-    One projection at a time is in fp32. peft's own merge rounds the product B A to the base's dtype before it adds it.
+    One projection at a time is in fp32. peft's own merge rounds the product B A to the base's dtype
+    before it adds it.
     """
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
@@ -128,7 +136,9 @@ def merge_adapter(wrapped: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def copy_processor(path: str, folder: Path) -> list[str]:
-    """Copy the base's tokenizer, image processor, chat template and generation_config; returns the names of what there was."""
+    """Copy the base's tokenizer, image processor, chat template and generation_config; returns the
+    names of what there was.
+    """
     copied = []
     for name in COPIED_FILES:
         try:
@@ -141,9 +151,11 @@ def copy_processor(path: str, folder: Path) -> list[str]:
     return copied
 
 
-# ---- verify ---------------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 def probe_rows(model: LoadedModel) -> tuple[EncodedRow, EncodedRow]:
-    """One image of fixed noise, 512 x 512, with an instruction and an answer: with the image's pixels, with its features."""
+    """One image of fixed noise, 512 x 512, with an instruction and an answer: with the image's
+    pixels, with its features.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
         Image.fromarray(pixels).save(Path(folder) / "probe.png")
@@ -154,8 +166,8 @@ def probe_rows(model: LoadedModel) -> tuple[EncodedRow, EncodedRow]:
 
 @torch.no_grad()
 def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor]:
-    """(the probe with its pixels, logits [T,V] fp32 on the CPU of its answer's T tokens); the head itself is always applied in
-    fp32.
+    """(the probe with its pixels, logits [T,V] fp32 on the CPU of its answer's T tokens); the head
+    itself is always applied in fp32.
     """
     device = next(net.parameters()).device
     probe, seen = probe_rows(model)
@@ -168,7 +180,9 @@ def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor
 
 @contextmanager
 def float32_decoder(net: nn.Module) -> Iterator[None]:
-    """The decoder computes in fp32: each module's own weights are cast for its call alone, and are then as before."""
+    """The decoder computes in fp32: each module's own weights are cast for its call alone, and are
+    then as before.
+    """
     stored: dict[Tensor, Tensor] = {}
 
     def cast(module: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
@@ -215,16 +229,18 @@ def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
         torch.equal(first[name], second[name]) for name in second
     ):
         raise RuntimeError(
-            "the copied tokenizer, chat template or image processor does not give the base's inputs; "
-            "nothing was written"
+            "the copied tokenizer, chat template or image processor does not give the base's"
+            " inputs; nothing was written"
         )
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 def base_of(config: MergeConfig) -> str:
-    """The base to merge into. Raises UsageError where the adapter names none, or where it names another hub model than the flag.
+    """The base to merge into. Raises UsageError where the adapter names none, or where it names
+    another hub model than the flag.
 
-    A folder may be a moved or downloaded copy of what the adapter names; that keys and shapes fit is checked in any case.
+    A folder may be a moved or downloaded copy of what the adapter names; that keys and shapes fit
+    is checked in any case.
     """
     folder = Path(config.adapter_name_or_path)
     named, given = adapter_config(folder).base_model_name_or_path, config.model_name_or_path
@@ -236,17 +252,21 @@ def base_of(config: MergeConfig) -> str:
         return named
     if named and not any(name not in EMBEDDED and looks_local(name) for name in (named, given)):
         raise UsageError(
-            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give that model or a copy of it"
+            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give"
+            " that model or a copy of it"
         )
     print(
-        f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy of it",
+        f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy"
+        " of it",
         file=sys.stderr,
     )
     return given
 
 
 def new_folder(output_dir: str) -> tuple[Path, Path]:
-    """(the folder to be, the temporary one beside it, empty). Raises UsageError where something is there already."""
+    """(the folder to be, the temporary one beside it, empty). Raises UsageError where something is
+    there already.
+    """
     final = Path(output_dir).absolute()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
@@ -265,8 +285,8 @@ def new_folder(output_dir: str) -> tuple[Path, Path]:
 def merge(config: MergeConfig) -> dict:
     """Merge, save, verify, give the folder its name; returns what merge.json holds.
 
-    Raises UsageError for a base or an adapter that does not fit and for an output_dir in use, RuntimeError where the saved
-    model differs from base + adapter by more than the bound.
+    Raises UsageError for a base or an adapter that does not fit and for an output_dir in use,
+    RuntimeError where the saved model differs from base + adapter by more than the bound.
     """
     adapter, base, dtype = (
         Path(config.adapter_name_or_path),
@@ -304,8 +324,8 @@ def merge(config: MergeConfig) -> dict:
         difference = relative_difference(logits, truth)
         if not difference <= bound:
             raise RuntimeError(
-                f"the merged model differs from base + adapter by {difference:.2e} of the logits' root mean "
-                f"square, more than the bound {bound:.2e}; nothing was written"
+                f"the merged model differs from base + adapter by {difference:.2e} of the logits'"
+                f" root mean square, more than the bound {bound:.2e}; nothing was written"
             )
         document = {
             "base": base,
@@ -339,18 +359,21 @@ def _run(argv: Sequence[str]) -> int:
         script="merge",
         prog="python -m engine.merge",
         validate=config_problems,
-        description="Fold a trained adapter into its base and write a folder that plain transformers loads.",
+        description=(
+            "Fold a trained adapter into its base and write a folder that plain transformers loads."
+        ),
     )
     config: MergeConfig = resolved.configs[0]
     done = merge(config)
     prompt = f" --prompt {done['prompt']}" if done["prompt"] else ""
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]
     print(
-        f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in, {done['dtype']}; its logits differ "
-        f"from base + adapter by {done['difference']:.1e} of their root mean square (bound {done['bound']:.1e})\n"
-        f"trained with bounds of {lowest} to {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\n"
-        f"next: python -m eval.evaluate --model_name_or_path {config.output_dir}{prompt} --min_visual_tokens {lowest} "
-        f"--max_visual_tokens {highest} --data_file NAME=FILE"
+        f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in,"
+        f" {done['dtype']}; its logits differ from base + adapter by {done['difference']:.1e} of"
+        f" their root mean square (bound {done['bound']:.1e})\ntrained with bounds of {lowest} to"
+        f" {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\nnext: python"
+        f" -m eval.evaluate --model_name_or_path {config.output_dir}{prompt} --min_visual_tokens"
+        f" {lowest} --max_visual_tokens {highest} --data_file NAME=FILE"
     )
     return 0
 

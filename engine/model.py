@@ -1,8 +1,8 @@
 """Loading a model, attaching LoRA, and the two adapters of GRPO on one base.
 
-The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter twice: `default` is
-trained, so that what is saved loads in plain peft, and `reference` is the frozen SFT checkpoint. There is never a second
-base.
+The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter
+twice: `default` is trained, so that what is saved loads in plain peft, and `reference` is the
+frozen SFT checkpoint. There is never a second base.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ from engine.families import (
 )
 from engine.vision import VisionCache
 
-# The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name their base so, not by a path of
-# this machine.
+# The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name
+# their base so, not by a path of this machine.
 EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
 POLICY, REFERENCE = "default", "reference"
 _HUB_ADVICE = (
-    "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a gated one accept its "
-    "licence at https://huggingface.co/{} and run `hf auth login`"
+    "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a"
+    " gated one accept its licence at https://huggingface.co/{} and run `hf auth login`"
 )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model with its family facts, its processor and the token ids that the sampler and the objective need."""
+    """A base model with its family facts, its processor and the token ids that the sampler and the
+    objective need.
+    """
 
     name: str  # as given: a folder, a hub name, 'demo' or 'demo-gemma'
     base: PreTrainedModel
@@ -76,14 +78,18 @@ class LoadedModel:
 
 
 def model_path(name: str) -> str:
-    """Where transformers finds `name`: an embedded checkpoint's folder, else the name itself (a folder or a hub name)."""
+    """Where transformers finds `name`: an embedded checkpoint's folder, else the name itself (a
+    folder or a hub name).
+    """
     import data.demo
 
     return str(Path(data.demo.__path__[0]) / EMBEDDED[name]) if name in EMBEDDED else name
 
 
 def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -> Encoder:
-    """Tokenizer and image processor of a checkpoint, without its weights. Raises UsageError (one line) as `load_model` does."""
+    """Tokenizer and image processor of a checkpoint, without its weights. Raises UsageError (one
+    line) as `load_model` does.
+    """
     path = model_path(name)
     _check_checkpoint(name, path)
     try:
@@ -104,15 +110,16 @@ def load_model(
     vision_cache_gb: float = 0.0,
     vision_cache_dir: str | None = None,
 ) -> LoadedModel:
-    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its weights are stored in;
-    vision_cache_gb, vision_cache_dir: see VisionCache.
+    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its
+    weights are stored in; vision_cache_gb, vision_cache_dir: see VisionCache.
 
     Raises UsageError (one line) where there is no such model at `name`.
     """
     path = model_path(name)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
-    # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do about it.
+    # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do
+    # about it.
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
@@ -131,7 +138,8 @@ def load_model(
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = sorted(loading["missing_keys"])
         raise UsageError(
-            f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the model, such as {missing[0]}"
+            f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the"
+            f" model, such as {missing[0]}"
         )
     base.requires_grad_(False)
     base.to(device).eval()
@@ -146,7 +154,9 @@ def load_model(
 
 
 def looks_local(name: str) -> bool:
-    """Whether `name` can only be a folder (or an embedded one): anything but owner/model, or owner/model where such a folder exists."""
+    """Whether `name` can only be a folder (or an embedded one): anything but owner/model, or
+    owner/model where such a folder exists.
+    """
     return (
         name in EMBEDDED
         or name.startswith((".", "~", "/"))
@@ -159,7 +169,8 @@ def _check_checkpoint(name: str, path: str) -> None:
     """Everything that can be said before weights are read, in one line."""
     if looks_local(name) and not Path(path).is_dir():
         raise UsageError(
-            f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
+            f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name"
+            " (owner/model) or 'demo'"
         )
     if looks_local(name) and not (Path(path) / "config.json").is_file():
         raise UsageError(
@@ -171,12 +182,14 @@ def _check_checkpoint(name: str, path: str) -> None:
         raise UsageError(f"--model_name_or_path {name}: {_first_line(error)}") from error
     except OSError as error:
         raise UsageError(
-            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)}). {_HUB_ADVICE.format(name)}"
+            f"--model_name_or_path {name}: no config.json could be had ({_first_line(error)})."
+            f" {_HUB_ADVICE.format(name)}"
         ) from error
     if text.get("attn_logit_softcapping") is not None:
         raise UsageError(
-            f"--model_name_or_path {name}: its config.json sets attn_logit_softcapping to {text['attn_logit_softcapping']}, which "
-            "transformers' attention leaves out: another model than the trained one would run. null there means that this is intended"
+            f"--model_name_or_path {name}: its config.json sets attn_logit_softcapping to"
+            f" {text['attn_logit_softcapping']}, which transformers' attention leaves out: another"
+            " model than the trained one would run. null there means that this is intended"
         )
 
 
@@ -195,7 +208,9 @@ def _first_line(error: Exception) -> str:
 
 
 def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
-    """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the model's outputs are unchanged."""
+    """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the
+    model's outputs are unchanged.
+    """
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -212,10 +227,11 @@ def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float
 def attach_adapter(
     model: LoadedModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0
 ) -> PeftModel:
-    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it, unless SFT goes on with it.
+    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it,
+    unless SFT goes on with it.
 
-    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key that is missing or left
-    over means that something else than the trained model would run.
+    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key
+    that is missing or left over means that something else than the trained model would run.
     """
     folder = Path(folder)
     config = adapter_config(folder)
@@ -230,7 +246,9 @@ def attach_adapter(
 
 
 def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
-    """Load the SFT adapter a second time, frozen, as `reference`; `default` stays active and trainable."""
+    """Load the SFT adapter a second time, frozen, as `reference`; `default` stays active and
+    trainable.
+    """
     config = adapter_config(Path(folder))
     config.lora_dropout, config.inference_mode = 0.0, True
     wrapped.add_adapter(REFERENCE, config)
@@ -246,7 +264,8 @@ def adapter_config(folder: Path) -> LoraConfig:
         or not (folder / "adapter_model.safetensors").is_file()
     ):
         raise UsageError(
-            f"{folder}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+            f"{folder}: no adapter there; an adapter folder holds adapter_config.json and"
+            " adapter_model.safetensors"
         )
     try:
         return LoraConfig.from_pretrained(str(folder))
@@ -257,7 +276,9 @@ def adapter_config(folder: Path) -> LoraConfig:
 
 
 def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
-    """Put a folder's weights into an attached adapter; every key must find its place, none may be left over."""
+    """Put a folder's weights into an attached adapter; every key must find its place, none may be
+    left over.
+    """
     try:
         saved = load_file(Path(folder) / "adapter_model.safetensors")
     except SafetensorError as error:
@@ -270,7 +291,9 @@ def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = 
 def load_adapter_state(
     wrapped: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str
 ) -> None:
-    """As `load_adapter_weights`, from tensors. Raises UsageError that names `source` and the keys or shapes that do not fit."""
+    """As `load_adapter_weights`, from tensors. Raises UsageError that names `source` and the keys
+    or shapes that do not fit.
+    """
     expected = adapter_state(wrapped, adapter)
     missing, unexpected = (
         sorted(expected.keys() - saved.keys()),
@@ -283,13 +306,15 @@ def load_adapter_state(
             if keys
         )
         raise UsageError(
-            f"{source}: the adapter does not fit the model, {examples}. It was trained on another model or by another version"
+            f"{source}: the adapter does not fit the model, {examples}. It was trained on another"
+            " model or by another version"
         )
     misshapen = [name for name in expected if expected[name].shape != saved[name].shape]
     if misshapen:
         name = misshapen[0]
         raise UsageError(
-            f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs {tuple(expected[name].shape)}"
+            f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs"
+            f" {tuple(expected[name].shape)}"
         )
     set_peft_model_state_dict(wrapped, saved, adapter_name=adapter)
 
@@ -302,7 +327,9 @@ def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor
 
 
 def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
-    """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user gave it."""
+    """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user
+    gave it.
+    """
     config = wrapped.peft_config[POLICY].to_dict()
     config |= {"base_model_name_or_path": base_name, "inference_mode": True}
     return {
@@ -315,8 +342,8 @@ def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
 def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
     """Run with another adapter, without gradient, and put everything back.
 
-    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others, so the flags are restored
-    too.
+    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others,
+    so the flags are restored too.
     """
     flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
     active = wrapped.active_adapter
@@ -333,8 +360,8 @@ def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute the decoder's layers in the backward pass, in train() mode only.
 
-    Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen vision tower is never
-    recomputed.
+    Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen
+    vision tower is never recomputed.
     """
     decoder = language_model(model)
     decoder.activation_checkpointing_enable({"use_reentrant": False})
@@ -343,12 +370,14 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def compile_decoder(model: nn.Module) -> None:
-    """Let torch compile what the decoder's layers do with single tokens: norms, projections with their adapters, rotary embedding, MLP.
+    """Let torch compile what the decoder's layers do with single tokens: norms, projections with
+    their adapters, rotary embedding, MLP.
 
-    In place, so that modules and weights keep their names. Attention and checkpointing stay as they are, around the compiled parts,
-    and the graphs serve every number of tokens. Low precision is rounded after every operation, as without compiling: else the
-    graphs with and without gradient would round differently, and the ratio would not begin at 1. Raises UsageError (one line)
-    where nothing can be compiled, as on a machine without a C++ compiler.
+    In place, so that modules and weights keep their names. Attention and checkpointing stay as they
+    are, around the compiled parts, and the graphs serve every number of tokens. Low precision is
+    rounded after every operation, as without compiling: else the graphs with and without gradient
+    would round differently, and the ratio would not begin at 1. Raises UsageError (one line) where
+    nothing can be compiled, as on a machine without a C++ compiler.
     """
     decoder, options = language_model(model), {"emulate_precision_casts": True}
     try:
@@ -357,8 +386,8 @@ def compile_decoder(model: nn.Module) -> None:
         raise UsageError(
             f"--compile: torch cannot compile on this machine: {_first_line(error)}"
         ) from error
-    # A part has a graph for each adapter, kind of layer, and with and without gradient. Past the limit torch would go on without
-    # compiling, unseen, and round differently from then on.
+    # A part has a graph for each adapter, kind of layer, and with and without gradient. Past the
+    # limit torch would go on without compiling, unseen, and round differently from then on.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in decoder.layers:
@@ -372,8 +401,8 @@ def _finish(wrapped: PeftModel, base_name: str) -> None:
 
 
 def _set_trainable(wrapped: PeftModel) -> None:
-    """Exactly the `default` adapter of the language model is trained; anything else trainable is a bug of the target
-    pattern.
+    """Exactly the `default` adapter of the language model is trained; anything else trainable is a
+    bug of the target pattern.
     """
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:

@@ -1,4 +1,6 @@
-"""AdamW's parameter groups, the learning rate as a pure function of the step, and the gradient's norm."""
+"""AdamW's parameter groups, the learning rate as a pure function of the step, and the gradient's
+norm.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained, in the model's order (the order of the optimizer's state)."""
+    """Names and parameters that are trained, in the model's order (the order of the optimizer's
+    state).
+    """
     return [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
@@ -19,9 +23,11 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, betas 0.9 and 0.999, eps 1e-8 (the paper names only AdamW).
+    """AdamW over the trainable parameters, betas 0.9 and 0.999, eps 1e-8 (the paper names only
+    AdamW).
 
-    LoRA matrices all have two dimensions, so all are decayed, in one group. They are fp32, and so is the state.
+    LoRA matrices all have two dimensions, so all are decayed, in one group. They are fp32, and so
+    is the state.
     """
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     if not parameters:
@@ -32,10 +38,11 @@ def build_optimizer(
 
 
 def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of update number `step` (0-based, counted in optimizer steps), as in HF's cosine schedule.
+    """Learning rate of update number `step` (0-based, counted in optimizer steps), as in HF's
+    cosine schedule.
 
-    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is a warm-up), then half a
-    cosine from `base` to 0 at `total_steps`.
+    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is
+    a warm-up), then half a cosine from `base` to 0 at `total_steps`.
     """
     if step < warmup_steps:
         return base * step / warmup_steps
@@ -50,7 +57,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their global L2 norm is at most `max_norm`; returns the norm before clipping.
+    """Scale all gradients together so that their global L2 norm is at most `max_norm`; returns the
+    norm before clipping.
 
     Scalar tensor. Uses torch's convention: coefficient = min(1, max_norm / (norm + 1e-6)).
     """

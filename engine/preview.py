@@ -1,6 +1,8 @@
-"""What --show_batch and --dry_run print: a batch as the model gets it, token by token, and what a run will need.
+"""What --show_batch and --dry_run print: a batch as the model gets it, token by token, and what a
+run will need.
 
-Texts come from data files and vocabularies: control characters in them are printed as escapes and never reach the terminal.
+Texts come from data files and vocabularies: control characters in them are printed as escapes and
+never reach the terminal.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ CARDS = (24, 40, 80)  # GB
 USABLE = 0.9
 
 
-# ---- one batch ------------------------------------------------------------------------------------------------------
+# ---- one batch -----------------------------------------------------------------------------------
 def wants_colour(stream: TextIO) -> bool:
-    """Colours go to a terminal only, and not where NO_COLOR is set (no-color.org) or the terminal is a dumb one."""
+    """Colours go to a terminal only, and not where NO_COLOR is set (no-color.org) or the terminal
+    is a dumb one.
+    """
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str, also: str = "") -> str:
-    """The text with a backslash before backslashes and the characters of `also`, and with escapes for what a terminal would
-    act on or not show: control, format, separator and private characters.
+    """The text with a backslash before backslashes and the characters of `also`, and with escapes
+    for what a terminal would act on or not show: control, format, separator and private characters.
     """
     named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
     shown = []
@@ -64,8 +68,8 @@ def printable(text: str, also: str = "") -> str:
 def row_pieces(
     encoder: Encoder, ids: Tensor, token_types: Tensor, attention_mask: Tensor, supervised: Tensor
 ) -> list[tuple[str, str, str]]:
-    """One row, all [S] -> (kind, text, control text or "") of every token; runs of image placeholders and of padding are one
-    piece. kind: supervised, prompt, image or padding.
+    """One row, all [S] -> (kind, text, control text or "") of every token; runs of image
+    placeholders and of padding are one piece. kind: supervised, prompt, image or padding.
     """
     pieces: list[tuple[str, str, str]] = []
     runs: list[int] = []  # length of the run that each piece stands for
@@ -110,7 +114,9 @@ def row_pieces(
 
 
 def row_fields(row: EncodedRow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, token types, attention mask, supervised, all [S], of a row of training; it has no padding."""
+    """ids, token types, attention mask, supervised, all [S], of a row of training; it has no
+    padding.
+    """
     prompt, ids = row.prompt, row.completion_ids
     supervised = torch.cat(
         [torch.zeros(len(prompt.input_ids), dtype=torch.bool), row.completion_mask]
@@ -124,8 +130,9 @@ def row_fields(row: EncodedRow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
-    """A row for the eye; a line ends after each newline token. Colour: every second token is underlined. Plain: | between
-    tokens, [[ ]] around supervised ones, and a backslash before these characters in the text.
+    """A row for the eye; a line ends after each newline token. Colour: every second token is
+    underlined. Plain: | between tokens, [[ ]] around supervised ones, and a backslash before these
+    characters in the text.
     """
     parts, inside = [], False
     for number, (kind, text, control) in enumerate(pieces):
@@ -155,21 +162,24 @@ def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
 def legend(colour: bool) -> str:
     if not colour:
         return (
-            "legend: [[supervised]], others are not; | between tokens; \\ before | [ ] \\ of the text and in escapes; "
-            "{..} part of a character"
+            "legend: [[supervised]], others are not; | between tokens; \\ before | [ ] \\ of the"
+            " text and in escapes; {..} part of a character"
         )
     painted = " ".join(
         f"\x1b[{code}{';1' if kind == 'supervised' else ''}m{kind}\x1b[0m"
         for kind, code in COLOURS.items()
     )
-    return f"legend: {painted}; supervised is bold; every second token is underlined; {{..}} part of a character"
+    return (
+        f"legend: {painted}; supervised is bold; every second token is underlined; {{..}} part of a"
+        " character"
+    )
 
 
 def batch_text(
     encoder: Encoder, batch: Sequence[tuple[Tensor, ...]], examples: Sequence[Example], colour: bool
 ) -> str:
-    """The whole batch, of each row the arguments of `row_pieces`; rows with the same tokens (the prompts of different images) are
-    shown once.
+    """The whole batch, of each row the arguments of `row_pieces`; rows with the same tokens (the
+    prompts of different images) are shown once.
     """
     same: dict[tuple, list[int]] = {}
     for i, row in enumerate(batch):
@@ -188,8 +198,8 @@ def batch_text(
 
 def counts(token_types: Tensor, attention_mask: Tensor, supervised: Tensor) -> str:
     return (
-        f"{int(attention_mask.sum())} tokens, {int(supervised.sum())} supervised, {int((token_types == IMAGE_TYPE).sum())} image, "
-        f"{int((~attention_mask).sum())} padding"
+        f"{int(attention_mask.sum())} tokens, {int(supervised.sum())} supervised,"
+        f" {int((token_types == IMAGE_TYPE).sum())} image, {int((~attention_mask).sum())} padding"
     )
 
 
@@ -224,7 +234,9 @@ def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: Te
 def show_prompts(
     config: TrainingConfig, examples: Sequence[Example], prompts: int, stream: TextIO
 ) -> int:
-    """--show_batch of run_grpo.py: the prompts of the first rollout, as they are sampled from. Returns the exit code 0."""
+    """--show_batch of run_grpo.py: the prompts of the first rollout, as they are sampled from.
+    Returns the exit code 0.
+    """
     encoder = _encoder(config)
     chosen = first_examples(config, examples, prompts)
     prompts = collate_prompts(
@@ -240,9 +252,11 @@ def show_prompts(
     )
     _write(
         stream,
-        f"prompts of the first rollout, prompt {config.prompt!r}, padded on the left as the sampler takes them\n"
+        f"prompts of the first rollout, prompt {config.prompt!r}, padded on the left as the sampler"
+        " takes them\n"
         + batch_text(encoder, batch, chosen, wants_colour(stream))
-        + "\nsupervised later: the tokens that are sampled after each prompt, stop token included; nothing of the prompt ever is",
+        + "\nsupervised later: the tokens that are sampled after each prompt, stop token included;"
+        " nothing of the prompt ever is",
     )
     return 0
 
@@ -252,11 +266,13 @@ def _write(stream: TextIO, text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
-# ---- what a run will need -------------------------------------------------------------------------------------------
+# ---- what a run will need ------------------------------------------------------------------------
 def encoded_rows(
     config: TrainingConfig, encoder: Encoder, examples: Sequence[Example], answers: bool
 ) -> list[EncodedRow | EncodedPrompt]:
-    """The first examples in the loop's order, encoded with their images. Raises DataError for one that cannot be."""
+    """The first examples in the loop's order, encoded with their images. Raises DataError for one
+    that cannot be.
+    """
     prompt = PROMPTS[config.prompt]
     chosen = first_examples(config, examples, CHECKED_ROWS)
     return [
@@ -274,7 +290,8 @@ def dry_run_report(
     rollout_prompts: int = 0,
     num_generations: int = 1,
 ) -> str:
-    """Token lengths of the first rows of every data set, and the memory forecast. rollout_prompts 0: SFT.
+    """Token lengths of the first rows of every data set, and the memory forecast. rollout_prompts
+    0: SFT.
 
     Raises DataError where one of these rows cannot be encoded.
     """
@@ -316,8 +333,10 @@ def dry_run_report(
     )
     return "\n".join(
         [
-            f"checked     {len(rows)} of {len(train)} training rows and {len(evaluated)} of {sum(map(len, sets.values()))} to evaluate, "
-            "images included",
+            (
+                f"checked     {len(rows)} of {len(train)} training rows and {len(evaluated)} of"
+                f" {sum(map(len, sets.values()))} to evaluate, images included"
+            ),
             f"tokens      prompt {_spread(lengths)}, of them image {_spread(images)}; "
             + (
                 f"answer {_spread(completions)}"
@@ -335,11 +354,16 @@ def _spread(lengths: Sequence[int]) -> str:
 
 
 def memory_table(found: Forecast, work: Workload) -> str:
-    """The forecast's phases as columns, its parts as rows, in GiB; then the peak and the cards that hold it."""
+    """The forecast's phases as columns, its parts as rows, in GiB; then the peak and the cards that
+    hold it.
+    """
     parts = list(dict.fromkeys(part for phase in found.phases.values() for part in phase))
     width = max(map(len, (*parts, "total")))
     lines = [
-        "memory      forecast in GiB, at the largest moment of each phase, with the longest rows that were seen",
+        (
+            "memory      forecast in GiB, at the largest moment of each phase, with the longest"
+            " rows that were seen"
+        ),
         f"  {'':{width}} " + " ".join(f"{phase:>10}" for phase in found.phases),
     ]
     for part in parts:

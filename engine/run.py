@@ -1,4 +1,5 @@
-"""The book-keeping that both run scripts share: where a run stands, its checkpoints, its resume, its final adapter.
+"""The book-keeping that both run scripts share: where a run stands, its checkpoints, its resume,
+its final adapter.
 
 Nothing here touches a gradient.
 """
@@ -38,7 +39,8 @@ from engine.model import POLICY, adapter_config_document, adapter_state, load_ad
 from engine.runtime import run_directory, sha256_of, versions
 from engine.tracking import STEP_LOGS
 
-# What may differ in a resumed run. Data files may have moved: their contents are compared by SHA-256.
+# What may differ in a resumed run. Data files may have moved: their contents are compared by
+# SHA-256.
 FREE_TO_CHANGE = (
     "output_dir",
     "resume_from_checkpoint",
@@ -61,7 +63,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainerState:
-    """Where a run stands; trainer_state.json, in the form that HF's tools read. Steps are optimizer steps."""
+    """Where a run stands; trainer_state.json, in the form that HF's tools read. Steps are optimizer
+    steps.
+    """
 
     global_step: int = 0
     epoch: float = 0.0
@@ -75,7 +79,9 @@ class TrainerState:
     unlogged_metrics: dict[str, Any] = field(default_factory=dict)
 
     def record_evaluation(self, metric: float, *, greater_is_better: bool) -> bool:
-        """Note an evaluation at this step; returns whether it is the best so far. NaN is never the best."""
+        """Note an evaluation at this step; returns whether it is the best so far. NaN is never the
+        best.
+        """
         better = metric == metric and (
             self.best_metric is None
             or (metric > self.best_metric if greater_is_better else metric < self.best_metric)
@@ -88,15 +94,15 @@ class TrainerState:
         return better
 
 
-# ---- configuration of the run ---------------------------------------------------------------------------------------
+# ---- configuration of the run --------------------------------------------------------------------
 def run_document(
     resolved: Resolved,
     script: str,
     data_files: Mapping[str, Path],
     bad_images: Mapping[str, list[dict]],
 ) -> dict:
-    """config.json: every setting with its origin, the data files with their SHA-256 and what data.select noted of them, the
-    examples left out for their images, and the versions that ran.
+    """config.json: every setting with its origin, the data files with their SHA-256 and what
+    data.select noted of them, the examples left out for their images, and the versions that ran.
     """
     data = {
         name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path)
@@ -113,7 +119,9 @@ def run_document(
 
 
 def _selection(data_file: Path) -> dict[str, Any]:
-    """{"selection": content of NAME.select.json} where that lies beside the data file: policies, SHA-256 of the label files."""
+    """{"selection": content of NAME.select.json} where that lies beside the data file: policies,
+    SHA-256 of the label files.
+    """
     path = selection_file(data_file)
     if not path.is_file():
         return {}
@@ -135,8 +143,8 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of an earlier run by name, from its config.json; empty where the folder has none (an adapter from
-    elsewhere).
+    """The settings of an earlier run by name, from its config.json; empty where the folder has none
+    (an adapter from elsewhere).
 
     Raises UsageError for a config.json that cannot be read.
     """
@@ -148,19 +156,21 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
         return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or remove it"
+            f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
+            " remove it"
         ) from error
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 def usable_examples(
     sets: Mapping[str, list[Example]], policy: Literal["fail", "skip"], resumed: dict | None = None
 ) -> tuple[dict[str, list[Example]], dict[str, list[dict]]]:
     """(data sets to use, {name: rows of the examples left out}), as --bad_images says.
 
-    fail: every image file must be there; what is in it shows when it is needed. skip: all images are read now, unless the run
-    goes on: then what it left out at its beginning (`resumed`, its config.json) is left out again, so that its data set is the
-    same. Raises DataError for missing images, and for a data set of which nothing is left.
+    fail: every image file must be there; what is in it shows when it is needed. skip: all images
+    are read now, unless the run goes on: then what it left out at its beginning (`resumed`, its
+    config.json) is left out again, so that its data set is the same. Raises DataError for missing
+    images, and for a data set of which nothing is left.
     """
     if policy == "fail":
         check_images(example for examples in sets.values() for example in examples)
@@ -181,7 +191,9 @@ def usable_examples(
 
 
 def write_bad_images(folder: Path, bad: Mapping[str, list[dict]]) -> None:
-    """bad-images-<name>.jsonl in `folder` for every data set that examples were left out of, with the reason of each."""
+    """bad-images-<name>.jsonl in `folder` for every data set that examples were left out of, with
+    the reason of each.
+    """
     for name, rows in bad.items():
         if rows:
             write_jsonl(Path(folder) / f"bad-images-{name}.jsonl", rows)
@@ -200,21 +212,27 @@ def bad_image_counts(names: Iterable[str], bad: Mapping[str, list[dict]]) -> dic
     return {name: {"bad_images": len(bad.get(name, []))} for name in names}
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
-    """The verified checkpoint that --resume_from_checkpoint names, and the damaged newer ones that were passed over.
+    """The verified checkpoint that --resume_from_checkpoint names, and the damaged newer ones that
+    were passed over.
 
-    named: a checkpoint-<step> folder, which must be sound, or a run folder, whose newest sound checkpoint is taken. Raises
-    CheckpointError naming the damaged file.
+    named: a checkpoint-<step> folder, which must be sound, or a run folder, whose newest sound
+    checkpoint is taken. Raises CheckpointError naming the damaged file.
     """
     path = Path(named)
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
     resolved = path.resolve()  # `last` and `best` are links
     if resolved.name.startswith("checkpoint-"):
-        return load_checkpoint(
-            resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved
-        ), []
+        return (
+            load_checkpoint(
+                resolved.relative_to(Path.cwd())
+                if resolved.is_relative_to(Path.cwd())
+                else resolved
+            ),
+            [],
+        )
     newest, rejected = latest_valid_checkpoint(path)
     if newest is None:
         raise CheckpointError(
@@ -229,14 +247,15 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
 def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, Any]:
     """The settings of the run that --resume_from_checkpoint names, for `parse_config`.
 
-    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or a renamed folder. Raises
-    UsageError for a checkpoint of the other script.
+    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or
+    a renamed folder. Raises UsageError for a checkpoint of the other script.
     """
     checkpoint, _ = find_checkpoint(named)
     document = checkpoint.document("config.json")
     if document["script"] != script:
         raise UsageError(
-            f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume it with that script"
+            f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume"
+            " it with that script"
         )
     return {name: entry["value"] for name, entry in document["settings"].items()} | {
         "output_dir": None
@@ -246,7 +265,8 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
 def run_folder(
     checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]
 ) -> Path:
-    """The folder of this run: that of the checkpoint it goes on from, or a new one where output_dir names another.
+    """The folder of this run: that of the checkpoint it goes on from, or a new one where output_dir
+    names another.
 
     Raises UsageError where that other folder is not empty.
     """
@@ -258,37 +278,42 @@ def run_folder(
 
 
 def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
-    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe and the origins.
+    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe
+    and the origins.
 
     Raises UsageError naming each data file that is not the one that the run began with.
     """
     saved = checkpoint.document("config.json")
     before, now = saved["data"], document["data"]
     changed = [
-        f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256 {now.get(name, {}).get('sha256', '(not given)')[:12]}, "
-        f"the resumed run used {before.get(name, {}).get('sha256', '(none)')[:12]}"
+        f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256"
+        f" {now.get(name, {}).get('sha256', '(not given)')[:12]}, the resumed run used"
+        f" {before.get(name, {}).get('sha256', '(none)')[:12]}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name, {}).get("sha256") != now.get(name, {}).get("sha256")
     ]
     if changed:
         raise UsageError(
             [
-                f"data file changed since {checkpoint.path.name} was saved; restore it or start a new run. {line}"
+                f"data file changed since {checkpoint.path.name} was saved; restore it or start a"
+                f" new run. {line}"
                 for line in changed
             ]
         )
     settings = {
-        name: saved["settings"][name]
-        if saved["settings"].get(name, {}).get("value") == entry["value"]
-        else entry
+        name: (
+            saved["settings"][name]
+            if saved["settings"].get(name, {}).get("value") == entry["value"]
+            else entry
+        )
         for name, entry in document["settings"].items()
     }  # a value that did not change keeps its origin
     return document | {"recipe": saved["recipe"], "settings": settings}
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
-    """When a run goes on in another folder, take along its logs and results, this checkpoint and the best: the new folder
-    is whole.
+    """When a run goes on in another folder, take along its logs and results, this checkpoint and
+    the best: the new folder is whole.
     """
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
@@ -312,8 +337,8 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
 
 
 def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
-    """Copy the SFT adapter to run_dir/reference, once; returns {file: SHA-256}. With it a run folder is whole, whatever
-    happens to the SFT run.
+    """Copy the SFT adapter to run_dir/reference, once; returns {file: SHA-256}. With it a run
+    folder is whole, whatever happens to the SFT run.
     """
     temporary = run_dir / ".tmp-reference"
     temporary.mkdir()
@@ -324,7 +349,9 @@ def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
 
 
 def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
-    """The hashes of the run's reference. Raises UsageError where it is not the adapter that the run began with."""
+    """The hashes of the run's reference. Raises UsageError where it is not the adapter that the run
+    began with.
+    """
     folder, before = (
         checkpoint.path.parent / "reference",
         checkpoint.document("config.json")["reference"],
@@ -333,8 +360,9 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
     if now != before:
         changed = next(name for name in before if now.get(name) != before[name])
         raise UsageError(
-            f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256 {now.get(changed, 'missing')[:12]}, "
-            f"was {before[changed][:12]}); restore it or start a new run"
+            f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256"
+            f" {now.get(changed, 'missing')[:12]}, was {before[changed][:12]}); restore it or start"
+            " a new run"
         )
     return now
 
@@ -365,14 +393,15 @@ def restore(
         and not (checkpoint.path.parent / state.best_model_checkpoint).is_dir()
     ):
         logger.warning(
-            "the best checkpoint so far, %s, is no longer there: the best is chosen among later ones",
+            "the best checkpoint so far, %s, is no longer there: the best is chosen among later"
+            " ones",
             state.best_model_checkpoint,
         )
         state.best_metric = state.best_model_checkpoint = None
     return state
 
 
-# ---- save -----------------------------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 def save_training_checkpoint(
     run_dir: Path,
     state: TrainerState,
@@ -386,8 +415,8 @@ def save_training_checkpoint(
     tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save everything that the next optimizer step depends on; set the links `last` and `best`; delete what `limit` leaves
-    over.
+    """Save everything that the next optimizer step depends on; set the links `last` and `best`;
+    delete what `limit` leaves over.
     """
     optimizer_tensors, optimizer_document = optimizer_to_tensors(optimizer)
     rng_tensors, rng_document = rng_to_tensors(generators)
@@ -408,9 +437,9 @@ def save_training_checkpoint(
             "config.json": config_document,
             **(documents or {}),
         },
-        notes={"reference": config_document["reference"]}
-        if "reference" in config_document
-        else None,
+        notes=(
+            {"reference": config_document["reference"]} if "reference" in config_document else None
+        ),
     )
     point_link(run_dir, "last", path)
     best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None
@@ -423,7 +452,9 @@ def save_training_checkpoint(
 def save_final_adapter(
     run_dir: Path, state: TrainerState, wrapped: PeftModel, *, base_name: str
 ) -> None:
-    """The run's result at the top of its folder, as plain peft loads it; its presence says that the run has finished."""
+    """The run's result at the top of its folder, as plain peft loads it; its presence says that the
+    run has finished.
+    """
     write_json(run_dir / "trainer_state.json", asdict(state))
     write_json(run_dir / "adapter_config.json", adapter_config_document(wrapped, base_name))
     temporary = run_dir / ".tmp-adapter_model.safetensors"
@@ -436,7 +467,9 @@ def save_final_adapter(
 
 
 def load_best_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel) -> str | None:
-    """Put the best checkpoint's adapter into the model; returns its name, or None where no evaluation chose one."""
+    """Put the best checkpoint's adapter into the model; returns its name, or None where no
+    evaluation chose one.
+    """
     if state.best_model_checkpoint is None:
         return None
     checkpoint = load_checkpoint(run_dir / state.best_model_checkpoint)
@@ -444,10 +477,10 @@ def load_best_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel) ->
     return state.best_model_checkpoint
 
 
-# ---- data order -----------------------------------------------------------------------------------------------------
+# ---- data order ----------------------------------------------------------------------------------
 def shuffled(count: int, epoch: int, seed: int) -> list[int]:
-    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume needs no position of a
-    loader.
+    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume
+    needs no position of a loader.
     """
     return torch.randperm(
         count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)

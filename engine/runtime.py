@@ -1,4 +1,6 @@
-"""What a run needs around its loop: seeds, device, signals, its directory and lock, versions, exit codes."""
+"""What a run needs around its loop: seeds, device, signals, its directory and lock, versions, exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -41,32 +43,38 @@ def seed_everything(seed: int) -> None:
 
 
 def pick_device(num_threads: int | None = None) -> torch.device:
-    """The first CUDA device where there is one, else the CPU, with `num_threads` threads for torch's own work there."""
+    """The first CUDA device where there is one, else the CPU, with `num_threads` threads for
+    torch's own work there.
+    """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:
-    """The base model's precision. Raises UsageError for bf16 on a GPU that has none (before NVIDIA's Ampere generation)."""
+    """The base model's precision. Raises UsageError for bf16 on a GPU that has none (before
+    NVIDIA's Ampere generation).
+    """
     if (
         bf16
         and device.type == "cuda"
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise UsageError(
-            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for float32"
+            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for"
+            " float32"
         )
     return torch.bfloat16 if bf16 else torch.float32
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 class SignalGuard:
-    """Within the block, SIGINT and SIGTERM only set `stop`, which loops poll to finish a step, save and leave.
+    """Within the block, SIGINT and SIGTERM only set `stop`, which loops poll to finish a step, save
+    and leave.
 
-    A SIGINT after any first signal raises KeyboardInterrupt at once; further SIGTERMs change nothing. The earlier
-    handlers come back at the end of the block. Poll inside sampling and evaluation too: a step may be long, and the
-    time between SIGTERM and SIGKILL short.
+    A SIGINT after any first signal raises KeyboardInterrupt at once; further SIGTERMs change
+    nothing. The earlier handlers come back at the end of the block. Poll inside sampling and
+    evaluation too: a step may be long, and the time between SIGTERM and SIGKILL short.
     """
 
     def __init__(self):
@@ -99,13 +107,16 @@ class SignalGuard:
                 raise KeyboardInterrupt
             return
         self.stop = int(number)
-        notice = f"\n{signal.Signals(number).name}: stopping at the next safe point and saving; Ctrl-C stops at once\n"
+        notice = (
+            f"\n{signal.Signals(number).name}: stopping at the next safe point and saving; Ctrl-C"
+            " stops at once\n"
+        )
         # not print: it is not safe to call while another print is interrupted
         with contextlib.suppress(OSError):
             os.write(2, notice.encode())
 
 
-# ---- run directory --------------------------------------------------------------------------------------------------
+# ---- run directory -------------------------------------------------------------------------------
 def run_directory(
     output_dir: str | Path | None,
     kind: Literal["sft", "grpo", "eval", "report", "matrix"],
@@ -126,7 +137,8 @@ def run_directory(
         raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
     if content:
         raise UsageError(
-            f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is overwritten: "
+            f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is"
+            " overwritten: "
             + (
                 "name another folder, or go on with --resume_from_checkpoint"
                 if kind in ("sft", "grpo")
@@ -146,9 +158,11 @@ def _new_directory(root: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; the kernel lets go when the process ends, however it ends.
+    """Hold a run directory for this process; the kernel lets go when the process ends, however it
+    ends.
 
-    Raises UsageError, naming the other process, where another one holds it, or where the directory is read-only.
+    Raises UsageError, naming the other process, where another one holds it, or where the directory
+    is read-only.
     """
     try:
         file = open(Path(run_dir) / LOCK_FILE, "a+", encoding="ascii")
@@ -179,8 +193,8 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 def newest_finished_run(
     root: Path, kind: Literal["sft", "grpo"], base: str | None = None
 ) -> Path | None:
-    """The newest run of a kind below `root`, by the time in its name, that has saved its final adapter; with `base`, the newest
-    whose adapter names that base model.
+    """The newest run of a kind below `root`, by the time in its name, that has saved its final
+    adapter; with `base`, the newest whose adapter names that base model.
     """
     if not Path(root).is_dir():
         return None
@@ -209,7 +223,7 @@ def _adapter_base(run: Path) -> str | None:
         return None
 
 
-# ---- facts about the run --------------------------------------------------------------------------------------------
+# ---- facts about the run -------------------------------------------------------------------------
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -217,7 +231,9 @@ def sha256_of(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers; CUDA's and the device's name where there is one."""
+    """Versions of Python and of the packages that decide numbers; CUDA's and the device's name
+    where there is one.
+    """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -234,13 +250,14 @@ def environment_banner(device: torch.device) -> str:
     )
 
 
-# ---- exit codes -----------------------------------------------------------------------------------------------------
+# ---- exit codes ----------------------------------------------------------------------------------
 def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception], ...] = ()) -> int:
     """Call a script's main and return the process's exit code.
 
-    main returns its own code (None is 0; SignalGuard.exit_code after a stop). UsageError, and the exception classes in
-    `errors`, are the user's to correct: 'error: ' lines on stderr, from `.problems` where the exception has them, and 2.
-    KeyboardInterrupt: 130. Anything else is a fault of ours and propagates with its traceback, which Python makes 1.
+    main returns its own code (None is 0; SignalGuard.exit_code after a stop). UsageError, and the
+    exception classes in `errors`, are the user's to correct: 'error: ' lines on stderr, from
+    `.problems` where the exception has them, and 2. KeyboardInterrupt: 130. Anything else is a
+    fault of ours and propagates with its traceback, which Python makes 1.
     """
     try:
         return main() or 0

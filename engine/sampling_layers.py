@@ -1,9 +1,12 @@
-"""Linear layers while sampling: one product each, with weights that are copied once for all the tokens to come.
+"""Linear layers while sampling: one product each, with weights that are copied once for all the
+tokens to come.
 
-Every token reads all weights, and what its layers do beside that counts. In fp32 the adapter is added to copies of the weights that it
-adapts, in place of two more products beside each. On a CPU these copies, and the head's, are laid out as oneDNN likes them; how much
-faster its products are depends on the processor (tests/benchmarks/sampling_layers.py: 1.6 to 2.8 times as fast as torch's on an AMD
-EPYC). The model itself is not changed: its layers have another `forward` for a while, so hooks on a layer's parts do not see it.
+Every token reads all weights, and what its layers do beside that counts. In fp32 the adapter is
+added to copies of the weights that it adapts, in place of two more products beside each. On a CPU
+these copies, and the head's, are laid out as oneDNN likes them; how much faster its products are
+depends on the processor (tests/benchmarks/sampling_layers.py: 1.6 to 2.8 times as fast as torch's
+on an AMD EPYC). The model itself is not changed: its layers have another `forward` for a while, so
+hooks on a layer's parts do not see it.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from engine.families import language_model, lm_head_weight
 
 @contextmanager
 def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Run the decoder's linear layers with the active adapter as described above, and put everything back. Gives the product with the
-    head, [n,H] -> [n,V] in the head's dtype. Without gradient.
+    """Run the decoder's linear layers with the active adapter as described above, and put
+    everything back. Gives the product with the head, [n,H] -> [n,V] in the head's dtype. Without
+    gradient.
 
-    An adapter is merged in fp32 and above alone: bf16 would round most of its small differences away, and completions would be those
-    of another model.
+    An adapter is merged in fp32 and above alone: bf16 would round most of its small differences
+    away, and completions would be those of another model.
     """
     before: list[tuple[nn.Module, dict]] = []
     try:
@@ -80,7 +84,8 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
     weight = weight.detach()
     if not _is_packable(weight):
         return partial(linear, weight=weight, bias=bias)
-    # What torch's inductor calls for linear layers on a CPU whose number of rows varies; torch has no public way to it.
+    # What torch's inductor calls for linear layers on a CPU whose number of rows varies; torch has
+    # no public way to it.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # a copy
 
     def product(x: Tensor) -> Tensor:
@@ -94,9 +99,11 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
 
 
 def _rounded_up(rows: int) -> int:
-    """At least `rows` and at most a fourth more: one of four numbers between a power of two and the next.
+    """At least `rows` and at most a fourth more: one of four numbers between a power of two and the
+    next.
 
-    oneDNN compiles a kernel for every number of rows and shape of weights, and keeps a thousand, of half a megabyte each.
+    oneDNN compiles a kernel for every number of rows and shape of weights, and keeps a thousand, of
+    half a megabyte each.
     """
     step = 2 ** max(0, rows.bit_length() - 3)
     return -(-rows // step) * step

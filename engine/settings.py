@@ -1,4 +1,5 @@
-"""The settings that run_sft.py and run_grpo.py share: one flat dataclass, whose fields are flags of both.
+"""The settings that run_sft.py and run_grpo.py share: one flat dataclass, whose fields are flags of
+both.
 
 The defaults are the paper's where it gives them; each field's `source` says so.
 """
@@ -35,7 +36,8 @@ class TrainingConfig:
 
     model_name_or_path: str | None = setting(
         None,
-        "base model: a checkpoint's folder, a hub name, or 'demo' or 'demo-gemma', which are embedded",
+        "base model: a checkpoint's folder, a hub name, or 'demo' or 'demo-gemma', which are"
+        " embedded",
         unset="the recipe's; GRPO: the SFT adapter's",
         group="model and data",
     )
@@ -58,8 +60,8 @@ class TrainingConfig:
     )
     bad_images: BadImages = setting(
         "fail",
-        "an unreadable image stops the run; or skip: all images are read before the start, and the examples of bad ones "
-        "are left out and listed in bad-images-<name>.jsonl",
+        "an unreadable image stops the run; or skip: all images are read before the start, and the"
+        " examples of bad ones are left out and listed in bad-images-<name>.jsonl",
         source=ENGINE,
         group="model and data",
     )
@@ -144,22 +146,24 @@ class TrainingConfig:
 
     max_tokens_per_forward: int | None = setting(
         8192,
-        "most tokens that one forward of training or scoring runs, each prompt counted once; micro-batches that cost more are cut, "
-        "which changes no gradient; none for no bound",
+        "most tokens that one forward of training or scoring runs, each prompt counted once;"
+        " micro-batches that cost more are cut, which changes no gradient; none for no bound",
         unit="tokens",
         source=ENGINE,
         group="memory",
     )
     vision_cache_gb: float = setting(
         4.0,
-        "host memory for the image features of the frozen vision tower, which runs once for each image that fits",
+        "host memory for the image features of the frozen vision tower, which runs once for each"
+        " image that fits",
         unit="GB",
         source=ENGINE,
         group="memory",
     )
     vision_cache_dir: str | None = setting(
         None,
-        "folder that keeps image features across runs as well, by tower, processor and image; only ever grows",
+        "folder that keeps image features across runs as well, by tower, processor and image; only"
+        " ever grows",
         unset="memory only",
         source=ENGINE,
         group="memory",
@@ -178,8 +182,9 @@ class TrainingConfig:
     )
     compile: bool = setting(
         False,
-        "let torch compile what decoder layers do with single tokens, in training and scoring, not in sampling; needs a C++ "
-        "compiler and, on a GPU, Triton; results differ by rounding from those without",
+        "let torch compile what decoder layers do with single tokens, in training and scoring, not"
+        " in sampling; needs a C++ compiler and, on a GPU, Triton; results differ by rounding from"
+        " those without",
         source=ENGINE,
         group="memory",
     )
@@ -194,14 +199,15 @@ class TrainingConfig:
 
     show_batch: bool = setting(
         False,
-        "print the first batch token by token (SFT: a micro-batch; GRPO: a rollout's prompts) and stop; loads no weights",
+        "print the first batch token by token (SFT: a micro-batch; GRPO: a rollout's prompts) and"
+        " stop; loads no weights",
         source=ENGINE,
         group="run",
     )
     dry_run: bool = setting(
         False,
-        "build everything, check the first images, print token lengths and a memory forecast by part, and stop; trains and "
-        "writes nothing (the demo's images are drawn as usual)",
+        "build everything, check the first images, print token lengths and a memory forecast by"
+        " part, and stop; trains and writes nothing (the demo's images are drawn as usual)",
         source=ENGINE,
         group="run",
     )
@@ -238,8 +244,8 @@ class TrainingConfig:
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that are not given as flags are "
-        "those of that run",
+        "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that"
+        " are not given as flags are those of that run",
         unset="a new run",
         group="run",
     )
@@ -278,7 +284,8 @@ def training_problems(config: TrainingConfig) -> list[str]:
     ]
     if not config.vision_cache_gb >= 0:
         problems.append(
-            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps nothing)"
+            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps"
+            " nothing)"
         )
     if config.show_batch and config.dry_run:
         problems.append("--show_batch and --dry_run each stop the run; give one of them")
@@ -292,18 +299,21 @@ def training_problems(config: TrainingConfig) -> list[str]:
         )
     if config.answer_format not in (None, *ANSWER_FORMATS):
         problems.append(
-            f"--answer_format {config.answer_format}: no such form; there are {', '.join(ANSWER_FORMATS)}"
+            f"--answer_format {config.answer_format}: no such form; there are"
+            f" {', '.join(ANSWER_FORMATS)}"
         )
     if (config.min_visual_tokens or 0) > (config.max_visual_tokens or float("inf")):
         problems.append(
-            f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens {config.max_visual_tokens}"
+            f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens"
+            f" {config.max_visual_tokens}"
         )
     names = ["train"]  # the training file's name in config.json
     for entry in config.validation_file:
         name, separator, file = entry.partition("=")
         if not separator or not name or not file or not all(c.isalnum() or c in "-_" for c in name):
             problems.append(
-                f"--validation_file {entry}: write NAME=FILE, with a name of letters, digits, - and _"
+                f"--validation_file {entry}: write NAME=FILE, with a name of letters, digits, -"
+                " and _"
             )
         names.append(name)
     problems += [
@@ -327,8 +337,8 @@ def load_base(config: TrainingConfig, device: torch.device) -> LoadedModel:
 
 
 def from_adapter(resolved: Resolved) -> Resolved:
-    """Fill in what was not given from the adapter that training starts from: its base model, and the prompt, answer format
-    and image size of the run that made it.
+    """Fill in what was not given from the adapter that training starts from: its base model, and
+    the prompt, answer format and image size of the run that made it.
 
     Raises UsageError where the folder holds no adapter, or one of another base than a recipe names.
     """
@@ -340,8 +350,9 @@ def from_adapter(resolved: Resolved) -> Resolved:
     ):
         if config.model_name_or_path not in (None, base):
             raise UsageError(
-                f"{folder} was trained on {base}, not on {config.model_name_or_path} ({resolved.origins['model_name_or_path']}); "
-                "give --model_name_or_path, or another --adapter_name_or_path"
+                f"{folder} was trained on {base}, not on {config.model_name_or_path}"
+                f" ({resolved.origins['model_name_or_path']}); give --model_name_or_path, or"
+                " another --adapter_name_or_path"
             )
         resolved = resolved.with_value("model_name_or_path", base, "adapter")
     saved = saved_settings(folder)

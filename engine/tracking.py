@@ -1,7 +1,9 @@
-"""Metrics: accumulate them over micro-batches, write them to JSONL and TensorBoard, show progress on the console.
+"""Metrics: accumulate them over micro-batches, write them to JSONL and TensorBoard, show progress
+on the console.
 
-Writing never stops a training: a disk that is full or a TensorBoard that fails costs one warning. Names of timings are
-`step_time` or start with `time/` (see `is_timing`); all other metrics of a run on one machine are reproducible.
+Writing never stops a training: a disk that is full or a TensorBoard that fails costs one warning.
+Names of timings are `step_time` or start with `time/` (see `is_timing`); all other metrics of a run
+on one machine are reproducible.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric is a wall-clock measurement, which differs between runs that are otherwise equal."""
+    """Whether a metric is a wall-clock measurement, which differs between runs that are otherwise
+    equal.
+    """
     return name == "step_time" or name.startswith("time/")
 
 
-# ---- accumulate -----------------------------------------------------------------------------------------------------
+# ---- accumulate ----------------------------------------------------------------------------------
 Reduction = Literal["mean", "min", "max", "sum"]
 
 
@@ -48,8 +52,9 @@ class WeightedMetric(Protocol):
 class MetricAccumulator:
     """Combines the metrics of micro-batches into those of the whole step.
 
-    mean is sum(value * weight) / sum(weight); min and max are over the entries, sum adds the values. An entry of weight
-    0 measured nothing and is ignored, whatever its value; a metric with no other entry is left out.
+    mean is sum(value * weight) / sum(weight); min and max are over the entries, sum adds the
+    values. An entry of weight 0 measured nothing and is ignored, whatever its value; a metric with
+    no other entry is left out.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None):
@@ -69,7 +74,8 @@ class MetricAccumulator:
         weight: float | torch.Tensor = 1.0,
         reduction: Reduction = "mean",
     ) -> None:
-        """Add one measurement; 0-d tensors are kept as they are, so that nothing waits for the device before `collect`.
+        """Add one measurement; 0-d tensors are kept as they are, so that nothing waits for the
+        device before `collect`.
 
         Raises ValueError for an unknown reduction or one that differs from the name's earlier one.
         """
@@ -97,7 +103,9 @@ class MetricAccumulator:
         }
 
     def collect(self) -> dict[str, float]:
-        """The combined metrics, in the order in which their names first came; starts afresh afterwards."""
+        """The combined metrics, in the order in which their names first came; starts afresh
+        afterwards.
+        """
         combined = {}
         for name, entries in self._entries.items():
             weighted = [(float(value), float(weight)) for value, weight in entries]
@@ -124,12 +132,14 @@ def _combine(weighted: list[tuple[float, float]], reduction: str) -> float:
     return {"min": min, "max": max, "sum": sum}[reduction](values)
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
+# ---- write ---------------------------------------------------------------------------------------
 class RunLogger:
-    """Writes one run's metrics to `metrics.jsonl`, TensorBoard and `log_history` (the list in HF's trainer_state.json).
+    """Writes one run's metrics to `metrics.jsonl`, TensorBoard and `log_history` (the list in HF's
+    trainer_state.json).
 
-    With `resume_step`, lines of later steps are first moved to `<name>.after-<step>.jsonl`, and TensorBoard is told to
-    drop its points after that step, so that no step appears twice and nothing is lost.
+    With `resume_step`, lines of later steps are first moved to `<name>.after-<step>.jsonl`, and
+    TensorBoard is told to drop its points after that step, so that no step appears twice and
+    nothing is lost.
     """
 
     def __init__(
@@ -152,7 +162,8 @@ class RunLogger:
         with self._degrading("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
-            # A new run marks its start too: TensorBoard takes only a second mark for a restart, and drops nothing at the first.
+            # A new run marks its start too: TensorBoard takes only a second mark for a restart, and
+            # drops nothing at the first.
             purge_step = 0 if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge_step)
 
@@ -167,9 +178,9 @@ class RunLogger:
     ) -> None:
         """Log the metrics of an optimizer step, or of a data set in evaluation.
 
-        JSONL: {"step", "epoch", "split", "dataset", **metrics}; TensorBoard: train/<name> or eval/<dataset>/<name>;
-        log_history: <name> or eval_<dataset>_<name>, as HF's Trainer writes them. NaN and infinity become null in both
-        JSON forms.
+        JSONL: {"step", "epoch", "split", "dataset", **metrics}; TensorBoard: train/<name> or
+        eval/<dataset>/<name>; log_history: <name> or eval_<dataset>_<name>, as HF's Trainer writes
+        them. NaN and infinity become null in both JSON forms.
         """
         where = {"step": step, "epoch": epoch, "split": split, "dataset": dataset}
         values = {name: float(value) for name, value in metrics.items()}
@@ -186,7 +197,9 @@ class RunLogger:
             self._to_tensorboard("add_scalar", f"{folder}/{name}", value, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """Log Markdown to TensorBoard; text of a model or a file must have gone through `escape_markdown`."""
+        """Log Markdown to TensorBoard; text of a model or a file must have gone through
+        `escape_markdown`.
+        """
         self._to_tensorboard("add_text", tag, markdown, step)
 
     def image(self, tag: str, array: np.ndarray, step: int) -> None:
@@ -194,7 +207,9 @@ class RunLogger:
         self._to_tensorboard("add_image", tag, array, step, dataformats="HW")
 
     def charts(self, layout: Mapping[str, Mapping[str, list]]) -> None:
-        """Charts of several curves for TensorBoard's page of custom scalars: {category: {chart: ["Multiline", [tags]]}}."""
+        """Charts of several curves for TensorBoard's page of custom scalars: {category: {chart:
+        ["Multiline", [tags]]}}.
+        """
         self._to_tensorboard("add_custom_scalars", layout)
 
     def warn(self, line: str, step: int) -> None:
@@ -237,20 +252,29 @@ class RunLogger:
 
     @contextlib.contextmanager
     def _degrading(self, what: str) -> Iterator[None]:
-        """Turn a failure to log into one warning for each destination. Whatever it is: TensorBoard may raise anything."""
+        """Turn a failure to log into one warning for each destination. Whatever it is: TensorBoard
+        may raise anything.
+        """
         try:
             yield
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
-                logger.warning("%s in %s cannot be written, the run goes on: %s: %s", what, self.run_dir,
-                               type(error).__name__, error)  # fmt: skip
+                logger.warning(
+                    "%s in %s cannot be written, the run goes on: %s: %s",
+                    what,
+                    self.run_dir,
+                    type(error).__name__,
+                    error,
+                )
 
 
 def set_later_lines_aside(path: Path, step: int) -> int:
-    """Move the lines of a JSONL log that belong to steps after `step`, or that are torn, to `<name>.after-<step>.jsonl`.
+    """Move the lines of a JSONL log that belong to steps after `step`, or that are torn, to
+    `<name>.after-<step>.jsonl`.
 
-    Lines are appended there first and taken out of `path` by an atomic replace, so none is lost. Returns how many moved.
+    Lines are appended there first and taken out of `path` by an atomic replace, so none is lost.
+    Returns how many moved.
     """
     if not path.exists():
         return 0
@@ -288,16 +312,20 @@ _ESCAPES |= {ord(character): html.escape(character) for character in "&<>\"'"}
 
 
 def escape_markdown(text: str) -> str:
-    """Text as it stands, for TensorBoard's Markdown and for a cell of its tables: no markup, no HTML, <br> for newlines."""
+    """Text as it stands, for TensorBoard's Markdown and for a cell of its tables: no markup, no
+    HTML, <br> for newlines.
+    """
     # in one pass: an entity must not be escaped again
     return text.replace("\r\n", "\n").translate(_ESCAPES)
 
 
-# ---- show -----------------------------------------------------------------------------------------------------------
+# ---- show ----------------------------------------------------------------------------------------
 class Progress:
-    """A bar over optimizer steps; where stderr is no terminal, a plain line at most every `interval` seconds.
+    """A bar over optimizer steps; where stderr is no terminal, a plain line at most every
+    `interval` seconds.
 
-    A console that cannot be written to (closed, broken pipe, odd encoding) is ignored: logs are elsewhere.
+    A console that cannot be written to (closed, broken pipe, odd encoding) is ignored: logs are
+    elsewhere.
     """
 
     def __init__(

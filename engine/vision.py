@@ -1,8 +1,9 @@
 """What the frozen vision tower makes of each image: computed once, without gradient, and kept.
 
-Nothing of the tower is trained, so an image's features never change. Rollouts, the old, reference and policy passes, the
-epochs of SFT and evaluation take them from here. An image goes through the tower alone, so that its features do not depend on
-which images came with it: with a warm cache, a cold one or none a run is the same to the last bit.
+Nothing of the tower is trained, so an image's features never change. Rollouts, the old, reference
+and policy passes, the epochs of SFT and evaluation take them from here. An image goes through the
+tower alone, so that its features do not depend on which images came with it: with a warm cache, a
+cold one or none a run is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ Vision = dict[str, Tensor]  # "features" [tokens,H] and, of Qwen, "image_grid_th
 class VisionCache:
     """`look(example)` -> the features of the example's image.
 
-    Keeps at most `max_bytes` of them in the host's memory and drops those that were not used for longest. folder: where they
-    are kept across runs as well, by the tower's and the processor's fingerprint and the image file's SHA-256; nothing is ever
-    deleted there. Raises UsageError where it is no folder.
+    Keeps at most `max_bytes` of them in the host's memory and drops those that were not used for
+    longest. folder: where they are kept across runs as well, by the tower's and the processor's
+    fingerprint and the image file's SHA-256; nothing is ever deleted there. Raises UsageError where
+    it is no folder.
     """
 
     def __init__(
@@ -122,8 +124,8 @@ def num_bytes(vision: Vision) -> int:
 
 
 def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
-    """32 hex digits of all that an image's features depend on: the weights outside the decoder and their dtype, the image
-    processor, the device's kind and the libraries' versions.
+    """32 hex digits of all that an image's features depend on: the weights outside the decoder and
+    their dtype, the image processor, the device's kind and the libraries' versions.
     """
     digest = hashlib.sha256(
         json.dumps(

@@ -25,7 +25,9 @@ _CANDIDATES = 400  # images looked at for the next case
 
 
 def outcomes(answers: Predictions) -> list[str]:
-    """right, wrong or failed of each answer: exactly the true labels, other labels, or no labels that could be read."""
+    """right, wrong or failed of each answer: exactly the true labels, other labels, or no labels
+    that could be read.
+    """
     return [
         OUTCOMES[2] if not parsed else OUTCOMES[0] if right else OUTCOMES[1]
         for parsed, right in zip(answers.parsed, answers.right)
@@ -33,8 +35,8 @@ def outcomes(answers: Predictions) -> list[str]:
 
 
 def chosen_ids(answers: Predictions, count: int, seed: int) -> list[str]:
-    """`count` images: failed, wrong and right answers by turns while there are any, each time the one among random candidates
-    whose true and predicted labels were shown least so far.
+    """`count` images: failed, wrong and right answers by turns while there are any, each time the
+    one among random candidates whose true and predicted labels were shown least so far.
     """
     order = np.random.default_rng(seed).permutation(len(answers.ids))
     shown = outcomes(answers)
@@ -69,7 +71,9 @@ def sample_cases(
     seed: int,
     image_root: str | None = None,
 ) -> Cases:
-    """`count` cases over all data sets, by the answers of each set's last model. An image that cannot be read is left out."""
+    """`count` cases over all data sets, by the answers of each set's last model. An image that
+    cannot be read is left out.
+    """
     cases, prompts = [], {}
     for place, comparison in enumerate(comparisons):
         share = count // len(comparisons) + (place < count % len(comparisons))

@@ -1,7 +1,9 @@
 """Runs side by side: settings that differ, scores with paired intervals, curves on one chart.
 
-    python -m eval.compare runs/20260101-120000-grpo runs/20260102-120000-grpo                     # tables on the console
-    python -m eval.compare short=runs/a long=runs/b --output_dir comparison                        # and as a page with curves
+    python -m eval.compare runs/20260101-120000-grpo runs/20260102-120000-grpo                     #
+    tables on the console
+    python -m eval.compare short=runs/a long=runs/b --output_dir comparison                        #
+    and as a page with curves
 
 The first run is the one that the others are compared with.
 """
@@ -81,7 +83,9 @@ def config_problems(config: CompareConfig) -> list[str]:
 
 
 def settings_table(entries: Sequence[Entry]) -> Table:
-    """The settings, data files and versions in which the runs differ, with where each value comes from."""
+    """The settings, data files and versions in which the runs differ, with where each value comes
+    from.
+    """
     told = [_told(entry) for entry in entries]
     names = list(dict.fromkeys(name for document in told for name in document))
     rows = [
@@ -93,18 +97,21 @@ def settings_table(entries: Sequence[Entry]) -> Table:
         "Settings that differ",
         ["Setting", *(entry.name for entry in entries)],
         rows,
-        [
-            "In brackets: where the value comes from. Settings that all runs share, and names of folders, are left out."
-        ]
-        if rows
-        else ["No setting differs."],
+        (
+            [
+                "In brackets: where the value comes from. Settings that all runs share, and names"
+                " of folders, are left out."
+            ]
+            if rows
+            else ["No setting differs."]
+        ),
         numbers_from=99,
     )
 
 
 def _told(entry: Entry) -> dict[str, str]:
-    """{setting: "value (origin)"} of the run that trained the model and of the evaluation that the folder holds, with the data
-    files' SHA-256 and the versions.
+    """{setting: "value (origin)"} of the run that trained the model and of the evaluation that the
+    folder holds, with the data files' SHA-256 and the versions.
     """
     own = read_document(entry.folder / "config.json")
     trained = own or (
@@ -161,7 +168,9 @@ def differences_table(comparison: Comparison, first: str) -> Table:
 
 
 def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
-    """What to draw: the panels of SFT where all runs are SFT's, of GRPO where all are; nothing for a mixture."""
+    """What to draw: the panels of SFT where all runs are SFT's, of GRPO where all are; nothing for
+    a mixture.
+    """
     stages = {entry.stage for entry in entries}
     if stages == {"sft"}:
         return FIGURE_1
@@ -247,7 +256,8 @@ def _run(argv: Sequence[str]) -> int:
     if unknown:
         raise UsageError(
             [
-                f"--run {entry.folder}: neither a run nor an evaluation (no config.json, no predictions-<set>.jsonl)"
+                f"--run {entry.folder}: neither a run nor an evaluation (no config.json, no"
+                " predictions-<set>.jsonl)"
                 for entry in unknown
             ]
         )

@@ -1,4 +1,6 @@
-"""Several models on one data set: the same images for all, scores, intervals, and which model follows which."""
+"""Several models on one data set: the same images for all, scores, intervals, and which model
+follows which.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _RANK = {"base": 0, "sft": 1, "grpo": 2}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on one data set, on the images that all of them answered. Arrays over labels are in the order of `labels`."""
+    """Models on one data set, on the images that all of them answered. Arrays over labels are in
+    the order of `labels`.
+    """
 
     data_set: str
     labels: tuple[str, ...]
@@ -43,7 +47,9 @@ class Comparison:
 
     @property
     def is_home(self) -> bool:
-        """Whether the data set has the label scheme of the training data: it evaluates all 14 labels."""
+        """Whether the data set has the label scheme of the training data: it evaluates all 14
+        labels.
+        """
         return len(self.labels) == len(LABELS)
 
     @property
@@ -87,16 +93,18 @@ def compare(
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
 ) -> Comparison:
-    """Compare models on the images that all of them answered. labels: the columns; default, all that any image evaluates.
+    """Compare models on the images that all of them answered. labels: the columns; default, all
+    that any image evaluates.
 
-    Raises UsageError where no image is answered by all, or where two models have other labels or patients for one image.
+    Raises UsageError where no image is answered by all, or where two models have other labels or
+    patients for one image.
     """
     shared = set.intersection(*(set(predictions.ids) for predictions in answers.values()))
     ids = [id for id in next(iter(answers.values())).ids if id in shared]
     if not ids:
         raise UsageError(
-            f"data set {data_set}: no image is answered by all of {', '.join(answers)}; give them different set names, or "
-            "answer the same data file"
+            f"data set {data_set}: no image is answered by all of {', '.join(answers)}; give them"
+            " different set names, or answer the same data file"
         )
     taken = {name: predictions.taken(ids) for name, predictions in answers.items()}
     first_name, first = next(iter(taken.items()))
@@ -104,8 +112,8 @@ def compare(
         for what in ("targets", "evaluated", "patients"):
             if not np.array_equal(getattr(predictions, what), getattr(first, what)):
                 raise UsageError(
-                    f"data set {data_set}: {first_name} and {name} have different {what} for the same ids; they were scored "
-                    "against different versions of the data"
+                    f"data set {data_set}: {first_name} and {name} have different {what} for the"
+                    " same ids; they were scored against different versions of the data"
                 )
     labels = tuple(labels or [LABELS[k] for k in first.columns])
     if not labels:
@@ -149,8 +157,8 @@ def compare(
 
 
 def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """(before, after) of the models that follow each other: for each, the nearest earlier one of every lower stage (base, SFT,
-    GRPO); where there is none, the first of all.
+    """(before, after) of the models that follow each other: for each, the nearest earlier one of
+    every lower stage (base, SFT, GRPO); where there is none, the first of all.
     """
     pairs = []
     for place, entry in enumerate(entries):
@@ -170,7 +178,9 @@ def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """From one model to another: the mean change of macro-F1 where the labels are the training data's, and where they are others."""
+    """From one model to another: the mean change of macro-F1 where the labels are the training
+    data's, and where they are others.
+    """
 
     before: str
     after: str
@@ -183,7 +193,9 @@ class Transfer:
 def transfers(
     comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> list[Transfer]:
-    """The transfer of each pair that two data sets or more can show. home: names of the in-distribution sets."""
+    """The transfer of each pair that two data sets or more can show. home: names of the
+    in-distribution sets.
+    """
     found = []
     for before, after in pairs:
         both = [comparison for comparison in comparisons if (before, after) in comparison.p_values]
@@ -214,7 +226,9 @@ def transfers(
 
 
 def _mean_change(side: Sequence[Comparison], before: str, after: str) -> Change | None:
-    """The change of the mean macro-F1 over data sets; its p-value only where there is one set, else NaN."""
+    """The change of the mean macro-F1 over data sets; its p-value only where there is one set, else
+    NaN.
+    """
     if not side:
         return None
     if len(side) == 1:
@@ -231,7 +245,9 @@ def _mean_change(side: Sequence[Comparison], before: str, after: str) -> Change 
 def nih_variants(
     answers: Mapping[str, Predictions],
 ) -> dict[str, tuple[dict[str, Predictions], tuple[str, ...]]]:
-    """{"nine", "ten": (answers scored against that mapping, its labels)} where all answers are to NIH's images; else empty."""
+    """{"nine", "ten": (answers scored against that mapping, its labels)} where all answers are to
+    NIH's images; else empty.
+    """
     if not answers or not all(predictions.is_nih for predictions in answers.values()):
         return {}
     return {

@@ -1,8 +1,9 @@
 """A report as plain data, and its two forms: Markdown and one self-contained HTML page.
 
-Whatever stands in the data is text: names of files, of data sets and above all what a model wrote. Both renderers escape all of it
-here, in one place each, so nothing in it can become markup. The page loads nothing: its pictures are data URLs, and its
-Content-Security-Policy lets no script run but the one below, by its hash.
+Whatever stands in the data is text: names of files, of data sets and above all what a model wrote.
+Both renderers escape all of it here, in one place each, so nothing in it can become markup. The
+page loads nothing: its pictures are data URLs, and its Content-Security-Policy lets no script run
+but the one below, by its hash.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from engine.tracking import escape_markdown
 Tone = Literal["", "best", "gain", "loss", "muted"]
 
 
-# ---- the data -------------------------------------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table. detail: a smaller second line, such as an interval. tone: how it is set off; never by colour alone."""
+    """One cell of a table. detail: a smaller second line, such as an interval. tone: how it is set
+    off; never by colour alone.
+    """
 
     text: str
     detail: str = ""
@@ -32,7 +35,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is the row's heading. Columns from `numbers_from` up to `numbers_to` (not included) are set as numbers."""
+    """The first column is the row's heading. Columns from `numbers_from` up to `numbers_to` (not
+    included) are set as numbers.
+    """
 
     caption: str
     header: Sequence[str]
@@ -97,7 +102,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """Sample cases with a filter by outcome and label. prompts: (name, text) of the instructions that were used."""
+    """Sample cases with a filter by outcome and label. prompts: (name, text) of the instructions
+    that were used.
+    """
 
     cases: Sequence[Case]
     prompts: Sequence[tuple[str, str]]
@@ -126,7 +133,9 @@ _CONTROL |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # lone surrogates ha
 
 
 def plain(text: str) -> str:
-    """Text as it can be shown: control characters and lone surrogates replaced, one kind of newline."""
+    """Text as it can be shown: control characters and lone surrogates replaced, one kind of
+    newline.
+    """
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROL)
 
 
@@ -134,12 +143,14 @@ def _cells(row: Sequence[Cell | str]) -> list[Cell]:
     return [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
 
 
-# ---- Markdown -------------------------------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------
 _MARKS = {"best": "**{}**", "gain": "{} (+)", "loss": "{} (-)"}
 
 
 def to_markdown(document: Document, pictures: str | None = None) -> str:
-    """The report in Markdown. pictures: the folder, relative to it, that holds each `Picture` as a file; None leaves them out."""
+    """The report in Markdown. pictures: the folder, relative to it, that holds each `Picture` as a
+    file; None leaves them out.
+    """
     lines = [f"# {_md(document.title)}", "", _md(document.subtitle), ""]
     for section in document.sections:
         lines += [f"## {_md(section.title)}", ""]
@@ -149,7 +160,9 @@ def to_markdown(document: Document, pictures: str | None = None) -> str:
 
 
 def _md(text: str) -> str:
-    """Escaped for a line or a table's cell. What begins an address too: GitHub makes bare ones into links."""
+    """Escaped for a line or a table's cell. What begins an address too: GitHub makes bare ones into
+    links.
+    """
     escaped = re.sub("(?i):(?=//)|(?<=mailto):|(?<=xmpp):", "&#58;", escape_markdown(plain(text)))
     return re.sub("(?i)www(?=[.])", "ww&#119;", escaped).replace("@", "&#64;")
 
@@ -220,7 +233,7 @@ def picture_file(picture: Picture) -> str:
     return f"{re.sub('[^A-Za-z0-9-]+', '-', picture.name)}.{suffix}"
 
 
-# ---- console --------------------------------------------------------------------------------------------------------
+# ---- console -------------------------------------------------------------------------------------
 def to_text(document: Document) -> str:
     """The titles, texts and tables for a console, control characters replaced."""
     lines = [plain(document.title), plain(document.subtitle)]
@@ -253,11 +266,14 @@ def to_text(document: Document) -> str:
     return "\n".join(lines)
 
 
-# ---- HTML -----------------------------------------------------------------------------------------------------------
+# ---- HTML ----------------------------------------------------------------------------------------
 def to_html(document: Document) -> str:
     """The report as one page that needs nothing else."""
     script_hash = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src"
+        f" 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
+    )
     numbered = list(enumerate(document.sections, start=1))
     contents = "".join(
         f'<li><a href="#s{number}">{_h(section.title)}</a></li>' for number, section in numbered
@@ -271,13 +287,14 @@ def to_html(document: Document) -> str:
         for number, section in numbered
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_h(document.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        '<a class="skip" href="#main">Skip to the report</a>\n'
-        f"<header><h1>{_h(document.title)}</h1><p>{_h(document.subtitle)}</p></header>\n"
-        f'<nav aria-label="Contents"><ol>{contents}</ol></nav>\n<main id="main" tabindex="-1">\n{body}</main>\n'
-        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta'
+        f' http-equiv="Content-Security-Policy" content="{policy}">\n<meta name="viewport"'
+        ' content="width=device-width,'
+        f' initial-scale=1">\n<title>{_h(document.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<a'
+        ' class="skip" href="#main">Skip to the'
+        f" report</a>\n<header><h1>{_h(document.title)}</h1><p>{_h(document.subtitle)}</p></header>\n<nav"
+        f' aria-label="Contents"><ol>{contents}</ol></nav>\n<main id="main"'
+        f' tabindex="-1">\n{body}</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n'
     )
 
 
@@ -299,7 +316,10 @@ def _html_block(block: object, id: str) -> str:
 
 
 def _html_image(picture: Picture) -> str:
-    return f'<img alt="{_h(picture.alt)}" src="data:{picture.media_type};base64,{base64.b64encode(picture.data).decode()}">'
+    return (
+        f'<img alt="{_h(picture.alt)}"'
+        f' src="data:{picture.media_type};base64,{base64.b64encode(picture.data).decode()}">'
+    )
 
 
 _TONES = {
@@ -332,7 +352,8 @@ def _html_table(table: Table, id: str) -> str:
     )
     notes = "".join(f'<p class="note">{_h(note)}</p>' for note in table.notes)
     return (
-        f'<div class="scroll" role="region" aria-labelledby="{id}" tabindex="0"><table><caption id="{id}">{_h(table.caption)}</caption>'
+        f'<div class="scroll" role="region" aria-labelledby="{id}" tabindex="0"><table><caption'
+        f' id="{id}">{_h(table.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}\n"
     )
 
@@ -343,10 +364,14 @@ def _html_cases(block: Cases, id: str) -> str:
 
     def choice(name: str, title: str, options: Sequence[tuple[str, str]], chosen: str = "") -> str:
         shown = "".join(
-            f'<option value="{_h(value)}"{" selected" if value == chosen else ""}>{_h(text)}</option>'
+            "<option"
+            f' value="{_h(value)}"{" selected" if value == chosen else ""}>{_h(text)}</option>'
             for value, text in options
         )
-        return f'<label for="{id}-{name}">{title}</label><select id="{id}-{name}" data-filter="{name}">{shown}</select>'
+        return (
+            f'<label for="{id}-{name}">{title}</label><select id="{id}-{name}"'
+            f' data-filter="{name}">{shown}</select>'
+        )
 
     last = models[-1] if models else ""
     filters = "".join(
@@ -374,8 +399,8 @@ def _html_cases(block: Cases, id: str) -> str:
     )
     cards = "".join(_html_case(case, models) for case in block.cases)
     return (
-        f'{prompts}<form class="filter" hidden data-cases="{id}">{filters}<output aria-live="polite"></output></form>'
-        f'<div class="cases" id="{id}">{cards}</div>\n'
+        f'{prompts}<form class="filter" hidden data-cases="{id}">{filters}<output'
+        f' aria-live="polite"></output></form><div class="cases" id="{id}">{cards}</div>\n'
     )
 
 
@@ -389,13 +414,17 @@ def _html_case(case: Case, models: Sequence[str]) -> str:
         _html_answer(answer, models.index(answer.model), case.evaluated) for answer in case.answers
     )
     return (
-        f'<article class="case" data-true="{_h("|".join(case.labels))}"><h3>{_h(case.title)}</h3><div class="picture">{picture}</div>'
-        f"<div><p><b>True:</b> {_html_labels(case.labels, case.evaluated)}</p>{answers}</div></article>"
+        '<article class="case"'
+        f' data-true="{_h("|".join(case.labels))}"><h3>{_h(case.title)}</h3><div'
+        f' class="picture">{picture}</div><div><p><b>True:</b>'
+        f" {_html_labels(case.labels, case.evaluated)}</p>{answers}</div></article>"
     )
 
 
 def _html_labels(labels: Sequence[str], evaluated: Sequence[str]) -> str:
-    """Labels, those that the data set cannot express set apart: they count neither for nor against an answer."""
+    """Labels, those that the data set cannot express set apart: they count neither for nor against
+    an answer.
+    """
     apart = ", ".join(label for label in labels if label not in evaluated)
     aside = f' <span class="detail">not evaluated here: {_h(apart)}</span>' if apart else ""
     return _h(", ".join(label for label in labels if label in evaluated) or "(no label)") + aside
@@ -411,9 +440,11 @@ def _html_answer(answer: ModelAnswer, model: int, evaluated: Sequence[str]) -> s
         else '<p class="note">No reasoning could be read.</p>'
     )
     return (
-        f'<div class="answer {answer.outcome}" data-model="{model}" data-outcome="{answer.outcome}" data-predicted="{_h("|".join(answer.predicted))}">'
-        f'<p><b>{_h(answer.model)}</b> <span class="tag">{answer.outcome}</span> {_html_labels(answer.predicted, evaluated)}</p>'
-        f"{reasoning}<dl>{facts}</dl><details><summary>The completion as it came</summary><pre>{_h(answer.completion)}</pre></details></div>"
+        f'<div class="answer {answer.outcome}" data-model="{model}" data-outcome="{answer.outcome}"'
+        f' data-predicted="{_h("|".join(answer.predicted))}"><p><b>{_h(answer.model)}</b> <span'
+        f' class="tag">{answer.outcome}</span>'
+        f" {_html_labels(answer.predicted, evaluated)}</p>{reasoning}<dl>{facts}</dl><details><summary>The"
+        f" completion as it came</summary><pre>{_h(answer.completion)}</pre></details></div>"
     )
 
 

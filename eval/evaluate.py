@@ -1,11 +1,13 @@
 """Decode a data set, score the answers, keep both; score kept answers again without a model.
 
-    python -m eval.evaluate --adapter_name_or_path runs/20260101-120000-grpo --data_file nih=nih/test.jsonl
-    python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl [--label_map nih_ten]
+    python -m eval.evaluate --adapter_name_or_path runs/20260101-120000-grpo --data_file
+    nih=nih/test.jsonl
+    python -m eval.evaluate --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
+    [--label_map nih_ten]
 
-The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and scores-nih.json. Rows read
-back from a file are parsed anew, so a changed parser or metric applies to old predictions too; --label_map takes the truth
-anew from their source_labels.
+The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and
+scores-nih.json. Rows read back from a file are parsed anew, so a changed parser or metric applies
+to old predictions too; --label_map takes the truth anew from their source_labels.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ WINDOW = 16  # batches whose prompts are there at once, the longest of which are
 PREVALENCE_DRAWS = 20
 
 
-# ---- decode ---------------------------------------------------------------------------------------------------------
+# ---- decode --------------------------------------------------------------------------------------
 def predict(
     wrapped: nn.Module,
     model: LoadedModel,
@@ -90,13 +92,16 @@ def predict(
     should_stop: Callable[[], bool] = lambda: False,
     on_row: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
-    """One completion of every example by the sampler of the rollouts -> rows of a predictions file, in the examples' order.
+    """One completion of every example by the sampler of the rollouts -> rows of a predictions file,
+    in the examples' order.
 
-    wrapped: the model with its active adapter, or the base. `batch_size` completions are written together; a finished one makes room
-    for the next. Images are looked at window by window. done: {id: row} of an earlier call with the same arguments that was cut
-    short; these are not made again. on_row gets each row as soon as it is there; once should_stop says so, KeyboardInterrupt is
-    raised and what is being written is lost. Every example has random numbers of its own, made from seed and its position, so
-    completions depend on batch_size and on done only by rounding. Raises DataError for an image that cannot be read.
+    wrapped: the model with its active adapter, or the base. `batch_size` completions are written
+    together; a finished one makes room for the next. Images are looked at window by window. done:
+    {id: row} of an earlier call with the same arguments that was cut short; these are not made
+    again. on_row gets each row as soon as it is there; once should_stop says so, KeyboardInterrupt
+    is raised and what is being written is lost. Every example has random numbers of its own, made
+    from seed and its position, so completions depend on batch_size and on done only by rounding.
+    Raises DataError for an image that cannot be read.
     """
     rows = {example.id: done[example.id] for example in examples if example.id in done}
 
@@ -145,8 +150,9 @@ def predict(
 def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict]:
     """The rows with everything that is read from the completion read anew.
 
-    answer_format: of all rows; None for each row's own (think_solution where a row names none). Besides "predicted", "valid",
-    "parsed" and "problem" a row gets "unknown", the entries that are no label, and "answer_format".
+    answer_format: of all rows; None for each row's own (think_solution where a row names none).
+    Besides "predicted", "valid", "parsed" and "problem" a row gets "unknown", the entries that are
+    no label, and "answer_format".
     """
     parsed_rows = []
     for row in rows:
@@ -169,10 +175,12 @@ def reparse(rows: Sequence[dict], answer_format: str | None = None) -> list[dict
 def relabel(
     rows: Sequence[dict], label_map: str, no_label: str = "empty", *, source: str = "predictions"
 ) -> list[dict]:
-    """The rows with labels and evaluated_labels made anew from their source_labels, NIH's own strings, by a map of LABEL_MAPS.
+    """The rows with labels and evaluated_labels made anew from their source_labels, NIH's own
+    strings, by a map of LABEL_MAPS.
 
-    no_label: a row without any label of the map keeps its empty set, becomes "no_finding", or is left out ("drop"). Raises
-    DataError naming the rows whose source_labels are missing or not NIH's, as those of `source`.
+    no_label: a row without any label of the map keeps its empty set, becomes "no_finding", or is
+    left out ("drop"). Raises DataError naming the rows whose source_labels are missing or not
+    NIH's, as those of `source`.
     """
     evaluated = LABEL_MAPS[label_map]
     relabelled, problems = [], []
@@ -184,7 +192,8 @@ def relabel(
             labels = chexpert_labels_of_nih(strings, evaluated, no_label)
         except ValueError as error:
             problems.append(
-                f"{source}, id {row['id']!r}: {error}; --label_map {label_map} is for NIH ChestX-ray14"
+                f"{source}, id {row['id']!r}: {error}; --label_map {label_map} is for NIH"
+                " ChestX-ray14"
             )
             continue
         if labels or no_label != "drop":
@@ -194,19 +203,23 @@ def relabel(
     return relabelled
 
 
-# ---- score ----------------------------------------------------------------------------------------------------------
+# ---- score ---------------------------------------------------------------------------------------
 def score(
     rows: Sequence[dict], *, reference: Sequence[Example] | None = None, seed: int = 0
 ) -> dict:
-    """Everything that scores-<name>.json holds, from rows as `predict` and `read_predictions` make them.
+    """Everything that scores-<name>.json holds, from rows as `predict` and `read_predictions` make
+    them.
 
-    The labels (columns) are all that any row evaluates; each image counts in its own evaluated labels only. Top level: the dict
-    of `multilabel_scores`, a failed answer counted as empty; "failure_policies" has F1 under the other two treatments too.
+    The labels (columns) are all that any row evaluates; each image counts in its own evaluated
+    labels only. Top level: the dict of `multilabel_scores`, a failed answer counted as empty;
+    "failure_policies" has F1 under the other two treatments too.
 
-    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid, and entries that are no label
-    enlarge the union. "fail_rate" is the share of answers whose labels could not be read, "invalid_rate" of those not strictly
-    in the format. "intervals" are 95 %, by patient. reference: the training examples, whose label sets the baselines imitate;
-    without them they imitate this data set, so they have seen the answers. seed: of the intervals and the random baseline.
+    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid,
+    and entries that are no label enlarge the union. "fail_rate" is the share of answers whose
+    labels could not be read, "invalid_rate" of those not strictly in the format. "intervals" are 95
+    %, by patient. reference: the training examples, whose label sets the baselines imitate; without
+    them they imitate this data set, so they have seen the answers. seed: of the intervals and the
+    random baseline.
 
     Raises DataError where there is no row, or no row evaluates any label.
     """
@@ -253,7 +266,9 @@ def baselines(
     reference: Sequence[Example] | None,
     seed: int,
 ) -> dict[str, dict]:
-    """{baseline: {"micro_f1", "macro_f1", "jaccard", "reference"}}; "reference" names the label sets that it imitates."""
+    """{baseline: {"micro_f1", "macro_f1", "jaccard", "reference"}}; "reference" names the label
+    sets that it imitates.
+    """
     imitated, source = targets & evaluated, "this data set"
     if reference is not None:
         imitated, source = (
@@ -274,8 +289,9 @@ def baselines(
     ]
     mean = {metric: float(np.mean([draw[metric] for draw in draws])) for metric in draws[0]}
     return {
-        "most_frequent": figures(predict_most_frequent(imitated, num_images))
-        | {"reference": source},
+        "most_frequent": (
+            figures(predict_most_frequent(imitated, num_images)) | {"reference": source}
+        ),
         "all_labels": figures(predict_all_labels(num_images, num_labels)) | {"reference": None},
         "prevalence_matched": mean | {"reference": source},
     }
@@ -285,7 +301,7 @@ def _f1(scores: dict) -> dict[str, float]:
     return {"micro_f1": scores["micro"]["f1"], "macro_f1": scores["macro"]["f1"]}
 
 
-# ---- decode, score and keep -----------------------------------------------------------------------------------------
+# ---- decode, score and keep ----------------------------------------------------------------------
 def evaluate_sets(
     wrapped: nn.Module,
     model: LoadedModel,
@@ -304,14 +320,16 @@ def evaluate_sets(
     extra: Callable[[list[dict]], dict] = lambda rows: {},
     resumable: Mapping[str, dict] | None = None,
 ) -> dict[str, dict]:
-    """`predict`, `score` and `write_results` for every data set, with a progress bar -> {name: scores}.
+    """`predict`, `score` and `write_results` for every data set, with a progress bar -> {name:
+    scores}.
 
-    Results of these names in output_dir are replaced. answer_format: None for the prompt's own. notes: {name: keys to add to
-    the scores}; annotate(rows): the rows with fields of the caller's own; extra(rows): more keys of the scores, computed from
-    those rows. Until a data set is finished its answers so far are in predictions-<name>.partial.jsonl; an interrupt
-    (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so. resumable: {name:
-    `evaluation_document`}, where answers that an earlier call with the same documents left there are gone on from; raises UsageError
-    where they are of another evaluation.
+    Results of these names in output_dir are replaced. answer_format: None for the prompt's own.
+    notes: {name: keys to add to the scores}; annotate(rows): the rows with fields of the caller's
+    own; extra(rows): more keys of the scores, computed from those rows. Until a data set is
+    finished its answers so far are in predictions-<name>.partial.jsonl; an interrupt
+    (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so.
+    resumable: {name: `evaluation_document`}, where answers that an earlier call with the same
+    documents left there are gone on from; raises UsageError where they are of another evaluation.
     """
     results = {}
     for name, examples in sets.items():
@@ -359,18 +377,22 @@ def _partial_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
 
 
 def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict]:
-    """The answers that an interrupted evaluation of this document has left. Raises UsageError where it was another one."""
+    """The answers that an interrupted evaluation of this document has left. Raises UsageError where
+    it was another one.
+    """
     answers, about = _partial_files(output_dir, name)
     if not answers.is_file():
         return []
     if not about.is_file():
         raise UsageError(
-            f"{answers} was left there by another command; score it with --predictions, remove it, or give another --output_dir"
+            f"{answers} was left there by another command; score it with --predictions, remove it,"
+            " or give another --output_dir"
         )
     another = difference(json.loads(about.read_text(encoding="utf-8")), document)
     if another:
         raise UsageError(
-            f"{answers} was begun with another {another}; finish that evaluation, remove the file, or give another --output_dir"
+            f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
+            " or give another --output_dir"
         )
     rows = []
     for line in answers.read_text(encoding="utf-8").splitlines():
@@ -385,8 +407,8 @@ def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict
 def _kept(
     output_dir: str | Path, name: str, done: list[dict], document: dict | None
 ) -> Iterator[Callable[[dict], None]]:
-    """A function that appends a row to the file of partial answers at once. The file goes when the block ends well; else it stays
-    and is named.
+    """A function that appends a row to the file of partial answers at once. The file goes when the
+    block ends well; else it stays and is named.
     """
     partial, about = _partial_files(output_dir, name)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -417,7 +439,7 @@ def _kept(
     about.unlink(missing_ok=True)
 
 
-# ---- whether two evaluations are the same ---------------------------------------------------------------------------
+# ---- whether two evaluations are the same --------------------------------------------------------
 # Settings that may differ where an evaluation goes on: they change no answer.
 _NO_MATTER = (
     "output_dir",
@@ -436,14 +458,16 @@ def evaluation_document(resolved: Resolved, name: str, file: Path, bad_images: l
     config: EvalConfig = resolved.configs[0]
     adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
     return run_document(resolved, "eval", {name: file}, {name: bad_images}) | {
-        "adapter_sha256": sha256_of(adapter)
-        if config.adapter_name_or_path and adapter.is_file()
-        else None
+        "adapter_sha256": (
+            sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
+        )
     }
 
 
 def difference(before: Mapping, now: Mapping) -> str:
-    """The first setting, or data, in which an evaluation differs from what is asked for now; "" where it does not."""
+    """The first setting, or data, in which an evaluation differs from what is asked for now; ""
+    where it does not.
+    """
     was = before.get("settings") or {}
     greedy = now["settings"]["temperature"]["value"] == 0
     # one that an earlier version did not have cannot differ
@@ -463,7 +487,9 @@ def difference(before: Mapping, now: Mapping) -> str:
 
 
 def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list[str]:
-    """Names of the data sets whose results are in output_dir. Raises UsageError for one that was evaluated otherwise."""
+    """Names of the data sets whose results are in output_dir. Raises UsageError for one that was
+    evaluated otherwise.
+    """
     finished, problems = [], []
     for name, document in documents.items():
         predictions, scores = (
@@ -476,7 +502,8 @@ def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list
         )
         if another:
             problems.append(
-                f"{predictions} is finished, but with another {another}; give another --output_dir or NAME"
+                f"{predictions} is finished, but with another {another}; give another --output_dir"
+                " or NAME"
             )
         finished.append(name)
     if problems:
@@ -484,7 +511,7 @@ def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list
     return finished
 
 
-# ---- show -----------------------------------------------------------------------------------------------------------
+# ---- show ----------------------------------------------------------------------------------------
 _BASELINE_TITLES = {
     "most_frequent": "most frequent",
     "all_labels": "all labels",
@@ -496,8 +523,9 @@ _NAME_WIDTH = 22
 
 
 def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
-    """The table of scores by data set, at most 100 columns wide: below each, its F1 under the other two treatments of failed
-    answers (where there are any), and its baselines. per_label: all labels below.
+    """The table of scores by data set, at most 100 columns wide: below each, its F1 under the other
+    two treatments of failed answers (where there are any), and its baselines. per_label: all labels
+    below.
     """
     table = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
     for name, scores in results.items():
@@ -533,7 +561,10 @@ def format_scores(results: dict[str, dict], *, per_label: bool = False) -> str:
         {scores["baselines"]["most_frequent"]["reference"] for scores in results.values()}
     )
     lines = _aligned(table, "<><<<>") + [
-        "(95 % interval by patient); failed answers count as empty, answers not in the format have Jaccard 0;",
+        (
+            "(95 % interval by patient); failed answers count as empty, answers not in the format"
+            " have Jaccard 0;"
+        ),
         f"label frequencies of the baselines are from: {', '.join(references)}",
     ]
     left_out = [
@@ -572,7 +603,9 @@ _PROGRESS_COLUMNS = {
 
 
 def format_progress(log_history: Sequence[dict], names: Sequence[str], best: str | None) -> str:
-    """A training run's evaluations of each set, from its log: the start, the best checkpoint (its folder's name), the last."""
+    """A training run's evaluations of each set, from its log: the start, the best checkpoint (its
+    folder's name), the last.
+    """
     table = [("data set", "step", *_PROGRESS_COLUMNS.values())]
     best_step = int(best.rpartition("-")[2]) if best else -1
     for name in names:
@@ -608,7 +641,7 @@ def _aligned(table: list[tuple[str, ...]], alignments: str) -> list[str]:
     ]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def write_results(
     output_dir: str | Path,
     name: str,
@@ -619,7 +652,8 @@ def write_results(
 ) -> None:
     """predictions-<name>.jsonl and scores-<name>.json, each whole or not at all.
 
-    Raises UsageError where there are results of that name already. overwrite: for a training run, which replaces its own.
+    Raises UsageError where there are results of that name already. overwrite: for a training run,
+    which replaces its own.
     """
     predictions_file, scores_file = (
         Path(output_dir) / f"predictions-{name}.jsonl",
@@ -654,15 +688,18 @@ _ROW_FIELDS = {
 
 
 def read_predictions(path: str | Path, answer_format: str | None = None) -> list[dict]:
-    """Rows of a predictions file, parsed anew (`reparse`). Raises DataError as `iter_predictions` does."""
+    """Rows of a predictions file, parsed anew (`reparse`). Raises DataError as `iter_predictions`
+    does.
+    """
     return list(iter_predictions(path, answer_format))
 
 
 def iter_predictions(path: str | Path, answer_format: str | None = None) -> Iterator[dict]:
-    """The rows of `read_predictions` one by one, for a file whose texts are not to be held in memory.
+    """The rows of `read_predictions` one by one, for a file whose texts are not to be held in
+    memory.
 
-    Raises DataError with every problem of the file (line and field), after the last sound row; also where it is missing, empty or
-    holds an id twice.
+    Raises DataError with every problem of the file (line and field), after the last sound row; also
+    where it is missing, empty or holds an id twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -721,10 +758,12 @@ def _row_problems(row: object) -> list[str]:
     return problems
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class EvalConfig:
-    """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the help says."""
+    """Flags of `python -m eval.evaluate`. None: as in the run that trained the adapter, else as the
+    help says.
+    """
 
     model_name_or_path: str | None = setting(
         None, "base model: a folder, a hub name, 'demo' or 'demo-gemma'", unset="the adapter's base"
@@ -742,12 +781,14 @@ class EvalConfig:
     )
     label_map: Literal["nih_nine", "nih_ten"] | None = setting(
         None,
-        "with --predictions: labels anew from NIH's own strings, the paper's nine categories or ten with Pleural Effusion",
+        "with --predictions: labels anew from NIH's own strings, the paper's nine categories or ten"
+        " with Pleural Effusion",
         unset="the labels in the file",
     )
     no_label: Literal["empty", "no_finding", "drop"] = setting(
         "empty",
-        "with --label_map: an image without any of its labels keeps its empty set, is called No Finding, or is left out",
+        "with --label_map: an image without any of its labels keeps its empty set, is called No"
+        " Finding, or is left out",
         source="as in data.select for NIH",
     )
     image_root: str | None = setting(
@@ -755,8 +796,8 @@ class EvalConfig:
     )
     bad_images: BadImages = setting(
         "fail",
-        "an unreadable image stops the command; or skip: all images are read first, and the examples of bad ones are left out "
-        "of the scores and listed in bad-images-<name>.jsonl",
+        "an unreadable image stops the command; or skip: all images are read first, and the"
+        " examples of bad ones are left out of the scores and listed in bad-images-<name>.jsonl",
         source=ENGINE,
     )
     train_file: str | None = setting(
@@ -808,7 +849,8 @@ class EvalConfig:
     )
     vision_cache_dir: str | None = setting(
         None,
-        "folder that keeps image features across runs, by tower, processor and image; only ever grows",
+        "folder that keeps image features across runs, by tower, processor and image; only ever"
+        " grows",
         unset="none",
         source=ENGINE,
     )
@@ -826,7 +868,8 @@ class EvalConfig:
     seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
 
 
-# What an evaluation takes over from the run that trained the adapter: {setting: (type, value where there is no such run)}.
+# What an evaluation takes over from the run that trained the adapter: {setting: (type, value where
+# there is no such run)}.
 _INHERITED = {
     "prompt": (str, FALLBACKS["prompt"]),
     "answer_format": (str, None),
@@ -839,7 +882,9 @@ _INHERITED = {
 
 
 def named_files(values: Sequence[str], flag: str) -> tuple[dict[str, str], list[str]]:
-    """Values of a repeatable NAME=FILE flag -> ({name: file}, problems). Names become parts of file names."""
+    """Values of a repeatable NAME=FILE flag -> ({name: file}, problems). Names become parts of file
+    names.
+    """
     files: dict[str, str] = {}
     problems: list[str] = []
     for value in values:
@@ -864,15 +909,18 @@ def config_problems(config: EvalConfig) -> list[str]:
         for name in ("model_name_or_path", "adapter_name_or_path", "data_file"):
             if getattr(config, name):
                 problems.append(
-                    f"--{name}: has no place beside --predictions, which scores again without a model"
+                    f"--{name}: has no place beside --predictions, which scores again without a"
+                    " model"
                 )
     elif config.label_map:
         problems.append(
-            "--label_map: goes with --predictions; a data file gets its labels from data.select --label_map"
+            "--label_map: goes with --predictions; a data file gets its labels from data.select"
+            " --label_map"
         )
     elif not config.data_file:
         problems.append(
-            "nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score again"
+            "nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score"
+            " again"
         )
     elif not config.model_name_or_path and not config.adapter_name_or_path:
         problems.append("no model: give --model_name_or_path, --adapter_name_or_path, or both")
@@ -905,9 +953,11 @@ def config_problems(config: EvalConfig) -> list[str]:
 
 
 def complete(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the adapter's base model, and settings of the run that trained it (its config.json).
+    """Fill in what was not given: the adapter's base model, and settings of the run that trained it
+    (its config.json).
 
-    Raises UsageError for a folder without an adapter, one that names no base model, and a config.json that cannot be used.
+    Raises UsageError for a folder without an adapter, one that names no base model, and a
+    config.json that cannot be used.
     """
     config: EvalConfig = resolved.configs[0]
     settings, origin = {}, "default"
@@ -942,14 +992,17 @@ def complete(resolved: Resolved) -> Resolved:
 
 
 def _training_settings(folder: Path) -> dict:
-    """{setting: value} of the run that saved the adapter, those of _INHERITED; empty where it left no config.json."""
+    """{setting: value} of the run that saved the adapter, those of _INHERITED; empty where it left
+    no config.json.
+    """
     saved = saved_settings(folder)
     settings = {name: saved[name] for name in _INHERITED if saved.get(name) is not None}
     for name, value in settings.items():
         if type(value) is not _INHERITED[name][0]:
             expected = _INHERITED[name][0].__name__
             raise UsageError(
-                f"{folder / 'config.json'}: {name} is {value!r}, expected {expected}; repair or remove the file"
+                f"{folder / 'config.json'}: {name} is {value!r}, expected {expected}; repair or"
+                " remove the file"
             )
     return settings
 
@@ -966,7 +1019,9 @@ def _run(argv: Sequence[str]) -> int:
         script="eval",
         prog="python -m eval.evaluate",
         validate=config_problems,
-        description="Decode data sets with a model and score the answers, or score kept answers again.",
+        description=(
+            "Decode data sets with a model and score the answers, or score kept answers again."
+        ),
     )
     config: EvalConfig = resolved.configs[0]
     if config.output_dir is not None and config.predictions:

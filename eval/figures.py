@@ -1,10 +1,13 @@
-"""The paper's figures 1 to 3 from the metrics.jsonl of runs, and the pictures of a report, as PNG and SVG.
+"""The paper's figures 1 to 3 from the metrics.jsonl of runs, and the pictures of a report, as PNG
+and SVG.
 
-    python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures        # needs the extra: pip install -e '.[plots]'
+    python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures        # needs
+    the extra: pip install -e '.[plots]'
 
-Figure 1 has the SFT runs, figure 2 the GRPO runs on the nuanced reward, figure 3 those on the hard one. Faint lines are the logged
-values; bold ones their exponential moving average s_t = 0.95 s_(t-1) + 0.05 x_t from s_0 = x_0, as the paper's captions say. For GRPO
-runs there is also the chart of reward hacking: what the reward has gained beside what the labels have.
+Figure 1 has the SFT runs, figure 2 the GRPO runs on the nuanced reward, figure 3 those on the hard
+one. Faint lines are the logged values; bold ones their exponential moving average s_t = 0.95
+s_(t-1) + 0.05 x_t from s_0 = x_0, as the paper's captions say. For GRPO runs there is also the
+chart of reward hacking: what the reward has gained beside what the labels have.
 """
 
 from __future__ import annotations
@@ -82,7 +85,9 @@ def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
 
 
 def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric in the training lines of a log; steps where it is null or missing are left out."""
+    """(steps, values) of a metric in the training lines of a log; steps where it is null or missing
+    are left out.
+    """
     points = [
         (row["step"], row[metric])
         for row in log
@@ -91,7 +96,7 @@ def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
-# ---- draw -----------------------------------------------------------------------------------------------------------
+# ---- draw ----------------------------------------------------------------------------------------
 def available() -> bool:
     """Whether matplotlib is installed."""
     try:
@@ -136,7 +141,9 @@ def draw_training(
     panels: Sequence[Panel],
     form: str = "svg",
 ) -> Picture:
-    """Curves of several runs ({run: lines of metrics.jsonl}), one panel a metric. Raises UsageError without matplotlib."""
+    """Curves of several runs ({run: lines of metrics.jsonl}), one panel a metric. Raises UsageError
+    without matplotlib.
+    """
     told = []
     with _figure(len(panels), height=3.3) as (figure, axes):
         for axis, panel in zip(axes, panels):
@@ -155,7 +162,8 @@ def draw_training(
                     label=run,
                 )
                 told.append(
-                    f"{panel.title} of {run}: {smoothed[0]:.3g} at step {steps[0]}, {smoothed[-1]:.3g} at step {steps[-1]}"
+                    f"{panel.title} of {run}: {smoothed[0]:.3g} at step {steps[0]},"
+                    f" {smoothed[-1]:.3g} at step {steps[-1]}"
                 )
             axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
         if len(logs) > 1:
@@ -171,7 +179,9 @@ def draw_training(
 
 
 def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "svg") -> Picture:
-    """One chart for each run ({run: lines of metrics.jsonl}): gains since its start of both rewards and of F1."""
+    """One chart for each run ({run: lines of metrics.jsonl}): gains since its start of both rewards
+    and of F1.
+    """
     told = []
     with _figure(len(logs), height=3.3) as (figure, axes):
         for axis, (run, log) in zip(axes, logs.items()):
@@ -192,8 +202,9 @@ def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "
         axes[0].legend(fontsize=9)
         data = _rendered(figure, form)
     caption = (
-        "Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over the last 200 completions, as changes "
-        "since the run's start in standard deviations. A reward that rises while F1 does not is being gamed."
+        "Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over"
+        " the last 200 completions, as changes since the run's start in standard deviations. A"
+        " reward that rises while F1 does not is being gamed."
     )
     return _picture(
         name, data, form, "Line charts over optimizer steps. " + "; ".join(told) + ".", caption
@@ -201,7 +212,9 @@ def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "
 
 
 def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
-    """F1 of each label for each model with its 95 % interval. Labels without positives are left out."""
+    """F1 of each label for each model with its 95 % interval. Labels without positives are left
+    out.
+    """
     models = list(comparison.values)
     labels = [k for k in np.argsort(comparison.support, kind="stable") if comparison.support[k]]
     with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
@@ -236,7 +249,10 @@ def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
         )
         figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9)
         data = _rendered(figure, form)
-    alt = f"F1 by label on {comparison.data_set}, one mark a model with its interval; the same figures are in the tables of this report."
+    alt = (
+        f"F1 by label on {comparison.data_set}, one mark a model with its interval; the same"
+        " figures are in the tables of this report."
+    )
     return _picture(f"labels-{comparison.data_set}", data, form, alt, "")
 
 
@@ -245,7 +261,9 @@ def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Pictu
 
 
 def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Picture]:
-    """Figures 1 to 3 and the charts of reward hacking, those for which the entries' training runs have a log."""
+    """Figures 1 to 3 and the charts of reward hacking, those for which the entries' training runs
+    have a log.
+    """
     logs: dict[str, dict[str, list[dict]]] = {"sft": {}, "nuanced": {}, "hard": {}}
     seen = set()
     for entry in entries:
@@ -296,7 +314,7 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
     return pictures
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FiguresConfig:
     """Flags of `python -m eval.figures`."""

@@ -1,12 +1,15 @@
-"""Every model with every prompt on every data set, one folder a cell; what is finished is not done again.
+"""Every model with every prompt on every data set, one folder a cell; what is finished is not done
+again.
 
-    python -m eval.matrix --model base=demo --model sft=runs/20260101-120000-sft --prompt demo --data_file a=demo:test-a b=demo:test-b \\
+    python -m eval.matrix --model base=demo --model sft=runs/20260101-120000-sft --prompt demo
+    --data_file a=demo:test-a b=demo:test-b \\
         --output_dir matrix
 
-A model is a base (a folder or hub name) or the folder of an adapter, whose base and settings are then its run's. The cell of a model
-and a prompt is <output_dir>/<model>.<prompt>/ with predictions-<set>.jsonl and scores-<set>.json, as `python -m eval.evaluate` writes
-them, so a report takes the cells as they are: python -m eval.report matrix/*. Started again with the same command, it goes on after the
-last finished data set of a cell.
+A model is a base (a folder or hub name) or the folder of an adapter, whose base and settings are
+then its run's. The cell of a model and a prompt is <output_dir>/<model>.<prompt>/ with
+predictions-<set>.jsonl and scores-<set>.json, as `python -m eval.evaluate` writes them, so a report
+takes the cells as they are: python -m eval.report matrix/*. Started again with the same command, it
+goes on after the last finished data set of a cell.
 """
 
 from __future__ import annotations
@@ -47,11 +50,14 @@ from eval.results import read_document
 
 @dataclass(frozen=True)
 class MatrixConfig:
-    """Flags of `python -m eval.matrix`. What is not given is the adapter's run's, as in `python -m eval.evaluate`."""
+    """Flags of `python -m eval.matrix`. What is not given is the adapter's run's, as in `python -m
+    eval.evaluate`.
+    """
 
     model: tuple[str, ...] = setting(
         (),
-        "models, each NAME=BASE (a folder, a hub name, 'demo' or 'demo-gemma') or NAME=FOLDER of an adapter",
+        "models, each NAME=BASE (a folder, a hub name, 'demo' or 'demo-gemma') or NAME=FOLDER of an"
+        " adapter",
     )
     prompt: tuple[str, ...] = setting((), f"instructions: {', '.join(PROMPTS)}")
     data_file: tuple[str, ...] = setting(
@@ -65,8 +71,8 @@ class MatrixConfig:
     )
     bad_images: BadImages = setting(
         "fail",
-        "an unreadable image stops the command; or skip: all images are read first, and the examples of bad ones are left out of "
-        "every cell and listed in bad-images-<name>.jsonl",
+        "an unreadable image stops the command; or skip: all images are read first, and the"
+        " examples of bad ones are left out of every cell and listed in bad-images-<name>.jsonl",
         source=ENGINE,
     )
     train_file: str | None = setting(
@@ -111,7 +117,8 @@ class MatrixConfig:
     )
     vision_cache_dir: str | None = setting(
         None,
-        "folder that keeps image features across runs, by tower, processor and image; only ever grows",
+        "folder that keeps image features across runs, by tower, processor and image; only ever"
+        " grows",
         unset="none",
         source=ENGINE,
     )
@@ -145,7 +152,8 @@ def config_problems(config: MatrixConfig) -> list[str]:
     problems += named_files(config.model, "model")[1]
     if not config.vision_cache_gb >= 0:
         problems.append(
-            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps nothing)"
+            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps"
+            " nothing)"
         )
     problems += [
         f"--prompt {name} is given twice"
@@ -187,7 +195,9 @@ def _evaluation(config: MatrixConfig, model: str, prompt: str) -> EvalConfig:
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """One model with one prompt: how it is evaluated, where, and the data sets that are still to do."""
+    """One model with one prompt: how it is evaluated, where, and the data sets that are still to
+    do.
+    """
 
     model: str
     folder: Path
@@ -203,7 +213,9 @@ class MatrixCell:
 def plan(
     resolved: Resolved, files: Mapping[str, Path], bad_images: Mapping[str, list[dict]]
 ) -> list[MatrixCell]:
-    """Every cell, by model. Raises UsageError for a finished one that was made with other settings or other data."""
+    """Every cell, by model. Raises UsageError for a finished one that was made with other settings
+    or other data.
+    """
     config: MatrixConfig = resolved.configs[0]
     cells, problems = [], []
     for model, path in named_files(config.model, "model")[0].items():
@@ -242,7 +254,7 @@ def plan(
     return cells
 
 
-# ---- run ------------------------------------------------------------------------------------------------------------
+# ---- run -----------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0 done, 2 usage or data, 130 or 143 after a signal."""
     return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
@@ -255,7 +267,9 @@ def _run(argv: Sequence[str]) -> int:
         script="eval",
         prog="python -m eval.matrix",
         validate=config_problems,
-        description="Evaluate every model with every prompt on every data set; finished cells are kept.",
+        description=(
+            "Evaluate every model with every prompt on every data set; finished cells are kept."
+        ),
     )
     config: MatrixConfig = resolved.configs[0]
     files = {
@@ -273,7 +287,8 @@ def _run(argv: Sequence[str]) -> int:
     cells = plan(resolved, files, bad_images)
     todo = [cell for cell in cells if cell.missing]
     print(
-        f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to do{bad_images_line(bad_images)}\n{describe(resolved)}",
+        f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to"
+        f" do{bad_images_line(bad_images)}\n{describe(resolved)}",
         flush=True,
     )
     output_dir = Path(config.output_dir)
@@ -322,8 +337,10 @@ def _load(cell: MatrixCell, vision_cache_gb: float) -> tuple[LoadedModel, object
         vision_cache_gb=vision_cache_gb,
         vision_cache_dir=config.vision_cache_dir,
     )
-    return model, model.base if config.adapter_name_or_path is None else attach_adapter(
-        model, config.adapter_name_or_path
+    return model, (
+        model.base
+        if config.adapter_name_or_path is None
+        else attach_adapter(model, config.adapter_name_or_path)
     )
 
 

@@ -1,8 +1,9 @@
-"""Scores of multi-label predictions, the treatments of failed answers, and the baselines that need no image.
+"""Scores of multi-label predictions, the treatments of failed answers, and the baselines that need
+no image.
 
-Everything works on boolean matrices [N, K]: N images, K labels. `evaluated[n, k]` False means that image n's source cannot
-express label k; that position is neither a true or false positive nor a false negative, whatever was predicted.
-Quotients 0/0 are 0, as scikit-learn's zero_division=0.
+Everything works on boolean matrices [N, K]: N images, K labels. `evaluated[n, k]` False means that
+image n's source cannot express label k; that position is neither a true or false positive nor a
+false negative, whatever was predicted. Quotients 0/0 are 0, as scikit-learn's zero_division=0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ _WEIGHTS_AT_ONCE = 2_000_000  # of the bootstrap's [resamples, patients] weights
 
 
 def label_matrix(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
-    """N label collections -> bool [N, K]. A label that is not among `labels` has no column and is left out."""
+    """N label collections -> bool [N, K]. A label that is not among `labels` has no column and is
+    left out.
+    """
     columns = {label: k for k, label in enumerate(labels)}
     matrix = np.zeros((len(rows), len(labels)), dtype=bool)
     for n, row in enumerate(rows):
@@ -31,16 +34,19 @@ def multilabel_scores(
 ) -> dict:
     """Micro, macro and per-label precision, recall and F1 of bool [N, K] matrices.
 
-    Returns {"micro": {"precision", "recall", "f1"}, "macro": {same}, "per_label": {label: {same, "support"}}}, plain numbers.
-    Macro is the plain mean over all K labels with zeros kept, as in the paper's tables: a label without support counts
-    as 0, so pass only the columns that the data set can express. Support is the number of evaluated positives.
+    Returns {"micro": {"precision", "recall", "f1"}, "macro": {same}, "per_label": {label: {same,
+    "support"}}}, plain numbers. Macro is the plain mean over all K labels with zeros kept, as in
+    the paper's tables: a label without support counts as 0, so pass only the columns that the data
+    set can express. Support is the number of evaluated positives.
 
-    Raises ValueError for matrices that are not boolean (or 0/1), not of one shape, or not as wide as `labels`.
+    Raises ValueError for matrices that are not boolean (or 0/1), not of one shape, or not as wide
+    as `labels`.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     if targets.shape[1] != len(labels) or not len(labels):
         raise ValueError(
-            f"{len(labels)} labels given for matrices of shape {targets.shape}; each label needs one column"
+            f"{len(labels)} labels given for matrices of shape {targets.shape}; each label needs"
+            " one column"
         )
     true_positives = (targets & predictions & evaluated).sum(axis=0)  # [K]
     false_positives = (~targets & predictions & evaluated).sum(axis=0)  # [K]
@@ -54,8 +60,10 @@ def multilabel_scores(
         "micro": {name: float(value) for name, value in micro.items()},
         "macro": {name: float(values.mean()) for name, values in by_label.items()},
         "per_label": {
-            label: {name: float(values[k]) for name, values in by_label.items()}
-            | {"support": int(support[k])}
+            label: (
+                {name: float(values[k]) for name, values in by_label.items()}
+                | {"support": int(support[k])}
+            )
             for k, label in enumerate(labels)
         },
     }
@@ -69,7 +77,8 @@ def jaccard_per_image(
 ) -> np.ndarray:
     """|T & P| / |T | P| among the evaluated labels, float [N]; 1 where both are empty.
 
-    num_unknown [N]: predicted entries that are none of the labels. They enlarge the union, as in Eq. 3.
+    num_unknown [N]: predicted entries that are none of the labels. They enlarge the union, as in
+    Eq. 3.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
@@ -87,10 +96,12 @@ def failure_policies(
     labels: Sequence[str],
     evaluated: np.ndarray | None = None,
 ) -> dict[str, dict]:
-    """`multilabel_scores` under the three treatments of answers that could not be read (`parsed[n]` False).
+    """`multilabel_scores` under the three treatments of answers that could not be read (`parsed[n]`
+    False).
 
-    "empty": they predict no label. "dropped": their images are left out, which flatters a model that fails on hard ones.
-    "all_wrong": every evaluated label is predicted as the opposite of the truth, the worst that the answers could have been.
+    "empty": they predict no label. "dropped": their images are left out, which flatters a model
+    that fails on hard ones. "all_wrong": every evaluated label is predicted as the opposite of the
+    truth, the worst that the answers could have been.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     parsed = np.asarray(parsed, dtype=bool)
@@ -120,10 +131,11 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of "micro_f1", "macro_f1" and "jaccard": {metric: (low, high)}.
 
-    Whole patients are drawn with replacement, as many as there are: images of one patient resemble each other, so drawing
-    images would give intervals that are too narrow. jaccard [N]: the value of each image, where it is not
-    `jaccard_per_image`'s. A rare label is missing from some resamples and then counts as 0 in macro-F1, so that interval lies
-    low, down to missing the estimate itself.
+    Whole patients are drawn with replacement, as many as there are: images of one patient resemble
+    each other, so drawing images would give intervals that are too narrow. jaccard [N]: the value
+    of each image, where it is not `jaccard_per_image`'s. A rare label is missing from some
+    resamples and then counts as 0 in macro-F1, so that interval lies low, down to missing the
+    estimate itself.
 
     Raises ValueError without any image, and where the lengths differ.
     """
@@ -139,8 +151,9 @@ def patient_totals(
     patient_ids: Sequence[str],
     jaccard: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What `figures` needs of each patient, in sorted order: float [P, 3K + 2], sums over the patient's images of true positives,
-    false positives and false negatives by label, of the Jaccard values, and of the images themselves. Sums of rows are totals too.
+    """What `figures` needs of each patient, in sorted order: float [P, 3K + 2], sums over the
+    patient's images of true positives, false positives and false negatives by label, of the Jaccard
+    values, and of the images themselves. Sums of rows are totals too.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     jaccard = (
@@ -150,14 +163,20 @@ def patient_totals(
     )
     if not len(targets) or not len(targets) == len(patient_ids) == len(jaccard):
         raise ValueError(
-            f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values: need equal "
-            "numbers, at least one"
+            f"{len(targets)} images, {len(patient_ids)} patient ids, {len(jaccard)} Jaccard values:"
+            " need equal numbers, at least one"
         )
     patients, patient_of_image = np.unique(np.asarray(patient_ids), return_inverse=True)  # [P], [N]
-    columns = np.concatenate([  # [N, 3K + 2]
-        targets & predictions & evaluated, ~targets & predictions & evaluated, targets & ~predictions & evaluated,
-        jaccard[:, None], np.ones((len(targets), 1)),
-    ], axis=1)  # fmt: skip
+    columns = np.concatenate(
+        [  # [N, 3K + 2]
+            targets & predictions & evaluated,
+            ~targets & predictions & evaluated,
+            targets & ~predictions & evaluated,
+            jaccard[:, None],
+            np.ones((len(targets), 1)),
+        ],
+        axis=1,
+    )
     totals = np.zeros((len(patients), columns.shape[1]))
     np.add.at(totals, patient_of_image, columns)
     return totals
@@ -166,8 +185,9 @@ def patient_totals(
 def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
     """Sums of the rows of `totals` [P, C] over P rows drawn with replacement, float [resamples, C].
 
-    Equal rows are interchangeable: how often each distinct one is drawn is one draw of `rng.multinomial` over the distinct rows
-    in sorted order, which is far shorter than the P rows where most patients have one image.
+    Equal rows are interchangeable: how often each distinct one is drawn is one draw of
+    `rng.multinomial` over the distinct rows in sorted order, which is far shorter than the P rows
+    where most patients have one image.
     """
     rows, counts = np.unique(totals, axis=0, return_counts=True)  # [U, C], [U]
     rng = np.random.default_rng(seed)
@@ -179,7 +199,9 @@ def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.nda
 
 
 def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
-    """The figures of R totals [R, 3K + 2] as `patient_totals` lays them out: "micro_f1", "macro_f1", "jaccard" [R], "label_f1" [R, K]."""
+    """The figures of R totals [R, 3K + 2] as `patient_totals` lays them out: "micro_f1",
+    "macro_f1", "jaccard" [R], "label_f1" [R, K].
+    """
     num_labels = (totals.shape[1] - 2) // 3
     # TP, FP, FN, each [R, K]
     counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]
@@ -199,13 +221,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds label sets to imitate,
-# those of the training data. Where there is none, pass the targets themselves and say so beside the figure: it has then
-# seen the answers.
+# Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds
+# label sets to imitate, those of the training data. Where there is none, pass the targets
+# themselves and say so beside the figure: it has then seen the answers.
 
 
 def predict_most_frequent(reference: np.ndarray, num_images: int) -> np.ndarray:
-    """The label set that is most frequent in `reference`, for every image; of equally frequent ones, the first to occur.
+    """The label set that is most frequent in `reference`, for every image; of equally frequent
+    ones, the first to occur.
 
     The empty set counts like any other.
     """
@@ -247,7 +270,10 @@ def _checked(targets, predictions, evaluated) -> tuple[np.ndarray, np.ndarray, n
     predictions = _boolean("predictions", predictions)
     evaluated = np.ones_like(targets) if evaluated is None else _boolean("evaluated", evaluated)
     if not targets.shape == predictions.shape == evaluated.shape:
-        shapes = f"targets {targets.shape}, predictions {predictions.shape} and evaluated {evaluated.shape}"
+        shapes = (
+            f"targets {targets.shape}, predictions {predictions.shape} and evaluated"
+            f" {evaluated.shape}"
+        )
         raise ValueError(f"{shapes} differ in shape")
     return targets, predictions, evaluated
 

@@ -1,4 +1,5 @@
-"""The figures that ChexReason (arXiv 2512.23090v2) prints in its tables 1 to 6, as data, and why a figure may not compare.
+"""The figures that ChexReason (arXiv 2512.23090v2) prints in its tables 1 to 6, as data, and why a
+figure may not compare.
 
 Labels are in CheXpert's order here; the paper's tables list them by the alphabet.
 """
@@ -22,7 +23,8 @@ TABLE_1: dict[str, tuple[float, float, float]] = {
     "Reasoning F": (0.269, 0.108, 0.180),
 }
 
-# Tables 2 and 3: {SFT format: (micro P, R, F1, macro P, R, F1, fail rate)} of MedGemma-4B and of Qwen2.5-VL-3B-Instruct.
+# Tables 2 and 3: {SFT format: (micro P, R, F1, macro P, R, F1, fail rate)} of MedGemma-4B and of
+# Qwen2.5-VL-3B-Instruct.
 TABLE_2: dict[str, tuple[float, ...]] = {
     "Only Label": (0.596, 0.375, 0.461, 0.332, 0.214, 0.241, 0.000),
     "Free Reasoning": (0.480, 0.365, 0.415, 0.358, 0.227, 0.253, 0.032),
@@ -36,7 +38,8 @@ TABLE_3: dict[str, tuple[float, ...]] = {
     "Reasoning A": (0.322, 0.436, 0.371, 0.194, 0.265, 0.208, 0.002),
 }
 
-# Table 4: {(reward, checkpoint): the same seven figures} of GRPO from MedGemma-4B's Free Reasoning SFT checkpoint.
+# Table 4: {(reward, checkpoint): the same seven figures} of GRPO from MedGemma-4B's Free Reasoning
+# SFT checkpoint.
 TABLE_4: dict[tuple[str, str], tuple[float, ...]] = {
     ("nuanced", "best F1"): (0.342, 0.445, 0.387, 0.248, 0.311, 0.257, 0.020),
     ("nuanced", "last step"): (0.335, 0.424, 0.374, 0.228, 0.271, 0.232, 0.030),
@@ -86,11 +89,13 @@ def _by_model(
 
 TABLE_5 = _by_model(_BY_LABEL_5, LABELS)
 TABLE_6 = _by_model(_BY_LABEL_6, NIH_NINE)
-# "Overall Average (Macro F1)" as printed. Each is the plain mean of its column, zeros kept, to within 0.001.
+# "Overall Average (Macro F1)" as printed. Each is the plain mean of its column, zeros kept, to
+# within 0.001.
 MACRO_5 = dict(zip(MODELS, (0.755, 0.362, 0.228, 0.282, 0.346)))
 MACRO_6 = dict(zip(MODELS, (0.297, 0.243, 0.062, 0.299, 0.243)))
 
-# Positives of each label among the 500 studies of CheXpert's test set (its public groundtruth.csv), in CheXpert's order.
+# Positives of each label among the 500 studies of CheXpert's test set (its public groundtruth.csv),
+# in CheXpert's order.
 CHEXPERT_TEST_STUDIES = 500
 CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(
     zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261))
@@ -98,36 +103,64 @@ CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(
 
 # Why a figure cannot be compared in principle, by table.
 VALIDATION_NOTE = (
-    "Not comparable in principle: the paper's 'CheXpert validation' images are not published. Every fail rate is a multiple of 0.002, so "
-    "there were probably 500; CheXpert's own validation set has 234."
+    "Not comparable in principle: the paper's 'CheXpert validation' images are not published. Every"
+    " fail rate is a multiple of 0.002, so there were probably 500; CheXpert's own validation set"
+    " has 234."
 )
 NOTES: dict[int, tuple[str, ...]] = {
     1: (
         VALIDATION_NOTE,
-        "The texts of the nine prompts are not published; ours follow the design cues of the paper.",
+        (
+            "The texts of the nine prompts are not published; ours follow the design cues of the"
+            " paper."
+        ),
     ),
     2: (
         VALIDATION_NOTE,
-        "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on.",
+        (
+            "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's"
+            " licence forbids passing them on."
+        ),
     ),
     3: (
         VALIDATION_NOTE,
-        "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's licence forbids passing them on.",
+        (
+            "Which 2,000 MIMIC-CXR-JPG images were used for SFT is not published, and MIMIC's"
+            " licence forbids passing them on."
+        ),
     ),
     4: (
         VALIDATION_NOTE,
-        "The paper's best checkpoint was chosen on the images that it is scored on here, which flatters it.",
+        (
+            "The paper's best checkpoint was chosen on the images that it is scored on here, which"
+            " flatters it."
+        ),
     ),
     5: (
-        "CheXpert's test labels are those of 500 studies. 32 of them have no label at all: No Finding has 62 positives in the file, 94 where "
-        "such studies count as No Finding; the paper does not say which.",
-        "NV-Reason's published training example contains the CheXpert test set, and its figure is above the three radiologists' (macro-F1 "
-        "0.58 to 0.62 on the same labels): possibly exposed. Its weights may not be used commercially.",
-        "The paper gives neither intervals nor seeds. With 4 positives, one hit more in Pleural Other moves macro-F1 by 0.02 to 0.03.",
+        (
+            "CheXpert's test labels are those of 500 studies. 32 of them have no label at all: No"
+            " Finding has 62 positives in the file, 94 where such studies count as No Finding; the"
+            " paper does not say which."
+        ),
+        (
+            "NV-Reason's published training example contains the CheXpert test set, and its figure"
+            " is above the three radiologists' (macro-F1 0.58 to 0.62 on the same labels): possibly"
+            " exposed. Its weights may not be used commercially."
+        ),
+        (
+            "The paper gives neither intervals nor seeds. With 4 positives, one hit more in Pleural"
+            " Other moves macro-F1 by 0.02 to 0.03."
+        ),
     ),
     6: (
-        "Not comparable in principle: the paper's NIH subset and its size are not published. Edema at 0.526 cannot come from the natural "
-        "test set's 3.6 % prevalence without a far better model, so the subset was probably enriched.",
-        "The paper's nine categories leave out Effusion, which NIH labels; the variant with ten puts it back.",
+        (
+            "Not comparable in principle: the paper's NIH subset and its size are not published."
+            " Edema at 0.526 cannot come from the natural test set's 3.6 % prevalence without a far"
+            " better model, so the subset was probably enriched."
+        ),
+        (
+            "The paper's nine categories leave out Effusion, which NIH labels; the variant with ten"
+            " puts it back."
+        ),
     ),
 }

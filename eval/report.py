@@ -1,11 +1,13 @@
-"""What transferred: the paper's tables and figures, honest scores, and sample cases, from runs or kept predictions.
+"""What transferred: the paper's tables and figures, honest scores, and sample cases, from runs or
+kept predictions.
 
     python -m eval.report base=runs/base sft=runs/sft grpo=runs/grpo --output_dir report
-    python -m eval.report --output_dir paper                 # no run: the paper's own figures in its tables
+    python -m eval.report --output_dir paper                 # no run: the paper's own figures in
+    its tables
 
-Writes report.html, one page that needs no network, and report.md with its pictures beside it. Models are given in the order of
-training. A folder is that of a run, or of `python -m eval.evaluate`; which model it holds and which run trained it is read from the
-documents in it.
+Writes report.html, one page that needs no network, and report.md with its pictures beside it.
+Models are given in the order of training. A folder is that of a run, or of `python -m
+eval.evaluate`; which model it holds and which run trained it is read from the documents in it.
 """
 
 from __future__ import annotations
@@ -58,14 +60,16 @@ class ReportConfig:
 
     run: tuple[str, ...] = setting(
         (),
-        "results to report, each FOLDER or NAME=FOLDER, in the order of training; may stand first without the flag",
+        "results to report, each FOLDER or NAME=FOLDER, in the order of training; may stand first"
+        " without the flag",
     )
     output_dir: str | None = setting(
         None, "new folder for the report", unset="a new folder runs/<time>-report"
     )
     in_distribution: tuple[str, ...] = setting(
         (),
-        "data sets with the training data's label scheme; without it, those that evaluate all 14 labels",
+        "data sets with the training data's label scheme; without it, those that evaluate all 14"
+        " labels",
     )
     train_file: str | None = setting(
         None,
@@ -105,11 +109,13 @@ def config_problems(config: ReportConfig) -> list[str]:
     )
 
 
-# ---- gather ---------------------------------------------------------------------------------------------------------
+# ---- gather --------------------------------------------------------------------------------------
 def compare_sets(
     entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None
 ) -> tuple[list[Comparison], dict[str, Comparison]]:
-    """(the comparison on each data set that any model answered, {"nine", "ten": that on the first NIH set under each mapping})."""
+    """(the comparison on each data set that any model answered, {"nine", "ten": that on the first
+    NIH set under each mapping}).
+    """
     pairs = pairs_of(entries)
     options = {
         "reference": reference,
@@ -142,19 +148,20 @@ def compare_sets(
 
 
 def home_sets(comparisons: Sequence[Comparison], named: Sequence[str]) -> list[str]:
-    """Names of the in-distribution sets: those named, else those that evaluate all 14 labels. Raises UsageError for a name that no
-    model has answered.
+    """Names of the in-distribution sets: those named, else those that evaluate all 14 labels.
+    Raises UsageError for a name that no model has answered.
     """
     known = [comparison.data_set for comparison in comparisons]
     missing = [name for name in named if name not in known]
     if missing:
         raise UsageError(
-            f"--in_distribution {missing[0]}: no such data set; there are: {', '.join(known) or 'none'}"
+            f"--in_distribution {missing[0]}: no such data set; there are:"
+            f" {', '.join(known) or 'none'}"
         )
     return list(named) or [comparison.data_set for comparison in comparisons if comparison.is_home]
 
 
-# ---- sections -------------------------------------------------------------------------------------------------------
+# ---- sections ------------------------------------------------------------------------------------
 def build(
     entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None
 ) -> Document:
@@ -171,7 +178,8 @@ def build(
         "The paper's tables",
         [
             Text(
-                f"Figures of {SOURCE} beside ours. Bold: the best of each row, among the paper's models and among ours."
+                f"Figures of {SOURCE} beside ours. Bold: the best of each row, among the paper's"
+                " models and among ours."
             ),
             *paper_tables(entries, comparisons, home, nih),
         ],
@@ -227,8 +235,10 @@ def build(
                 "Sample cases",
                 [
                     Text(
-                        "Chosen by the last model's answers: failed, wrong and right by turns, labels as varied as possible, so their shares say nothing. "
-                        "Right: exactly the true labels among those that the data set evaluates. Reward parts are those that run_grpo.py recorded."
+                        "Chosen by the last model's answers: failed, wrong and right by turns,"
+                        " labels as varied as possible, so their shares say nothing. Right: exactly"
+                        " the true labels among those that the data set evaluates. Reward parts are"
+                        " those that run_grpo.py recorded."
                     ),
                     sample_cases(
                         entries,
@@ -246,7 +256,8 @@ def build(
     )
     return Document(
         "What transferred",
-        f"{', '.join(entry.name for entry in entries)} on {images} images. In distribution: {', '.join(home) or 'none'}.",
+        f"{', '.join(entry.name for entry in entries)} on {images} images. In distribution:"
+        f" {', '.join(home) or 'none'}.",
         sections,
     )
 
@@ -256,7 +267,8 @@ def headlines(found: Sequence[Transfer]) -> list[str]:
     lines = []
     for transfer in found:
         sides = [
-            f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to {moved.difference[1]:+.3f})"
+            f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to"
+            f" {moved.difference[1]:+.3f})"
             for where, moved in (
                 ("in distribution", transfer.home),
                 ("across schemes", transfer.away),
@@ -264,7 +276,8 @@ def headlines(found: Sequence[Transfer]) -> list[str]:
             if moved is not None
         ]
         lines.append(
-            f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {', '.join(sides)}: {reading(transfer)}."
+            f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {', '.join(sides)}:"
+            f" {reading(transfer)}."
         )
     return lines
 
@@ -293,7 +306,7 @@ def _provenance(entries: Sequence[Entry]) -> Table:
     )
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 def write(document: Document, folder: Path) -> None:
     """report.html, report.md and the pictures that the latter names."""
     (folder / "report.html").write_text(to_html(document), encoding="utf-8")
@@ -332,7 +345,8 @@ def _run(argv: Sequence[str]) -> int:
     if empty:
         raise UsageError(
             [
-                f"--run {entry.folder}: holds no predictions-<set>.jsonl; evaluate it first: python -m eval.evaluate"
+                f"--run {entry.folder}: holds no predictions-<set>.jsonl; evaluate it first: python"
+                " -m eval.evaluate"
                 for entry in empty
             ]
         )

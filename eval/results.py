@@ -1,7 +1,8 @@
 """What runs and evaluations left in their folders, read for tables and reports.
 
-An `Entry` is one model's folder: predictions-<set>.jsonl, and from the documents beside them which model it is and which run trained
-it. `Predictions` are the answers to one data set without their texts, some hundred bytes an image.
+An `Entry` is one model's folder: predictions-<set>.jsonl, and from the documents beside them which
+model it is and which run trained it. `Predictions` are the answers to one data set without their
+texts, some hundred bytes an image.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Stage = Literal["base", "sft", "grpo", "other"]
 _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING, SUPPORT_DEVICES)]
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 # Fields of Predictions that hold a value, or a row of labels, for each answer
 _ARRAYS = (
     "patients",
@@ -50,7 +51,9 @@ _ARRAYS = (
 
 @dataclass(frozen=True)
 class Predictions:
-    """N answers to one data set; matrices are bool [N, 14] in the order of LABELS. A failed answer predicts nothing."""
+    """N answers to one data set; matrices are bool [N, 14] in the order of LABELS. A failed answer
+    predicts nothing.
+    """
 
     ids: list[str]
     patients: np.ndarray  # [N]
@@ -84,7 +87,9 @@ class Predictions:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """[N] whether a readable answer names exactly the true labels among those evaluated, and nothing unknown."""
+        """[N] whether a readable answer names exactly the true labels among those evaluated, and
+        nothing unknown.
+        """
         same = ~((self.targets ^ self.predictions) & self.evaluated).any(axis=1)
         return same & self.parsed & (self.num_unknown == 0)
 
@@ -128,7 +133,9 @@ class Predictions:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a predictions file, parsed anew, without keeping its texts. Raises DataError as `iter_predictions` does."""
+    """Read a predictions file, parsed anew, without keeping its texts. Raises DataError as
+    `iter_predictions` does.
+    """
     columns: dict[str, list] = {name: [] for name in ("ids", "texts", *_ARRAYS)}
     prompts, problems, all_nih = {}, Counter(), True
     for row in iter_predictions(path):
@@ -177,7 +184,7 @@ def _matrix(bits: list[int]) -> np.ndarray:
     return (np.array(bits, dtype=np.int64)[:, None] >> np.arange(len(LABELS)) & 1).astype(bool)
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Entry:
     """One model's folder of results."""
@@ -207,7 +214,9 @@ class Entry:
         return " = ".join(names) or ("" if self.step is None else f"step {self.step}")
 
     def data_file(self, data_set: str) -> Path | None:
-        """The data file of a set, for its images; None where no document names one that is still there."""
+        """The data file of a set, for its images; None where no document names one that is still
+        there.
+        """
         for document in (
             self.documents.get(data_set, {}).get("run") or {},
             read_document(self.folder / "config.json"),
@@ -223,7 +232,8 @@ class Entry:
 
 
 def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
-    """Values FOLDER or NAME=FOLDER -> {name: folder}; the name is the folder's own where none is given.
+    """Values FOLDER or NAME=FOLDER -> {name: folder}; the name is the folder's own where none is
+    given.
 
     Raises UsageError for a folder that is not there and for a name that comes twice.
     """
@@ -246,10 +256,11 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def load_entry(name: str, folder: Path) -> Entry:
-    """Read what a folder says about its model: a run's own config.json, or the scores documents of an evaluation.
+    """Read what a folder says about its model: a run's own config.json, or the scores documents of
+    an evaluation.
 
-    Where it says nothing (predictions from elsewhere), the stage is taken from the name's beginning. Raises UsageError for a
-    document that is not JSON.
+    Where it says nothing (predictions from elsewhere), the stage is taken from the name's
+    beginning. Raises UsageError for a document that is not JSON.
     """
     sets = {
         path.stem.removeprefix("predictions-"): path
@@ -328,7 +339,9 @@ def _values(document: dict) -> dict[str, Any]:
 
 
 def read_document(path: Path) -> dict:
-    """A JSON object from a file; empty where there is no such file. Raises UsageError for one that is not a JSON object."""
+    """A JSON object from a file; empty where there is no such file. Raises UsageError for one that
+    is not a JSON object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -343,8 +356,8 @@ def read_document(path: Path) -> dict:
 
 
 def located(named: str, folder: Path) -> Path | None:
-    """A path that a document in `folder` names, as it was seen from the folder in which the command ran: the current one, or
-    one above `folder`. None where it is in none of them.
+    """A path that a document in `folder` names, as it was seen from the folder in which the command
+    ran: the current one, or one above `folder`. None where it is in none of them.
     """
     for start in (Path(), *folder.resolve().parents):
         if (start / named).exists():
@@ -368,5 +381,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def flag_first(argv: Sequence[str], flag: str) -> list[str]:
-    """The command line with `--flag` in front where it begins with a value: `RUN RUN --x 1` is `--run RUN RUN --x 1`."""
+    """The command line with `--flag` in front where it begins with a value: `RUN RUN --x 1` is
+    `--run RUN RUN --x 1`.
+    """
     return [f"--{flag}", *argv] if argv and not argv[0].startswith("-") else list(argv)

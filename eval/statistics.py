@@ -1,7 +1,9 @@
-"""How sure a score is, whether one model is better than another, and what a model says whatever the image.
+"""How sure a score is, whether one model is better than another, and what a model says whatever the
+image.
 
-Several models are compared on the same images by the same resamples of patients, so that a difference has a paired interval. All
-of it works on the totals by patient of `eval.metrics.patient_totals`: nothing grows with the number of images times resamples.
+Several models are compared on the same images by the same resamples of patients, so that a
+difference has a paired interval. All of it works on the totals by patient of
+`eval.metrics.patient_totals`: nothing grows with the number of images times resamples.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ PERMUTATIONS = 10_000
 _SWAPS_AT_ONCE = 2_000_000  # of the permutation test's [permutations, rows] counts: 16 MB
 
 
-# ---- several models on the same images ------------------------------------------------------------------------------
+# ---- several models on the same images -----------------------------------------------------------
 def shared_resamples(
     totals: Mapping[str, np.ndarray], *, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, np.ndarray]]:
     """{model: the `figures` of each resample}, every model on the same drawn patients.
 
-    totals: {model: [P, C]} of `patient_totals`, the same P patients in each. A difference of two models' arrays is a resampled
-    paired difference. Raises ValueError for different numbers of patients.
+    totals: {model: [P, C]} of `patient_totals`, the same P patients in each. A difference of two
+    models' arrays is a resampled paired difference. Raises ValueError for different numbers of
+    patients.
     """
     if len({len(rows) for rows in totals.values()}) != 1:
         raise ValueError(
-            f"models with different patients: {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}"
+            "models with different patients:"
+            f" {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}"
         )
     # [R, models x C]
     drawn = resampled_totals(
@@ -44,11 +48,13 @@ def shared_resamples(
 def permutation_p_values(
     first: np.ndarray, second: np.ndarray, *, seed: int, permutations: int = PERMUTATIONS
 ) -> dict[str, np.ndarray]:
-    """Two-sided p-values of the paired permutation test that first and second [P, C] score alike: {figure: p}, "label_f1" [K].
+    """Two-sided p-values of the paired permutation test that first and second [P, C] score alike:
+    {figure: p}, "label_f1" [K].
 
-    Under the hypothesis each patient's two sets of answers may as well be swapped. p = (1 + permutations with a difference as
-    large as the one seen) / (1 + permutations). Patients whose two totals differ in the same way are swapped together by one
-    binomial draw, and those whose totals are equal not at all: neither changes the test.
+    Under the hypothesis each patient's two sets of answers may as well be swapped. p = (1 +
+    permutations with a difference as large as the one seen) / (1 + permutations). Patients whose
+    two totals differ in the same way are swapped together by one binomial draw, and those whose
+    totals are equal not at all: neither changes the test.
     """
     change, counts = np.unique(first - second, axis=0, return_counts=True)  # [U, C], [U]
     counts, change = counts[change.any(axis=1)], change[change.any(axis=1)]
@@ -75,7 +81,9 @@ def _differences(first: np.ndarray, second: np.ndarray) -> dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Change:
-    """A figure before and after, with 95 % intervals of the difference and of the relative change, and a p-value."""
+    """A figure before and after, with 95 % intervals of the difference and of the relative change,
+    and a p-value.
+    """
 
     before: float
     after: float
@@ -96,7 +104,9 @@ def change(
     resampled_after: np.ndarray,
     p_value: float,
 ) -> Change:
-    """A `Change` from two point estimates and the two models' values in the same resamples, both [R]."""
+    """A `Change` from two point estimates and the two models' values in the same resamples, both
+    [R].
+    """
     relative = (
         interval(resampled_after / resampled_before - 1) if (resampled_before > 0).all() else None
     )
@@ -105,11 +115,12 @@ def change(
     )
 
 
-# ---- what is said, whatever the image -------------------------------------------------------------------------------
+# ---- what is said, whatever the image ------------------------------------------------------------
 def said_and_true(
     targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(share of images for which each label is predicted, share for which it is true), both [K], among those that evaluate it.
+    """(share of images for which each label is predicted, share for which it is true), both [K],
+    among those that evaluate it.
 
     NaN for a label that no image evaluates.
     """
@@ -145,7 +156,9 @@ def diversity(
     lengths: np.ndarray,
     num_labels: int,
 ) -> Diversity:
-    """`Diversity` of N answers. completions: `fingerprint` of each text. Raises ValueError without any answer."""
+    """`Diversity` of N answers. completions: `fingerprint` of each text. Raises ValueError without
+    any answer.
+    """
     if not len(label_sets):
         raise ValueError("no answer to describe")
     counts = Counter(label_sets)
@@ -173,9 +186,10 @@ def fingerprint(text: str) -> int:
     return zlib.crc32(data) << 32 | zlib.adler32(data)
 
 
-# ---- scores that need no predictions --------------------------------------------------------------------------------
+# ---- scores that need no predictions -------------------------------------------------------------
 def all_labels_scores(supports: Sequence[int], num_images: int) -> dict[str, float]:
-    """Micro- and macro-F1 of naming every label for every image, from the number of positives of each label alone.
+    """Micro- and macro-F1 of naming every label for every image, from the number of positives of
+    each label alone.
 
     TP = support, FP = images - support, FN = 0, so a label's F1 is 2 support / (images + support).
     """

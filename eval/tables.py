@@ -53,9 +53,11 @@ def p_text(value: float) -> str:
     return "-" if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 def scores_table(comparison: Comparison) -> Table:
-    """Every model's scores on one data set with intervals, failed answers treated in three ways, and the baselines."""
+    """Every model's scores on one data set with intervals, failed answers treated in three ways,
+    and the baselines.
+    """
     header = [
         "Model",
         *_SEVEN[:6],
@@ -102,8 +104,9 @@ def scores_table(comparison: Comparison) -> Table:
         )
     images, patients = len(comparison.first.ids), len(set(comparison.first.patients.tolist()))
     notes = [
-        f"{images:,} images of {patients:,} patients; {len(comparison.labels)} labels. Small figures: 95 % intervals, bootstrap by patient. "
-        "Failed answers count as empty; an answer not in the format has Jaccard 0."
+        f"{images:,} images of {patients:,} patients; {len(comparison.labels)} labels. Small"
+        " figures: 95 % intervals, bootstrap by patient. Failed answers count as empty; an answer"
+        " not in the format has Jaccard 0."
     ]
     if any(comparison.left_out.values()):
         notes.append(
@@ -128,12 +131,12 @@ def _support_notes(comparison: Comparison) -> list[str]:
         for model, values in comparison.values.items()
     )
     return [
-        f"Without any positive here: {', '.join(empty)}. Each counts as 0 in macro-F1, as in the paper. Over the labels that have "
-        f"positives macro-F1 is: {over}."
+        f"Without any positive here: {', '.join(empty)}. Each counts as 0 in macro-F1, as in the"
+        f" paper. Over the labels that have positives macro-F1 is: {over}."
     ]
 
 
-# ---- what transferred -----------------------------------------------------------------------------------------------
+# ---- what transferred ----------------------------------------------------------------------------
 _PAPER_TRANSFER = (
     ("MedGemma", "MedGemma (SFT)"),
     ("MedGemma (SFT)", "MedGemma (ChexReason)"),
@@ -144,7 +147,9 @@ _PAPER_TRANSFER = (
 def transfer_table(
     comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> Table:
-    """Macro-F1 before and after, for each step and data set, with the relative change as the paper states it."""
+    """Macro-F1 before and after, for each step and data set, with the relative change as the paper
+    states it.
+    """
     rows: list[list[Cell | str]] = []
     for before, after in pairs:
         for comparison in comparisons:
@@ -169,9 +174,10 @@ def transfer_table(
         ["Step", "Data set", "Labels", "Before", "After", "Difference", "Relative", "p"],
         rows,
         [
-            "In distribution: the label scheme of the training data, all 14. Across schemes: the labels that another hospital's scheme can "
-            "express. Intervals are paired: both models on the same resampled patients. p: permutation test by patient, two-sided. No "
-            "correction for the number of comparisons."
+            "In distribution: the label scheme of the training data, all 14. Across schemes: the"
+            " labels that another hospital's scheme can express. Intervals are paired: both models"
+            " on the same resampled patients. p: permutation test by patient, two-sided. No"
+            " correction for the number of comparisons."
         ],
         numbers_from=3,
     )
@@ -219,8 +225,9 @@ def paradox_table(found: Sequence[Transfer]) -> Table:
         ],
         rows,
         [
-            "Gap: positive where a step did more for the scheme it was trained on than for the others. A reading of 'gains' or 'loses' needs a "
-            "95 % interval without 0. The paper's data sets: CheXpert test and NIH."
+            "Gap: positive where a step did more for the scheme it was trained on than for the"
+            " others. A reading of 'gains' or 'loses' needs a 95 % interval without 0. The paper's"
+            " data sets: CheXpert test and NIH."
         ],
         numbers_to=4,
     )
@@ -237,11 +244,13 @@ def reading(transfer: Transfer) -> str:
         return (
             "not measured"
             if moved is None
-            else "no clear change"
-            if not moved.is_clear
-            else "gains"
-            if moved.after > moved.before
-            else "loses"
+            else (
+                "no clear change"
+                if not moved.is_clear
+                else "gains"
+                if moved.after > moved.before
+                else "loses"
+            )
         )
 
     home, away = word(transfer.home), word(transfer.away)
@@ -330,7 +339,8 @@ def marginals_table(comparison: Comparison) -> Table:
         ["Label", "Positives", "True", *(f"said by {model}" for model in shares)],
         rows,
         [
-            f"Share of {len(first.ids):,} images, among those that evaluate the label; small figures: said / true."
+            f"Share of {len(first.ids):,} images, among those that evaluate the label; small"
+            " figures: said / true."
         ],
     )
 
@@ -394,9 +404,11 @@ def diversity_table(comparisons: Sequence[Comparison]) -> Table:
     )
 
 
-# ---- the paper's tables ---------------------------------------------------------------------------------------------
+# ---- the paper's tables --------------------------------------------------------------------------
 def prompt_key(name: str) -> str:
-    """What a prompt's name and the paper's name of it share: "reasoning_self_check" and "Reasoning Self-Check" are one."""
+    """What a prompt's name and the paper's name of it share: "reasoning_self_check" and "Reasoning
+    Self-Check" are one.
+    """
     return re.sub("[^a-z0-9]", "", name.lower().replace("reasoning", "").replace("(baseline)", ""))
 
 
@@ -406,7 +418,9 @@ def paper_tables(
     home: Sequence[str],
     nih: Mapping[str, Comparison],
 ) -> list[Table]:
-    """Tables 1 to 6 with the paper's figures and ours. nih: {"nine", "ten": the comparison under that mapping}, or empty."""
+    """Tables 1 to 6 with the paper's figures and ours. nih: {"nine", "ten": the comparison under
+    that mapping}, or empty.
+    """
     at_home = next((comparison for comparison in comparisons if comparison.data_set in home), None)
     base = [entry for entry in entries if entry.stage == "base"]
     sft = [entry for entry in entries if entry.stage == "sft"]
@@ -490,7 +504,9 @@ def _format_table(
     *,
     short: bool = False,
 ) -> Table:
-    """Tables 1 to 3: for each prompt or format the paper's row and ours; ours that have none in the paper come last."""
+    """Tables 1 to 3: for each prompt or format the paper's row and ours; ours that have none in the
+    paper come last.
+    """
     ours = (
         []
         if comparison is None
@@ -529,7 +545,8 @@ def _notes(index: int, comparison: Comparison | None) -> list[str]:
         ["No run of ours is shown here: give one to compare."]
         if comparison is None
         else [
-            f"Ours: {comparison.data_set}, {len(comparison.first.ids):,} images, {int(comparison.support.sum()):,} positives; 95 % intervals in small figures."
+            f"Ours: {comparison.data_set}, {len(comparison.first.ids):,} images,"
+            f" {int(comparison.support.sum()):,} positives; 95 % intervals in small figures."
         ]
     )
     return ours + list(published.NOTES[index])
@@ -607,7 +624,9 @@ def _label_table(
     comparison: Comparison | None,
     labels: Sequence[str],
 ) -> Table:
-    """Tables 5 and 6: labels by the alphabet as in the paper, the best of the paper's models and the best of ours set off."""
+    """Tables 5 and 6: labels by the alphabet as in the paper, the best of the paper's models and
+    the best of ours set off.
+    """
     models = [] if comparison is None else list(comparison.values)
     lines: list[list[Cell | str]] = []
     for label in sorted(labels):
@@ -719,14 +738,16 @@ def _label_notes(
             for model in by_model
         )
         notes.append(
-            f"The printed macro-F1 values are plain means with zeros kept: the largest difference is {worst:.4f}."
+            "The printed macro-F1 values are plain means with zeros kept: the largest difference"
+            f" is {worst:.4f}."
         )
     if index == 5:
         everything = all_labels_scores(
             list(published.CHEXPERT_TEST_SUPPORT.values()), published.CHEXPERT_TEST_STUDIES
         )
         notes.append(
-            f"Naming all 14 labels for every study of CheXpert's test set gives macro-F1 {everything['macro_f1']:.3f} and micro-F1 "
-            f"{everything['micro_f1']:.3f}, from the positives alone: above Qwen2.5 and the SFT model in macro-F1."
+            "Naming all 14 labels for every study of CheXpert's test set gives macro-F1"
+            f" {everything['macro_f1']:.3f} and micro-F1 {everything['micro_f1']:.3f}, from the"
+            " positives alone: above Qwen2.5 and the SFT model in macro-F1."
         )
     return notes

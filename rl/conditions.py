@@ -1,6 +1,8 @@
-"""Numbers that a run is judged by, as flags write them: which checkpoint is best, when to warn, when to stop.
+"""Numbers that a run is judged by, as flags write them: which checkpoint is best, when to warn,
+when to stop.
 
-site-a/macro_f1 - 0.5*gap                    a trade-off: names of metrics, weights, " + " and " - " with spaces around
+site-a/macro_f1 - 0.5*gap                    a trade-off: names of metrics, weights, " + " and " - "
+with spaces around
 gap>0.05                                     a condition on one
 monitors/identical_labels>0.9 for 3          that must hold three times in a row
 """
@@ -73,7 +75,8 @@ def parse_condition(text: str) -> Condition:
         bound, times = float(match[3]), int(match[4] or 1)
     except (TypeError, ValueError):
         raise ValueError(
-            "write METRIC>NUMBER or METRIC<NUMBER, with ' for N' where it must hold N times in a row"
+            "write METRIC>NUMBER or METRIC<NUMBER, with ' for N' where it must hold N times in"
+            " a row"
         ) from None
     if not math.isfinite(bound) or times < 1:
         raise ValueError(f"{match[3]} must be a number and N at least 1")
@@ -81,9 +84,11 @@ def parse_condition(text: str) -> Condition:
 
 
 class Watch:
-    """Checks conditions each time that metrics are logged, and counts how often in a row each has held.
+    """Checks conditions each time that metrics are logged, and counts how often in a row each has
+    held.
 
-    Checks in which a condition's metrics were not measured pass it over: an evaluation does not break a row of rollouts.
+    Checks in which a condition's metrics were not measured pass it over: an evaluation does not
+    break a row of rollouts.
     """
 
     def __init__(self, conditions: Sequence[str]):
@@ -91,7 +96,9 @@ class Watch:
         self.held = dict.fromkeys(conditions, 0)
 
     def check(self, metrics: Mapping[str, float]) -> list[str]:
-        """One line for each condition that comes true with these metrics: in the check that completes its row, not in later ones."""
+        """One line for each condition that comes true with these metrics: in the check that
+        completes its row, not in later ones.
+        """
         lines = []
         for condition in self.conditions:
             value = condition.combination.value(metrics)

@@ -1,4 +1,6 @@
-"""All tensors of one optimizer step, for --dump_step: with them any program can compute the loss again."""
+"""All tensors of one optimizer step, for --dump_step: with them any program can compute the loss
+again.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from rl.settings import GRPOConfig
 def step_tensors(
     loss: Tensor, logprobs: Tensor, entropy: Tensor, weights: Tensor, terms: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a micro-batch of `write_step` is made of, on the CPU and free of the graph, which holds the GPU's memory."""
+    """What a micro-batch of `write_step` is made of, on the CPU and free of the graph, which holds
+    the GPU's memory.
+    """
     tensors = {"loss": loss, "logprobs": logprobs, "entropy": entropy, "weights": weights}
     tensors |= {f"terms/{name}": term for name, term in terms.items()}
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -40,22 +44,29 @@ def write_step(
     config: GRPOConfig,
     objective: ObjectiveConfig,
 ) -> None:
-    """step-<N>.safetensors: every tensor of one optimizer step's loss, so that any program can compute it again.
+    """step-<N>.safetensors: every tensor of one optimizer step's loss, so that any program can
+    compute it again.
 
-    computed: `step_tensors` of each micro-batch. micro_batches: the rows of `samples`, the whole rollout, that each holds.
-    The file's tensors, for the N completions of the step in the order of its K micro-batches, padded on the right to the
-    longest of them, T, and for the R completions and P prompts of the whole rollout:
+    computed: `step_tensors` of each micro-batch. micro_batches: the rows of `samples`, the whole
+    rollout, that each holds. The file's tensors, for the N completions of the step in the order of
+    its K micro-batches, padded on the right to the longest of them, T, and for the R completions
+    and P prompts of the whole rollout:
 
-        [N,T] fp32   logprobs, entropy, weights, terms/<each of them>, old_logprobs, ref_logprobs (not at beta 0),
+        [N,T] fp32   logprobs, entropy, weights, terms/<each of them>, old_logprobs, ref_logprobs
+                     (not at beta 0),
                      sampling_logprobs, top_p_mass
-        [N,T]        ids int64, -1 beyond a completion's end; mask bool, true on the tokens in the loss
-        [N]          advantages fp32; rollout_row and micro_batch int64: where a completion is in the rollout and in the step
-        [R]          rollout/reward (trained on, scaled), rollout/rewards/<name> (in its own units), rollout/advantage, all fp64;
+        [N,T]        ids int64, -1 beyond a completion's end; mask bool, true on the tokens in the
+                     loss
+        [N]          advantages fp32; rollout_row and micro_batch int64: where a completion is in
+                     the rollout and in the step
+        [R]          rollout/reward (trained on, scaled), rollout/rewards/<name> (in its own units),
+                     rollout/advantage, all fp64;
                      rollout/group int64, its prompt
         [P,S]        prompt_ids int64, an image as its placeholders, -1 beyond the end
         [K], []      micro_batch_loss fp32; loss fp64, their sum, as it is logged
 
-    Metadata, as JSON: step, settings (all of run_grpo.py's), examples (the ids of the P prompts), num_completions, num_tokens.
+    Metadata, as JSON: step, settings (all of run_grpo.py's), examples (the ids of the P prompts),
+    num_completions, num_tokens.
     """
     rows = [i for indices in micro_batches for i in indices]
     width = max(len(samples[i].ids) for i in rows)

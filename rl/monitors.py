@@ -1,22 +1,29 @@
-"""Is the policy still answering the question? What a reward cannot see of a collapse, and of a reward that is gamed.
+"""Is the policy still answering the question? What a reward cannot see of a collapse, and of a
+reward that is gamed.
 
-`Monitors.observe` takes each rollout and returns monitors/<name>, over a window of the last completions:
+`Monitors.observe` takes each rollout and returns monitors/<name>, over a window of the last
+completions:
 
     identical_text       share whose text was also given for another image
-    identical_labels     share of the most frequent label set; answers that cannot be read are one set
-    label_shift          the largest of the labels' |share that name it - share of these images that have it|; by label, with its
+    identical_labels     share of the most frequent label set; answers that cannot be read are one
+                         set
+    label_shift          the largest of the labels' |share that name it - share of these images that
+                         have it|; by label, with its
                          sign, as label_shift/<label>
-    all_labels           share that name more than half of the labels that their image is evaluated on
+    all_labels           share that name more than half of the labels that their image is evaluated
+                         on
     contradiction        share with No Finding beside a finding
     unknown_label        share with an entry that is none of the 14
     duplicate_label      share that name a label twice
     empty_reasoning      share whose <think> block is blank
     looping_reasoning    share whose reasoning is mostly repeats of its own four-word sequences
-    copied_reasoning     share whose reasoning, word for word, was also given for an image with other labels
+    copied_reasoning     share whose reasoning, word for word, was also given for an image with
+                         other labels
     truncated            share cut at max_completion_length
     length_to_cap        mean length as a share of max_completion_length
     distinct_per_group   mean share of different texts among a prompt's completions
-    entropy              nats a token, estimated by the sampled tokens' own log-probabilities, at the sampling temperature
+    entropy              nats a token, estimated by the sampled tokens' own log-probabilities, at
+                         the sampling temperature
     entropy_drop         by what share that has fallen since the start
 
 and, since the start, in standard deviations of the start (so that they fit one chart):
@@ -26,8 +33,8 @@ and, since the start, in standard deviations of the start (so that they fit one 
     f1_gain              of the F1 of a completion's labels
     hacking              trained_gain - f1_gain: what the reward has won that the labels have not
 
-The start is the run's first window. Nothing is returned before the window holds SETTLED completions, or, of what is compared with
-the start, before the start is complete.
+The start is the run's first window. Nothing is returned before the window holds SETTLED
+completions, or, of what is compared with the start, before the start is complete.
 """
 
 from __future__ import annotations
@@ -136,7 +143,9 @@ class Monitors:
         }
 
     def check(self, metrics: Mapping[str, float]) -> list[str]:
-        """Lines to show for these metrics, as they were logged; sets `stopped` where the run has to end."""
+        """Lines to show for these metrics, as they were logged; sets `stopped` where the run has to
+        end.
+        """
         lines = [f"warning: {line}" for line in self.warnings.check(metrics)]
         stops = self.stops.check(metrics)
         if stops:
@@ -161,10 +170,14 @@ class Monitors:
         }
         return {
             "identical_text": sum(len(images[fact["text"]]) > 1 for fact in facts) / total,
-            "identical_labels": max(
-                Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts).values()
-            )
-            / total,
+            "identical_labels": (
+                max(
+                    Counter(
+                        tuple(fact["said"]) if fact["parsed"] else None for fact in facts
+                    ).values()
+                )
+                / total
+            ),
             "label_shift": max(map(abs, shifts.values()), default=0.0),
             **shifts,
             **{
@@ -178,14 +191,15 @@ class Monitors:
                     "looping_reasoning",
                 )
             },
-            "copied_reasoning": sum(
-                len(truths[fact["reasoning"]]) > 1 for fact in facts if fact["reasoning"]
-            )
-            / total,
+            "copied_reasoning": (
+                sum(len(truths[fact["reasoning"]]) > 1 for fact in facts if fact["reasoning"])
+                / total
+            ),
             "truncated": share("truncated"),
             "length_to_cap": share("length") / self.max_completion_length,
-            "distinct_per_group": sum(len(set(texts)) / len(texts) for texts in groups.values())
-            / len(groups),
+            "distinct_per_group": (
+                sum(len(set(texts)) / len(texts) for texts in groups.values()) / len(groups)
+            ),
             "entropy": share("entropy"),
         }
 
@@ -196,9 +210,11 @@ class Monitors:
             name: sum(fact[name] for fact in self.window) / len(self.window) for name in self.start
         }
         gains = {
-            f"{name}_gain": (now[name] - self.start[name][0]) / self.start[name][1]
-            if self.start[name][1]
-            else 0.0
+            f"{name}_gain": (
+                (now[name] - self.start[name][0]) / self.start[name][1]
+                if self.start[name][1]
+                else 0.0
+            )
             for name in SERIES
         }
         entropy = self.start["entropy"][0]
@@ -219,7 +235,9 @@ class Monitors:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A run that a condition had ended goes on where that condition is no longer asked for."""
+        """Go on from a checkpoint. A run that a condition had ended goes on where that condition is
+        no longer asked for.
+        """
         self.window = deque(state["window"], maxlen=WINDOW)
         self.num_seen, self.start = (
             state["num_seen"],
@@ -235,7 +253,7 @@ class Monitors:
         )
 
 
-# ---- one completion -------------------------------------------------------------------------------------------------
+# ---- one completion ------------------------------------------------------------------------------
 def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
     """All that the window keeps of a completion; texts as hashes."""
     answer, target = sample.answer, sample.example.target
@@ -277,7 +295,9 @@ def _loops(words: Sequence[str]) -> bool:
 
 
 def _f1(answer: Answer, target: Target) -> float:
-    """2 TP / (said + true) over the evaluated labels; 1 where both are empty, 0 for an answer that cannot be read."""
+    """2 TP / (said + true) over the evaluated labels; 1 where both are empty, 0 for an answer that
+    cannot be read.
+    """
     said, true = (
         set(answer.labels) & target.evaluated_labels,
         target.labels & target.evaluated_labels,
@@ -291,7 +311,7 @@ def _f1(answer: Answer, target: Target) -> float:
     )
 
 
-# ---- the window -----------------------------------------------------------------------------------------------------
+# ---- the window ----------------------------------------------------------------------------------
 def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[str, set]:
     """{fact[key]: all values that it came with}"""
     found: dict[str, set] = {}
@@ -301,7 +321,9 @@ def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[st
 
 
 def _shift(facts: Sequence[Mapping[str, Any]], label: str) -> float | None:
-    """Share that says the label, minus the share that has it, where it is evaluated; None where it never is."""
+    """Share that says the label, minus the share that has it, where it is evaluated; None where it
+    never is.
+    """
     rows = [fact for fact in facts if label in fact["evaluated"]]
     return (
         sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows)

@@ -1,29 +1,35 @@
-"""Eq. 2 of ChexReason (arXiv 2512.23090) and everything in it. This is the file that a fork of the objective edits.
+"""Compute Eq. 2 of ChexReason (arXiv 2512.23090): the one file that a fork of the objective edits.
 
-For one image x, G completions t_1..t_G are sampled from the policy as it was at the rollout, pi_old, and
+For one image x, G completions t_1..t_G are sampled from pi_old, the policy at the rollout, and
 
-    J = 1/G sum_i  1/|t_i| sum_j [ min( r_ij A_i,  clip(r_ij, 1 - eps_low, 1 + eps_high) A_i )  -  beta KL_ij ]
+    J = 1/G sum_i 1/|t_i| sum_j [ min( r_ij A_i, clip(r_ij, 1 - eps_low, 1 + eps_high) A_i )
+                                  - beta KL_ij ]
 
-        r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)                   token-level importance ratio
-        A_i   = R_i - mean(R of the group)                                      advantage, one number a completion
-        KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                                  k3 estimate; pi_ref is the frozen SFT checkpoint
+        r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)    token-level importance ratio
+        A_i   = R_i - mean(R of the group)                       advantage, one a completion
+        KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                   k3 estimate of KL(pi || pi_ref);
+                                                                 pi_ref: the frozen SFT checkpoint
 
-The loss is -J. Departures from vanilla GRPO (DeepSeekMath, arXiv 2402.03300), each marked by its number below:
+The loss is -J. It departs from vanilla GRPO (DeepSeekMath, arXiv 2402.03300) in five places, each
+marked by its number below:
 
     (1) asymmetric clipping: eps_low 0.15, eps_high 0.22, so the ratio is held in [0.85, 1.22]
-    (2) the advantage is centred but not divided by the group's standard deviation (`scale_rewards`; Dr. GRPO, arXiv 2503.20783)
-    (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`; Dr. GRPO). The paper prints Eq. 2 with 1/|t_i|
-        and says Dr. GRPO in the text; the text is the default, "grpo" is Eq. 2 to the letter, "dapo" weighs all tokens alike
+    (2) the advantage is centred but not divided by the group's standard deviation (`scale_rewards`;
+        Dr. GRPO, arXiv 2503.20783)
+    (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`; Dr. GRPO). The
+        paper prints Eq. 2 with 1/|t_i| and says Dr. GRPO in the text. The text is the default;
+        "grpo" is Eq. 2 to the letter, "dapo" weighs all tokens alike
     (4) the k3 KL to the SFT checkpoint stays in the loss, with beta 0.15 (Dr. GRPO itself drops it)
-    (5) log-probabilities are those of the sampling temperature, for pi, pi_old and pi_ref, without the top-p truncation
+    (5) log-probabilities are at the sampling temperature, for pi, pi_old and pi_ref, without the
+        top-p truncation
 
-The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step, so micro-batches add up to
-exactly the full batch, however it is cut.
+The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step,
+so micro-batches add up to exactly the full batch, however it is cut.
 
-Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G completions of a group
-may lie in different micro-batches. `mask` [N,T] bool is true on the tokens of the completion, stop token included; slots
-outside it may hold anything, NaN included, and change nothing. Everything is computed in the dtype of `logprobs` (fp32 in
-training).
+Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G
+completions of a group may lie in different micro-batches. `mask` [N,T] bool is true on the tokens
+of the completion, stop token included; slots outside it may hold anything, NaN included, and change
+nothing. Everything is computed in the dtype of `logprobs` (fp32 in training).
 """
 
 from __future__ import annotations
@@ -34,16 +40,19 @@ from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-# Rewards of a group that differ by no more than this say nothing: floating-point residue, not a preference.
+# Rewards of a group that differ by no more than this say nothing: floating-point residue, not a
+# preference.
 ZERO_VARIANCE = 1e-6
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
-# Terms that `objective_metrics` covers, or whose mean is not worth a curve; any other term that a fork adds is logged by itself.
+# Terms that `objective_metrics` covers, or whose mean is not worth a curve; any other term that a
+# fork adds is logged by itself.
 LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Hyperparameters of Eq. 2. Each field is a flag of run_grpo.py; adding one here is all that a new flag needs.
+    """Hyperparameters of Eq. 2. Each field is a flag of run_grpo.py; adding one here is all that a
+    new flag needs.
 
     Raises ValueError naming every field that is out of range.
     """
@@ -74,22 +83,30 @@ class ObjectiveConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = field(
         default="k3",
         metadata={
-            "help": "per-token KL estimate in the loss; k1 has the right value but a zero-mean gradient, so it does not regularise",
+            "help": (
+                "per-token KL estimate in the loss; k1 has the right value but a zero-mean"
+                " gradient, so it does not regularise"
+            ),
             "source": "not published; k3 as in DeepSeekMath",
         },
     )
     loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(
         default="dr_grpo",
         metadata={
-            "help": "what normalises a token: the constant max_completion_length, the length of its completion (Eq. 2 to the letter), "
-            "or all tokens of the optimizer step",
+            "help": (
+                "what normalises a token: the constant max_completion_length, the length of its"
+                " completion (Eq. 2 to the letter), or all tokens of the optimizer step"
+            ),
             "source": "paper 3.2.2, text",
         },
     )
     scale_rewards: Literal["none", "group", "batch"] = field(
         default="none",
         metadata={
-            "help": "what divides the centred reward: nothing, the group's standard deviation, or that of the whole rollout",
+            "help": (
+                "what divides the centred reward: nothing, the group's standard deviation, or that"
+                " of the whole rollout"
+            ),
             "source": "paper 3.2.2 says Dr. GRPO only",
         },
     )
@@ -102,7 +119,8 @@ class ObjectiveConfig:
         ]
         if not 0 <= self.epsilon_low < 1:
             problems.append(
-                f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower bound is not positive"
+                f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower"
+                " bound is not positive"
             )
         if not self.epsilon_high >= 0:
             problems.append(f"epsilon_high is {self.epsilon_high}; it must not be negative")
@@ -115,13 +133,16 @@ class ObjectiveConfig:
         """Settings that are allowed but do not do what their name promises, one line each."""
         if self.kl_estimator == "k1" and self.beta > 0:
             return [
-                "kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use k2 or k3."
+                "kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use"
+                " k2 or k3."
             ]
         return []
 
 
 class Metric(NamedTuple):
-    """A number to log and how values of several micro-batches combine: a mean weighted by `weight`, a min, a max or a sum."""
+    """A number to log and how values of several micro-batches combine: a mean weighted by `weight`,
+    a min, a max or a sum.
+    """
 
     value: Tensor
     weight: float
@@ -138,10 +159,11 @@ def group_advantages(
 ) -> Tensor:
     """A_i: how much better a completion is than the others of its group.
 
-    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any order. Returns [N] of the
-    rewards' dtype. A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most 1e-6
-    gets exactly 0 in every mode; its KL term still acts. kl [N] (sum over a completion's tokens of log pi_old - log pi_ref; 0
-    at beta 0) and config are always passed by the training loop and not used here: they are for forks (KL in the reward,
+    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any
+    order. Returns [N] of the rewards' dtype. A NaN reward is left out of its group's mean and gets
+    0. A group whose rewards differ by at most 1e-6 gets exactly 0 in every mode; its KL term still
+    acts. kl [N] (sum over a completion's tokens of log pi_old - log pi_ref; 0 at beta 0) and config
+    are always passed by the training loop and not used here: they are for forks (KL in the reward,
     another baseline).
     """
     advantages = torch.zeros_like(rewards)  # [N]
@@ -170,10 +192,11 @@ def _std(values: Tensor) -> Tensor:
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """KL_ij, one number a token [N,T]: Schulman's estimators of KL(pi || pi_ref) from tokens sampled from pi.
+    """KL_ij, one number a token [N,T]: Schulman's estimators of KL(pi || pi_ref) from tokens
+    sampled from pi.
 
-    k1 is unbiased in value but its gradient is zero in expectation; k2 has the reverse KL's gradient; k3 is unbiased, never
-    negative, and what GRPO uses.
+    k1 is unbiased in value but its gradient is zero in expectation; k2 has the reverse KL's
+    gradient; k3 is unbiased, never negative, and what GRPO uses.
     """
     log_ref_ratio = ref_logprobs - logprobs  # [N,T] log(pi_ref / pi)
     if estimator == "k1":
@@ -195,10 +218,12 @@ def token_weights(
     max_completion_length: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Each token's weight in the loss of its optimizer step, [N,T] of `dtype`; 0 where `mask` is false.
+    """Each token's weight in the loss of its optimizer step, [N,T] of `dtype`; 0 where `mask` is
+    false.
 
-    num_completions, num_tokens: totals of the WHOLE optimizer step (all micro-batches, all ranks), never of this micro-batch:
-    that is what makes the losses and gradients of micro-batches add up to those of the full batch.
+    num_completions, num_tokens: totals of the WHOLE optimizer step (all micro-batches, all ranks),
+    never of this micro-batch: that is what makes the losses and gradients of micro-batches add up
+    to those of the full batch.
     """
     tokens = mask.to(dtype)  # [N,T]
     if loss_type == "dr_grpo":  # (3)
@@ -225,17 +250,19 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-J on one micro-batch, as a pure sum, and every term of it.
 
-    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]: the same tokens under
-    pi_old and pi_ref, without gradient; ref_logprobs may be None at beta 0. advantages [N]. mask [N,T] bool. weights [N,T]:
-    `token_weights`. sampling_logprobs [N,T] (what the sampler recorded) and entropy [N,T] (of pi, with gradient) are always
-    passed by the training loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
+    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]:
+    the same tokens under pi_old and pi_ref, without gradient; ref_logprobs may be None at beta 0.
+    advantages [N]. mask [N,T] bool. weights [N,T]: `token_weights`. sampling_logprobs [N,T] (what
+    the sampler recorded) and entropy [N,T] (of pi, with gradient) are always passed by the training
+    loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
 
-    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio, surrogate, kl,
-    per_token_loss.
+    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio,
+    surrogate, kl, per_token_loss.
     """
     if ref_logprobs is None and config.beta > 0:
         raise ValueError(
-            f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the frozen SFT checkpoint"
+            f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the"
+            " frozen SFT checkpoint"
         )
     for name, tensor in {
         "old_logprobs": old_logprobs,
@@ -245,11 +272,13 @@ def grpo_loss(
     }.items():
         if tensor is not None and tensor.shape != logprobs.shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are [N,T]"
+                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; all are"
+                " [N,T]"
             )
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed, [{len(logprobs)}]"
+            f"advantages has shape {tuple(advantages.shape)}; one number a completion is needed,"
+            f" [{len(logprobs)}]"
         )
     zero = logprobs.new_zeros(())
     logprobs = torch.where(mask, logprobs, zero)  # selected, not multiplied: 0 * NaN would be NaN
@@ -290,12 +319,13 @@ def grpo_loss(
 def objective_metrics(
     terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig
 ) -> dict[str, Metric]:
-    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so micro-batches combine to the
-    step's mean.
+    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so
+    micro-batches combine to the step's mean.
 
-    A token counts as clipped only where the clip takes its gradient away: below the lower bound with a negative advantage,
-    above the upper one with a positive advantage. low_min and high_max are over completions. A new term that a fork adds to
-    `terms` is logged as its token mean without a line here.
+    A token counts as clipped only where the clip takes its gradient away: below the lower bound
+    with a negative advantage, above the upper one with a positive advantage. low_min and high_max
+    are over completions. A new term that a fork adds to `terms` is logged as its token mean without
+    a line here.
     """
     num_tokens = int(mask.sum())
     if num_tokens == 0:

@@ -1,5 +1,5 @@
-"""What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in TensorBoard, its state in a
-checkpoint; and what is noted of an evaluation.
+"""What is kept of a rollout: its metrics, its rows in completions.jsonl, a look at it in
+TensorBoard, its state in a checkpoint; and what is noted of an evaluation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")  # of the evaluated metri
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """What to log of a rollout, under TRL's names.
 
-    reward is the number trained on (scaled); rewards/<name>/mean and its parts are in the reward's own units. reward_std is
-    over the rollout, reward_group_std the mean within groups; frac_reward_zero_std the share of groups that give no policy
-    gradient.
+    reward is the number trained on (scaled); rewards/<name>/mean and its parts are in the reward's
+    own units. reward_std is over the rollout, reward_group_std the mean within groups;
+    frac_reward_zero_std the share of groups that give no policy gradient.
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     prompts = torch.tensor([sample.prompt for sample in samples])
@@ -45,10 +45,9 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "reward": rewards.mean(),
         "reward_std": rewards.std(),
         "reward_group_std": torch.stack([group.std() for group in groups]).mean(),
-        "frac_reward_zero_std": sum(
-            bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups
-        )
-        / len(groups),
+        "frac_reward_zero_std": (
+            sum(bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups) / len(groups)
+        ),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -56,8 +55,9 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "completions/valid_rate": sum(sample.answer.valid for sample in samples) / len(samples),
         "completions/parsed_rate": sum(sample.answer.parsed for sample in samples) / len(samples),
         "completions/distinct_per_group": sum(distinct) / len(distinct),
-        "completions/mean_labels": sum(len(sample.answer.labels) for sample in samples)
-        / len(samples),
+        "completions/mean_labels": (
+            sum(len(sample.answer.labels) for sample in samples) / len(samples)
+        ),
         "sampling/top_p_mass_mean": torch.cat([sample.top_p_mass for sample in samples]).mean(),
     }
     if len(terminated):
@@ -79,8 +79,8 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the training forward's; in fp32 some 1e-6, in bf16 some 1e-3.
-    Once the old ones of all samples are known.
+    """How far the sampler's log-probabilities are from the training forward's; in fp32 some 1e-6,
+    in bf16 some 1e-3. Once the old ones of all samples are known.
     """
     kept = [sample for sample in samples if sample.mask.all()]
     if not kept:
@@ -124,8 +124,8 @@ def completion_rows(samples: Sequence[Sample]) -> list[dict]:
 def show_samples(
     log: RunLogger, samples: Sequence[Sample], step: int, *, max_side: int = 448
 ) -> None:
-    """One group in TensorBoard: the X-ray, and a table of its completions with rewards and advantages. Model text is
-    escaped.
+    """One group in TensorBoard: the X-ray, and a table of its completions with rewards and
+    advantages. Model text is escaped.
     """
     example = samples[0].example
     image = load_image(example).convert("L")
@@ -133,7 +133,10 @@ def show_samples(
     log.image("completions/image", np.asarray(image), step)
     names = list(samples[0].rewards)
     lines = [
-        f"{escape_markdown(example.id)}, labels: {escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}",
+        (
+            f"{escape_markdown(example.id)}, labels:"
+            f" {escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}"
+        ),
         "",
         "| completion | " + " | ".join(names) + " | advantage |",
         "|---" * (len(names) + 2) + "|",
@@ -148,8 +151,8 @@ PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", "
 
 
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict]]:
-    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's floats survive JSON bit for
-    bit.
+    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's
+    floats survive JSON bit for bit.
     """
     tensors = (
         {name: torch.cat([getattr(sample, name) for sample in samples]) for name in PER_TOKEN}
@@ -208,11 +211,12 @@ def unpack_samples(
     return samples
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 def with_rewards(
     rows: Sequence[dict], reward_functions: Mapping[str, RewardFunction]
 ) -> list[dict]:
-    """The rows of a predictions file, each with its "rewards" as in completions.jsonl: {name: {"total", its parts}}.
+    """The rows of a predictions file, each with its "rewards" as in completions.jsonl: {name:
+    {"total", its parts}}.
 
     Nothing is observed: the windows stay those of the rollouts.
     """
@@ -241,7 +245,9 @@ def with_rewards(
 def mean_rewards(
     rows: Sequence[dict], trained_reward: str, function: RewardFunction
 ) -> dict[str, float]:
-    """Means over rows of `with_rewards`: `rewards/<name>/mean` in the reward's own units, `reward` as it is trained on."""
+    """Means over rows of `with_rewards`: `rewards/<name>/mean` in the reward's own units, `reward`
+    as it is trained on.
+    """
     means = Counter()
     for row in rows:
         for name, reward in row["rewards"].items():
@@ -255,12 +261,13 @@ def mean_rewards(
 def record_evaluation(
     metrics: Mapping[str, dict[str, float]], log: RunLogger, state: TrainerState, chosen: str | None
 ) -> dict[str, float]:
-    """Log the metrics of each set and the gap between them, and note whether this checkpoint is the best; returns them by
-    NAME/METRIC, and the gap.
+    """Log the metrics of each set and the gap between them, and note whether this checkpoint is the
+    best; returns them by NAME/METRIC, and the gap.
 
-    gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation than the others have on
-    average, each over its own labels. Above 0, part of the gain does not transfer. chosen: what the best is chosen by
-    (--metric_for_best_model); None for the first set's macro_f1.
+    gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation
+    than the others have on average, each over its own labels. Above 0, part of the gain does not
+    transfer. chosen: what the best is chosen by (--metric_for_best_model); None for the first set's
+    macro_f1.
     """
     names = list(metrics)
     for name in names:

@@ -1,11 +1,12 @@
 """The paper's two rewards, as named parts: Eq. 3 (`HardReward`) and Eq. 4 (`NuancedReward`).
 
-A reward is called as `reward(answer, target, completion_length)` and returns the signed parts and their sum. The call is
-pure. What a reward remembers of earlier rollouts changes only in `observe`, so rewards are logged, recomputed and resumed
-without surprise. Another reward is another subclass of `RewardFunction`.
+A reward is called as `reward(answer, target, completion_length)` and returns the signed parts and
+their sum. The call is pure. What a reward remembers of earlier rollouts changes only in `observe`,
+so rewards are logged, recomputed and resumed without surprise. Another reward is another subclass
+of `RewardFunction`.
 
-Both look only at the labels that the image's source can express, `target.evaluated_labels`: a predicted label outside
-them is ignored, neither right nor wrong.
+Both look only at the labels that the image's source can express, `target.evaluated_labels`: a
+predicted label outside them is ignored, neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class RewardFunction:
         return self.scale * reward.total
 
     def observe(self, answers: Iterable[Answer]) -> None:
-        """Remember one rollout. The loop calls it once per rollout, with all answers in prompt order; evaluation never does."""
+        """Remember one rollout. The loop calls it once per rollout, with all answers in prompt
+        order; evaluation never does.
+        """
 
     def state_dict(self) -> dict:
         """What `observe` has gathered, as JSON can hold it."""
@@ -50,17 +53,21 @@ class RewardFunction:
 
 
 def jaccard(predicted: Collection[str], true: Collection[str]) -> float:
-    """|predicted & true| / |predicted | true| of two collections read as sets; 1 where both are empty (a convention)."""
+    """|predicted & true| / |predicted | true| of two collections read as sets; 1 where both are
+    empty (a convention).
+    """
     union = set(predicted) | set(true)
     return len(set(predicted) & set(true)) / len(union) if union else 1.0
 
 
 @dataclass
 class HardReward(RewardFunction):
-    """Eq. 3: J - length_penalty if the answer is valid and shorter than min_length, J if it is valid, 0 otherwise.
+    """Eq. 3: J - length_penalty if the answer is valid and shorter than min_length, J if it is
+    valid, 0 otherwise.
 
-    J is the Jaccard index of predicted and true labels; unknown labels count as predicted, so they enlarge the union.
-    Taken to the letter, as here, a short wrong answer (-length_penalty) is worth less than an invalid one (0).
+    J is the Jaccard index of predicted and true labels; unknown labels count as predicted, so they
+    enlarge the union. Taken to the letter, as here, a short wrong answer (-length_penalty) is worth
+    less than an invalid one (0).
     """
 
     # lambda_len; its value is not published. A tenth of the best reward
@@ -84,16 +91,20 @@ class NuancedReward(RewardFunction):
 
     match           100 if the predicted labels are the true ones
     partial         30 TP/|true| + 20 TP/|predicted|, also on a match: an exact answer is worth 150
-    false_positive  for each label predicted and not true, points that grow with the label's share of the training data
-    collapse        in an answer that contains a dominant label: 50, and 30 for each dominant label that it contains.
+    false_positive  for each label predicted and not true, points that grow with the label's share
+                    of the training data
+    collapse        in an answer that contains a dominant label: 50, and 30 for each dominant label
+                    that it contains.
                     A label is dominant when more than 70 % of the last 100 predictions contain it
-    format          100 for each unknown label and 25 for each repeated one, both of which then count for nothing else;
+    format          100 for each unknown label and 25 for each repeated one, both of which then
+                    count for nothing else;
                     25 where the answer can be read but is not in the strict form
 
     An answer that cannot be parsed gets `unparsed_penalty` as its format part and nothing else.
     Where no label is true and none predicted, the answer is a match with full recall and precision.
 
-    Raises ValueError for a frequency that is no share of a label, and for a window that never holds `min_window`.
+    Raises ValueError for a frequency that is no share of a label, and for a window that never holds
+    `min_window`.
     """
 
     # label -> share of the training images that have it, 0 to 1; a missing label has 0
@@ -105,22 +116,23 @@ class NuancedReward(RewardFunction):
     match_points: float = 100.0  # published
     recall_points: float = 30.0  # published
     precision_points: float = 20.0  # published
-    # Not published; 'No Finding' and 'Support Devices' must cost more than rare findings. A rare label costs 10, half of
-    # the precision credit; a label of half of the images costs 30, all of the recall credit, so that listing the common
-    # labels on chance loses more than it can gain.
+    # Not published; 'No Finding' and 'Support Devices' must cost more than rare findings. A rare
+    # label costs 10, half of the precision credit; a label of half of the images costs 30, all of
+    # the recall credit, so that listing the common labels on chance loses more than it can gain.
     false_positive_base: float = 10.0
     false_positive_slope: float = 40.0  # additional points at frequency 1
     collapse_points: float = 50.0  # published
-    # 30 is published, what counts as an 'excess repetition' is not: here, each dominant label that the answer repeats.
-    # At most 14 x 30, and 30 or 60 in practice.
+    # 30 is published, what counts as an 'excess repetition' is not: here, each dominant label that
+    # the answer repeats. At most 14 x 30, and 30 or 60 in practice.
     repetition_points: float = 30.0
     unknown_points: float = 100.0  # published
     duplicate_points: float = 25.0  # published
-    # Published as a penalty on text outside the blocks, without a number: as the mildest published one, a duplicate. It
-    # also stands for a missing or misplaced <think> block; without that, leaving out the reasoning would cost nothing.
+    # Published as a penalty on text outside the blocks, without a number: as the mildest published
+    # one, a duplicate. It also stands for a missing or misplaced <think> block; without that,
+    # leaving out the reasoning would cost nothing.
     form_points: float = 25.0
-    # Not published. An unreadable answer must be no way around the other penalties: three labels that half of the images
-    # have, all wrong and one of them dominant, lose 3 x 30 + 80 = 170.
+    # Not published. An unreadable answer must be no way around the other penalties: three labels
+    # that half of the images have, all wrong and one of them dominant, lose 3 x 30 + 80 = 170.
     unparsed_penalty: float = 200.0
     # points, before scaling: one answer with a long list of inventions must not set a group's scale
     floor: float = -300.0
@@ -130,11 +142,13 @@ class NuancedReward(RewardFunction):
         for label, frequency in self.label_frequency.items():
             if label not in LABELS or not 0 <= frequency <= 1:
                 raise ValueError(
-                    f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}: {frequency!r}"
+                    f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}:"
+                    f" {frequency!r}"
                 )
         if self.window < self.min_window:
             raise ValueError(
-                f"window {self.window} is below min_window {self.min_window}: mode collapse would never be seen"
+                f"window {self.window} is below min_window {self.min_window}: mode collapse would"
+                " never be seen"
             )
         self._predictions: deque[tuple[str, ...]] = deque(maxlen=self.window)
 
@@ -156,13 +170,16 @@ class NuancedReward(RewardFunction):
         return _reward(
             match=self.match_points * match,
             partial=self.recall_points * recall + self.precision_points * precision,
-            # fsum, because a set's order differs between processes and a resumed run must agree to the last bit.
+            # fsum, because a set's order differs between processes and a resumed run must agree to
+            # the last bit.
             false_positive=-math.fsum(
                 self._false_positive_points(label) for label in predicted - true
             ),
-            collapse=-(self.collapse_points + self.repetition_points * len(repeated))
-            if repeated
-            else 0.0,
+            collapse=(
+                -(self.collapse_points + self.repetition_points * len(repeated))
+                if repeated
+                else 0.0
+            ),
             format=-(
                 self.unknown_points * len(answer.unknown)
                 + self.duplicate_points * len(answer.duplicates)
@@ -174,7 +191,9 @@ class NuancedReward(RewardFunction):
         return self.scale * max(reward.total, self.floor)
 
     def dominant_labels(self) -> frozenset[str]:
-        """Labels in more than `dominance` of the window's predictions; none while it holds fewer than `min_window`."""
+        """Labels in more than `dominance` of the window's predictions; none while it holds fewer
+        than `min_window`.
+        """
         size = len(self._predictions)
         if size < self.min_window:
             return frozenset()
@@ -182,7 +201,8 @@ class NuancedReward(RewardFunction):
         return frozenset(label for label, count in counts.items() if count / size > self.dominance)
 
     def observe(self, answers: Iterable[Answer]) -> None:
-        # An answer that could not be read predicts nothing; keeping it would hide a dominant label behind format failures.
+        # An answer that could not be read predicts nothing; keeping it would hide a dominant label
+        # behind format failures.
         self._predictions.extend(answer.labels for answer in answers if answer.parsed)
 
     def state_dict(self) -> dict:
@@ -201,9 +221,10 @@ class NuancedReward(RewardFunction):
 
 def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:
     """Predicted and true labels among those that the source can express."""
-    return target.evaluated_labels.intersection(
-        answer.labels
-    ), target.evaluated_labels & target.labels
+    return (
+        target.evaluated_labels.intersection(answer.labels),
+        target.evaluated_labels & target.labels,
+    )
 
 
 def _reward(**parts: float) -> Reward:

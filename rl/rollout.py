@@ -1,9 +1,10 @@
-"""One rollout: G completions of each prompt with rewards, advantages, old and reference log-probabilities, and its
-micro-batches.
+"""One rollout: G completions of each prompt with rewards, advantages, old and reference
+log-probabilities, and its micro-batches.
 
-A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is made of them. The
-micro-batches follow from its lengths alone: the old, reference and policy passes run on the same rows laid out in the same
-way, so before the first update the ratio is exactly 1 and the KL exactly 0.
+A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is
+made of them. The micro-batches follow from its lengths alone: the old, reference and policy passes
+run on the same rows laid out in the same way, so before the first update the ratio is exactly 1 and
+the KL exactly 0.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from rl.rewards import Reward, RewardFunction
 class Sample:
     """One completion with all that the objective needs of it.
 
-    prompt: index of its prompt in the rollout, which is its group. ids [C] int64; mask [C] bool, all false where a
-    truncated completion is left out of the loss; sampling_logprobs, top_p_mass, old_logprobs, ref_logprobs [C] fp32.
-    rewards: every reward by name. reward: what is trained on, scaled. advantage: A_i.
+    prompt: index of its prompt in the rollout, which is its group. ids [C] int64; mask [C] bool,
+    all false where a truncated completion is left out of the loss; sampling_logprobs, top_p_mass,
+    old_logprobs, ref_logprobs [C] fp32. rewards: every reward by name. reward: what is trained on,
+    scaled. advantage: A_i.
     """
 
     prompt: int
@@ -62,8 +64,8 @@ def build_samples(
 ) -> list[Sample]:
     """Parse and reward every completion; samples of one prompt lie together, in the prompts' order.
 
-    All rewards are computed from the windows as they stood before this rollout; `observe` is the caller's to call, once,
-    afterwards.
+    All rewards are computed from the windows as they stood before this rollout; `observe` is the
+    caller's to call, once, afterwards.
     """
     samples = []
     for index, (example, group) in enumerate(zip(examples, completions, strict=True)):
@@ -96,9 +98,11 @@ def build_samples(
 
 
 def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> list[Sample]:
-    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards stay equal.
+    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards
+    stay equal.
 
-    A completion's KL is of the log-probabilities that the sampler recorded: the old ones of the first step are not known yet.
+    A completion's KL is of the log-probabilities that the sampler recorded: the old ones of the
+    first step are not known yet.
     """
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     groups = torch.tensor([sample.prompt for sample in samples])
@@ -117,8 +121,8 @@ def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> li
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """N samples padded to T completion tokens, as `grpo_loss` takes them: advantages [N], the log-probabilities [N,T], all
-    fp32.
+    """N samples padded to T completion tokens, as `grpo_loss` takes them: advantages [N], the
+    log-probabilities [N,T], all fp32.
     """
 
     batch: Batch
@@ -172,11 +176,13 @@ def score_samples(
     temperature: float,
     with_reference: bool,
 ) -> list[Sample]:
-    """The samples with log-probabilities of the frozen reference and old ones: of the policy as it is now.
+    """The samples with log-probabilities of the frozen reference and old ones: of the policy as it
+    is now.
 
-    Without gradient, in eval() mode, micro-batch by micro-batch as planned (`plan_micro_batches`); computed once a rollout,
-    whatever the number of updates. The samples of the first optimizer step get no old ones here: nothing has changed when that
-    step runs them, so its own are the old ones (`with_old`).
+    Without gradient, in eval() mode, micro-batch by micro-batch as planned (`plan_micro_batches`);
+    computed once a rollout, whatever the number of updates. The samples of the first optimizer step
+    get no old ones here: nothing has changed when that step runs them, so its own are the old ones
+    (`with_old`).
     """
     device = next(wrapped.parameters()).device
     settings = {"temperature": temperature, "suppress_token_ids": model.suppressed_ids}
@@ -223,10 +229,12 @@ def plan_micro_batches(
     accumulation: int,
     max_tokens: int | None,
 ) -> list[list[list[int]]]:
-    """For every optimizer step of one pass over the rollout, its micro-batches: each the indices of its samples, in order.
+    """For every optimizer step of one pass over the rollout, its micro-batches: each the indices of
+    its samples, in order.
 
-    A step has `accumulation` micro-batches of `size` samples, which are cut where they cost more than `max_tokens` tokens in a
-    forward (see plan_batches); where a cut parts a group, its prompt is in both.
+    A step has `accumulation` micro-batches of `size` samples, which are cut where they cost more
+    than `max_tokens` tokens in a forward (see plan_batches); where a cut parts a group, its prompt
+    is in both.
     """
     rows, per_step = encoded_rows(samples, prompts), size * accumulation
     return [

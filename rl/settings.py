@@ -1,4 +1,6 @@
-"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them, what the SFT run fills in."""
+"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them,
+what the SFT run fills in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from rl.rewards import HardReward, NuancedReward, RewardFunction
 from rl.rollout import Sample
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
-# What an evaluation measures on each validation set; two sets or more also have a gap (rl/records.py).
+# What an evaluation measures on each validation set; two sets or more also have a gap
+# (rl/records.py).
 SET_METRICS = (
     "macro_f1",
     "micro_f1",
@@ -35,12 +38,17 @@ SET_METRICS = (
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
-    """Settings of GRPO beside those of the objective (rl.objective.ObjectiveConfig), which are flags as well."""
+    """Settings of GRPO beside those of the objective (rl.objective.ObjectiveConfig), which are
+    flags as well.
+    """
 
     adapter_name_or_path: str | None = setting(
         None,
         "the SFT adapter to start from, which also is the frozen reference",
-        unset="the newest finished SFT run under runs/, of the recipe's base model where there is a recipe",
+        unset=(
+            "the newest finished SFT run under runs/, of the recipe's base model where there is a"
+            " recipe"
+        ),
         group="model and data",
     )
     learning_rate: float = setting(
@@ -135,8 +143,9 @@ class GRPOConfig(TrainingConfig):
     )
     metric_for_best_model: str | None = setting(
         None,
-        f"what chooses the best checkpoint: NAME/METRIC, with METRIC one of {', '.join(SET_METRICS)}; gap; or a trade-off to be made large, "
-        "such as 'a/macro_f1 - 0.5*gap'",
+        "what chooses the best checkpoint: NAME/METRIC, with METRIC one of"
+        f" {', '.join(SET_METRICS)}; gap; or a trade-off to be made large, such as 'a/macro_f1 -"
+        " 0.5*gap'",
         unset="the first set's macro_f1",
         group="evaluation",
     )
@@ -148,8 +157,9 @@ class GRPOConfig(TrainingConfig):
     )
     stop_when: tuple[str, ...] = setting(
         (),
-        "end the run when this becomes true of what is logged: 'gap>0.05', 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a "
-        "trade-off; names that training does not log are refused after the first step",
+        "end the run when this becomes true of what is logged: 'gap>0.05',"
+        " 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a trade-off; names that"
+        " training does not log are refused after the first step",
         group="evaluation",
     )
     warn_when: tuple[str, ...] = setting(
@@ -175,11 +185,13 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
         )
     if config.num_generations < 2:
         found.append(
-            f"--num_generations is {config.num_generations}; a group needs at least 2 completions, or every advantage is 0"
+            f"--num_generations is {config.num_generations}; a group needs at least 2 completions,"
+            " or every advantage is 0"
         )
     if not config.temperature > 0 or not 0 < config.top_p <= 1:
         found.append(
-            f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in (0, 1]"
+            f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in"
+            " (0, 1]"
         )
     for name in (
         "num_iterations",
@@ -194,8 +206,8 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
 
 
 def judging_problems(config: GRPOConfig) -> list[str]:
-    """What is wrong with the metrics and conditions that the run is judged by. Names of training metrics can only be checked
-    once they are logged (`check_watched`).
+    """What is wrong with the metrics and conditions that the run is judged by. Names of training
+    metrics can only be checked once they are logged (`check_watched`).
     """
     sets = [entry.partition("=")[0] for entry in config.validation_file]
     combinations = (
@@ -220,7 +232,8 @@ def judging_problems(config: GRPOConfig) -> list[str]:
             prefix, _, metric = name.partition("/")
             if name == "gap" and len(sets) < 2:
                 found.append(
-                    f"--{flag} {text}: gap needs two sets of --validation_file or more, there are {len(sets)}"
+                    f"--{flag} {text}: gap needs two sets of --validation_file or more, there are"
+                    f" {len(sets)}"
                 )
             elif prefix == "monitors" and flag != "metric_for_best_model" and name not in NAMES:
                 found.append(f"--{flag} {text}: there is no {name}; there are {', '.join(NAMES)}")
@@ -231,8 +244,9 @@ def judging_problems(config: GRPOConfig) -> list[str]:
                 and flag == "metric_for_best_model"
             ):
                 found.append(
-                    f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file ({', '.join(sets) or 'none given'}) and a "
-                    f"METRIC of {', '.join(SET_METRICS)}; or gap"
+                    f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file"
+                    f" ({', '.join(sets) or 'none given'}) and a METRIC of"
+                    f" {', '.join(SET_METRICS)}; or gap"
                 )
     return found
 
@@ -247,8 +261,8 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
         *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
     }
     missing = [
-        f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of --validation_file, monitors/... and "
-        f"{', '.join(sorted(set(logged) - set(NAMES)))}"
+        f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of"
+        f" --validation_file, monitors/... and {', '.join(sorted(set(logged) - set(NAMES)))}"
         for flag in ("stop_when", "warn_when")
         for text in getattr(config, flag)
         for name in parse_condition(text).combination.names
@@ -270,8 +284,9 @@ def batch_problems(config: GRPOConfig) -> list[str]:
     if per_rollout % accumulation:
         lower = per_rollout // accumulation * accumulation
         found.append(
-            f"--steps_per_generation {per_rollout} does not divide into optimizer steps of --gradient_accumulation_steps {accumulation}; "
-            f"the nearest that do: {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}"
+            f"--steps_per_generation {per_rollout} does not divide into optimizer steps of"
+            f" --gradient_accumulation_steps {accumulation}; the nearest that do:"
+            f" {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}"
         )
     if micro * per_rollout % group:
         fitting = [n for n in range(1, micro + group + 1) if n * per_rollout % group == 0]
@@ -282,9 +297,10 @@ def batch_problems(config: GRPOConfig) -> list[str]:
             }
         )
         found.append(
-            f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches = {micro * per_rollout} completions does not "
-            f"divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that do: "
-            f"{', '.join(map(str, nearest))}"
+            f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches ="
+            f" {micro * per_rollout} completions does not divide into groups of --num_generations"
+            f" {group}; the nearest --per_device_train_batch_size that do:"
+            f" {', '.join(map(str, nearest))}"
         )
     return found
 
@@ -322,10 +338,19 @@ def batch_arithmetic(config: GRPOConfig, num_examples: int) -> list[str]:
     steps = total_steps(config, num_examples)
     rollouts = -(-steps // updates)
     return [
-        f"rollout     {prompts} prompts x {config.num_generations} completions = {completions} completions, {updates} optimizer steps each",
-        f"batch       {micro} completions x {accumulation} accumulated = {micro * accumulation} an optimizer step",
-        f"run         {steps} optimizer steps = {rollouts} rollouts = {rollouts * prompts} prompts ({rollouts * prompts / num_examples:.2f} epochs) = "
-        f"{rollouts * completions} completions; trained on the {config.reward} reward",
+        (
+            f"rollout     {prompts} prompts x {config.num_generations} completions = {completions}"
+            f" completions, {updates} optimizer steps each"
+        ),
+        (
+            f"batch       {micro} completions x {accumulation} accumulated = {micro * accumulation}"
+            " an optimizer step"
+        ),
+        (
+            f"run         {steps} optimizer steps = {rollouts} rollouts = {rollouts * prompts}"
+            f" prompts ({rollouts * prompts / num_examples:.2f} epochs) = {rollouts * completions}"
+            f" completions; trained on the {config.reward} reward"
+        ),
     ]
 
 
@@ -334,14 +359,15 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     found = objective.warnings()
     if updates_per_rollout(config) == 1:
         found.append(
-            "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise --steps_per_generation or --num_iterations"
+            "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise"
+            " --steps_per_generation or --num_iterations"
         )
     return found
 
 
 def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
-    """Raises UsageError where the step to dump is not among those that this run will make, `done` being made already. What a
-    resumed run inherits may be done.
+    """Raises UsageError where the step to dump is not among those that this run will make, `done`
+    being made already. What a resumed run inherits may be done.
     """
     config: GRPOConfig = resolved.configs[0]
     step, steps = config.dump_step, total_steps(config, num_examples)
@@ -351,26 +377,29 @@ def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
         )
     if step is not None and step <= done and resolved.origins["dump_step"] != "resumed run":
         raise UsageError(
-            f"--dump_step {step}: the run goes on after step {done} and does not make it again; name a later step, or "
-            "resume from an earlier checkpoint"
+            f"--dump_step {step}: the run goes on after step {done} and does not make it again;"
+            " name a later step, or resume from an earlier checkpoint"
         )
 
 
 def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
-    """Eq. 3 to the letter punishes short answers; where most are short, an invalid answer (0) is worth more than a wrong
-    one.
+    """Eq. 3 to the letter punishes short answers; where most are short, an invalid answer (0) is
+    worth more than a wrong one.
     """
     short = sum(len(sample.ids) < config.min_length for sample in samples)
     if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
         return None
     return (
-        f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length {config.min_length}: a valid but wrong "
-        f"answer gets {-config.length_penalty}, an invalid one 0. Lower --min_length, or set --length_penalty 0"
+        f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length"
+        f" {config.min_length}: a valid but wrong answer gets {-config.length_penalty}, an invalid"
+        " one 0. Lower --min_length, or set --length_penalty 0"
     )
 
 
 def from_sft_run(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the newest finished SFT run, and what follows from it (`from_adapter`)."""
+    """Fill in what was not given: the newest finished SFT run, and what follows from it
+    (`from_adapter`).
+    """
     config: GRPOConfig = resolved.configs[0]
     if config.adapter_name_or_path is None:
         base = (
@@ -382,8 +411,8 @@ def from_sft_run(resolved: Resolved) -> Resolved:
         newest = newest_finished_run(Path("runs"), "sft", base)
         if newest is None:
             raise UsageError(
-                f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}` first, "
-                "or give --adapter_name_or_path"
+                f"no finished SFT run{of_base} named runs/<time>-sft; run `python"
+                f" run_sft.py{recipe}` first, or give --adapter_name_or_path"
             )
         resolved = resolved.with_value(
             "adapter_name_or_path", str(newest), f"newest SFT run{of_base}"
@@ -392,8 +421,8 @@ def from_sft_run(resolved: Resolved) -> Resolved:
 
 
 def _with_its_prompt(resolved: Resolved) -> Resolved:
-    """Prompt and answer format of the SFT run, which a recipe does not change. Raises UsageError for a flag that would: the policy
-    and its reference know only the one that they were trained on.
+    """Prompt and answer format of the SFT run, which a recipe does not change. Raises UsageError
+    for a flag that would: the policy and its reference know only the one that they were trained on.
     """
     config: GRPOConfig = resolved.configs[0]
     saved = saved_settings(Path(config.adapter_name_or_path))
@@ -403,8 +432,8 @@ def _with_its_prompt(resolved: Resolved) -> Resolved:
             continue
         if resolved.origins[name] == "flag":
             raise UsageError(
-                f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with {learned}; leave the flag "
-                "out, or give the adapter of another SFT run"
+                f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with"
+                f" {learned}; leave the flag out, or give the adapter of another SFT run"
             )
         resolved = resolved.with_value(name, learned, "adapter's run")
     return resolved

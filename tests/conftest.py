@@ -1,6 +1,8 @@
-"""Fixtures: small checkpoints, and the worked cases of objective_cases.json: `with case("P05_full_loss") as p05: ...`.
+"""Fixtures: small checkpoints, and the worked cases of objective_cases.json: `with
+case("P05_full_loss") as p05: ...`.
 
-Every expected number of a case that a test opens must be compared, or be listed below with the reason why it is not ours.
+Every expected number of a case that a test opens must be compared, or be listed below with the
+reason why it is not ours.
 """
 
 from __future__ import annotations
@@ -18,41 +20,77 @@ CASES: dict[str, dict] = {
     entry["id"]: entry for entry in json.loads(CASES_FILE.read_text(encoding="utf-8"))["cases"]
 }
 
-# Expected values that the product does not make, as "<case>.<key>", or "<case>" for a case as a whole. `Case.differs` shows
-# that the product's own value is another one, where there is one to compare with.
+# Expected values that the product does not make, as "<case>.<key>", or "<case>" for a case as a
+# whole. `Case.differs` shows that the product's own value is another one, where there is one to
+# compare with.
 NOT_IN_THE_PRODUCT = {
-    "P01_advantage.adv_std_ddof0_eps1e_4": "population standard deviation; ours is the sample's (ddof 1)",
+    "P01_advantage.adv_std_ddof0_eps1e_4": (
+        "population standard deviation; ours is the sample's (ddof 1)"
+    ),
     "P01_advantage.adv_rloo": "leave-one-out baseline, G/(G-1) times ours: tests/forks/rloo.patch",
     "P04_kl_estimators.rows.k3_is_corrected": "k3 times the importance ratio: a variant for forks",
     "P04_kl_estimators.rows.grad_k3_is_corrected_ratio_differentiable": "gradient of that variant",
-    "P04_kl_estimators.rows.grad_k3_is_corrected_ratio_detached": "gradient of that variant with the ratio held fixed",
-    "P04_kl_estimators.rows.grad_unbiased_w_k1": "straight-through estimator with the detached ratio: a variant for forks",
-    "P04_kl_estimators.identity": "a sentence about that variant; its part on k2 is asserted in the test",
-    "P05_full_loss.metrics.kl_seq_mean": "mean of completions' means; we log the mean over tokens, as TRL does",
-    "P05_full_loss.metrics.completions/mean_length": "about completions, not the objective; P07 compares it",
-    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo": "a mean of means: wrong",
-    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.seq_mean_eq2": "a mean of means; right here only because both micro-batches hold two completions",
-    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.dr_grpo_const": "a mean of means; right here only because both micro-batches hold two completions",
-    "P08_microbatch_invariance.wrong_sum_over_Lmax_times_one_over_K": "forgets the number of completions in a micro-batch",
+    "P04_kl_estimators.rows.grad_k3_is_corrected_ratio_detached": (
+        "gradient of that variant with the ratio held fixed"
+    ),
+    "P04_kl_estimators.rows.grad_unbiased_w_k1": (
+        "straight-through estimator with the detached ratio: a variant for forks"
+    ),
+    "P04_kl_estimators.identity": (
+        "a sentence about that variant; its part on k2 is asserted in the test"
+    ),
+    "P05_full_loss.metrics.kl_seq_mean": (
+        "mean of completions' means; we log the mean over tokens, as TRL does"
+    ),
+    "P05_full_loss.metrics.completions/mean_length": (
+        "about completions, not the objective; P07 compares it"
+    ),
+    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.token_mean_dapo": (
+        "a mean of means: wrong"
+    ),
+    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.seq_mean_eq2": (
+        "a mean of means; right here only because both micro-batches hold two completions"
+    ),
+    "P08_microbatch_invariance.naive_mean_of_microbatch_losses_divided_by_K.dr_grpo_const": (
+        "a mean of means; right here only because both micro-batches hold two completions"
+    ),
+    "P08_microbatch_invariance.wrong_sum_over_Lmax_times_one_over_K": (
+        "forgets the number of completions in a micro-batch"
+    ),
     "P10_tis": "truncated importance sampling: tests/forks/tis.patch",
     "P11_dual_clip": "dual clip: tests/forks/dual_clip.patch",
     "P12_gspo": "one ratio for a sequence: tests/forks/gspo.patch",
     "P13_cispo": "detached clipped weights: tests/forks/cispo.patch",
     "P14_jaccard.rows.intersection": "a step of the calculation; the product returns the quotient",
     "P14_jaccard.rows.union": "a step of the calculation; the product returns the quotient",
-    "P14_jaccard.rows.precision": "of one image, 1 where both sets are empty; our scores count over a data set, with 0 for 0/0",
-    "P14_jaccard.rows.recall": "of one image, 1 where both sets are empty; our scores count over a data set, with 0 for 0/0",
-    "P15_reward_sum": "a weighted sum of reward components; the paper's rewards are Eq. 3 and Eq. 4, whose parts just add up",
+    "P14_jaccard.rows.precision": (
+        "of one image, 1 where both sets are empty; our scores count over a data set, with 0"
+        " for 0/0"
+    ),
+    "P14_jaccard.rows.recall": (
+        "of one image, 1 where both sets are empty; our scores count over a data set, with 0"
+        " for 0/0"
+    ),
+    "P15_reward_sum": (
+        "a weighted sum of reward components; the paper's rewards are Eq. 3 and Eq. 4, whose parts"
+        " just add up"
+    ),
     "P16_sft_mask_loss.wrong_mean_of_microbatch_means": "a mean of means: wrong",
     "P19_position_ids.wrong_arange": "positions that count the padding: wrong",
-    "P21_kl_in_reward": "KL inside the reward: tests/forks/kl_in_reward.patch; the paper has it in the loss",
-    "P22_group_order.wrong_if_viewed_as_contiguous_groups": "groups taken from the memory layout: wrong",
+    "P21_kl_in_reward": (
+        "KL inside the reward: tests/forks/kl_in_reward.patch; the paper has it in the loss"
+    ),
+    "P22_group_order.wrong_if_viewed_as_contiguous_groups": (
+        "groups taken from the memory layout: wrong"
+    ),
     "P24_lora_reference.scaling_rslora": "rank-stabilised LoRA is not used",
 }
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Expected values by dotted key. A list of records becomes one column for each field: `rows.k3` lists k3 of all rows."""
+    """Expected values by dotted key. A list of records becomes one column for each field: `rows.k3`
+    lists k3 of all rows.
+    """
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {name: [row[name] for row in value] for name in value[0]}
     if not isinstance(value, dict):
@@ -103,7 +141,9 @@ class Case:
         )
 
     def close(self, key: str, actual: Any, rtol: float | None = None) -> None:
-        """The product's value is the expected one: within the case's atol (or rtol, if given); truth values and text equal."""
+        """The product's value is the expected one: within the case's atol (or rtol, if given);
+        truth values and text equal.
+        """
         assert not self._reason(key), f"{self.id}.{key} is listed as not ours"
         assert not self._mismatches(key, actual, rtol)
         self.unchecked.discard(key)
@@ -140,7 +180,9 @@ class Case:
 def open_case(
     case_id: str, *keys: str, listed: dict[str, str] = NOT_IN_THE_PRODUCT
 ) -> Iterator[Case]:
-    """The case `case_id`, or its part under `keys`; at the end every expected value must have been compared, or be `listed`."""
+    """The case `case_id`, or its part under `keys`; at the end every expected value must have been
+    compared, or be `listed`.
+    """
     opened = Case(case_id, keys, listed)
     yield opened
     assert not opened.unchecked, (
@@ -150,9 +192,11 @@ def open_case(
 
 @pytest.fixture
 def case():
-    """`with case("P05_full_loss") as p05:` for a whole case, `with case("P16_sft_mask_loss", "labels") as p16:` for a part.
+    """`with case("P05_full_loss") as p05:` for a whole case, `with case("P16_sft_mask_loss",
+    "labels") as p16:` for a part.
 
-    The id and the keys are literals: `test_objective.py` reads them from the source, to find cases that no test opens.
+    The id and the keys are literals: `test_objective.py` reads them from the source, to find cases
+    that no test opens.
     """
     return open_case
 
@@ -167,16 +211,28 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
-    """`tiny_sft_run("gemma3")` -> folder of a finished SFT run: 2 epochs of 2 steps of 6 rows, a checkpoint at every step."""
-    from data.encode import Encoder
+    """`tiny_sft_run("gemma3")` -> folder of a finished SFT run: 2 epochs of 2 steps of 6 rows, a
+    checkpoint at every step.
+    """
     from runs import DECODE, sft
+
+    from data.encode import Encoder
 
     made: dict[str, Path] = {}
 
     def run(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("runs") / f"sft-{family}"
-            flags = "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 3".split()
+            flags = [
+                "--num_train_epochs",
+                "2",
+                "--save_steps",
+                "1",
+                "--per_device_train_batch_size",
+                "2",
+                "--gradient_accumulation_steps",
+                "3",
+            ]
             # whichever test asks first: its `speak` must not get into the predictions
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Encoder, "decode", DECODE)
@@ -198,7 +254,9 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """`tiny_checkpoint("gemma3")`: folder of a random checkpoint of that family (see tiny.py), made once; not to be changed."""
+    """`tiny_checkpoint("gemma3")`: folder of a random checkpoint of that family (see tiny.py), made
+    once; not to be changed.
+    """
     from tiny import SAVE  # here: most tests need no transformers
 
     folders: dict[str, Path] = {}
@@ -213,7 +271,9 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
-    """A folder with three random images of each size: 56/image-0.png (4 visual tokens for Qwen), 84/... (9), 112/... (16)."""
+    """A folder with three random images of each size: 56/image-0.png (4 visual tokens for Qwen),
+    84/... (9), 112/... (16).
+    """
     from tiny import save_images
 
     folder = tmp_path_factory.mktemp("images")

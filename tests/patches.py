@@ -1,4 +1,6 @@
-"""The diffs of tests/forks against rl/objective.py: what each one adds, how it is applied, its size."""
+"""The diffs of tests/forks against rl/objective.py: what each one adds, how it is applied, its
+size.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ HEADER = "--- a/rl/objective.py\n+++ b/rl/objective.py\n"
 
 
 class Fork(NamedTuple):
-    """field: the setting that the patch adds; on: a value that switches the variant on; metric: what it logs, if anything."""
+    """field: the setting that the patch adds; on: a value that switches the variant on; metric:
+    what it logs, if anything.
+    """
 
     field: str
     on: Any
@@ -43,8 +47,9 @@ def size(patch: str) -> tuple[int, int]:
 def patched(name: str, source: str = OBJECTIVE) -> str:
     """`source` with a patch applied. AssertionError where it does not fit to the letter.
 
-    Done here and not by git or patch, which a machine that runs the tests need not have. Stricter than both: a hunk's lines,
-    context included, must stand exactly once, so there is no guessing where they belong.
+    Done here and not by git or patch, which a machine that runs the tests need not have. Stricter
+    than both: a hunk's lines, context included, must stand exactly once, so there is no guessing
+    where they belong.
     """
     patch = re.sub(r"\Adiff --git .*\nindex .*\n", "", patch_of(name))
     assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, (
@@ -58,12 +63,14 @@ def patched(name: str, source: str = OBJECTIVE) -> str:
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert (old.count("\n"), new.count("\n")) == (int(old_length), int(new_length)), (
-            f"{name}.patch: wrong counts after @@"
-        )
+        assert (old.count("\n"), new.count("\n")) == (
+            int(old_length),
+            int(new_length),
+        ), f"{name}.patch: wrong counts after @@"
         assert source.count(old) == 1, (
-            f"tests/forks/{name}.patch no longer fits: rl/objective.py has moved under it. Put its lines in by hand where they "
-            f"belong now, `git diff rl/objective.py > tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}"
+            f"tests/forks/{name}.patch no longer fits: rl/objective.py has moved under it. Put its"
+            " lines in by hand where they belong now, `git diff rl/objective.py >"
+            f" tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}"
         )
         source = source.replace(old, new)
     return source

@@ -1,5 +1,6 @@
-"""The plain forward, the oracle of the product's: every completion is a padded row with its own copy of the prompt, run by the
-decoder with ordinary masks; the image goes through the vision tower in the same call.
+"""The plain forward, the oracle of the product's: every completion is a padded row with its own
+copy of the prompt, run by the decoder with ordinary masks; the image goes through the vision tower
+in the same call.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from engine.logprobs import token_logprobs
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """Rows of S tokens, padded on the right. loss_mask [B,S] bool: the tokens that are scored; completion_mask [B,T]: the same
-    on the completion alone.
+    """Rows of S tokens, padded on the right. loss_mask [B,S] bool: the tokens that are scored;
+    completion_mask [B,T]: the same on the completion alone.
     """
 
     prompts: Prompts  # prompt and completion as one
@@ -60,9 +61,11 @@ def embed(model: nn.Module, family: Family, prompts: Prompts) -> Tensor:
     """Input embeddings [B,S,H], the vision tower run for every row that has pixels."""
     with torch.no_grad():
         features = [
-            family.image_features(unwrapped(model), image)
-            if "pixel_values" in image
-            else image["features"]
+            (
+                family.image_features(unwrapped(model), image)
+                if "pixel_values" in image
+                else image["features"]
+            )
             for image in prompts.vision
         ]
     is_image = prompts.token_types == 1

@@ -1,4 +1,6 @@
-"""Configurations of the two real models, with their published sizes, for tests on the meta device. Nothing is downloaded."""
+"""Configurations of the two real models, with their published sizes, for tests on the meta device.
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def qwen_3b() -> Qwen2_5_VLConfig:
 
 
 def gemma_4b() -> Gemma3Config:
-    """google/gemma-3-4b-it, and MedGemma-4B, which is further trained: 4.30 B parameters, head tied to the embedding."""
+    """google/gemma-3-4b-it, and MedGemma-4B, which is further trained: 4.30 B parameters, head tied
+    to the embedding.
+    """
     return Gemma3Config(
         text_config=dict(
             vocab_size=262_208,

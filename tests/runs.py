@@ -1,4 +1,6 @@
-"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, flags, what a run leaves behind, how two runs compare."""
+"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, flags, what a run leaves behind,
+how two runs compare.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +14,62 @@ from safetensors.torch import load_file
 # what its pages are made of
 from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from tiny import save_images
 
 import run_grpo
 import run_sft
 from data.encode import Encoder
 from engine.tracking import is_timing
-from tiny import save_images
 
 torch.set_num_threads(1)  # the models are so small that threads only cost time
 LABELS = ("Edema", "Pneumonia", "Fracture")
 DECODE = Encoder.decode  # as it is before `speak`
-SFT = (
-    "--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16 --no_gradient_checkpointing "
-    "--max_completion_length 6 --learning_rate 1e-2 --warmup_ratio 0 --save_total_limit none"
-).split()
-GRPO = (
-    "--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --min_length 4 --learning_rate 1e-2 "
-    "--save_total_limit none --num_generations 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
-    "--temperature 1.2 --top_p 1"
-).split()
+SFT = [
+    "--prompt",
+    "demo",
+    "--min_visual_tokens",
+    "4",
+    "--max_visual_tokens",
+    "4",
+    "--no_bf16",
+    "--no_gradient_checkpointing",
+    "--max_completion_length",
+    "6",
+    "--learning_rate",
+    "1e-2",
+    "--warmup_ratio",
+    "0",
+    "--save_total_limit",
+    "none",
+]
+GRPO = [
+    "--no_bf16",
+    "--no_gradient_checkpointing",
+    "--max_completion_length",
+    "6",
+    "--min_length",
+    "4",
+    "--learning_rate",
+    "1e-2",
+    "--save_total_limit",
+    "none",
+    "--num_generations",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "1",
+    "--temperature",
+    "1.2",
+    "--top_p",
+    "1",
+]
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
-    """data.jsonl and its images in `folder`: two rows a patient, answers of different lengths, one or two of three labels."""
+    """data.jsonl and its images in `folder`: two rows a patient, answers of different lengths, one
+    or two of three labels.
+    """
     rows = [
         {
             "id": f"e{i}",
@@ -81,7 +116,9 @@ def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequenc
 
 
 def speak(monkeypatch) -> None:
-    """Make a random model's completions readable: a text that depends on two of its ids, so that rewards differ in a group."""
+    """Make a random model's completions readable: a text that depends on two of its ids, so that
+    rewards differ in a group.
+    """
 
     def decode(encoder, ids):
         first, second = ids[0].item(), ids[-1].item()
@@ -92,7 +129,7 @@ def speak(monkeypatch) -> None:
     monkeypatch.setattr(Encoder, "decode", decode)
 
 
-# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------------------
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -114,7 +151,9 @@ def eval_log(run: Path) -> list[dict]:
 
 
 def tensorboard(run: Path) -> dict[str, list[tuple[int, object]]]:
-    """{tag: [(step, value)]} of all that TensorBoard shows of a run: scalars, images, text; wall-clock times apart."""
+    """{tag: [(step, value)]} of all that TensorBoard shows of a run: scalars, images, text;
+    wall-clock times apart.
+    """
     events = EventAccumulator(str(run), size_guidance={TENSORS: 0}).Reload()
     return {
         tag: [
@@ -139,7 +178,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-# ---- two runs that must be the same ---------------------------------------------------------------------------------
+# ---- two runs that must be the same --------------------------------------------------------------
 def without_times(value):
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if not is_timing(key)}
@@ -154,7 +193,9 @@ def equal_tensors(one: Path, other: Path) -> bool:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Everything of two runs is equal to the last bit, wall-clock times and the settings that may change apart."""
+    """Everything of two runs is equal to the last bit, wall-clock times and the settings that may
+    change apart.
+    """
     for name in ("metrics.jsonl", "completions.jsonl"):
         if (one / name).exists():
             assert without_times(lines(one / name)) == without_times(lines(other / name)), name

@@ -1,6 +1,8 @@
-"""Protects the only parser of model output: what counts as valid, as parsed, and which labels an answer holds.
+"""Protects the only parser of model output: what counts as valid, as parsed, and which labels an
+answer holds.
 
-A parser that is lenient where the reward is strict, or that hangs on broken text, spoils training without a visible error.
+A parser that is lenient where the reward is strict, or that hangs on broken text, spoils training
+without a visible error.
 """
 
 from __future__ import annotations
@@ -218,7 +220,8 @@ def test_unknown_format_is_an_error_that_lists_the_known_ones():
         parse_answer("Edema", "json")
 
 
-# Each would hold up a backtracking pattern or a quadratic loop for hours; the suite's time limit is the assertion.
+# Each would hold up a backtracking pattern or a quadratic loop for hours; the suite's time limit is
+# the assertion.
 @pytest.mark.parametrize(
     "text",
     [
@@ -228,7 +231,8 @@ def test_unknown_format_is_an_error_that_lists_the_known_ones():
         "<think>" + "</think><solution>" * 60_000,
         FORM.format("," * 1_000_000),
         FORM.format("x " * 500_000),
-        # Half a minute for whoever normalises a long entry: that is quadratic in a run of combining marks.
+        # Half a minute for whoever normalises a long entry: that is quadratic in a run of combining
+        # marks.
         FORM.format("a" + "\u0301\u0323" * 100_000),
         FORM.format(",".join(str(i) for i in range(200_000))),
     ],

@@ -1,5 +1,6 @@
-"""Protects --bad_images: `skip` leaves out exactly the examples whose image cannot be read, says so in banner, list and scores, and is
-the same after a resume; `fail`, the default, stops. Run: pytest tests/test_bad_images.py
+"""Protects --bad_images: `skip` leaves out exactly the examples whose image cannot be read, says so
+in banner, list and scores, and is the same after a resume; `fail`, the default, stops. Run: pytest
+tests/test_bad_images.py
 """
 
 from __future__ import annotations
@@ -7,13 +8,22 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from runs import assert_same_run, document, grpo, lines, sft, speak, write_data, write_rows
 
 from data.records import DataError
 from eval.evaluate import main as evaluate
-from runs import assert_same_run, document, grpo, lines, sft, speak, write_data, write_rows
 
 BAD = (2, 3, 9)  # both examples of patient p1, and one of p4
-STEPS = "--num_train_epochs 2 --save_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()
+STEPS = [
+    "--num_train_epochs",
+    "2",
+    "--save_steps",
+    "1",
+    "--per_device_train_batch_size",
+    "2",
+    "--gradient_accumulation_steps",
+    "2",
+]
 
 
 @pytest.fixture
@@ -60,8 +70,8 @@ def test_sft_trains_as_if_the_examples_were_not_there(
     )
     out = capsys.readouterr().out
     assert (
-        "9 training, 9 validation examples; scored at the end: site 9; left out for their images: train 3 (bad-images-train.jsonl), "
-        "site 3 (bad-images-site.jsonl)"
+        "9 training, 9 validation examples; scored at the end: site 9; left out for their images:"
+        " train 3 (bad-images-train.jsonl), site 3 (bad-images-site.jsonl)"
         in out
         and "examples left out for their images: site 3" in out
     )
@@ -95,7 +105,9 @@ def test_sft_trains_as_if_the_examples_were_not_there(
 
 
 def test_a_resumed_run_leaves_out_what_it_left_out_before(damaged, tiny_checkpoint, tmp_path):
-    """Even where a damaged image has been repaired since: the data set is that of the run's beginning."""
+    """Even where a damaged image has been repaired since: the data set is that of the run's
+    beginning.
+    """
     model, flags = (
         tiny_checkpoint("qwen2_5_vl"),
         ("--bad_images", "skip", *STEPS, "--save_total_limit", "none"),
@@ -142,8 +154,8 @@ def test_grpo_skips_them(damaged, tiny_sft_run, tmp_path, monkeypatch, capsys):
         == 0
     )
     assert (
-        "9 prompts; evaluated: site 9; left out for their images: train 3 (bad-images-train.jsonl), site 3"
-        in capsys.readouterr().out
+        "9 prompts; evaluated: site 9; left out for their images: train 3 (bad-images-train.jsonl),"
+        " site 3" in capsys.readouterr().out
     )
     assert list(reasons(tmp_path / "run" / "bad-images-train.jsonl")) == ["e2", "e3", "e9"]
     # 5 rollouts of 2 prompts: all nine good examples in one epoch, the bad ones never

@@ -1,5 +1,5 @@
-"""Protects the refusals of the two scripts: one clear line for each mistake, naming the thing and the remedy, exit code 2, and
-nothing written or overwritten. Run: pytest tests/test_bad_input.py
+"""Protects the refusals of the two scripts: one clear line for each mistake, naming the thing and
+the remedy, exit code 2, and nothing written or overwritten. Run: pytest tests/test_bad_input.py
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import GRPO, SFT, document, lines, sft, snapshot, write_rows
 
 import run_grpo
 import run_sft
@@ -20,14 +21,15 @@ from data.records import DataError
 from engine.checkpoint import list_checkpoints
 from engine.run import shuffled
 from engine.runtime import main_guard
-from runs import GRPO, SFT, document, lines, sft, snapshot, write_rows
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """`refused(main, *flags)` -> the lines of a command that must end with exit code 2 and leave the folder as it was."""
+    """`refused(main, *flags)` -> the lines of a command that must end with exit code 2 and leave
+    the folder as it was.
+    """
 
     def run(main, *flags: str) -> list[str]:
         monkeypatch.chdir(tmp_path)
@@ -67,7 +69,9 @@ def grpo_flags(tiny_sft_run, tiny_data) -> list[str]:
 
 @pytest.fixture
 def changed_data(tiny_data, tmp_path):
-    """`changed_data(row, field=value, ...)` -> the data file with one row changed (None removes the field)."""
+    """`changed_data(row, field=value, ...)` -> the data file with one row changed (None removes the
+    field).
+    """
 
     def change(index: int, **fields) -> Path:
         rows = lines(tiny_data)
@@ -79,13 +83,15 @@ def changed_data(tiny_data, tmp_path):
     return change
 
 
-# ---- models and adapters --------------------------------------------------------------------------------------------
+# ---- models and adapters -------------------------------------------------------------------------
 def test_missing_model_folder(refused, tiny_data):
     (line,) = refused(
         run_sft.main, "--model_name_or_path", "./no-model", "--train_file", str(tiny_data), *SFT
     )
-    assert line == (
-        "--model_name_or_path ./no-model: no such folder; give a checkpoint's folder, a hub name (owner/model) or 'demo'"
+    assert (
+        line
+        == "--model_name_or_path ./no-model: no such folder; give a checkpoint's folder, a hub name"
+        " (owner/model) or 'demo'"
     )
 
 
@@ -97,7 +103,8 @@ def test_another_model_family(refused, tiny_data, tmp_path):
     )
     assert (
         line
-        == "--model_name_or_path ./llama: a 'llama' model; this engine trains qwen2_5_vl and gemma3 models"
+        == "--model_name_or_path ./llama: a 'llama' model; this engine trains qwen2_5_vl and gemma3"
+        " models"
     )
 
 
@@ -112,7 +119,8 @@ def test_attention_that_transformers_does_not_compute(
         run_sft.main, "--model_name_or_path", "./capped", "--train_file", str(tiny_data), *SFT
     )
     assert line.startswith(
-        "--model_name_or_path ./capped: its config.json sets attn_logit_softcapping to 50.0, which transformers' attention leaves out"
+        "--model_name_or_path ./capped: its config.json sets attn_logit_softcapping to 50.0, which"
+        " transformers' attention leaves out"
     )
 
 
@@ -130,11 +138,13 @@ def test_no_finished_sft_run_says_what_to_run(refused, tmp_path):
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text("{}")
     assert refused(run_grpo.main) == [
-        "no finished SFT run of demo named runs/<time>-sft; run `python run_sft.py --recipe demo` first, or give --adapter_name_or_path"
+        "no finished SFT run of demo named runs/<time>-sft; run `python run_sft.py --recipe demo`"
+        " first, or give --adapter_name_or_path"
     ]
     (tmp_path / "my.toml").write_text("")  # a recipe that leaves the base open
     assert refused(run_grpo.main, "--recipe", "my.toml", "--train_file", "x.jsonl") == [
-        "no finished SFT run named runs/<time>-sft; run `python run_sft.py` first, or give --adapter_name_or_path"
+        "no finished SFT run named runs/<time>-sft; run `python run_sft.py` first, or give"
+        " --adapter_name_or_path"
     ]
 
 
@@ -148,8 +158,8 @@ def test_adapter_folder_without_an_adapter(refused, tiny_data, tmp_path):
         *GRPO,
     )
     assert (
-        line
-        == f"{tmp_path}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        line == f"{tmp_path}: no adapter there; an adapter folder holds adapter_config.json and"
+        " adapter_model.safetensors"
     )
 
 
@@ -196,7 +206,7 @@ def test_truncated_adapter(refused, grpo_flags, tiny_sft_run, tmp_path):
     assert line.startswith(f"{folder}: adapter_model.safetensors cannot be read (")
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 @pytest.mark.parametrize("flag", ["--train_file", "--validation_file"])
 def test_row_with_a_missing_image(
@@ -209,7 +219,8 @@ def test_row_with_a_missing_image(
     root = tiny_data.parent
     assert (
         line
-        == f"example 'e5': image 'gone.png': no such file under the image root {root}; check the row or --image_root"
+        == f"example 'e5': image 'gone.png': no such file under the image root {root}; check the"
+        " row or --image_root"
     )
 
 
@@ -268,8 +279,8 @@ def test_sft_rows_without_answers(refused, sft_flags, changed_data, tiny_data):
     assert refused(
         run_sft.main, *sft_flags, "--train_file", str(file), "--image_root", str(tiny_data.parent)
     ) == [
-        f"{file}: 1 of 12 examples have no 'answer' to learn from, such as 'e2'; make them with `python -m data.traces`, or learn the "
-        "labels alone with --prompt only_label"
+        f"{file}: 1 of 12 examples have no 'answer' to learn from, such as 'e2'; make them with"
+        " `python -m data.traces`, or learn the labels alone with --prompt only_label"
     ]
 
 
@@ -286,8 +297,8 @@ def test_sft_answers_in_another_form(refused, sft_flags, changed_data, tiny_data
     assert refused(
         run_sft.main, *sft_flags, "--train_file", str(file), "--image_root", str(tiny_data.parent)
     ) == [
-        f"{file}: 1 of 12 answers are not in the form think_solution, such as that of 'e2' ({problem}); repair them, or give the "
-        "--answer_format that they have"
+        f"{file}: 1 of 12 answers are not in the form think_solution, such as that of 'e2'"
+        f" ({problem}); repair them, or give the --answer_format that they have"
     ]
 
 
@@ -303,8 +314,8 @@ def test_grpo_with_another_prompt_than_the_sft_run(
     refused, grpo_flags, tiny_sft_run, flag, given, learned
 ):
     assert refused(run_grpo.main, *grpo_flags, flag, given) == [
-        f"{flag} {given}: the SFT run {tiny_sft_run('qwen2_5_vl')} was trained with {learned}; leave the flag out, or give the adapter "
-        "of another SFT run"
+        f"{flag} {given}: the SFT run {tiny_sft_run('qwen2_5_vl')} was trained with {learned};"
+        " leave the flag out, or give the adapter of another SFT run"
     ]
 
 
@@ -318,7 +329,8 @@ def test_no_image_of_a_data_set_can_be_read(
         (tmp_path / row["image"]).write_text("<html>404</html>")
     (line,) = refused(main, *flags, "--train_file", str(file), "--bad_images", "skip")
     assert line.startswith(
-        f"data set train: none of its 4 images can be read, such as example 'e0': {tmp_path / 'image-0.png'} is not a "
+        "data set train: none of its 4 images can be read, such as example 'e0':"
+        f" {tmp_path / 'image-0.png'} is not a "
     )
 
 
@@ -332,7 +344,7 @@ def test_one_patient_cannot_be_split(refused, sft_flags, tiny_data, tmp_path):
     )
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 def test_group_of_one(refused, grpo_flags):
     assert refused(run_grpo.main, *grpo_flags, "--num_generations", "1") == [
         "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0"
@@ -360,10 +372,12 @@ def test_completions_that_do_not_divide_into_groups(
         str(group),
     ]
     (line,) = refused(run_grpo.main, *flags, "--per_device_train_batch_size", str(micro))
-    assert line == (
-        f"a rollout of --per_device_train_batch_size {micro} x {2 * accumulation} micro-batches = {micro * 2 * accumulation} "
-        f"completions does not divide into groups of --num_generations {group}; the nearest --per_device_train_batch_size that "
-        f"do: {', '.join(map(str, nearest))}"
+    assert (
+        line
+        == f"a rollout of --per_device_train_batch_size {micro} x {2 * accumulation} micro-batches"
+        f" = {micro * 2 * accumulation} completions does not divide into groups of"
+        f" --num_generations {group}; the nearest --per_device_train_batch_size that do:"
+        f" {', '.join(map(str, nearest))}"
     )
     for size in nearest:
         run_grpo.parse_config(
@@ -395,9 +409,9 @@ def test_micro_batches_that_do_not_divide_into_steps(
         "--gradient_accumulation_steps",
         str(accumulation),
     )
-    assert line == (
-        f"--steps_per_generation {per_generation} does not divide into optimizer steps of --gradient_accumulation_steps "
-        f"{accumulation}; the nearest that do: {nearest}"
+    assert (
+        line == f"--steps_per_generation {per_generation} does not divide into optimizer steps of"
+        f" --gradient_accumulation_steps {accumulation}; the nearest that do: {nearest}"
     )
 
 
@@ -452,7 +466,8 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
 def test_unknown_recipe_and_unknown_flag(refused, sft_flags):
     (line,) = refused(run_sft.main, *sft_flags, "--recipe", "medgemma-4b-free-reasonin")
     assert line.startswith(
-        "--recipe medgemma-4b-free-reasonin: no such recipe; did you mean medgemma-4b-free-reasoning? (shipped: "
+        "--recipe medgemma-4b-free-reasonin: no such recipe; did you mean"
+        " medgemma-4b-free-reasoning? (shipped: "
     )
     assert refused(run_sft.main, *sft_flags, "--lerning_rate", "1") == [
         "unknown flag --lerning_rate; did you mean --learning_rate?"
@@ -481,8 +496,8 @@ def test_unknown_metric_for_the_best_model(refused, grpo_flags, tiny_data, chose
     )
     assert (
         line.startswith(
-            f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file (site) and a METRIC "
-            "of macro_f1, micro_f1, "
+            f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file"
+            " (site) and a METRIC of macro_f1, micro_f1, "
         )
         and "rewards/hard/mean, rewards/nuanced/mean; or gap" in line
     )
@@ -535,15 +550,15 @@ def test_a_gap_needs_two_sets(refused, grpo_flags, tiny_data):
     ]
 
 
-# ---- folders and checkpoints ----------------------------------------------------------------------------------------
+# ---- folders and checkpoints ---------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_output_folder_that_is_not_empty(refused, script, sft_flags, grpo_flags, tmp_path):
     main, flags = (run_sft.main, sft_flags) if script == "sft" else (run_grpo.main, grpo_flags)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("mine")
     assert refused(main, *flags, "--output_dir", "used") == [
-        "--output_dir used is not empty (it holds notes.txt) and nothing is overwritten: name another folder, or "
-        "go on with --resume_from_checkpoint"
+        "--output_dir used is not empty (it holds notes.txt) and nothing is overwritten: name"
+        " another folder, or go on with --resume_from_checkpoint"
     ]
 
 
@@ -606,7 +621,8 @@ def test_corrupted_checkpoint_named_for_resume(refused, tiny_sft_run, tmp_path):
     (line,) = refused(run_sft.main, "--resume_from_checkpoint", "run/checkpoint-3")
     assert (
         line
-        == f"run/checkpoint-3: adapter_model.safetensors: has {size - 1:,} bytes, the manifest says {size:,}"
+        == f"run/checkpoint-3: adapter_model.safetensors: has {size - 1:,} bytes, the manifest says"
+        f" {size:,}"
     )
 
 

@@ -1,4 +1,5 @@
-"""The checks of the objective see a mistake where there is one: each break of rl/objective.py below must fail one of them.
+"""The checks of the objective see a mistake where there is one: each break of rl/objective.py below
+must fail one of them.
 
 When a fork edits a line that a break replaces, the test says so: adapt the break to the new line.
 """
@@ -14,17 +15,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-import rl.objective
 import test_objective as by_hand
 import test_objective_properties as properties
 from conftest import open_case
+
+import rl.objective
 
 SOURCE = Path(rl.objective.__file__).read_text(encoding="utf-8")
 
 
 def checks() -> dict[str, Callable[[Any], None]]:
-    """Checks of test_objective.py and test_objective_properties.py by name, each of one module; AssertionError where it fails."""
+    """Checks of test_objective.py and test_objective_properties.py by name, each of one module;
+    AssertionError where it fails.
+    """
     cases = (
         by_hand.test_p01_advantages,
         by_hand.test_p02_zero_variance,
@@ -295,7 +298,9 @@ BREAKS = {
 
 
 def module_of(source: str, monkeypatch) -> ModuleType:
-    """A module from source; registered while the test runs, since a dataclass looks itself up there."""
+    """A module from source; registered while the test runs, since a dataclass looks itself up
+    there.
+    """
     module = ModuleType("objective_copy")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "objective_copy.py", "exec"), module.__dict__)

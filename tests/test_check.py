@@ -1,5 +1,5 @@
-"""Protects `python -m data.check`: every bad row, label, answer and image is named, all at once, with the right exit code.
-Run: pytest tests/test_check.py
+"""Protects `python -m data.check`: every bad row, label, answer and image is named, all at once,
+with the right exit code. Run: pytest tests/test_check.py
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import lines, write_data, write_rows
 
 from data.check import main
-from runs import lines, write_data, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,9 +32,12 @@ def test_a_good_file(tiny_data, tmp_path, capsys):
         tiny_data.parent / "good.jsonl", [row | {"answer": None} for row in lines(tiny_data)]
     )
     assert main([str(file)]) == 0
-    # rows 0..11: labels i % 3 of (Edema, Pneumonia, Fracture), and Fracture beside one of the first two where i is odd: 1, 3, 7, 9
-    assert capsys.readouterr().out == (
-        f"{file}: 12 examples of 6 patients, 0 with an answer; labels: Edema 4, Pneumonia 4, Fracture 8\nno problem found\n"
+    # rows 0..11: labels i % 3 of (Edema, Pneumonia, Fracture), and Fracture beside one of the first
+    # two where i is odd: 1, 3, 7, 9
+    assert (
+        capsys.readouterr().out
+        == f"{file}: 12 examples of 6 patients, 0 with an answer; labels: Edema 4, Pneumonia 4,"
+        " Fracture 8\nno problem found\n"
     )
 
 
@@ -75,18 +78,28 @@ def test_all_problems_at_once(tmp_path, capsys):
         f"{file}, line 3: field 'id' is 3; it must be a string",
         f"{file}, line 3: field 'labels' is \"Edema\"; it must be a list of strings",
         f"{file}, line 4: field 'id': 'a' is also on line 1; ids must differ",
-        f"{file}, example 'd': evaluated_labels is empty, so nothing can be rewarded or scored; leave the row out",
+        (
+            f"{file}, example 'd': evaluated_labels is empty, so nothing can be rewarded or scored;"
+            " leave the row out"
+        ),
         f"{file}, example 'e': {wrong} (says Edema, Fracture); write it again with data.traces",
         f"{file}, example 'f': {wrong} (think_missing); write it again with data.traces",
         f"{file}, example 'g': {wrong} (says Edema); write it again with data.traces",
         f"{file}, example 'b': {tmp_path / 'page.png'} is not a readable JPEG or PNG (",
-        f"{file}, example 'c': image '../x.png': write the path relative to the image root, without '..' (--image_root)",
-        f"{file}, example 'i': image 'gone.png': no such file under the image root {tmp_path}; check the row or --image_root",
+        (
+            f"{file}, example 'c': image '../x.png': write the path relative to the image root,"
+            " without '..' (--image_root)"
+        ),
+        (
+            f"{file}, example 'i': image 'gone.png': no such file under the image root {tmp_path};"
+            " check the row or --image_root"
+        ),
     ]
     assert len(problems) == len(expected)
     assert [problem[: len(start)] for problem, start in zip(problems, expected)] == expected
     assert first.startswith(
-        f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6, Fracture 1, Support"
+        f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6,"
+        " Fracture 1, Support"
     )
     # none: 'd' and 'g', whose labels are not evaluated
     assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"

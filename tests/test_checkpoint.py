@@ -1,5 +1,6 @@
-"""Protects saved work: a checkpoint is complete or absent whatever dies while it is written, damage is found and
-named, and a resumed optimizer and random state go on bit for bit. Run: python -m pytest tests/test_checkpoint.py
+"""Protects saved work: a checkpoint is complete or absent whatever dies while it is written, damage
+is found and named, and a resumed optimizer and random state go on bit for bit. Run: python -m
+pytest tests/test_checkpoint.py
 """
 
 from __future__ import annotations
@@ -56,15 +57,22 @@ def value_of(path: Path) -> float:
     return value
 
 
-# ---- what is saved --------------------------------------------------------------------------------------------------
+# ---- what is saved -------------------------------------------------------------------------------
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     batch = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
     path = save_checkpoint(
-        tmp_path, 12,
-        tensors={"rollout": {"columns": batch[:, :2], "same storage": batch[:, :2], "flags": batch > 3}},
-        documents={"trainer_state.json": {"global_step": 12, "best": None}, "adapter_config.json": {"r": 16}, "notes.json": [1]},
+        tmp_path,
+        12,
+        tensors={
+            "rollout": {"columns": batch[:, :2], "same storage": batch[:, :2], "flags": batch > 3}
+        },
+        documents={
+            "trainer_state.json": {"global_step": 12, "best": None},
+            "adapter_config.json": {"r": 16},
+            "notes.json": [1],
+        },
         notes={"reference_sha256": "abc"},
-    )  # fmt: skip
+    )
     assert path == tmp_path / "checkpoint-12"
     checkpoint = load_checkpoint(path)
     rollout = checkpoint.tensors("rollout")
@@ -111,13 +119,15 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-# ---- faults while saving --------------------------------------------------------------------------------------------
+# ---- faults while saving -------------------------------------------------------------------------
 class Killed(BaseException):
     pass
 
 
 class Fault:
-    """Fails at the `at`-th system call of a save. A kill also fails every later call: a dead process cleans nothing."""
+    """Fails at the `at`-th system call of a save. A kill also fails every later call: a dead
+    process cleans nothing.
+    """
 
     def __init__(
         self,
@@ -173,8 +183,9 @@ class HalfWriting:
         self.file.close()
 
 
-# mkdir; 4 files, each opened, written and synced (12); sync of the directory, rename, sync of the parent: 16. In the kill
-# also the rmtree at the end: 17. Replacing an existing step adds a rename and, in the kill, the rmtree before it.
+# mkdir; 4 files, each opened, written and synced (12); sync of the directory, rename, sync of the
+# parent: 16. In the kill also the rmtree at the end: 17. Replacing an existing step adds a rename
+# and, in the kill, the rmtree before it.
 def faults(kill: bool, replacing: bool) -> int:
     return 16 + replacing + kill * (1 + replacing)
 
@@ -212,7 +223,8 @@ def test_a_kill_while_a_step_is_replaced_leaves_the_old_or_the_new_one(tmp_path,
         save(tmp_path, 1, value=2.0)
     clean_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    # mkdir, 12 of the files, sync of the directory, rmtree, rename aside: the 17th call brings the new one in
+    # mkdir, 12 of the files, sync of the directory, rmtree, rename aside: the 17th call brings the
+    # new one in
     assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 17 else 2.0)
 
 
@@ -262,7 +274,7 @@ def test_a_vanished_run_directory_is_an_error_that_names_it(tmp_path):
         save(tmp_path / "gone", 1)
 
 
-# ---- damage found while loading -------------------------------------------------------------------------------------
+# ---- damage found while loading ------------------------------------------------------------------
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -303,9 +315,17 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage, words):
 
 @pytest.mark.parametrize(
     "manifest",
-    [b"", b"{", b"[]", b'{"step": 1}', b'{"step": "1", "files": {}}', b'{"step": 1, "files": {"a.json": 3}}', b"\xff",
-     b'{"step": 1, "files": {"a.json": {"size": "x", "sha256": "y"}}}'],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"step": 1}',
+        b'{"step": "1", "files": {}}',
+        b'{"step": 1, "files": {"a.json": 3}}',
+        b"\xff",
+        b'{"step": 1, "files": {"a.json": {"size": "x", "sha256": "y"}}}',
+    ],
+)
 def test_a_manifest_that_is_none_is_a_named_problem(tmp_path, manifest):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_bytes(manifest)
@@ -381,7 +401,7 @@ def test_no_such_checkpoint(tmp_path):
         load_checkpoint(save(tmp_path, 1)).tensors("rollout")
 
 
-# ---- housekeeping ---------------------------------------------------------------------------------------------------
+# ---- housekeeping --------------------------------------------------------------------------------
 def test_rotation_deletes_the_oldest_but_keeps_the_best_and_the_last(tmp_path):
     for step in (2, 4, 6, 8, 10):
         save(tmp_path, step)
@@ -444,7 +464,7 @@ def test_clean_leftovers_touches_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1"]
 
 
-# ---- optimizer and random state -------------------------------------------------------------------------------------
+# ---- optimizer and random state ------------------------------------------------------------------
 def fresh_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
@@ -518,9 +538,13 @@ def test_optimizer_state_that_does_not_fit_is_refused():
 
 def draws(generator: torch.Generator) -> list[float]:
     return [
-        torch.rand(()).item(), torch.rand((), generator=generator).item(), random.random(), random.gauss(0, 1),
-        float(np.random.rand()), float(np.random.randn()),
-    ]  # fmt: skip
+        torch.rand(()).item(),
+        torch.rand((), generator=generator).item(),
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.randn()),
+    ]
 
 
 def test_every_source_of_randomness_goes_on_with_the_same_draws(tmp_path):
@@ -549,7 +573,9 @@ def test_random_state_that_does_not_fit_is_refused_or_warned_about(caplog):
 
 
 def test_checkpoints_of_an_abandoned_branch_are_set_aside_and_kept(tmp_path):
-    """Resumed from step 2, a run must not later take the old step 4 for its newest; twice, and both branches stay."""
+    """Resumed from step 2, a run must not later take the old step 4 for its newest; twice, and both
+    branches stay.
+    """
     for branch in range(2):
         for step in (2, 4):
             save(tmp_path, step)

@@ -1,5 +1,6 @@
-"""Protects eval.compare (which settings differ, differences from the first run) and eval.matrix (a cell is an evaluation like any
-other, finished ones are kept, and never mixed up). Run: pytest tests/test_compare_matrix.py
+"""Protects eval.compare (which settings differ, differences from the first run) and eval.matrix (a
+cell is an evaluation like any other, finished ones are kept, and never mixed up). Run: pytest
+tests/test_compare_matrix.py
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import document, lines
+from test_evaluate import load
+from test_figures import training_run
+from test_report import AFTER, BEFORE, FEW, save
+from tiny import SAVE, save_images
 
 import eval.matrix
 from data.records import write_jsonl
@@ -20,14 +26,9 @@ from eval.compare import main as compare_main
 from eval.evaluate import evaluate_sets
 from eval.evaluate import main as evaluate_main
 from eval.matrix import main as matrix_main
-from test_evaluate import load
-from runs import document, lines
-from test_figures import training_run
-from test_report import AFTER, BEFORE, FEW, save
-from tiny import SAVE, save_images
 
 
-# ---- compare --------------------------------------------------------------------------------------------------------
+# ---- compare -------------------------------------------------------------------------------------
 @pytest.fixture
 def runs(tmp_path) -> tuple[Path, Path]:
     made = tuple(
@@ -85,7 +86,7 @@ def test_mistakes_of_compare_are_one_line(runs, tmp_path, capsys, arguments, mes
     assert message in line
 
 
-# ---- matrix ---------------------------------------------------------------------------------------------------------
+# ---- matrix --------------------------------------------------------------------------------------
 SETTINGS = {
     "prompt": "free_reasoning",
     "max_completion_length": 6,
@@ -93,7 +94,15 @@ SETTINGS = {
     "max_visual_tokens": 4,
     "bf16": False,
 }
-COMMON = "--max_completion_length 6 --min_visual_tokens 4 --max_visual_tokens 4 --no_bf16".split()
+COMMON = [
+    "--max_completion_length",
+    "6",
+    "--min_visual_tokens",
+    "4",
+    "--max_visual_tokens",
+    "4",
+    "--no_bf16",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,18 @@
-"""Protects --compile: log-probabilities and gradients are those without it but for rounding, the ratio is exactly 1 and the KL exactly 0
-before the first update, one compilation serves batches of all sizes and both adapters, and names of weights stay.
+"""Protects --compile: log-probabilities and gradients are those without it but for rounding, the
+ratio is exactly 1 and the KL exactly 0 before the first update, one compilation serves batches of
+all sizes and both adapters, and names of weights stay.
 
-Compiling takes nearly all of the time, so one family is compiled to the end and the other only traced (torch's backend aot_eager).
-Run: pytest tests/test_compile.py
+Compiling takes nearly all of the time, so one family is compiled to the end and the other only
+traced (torch's backend aot_eager). Run: pytest tests/test_compile.py
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from runs import grpo, speak, train_log
 from safetensors.torch import load_file
+from tiny import attach_random_adapter, examples_of, load
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -26,8 +29,6 @@ from engine.model import (
     enable_gradient_checkpointing,
     use_adapter,
 )
-from runs import grpo, speak, train_log
-from tiny import attach_random_adapter, examples_of, load
 
 TEXTS = ("Which?", "A longer question about this image?", "Where?")
 
@@ -135,8 +136,9 @@ def with_reference(model: LoadedModel):
 
 
 def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
-    """In bf16, where graphs with and without gradient would round differently if compilers were left to it. What remains is a
-    sum in another order here and there, and the one bf16 step that follows from it, in a model of large weights.
+    """In bf16, where graphs with and without gradient would round differently if compilers were
+    left to it. What remains is a sum in another order here and there, and the one bf16 step that
+    follows from it, in a model of large weights.
     """
     model = load(tiny_checkpoint("gemma3"), dtype=torch.bfloat16)
     wrapped = with_reference(model)

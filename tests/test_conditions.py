@@ -1,4 +1,6 @@
-"""Protects what runs are judged by: trade-offs of metrics, conditions that warn and stop, how they count. Run: pytest tests/test_conditions.py"""
+"""Protects what runs are judged by: trade-offs of metrics, conditions that warn and stop, how they
+count. Run: pytest tests/test_conditions.py
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ def test_a_condition_is_told_once_when_its_row_is_complete_and_again_after_a_bre
             {"kl": 2.0, "gap": -1.0},
         )
     ]
-    # the evaluation between them does not break the row; the third 'kl>1' is no news; after the 0 the row starts again
+    # the evaluation between them does not break the row; the third 'kl>1' is no news; after the 0
+    # the row starts again
     assert told == [
         [],
         ["gap<0: -0.5"],

@@ -1,5 +1,6 @@
-"""Protects the command line: where a value comes from, that every problem is reported at once, and that nothing
-misspelt or ill-typed is ever accepted silently. Run: python -m pytest tests/test_config.py
+"""Protects the command line: where a value comes from, that every problem is reported at once, and
+that nothing misspelt or ill-typed is ever accepted silently. Run: python -m pytest
+tests/test_config.py
 """
 
 from __future__ import annotations
@@ -92,9 +93,20 @@ def test_without_flags_every_value_is_the_default():
 
 def test_flags_are_typed_and_one_namespace_feeds_several_classes():
     train, loss = parse(
-        "--learning-rate", "1e-4", "--max_steps=7", "--no-bf16", "--validation_file", "a=x", "b=y",
-        "--validation-file", "c=z", "--estimator", "k1", "--model_name_or_path", "m-4b",
-    ).configs  # fmt: skip
+        "--learning-rate",
+        "1e-4",
+        "--max_steps=7",
+        "--no-bf16",
+        "--validation_file",
+        "a=x",
+        "b=y",
+        "--validation-file",
+        "c=z",
+        "--estimator",
+        "k1",
+        "--model_name_or_path",
+        "m-4b",
+    ).configs
     assert train == TrainConfig("m-4b", False, 1e-4, 7, 0, ("a=x", "b=y", "c=z"))
     assert loss == LossConfig(0.15, "k1")
 
@@ -130,9 +142,19 @@ def test_an_alias_sets_its_field():
 def test_all_problems_of_a_command_line_are_listed_together(recipe):
     path = recipe("max_step = 3\n[sft]\nwarmup_steps = 1.0\n")
     found = problems(
-        "--lerning_rate", "3", "--max_steps", "ten", "--bf16", "maybe", "--estimator", "k4", "--recipe", path,
-        "--warmup_steps", validate=lambda train, loss: ["these two do not combine"],
-    )  # fmt: skip
+        "--lerning_rate",
+        "3",
+        "--max_steps",
+        "ten",
+        "--bf16",
+        "maybe",
+        "--estimator",
+        "k4",
+        "--recipe",
+        path,
+        "--warmup_steps",
+        validate=lambda train, loss: ["these two do not combine"],
+    )
     assert found == [
         "--warmup_steps: expected an integer, got nothing",
         "unknown flag --lerning_rate; did you mean --learning_rate?",
@@ -184,8 +206,9 @@ def test_what_post_init_refuses_is_a_problem_and_validate_is_not_called_without_
 
 def test_precedence_is_default_then_recipe_shared_then_recipe_table_then_flag(recipe):
     path = recipe(
-        'learning_rate = 1\nmax_steps = 10\nwarmup_steps = 5\nvalidation_file = ["a=x"]\nepsilon = 0.2\n'
-        '[sft]\nmax_steps = "none"\nwarmup_steps = 6\n[grpo]\nbeta = "not read by this script"\n'
+        'learning_rate = 1\nmax_steps = 10\nwarmup_steps = 5\nvalidation_file = ["a=x"]\nepsilon ='
+        ' 0.2\n[sft]\nmax_steps = "none"\nwarmup_steps = 6\n[grpo]\nbeta = "not read by this'
+        ' script"\n'
     )
     resolved = parse("--recipe", path, "--warmup_steps", "7")
     assert resolved.configs[0] == TrainConfig(None, True, 1.0, None, 7, ("a=x",))
@@ -241,7 +264,8 @@ def test_a_recipe_that_cannot_be_read_is_one_problem(recipe, shipped, tmp_path):
         f"--recipe {missing}: cannot be read: No such file or directory"
     ]
     assert problems("--recipe", "demu", recipes_package=shipped) == [
-        "--recipe demu: no such recipe; did you mean demo? (shipped: demo; the name of a file ends in .toml)"
+        "--recipe demu: no such recipe; did you mean demo? (shipped: demo; the name of a file ends"
+        " in .toml)"
     ]
 
 
@@ -286,7 +310,7 @@ def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
         resolved.with_value("modle", "x", "y")
 
 
-# ---- a resumed run --------------------------------------------------------------------------------------------------
+# ---- a resumed run -------------------------------------------------------------------------------
 RESUME = {
     "inherit_with": "model_name_or_path",
     "free_to_change": (
@@ -421,7 +445,7 @@ def test_what_the_resumed_run_says_of_itself_is_not_lost():
         parse("--model_name_or_path", "gone", inherit=no_checkpoint, **RESUME)
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 def test_help_names_default_unit_source_and_groups(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help", "--max_steps", "not looked at")
@@ -434,7 +458,8 @@ def test_help_names_default_unit_source_and_groups(capsys):
     assert "saves 50% of the memory [default true] (off: --no_bf16)" in text
     assert "--epsilon_low FLOAT, --epsilon FLOAT lower clip [default 0.15]" in text
     assert "--estimator {k1,k2,k3}" in text
-    # an inherited field stands under the class that declares it, an explicit group under its own heading
+    # an inherited field stands under the class that declares it, an explicit group under its own
+    # heading
     assert (
         text.index("model: --model_name_or_path")
         < text.index("optimizer: --learning_rate")

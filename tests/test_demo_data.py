@@ -1,5 +1,6 @@
-"""Protects the embedded default: pictures that show their labels, two hospitals that differ, traces that parse, splits that
-cannot overlap, and base checkpoints of both families that have seen what fine-tuning needs and load.
+"""Protects the embedded default: pictures that show their labels, two hospitals that differ, traces
+that parse, splits that cannot overlap, and base checkpoints of both families that have seen what
+fine-tuning needs and load.
 
     python -m pytest tests/test_demo_data.py
 """
@@ -54,11 +55,13 @@ def tokenizer(family):
 
 @pytest.fixture(scope="module")
 def patients():
-    """150 pictures of each site, by site; drawn once because drawing is what these tests spend their time on."""
+    """150 pictures of each site, by site; drawn once because drawing is what these tests spend
+    their time on.
+    """
     return {site: [draw(seed, site) for seed in range(150)] for site in "ab"}
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", ["a", "b"])
@@ -80,8 +83,9 @@ def test_each_finding_can_be_seen_where_the_grid_says(label, site):
         cells = with_finding.grid[LABELS.index(label)]
         change = np.abs(with_finding.image.astype(float) - without.image.astype(float))
         inside = np.kron(cells, np.ones((28, 28), dtype=bool))  # a cell is 112 / 4 = 28 pixels wide
-        # The same patient under the same noise: any change is the finding. A nodule is small, so its cells change little on
-        # average; where it is strongest, each finding stands out by the noise's deviation, 3 (site a) to 11 (site b).
+        # The same patient under the same noise: any change is the finding. A nodule is small, so
+        # its cells change little on average; where it is strongest, each finding stands out by the
+        # noise's deviation, 3 (site a) to 11 (site b).
         assert change[inside].mean() > 1.0
         assert np.percentile(change[inside], 99) > 11.0
         assert change[inside].mean() > 5 * change[~inside].mean()
@@ -130,7 +134,8 @@ def test_the_sites_differ_in_contrast_and_prevalence(patients):
     )
     assert contrast_b < 0.85 * contrast_a
     assert abs(brightness_a - brightness_b) > 5.0
-    # Every label is drawn at both sites; lesions are commoner at b (0.22 against 0.13), devices at a (0.28 against 0.12).
+    # Every label is drawn at both sites; lesions are commoner at b (0.22 against 0.13), devices at
+    # a (0.28 against 0.12).
     share_a, share_b = (
         {label: np.mean([label in r.findings for r in site]) for label in LABELS} for site in (a, b)
     )
@@ -141,7 +146,7 @@ def test_the_sites_differ_in_contrast_and_prevalence(patients):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- schemes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_site_a_labels_all_fourteen():
@@ -188,7 +193,7 @@ def test_site_b_calls_a_lesion_mass_or_nodule_by_size():
     assert readings == {(("Mass",), "mass"), (("Nodule",), "nodule")}
 
 
-# ---------------------------------------------------------------------------------------------------------------- traces
+# --------------------------------------------------------------------------------------------------
 
 
 def test_traces_are_valid_answers_with_the_drawn_labels(patients):
@@ -217,7 +222,7 @@ def test_traces_are_short(tokenizer, patients):
     assert 20 <= np.mean(lengths) <= 45 and max(lengths) < 80
 
 
-# ---------------------------------------------------------------------------------------------------------------- splits
+# --------------------------------------------------------------------------------------------------
 
 
 def test_seeds_of_different_splits_never_meet():
@@ -275,7 +280,7 @@ def test_an_interrupted_redraw_leaves_no_data_file(tmp_path, monkeypatch):
     assert not data_file.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------ base
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pixel_inputs_equal_the_image_processors(family):
@@ -321,7 +326,9 @@ def fresh(family, patients):
 
 
 def test_the_build_and_the_engine_encode_alike(family, fresh, tmp_path):
-    """Training puts prompt and answer together as ids: they must be those of the engine, which puts the text together first."""
+    """Training puts prompt and answer together as ids: they must be those of the engine, which puts
+    the text together first.
+    """
     tokenizer, model = fresh
     for part in (tokenizer, model.config, family.image_processor()):
         part.save_pretrained(tmp_path)
@@ -368,7 +375,9 @@ def gemma_tokenizer(patients):
 
 
 def test_some_of_gemmas_layers_see_only_part_of_the_prompt(gemma_tokenizer):
-    """A window that held the whole prompt would never act; without a full layer no answer would see the image."""
+    """A window that held the whole prompt would never act; without a full layer no answer would see
+    the image.
+    """
     family = BASE_FAMILIES["gemma3"]
     text = family.build_model(gemma_tokenizer).config.get_text_config()
     assert set(text.layer_types) == {"sliding_attention", "full_attention"}
@@ -379,7 +388,9 @@ def test_some_of_gemmas_layers_see_only_part_of_the_prompt(gemma_tokenizer):
 
 
 def test_gemmas_tokens_do_not_cross_the_borders_of_words(gemma_tokenizer):
-    """Its merges run over whole texts; none may join a tag with a label, or a label would be other tokens behind a tag."""
+    """Its merges run over whole texts; none may join a tag with a label, or a label would be other
+    tokens behind a tag.
+    """
     family, tokenizer = BASE_FAMILIES["gemma3"], gemma_tokenizer
     space = "\N{LOWER ONE EIGHTH BLOCK}"
     for token in tokenizer.get_vocab().keys() - {
@@ -447,7 +458,9 @@ def test_the_shipped_base_loads(family, tokenizer):
 
 
 def test_the_shipped_base_has_trained_the_tokens_of_every_label(family, tokenizer):
-    """Behind "<solution>" each label begins with a token of its own, as in the corpus: Qwen's glues ">" to its first word."""
+    """Behind "<solution>" each label begins with a token of its own, as in the corpus: Qwen's glues
+    ">" to its first word.
+    """
     glued = ">" if family is BASE_FAMILIES["qwen2_5_vl"] else ""
     for label in LABELS:
         pieces = tokenizer.tokenize(f"<solution>{label}</solution>")

@@ -1,10 +1,11 @@
-"""Protects the engine's independence of the device: the training forward, the objective, their backward pass and a step of decoding
-run for both families, in bf16 and fp32, on a device that this machine does not have. They mix no devices, and nowhere wait for the
-device.
+"""Protects the engine's independence of the device: the training forward, the objective, their
+backward pass and a step of decoding run for both families, in bf16 and fp32, on a device that this
+machine does not have. They mix no devices, and nowhere wait for the device.
 
-The device is a pretended one: torch's fake tensors on `meta` have shapes, dtypes and a device but no values. What needs a value
-(int(), bool(), a boolean index, nonzero) fails here, where on a GPU it would wait for it. Kernels that wait inside, and copies of
-Python numbers to the device, are not seen. Run: pytest tests/test_devices.py
+The device is a pretended one: torch's fake tensors on `meta` have shapes, dtypes and a device but
+no values. What needs a value (int(), bool(), a boolean index, nonzero) fails here, where on a GPU
+it would wait for it. Kernels that wait inside, and copies of Python numbers to the device, are not
+seen. Run: pytest tests/test_devices.py
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny import SAVE, attach_random_adapter, examples_of, load
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -39,7 +41,6 @@ from engine.logprobs import scaled_logits
 from engine.model import LoadedModel, enable_gradient_checkpointing
 from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
-from tiny import SAVE, attach_random_adapter, examples_of, load
 
 DEVICE = torch.device("meta")
 LENGTHS = ((0, 5), (1, 7), (0, 2))  # (prompt, tokens) of every completion; the prompts are padded
@@ -86,7 +87,9 @@ def pretended(value):
 
 
 def move(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and buffers to the pretended device: the base in `dtype`, adapters and buffers as they are."""
+    """Weights and buffers to the pretended device: the base in `dtype`, adapters and buffers as
+    they are.
+    """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             of = parameter.dtype if parameter.requires_grad else dtype
@@ -112,8 +115,8 @@ def loaded(checkpoint, images) -> tuple[LoadedModel, nn.Module, Batch]:
 
 
 def update(checkpoint, images, dtype: torch.dtype) -> tuple[torch.Tensor, list[nn.Parameter]]:
-    """Log-probabilities, loss and gradients of one micro-batch on the pretended device; returns the log-probabilities and what is
-    trained.
+    """Log-probabilities, loss and gradients of one micro-batch on the pretended device; returns the
+    log-probabilities and what is trained.
     """
     model, wrapped, batch = loaded(checkpoint, images)
     objective = ObjectiveConfig()
@@ -196,7 +199,7 @@ def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, 
     assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
 
 
-# ---- controls: each leaves something behind that the tests above must see --------------------------------------------
+# ---- controls: each leaves something behind that the tests above must see ------------------------
 def arange_on_the_cpu(patch):
     patch.setattr(
         engine.families,

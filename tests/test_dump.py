@@ -1,5 +1,5 @@
-"""Protects --dump_step: the file is enough to compute the loss again without this project (here with numpy alone, in fp64), and
-writing it changes nothing. Run: pytest tests/test_dump.py
+"""Protects --dump_step: the file is enough to compute the loss again without this project (here
+with numpy alone, in fp64), and writing it changes nothing. Run: pytest tests/test_dump.py
 """
 
 from __future__ import annotations
@@ -12,23 +12,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import assert_same_run, document, equal_tensors, grpo, lines, speak, train_log
 from safetensors import safe_open
 
 import run_grpo
 from engine.config import UsageError
-from runs import assert_same_run, document, equal_tensors, grpo, lines, speak, train_log
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
-# Rollouts of 3 prompts x 4 completions; an optimizer step is 3 micro-batches of 2 completions, so it holds one group and a half.
-# The interval of the clip is so narrow that ratios lie on both sides of its bounds.
-RAGGED = (
-    "--per_device_train_batch_size 2 --gradient_accumulation_steps 3 --steps_per_generation 6 --mask_truncated_completions "
-    "--epsilon_low 0.005 --epsilon_high 0.008"
-).split()
+# Rollouts of 3 prompts x 4 completions; an optimizer step is 3 micro-batches of 2 completions, so
+# it holds one group and a half. The interval of the clip is so narrow that ratios lie on both sides
+# of its bounds.
+RAGGED = [
+    "--per_device_train_batch_size",
+    "2",
+    "--gradient_accumulation_steps",
+    "3",
+    "--steps_per_generation",
+    "6",
+    "--mask_truncated_completions",
+    "--epsilon_low",
+    "0.005",
+    "--epsilon_high",
+    "0.008",
+]
 # of the 12 completions of a rollout; those left out of the loss
 LENGTHS, MASKED = [6, 1, 3, 5, 2, 4, 1, 6, 2, 3, 5, 2], {2, 7}
-# The terms are computed in fp32 and here in fp64 from the same fp32 inputs: a few units in the last place of fp32, 6e-8 relative;
-# k3 subtracts two numbers of the size of the log-ratio to the reference, below 2 here, so it is right to some 2e-7 absolutely.
+# The terms are computed in fp32 and here in fp64 from the same fp32 inputs: a few units in the last
+# place of fp32, 6e-8 relative; k3 subtracts two numbers of the size of the log-ratio to the
+# reference, below 2 here, so it is right to some 2e-7 absolutely.
 CLOSE = {"rtol": 1e-6, "atol": 3e-7}
 
 
@@ -66,7 +77,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         }
 
 
-# ---- the oracle: Eq. 2 once more, in numpy -------------------------------------------------------------------------
+# ---- the oracle: Eq. 2 once more, in numpy -------------------------------------------------------
 def advantages_of(step: dict, settings: dict) -> np.ndarray:
     """[R] in fp64."""
     rewards, groups = step["rollout/reward"], step["rollout/group"]
@@ -123,7 +134,9 @@ def weights_of(step: dict, settings: dict) -> np.ndarray:
 
 
 def check(run: Path, number: int) -> tuple[dict, dict]:
-    """The dumped step against numpy, against the run's own logs, and in its form; returns what was read."""
+    """The dumped step against numpy, against the run's own logs, and in its form; returns what was
+    read.
+    """
     step, notes = read(run / f"step-{number}.safetensors")
     settings, mask, rows = notes["settings"], step["mask"], step["rollout_row"]
     terms, weights = terms_of(step, settings), weights_of(step, settings)
@@ -158,7 +171,7 @@ def check(run: Path, number: int) -> tuple[dict, dict]:
     return step, notes
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
     family, tiny_sft_run, tiny_data, tmp_path, ragged
@@ -181,7 +194,8 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
     assert list((tmp_path / "with").glob("*step-*")) == [tmp_path / "with/step-4.safetensors"]
     assert not list((tmp_path / "without").glob("*step-*"))
 
-    # Step 4 is the second half of the second rollout: neither the ratio is 1 nor the KL 0, and every kind of row is there.
+    # Step 4 is the second half of the second rollout: neither the ratio is 1 nor the KL 0, and
+    # every kind of row is there.
     assert step["rollout_row"].tolist() == [6, 7, 8, 9, 10, 11] and step[
         "micro_batch"
     ].tolist() == [0, 0, 1, 1, 2, 2]
@@ -198,7 +212,8 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
         mask
     ].any() and advantages.min() < 0 < advantages.max()
 
-    # What the oracle does not read: the rest is in the file as well, and belongs to the same completions.
+    # What the oracle does not read: the rest is in the file as well, and belongs to the same
+    # completions.
     shapes = {
         name: (array.shape, str(array.dtype)) for name, array in step.items() if "/" not in name
     }
@@ -240,7 +255,7 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
         ].tolist()
     for ids, row in zip(step["ids"], step["rollout_row"]):
         assert (
-            "unreadable" == rows[row]["completion"]
+            rows[row]["completion"] == "unreadable"
             if ids[0] % 4 == 0
             else f"<think>{ids[0]}<" in rows[row]["completion"]
         )
@@ -333,7 +348,8 @@ def test_a_resumed_run_dumps_what_the_whole_run_does(tiny_sft_run, tiny_data, tm
     ],
 )
 def test_a_step_that_never_comes_is_refused(step, message, tiny_sft_run, tiny_data, tmp_path):
-    # 1 epoch of 12 prompts in rollouts of 2 prompts and 2 updates would be 12 steps; --num_train_epochs 0.34 makes it 4.
+    # 1 epoch of 12 prompts in rollouts of 2 prompts and 2 updates would be 12 steps;
+    # --num_train_epochs 0.34 makes it 4.
     with pytest.raises(UsageError, match=message):
         grpo(
             tiny_sft_run("qwen2_5_vl"),

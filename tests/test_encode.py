@@ -1,4 +1,5 @@
-"""Protects the loss mask and the image tokens: the answer and its end of turn are supervised, nothing more and nothing less.
+"""Protects the loss mask and the image tokens: the answer and its end of turn are supervised,
+nothing more and nothing less.
 
 Checked by decoding the supervised ids again. Run: pytest tests/test_encode.py
 """
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import SAVE, examples_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoImageProcessor, Gemma3Processor
 
@@ -19,7 +21,6 @@ from data.collate import collate_prompts, collate_rows, plan_batches
 from data.encode import EncodedPrompt, EncodedRow, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt, build_messages
 from data.records import DataError, Example
-from tiny import SAVE, examples_of
 
 FAMILIES = list(SAVE)
 END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
@@ -99,7 +100,9 @@ def test_supervised_tokens_of_a_batch(encoder, family, tiny_images):
 
 
 def test_the_packed_row_by_hand():
-    """Prompts a (3 tokens) and b (2); completions of a: 4 tokens and 1, of b: 3 tokens of which only the second is scored."""
+    """Prompts a (3 tokens) and b (2); completions of a: 4 tokens and 1, of b: 3 tokens of which
+    only the second is scored.
+    """
 
     def prompt(*ids):
         return EncodedPrompt(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.long), {})
@@ -127,7 +130,8 @@ def test_the_packed_row_by_hand():
     # scored 10 11 12 13 21 30, predicted by 3 10 11 12 20 3
     assert batch.scored_places.tolist() == [0, 1, 2, 3, 5, 8]
     assert batch.predictors.tolist() == [2, 5, 6, 7, 8, 2]
-    # In another order the row is the same, but 21 is scored before the others: the longest completion comes first in any order.
+    # In another order the row is the same, but 21 is scored before the others: the longest
+    # completion comes first in any order.
     batch = collate_rows([rows[1], rows[2], rows[0]], 0)
     assert batch.prompts.input_ids.tolist() == [[0, 4, 5], [1, 2, 3]]
     assert batch.read_places.tolist() == [6, 7, 8, 0]  # packed: 4 5 1 2 3 10 11 12 20
@@ -142,7 +146,9 @@ def test_the_packed_row_by_hand():
 
 
 def test_completions_of_similar_lengths_are_laid_out_together():
-    """Of 4, 9, 7, 1 and 5 tokens 3, 8, 6, 0 and 4 are read. 6 is three quarters of 8, and 3 of 4; what has nothing to read has no place."""
+    """Of 4, 9, 7, 1 and 5 tokens 3, 8, 6, 0 and 4 are read. 6 is three quarters of 8, and 3 of 4;
+    what has nothing to read has no place.
+    """
     prompt = EncodedPrompt(torch.tensor([1, 2]), torch.zeros(2, dtype=torch.long), {})
     rows = [
         EncodedRow(prompt, torch.arange(10 * i, 10 * i + n), torch.ones(n, dtype=torch.bool))
@@ -207,7 +213,8 @@ def test_prompts_are_padded_on_the_left(encoder, tiny_images):
 
 
 def test_a_template_that_changes_the_prompt_is_refused(encoder, example):
-    # As templates of thinking models do: the generation prompt opens a block that is not there in front of a given answer.
+    # As templates of thinking models do: the generation prompt opens a block that is not there in
+    # front of a given answer.
     head, tail = encoder.tokenizer.chat_template.rsplit("{% endif %}", 1)
     encoder.tokenizer.chat_template = head + "<think>{% endif %}" + tail
     with pytest.raises(
@@ -318,9 +325,11 @@ def image_tokens(encoder, folder, height, width) -> int:
     [
         # A token is 28 x 28 pixels. 200 x 300 rounds to 7 x 11 = 77 tokens.
         ((64, 128), 200, 300, 77),
-        # Too many for 16: scaled by 1 / sqrt(60000 / (16 * 784)) = 1 / 2.187 to 91.4 x 137.2, rounded down to 3 x 4
+        # Too many for 16: scaled by 1 / sqrt(60000 / (16 * 784)) = 1 / 2.187 to 91.4 x 137.2,
+        # rounded down to 3 x 4
         ((4, 16), 200, 300, 12),
-        # Too few for 100: scaled by sqrt(100 * 784 / 60000) = 1.143 to 228.6 x 342.9, rounded up to 9 x 13
+        # Too few for 100: scaled by sqrt(100 * 784 / 60000) = 1.143 to 228.6 x 342.9, rounded up to
+        # 9 x 13
         ((100, 200), 200, 300, 117),
         ((4, 16), 28, 28, 4),
         ((4, 16), 112, 112, 16),

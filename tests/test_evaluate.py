@@ -1,5 +1,6 @@
-"""Protects evaluation: what is decoded does not depend on batching, kept predictions score as the run did and are parsed anew,
-every figure of scores-<name>.json by hand, and the command's refusals. Run: pytest tests/test_evaluate.py
+"""Protects evaluation: what is decoded does not depend on batching, kept predictions score as the
+run did and are parsed anew, every figure of scores-<name>.json by hand, and the command's refusals.
+Run: pytest tests/test_evaluate.py
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tiny import SAVE, save_images
 
 import eval.evaluate
 from data.answers import parse_answer
@@ -35,7 +37,6 @@ from eval.evaluate import (
     write_results,
 )
 from rl.rewards import HardReward
-from tiny import SAVE, save_images
 
 ABC = ("Edema", "Pneumonia", "Fracture")  # in CheXpert's order
 SHORT = Prompt("short", "Which?")
@@ -97,7 +98,9 @@ def row(
 
 
 def hand_rows(patient: str | None = None) -> list[dict]:
-    """Four answers: right; right with an unknown entry and a label missed; readable without reasoning; unreadable."""
+    """Four answers: right; right with an unknown entry and a label missed; readable without
+    reasoning; unreadable.
+    """
     return reparse(
         [
             row(
@@ -129,7 +132,7 @@ def hand_rows(patient: str | None = None) -> list[dict]:
     )
 
 
-# ---- decode ---------------------------------------------------------------------------------------------------------
+# ---- decode --------------------------------------------------------------------------------------
 def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeypatch):
     texts = ["<think>a b</think><solution>Fracture, edema, nodule</solution>", "<solution>Edema"]
 
@@ -252,11 +255,12 @@ def test_sampled_answers_come_from_the_seed(model, examples, tmp_path):
     assert completions("third", {"a": examples}, 1) != first
 
 
-# ---- score ----------------------------------------------------------------------------------------------------------
+# ---- score ---------------------------------------------------------------------------------------
 def test_scores_by_hand():
     scores = score(hand_rows())
     assert scores["labels"] == list(ABC)
-    # Edema TP 2; Pneumonia TP 1; Fracture FN 2. Cardiomegaly is not evaluated: neither a false positive nor a miss.
+    # Edema TP 2; Pneumonia TP 1; Fracture FN 2. Cardiomegaly is not evaluated: neither a false
+    # positive nor a miss.
     assert scores["micro"] == pytest.approx({"precision": 1, "recall": 3 / 5, "f1": 6 / 8})
     assert scores["macro"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
     assert {label: scores["per_label"][label]["support"] for label in ABC} == {
@@ -274,8 +278,8 @@ def test_scores_by_hand():
 
 def test_failed_answers_are_treated_in_three_ways():
     policies = score(hand_rows())["failure_policies"]
-    # Empty: as above. Dropped: only one of the FN is left. All wrong: the failed answer says Edema and Pneumonia, not Fracture:
-    # FP 2, FN 2; Edema 4/5, Pneumonia 2/3, Fracture 0.
+    # Empty: as above. Dropped: only one of the FN is left. All wrong: the failed answer says Edema
+    # and Pneumonia, not Fracture: FP 2, FN 2; Edema 4/5, Pneumonia 2/3, Fracture 0.
     assert policies["empty"] == pytest.approx({"micro_f1": 6 / 8, "macro_f1": 2 / 3})
     assert policies["dropped"] == pytest.approx({"micro_f1": 6 / 7, "macro_f1": 2 / 3})
     assert policies["all_wrong"] == pytest.approx(
@@ -294,8 +298,8 @@ def test_intervals_are_by_patient_and_use_the_reported_jaccard():
 
 def test_baselines_by_hand():
     baselines = score(hand_rows())["baselines"]
-    # The label sets {Edema}, {Edema, Fracture}, {Pneumonia}, {Fracture} occur once each: the first is taken.
-    # Edema everywhere: TP 2, FP 2, FN 3; its F1 4/6; Jaccard 1, 1/2, 0, 0.
+    # The label sets {Edema}, {Edema, Fracture}, {Pneumonia}, {Fracture} occur once each: the first
+    # is taken. Edema everywhere: TP 2, FP 2, FN 3; its F1 4/6; Jaccard 1, 1/2, 0, 0.
     assert baselines["most_frequent"].pop("reference") == "this data set"
     assert baselines["most_frequent"] == pytest.approx(
         {"micro_f1": 4 / 9, "macro_f1": 4 / 6 / 3, "jaccard": 3 / 8}
@@ -308,13 +312,14 @@ def test_baselines_by_hand():
 
 
 def test_baselines_imitate_the_training_data(examples):
-    # Pneumonia is in every training example, Edema and Fracture in none, Cardiomegaly is no label of this data set.
+    # Pneumonia is in every training example, Edema and Fracture in none, Cardiomegaly is no label
+    # of this data set.
     reference = [
         replace(examples[0], labels=("Cardiomegaly", "Pneumonia"), evaluated_labels=LABELS)
     ] * 3
     baselines = score(hand_rows(), reference=reference)["baselines"]
-    # Pneumonia everywhere: TP 1, FP 3, FN 4; its F1 2/5; Jaccard 0, 0, 1, 0. At a prevalence of 1 and 0 the random baseline
-    # says the same.
+    # Pneumonia everywhere: TP 1, FP 3, FN 4; its F1 2/5; Jaccard 0, 0, 1, 0. At a prevalence of 1
+    # and 0 the random baseline says the same.
     for name in ("most_frequent", "prevalence_matched"):
         assert baselines[name].pop("reference") == "train_file"
         assert baselines[name] == pytest.approx(
@@ -336,7 +341,8 @@ def test_each_image_counts_in_its_own_evaluated_labels():
     # Row 0: TP Fracture, FP Edema. Row 1: FN Cardiomegaly, and nothing else.
     assert scores["micro"] == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2})
     assert scores["jaccard"] == pytest.approx((1 / 2 + 0) / 2)
-    # What is known of row 0 is {Fracture}, the first of two sets; everywhere: TP 1 in row 0, FN 1 in row 1, nothing else.
+    # What is known of row 0 is {Fracture}, the first of two sets; everywhere: TP 1 in row 0, FN 1
+    # in row 1, nothing else.
     assert scores["baselines"]["most_frequent"]["micro_f1"] == pytest.approx(2 / 3)
 
 
@@ -358,7 +364,7 @@ def test_jaccard_is_the_hard_reward_without_its_length_penalty(completion, label
     assert score(reparse([row(completion, labels)]))["jaccard"] == pytest.approx(reward.total)
 
 
-# ---- another label map ----------------------------------------------------------------------------------------------
+# ---- another label map ---------------------------------------------------------------------------
 def nih_rows() -> list[dict]:
     """Four NIH images scored under the nine: Effusion and Mass; Effusion; Infiltration; No Finding."""
     answers = (
@@ -394,8 +400,8 @@ def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
         return json.loads((tmp_path / name / "scores-nih.json").read_text())
 
     nine, ten = again("nine.jsonl", "nih_nine"), again("nine.jsonl", "nih_ten")
-    # Nine: TP Lung Lesion and No Finding (r0, r3), FP No Finding (r2). Support Devices, Lung Opacity and Pleural Effusion are none
-    # of the nine: not counted.
+    # Nine: TP Lung Lesion and No Finding (r0, r3), FP No Finding (r2). Support Devices, Lung
+    # Opacity and Pleural Effusion are none of the nine: not counted.
     assert nine["micro"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5}) and nine[
         "labels"
     ] == list(NIH_NINE)
@@ -501,21 +507,31 @@ def test_nothing_to_score_is_an_error():
         score(reparse([row("x", ("Edema",), evaluated=())]))
 
 
-# ---- show -----------------------------------------------------------------------------------------------------------
+# ---- show ----------------------------------------------------------------------------------------
 def test_table_of_scores():
     table = format_scores(
         {"site-a": score(hand_rows(patient="the same"))}, per_label=True
     ).splitlines()
     prevalence = table.pop(6)
-    # One of the four answers failed. Left out: TP 3, FN 1, so 6/7; all wrong: TP 3, FP 2, FN 2, so 6/10 (labels: see above).
+    # One of the four answers failed. Left out: TP 3, FN 1, so 6/7; all wrong: TP 3, FP 2, FN 2, so
+    # 6/10 (labels: see above).
     assert table == [
-        "data set              n  Jaccard              micro-F1             macro-F1              fail",
-        "site-a                4  0.333 (0.333-0.333)  0.750 (0.750-0.750)  0.667 (0.667-0.667)  0.250",
+        (
+            "data set              n  Jaccard              micro-F1             macro-F1           "
+            "   fail"
+        ),
+        (
+            "site-a                4  0.333 (0.333-0.333)  0.750 (0.750-0.750)  0.667 (0.667-0.667)"
+            "  0.250"
+        ),
         "  failed left out                             0.857                0.667",
         "  failed all wrong                            0.600                0.489",
         "  most frequent          0.375                0.444                0.222",
         "  all labels             0.417                0.588                0.578",
-        "(95 % interval by patient); failed answers count as empty, answers not in the format have Jaccard 0;",
+        (
+            "(95 % interval by patient); failed answers count as empty, answers not in the format"
+            " have Jaccard 0;"
+        ),
         "label frequencies of the baselines are from: this data set",
         "",
         "site-a     precision  recall     F1  support",
@@ -535,7 +551,7 @@ def test_table_is_at_most_100_columns_wide():
     assert "site-1" in table and "site-2" in table
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 def test_rows_of_a_file_are_parsed_anew(tmp_path):
     rows = [
         row | {"predicted": ["Pneumonia"], "valid": False, "parsed": False, "unknown": ["x", "y"]}
@@ -596,10 +612,12 @@ def test_results_are_never_overwritten_unless_asked(tmp_path):
     ]
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A folder with a base model, an adapter trained on it with its run's config.json, and a data file of three images."""
+    """A folder with a base model, an adapter trained on it with its run's config.json, and a data
+    file of three images.
+    """
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("project")
     SAVE["qwen2_5_vl"](folder / "base")
@@ -713,7 +731,9 @@ def test_command_scores_again_without_a_model(tmp_path, capsys):
 
 
 def stop_after(monkeypatch, rows: int, stop: signal.Signals) -> list[str]:
-    """A signal once so many rows are kept, in the whole process; returns the names of what is kept, which goes on to grow."""
+    """A signal once so many rows are kept, in the whole process; returns the names of what is kept,
+    which goes on to grow.
+    """
     kept, original = [], eval.evaluate.reparse
 
     def counted(new, answer_format=None):
@@ -989,8 +1009,8 @@ def test_command_does_not_overwrite(project, tmp_path, capsys):
         == 2
     )
     assert (
-        "predictions-site.jsonl is finished, but with another data file of site; give another --output_dir"
-        in capsys.readouterr().err
+        "predictions-site.jsonl is finished, but with another data file of site; give another"
+        " --output_dir" in capsys.readouterr().err
     )
     assert (tmp_path / "predictions-site.jsonl").read_bytes() == before
 

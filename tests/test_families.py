@@ -1,6 +1,6 @@
-"""Protects what holds for both model families: LoRA on the real sizes, chat templates as the real models have them, image
-tokens of real images, that no pass forgets positions, masks or token types, models of the hub, one place for family facts.
-Run: pytest tests/test_families.py
+"""Protects what holds for both model families: LoRA on the real sizes, chat templates as the real
+models have them, image tokens of real images, that no pass forgets positions, masks or token types,
+models of the hub, one place for family facts. Run: pytest tests/test_families.py
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ import torch
 import transformers.utils.hub
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
+from real_configs import REAL_CONFIGS
+from runs import GRPO, SFT, adapter, assert_same_run, document, grpo, lines, snapshot, speak
+from test_imports import product_files
+from tiny import SAVE, attach_random_adapter, examples_of, load, with_features
 from transformers import AutoModelForImageTextToText
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
@@ -35,16 +39,12 @@ from data.collate import Prompts, collate_prompts, collate_rows
 from data.encode import FAMILIES, Encoder
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from data.records import Example
-from engine.families import family_of, stop_ids
 from engine.attention import PackedMask
+from engine.families import family_of, stop_ids
 from engine.forward import completion_logprobs
 from engine.model import LoadedModel, attach_new_adapter
 from engine.optim import trainable_parameters
 from engine.runtime import main_guard
-from real_configs import REAL_CONFIGS
-from runs import GRPO, SFT, adapter, assert_same_run, document, grpo, lines, snapshot, speak
-from test_imports import product_files
-from tiny import SAVE, attach_random_adapter, examples_of, load, with_features
 
 ROOT = Path(__file__).parents[1]
 PROMPT = PROMPTS["demo"]
@@ -55,15 +55,17 @@ def family(request) -> str:
     return request.param
 
 
-# ---- the real sizes -------------------------------------------------------------------------------------------------
+# ---- the real sizes ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "layers", "modules", "trainable", "total"),
     [
-        # r (in + out) a projection, r 16. Qwen2.5-VL-3B: q and o 2048 + 2048, k and v 2048 + 256, gate, up and down 2048 + 11008:
-        # 16 (2 x 4096 + 2 x 2304 + 3 x 13056) = 831,488 a layer, x 36 = 29,933,568. Total: the published checkpoint's 3,754,622,976.
+        # r (in + out) a projection, r 16. Qwen2.5-VL-3B: q and o 2048 + 2048, k and v 2048 + 256,
+        # gate, up and down 2048 + 11008: 16 (2 x 4096 + 2 x 2304 + 3 x 13056) = 831,488 a layer, x
+        # 36 = 29,933,568. Total: the published checkpoint's 3,754,622,976.
         ("qwen2_5_vl", 36, 252, 29_933_568, 3_754_622_976),
-        # Gemma 3 4B: q and o 2560 + 8 x 256, k and v 2560 + 4 x 256, gate, up and down 2560 + 10240:
-        # 16 (2 x 4608 + 2 x 3584 + 3 x 12800) = 876,544 a layer, x 34 = 29,802,496. Total: the published 4,300,079,472.
+        # Gemma 3 4B: q and o 2560 + 8 x 256, k and v 2560 + 4 x 256, gate, up and down 2560 +
+        # 10240: 16 (2 x 4608 + 2 x 3584 + 3 x 12800) = 876,544 a layer, x 34 = 29,802,496. Total:
+        # the published 4,300,079,472.
         ("gemma3", 34, 238, 29_802_496, 4_300_079_472),
     ],
 )
@@ -97,9 +99,9 @@ def test_gemmas_layers_of_the_real_size():
     ]
 
 
-# ---- chat templates and image tokens --------------------------------------------------------------------------------
-# Re-created from what the published templates do, and checked below against chats written out by hand.
-# Gemma 3: the system text opens the first user turn, texts are trimmed, roles must alternate.
+# ---- chat templates and image tokens -------------------------------------------------------------
+# Re-created from what the published templates do, and checked below against chats written out by
+# hand. Gemma 3: the system text opens the first user turn, texts are trimmed, roles must alternate.
 GEMMA_AS_PUBLISHED = """{{- bos_token -}}
 {%- set ns = namespace(head='') -%}
 {%- set turns = messages -%}
@@ -146,12 +148,16 @@ def test_published_chat_templates_carry_our_system_text(family, tiny_checkpoint,
     encoder.tokenizer.chat_template = AS_PUBLISHED[family]
     # A 56 x 56 image is 4 tokens in both. Gemma's processor sets its image apart by empty lines.
     prompts = {
-        "qwen2_5_vl": f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        + "<|image_pad|>" * 4
-        + f"<|vision_end|>{PROMPT.text}<|im_end|>\n<|im_start|>assistant\n",
-        "gemma3": f"<bos><start_of_turn>user\n{SYSTEM_PROMPT}\n\n\n\n<start_of_image>"
-        + "<image_soft_token>" * 4
-        + f"<end_of_image>\n\n{PROMPT.text}<end_of_turn>\n<start_of_turn>model\n",
+        "qwen2_5_vl": (
+            f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            + "<|image_pad|>" * 4
+            + f"<|vision_end|>{PROMPT.text}<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        "gemma3": (
+            f"<bos><start_of_turn>user\n{SYSTEM_PROMPT}\n\n\n\n<start_of_image>"
+            + "<image_soft_token>" * 4
+            + f"<end_of_image>\n\n{PROMPT.text}<end_of_turn>\n<start_of_turn>model\n"
+        ),
     }
     ends = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
     row = encoder.encode_answer(
@@ -198,13 +204,14 @@ def visual_tokens(encoder: Encoder, folder: Path, height: int, width: int) -> tu
 @pytest.mark.parametrize(
     ("height", "width", "grid"),
     [
-        # 2828 x 2320 is 101 x 83 tokens of 28 x 28 pixels, too many: scaled by 1 / sqrt(2828 * 2320 / (512 * 784)) = 1 / 4.0429 to
-        # 699.5 x 573.8, rounded down to 24 x 20 = 480 tokens, 2 x 2 patches each.
+        # 2828 x 2320 is 101 x 83 tokens of 28 x 28 pixels, too many: scaled by 1 / sqrt(2828 * 2320
+        # / (512 * 784)) = 1 / 4.0429 to 699.5 x 573.8, rounded down to 24 x 20 = 480 tokens, 2 x 2
+        # patches each.
         (2828, 2320, (48, 40)),
         # 1024 x 1024, as NIH's, scaled by 1 / 1.6162 to 633.6, rounded down to 22 x 22 = 484
         (1024, 1024, (44, 44)),
-        # 320 x 390, as CheXpert's small ones: 11 x 14 = 154 are too few: scaled by sqrt(256 * 784 / 124800) = 1.2682 to
-        # 405.8 x 494.6, rounded up to 15 x 18 = 270
+        # 320 x 390, as CheXpert's small ones: 11 x 14 = 154 are too few: scaled by sqrt(256 * 784 /
+        # 124800) = 1.2682 to 405.8 x 494.6, rounded up to 15 x 18 = 270
         (320, 390, (30, 36)),
         # 560 x 672 is 20 x 24 = 480 and stays.
         (560, 672, (40, 48)),
@@ -241,7 +248,7 @@ def test_image_processors_need_no_torchvision(family, tiny_checkpoint):
     assert type(encoder_of(tiny_checkpoint(family)).image_processor).__name__.endswith("Pil")
 
 
-# ---- token types, positions and masks -------------------------------------------------------------------------------
+# ---- token types, positions and masks ------------------------------------------------------------
 @torch.no_grad()
 def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, monkeypatch):
     model = load(tiny_checkpoint(family))
@@ -268,7 +275,8 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
     # the image would have no place
     with pytest.raises(ValueError, match="0 image placeholders for"):
         collate_prompts(forgetting, model.encoder.pad_token_id)
-    # Positions and masks depend on them too: with the image in its place, they alone make another number.
+    # Positions and masks depend on them too: with the image in its place, they alone make another
+    # number.
     embeddings = engine.forward.embed(model.base, batch.prompts)
     monkeypatch.setattr(engine.forward, "embed", lambda *_: embeddings)
     forgotten, _ = completion_logprobs(model.base, model.family, zeroed, temperature=1.0)
@@ -300,7 +308,8 @@ def test_an_image_that_is_blanked_changes_the_log_probabilities_of_a_trained_mod
 
 @pytest.fixture
 def only_explicit_calls(monkeypatch) -> Counter:
-    """transformers' own forward and generate, which make positions and masks by themselves, fail; the decoders insist on both.
+    """transformers' own forward and generate, which make positions and masks by themselves, fail;
+    the decoders insist on both.
 
     Counts the decoders' calls.
     """
@@ -339,7 +348,9 @@ def only_explicit_calls(monkeypatch) -> Counter:
 def test_the_whole_way_of_both_families(
     family, tiny_sft_run, tiny_checkpoint, tiny_data, tmp_path, monkeypatch, only_explicit_calls
 ):
-    """SFT, its resume, GRPO from the adapter alone, its resume in the middle of a rollout, and evaluation of the result."""
+    """SFT, its resume, GRPO from the adapter alone, its resume in the middle of a rollout, and
+    evaluation of the result.
+    """
     monkeypatch.chdir(tmp_path)
     sft_run = tiny_sft_run(family)  # saves at every step
     assert document(sft_run / "adapter_config.json")["base_model_name_or_path"] == str(
@@ -389,7 +400,7 @@ def test_the_whole_way_of_both_families(
     }
 
 
-# ---- models of the hub ----------------------------------------------------------------------------------------------
+# ---- models of the hub ---------------------------------------------------------------------------
 RESPONSE = SimpleNamespace(headers={}, request=None)  # all that the client's errors look at
 
 
@@ -471,7 +482,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(cache: Path, name: str, checkpoint: Path) -> Path:
-    """Lay a checkpoint out as the hub's client caches it: refs/main names the snapshot, which is returned."""
+    """Lay a checkpoint out as the hub's client caches it: refs/main names the snapshot, which is
+    returned.
+    """
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(checkpoint, folder / "snapshots" / COMMIT)
     (folder / "refs").mkdir()
@@ -480,8 +493,8 @@ def cached(cache: Path, name: str, checkpoint: Path) -> Path:
 
 
 def test_offline_a_model_comes_from_the_local_cache(tiny_checkpoint, tiny_data, tmp_path):
-    """In a process of its own, since the hub's client reads its variables once. GRPO and evaluation find the base by
-    its hub name.
+    """In a process of its own, since the hub's client reads its variables once. GRPO and evaluation
+    find the base by its hub name.
     """
     commands, data = [], ["--train_file", str(tiny_data)]
     for family in FAMILIES:
@@ -581,7 +594,7 @@ def test_a_model_that_is_only_half_in_the_cache_is_one_line(
     assert snapshot(tmp_path) == before
 
 
-# ---- one place for family facts -------------------------------------------------------------------------------------
+# ---- one place for family facts ------------------------------------------------------------------
 PLACES = {"engine/families.py", "data/encode.py"}
 FACTS = re.compile(
     r"^(qwen2_5_vl|gemma3)\w*$|<\|\w+\|>|<(bos|eos|pad)>|<(start|end)_of_\w+>|<image_soft_token>|"
@@ -590,7 +603,9 @@ FACTS = re.compile(
 
 
 def family_facts(source: str) -> list[str]:
-    """Lines of a source that know a family: a class of one, its name or its tokens as text, a test of which family it is."""
+    """Lines of a source that know a family: a class of one, its name or its tokens as text, a test
+    of which family it is.
+    """
     tree = ast.parse(source)
     prose = {
         id(node.body[0].value)

@@ -1,5 +1,5 @@
-"""Protects the figures: the smoothing, which runs go into which figure, files in both forms, and what is said without matplotlib.
-Run: pytest tests/test_figures.py
+"""Protects the figures: the smoothing, which runs go into which figure, files in both forms, and
+what is said without matplotlib. Run: pytest tests/test_figures.py
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_report import AFTER, BEFORE, FEW, save
 
 import eval.figures
 from data.records import write_jsonl
@@ -24,7 +25,6 @@ from eval.figures import (
 )
 from eval.report import main as report_main
 from eval.results import load_entry
-from test_report import AFTER, BEFORE, FEW, save
 
 
 def training_run(folder: Path, script: str, reward: str = "hard") -> Path:

@@ -1,6 +1,7 @@
-"""Protects the objective as a file to fork: six published variants are few-line diffs of rl/objective.py alone, whose flags and
-metrics appear by themselves. Each is applied to a copy and checked against its worked case; switched off it changes nothing,
-switched on only what it means to change; and it runs in the whole of run_grpo.py. Run: pytest tests/test_forks.py
+"""Protects the objective as a file to fork: six published variants are few-line diffs of
+rl/objective.py alone, whose flags and metrics appear by themselves. Each is applied to a copy and
+checked against its worked case; switched off it changes nothing, switched on only what it means to
+change; and it runs in the whole of run_grpo.py. Run: pytest tests/test_forks.py
 """
 
 from __future__ import annotations
@@ -19,11 +20,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-import rl.objective
-import rl.rollout
 from conftest import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
-from engine.config import ConfigError, parse_config
 from patches import FOLDER, FORKS, OBJECTIVE, ROOT, patched
 from runs import GRPO, document, speak, train_log
 from test_breaks import checks, module_of
@@ -32,6 +29,10 @@ from test_objective import close, f64, weights_of
 from test_objective_properties import random_batch, step_weights
 from test_rollout import sample
 
+import rl.objective
+import rl.rollout
+from engine.config import ConfigError, parse_config
+
 # Expected values of the forks' cases that no patch makes; the form is that of NOT_IN_THE_PRODUCT.
 NOT_IN_THE_FORKS = {
     "P10_tis.token_mask_icepop": "tokens outside a band get weight 0: another variant (IcePop)",
@@ -39,10 +40,14 @@ NOT_IN_THE_FORKS = {
     "P10_tis.seq_truncate": "one weight for a completion: another variant",
     "P10_tis.seq_mask": "one weight for a completion: another variant",
     "P10_tis.seq_geometric_mean": "one weight for a completion: another variant",
-    "P10_tis.mismatch_k1": "signed mean of the mismatch; the product logs that of its size, with or without this patch",
+    "P10_tis.mismatch_k1": (
+        "signed mean of the mismatch; the product logs that of its size, with or without this patch"
+    ),
     "P10_tis.mismatch_k3": "another statistic of the mismatch",
     "P10_tis.ess_fraction": "another statistic of the weights",
-    "P21_kl_in_reward.penalised_reward": "a step of the calculation; the product returns it centred",
+    "P21_kl_in_reward.penalised_reward": (
+        "a step of the calculation; the product returns it centred"
+    ),
 }
 # Checks of the battery that fail with a variant switched on, because they state what it changes.
 TOY_NUMBERS = {"test_toy_terms", "test_toy_loss_and_gradient", "test_toy_metrics"}
@@ -54,7 +59,8 @@ CHANGED = {
     "cispo": TOY_NUMBERS | {"test_p03_clip", "test_p05_full_loss"},
     "dual_clip": A_NEW_TERM,  # no ratio of the cases reaches 3
     "tis": A_NEW_TERM,  # the sampler agrees with pi_old
-    # P08 makes its losses of the KL term; one row of the last has advantage 0, so nothing is left of its loss
+    # P08 makes its losses of the KL term; one row of the last has advantage 0, so nothing is left
+    # of its loss
     "kl_in_reward": {
         "test_p05_full_loss",
         "test_p08_microbatches",
@@ -62,13 +68,15 @@ CHANGED = {
         "test_toy_loss_and_gradient",
         "test_masked_slots_carry_no_loss",
     },
-    "rloo": TOY_NUMBERS
-    | {
-        "test_p01_advantages",
-        "test_p02_zero_variance",
-        "test_p22_groups_by_id",
-        "test_toy_advantages",
-    },
+    "rloo": (
+        TOY_NUMBERS
+        | {
+            "test_p01_advantages",
+            "test_p02_zero_variance",
+            "test_p22_groups_by_id",
+            "test_toy_advantages",
+        }
+    ),
 }
 fork_case = partial(open_case, listed=NOT_IN_THE_FORKS)
 
@@ -80,8 +88,8 @@ def fork(monkeypatch):
 
 
 def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
-    """The module as the checks call it, with the variant on in every call. They give no KL and no log-probabilities of the
-    sampler: 0, and those of pi_old.
+    """The module as the checks call it, with the variant on in every call. They give no KL and no
+    log-probabilities of the sampler: 0, and those of pi_old.
     """
     config = partial(module.ObjectiveConfig, **settings)
 
@@ -112,7 +120,7 @@ def fails(check, module) -> bool:
     return False
 
 
-# ---- what a patch touches -------------------------------------------------------------------------------------------
+# ---- what a patch touches ------------------------------------------------------------------------
 def test_every_patch_is_known():
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.patch" for name in FORKS}
     named = [
@@ -151,7 +159,9 @@ def test_the_new_field_is_a_flag_by_itself(name, fork, capsys):
 
 @pytest.mark.parametrize("name", FORKS)
 def test_the_new_term_is_logged_by_itself(name, fork):
-    """And only where the variant is on; its metric is the mean over tokens, as for any term of a fork."""
+    """And only where the variant is on; its metric is the mean over tokens, as for any term of a
+    fork.
+    """
     module, batch = fork(name), random_batch(seed=0)
     del batch["entropy"]
     found = {}
@@ -201,7 +211,7 @@ def test_a_patch_that_no_longer_fits_says_what_to_do():
         patched("rloo", OBJECTIVE + OBJECTIVE)  # fits twice
 
 
-# ---- the worked cases -----------------------------------------------------------------------------------------------
+# ---- the worked cases ----------------------------------------------------------------------------
 def test_the_list_has_no_stale_entry():
     existing = [
         f"{case_id}.{leaf}"
@@ -219,7 +229,8 @@ def test_p01_rloo(fork):
         rewards, groups = f64(p01.inputs["rewards"]).flatten(), torch.tensor([0] * 4 + [1] * 4)
         config = module.ObjectiveConfig(baseline="leave_one_out")
         p01.close("adv_rloo", module.group_advantages(rewards, groups, config=config).view(2, 4))
-    # 3 less the mean of 1 and 2, 1 less that of 3 and 2, 2 less that of 3 and 1; the unrated one counts for nobody.
+    # 3 less the mean of 1 and 2, 1 less that of 3 and 2, 2 less that of 3 and 1; the unrated one
+    # counts for nobody.
     close(
         module.group_advantages(f64([3, 1, math.nan, 2]), torch.zeros(4), config=config),
         [1.5, -1.5, 0, 0],
@@ -259,7 +270,8 @@ def test_p10_truncated_importance_sampling(fork):
             (truncated["tis_weight"] == p10.inputs["C"])[mask].double().mean(),
         )
         p10.differs("token_mask_icepop", truncated["tis_weight"] * mask)
-    # The weight is a constant factor of the policy term and of its gradient, and none of the KL term's.
+    # The weight is a constant factor of the policy term and of its gradient, and none of the KL
+    # term's.
     plain, plain_gradient, _ = evaluate(beta=0)
     weight = f64(p10.expected["token_truncate"])
     torch.testing.assert_close(
@@ -267,7 +279,8 @@ def test_p10_truncated_importance_sampling(fork):
     )
     torch.testing.assert_close(gradient, weight * plain_gradient, rtol=1e-6, atol=0)
     with_kl, kl_gradient, _ = evaluate(tis_cap=p10.inputs["C"], beta=0.5)
-    # k3 of log(pi_ref/pi) = 0.2: e^0.2 - 1.2 = 0.021403, gradient 1 - e^0.2 = -0.221403; weights are 1/5 a token
+    # k3 of log(pi_ref/pi) = 0.2: e^0.2 - 1.2 = 0.021403, gradient 1 - e^0.2 = -0.221403; weights
+    # are 1/5 a token
     close(with_kl["kl"][mask], [0.021403] * 5, atol=1e-6)
     close((kl_gradient - gradient)[mask], [0.5 * -0.221403 / 5] * 5, atol=1e-6)
     assert truncated["tis_weight"].requires_grad is False
@@ -301,7 +314,8 @@ def test_p11_dual_clip(fork):
         # TRL clamps the ratio; the numbers are the same
         p11.close("rows.loss_trl_delta", terms[c]["per_token_loss"][:, 0])
     assert terms[c]["dual_clipped"][:, 0].tolist() == [True, False, False, False]
-    # Held at c A the first token has no gradient left; 5 with A > 0 and 0.5 with A < 0 are clipped as ever; -r A = 1
+    # Held at c A the first token has no gradient left; 5 with A > 0 and 0.5 with A < 0 are clipped
+    # as ever; -r A = 1
     close(logprobs.grad[:, 0], [0, 0, 0, 1])
 
 
@@ -343,8 +357,9 @@ def test_p12_gspo(fork):
 
 
 def test_gspo_inside_its_clip_by_hand(fork):
-    # Log-ratios 0.02 and 0.04, so s = e^0.03 for both tokens, A = 2, and a masked slot. With 1/|t_i| = 1/2 a token the loss is
-    # -s A = -2.060909; d loss / d logp_j = -A s / |t_i| = -1.030455 for each token, whatever its own ratio.
+    # Log-ratios 0.02 and 0.04, so s = e^0.03 for both tokens, A = 2, and a masked slot. With
+    # 1/|t_i| = 1/2 a token the loss is -s A = -2.060909; d loss / d logp_j = -A s / |t_i| =
+    # -1.030455 for each token, whatever its own ratio.
     module = fork("gspo")
     config = module.ObjectiveConfig(importance_sampling_level="sequence", beta=0)
     logprobs, mask = (
@@ -360,7 +375,9 @@ def test_gspo_inside_its_clip_by_hand(fork):
 
 
 def test_p13_cispo(fork):
-    """Weights clipped to the interval of this project's flags; an absolute cap is that interval with epsilon_high = cap - 1."""
+    """Weights clipped to the interval of this project's flags; an absolute cap is that interval
+    with epsilon_high = cap - 1.
+    """
     module = fork("cispo")
     with fork_case("P13_cispo") as p13:
         given, ones = p13.inputs, torch.ones(3, 1, dtype=torch.float64)
@@ -419,7 +436,7 @@ def test_p21_kl_in_reward(fork, monkeypatch):
     assert torch.equal(in_reward, without) and (terms["kl"][batch["mask"]] > 0).all()
 
 
-# ---- the whole of run_grpo.py ---------------------------------------------------------------------------------------
+# ---- the whole of run_grpo.py --------------------------------------------------------------------
 def grpo_flags(adapter, data, run, name: str) -> list[str]:
     """Two rollouts of 2 groups; each of the 4 steps takes one group."""
     return [
@@ -439,7 +456,9 @@ def grpo_flags(adapter, data, run, name: str) -> list[str]:
 
 @pytest.fixture
 def forked_main(tmp_path, monkeypatch):
-    """`forked_main("gspo")`: `main` of a copy of run_grpo.py and rl/ with that patch, imported in place of the product's."""
+    """`forked_main("gspo")`: `main` of a copy of run_grpo.py and rl/ with that patch, imported in
+    place of the product's.
+    """
     tree = tmp_path / "tree"
 
     def is_ours(name: str) -> bool:

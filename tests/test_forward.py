@@ -1,29 +1,37 @@
-"""Protects the forward: both families' own positions, masks and images, equal to transformers' full forward on official inputs.
+"""Protects the forward: both families' own positions, masks and images, equal to transformers' full
+forward on official inputs.
 
-Random checkpoints whose prompts are longer than the sliding window, images of several sizes, ragged rows.
-Run: pytest tests/test_forward.py
+Random checkpoints whose prompts are longer than the sliding window, images of several sizes, ragged
+rows. Run: pytest tests/test_forward.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import plain
 import pytest
 import torch
+from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM
 
-import plain
 from data.collate import Batch, Prompts, collate_prompts, collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
-from engine.families import Gemma3, Qwen25VL, causal_mask, family_of, language_model, text_positions
+from engine.families import (
+    Gemma3,
+    Qwen25VL,
+    causal_mask,
+    family_of,
+    language_model,
+    lm_head_weight,
+    text_positions,
+)
 from engine.forward import completion_hidden_states, completion_logprobs, embed, packed_positions
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
-from engine.families import lm_head_weight
 from engine.model import LoadedModel, enable_gradient_checkpointing, load_model
-from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 PROMPTS = (Prompt("a", "Which?"), Prompt("b", "A longer question about this image?"))
 ANSWERS = ("<think>x</think>", "ab, cd", "zzz")
@@ -158,7 +166,9 @@ SOFTCAP = 1.5  # logits of the random model reach 2.4
 
 
 def capped_logits(net, model: LoadedModel, rows: list[EncodedRow]) -> torch.Tensor:
-    """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the same decoder and head."""
+    """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the
+    same decoder and head.
+    """
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     masks = model.family.attention_masks(
         model.base, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1])
@@ -442,7 +452,9 @@ def test_a_sampled_placeholder_is_text(model, tiny_images):
 def gradients(
     model: LoadedModel, rows, *, checkpointing: bool
 ) -> tuple[dict[str, torch.Tensor], int, int]:
-    """(gradients, forward passes of the first decoder layer, forward passes of the vision tower) of one training step."""
+    """(gradients, forward passes of the first decoder layer, forward passes of the vision tower) of
+    one training step.
+    """
     wrapped = attach_random_adapter(model)
     if checkpointing:
         enable_gradient_checkpointing(wrapped)
@@ -570,7 +582,9 @@ def mrope_prompt(
 def seen_positions(
     model: LoadedModel, prompts: list[EncodedPrompt], num_new: int
 ) -> list[torch.Tensor]:
-    """The position ids that the decoder gets while sampling: those of the prompts, then of each new token."""
+    """The position ids that the decoder gets while sampling: those of the prompts, then of each new
+    token.
+    """
     seen = []
     hook = language_model(model.base).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
@@ -632,7 +646,8 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("rope_delta_vs_unpadded_length", delta)
         p18.close("rope_delta_vs_padded_length", delta)  # no padding here
 
-        # Beside a prompt that is 4 longer, which is read first, without padding between them: as before.
+        # Beside a prompt that is 4 longer, which is read first, without padding between them: as
+        # before.
         positions, *following = seen_positions(
             qwen, [prompt, mrope_prompt(qwen, types, grid, lead=4)], 2
         )
@@ -641,7 +656,8 @@ def test_p18_mrope_positions(qwen, case):
         p18.close("next_generated_positions", [step[0, 0, 1] for step in following])
         assert [int(step[0, 0, 0]) for step in following] == [11, 12]
 
-        # In training, after a longer prompt; three, two and four tokens, whose last ones are not read, the longest first
+        # In training, after a longer prompt; three, two and four tokens, whose last ones are not
+        # read, the longest first
         row = lambda prompt, n: EncodedRow(
             prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool)
         )  # noqa: E731

@@ -1,4 +1,5 @@
-"""Protects the sampler: what it draws, what it records of it, and that nothing else has a say in it.
+"""Protects the sampler: what it draws, what it records of it, and that nothing else has a say in
+it.
 
 Random checkpoints of both families with ragged prompts; frequencies by chi-square with fixed seeds.
 Run: pytest tests/test_generate.py
@@ -13,6 +14,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 import engine.generate
 from data.collate import collate_prompts, collate_rows
@@ -36,7 +38,6 @@ from engine.model import LoadedModel
 from rl.records import rollout_metrics
 from rl.rewards import HardReward
 from rl.rollout import build_samples
-from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 SHORT, LONG = (
     Prompt("short", "Which?"),
@@ -97,7 +98,9 @@ def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 def scored(
     model: LoadedModel, prompts, groups, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, Completion]:
-    """(training log-probabilities [M], hidden states [M,H], all completions end to end) of sampled completions."""
+    """(training log-probabilities [M], hidden states [M,H], all completions end to end) of sampled
+    completions.
+    """
     rows = [
         EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool))
         for prompt, group in zip(prompts, groups)
@@ -288,7 +291,8 @@ def test_frequencies_match_temperature_and_top_p(case):
 
 
 def test_frequencies_of_the_whole_sampler(model, prompts):
-    # The first token of 4,000 completions of one prompt, in three cells: the likeliest, the second, any other of the nucleus.
+    # The first token of 4,000 completions of one prompt, in three cells: the likeliest, the second,
+    # any other of the nucleus.
     groups = sample(
         model,
         prompts[:1],
@@ -436,7 +440,8 @@ def test_the_models_generation_config_changes_nothing(
 
 
 def test_left_padding_changes_nothing(model, prompts):
-    # The first rows get the same uniform numbers in both calls; beside the longer prompt they are padded.
+    # The first rows get the same uniform numbers in both calls; beside the longer prompt they are
+    # padded.
     alone = sample(model, [prompts[0], prompts[0]], num_generations=2)
     beside = sample(model, [prompts[0], prompts[1]], num_generations=2)
     assert len(prompts[1].input_ids) > len(prompts[0].input_ids)

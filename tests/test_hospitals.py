@@ -1,6 +1,8 @@
-"""Protects the way from the hospitals' folders to scores, on real X-rays in the three formats: data.select, data.check, data.traces,
-run_sft.py, run_grpo.py, eval.evaluate, and scores under another label map. The models are small and random, so the test shows that
-every step takes what the one before it writes, not that anything is learned. Run: CXR_SAMPLE=FOLDER pytest tests/test_hospitals.py
+"""Protects the way from the hospitals' folders to scores, on real X-rays in the three formats:
+data.select, data.check, data.traces, run_sft.py, run_grpo.py, eval.evaluate, and scores under
+another label map. The models are small and random, so the test shows that every step takes what the
+one before it writes, not that anything is learned. Run: CXR_SAMPLE=FOLDER pytest
+tests/test_hospitals.py
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ import os
 from pathlib import Path
 
 import pytest
+from runs import document, grpo, lines, sft, speak
+from test_sources import sample
 
 import data.check
 import data.select
 import data.traces
 import eval.evaluate
 from data.records import read_jsonl
-from runs import document, grpo, lines, sft, speak
-from test_sources import sample
 
 TESTS = {"test-mimic": 5, "test-chexpert": 8, "test-nih": 4}
 

@@ -1,4 +1,5 @@
-"""Protects image loading: the model gets the pixels of the file, 8-bit RGB and upright, and a bad file is named.
+"""Protects image loading: the model gets the pixels of the file, 8-bit RGB and upright, and a bad
+file is named.
 
 Run: pytest tests/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it reads those too.
 """
@@ -59,12 +60,15 @@ def test_only_files_under_the_root(tmp_path):
         "deep/..",
         "..",
     ):
-        assert refusal(root, name) == (
-            f"example 'e1': image {name!r}: write the path relative to the image root, without '..' (--image_root)"
+        assert (
+            refusal(root, name)
+            == f"example 'e1': image {name!r}: write the path relative to the image root, without"
+            " '..' (--image_root)"
         )
     assert (
         refusal(root, "link.png")
-        == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic link"
+        == f"example 'e1': image 'link.png' lies outside the image root {root}, through a symbolic"
+        " link"
     )
     # absolute, though inside
     assert "relative to the image root" in refusal(root, str(root / "deep" / "a.png"))
@@ -74,8 +78,10 @@ def test_only_files_under_the_root(tmp_path):
 
 @pytest.mark.parametrize("name", ["https://host/a.png", "file:///etc/passwd", "s3://bucket/a.png"])
 def test_urls(tmp_path, name):
-    assert refusal(tmp_path, name) == (
-        f"example 'e1': image {name!r} is a URL; images are read from files only: download it and give its path"
+    assert (
+        refusal(tmp_path, name)
+        == f"example 'e1': image {name!r} is a URL; images are read from files only: download it"
+        " and give its path"
     )
 
 
@@ -83,8 +89,10 @@ def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "folder.png"):
-        assert refusal(tmp_path, name) == (
-            f"example 'e1': image {name!r}: {tmp_path / name} is not a regular file; check the row or --image_root"
+        assert (
+            refusal(tmp_path, name)
+            == f"example 'e1': image {name!r}: {tmp_path / name} is not a regular file; check the"
+            " row or --image_root"
         )
     (tmp_path / "null.png").symlink_to("/dev/null")
     assert "lies outside the image root" in refusal(tmp_path, "null.png")
@@ -104,7 +112,8 @@ def test_missing_files(tmp_path, name):
     said = refusal(tmp_path, name)
     assert (
         said
-        == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the row or --image_root"
+        == f"example 'e1': image {name!r}: no such file under the image root {tmp_path}; check the"
+        " row or --image_root"
     )
 
 
@@ -174,7 +183,9 @@ def test_too_many_pixels(tmp_path, monkeypatch):
 
 
 def test_a_png_that_claims_more_pixels_than_it_has(tmp_path):
-    """A decompression bomb: some hundred bytes that say 60,000 x 60,000. Refused from the header, before memory is taken."""
+    """A decompression bomb: some hundred bytes that say 60,000 x 60,000. Refused from the header,
+    before memory is taken.
+    """
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.png")
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[16:24] = struct.pack(">II", 60_000, 60_000)
@@ -215,7 +226,9 @@ def test_strips(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF data
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_damaged_bytes_give_an_image_or_a_refusal(tmp_path, kind):
-    """Whatever bytes are changed, nothing but a DataError comes out. 300 files, each with 1 to 8 changed bytes, EXIF included."""
+    """Whatever bytes are changed, nothing but a DataError comes out. 300 files, each with 1 to 8
+    changed bytes, EXIF included.
+    """
     image = Image.fromarray(noise(24, 24))
     exif = image.getexif()
     exif[0x0112], exif[0x010E] = 6, "text"
@@ -290,7 +303,8 @@ def test_rgb_is_kept(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
-    # 1000 is the darkest, 5080 the brightest: (value - 1000) / 16. Clipping at 255 would give white everywhere.
+    # 1000 is the darkest, 5080 the brightest: (value - 1000) / 16. Clipping at 255 would give white
+    # everywhere.
     Image.fromarray(np.array([[1000, 1016], [3040, 5080]], dtype=np.uint16)).save(
         tmp_path / "a.png"
     )

@@ -1,6 +1,8 @@
-"""The arrows of imports between the packages, the run-time packages, and that nothing is loaded through pickle.
+"""The arrows of imports between the packages, the run-time packages, and that nothing is loaded
+through pickle.
 
-data <- engine <- rl      data imports only data; engine also data; rl and eval also data and engine, never each other;
+data <- engine <- rl      data imports only data; engine also data; rl and eval also data and
+                          engine, never each other;
 data <- engine <- eval    the run scripts import any of them, and nothing imports a run script.
 """
 
@@ -39,7 +41,9 @@ def product_files() -> list[Path]:
 
 
 def imported(source: str, package: str) -> dict[str, int]:
-    """Top-level names that a source imports, anywhere in it, with the line; a relative import is its own package."""
+    """Top-level names that a source imports, anywhere in it, with the line; a relative import is
+    its own package.
+    """
     names: dict[str, int] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -63,7 +67,9 @@ def wrong_imports(source: str, path: str) -> list[str]:
 
 
 def unsafe_loads(source: str, path: str) -> list[str]:
-    """Calls that let a file run code: weights_only or allow_pickle set to anything but the safe literal."""
+    """Calls that let a file run code: weights_only or allow_pickle set to anything but the safe
+    literal.
+    """
     safe = {"weights_only": True, "allow_pickle": False}
     return [
         f"{path}:{node.lineno} {keyword.arg}={ast.unparse(keyword.value)}"

@@ -1,4 +1,5 @@
-"""Protects the one function that turns hidden states into log-probabilities: values, gradients, precision and memory.
+"""Protects the one function that turns hidden states into log-probabilities: values, gradients,
+precision and memory.
 
 Run: pytest tests/test_logprobs.py
 """
@@ -9,13 +10,13 @@ import itertools
 
 import pytest
 import torch
+from plain import plain_batch, predicted_tokens
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from data.encode import EncodedPrompt, EncodedRow
 from engine.attention import spread
 from engine.logprobs import CHUNK_SIZE, predicted_correctly, scaled_logits, token_logprobs
-from plain import plain_batch, predicted_tokens
 
 M, H, V = 7, 5, 11
 
@@ -161,8 +162,9 @@ def test_suppressed_ids_leave_the_vocabulary():
 
 
 def test_soft_capping_by_hand():
-    # 2 tanh(x / 2) of 2 artanh(1/2) = 1.098612 is 1, of 0 it is 0; divided by temperature 0.5: logits 2 and 0.
-    # p_0 = 1 / (1 + e^-2) = 0.880797, log p_0 = -0.126928; H = -0.880797 log 0.880797 - 0.119203 log 0.119203 = 0.365334
+    # 2 tanh(x / 2) of 2 artanh(1/2) = 1.098612 is 1, of 0 it is 0; divided by temperature 0.5:
+    # logits 2 and 0. p_0 = 1 / (1 + e^-2) = 0.880797, log p_0 = -0.126928; H = -0.880797 log
+    # 0.880797 - 0.119203 log 0.119203 = 0.365334
     hidden, head = head_for(torch.tensor([[1.098612, 0.0]]))
     hidden.requires_grad_()
     logprobs, entropies = token_logprobs(
@@ -170,16 +172,19 @@ def test_soft_capping_by_hand():
     )
     torch.testing.assert_close(logprobs, torch.tensor([-0.126928]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropies, torch.tensor([0.365334]), rtol=0, atol=1e-6)
-    # d log p_0 / d logits = (1 - p_0, -p_1) = (0.119203, -0.119203), by the slopes 1 - 1/4 and 1, by 1 / 0.5
+    # d log p_0 / d logits = (1 - p_0, -p_1) = (0.119203, -0.119203), by the slopes 1 - 1/4 and 1,
+    # by 1 / 0.5
     (by_hidden,) = torch.autograd.grad(logprobs, hidden, torch.ones(1), retain_graph=True)
     torch.testing.assert_close(by_hidden, torch.tensor([[0.178804, -0.238406]]), rtol=0, atol=1e-6)
-    # dH / d logit_0 = -p_0 (log p_0 + H) = -0.880797 (-0.126928 + 0.365334) = -0.209987, and its opposite
+    # dH / d logit_0 = -p_0 (log p_0 + H) = -0.880797 (-0.126928 + 0.365334) = -0.209987, and its
+    # opposite
     (by_hidden,) = torch.autograd.grad(entropies, hidden, torch.ones(1))
     torch.testing.assert_close(by_hidden, torch.tensor([[-0.314981, 0.419974]]), rtol=0, atol=2e-6)
 
 
 def test_soft_capped_logits_are_of_the_sampler_too():
-    # 3 tanh(3 / 3) = 2.284783, 3 tanh(-1 / 3) = -0.964538, divided by 0.5; a suppressed id stays out
+    # 3 tanh(3 / 3) = 2.284783, 3 tanh(-1 / 3) = -0.964538, divided by 0.5; a suppressed id stays
+    # out
     logits = scaled_logits(torch.tensor([[3.0, -1.0, 30.0]]), 0.5, torch.tensor([2]), 3.0)
     torch.testing.assert_close(
         logits, torch.tensor([[4.569566, -1.929075, float("-inf")]]), rtol=0, atol=1e-5
@@ -236,7 +241,8 @@ def test_bfloat16_in_float32_out():
 
 
 def test_the_product_runs_in_the_heads_dtype():
-    # 1 + 2^-9 is 1 in bf16: the two logits are equal, so each has the probability 1/2, and the first is the argmax.
+    # 1 + 2^-9 is 1 in bf16: the two logits are equal, so each has the probability 1/2, and the
+    # first is the argmax.
     hidden, head = torch.tensor([[1.0, 1 + 2**-9]]), torch.eye(2, dtype=torch.bfloat16)
     assert token_logprobs(hidden, head, torch.tensor([0]))[0].tolist() == pytest.approx(
         [-0.6931472], abs=1e-7
@@ -245,7 +251,8 @@ def test_the_product_runs_in_the_heads_dtype():
 
 
 def test_the_gradient_is_divided_in_the_dtype_of_hidden():
-    # p = (1/2, 1/2), so d logprob_0 / d logits = (1/2, -1/2), exact in bf16; 0.5 / 0.7 = 0.714286, which bf16 would make 0.714844
+    # p = (1/2, 1/2), so d logprob_0 / d logits = (1/2, -1/2), exact in bf16; 0.5 / 0.7 = 0.714286,
+    # which bf16 would make 0.714844
     hidden = torch.zeros(1, 2, requires_grad=True)
     token_logprobs(hidden, torch.eye(2, dtype=torch.bfloat16), torch.tensor([0]), temperature=0.7)[
         0
@@ -253,8 +260,9 @@ def test_the_gradient_is_divided_in_the_dtype_of_hidden():
     torch.testing.assert_close(
         hidden.grad, torch.tensor([[0.714286, -0.714286]]), rtol=0, atol=1e-6
     )
-    # The entropy of two logits z, 0 has the gradient -p (1 - p) z and its opposite; z = 0.6875 / 0.7 = 0.982143, p = 0.727533. The
-    # product with the head makes 0.194690 the bf16 number 199/1024; 199/1024/0.7 = 0.277623, which bf16 would make 0.277344.
+    # The entropy of two logits z, 0 has the gradient -p (1 - p) z and its opposite; z = 0.6875 /
+    # 0.7 = 0.982143, p = 0.727533. The product with the head makes 0.194690 the bf16 number
+    # 199/1024; 199/1024/0.7 = 0.277623, which bf16 would make 0.277344.
     hidden = torch.tensor([[0.6875, 0.0]], requires_grad=True)
     head, targets = torch.eye(2, dtype=torch.bfloat16), torch.tensor([0])
     token_logprobs(hidden, head, targets, temperature=0.7, entropy=True)[1].sum().backward()
@@ -277,8 +285,8 @@ def test_large_logits_are_stable():
     logprobs, entropies = token_logprobs(
         hidden.requires_grad_(), head, torch.tensor([1, 2]), entropy=True
     )
-    # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the logits must be shifted first, and
-    # each row by its own maximum.
+    # The second is one of two equal ones: log 1/2. At 1e4 fp32 numbers lie 0.001 apart, so the
+    # logits must be shifted first, and each row by its own maximum.
     torch.testing.assert_close(logprobs, torch.tensor([-3e4, -0.693147]), rtol=0, atol=1e-6)
     torch.testing.assert_close(entropies, torch.tensor([0.0, 0.693147]), rtol=0, atol=1e-6)
     (logprobs.sum() + entropies.sum()).backward()
@@ -322,7 +330,8 @@ def test_gradients_by_finite_differences(chunk_size, suppressed, softcap):
 
 
 def test_gradient_of_the_mean_nll_by_hand():
-    # logits (0, 0), target 0: p = (1/2, 1/2); d(-log p_0)/d logits = p - (1, 0) = (-1/2, 1/2), halved again by temperature 2
+    # logits (0, 0), target 0: p = (1/2, 1/2); d(-log p_0)/d logits = p - (1, 0) = (-1/2, 1/2),
+    # halved again by temperature 2
     hidden, head = head_for(torch.zeros(1, 2))
     hidden.requires_grad_()
     (-token_logprobs(hidden, head, torch.tensor([0]), temperature=2.0)[0].sum()).backward()
@@ -384,7 +393,8 @@ def test_no_more_than_a_chunk_of_logits_at_once():
         logprobs, entropies = token_logprobs(hidden, head, targets, chunk_size=8, entropy=True)
         (logprobs.sum() + entropies.sum()).backward()
     assert watched.largest == 8 * 5000
-    # Eight chunks, each once: logits and d logprob / d hidden forward, logits and d entropy / d hidden backward.
+    # Eight chunks, each once: logits and d logprob / d hidden forward, logits and d entropy / d
+    # hidden backward.
     assert watched.products == 8 * 4
 
 
@@ -450,7 +460,7 @@ def test_without_a_gradient_only_the_logits_are_made():
 
 def test_the_default_chunk_of_gemmas_logits_takes_256_mib():
     # fp32; 256 x 262,208 x 4 / 1,048,576 = 256.06
-    assert CHUNK_SIZE * 262_208 * 4 / 2**20 == pytest.approx(256, abs=0.1)
+    assert pytest.approx(256, abs=0.1) == CHUNK_SIZE * 262_208 * 4 / 2**20
 
 
 def test_the_gradients_of_log_probabilities_and_entropy_add_up():

@@ -1,5 +1,5 @@
-"""Protects the memory forecast: it lies within 20 % of what torch really allocates, for both families, in every phase, and its
-parts are those of the model. Run: pytest tests/test_memory.py
+"""Protects the memory forecast: it lies within 20 % of what torch really allocates, for both
+families, in every phase, and its parts are those of the model. Run: pytest tests/test_memory.py
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from benchmarks.memory_forecast import (
     DTYPES,
     PHASES,
@@ -18,6 +17,8 @@ from benchmarks.memory_forecast import (
     prepare,
     workload,
 )
+from tiny import load
+
 from engine.memory import (
     ModelShape,
     Packed,
@@ -35,9 +36,9 @@ from engine.memory import (
     writing_moments,
 )
 from engine.model import attach_new_adapter
-from tiny import load
 
-# Small, but activations, vocabulary and cache all count, and so does the mask that every layer makes.
+# Small, but activations, vocabulary and cache all count, and so does the mask that every layer
+# makes.
 SIZES = Sizes(
     hidden=128,
     intermediate=344,
@@ -134,14 +135,17 @@ def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint)
 
 
 def test_what_a_layer_keeps_by_hand():
-    # One prompt of 10 tokens: fp32, no dropout, r 2. Norms 2 x 4 x 8 = 64; q and output 2 x 4 x 8 = 64, k and v 2 x 4 x 4 = 32;
-    # logsumexp 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs of A: shared by q, k, v 32, o's 32, shared by gate and up
-    # 32, down's 64; A's outputs 7 x 2 x 4 = 56. In all 584 a token.
+    # One prompt of 10 tokens: fp32, no dropout, r 2. Norms 2 x 4 x 8 = 64; q and output 2 x 4 x 8 =
+    # 64, k and v 2 x 4 x 4 = 32; logsumexp 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs
+    # of A: shared by q, k, v 32, o's 32, shared by gate and up 32, down's 64; A's outputs 7 x 2 x 4
+    # = 56. In all 584 a token.
     prompt = Packed(1, 10, 0, 5)
     assert kept_by_layer(SHAPE, WORK, prompt) == 10 * 584
-    # bf16: 64 + 32 + 16 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256; 56. In all 536.
+    # bf16: 64 + 32 + 16 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256;
+    # 56. In all 536.
     assert kept_by_layer(SHAPE, replace(WORK, element_size=2), prompt) == 10 * 536
-    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU masks of a byte: 256 + 64 = 320.
+    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU
+    # masks of a byte: 256 + 64 = 320.
     assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), prompt) == 10 * (584 - 160 + 512)
     assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (
         584 - 160 + 320
@@ -169,7 +173,8 @@ def test_the_packed_row_by_hand():
 
 def test_the_masks_of_a_packed_row_by_hand():
     row, tokens = Packed(2, 10, 6, 5), 50 * (4 * 8 + 24)  # embeddings and ids
-    # Two prompts of 10 x 10 and six completions of 5 x 15, 650 in all; as bool, and in fp32 for the 2 heads that share a key
+    # Two prompts of 10 x 10 and six completions of 5 x 15, 650 in all; as bool, and in fp32 for the
+    # 2 heads that share a key
     assert packed_inputs(SHAPE, WORK, row) == tokens + 650 * (1 + 2 * 4)
     # Images of one size: one prompt's and one completion's, 100 + 75
     fixed = replace(SHAPE, fixed_images=True)
@@ -184,13 +189,15 @@ def test_the_masks_of_a_packed_row_by_hand():
 
 
 def test_gradients_alive_in_the_backward_pass_by_hand():
-    # of down's input, 16 wide, and of the layer's output, 8: each once as the base's dtype and once in fp32
+    # of down's input, 16 wide, and of the layer's output, 8: each once as the base's dtype and once
+    # in fp32
     assert backward_temporaries(SHAPE, WORK) == (4 + 4) * (16 + 8)
     assert backward_temporaries(SHAPE, replace(WORK, element_size=2)) == (2 + 4) * (16 + 8)
 
 
 def test_static_parts_and_cache_by_hand():
-    # a layer's A and B: r 2 x ((8+8) + 2 (8+4) + (8+8) + 2 (8+16) + (16+8)) = 2 x 128 = 256; 3 layers 768; fp32 3,072 bytes
+    # a layer's A and B: r 2 x ((8+8) + 2 (8+4) + (8+8) + 2 (8+16) + (16+8)) = 2 x 128 = 256; 3
+    # layers 768; fp32 3,072 bytes
     assert lora_parameters(SHAPE, 2) == 768
     assert static_parts(SHAPE, replace(WORK, element_size=2)) == {
         "base": 2000,
@@ -202,7 +209,8 @@ def test_static_parts_and_cache_by_hand():
 
 
 def test_the_head_by_hand():
-    # a chunk of 256 x 100 logits: 102,400 bytes in fp32, 51,200 in bf16. Hidden states of 8 numbers, their gradient and the result.
+    # a chunk of 256 x 100 logits: 102,400 bytes in fp32, 51,200 in bf16. Hidden states of 8
+    # numbers, their gradient and the result.
     bf16 = replace(WORK, element_size=2)
     for scored in (300, 100_000):
         assert (
@@ -221,18 +229,21 @@ def test_the_head_by_hand():
 
 
 def test_the_copies_of_the_sampler_by_hand():
-    # a layer's weights: 8 x (2 x 8 + 2 x 4 + 3 x 16) = 576, three layers 1,728; on a CPU the head's 800 too; none in bf16
+    # a layer's weights: 8 x (2 x 8 + 2 x 4 + 3 x 16) = 576, three layers 1,728; on a CPU the head's
+    # 800 too; none in bf16
     assert sampling_weights(SHAPE, WORK) == 4 * (1728 + 800)
     assert sampling_weights(SHAPE, replace(WORK, device="cuda")) == 4 * 1728
     assert sampling_weights(SHAPE, replace(WORK, element_size=2)) == 0
-    # Logits and log-probabilities of 6 rows; drawn, what the nucleus needs beside the log-probabilities as well
+    # Logits and log-probabilities of 6 rows; drawn, what the nucleus needs beside the
+    # log-probabilities as well
     assert sampler_head(SHAPE, WORK, 6, greedy=True) == 6 * 100 * 4 * 2
     assert sampler_head(SHAPE, WORK, 6, greedy=False) == 6 * 100 * 4 * 5
 
 
 def test_the_masks_of_the_sampler_by_hand():
-    # 2 prompts of 10 tokens, 3 completions each of at most 5: 6 rows see 15 places, of 8 tokens, each a number of 4 bytes. Beside these
-    # is held: 6 x 5 x 20 bytes of what was written and features of 2 x 64 x 8 x 4 bytes.
+    # 2 prompts of 10 tokens, 3 completions each of at most 5: 6 rows see 15 places, of 8 tokens,
+    # each a number of 4 bytes. Beside these is held: 6 x 5 x 20 bytes of what was written and
+    # features of 2 x 64 x 8 x 4 bytes.
     work = replace(WORK, prompt_length=10, max_completion_length=5)
     attention = list(writing_moments(SHAPE, work, 2, 3, greedy=False))[1]
     assert attention["inputs"] == 6 * 5 * 20 + 2 * 64 * 8 * 4 + 8 * 6 * 15 * 4

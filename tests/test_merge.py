@@ -1,6 +1,6 @@
-"""Protects engine.merge: the saved folder is base + adapter for plain transformers, summed in fp32 and then cast, within the
-bound that the command checks itself; a wrong base, a used folder or a merge that went wrong leaves nothing.
-Run: pytest tests/test_merge.py
+"""Protects engine.merge: the saved folder is base + adapter for plain transformers, summed in fp32
+and then cast, within the bound that the command checks itself; a wrong base, a used folder or a
+merge that went wrong leaves nothing. Run: pytest tests/test_merge.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from runs import document, lines, snapshot
 from safetensors.torch import load_file, save_file
+from tiny import attach_random_adapter
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import engine.merge
@@ -38,8 +40,6 @@ from engine.merge import (
 from engine.model import attach_adapter, load_model, model_path
 from engine.run import TrainerState, save_final_adapter
 from eval.evaluate import main as evaluate
-from runs import document, lines, snapshot
-from tiny import attach_random_adapter
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def official_inputs(encoder: Encoder, data: Path) -> dict[str, torch.Tensor]:
     }
 
 
-# ---- the folder -----------------------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 @torch.no_grad()
 def test_plain_transformers_loads_the_same_model(family, run, merged, tiny_checkpoint, tiny_data):
     folder = merged("float32")
@@ -147,7 +147,8 @@ def test_weights_are_summed_in_float32_and_cast_once(family, run, merged, tiny_c
             weight = weight + scaling * (b @ a)
             merged_names.append(name)
         assert saved[name].dtype == torch.bfloat16
-        # Two fp32 sums may differ in the last bit, and so fall to two sides of a bfloat16 rounding: 2^-8 of the value.
+        # Two fp32 sums may differ in the last bit, and so fall to two sides of a bfloat16 rounding:
+        # 2^-8 of the value.
         torch.testing.assert_close(
             saved[name].float(), weight.bfloat16().float(), rtol=2**-7, atol=0, msg=name
         )
@@ -200,7 +201,17 @@ def test_a_merged_model_is_evaluated_as_base_and_adapter_were(
         )
         == 0
     )
-    flags = "--prompt demo --min_visual_tokens 4 --max_visual_tokens 4 --max_completion_length 6 --no_bf16".split()
+    flags = [
+        "--prompt",
+        "demo",
+        "--min_visual_tokens",
+        "4",
+        "--max_visual_tokens",
+        "4",
+        "--max_completion_length",
+        "6",
+        "--no_bf16",
+    ]
     base = ["--model_name_or_path", str(merged("float32"))]
     assert evaluate([*base, "--output_dir", str(tmp_path / "merged"), *flags, *common]) == 0
     both, alone = (lines(tmp_path / name / "predictions-site.jsonl") for name in ("both", "merged"))
@@ -237,7 +248,7 @@ def test_the_demo_base(tmp_path, capsys):
     )
 
 
-# ---- how it is made -------------------------------------------------------------------------------------------------
+# ---- how it is made ------------------------------------------------------------------------------
 def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
     model = load_model(
         str(tiny_checkpoint(family)),
@@ -270,7 +281,8 @@ def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
         for parameter, old in zip(base, before)
     )
 
-    # The arithmetic is that of a model held in float32 as a whole, the image's features apart, which are bfloat16's here.
+    # The arithmetic is that of a model held in float32 as a whole, the image's features apart,
+    # which are bfloat16's here.
     whole = load_model(
         str(tiny_checkpoint(family)),
         dtype=torch.float32,
@@ -364,7 +376,7 @@ def test_a_merge_that_is_killed_leaves_no_folder_of_its_name(tiny_sft_run, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 def refusal(capsys, *argv: str) -> str:
     """The only line of a command that must end with exit code 2."""
     capsys.readouterr()
@@ -420,9 +432,10 @@ def test_a_base_of_another_name_is_refused(tiny_sft_run, tmp_path, capsys):
         capsys,
         *flags_of(adapter, tmp_path / "merged", "--model_name_or_path", "google/gemma-3-4b-it"),
     )
-    assert said == (
-        f"--model_name_or_path google/gemma-3-4b-it: the adapter in {adapter} was trained on google/medgemma-4b-it; "
-        "give that model or a copy of it"
+    assert (
+        said
+        == f"--model_name_or_path google/gemma-3-4b-it: the adapter in {adapter} was trained on"
+        " google/medgemma-4b-it; give that model or a copy of it"
     )
     said = refusal(capsys, *flags_of(adapter, tmp_path / "merged", "--model_name_or_path", "demo"))
     assert said.startswith("--model_name_or_path demo: the adapter in ")
@@ -441,7 +454,8 @@ def test_an_output_folder_in_use_is_refused(tiny_sft_run, tmp_path, capsys):
         said = refusal(capsys, *flags_of(run, tmp_path / name))
         assert (
             said
-            == f"--output_dir {tmp_path / name} {problem} and nothing is overwritten: name another folder"
+            == f"--output_dir {tmp_path / name} {problem} and nothing is overwritten: name another"
+            " folder"
         )
     assert snapshot(tmp_path) == {"file": b"mine", "full/notes.txt": b"mine"}
     (tmp_path / "empty").mkdir()

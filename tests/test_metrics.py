@@ -1,5 +1,7 @@
-"""Protects the scores: equal to scikit-learn's with and without labels that a data set cannot express, the three
-treatments of failed answers, and the baselines. Rare labels rule macro-F1, so the 0/0 cases matter most."""
+"""Protects the scores: equal to scikit-learn's with and without labels that a data set cannot
+express, the three treatments of failed answers, and the baselines. Rare labels rule macro-F1, so
+the 0/0 cases matter most.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def bools(*rows: str) -> np.ndarray:
 
 
 def random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and predictions [50, 14] with a label never true (3), one never predicted (5), and one neither (7)."""
+    """Targets and predictions [50, 14] with a label never true (3), one never predicted (5), and
+    one neither (7).
+    """
     rng = np.random.default_rng(seed)
     targets, predictions = rng.random((2, 50, 14)) < rng.random(14)
     targets[:, [3, 7]] = False
@@ -75,7 +79,8 @@ def test_positions_that_are_not_evaluated_are_left_out(seed):
     targets, predictions = random_case(seed)
     evaluated = np.random.default_rng(seed + 100).random(targets.shape) < 0.6
     scores = multilabel_scores(targets, predictions, LABELS, evaluated)
-    # scikit-learn has no such mask: each label is scored on the images that express it, and micro on all positions left.
+    # scikit-learn has no such mask: each label is scored on the images that express it, and micro
+    # on all positions left.
     micro = sklearn_scores(targets[evaluated], predictions[evaluated], average="binary")
     assert triple(scores["micro"]) == pytest.approx(micro[:3], abs=1e-12)
     per_label = [
@@ -96,7 +101,8 @@ def test_positions_that_are_not_evaluated_are_left_out(seed):
 
 
 def test_scores_by_hand():
-    # Edema: TP 1 (row 0), FP 1 (row 1), FN 0. Fracture: TP 0, FP 0, FN 2. Pneumonia: nothing at all.
+    # Edema: TP 1 (row 0), FP 1 (row 1), FN 0. Fracture: TP 0, FP 0, FN 2. Pneumonia: nothing at
+    # all.
     scores = multilabel_scores(bools("110", "010"), bools("100", "100"), ABC)
     assert scores["per_label"]["Edema"] == {
         "precision": 0.5,
@@ -116,7 +122,8 @@ def test_scores_by_hand():
         "f1": 0.0,
         "support": 0,
     }
-    # Micro: TP 1, FP 1, FN 2 -> 1/2, 1/3, 2/5. Macro: sums over all three labels / 3, the zeros kept.
+    # Micro: TP 1, FP 1, FN 2 -> 1/2, 1/3, 2/5. Macro: sums over all three labels / 3, the zeros
+    # kept.
     assert triple(scores["micro"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
     assert triple(scores["macro"]) == pytest.approx((0.5 / 3, 1 / 3, 2 / 9))
     # Fracture not evaluated in row 0: its FN falls to 1, micro recall to 1/2, nothing else changes.
@@ -208,7 +215,8 @@ def test_failed_answers_are_treated_in_three_ways():
         targets, predictions, np.array([True, False, True]), ABC, bools("110", "110", "111")
     )
     assert list(policies) == ["empty", "dropped", "all_wrong"]
-    # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed. Pneumonia is not evaluated in rows 0 and 1.
+    # Rows 0 and 2 were read: TP 2 + 1, FP 0, FN 0 + 1 (Pneumonia). Row 1 failed. Pneumonia is not
+    # evaluated in rows 0 and 1.
     assert triple(policies["dropped"]["micro"]) == pytest.approx((3 / 3, 3 / 4, 6 / 7))
     # Empty: row 1 adds FN 1 (Edema); what the matrix held for it is not used.
     assert triple(policies["empty"]["micro"]) == pytest.approx((3 / 3, 3 / 5, 6 / 8))
@@ -257,7 +265,8 @@ def test_all_labels_baseline():
 def test_random_baseline_has_the_references_prevalence_and_no_correlation():
     reference = bools("110", "110", "000", "110")  # 0.75, 0.75, 0; the first two always together
     predictions = predict_by_prevalence(reference, 20_000, np.random.default_rng(0))
-    # One standard deviation of a mean of 20,000 draws at 0.75 is sqrt(0.75 x 0.25 / 20000) = 0.003; five of them.
+    # One standard deviation of a mean of 20,000 draws at 0.75 is sqrt(0.75 x 0.25 / 20000) = 0.003;
+    # five of them.
     assert predictions.mean(axis=0) == pytest.approx([0.75, 0.75, 0.0], abs=0.015)
     # Drawn on their own, both occur together in 0.75 x 0.75 of the images.
     assert (predictions[:, 0] & predictions[:, 1]).mean() == pytest.approx(0.5625, abs=0.0175)
@@ -295,7 +304,9 @@ def test_jaccard_counts_unknown_entries_in_the_union():
 def draws_by_hand(
     targets, predictions, evaluated, patient_ids, *, seed, resamples
 ) -> list[dict[str, int]]:
-    """{patient: times drawn} of each resample: one multinomial draw over the distinct rows of totals, in sorted order."""
+    """{patient: times drawn} of each resample: one multinomial draw over the distinct rows of
+    totals, in sorted order.
+    """
     totals = patient_totals(targets, predictions, evaluated, patient_ids)
     members: dict[tuple, list[str]] = {}
     for patient, row in zip(sorted(set(patient_ids)), totals.tolist(), strict=True):
@@ -319,8 +330,8 @@ def test_bootstrap_equals_a_loop_over_the_same_draws():
         targets, predictions, evaluated, patient_ids, seed=3, resamples=30
     )
 
-    # A position that is not evaluated counts as a true negative for scikit-learn, which no F1 and no Jaccard index sees. The
-    # images of a patient drawn twice are there twice.
+    # A position that is not evaluated counts as a true negative for scikit-learn, which no F1 and
+    # no Jaccard index sees. The images of a patient drawn twice are there twice.
     targets, predictions = targets & evaluated, predictions & evaluated
     drawn_patients = draws_by_hand(
         targets, predictions, evaluated, patient_ids, seed=3, resamples=30
@@ -342,12 +353,15 @@ def test_bootstrap_equals_a_loop_over_the_same_draws():
 
 
 def test_patients_with_equal_totals_are_drawn_together():
-    """Eight patients, five of them alike: a resample still has eight, and each of the five comes as often as any other."""
+    """Eight patients, five of them alike: a resample still has eight, and each of the five comes as
+    often as any other.
+    """
     totals = np.array([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 2 + [[0.0, 0.0]])
     drawn = resampled_totals(totals, seed=0, resamples=20_000)
     assert drawn.shape == (20_000, 2) and (drawn.sum(axis=1) <= 8).all()
-    # Binomial(8, 5/8) and Binomial(8, 2/8): means 5 and 2, variances 15/8 and 12/8; five standard errors of the mean and of the
-    # variance (that of a sample variance is about variance x sqrt(2 / 20000) = 0.02).
+    # Binomial(8, 5/8) and Binomial(8, 2/8): means 5 and 2, variances 15/8 and 12/8; five standard
+    # errors of the mean and of the variance (that of a sample variance is about variance x sqrt(2 /
+    # 20000) = 0.02).
     assert drawn.mean(axis=0) == pytest.approx([5, 2], abs=5 * np.sqrt(15 / 8 / 20_000))
     assert drawn.var(axis=0) == pytest.approx([15 / 8, 12 / 8], abs=0.1)
 
@@ -369,8 +383,9 @@ def test_bootstrap_draws_a_thousand_resamples_by_default():
 
 
 def test_bootstrap_draws_patients_not_images():
-    # Two patients of 50 images each, one all right and one all wrong. A resample holds only one of them with probability 1/4
-    # each, so both percentiles are at the extremes; by image they would lie near 0.4 and 0.6.
+    # Two patients of 50 images each, one all right and one all wrong. A resample holds only one of
+    # them with probability 1/4 each, so both percentiles are at the extremes; by image they would
+    # lie near 0.4 and 0.6.
     targets, predictions = bools(*["100"] * 100), bools(*["100"] * 50, *["010"] * 50)
     intervals = bootstrap_intervals(targets, predictions, None, ["a"] * 50 + ["b"] * 50, seed=0)
     assert intervals["micro_f1"] == intervals["jaccard"] == (0.0, 1.0)
@@ -402,8 +417,9 @@ def test_bootstrap_needs_one_patient_id_an_image():
 
 
 def test_the_figures_of_totals_by_hand():
-    # TP, FP, FN of two labels, then the sum of Jaccard and the number of images. First draw: label 1 has 3, 1, 0: F1 6/7; label 2
-    # has 0, 0, 2: 0; together 3, 1, 2: 6/9. Second draw: 1, 0, 1: 2/3; 2, 0, 0: 1; together 3, 0, 1: 6/7.
+    # TP, FP, FN of two labels, then the sum of Jaccard and the number of images. First draw: label
+    # 1 has 3, 1, 0: F1 6/7; label 2 has 0, 0, 2: 0; together 3, 1, 2: 6/9. Second draw: 1, 0, 1:
+    # 2/3; 2, 0, 0: 1; together 3, 0, 1: 6/7.
     totals = np.array([[3, 0, 1, 0, 0, 2, 2.5, 5], [1, 2, 0, 0, 1, 0, 1.0, 4]])
     found = figures(totals)
     assert set(found) == {"micro_f1", "macro_f1", "jaccard", "label_f1"}

@@ -1,5 +1,6 @@
-"""Protects loading, LoRA and the two adapters on one base: what is trained, what is saved, and that the reference is the
-SFT model. A key that silently does not load, or a reference that follows the policy, shows in no loss curve.
+"""Protects loading, LoRA and the two adapters on one base: what is trained, what is saved, and that
+the reference is the SFT model. A key that silently does not load, or a reference that follows the
+policy, shows in no loss curve.
 
 Run: pytest tests/test_model.py
 """
@@ -11,10 +12,12 @@ import re
 import shutil
 from pathlib import Path
 
+import plain as plain_forward
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import SAVE, attach_random_adapter, examples_of, load
 from transformers import AutoModelForImageTextToText
 
 from data.collate import collate_rows
@@ -41,8 +44,6 @@ from engine.model import (
 )
 from engine.optim import build_optimizer
 from rl.objective import kl_estimate
-import plain as plain_forward
-from tiny import SAVE, attach_random_adapter, examples_of, load
 
 CPU = torch.device("cpu")
 LAYERS = {"qwen2_5_vl": 2, "gemma3": 3}
@@ -140,8 +141,8 @@ def refusal(call, *args, **kwargs) -> str:
 def test_no_such_folder(tmp_path):
     for name in (tmp_path / "none", "./none", "none", "a/b/c"):
         said = refusal(open_model, name)
-        assert said == (
-            f"--model_name_or_path {name}: no such folder; "
+        assert (
+            said == f"--model_name_or_path {name}: no such folder; "
             "give a checkpoint's folder, a hub name (owner/model) or 'demo'"
         )
 
@@ -149,8 +150,8 @@ def test_no_such_folder(tmp_path):
 def test_a_folder_without_a_configuration(tmp_path):
     said = refusal(open_model, tmp_path)
     assert (
-        said
-        == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no checkpoint"
+        said == f"--model_name_or_path {tmp_path}: the folder holds no config.json, so it is no"
+        " checkpoint"
     )
 
 
@@ -160,7 +161,8 @@ def test_another_model_family(tmp_path):
         said = refusal(open_model, tmp_path)
         assert (
             said
-            == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and gemma3 models"
+            == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and"
+            " gemma3 models"
         )
 
 
@@ -392,8 +394,10 @@ def test_folders_without_a_readable_adapter(tiny_checkpoint, saved):
         (saved / file).write_bytes(content)
         assert refusal(attach_adapter, model, saved).startswith(f"{saved}: {said}")
         (saved / file).unlink()
-        assert refusal(attach_adapter, model, saved) == (
-            f"{saved}: no adapter there; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        assert (
+            refusal(attach_adapter, model, saved)
+            == f"{saved}: no adapter there; an adapter folder holds adapter_config.json and"
+            " adapter_model.safetensors"
         )
         (saved / file).write_bytes(kept)
         # the refused adapter is on the first one's layers
@@ -450,9 +454,8 @@ def test_use_adapter_puts_everything_back(both, fails):
     except RuntimeError as error:
         assert fails and str(error) == "inside"
     assert both.active_adapter == POLICY and flags(both) == before and torch.is_grad_enabled()
-    with pytest.raises(ValueError, match="nowhere"):
-        with use_adapter(both, "nowhere"):
-            raise AssertionError("not reached")
+    with pytest.raises(ValueError, match="nowhere"), use_adapter(both, "nowhere"):
+        raise AssertionError("not reached")
     assert both.active_adapter == POLICY and flags(both) == before
 
 

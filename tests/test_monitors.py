@@ -1,5 +1,6 @@
-"""Protects the monitors: each by hand on a few completions; a scripted policy that collapses in each way is told of by the default
-conditions, one that learns is left alone; and they survive a checkpoint. Run: pytest tests/test_monitors.py
+"""Protects the monitors: each by hand on a few completions; a scripted policy that collapses in
+each way is told of by the default conditions, one that learns is left alone; and they survive a
+checkpoint. Run: pytest tests/test_monitors.py
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def samples_of(rows, rewards=None):
     )
 
 
-# ---- by hand --------------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 @pytest.fixture
 def window_of_four(monkeypatch):
     monkeypatch.setattr(rl.monitors, "WINDOW", 4)
@@ -116,8 +117,8 @@ def test_what_is_said(window_of_four):
 
 def test_the_same_text(window_of_four):
     same, other = text_of(["Edema"], "so it is"), text_of(["Edema"], "another")
-    # The text of image 1 also stands under image 2, twice in one group of it: three of four; image 2's labels are the same as 1's, so
-    # its reasoning is no copy. Groups: 2 of 2 different, 1 of 2.
+    # The text of image 1 also stands under image 2, twice in one group of it: three of four; image
+    # 2's labels are the same as 1's, so its reasoning is no copy. Groups: 2 of 2 different, 1 of 2.
     values = observed(
         (example("1", "Edema"), [(same, 1, 5, False), (other, 1, 5, False)]),
         (example("2", "Edema"), [(same, 1, 5, False), (same, 1, 5, False)]),
@@ -206,7 +207,8 @@ def test_gains_are_in_standard_deviations_of_the_start(window_of_four):
         == values["entropy_drop"]
         == 0
     )
-    # start: Jaccard and F1 1, 0, 1, 0: mean 1/2, SD sqrt(4 x 1/4 / 3) = 1/sqrt(3). Now Jaccard 1/2, F1 2/3, nats 0.5 of 2.
+    # start: Jaccard and F1 1, 0, 1, 0: mean 1/2, SD sqrt(4 x 1/4 / 3) = 1/sqrt(3). Now Jaccard 1/2,
+    # F1 2/3, nats 0.5 of 2.
     values = observed((image, [half] * 4), monitors=monitors)
     assert values["trained_gain"] == pytest.approx(0, abs=1e-12) and values[
         "f1_gain"
@@ -214,7 +216,8 @@ def test_gains_are_in_standard_deviations_of_the_start(window_of_four):
     assert values["hacking"] == pytest.approx(-(2 / 3 - 1 / 2) * 3**0.5) and values[
         "entropy_drop"
     ] == pytest.approx(3 / 4)
-    # nuanced: 150 and a wrong label -10 at the start: mean 70, SD 160/sqrt(3); now 30 + 20/2 - 10 = 30
+    # nuanced: 150 and a wrong label -10 at the start: mean 70, SD 160/sqrt(3); now 30 + 20/2 - 10 =
+    # 30
     assert values["other_gain"] == pytest.approx((30 - 70) / (160 / 3**0.5))
 
 
@@ -236,7 +239,7 @@ def test_nothing_is_said_of_a_few_completions():
     assert names == set(NAMES)  # after 203
 
 
-# ---- scripted policies ----------------------------------------------------------------------------------------------
+# ---- scripted policies ---------------------------------------------------------------------------
 TRUTHS = (
     [NO_FINDING],
     ["Edema"],
@@ -247,13 +250,37 @@ TRUTHS = (
     [NO_FINDING],
     ["Atelectasis", "Lung Opacity"],
 )
-WORDS = "the a heart lung left right base apex hazy clear dense sharp border vessel rib device silhouette volume shadow line angle".split()
+WORDS = [
+    "the",
+    "a",
+    "heart",
+    "lung",
+    "left",
+    "right",
+    "base",
+    "apex",
+    "hazy",
+    "clear",
+    "dense",
+    "sharp",
+    "border",
+    "vessel",
+    "rib",
+    "device",
+    "silhouette",
+    "volume",
+    "shadow",
+    "line",
+    "angle",
+]
 # rollout from which a policy collapses: the start (200 completions) is complete after the seventh
 SWITCH = 8
 
 
 def healthy(image: Example, rng: random.Random, number: int) -> tuple[str, float, int, bool]:
-    """Labels right more often as training goes on, entropy falling a little, reasoning of its own each time."""
+    """Labels right more often as training goes on, entropy falling a little, reasoning of its own
+    each time.
+    """
     errors = 0.3 - 0.005 * number
     said = [label for label in image.labels if rng.random() > errors] + [rng.choice(LABELS[1:])] * (
         rng.random() < errors
@@ -285,9 +312,13 @@ def with_labels(choose, keep: float = 0.0):
 def with_reasoning(choose):
     def policy(image, rng, number):
         text, *rest = healthy(image, rng, number)
-        return text_of(
-            [text[text.index("<solution>") + 10 : text.index("</solution>")]], choose(image, rng)
-        ), *rest
+        return (
+            text_of(
+                [text[text.index("<solution>") + 10 : text.index("</solution>")]],
+                choose(image, rng),
+            ),
+            *rest,
+        )
 
     return policy
 
@@ -363,7 +394,9 @@ COLLAPSES = {
 
 
 def told_of(policy, rewards=None, rollouts: int = 24, seed: int = 0) -> set[str]:
-    """Names of the monitors whose default conditions came true: 8 prompts x 4 completions a rollout, `policy` from SWITCH on."""
+    """Names of the monitors whose default conditions came true: 8 prompts x 4 completions a
+    rollout, `policy` from SWITCH on.
+    """
     rng, monitors, lines = random.Random(seed), Monitors("hard", CAP, WARN_WHEN), []
     for number in range(rollouts):
         images = [example(f"{number}-{i}", *rng.choice(TRUTHS)) for i in range(8)]
@@ -415,7 +448,7 @@ def test_every_default_condition_is_shown_to_tell():
     } == shown
 
 
-# ---- stop, resume ---------------------------------------------------------------------------------------------------
+# ---- stop, resume --------------------------------------------------------------------------------
 def test_a_stop_is_remembered_until_its_condition_is_dropped():
     monitors = Monitors("hard", CAP, stop_when=["gap>0.1"])
     assert monitors.check({"gap": 0.05}) == [] and monitors.stopped is None

@@ -1,6 +1,8 @@
-"""Eq. 2 by hand: the worked cases of objective_cases.json, toy examples for a pocket calculator, and what is refused.
+"""Eq. 2 by hand: the worked cases of objective_cases.json, toy examples for a pocket calculator,
+and what is refused.
 
-A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it a broken one.
+A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it
+a broken one.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
 
 import rl.objective
-from conftest import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
 from data.labels import canonical_label
 from engine.optim import clip_gradients, learning_rate_at
 from rl.rewards import jaccard
@@ -198,7 +200,9 @@ def test_p06_on_policy(objective, case):
 
 
 def test_p08_microbatches(objective, case):
-    """The case gives each token's loss. With k1, beta 1, advantage 0 and a reference of 0 it is the log-probability itself."""
+    """The case gives each token's loss. With k1, beta 1, advantage 0 and a reference of 0 it is the
+    log-probability itself.
+    """
     with case("P08_microbatch_invariance") as p08:
         # [4,3]
         token_loss, mask = f64(p08.inputs["token_loss"]), torch.tensor(p08.inputs["mask"]).bool()
@@ -283,7 +287,8 @@ def test_p23_gradient_clipping(case):
         p23.close("clip_coef", parameters[1].grad[0] / 12)
 
 
-# Toy examples. Two completions of two tokens; the probabilities are chosen so that the ratios are round numbers:
+# Toy examples. Two completions of two tokens; the probabilities are chosen so that the ratios are
+# round numbers:
 #
 #                         completion 1      completion 2
 #     pi                   0.5    0.3        0.2    0.6
@@ -336,20 +341,23 @@ def test_toy_terms(objective):
     close(terms["clipped_ratio"], [[1.22, 1], [0.85, 1.22]])
     # min(r A, clip(r) A): min(0.625, 0.61), 0.5; min(-0.4, -0.425), min(-0.75, -0.61)
     close(terms["surrogate"], [[0.61, 0.5], [-0.425, -0.75]])
-    # k3 = x - ln(x) - 1 with x = pi_ref/pi: 0, 2 - ln 2 - 1 = 1 - ln 2; 0.5 + ln 2 - 1 = ln 2 - 0.5, 0
+    # k3 = x - ln(x) - 1 with x = pi_ref/pi: 0, 2 - ln 2 - 1 = 1 - ln 2; 0.5 + ln 2 - 1 = ln 2 -
+    # 0.5, 0
     close(terms["kl"], [[0, 1 - math.log(2)], [math.log(2) - 0.5, 0]])
     # -surrogate + 0.15 kl: 0.15 (1 - 0.693147) = 0.046028 and 0.15 (0.693147 - 0.5) = 0.028972
     close(terms["per_token_loss"], [[-0.61, -0.453972], [0.453972, 0.75]], atol=1e-6)
 
 
 def test_toy_loss_and_gradient(objective):
-    # The four tokens sum to (-0.61 - 0.5 + 0.425 + 0.75) + 0.15 x 0.5 = 0.065 + 0.075 = 0.14; dr_grpo: over 2 completions x 10.
+    # The four tokens sum to (-0.61 - 0.5 + 0.425 + 0.75) + 0.15 x 0.5 = 0.065 + 0.075 = 0.14;
+    # dr_grpo: over 2 completions x 10.
     loss, _, _, gradient = toy(objective)
     close(loss, 0.14 / 20)
-    # d/d logpi = -r A where the clip does not bind, 0 where it does, + 0.15 (1 - pi_ref/pi), and all over 20:
-    # bound + 0, -0.5 - 0.15 = -0.65; bound + 0.075, 0.75 + 0
+    # d/d logpi = -r A where the clip does not bind, 0 where it does, + 0.15 (1 - pi_ref/pi), and
+    # all over 20: bound + 0, -0.5 - 0.15 = -0.65; bound + 0.075, 0.75 + 0
     close(gradient, [[0, -0.65 / 20], [0.075 / 20, 0.75 / 20]])
-    # Eq. 2 to the letter divides by 2 completions x 2 tokens each; dapo by 4 tokens: the same here, since the lengths are equal
+    # Eq. 2 to the letter divides by 2 completions x 2 tokens each; dapo by 4 tokens: the same here,
+    # since the lengths are equal
     close(toy(objective, "grpo")[0], 0.14 / 4)
     close(toy(objective, "dapo")[0], 0.14 / 4)
 
@@ -380,8 +388,9 @@ def test_toy_metrics(objective):
 
 
 def test_clip_extremes_are_over_completions(objective):
-    # Completion 1: ratios 0.5, 0.5, 0.86 with A < 0: 2/3 clipped low. Completion 2: 0.5 with A < 0: all of it. Completion 3:
-    # 2, 1.21 with A > 0: half clipped high. So the least share clipped low is completion 3's 0, and without it 2/3.
+    # Completion 1: ratios 0.5, 0.5, 0.86 with A < 0: 2/3 clipped low. Completion 2: 0.5 with A < 0:
+    # all of it. Completion 3: 2, 1.21 with A > 0: half clipped high. So the least share clipped low
+    # is completion 3's 0, and without it 2/3.
     ratio = f64([[0.5, 0.5, 0.86], [0.5, 9, 9], [2, 1.21, 9]])
     mask, advantages = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool(), f64([-1, -1, 1])
     config = objective.ObjectiveConfig(beta=0)
@@ -400,7 +409,8 @@ def test_clip_extremes_are_over_completions(objective):
 
 
 def test_a_forks_own_term_is_logged(objective):
-    # The mean over the three real tokens, (1 + 2 + 6) / 3; what stands in the masked slot does not count.
+    # The mean over the three real tokens, (1 + 2 + 6) / 3; what stands in the masked slot does not
+    # count.
     mask, advantages = torch.tensor([[1, 1], [1, 0]]).bool(), f64([1, -1])
     config = objective.ObjectiveConfig(beta=0)
     _, terms = objective.grpo_loss(
@@ -415,7 +425,8 @@ def test_a_forks_own_term_is_logged(objective):
 
 
 def test_toy_uneven_lengths(objective):
-    # Lengths 1 and 2. dr_grpo, constant 4: 1/(2 x 4) a token. grpo: 1/(2 x 1) and 1/(2 x 2). dapo: 1/3.
+    # Lengths 1 and 2. dr_grpo, constant 4: 1/(2 x 4) a token. grpo: 1/(2 x 1) and 1/(2 x 2). dapo:
+    # 1/3.
     mask = torch.tensor([[1, 0], [1, 1]]).bool()
     close(weights_of(objective, mask, "dr_grpo", 4), [[1 / 8, 0], [1 / 8, 1 / 8]])
     close(weights_of(objective, mask, "grpo", 4), [[1 / 2, 0], [1 / 4, 1 / 4]])
@@ -435,7 +446,8 @@ def test_toy_uneven_lengths(objective):
 def test_toy_advantages(objective):
     # Group 5: rewards 4 and 0, mean 2, A = +2, -2; std = sqrt((4 + 4)/(2 - 1)) = 2.828427.
     # Group 3: rewards 1 and 3, mean 2, A = -1, +1; std = sqrt((1 + 1)/1) = 1.414214.
-    # All four: mean 2, std = sqrt((4 + 4 + 1 + 1)/(4 - 1)) = 1.825742. The divisor is the std + 0.0001.
+    # All four: mean 2, std = sqrt((4 + 4 + 1 + 1)/(4 - 1)) = 1.825742. The divisor is the std +
+    # 0.0001.
     rewards, group_ids = f64([4, 1, 0, 3]), torch.tensor([5, 3, 5, 3])
     close(objective.group_advantages(rewards, group_ids), [2, -1, -2, 1])
     close(
@@ -451,7 +463,8 @@ def test_toy_advantages(objective):
 
 
 def test_rewards_one_millionth_apart_say_nothing(objective):
-    # Group 0 differs by exactly 1e-6, the most that counts as residue; group 1 by 2e-6, whose halves are +-1e-6.
+    # Group 0 differs by exactly 1e-6, the most that counts as residue; group 1 by 2e-6, whose
+    # halves are +-1e-6.
     close(
         objective.group_advantages(f64([0, 1e-6, 0, 2e-6]), torch.tensor([0, 0, 1, 1])),
         [0, 0, -1e-6, 1e-6],
@@ -468,13 +481,15 @@ def test_one_rated_completion_gets_zero_without_a_warning(objective):
 
 
 def test_one_token_in_the_whole_step(objective):
-    # num_tokens 1, length 1, constant 1: the divisors' floors of 1 change nothing, so the only token has weight 1.
+    # num_tokens 1, length 1, constant 1: the divisors' floors of 1 change nothing, so the only
+    # token has weight 1.
     for loss_type in ("dr_grpo", "grpo", "dapo"):
         close(weights_of(objective, torch.ones(1, 1, dtype=torch.bool), loss_type), [[1]])
 
 
 def test_without_beta_an_overflowing_estimate_is_logged_and_not_lost_on(objective):
-    # pi_ref/pi = exp(1000) is infinite, and 0 x inf would be NaN. The surrogate is 1 x 2, so the loss is -2.
+    # pi_ref/pi = exp(1000) is infinite, and 0 x inf would be NaN. The surrogate is 1 x 2, so the
+    # loss is -2.
     zeros, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     loss, terms = objective.grpo_loss(
         zeros, zeros, zeros + 1000, f64([2]), mask, mask.double(), objective.ObjectiveConfig(beta=0)
@@ -484,8 +499,9 @@ def test_without_beta_an_overflowing_estimate_is_logged_and_not_lost_on(objectiv
 
 
 def test_a_token_is_clipped_only_where_its_gradient_is(objective):
-    # (ratio, A): on the bounds themselves the gradient is kept; with A = 0 there is none to take; 0.5 is clipped by A < 0 only and 2
-    # by A > 0 only, however small A is. So one of eight is clipped low, (0.5, -0.5), and one high, (2, 0.5).
+    # (ratio, A): on the bounds themselves the gradient is kept; with A = 0 there is none to take;
+    # 0.5 is clipped by A < 0 only and 2 by A > 0 only, however small A is. So one of eight is
+    # clipped low, (0.5, -0.5), and one high, (2, 0.5).
     ratio = f64([[0.85], [1.22], [0.5], [2], [0.5], [2], [0.5], [2]])
     advantages = f64([-1, 1, 0, 0, 0.5, -0.5, -0.5, 0.5])
     terms = {"ratio": ratio, "kl": ratio, "surrogate": ratio, "log_ratio": ratio}
@@ -617,7 +633,9 @@ def test_a_tensor_of_another_shape_is_refused(objective, name):
 
 @functools.cache
 def opened_keys() -> dict[str, set[str]]:
-    """The keys of each case that some test opens, read from the source of all tests; an empty key stands for the whole case."""
+    """The keys of each case that some test opens, read from the source of all tests; an empty key
+    stands for the whole case.
+    """
     opened: dict[str, set[str]] = {}
     for file in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -662,11 +680,14 @@ def test_the_list_has_no_stale_entry():
 
 
 def test_a_forgotten_or_wrong_value_fails():
-    with pytest.raises(
-        AssertionError, match="neither compared nor listed as not ours: .*'clipped', 'total_norm'"
+    with (
+        pytest.raises(
+            AssertionError,
+            match="neither compared nor listed as not ours: .*'clipped', 'total_norm'",
+        ),
+        open_case("P23_grad_clip") as p23,
     ):
-        with open_case("P23_grad_clip") as p23:
-            p23.close("clip_coef", 0.076923)
+        p23.close("clip_coef", 0.076923)
     with open_case("P23_grad_clip", "clipped") as p23:  # a part
         with pytest.raises(AssertionError, match="another shape"):
             p23.close("clipped", [[0.230769, 0.307692]])

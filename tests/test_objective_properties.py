@@ -1,6 +1,8 @@
-"""What must hold for any input of the objective: gradients by finite differences, masked slots, micro-batches, order, NaN.
+"""What must hold for any input of the objective: gradients by finite differences, masked slots,
+micro-batches, order, NaN.
 
-A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it a broken one.
+A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it
+a broken one.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ def objective():
 
 
 def random_batch(seed: int) -> dict[str, torch.Tensor]:
-    """Six completions of up to five tokens in fp64: every quadrant of the clip, well away from its corners.
+    """Six completions of up to five tokens in fp64: every quadrant of the clip, well away from its
+    corners.
 
-    The log-ratio lies in [-0.55, -0.25], [-0.15, 0.15] or [0.25, 0.55]; the corners are log 0.85 = -0.163 and log 1.22 = 0.199.
-    Advantages are at least 0.1 in size, of both signs; one is 0. Lengths are uneven and one completion has no token.
+    The log-ratio lies in [-0.55, -0.25], [-0.15, 0.15] or [0.25, 0.55]; the corners are log 0.85 =
+    -0.163 and log 1.22 = 0.199. Advantages are at least 0.1 in size, of both signs; one is 0.
+    Lengths are uneven and one completion has no token.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -67,7 +71,9 @@ def step_weights(objective, mask, loss_type, num_tokens=15, dtype=torch.float64)
 
 
 def evaluate(objective, batch, loss_type="dr_grpo", rows=slice(None), num_tokens=15, **settings):
-    """(loss, gradient, terms, metrics) of some rows of a batch; the totals are those of the whole batch."""
+    """(loss, gradient, terms, metrics) of some rows of a batch; the totals are those of the whole
+    batch.
+    """
     batch = {name: values[rows] for name, values in batch.items()}
     config = objective.ObjectiveConfig(loss_type=loss_type, **settings)
     logprobs = batch["logprobs"].clone().requires_grad_()
@@ -128,7 +134,9 @@ def values_of(metrics):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_random_batches_reach_every_quadrant(seed):
-    """Ratio below, inside and above the interval, each with a positive and with a negative advantage, on real tokens."""
+    """Ratio below, inside and above the interval, each with a positive and with a negative
+    advantage, on real tokens.
+    """
     batch = random_batch(seed)
     ratio = (batch["logprobs"] - batch["old_logprobs"]).exp()
     side = (ratio > 1.22).long() - (ratio < 0.85).long()  # [6,5]
@@ -141,7 +149,9 @@ def test_the_random_batches_reach_every_quadrant(seed):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_gradient_by_central_differences(objective, loss_type, estimator, beta):
-    """d loss / d logprobs, slot by slot, against (loss(+h) - loss(-h)) / 2h, whose error is of the order of h^2."""
+    """d loss / d logprobs, slot by slot, against (loss(+h) - loss(-h)) / 2h, whose error is of the
+    order of h^2.
+    """
     batch, h = random_batch(seed=0), 1e-5
     mask, numbers = batch["mask"], torch.zeros(6, 5, dtype=torch.float64)
     config = objective.ObjectiveConfig(loss_type=loss_type, kl_estimator=estimator, beta=beta)
@@ -194,7 +204,9 @@ def test_random_inputs_by_gradcheck(objective, loss_type):
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_before_the_first_update(objective, loss_type, estimator):
-    """pi = pi_old = pi_ref: the ratio is exactly 1, KL and its gradient exactly 0, the gradient REINFORCE's, exactly -A w."""
+    """pi = pi_old = pi_ref: the ratio is exactly 1, KL and its gradient exactly 0, the gradient
+    REINFORCE's, exactly -A w.
+    """
     batch = random_batch(seed=2)
     batch |= {"old_logprobs": batch["logprobs"].clone(), "ref_logprobs": batch["logprobs"].clone()}
     _, gradient, terms, metrics = evaluate(objective, batch, loss_type, kl_estimator=estimator)
@@ -212,7 +224,9 @@ def test_before_the_first_update(objective, loss_type, estimator):
 
 
 def test_kl_acts_where_the_advantage_is_zero(objective):
-    """A group without a preference is still pulled towards the reference: the gradient is beta w (1 - pi_ref/pi)."""
+    """A group without a preference is still pulled towards the reference: the gradient is beta w (1
+    - pi_ref/pi).
+    """
     batch = random_batch(seed=3)
     batch |= {
         "advantages": torch.zeros(6, dtype=torch.float64),
@@ -234,7 +248,9 @@ TOKEN_INPUTS = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs",
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("names", [*((name,) for name in TOKEN_INPUTS), TOKEN_INPUTS], ids="+".join)
 def test_masked_slots_change_nothing(objective, names, garbage):
-    """Bit by bit: loss, gradient, the terms of real tokens and metrics. The gradient of a masked slot is exactly 0."""
+    """Bit by bit: loss, gradient, the terms of real tokens and metrics. The gradient of a masked
+    slot is exactly 0.
+    """
     batch = random_batch(seed=4)
     spoilt = batch | {name: torch.where(batch["mask"], batch[name], garbage) for name in names}
     for loss_type in LOSS_TYPES:
@@ -366,9 +382,11 @@ def test_partitions_are_all_there():
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_add_up(objective, loss_type):
-    """Loss and gradients sum, metrics combine by their reduction, for each of the 203 ways to cut six completions.
+    """Loss and gradients sum, metrics combine by their reduction, for each of the 203 ways to cut
+    six completions.
 
-    Groups are cut as well: advantages are made before. One completion has no token, so some micro-batch may have none either.
+    Groups are cut as well: advantages are made before. One completion has no token, so some
+    micro-batch may have none either.
     """
     batch = random_batch(seed=9)
     loss, gradient, _, metrics = evaluate(objective, batch, loss_type)
@@ -406,7 +424,7 @@ GROUP_IDS = torch.tensor([2, 0, 2, 0, 1, 1, 0, 2, 1])  # not contiguous; group 1
 def test_advantages_follow_the_group_ids(objective, scale_rewards):
     advantages = objective.group_advantages(REWARDS, GROUP_IDS, scale_rewards)
     for group in range(3):
-        assert advantages[GROUP_IDS == group].sum().abs() < 1e-12
+        assert advantages[group == GROUP_IDS].sum().abs() < 1e-12
     assert (advantages[GROUP_IDS == 1] == 0).all() and (advantages[GROUP_IDS != 1] != 0).all()
     renamed = torch.tensor([-4, 10**12, 3])[GROUP_IDS]  # only equality of ids counts
     torch.testing.assert_close(
@@ -424,7 +442,9 @@ def test_advantages_follow_the_group_ids(objective, scale_rewards):
 
 @pytest.mark.parametrize("scale_rewards", SCALES)
 def test_equal_rewards_give_exactly_zero(objective, scale_rewards):
-    """Residue included: 0.1 + 0.2 is not 0.3, and a standard deviation of 1e-17 would make a preference of it."""
+    """Residue included: 0.1 + 0.2 is not 0.3, and a standard deviation of 1e-17 would make a
+    preference of it.
+    """
     rewards = torch.tensor([0.1 + 0.2, 0.3, 0.3 + 9e-7, 5.0, 0.0, 0.5], dtype=torch.float64)
     group_ids = torch.tensor([0, 0, 0, 1, 2, 2])  # group 1 is a single completion
     advantages = objective.group_advantages(rewards, group_ids, scale_rewards)
@@ -452,7 +472,9 @@ def test_nan_rewards_are_left_out(objective, scale_rewards):
 
 
 def test_k3_in_float32_is_precise_and_not_negative(objective):
-    """Where the policies nearly agree, exp(d) - 1 - d would be rounding error; at d = 0.001 the series is d^2/2 + d^3/6."""
+    """Where the policies nearly agree, exp(d) - 1 - d would be rounding error; at d = 0.001 the
+    series is d^2/2 + d^3/6.
+    """
     d = torch.tensor([1e-3, -1e-3])
     expected = torch.tensor([5e-7 + 1e-9 / 6, 5e-7 - 1e-9 / 6])
     torch.testing.assert_close(

@@ -1,7 +1,8 @@
-"""Protects the optimizer's numbers: what is trained, AdamW's update, the learning rate of each step, the clipped gradient.
+"""Protects the optimizer's numbers: what is trained, AdamW's update, the learning rate of each
+step, the clipped gradient.
 
-A schedule that is off by a step, or a decay that is not applied, shows in no curve. The worked cases P17 and P23 are in
-test_objective.py.
+A schedule that is off by a step, or a decay that is not applied, shows in no curve. The worked
+cases P17 and P23 are in test_objective.py.
 """
 
 from __future__ import annotations
@@ -44,21 +45,23 @@ def test_adamw_by_hand():
     model = model_of(w=1.0)
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.02)
     assert type(optimizer) is torch.optim.AdamW
-    # Step 1, gradient 0.5: the decay is decoupled, 1 x (1 - 0.1 x 0.02) = 0.998. Both corrected moments are those of one gradient,
-    # so the update is 0.1 x 0.5 / (0.5 + 1e-8) = 0.1 less 2e-9.
+    # Step 1, gradient 0.5: the decay is decoupled, 1 x (1 - 0.1 x 0.02) = 0.998. Both corrected
+    # moments are those of one gradient, so the update is 0.1 x 0.5 / (0.5 + 1e-8) = 0.1 less 2e-9.
     model.w.grad = torch.tensor([0.5], dtype=torch.float64)
     optimizer.step()
     assert model.w.item() == pytest.approx(0.898 + 2e-9, abs=1e-12)
-    # Step 2, gradient -0.5: m = 0.9 x 0.05 - 0.1 x 0.5 = -0.005, corrected -0.005 / (1 - 0.81) = -0.0263157895;
-    # v = 0.999 x 0.00025 + 0.001 x 0.25 = 0.00049975, corrected 0.00049975 / (1 - 0.998001) = 0.25, root 0.5.
-    # 0.898 x 0.998 + 0.1 x 0.0263157895 / 0.5 = 0.896204 + 0.0052631579 = 0.9014671579
+    # Step 2, gradient -0.5: m = 0.9 x 0.05 - 0.1 x 0.5 = -0.005, corrected -0.005 / (1 - 0.81) =
+    # -0.0263157895; v = 0.999 x 0.00025 + 0.001 x 0.25 = 0.00049975, corrected 0.00049975 / (1 -
+    # 0.998001) = 0.25, root 0.5. 0.898 x 0.998 + 0.1 x 0.0263157895 / 0.5 = 0.896204 + 0.0052631579
+    # = 0.9014671579
     model.w.grad = torch.tensor([-0.5], dtype=torch.float64)
     optimizer.step()
     assert model.w.item() == pytest.approx(0.9014671579, abs=1e-8)
 
 
 def test_learning_rate_by_hand():
-    # 4 steps of warm-up from 0, then half a cosine over 8: 2 x (1 + cos(pi x done/8)) / 2; cos 0 = 1, cos(pi/2) = 0, cos pi = -1
+    # 4 steps of warm-up from 0, then half a cosine over 8: 2 x (1 + cos(pi x done/8)) / 2; cos 0 =
+    # 1, cos(pi/2) = 0, cos pi = -1
     schedule = {"base": 2.0, "warmup_steps": 4, "total_steps": 12}
     by_step = {
         0: 0.0,
@@ -82,7 +85,8 @@ def test_learning_rate_without_warmup_starts_at_the_base():
 
 
 def test_learning_rate_of_nothing_but_warmup():
-    # The first step after it is the end of a cosine of no length: still the base; the next one is beyond the end.
+    # The first step after it is the end of a cosine of no length: still the base; the next one is
+    # beyond the end.
     assert learning_rate_at(4, base=2.0, warmup_steps=4, total_steps=4) == 2.0
     assert learning_rate_at(5, base=2.0, warmup_steps=4, total_steps=4) == 0.0
 

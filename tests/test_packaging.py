@@ -1,5 +1,5 @@
-"""Protects `pip install .` from another folder: every package, script, recipe and file of the demo base is in setup.cfg.
-Run: pytest tests/test_packaging.py
+"""Protects `pip install .` from another folder: every package, script, recipe and file of the demo
+base is in setup.cfg. Run: pytest tests/test_packaging.py
 """
 
 from __future__ import annotations

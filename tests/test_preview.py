@@ -1,5 +1,6 @@
-"""Protects --show_batch and --dry_run: what they print is the batch that is trained on, text from data cannot act on the
-terminal, and neither leaves anything behind. Run: pytest tests/test_preview.py
+"""Protects --show_batch and --dry_run: what they print is the batch that is trained on, text from
+data cannot act on the terminal, and neither leaves anything behind. Run: pytest
+tests/test_preview.py
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ import io
 import re
 
 import pytest
+from runs import grpo, lines, sft, snapshot, write_rows
 
 import engine.model
 from data.encode import Encoder
 from engine.preview import printable, row_text, wants_colour
-from runs import grpo, lines, sft, snapshot, write_rows
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 
@@ -37,7 +38,7 @@ def no_weights(monkeypatch) -> None:
     )
 
 
-# ---- show_batch -----------------------------------------------------------------------------------------------------
+# ---- show_batch ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_batch_shown_is_the_first_one_trained_on(
     family, tiny_checkpoint, tiny_data, tmp_path, capsys, monkeypatch
@@ -57,7 +58,8 @@ def test_the_batch_shown_is_the_first_one_trained_on(
     shown = capsys.readouterr().out
     assert len(re.findall(r"^row \d: e\d+, image-\d+\.png$", shown, re.MULTILINE)) == 2
     assert shown.count("<image x 4>") == 2 and "\x1b" not in shown
-    # the byte tokenizer makes a token of every character; supervised are the answer and its end of turn, nothing of the prompt
+    # the byte tokenizer makes a token of every character; supervised are the answer and its end of
+    # turn, nothing of the prompt
     marked = [
         re.sub(r"(?<!\\)\|", "", text).replace("\\", "")
         for text in re.findall(r"\[\[(.*?)\]\]", shown.split("row 1", 1)[1], re.DOTALL)
@@ -217,7 +219,8 @@ def test_marks_and_colours():
         and "\x1b[35;1m<eos>\x1b[0m" in coloured
         and "\x1b[36;4m<image x 4>\x1b[0m" in coloured
     )
-    # supervised text at the end closes its mark; neighbours differ in the underline, so that every boundary shows
+    # supervised text at the end closes its mark; neighbours differ in the underline, so that every
+    # boundary shows
     assert row_text(pieces[:4], colour=False).endswith("[[b]]")
     underlined = [";4m" in part for part in coloured.split("\x1b[0m")[:-1]]
     assert underlined == [False, True] * 3
@@ -234,7 +237,7 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
     assert not wants_colour(Terminal())
 
 
-# ---- dry_run --------------------------------------------------------------------------------------------------------
+# ---- dry_run -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dry_run_of_sft_builds_everything_and_leaves_nothing(
     family, tiny_checkpoint, tiny_data, tmp_path, capsys

@@ -1,5 +1,5 @@
-"""Protects the instruction variants: names that stay, the 14 labels and the answer format in each, the demo's text to the letter.
-Run: pytest tests/test_prompts.py
+"""Protects the instruction variants: names that stay, the 14 labels and the answer format in each,
+the demo's text to the letter. Run: pytest tests/test_prompts.py
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def test_the_target_of_only_label():
 
 
 def test_only_label_has_no_think_block_for_parser_and_rewards():
-    """A right answer of two labels: Jaccard 1. Nuanced: match 100, partial 30 + 20. The same with a <think> block is not in the form:
-    Jaccard 0, and 25 points off.
+    """A right answer of two labels: Jaccard 1. Nuanced: match 100, partial 30 + 20. The same with a
+    <think> block is not in the form: Jaccard 0, and 25 points off.
     """
     target = Target(frozenset({"Edema", "Fracture"}))
     bare, reasoned = (
@@ -178,7 +178,7 @@ def test_nv_reasons_own_form():
     assert not parse_answer(text, "think_solution").parsed  # a form is named, never guessed
 
 
-# ---- which prompt and form a run has --------------------------------------------------------------------------------
+# ---- which prompt and form a run has -------------------------------------------------------------
 def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path):
     (tmp_path / "a.toml").write_text('prompt = "reasoning_a"\nanswer_format = "solution"\n')
     flags = [

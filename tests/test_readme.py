@@ -1,5 +1,5 @@
-"""Protects the README from drifting away from the code: line links into the objective, the forks' diffs and sizes, recipes, the
-layout tree, flags and files. Run: pytest tests/test_readme.py
+"""Protects the README from drifting away from the code: line links into the objective, the forks'
+diffs and sizes, recipes, the layout tree, flags and files. Run: pytest tests/test_readme.py
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from patches import FORKS, patch_of, patched, size
+from test_breaks import module_of
 
 from data.demo.splits import WRITTEN_SPLITS
 from data.prompts import PROMPTS
@@ -21,11 +23,9 @@ from eval.evaluate import EvalConfig
 from eval.figures import FiguresConfig
 from eval.matrix import MatrixConfig
 from eval.report import ReportConfig
-from patches import FORKS, patch_of, patched, size
 from rl.objective import ObjectiveConfig
 from rl.settings import GRPOConfig
 from run_sft import SFTConfig
-from test_breaks import module_of
 
 REPORTS = (ReportConfig, CompareConfig, MatrixConfig, FiguresConfig)
 ROOT = Path(__file__).parent.parent
@@ -61,8 +61,8 @@ def test_a_forks_row_has_its_size_flag_and_metric(name):
     )
     metric = f"`{fork.metric}` " if fork.metric else ""
     assert (
-        f"| [{name}](tests/forks/{name}.patch) | +{added} -{removed} | `--{fork.field}{value}` | {metric}| "
-        in README
+        f"| [{name}](tests/forks/{name}.patch) | +{added} -{removed} | `--{fork.field}{value}` |"
+        f" {metric}| " in README
     )
 
 

@@ -1,4 +1,5 @@
-"""Protects the data file's contract: what is read, what is refused and how it is said, and splits that share no patient.
+"""Protects the data file's contract: what is read, what is refused and how it is said, and splits
+that share no patient.
 
 A row that is read wrongly trains and scores without any error. Run: pytest tests/test_records.py
 """
@@ -162,7 +163,8 @@ def test_another_encoding(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + '{"id": "ä"}'.encode("latin-1"))
     assert refusal(path) == [
-        f"{path}, line 2: not UTF-8 text (invalid continuation byte, byte 9); save the file as UTF-8"
+        f"{path}, line 2: not UTF-8 text (invalid continuation byte, byte 9); save the file as"
+        " UTF-8"
     ]
 
 

@@ -1,5 +1,6 @@
-"""Protects the report: the paper's figures and their macro means, tables of ours by hand, which model a folder holds, that nothing
-a model writes becomes markup, and the command's refusals. Run: pytest tests/test_report.py
+"""Protects the report: the paper's figures and their macro means, tables of ours by hand, which
+model a folder holds, that nothing a model writes becomes markup, and the command's refusals. Run:
+pytest tests/test_report.py
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from markdown import markdown  # TensorBoard's own: what it makes of a text
 from PIL import Image
+from test_evaluate import row
 
 from data.labels import LABELS, NIH_NINE, NIH_TEN
 from data.records import DataError, write_jsonl
@@ -52,7 +54,6 @@ from eval.tables import (
     scores_table,
     transfer_table,
 )
-from test_evaluate import row
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -69,13 +70,15 @@ HOSTILE = (
 )
 
 
-# ---- answers of two models to two data sets --------------------------------------------------------------------------
+# ---- answers of two models to two data sets ------------------------------------------------------
 def answer(*labels: str, think: str = "x") -> str:
     return f"<think>{think}</think><solution>{', '.join(labels)}</solution>"
 
 
 def home_rows(*said: str) -> list[dict]:
-    """Answers to four images of three patients; true: Edema; Edema and Fracture; No Finding; Fracture. All 14 are evaluated."""
+    """Answers to four images of three patients; true: Edema; Edema and Fracture; No Finding;
+    Fracture. All 14 are evaluated.
+    """
     true = (("Edema",), ("Edema", "Fracture"), ("No Finding",), ("Fracture",))
     return reparse(
         [
@@ -147,7 +150,7 @@ def line_of(table: Table, *start: str) -> list[str]:
     return line
 
 
-# ---- the paper's figures ---------------------------------------------------------------------------------------------
+# ---- the paper's figures -------------------------------------------------------------------------
 def test_printed_macro_means_are_plain_means_with_zeros_kept():
     for by_model, printed, labels in (
         (published.TABLE_5, published.MACRO_5, LABELS),
@@ -237,13 +240,14 @@ def test_the_papers_tables_without_any_run_of_ours():
         assert {len(line) for line in table.rows} == {len(table.header)}
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 def test_scores_and_policies_by_hand(tmp_path):
     table = scores_table(compared(tmp_path, BEFORE, AFTER))
-    # base: TP Edema, Fracture; FP Pneumonia, No Finding; FN Edema, Fracture, No Finding (failed). P 2/4, R 2/5, F1 4/9.
-    # By label: Edema 2/3, Fracture 2/3, No Finding 0, Pneumonia 0: macro 4/3/14 = 0.095. Fail 1/4.
-    # Left out: No Finding has FP 1 and no positive: the same 0.095. All wrong: h2 says all but No Finding: Edema 1 TP 1 FP 1 FN,
-    # 2/4; Fracture 2/4; macro 1/14 = 0.071. Jaccard: 1, 0, 0, 1/2.
+    # base: TP Edema, Fracture; FP Pneumonia, No Finding; FN Edema, Fracture, No Finding (failed). P
+    # 2/4, R 2/5, F1 4/9. By label: Edema 2/3, Fracture 2/3, No Finding 0, Pneumonia 0: macro 4/3/14
+    # = 0.095. Fail 1/4. Left out: No Finding has FP 1 and no positive: the same 0.095. All wrong:
+    # h2 says all but No Finding: Edema 1 TP 1 FP 1 FN, 2/4; Fracture 2/4; macro 1/14 = 0.071.
+    # Jaccard: 1, 0, 0, 1/2.
     assert texts(table.rows[0]) == [
         "base",
         "0.500",
@@ -256,7 +260,8 @@ def test_scores_and_policies_by_hand(tmp_path):
         "0.095",
         "0.071",
     ]
-    # sft: right, right, right, and Edema for Fracture: TP 4, FP 1, FN 1; Edema 4/5, Fracture 2/3, No Finding 1: macro 0.176.
+    # sft: right, right, right, and Edema for Fracture: TP 4, FP 1, FN 1; Edema 4/5, Fracture 2/3,
+    # No Finding 1: macro 0.176.
     assert texts(table.rows[1])[3] == "0.800" and texts(table.rows[1])[6:9] == [
         "0.176",
         "0.750",
@@ -273,7 +278,8 @@ def test_scores_and_policies_by_hand(tmp_path):
 
 def test_movers_show_labels_without_positives_as_such(tmp_path):
     table = movers_table(compared(tmp_path, BEFORE, AFTER), "base", "sft")
-    # No Finding 0 -> 1; Edema 2/3 -> 4/5; Fracture stays at 2/3; Pneumonia has no positive, so its 0 says nothing.
+    # No Finding 0 -> 1; Edema 2/3 -> 4/5; Fracture stays at 2/3; Pneumonia has no positive, so its
+    # 0 says nothing.
     assert texts(table.rows[0])[:5] == ["No Finding", "1", "0.000", "1.000", "+1.000"]
     assert texts(table.rows[1])[:5] == ["Edema", "2", "0.667", "0.800", "+0.133"]
     assert line_of(table, "Fracture")[:5] == ["Fracture", "2", "0.667", "0.667", "+0.000"]
@@ -286,8 +292,8 @@ def test_what_is_said_against_what_is_true(tmp_path):
     assert [
         cell.detail for line in table.rows if texts(line)[0] == "Edema" for cell in line[3:]
     ] == ["0.50 x", "1.50 x"]
-    # sft: Edema 1/4 too often, Fracture 1/4 too rarely, of 14 labels: 0.5 / 14 = 3.6 points. base: Edema, Fracture -1/4 each,
-    # Pneumonia +1/4, No Finding as often as it is true: 0.75 / 14 = 5.4.
+    # sft: Edema 1/4 too often, Fracture 1/4 too rarely, of 14 labels: 0.5 / 14 = 3.6 points. base:
+    # Edema, Fracture -1/4 each, Pneumonia +1/4, No Finding as often as it is true: 0.75 / 14 = 5.4.
     assert line_of(table, "mean distance from true")[3:] == ["5.4 points", "3.6 points"]
 
 
@@ -304,7 +310,8 @@ def test_transfer_and_paradox(tmp_path):
         compared(tmp_path, BEFORE, AFTER, "home"),
         compared(tmp_path, NIH_BEFORE, NIH_AFTER, "nih"),
     ]
-    # nih, nine labels: before Edema and Lung Lesion right, 2/9; after Edema 2/3 (FP n1), Lung Lesion missed: 2/27.
+    # nih, nine labels: before Edema and Lung Lesion right, 2/9; after Edema 2/3 (FP n1), Lung
+    # Lesion missed: 2/27.
     table = transfer_table(found, ["home"], [("base", "sft")])
     assert line_of(table, "base \u2192 sft", "home")[2:7] == [
         "in distribution",
@@ -331,7 +338,9 @@ def test_transfer_and_paradox(tmp_path):
 
 
 def test_a_reading_needs_an_interval_without_zero(tmp_path):
-    """Forty patients whose answers turn from wrong to right at home, and stay as they are elsewhere."""
+    """Forty patients whose answers turn from wrong to right at home, and stay as they are
+    elsewhere.
+    """
 
     def rows(said: str, prefix: str, evaluated) -> list[dict]:
         return reparse(
@@ -376,7 +385,8 @@ def test_nih_under_nine_and_ten_categories(tmp_path):
         compare("nih", variants[name][0], [], labels=variants[name][1], resamples=10)
         for name in ("nine", "ten")
     )
-    # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and the answer names: 3 of 10.
+    # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and
+    # the answer names: 3 of 10.
     assert nine.values["base"]["macro_f1"][0] == pytest.approx(2 / 9) and ten.values["base"][
         "macro_f1"
     ][0] == pytest.approx(3 / 10)
@@ -402,7 +412,7 @@ def test_models_are_compared_on_the_images_that_all_answered(tmp_path):
         compared(tmp_path, BEFORE, [AFTER[0] | {"labels": ["Fracture"]}, *AFTER[1:]])
 
 
-# ---- which model a folder holds --------------------------------------------------------------------------------------
+# ---- which model a folder holds ------------------------------------------------------------------
 def settings(**values) -> dict:
     return {name: {"value": value, "origin": "flag"} for name, value in values.items()}
 
@@ -578,7 +588,7 @@ def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
     assert read_log(tmp_path / "none") == []
 
 
-# ---- sample cases ----------------------------------------------------------------------------------------------------
+# ---- sample cases --------------------------------------------------------------------------------
 def test_cases_cover_outcomes_and_labels(tmp_path):
     said = ["no idea"] * 2 + [answer("Edema")] * 4 + [answer("Fracture")]
     true = [("Edema",)] * 2 + [("Edema",)] * 2 + [("Fracture",)] * 3
@@ -598,7 +608,7 @@ def test_cases_cover_outcomes_and_labels(tmp_path):
     assert chosen_ids(answers, 5, seed=3) == chosen_ids(answers, 5, seed=3)
 
 
-# ---- escaping --------------------------------------------------------------------------------------------------------
+# ---- escaping ------------------------------------------------------------------------------------
 class Page(HTMLParser):
     """Tags, attributes and texts of a page, and its scripts."""
 
@@ -730,7 +740,7 @@ def test_text_for_the_console_is_aligned():
     ]
 
 
-# ---- command ---------------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 FEW = ["--resamples", "50", "--permutations", "50"]
 
 

@@ -1,6 +1,6 @@
-"""Protects resuming: from every checkpoint of both scripts, in place and into another folder, a resumed run ends equal to the
-straight one to the last bit (CPU, fp32); so does a run that a signal stopped at any point; a run that was changed is refused.
-Run: pytest tests/test_resume.py
+"""Protects resuming: from every checkpoint of both scripts, in place and into another folder, a
+resumed run ends equal to the straight one to the last bit (CPU, fp32); so does a run that a signal
+stopped at any point; a run that was changed is refused. Run: pytest tests/test_resume.py
 """
 
 from __future__ import annotations
@@ -12,15 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
-import engine.generate
-import eval.evaluate
-import rl.settings
-import run_grpo
-import run_sft
-from data.records import DataError
-from engine.runtime import main_guard
-from rl.rewards import NuancedReward
 from runs import (
     adapter,
     assert_same_run,
@@ -36,7 +27,17 @@ from runs import (
     write_rows,
 )
 
-# 12 rows in steps of 4: 3 steps an epoch. Logged every 2 steps, so that some checkpoints lie between two logs.
+import engine.generate
+import eval.evaluate
+import rl.settings
+import run_grpo
+import run_sft
+from data.records import DataError
+from engine.runtime import main_guard
+from rl.rewards import NuancedReward
+
+# 12 rows in steps of 4: 3 steps an epoch. Logged every 2 steps, so that some checkpoints lie
+# between two logs.
 SFT_FLAGS = (
     "--num_train_epochs",
     "2",
@@ -51,7 +52,8 @@ SFT_FLAGS = (
     "--save_steps",
     "1",
 )
-# 2 prompts x 4 completions a rollout, which serves steps 1 and 2, 3 and 4, 5; nuanced, so that its window decides.
+# 2 prompts x 4 completions a rollout, which serves steps 1 and 2, 3 and 4, 5; nuanced, so that its
+# window decides.
 GRPO_FLAGS = (
     "--max_steps",
     "5",
@@ -69,7 +71,9 @@ SFT_STEPS, GRPO_STEPS = range(1, 7), range(0, 6)
 
 @pytest.fixture(autouse=True, scope="module")
 def small_window():
-    """Readable completions, and a window that is soon full: a rollout's reward then depends on the rollouts before it."""
+    """Readable completions, and a window that is soon full: a rollout's reward then depends on the
+    rollouts before it.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
         speak(monkeypatch)
         monkeypatch.setattr(
@@ -131,7 +135,7 @@ def refused(main, capsys, *flags: str) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
-# ---- from every checkpoint ------------------------------------------------------------------------------------------
+# ---- from every checkpoint -----------------------------------------------------------------------
 def test_the_straight_runs_have_something_to_get_wrong(straight_sft, straight_grpo):
     assert [path.name for path in sorted(straight_sft.glob("checkpoint-*"))] == [
         f"checkpoint-{step}" for step in SFT_STEPS
@@ -228,7 +232,8 @@ def test_a_run_folder_or_a_link_names_a_checkpoint_too(straight_sft, tmp_path):
 def test_lines_after_the_resumed_step_are_kept_aside(straight_grpo, tmp_path):
     copy = shutil.copytree(straight_grpo, tmp_path / "copy", symlinks=True)
     assert resume(run_grpo.main, copy / "checkpoint-2") == 0
-    # Logged at steps 2, 4 and at the end, 5; evaluated at 0, 3 and 5 (two sites and the gap); rollouts at 1, 3 and 5.
+    # Logged at steps 2, 4 and at the end, 5; evaluated at 0, 3 and 5 (two sites and the gap);
+    # rollouts at 1, 3 and 5.
     aside = lines(copy / "metrics.after-2.jsonl")
     assert [(line["step"], line["split"]) for line in aside] == [(3, "eval")] * 3 + [
         (4, "train"),
@@ -256,12 +261,13 @@ def test_a_corrupted_checkpoint_that_is_named_is_refused(straight_grpo, tmp_path
     before = snapshot(copy)
     (line,) = refused(run_grpo.main, capsys, "--resume_from_checkpoint", str(copy / "checkpoint-3"))
     assert line.endswith(
-        "checkpoint-3: rollout.safetensors: its content was altered (SHA-256 differs from the manifest)"
+        "checkpoint-3: rollout.safetensors: its content was altered (SHA-256 differs from the"
+        " manifest)"
     )
     assert snapshot(copy) == before
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 def at_call(monkeypatch, owner, name: str, number: int, stop: signal.Signals) -> None:
     """Send this process a signal at call `number` (from 1) of a function."""
     function, calls = getattr(owner, name), []
@@ -378,11 +384,13 @@ def test_the_scripts_exit_with_the_code_of_the_signal(start_grpo, tmp_path, monk
     assert stop.value.code == 143
 
 
-# ---- what a gradient that is not finite leaves ----------------------------------------------------------------------
+# ---- what a gradient that is not finite leaves ---------------------------------------------------
 def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(
     straight_grpo, start_grpo, straight_sft, start_sft, tmp_path, monkeypatch
 ):
-    """As after a fault of the device: without it, the run goes on from the saved state as if nothing had happened."""
+    """As after a fault of the device: without it, the run goes on from the saved state as if
+    nothing had happened.
+    """
     for script, start, straight, main in (
         (run_grpo, start_grpo, straight_grpo, run_grpo.main),
         (run_sft, start_sft, straight_sft, run_sft.main),
@@ -405,7 +413,9 @@ def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(
 
 
 def test_an_evaluation_that_fails_loses_no_step(straight_grpo, start_grpo, tmp_path, monkeypatch):
-    """As where an image of a validation set has become unreadable; once it is mended, the run goes on as before."""
+    """As where an image of a validation set has become unreadable; once it is mended, the run goes
+    on as before.
+    """
     evaluate, run = run_grpo.evaluate_policy, tmp_path / "run"
 
     def broken(*arguments):
@@ -422,7 +432,7 @@ def test_an_evaluation_that_fails_loses_no_step(straight_grpo, start_grpo, tmp_p
     assert_same_run(straight_grpo, run)
 
 
-# ---- what may and may not change ------------------------------------------------------------------------------------
+# ---- what may and may not change -----------------------------------------------------------------
 def test_only_settings_that_change_no_number_may_change(straight_sft, tmp_path, capsys):
     copy = shutil.copytree(straight_sft, tmp_path / "copy", symlinks=True)
     before = snapshot(copy)

@@ -123,7 +123,8 @@ def test_nuanced_reward_of_an_exact_answer_is_150():
 def test_nuanced_reward_of_a_partly_right_answer():
     # Predicted {Edema, Fracture, Support Devices, No Finding}, true {Edema, Pneumonia}; one hit.
     # partial: 30 x 1/2 + 20 x 1/4 = 20
-    # false positives: Fracture, which has no frequency, 10; Support Devices 10 + 40 x 0.5 = 30; No Finding 10 + 40 x 0.25 = 20
+    # false positives: Fracture, which has no frequency, 10; Support Devices 10 + 40 x 0.5 = 30; No
+    # Finding 10 + 40 x 0.25 = 20
     reward = NuancedReward(FREQUENCY)(
         answer("Edema", "Fracture", "Support Devices", "No Finding"),
         target("Edema", "Pneumonia"),
@@ -160,8 +161,8 @@ def test_nuanced_reward_charges_common_labels_more_than_rare_ones():
 
 
 def test_nuanced_reward_drops_unknown_and_repeated_labels_after_charging_them():
-    # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia) x 100, and 3 repeats
-    # (edema twice, Nodule) x 25.
+    # Known: {Edema} = true, so match and both partials in full. Format: 2 unknown (nodule, hernia)
+    # x 100, and 3 repeats (edema twice, Nodule) x 25.
     reward = NuancedReward(FREQUENCY)(
         answer("Edema", "nodule", "hernia", "edema", "edema", "Nodule"), target("Edema"), 10
     )
@@ -195,7 +196,8 @@ def test_nuanced_reward_of_an_unreadable_answer_is_its_penalty_alone():
 
 
 def test_nuanced_reward_ignores_labels_that_the_source_cannot_express():
-    # Under NIH's nine both sides are {Edema}; Support Devices costs nothing, and a missed Lung Opacity is not missed.
+    # Under NIH's nine both sides are {Edema}; Support Devices costs nothing, and a missed Lung
+    # Opacity is not missed.
     evaluated = target("Edema", "Lung Opacity", evaluated=NIH_NINE)
     assert points(NuancedReward(FREQUENCY)(answer("Edema", "Support Devices"), evaluated, 10)) == (
         100,
@@ -228,7 +230,8 @@ def test_collapse_needs_more_than_seventy_percent():
 def test_collapse_charges_each_dominant_label_that_an_answer_repeats():
     reward = NuancedReward(FREQUENCY)
     reward.observe([answer("Edema", "Fracture")] * 80 + [answer()] * 20)
-    # 50 + 30 for one, 50 + 2 x 30 for both, nothing for an answer that says something else. Being right does not help.
+    # 50 + 30 for one, 50 + 2 x 30 for both, nothing for an answer that says something else. Being
+    # right does not help.
     assert reward(answer("Edema"), target("Edema"), 10).parts["collapse"] == -80
     assert reward(answer("Fracture", "Edema"), target("Edema"), 10).parts["collapse"] == -110
     assert reward(answer("Pneumonia"), target("Edema"), 10).parts["collapse"] == 0
@@ -266,7 +269,8 @@ def test_window_survives_json():
     reward.observe([answer("Edema", "Fracture")] * 71 + [answer()] * 29)
     resumed.load_state_dict(json.loads(json.dumps(reward.state_dict())))
     assert resumed.dominant_labels() == {"Edema", "Fracture"}
-    # The order is kept as well: 42 further answers push out 42 of the oldest, which leaves 29 of 100.
+    # The order is kept as well: 42 further answers push out 42 of the oldest, which leaves 29 of
+    # 100.
     for window in (reward, resumed):
         window.observe([answer("Pneumonia")] * 42)
         assert window.dominant_labels() == frozenset()

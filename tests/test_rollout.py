@@ -1,6 +1,6 @@
-"""Protects the path from completions to micro-batches and back: rewards and masks of samples, advantages by group, padding, old
-and reference log-probabilities, the metrics of a rollout by hand, and a rollout that survives a checkpoint bit for bit.
-Run: pytest tests/test_rollout.py
+"""Protects the path from completions to micro-batches and back: rewards and masks of samples,
+advantages by group, padding, old and reference log-probabilities, the metrics of a rollout by hand,
+and a rollout that survives a checkpoint bit for bit. Run: pytest tests/test_rollout.py
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def sample(prompt: int, reward: float, length: int = 2, text: int = 1, **fields)
     return Sample(**values | fields)
 
 
-# ---- rewards, masks, advantages -------------------------------------------------------------------------------------
+# ---- rewards, masks, advantages ------------------------------------------------------------------
 def built(rewards, trained: str, masked: bool = False) -> list[Sample]:
     groups = [
         [completion(1, 3), completion(2, 5, truncated=True)],
@@ -113,7 +113,8 @@ def test_samples_carry_every_reward_of_their_own_completion():
         (1, "e2", ANSWERS[3]),
         (1, "e2", ANSWERS[4]),
     ]
-    # Exact but 3 tokens, below 4: 1 - 0.1. One of two labels, 5 tokens: 1/2. Unreadable: 0. Without <think> not valid: 0.
+    # Exact but 3 tokens, below 4: 1 - 0.1. One of two labels, 5 tokens: 1/2. Unreadable: 0. Without
+    # <think> not valid: 0.
     assert [s.reward for s in samples] == [0.9, 0.5, 0.0, 0.0]
     # 100 + 30 + 20; 30 + 20/2 less 10 for the wrong label; unreadable; 150 less 25 for the form
     assert [s.rewards["nuanced"].total for s in samples] == [150.0, 30.0, -200.0, 125.0]
@@ -172,7 +173,8 @@ def test_advantages_are_centred_within_each_prompt():
         sample(1, 0.1),
         sample(0, 0.5),
     ]
-    # Prompt 0: mean 0.5 over its three, wherever they lie. Prompt 1: equal, so exactly 0 although 0.1 is not exact.
+    # Prompt 0: mean 0.5 over its three, wherever they lie. Prompt 1: equal, so exactly 0 although
+    # 0.1 is not exact.
     assert [s.advantage for s in with_advantages(samples, ObjectiveConfig())] == [
         0.5,
         -0.5,
@@ -218,7 +220,7 @@ def test_what_forks_are_given_of_the_advantages(monkeypatch):
     assert given["config"] is config
 
 
-# ---- micro-batches --------------------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------
 def test_micro_batches_are_planned_in_order():
     prompts = [
         EncodedPrompt(torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.long), {})
@@ -274,7 +276,9 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
 def rollout(request, tiny_checkpoint, tiny_sft_run, tiny_data):
-    """(wrapped, model, samples, prompts): six completions of two prompts; `default` is the base, `reference` is SFT."""
+    """(wrapped, model, samples, prompts): six completions of two prompts; `default` is the base,
+    `reference` is SFT.
+    """
     model = load_model(
         str(tiny_checkpoint(request.param)),
         dtype=torch.float32,
@@ -354,7 +358,9 @@ def test_old_and_reference_log_probabilities_are_of_the_right_adapter(rollout):
 
 
 def reference_by_hand(wrapped, model, samples, prompts) -> list[torch.Tensor]:
-    """Log-probabilities under the SFT adapter, by copying its B matrices into `default` for a moment."""
+    """Log-probabilities under the SFT adapter, by copying its B matrices into `default` for a
+    moment.
+    """
     parameters = dict(wrapped.named_parameters())
     policy = {name: parameter for name, parameter in parameters.items() if "lora_B.default" in name}
     with torch.no_grad():
@@ -430,7 +436,7 @@ def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypat
         )
 
 
-# ---- metrics by hand ------------------------------------------------------------------------------------------------
+# ---- metrics by hand -----------------------------------------------------------------------------
 def test_metrics_of_a_rollout_by_hand():
     def scored(prompt, reward, length, text, **fields):
         sampled = torch.full((length,), -1.0)
@@ -515,7 +521,7 @@ def test_rows_of_the_completions_file():
     }
 
 
-# ---- checkpoint -----------------------------------------------------------------------------------------------------
+# ---- checkpoint ----------------------------------------------------------------------------------
 def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
     wrapped, model, samples, prompts = rollout
     samples = [
@@ -540,7 +546,10 @@ def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
     samples = with_advantages(samples, ObjectiveConfig(scale_rewards="group"))
     samples[1] = Sample(
         **vars(samples[1])
-        | {"mask": torch.zeros_like(samples[1].mask), "truncated": not samples[1].truncated}
+        | {
+            "mask": torch.zeros_like(samples[1].mask),
+            "truncated": not samples[1].truncated,
+        }
     )
     tensors, document = pack_samples(samples)
     tensors = safetensors.torch.load(safetensors.torch.save(tensors))

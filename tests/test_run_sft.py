@@ -1,6 +1,6 @@
-"""Protects run_sft.py as a whole, on both model families: what a run leaves behind, Eq. 1 of a whole optimizer step whatever
-the micro-batches, validation by hand, early stopping, the held-out split, and what a gradient that is not finite does.
-Run: pytest tests/test_run_sft.py
+"""Protects run_sft.py as a whole, on both model families: what a run leaves behind, Eq. 1 of a
+whole optimizer step whatever the micro-batches, validation by hand, early stopping, the held-out
+split, and what a gradient that is not finite does. Run: pytest tests/test_run_sft.py
 """
 
 from __future__ import annotations
@@ -8,20 +8,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields, replace
 
+import plain
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
-
-import plain
-import run_sft
-from data.encode import Encoder
-from data.prompts import PROMPTS
-from data.records import read_jsonl
-from engine.model import EMBEDDED, load_model
-from engine.run import shuffled
-from run_sft import SFTConfig, step_counts
 from runs import (
     adapter,
     document,
@@ -33,7 +23,17 @@ from runs import (
     train_log,
     write_rows,
 )
+from safetensors.torch import load_file
 from tiny import SAVE
+from transformers import AutoModelForImageTextToText
+
+import run_sft
+from data.encode import Encoder
+from data.prompts import PROMPTS
+from data.records import read_jsonl
+from engine.model import EMBEDDED, load_model
+from engine.run import shuffled
+from run_sft import SFTConfig, step_counts
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 ONE_STEP = ("--max_steps", "1", "--lora_dropout", "0")
@@ -138,7 +138,9 @@ def test_the_final_adapter_loads_in_plain_peft(family, tiny_sft_run, tiny_checkp
 
 
 def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(log-probabilities, correct) of the answer tokens of every row, by transformers' and peft's own forward, row by row."""
+    """(log-probabilities, correct) of the answer tokens of every row, by transformers' and peft's
+    own forward, row by row.
+    """
     model = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(checkpoint), adapter_folder
     ).eval()
@@ -228,7 +230,8 @@ def test_soft_capping_holds_in_training_and_validation(tmp_path, tiny_data):
 def test_num_tokens_counts_answers_and_their_end_of_turn(tiny_sft_run, tiny_data):
     answers = [row["answer"] for row in lines(tiny_data)]
     logged = [entry["num_tokens"] for entry in train_log(tiny_sft_run("qwen2_5_vl"))]
-    # Steps 1 and 2 together are the first epoch, 3 and 4 the second: each row once, one token a character and one end of turn.
+    # Steps 1 and 2 together are the first epoch, 3 and 4 the second: each row once, one token a
+    # character and one end of turn.
     one_epoch = sum(len(answer) + 1 for answer in answers)
     assert logged[1] == one_epoch and logged[3] == 2 * one_epoch  # so far, as in TRL
 
@@ -339,7 +342,8 @@ def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(
 ):
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
-    # 5 rows in micro-batches of 3 and 2, B still zero: the loss of the step is that of the base model over all answer tokens.
+    # 5 rows in micro-batches of 3 and 2, B still zero: the loss of the step is that of the base
+    # model over all answer tokens.
     few = write_rows(tiny_data.with_name("five.jsonl"), lines(tiny_data)[:5])
     sft(
         tiny_checkpoint("qwen2_5_vl"),
@@ -359,7 +363,8 @@ def test_a_last_micro_batch_that_is_not_full_weighs_by_its_tokens(
     assert train_log(tmp_path / "run")[0]["loss"] == pytest.approx(
         -torch.cat(logprobs).mean().item(), abs=2e-5
     )
-    # The same rows in steps of 2 x 2: the last step of the epoch has one row, and the next epoch begins with four again.
+    # The same rows in steps of 2 x 2: the last step of the epoch has one row, and the next epoch
+    # begins with four again.
     sft(
         tiny_checkpoint("qwen2_5_vl"),
         few,
@@ -464,7 +469,8 @@ def test_bf16_and_gradient_checkpointing_train_fp32_adapters(
     losses, mixed = (
         [entry["loss"] for entry in train_log(tmp_path / name)] for name in ("fp32", "bf16")
     )
-    # bf16 keeps 8 bits, a relative 2^-8 = 0.4 %; the losses are about 5.6 nats, so it shows and stays below a few times 0.02.
+    # bf16 keeps 8 bits, a relative 2^-8 = 0.4 %; the losses are about 5.6 nats, so it shows and
+    # stays below a few times 0.02.
     assert mixed != losses and mixed == pytest.approx(losses, abs=0.06)
     assert mixed[-1] < mixed[0] - 0.1
     assert {tensor.dtype for tensor in adapter(tmp_path / "bf16").values()} == {torch.float32}
@@ -613,14 +619,24 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(
 
 
 def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_path):
-    """With a learning rate of 1e-12 one step leaves the adapter as it was (a fresh one would have B = 0): base model, prompt, rank and
-    image size come from it.
+    """With a learning rate of 1e-12 one step leaves the adapter as it was (a fresh one would have B
+    = 0): base model, prompt, rank and image size come from it.
     """
     start = tiny_sft_run(family)
-    flags = (
-        "--no_bf16 --no_gradient_checkpointing --max_completion_length 6 --learning_rate 1e-12 --max_steps 1 "
-        "--per_device_train_batch_size 2 --gradient_accumulation_steps 1"
-    ).split()
+    flags = [
+        "--no_bf16",
+        "--no_gradient_checkpointing",
+        "--max_completion_length",
+        "6",
+        "--learning_rate",
+        "1e-12",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
     assert (
         run_sft.main(
             [
@@ -646,7 +662,9 @@ def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_p
 
 @pytest.mark.parametrize("name", list(EMBEDDED))
 def test_the_embedded_models_train(name, tiny_data, tmp_path):
-    """By their names, and every projection of every layer gets a gradient: B, zero at first, has moved in all of them."""
+    """By their names, and every projection of every layer gets a gradient: B, zero at first, has
+    moved in all of them.
+    """
     assert (
         sft(
             name,

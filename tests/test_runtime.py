@@ -1,5 +1,6 @@
-"""Protects a run from its surroundings: a signal stops it at a safe point, its directory is never overwritten or
-shared, and the process ends with the documented exit code. Run: python -m pytest tests/test_runtime.py
+"""Protects a run from its surroundings: a signal stops it at a safe point, its directory is never
+overwritten or shared, and the process ends with the documented exit code. Run: python -m pytest
+tests/test_runtime.py
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def kill_self(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_only_sets_the_flag_and_the_handlers_come_back(number, exit_code, capfd):
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -85,7 +86,7 @@ def test_a_forked_worker_dies_by_the_signal_and_leaves_the_guard_alone(capfd):
     assert capfd.readouterr().err == ""
 
 
-# ---- run directory --------------------------------------------------------------------------------------------------
+# ---- run directory -------------------------------------------------------------------------------
 def test_default_directories_are_named_by_time_and_unique_within_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(
         runtime.time, "strftime", lambda form: {"%Y%m%d-%H%M%S": "20250102-030405"}[form]
@@ -94,8 +95,11 @@ def test_default_directories_are_named_by_time_and_unique_within_a_second(tmp_pa
         run_directory(None, kind, root=tmp_path / "runs") for kind in ("sft", "sft", "grpo", "sft")
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in made] == [
-        "runs/20250102-030405-sft", "runs/20250102-030405-sft-2", "runs/20250102-030405-grpo", "runs/20250102-030405-sft-3",
-    ]  # fmt: skip
+        "runs/20250102-030405-sft",
+        "runs/20250102-030405-sft-2",
+        "runs/20250102-030405-grpo",
+        "runs/20250102-030405-sft-3",
+    ]
     assert all(path.is_dir() for path in made)
 
 
@@ -205,7 +209,7 @@ def test_the_newest_finished_run_of_a_base(tmp_path):
     assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250104-000000-sft"
 
 
-# ---- facts about the run --------------------------------------------------------------------------------------------
+# ---- facts about the run -------------------------------------------------------------------------
 def test_seeding_fixes_every_global_source():
     def draws():
         return random.random(), float(np.random.rand()), torch.rand(()).item()
@@ -234,7 +238,7 @@ def test_the_banner_names_device_and_versions():
     assert environment_banner(torch.device("cpu")).startswith("device cpu | python 3.")
 
 
-# ---- exit codes -----------------------------------------------------------------------------------------------------
+# ---- exit codes ----------------------------------------------------------------------------------
 class DataError(ValueError):
     problems = ["row 1", "row 2"]
 

@@ -1,4 +1,6 @@
-"""What layers do while sampling is what they do otherwise, in fewer products; and nothing of it stays."""
+"""What layers do while sampling is what they do otherwise, in fewer products; and nothing of it
+stays.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tiny import SAVE, attach_random_adapter, examples_of, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.prompts import Prompt
@@ -16,7 +19,6 @@ from engine.families import LORA_TARGETS, language_model, lm_head_weight
 from engine.generate import SamplingConfig, generate
 from engine.model import REFERENCE, use_adapter
 from engine.sampling_layers import _rounded_up, sampling_layers
-from tiny import SAVE, attach_random_adapter, examples_of, load
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -269,7 +271,9 @@ def test_without_an_adapter(family, tiny_checkpoint):
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
-    """Every pass, of the prompt and of each token but the last: in fp32 one product a layer, in bf16 the adapter's two beside it."""
+    """Every pass, of the prompt and of each token but the last: in fp32 one product a layer, in
+    bf16 the adapter's two beside it.
+    """
     loaded = dataclasses.replace(load(tiny_checkpoint(family), dtype=dtype), stop_ids=frozenset())
     wrapped = attach_random_adapter(loaded)
     prompts = [loaded.encode_prompt(examples_of(tiny_images, 56)[0], Prompt("short", "Which?"))]

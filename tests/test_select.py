@@ -1,5 +1,5 @@
-"""Protects data.select: sets that share no patient, draws that a seed decides, files that the other commands read, what is noted of
-them, and refusals that leave nothing behind.
+"""Protects data.select: sets that share no patient, draws that a seed decides, files that the other
+commands read, what is noted of them, and refusals that leave nothing behind.
 
 A patient in two sets makes every score too good. Run: pytest tests/test_select.py
 """
@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_sources import CHEXPERT, cells, chexpert_row, mimic, nih, sample, touch, write
 
 import data.select
 from data.labels import LABELS, NIH_NINE, NIH_TEN
@@ -22,13 +23,14 @@ from data.select import check_disjoint, deal_patients, draw, main
 from engine.config import UsageError, parse_config
 from engine.run import run_document
 from eval.evaluate import EvalConfig
-from test_sources import CHEXPERT, cells, chexpert_row, mimic, nih, sample, touch, write
 
 SIZES = ("--sft_size", "6", "--rl_size", "3", "--validation_size", "2")
 
 
 def chexpert(folder: Path, patients: int = 12) -> Path:
-    """train.csv with two studies a patient, Edema in every third, and groundtruth.csv with four patients; all images are there."""
+    """train.csv with two studies a patient, Edema in every third, and groundtruth.csv with four
+    patients; all images are there.
+    """
     paths = [
         f"train/patient{p:05d}/study{s}/view1_frontal.jpg" for p in range(patients) for s in (1, 2)
     ]
@@ -68,7 +70,7 @@ def patients_of(file: Path) -> set[str]:
     return {example.patient_id for example in read_jsonl(file)}
 
 
-# ---- whole command --------------------------------------------------------------------------------------------------
+# ---- whole command -------------------------------------------------------------------------------
 def test_the_sets_of_two_hospitals(tmp_path, capsys):
     chexpert(tmp_path / "CheXpert-v1.0")
     touch(
@@ -222,7 +224,7 @@ def test_test_sets_are_cut_by_a_draw_whose_beginning_is_a_draw(tmp_path):
                 "chexpert",
                 "--max_samples",
                 count,
-                *"--sft_size 0 --rl_size 0 --validation_size 0".split(),
+                *["--sft_size", "0", "--rl_size", "0", "--validation_size", "0"],
             )
             == 0
         )
@@ -243,10 +245,19 @@ def test_mimic_has_a_validation_part_of_its_own(tmp_path):
         metadata=["cafecafe-aaaaaaaa-bbbbbbbb-cccccccc-dddddddd,10000009,50000009,,AP,,,,,,,"],
         chexpert=["10000009,50000009,,,1.0,,,,,,,,,,,"],
     )
-    sizes = "--sft_size 1 --rl_size 0 --validation_size 1 --missing_images fail".split()
+    sizes = [
+        "--sft_size",
+        "1",
+        "--rl_size",
+        "0",
+        "--validation_size",
+        "1",
+        "--missing_images",
+        "fail",
+    ]
     images = [
         f"files/p10/p10000001/s50000001/{3:08x}",
-        f"files/p10/p10000009/s50000009/cafecafe",
+        "files/p10/p10000009/s50000009/cafecafe",
         f"files/p10/p10000002/s50000003/{6:08x}",
     ]
     touch(tmp_path / "m", *(f"{image}-aaaaaaaa-bbbbbbbb-cccccccc-dddddddd.jpg" for image in images))
@@ -299,7 +310,7 @@ def test_study_or_image_level(tmp_path):
         "test/patient64741/study1/view2_frontal.jpg",
         "test/patient64741/study1/view3_frontal.jpg",
     )
-    none = "--sft_size 0 --rl_size 0 --validation_size 0 --frontals all".split()
+    none = ["--sft_size", "0", "--rl_size", "0", "--validation_size", "0", "--frontals", "all"]
     counts = {}
     for level in ("study", "image"):
         assert (
@@ -316,7 +327,7 @@ def test_study_or_image_level(tmp_path):
 
 def test_nih_map_and_the_rule_for_no_label(tmp_path):
     touch(nih(tmp_path), *(f"images/{name}.png" for name in ("00000014_000", "00000014_001")))
-    none = "--sft_size 0 --rl_size 0 --validation_size 0".split()
+    none = ["--sft_size", "0", "--rl_size", "0", "--validation_size", "0"]
 
     def labels(name: str, *more: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         assert (
@@ -348,7 +359,7 @@ def test_nih_map_and_the_rule_for_no_label(tmp_path):
     assert labels("d", "--no_label", "drop") == [(("Pleural Other",), NIH_NINE)]
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 def test_too_few_patients_are_named_with_the_counts(tmp_path, capsys):
     folder = chexpert(tmp_path / "c")
     assert (
@@ -369,7 +380,8 @@ def test_too_few_patients_are_named_with_the_counts(tmp_path, capsys):
     # 12 patients of 2 images: 24 images for 28.
     [error] = errors(capsys)
     assert error.startswith(
-        "--sft_size 20, --rl_size 4, --validation_size 4: too few patients; CheXpert train has 24 images of 12 patients"
+        "--sft_size 20, --rl_size 4, --validation_size 4: too few patients; CheXpert train has 24"
+        " images of 12 patients"
     )
     shares = [
         int(error.split(f"{name} ")[1].split(" of ")[0])
@@ -386,7 +398,7 @@ def test_a_missing_image_is_an_error_or_is_not_drawn(tmp_path, capsys):
     )
     for path in list(folder.glob("train/*0/*/*.jpg")):
         path.unlink()  # patients 0 and 10
-    everything = "--sft_size 22 --rl_size 0 --validation_size 0 --tests none".split()
+    everything = ["--sft_size", "22", "--rl_size", "0", "--validation_size", "0", "--tests", "none"]
     assert run("--chexpert", folder, "--output_dir", tmp_path / "out", *everything) == 2
     error = errors(capsys)
     assert (
@@ -535,7 +547,7 @@ def test_parts_that_share_a_patient_are_refused(tmp_path, capsys):
             folder,
             "--output_dir",
             tmp_path / "out",
-            *"--sft_size 2 --rl_size 0 --validation_size 0".split(),
+            *["--sft_size", "2", "--rl_size", "0", "--validation_size", "0"],
         )
         == 2
     )
@@ -543,7 +555,7 @@ def test_parts_that_share_a_patient_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- draws ---------------------------------------------------------------------------------------
 def examples(*labels: tuple[str, ...], per_patient: int = 1) -> list[Example]:
     return [
         Example(f"e{i:04d}", f"p{i // per_patient}", "x", names, "site", Path())
@@ -558,7 +570,8 @@ def test_patients_are_dealt_in_proportion():
         random.Random(0),
     )
     check_disjoint(pools)
-    # 350 patients of 2 images, always to the set that has least of what it needs: 400, 200 and 100 images, give or take a patient.
+    # 350 patients of 2 images, always to the set that has least of what it needs: 400, 200 and 100
+    # images, give or take a patient.
     assert sum(map(len, pools.values())) == 700
     assert [
         abs(len(pools[name]) - size) <= 2
@@ -576,12 +589,14 @@ def drawn_labels(pool: list[Example], count: int, sampling: str) -> Counter[str]
 def test_natural_draws_keep_the_frequencies_and_balanced_ones_do_not():
     pool = examples(*[("Edema",)] * 700, *[("Fracture",)] * 200, *[("Pneumonia",)] * 60, *[()] * 40)
     natural = drawn_labels(pool, 500, "natural")
-    # Hypergeometric: half of each count in the mean; the variance is 500 p (1 - p) / 2, so three standard deviations are below 22.
+    # Hypergeometric: half of each count in the mean; the variance is 500 p (1 - p) / 2, so three
+    # standard deviations are below 22.
     assert all(
         abs(natural[name] - count / 2) < 22
         for name, count in {"Edema": 700, "Fracture": 200, "Pneumonia": 60, "none": 40}.items()
     )
-    # Each of the four in turn while all last, then the other three: 200 - 40 = 160 = 54 + 53 + 53, Edema first in CheXpert's order.
+    # Each of the four in turn while all last, then the other three: 200 - 40 = 160 = 54 + 53 + 53,
+    # Edema first in CheXpert's order.
     assert drawn_labels(pool, 160, "balanced") == {
         "Edema": 40,
         "Fracture": 40,
@@ -598,7 +613,8 @@ def test_natural_draws_keep_the_frequencies_and_balanced_ones_do_not():
 
 def test_a_balanced_draw_counts_all_labels_of_an_image():
     pool = examples(*[("Edema", "Fracture")] * 10, *[("Fracture",)] * 10, *[("Pneumonia",)] * 10)
-    # Edema is first of equal ones and brings Fracture along, so only Edema and Pneumonia are ever behind.
+    # Edema is first of equal ones and brings Fracture along, so only Edema and Pneumonia are ever
+    # behind.
     assert drawn_labels(pool, 12, "balanced") == {"Edema+Fracture": 6, "Pneumonia": 6}
 
 
@@ -647,7 +663,7 @@ def test_a_row_is_read_as_the_example_that_it_was_written_from(tmp_path):
     assert "answer" not in row_of(plain)
 
 
-# ---- the sample -----------------------------------------------------------------------------------------------------
+# ---- the sample ----------------------------------------------------------------------------------
 @sample
 def test_the_sample_in_all_three_formats(tmp_path):
     folder = Path(os.environ["CXR_SAMPLE"])

@@ -1,18 +1,20 @@
-"""Protects the forward that shares prompts: its log-probabilities and gradients are those of the plain forward (tests/plain.py),
-in which every completion has a prompt of its own, for both families, ragged lengths, with and without checkpointing; and the
-comparison fails where positions, masks or layout are wrong. Run: pytest tests/test_shared_prompt.py
+"""Protects the forward that shares prompts: its log-probabilities and gradients are those of the
+plain forward (tests/plain.py), in which every completion has a prompt of its own, for both
+families, ragged lengths, with and without checkpointing; and the comparison fails where positions,
+masks or layout are wrong. Run: pytest tests/test_shared_prompt.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import plain
 import pytest
 import torch
+from tiny import SAVE, attach_random_adapter, examples_of, load
 
 import engine.attention
 import engine.forward
-import plain
 from data.collate import collate_rows, plan_batches
 from data.encode import EncodedRow
 from data.prompts import Prompt
@@ -20,10 +22,9 @@ from engine.attention import additive_mask
 from engine.families import Gemma3
 from engine.forward import completion_logprobs
 from engine.model import enable_gradient_checkpointing
-from tiny import SAVE, attach_random_adapter, examples_of, load
 
-# Of three prompts of different lengths and images; no group is in one piece, one completion is a single token, and the 30, 27 and 25
-# tokens of two prompts are laid out together. Prompts
+# Of three prompts of different lengths and images; no group is in one piece, one completion is a
+# single token, and the 30, 27 and 25 tokens of two prompts are laid out together. Prompts
 # have 60 to 90 tokens, so most of a completion lies beyond Gemma's window of 24 from their images.
 GROUPS = ((0, 30), (0, 1), (1, 17), (0, 25), (2, 9), (1, 40), (2, 2), (1, 27))
 # As SFT packs them: one answer a prompt.
@@ -83,7 +84,9 @@ def run(
     checkpointing=False,
     **options,
 ):
-    """(log-probabilities [N,T], {parameter: gradient}) of a random model and adapter, under random weights of the tokens."""
+    """(log-probabilities [N,T], {parameter: gradient}) of a random model and adapter, under random
+    weights of the tokens.
+    """
     model = load(checkpoint)
     model.base.to(dtype)
     wrapped = attach_random_adapter(model).to(dtype).train()
@@ -171,7 +174,9 @@ def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(
 @pytest.mark.parametrize("window", [24, 4096])
 @pytest.mark.parametrize("family", list(SAVE))
 def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, monkeypatch):
-    """However long its completions; and one for all layers where the window is longer than the rows."""
+    """However long its completions; and one for all layers where the window is longer than the
+    rows.
+    """
     group, kept, masks = ((0, 30), (0, 1), (0, 17)), [], engine.forward.shared_prompt_masks
 
     def with_window(model, *arguments):
@@ -225,7 +230,7 @@ def test_masks_are_laid_out_for_the_memory_efficient_kernel(dtype, queries, keys
     )
 
 
-# ---- controls: each makes the comparison fail -----------------------------------------------------------------------
+# ---- controls: each makes the comparison fail ----------------------------------------------------
 def differs(checkpoint, images, least: float, groups=GROUPS) -> None:
     model = load(checkpoint)
     rows = rows_of(model, images, groups)

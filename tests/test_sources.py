@@ -1,9 +1,9 @@
-"""Protects the loaders of the three hospitals: label policies, every header and folder variant, the choice of images, what is
-counted as dropped, and refusals that name file, row and column.
+"""Protects the loaders of the three hospitals: label policies, every header and folder variant, the
+choice of images, what is counted as dropped, and refusals that name file, row and column.
 
-A label that is read wrongly, or an image under the wrong study, trains and scores without any error. The files are written by
-the tests; the sample of real NIH images and of the other two formats is used where CXR_SAMPLE names it.
-Run: pytest tests/test_sources.py
+A label that is read wrongly, or an image under the wrong study, trains and scores without any
+error. The files are written by the tests; the sample of real NIH images and of the other two
+formats is used where CXR_SAMPLE names it. Run: pytest tests/test_sources.py
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ def without(*labels: str) -> tuple[str, ...]:
     return tuple(label for label in LABELS if label not in labels)
 
 
-# ---- label policies -------------------------------------------------------------------------------------------------
+# ---- label policies ------------------------------------------------------------------------------
 def read(
     policy: LabelPolicy, absent: tuple[str, ...] = (), **cells: int
 ) -> tuple[set[str], tuple[str, ...]]:
-    """Labels and the labels that are NOT evaluated. cells: by label with _ for the space; the others are blank."""
+    """Labels and the labels that are NOT evaluated. cells: by label with _ for the space; the
+    others are blank.
+    """
     values = {label: cells.get(label.replace(" ", "_")) for label in LABELS if label not in absent}
     labels, evaluated = policy.combine(
         {label: policy.meaning(label, value) for label, value in values.items()}
@@ -142,7 +144,7 @@ def test_unknown_rules_are_refused():
             LabelPolicy(**options)
 
 
-# ---- CheXpert -------------------------------------------------------------------------------------------------------
+# ---- CheXpert ------------------------------------------------------------------------------------
 CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(LABELS)
 BLANKS = "," * 13  # 14 blank cells
 
@@ -294,7 +296,8 @@ def test_chexpert_test_labels_take_the_view_from_the_name(tmp_path):
     assert example.image == "CheXpert/test/patient64791/study1/view1_frontal.jpg"
     assert report.dropped == {"lateral view": 1, "another image of the study was chosen": 1}
     assert len(load_chexpert(tmp_path, "test", frontals="all", report=Report())) == 2
-    # Without the column No Finding (and its blank cells) it is unknown, unless a rule or a finding says otherwise.
+    # Without the column No Finding (and its blank cells) it is unknown, unless a rule or a finding
+    # says otherwise.
     lines = [
         "Path," + ",".join(LABELS[1:]),
         *(line.replace(f".jpg,{cells()[:1]}", ".jpg,", 1) for line in lines),
@@ -307,7 +310,9 @@ def test_chexpert_test_labels_take_the_view_from_the_name(tmp_path):
 
 
 def test_chexpert_study_level_labels(tmp_path):
-    """groundtruth.csv names studies, no images, and ends without a newline; Lung Lesion stands before Lung Opacity in some files."""
+    """groundtruth.csv names studies, no images, and ends without a newline; Lung Lesion stands
+    before Lung Opacity in some files.
+    """
     swapped = [*LABELS[:3], "Lung Lesion", "Lung Opacity", *LABELS[5:]]
     lines = [
         "Study," + ",".join(swapped),
@@ -434,7 +439,8 @@ def test_the_report_counts_by_reason_and_by_label(tmp_path, capsys):
         "  without any label 1; called No Finding by rule 2; No Finding beside a finding 1",
     ]
     rows = {line[2:30].strip(): line[30:].split() for line in printed[5:]}
-    # Edema of five: 1, 1, -1 (unknown), 0, blank. No Finding: stated once and twice by rule; unknown where Edema is; blank in 4.
+    # Edema of five: 1, 1, -1 (unknown), 0, blank. No Finding: stated once and twice by rule;
+    # unknown where Edema is; blank in 4.
     assert rows["Edema"] == ["2", "4", "1", "1"] and rows["Fracture"] == ["0", "4", "1", "4"]
     assert rows["No Finding"] == ["3", "4", "0", "4"] and list(rows) == list(LABELS)
 
@@ -463,7 +469,10 @@ def test_every_bad_row_is_named_with_its_column(tmp_path):
     said = refusal(load_chexpert, tmp_path)
     assert all(problem.startswith(f"{file}, row ") for problem in said)
     assert [problem.removeprefix(f"{file}, ") for problem in said] == [
-        "row 3, column 'Path': 'CheXpert-v1.0/train/../secret.jpg' does not end in patientN/studyN/viewN_frontal.jpg",
+        (
+            "row 3, column 'Path': 'CheXpert-v1.0/train/../secret.jpg' does not end in"
+            " patientN/studyN/viewN_frontal.jpg"
+        ),
         "row 4, column 'Frontal/Lateral': 'Oblique' is neither Frontal nor Lateral",
         "row 5, column 'Edema': 'yes' is no label value; they are 1, 0, -1 and blank",
         "row 5, column 'Fracture': '2.0' is no label value; they are 1, 0, -1 and blank",
@@ -509,7 +518,8 @@ def test_a_wrong_header_names_the_column(tmp_path, header, said):
 def test_files_that_cannot_be_read(tmp_path):
     assert refusal(load_chexpert, tmp_path / "none") == [f"{tmp_path}/none: no such folder"]
     assert refusal(load_chexpert, tmp_path) == [
-        f"{tmp_path}: holds none of train.csv (nor with .gz), and no folder in it does; put the file there, or give the folder above that holds it"
+        f"{tmp_path}: holds none of train.csv (nor with .gz), and no folder in it does; put the"
+        " file there, or give the folder above that holds it"
     ]
     whole = write(tmp_path / "train.csv.gz", CHEXPERT, *TRAIN_ROWS).read_bytes()
     for content in (whole[:-9], whole[:40] + b"\0\0\0\0" + whole[44:], b"\xff\xfe\0a,b"):
@@ -543,7 +553,7 @@ def test_an_unknown_part_is_refused(tmp_path, load):
     assert "part 'val' is not known; it may be train, " in refusal(load, tmp_path, "val")[0]
 
 
-# ---- MIMIC-CXR-JPG --------------------------------------------------------------------------------------------------
+# ---- MIMIC-CXR-JPG -------------------------------------------------------------------------------
 METADATA = (
     "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
     "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning"
@@ -560,7 +570,9 @@ def mimic_labels(**values: float) -> str:
 
 
 def mimic(folder: Path, suffix: str = ".csv.gz", version: str = "2.0.0", **more: list[str]) -> Path:
-    """Six images: study 1 with lateral, AP and PA; study 2 without a view and AP; study 3 of the test split. more: lines to add."""
+    """Six images: study 1 with lateral, AP and PA; study 2 without a view and AP; study 3 of the
+    test split. more: lines to add.
+    """
     images = [(1, 1, "LATERAL"), (2, 1, "AP"), (3, 1, "PA"), (4, 2, ""), (5, 2, "AP"), (6, 3, "PA")]
     subject = lambda study: 10000001 + (study > 2)  # noqa: E731
     name = f"mimic-cxr-{version}-"
@@ -663,7 +675,7 @@ def test_mimic_bad_rows_of_all_files_at_once(tmp_path):
         ".csv",
         metadata=[
             f"{dicom(7)},1000000x,50000001,,PA,,,,,,,",
-            f"../../etc,10000001,50000001,,PA,,,,,,,",
+            "../../etc,10000001,50000001,,PA,,,,,,,",
             f"{dicom(8)},10000009,50000001,,PA,,,,,,,",
         ],
         split=[
@@ -687,9 +699,15 @@ def test_mimic_bad_rows_of_all_files_at_once(tmp_path):
         "chexpert.csv, row 4, column 'study_id': 50000001 is there twice",
         "split.csv, row 5, column 'split': 'val' is none of train, validate, test",
         "metadata.csv, row 2, column 'subject_id': '1000000x' is no subject_id",
-        "metadata.csv, row 2, column 'subject_id': study 50000001 belongs to 10000001 in the label file, not 1000000x",
+        (
+            "metadata.csv, row 2, column 'subject_id': study 50000001 belongs to 10000001 in the"
+            " label file, not 1000000x"
+        ),
         "metadata.csv, row 3, column 'dicom_id': '../../etc' is no dicom_id",
-        "metadata.csv, row 4, column 'subject_id': study 50000001 belongs to 10000001 in the label file, not 10000009",
+        (
+            "metadata.csv, row 4, column 'subject_id': study 50000001 belongs to 10000001 in the"
+            " label file, not 10000009"
+        ),
     ]
 
 
@@ -705,7 +723,7 @@ def test_mimic_names_every_missing_file(tmp_path):
     )
 
 
-# ---- NIH ChestX-ray14 -----------------------------------------------------------------------------------------------
+# ---- NIH ChestX-ray14 ----------------------------------------------------------------------------
 def nih(folder: Path, variant: str = "v2020") -> Path:
     """Four images of two patients in the header and cells of one release."""
     rows = [
@@ -718,8 +736,8 @@ def nih(folder: Path, variant: str = "v2020") -> Path:
         "v2020": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]",
         "box": "Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",
         "kaggle sample": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImageWidth,OriginalImageHeight,"
-                         "OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
-    }  # fmt: skip
+        "OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
+    }
     header["v2017"] = header["v2020"]
     ids = (
         (lambda n, p: f"{n:03d},{p:08d},058Y")
@@ -840,9 +858,10 @@ def test_nih_bad_rows_and_lists(tmp_path):
     assert "holds none of test_list.txt" in refusal(load_nih, tmp_path, "test")[0]
 
 
-# ---- size -----------------------------------------------------------------------------------------------------------
+# ---- size ----------------------------------------------------------------------------------------
 def test_a_large_label_file_needs_little_memory_and_no_repeated_work(tmp_path, monkeypatch):
-    """20,000 rows of 81 kinds. 224,000 rows must stay under 500 MB, so 2,200 bytes a row, and each kind is worked out once.
+    """20,000 rows of 81 kinds. 224,000 rows must stay under 500 MB, so 2,200 bytes a row, and each
+    kind is worked out once.
 
     tests/benchmarks/label_files.py has the times.
     """
@@ -877,7 +896,8 @@ def test_a_large_label_file_needs_little_memory_and_no_repeated_work(tmp_path, m
     finally:
         tracemalloc.stop()
     assert len(examples) == 20_000 and peak / 20_000 < 2_200
-    # zeros: only what is true counts. Three labels are 1 or not (8 kinds), Atelectasis is 1.0 or not: 16.
+    # zeros: only what is true counts. Three labels are 1 or not (8 kinds), Atelectasis is 1.0 or
+    # not: 16.
     assert combined[1] == 16
     # rows of one kind share theirs
     assert len({id(example.source_labels) for example in examples}) == 81
@@ -893,7 +913,7 @@ def test_a_table_is_read_row_by_row(tmp_path):
     )
 
 
-# ---- the sample -----------------------------------------------------------------------------------------------------
+# ---- the sample ----------------------------------------------------------------------------------
 @sample
 def test_the_samples_real_nih_rows():
     """44 real images of 40 patients; the counts are those of the sample's README."""
@@ -953,7 +973,8 @@ def test_the_samples_chexpert_format():
         for frontals in ("pa_first", "all")
     )
     assert found(study) == found(image) and len(study) == 8
-    # Each fixture row's label set is that of the NIH image that its picture is, mapped: compare through the list of the two.
+    # Each fixture row's label set is that of the NIH image that its picture is, mapped: compare
+    # through the list of the two.
     links = dict(line.split(",") for line in (folder / "link.csv").read_text().splitlines()[1:])
     by_image = {
         e.image.rpartition("/")[2]: e.labels

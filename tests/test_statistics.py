@@ -1,5 +1,6 @@
-"""Protects what is said about the certainty of scores: intervals cover what they claim on simulated data, paired differences and
-p-values equal enumeration by hand, and what models say is counted right. Run: pytest tests/test_statistics.py
+"""Protects what is said about the certainty of scores: intervals cover what they claim on simulated
+data, paired differences and p-values equal enumeration by hand, and what models say is counted
+right. Run: pytest tests/test_statistics.py
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from eval.statistics import (
 def simulated(
     rng: np.random.Generator, patients: int, images: int = 6
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(targets, predictions of a model and of a better one, patient of each image): three labels, `images` images a patient.
+    """(targets, predictions of a model and of a better one, patient of each image): three labels,
+    `images` images a patient.
 
-    Images of a patient are alike: the patient has the disease or not, and the model reads the patient right or wrong; then one
-    image in ten differs. So there is little more in six images than in one.
+    Images of a patient are alike: the patient has the disease or not, and the model reads the
+    patient right or wrong; then one image in ten differs. So there is little more in six images
+    than in one.
     """
     prevalence = np.array([0.5, 0.3, 0.2])
     sick = rng.random((patients, 3)) < prevalence
@@ -49,11 +52,13 @@ def macro(targets: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    """200 data sets of 80 patients; the truth is the score of 200,000 patients of the same population.
+    """200 data sets of 80 patients; the truth is the score of 200,000 patients of the same
+    population.
 
-    At a coverage of 95 % the number of 200 intervals that hold the truth is 190 with a standard deviation of
-    sqrt(200 x 0.95 x 0.05) = 3.1; 180 (90 %) is three below. Percentile intervals of few patients are a little too narrow (182
-    and 190 here). Drawing images instead of patients must fail by far (133), or the simulation shows nothing.
+    At a coverage of 95 % the number of 200 intervals that hold the truth is 190 with a standard
+    deviation of sqrt(200 x 0.95 x 0.05) = 3.1; 180 (90 %) is three below. Percentile intervals of
+    few patients are a little too narrow (182 and 190 here). Drawing images instead of patients must
+    fail by far (133), or the simulation shows nothing.
     """
     rng = np.random.default_rng(0)
     truth_targets, truth_first, truth_second, _ = simulated(rng, 200_000, images=1)
@@ -101,7 +106,9 @@ def test_paired_resamples_are_of_the_same_patients():
 
 
 def test_p_values_equal_all_swaps_by_hand():
-    """Eight patients: all 256 ways to swap their two sets of answers. p by drawing has a standard error of at most 0.005."""
+    """Eight patients: all 256 ways to swap their two sets of answers. p by drawing has a standard
+    error of at most 0.005.
+    """
     targets, first, second, patient = simulated(np.random.default_rng(5), 8, images=2)
     seen = macro(targets, second) - macro(targets, first)
     as_large = 0
@@ -121,8 +128,8 @@ def test_p_values_equal_all_swaps_by_hand():
 
 
 def test_patients_with_the_same_change_are_swapped_one_by_one():
-    """Four patients, each moved from a miss to a hit: the difference of F1 is 1, and again only where all or none is swapped,
-    so p is 2/16; were the four swapped together, it would be 1.
+    """Four patients, each moved from a miss to a hit: the difference of F1 is 1, and again only
+    where all or none is swapped, so p is 2/16; were the four swapped together, it would be 1.
     """
     hit, miss = np.array([[1.0, 0, 0, 1, 1]] * 4), np.array([[0.0, 0, 1, 0, 1]] * 4)
     p_values = permutation_p_values(miss, hit, seed=0, permutations=20_000)
@@ -132,7 +139,9 @@ def test_patients_with_the_same_change_are_swapped_one_by_one():
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
-    """Under the hypothesis p <= 0.2 comes in one of five data sets: of 200, 40 with a standard deviation of 5.7."""
+    """Under the hypothesis p <= 0.2 comes in one of five data sets: of 200, 40 with a standard
+    deviation of 5.7.
+    """
     rng = np.random.default_rng(2)
     small = 0
     for repetition in range(200):
@@ -157,7 +166,8 @@ def test_the_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
 
 
 def test_a_change_by_hand():
-    # Differences 0.1 and 0.3 in two resamples, relative changes 1/2 and 1; percentiles 2.5 and 97.5 lie 2.5 % inside.
+    # Differences 0.1 and 0.3 in two resamples, relative changes 1/2 and 1; percentiles 2.5 and 97.5
+    # lie 2.5 % inside.
     result = change(0.2, 0.4, np.array([0.2, 0.3]), np.array([0.3, 0.6]), 0.01)
     assert result.difference == pytest.approx((0.105, 0.295)) and result.relative == pytest.approx(
         (0.5125, 0.9875)
@@ -180,7 +190,8 @@ def test_what_is_said_and_what_is_true():
     predictions = np.array([[1, 1, 1], [0, 1, 1], [0, 1, 1]], dtype=bool)
     evaluated = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0]], dtype=bool)
     said, true = said_and_true(targets, predictions, evaluated)
-    # Second label: the third image does not evaluate it, so 2 of 2 and 1 of 2. Third label: nobody does.
+    # Second label: the third image does not evaluate it, so 2 of 2 and 1 of 2. Third label: nobody
+    # does.
     assert said[:2].tolist() == pytest.approx([1 / 3, 1]) and true[:2].tolist() == pytest.approx(
         [2 / 3, 1 / 2]
     )
@@ -224,8 +235,8 @@ def test_fingerprints_tell_texts_apart():
 
 
 def test_all_labels_from_the_supports_alone():
-    """CheXpert's 500 test studies: 0.291 macro and 0.332 micro. By hand the micro value: 1,392 positives in all, so
-    2 x 1392 / (500 x 14 + 1392) = 2784 / 8392 = 0.33174.
+    """CheXpert's 500 test studies: 0.291 macro and 0.332 micro. By hand the micro value: 1,392
+    positives in all, so 2 x 1392 / (500 x 14 + 1392) = 2784 / 8392 = 0.33174.
     """
     supports = [62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261]
     scores = all_labels_scores(supports, 500)

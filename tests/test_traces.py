@@ -1,5 +1,5 @@
-"""Protects teacher traces: what a teacher is asked and in which form, what of its answers is kept and why not, and that none lets on
-that the labels were known. Run: pytest tests/test_traces.py
+"""Protects teacher traces: what a teacher is asked and in which form, what of its answers is kept
+and why not, and that none lets on that the labels were known. Run: pytest tests/test_traces.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import lines, snapshot, write_data, write_rows
 
 import run_sft
 from data.answers import parse_answer
@@ -39,7 +40,6 @@ from data.traces import (
     teacher_text,
     template_answers,
 )
-from runs import lines, snapshot, write_data, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +70,9 @@ def gemini(key: str, text: str, reason: str = "STOP", parts: list | None = None)
 
 
 def openai(name: str, text: str | None, reason: str = "stop") -> dict:
-    """A line of OpenAI's batch output, as vLLM's run-batch writes it too: the custom id and a chat completion."""
+    """A line of OpenAI's batch output, as vLLM's run-batch writes it too: the custom id and a chat
+    completion.
+    """
     message = {"role": "assistant", "content": text, "refusal": None}
     body = {
         "id": "chatcmpl-1",
@@ -86,7 +88,7 @@ def openai(name: str, text: str | None, reason: str = "stop") -> dict:
     }
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "labels", "found"),
     [
@@ -142,14 +144,32 @@ def test_every_phrase_is_found_in_whatever_dress(phrase):
 @pytest.mark.parametrize(
     "text",
     [
-        "The heart is enlarged on this AP projection. Given findings of consolidation with air bronchograms, pneumonia is likely.",
-        "The side marker is labeled L, and the annotation PORTABLE is seen at the top. No pneumothorax.",
+        (
+            "The heart is enlarged on this AP projection. Given findings of consolidation with air"
+            " bronchograms, pneumonia is likely."
+        ),
+        (
+            "The side marker is labeled L, and the annotation PORTABLE is seen at the top. No"
+            " pneumothorax."
+        ),
         "A right internal jugular line is provided with its tip in the superior vena cava.",
-        "12. Impression: the label Edema is supported; Pneumothorax is ruled out by visible markings to the chest wall.",
+        (
+            "12. Impression: the label Edema is supported; Pneumothorax is ruled out by visible"
+            " markings to the chest wall."
+        ),
         "Cardiomegaly | heart wider than half of the chest | AP projection | 80",
-        "The reference point is the carina. A known pitfall is the skin fold, which is not a true pleural line.",
-        "It is as if the left hemidiaphragm were missing behind the heart: a user of the film must look there.",
-        "The correct position of the tube tip is above the carina. I would expect labelled fluid levels here.",
+        (
+            "The reference point is the carina. A known pitfall is the skin fold, which is not a"
+            " true pleural line."
+        ),
+        (
+            "It is as if the left hemidiaphragm were missing behind the heart: a user of the film"
+            " must look there."
+        ),
+        (
+            "The correct position of the tube tip is above the carina. I would expect labelled"
+            " fluid levels here."
+        ),
     ],
 )
 def test_what_a_radiologist_may_say(text):
@@ -163,7 +183,9 @@ def test_the_demos_own_traces_pass():
 
 
 def test_the_template_teacher_writes_a_good_trace_for_any_labels():
-    """All single labels, none, all, and 200 random sets; in NIH's scheme too. It names no side and no zone, which it cannot know."""
+    """All single labels, none, all, and 200 random sets; in NIH's scheme too. It names no side and
+    no zone, which it cannot know.
+    """
     rng = np.random.default_rng(0)
     sets = [(label,) for label in LABELS] + [
         (),
@@ -190,7 +212,7 @@ def test_the_template_teacher_writes_a_good_trace_for_any_labels():
     assert parse_answer(answer.text).labels == ("Edema",)  # only what the source rates
 
 
-# ---- requests -------------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 def test_what_the_teacher_is_asked():
     text = teacher_text(example("Edema", "Pneumonia", evaluated=NIH_NINE), PROMPTS["reasoning_b"])
     # the student's own instruction, with the form of the answer
@@ -200,8 +222,8 @@ def test_what_the_teacher_is_asked():
         and "\nabsent: No Finding, Cardiomegaly, Lung Lesion, Consolidation, Atelectasis" in text
     )
     assert (
-        "\nnot rated, and not to be used in <solution>: Enlarged Cardiomediastinum, Lung Opacity, Pleural Effusion, Fracture, Supp"
-        in text
+        "\nnot rated, and not to be used in <solution>: Enlarged Cardiomediastinum, Lung Opacity,"
+        " Pleural Effusion, Fracture, Supp" in text
     )
     assert (
         "reasons independently from what is visible" in text
@@ -280,7 +302,9 @@ def test_a_request_holds_nothing_of_the_files_metadata_or_names(images, form):
 
 
 def test_files_are_parted_at_the_services_limit(images, tmp_path):
-    """Three requests of nearly the same length: two fit into two and a half times the first's length, the third does not."""
+    """Three requests of nearly the same length: two fit into two and a half times the first's
+    length, the third does not.
+    """
     sizes = [len(request(e, PROMPTS["demo"], "openai", model="m", max_side=64)) for e in images]
     files = export(
         images,
@@ -308,7 +332,7 @@ def test_a_damaged_image_leaves_no_half_export(images, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "2.jpg"]
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 def test_both_output_forms_are_read(tmp_path):
     file = write_rows(
         tmp_path / "answers.jsonl",
@@ -328,7 +352,10 @@ def test_both_output_forms_are_read(tmp_path):
             {"key": "i", "error": {"code": 13, "message": "internal"}},
             {"key": "j", "response": {"promptFeedback": {"blockReason": "OTHER"}}},
             openai("k", "x")
-            | {"error": {"code": "batch_expired", "message": "late"}, "response": None},
+            | {
+                "error": {"code": "batch_expired", "message": "late"},
+                "response": None,
+            },
             openai("l", "x")
             | {"response": {"status_code": 400, "body": {"error": {"message": "too long"}}}},
             {"key": "m", "status": {"code": 8}},
@@ -414,7 +441,7 @@ def test_an_old_answer_is_never_taken_for_the_teachers():
     )
 
 
-# ---- what SFT learns ------------------------------------------------------------------------------------------------
+# ---- what SFT learns -----------------------------------------------------------------------------
 def test_only_label_is_learnt_from_the_labels_whatever_the_answer():
     nih = example("Edema", "Support Devices", evaluated=NIH_NINE, answer="whatever")
     learned = answers_to_learn([nih, example(id="b")], "solution", "f")
@@ -426,18 +453,26 @@ def test_the_other_forms_need_an_answer_and_its_form():
     assert answers_to_learn([good], "think_solution", "f") == [good]
     with pytest.raises(
         DataError,
-        match=r"f: 1 of 2 examples have no 'answer' to learn from, such as 'b'; make them with .python -m data.traces`",
+        match=(
+            r"f: 1 of 2 examples have no 'answer' to learn from, such as 'b'; make them with"
+            r" .python -m data.traces`"
+        ),
     ):
         answers_to_learn([good, example(id="b")], "think_solution", "f")
     with pytest.raises(
         DataError,
-        match=r"f: 1 of 1 answers are not in the form answer_tag, such as that of 'a' \(answer_missing\)",
+        match=(
+            r"f: 1 of 1 answers are not in the form answer_tag, such as that of 'a'"
+            r" \(answer_missing\)"
+        ),
     ):
         answers_to_learn([good], "answer_tag", "f")
 
 
 def test_run_sft_learns_only_label_without_any_answer(tiny_checkpoint, tmp_path, capsys):
-    """--show_batch prints the supervised tokens in [[ ]]: of the byte tokenizer each character is one, then the end of the turn."""
+    """--show_batch prints the supervised tokens in [[ ]]: of the byte tokenizer each character is
+    one, then the end of the turn.
+    """
     file = write_data(tmp_path, 4)
     write_rows(
         file,
@@ -466,7 +501,7 @@ def test_run_sft_learns_only_label_without_any_answer(tiny_checkpoint, tmp_path,
     )
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 def test_out_and_back(tmp_path, capsys):
     """Export, a service that answers from the request, import, and a second round for the rejected."""
     file = write_data(tmp_path / "data", 6)
@@ -566,7 +601,10 @@ def test_out_and_back(tmp_path, capsys):
         ),
         (
             ["export", "--form", "gemini", "--output_dir", "out", "--prompt", "only_label"],
-            "--prompt only_label: has no reasoning; its answers are made from the labels; a teacher can be asked with demo, free_reasoning",
+            (
+                "--prompt only_label: has no reasoning; its answers are made from the labels; a"
+                " teacher can be asked with demo, free_reasoning"
+            ),
         ),
         (
             ["export", "--form", "gemini", "--output_dir", "out", "--prompt", "narrative"],
@@ -639,7 +677,7 @@ def test_the_help_says_what_may_not_leave(tmp_path):
     }
 
 
-# ---- real X-rays ----------------------------------------------------------------------------------------------------
+# ---- real X-rays ---------------------------------------------------------------------------------
 @pytest.mark.skipif(
     "CXR_SAMPLE" not in os.environ, reason="CXR_SAMPLE names no folder of real X-rays"
 )

@@ -1,5 +1,6 @@
-"""Protects the numbers people read: metrics of micro-batches combine to those of the step, logs hold every step once
-after a resume, and a failing log never stops a training. Run: python -m pytest tests/test_tracking.py
+"""Protects the numbers people read: metrics of micro-batches combine to those of the step, logs
+hold every step once after a resume, and a failing log never stops a training. Run: python -m pytest
+tests/test_tracking.py
 """
 
 from __future__ import annotations
@@ -36,14 +37,27 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- accumulate -----------------------------------------------------------------------------------------------------
+# ---- accumulate ----------------------------------------------------------------------------------
 def test_micro_batches_combine_to_the_metrics_of_the_step():
-    # 3 tokens with mean KL 1.0 and 1 token with KL 5.0: (3 * 1 + 1 * 5) / 4 = 2.0, not the 3.0 of a mean of means
+    # 3 tokens with mean KL 1.0 and 1 token with KL 5.0: (3 * 1 + 1 * 5) / 4 = 2.0, not the 3.0 of a
+    # mean of means
     metrics = MetricAccumulator()
-    metrics.add_all({"kl": Metric(torch.tensor(1.0), 3, "mean"), "ratio_max": Metric(1.5, torch.tensor(3.0), "max"),
-                     "ratio_min": Metric(0.9, 3, "min"), "tokens": Metric(3, 3, "sum")})  # fmt: skip
-    metrics.add_all({"kl": Metric(5.0, torch.tensor(1), "mean"), "ratio_max": Metric(1.2, 1, "max"),
-                     "ratio_min": Metric(0.7, 1, "min"), "tokens": Metric(1, 1, "sum")})  # fmt: skip
+    metrics.add_all(
+        {
+            "kl": Metric(torch.tensor(1.0), 3, "mean"),
+            "ratio_max": Metric(1.5, torch.tensor(3.0), "max"),
+            "ratio_min": Metric(0.9, 3, "min"),
+            "tokens": Metric(3, 3, "sum"),
+        }
+    )
+    metrics.add_all(
+        {
+            "kl": Metric(5.0, torch.tensor(1), "mean"),
+            "ratio_max": Metric(1.2, 1, "max"),
+            "ratio_min": Metric(0.7, 1, "min"),
+            "tokens": Metric(1, 1, "sum"),
+        }
+    )
     metrics.add("reward", 2.0)
     metrics.add("reward", 4.0)
     assert metrics.collect() == {
@@ -109,7 +123,7 @@ def test_timings_can_be_told_from_results():
     ]
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
+# ---- write ---------------------------------------------------------------------------------------
 def test_one_event_in_three_forms(tmp_path):
     with RunLogger(tmp_path) as log:
         log.scalars(3, {"loss": 0.5, "reward/std": math.inf}, epoch=0.25)
@@ -172,7 +186,8 @@ def test_resuming_moves_later_and_torn_lines_aside_and_tells_tensorboard(tmp_pat
     assert [row["id"] for row in rows_of(tmp_path / "completions.after-2.jsonl")] == ["3a", "3b"]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    # TensorBoard's pages read the files in another way, which drops points only at the second start that it sees.
+    # TensorBoard's pages read the files in another way, which drops points only at the second start
+    # that it sees.
     pages = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tensors("train/loss")
     assert [(event.step, float(make_ndarray(event.tensor_proto))) for event in pages] == [
         (1, 1.0),
@@ -293,7 +308,7 @@ def test_warnings_are_kept_with_their_step_and_set_aside_by_a_resume(tmp_path):
     assert rows_of(tmp_path / "warnings.after-5.jsonl") == [{"step": 7, "warning": "kl>5: 6"}]
 
 
-# ---- show -----------------------------------------------------------------------------------------------------------
+# ---- show ----------------------------------------------------------------------------------------
 class Console(io.StringIO):
     def __init__(self, *, terminal: bool = False):
         super().__init__()
@@ -308,7 +323,8 @@ def test_without_a_terminal_there_are_plain_lines_no_more_often_than_the_interva
     with Progress(10, initial=5, description="SFT", interval=30.0, stream=console) as progress:
         for step in range(5):
             progress.update({"loss": 1 / (step + 3), "note": "ok"})
-    # shown: the first (10 s), the fourth (30 s after it) and the last step. At 10 s one of five steps is done: 40 s remain
+    # shown: the first (10 s), the fourth (30 s after it) and the last step. At 10 s one of five
+    # steps is done: 40 s remain
     assert console.getvalue().splitlines() == [
         "SFT 6/10 loss=0.3333 note=ok [00:10<00:40]",
         "SFT 9/10 loss=0.1667 note=ok [00:40<00:10]",

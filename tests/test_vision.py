@@ -1,6 +1,6 @@
-"""Protects the cache of image features: the frozen tower runs once for an image in a whole run, features do not depend on what
-else is in the cache, and what is kept is bounded, found again on disk and made anew where it is damaged.
-Run: pytest tests/test_vision.py
+"""Protects the cache of image features: the frozen tower runs once for an image in a whole run,
+features do not depend on what else is in the cache, and what is kept is bounded, found again on
+disk and made anew where it is damaged. Run: pytest tests/test_vision.py
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_run, grpo, sft, speak
+from tiny import SAVE, examples_of, load
 
 import engine.model
 import run_grpo
@@ -20,15 +22,15 @@ from data.prompts import Prompt
 from data.records import DataError, Example
 from engine.config import UsageError
 from engine.vision import VisionCache, fingerprint, num_bytes
-from runs import assert_same_run, grpo, sft, speak
-from tiny import SAVE, examples_of, load
 
 FAMILIES = list(SAVE)
 
 
 @pytest.fixture
 def towers(monkeypatch) -> Counter:
-    """Forward passes of the vision tower by the image's pixels, of every model that is loaded from here on."""
+    """Forward passes of the vision tower by the image's pixels, of every model that is loaded from
+    here on.
+    """
     calls: Counter = Counter()
     load_model = engine.model.AutoModelForImageTextToText.from_pretrained
 
@@ -55,7 +57,7 @@ def caches(model, **options) -> VisionCache:
     return VisionCache(model.base, model.family, model.encoder, **{"max_bytes": 10**9} | options)
 
 
-# ---- once an image --------------------------------------------------------------------------------------------------
+# ---- once an image -------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sft_looks_at_each_image_once(family, tiny_checkpoint, tiny_data, tmp_path, towers):
     # two epochs of 12 images with a validation after each, and the same 12 decoded at the end
@@ -86,7 +88,8 @@ def test_grpo_looks_at_each_image_once(
     speak(monkeypatch)
     start = tiny_sft_run(family)
     towers.clear()
-    # two rollouts of 4 prompts from 12 rows, two updates each, old, reference and policy passes, and evaluations
+    # two rollouts of 4 prompts from 12 rows, two updates each, old, reference and policy passes,
+    # and evaluations
     assert (
         grpo(
             start,
@@ -136,7 +139,8 @@ def test_a_run_does_not_depend_on_the_cache(
     assert not towers  # the last run found everything on disk
     for name in list(caching)[1:]:
         assert_same_run(tmp_path / "cold", tmp_path / name)
-    # resumed in the middle of a rollout, with warm features, where the first process had computed them
+    # resumed in the middle of a rollout, with warm features, where the first process had computed
+    # them
     resume = [
         "--resume_from_checkpoint",
         str(tmp_path / "cold/checkpoint-1"),
@@ -171,7 +175,7 @@ def test_sft_resumes_with_a_warm_cache(tiny_checkpoint, tiny_data, tmp_path, tow
     assert_same_run(tmp_path / "run", tmp_path / "resumed")
 
 
-# ---- the cache itself -----------------------------------------------------------------------------------------------
+# ---- the cache itself ----------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_the_image_alone(family, tiny_checkpoint, tiny_images):
     model = load(tiny_checkpoint(family))

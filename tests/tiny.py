@@ -1,7 +1,9 @@
-"""Small random checkpoints of the two real model classes, with tokenizer and image processor, for tests.
+"""Small random checkpoints of the two real model classes, with tokenizer and image processor, for
+tests.
 
-They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and full layers, whose window
-is shorter than a prompt here) and are saved as folders that the product loads like any checkpoint. Nothing is downloaded.
+They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and
+full layers, whose window is shorter than a prompt here) and are saved as folders that the product
+loads like any checkpoint. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -47,14 +49,16 @@ GEMMA_SPECIALS = [
     "<image_soft_token>",
 ]
 QWEN_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type']"
+    " == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif"
+    " %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{%"
+    " endif %}"
 )
 GEMMA_TEMPLATE = (
-    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user'"
+    " }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<start_of_image>{% else %}{{"
+    " c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt"
+    " %}<start_of_turn>model\n{% endif %}"
 )
 
 
@@ -80,8 +84,9 @@ def save_qwen(
 ) -> Path:
     """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens.
 
-    text, vision: other values of its two configurations. tied: the head to the embedding. gain: of the default initialisation. By
-    default larger, so that positions, masks and the image visibly change the outputs.
+    text, vision: other values of its two configurations. tied: the head to the embedding. gain: of
+    the default initialisation. By default larger, so that positions, masks and the image visibly
+    change the outputs.
     """
     tokenizer = _byte_tokenizer(
         QWEN_SPECIALS,
@@ -159,8 +164,8 @@ def save_gemma(
     tied: bool = True,
     gain: float = 5.0,
 ) -> Path:
-    """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every image is 4 tokens. text, vision,
-    tied, gain: see `save_qwen`.
+    """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every
+    image is 4 tokens. text, vision, tied, gain: see `save_qwen`.
     """
     tokenizer = _byte_tokenizer(
         GEMMA_SPECIALS,
@@ -245,7 +250,8 @@ SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma}
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """As the product loads it, with 4 to 16 visual tokens an image and a head of its own.
 
-    The tied head of a random model repeats its last token for ever; a random one gives completions that depend on everything.
+    The tied head of a random model repeats its last token for ever; a random one gives completions
+    that depend on everything.
     """
     torch.set_num_threads(1)
     model = load_model(
@@ -265,7 +271,9 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
 def with_features(
     model: LoadedModel, encoded: EncodedPrompt | EncodedRow
 ) -> EncodedPrompt | EncodedRow:
-    """The encoded prompt or row with its image's features beside its pixels, which official forwards take."""
+    """The encoded prompt or row with its image's features beside its pixels, which official
+    forwards take.
+    """
     if isinstance(encoded, EncodedRow):
         return dataclasses.replace(encoded, prompt=with_features(model, encoded.prompt))
     with torch.no_grad():

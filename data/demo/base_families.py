@@ -1,7 +1,9 @@
-"""What differs between the demo's two base checkpoints, Qwen2.5-VL and Gemma 3: tokenizer, chat template, configuration, and how a
-picture becomes pixels and placeholders. `build_base.py` trains either with the same data, tasks, schedule and losses.
+"""What differs between the demo's two base checkpoints, Qwen2.5-VL and Gemma 3: tokenizer, chat
+template, configuration, and how a picture becomes pixels and placeholders. `build_base.py` trains
+either with the same data, tasks, schedule and losses.
 
-Both have about 2 M parameters, a language model of 4 layers and width 160, and 16 visual tokens for a 112 px picture.
+Both have about 2 M parameters, a language model of 4 layers and width 160, and 16 visual tokens for
+a 112 px picture.
 """
 
 from __future__ import annotations
@@ -64,12 +66,14 @@ class BaseFamily:
         raise TypeError("use a subclass")
 
     def expand_image(self, rendered: str) -> str:
-        """A rendered prompt with the image's one place turned into 16 placeholders, as `data.encode` does it."""
+        """A rendered prompt with the image's one place turned into 16 placeholders, as
+        `data.encode` does it.
+        """
         raise TypeError("use a subclass")
 
     def vision_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """What is between pixels and language model; the last module's output is the visual tokens (its `pooler_output` where
-        it has one).
+        """What is between pixels and language model; the last module's output is the visual tokens
+        (its `pooler_output` where it has one).
         """
         raise TypeError("use a subclass")
 
@@ -223,9 +227,10 @@ class Qwen25VLBase(BaseFamily):
 
 
 class Gemma3Base(BaseFamily):
-    """SentencePiece's form of BPE with byte fallback, a SigLIP tower whose 8 x 8 patches are pooled to 4 x 4, bidirectional
-    attention inside the image, and sliding layers that alternate with full ones. The window is shorter than the demo's prompt, so
-    an answer sees the image in the full layers only.
+    """SentencePiece's form of BPE with byte fallback, a SigLIP tower whose 8 x 8 patches are pooled
+    to 4 x 4, bidirectional attention inside the image, and sliding layers that alternate with full
+    ones. The window is shorter than the demo's prompt, so an answer sees the image in the full
+    layers only.
     """
 
     folder = Path(__file__).parent / "base_gemma"
@@ -274,9 +279,10 @@ class Gemma3Base(BaseFamily):
     )
 
     def train_tokenizer(self, texts: Iterator[str]) -> GemmaTokenizer:
-        """Gemma's tokenizer applies its merges to the whole text, spaces as U+2581. They were learned, as SentencePiece does,
-        inside words, single digits, and runs of other characters; so no token crosses such a border, and a label is the same
-        tokens behind a tag as at the beginning of a text.
+        """Gemma's tokenizer applies its merges to the whole text, spaces as U+2581. They were
+        learned, as SentencePiece does, inside words, single digits, and runs of other characters;
+        so no token crosses such a border, and a label is the same tokens behind a tag as at the
+        beginning of a text.
         """
         space = "\N{LOWER ONE EIGHTH BLOCK}"
         bpe = Tokenizer(models.BPE())
@@ -327,8 +333,9 @@ class Gemma3Base(BaseFamily):
                 tie_word_embeddings=True,
                 sliding_window=32,
                 layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-                # Gemma multiplies embeddings by sqrt(hidden). With its 0.02 they would be a quarter of what each normalised
-                # sublayer adds to them; so they are 1, as the visual tokens below.
+                # Gemma multiplies embeddings by sqrt(hidden). With its 0.02 they would be a quarter
+                # of what each normalised sublayer adds to them; so they are 1, as the visual tokens
+                # below.
                 initializer_range=HIDDEN_SIZE**-0.5,
                 pad_token_id=ids["<pad>"],
                 eos_token_id=ids["<eos>"],

@@ -1,21 +1,27 @@
-"""Remakes the small pretrained checkpoints that the demo fine-tunes: `data/demo/base/` and `data/demo/base_gemma/`.
+"""Remakes the small pretrained checkpoints that the demo fine-tunes: `data/demo/base/` and
+`data/demo/base_gemma/`.
 
     python -m data.demo.build_base [--family qwen2_5_vl | gemma3] [--output FOLDER] [--threads N]
 
-Each checkpoint is of the real class, Qwen2_5_VLForConditionalGeneration or Gemma3ForConditionalGeneration, with a little over 2 M
-parameters and a BPE tokenizer of its family's form; what differs between the two is in `base_families.py`. It takes about 11
-minutes on one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes; elsewhere sums round
-differently, which changes the bytes and moves the scores a little.
+Each checkpoint is of the real class, Qwen2_5_VLForConditionalGeneration or
+Gemma3ForConditionalGeneration, with a little over 2 M parameters and a BPE tokenizer of its
+family's form; what differs between the two is in `base_families.py`. It takes about 11 minutes on
+one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes;
+elsewhere sums round differently, which changes the bytes and moves the scores a little.
 
-What a base has seen: 10,000 drawn radiographs that no other split contains, 8,000 of site a and 2,000 of site b, always with
-CheXpert's words (it was "pretrained on many hospitals", but has never seen NIH's vocabulary).
+What a base has seen: 10,000 drawn radiographs that no other split contains, 8,000 of site a and
+2,000 of site b, always with CheXpert's words (it was "pretrained on many hospitals", but has never
+seen NIH's vocabulary).
   stage 1   the vision tower alone: where each label is (4 x 4 cells) and which labels are there
-  stage 2   all parameters, on four tasks: a caption; findings with an impression, which lists the labels; a choice between two
-            labels, in tags; the presence of one label, in tags. The loss of stage 1 stays on as an auxiliary loss
+  stage 2   all parameters, on four tasks: a caption; findings with an impression, which lists the
+            labels; a choice between two
+            labels, in tags; the presence of one label, in tags. The loss of stage 1 stays on as an
+            auxiliary loss
 
-What it has not seen: the demo's prompt (though its words shaped the tokenizer), and an answer with several labels in tags. That
-is left to fine-tuning. It has seen every label right after "<solution>" and, where CheXpert's order allows it, after ", ". It
-needs to: Qwen's pre-tokenizer glues ">" to the word behind it, so ">Edema" is a token of its own, and LoRA leaves the tied
+What it has not seen: the demo's prompt (though its words shaped the tokenizer), and an answer with
+several labels in tags. That is left to fine-tuning. It has seen every label right after
+"<solution>" and, where CheXpert's order allows it, after ", ". It needs to: Qwen's pre-tokenizer
+glues ">" to the word behind it, so ">Edema" is a token of its own, and LoRA leaves the tied
 embedding frozen. A base without those tokens answers well greedily and falls apart when sampled.
 """
 
@@ -49,7 +55,7 @@ VISION_STEPS, VISION_LEARNING_RATE = 800, 1e-3
 ALL_STEPS, ALL_LEARNING_RATE = 600, 1.5e-3
 TOWER_RATE = 0.3  # of ALL_LEARNING_RATE, for the tower that stage 1 has trained
 
-# ----------------------------------------------------------------------------------------------------------------- tasks
+# --------------------------------------------------------------------------------------------------
 
 _CAPTION_PROMPTS = ("Describe this chest X-ray.", "What does this chest X-ray show?")
 _IMPRESSION_PROMPT = "Write the findings and the impression."
@@ -103,7 +109,7 @@ def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator
             yield from sample_task(radiograph, task, rng)
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,9 @@ class Encoder:
     def batch(
         self, images: np.ndarray, questions: list[str], answers: list[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Right-padded with answers, for training (the loss is on the answer and its end of turn); else for generation."""
+        """Right-padded with answers, for training (the loss is on the answer and its end of turn);
+        else for generation.
+        """
         rows, labels = [], []
         for number, question in enumerate(questions):
             prompt = self.prompt_ids(question)
@@ -173,7 +181,8 @@ class Encoder:
             "attention_mask": torch.tensor(
                 [[1] * len(row) + [0] * (length - len(row)) for row in rows]
             ),
-            # Without it transformers 5 silently treats the image as text: its positions (Qwen), its attention (Gemma).
+            # Without it transformers 5 silently treats the image as text: its positions (Qwen), its
+            # attention (Gemma).
             self.family.token_types_name: (input_ids == self.image_token_id).int(),
             **self.family.pixel_inputs(images),
         }
@@ -182,11 +191,13 @@ class Encoder:
         return batch
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------
 
 
 class LocationHeads(nn.Module):
-    """Reads from the visual tokens where each label is, and from both which labels are there. Used in training only."""
+    """Reads from the visual tokens where each label is, and from both which labels are there. Used
+    in training only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,13 +326,14 @@ class Progress:
                 f"{name} {total / self.every:.3f}" for name, total in self.sums.items()
             )
             print(
-                f"{self.stage}  {step + 1}/{self.total_steps}  {means}  {time.monotonic() - self.start:.0f} s",
+                f"{self.stage}  {step + 1}/{self.total_steps}  {means} "
+                f" {time.monotonic() - self.start:.0f} s",
                 flush=True,
             )
             self.sums.clear()
 
 
-# -------------------------------------------------------------------------------------------------------------- checking
+# --------------------------------------------------------------------------------------------------
 
 
 def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
@@ -367,7 +379,7 @@ def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: P
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -415,7 +427,8 @@ def main(arguments: list[str] | None = None) -> None:
     encoder = Encoder(family, tokenizer)
     model, heads = family.build_model(tokenizer), LocationHeads()
     print(
-        f"{len(train.images)} radiographs, {len(tokenizer)} tokens, {model.num_parameters():,} parameters",
+        f"{len(train.images)} radiographs, {len(tokenizer)} tokens, {model.num_parameters():,}"
+        " parameters",
         flush=True,
     )
 

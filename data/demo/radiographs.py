@@ -1,18 +1,21 @@
-"""Draws synthetic frontal chest X-rays of two hospitals, so that everything can be run without credentialed data.
+"""Draws synthetic frontal chest X-rays of two hospitals, so that everything can be run without
+credentialed data.
 
-Nothing here is a patient. Every label is caused by something drawn, and every picture is a function of a seed and a site.
-The two sites differ as real hospitals do:
+Nothing here is a patient. Every label is caused by something drawn, and every picture is a function
+of a seed and a site. The two sites differ as real hospitals do:
 
   a   even exposure, little noise; its radiologists write down CheXpert's 14 labels
-  b   lower contrast, another film curve, more noise, a wider field, collimation edges, a burned-in side marker, another
-      prevalence; its radiologists write down NIH ChestX-ray14's strings, and never a wide mediastinum, a fracture or a device
+  b   lower contrast, another film curve, more noise, a wider field, collimation edges, a burned-in
+      side marker, another
+      prevalence; its radiologists write down NIH ChestX-ray14's strings, and never a wide
+      mediastinum, a fracture or a device
 
-A picture is drawn in three steps: anatomy (`_anatomy`), one function per finding (`_FINDINGS`), exposure and noise
-(`_develop`). Each step and each finding has its own random stream, so the same seed with one finding more or less shows the
-same patient under the same exposure.
+A picture is drawn in three steps: anatomy (`_anatomy`), one function per finding (`_FINDINGS`),
+exposure and noise (`_develop`). Each step and each finding has its own random stream, so the same
+seed with one finding more or less shows the same patient under the same exposure.
 
-Coordinates: x and y run from -1 to 1 over the picture, y downwards. The patient's right is on the picture's left.
-Brightness runs from 0 (air) to 1 (metal) until `_develop` turns it into bytes.
+Coordinates: x and y run from -1 to 1 over the picture, y downwards. The patient's right is on the
+picture's left. Brightness runs from 0 (air) to 1 (metal) until `_develop` turns it into bytes.
 """
 
 from __future__ import annotations
@@ -114,8 +117,8 @@ SITES: dict[str, Site] = {
 
 MAX_ABNORMALITIES = 4  # devices not counted; keeps teacher traces short
 
-# What site b writes down for a drawn label; Lung Lesion is 'Mass' or 'Nodule' by size, and the labels left out are never
-# written down.
+# What site b writes down for a drawn label; Lung Lesion is 'Mass' or 'Nodule' by size, and the
+# labels left out are never written down.
 _NIH_STRINGS = {
     "Cardiomegaly": "Cardiomegaly",
     "Lung Opacity": "Infiltration",
@@ -148,7 +151,9 @@ class Radiograph:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The source labels as CheXpert labels. Empty where site b saw only what the nine do not cover, such as an effusion."""
+        """The source labels as CheXpert labels. Empty where site b saw only what the nine do not
+        cover, such as an effusion.
+        """
         return self.findings if self.site == "a" else chexpert_labels_of_nih(self.source_labels)
 
     @property
@@ -220,14 +225,16 @@ def _nih_reading(findings: tuple[str, ...], locations: dict[str, str]) -> tuple[
 
 
 def _changed_cells(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """bool [4, 4]: the cells whose mean brightness change is visible, or within a factor of two of the strongest cell."""
+    """bool [4, 4]: the cells whose mean brightness change is visible, or within a factor of two of
+    the strongest cell.
+    """
     cell = IMAGE_SIZE // GRID_SIZE
     # [4, 4]
     change = np.abs(after - before).reshape(GRID_SIZE, cell, GRID_SIZE, cell).mean(axis=(1, 3))
     return change > min(0.012, 0.5 * change.max())
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# --------------------------------------------------------------------------------------------------
 
 
 def _edge(distance: np.ndarray, softness: float) -> np.ndarray:
@@ -262,7 +269,7 @@ def _texture(rng: np.random.Generator, cells: int) -> np.ndarray:
     return np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
 
-# --------------------------------------------------------------------------------------------------------------- anatomy
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -315,7 +322,9 @@ def _anatomy(rng: np.random.Generator, site: Site) -> Chest:
 
 
 def _coordinates(rng: np.random.Generator, site: Site) -> tuple[np.ndarray, np.ndarray]:
-    """Picture coordinates under the patient's rotation and shift and the site's field of view, two float32 [112, 112]."""
+    """Picture coordinates under the patient's rotation and shift and the site's field of view, two
+    float32 [112, 112].
+    """
     centres = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2.0 - 1.0
     x, y = np.meshgrid(centres, centres)
     angle = np.deg2rad(rng.normal(0.0, site.rotation_sd))
@@ -385,7 +394,7 @@ def _rib_course(rib_y: float, across: np.ndarray | float) -> np.ndarray | float:
     return rib_y + 0.6 * (across - 0.10) ** 2
 
 
-# -------------------------------------------------------------------------------------------------------------- findings
+# --------------------------------------------------------------------------------------------------
 # Each draws one label onto the chest and returns the words of its location.
 
 
@@ -569,7 +578,8 @@ def _fracture(chest: Chest, rng: np.random.Generator) -> str:
     chest.pixels -= 0.10 * np.exp(
         -np.square((across - break_x) / 0.035) - np.square((chest.y - break_y) / 0.05)
     )
-    # The outer piece is displaced downwards, the inner one upwards; callus makes both brighter than a rib.
+    # The outer piece is displaced downwards, the inner one upwards; callus makes both brighter than
+    # a rib.
     outer = _ridge(chest.y - (break_y + 0.085 + 0.9 * (across - break_x)), 0.024, 0.010)
     inner = _ridge(chest.y - (break_y - 0.045 + 0.5 * (across - break_x)), 0.024, 0.010)
     chest.pixels += (
@@ -625,7 +635,7 @@ _FINDINGS: dict[str, Callable[[Chest, np.random.Generator], str]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- exposure
+# --------------------------------------------------------------------------------------------------
 
 
 def _develop(chest: Chest, rng: np.random.Generator, site: Site) -> np.ndarray:

@@ -2,8 +2,9 @@
 
     python -m data.demo.splits FOLDER
 
-draws every split that the run scripts use. A split owns a block of seeds of its own, so no picture can be in two splits, and
-none of them can be among the pictures from which the base checkpoint learned.
+draws every split that the run scripts use. A split owns a block of seeds of its own, so no picture
+can be in two splits, and none of them can be among the pictures from which the base checkpoint
+learned.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ WRITTEN_SPLITS: tuple[str, ...] = tuple(name for name in SPLITS if not name.star
 
 
 def seeds(name: str, count: int | None = None) -> range:
-    """The first `count` seeds (default: the split's own count) of the block that belongs to split `name`.
+    """The first `count` seeds (default: the split's own count) of the block that belongs to split
+    `name`.
 
     Raises ValueError for an unknown split or a count that does not fit the block.
     """
@@ -72,10 +74,11 @@ def draw_split(name: str, count: int | None = None) -> list[Radiograph]:
 
 
 def write_split(name: str, count: int | None, folder: Path) -> Path:
-    """Draw a split into `<folder>/<name>/<id>.png` and `<folder>/<name>.jsonl`; returns the JSONL file.
+    """Draw a split into `<folder>/<name>/<id>.png` and `<folder>/<name>.jsonl`; returns the JSONL
+    file.
 
-    A JSONL file of the same count and generator version whose images exist is reused as it stands. It is written last and
-    under a temporary name first, so a complete one always has its images.
+    A JSONL file of the same count and generator version whose images exist is reused as it stands.
+    It is written last and under a temporary name first, so a complete one always has its images.
     """
     split_seeds = seeds(name, count)
     folder = Path(folder)

@@ -1,8 +1,10 @@
-"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels. And, from labels alone, a reading that
-names findings without a place, for any labelled image: it lets the whole pipeline run on real radiographs without a large model.
+"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels. And,
+from labels alone, a reading that names findings without a place, for any labelled image: it lets
+the whole pipeline run on real radiographs without a large model.
 
-The traces stand in for those that a large model writes about real images. They name what is drawn and where, in varied words
-and order, so that fine-tuning on them is language modelling and not the copying of one template.
+The traces stand in for those that a large model writes about real images. They name what is drawn
+and where, in varied words and order, so that fine-tuning on them is language modelling and not the
+copying of one template.
 """
 
 from __future__ import annotations
@@ -140,12 +142,15 @@ _NORMAL_PARTS: tuple[tuple[str, frozenset[str]], ...] = (
     ("angles are clear", frozenset({"Pleural Effusion"})),
     ("ribs are intact", frozenset({"Fracture"})),
 )
-# A longer reading gets no opening and no normal part, which bounds its length. Up to three findings leave a part normal.
+# A longer reading gets no opening and no normal part, which bounds its length. Up to three findings
+# leave a part normal.
 _MOST_FINDINGS_WITH_EXTRAS = 3
 
 
 def finding_phrases(radiograph: Radiograph, rng: np.random.Generator) -> dict[str, str]:
-    """One phrase in lower case for each drawn label, No Finding included when nothing is abnormal; in CheXpert's order."""
+    """One phrase in lower case for each drawn label, No Finding included when nothing is abnormal;
+    in CheXpert's order.
+    """
     phrases = {}
     for label in radiograph.findings:
         wordings = _ALL_NORMAL if label == NO_FINDING else _WORDINGS[label]
@@ -169,9 +174,11 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
 
 
 def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
-    """The teacher's answer: "<think>Enlarged heart. Ribs are intact.</think><solution>Cardiomegaly</solution>".
+    """The teacher's answer: "<think>Enlarged heart. Ribs are
+    intact.</think><solution>Cardiomegaly</solution>".
 
-    The solution holds the drawn labels in CheXpert's order. The words are a function of the radiograph and `seed`.
+    The solution holds the drawn labels in CheXpert's order. The words are a function of the
+    radiograph and `seed`.
     """
     rng = np.random.default_rng([seed, radiograph.seed])
     labels = ", ".join(label for label in LABELS if label in radiograph.findings)
@@ -179,7 +186,8 @@ def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
 
 
 def trace_from_labels(labels: Collection[str], seed: int) -> str:
-    """The teacher's answer for an image of which only the labels are known, in the same form and order of the labels.
+    """The teacher's answer for an image of which only the labels are known, in the same form and
+    order of the labels.
 
     The words are a function of the labels and `seed`.
     """

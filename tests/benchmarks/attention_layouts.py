@@ -1,18 +1,24 @@
-"""Layouts of the same completions in a training forward: split attention (the product's), in one bucket, dense-packed and padded plain.
+"""Layouts of the same completions in a training forward: split attention (the product's), in one
+bucket, dense-packed and padded plain.
 
     python tests/benchmarks/attention_layouts.py [--generations 4 8] [--pairs 5] [--dtype fp32]
 
-All run the decoder forward and backward with gradient checkpointing and adapters of rank 16, without vision tower and head, on
-one prompt of 577 tokens (256 an image) and G completions: even ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
+All run the decoder forward and backward with gradient checkpointing and adapters of rank 16,
+without vision tower and head, on one prompt of 577 tokens (256 an image) and G completions: even
+ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
 
-    split    tokens in one row; the prompt attends to itself, each completion to its prompt and itself (engine/attention.py)
+    split    tokens in one row; the prompt attends to itself, each completion to its prompt and
+             itself (engine/attention.py)
     one      as split, with completions of all lengths in one bucket, padded in attention alone
-    packed   tokens in one row, one mask [M,M] over it for transformers' SDPA; blocks between completions are computed and masked
-    padded   every completion is a row with its own copy of the prompt, padded to the longest (tests/plain.py)
+    packed   tokens in one row, one mask [M,M] over it for transformers' SDPA; blocks between
+             completions are computed and masked
+    padded   every completion is a row with its own copy of the prompt, padded to the longest
+             (tests/plain.py)
 
-Hidden states and adapter gradients are compared first. They alternate in one process; printed are medians of CPU and
-wall seconds, each layout's time over split's as the median over pairs with the smallest and largest, and the peak of allocated
-memory over the loaded model. On a GPU CPU time is that of launching, and wall time says how fast it is.
+Hidden states and adapter gradients are compared first. They alternate in one process; printed are
+medians of CPU and wall seconds, each layout's time over split's as the median over pairs with the
+smallest and largest, and the peak of allocated memory over the loaded model. On a GPU CPU time is
+that of launching, and wall time says how fast it is.
 """
 
 from __future__ import annotations
@@ -30,16 +36,28 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
-import data.collate  # noqa: E402
 import plain  # noqa: E402
+from memory_forecast import (
+    DTYPES,
+    Sizes,
+    allocated_peak,
+    load,
+    make_prompt,
+    model_config,
+)  # noqa: E402
+
+import data.collate  # noqa: E402
 from data.collate import Batch, collate_rows  # noqa: E402
 from data.encode import EncodedRow  # noqa: E402
 from engine.attention import additive_mask  # noqa: E402
 from engine.families import language_model  # noqa: E402
 from engine.forward import completion_hidden_states, embed, packed_positions  # noqa: E402
-from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing  # noqa: E402
+from engine.model import (
+    LoadedModel,
+    attach_new_adapter,
+    enable_gradient_checkpointing,
+)  # noqa: E402
 from engine.runtime import pick_device, versions  # noqa: E402
-from memory_forecast import DTYPES, Sizes, allocated_peak, load, make_prompt, model_config  # noqa: E402
 
 SIZES = Sizes()
 
@@ -137,13 +155,12 @@ def main() -> None:
         },
     )
     print(
-        f"Qwen2.5-VL, {SIZES.layers} decoder layers, hidden {SIZES.hidden}, {SIZES.heads} heads, 2 KV heads, {arguments.dtype}, {device}, "
-        f"{arguments.num_threads} thread(s)\n{versions()}\n"
+        f"Qwen2.5-VL, {SIZES.layers} decoder layers, hidden {SIZES.hidden}, {SIZES.heads} heads, 2"
+        f" KV heads, {arguments.dtype}, {device}, {arguments.num_threads} thread(s)\n{versions()}\n"
     )
     print(
-        "| G | completions | layout | tokens run | CPU s | wall s | CPU / split's | wall / split's | peak MB |\n"
-        + "|---" * 9
-        + "|"
+        "| G | completions | layout | tokens run | CPU s | wall s | CPU / split's | wall / split's"
+        " | peak MB |\n" + "|---" * 9 + "|"
     )
 
     for generations in arguments.generations:
@@ -207,8 +224,8 @@ def main() -> None:
                     for i in (0, 1)
                 ]
                 print(
-                    f"| {generations} | {kind} | {name} | {tokens.get(name, tokens['split'])} | {cpu:.2f} | {wall:.2f} | {ratios[0]} | {ratios[1]} "
-                    f"| {peaks[name]:.0f} |",
+                    f"| {generations} | {kind} | {name} | {tokens.get(name, tokens['split'])} |"
+                    f" {cpu:.2f} | {wall:.2f} | {ratios[0]} | {ratios[1]} | {peaks[name]:.0f} |",
                     flush=True,
                 )
 

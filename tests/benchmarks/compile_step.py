@@ -2,11 +2,12 @@
 
     python tests/benchmarks/compile_step.py [--model demo] [--dtype fp32] [--pairs 5]
 
-Two copies of a model with the same random adapter get the same random completions (16 prompts x 4, up to 96 tokens, two micro-batches).
-First the first pass of each (the compiled one's compiles; TORCHINDUCTOR_COMPILE_THREADS=1 keeps all of it in this process and those
-it waits for, and a new TORCHINDUCTOR_CACHE_DIR makes it begin from nothing), the graphs so far, and the largest difference. Then the
-two alternate in one process: medians of CPU and wall seconds, and the ratio without / with --compile as the median over pairs with
-the smallest and largest. On a GPU the wall time counts.
+Two copies of a model with the same random adapter get the same random completions (16 prompts x 4,
+up to 96 tokens, two micro-batches). First the first pass of each (the compiled one's compiles;
+TORCHINDUCTOR_COMPILE_THREADS=1 keeps all of it in this process and those it waits for, and a new
+TORCHINDUCTOR_CACHE_DIR makes it begin from nothing), the graphs so far, and the largest difference.
+Then the two alternate in one process: medians of CPU and wall seconds, and the ratio without / with
+--compile as the median over pairs with the smallest and largest. On a GPU the wall time counts.
 """
 
 from __future__ import annotations
@@ -133,19 +134,21 @@ def main() -> None:
 
     device = pick_device(arguments.num_threads)
     print(
-        f"{arguments.model}, {arguments.dtype}, {device}, {arguments.num_threads} thread(s)\n{versions()}"
+        f"{arguments.model}, {arguments.dtype}, {device}, {arguments.num_threads}"
+        f" thread(s)\n{versions()}"
     )
     plain, compiled = Step(arguments, device, False), Step(arguments, device, True)
     results = {}
     for name, step in (("without", plain), ("with", compiled)):
         cpu, wall = seconds(lambda: (step.score(), results.update({name: step.update()})), device)
         print(
-            f"first pass {name} --compile: {cpu:.1f} CPU s, {wall:.1f} s; {counters['stats']['unique_graphs']} graphs"
+            f"first pass {name} --compile: {cpu:.1f} CPU s, {wall:.1f} s;"
+            f" {counters['stats']['unique_graphs']} graphs"
         )
     (logprobs, gradients), (expected, eager) = results["with"], results["without"]
     print(
-        f"largest difference of log-probabilities {float((logprobs - expected).abs().max()):.1e}; of gradients, in L2, "
-        f"{float((gradients - eager).norm() / eager.norm()):.1e} of theirs\n"
+        f"largest difference of log-probabilities {float((logprobs - expected).abs().max()):.1e};"
+        f" of gradients, in L2, {float((gradients - eager).norm() / eager.norm()):.1e} of theirs\n"
     )
     for phase in ("score", "update"):
         pairs = [
@@ -156,8 +159,9 @@ def main() -> None:
             ratios = [without[i] / having[i] for without, having in pairs]
             medians = [statistics.median(pair[which][i] for pair in pairs) for which in (0, 1)]
             print(
-                f"{phase:6} {clock:4} s: {medians[0]:.3f} without, {medians[1]:.3f} with; ratio {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} to {max(ratios):.2f}, {len(pairs)} pairs)"
+                f"{phase:6} {clock:4} s: {medians[0]:.3f} without, {medians[1]:.3f} with; ratio"
+                f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f},"
+                f" {len(pairs)} pairs)"
             )
 
 

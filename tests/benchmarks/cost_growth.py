@@ -1,19 +1,23 @@
-"""How the cost of a GRPO step's parts grows: with completions of a prompt, prompts, their length, the completions' length and the
-vocabulary; and that a second look at an image costs no time in the vision tower.
+"""How the cost of a GRPO step's parts grows: with completions of a prompt, prompts, their length,
+the completions' length and the vocabulary; and that a second look at an image costs no time in the
+vision tower.
 
-    python tests/benchmarks/cost_growth.py                                          # both families; about half an hour
+    python tests/benchmarks/cost_growth.py                                          # both families;
+    about half an hour
     python tests/benchmarks/cost_growth.py --new_tokens 32 --rounds 1               # a first look
 
-On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread. The parts are those of the loops: the
-sampler; old and reference log-probabilities; the policy's forward and backward pass with entropy. One quantity grows at a time.
-Seconds are CPU time of this process, medians over rounds that go through all sizes in turn. Memory is what torch allocates at most
-at once over the loaded model, from its profiler: the same each time. All tokens go through one forward; in the last column, in
-pieces, through forwards of at most --max_tokens_per_forward tokens.
+On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread. The parts
+are those of the loops: the sampler; old and reference log-probabilities; the policy's forward and
+backward pass with entropy. One quantity grows at a time. Seconds are CPU time of this process,
+medians over rounds that go through all sizes in turn. Memory is what torch allocates at most at
+once over the loaded model, from its profiler: the same each time. All tokens go through one
+forward; in the last column, in pieces, through forwards of at most --max_tokens_per_forward tokens.
 
-Below each table cost is fitted by a line over all tokens, n(S + G C) for n prompts of S tokens with G completions of C: seconds a
-thousand tokens, R^2, and the largest distance of a measured time from the line, in percent of the time. Attention is the part that
-no line describes: its share of a training pass's operations is in the table, and below all tables the same fit has a second term
-for the pairs of tokens that see each other.
+Below each table cost is fitted by a line over all tokens, n(S + G C) for n prompts of S tokens with
+G completions of C: seconds a thousand tokens, R^2, and the largest distance of a measured time from
+the line, in percent of the time. Attention is the part that no line describes: its share of a
+training pass's operations is in the table, and below all tables the same fit has a second term for
+the pairs of tokens that see each other.
 """
 
 from __future__ import annotations
@@ -186,7 +190,9 @@ def measured(
 
 
 def allocated(step: Callable[[], None]) -> int:
-    """Bytes, as allocated_peak. A sampler's profile has a million events, in cycles that would pile up to tens of GB."""
+    """Bytes, as allocated_peak. A sampler's profile has a million events, in cycles that would pile
+    up to tens of GB.
+    """
     found = allocated_peak(step, models.CPU)
     gc.collect()
     return found
@@ -198,10 +204,12 @@ def seconds(step: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
+# ---- lines ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fit:
-    """coefficients: of a constant and of each term. residual: the largest distance from a measured value, as a share of it."""
+    """coefficients: of a constant and of each term. residual: the largest distance from a measured
+    value, as a share of it.
+    """
 
     coefficients: list[float]
     r_squared: float
@@ -235,15 +243,16 @@ def print_growth(
 ) -> None:
     print(f"\n  {'':20} {'':7} {'':9} {'CPU time, s':>33}   {'memory, MB':>41}")
     print(
-        f"  {title:20} {'tokens':>7} {'attention':>9} {'sampler':>9} {'old + ref':>11} {'policy':>11}   {'sampler':>9} {'old + ref':>10} {'policy':>9} "
-        f"{'in pieces':>10}"
+        f"  {title:20} {'tokens':>7} {'attention':>9} {'sampler':>9} {'old + ref':>11}"
+        f" {'policy':>11}   {'sampler':>9} {'old + ref':>10} {'policy':>9} {'in pieces':>10}"
     )
     for name, point, costs in zip(quantity, points, found):
         sampler, scoring, policy = (costs.seconds[part] for part in PARTS)
         held = [costs.bytes[part] / 1e6 for part in (*PARTS, PIECES)]
         print(
-            f"  {name:>20} {point.tokens:7} {bench.attention_share(point):9.1%} {sampler:9.3f} {scoring:11.3f} {policy:11.3f}   "
-            f"{held[0]:9.1f} {held[1]:10.1f} {held[2]:9.1f} {held[3]:10.1f}"
+            f"  {name:>20} {point.tokens:7} {bench.attention_share(point):9.1%} {sampler:9.3f}"
+            f" {scoring:11.3f} {policy:11.3f}   {held[0]:9.1f} {held[1]:10.1f} {held[2]:9.1f}"
+            f" {held[3]:10.1f}"
         )
     tokens = [point.tokens / 1000 for point in points]
     if len(set(tokens)) < 3:
@@ -254,8 +263,9 @@ def print_growth(
             fit([costs.bytes[part] / 1e6 for costs in found], tokens),
         )
         print(
-            f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.3f} s a thousand tokens: {described(line)};   "
-            f"{memory.coefficients[0]:7.1f} MB + {memory.coefficients[1]:6.1f} MB: {described(memory)}",
+            f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.3f} s a"
+            f" thousand tokens: {described(line)};   {memory.coefficients[0]:7.1f} MB +"
+            f" {memory.coefficients[1]:6.1f} MB: {described(memory)}",
             flush=True,
         )
 
@@ -277,8 +287,9 @@ def second_look(bench: Workbench, examples: Sequence[Example], sizes: Sizes) -> 
             seconds(lambda: bench.model.encode_prompt(example, prompt)) for example in examples
         ]
         print(
-            f"    {look:6} look: {len(forwards)} forwards of the tower, {statistics.median(times) * 1000:8.2f} ms an image with its prompt "
-            f"({min(times) * 1000:.2f} to {max(times) * 1000:.2f})",
+            f"    {look:6} look: {len(forwards)} forwards of the tower,"
+            f" {statistics.median(times) * 1000:8.2f} ms an image with its prompt"
+            f" ({min(times) * 1000:.2f} to {max(times) * 1000:.2f})",
             flush=True,
         )
     hook.remove()
@@ -290,8 +301,9 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
     examples = models.make_examples(folder / "images", most_prompts, sizes)
     bench = Workbench(family, folder, sizes, arguments.max_tokens_per_forward)
     print(
-        f"\n{FAMILIES[family]}: prompts of {sizes.prompt_length} tokens, 256 of them an image, completions of {sizes.new_tokens}, "
-        f"1 prompt, 4 completions, vocabulary {sizes.vocabulary:,}, where nothing else is said"
+        f"\n{FAMILIES[family]}: prompts of {sizes.prompt_length} tokens, 256 of them an image,"
+        f" completions of {sizes.new_tokens}, 1 prompt, 4 completions, vocabulary"
+        f" {sizes.vocabulary:,}, where nothing else is said"
     )
     second_look(bench, examples, sizes)
     base = Point(sizes)
@@ -324,9 +336,10 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
         values = [costs.seconds[part] for _, costs in everything]
         line, plane = fit(values, tokens), fit(values, tokens, pairs)
         print(
-            f"    {part:16} {line.coefficients[0]:.3f} s + {line.coefficients[1]:.3f} s a thousand tokens: {described(line)};  with attention "
-            f"{plane.coefficients[0]:.3f} s + {plane.coefficients[1]:.3f} s a thousand tokens + {plane.coefficients[2]:.3f} s a million pairs: "
-            f"{described(plane)}",
+            f"    {part:16} {line.coefficients[0]:.3f} s + {line.coefficients[1]:.3f} s a thousand"
+            f" tokens: {described(line)};  with attention {plane.coefficients[0]:.3f} s +"
+            f" {plane.coefficients[1]:.3f} s a thousand tokens + {plane.coefficients[2]:.3f} s a"
+            f" million pairs: {described(plane)}",
             flush=True,
         )
     of_vocabularies, shorter = (
@@ -353,7 +366,8 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
                 [n / 1000 for n in arguments.vocabularies],
             )
             print(
-                f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.4f} s a thousand words of the vocabulary: {described(line)}",
+                f"    {part:16} {line.coefficients[0]:7.3f} s + {line.coefficients[1]:6.4f} s a"
+                f" thousand words of the vocabulary: {described(line)}",
                 flush=True,
             )
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/cpu_threads.py [--threads 2] [--rounds 5]
 
-Both variants alternate in one process and the median of the paired ratios is printed, so other work on the machine hits both. On an
-idle machine more threads may win; beside other work they wait for each other, and the demo's recipe therefore asks for one.
+Both variants alternate in one process and the median of the paired ratios is printed, so other work
+on the machine hits both. On an idle machine more threads may win; beside other work they wait for
+each other, and the demo's recipe therefore asks for one.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ def main() -> None:
     pairs = [(seconds(1), seconds(arguments.threads)) for _ in range(arguments.rounds)]
     ratios = [several / one for one, several in pairs]
     print(
-        f"one thread: median {statistics.median(one for one, _ in pairs):.3f} s a step of 16 sequences"
+        f"one thread: median {statistics.median(one for one, _ in pairs):.3f} s a step of 16"
+        " sequences"
     )
     print(
-        f"{arguments.threads} threads / one thread: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
+        f"{arguments.threads} threads / one thread: median {statistics.median(ratios):.2f}, from"
+        f" {min(ratios):.2f} to {max(ratios):.2f}"
     )
 
 

@@ -1,14 +1,17 @@
-"""What GRPO adds on the embedded demo: several seeds, both rewards, and the control that spends the same images on more SFT.
+"""What GRPO adds on the embedded demo: several seeds, both rewards, and the control that spends the
+same images on more SFT.
 
     python tests/benchmarks/demo_study.py FOLDER [--seeds 1 2 3] [--jobs 2] [--recipe demo]
 
-For each seed: SFT; GRPO from it, once trained on each reward; and the control, which goes on with SFT on the images that GRPO
-drew, with the teacher's traces for them, for as many passes as GRPO made. Each of them and the base answer the splits study-a
-and study-b, on which nothing was ever chosen: greedily, and at the temperature of the rollouts with several sampling seeds. What
-is finished in FOLDER is not done again, so a study that was stopped goes on; its tables are in FOLDER/study.md.
+For each seed: SFT; GRPO from it, once trained on each reward; and the control, which goes on with
+SFT on the images that GRPO drew, with the teacher's traces for them, for as many passes as GRPO
+made. Each of them and the base answer the splits study-a and study-b, on which nothing was ever
+chosen: greedily, and at the temperature of the rollouts with several sampling seeds. What is
+finished in FOLDER is not done again, so a study that was stopped goes on; its tables are in
+FOLDER/study.md.
 
-Differences are paired: an image's mean reward over the sampling seeds, minus the same of the SFT adapter that the arm started
-from. Their standard error is over images.
+Differences are paired: an image's mean reward over the sampling seeds, minus the same of the SFT
+adapter that the arm started from. Their standard error is over images.
 """
 
 from __future__ import annotations
@@ -47,9 +50,11 @@ ARMS = {
 }
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 def run(folder: Path, name: str, module: str, *arguments: str) -> None:
-    """`python -m module ... --output_dir name` in the study's folder; its console goes to <name>.log."""
+    """`python -m module ... --output_dir name` in the study's folder; its console goes to
+    <name>.log.
+    """
     print(f"{name} ...", flush=True)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *arguments, "--output_dir", name]
@@ -63,7 +68,8 @@ def run(folder: Path, name: str, module: str, *arguments: str) -> None:
         )
     if finished.returncode:
         raise SystemExit(
-            f"{name} ended with {finished.returncode}: see {folder / name}.log, remove that folder and start again"
+            f"{name} ended with {finished.returncode}: see {folder / name}.log, remove that folder"
+            " and start again"
         )
 
 
@@ -99,7 +105,9 @@ def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
 
 
 def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
-    """(data file, passes): the images of GRPO's rollouts with the teacher's traces, and how often GRPO drew an image on average."""
+    """(data file, passes): the images of GRPO's rollouts with the teacher's traces, and how often
+    GRPO drew an image on average.
+    """
     with open(folder / f"grpo-hard-{seed}/completions.jsonl", encoding="utf-8") as lines:
         drawn = [json.loads(line)["id"] for line in lines]  # once for each completion
     examples = read_jsonl(folder / "demo-data/rl-train.jsonl")
@@ -170,11 +178,11 @@ def study_seed(folder: Path, seed: int, recipe: str) -> None:
         )
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Answers:
-    """What one model's answers to one site are worth in some modes: rewards {name: [images]}, scaled as they are trained on and
-    averaged over the modes; scores, means over the modes.
+    """What one model's answers to one site are worth in some modes: rewards {name: [images]},
+    scaled as they are trained on and averaged over the modes; scores, means over the modes.
     """
 
     rewards: dict[str, np.ndarray]
@@ -241,7 +249,9 @@ COLUMNS = (
 
 
 class Tables:
-    """The tables of one site in Markdown, from the answers in the study's folder. T: at the rollouts' temperature."""
+    """The tables of one site in Markdown, from the answers in the study's folder. T: at the
+    rollouts' temperature.
+    """
 
     def __init__(self, folder: Path, study_seeds: Sequence[int], site: str):
         self.folder, self.seeds, self.site = folder, study_seeds, site
@@ -325,7 +335,9 @@ class Tables:
         return rows
 
     def by_seed(self) -> list[str]:
-        """A row for each seed and arm; gains over the same seed's SFT adapter, with their standard error."""
+        """A row for each seed and arm; gains over the same seed's SFT adapter, with their standard
+        error.
+        """
         rows = [self.row("", "base", names=["base"])]
         for seed in self.seeds:
             for arm, title in ARMS.items():

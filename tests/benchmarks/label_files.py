@@ -2,10 +2,11 @@
 
     python tests/benchmarks/label_files.py [--rows 224000]
 
-Writes made-up label files into a temporary folder (no images) and loads each in a process of its own: seconds of `load_chexpert`
-and `load_mimic` with all frontal images kept, CPU seconds beside them (on a busy machine the first are longer), and the peak
-resident memory of the process, Python and its imports included. Each label of a study is drawn on its own, so there are more
-different combinations than in real files, which costs time.
+Writes made-up label files into a temporary folder (no images) and loads each in a process of its
+own: seconds of `load_chexpert` and `load_mimic` with all frontal images kept, CPU seconds beside
+them (on a busy machine the first are longer), and the peak resident memory of the process, Python
+and its imports included. Each label of a study is drawn on its own, so there are more different
+combinations than in real files, which costs time.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def measure(name: str, folder: Path) -> None:
     seconds, cpu = time.perf_counter() - start, time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
     print(
-        f"{name}: {seconds:.2f} s ({cpu:.2f} s of CPU with the imports), {len(examples):,} examples, peak {peak:.0f} MiB",
+        f"{name}: {seconds:.2f} s ({cpu:.2f} s of CPU with the imports), {len(examples):,}"
+        f" examples, peak {peak:.0f} MiB",
         flush=True,
     )
 

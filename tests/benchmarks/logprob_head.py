@@ -1,16 +1,21 @@
-"""The head's log-probabilities (engine/logprobs.py) against all logits at once: peak memory and time, forward and backward.
+"""The head's log-probabilities (engine/logprobs.py) against all logits at once: peak memory and
+time, forward and backward.
 
-    python tests/benchmarks/logprob_head.py                                        # both vocabularies, real hidden sizes; about 20 minutes
+    python tests/benchmarks/logprob_head.py                                        # both
+    vocabularies, real hidden sizes; about 20 minutes
     python tests/benchmarks/logprob_head.py --hidden 256 --dtypes fp32             # minutes
-    python tests/benchmarks/logprob_head.py --chunk_sizes 64 128 256 512           # ours with other chunks as well
+    python tests/benchmarks/logprob_head.py --chunk_sizes 64 128 256 512           # ours with other
+    chunks as well
 
-"full" is log_softmax(hidden @ head.T).gather(targets) with autograd, the whole [tokens, vocabulary] matrix; its entropy is taken
-from the same log_softmax without gradient. Both get the same hidden states and head; log-probabilities and the gradients of the
-hidden states are compared before anything is timed. The head is frozen on both sides, temperature 1.
+"full" is log_softmax(hidden @ head.T).gather(targets) with autograd, the whole [tokens, vocabulary]
+matrix; its entropy is taken from the same log_softmax without gradient. Both get the same hidden
+states and head; log-probabilities and the gradients of the hidden states are compared before
+anything is timed. The head is frozen on both sides, temperature 1.
 
-Memory: what the process's resident size reaches over that of the loaded inputs (Linux: VmHWM, reset before the pass), each variant
-in a process of its own; it holds the result and the gradient of the hidden states as well. Time: the variants alternate in one
-process, on one thread; CPU time of this process and wall clock, medians over the rounds, ratios of the rounds' pairs.
+Memory: what the process's resident size reaches over that of the loaded inputs (Linux: VmHWM, reset
+before the pass), each variant in a process of its own; it holds the result and the gradient of the
+hidden states as well. Time: the variants alternate in one process, on one thread; CPU time of this
+process and wall clock, medians over the rounds, ratios of the rounds' pairs.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ Step = Callable[[], tuple[Tensor, Tensor]]
 def make_inputs(
     tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states [N,H] with gradient, head [V,H], targets [N]), such that logits have the size of a real model's."""
+    """(hidden states [N,H] with gradient, head [V,H], targets [N]), such that logits have the size
+    of a real model's.
+    """
     torch.manual_seed(0)
     head = torch.empty(vocabulary, hidden, dtype=dtype).normal_(std=3 / hidden**0.5)
     return (
@@ -131,12 +138,14 @@ def compare(
     for variant in variants[1:]:
         found, of_hidden = make_step(variant, True, *inputs)()
         print(
-            f"  chunk {variant}: log-probabilities differ by at most {float((found - expected).abs().max()):.1e}, "
-            f"gradients by {float((of_hidden - gradient).norm() / gradient.norm()):.1e} of their norm"
+            f"  chunk {variant}: log-probabilities differ by at most"
+            f" {float((found - expected).abs().max()):.1e}, gradients by"
+            f" {float((of_hidden - gradient).norm() / gradient.norm()):.1e} of their norm"
         )
     del expected, gradient, found, of_hidden
     print(
-        f"  {'':26} {'peak MB':>8} {'CPU s':>7} {'wall s':>7}   full / this, by CPU time   by wall clock"
+        f"  {'':26} {'peak MB':>8} {'CPU s':>7} {'wall s':>7}   full / this, by CPU time   by wall"
+        " clock"
     )
     for entropy in (False, True):
         steps = {variant: make_step(variant, entropy, *inputs) for variant in variants}
@@ -152,7 +161,8 @@ def compare(
             )
             peak = child_peak(variant, int(entropy), tokens, vocabulary, hidden, dtype)
             print(
-                f"  {name:26} {peak:8.0f} {statistics.median(cpu):7.2f} {statistics.median(wall):7.2f}   "
+                f"  {name:26} {peak:8.0f} {statistics.median(cpu):7.2f}"
+                f" {statistics.median(wall):7.2f}   "
                 + ("" if variant == "full" else f"{spread(ratios[0]):24}   {spread(ratios[1])}"),
                 flush=True,
             )

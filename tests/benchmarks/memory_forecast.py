@@ -1,12 +1,16 @@
-"""The memory forecast of engine/memory.py: against measured peaks on small models of both families, and for real recipes.
+"""The memory forecast of engine/memory.py: against measured peaks on small models of both families,
+and for real recipes.
 
-    python tests/benchmarks/memory_forecast.py                  # forecast and measured peaks, each in a process of its own
-    python tests/benchmarks/memory_forecast.py --cards          # the shipped recipes on 24, 40 and 80 GB: arithmetic, not measured
+    python tests/benchmarks/memory_forecast.py                  # forecast and measured peaks, each
+    in a process of its own
+    python tests/benchmarks/memory_forecast.py --cards          # the shipped recipes on 24, 40 and
+    80 GB: arithmetic, not measured
 
-Measured is what a phase allocates over the loaded model, with its adapters. On a CPU: every allocation of torch, from its
-profiler (exact, the same each time), and beside it the growth of the process's resident memory (VmHWM), which adds
-what libraries hold and pages that malloc keeps. On a GPU: torch.cuda.max_memory_allocated. The models are random: 3 decoder
-layers, hidden 512, MLP 1376, 8 heads, 2 KV heads, vocabulary 4,096; prompts of 577 tokens, 256 of them an image, 256 new tokens.
+Measured is what a phase allocates over the loaded model, with its adapters. On a CPU: every
+allocation of torch, from its profiler (exact, the same each time), and beside it the growth of the
+process's resident memory (VmHWM), which adds what libraries hold and pages that malloc keeps. On a
+GPU: torch.cuda.max_memory_allocated. The models are random: 3 decoder layers, hidden 512, MLP 1376,
+8 heads, 2 KV heads, vocabulary 4,096; prompts of 577 tokens, 256 of them an image, 256 new tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ from transformers import (
 from data.collate import collate_rows
 from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import PROMPTS, SYSTEM_PROMPT
-from engine.config import parse_config
 from engine.attention import IMPLEMENTATION
+from engine.config import parse_config
 from engine.families import family_of, lm_head_weight
 from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import SamplingConfig, generate
@@ -147,7 +151,9 @@ def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
 
 
 def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A random model as engine.model.load_model returns it, without a tokenizer and without stop ids: completions are full."""
+    """A random model as engine.model.load_model returns it, without a tokenizer and without stop
+    ids: completions are full.
+    """
     torch.manual_seed(0)
     base = (
         CLASSES[config.model_type]
@@ -218,8 +224,8 @@ def phase_step(
     wrapped: PeftModel,
     device,
 ) -> Callable[[], None]:
-    """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made inside. GRPO's updates get
-    the prompts with features from the rollout.
+    """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made
+    inside. GRPO's updates get the prompts with features from the rollout.
     """
 
     @torch.no_grad()
@@ -308,7 +314,9 @@ def prepare(
 
 
 def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes of tensors and kernels' buffers that `step` holds at most at once, over what is there before it."""
+    """Bytes of tensors and kernels' buffers that `step` holds at most at once, over what is there
+    before it.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -322,7 +330,9 @@ def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
 
 
 def profiled_peak(profile: torch.profiler.profile) -> int:
-    """Bytes that torch's CPU allocator held at most over those at the profile's beginning; it must have `profile_memory`."""
+    """Bytes that torch's CPU allocator held at most over those at the profile's beginning; it must
+    have `profile_memory`.
+    """
     events = [
         (event.start_ns(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
@@ -358,7 +368,8 @@ def measure(family: str, phase: str, dtype: str) -> None:
 
 def compare(families: list[str], dtypes: list[str], phases: list[str]) -> None:
     print(
-        f"{'family':12} {'dtype':5} {'phase':18} {'forecast MB':>12} {'allocated MB':>13} {'ratio':>6} {'resident MB':>12}"
+        f"{'family':12} {'dtype':5} {'phase':18} {'forecast MB':>12} {'allocated MB':>13}"
+        f" {'ratio':>6} {'resident MB':>12}"
     )
     for family, dtype, phase in (
         (family, dtype, phase) for family in families for dtype in dtypes for phase in phases
@@ -369,12 +380,13 @@ def compare(families: list[str], dtypes: list[str], phases: list[str]) -> None:
         ).stdout
         expected, allocated, grown = map(int, output.split()[-3:])
         print(
-            f"{family:12} {dtype:5} {phase:18} {expected / 1e6:12.1f} {allocated / 1e6:13.1f} {expected / allocated:6.2f} {grown / 1e6:12.1f}",
+            f"{family:12} {dtype:5} {phase:18} {expected / 1e6:12.1f} {allocated / 1e6:13.1f}"
+            f" {expected / allocated:6.2f} {grown / 1e6:12.1f}",
             flush=True,
         )
 
 
-# ---- the shipped recipes on real cards: arithmetic ------------------------------------------------------------------
+# ---- the shipped recipes on real cards: arithmetic -----------------------------------------------
 def published_shape(name: str) -> ModelShape:
     """The published sizes of a recipe's model; its parameters are counted on the meta device."""
     config = REAL_CONFIGS["gemma3" if "gemma" in name else "qwen2_5_vl"]()
@@ -385,8 +397,9 @@ def published_shape(name: str) -> ModelShape:
 
 
 def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
-    """(model, workload) of a shipped recipe on a GPU. No tokenizer is at hand: a prompt's text counts a token for four
-    characters and 30 for the chat's frame; answers are taken as long as max_completion_length, images as max_visual_tokens.
+    """(model, workload) of a shipped recipe on a GPU. No tokenizer is at hand: a prompt's text
+    counts a token for four characters and 30 for the chat's frame; answers are taken as long as
+    max_completion_length, images as max_visual_tokens.
     """
     config = parse_config(
         [SFTConfig] if script == "sft" else [GRPOConfig, ObjectiveConfig],
@@ -426,7 +439,9 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
 
 
 def largest(fitting: Callable[[int], bool], limit: int = 4096) -> int:
-    """The largest number up to `limit` that fits; 0 where 1 does not. What fits grows no smaller with a larger number."""
+    """The largest number up to `limit` that fits; 0 where 1 does not. What fits grows no smaller
+    with a larger number.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -439,7 +454,9 @@ def phase_fits(shape: ModelShape, work: Workload, phase: str, card: int) -> bool
 
 
 def cards() -> None:
-    """Every shipped recipe of a real model: forecast by part, cards that hold it, and the largest batches that they hold."""
+    """Every shipped recipe of a real model: forecast by part, cards that hold it, and the largest
+    batches that they hold.
+    """
     print("Arithmetic for a GPU, not measured on one.")
     shapes: dict[str, ModelShape] = {}
     for recipe in ("medgemma-4b-free-reasoning", "qwen2.5-vl-3b-reasoning-a", "qwen2.5-vl-3b-24gb"):
@@ -453,9 +470,10 @@ def cards() -> None:
                 else ""
             )
             print(
-                f"\n{recipe} {script}: {name}, {shape.base_parameters:,} parameters; prompt {work.prompt_length}, "
-                f"of them image {work.image_tokens}, completion {work.completion_length}; {work.micro_batch} rows a micro-batch{rows}, "
-                f"{work.eval_rows} decoded together"
+                f"\n{recipe} {script}: {name}, {shape.base_parameters:,} parameters; prompt"
+                f" {work.prompt_length}, of them image {work.image_tokens}, completion"
+                f" {work.completion_length}; {work.micro_batch} rows a micro-batch{rows},"
+                f" {work.eval_rows} decoded together"
             )
             print(memory_table(found, work))
             for card in CARDS:
@@ -470,7 +488,10 @@ def cards() -> None:
                 decoded = largest(
                     lambda n: phase_fits(shape, replace(work, eval_rows=n), "evaluation", card)
                 )
-                line = f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded together"
+                line = (
+                    f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded"
+                    " together"
+                )
                 if work.rollout_prompts:
                     prompts = largest(
                         lambda n: phase_fits(

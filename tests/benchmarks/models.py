@@ -1,15 +1,18 @@
-"""The models of the benchmarks: small random checkpoints of the two real classes whose image costs, beside one sequence of the
-language model, what it costs in the real ones.
+"""The models of the benchmarks: small random checkpoints of the two real classes whose image costs,
+beside one sequence of the language model, what it costs in the real ones.
 
-    python tests/benchmarks/models.py            # their floating-point operations, and the shares measured
+    python tests/benchmarks/models.py            # their floating-point operations, and the shares
+    measured
 
-3 decoder layers of hidden size 512; prompts of 577 tokens, 256 of them an image, and 256 new tokens. By operations one image is
-29 % (Qwen2.5-VL) and 104 % (Gemma 3) of one sequence's forward through the language model, as in Qwen2.5-VL-3B and Gemma 3 4B:
-the towers' depth and width are chosen for that. Saved as folders, which the product and others load like any checkpoint.
+3 decoder layers of hidden size 512; prompts of 577 tokens, 256 of them an image, and 256 new
+tokens. By operations one image is 29 % (Qwen2.5-VL) and 104 % (Gemma 3) of one sequence's forward
+through the language model, as in Qwen2.5-VL-3B and Gemma 3 4B: the towers' depth and width are
+chosen for that. Saved as folders, which the product and others load like any checkpoint.
 
-Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers costs 2w a token; attention of H heads of width D
-costs 4HD a pair of a query and a key that it sees. Norms, activations, embeddings and adapters (5 % of the weights) are left
-out. With frozen weights and gradient checkpointing a training pass costs three forwards, of attention four.
+Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers costs 2w a token;
+attention of H heads of width D costs 4HD a pair of a query and a key that it sees. Norms,
+activations, embeddings and adapters (5 % of the weights) are left out. With frozen weights and
+gradient checkpointing a training pass costs three forwards, of attention four.
 """
 
 from __future__ import annotations
@@ -58,8 +61,9 @@ REAL_SHARES = {"qwen2_5_vl": 0.29, "gemma3": 1.04}
 
 @dataclass(frozen=True)
 class Sizes:
-    """A benchmark's model and sequences. image_tokens is a square number. Gemma's image is cut into 1,024 patches for 256 tokens,
-    not 4,096: at this width attention among 4,096 would be nearly all of the tower's cost, and it is a third of the real one's.
+    """A benchmark's model and sequences. image_tokens is a square number. Gemma's image is cut into
+    1,024 patches for 256 tokens, not 4,096: at this width attention among 4,096 would be nearly all
+    of the tower's cost, and it is a third of the real one's.
     """
 
     layers: int = 3
@@ -125,7 +129,9 @@ def load(folder: Path, sizes: Sizes = Sizes(), *, vision_cache_gb: float = 0.0) 
 
 
 def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Sizes()) -> Path:
-    """A LoRA adapter of rank 16 as the product saves it, whose B is not zero, so that it changes the outputs."""
+    """A LoRA adapter of rank 16 as the product saves it, whose B is not zero, so that it changes
+    the outputs.
+    """
     model = load(model_folder, sizes)
     torch.manual_seed(seed)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.0)
@@ -150,8 +156,8 @@ def make_examples(folder: Path, count: int, sizes: Sizes = Sizes()) -> list[Exam
 
 
 def make_prompt(model: LoadedModel, example: Example, sizes: Sizes = Sizes()) -> Prompt:
-    """An instruction with which prompt and image have `prompt_length` tokens: a byte is one. Raises ValueError where that is fewer
-    than without any.
+    """An instruction with which prompt and image have `prompt_length` tokens: a byte is one. Raises
+    ValueError where that is fewer than without any.
     """
 
     def prompt(length: int) -> Prompt:
@@ -164,13 +170,13 @@ def make_prompt(model: LoadedModel, example: Example, sizes: Sizes = Sizes()) ->
     fixed = len(model.encoder.encode_prompt(example, prompt(0)).input_ids)
     if fixed > sizes.prompt_length:
         raise ValueError(
-            f"a prompt has at least {fixed} tokens here, of which {sizes.image_tokens} are the image: "
-            f"{sizes.prompt_length} are too few"
+            f"a prompt has at least {fixed} tokens here, of which {sizes.image_tokens} are the"
+            f" image: {sizes.prompt_length} are too few"
         )
     return prompt(sizes.prompt_length - fixed)
 
 
-# ---- floating-point operations ---------------------------------------------------------------------------------------
+# ---- floating-point operations -------------------------------------------------------------------
 @dataclass(frozen=True)
 class Operations:
     """Of one forward, apart by what a training pass multiplies them with."""
@@ -178,10 +184,10 @@ class Operations:
     linear: float = 0.0
     attention: float = 0.0
 
-    def __add__(self, other: "Operations") -> "Operations":
+    def __add__(self, other: Operations) -> Operations:
         return Operations(self.linear + other.linear, self.attention + other.attention)
 
-    def __mul__(self, times: float) -> "Operations":
+    def __mul__(self, times: float) -> Operations:
         return Operations(self.linear * times, self.attention * times)
 
     __rmul__ = __mul__
@@ -192,7 +198,9 @@ class Operations:
 
     @property
     def trained(self) -> float:
-        """Forward, once more in the backward pass, and the gradients of what went in: of attention's two products there are four."""
+        """Forward, once more in the backward pass, and the gradients of what went in: of
+        attention's two products there are four.
+        """
         return 3 * self.linear + 4 * self.attention
 
 
@@ -264,7 +272,9 @@ class Costs:
 
 
 def measured_share(model: LoadedModel, sizes: Sizes, pairs: int) -> float:
-    """Median over pairs of the CPU time of one image by that of one sequence's forward through the language model."""
+    """Median over pairs of the CPU time of one image by that of one sequence's forward through the
+    language model.
+    """
     side = sizes.image_side
     if model.family.model_type == "gemma3":
         image = {"pixel_values": torch.randn(1, 3, side, side)}
@@ -308,9 +318,11 @@ def main() -> None:
             model = load(save_checkpoint(family, Path(folder) / family, sizes), sizes)
             costs = Costs(model.base.config, sizes)
             print(
-                f"{title:12} {costs.image.forward / 1e9:7.2f} {costs.prompt.forward / 1e9:7.2f} {costs.sequence.forward / 1e9:9.2f} "
-                f"{costs.head(sizes.new_tokens).forward / 1e9:6.2f}  {'':17} {REAL_SHARES[family]:7.1%} {costs.image_share:9.1%} "
-                f"{measured_share(model, sizes, arguments.pairs):9.1%}",
+                f"{title:12} {costs.image.forward / 1e9:7.2f} {costs.prompt.forward / 1e9:7.2f}"
+                f" {costs.sequence.forward / 1e9:9.2f}"
+                f" {costs.head(sizes.new_tokens).forward / 1e9:6.2f}  {'':17}"
+                f" {REAL_SHARES[family]:7.1%} {costs.image_share:9.1%}"
+                f" {measured_share(model, sizes, arguments.pairs):9.1%}",
                 flush=True,
             )
 

@@ -3,14 +3,17 @@
     pip install -e '.[test,bench]'
     python tests/benchmarks/mutation.py [--jobs 2] [rl/objective.py ...]
 
-A mutant is a copy of a file with one change by an operator of mutmut: a number plus 1, + for -, <= for <, an argument dropped or
-None, and so on. A test of that file must fail on it, or it must stand in tests/mutation_equivalents.toml with the reason why no test
-can. The exit code is 1 where a mutant survives that is not listed, and where the list names one that no longer exists or is killed.
+A mutant is a copy of a file with one change by an operator of mutmut: a number plus 1, + for -, <=
+for <, an argument dropped or None, and so on. A test of that file must fail on it, or it must stand
+in tests/mutation_equivalents.toml with the reason why no test can. The exit code is 1 where a
+mutant survives that is not listed, and where the list names one that no longer exists or is killed.
 
-mutmut's own runner leaves out module level, class level and decorated functions; here these hold the published numbers, the metrics
-of the objective and the backward pass. So the mutants are run here, in forked processes that have imported torch already. The
-mutated source is executed as the module and never written to disk: a test that reads source text learns nothing from it. Left
-alone are type annotations, docstrings, and prose: string literals with a space between two words, as in messages and help texts.
+mutmut's own runner leaves out module level, class level and decorated functions; here these hold
+the published numbers, the metrics of the objective and the backward pass. So the mutants are run
+here, in forked processes that have imported torch already. The mutated source is executed as the
+module and never written to disk: a test that reads source text learns nothing from it. Left alone
+are type annotations, docstrings, and prose: string literals with a space between two words, as in
+messages and help texts.
 """
 
 from __future__ import annotations
@@ -126,10 +129,11 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 
 class Mutants:
-    """A pytest plugin: where pytest would collect the tests, it forks for each mutant, and the child goes on with it.
+    """A pytest plugin: where pytest would collect the tests, it forks for each mutant, and the
+    child goes on with it.
 
-    So pytest starts once for a file. `outcomes` holds killed, survived or timeout of each mutant, in order; that of the unchanged
-    file stands first, and its time sets the limit of the others.
+    So pytest starts once for a file. `outcomes` holds killed, survived or timeout of each mutant,
+    in order; that of the unchanged file stands first, and its time sets the limit of the others.
     """
 
     def __init__(self, file: str, jobs: int, listed: Collection[Key]) -> None:
@@ -161,7 +165,8 @@ class Mutants:
             if index == 0:
                 if self.outcomes[0] != "survived":
                     pytest.exit(
-                        f"the tests of {self.file} fail without any mutation: pytest {' '.join(TESTS[self.file])}"
+                        f"the tests of {self.file} fail without any mutation: pytest"
+                        f" {' '.join(TESTS[self.file])}"
                     )
         while self.running:
             self.wait_for_one()
@@ -224,7 +229,8 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
         importlib.import_module(name)
     listed = [key for key in equivalents if key[0] == file]
     start, parent, plugin = time.monotonic(), os.getpid(), Mutants(file, jobs, listed)
-    # hypothesis' profile ci: the same examples each time and no deadline, which a busy machine would miss
+    # hypothesis' profile ci: the same examples each time and no deadline, which a busy machine
+    # would miss
     options = [
         "-x",
         "-q",

@@ -1,10 +1,12 @@
-"""Seconds and peak memory of scoring and reporting as many predictions as NIH's official test set has.
+"""Seconds and peak memory of scoring and reporting as many predictions as NIH's official test set
+has.
 
     python tests/benchmarks/report_speed.py [--images 25596] [--patients 2797] [--models 3]
 
-Writes synthetic predictions of several models (nine labels at NIH's prevalence, answers of 150 words) to a temporary folder, then
-scores one file with eval.evaluate and reports all of them with eval.report, each in a process of its own; its peak is the kernel's
-figure for that process, torch's import included (the first line).
+Writes synthetic predictions of several models (nine labels at NIH's prevalence, answers of 150
+words) to a temporary folder, then scores one file with eval.evaluate and reports all of them with
+eval.report, each in a process of its own; its peak is the kernel's figure for that process, torch's
+import included (the first line).
 """
 
 from __future__ import annotations
@@ -33,7 +35,27 @@ def rows(images: int, patients: int, seed: int):
     truth, said = np.random.default_rng(0), np.random.default_rng(seed)
     share = np.array([PREVALENCE[label] for label in NIH_NINE])
     words = np.array(
-        "the heart lungs mediastinum pleura bones are is of normal size enlarged clear opacity left right lower upper zone".split()
+        [
+            "the",
+            "heart",
+            "lungs",
+            "mediastinum",
+            "pleura",
+            "bones",
+            "are",
+            "is",
+            "of",
+            "normal",
+            "size",
+            "enlarged",
+            "clear",
+            "opacity",
+            "left",
+            "right",
+            "lower",
+            "upper",
+            "zone",
+        ]
     )
     for n in range(images):
         true = truth.random(9) < share
@@ -52,9 +74,11 @@ def rows(images: int, patients: int, seed: int):
             "evaluated_labels": list(NIH_NINE),
             "source_labels": [NIH_NAMES.get(label, label) for label in labels] or ["Hernia"],
             "prompt": "demo",
-            "completion": f"<think>{think}</think><solution>{answer}</solution>"
-            if said.random() < 0.98
-            else think,
+            "completion": (
+                f"<think>{think}</think><solution>{answer}</solution>"
+                if said.random() < 0.98
+                else think
+            ),
             "completion_length": 180,
         }
 
@@ -73,7 +97,8 @@ def measured(name: str, *arguments: str) -> None:
     if process.returncode:
         raise SystemExit(f"{name} ended with {process.returncode}")
     print(
-        f"{name:<44} {time.perf_counter() - started:6.1f} s  CPU {usage.ru_utime + usage.ru_stime:6.1f} s  peak {usage.ru_maxrss / 1024:6.0f} MB",
+        f"{name:<44} {time.perf_counter() - started:6.1f} s  CPU"
+        f" {usage.ru_utime + usage.ru_stime:6.1f} s  peak {usage.ru_maxrss / 1024:6.0f} MB",
         flush=True,
     )
 
@@ -97,7 +122,8 @@ def main() -> None:
             )
         file = Path(folder) / names[0] / "predictions-nih.jsonl"
         print(
-            f"{options.images:,} predictions of {options.patients:,} patients a model, {file.stat().st_size / 2**20:.0f} MB each",
+            f"{options.images:,} predictions of {options.patients:,} patients a model,"
+            f" {file.stat().st_size / 2**20:.0f} MB each",
             flush=True,
         )
         measured("imports alone", "-c", "import eval.report")

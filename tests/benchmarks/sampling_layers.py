@@ -1,12 +1,14 @@
-"""What the linear layers of the sampler pay (engine/sampling_layers.py): products alone, and whole samplings.
+"""What the linear layers of the sampler pay (engine/sampling_layers.py): products alone, and whole
+samplings.
 
     python tests/benchmarks/sampling_layers.py       # about 3 minutes
 
-The products, x W^T of the benchmark models' shapes (models.py) and of their head, for rows from one token to a prompt: torch's `linear`
-against oneDNN's product with weights laid out for it. Then samplings of one prompt on both models, in three ways: with the adapter
-beside its weights, merged with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. On one thread in
-fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range. How much of it is oneDNN depends on the
-processor: torch's own products are Intel's MKL.
+The products, x W^T of the benchmark models' shapes (models.py) and of their head, for rows from one
+token to a prompt: torch's `linear` against oneDNN's product with weights laid out for it. Then
+samplings of one prompt on both models, in three ways: with the adapter beside its weights, merged
+with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. On one
+thread in fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range.
+How much of it is oneDNN depends on the processor: torch's own products are Intel's MKL.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
     found = [(seconds(of_torch), seconds(of_onednn)) for _ in range(rounds)]
     slow, fast = zip(*found)
     print(
-        f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f} {statistics.median(fast) / calls * 1e6:10.0f}   "
-        f"{ratios(slow, fast)}",
+        f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f}"
+        f" {statistics.median(fast) / calls * 1e6:10.0f}   {ratios(slow, fast)}",
         flush=True,
     )
 
@@ -115,7 +117,8 @@ def main() -> None:
         raise SystemExit("this torch has no oneDNN: the sampler uses torch's products here")
     sizes = Sizes(new_tokens=arguments.new_tokens)
     print(
-        f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}   times as fast"
+        f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}  "
+        " times as fast"
     )
     for shape in (
         (sizes.hidden, sizes.hidden),
@@ -127,7 +130,8 @@ def main() -> None:
             compare_products(*shape, rows, arguments.rounds)
     for family in arguments.families:
         print(
-            f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged with oneDNN"
+            f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged"
+            " with oneDNN"
         )
         with tempfile.TemporaryDirectory() as name:
             [example] = make_folder(Path(name), family, sizes, 1)

@@ -1,13 +1,17 @@
-"""What packing pays in SFT: answers of different lengths in one row without padding, against the same rows padded, and one by one.
+"""What packing pays in SFT: answers of different lengths in one row without padding, against the
+same rows padded, and one by one.
 
-    python tests/benchmarks/sft_packing.py                         # both families, 8 rows, answers of 64 to 448 tokens
-    python tests/benchmarks/sft_packing.py --shortest 256 --longest 256              # nothing to pad
+    python tests/benchmarks/sft_packing.py                         # both families, 8 rows, answers
+    of 64 to 448 tokens
+    python tests/benchmarks/sft_packing.py --shortest 256 --longest 256              # nothing to
+    pad
 
-On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread; image features are known to all sides, so
-that they differ in nothing else. "packed" is the product's forward of all rows; "one by one" the same with micro-batches of one
-row; "padded" the plain forward (tests/plain.py). A step is Eq. 1, forward and backward. Gradients are compared first; then the
-three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what torch allocates at most at once
-over the loaded model, from its profiler.
+On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread; image
+features are known to all sides, so that they differ in nothing else. "packed" is the product's
+forward of all rows; "one by one" the same with micro-batches of one row; "padded" the plain forward
+(tests/plain.py). A step is Eq. 1, forward and backward. Gradients are compared first; then the
+three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what
+torch allocates at most at once over the loaded model, from its profiler.
 """
 
 from __future__ import annotations
@@ -83,8 +87,9 @@ def compare(family: str, folder: Path, lengths: list[int], sizes: Sizes, rounds:
     ]
     real = sum(sizes.prompt_length + n for n in lengths)
     print(
-        f"\n{FAMILIES[family]}: {len(rows)} rows, prompts of {sizes.prompt_length}, answers of {min(lengths)} to {max(lengths)} tokens; "
-        f"{real} tokens, padded {len(rows) * (sizes.prompt_length + max(lengths))}"
+        f"\n{FAMILIES[family]}: {len(rows)} rows, prompts of {sizes.prompt_length}, answers of"
+        f" {min(lengths)} to {max(lengths)} tokens; {real} tokens, padded"
+        f" {len(rows) * (sizes.prompt_length + max(lengths))}"
     )
     steps, found = steps_of(wrapped, model, rows), {}
     for name, step in steps.items():
@@ -112,7 +117,8 @@ def compare(family: str, folder: Path, lengths: list[int], sizes: Sizes, rounds:
         wrapped.zero_grad()
         ratios = [of_round[name] / of_round["packed"] for of_round in times]
         print(
-            f"  {name:12} {statistics.median(of_round[name] for of_round in times):7.2f} {allocated_peak(step, models.CPU) / 1e6:7.0f}   "
+            f"  {name:12} {statistics.median(of_round[name] for of_round in times):7.2f}"
+            f" {allocated_peak(step, models.CPU) / 1e6:7.0f}   "
             + (
                 ""
                 if name == "packed"

@@ -1,16 +1,20 @@
-"""The product's GRPO and SFT steps on the benchmark models (models.py): phase by phase, and against the plain forward.
+"""The product's GRPO and SFT steps on the benchmark models (models.py): phase by phase, and against
+the plain forward.
 
-    python tests/benchmarks/steps.py                    # against the plain forward of tests/plain.py
+    python tests/benchmarks/steps.py                    # against the plain forward of
+    tests/plain.py
     python tests/benchmarks/steps.py --profile          # where the time of a step goes
 
-In the plain forward every completion has a prompt of its own and its image goes through the vision tower in every pass. Both sides
-get the same weights, prompts, completions and rewards; loss and gradients are compared before anything is timed, then the two
-alternate in one process, on one thread. Times are CPU time of this process and wall clock, medians of the pairs; a ratio is the
+In the plain forward every completion has a prompt of its own and its image goes through the vision
+tower in every pass. Both sides get the same weights, prompts, completions and rewards; loss and
+gradients are compared before anything is timed, then the two alternate in one process, on one
+thread. Times are CPU time of this process and wall clock, medians of the pairs; a ratio is the
 median of the pairs' ratios, with the smallest and the largest.
 
-A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is really sampled, with no stop
-ids, so that every completion has its full length; then given completions take its place. One update a rollout needs no pass for old log-probabilities. Learning rate 0: all steps do the
-same.
+A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is
+really sampled, with no stop ids, so that every completion has its full length; then given
+completions take its place. One update a rollout needs no pass for old log-probabilities. Learning
+rate 0: all steps do the same.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ OBJECTIVE = ObjectiveConfig()
 TEMPERATURE, TOP_P, MAX_GRAD_NORM = 0.8, 0.95, 1.0
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 class Seconds(NamedTuple):
     cpu: float
     wall: float
@@ -133,13 +137,18 @@ def machine() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         "unknown CPU",
     )
-    return f"{name}, 1 thread, fp32; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    return (
+        f"{name}, 1 thread, fp32; torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, peft {peft.__version__}"
+    )
 
 
-# ---- the product -----------------------------------------------------------------------------------------------------
+# ---- the product ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """What both sides of a step get: new images, and for each of them a group of completions [G,C] and its rewards [G]."""
+    """What both sides of a step get: new images, and for each of them a group of completions [G,C]
+    and its rewards [G].
+    """
 
     examples: list[Example]
     completions: list[Tensor]
@@ -149,7 +158,9 @@ class Task:
 def make_tasks(
     examples: Sequence[Example], prompts: int, generations: int, new_tokens: int
 ) -> list[Task]:
-    """One task for every `prompts` examples. Completions are random printable bytes, so that they stay themselves as text."""
+    """One task for every `prompts` examples. Completions are random printable bytes, so that they
+    stay themselves as text.
+    """
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(33, 123, (generations, new_tokens), generator=generator)  # noqa: E731
     rewards = [(i % 4) / 4 + i / 64 for i in range(generations)]
@@ -160,13 +171,16 @@ def make_tasks(
 
 
 class Product:
-    """The benchmark model with both adapters, and its steps as the loops of run_grpo.py and run_sft.py have them."""
+    """The benchmark model with both adapters, and its steps as the loops of run_grpo.py and
+    run_sft.py have them.
+    """
 
     def __init__(
         self, folder: Path, family: str, sizes: Sizes, *, gradient_checkpointing: bool = True
     ) -> None:
         self.sizes, self.clock = sizes, Clock()
-        # No stop ids: completions are full. No suppressed ids: others know none in their log-probabilities.
+        # No stop ids: completions are full. No suppressed ids: others know none in their
+        # log-probabilities.
         loaded = models.load(folder / family / "model", sizes)
         self.model: LoadedModel = replace(loaded, stop_ids=frozenset(), suppressed_ids=())
         self.wrapped: PeftModel = attach_adapter(
@@ -209,7 +223,9 @@ class Product:
     def grpo_step(
         self, task: Task, prompt: Prompt, *, sample: bool = True
     ) -> tuple[float, dict[str, Tensor]]:
-        """(loss, gradients) of one step; its phases are on the clock. sample: whether completions are really drawn first."""
+        """(loss, gradients) of one step; its phases are on the clock. sample: whether completions
+        are really drawn first.
+        """
         clock, pad = self.clock, self.model.encoder.pad_token_id
         with clock("whole step"):
             prompts = self.look(task.examples, prompt)
@@ -364,7 +380,7 @@ def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
     }
 
 
-# ---- the plain forward -----------------------------------------------------------------------------------------------
+# ---- the plain forward ---------------------------------------------------------------------------
 def plain_grpo_step(
     product: Product, task: Task, prompt: Prompt, clock: Clock
 ) -> tuple[float, dict[str, Tensor]]:
@@ -438,7 +454,7 @@ def plain_sft_step(
     return float(loss.detach()), found
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 TRAINING = ("reference log-probabilities", "policy forward", "backward")
 
 
@@ -448,13 +464,14 @@ def check_equal(
     theirs: tuple[float, dict[str, Tensor]],
     bound: float = 1e-5,
 ) -> None:
-    """Print by how much losses and gradients differ. Raises SystemExit where a parameter's gradient differs by more than `bound` of
-    its norm, or where one side trains what the other does not.
+    """Print by how much losses and gradients differ. Raises SystemExit where a parameter's gradient
+    differs by more than `bound` of its norm, or where one side trains what the other does not.
     """
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
     if our_gradients.keys() != their_gradients.keys():
         raise SystemExit(
-            f"{what}: the two sides train different parameters: {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}"
+            f"{what}: the two sides train different parameters:"
+            f" {sorted(our_gradients.keys() ^ their_gradients.keys())[:3]}"
         )
     worst = max(
         float((our_gradients[name] - their).norm() / their.norm())
@@ -462,19 +479,21 @@ def check_equal(
     )
     of_loss = abs(our_loss - their_loss) / max(abs(their_loss), 1e-12)
     print(
-        f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)} tensors differ by at most "
-        f"{worst:.1e} of a tensor's norm",
+        f"  {what}: loss {our_loss:.7f} and {their_loss:.7f}; gradients of {len(our_gradients)}"
+        f" tensors differ by at most {worst:.1e} of a tensor's norm",
         flush=True,
     )
     if not worst <= bound or not of_loss <= 1e-4:
         raise SystemExit(
-            f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that do not do the same"
+            f"{what}: gradients may differ by {bound:.0e}; nothing is timed between two sides that"
+            " do not do the same"
         )
 
 
 def print_header() -> None:
     print(
-        f"  {'':44} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by operations"
+        f"  {'':44} {'ours':>7} {'theirs':>7}   times as fast, by CPU time {'':5} by wall {'':9} by"
+        " operations"
     )
 
 
@@ -487,16 +506,17 @@ def print_row(
 
     seconds = [statistics.median(side.cpu for side in sides) for sides in (ours, theirs)]
     print(
-        f"  {name:44} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}   {ratios('wall'):>22}   "
-        f"{'' if bound is None else f'{bound:.2f}':>6}",
+        f"  {name:44} {seconds[0]:7.2f} {seconds[1]:7.2f}   {ratios('cpu'):>26}  "
+        f" {ratios('wall'):>22}   {'' if bound is None else f'{bound:.2f}':>6}",
         flush=True,
     )
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Operations of each side (see models.py), for G completions of a prompt. The head costs two products of a training pass here,
-    since its gradient is taken in the forward pass, and three elsewhere.
+    """Operations of each side (see models.py), for G completions of a prompt. The head costs two
+    products of a training pass here, since its gradient is taken in the forward pass, and three
+    elsewhere.
     """
 
     costs: Costs
@@ -641,7 +661,8 @@ def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], step
             "head": heads,
         }
         print(
-            f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of CPU time, median of {steps}"
+            f"\n{FAMILIES[family]}, G {generations}: a step takes {median['whole step']:.2f} s of"
+            f" CPU time, median of {steps}"
         )
         print(f"  {'':34} {'s':>7} {'share':>6} {'1e9 operations a s':>19}")
         for name in (
@@ -660,8 +681,8 @@ def profile(family: str, folder: Path, sizes: Sizes, groups: Sequence[int], step
                 f"  {name:34} {median[name]:7.3f} {median[name] / median['whole step']:6.1%} {rate}"
             )
         print(
-            f"  {'of these in the head':34} {median['head']:7.3f} {median['head'] / median['whole step']:6.1%} "
-            f"{heads / median['head'] / 1e9:19.1f}",
+            f"  {'of these in the head':34} {median['head']:7.3f}"
+            f" {median['head'] / median['whole step']:6.1%} {heads / median['head'] / 1e9:19.1f}",
             flush=True,
         )
 

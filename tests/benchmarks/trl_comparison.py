@@ -1,21 +1,27 @@
-"""The product's steps against TRL's, on the same models with the same weights, prompts and completions.
+"""The product's steps against TRL's, on the same models with the same weights, prompts and
+completions.
 
     pip install -e '.[bench]'
     python tests/benchmarks/trl_comparison.py            # about 25 minutes
-    python tests/benchmarks/trl_comparison.py --memory   # peak memory instead, a process for each side
+    python tests/benchmarks/trl_comparison.py --memory   # peak memory instead, a process for each
+    side
 
-TRL's GRPOTrainer and SFTTrainer run their own `train()`; the product's step runs between their steps, so the two alternate in one
-process, on one thread, in fp32, with gradient checkpointing on both sides. In every GRPO step both sides really draw a group of
-completions, of full length: no token stops them. Then the same given completions and rewards take their place, so that loss and
-gradients can be compared, which is done first. Models, times and ratios: see models.py and steps.py.
+TRL's GRPOTrainer and SFTTrainer run their own `train()`; the product's step runs between their
+steps, so the two alternate in one process, on one thread, in fp32, with gradient checkpointing on
+both sides. In every GRPO step both sides really draw a group of completions, of full length: no
+token stops them. Then the same given completions and rewards take their place, so that loss and
+gradients can be compared, which is done first. Models, times and ratios: see models.py and
+steps.py.
 
-What is set so that TRL does the same work: `use_bias_correction_kl` off (its default multiplies the KL by a differentiable ratio:
-an equal value with another gradient); the head works on the completions' tokens alone, as on CUDA (on a CPU TRL's would work on the
-prompts' too); no image token is suppressed, on either side. TRL gets no torchvision: processors are made by hand of the image
-processors that the product uses.
+What is set so that TRL does the same work: `use_bias_correction_kl` off (its default multiplies the
+KL by a differentiable ratio: an equal value with another gradient); the head works on the
+completions' tokens alone, as on CUDA (on a CPU TRL's would work on the prompts' too); no image
+token is suppressed, on either side. TRL gets no torchvision: processors are made by hand of the
+image processors that the product uses.
 
-"As installed" TRL trains with hooks that make embeddings require a gradient, the vision tower's patches too: the frozen tower is
-recomputed and a gradient goes through it. "Hooks off" is the same trainer without them; it shares the sampler's times.
+"As installed" TRL trains with hooks that make embeddings require a gradient, the vision tower's
+patches too: the frozen tower is recomputed and a gradient goes through it. "Hooks off" is the same
+trainer without them; it shares the sampler's times.
 
 One update a rollout, for which neither side makes a pass for old log-probabilities.
 """
@@ -86,7 +92,7 @@ from steps import (  # noqa: E402
 PROMPTS_TOGETHER = 4  # of the sampler's second row
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------
+# ---- TRL -----------------------------------------------------------------------------------------
 class QwenProcessor(Qwen2_5_VLProcessor):
     """Without the video processor, which needs torchvision."""
 
@@ -110,7 +116,8 @@ def make_processor(folder: Path, family: str, sizes: Sizes) -> ProcessorMixin:
     )
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = "left"
-    # The product learns an answer to its end of turn; without this TRL would learn the template's line break after it too.
+    # The product learns an answer to its end of turn; without this TRL would learn the template's
+    # line break after it too.
     template = tokenizer.chat_template
     for end in ("<|im_end|>", "<end_of_turn>"):
         line_break = "{{ '' if loop.last and m['role'] == 'assistant' else '\n' }}"
@@ -138,7 +145,9 @@ def messages(prompt: Prompt) -> list[dict]:
 
 
 class Hooks:
-    """The forward hooks that make embeddings require a gradient. TRL adds them again whenever it turns checkpointing back on."""
+    """The forward hooks that make embeddings require a gradient. TRL adds them again whenever it
+    turns checkpointing back on.
+    """
 
     def __init__(self, model: PeftModel) -> None:
         base = unwrapped(model).model
@@ -167,16 +176,20 @@ class Hooks:
             current.update(hooks if on else {})
 
     def check(self) -> None:
-        """Raises SystemExit where the tower's layers, in the last training pass, did not get what `switch` asked for."""
+        """Raises SystemExit where the tower's layers, in the last training pass, did not get what
+        `switch` asked for.
+        """
         if self._seen != self._on:
             raise SystemExit(
-                f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with hooks "
-                f"{'on' if self._on else 'off'}"
+                f"the vision tower's input {'requires' if self._seen else 'needs no'} gradient with"
+                f" hooks {'on' if self._on else 'off'}"
             )
 
 
 class Between(TrainerCallback):
-    """Times TRL's steps and calls back around them: before(step), after(step, its gradients before clipping)."""
+    """Times TRL's steps and calls back around them: before(step), after(step, its gradients before
+    clipping).
+    """
 
     def __init__(
         self, clock: Clock, before: Callable[[int], None], after: Callable[[int], None]
@@ -223,8 +236,9 @@ def grpo_trainer(
     callback: TrainerCallback,
     installed: Callable[[int], bool],
 ) -> GRPOTrainer:
-    """A trainer whose step s is tasks[s], whose completions and rewards are given. installed: whether a step is made as TRL makes it,
-    and draws completions of its own first, or without hooks.
+    """A trainer whose step s is tasks[s], whose completions and rewards are given. installed:
+    whether a step is made as TRL makes it, and draws completions of its own first, or without
+    hooks.
     """
     rewards = {
         task.completions[0][i].tolist().__repr__(): reward
@@ -507,7 +521,9 @@ def sft_trainer(
 def compare_sft(
     folder: Path, family: str, sizes: Sizes, examples: Sequence[Example], rows: int, pairs: int
 ) -> None:
-    """Of each batch: the product with new images and with known ones, TRL as installed and without its hooks."""
+    """Of each batch: the product with new images and with known ones, TRL as installed and without
+    its hooks.
+    """
     product, clock = Product(folder, family, sizes), Clock()
     prompt, answers = product.prompt_for(examples[0]), make_answers(rows, sizes.new_tokens)
     batches = [
@@ -565,9 +581,11 @@ def compare_sft(
             print_row(f"SFT of {rows}, {side}: {images}", found[images], found[side], theirs / ours)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 class Peaks:
-    """Memory of three steps: the first touches all that stays, of the second resident memory is measured, of the third torch's own."""
+    """Memory of three steps: the first touches all that stays, of the second resident memory is
+    measured, of the third torch's own.
+    """
 
     def __init__(self) -> None:
         self.resident = self.allocated = 0
@@ -592,7 +610,9 @@ class Peaks:
 
 
 def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows: int) -> None:
-    """One side, in a process of its own; GRPO with generations, SFT where that is 0. Prints allocated and resident bytes."""
+    """One side, in a process of its own; GRPO with generations, SFT where that is 0. Prints
+    allocated and resident bytes.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder, peaks = Path(name), Peaks()
         examples = make_folder(folder, family, sizes, max(rows, 2))
@@ -604,8 +624,10 @@ def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows:
         if side == "ours":
             for step, task in enumerate(tasks):
                 peaks.before(step)
-                product.grpo_step(task, prompt) if generations else product.sft_step(
-                    examples[:rows], answers, prompt
+                (
+                    product.grpo_step(task, prompt)
+                    if generations
+                    else product.sft_step(examples[:rows], answers, prompt)
                 )
                 peaks.after(step)
         else:
@@ -643,11 +665,13 @@ def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows:
 
 def compare_memory(arguments: argparse.Namespace) -> None:
     print(
-        "Peak memory of a step over the loaded model, MB: what torch allocates (exact) and, beside it, resident memory of the process."
+        "Peak memory of a step over the loaded model, MB: what torch allocates (exact) and, beside"
+        " it, resident memory of the process."
     )
     print(
-        f"  {'':28} {'allocated: ours':>16} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}    "
-        f"{'resident: ours':>15} {'installed':>10} {'hooks off':>10} {'ours / theirs':>15}"
+        f"  {'':28} {'allocated: ours':>16} {'installed':>10} {'hooks off':>10}"
+        f" {'ours / theirs':>15}    {'resident: ours':>15} {'installed':>10} {'hooks off':>10}"
+        f" {'ours / theirs':>15}"
     )
     for family in arguments.families:
         for generations in (*arguments.num_generations, *([] if arguments.no_sft else [0])):
@@ -677,9 +701,13 @@ def compare_memory(arguments: argparse.Namespace) -> None:
                     text=True,
                 ).stdout
                 found.append([int(word) / 1e6 for word in output.split()[-2:]])
-            name = f"{FAMILIES[family]}, {f'G {generations}' if generations else f'SFT of {arguments.rows}'}"
+            name = (
+                f"{FAMILIES[family]},"
+                f" {f'G {generations}' if generations else f'SFT of {arguments.rows}'}"
+            )
             parts = [
-                f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f} {ours / off:7.2f}"
+                f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f}"
+                f" {ours / off:7.2f}"
                 for width, (ours, installed, off) in zip((16, 15), zip(*found))
             ]
             print(f"  {name:28} {'    '.join(parts)}", flush=True)
