@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
+from data.examples import Example, data_file, read_jsonl
+from data.files import DataError, write_json
 from data.prompts import PROMPTS
-from data.records import DataError, Example, data_file, read_jsonl
 from engine.checkpoint import clean_leftovers, set_later_checkpoints_aside
 from engine.config import Resolved, describe, parse_config
 from engine.forward import completion_logprobs
@@ -51,20 +52,19 @@ from engine.run import (
     bad_images_line,
     bring_logs,
     check_same_reference,
-    continue_document,
+    continued_record,
     find_checkpoint,
     inherited_settings,
     keep_reference,
     load_best_adapter,
     restore,
-    run_document,
     run_folder,
+    run_record,
     save_final_adapter,
     save_training_checkpoint,
     shuffled,
     usable_examples,
     write_bad_images,
-    write_json,
 )
 from engine.runtime import (
     SignalGuard,
@@ -78,9 +78,7 @@ from engine.settings import load_base
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from eval.evaluate import evaluate_sets, format_progress
 from rl.dump import step_tensors, write_step
-from rl.monitors import HACKING_CHART, Monitors
-from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
-from rl.records import (
+from rl.logs import (
     completion_rows,
     mean_rewards,
     mismatch_metrics,
@@ -91,6 +89,8 @@ from rl.records import (
     unpack_samples,
     with_rewards,
 )
+from rl.monitors import HACKING_CHART, Monitors
+from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
 from rl.rewards import RewardFunction
 from rl.rollout import (
     Sample,
@@ -519,16 +519,16 @@ def main(argv: list[str] | None = None) -> int:
     }
     sets = {name: read_jsonl(path, config.image_root) for name, path in files.items()}
     sets, bad_images = usable_examples(
-        sets, config.bad_images, checkpoint.document("config.json") if checkpoint else None
+        sets, config.bad_images, checkpoint.record("config.json") if checkpoint else None
     )
     examples = sets.pop("train")
     check_dump_step(resolved, len(examples), checkpoint.step if checkpoint else 0)
     if config.show_batch:
         return show_prompts(config, examples, prompts_per_rollout(config), sys.stdout)
-    document = run_document(resolved, "grpo", files, bad_images)
+    record = run_record(resolved, "grpo", files, bad_images)
     if checkpoint is not None:
-        document = continue_document(checkpoint, document)
-        document["reference"] = check_same_reference(checkpoint)
+        record = continued_record(checkpoint, record)
+        record["reference"] = check_same_reference(checkpoint)
     model = load_base(config, device)
     source = (
         Path(config.adapter_name_or_path)
@@ -569,22 +569,22 @@ def main(argv: list[str] | None = None) -> int:
         clean_leftovers(run_dir)
         state, samples = TrainerState(), []
         if checkpoint is None:
-            document["reference"] = keep_reference(source, run_dir)
+            record["reference"] = keep_reference(source, run_dir)
         else:
             bring_logs(checkpoint, run_dir)
             set_later_checkpoints_aside(run_dir, checkpoint.step)
             state = restore(checkpoint, wrapped, optimizer, {"sampler": sampler})
             for name, function in reward_functions.items():
-                function.load_state_dict(checkpoint.document("rewards.json")[name])
-            monitors.load_state_dict(checkpoint.document("monitors.json"))
+                function.load_state_dict(checkpoint.record("rewards.json")[name])
+            monitors.load_state_dict(checkpoint.record("monitors.json"))
             samples = unpack_samples(
                 checkpoint.tensors("rollout"),
-                checkpoint.document("rollout.json"),
+                checkpoint.record("rollout.json"),
                 examples,
                 model.encoder.decode,
                 config.answer_format,
             )
-        write_json(run_dir / "config.json", document)
+        write_json(run_dir / "config.json", record)
         write_bad_images(run_dir, bad_images)
         print(
             banner(config, resolved, model, wrapped, examples, sets, bad_images, run_dir, device),
@@ -605,11 +605,11 @@ def main(argv: list[str] | None = None) -> int:
                     wrapped,
                     optimizer,
                     base_name=model.name,
-                    config_document=document,
+                    config_record=record,
                     limit=config.save_total_limit,
                     generators={"sampler": sampler},
                     tensors={"rollout": tensors},
-                    documents={
+                    records={
                         "rollout.json": rollout,
                         "rewards.json": {
                             name: f.state_dict() for name, f in reward_functions.items()
@@ -687,7 +687,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 "\n" + format_progress(state.log_history, list(sets), state.best_model_checkpoint)
             )
-        embedded = document["recipe"] in EMBEDDED  # whose recipes have the demo's data
+        embedded = record["recipe"] in EMBEDDED  # whose recipes have the demo's data
         test_files = (
             "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
             if embedded

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import torch
 
-from data.collate import collate_rows, plan_batches
+from data.examples import Example, data_file, read_jsonl, split_by_patient
+from data.files import DataError, write_json
 from data.prompts import PROMPTS
-from data.records import DataError, Example, data_file, read_jsonl, split_by_patient
 from data.traces import answers_to_learn
 from engine.checkpoint import clean_leftovers, load_rng, rng_to_tensors, set_later_checkpoints_aside
+from engine.collate import collate_rows, plan_batches
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.families import lm_head_weight, logit_softcap
 from engine.forward import completion_hidden_states
@@ -60,20 +61,19 @@ from engine.run import (
     bad_image_counts,
     bad_images_line,
     bring_logs,
-    continue_document,
+    continued_record,
     find_checkpoint,
     in_chunks,
     inherited_settings,
     load_best_adapter,
     restore,
-    run_document,
     run_folder,
+    run_record,
     save_final_adapter,
     save_training_checkpoint,
     shuffled,
     usable_examples,
     write_bad_images,
-    write_json,
 )
 from engine.runtime import (
     SignalGuard,
@@ -485,12 +485,12 @@ def main(argv: list[str] | None = None) -> int:
 
     seed_everything(config.seed)
     device = pick_device(config.num_threads)
-    data = load_data(config, checkpoint.document("config.json") if checkpoint else None)
+    data = load_data(config, checkpoint.record("config.json") if checkpoint else None)
     if config.show_batch:
         return show_answers(config, data.train, sys.stdout)
-    document = run_document(resolved, "sft", data.files, data.bad_images)
+    record = run_record(resolved, "sft", data.files, data.bad_images)
     if checkpoint is not None:
-        document = continue_document(checkpoint, document)
+        record = continued_record(checkpoint, record)
     model = load_base(config, device)
     # a wrong path or template shows now, not after an epoch
     for example in data.train[:1] + data.validation[:1]:
@@ -527,7 +527,7 @@ def main(argv: list[str] | None = None) -> int:
             bring_logs(checkpoint, run_dir)
             set_later_checkpoints_aside(run_dir, checkpoint.step)
             state = restore(checkpoint, wrapped, optimizer)
-        write_json(run_dir / "config.json", document)
+        write_json(run_dir / "config.json", record)
         write_bad_images(run_dir, data.bad_images)
         print(banner(config, resolved, model, wrapped, data, run_dir, device))
         with RunLogger(
@@ -543,7 +543,7 @@ def main(argv: list[str] | None = None) -> int:
                     wrapped,
                     optimizer,
                     base_name=model.name,
-                    config_document=document,
+                    config_record=record,
                     limit=config.save_total_limit,
                 )
 
@@ -578,9 +578,9 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print(f"stopped while scoring; training is finished and saved in {run_dir}")
                 return guard.exit_code or 130
-            model_flag = document["recipe"] and resolved.origins["model_name_or_path"] == "flag"
+            model_flag = record["recipe"] and resolved.origins["model_name_or_path"] == "flag"
             command = next_command(
-                document["recipe"], run_dir, config.model_name_or_path if model_flag else None
+                record["recipe"], run_dir, config.model_name_or_path if model_flag else None
             )
             print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0

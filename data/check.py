@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data.answers import parse_answer
+from data.examples import Example, data_file, scan_jsonl
+from data.files import DataError
 from data.images import image_problems
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
-from data.records import DataError, Example, data_file, scan_jsonl
 
 
 def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example], list[str]]:

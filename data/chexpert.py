@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from data.examples import Example
 from data.labels import LabelPolicy
-from data.records import Example
 from data.sources import (
     VIEWS,
     Candidate,

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.records import MAX_PROBLEMS, DataError, Example
+from data.examples import Example
+from data.files import MAX_PROBLEMS, DataError
 
 # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
 MAX_PIXELS = 80_000_000

@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from data.examples import Example
+from data.files import DataError
 from data.labels import LabelPolicy
-from data.records import DataError, Example
 from data.sources import (
     VIEWS,
     Candidate,

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from data.examples import Example
 from data.labels import (
     LABELS,
     NIH_NINE,
@@ -23,7 +24,6 @@ from data.labels import (
     NO_LABEL_RULES,
     chexpert_labels_of_nih,
 )
-from data.records import Example
 from data.sources import (
     Candidate,
     Reading,

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.chexpert import load_chexpert
+from data.examples import Example, row_of, selection_file
+from data.files import MAX_PROBLEMS, DataError
 from data.labels import (
     BLANK_RULES,
     LABEL_MAPS,
@@ -35,7 +37,6 @@ from data.labels import (
 )
 from data.mimic import LABEL_SOURCES, load_mimic
 from data.nih import load_nih
-from data.records import MAX_PROBLEMS, DataError, Example, row_of, selection_file
 from data.sources import FRONTALS, VIEWS, Report
 
 HOSPITALS = ("mimic", "chexpert", "nih")
@@ -643,8 +644,8 @@ def run(argv: Sequence[str]) -> None:
         contents[file] = "".join(
             json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in sets[name]
         )
-        document = _document(flags, name, sets[name], drawn[name][1], contents[file])
-        contents[selection_file(file)] = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        record = _record(flags, name, sets[name], drawn[name][1], contents[file])
+        contents[selection_file(file)] = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_all(output_dir, contents)
     for group in (TRAINING_SETS, [f"test-{hospital}" for hospital in HOSPITALS]):
         if chosen := {name: drawn[name] for name in group if name in drawn}:
@@ -657,7 +658,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"image paths are relative to {root}: give the other commands --image_root {root}")
 
 
-def _document(
+def _record(
     flags: argparse.Namespace, name: str, examples: Sequence[Example], pool: Pool, content: str
 ) -> dict:
     """NAME.select.json."""
@@ -668,7 +669,7 @@ def _document(
         "labels": balance(examples),
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "settings": vars(flags),
-        "pool": pool.report.document(),
+        "pool": pool.report.record(),
     }
 
 

@@ -20,8 +20,9 @@ from operator import getitem, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from data.examples import Example
+from data.files import MAX_PROBLEMS, DataError
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
-from data.records import MAX_PROBLEMS, DataError, Example
 
 VIEWS = ("frontal", "all")
 FRONTALS = ("pa_first", "first", "all")
@@ -393,7 +394,7 @@ class Report:
         self._studies.update(candidate.study for candidate in candidates)
         self._patients.update(candidate.patient for candidate in candidates)
 
-    def document(self) -> dict:
+    def record(self) -> dict:
         """Everything, in values that JSON keeps."""
         names = ("true", "evaluated", "uncertain", "blank")
         by_label = {name: dict.fromkeys(LABELS, 0) for name in names}
@@ -426,7 +427,7 @@ class Report:
 
     def text(self) -> str:
         """The same for people."""
-        content = self.document()
+        content = self.record()
         lines = [
             f"{self.source}: kept {content['images_kept']:,} of {self.rows:,} images "
             f"({content['studies_kept']:,} studies, {content['patients_kept']:,} patients)"

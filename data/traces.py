@@ -44,19 +44,11 @@ from PIL import Image
 
 from data.answers import parse_answer
 from data.demo.teacher import trace_from_labels
+from data.examples import Example, data_file, read_jsonl, row_of, selection_file
+from data.files import MAX_PROBLEMS, DataError, write_jsonl
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, solution_text
-from data.records import (
-    MAX_PROBLEMS,
-    DataError,
-    Example,
-    data_file,
-    read_jsonl,
-    row_of,
-    selection_file,
-    write_jsonl,
-)
 
 ANSWER_FORMAT = "think_solution"  # of every trace
 TEACHER_PROMPTS = tuple(

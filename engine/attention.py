@@ -34,7 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data.collate import Bucket
+from engine.collate import Bucket
 
 IMPLEMENTATION = "shared_prompt"  # name of `attention` for transformers
 ALIGNMENT = 8  # elements, of CUDA's memory-efficient kernel

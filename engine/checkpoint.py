@@ -49,13 +49,13 @@ def save_checkpoint(
     step: int,
     *,
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    documents: Mapping[str, Any],
+    records: Mapping[str, Any],
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is
     replaced.
 
-    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. documents: {file name.json:
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. records: {file name.json:
     JSON value}. notes: JSON values kept in the manifest, such as the reference adapter's hash.
     Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete
     stays behind and older checkpoints are untouched. ValueError for a file that is neither
@@ -64,7 +64,7 @@ def save_checkpoint(
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
     temporary = run_dir / f"{_TEMPORARY}{final.name}-{os.getpid()}"
-    encoded = {name: _to_json(document) for name, document in documents.items()}
+    encoded = {name: _to_json(record) for name, record in records.items()}
     names = [*(f"{stem}.safetensors" for stem in tensors), *encoded]
     refused = [name for name in names if not _is_plain(name)]
     if refused or len(set(names)) < len(names):
@@ -106,8 +106,8 @@ def _is_plain(name: str) -> bool:
     return PurePath(name).name == name and name.endswith(_SUFFIXES) and name != MANIFEST
 
 
-def _to_json(document: Any) -> bytes:
-    return (json.dumps(document, indent=2) + "\n").encode()
+def _to_json(record: Any) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ class Checkpoint:
                 f"{self.path / name}.safetensors: is not a safetensors file: {error}"
             ) from error
 
-    def document(self, name: str) -> Any:
+    def record(self, name: str) -> Any:
         """The content of the JSON file `name`; CheckpointError where the checkpoint has none."""
         try:
             return json.loads(self._read(name))
@@ -360,7 +360,7 @@ def point_link(run_dir: Path, name: str, target: Path) -> None:
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON document of the
+    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON record of the
     rest).
     """
     state = optimizer.state_dict()
@@ -368,7 +368,7 @@ def optimizer_to_tensors(
     for index, entries in state["state"].items():
         for name, value in entries.items():
             (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
-    document = {
+    record = {
         "optimizer": type(optimizer).__name__,
         "shapes": [
             list(parameter.shape)
@@ -378,36 +378,35 @@ def optimizer_to_tensors(
         "param_groups": state["param_groups"],
         "scalars": scalars,
     }
-    return tensors, document
+    return tensors, record
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], document: dict[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], record: dict[str, Any]
 ) -> None:
     """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same
     parameters in the same order. Raises CheckpointError where the class, the groups, the parameters
     or a state's shape differ.
     """
-    if document["optimizer"] != type(optimizer).__name__:
+    if record["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
-            f"optimizer state is of {document['optimizer']}, the run uses"
-            f" {type(optimizer).__name__}"
+            f"optimizer state is of {record['optimizer']}, the run uses {type(optimizer).__name__}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = [list(parameter.shape) for parameter in parameters]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in document["param_groups"]]
+    saved_sizes = [len(group["params"]) for group in record["param_groups"]]
     if sizes != saved_sizes:
         raise CheckpointError(
             f"optimizer state has parameter groups of {saved_sizes}, the run has {sizes}"
         )
-    for index, (saved, shape) in enumerate(zip(document["shapes"], shapes, strict=True)):
+    for index, (saved, shape) in enumerate(zip(record["shapes"], shapes, strict=True)):
         if saved != shape:
             raise CheckpointError(
                 f"optimizer state of parameter {index} has shape {saved}, the run's has {shape}"
             )
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **document["scalars"]}.items():
+    for key, value in {**tensors, **record["scalars"]}.items():
         index, name = key.split(".", 1)
         if (
             isinstance(value, torch.Tensor)
@@ -424,7 +423,7 @@ def load_optimizer(
             name: tuple(value) if isinstance(current.get(name), tuple) else value
             for name, value in saved.items()
         }
-        for saved, current in zip(document["param_groups"], optimizer.param_groups, strict=True)
+        for saved, current in zip(record["param_groups"], optimizer.param_groups, strict=True)
     ]  # JSON made lists of tuples such as betas
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -432,7 +431,7 @@ def load_optimizer(
 def rng_to_tensors(
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every source of randomness as (tensors, JSON document): torch on CPU and CUDA, Python,
+    """Every source of randomness as (tensors, JSON record): torch on CPU and CUDA, Python,
     numpy's global state, and the named generators.
     """
     tensors = {"torch": torch.get_rng_state()}
@@ -446,16 +445,16 @@ def rng_to_tensors(
     algorithm, key, position, has_gauss, gauss = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(key.astype(np.int64))
     version, words, python_gauss = random.getstate()
-    document = {
+    record = {
         "python": [version, list(words), python_gauss],
         "numpy": [algorithm, position, has_gauss, gauss],
     }
-    return tensors, document
+    return tensors, record
 
 
 def load_rng(
     tensors: Mapping[str, torch.Tensor],
-    document: dict[str, Any],
+    record: dict[str, Any],
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> None:
     """Restore what `rng_to_tensors` gave, so that every source goes on with the draws it would have
@@ -479,11 +478,11 @@ def load_rng(
             torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
         for name, generator in (generators or {}).items():
             generator.set_state(tensors[f"generator.{name}"])
-        algorithm, position, has_gauss, gauss = document["numpy"]
+        algorithm, position, has_gauss, gauss = record["numpy"]
         np.random.set_state(
             (algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
         )
-        version, words, python_gauss = document["python"]
+        version, words, python_gauss = record["python"]
         random.setstate((version, tuple(words), python_gauss))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(

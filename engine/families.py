@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.collate import Prompts
+from engine.collate import Prompts
 
 # The language model's attention and feed-forward projections. Anchored on `language_model`: both
 # vision towers have projections of the same names (SigLIP q/k/v_proj; Qwen's visual

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.collate import Batch, Prompts
 from engine.attention import Places, SharedPromptMask, spread
 from engine.cache import DecodingMask, SamplingCache
+from engine.collate import Batch, Prompts
 from engine.families import (
     Family,
     language_model,

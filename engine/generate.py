@@ -23,9 +23,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from data.collate import collate_prompts
-from data.encode import EncodedPrompt
 from engine.cache import DecodingMask, SamplingCache
+from engine.collate import collate_prompts
+from engine.encode import EncodedPrompt
 from engine.families import lm_head_weight, logit_softcap
 from engine.forward import decoding_masks, read_prompts, read_tokens
 from engine.logprobs import scaled_logits

@@ -115,7 +115,7 @@ class Workload:
     max_tokens_per_forward: int | None = None
 
     def packed(self, completions: int) -> Packed:
-        """The largest forward of so many completions, cut as data/collate.py does."""
+        """The largest forward of so many completions, cut as engine/collate.py does."""
 
         def row(n: int) -> Packed:
             return Packed(

@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from data.collate import collate_rows
-from data.encode import EncodedRow
+from data.examples import Example
+from data.files import sha256_of, write_json
 from data.prompts import PROMPTS
-from data.records import Example
+from engine.collate import collate_rows
 from engine.config import UsageError, parse_config, setting
+from engine.encode import EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.model import (
@@ -56,8 +57,8 @@ from engine.model import (
     looks_local,
     model_path,
 )
-from engine.run import saved_settings, write_json
-from engine.runtime import main_guard, pick_device, sha256_of, versions
+from engine.run import saved_settings
+from engine.runtime import main_guard, pick_device, versions
 from engine.settings import FALLBACKS
 
 # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
@@ -327,7 +328,7 @@ def merge(config: MergeConfig) -> dict:
                 f"the merged model differs from base + adapter by {difference:.2e} of the logits'"
                 f" root mean square, more than the bound {bound:.2e}; nothing was written"
             )
-        document = {
+        record = {
             "base": base,
             "adapter": str(adapter),
             "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
@@ -340,11 +341,11 @@ def merge(config: MergeConfig) -> dict:
             "prompt": settings.get("prompt"),
             "versions": versions(),
         }
-        write_json(temporary / "merge.json", document)
+        write_json(temporary / "merge.json", record)
         os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return document
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:

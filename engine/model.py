@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from data.encode import EncodedPrompt, EncodedRow, Encoder, read_config
+from data.examples import Example
 from data.prompts import Prompt
-from data.records import Example
 from engine.attention import IMPLEMENTATION
 from engine.config import UsageError
+from engine.encode import EncodedPrompt, EncodedRow, Encoder, read_config
 from engine.families import (
     LORA_TARGETS,
     Family,
@@ -326,7 +326,7 @@ def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor
     )  # else peft asks the hub for the base
 
 
-def adapter_config_document(wrapped: PeftModel, base_name: str) -> dict:
+def adapter_config_record(wrapped: PeftModel, base_name: str) -> dict:
     """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user
     gave it.
     """

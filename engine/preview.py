@@ -15,10 +15,10 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from data.collate import collate_prompts
-from data.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
+from data.examples import Example
 from data.prompts import PROMPTS
-from data.records import Example
+from engine.collate import collate_prompts
+from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from engine.memory import GIB, Forecast, Workload, forecast, model_shape
 from engine.model import LoadedModel, load_encoder
 from engine.run import shuffled

@@ -19,8 +19,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
+from data.examples import Example, selection_file
+from data.files import sha256_of, write_json, write_jsonl
 from data.images import check_images, without_bad_images
-from data.records import Example, selection_file, write_jsonl
 from engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,8 +36,8 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.config import Resolved, UsageError, to_json
-from engine.model import POLICY, adapter_config_document, adapter_state, load_adapter_state
-from engine.runtime import run_directory, sha256_of, versions
+from engine.model import POLICY, adapter_config_record, adapter_state, load_adapter_state
+from engine.runtime import run_directory, versions
 from engine.tracking import STEP_LOGS
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
@@ -95,7 +96,7 @@ class TrainerState:
 
 
 # ---- configuration of the run --------------------------------------------------------------------
-def run_document(
+def run_record(
     resolved: Resolved,
     script: str,
     data_files: Mapping[str, Path],
@@ -133,15 +134,6 @@ def _selection(data_file: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(
-        json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, path)
-
-
 def saved_settings(run_dir: Path) -> dict[str, Any]:
     """The settings of an earlier run by name, from its config.json; empty where the folder has none
     (an adapter from elsewhere).
@@ -152,8 +144,8 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return {name: entry["value"] for name, entry in document.get("settings", {}).items()}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: entry["value"] for name, entry in record.get("settings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
@@ -251,13 +243,13 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
     a renamed folder. Raises UsageError for a checkpoint of the other script.
     """
     checkpoint, _ = find_checkpoint(named)
-    document = checkpoint.document("config.json")
-    if document["script"] != script:
+    record = checkpoint.record("config.json")
+    if record["script"] != script:
         raise UsageError(
-            f"--resume_from_checkpoint {named}: a checkpoint of run_{document['script']}.py; resume"
+            f"--resume_from_checkpoint {named}: a checkpoint of run_{record['script']}.py; resume"
             " it with that script"
         )
-    return {name: entry["value"] for name, entry in document["settings"].items()} | {
+    return {name: entry["value"] for name, entry in record["settings"].items()} | {
         "output_dir": None
     }
 
@@ -277,14 +269,14 @@ def run_folder(
     return run_directory(output_dir, kind)
 
 
-def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
-    """config.json of a resumed run: `document` with what only the run's beginning knows, its recipe
+def continued_record(checkpoint: Checkpoint, record: dict) -> dict:
+    """config.json of a resumed run: `record` with what only the run's beginning knows, its recipe
     and the origins.
 
     Raises UsageError naming each data file that is not the one that the run began with.
     """
-    saved = checkpoint.document("config.json")
-    before, now = saved["data"], document["data"]
+    saved = checkpoint.record("config.json")
+    before, now = saved["data"], record["data"]
     changed = [
         f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256"
         f" {now.get(name, {}).get('sha256', '(not given)')[:12]}, the resumed run used"
@@ -306,9 +298,9 @@ def continue_document(checkpoint: Checkpoint, document: dict) -> dict:
             if saved["settings"].get(name, {}).get("value") == entry["value"]
             else entry
         )
-        for name, entry in document["settings"].items()
+        for name, entry in record["settings"].items()
     }  # a value that did not change keeps its origin
-    return document | {"recipe": saved["recipe"], "settings": settings}
+    return record | {"recipe": saved["recipe"], "settings": settings}
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
@@ -325,7 +317,7 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
         shutil.copytree(source / "reference", run_dir / "reference", dirs_exist_ok=True)
     for link, name in (
         ("last", checkpoint.path.name),
-        ("best", checkpoint.document("trainer_state.json")["best_model_checkpoint"]),
+        ("best", checkpoint.record("trainer_state.json")["best_model_checkpoint"]),
     ):
         if name is None or not (source / name).is_dir():
             continue
@@ -354,7 +346,7 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
     """
     folder, before = (
         checkpoint.path.parent / "reference",
-        checkpoint.document("config.json")["reference"],
+        checkpoint.record("config.json")["reference"],
     )
     now = _reference_hashes(folder)
     if now != before:
@@ -383,11 +375,9 @@ def restore(
 ) -> TrainerState:
     """Put adapter, optimizer and every source of randomness back where the checkpoint has them."""
     load_adapter_state(wrapped, checkpoint.tensors("adapter_model"), source=str(checkpoint.path))
-    load_optimizer(
-        optimizer, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json")
-    )
-    load_rng(checkpoint.tensors("rng"), checkpoint.document("rng.json"), generators)
-    state = TrainerState(**checkpoint.document("trainer_state.json"))
+    load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.record("optimizer.json"))
+    load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
+    state = TrainerState(**checkpoint.record("trainer_state.json"))
     if (
         state.best_model_checkpoint is not None
         and not (checkpoint.path.parent / state.best_model_checkpoint).is_dir()
@@ -409,17 +399,17 @@ def save_training_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     base_name: str,
-    config_document: dict,
+    config_record: dict,
     limit: int | None,
     generators: Mapping[str, torch.Generator] | None = None,
     tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
-    documents: Mapping[str, Any] | None = None,
+    records: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save everything that the next optimizer step depends on; set the links `last` and `best`;
     delete what `limit` leaves over.
     """
-    optimizer_tensors, optimizer_document = optimizer_to_tensors(optimizer)
-    rng_tensors, rng_document = rng_to_tensors(generators)
+    optimizer_tensors, optimizer_record = optimizer_to_tensors(optimizer)
+    rng_tensors, rng_record = rng_to_tensors(generators)
     path = save_checkpoint(
         run_dir,
         state.global_step,
@@ -429,17 +419,15 @@ def save_training_checkpoint(
             "rng": rng_tensors,
             **(tensors or {}),
         },
-        documents={
-            "adapter_config.json": adapter_config_document(wrapped, base_name),
-            "optimizer.json": optimizer_document,
-            "rng.json": rng_document,
+        records={
+            "adapter_config.json": adapter_config_record(wrapped, base_name),
+            "optimizer.json": optimizer_record,
+            "rng.json": rng_record,
             "trainer_state.json": asdict(state),
-            "config.json": config_document,
-            **(documents or {}),
+            "config.json": config_record,
+            **(records or {}),
         },
-        notes=(
-            {"reference": config_document["reference"]} if "reference" in config_document else None
-        ),
+        notes=({"reference": config_record["reference"]} if "reference" in config_record else None),
     )
     point_link(run_dir, "last", path)
     best = run_dir / state.best_model_checkpoint if state.best_model_checkpoint else None
@@ -456,7 +444,7 @@ def save_final_adapter(
     run has finished.
     """
     write_json(run_dir / "trainer_state.json", asdict(state))
-    write_json(run_dir / "adapter_config.json", adapter_config_document(wrapped, base_name))
+    write_json(run_dir / "adapter_config.json", adapter_config_record(wrapped, base_name))
     temporary = run_dir / ".tmp-adapter_model.safetensors"
     tensors = {
         name: tensor.detach().cpu().contiguous()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -224,12 +223,6 @@ def _adapter_base(run: Path) -> str | None:
 
 
 # ---- facts about the run -------------------------------------------------------------------------
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers; CUDA's and the device's name
     where there is one.

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data.encode import Encoder
+from data.examples import Example
 from data.images import image_path
-from data.records import Example
 from engine.config import UsageError
+from engine.encode import Encoder
 from engine.families import Family
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from data.answers import parse_answer
+from data.examples import Example, read_jsonl
+from data.files import DataError
 from data.images import load_image
 from data.labels import LABELS
 from data.prompts import PROMPTS
-from data.records import DataError, Example, read_jsonl
-from eval.comparison import Comparison
-from eval.document import OUTCOMES, Case, Cases, ModelAnswer, Picture
+from eval.contrasts import Comparison
 from eval.evaluate import reparse
-from eval.results import Entry, Predictions, located
+from eval.folders import Entry, Predictions, located
+from eval.page import OUTCOMES, Case, Cases, ModelAnswer, Picture
 
 MAX_SIDE = 384  # pixels of a picture in the report
 _CANDIDATES = 400  # images looked at for the next case

@@ -14,12 +14,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.records import DataError
+from data.files import DataError
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
-from eval.comparison import Comparison, compare
-from eval.document import Document, Picture, Section, Table, Text, to_text
+from eval.contrasts import Comparison, compare
 from eval.figures import (
     FIGURE_1,
     MISSING,
@@ -29,17 +28,18 @@ from eval.figures import (
     draw_training,
     reward_panels,
 )
-from eval.report import write
-from eval.results import (
+from eval.folders import (
     Entry,
     flag_first,
     load_entry,
     load_predictions,
     named_folders,
-    read_document,
     read_log,
+    read_record,
 )
-from eval.statistics import PERMUTATIONS, RESAMPLES
+from eval.page import Document, Picture, Section, Table, Text, to_text
+from eval.paired import PERMUTATIONS, RESAMPLES
+from eval.report import write
 from eval.tables import number, p_text, scores_table, signed
 
 # settings that say nothing about the model
@@ -113,9 +113,9 @@ def _told(entry: Entry) -> dict[str, str]:
     """{setting: "value (origin)"} of the run that trained the model and of the evaluation that the
     folder holds, with the data files' SHA-256 and the versions.
     """
-    own = read_document(entry.folder / "config.json")
+    own = read_record(entry.folder / "config.json")
     trained = own or (
-        read_document(entry.training / "config.json") if entry.training is not None else {}
+        read_record(entry.training / "config.json") if entry.training is not None else {}
     )
     evaluated = (
         {}

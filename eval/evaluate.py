@@ -27,28 +27,20 @@ import torch
 from torch import nn
 
 from data.answers import ANSWER_FORMATS, parse_answer
+from data.examples import Example, data_file, read_examples, read_jsonl
+from data.files import MAX_PROBLEMS, DataError, sha256_of, write_json, write_jsonl
 from data.labels import LABEL_MAPS, LABELS, chexpert_labels_of_nih
 from data.prompts import PROMPTS, Prompt
-from data.records import (
-    MAX_PROBLEMS,
-    DataError,
-    Example,
-    data_file,
-    read_examples,
-    read_jsonl,
-    write_jsonl,
-)
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import LoadedModel, adapter_config, attach_adapter, load_model
 from engine.run import (
     bad_image_counts,
     bad_images_line,
-    run_document,
+    run_record,
     saved_settings,
     usable_examples,
     write_bad_images,
-    write_json,
 )
 from engine.runtime import (
     SignalGuard,
@@ -57,7 +49,6 @@ from engine.runtime import (
     main_guard,
     pick_device,
     run_directory,
-    sha256_of,
 )
 from engine.settings import ENGINE, FALLBACKS, OURS, PAPER_GRPO, PAPER_SFT, BadImages
 from engine.tracking import Progress
@@ -328,8 +319,8 @@ def evaluate_sets(
     own; extra(rows): more keys of the scores, computed from those rows. Until a data set is
     finished its answers so far are in predictions-<name>.partial.jsonl; an interrupt
     (KeyboardInterrupt, once should_stop says so) or an error leaves that file there and says so.
-    resumable: {name: `evaluation_document`}, where answers that an earlier call with the same
-    documents left there are gone on from; raises UsageError where they are of another evaluation.
+    resumable: {name: `evaluation_record`}, where answers that an earlier call with the same
+    records left there are gone on from; raises UsageError where they are of another evaluation.
     """
     results = {}
     for name, examples in sets.items():
@@ -370,14 +361,14 @@ def evaluate_sets(
 
 
 def _partial_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
-    """(answers so far, the document of their evaluation)"""
+    """(answers so far, the record of their evaluation)"""
     return tuple(
         Path(output_dir) / f"predictions-{name}.partial.{ending}" for ending in ("jsonl", "json")
     )
 
 
-def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict]:
-    """The answers that an interrupted evaluation of this document has left. Raises UsageError where
+def read_partial(output_dir: str | Path, name: str, record: dict) -> list[dict]:
+    """The answers that an interrupted evaluation of this record has left. Raises UsageError where
     it was another one.
     """
     answers, about = _partial_files(output_dir, name)
@@ -388,7 +379,7 @@ def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict
             f"{answers} was left there by another command; score it with --predictions, remove it,"
             " or give another --output_dir"
         )
-    another = difference(json.loads(about.read_text(encoding="utf-8")), document)
+    another = difference(json.loads(about.read_text(encoding="utf-8")), record)
     if another:
         raise UsageError(
             f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
@@ -405,15 +396,15 @@ def read_partial(output_dir: str | Path, name: str, document: dict) -> list[dict
 
 @contextmanager
 def _kept(
-    output_dir: str | Path, name: str, done: list[dict], document: dict | None
+    output_dir: str | Path, name: str, done: list[dict], record: dict | None
 ) -> Iterator[Callable[[dict], None]]:
     """A function that appends a row to the file of partial answers at once. The file goes when the
     block ends well; else it stays and is named.
     """
     partial, about = _partial_files(output_dir, name)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    if document is not None:
-        write_json(about, document)
+    if record is not None:
+        write_json(about, record)
     write_jsonl(partial, done)  # without a torn line
     with partial.open("a", encoding="utf-8") as file:
 
@@ -427,7 +418,7 @@ def _kept(
             if file.tell():
                 how = (
                     "the same command goes on from there"
-                    if document is not None
+                    if record is not None
                     else (f"to score them: python -m eval.evaluate --predictions {name}={partial}")
                 )
                 print(f"the answers so far are kept in {partial}: {how}", file=sys.stderr)
@@ -453,11 +444,11 @@ _NO_MATTER = (
 )
 
 
-def evaluation_document(resolved: Resolved, name: str, file: Path, bad_images: list[dict]) -> dict:
+def evaluation_record(resolved: Resolved, name: str, file: Path, bad_images: list[dict]) -> dict:
     """What says how a data set is evaluated: "run" of its scores."""
     config: EvalConfig = resolved.configs[0]
     adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
-    return run_document(resolved, "eval", {name: file}, {name: bad_images}) | {
+    return run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
         "adapter_sha256": (
             sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
         )
@@ -486,19 +477,19 @@ def difference(before: Mapping, now: Mapping) -> str:
     )
 
 
-def finished_sets(output_dir: str | Path, documents: Mapping[str, dict]) -> list[str]:
+def finished_sets(output_dir: str | Path, records: Mapping[str, dict]) -> list[str]:
     """Names of the data sets whose results are in output_dir. Raises UsageError for one that was
     evaluated otherwise.
     """
     finished, problems = [], []
-    for name, document in documents.items():
+    for name, record in records.items():
         predictions, scores = (
             Path(output_dir) / file for file in (f"predictions-{name}.jsonl", f"scores-{name}.json")
         )
         if not (predictions.is_file() and scores.is_file()):
             continue
         another = difference(
-            json.loads(scores.read_text(encoding="utf-8")).get("run") or {}, document
+            json.loads(scores.read_text(encoding="utf-8")).get("run") or {}, record
         )
         if another:
             problems.append(
@@ -1064,7 +1055,7 @@ def _score_again(resolved: Resolved, reference: list[Example] | None) -> int:
             output_dir,
             name,
             rows[name],
-            scores | {"run": run_document(resolved, "eval", {name: files[name]}, {})},
+            scores | {"run": run_record(resolved, "eval", {name: files[name]}, {})},
         )
     return _show(results, output_dir)
 
@@ -1081,11 +1072,11 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
     }
     sets, bad_images = usable_examples(sets, config.bad_images)
     counts = bad_image_counts(sets, bad_images)
-    documents = {
-        name: evaluation_document(resolved, name, file, bad_images[name])
+    records = {
+        name: evaluation_record(resolved, name, file, bad_images[name])
         for name, file in files.items()
     }
-    finished = [] if config.output_dir is None else finished_sets(config.output_dir, documents)
+    finished = [] if config.output_dir is None else finished_sets(config.output_dir, records)
     todo = {name: examples for name, examples in sets.items() if name not in finished}
     if config.output_dir is not None:
         if not todo:
@@ -1093,7 +1084,7 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
                 [Path(config.output_dir) / f"predictions-{name}.jsonl" for name in finished]
             )
         for name in todo:  # before the model is loaded
-            read_partial(config.output_dir, name, documents[name])
+            read_partial(config.output_dir, name, records[name])
     device = pick_device(config.num_threads)
     bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
     print(environment_banner(device))
@@ -1130,8 +1121,8 @@ def _decode_and_score(resolved: Resolved, reference: list[Example] | None) -> in
                 sampling,
                 output_dir,
                 reference=reference,
-                resumable=documents,
-                notes={name: {"run": documents[name]} | counts[name] for name in todo},
+                resumable=records,
+                notes={name: {"run": records[name]} | counts[name] for name in todo},
                 batch_size=config.per_device_eval_batch_size,
                 answer_format=config.answer_format,
                 seed=config.seed,

@@ -23,9 +23,9 @@ import numpy as np
 
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard
-from eval.comparison import Comparison
-from eval.document import Picture, picture_file
-from eval.results import Entry, flag_first, load_entry, named_folders, read_log
+from eval.contrasts import Comparison
+from eval.folders import Entry, flag_first, load_entry, named_folders, read_log
+from eval.page import Picture, picture_file
 
 SMOOTHING = 0.95
 MISSING = "the pictures need matplotlib: pip install -e '.[plots]'"

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.examples import Example, data_file, read_examples, read_jsonl
+from data.files import DataError
 from data.prompts import PROMPTS
-from data.records import DataError, Example, data_file, read_examples, read_jsonl
 from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
 from engine.generate import SamplingConfig
 from engine.model import LoadedModel, attach_adapter, load_model
@@ -38,14 +39,14 @@ from eval.evaluate import (
     EvalConfig,
     complete,
     evaluate_sets,
-    evaluation_document,
+    evaluation_record,
     finished_sets,
     format_scores,
     named_files,
     read_partial,
 )
 from eval.evaluate import config_problems as evaluation_problems
-from eval.results import read_document
+from eval.folders import read_record
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class MatrixCell:
     model: str
     folder: Path
     resolved: Resolved
-    documents: Mapping[str, dict]  # by data set: the "run" of its scores
+    records: Mapping[str, dict]  # by data set: the "run" of its scores
     missing: tuple[str, ...]
 
     @property
@@ -228,15 +229,15 @@ def plan(
                 for name in EvalConfig.__dataclass_fields__
             }
             one = complete(Resolved((evaluation,), origins, None))
-            documents = {
-                name: evaluation_document(one, name, file, bad_images[name])
+            records = {
+                name: evaluation_record(one, name, file, bad_images[name])
                 for name, file in files.items()
             }
             folder = Path(config.output_dir) / f"{model}.{prompt}"
             try:
-                finished = finished_sets(folder, documents)
+                finished = finished_sets(folder, records)
                 for name in files:
-                    read_partial(folder, name, documents[name])
+                    read_partial(folder, name, records[name])
             except UsageError as error:
                 problems += error.problems
                 continue
@@ -245,7 +246,7 @@ def plan(
                     model,
                     folder,
                     one,
-                    documents,
+                    records,
                     tuple(name for name in files if name not in finished),
                 )
             )
@@ -312,7 +313,7 @@ def _run(argv: Sequence[str]) -> int:
         print(
             f"\n{cell.folder}\n"
             + format_scores(
-                {name: read_document(cell.folder / f"scores-{name}.json") for name in sets}
+                {name: read_record(cell.folder / f"scores-{name}.json") for name in sets}
             )
         )
     print(
@@ -366,8 +367,8 @@ def _fill(
         answer_format=config.answer_format,
         reference=reference,
         seed=config.seed,
-        notes={name: {"run": cell.documents[name]} | counts[name] for name in cell.missing},
-        resumable=cell.documents,
+        notes={name: {"run": cell.records[name]} | counts[name] for name in cell.missing},
+        resumable=cell.records,
         should_stop=lambda: guard.stop is not None,
     )
 

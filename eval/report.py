@@ -20,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data.records import DataError, Example, read_examples
+from data.examples import Example, read_examples
+from data.files import DataError, sha256_of
 from engine.config import UsageError, parse_config, setting
-from engine.runtime import main_guard, run_directory, sha256_of
+from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.cases import sample_cases
-from eval.comparison import Comparison, Transfer, compare, nih_variants, pairs_of, transfers
-from eval.document import (
+from eval.contrasts import Comparison, Transfer, compare, nih_variants, pairs_of, transfers
+from eval.figures import MISSING, available, draw_labels, training_pictures
+from eval.folders import Entry, flag_first, load_entry, load_predictions, named_folders
+from eval.page import (
     Bullets,
     Document,
     Picture,
@@ -37,10 +40,8 @@ from eval.document import (
     to_html,
     to_markdown,
 )
-from eval.figures import MISSING, available, draw_labels, training_pictures
+from eval.paired import PERMUTATIONS, RESAMPLES
 from eval.published import SOURCE
-from eval.results import Entry, flag_first, load_entry, load_predictions, named_folders
-from eval.statistics import PERMUTATIONS, RESAMPLES
 from eval.tables import (
     ARROW,
     diversity_table,

@@ -9,10 +9,10 @@ import numpy as np
 
 from data.labels import LABELS, NIH_NINE
 from eval import published
-from eval.comparison import Comparison, Transfer
-from eval.document import Cell, Table
-from eval.results import Entry
-from eval.statistics import Change, all_labels_scores, diversity, said_and_true
+from eval.contrasts import Comparison, Transfer
+from eval.folders import Entry
+from eval.page import Cell, Table
+from eval.paired import Change, all_labels_scores, diversity, said_and_true
 
 BASELINE_TITLES = {
     "most_frequent": "most frequent answer",

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from data.encode import EncodedPrompt
+from engine.encode import EncodedPrompt
+from rl.logs import PER_TOKEN
 from rl.objective import ObjectiveConfig
-from rl.records import PER_TOKEN
 from rl.rollout import Sample
 from rl.settings import GRPOConfig
 

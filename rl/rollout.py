@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from data.answers import Answer, parse_answer
-from data.collate import Batch, collate_rows, plan_batches
-from data.encode import EncodedPrompt, EncodedRow
-from data.records import Example
+from data.examples import Example
+from engine.collate import Batch, collate_rows, plan_batches
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.forward import completion_logprobs
 from engine.generate import Completion
 from engine.model import REFERENCE, LoadedModel, use_adapter

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from data.records import Example
+from data.examples import Example
 from engine.config import Resolved, UsageError, setting
 from engine.run import saved_settings
 from engine.runtime import newest_finished_run
@@ -23,7 +23,7 @@ from rl.rollout import Sample
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
 # What an evaluation measures on each validation set; two sets or more also have a gap
-# (rl/records.py).
+# (rl/logs.py).
 SET_METRICS = (
     "macro_f1",
     "micro_f1",

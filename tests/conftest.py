@@ -216,7 +216,7 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
     """
     from runs import DECODE, sft
 
-    from data.encode import Encoder
+    from engine.encode import Encoder
 
     made: dict[str, Path] = {}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data.collate import Prompts
-from data.encode import EncodedRow
+from engine.collate import Prompts
+from engine.encode import EncodedRow
 from engine.families import Family, language_model, lm_head_weight, logit_softcap, unwrapped
 from engine.logprobs import token_logprobs
 

@@ -18,7 +18,7 @@ from tiny import save_images
 
 import run_grpo
 import run_sft
-from data.encode import Encoder
+from engine.encode import Encoder
 from engine.tracking import is_timing
 
 torch.set_num_threads(1)  # the models are so small that threads only cost time
@@ -134,7 +134,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def document(path: Path) -> dict:
+def record(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -215,9 +215,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         "last/monitors.json",
     ):
         if (one / name).exists():
-            assert without_times(document(one / name)) == without_times(document(other / name)), (
-                name
-            )
+            assert without_times(record(one / name)) == without_times(record(other / name)), name
     for name in ("last/adapter_model", "last/optimizer", "last/rng", "last/rollout"):
         if (one / f"{name}.safetensors").exists():
             assert equal_tensors(one / f"{name}.safetensors", other / f"{name}.safetensors"), name

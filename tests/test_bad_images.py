@@ -8,9 +8,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from runs import assert_same_run, document, grpo, lines, sft, speak, write_data, write_rows
+from runs import assert_same_run, grpo, lines, record, sft, speak, write_data, write_rows
 
-from data.records import DataError
+from data.files import DataError
 from eval.evaluate import main as evaluate
 
 BAD = (2, 3, 9)  # both examples of patient p1, and one of p4
@@ -97,10 +97,10 @@ def test_sft_trains_as_if_the_examples_were_not_there(
             and "image-3.png is not a readable" in found["e3"]
         )
     assert not list((tmp_path / "clean").glob("bad-images-*"))
-    assert document(tmp_path / "skip" / "scores-site.json")["bad_images"] == 3
-    assert document(tmp_path / "clean" / "scores-site.json")["bad_images"] == 0
+    assert record(tmp_path / "skip" / "scores-site.json")["bad_images"] == 3
+    assert record(tmp_path / "clean" / "scores-site.json")["bad_images"] == 0
     assert [
-        row["id"] for row in document(tmp_path / "skip" / "config.json")["bad_images"]["train"]
+        row["id"] for row in record(tmp_path / "skip" / "config.json")["bad_images"]["train"]
     ] == ["e2", "e3", "e9"]
 
 
@@ -162,7 +162,7 @@ def test_grpo_skips_them(damaged, tiny_sft_run, tmp_path, monkeypatch, capsys):
     assert {row["id"] for row in lines(tmp_path / "run" / "completions.jsonl")} == {
         f"e{i}" for i in range(12) if i not in BAD
     }
-    scores = document(tmp_path / "run" / "scores-site.json")
+    scores = record(tmp_path / "run" / "scores-site.json")
     assert (scores["bad_images"], scores["n"], scores["step"]) == (3, 9, 10)
 
 
@@ -181,7 +181,7 @@ def test_evaluation_skips_them(damaged, tiny_sft_run, tmp_path, capsys):
         and "left out for their images: site 3\n" in out
     )
     assert list(reasons(tmp_path / "out" / "bad-images-site.jsonl")) == ["e2", "e3", "e9"]
-    scores = document(tmp_path / "out" / "scores-site.json")
+    scores = record(tmp_path / "out" / "scores-site.json")
     assert (scores["bad_images"], scores["n"]) == (3, 9) and len(
         scores["run"]["bad_images"]["site"]
     ) == 3

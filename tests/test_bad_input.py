@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import GRPO, SFT, document, lines, sft, snapshot, write_rows
+from runs import GRPO, SFT, lines, record, sft, snapshot, write_rows
 
 import run_grpo
 import run_sft
+from data.files import DataError
 from data.prompts import PROMPTS
-from data.records import DataError
 from engine.checkpoint import list_checkpoints
 from engine.run import shuffled
 from engine.runtime import main_guard
@@ -112,7 +112,7 @@ def test_attention_that_transformers_does_not_compute(
     refused, tiny_checkpoint, tiny_data, tmp_path
 ):
     folder = shutil.copytree(tiny_checkpoint("gemma3"), tmp_path / "capped")
-    config = document(folder / "config.json")
+    config = record(folder / "config.json")
     config["text_config"]["attn_logit_softcapping"] = 50.0
     (folder / "config.json").write_text(json.dumps(config))
     (line,) = refused(
@@ -192,7 +192,7 @@ def test_adapter_that_does_not_fit_the_model(refused, grpo_flags, tiny_checkpoin
 
 def test_adapter_whose_shapes_do_not_fit(refused, grpo_flags, tiny_sft_run, tmp_path):
     folder = shutil.copytree(tiny_sft_run("qwen2_5_vl"), tmp_path / "rank-8", symlinks=True)
-    config = document(folder / "adapter_config.json") | {"r": 8}
+    config = record(folder / "adapter_config.json") | {"r": 8}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (line,) = refused(run_grpo.main, *grpo_flags, "--adapter_name_or_path", str(folder))
     assert line.startswith(f"{folder}: ") and "has shape (16, 32), the model needs (8, 32)" in line

@@ -45,14 +45,14 @@ def save(run_dir: Path, step: int, value: float = 1.0, **options) -> Path:
         "adapter_model": {"a": torch.full((2, 3), value)},
         "optimizer": {"m": torch.arange(4)},
     }
-    documents = {"trainer_state.json": {"value": value}} | options.pop("documents", {})
-    return save_checkpoint(run_dir, step, tensors=tensors, documents=documents, **options)
+    records = {"trainer_state.json": {"value": value}} | options.pop("records", {})
+    return save_checkpoint(run_dir, step, tensors=tensors, records=records, **options)
 
 
 def value_of(path: Path) -> float:
     """The one number that `save` put into two files; they must agree."""
     checkpoint = load_checkpoint(path)
-    value = checkpoint.document("trainer_state.json")["value"]
+    value = checkpoint.record("trainer_state.json")["value"]
     assert torch.equal(checkpoint.tensors("adapter_model")["a"], torch.full((2, 3), value))
     return value
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         tensors={
             "rollout": {"columns": batch[:, :2], "same storage": batch[:, :2], "flags": batch > 3}
         },
-        documents={
+        records={
             "trainer_state.json": {"global_step": 12, "best": None},
             "adapter_config.json": {"r": 16},
             "notes.json": [1],
@@ -81,8 +81,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         rollout["columns"].tolist() == rollout["same storage"].tolist() == [[0, 1], [4, 5], [8, 9]]
     )
     assert rollout["flags"].tolist() == [[False] * 4, [True] * 4, [True] * 4]
-    assert checkpoint.document("trainer_state.json") == {"global_step": 12, "best": None}
-    assert checkpoint.document("adapter_config.json") == {"r": 16} and checkpoint.document(
+    assert checkpoint.record("trainer_state.json") == {"global_step": 12, "best": None}
+    assert checkpoint.record("adapter_config.json") == {"r": 16} and checkpoint.record(
         "notes.json"
     ) == [1]
     assert checkpoint.step == 12 and checkpoint.manifest["notes"] == {"reference_sha256": "abc"}
@@ -108,7 +108,7 @@ def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
 )
 def test_only_plain_safetensors_and_json_names_are_written(tmp_path, name):
     with pytest.raises(ValueError, match="plain names"):
-        save(tmp_path, 1, documents={name: {}})
+        save(tmp_path, 1, records={name: {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,7 +361,7 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
     (path / "optimizer.pt").write_bytes(payload)  # beside the manifest: not looked at
     checkpoint = load_checkpoint(path)
     with pytest.raises(CheckpointError, match="holds no optimizer.pt"):
-        checkpoint.document("optimizer.pt")
+        checkpoint.record("optimizer.pt")
 
     manifest = json.loads((path / "manifest.json").read_text())
     entry = {"size": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
@@ -382,7 +382,7 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="optimizer.safetensors: is not a safetensors file"):
         checkpoint.tensors("optimizer")
     with pytest.raises(CheckpointError, match="trainer_state.json: is not JSON"):
-        checkpoint.document("trainer_state.json")
+        checkpoint.record("trainer_state.json")
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -489,19 +489,19 @@ def test_adamw_goes_on_bit_for_bit_after_a_round_trip_through_the_disk(tmp_path)
     for _ in range(3):
         step_on(model, optimizer, inputs)
     optimizer.param_groups[0]["lr"] = 0.0123  # as a schedule leaves it
-    tensors, document = optimizer_to_tensors(optimizer)
+    tensors, record = optimizer_to_tensors(optimizer)
     path = save_checkpoint(
         tmp_path,
         3,
         tensors={"optimizer": tensors, "model": model.state_dict()},
-        documents={"optimizer.json": document},
+        records={"optimizer.json": record},
     )
 
     checkpoint = load_checkpoint(path)
     resumed_model = fresh_model()
     resumed_model.load_state_dict(checkpoint.tensors("model"))
     resumed = adamw(resumed_model)
-    load_optimizer(resumed, checkpoint.tensors("optimizer"), checkpoint.document("optimizer.json"))
+    load_optimizer(resumed, checkpoint.tensors("optimizer"), checkpoint.record("optimizer.json"))
     assert resumed.param_groups[0]["lr"] == 0.0123 and resumed.param_groups[1]["betas"] == (
         0.8,
         0.95,
@@ -520,20 +520,20 @@ def test_optimizer_state_that_does_not_fit_is_refused():
     model = fresh_model()
     optimizer = adamw(model)
     step_on(model, optimizer, torch.ones(1, 3))
-    tensors, document = optimizer_to_tensors(optimizer)
+    tensors, record = optimizer_to_tensors(optimizer)
     with pytest.raises(CheckpointError, match="is of AdamW, the run uses SGD"):
-        load_optimizer(torch.optim.SGD(model.parameters(), lr=1.0), tensors, document)
+        load_optimizer(torch.optim.SGD(model.parameters(), lr=1.0), tensors, record)
     with pytest.raises(CheckpointError, match=r"groups of \[2, 2\], the run has \[4\]"):
-        load_optimizer(torch.optim.AdamW(model.parameters()), tensors, document)
+        load_optimizer(torch.optim.AdamW(model.parameters()), tensors, record)
     wider = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     with pytest.raises(
         CheckpointError, match=r"parameter 0 has shape \[4, 3\], the run's has \[5, 3\]"
     ):
-        load_optimizer(adamw(wider), tensors, document)
+        load_optimizer(adamw(wider), tensors, record)
     with pytest.raises(
         CheckpointError, match=r"state 1.exp_avg has shape \[1\], its parameter \[4\]"
     ):
-        load_optimizer(adamw(model), {**tensors, "1.exp_avg": torch.zeros(1)}, document)
+        load_optimizer(adamw(model), {**tensors, "1.exp_avg": torch.zeros(1)}, record)
 
 
 def draws(generator: torch.Generator) -> list[float]:
@@ -550,25 +550,25 @@ def draws(generator: torch.Generator) -> list[float]:
 def test_every_source_of_randomness_goes_on_with_the_same_draws(tmp_path):
     generator = torch.Generator().manual_seed(7)
     draws(generator)  # leaves Python's and numpy's Gaussian generators with a second value in store
-    tensors, document = rng_to_tensors({"rollout": generator})
-    path = save_checkpoint(tmp_path, 1, tensors={"rng": tensors}, documents={"rng.json": document})
+    tensors, record = rng_to_tensors({"rollout": generator})
+    path = save_checkpoint(tmp_path, 1, tensors={"rng": tensors}, records={"rng.json": record})
     expected = draws(generator) + draws(generator)
 
     other = torch.Generator().manual_seed(8)
     draws(other)
     checkpoint = load_checkpoint(path)
-    load_rng(checkpoint.tensors("rng"), checkpoint.document("rng.json"), {"rollout": other})
+    load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), {"rollout": other})
     assert draws(other) + draws(other) == expected
 
 
 def test_random_state_that_does_not_fit_is_refused_or_warned_about(caplog):
-    tensors, document = rng_to_tensors()
+    tensors, record = rng_to_tensors()
     with pytest.raises(CheckpointError, match="generator.rollout"):
-        load_rng(tensors, document, {"rollout": torch.Generator()})
+        load_rng(tensors, record, {"rollout": torch.Generator()})
     with pytest.raises(CheckpointError, match="random state cannot be restored"):
-        load_rng({**tensors, "torch": tensors["torch"][:100]}, document)
+        load_rng({**tensors, "torch": tensors["torch"][:100]}, record)
     extra = torch.cuda.device_count()
-    load_rng({**tensors, f"cuda.{extra}": tensors["torch"]}, document)
+    load_rng({**tensors, f"cuda.{extra}": tensors["torch"]}, record)
     assert f"random state of {extra + 1} CUDA devices was saved, {extra} are here" in caplog.text
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import document, lines
+from runs import lines, record
 from test_evaluate import load
 from test_figures import training_run
 from test_report import AFTER, BEFORE, FEW, save
 from tiny import SAVE, save_images
 
 import eval.matrix
-from data.records import write_jsonl
+from data.files import write_json, write_jsonl
 from engine.model import attach_new_adapter
-from engine.run import TrainerState, save_final_adapter, write_json
+from engine.run import TrainerState, save_final_adapter
 from engine.vision import VisionCache
 from eval.compare import main as compare_main
 from eval.evaluate import evaluate_sets
@@ -43,7 +43,7 @@ def runs(tmp_path) -> tuple[Path, Path]:
 def test_settings_and_scores_that_differ(runs, capsys):
     assert compare_main([*map(str, runs), *FEW]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    # no origin in these documents
+    # no origin in these records
     assert ["reward", "hard", "(None)", "nuanced", "(None)"] in lines
     assert not [line for line in lines if line[:1] == ["prompt"]]  # the same in both
     # Macro 4/3/14 and 37/15/14, micro 4/9 and 4/5, Jaccard 3/8 and 3/4: by hand in test_report.py.
@@ -311,7 +311,7 @@ def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(
     assert matrix_main([*command, "--output_dir", str(out), "--bad_images", "skip"]) == 0
     assert [row["id"] for row in lines(out / "bad-images-c.jsonl")] == [rows[0]["id"]]
     for cell in ("base.demo", "base.free_reasoning"):
-        scores = document(out / cell / "scores-c.json")
+        scores = record(out / cell / "scores-c.json")
         assert (scores["n"], scores["bad_images"]) == (len(rows) - 1, 1)
     # Repaired, it would be in some cells and not in others.
     save_images(tmp_path / "more", 1)

@@ -16,10 +16,10 @@ from tiny import attach_random_adapter, examples_of, load
 from torch import nn
 from torch._dynamo.utils import counters
 
-from data.collate import collate_rows
-from data.encode import EncodedRow
 from data.prompts import Prompt
+from engine.collate import collate_rows
 from engine.config import ConfigError, UsageError
+from engine.encode import EncodedRow
 from engine.forward import completion_logprobs
 from engine.model import (
     POLICY,

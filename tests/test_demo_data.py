@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from data import encode
 from data.demo import build_base, splits
 from data.demo.base_families import BASE_FAMILIES
 from data.demo.build_base import (
@@ -35,9 +34,10 @@ from data.demo.build_base import (
 from data.demo.radiographs import IMAGE_SIZE, draw, draw_findings
 from data.demo.splits import SPLITS, WRITTEN_SPLITS, draw_split, seeds, write_split
 from data.demo.teacher import reasoning_trace
+from data.examples import Example
 from data.labels import LABELS, NIH_NINE, NO_FINDING, SUPPORT_DEVICES
 from data.prompts import PROMPTS
-from data.records import Example
+from engine import encode
 
 DRAWN_LABELS = [label for label in LABELS if label != NO_FINDING]
 

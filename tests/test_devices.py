@@ -29,11 +29,11 @@ from torch.utils._pytree import tree_leaves
 
 import engine.families
 import engine.forward
-from data.collate import Batch, collate_rows
-from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.attention import spread
 from engine.cache import SamplingCache
+from engine.collate import Batch, collate_rows
+from engine.encode import EncodedRow
 from engine.families import Qwen25VL
 from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
 from engine.generate import draw

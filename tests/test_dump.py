@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_run, document, equal_tensors, grpo, lines, speak, train_log
+from runs import assert_same_run, equal_tensors, grpo, lines, record, speak, train_log
 from safetensors import safe_open
 
 import run_grpo
@@ -259,7 +259,7 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
             if ids[0] % 4 == 0
             else f"<think>{ids[0]}<" in rows[row]["completion"]
         )
-    saved = document(tmp_path / "with/config.json")["settings"]
+    saved = record(tmp_path / "with/config.json")["settings"]
     assert notes["settings"] == {name: entry["value"] for name, entry in saved.items()}
 
 

@@ -17,10 +17,11 @@ from tiny import SAVE, examples_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoImageProcessor, Gemma3Processor
 
-from data.collate import collate_prompts, collate_rows, plan_batches
-from data.encode import EncodedPrompt, EncodedRow, Encoder
+from data.examples import Example
+from data.files import DataError
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt, build_messages
-from data.records import DataError, Example
+from engine.collate import collate_prompts, collate_rows, plan_batches
+from engine.encode import EncodedPrompt, EncodedRow, Encoder
 
 FAMILIES = list(SAVE)
 END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}

@@ -18,13 +18,14 @@ from tiny import SAVE, save_images
 
 import eval.evaluate
 from data.answers import parse_answer
+from data.examples import Example
+from data.files import DataError, write_json, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
 from data.prompts import Prompt
-from data.records import DataError, Example, write_jsonl
 from engine.config import UsageError
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import LoadedModel, attach_new_adapter, load_model
-from engine.run import TrainerState, save_final_adapter, write_json
+from engine.run import TrainerState, save_final_adapter
 from eval.evaluate import (
     evaluate_sets,
     format_progress,

@@ -24,7 +24,7 @@ import transformers.utils.hub
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from real_configs import REAL_CONFIGS
-from runs import GRPO, SFT, adapter, assert_same_run, document, grpo, lines, snapshot, speak
+from runs import GRPO, SFT, adapter, assert_same_run, grpo, lines, record, snapshot, speak
 from test_imports import product_files
 from tiny import SAVE, attach_random_adapter, examples_of, load, with_features
 from transformers import AutoModelForImageTextToText
@@ -35,11 +35,11 @@ import engine.forward
 import eval.evaluate
 import run_grpo
 import run_sft
-from data.collate import Prompts, collate_prompts, collate_rows
-from data.encode import FAMILIES, Encoder
+from data.examples import Example
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
-from data.records import Example
 from engine.attention import PackedMask
+from engine.collate import Prompts, collate_prompts, collate_rows
+from engine.encode import FAMILIES, Encoder
 from engine.families import family_of, stop_ids
 from engine.forward import completion_logprobs
 from engine.model import LoadedModel, attach_new_adapter
@@ -237,7 +237,7 @@ def test_gemma_has_256_tokens_on_images_of_real_sizes(tiny_checkpoint, tmp_path)
             "image_seq_length": 256,
         },
     }.items():
-        (folder / name).write_text(json.dumps(document(folder / name) | changes))
+        (folder / name).write_text(json.dumps(record(folder / name) | changes))
     encoder = encoder_of(folder, 300, 512)
     for size in ((2828, 2320), (320, 390)):
         tokens, vision = visual_tokens(encoder, tmp_path, *size)
@@ -353,7 +353,7 @@ def test_the_whole_way_of_both_families(
     """
     monkeypatch.chdir(tmp_path)
     sft_run = tiny_sft_run(family)  # saves at every step
-    assert document(sft_run / "adapter_config.json")["base_model_name_or_path"] == str(
+    assert record(sft_run / "adapter_config.json")["base_model_name_or_path"] == str(
         tiny_checkpoint(family)
     )
     assert (
@@ -382,14 +382,14 @@ def test_the_whole_way_of_both_families(
     before, after = adapter(sft_run), adapter(tmp_path / "grpo")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
-    assert document(tmp_path / "grpo/adapter_config.json")["base_model_name_or_path"] == str(
+    assert record(tmp_path / "grpo/adapter_config.json")["base_model_name_or_path"] == str(
         tiny_checkpoint(family)
     )
 
     evaluate = ["--data_file", f"site={tiny_data}", "--max_samples", "5", "--adapter_name_or_path"]
     assert eval.evaluate.main([*evaluate, "grpo", "--output_dir", "scores"]) == 0
     rows = lines(tmp_path / "scores/predictions-site.jsonl")
-    assert len(rows) == 5 and document(tmp_path / "scores/scores-site.json")["n"] == 5
+    assert len(rows) == 5 and record(tmp_path / "scores/scores-site.json")["n"] == 5
     assert eval.evaluate.main([*evaluate, str(sft_run), "--output_dir", "sft-scores"]) == 0
     assert (
         lines(tmp_path / "sft-scores/predictions-site.jsonl")
@@ -462,7 +462,7 @@ def test_a_hub_model_that_cannot_be_had_is_one_line(
 
 def test_a_hub_repository_without_a_configuration(tiny_data, tmp_path, monkeypatch, capsys):
     # what transformers answers then
-    monkeypatch.setattr("data.encode.cached_file", lambda *_: None)
+    monkeypatch.setattr("engine.encode.cached_file", lambda *_: None)
     flags = ["--model_name_or_path", "someone/weights-gguf", "--train_file", str(tiny_data), *SFT]
     assert main_guard(lambda: run_sft.main(flags)) == 2
     assert (
@@ -473,7 +473,7 @@ def test_a_hub_repository_without_a_configuration(tiny_data, tmp_path, monkeypat
 
 OFFLINE = """
 import json, sys, run_grpo, run_sft, eval.evaluate
-from data.records import DataError
+from data.examples import DataError
 from engine.runtime import main_guard
 scripts = {"sft": run_sft.main, "grpo": run_grpo.main, "evaluate": eval.evaluate.main}
 print("codes", *(main_guard(lambda: scripts[script](flags)) for script, flags in json.loads(sys.argv[1])))
@@ -562,9 +562,7 @@ def test_offline_a_model_comes_from_the_local_cache(tiny_checkpoint, tiny_data, 
     for family in FAMILIES:
         for run in ("sft", "grpo"):
             assert (
-                document(tmp_path / f"{family}-{run}/adapter_config.json")[
-                    "base_model_name_or_path"
-                ]
+                record(tmp_path / f"{family}-{run}/adapter_config.json")["base_model_name_or_path"]
                 == f"clinic/{family}"
             )
         assert len(lines(tmp_path / f"{family}-scores/predictions-site.jsonl")) == 2
@@ -595,7 +593,7 @@ def test_a_model_that_is_only_half_in_the_cache_is_one_line(
 
 
 # ---- one place for family facts ------------------------------------------------------------------
-PLACES = {"engine/families.py", "data/encode.py"}
+PLACES = {"engine/families.py", "engine/encode.py"}
 FACTS = re.compile(
     r"^(qwen2_5_vl|gemma3)\w*$|<\|\w+\|>|<(bos|eos|pad)>|<(start|end)_of_\w+>|<image_soft_token>|"
     r"_grid_thw|token_type_ids"

@@ -12,7 +12,7 @@ from PIL import Image
 from test_report import AFTER, BEFORE, FEW, save
 
 import eval.figures
-from data.records import write_jsonl
+from data.files import write_jsonl
 from engine.config import UsageError
 from eval.figures import (
     FIGURE_1,
@@ -23,8 +23,8 @@ from eval.figures import (
     series,
     training_pictures,
 )
+from eval.folders import load_entry
 from eval.report import main as report_main
-from eval.results import load_entry
 
 
 def training_run(folder: Path, script: str, reward: str = "hard") -> Path:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
 from patches import FOLDER, FORKS, OBJECTIVE, ROOT, patched
-from runs import GRPO, document, speak, train_log
+from runs import GRPO, record, speak, train_log
 from test_breaks import checks, module_of
 from test_dump import read
 from test_objective import close, f64, weights_of
@@ -490,7 +490,7 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
         )
         == 0
     )
-    assert document(run / "config.json")["settings"][fork.field] == {
+    assert record(run / "config.json")["settings"][fork.field] == {
         "value": fork.on,
         "origin": "flag",
     }

@@ -16,9 +16,9 @@ from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, w
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM
 
-from data.collate import Batch, Prompts, collate_prompts, collate_rows
-from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import Prompt
+from engine.collate import Batch, Prompts, collate_prompts, collate_rows
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import (
     Gemma3,
     Qwen25VL,

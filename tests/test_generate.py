@@ -17,11 +17,11 @@ import torch
 from tiny import SAVE, attach_random_adapter, examples_of, load, pixel_inputs, with_features
 
 import engine.generate
-from data.collate import collate_prompts, collate_rows
-from data.encode import EncodedPrompt, EncodedRow
+from data.examples import Example
 from data.prompts import Prompt
-from data.records import Example
 from engine.cache import DecodingMask
+from engine.collate import collate_prompts, collate_rows
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.generate import (
@@ -35,7 +35,7 @@ from engine.generate import (
 )
 from engine.logprobs import scaled_logits, token_logprobs
 from engine.model import LoadedModel
-from rl.records import rollout_metrics
+from rl.logs import rollout_metrics
 from rl.rewards import HardReward
 from rl.rollout import build_samples
 

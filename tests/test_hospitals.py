@@ -11,14 +11,14 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import document, grpo, lines, sft, speak
+from runs import grpo, lines, record, sft, speak
 from test_sources import sample
 
 import data.check
 import data.select
 import data.traces
 import eval.evaluate
-from data.records import read_jsonl
+from data.examples import read_jsonl
 
 TESTS = {"test-mimic": 5, "test-chexpert": 8, "test-nih": 4}
 
@@ -92,9 +92,9 @@ def test_from_the_folders_to_scores(
         sft(tiny_checkpoint(family), train, start, *root, "--prompt", prompt, "--max_steps", "2")
         == 0
     )
-    noted = document(start / "config.json")["data"]["train"]["selection"]
+    noted = record(start / "config.json")["data"]["train"]["selection"]
     # with the SHA-256 of the hospital's label files
-    assert noted == document(xrays / "sft.select.json")
+    assert noted == record(xrays / "sft.select.json")
 
     if prompt != "only_label":
         speak(monkeypatch)  # readable answers in the form with reasoning
@@ -111,8 +111,8 @@ def test_from_the_folders_to_scores(
         )
         == 0
     )
-    assert document(end / "config.json")["settings"]["prompt"]["value"] == prompt
-    assert document(end / "scores-held-out.json")["n"] == 3
+    assert record(end / "config.json")["settings"]["prompt"]["value"] == prompt
+    assert record(end / "scores-held-out.json")["n"] == 3
 
     scores, again = tmp_path / "scores", tmp_path / "again"
     assert (
@@ -133,7 +133,7 @@ def test_from_the_folders_to_scores(
         )
         == 0
     )
-    assert document(scores / "scores-chexpert.json")["n"] == 8
+    assert record(scores / "scores-chexpert.json")["n"] == 8
     assert (
         eval.evaluate.main(
             [
@@ -147,5 +147,5 @@ def test_from_the_folders_to_scores(
         )
         == 0
     )
-    assert "Pleural Effusion" in document(again / "scores-nih.json")["labels"]
-    assert "Pleural Effusion" not in document(scores / "scores-nih.json")["labels"]
+    assert "Pleural Effusion" in record(again / "scores-nih.json")["labels"]
+    assert "Pleural Effusion" not in record(scores / "scores-nih.json")["labels"]

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageFile
 
 import data.images
+from data.examples import Example
+from data.files import MAX_PROBLEMS, DataError
 from data.images import check_images, image_path, image_problems, load_image, without_bad_images
-from data.records import MAX_PROBLEMS, DataError, Example
 
 
 def example(root: Path, image: str, id: str = "e1") -> Example:

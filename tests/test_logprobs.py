@@ -14,8 +14,8 @@ from plain import plain_batch, predicted_tokens
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from data.encode import EncodedPrompt, EncodedRow
 from engine.attention import spread
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.logprobs import CHUNK_SIZE, predicted_correctly, scaled_logits, token_logprobs
 
 M, H, V = 7, 5, 11

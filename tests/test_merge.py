@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import document, lines, snapshot
+from runs import lines, record, snapshot
 from safetensors.torch import load_file, save_file
 from tiny import attach_random_adapter
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import engine.merge
-from data.encode import Encoder
+from data.examples import read_jsonl
 from data.prompts import PROMPTS
-from data.records import read_jsonl
+from engine.encode import Encoder
 from engine.merge import (
     BFLOAT16_BOUND,
     FLOAT32_BOUND,
@@ -129,8 +129,7 @@ def test_weights_are_summed_in_float32_and_cast_once(family, run, merged, tiny_c
     lora = load_file(run / "adapter_model.safetensors")
     assert saved.keys() == base.keys()  # the names that the base has, and no lora_ among them
     scaling = (
-        document(run / "adapter_config.json")["lora_alpha"]
-        / document(run / "adapter_config.json")["r"]
+        record(run / "adapter_config.json")["lora_alpha"] / record(run / "adapter_config.json")["r"]
     )
     merged_names = []
     for name, weight in base.items():
@@ -179,7 +178,7 @@ def test_processor_template_and_generation_config_are_the_bases(
 
 
 def test_the_stated_bound_is_checked_and_kept(run, merged):
-    exact, rounded = (document(merged(dtype) / "merge.json") for dtype in ("float32", "bfloat16"))
+    exact, rounded = (record(merged(dtype) / "merge.json") for dtype in ("float32", "bfloat16"))
     assert exact["difference"] < exact["bound"] == FLOAT32_BOUND
     assert exact["difference"] < 1e-5 and exact["difference_of_base_and_adapter"] == 0.0
     assert rounded["bound"] == BFLOAT16_BOUND * rounded["difference_of_base_and_adapter"]
@@ -389,7 +388,7 @@ def rename_base(run: Path, copy: Path, name: str | None) -> Path:
     """A copy of the adapter that names another base."""
     copy.mkdir()
     shutil.copyfile(run / "adapter_model.safetensors", copy / "adapter_model.safetensors")
-    config = document(run / "adapter_config.json") | {"base_model_name_or_path": name}
+    config = record(run / "adapter_config.json") | {"base_model_name_or_path": name}
     (copy / "adapter_config.json").write_text(json.dumps(config))
     return copy
 
@@ -406,7 +405,7 @@ def test_a_moved_base_needs_the_flag_and_must_fit(family, run, tiny_checkpoint, 
         f"note: {adapter} names {gone} as its base; {here} is taken for a copy of it"
         in capsys.readouterr().err
     )
-    assert document(tmp_path / "merged/merge.json")["base"] == here
+    assert record(tmp_path / "merged/merge.json")["base"] == here
 
     # Another model in the place of the moved one: the other family has other layers ...
     other = str(tiny_checkpoint({"qwen2_5_vl": "gemma3", "gemma3": "qwen2_5_vl"}[family]))

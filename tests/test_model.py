@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny import SAVE, attach_random_adapter, examples_of, load
 from transformers import AutoModelForImageTextToText
 
-from data.collate import collate_rows
-from data.encode import EncodedRow
 from data.prompts import Prompt
+from engine.collate import collate_rows
 from engine.config import UsageError
+from engine.encode import EncodedRow
 from engine.forward import completion_logprobs
 from engine.logprobs import token_logprobs
 from engine.model import (
@@ -31,7 +31,7 @@ from engine.model import (
     POLICY,
     REFERENCE,
     LoadedModel,
-    adapter_config_document,
+    adapter_config_record,
     adapter_state,
     add_reference,
     attach_adapter,
@@ -85,7 +85,7 @@ def save(wrapped: PeftModel, folder, base_name: str = "base"):
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(wrapped).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps(adapter_config_document(wrapped, base_name))
+        json.dumps(adapter_config_record(wrapped, base_name))
     )
     return folder
 
@@ -298,18 +298,16 @@ def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tin
 
 def test_the_saved_configuration(model):
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.25)
-    document = adapter_config_document(wrapped, "demo-gemma")
+    record = adapter_config_record(wrapped, "demo-gemma")
+    assert record["base_model_name_or_path"] == "demo-gemma" and record["inference_mode"] is True
     assert (
-        document["base_model_name_or_path"] == "demo-gemma" and document["inference_mode"] is True
-    )
-    assert (
-        document["peft_type"],
-        document["task_type"],
-        document["r"],
-        document["lora_alpha"],
-        document["lora_dropout"],
+        record["peft_type"],
+        record["task_type"],
+        record["r"],
+        record["lora_alpha"],
+        record["lora_dropout"],
     ) == ("LORA", "CAUSAL_LM", 4, 8, 0.25)
-    json.dumps(document)
+    json.dumps(record)
 
 
 def test_the_policy_is_saved_and_not_the_reference(model, saved):
@@ -329,8 +327,8 @@ def test_the_policy_is_saved_and_not_the_reference(model, saved):
 def test_a_loaded_adapter_is_trainable_or_not_and_has_no_dropout(
     family, tiny_checkpoint, tiny_images, saved, trainable
 ):
-    document = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps(document | {"lora_dropout": 0.9}))
+    record = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(record | {"lora_dropout": 0.9}))
     model = load(tiny_checkpoint(family))
     wrapped = attach_adapter(model, saved, trainable=trainable)
     assert {p.requires_grad for name, p in wrapped.named_parameters() if "lora_" in name} == {

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import rl.monitors
+from data.examples import Example
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
-from data.records import Example
 from engine.generate import Completion
 from rl.monitors import NAMES, WARN_WHEN, Monitors
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction

@@ -12,7 +12,7 @@ import pytest
 from runs import grpo, lines, sft, snapshot, write_rows
 
 import engine.model
-from data.encode import Encoder
+from engine.encode import Encoder
 from engine.preview import printable, row_text, wants_colour
 
 FAMILIES = ["qwen2_5_vl", "gemma3"]

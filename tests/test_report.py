@@ -19,13 +19,15 @@ from markdown import markdown  # TensorBoard's own: what it makes of a text
 from PIL import Image
 from test_evaluate import row
 
+from data.files import DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN
-from data.records import DataError, write_jsonl
 from engine.config import UsageError
 from eval import published
 from eval.cases import chosen_ids, outcomes
-from eval.comparison import compare, nih_variants, pairs_of, transfers
-from eval.document import (
+from eval.contrasts import compare, nih_variants, pairs_of, transfers
+from eval.evaluate import reparse, score, write_results
+from eval.folders import flag_first, load_entry, load_predictions, named_folders, read_log
+from eval.page import (
     Bullets,
     Case,
     Cases,
@@ -41,9 +43,7 @@ from eval.document import (
     to_markdown,
     to_text,
 )
-from eval.evaluate import reparse, score, write_results
 from eval.report import home_sets, main
-from eval.results import flag_first, load_entry, load_predictions, named_folders, read_log
 from eval.tables import (
     diversity_table,
     marginals_table,

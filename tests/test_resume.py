@@ -15,11 +15,11 @@ import pytest
 from runs import (
     adapter,
     assert_same_run,
-    document,
     equal_tensors,
     grpo,
     largest_difference,
     lines,
+    record,
     sft,
     snapshot,
     speak,
@@ -32,7 +32,7 @@ import eval.evaluate
 import rl.settings
 import run_grpo
 import run_sft
-from data.records import DataError
+from data.files import DataError
 from engine.runtime import main_guard
 from rl.rewards import NuancedReward
 
@@ -143,8 +143,8 @@ def test_the_straight_runs_have_something_to_get_wrong(straight_sft, straight_gr
     assert [path.name for path in sorted(straight_grpo.glob("checkpoint-*"))] == [
         f"checkpoint-{step}" for step in GRPO_STEPS
     ]
-    assert document(straight_sft / "checkpoint-3/trainer_state.json")["unlogged_metrics"]
-    assert document(straight_grpo / "checkpoint-1/rollout.json") and not document(
+    assert record(straight_sft / "checkpoint-3/trainer_state.json")["unlogged_metrics"]
+    assert record(straight_grpo / "checkpoint-1/rollout.json") and not record(
         straight_grpo / "checkpoint-2/rollout.json"
     )
     collapse = [

@@ -15,20 +15,20 @@ from peft import PeftModel
 
 import rl.rollout
 from data.answers import parse_answer
-from data.encode import EncodedPrompt
+from data.examples import Example, read_jsonl
 from data.prompts import Prompt
-from data.records import Example, read_jsonl
+from engine.encode import EncodedPrompt
 from engine.forward import completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import add_reference, attach_adapter, load_model
-from rl.objective import ObjectiveConfig
-from rl.records import (
+from rl.logs import (
     completion_rows,
     mismatch_metrics,
     pack_samples,
     rollout_metrics,
     unpack_samples,
 )
+from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, Reward
 from rl.rollout import (
     Sample,
@@ -551,11 +551,11 @@ def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
             "truncated": not samples[1].truncated,
         }
     )
-    tensors, document = pack_samples(samples)
+    tensors, record = pack_samples(samples)
     tensors = safetensors.torch.load(safetensors.torch.save(tensors))
     examples = list({s.example.id: s.example for s in samples}.values())
     found = unpack_samples(
-        tensors, json.loads(json.dumps(document)), examples, model.encoder.decode, "think_solution"
+        tensors, json.loads(json.dumps(record)), examples, model.encoder.decode, "think_solution"
     )
     assert len(found) == len(samples) == 6
     for before, after in zip(samples, found):
@@ -568,6 +568,6 @@ def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
 
 
 def test_an_empty_rollout_is_packed_as_nothing():
-    tensors, document = pack_samples([])
-    assert (tensors, document) == ({}, [])
-    assert unpack_samples(tensors, document, [], decode, "think_solution") == []
+    tensors, record = pack_samples([])
+    assert (tensors, record) == ({}, [])
+    assert unpack_samples(tensors, record, [], decode, "think_solution") == []

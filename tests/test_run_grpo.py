@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from runs import (
     adapter,
-    document,
     equal_tensors,
     eval_log,
     grpo,
     largest_difference,
     lines,
+    record,
     speak,
     train_log,
 )
@@ -162,7 +162,7 @@ def test_a_run_leaves_a_complete_folder(finished):
         "manifest.json",
     }
     # Only between the two updates of a rollout is there a rollout to keep.
-    assert [len(document(run / f"checkpoint-{step}/rollout.json")) for step in (1, 2, 3, 4)] == [
+    assert [len(record(run / f"checkpoint-{step}/rollout.json")) for step in (1, 2, 3, 4)] == [
         8,
         0,
         8,
@@ -207,7 +207,7 @@ def test_without_an_adapter_the_newest_sft_run_of_the_recipes_base_goes_on(tmp_p
 
 def test_config_json_has_both_config_classes_the_data_and_the_reference(finished, tiny_data):
     run, sft_run = finished
-    config = document(run / "config.json")
+    config = record(run / "config.json")
     assert set(config["settings"]) == {
         field.name for owner in (GRPOConfig, ObjectiveConfig) for field in fields(owner)
     }
@@ -298,11 +298,11 @@ def test_windows_of_the_rewards_see_each_rollout_once_and_no_evaluation(finished
     rows = lines(run / "completions.jsonl")
     readable = [row["predicted"] for row in rows if row["problem"] != "answer_missing"]
     assert 0 < len(readable) < 16  # an unreadable answer predicts nothing
-    assert document(run / "checkpoint-4/rewards.json") == {
+    assert record(run / "checkpoint-4/rewards.json") == {
         "hard": {},
         "nuanced": {"predictions": readable},
     }
-    assert document(run / "checkpoint-1/rewards.json")["nuanced"]["predictions"] == [
+    assert record(run / "checkpoint-1/rewards.json")["nuanced"]["predictions"] == [
         row["predicted"] for row in rows[:8] if row["problem"] != "answer_missing"
     ]
 
@@ -312,7 +312,7 @@ def test_predictions_hold_the_rewards_whose_means_are_in_the_scores(finished):
     for name in ("a", "b"):
         rows, logged = (
             lines(run / f"predictions-{name}.jsonl"),
-            document(run / f"scores-{name}.json"),
+            record(run / f"scores-{name}.json"),
         )
         for reward in ("hard", "nuanced"):
             totals = [row["rewards"][reward]["total"] for row in rows]
@@ -330,7 +330,7 @@ def test_the_policy_is_trained_and_loads_in_plain_peft(finished, tiny_checkpoint
     trained, before = adapter(run), adapter(sft_run)
     assert largest_difference(trained, before) > 1e-3
     base = AutoModelForImageTextToText.from_pretrained(
-        document(run / "adapter_config.json")["base_model_name_or_path"]
+        record(run / "adapter_config.json")["base_model_name_or_path"]
     )
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, run))
     assert loaded.keys() == trained.keys() and all(
@@ -352,7 +352,7 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
     assert evaluated == [set(SET_METRICS), set(SET_METRICS), {"gap"}] * 3
     # Gains since the start, first site minus the other: 0 - 0, 0.5 - -0.25, 0.25 - -0.375
     assert [entry["gap"] for entry in log if "gap" in entry] == [0.0, 0.75, 0.625]
-    state = document(run / "trainer_state.json")
+    state = record(run / "trainer_state.json")
     assert (state["best_metric"], state["best_model_checkpoint"]) == (0.75, "checkpoint-2")
     assert (
         run.joinpath("best").readlink().name == "checkpoint-2"
@@ -634,9 +634,9 @@ def scripted_run(
     )
     # With --load_best_model_at_end the folder's scores must be those of the best, so it is decoded
     # again where it is not the last.
-    best = int(document(run / "trainer_state.json")["best_model_checkpoint"].rpartition("-")[2])
+    best = int(record(run / "trainer_state.json")["best_model_checkpoint"].rpartition("-")[2])
     assert evaluated == [0, 2, 4] + [best] * (best != 4)
-    return document(run / "trainer_state.json")
+    return record(run / "trainer_state.json")
 
 
 @pytest.mark.parametrize(
@@ -824,5 +824,5 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(
         torch.isfinite(tensor).all()
         for tensor in load_file(run / "last/adapter_model.safetensors").values()
     )
-    assert len(document(run / "last/rollout.json")) == 8
+    assert len(record(run / "last/rollout.json")) == 8
     assert not (run / "adapter_model.safetensors").exists()

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from runs import (
     adapter,
-    document,
     equal_tensors,
     eval_log,
     largest_difference,
     lines,
+    record,
     sft,
     train_log,
     write_rows,
@@ -28,9 +28,9 @@ from tiny import SAVE
 from transformers import AutoModelForImageTextToText
 
 import run_sft
-from data.encode import Encoder
+from data.examples import read_jsonl
 from data.prompts import PROMPTS
-from data.records import read_jsonl
+from engine.encode import Encoder
 from engine.model import EMBEDDED, load_model
 from engine.run import shuffled
 from run_sft import SFTConfig, step_counts
@@ -78,14 +78,14 @@ def test_a_run_leaves_a_complete_folder(family, tiny_sft_run):
     assert run.joinpath("last").readlink().name == "checkpoint-4"
     assert (
         len(lines(run / "predictions-site.jsonl")) == 12
-        and document(run / "scores-site.json")["n"] == 12
+        and record(run / "scores-site.json")["n"] == 12
     )
 
 
 def test_config_json_has_every_value_with_its_origin_the_data_and_the_versions(
     family, tiny_sft_run, tiny_data
 ):
-    config = document(tiny_sft_run(family) / "config.json")
+    config = record(tiny_sft_run(family) / "config.json")
     assert set(config["settings"]) == {field.name for field in fields(run_sft.SFTConfig)}
     assert config["settings"]["learning_rate"] == {"value": 0.01, "origin": "flag"}
     assert config["settings"]["lora_r"] == {"value": 16, "origin": "default"}
@@ -99,7 +99,7 @@ def test_config_json_has_every_value_with_its_origin_the_data_and_the_versions(
 
 def test_trainer_state_has_the_form_that_hf_tools_read(family, tiny_sft_run):
     run = tiny_sft_run(family)
-    state = document(run / "trainer_state.json")
+    state = record(run / "trainer_state.json")
     assert (state["global_step"], state["epoch"]) == (4, 2.0)
     train = [entry for entry in state["log_history"] if "loss" in entry]
     evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
@@ -516,7 +516,7 @@ def test_early_stop_keeps_and_uses_the_best_epoch(
         )
         == 0
     )
-    state = document(run / "trainer_state.json")
+    state = record(run / "trainer_state.json")
     assert (state["global_step"], state["epoch"]) == (16, 4.0)
     assert (state["best_metric"], state["best_model_checkpoint"]) == (2.0, "checkpoint-8")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == [
@@ -549,8 +549,8 @@ def test_a_better_epoch_starts_the_patience_anew(tiny_checkpoint, tiny_data, tmp
         )
         == 0
     )
-    assert document(run / "trainer_state.json")["global_step"] == 6  # all 6 epochs of 1 step
-    assert document(run / "trainer_state.json")["best_model_checkpoint"] == "checkpoint-5"
+    assert record(run / "trainer_state.json")["global_step"] == 6  # all 6 epochs of 1 step
+    assert record(run / "trainer_state.json")["best_model_checkpoint"] == "checkpoint-5"
 
 
 def test_without_a_validation_file_patients_are_held_out(
@@ -652,12 +652,12 @@ def test_training_goes_on_with_an_adapter(family, tiny_sft_run, tiny_data, tmp_p
         == 0
     )
     assert largest_difference(adapter(start), adapter(tmp_path / "more")) < 1e-10
-    settings = document(tmp_path / "more/config.json")["settings"]
+    settings = record(tmp_path / "more/config.json")["settings"]
     assert settings["lora_r"] == {"value": 16, "origin": "adapter"}
     assert settings["max_visual_tokens"] == {"value": 4, "origin": "adapter's run"}
     assert settings["prompt"] == {"value": "demo", "origin": "adapter's run"}
     # SFT's own, also on an adapter that goes on
-    assert document(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1
+    assert record(tmp_path / "more/adapter_config.json")["lora_dropout"] == 0.1
 
 
 @pytest.mark.parametrize("name", list(EMBEDDED))
@@ -679,7 +679,7 @@ def test_the_embedded_models_train(name, tiny_data, tmp_path):
         )
         == 0
     )
-    assert document(tmp_path / "run/adapter_config.json")["base_model_name_or_path"] == name
+    assert record(tmp_path / "run/adapter_config.json")["base_model_name_or_path"] == name
     moved = {
         key: tensor.abs().max().item()
         for key, tensor in adapter(tmp_path / "run").items()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.files import sha256_of
 from engine import runtime
 from engine.config import ConfigError, UsageError
 from engine.runtime import (
@@ -27,7 +28,6 @@ from engine.runtime import (
     newest_finished_run,
     run_directory,
     seed_everything,
-    sha256_of,
     versions,
 )
 

@@ -17,11 +17,12 @@ import pytest
 from test_sources import CHEXPERT, cells, chexpert_row, mimic, nih, sample, touch, write
 
 import data.select
+from data.examples import Example, read_jsonl, row_of, selection_file
+from data.files import DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN
-from data.records import DataError, Example, read_jsonl, row_of, selection_file, write_jsonl
 from data.select import check_disjoint, deal_patients, draw, main
 from engine.config import UsageError, parse_config
-from engine.run import run_document
+from engine.run import run_record
 from eval.evaluate import EvalConfig
 
 SIZES = ("--sft_size", "6", "--rl_size", "3", "--validation_size", "2")
@@ -165,16 +166,16 @@ def test_what_was_done_is_noted_and_reaches_the_configuration_of_a_run(tmp_path)
 
     resolved = parse_config([EvalConfig], [], script="eval", prog="x")
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": "1"}])
-    document = run_document(resolved, "eval", {"train": file, "other": other}, {})
-    assert document["data"]["train"] == {
+    record = run_record(resolved, "eval", {"train": file, "other": other}, {})
+    assert record["data"]["train"] == {
         "file": str(file),
         "sha256": note["sha256"],
         "selection": note,
     }
-    assert document["data"]["other"].keys() == {"file", "sha256"}
+    assert record["data"]["other"].keys() == {"file", "sha256"}
     selection_file(other).write_text("{")
     with pytest.raises(UsageError, match=r"other\.select\.json: is not valid JSON"):
-        run_document(resolved, "eval", {"other": other}, {})
+        run_record(resolved, "eval", {"other": other}, {})
 
 
 def test_a_seed_decides_everything(tmp_path):

@@ -15,10 +15,10 @@ from tiny import SAVE, attach_random_adapter, examples_of, load
 
 import engine.attention
 import engine.forward
-from data.collate import collate_rows, plan_batches
-from data.encode import EncodedRow
 from data.prompts import Prompt
 from engine.attention import additive_mask
+from engine.collate import collate_rows, plan_batches
+from engine.encode import EncodedRow
 from engine.families import Gemma3
 from engine.forward import completion_logprobs
 from engine.model import enable_gradient_checkpointing

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from data.chexpert import load_chexpert
+from data.files import MAX_PROBLEMS, DataError
 from data.labels import LABELS, NIH_NINE, NIH_TEN, LabelPolicy
 from data.mimic import load_mimic
 from data.nih import load_nih
-from data.records import MAX_PROBLEMS, DataError
 from data.sources import Report, Table
 
 # not NIH's nine

@@ -21,9 +21,10 @@ import run_sft
 from data.answers import parse_answer
 from data.demo.splits import draw_split, seeds
 from data.demo.teacher import reasoning_trace, trace_from_labels
+from data.examples import Example, read_jsonl
+from data.files import DataError
 from data.labels import LABELS, NIH_NINE, chexpert_labels_of_nih
 from data.prompts import PROMPTS
-from data.records import DataError, Example, read_jsonl
 from data.traces import (
     LEAK_PHRASES,
     TEACHER_PROMPTS,

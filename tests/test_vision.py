@@ -17,10 +17,11 @@ from tiny import SAVE, examples_of, load
 import engine.model
 import run_grpo
 import run_sft
-from data.encode import Encoder
+from data.examples import Example
+from data.files import DataError
 from data.prompts import Prompt
-from data.records import DataError, Example
 from engine.config import UsageError
+from engine.encode import Encoder
 from engine.vision import VisionCache, fingerprint, num_bytes
 
 FAMILIES = list(SAVE)

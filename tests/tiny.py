@@ -25,8 +25,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from data.encode import EncodedPrompt, EncodedRow
-from data.records import Example
+from data.examples import Example
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.model import LoadedModel, attach_new_adapter, load_model
 
 QWEN_SPECIALS = [

@@ -67,7 +67,7 @@ class BaseFamily:
 
     def expand_image(self, rendered: str) -> str:
         """A rendered prompt with the image's one place turned into 16 placeholders, as
-        `data.encode` does it.
+        `engine.encode` does it.
         """
         raise TypeError("use a subclass")
 

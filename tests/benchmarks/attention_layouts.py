@@ -46,10 +46,10 @@ from memory_forecast import (
     model_config,
 )  # noqa: E402
 
-import data.collate  # noqa: E402
-from data.collate import Batch, collate_rows  # noqa: E402
-from data.encode import EncodedRow  # noqa: E402
+import engine.collate  # noqa: E402
 from engine.attention import additive_mask  # noqa: E402
+from engine.collate import Batch, collate_rows  # noqa: E402
+from engine.encode import EncodedRow  # noqa: E402
 from engine.families import language_model  # noqa: E402
 from engine.forward import completion_hidden_states, embed, packed_positions  # noqa: E402
 from engine.model import (
@@ -176,7 +176,7 @@ def main() -> None:
                 for n in lengths
             ]
             shared = collate_rows(rows, 0).to(device)
-            with patch.object(data.collate, "SIMILAR", 0.0):
+            with patch.object(engine.collate, "SIMILAR", 0.0):
                 one = collate_rows(rows, 0).to(device)
             apart = plain.plain_batch(rows, 0)
             apart = replace(

@@ -21,10 +21,10 @@ from collections.abc import Callable
 import torch
 from torch._dynamo.utils import counters
 
-from data.collate import Batch, collate_rows
-from data.encode import EncodedRow
+from data.examples import read_examples
 from data.prompts import PROMPTS
-from data.records import read_examples
+from engine.collate import Batch, collate_rows
+from engine.encode import EncodedRow
 from engine.forward import completion_logprobs
 from engine.model import (
     attach_new_adapter,

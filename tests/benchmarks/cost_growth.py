@@ -35,9 +35,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from data.collate import collate_rows, plan_batches
-from data.encode import EncodedPrompt, EncodedRow
-from data.records import Example
+from data.examples import Example
+from engine.collate import collate_rows, plan_batches
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
 from engine.model import (

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from data.collate import collate_rows
+from data.examples import read_examples
 from data.prompts import PROMPTS
-from data.records import read_examples
+from engine.collate import collate_rows
 from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.logprobs import token_logprobs

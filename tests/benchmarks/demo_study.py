@@ -32,8 +32,9 @@ from data.answers import parse_answer
 from data.demo.radiographs import draw
 from data.demo.splits import seeds, write_split
 from data.demo.teacher import reasoning_trace
+from data.examples import read_jsonl
+from data.files import write_jsonl
 from data.labels import Target
-from data.records import read_jsonl, write_jsonl
 from engine.run import saved_settings
 from rl.rewards import RewardFunction
 from rl.settings import GRPOConfig, build_rewards
@@ -213,13 +214,13 @@ def read_answers(
                     for row in rows
                 ]
             )
-        document = json.loads((run_dir / f"scores-{site}.json").read_text(encoding="utf-8"))
+        record = json.loads((run_dir / f"scores-{site}.json").read_text(encoding="utf-8"))
         scores.append(
             [
-                document["micro"]["f1"],
-                document["macro"]["f1"],
-                document["fail_rate"],
-                document["invalid_rate"],
+                record["micro"]["f1"],
+                record["macro"]["f1"],
+                record["fail_rate"],
+                record["invalid_rate"],
             ]
         )
     means = dict(zip(("micro", "macro", "fail", "invalid"), np.mean(scores, axis=0)))

@@ -38,8 +38,8 @@ def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
         writer = csv.writer(file)
         writer.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS])
         for number in range(rows):
-            # of the study, copied to each of its images
-            labels = labels if number % 2 else rng.choices(CELLS, WEIGHTS, k=14)
+            if number % 2 == 0:  # a study's labels are copied to each of its images
+                labels = rng.choices(CELLS, WEIGHTS, k=14)
             patient, study, view = number * 2 // 7, number // 2, number % 2 + 1
             side, projection = (
                 ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))

@@ -33,11 +33,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from data.collate import collate_rows
-from data.encode import EncodedPrompt, EncodedRow
 from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.attention import IMPLEMENTATION
+from engine.collate import collate_rows
 from engine.config import parse_config
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import family_of, lm_head_weight
 from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import SamplingConfig, generate

@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig
 
+from data.examples import Example
 from data.prompts import Prompt
-from data.records import Example
 from engine.families import language_model
 from engine.model import (
     LoadedModel,
-    adapter_config_document,
+    adapter_config_record,
     adapter_state,
     attach_new_adapter,
     load_model,
@@ -144,7 +144,7 @@ def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Siz
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_text(
-        json.dumps(adapter_config_document(wrapped, str(model_folder)))
+        json.dumps(adapter_config_record(wrapped, str(model_folder)))
     )
     return folder
 

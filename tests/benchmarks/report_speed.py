@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import write_jsonl
 from data.labels import LABELS, NIH_NINE
-from data.records import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 # of the official test images

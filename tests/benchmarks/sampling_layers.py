@@ -25,8 +25,8 @@ from unittest.mock import patch
 import torch
 from torch.nn.functional import linear
 
-from data.encode import EncodedPrompt
 from engine import generate, sampling_layers
+from engine.encode import EncodedPrompt
 from engine.families import lm_head_weight
 
 # tests/ and tests/benchmarks/

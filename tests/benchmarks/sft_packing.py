@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.collate import collate_rows, plan_batches
-from data.encode import EncodedRow
+from engine.collate import collate_rows, plan_batches
+from engine.encode import EncodedRow
 from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.logprobs import token_logprobs

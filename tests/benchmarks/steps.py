@@ -36,11 +36,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from data.collate import collate_rows, plan_batches
-from data.encode import EncodedPrompt, EncodedRow
+from data.examples import Example
 from data.prompts import Prompt
-from data.records import Example
 from engine import forward
+from engine.collate import collate_rows, plan_batches
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate

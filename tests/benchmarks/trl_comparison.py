@@ -53,10 +53,10 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from data.encode import Encoder
+from data.examples import Example
 from data.images import load_image
 from data.prompts import Prompt
-from data.records import Example
+from engine.encode import Encoder
 from engine.families import unwrapped
 from engine.model import load_adapter_weights, load_encoder
 

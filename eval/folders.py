@@ -1,6 +1,6 @@
 """What runs and evaluations left in their folders, read for tables and reports.
 
-An `Entry` is one model's folder: predictions-<set>.jsonl, and from the documents beside them which
+An `Entry` is one model's folder: predictions-<set>.jsonl, and from the records beside them which
 model it is and which run trained it. `Predictions` are the answers to one data set without their
 texts, some hundred bytes an image.
 """
@@ -28,7 +28,7 @@ from data.labels import (
 from engine.config import UsageError
 from eval.evaluate import iter_predictions
 from eval.metrics import jaccard_per_image
-from eval.statistics import fingerprint
+from eval.paired import fingerprint
 
 Stage = Literal["base", "sft", "grpo", "other"]
 _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING, SUPPORT_DEVICES)]
@@ -200,7 +200,7 @@ class Entry:
     last_step: int | None
     training: Path | None  # the folder of the run that trained it, where it is still there
     sets: dict[str, Path] = field(default_factory=dict)  # {data set: predictions file}
-    documents: dict[str, dict] = field(default_factory=dict)  # {data set: its scores document}
+    records: dict[str, dict] = field(default_factory=dict)  # {data set: its scores record}
     settings: dict[str, Any] = field(default_factory=dict)  # of the run or evaluation in the folder
 
     @property
@@ -214,14 +214,14 @@ class Entry:
         return " = ".join(names) or ("" if self.step is None else f"step {self.step}")
 
     def data_file(self, data_set: str) -> Path | None:
-        """The data file of a set, for its images; None where no document names one that is still
+        """The data file of a set, for its images; None where no record names one that is still
         there.
         """
-        for document in (
-            self.documents.get(data_set, {}).get("run") or {},
-            read_document(self.folder / "config.json"),
+        for record in (
+            self.records.get(data_set, {}).get("run") or {},
+            read_record(self.folder / "config.json"),
         ):
-            named = (document.get("data") or {}).get(data_set)
+            named = (record.get("data") or {}).get(data_set)
             if (
                 isinstance(named, dict)
                 and named.get("file")
@@ -256,22 +256,20 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def load_entry(name: str, folder: Path) -> Entry:
-    """Read what a folder says about its model: a run's own config.json, or the scores documents of
+    """Read what a folder says about its model: a run's own config.json, or the scores records of
     an evaluation.
 
     Where it says nothing (predictions from elsewhere), the stage is taken from the name's
-    beginning. Raises UsageError for a document that is not JSON.
+    beginning. Raises UsageError for a record that is not JSON.
     """
     sets = {
         path.stem.removeprefix("predictions-"): path
         for path in sorted(folder.glob("predictions-*.jsonl"))
         if not path.name.endswith(".partial.jsonl")
     }
-    documents = {data_set: read_document(folder / f"scores-{data_set}.json") for data_set in sets}
-    own = read_document(folder / "config.json")
-    evaluation = next(
-        (document["run"] for document in documents.values() if document.get("run")), {}
-    )
+    records = {data_set: read_record(folder / f"scores-{data_set}.json") for data_set in sets}
+    own = read_record(folder / "config.json")
+    evaluation = next((record["run"] for record in records.values() if record.get("run")), {})
     settings = _values(own or evaluation)
     adapter = settings.get("adapter_name_or_path") if not own else str(folder)
     found = located(adapter, folder) if adapter else None
@@ -282,13 +280,13 @@ def load_entry(name: str, folder: Path) -> Entry:
         if found.resolve().name.startswith("checkpoint-")
         else found
     )
-    run = own or (read_document(training / "config.json") if training is not None else {})
+    run = own or (read_record(training / "config.json") if training is not None else {})
     trained = _values(run)
-    state = read_document(training / "trainer_state.json") if training is not None else {}
+    state = read_record(training / "trainer_state.json") if training is not None else {}
     best = state.get("best_model_checkpoint")
     best_step = int(best.rpartition("-")[2]) if best else None
     last_step = state.get("global_step")
-    step = next((document["step"] for document in documents.values() if "step" in document), None)
+    step = next((record["step"] for record in records.values() if "step" in record), None)
     if step is None and found is not None:
         folder_name = found.resolve().name
         final = (
@@ -318,7 +316,7 @@ def load_entry(name: str, folder: Path) -> Entry:
         last_step=last_step,
         training=training,
         sets=sets,
-        documents=documents,
+        records=records,
         settings=settings,
     )
 
@@ -329,8 +327,8 @@ def _stage_of(name: str) -> Stage:
     )
 
 
-def _values(document: dict) -> dict[str, Any]:
-    settings = document.get("settings")
+def _values(record: dict) -> dict[str, Any]:
+    settings = record.get("settings")
     return (
         {name: entry.get("value") for name, entry in settings.items() if isinstance(entry, dict)}
         if isinstance(settings, dict)
@@ -338,25 +336,25 @@ def _values(document: dict) -> dict[str, Any]:
     )
 
 
-def read_document(path: Path) -> dict:
+def read_record(path: Path) -> dict:
     """A JSON object from a file; empty where there is no such file. Raises UsageError for one that
     is not a JSON object.
     """
     if not path.is_file():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
-    if not isinstance(document, dict):
+    if not isinstance(record, dict):
         raise UsageError(
-            f"{path}: holds {type(document).__name__}, not an object; repair or remove it"
+            f"{path}: holds {type(record).__name__}, not an object; repair or remove it"
         )
-    return document
+    return record
 
 
 def located(named: str, folder: Path) -> Path | None:
-    """A path that a document in `folder` names, as it was seen from the folder in which the command
+    """A path that a record in `folder` names, as it was seen from the folder in which the command
     ran: the current one, or one above `folder`. None where it is in none of them.
     """
     for start in (Path(), *folder.resolve().parents):

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from data.examples import Example
+from data.files import DataError
 from data.images import load_image
 from data.prompts import Prompt, build_messages
-from data.records import DataError, Example
 
 FAMILIES = ("qwen2_5_vl", "gemma3")  # `model_type` of config.json
 IMAGE_TYPE = 1  # token type of an image placeholder; 0 is text

@@ -1,6 +1,6 @@
 """Protects what is said about the certainty of scores: intervals cover what they claim on simulated
 data, paired differences and p-values equal enumeration by hand, and what models say is counted
-right. Run: pytest tests/test_statistics.py
+right. Run: pytest tests/test_paired.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from eval.metrics import bootstrap_intervals, figures, patient_totals
-from eval.statistics import (
+from eval.paired import (
     all_labels_scores,
     change,
     diversity,
@@ -161,7 +161,7 @@ def test_the_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
         patient_totals(targets, predictions, None, patient) for predictions in (first, second)
     ]
     whole = permutation_p_values(*totals, seed=0, permutations=100)
-    monkeypatch.setattr("eval.statistics._SWAPS_AT_ONCE", 60)
+    monkeypatch.setattr("eval.paired._SWAPS_AT_ONCE", 60)
     assert permutation_p_values(*totals, seed=0, permutations=100)["macro_f1"] == whole["macro_f1"]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.encode import EncodedPrompt, EncodedRow
+from engine.encode import EncodedPrompt, EncodedRow
 
 # How long a bucket's shortest completion is at least, by its longest. On a CPU, where a bucket
 # costs next to nothing, ragged groups of 4 and 8 would take 1.14 and 1.13 times as long in one

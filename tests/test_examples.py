@@ -1,7 +1,7 @@
 """Protects the data file's contract: what is read, what is refused and how it is said, and splits
 that share no patient.
 
-A row that is read wrongly trains and scores without any error. Run: pytest tests/test_records.py
+A row that is read wrongly trains and scores without any error. Run: pytest tests/test_examples.py
 """
 
 from __future__ import annotations
@@ -11,17 +11,9 @@ import os
 
 import pytest
 
+from data.examples import Example, data_file, read_examples, read_jsonl, split_by_patient
+from data.files import MAX_PROBLEMS, DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, Target
-from data.records import (
-    MAX_PROBLEMS,
-    DataError,
-    Example,
-    data_file,
-    read_examples,
-    read_jsonl,
-    split_by_patient,
-    write_jsonl,
-)
 
 ROW = {"id": "a", "patient_id": "p1", "image": "a.png", "labels": ["Edema"], "dataset": "nih"}
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.examples import Example
 from data.labels import LABELS, NIH_NINE, NIH_TEN
-from data.records import Example
 from engine.config import UsageError
 from eval.evaluate import baselines
+from eval.folders import Entry, Predictions
 from eval.metrics import failure_policies, figures, interval, patient_totals
-from eval.results import Entry, Predictions
-from eval.statistics import (
+from eval.paired import (
     PERMUTATIONS,
     RESAMPLES,
     Change,

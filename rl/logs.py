@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from data.answers import parse_answer
+from data.examples import Example
 from data.images import load_image
 from data.labels import Target
-from data.records import Example
 from engine.run import TrainerState
 from engine.tracking import RunLogger, escape_markdown
 from rl.conditions import parse_combination
@@ -151,7 +151,7 @@ PER_TOKEN = ("ids", "mask", "sampling_logprobs", "top_p_mass", "old_logprobs", "
 
 
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict]]:
-    """(tensors, document): a rollout in the middle of its updates, for a checkpoint. Python's
+    """(tensors, record): a rollout in the middle of its updates, for a checkpoint. Python's
     floats survive JSON bit for bit.
     """
     tensors = (
@@ -159,7 +159,7 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
         if samples
         else {}
     )
-    document = [
+    record = [
         {
             "prompt": sample.prompt,
             "example": sample.example.id,
@@ -174,22 +174,22 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
         }
         for sample in samples
     ]
-    return tensors, document
+    return tensors, record
 
 
 def unpack_samples(
     tensors: dict[str, Tensor],
-    document: list[dict],
+    record: list[dict],
     examples: Sequence[Example],
     decode: Callable[[Tensor], str],
     answer_format: str,
 ) -> list[Sample]:
     """What `pack_samples` packed; text and answer are made again from the ids."""
     by_id = {example.id: example for example in examples}
-    lengths = [row["length"] for row in document]
+    lengths = [row["length"] for row in record]
     pieces = {name: tensor.split(lengths) for name, tensor in tensors.items()}
     samples = []
-    for i, row in enumerate(document):
+    for i, row in enumerate(record):
         text = decode(pieces["ids"][i])
         rewards = {
             name: Reward(total=reward["total"], parts=reward["parts"])

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.files import DataError, first_problems
 from data.labels import LABELS, Target
-
-MAX_PROBLEMS = 20  # a message that lists more of them helps nobody
-
-
-class DataError(ValueError):
-    """Something is wrong with a data file. `problems` holds one line each, naming file, line and
-    field.
-    """
-
-    def __init__(self, problems: Iterable[str]):
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True)
@@ -68,11 +55,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
     """
     examples, problems = scan_jsonl(path, image_root)
     if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(
-            problems[:MAX_PROBLEMS]
-            + ([f"{path}: and {hidden} more problems"] if hidden > 0 else [])
-        )
+        raise DataError(first_problems(problems, f"{path}: and {{}} more problems"))
     return examples
 
 
@@ -207,23 +190,6 @@ def row_of(example: Example) -> dict:
 def selection_file(data_file: str | Path) -> Path:
     """NAME.select.json beside NAME.jsonl: where `data.select` notes what a data file was made from."""
     return Path(data_file).with_suffix(".select.json")
-
-
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
-    """Write rows as JSONL, whole or not at all: through a temporary file beside `path` that is
-    renamed at the end.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def split_by_patient(

@@ -1,0 +1,103 @@
+"""Read and write files the way every command here does: whole or not at all, all problems at once.
+
+Everything in it is plain Python: commands that only read files need neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_PROBLEMS = 20  # a message that lists more of them helps nobody
+_NAME = re.compile(r"[^\W_][\w-]*")  # names become parts of file names and of metrics
+
+
+class DataError(ValueError):
+    """Report what is wrong with data files: `problems` has one line each, with file, line and field."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def first_problems(problems: Sequence[str], more: str = "and {} more problems") -> list[str]:
+    """Cut a list of problems after MAX_PROBLEMS lines, and say in a last line how many were cut.
+
+    problems: one line each. more: the last line, with {} for the number.
+    """
+    hidden = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], *([more.format(hidden)] if hidden > 0 else [])]
+
+
+# ---- NAME=FILE -----------------------------------------------------------------------------------
+def is_name(name: str) -> bool:
+    """Tell whether `name` can name a data set: letters, digits, - and _, a letter or digit first."""
+    return _NAME.fullmatch(name) is not None
+
+
+def named_files(
+    values: Sequence[str], flag: str, taken: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Read the values of a repeatable NAME=FILE flag -> ({name: file}, problems).
+
+    values: as the user gave them. flag: without dashes, for the problems. taken: names that are in
+    use elsewhere, such as "train".
+    """
+    files: dict[str, str] = {}
+    problems: list[str] = []
+    for value in values:
+        name, _, file = value.partition("=")
+        if not file or not is_name(name):
+            problems.append(
+                f"--{flag} {value}: expected NAME=FILE, with a name of letters, digits, - and _"
+            )
+        elif name in files or name in taken:
+            problems.append(f"--{flag} {value}: the name {name} is taken; choose another")
+        else:
+            files[name] = file
+    return files, problems
+
+
+# ---- write whole or not at all -------------------------------------------------------------------
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the block ends without an error.
+
+    So a reader sees the old file or the new one, never a part of it. Missing parent folders are
+    made. After an error nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, record: Any) -> None:
+    """Write a JSON file whole or not at all, indented for a reader."""
+    with written_whole(path) as temporary:
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
+    """Write rows as JSONL, one a line, whole or not at all; return the path."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return Path(path)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash a file -> its SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
