@@ -13,7 +13,7 @@ ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
     packed   tokens in one row, one mask [M,M] over it for transformers' SDPA; blocks between
              completions are computed and masked
     padded   every completion is a row with its own copy of the prompt, padded to the longest
-             (tests/plain.py)
+             (tests/helpers/plain.py)
 
 Hidden states and adapter gradients are compared first. They alternate in one process; printed are
 medians of CPU and wall seconds, each layout's time over split's as the median over pairs with the
@@ -25,39 +25,36 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
-import plain  # noqa: E402
-from memory_forecast import (
+import engine.collate
+from engine.attention import additive_mask
+from engine.collate import Batch, collate_rows
+from engine.encode import EncodedRow
+from engine.families import language_model
+from engine.forward import completion_hidden_states, embed, packed_positions
+from engine.model import (
+    LoadedModel,
+    attach_new_adapter,
+    enable_gradient_checkpointing,
+)
+from engine.runtime import pick_device, versions
+from tests.helpers import plain
+from tests.helpers.memory import (
     DTYPES,
     Sizes,
     allocated_peak,
     load,
     make_prompt,
     model_config,
-)  # noqa: E402
-
-import engine.collate  # noqa: E402
-from engine.attention import additive_mask  # noqa: E402
-from engine.collate import Batch, collate_rows  # noqa: E402
-from engine.encode import EncodedRow  # noqa: E402
-from engine.families import language_model  # noqa: E402
-from engine.forward import completion_hidden_states, embed, packed_positions  # noqa: E402
-from engine.model import (
-    LoadedModel,
-    attach_new_adapter,
-    enable_gradient_checkpointing,
-)  # noqa: E402
-from engine.runtime import pick_device, versions  # noqa: E402
+)
 
 SIZES = Sizes()
 

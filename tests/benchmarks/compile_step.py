@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch._dynamo.utils import counters
 

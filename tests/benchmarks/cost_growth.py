@@ -25,13 +25,13 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from peft import PeftModel
 
@@ -48,12 +48,10 @@ from engine.model import (
     enable_gradient_checkpointing,
     use_adapter,
 )
-
-sys.path[:0] = [str(Path(__file__).parent)]
-import models  # noqa: E402
-from memory_forecast import allocated_peak  # noqa: E402
-from models import FAMILIES, Costs, Sizes  # noqa: E402
-from steps import machine, quiet  # noqa: E402
+from tests.benchmarks import models
+from tests.benchmarks.models import FAMILIES, Costs, Sizes
+from tests.benchmarks.steps import machine, quiet
+from tests.helpers.memory import allocated_peak
 
 PARTS = ("sampler", "old + reference", "policy")
 PIECES = "policy in pieces"

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 
 from data.examples import read_examples

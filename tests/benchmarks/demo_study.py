@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import numpy as np
 
 from data.answers import parse_answer

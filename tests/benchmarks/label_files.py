@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
+
 from data.chexpert import load_chexpert
 from data.labels import LABELS
 from data.mimic import load_mimic

@@ -28,14 +28,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch import Tensor
 
 from engine.logprobs import CHUNK_SIZE, token_logprobs
-
-sys.path.insert(0, str(Path(__file__).parent))
-from memory_forecast import DTYPES, resident  # noqa: E402
-from steps import machine, quiet  # noqa: E402
+from tests.benchmarks.steps import machine, quiet
+from tests.helpers.memory import DTYPES, resident
 
 REAL_HIDDEN = {151_936: 2048, 262_208: 2560}  # Qwen2.5-VL-3B and Gemma 3 4B
 # -> log-probabilities [N], gradient of the hidden states [N,H]

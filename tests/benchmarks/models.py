@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -42,9 +42,7 @@ from engine.model import (
     attach_new_adapter,
     load_model,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
-import tiny  # noqa: E402
+from tests.helpers import tiny
 
 FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "gemma3": "Gemma 3"}
 CPU = torch.device("cpu")

@@ -34,6 +34,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401  this checkout before an installed one
 import libcst
 import pytest
 from mutmut.mutation.mutators import mutation_operators
@@ -42,12 +43,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 TESTS = {  # each file's own tests, none of which reads its text
-    "data/answers.py": ("test_answers.py",),
-    "rl/rewards.py": ("test_rewards.py",),
-    "eval/metrics.py": ("test_metrics.py",),
-    "engine/optim.py": ("test_optim.py",),
-    "engine/logprobs.py": ("test_logprobs.py",),
-    "rl/objective.py": ("test_objective.py", "test_objective_properties.py"),
+    "data/answers.py": ("data/test_answers.py",),
+    "rl/rewards.py": ("rl/test_rewards.py",),
+    "eval/metrics.py": ("eval/test_metrics.py",),
+    "engine/optim.py": ("engine/test_optim.py",),
+    "engine/logprobs.py": ("engine/test_logprobs.py",),
+    "rl/objective.py": ("rl/test_objective.py", "rl/test_objective_properties.py"),
 }
 PRELOADED = {  # what these import, once before the forks; nothing of ours
     "data/answers.py": ("hypothesis",),
@@ -288,7 +289,6 @@ def main() -> int:
 
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path[0] = str(ROOT)  # this checkout, whatever is installed
     results = [run(file, arguments.jobs, equivalents) for file in arguments.files or TESTS]
     print(f"\nmutmut {importlib.metadata.version('mutmut')}'s operators\n")
     print(

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import numpy as np
 
 from data.files import write_jsonl

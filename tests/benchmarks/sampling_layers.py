@@ -15,25 +15,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch.nn.functional import linear
 
 from engine import generate, sampling_layers
 from engine.encode import EncodedPrompt
 from engine.families import lm_head_weight
-
-# tests/ and tests/benchmarks/
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from cost_growth import seconds  # noqa: E402
-from models import FAMILIES, Sizes  # noqa: E402
-from steps import Product, machine, make_folder, quiet  # noqa: E402
+from tests.benchmarks.cost_growth import seconds
+from tests.benchmarks.models import FAMILIES, Sizes
+from tests.benchmarks.steps import Product, machine, make_folder, quiet
 
 # bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
 WEIGHTS = 45_000_000

@@ -9,8 +9,8 @@ same rows padded, and one by one.
 On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread; image
 features are known to all sides, so that they differ in nothing else. "packed" is the product's
 forward of all rows; "one by one" the same with micro-batches of one row; "padded" the plain forward
-(tests/plain.py). A step is Eq. 1, forward and backward. Gradients are compared first; then the
-three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what
+(tests/helpers/plain.py). A step is Eq. 1, forward and backward. Gradients are compared first. Then
+the three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what
 torch allocates at most at once over the loaded model, from its profiler.
 """
 
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch import Tensor
 
@@ -33,14 +33,11 @@ from engine.families import lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.logprobs import token_logprobs
 from engine.model import attach_adapter, enable_gradient_checkpointing
-
-# tests/ and tests/benchmarks/
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import models  # noqa: E402
-import plain  # noqa: E402
-from memory_forecast import allocated_peak  # noqa: E402
-from models import FAMILIES, Sizes  # noqa: E402
-from steps import gradients, machine, quiet  # noqa: E402
+from tests.benchmarks import models
+from tests.benchmarks.models import FAMILIES, Sizes
+from tests.benchmarks.steps import gradients, machine, quiet
+from tests.helpers import plain
+from tests.helpers.memory import allocated_peak
 
 
 def steps_of(wrapped, model, rows: list[EncodedRow]) -> dict[str, Callable[[], None]]:

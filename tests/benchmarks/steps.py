@@ -2,7 +2,7 @@
 the plain forward.
 
     python tests/benchmarks/steps.py                    # against the plain forward of
-    tests/plain.py
+    tests/helpers/plain.py
     python tests/benchmarks/steps.py --profile          # where the time of a step goes
 
 In the plain forward every completion has a prompt of its own and its image goes through the vision
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -32,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -65,12 +65,9 @@ from rl.rollout import (
     with_advantages,
     with_old,
 )
-
-# tests/ and tests/benchmarks/
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import models  # noqa: E402
-import plain  # noqa: E402
-from models import FAMILIES, Costs, Sizes  # noqa: E402
+from tests.benchmarks import models
+from tests.benchmarks.models import FAMILIES, Costs, Sizes
+from tests.helpers import plain
 
 OBJECTIVE = ObjectiveConfig()
 TEMPERATURE, TOP_P, MAX_GRAD_NORM = 0.8, 0.95, 1.0

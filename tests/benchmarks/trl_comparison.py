@@ -37,6 +37,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401  this checkout before an installed one
 import datasets
 import torch
 import trl
@@ -59,12 +60,8 @@ from data.prompts import Prompt
 from engine.encode import Encoder
 from engine.families import unwrapped
 from engine.model import load_adapter_weights, load_encoder
-
-# tests/ and tests/benchmarks/
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from memory_forecast import profiled_peak, resident  # noqa: E402
-from models import FAMILIES, Sizes  # noqa: E402
-from steps import (  # noqa: E402
+from tests.benchmarks.models import FAMILIES, Sizes
+from tests.benchmarks.steps import (
     MAX_GRAD_NORM,
     OBJECTIVE,
     TEMPERATURE,
@@ -88,6 +85,7 @@ from steps import (  # noqa: E402
     quiet,
     sizes_of,
 )
+from tests.helpers.memory import profiled_peak, resident
 
 PROMPTS_TOGETHER = 4  # of the sampler's second row
 

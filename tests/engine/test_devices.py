@@ -1,0 +1,254 @@
+"""Protects the engine's independence of the device: the training forward, the objective, their
+backward pass and a step of decoding run for both families, in bf16 and fp32, on a device that this
+machine does not have. They mix no devices, and nowhere wait for the device.
+
+The device is a pretended one: torch's fake tensors on `meta` have shapes, dtypes and a device but
+no values. What needs a value (int(), bool(), a boolean index, nonzero) fails here, where on a GPU
+it would wait for it. Kernels that wait inside, and copies of Python numbers to the device, are not
+seen. Run: pytest tests/engine/test_devices.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import engine.families
+import engine.forward
+from data.prompts import Prompt
+from engine.attention import spread
+from engine.cache import SamplingCache
+from engine.collate import Batch, collate_rows
+from engine.encode import EncodedRow
+from engine.families import Qwen25VL
+from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
+from engine.generate import draw
+from engine.logprobs import scaled_logits
+from engine.model import LoadedModel, enable_gradient_checkpointing
+from engine.sampling_layers import sampling_layers
+from rl.objective import ObjectiveConfig, grpo_loss, token_weights
+from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
+
+DEVICE = torch.device("meta")
+LENGTHS = ((0, 5), (1, 7), (0, 2))  # (prompt, tokens) of every completion; the prompts are padded
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises for an operation that takes or makes a tensor of another device than DEVICE."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device == DEVICE, (
+                f"{function}: {tuple(tensor.shape)} on {tensor.device}"
+            )
+        return result
+
+
+@contextmanager
+def pretended_device() -> Iterator[None]:
+    # inputs: torch makes lists of numbers into `meta` tensors of its own
+    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
+        yield
+
+
+def pretended(value):
+    """Tensors, and what holds them, as values of the pretended device."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device=DEVICE)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value,
+            **{
+                field.name: pretended(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+            },
+        )
+    if isinstance(value, list):
+        return [pretended(item) for item in value]
+    return (
+        {name: pretended(item) for name, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def move(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights and buffers to the pretended device: the base in `dtype`, adapters and buffers as
+    they are.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            of = parameter.dtype if parameter.requires_grad else dtype
+            part._parameters[name] = nn.Parameter(
+                torch.empty(parameter.shape, dtype=of, device=DEVICE), parameter.requires_grad
+            )
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = pretended(buffer)
+
+
+def loaded(checkpoint, images) -> tuple[LoadedModel, nn.Module, Batch]:
+    """A model with an adapter in training, and a ragged batch, on the CPU."""
+    model = load(checkpoint)
+    wrapped = attach_random_adapter(model).train()
+    enable_gradient_checkpointing(wrapped)
+    texts = (Prompt("a", "Which?"), Prompt("b", "A longer question?"))
+    prompts = [model.encode_prompt(*pair) for pair in zip(examples_of(images, 56, 112), texts)]
+    rows = [
+        EncodedRow(prompts[p], torch.full((n,), 65), torch.ones(n, dtype=torch.bool))
+        for p, n in LENGTHS
+    ]
+    return model, wrapped, collate_rows(rows, 0)
+
+
+def update(checkpoint, images, dtype: torch.dtype) -> tuple[torch.Tensor, list[nn.Parameter]]:
+    """Log-probabilities, loss and gradients of one micro-batch on the pretended device; returns the
+    log-probabilities and what is trained.
+    """
+    model, wrapped, batch = loaded(checkpoint, images)
+    objective = ObjectiveConfig()
+    with pretended_device():
+        move(wrapped, dtype)
+        batch = pretended(batch)
+        logprobs, entropy = completion_logprobs(
+            wrapped,
+            model.family,
+            batch,
+            temperature=0.8,
+            suppress_token_ids=model.suppressed_ids,
+            entropy=True,
+        )
+        mask, old = batch.completion_mask, torch.empty_like(logprobs)
+        weights = token_weights(
+            mask, objective.loss_type, num_completions=3, num_tokens=14, max_completion_length=8
+        )
+        loss, _ = grpo_loss(
+            logprobs,
+            old,
+            old,
+            old[:, 0],
+            mask,
+            weights,
+            objective,
+            sampling_logprobs=old,
+            entropy=entropy,
+        )
+        loss.backward()
+    return logprobs, [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", list(SAVE))
+def test_an_update_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images):
+    logprobs, trained = update(tiny_checkpoint(family), tiny_images, dtype)
+    assert (
+        logprobs.device == DEVICE and logprobs.dtype == torch.float32 and logprobs.shape == (3, 7)
+    )
+    assert trained and all(
+        p.grad.device == DEVICE and p.grad.dtype == torch.float32 for p in trained
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", list(SAVE))
+def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images):
+    """Its parts, as the sampler puts them together."""
+    model, wrapped, batch = loaded(tiny_checkpoint(family), tiny_images)
+    wrapped.eval()
+    with pretended_device():
+        move(wrapped, dtype)
+        prompts, places = pretended(batch.prompts), pretended(batch.prompt_places)
+        cache, length = (
+            SamplingCache(2, prompts.input_ids.shape[1], 3, 8),
+            prompts.input_ids.shape[1],
+        )
+        # of six completions one has finished
+        slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)
+        with sampling_layers(wrapped) as head:
+            hidden, positions = read_prompts(
+                wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots)
+            )
+            logits = scaled_logits(
+                head(hidden[rows // 3]), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE)
+            )
+            tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
+            steps = torch.full_like(rows, 4) + torch.arange(2, device=DEVICE)[:, None]
+            for i, masks in enumerate(
+                decoding_masks(
+                    wrapped, model.family, cache, rows, steps, prompts.attention_mask[rows // 3], 5
+                )
+            ):
+                state = read_tokens(
+                    wrapped, model.family, tokens, positions[rows // 3] + 4 + i, masks
+                )
+    assert state.device == DEVICE and state.dtype == dtype and state.shape == (5, 32)
+    assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
+
+
+# ---- controls: each leaves something behind that the tests above must see ------------------------
+def arange_on_the_cpu(patch):
+    patch.setattr(
+        engine.families,
+        "causal_mask",
+        lambda mask, queries: (
+            torch.tril(torch.ones(len(queries), mask.shape[1])).bool() & mask[:, None]
+        ),
+    )
+
+
+def count_of_a_mask(patch):
+    patch.setattr(
+        engine.forward,
+        "embed",
+        lambda model, prompts: embed(model, prompts) * int(prompts.attention_mask.sum()),
+    )
+
+
+def boolean_index(patch):
+    patch.setattr(
+        engine.forward,
+        "spread",
+        lambda values, places, shape: spread(values, places, shape) + values[values > 0].sum(),
+    )
+
+
+def transformers_positions(patch):
+    def positions(self, model, prompts):
+        grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])
+        return model.model.get_rope_index(
+            prompts.input_ids,
+            mm_token_type_ids=prompts.token_types,
+            image_grid_thw=grids,
+            attention_mask=prompts.attention_mask,
+        )[0]
+
+    patch.setattr(Qwen25VL, "positions", positions)
+
+
+@pytest.mark.parametrize(
+    ("leave", "error"),
+    [
+        (arange_on_the_cpu, AssertionError),
+        (count_of_a_mask, DataDependentOutputException),
+        (boolean_index, DynamicOutputShapeException),
+        (transformers_positions, (DataDependentOutputException, DynamicOutputShapeException)),
+    ],
+)
+def test_control_something_is_left_behind(leave, error, tiny_checkpoint, tiny_images, monkeypatch):
+    leave(monkeypatch)
+    with pytest.raises(error):
+        update(tiny_checkpoint("qwen2_5_vl"), tiny_images, torch.bfloat16)

@@ -1,0 +1,276 @@
+"""Protects the memory forecast: it lies within 20 % of what torch really allocates, for both
+families, in every phase, and its parts are those of the model. Run:
+pytest tests/engine/test_memory.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.memory import (
+    ModelShape,
+    Packed,
+    backward_temporaries,
+    forecast,
+    head_chunk,
+    kept_by_layer,
+    kv_cache,
+    lora_parameters,
+    model_shape,
+    packed_inputs,
+    sampler_head,
+    sampling_weights,
+    static_parts,
+    writing_moments,
+)
+from engine.model import attach_new_adapter
+from tests.helpers.memory import (
+    DTYPES,
+    PHASES,
+    Sizes,
+    allocated_peak,
+    model_config,
+    prepare,
+    workload,
+)
+from tests.helpers.tiny import load
+
+# Small, but activations, vocabulary and cache all count, and so does the mask that every layer
+# makes.
+SIZES = Sizes(
+    hidden=128,
+    intermediate=344,
+    heads=4,
+    vocabulary=1024,
+    image_tokens=64,
+    prompt_length=150,
+    new_tokens=40,
+)
+CPU = torch.device("cpu")
+# h = 8, q = 4 x 2 = 8, k = 2 x 2 = 4, f = 16, V = 100
+SHAPE = ModelShape(
+    base_parameters=1000,
+    hidden=8,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=2,
+    intermediate=16,
+    vocabulary=100,
+    layer_norms=2,
+    head_norms=False,
+    window=None,
+    fixed_images=False,
+    vision_hidden=8,
+    vision_intermediate=16,
+    patches_per_token=4,
+    pixel_values_per_patch=12,
+)
+WORK = replace(workload("grpo", SIZES, torch.float32, CPU), lora_r=2)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_forecast_is_within_a_fifth_of_what_is_allocated(family, phase):
+    step, expected = prepare(family, phase, SIZES, torch.float32, CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "family, phase", [("qwen2_5_vl", "sft"), ("gemma3", "grpo-checkpointed"), ("gemma3", "rollout")]
+)
+def test_also_in_bf16(family, phase):
+    step, expected = prepare(family, phase, SIZES, DTYPES["bf16"], CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "phase, sizes",
+    [
+        # the cache is the most
+        (
+            "rollout",
+            replace(
+                SIZES, prompt_length=90, new_tokens=100, rows=2, generations=16, vocabulary=256
+            ),
+        ),
+        # the sampler's vocabulary
+        (
+            "rollout",
+            replace(
+                SIZES, prompt_length=90, new_tokens=10, rows=2, generations=16, vocabulary=8192
+            ),
+        ),
+        # the head's
+        (
+            "grpo",
+            replace(
+                SIZES,
+                hidden=64,
+                intermediate=172,
+                layers=1,
+                prompt_length=90,
+                new_tokens=80,
+                vocabulary=8192,
+                rows=8,
+            ),
+        ),
+    ],
+)
+def test_also_where_another_part_is_the_most(phase, sizes):
+    step, expected = prepare("qwen2_5_vl", phase, sizes, torch.float32, CPU)
+    assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint):
+    model = load(tiny_checkpoint(family))
+    shape = model_shape(model.base.config, sum(p.numel() for p in model.base.parameters()))
+    wrapped = attach_new_adapter(model, r=3, alpha=6, dropout=0.0)
+    assert lora_parameters(shape, 3) == sum(
+        p.numel() for p in wrapped.parameters() if p.requires_grad
+    )
+
+
+def test_what_a_layer_keeps_by_hand():
+    # One prompt of 10 tokens: fp32, no dropout, r 2. Norms 2 x 4 x 8 = 64; q and output 2 x 4 x 8 =
+    # 64, k and v 2 x 4 x 4 = 32; logsumexp 4 heads x 4 = 16; gate, act, up 3 x 4 x 16 = 192; inputs
+    # of A: shared by q, k, v 32, o's 32, shared by gate and up 32, down's 64; A's outputs 7 x 2 x 4
+    # = 56. In all 584 a token.
+    prompt = Packed(1, 10, 0, 5)
+    assert kept_by_layer(SHAPE, WORK, prompt) == 10 * 584
+    # bf16: 64 + 32 + 16 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256;
+    # 56. In all 536.
+    assert kept_by_layer(SHAPE, replace(WORK, element_size=2), prompt) == 10 * 536
+    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU
+    # masks of a byte: 256 + 64 = 320.
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), prompt) == 10 * (584 - 160 + 512)
+    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (
+        584 - 160 + 320
+    )
+    # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
+    assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, prompt) == 10 * (
+        584 + 64 + 48
+    )
+    # Three completions of 5: 25 tokens; each sees 15 keys, whose k and v in fp32 are 2 x 4 x 4 = 32
+    assert kept_by_layer(SHAPE, WORK, Packed(1, 10, 3, 5)) == 25 * 584 + 3 * 15 * 32
+
+
+def test_the_packed_row_by_hand():
+    row = Packed(prompts=2, prompt_length=10, completions=6, completion_length=5)
+    assert row.tokens == 2 * 10 + 6 * 5
+    assert row.keys == 6 * 15
+    work = replace(WORK, prompt_length=10, completion_length=5, num_generations=3)
+    assert work.packed(6) == row
+    # 10 + 2 x 5 = 20, 10 + 3 x 5 = 25, 2 x 10 + 4 x 5 = 40 tokens
+    assert work.packed(7) == Packed(3, 10, 7, 5)
+    assert [
+        replace(work, max_tokens_per_forward=n).packed(7).completions for n in (1, 19, 20, 39, 40)
+    ] == [1, 1, 2, 3, 4]
+
+
+def test_the_masks_of_a_packed_row_by_hand():
+    row, tokens = Packed(2, 10, 6, 5), 50 * (4 * 8 + 24)  # embeddings and ids
+    # Two prompts of 10 x 10 and six completions of 5 x 15, 650 in all; as bool, and in fp32 for the
+    # 2 heads that share a key
+    assert packed_inputs(SHAPE, WORK, row) == tokens + 650 * (1 + 2 * 4)
+    # Images of one size: one prompt's and one completion's, 100 + 75
+    fixed = replace(SHAPE, fixed_images=True)
+    assert packed_inputs(fixed, WORK, row) == tokens + 175 * 9
+    # so in one group
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 6, 5)) == (10 + 30) * 56 + 175 * 9
+    # a prompt that the sampler reads
+    assert packed_inputs(SHAPE, WORK, Packed(1, 10, 0, 0)) == 10 * 56 + 100 * 9
+    # A window shorter than prompt and completion makes masks of its own.
+    assert packed_inputs(replace(fixed, window=15), WORK, row) == tokens + 175 * 9
+    assert packed_inputs(replace(fixed, window=14), WORK, row) == tokens + 2 * 175 * 9
+
+
+def test_gradients_alive_in_the_backward_pass_by_hand():
+    # of down's input, 16 wide, and of the layer's output, 8: each once as the base's dtype and once
+    # in fp32
+    assert backward_temporaries(SHAPE, WORK) == (4 + 4) * (16 + 8)
+    assert backward_temporaries(SHAPE, replace(WORK, element_size=2)) == (2 + 4) * (16 + 8)
+
+
+def test_static_parts_and_cache_by_hand():
+    # a layer's A and B: r 2 x ((8+8) + 2 (8+4) + (8+8) + 2 (8+16) + (16+8)) = 2 x 128 = 256; 3
+    # layers 768; fp32 3,072 bytes
+    assert lora_parameters(SHAPE, 2) == 768
+    assert static_parts(SHAPE, replace(WORK, element_size=2)) == {
+        "base": 2000,
+        "adapters": 2 * 3072,
+        "AdamW": 2 * 3072,
+    }
+    # keys and values x 3 layers x 4 numbers x 2 bytes x 5 rows x 7 tokens
+    assert kv_cache(SHAPE, replace(WORK, element_size=2), rows=5, length=7) == 2 * 3 * 4 * 2 * 5 * 7
+
+
+def test_the_head_by_hand():
+    # a chunk of 256 x 100 logits: 102,400 bytes in fp32, 51,200 in bf16. Hidden states of 8
+    # numbers, their gradient and the result.
+    bf16 = replace(WORK, element_size=2)
+    for scored in (300, 100_000):
+        assert (
+            head_chunk(SHAPE, WORK, scored, gradient=False, entropy=False) == 102_400 + scored * 32
+        )
+        assert (
+            head_chunk(SHAPE, WORK, scored, gradient=True, entropy=False) == 102_400 + scored * 96
+        )
+        assert head_chunk(SHAPE, WORK, scored, gradient=True, entropy=True) == 204_800 + scored * 96
+        assert (
+            head_chunk(SHAPE, bf16, scored, gradient=True, entropy=False) == 153_600 + scored * 48
+        )
+        assert head_chunk(SHAPE, bf16, scored, gradient=True, entropy=True) == 204_800 + scored * 48
+    # half a chunk
+    assert head_chunk(SHAPE, WORK, 128, gradient=True, entropy=True) == 102_400 + 128 * 96
+
+
+def test_the_copies_of_the_sampler_by_hand():
+    # a layer's weights: 8 x (2 x 8 + 2 x 4 + 3 x 16) = 576, three layers 1,728; on a CPU the head's
+    # 800 too; none in bf16
+    assert sampling_weights(SHAPE, WORK) == 4 * (1728 + 800)
+    assert sampling_weights(SHAPE, replace(WORK, device="cuda")) == 4 * 1728
+    assert sampling_weights(SHAPE, replace(WORK, element_size=2)) == 0
+    # Logits and log-probabilities of 6 rows; drawn, what the nucleus needs beside the
+    # log-probabilities as well
+    assert sampler_head(SHAPE, WORK, 6, greedy=True) == 6 * 100 * 4 * 2
+    assert sampler_head(SHAPE, WORK, 6, greedy=False) == 6 * 100 * 4 * 5
+
+
+def test_the_masks_of_the_sampler_by_hand():
+    # 2 prompts of 10 tokens, 3 completions each of at most 5: 6 rows see 15 places, of 8 tokens,
+    # each a number of 4 bytes. Beside these is held: 6 x 5 x 20 bytes of what was written and
+    # features of 2 x 64 x 8 x 4 bytes.
+    work = replace(WORK, prompt_length=10, max_completion_length=5)
+    attention = list(writing_moments(SHAPE, work, 2, 3, greedy=False))[1]
+    assert attention["inputs"] == 6 * 5 * 20 + 2 * 64 * 8 * 4 + 8 * 6 * 15 * 4
+    two_kinds = list(writing_moments(replace(SHAPE, window=14), work, 2, 3, greedy=False))[1]
+    assert two_kinds["inputs"] - attention["inputs"] == 8 * 6 * 15 * 4
+
+
+def test_phases_of_the_two_scripts():
+    grpo, sft = forecast(SHAPE, WORK), forecast(SHAPE, replace(WORK, rollout_prompts=0, adapters=1))
+    assert list(grpo.phases) == ["rollout", "scoring", "update", "evaluation"]
+    assert list(sft.phases) == ["update", "validation", "evaluation"]
+    for found in (grpo, sft):
+        assert [phase for phase, parts in found.phases.items() if "gradients" in parts] == [
+            "update"
+        ]
+        assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
+    # all rows of a rollout are written at once
+    many = forecast(SHAPE, replace(WORK, num_generations=256))
+    assert many.phases["rollout"]["KV cache"] > 10 * grpo.phases["rollout"]["KV cache"]
+
+
+def test_the_shapes_of_the_two_families():
+    # four patches a visual token in both small models; Qwen's patch has two frames
+    qwen, gemma = (
+        model_shape(model_config(family, SIZES), 1) for family in ("qwen2_5_vl", "gemma3")
+    )
+    assert (qwen.patches_per_token, qwen.pixel_values_per_patch) == (4, 3 * 2 * 14 * 14)
+    assert (gemma.patches_per_token, gemma.pixel_values_per_patch) == (4, 3 * 14 * 14)
+    assert (qwen.head_dim, qwen.kv_heads, gemma.head_dim) == (32, 2, 32)

@@ -1,0 +1,1048 @@
+"""Protects evaluation: what is decoded does not depend on batching, kept predictions score as the
+run did and are parsed anew, every figure of scores-<name>.json by hand, and the command's refusals.
+Run: pytest tests/eval/test_evaluate.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import eval.evaluate
+from data.answers import parse_answer
+from data.examples import Example
+from data.files import DataError, write_json, write_jsonl
+from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
+from data.prompts import Prompt
+from engine.config import UsageError
+from engine.generate import Completion, SamplingConfig, generate
+from engine.model import LoadedModel, attach_new_adapter, load_model
+from engine.run import TrainerState, save_final_adapter
+from eval.evaluate import (
+    evaluate_sets,
+    format_progress,
+    format_scores,
+    main,
+    predict,
+    read_predictions,
+    reparse,
+    score,
+    write_results,
+)
+from rl.rewards import HardReward
+from tests.helpers.reports import ABC, row
+from tests.helpers.tiny import SAVE, save_images
+
+SHORT = Prompt("short", "Which?")
+GREEDY = SamplingConfig(temperature=0.0, max_completion_length=10)
+CPU = torch.device("cpu")
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(
+        str(folder), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+def model(request, tmp_path_factory) -> LoadedModel:
+    torch.set_num_threads(1)
+    loaded = load(SAVE[request.param](tmp_path_factory.mktemp(request.param)))
+    head = torch.randn(loaded.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    # the tied head repeats one token, whatever the image
+    loaded.base.lm_head.weight = torch.nn.Parameter(head)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """small/ and large/, three images each: 4 and 16 visual tokens for Qwen."""
+    folder = tmp_path_factory.mktemp("images")
+    save_images(folder / "small", 3, size=56)
+    save_images(folder / "large", 3, size=112)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(images) -> list[Example]:
+    names = [f"{size}/image-{i}.png" for i in range(3) for size in ("small", "large")][:5]
+    return [
+        Example(
+            f"e{i}", f"p{i // 2}", name, ("Edema", "Fracture"), "site", images, ABC, ("oedema",)
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def hand_rows(patient: str | None = None) -> list[dict]:
+    """Four answers: right; right with an unknown entry and a label missed; readable without
+    reasoning; unreadable.
+    """
+    return reparse(
+        [
+            row(
+                "<think>x</think><solution>Edema</solution>",
+                ("Edema",),
+                id="r1",
+                patient=patient or "p0",
+            ),
+            row(
+                "<think>x</think><solution>Edema, nodule</solution>",
+                ("Edema", "Fracture"),
+                id="r2",
+                patient=patient or "p0",
+            ),
+            row(
+                "<solution>Pneumonia, Cardiomegaly</solution>",
+                ("Pneumonia",),
+                id="r3",
+                patient=patient or "p1",
+            ),
+            row(
+                "no idea",
+                ("Cardiomegaly", "Fracture"),
+                id="r4",
+                patient=patient or "p2",
+                completion_length=40,
+            ),
+        ]
+    )
+
+
+# ---- decode --------------------------------------------------------------------------------------
+def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeypatch):
+    texts = ["<think>a b</think><solution>Fracture, edema, nodule</solution>", "<solution>Edema"]
+
+    def scripted(wrapped, model, prompts, sampling, *, on_finished, **_):
+        for i in range(len(prompts)):
+            ids = torch.tensor(
+                model.encoder.tokenizer(texts.pop(0)).input_ids + [model.encoder.end_of_turn_id]
+            )
+            on_finished(i, [Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), False)])
+
+    monkeypatch.setattr(eval.evaluate, "generate", scripted)
+    first, second = predict(
+        model.base, model, examples[:2], SHORT, GREEDY, answer_format="think_solution", batch_size=2
+    )
+    assert first == {
+        "id": "e0",
+        "patient_id": "p0",
+        "dataset": "site",
+        "labels": ["Edema", "Fracture"],
+        "evaluated_labels": list(ABC),
+        "source_labels": ["oedema"],
+        "prompt": "short",
+        "completion": "<think>a b</think><solution>Fracture, edema, nodule</solution>",
+        # 7 + 3 + 8 + 10 + 23 + 11 characters, one byte and token each, and the stop token
+        "completion_length": 63,
+        "predicted": ["Fracture", "Edema"],
+        "valid": True,
+        "parsed": True,
+        "problem": None,
+        "unknown": ["nodule"],
+        "answer_format": "think_solution",
+    }
+    assert second["id"] == "e1"
+    assert (second["predicted"], second["valid"], second["parsed"], second["problem"]) == (
+        [],
+        False,
+        False,
+        "answer_unclosed",
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_completions_do_not_depend_on_the_batch(model, examples, temperature, monkeypatch):
+    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)  # of two images and of six
+    settings = {"answer_format": "think_solution", "seed": 1}
+    sampling = SamplingConfig(temperature, 0.95, GREEDY.max_completion_length)
+    one_by_one = predict(model.base, model, examples, SHORT, sampling, batch_size=1, **settings)
+    assert len({row["completion"] for row in one_by_one}) == 5  # the images matter
+    told = []
+    together = predict(
+        model.base, model, examples, SHORT, sampling, batch_size=3, **settings, on_row=told.append
+    )
+    assert together == one_by_one
+    assert [row["id"] for row in together] == [example.id for example in examples]
+    assert sorted(told, key=lambda row: row["id"]) == together
+    done = {row["id"]: row | {"completion": "kept"} for row in told[1:3]}
+    told.clear()
+    assert predict(
+        model.base,
+        model,
+        examples,
+        SHORT,
+        sampling,
+        batch_size=2,
+        **settings,
+        on_row=told.append,
+        done=done,
+    ) == [done.get(row["id"], row) for row in together]
+    assert len(told) == 3
+
+
+def test_kept_predictions_score_as_the_run_did(model, examples, tmp_path, capsys):
+    (tmp_path / "predictions-a.jsonl").write_text("of an earlier evaluation of the same run")
+    results = evaluate_sets(
+        model.base,
+        model,
+        {"a": examples, "b": examples[:1]},
+        SHORT,
+        GREEDY,
+        tmp_path,
+        batch_size=4,
+        reference=examples,
+        notes={"b": {"note": 1}},
+    )
+    assert "a (images) 5/5 failed=5" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "predictions-a.jsonl",
+        "predictions-b.jsonl",
+        "scores-a.json",
+        "scores-b.json",
+    ]
+    rows = read_predictions(tmp_path / "predictions-a.jsonl")
+    assert (
+        score(rows, reference=examples)
+        == results["a"]
+        == json.loads((tmp_path / "scores-a.json").read_text())
+    )
+    assert (results["a"]["n"], results["a"]["num_patients"], results["a"]["fail_rate"]) == (
+        5,
+        3,
+        1.0,
+    )
+    assert results["b"]["note"] == 1
+
+
+def test_sampled_answers_come_from_the_seed(model, examples, tmp_path):
+    sampling = SamplingConfig(temperature=1.0, max_completion_length=10)
+
+    def completions(name: str, sets: dict, seed: int) -> list[str]:
+        evaluate_sets(
+            model.base, model, sets, SHORT, sampling, tmp_path / name, batch_size=5, seed=seed
+        )
+        return [
+            row["completion"] for row in read_predictions(tmp_path / name / "predictions-a.jsonl")
+        ]
+
+    first = completions("first", {"a": examples}, 0)
+    # whatever was decoded before
+    assert completions("second", {"other": examples[:2], "a": examples}, 0) == first
+    assert completions("third", {"a": examples}, 1) != first
+
+
+# ---- score ---------------------------------------------------------------------------------------
+def test_scores_by_hand():
+    scores = score(hand_rows())
+    assert scores["labels"] == list(ABC)
+    # Edema TP 2; Pneumonia TP 1; Fracture FN 2. Cardiomegaly is not evaluated: neither a false
+    # positive nor a miss.
+    assert scores["micro"] == pytest.approx({"precision": 1, "recall": 3 / 5, "f1": 6 / 8})
+    assert scores["macro"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert {label: scores["per_label"][label]["support"] for label in ABC} == {
+        "Edema": 2,
+        "Pneumonia": 1,
+        "Fracture": 2,
+    }
+    # 1; 1 of 2 labels and an unknown entry; 0 as it is not valid; 0 as it cannot be read.
+    assert scores["jaccard"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+    assert (scores["fail_rate"], scores["invalid_rate"]) == (1 / 4, 2 / 4)
+    assert scores["problems"] == {"think_missing": 1, "answer_missing": 1}
+    assert (scores["n"], scores["num_patients"]) == (4, 3)
+    assert scores["completion_length"] == {"mean": 17.5, "max": 40}
+
+
+def test_failed_answers_are_treated_in_three_ways():
+    policies = score(hand_rows())["failure_policies"]
+    # Empty: as above. Dropped: only one of the FN is left. All wrong: the failed answer says Edema
+    # and Pneumonia, not Fracture: FP 2, FN 2; Edema 4/5, Pneumonia 2/3, Fracture 0.
+    assert policies["empty"] == pytest.approx({"micro_f1": 6 / 8, "macro_f1": 2 / 3})
+    assert policies["dropped"] == pytest.approx({"micro_f1": 6 / 7, "macro_f1": 2 / 3})
+    assert policies["all_wrong"] == pytest.approx(
+        {"micro_f1": 6 / 10, "macro_f1": (4 / 5 + 2 / 3) / 3}
+    )
+
+
+def test_intervals_are_by_patient_and_use_the_reported_jaccard():
+    scores = score(hand_rows(patient="the same"))  # one patient: every resample is the whole
+    assert scores["intervals"]["jaccard"] == pytest.approx([1 / 3, 1 / 3])
+    assert scores["intervals"]["micro_f1"] == pytest.approx([6 / 8, 6 / 8])
+    assert scores["intervals"]["macro_f1"] == pytest.approx([2 / 3, 2 / 3])
+    low, high = score(hand_rows())["intervals"]["jaccard"]
+    assert (low, high) == pytest.approx((0, 2 / 3))  # p1 or p2 alone; p0 alone: (1 + 1/3) / 2
+
+
+def test_baselines_by_hand():
+    baselines = score(hand_rows())["baselines"]
+    # The label sets {Edema}, {Edema, Fracture}, {Pneumonia}, {Fracture} occur once each: the first
+    # is taken. Edema everywhere: TP 2, FP 2, FN 3; its F1 4/6; Jaccard 1, 1/2, 0, 0.
+    assert baselines["most_frequent"].pop("reference") == "this data set"
+    assert baselines["most_frequent"] == pytest.approx(
+        {"micro_f1": 4 / 9, "macro_f1": 4 / 6 / 3, "jaccard": 3 / 8}
+    )
+    # All three: TP 5, FP 7; Edema and Fracture 4/6, Pneumonia 2/5; Jaccard 1/3, 2/3, 1/3, 1/3.
+    assert baselines["all_labels"].pop("reference") is None
+    assert baselines["all_labels"] == pytest.approx(
+        {"micro_f1": 10 / 17, "macro_f1": (4 / 6 + 2 / 5 + 4 / 6) / 3, "jaccard": 5 / 12}
+    )
+
+
+def test_baselines_imitate_the_training_data(examples):
+    # Pneumonia is in every training example, Edema and Fracture in none, Cardiomegaly is no label
+    # of this data set.
+    reference = [
+        replace(examples[0], labels=("Cardiomegaly", "Pneumonia"), evaluated_labels=LABELS)
+    ] * 3
+    baselines = score(hand_rows(), reference=reference)["baselines"]
+    # Pneumonia everywhere: TP 1, FP 3, FN 4; its F1 2/5; Jaccard 0, 0, 1, 0. At a prevalence of 1
+    # and 0 the random baseline says the same.
+    for name in ("most_frequent", "prevalence_matched"):
+        assert baselines[name].pop("reference") == "train_file"
+        assert baselines[name] == pytest.approx(
+            {"micro_f1": 2 / 9, "macro_f1": 2 / 5 / 3, "jaccard": 1 / 4}
+        )
+
+
+def test_each_image_counts_in_its_own_evaluated_labels():
+    answer = "<think>x</think><solution>Fracture, Edema</solution>"
+    scores = score(
+        reparse(
+            [
+                row(answer, ("Fracture", "Cardiomegaly"), evaluated=("Fracture", "Edema")),
+                row(answer, ("Cardiomegaly",), evaluated=("Cardiomegaly",)),
+            ]
+        )
+    )
+    assert scores["labels"] == ["Cardiomegaly", "Edema", "Fracture"]
+    # Row 0: TP Fracture, FP Edema. Row 1: FN Cardiomegaly, and nothing else.
+    assert scores["micro"] == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2})
+    assert scores["jaccard"] == pytest.approx((1 / 2 + 0) / 2)
+    # What is known of row 0 is {Fracture}, the first of two sets; everywhere: TP 1 in row 0, FN 1
+    # in row 1, nothing else.
+    assert scores["baselines"]["most_frequent"]["micro_f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>x</think><solution>Edema</solution>",
+        "<think>x</think><solution>Edema, Cardiomegaly, nodule, Nodule, mass</solution>",
+        "<think>x</think><solution>Pneumonia, Edema, Fracture</solution>",
+        "<think>x</think><solution></solution>",
+        "<solution>Edema</solution>",
+        "<think>x</think><solution>Edema</solution> done",
+    ],
+)
+@pytest.mark.parametrize("labels", [("Edema",), ("Edema", "Fracture", "Cardiomegaly"), ()])
+def test_jaccard_is_the_hard_reward_without_its_length_penalty(completion, labels):
+    target = Target(frozenset(labels) & frozenset(ABC), frozenset(ABC))
+    reward = HardReward(length_penalty=0.0)(parse_answer(completion), target, 300)
+    assert score(reparse([row(completion, labels)]))["jaccard"] == pytest.approx(reward.total)
+
+
+# ---- another label map ---------------------------------------------------------------------------
+def nih_rows() -> list[dict]:
+    """Four NIH images scored under the nine: Effusion and Mass; Effusion; Infiltration; No Finding."""
+    answers = (
+        "Lung Lesion, Pleural Effusion, Support Devices",
+        "Pleural Effusion",
+        "No Finding",
+        "No Finding, Lung Opacity",
+    )
+    truth = (("Effusion", "Mass"), ("Effusion",), ("Infiltration",), ("No Finding",))
+    labels = (("Lung Lesion",), (), (), ("No Finding",))
+    return reparse(
+        [
+            row(
+                f"<think>x</think><solution>{answer}</solution>",
+                names,
+                id=f"r{i}",
+                evaluated=NIH_NINE,
+                patient=f"p{i}",
+            )
+            | {"source_labels": list(strings)}
+            for i, (answer, strings, names) in enumerate(zip(answers, truth, labels))
+        ]
+    )
+
+
+def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
+    write_jsonl(tmp_path / "nine.jsonl", nih_rows())
+
+    def again(file: str, label_map: str, *more: str) -> dict:
+        arguments = ["--predictions", f"nih={tmp_path / file}", "--label_map", label_map, *more]
+        name = "-".join((Path(file).stem, label_map, *more))
+        assert main([*arguments, "--output_dir", str(tmp_path / name)]) == 0
+        return json.loads((tmp_path / name / "scores-nih.json").read_text())
+
+    nine, ten = again("nine.jsonl", "nih_nine"), again("nine.jsonl", "nih_ten")
+    # Nine: TP Lung Lesion and No Finding (r0, r3), FP No Finding (r2). Support Devices, Lung
+    # Opacity and Pleural Effusion are none of the nine: not counted.
+    assert nine["micro"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5}) and nine[
+        "labels"
+    ] == list(NIH_NINE)
+    # Ten: two more true positives, Pleural Effusion of r0 and r1.
+    assert ten["micro"] == pytest.approx({"precision": 4 / 5, "recall": 1, "f1": 8 / 9})
+    assert ten["per_label"]["Pleural Effusion"] == {
+        "precision": 1.0,
+        "recall": 1.0,
+        "f1": 1.0,
+        "support": 2,
+    }
+    # Macro: No Finding 2/3, Lung Lesion 1, Pleural Effusion 1, the others 0.
+    assert (nine["macro"]["f1"], ten["macro"]["f1"]) == pytest.approx(
+        ((2 / 3 + 1) / 9, (2 / 3 + 2) / 10)
+    )
+    assert ten["run"]["settings"]["label_map"] == {"value": "nih_ten", "origin": "flag"}
+
+    # What was written is a predictions file of the new map, and goes back.
+    rows = read_predictions(tmp_path / "nine-nih_ten" / "predictions-nih.jsonl")
+    assert [row["labels"] for row in rows] == [
+        ["Lung Lesion", "Pleural Effusion"],
+        ["Pleural Effusion"],
+        [],
+        ["No Finding"],
+    ]
+    assert {tuple(row["evaluated_labels"]) for row in rows} == {NIH_TEN}
+    back = again("nine-nih_ten/predictions-nih.jsonl", "nih_nine")
+    assert {**back, "run": 0} == {**nine, "run": 0}
+    assert {**score(nih_rows()), "run": 0} == {**nine, "run": 0}  # as the rows stood
+
+    # Infiltration alone: No Finding by the other rule, so r2 is right; left out, one image fewer.
+    assert again("nine.jsonl", "nih_ten", "--no_label", "no_finding")["micro"]["f1"] == 1.0
+    assert again("nine.jsonl", "nih_ten", "--no_label", "drop")["n"] == 3
+
+
+def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
+    rows = nih_rows()
+    others = [label for label in LABELS if label not in NIH_NINE]
+    assert others == [
+        "Enlarged Cardiomediastinum",
+        "Lung Opacity",
+        "Pleural Effusion",
+        "Fracture",
+        "Support Devices",
+    ]
+    more = [
+        row | {"completion": row["completion"].replace("</solution>", f", {other}</solution>")}
+        for row, other in zip(rows, others[1:])
+    ]
+    with_more, as_before = score(reparse(more)), score(rows)
+    for scores in (with_more, as_before):
+        del scores["problems"]  # an entry twice is one
+    assert with_more == as_before
+    wrong = score(
+        reparse(
+            [
+                rows[0]
+                | {
+                    "completion": rows[0]["completion"].replace("</solution>", ", Edema</solution>")
+                },
+                *rows[1:],
+            ]
+        )
+    )
+    assert wrong["micro"]["precision"] < as_before["micro"]["precision"]  # one of the nine is
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source_labels": []}, "id 'r1': no source_labels"),
+        ({"source_labels": ["Edema=1.0"]}, "id 'r1': not a label of NIH ChestX-ray14: 'Edema=1.0'"),
+    ],
+)
+def test_only_nihs_own_strings_can_be_mapped(tmp_path, capsys, change, message):
+    rows = nih_rows()
+    write_jsonl(tmp_path / "p.jsonl", [rows[0], rows[1] | change, *rows[2:]])
+    assert (
+        main(
+            [
+                "--predictions",
+                f"nih={tmp_path / 'p.jsonl'}",
+                "--label_map",
+                "nih_ten",
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"error: {tmp_path / 'p.jsonl'}, {message}")
+        and "--label_map nih_ten is for NIH" in error
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(DataError, match="0 rows"):
+        score([])
+    with pytest.raises(DataError, match="evaluated_labels is empty"):
+        score(reparse([row("x", ("Edema",), evaluated=())]))
+
+
+# ---- show ----------------------------------------------------------------------------------------
+def test_table_of_scores():
+    table = format_scores(
+        {"site-a": score(hand_rows(patient="the same"))}, per_label=True
+    ).splitlines()
+    prevalence = table.pop(6)
+    # One of the four answers failed. Left out: TP 3, FN 1, so 6/7; all wrong: TP 3, FP 2, FN 2, so
+    # 6/10 (labels: see above).
+    assert table == [
+        (
+            "data set              n  Jaccard              micro-F1             macro-F1           "
+            "   fail"
+        ),
+        (
+            "site-a                4  0.333 (0.333-0.333)  0.750 (0.750-0.750)  0.667 (0.667-0.667)"
+            "  0.250"
+        ),
+        "  failed left out                             0.857                0.667",
+        "  failed all wrong                            0.600                0.489",
+        "  most frequent          0.375                0.444                0.222",
+        "  all labels             0.417                0.588                0.578",
+        (
+            "(95 % interval by patient); failed answers count as empty, answers not in the format"
+            " have Jaccard 0;"
+        ),
+        "label frequencies of the baselines are from: this data set",
+        "",
+        "site-a     precision  recall     F1  support",
+        "Edema          1.000   1.000  1.000        2",
+        "Pneumonia      1.000   1.000  1.000        1",
+        "Fracture       0.000   0.000  0.000        2",
+    ]
+    assert prevalence.startswith("  prevalence-matched     0.")
+    # all three figures are the same
+    assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]
+
+
+def test_table_is_at_most_100_columns_wide():
+    scores = score(hand_rows()) | {"n": 123456}
+    table = format_scores({f"a-very-long-name-of-a-data-set-at-site-{i}": scores for i in (1, 2)})
+    assert max(map(len, table.splitlines())) <= 100
+    assert "site-1" in table and "site-2" in table
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def test_rows_of_a_file_are_parsed_anew(tmp_path):
+    rows = [
+        row | {"predicted": ["Pneumonia"], "valid": False, "parsed": False, "unknown": ["x", "y"]}
+        for row in hand_rows()
+    ]
+    write_jsonl(tmp_path / "predictions.jsonl", rows)
+    assert read_predictions(tmp_path / "predictions.jsonl") == hand_rows()
+    # The format of each row, or one for all.
+    plain = hand_rows()[:1] + [row("Edema", ("Edema",), id="r2", answer_format="label_list")]
+    write_jsonl(tmp_path / "mixed.jsonl", plain)
+    assert [row["valid"] for row in read_predictions(tmp_path / "mixed.jsonl")] == [True, True]
+    assert [row["valid"] for row in read_predictions(tmp_path / "mixed.jsonl", "label_list")] == [
+        False,
+        True,
+    ]
+
+
+def test_bad_prediction_rows_are_named(tmp_path):
+    good = row("x", ("Edema",))
+    file = tmp_path / "predictions.jsonl"
+    bad = [
+        good,
+        good,
+        good | {"completion": None},
+        good | {"labels": ["Oedema"]},
+        good | {"answer_format": "xml"},
+    ]
+    file.write_text(
+        "".join(json.dumps(item) + "\n" for item in bad) + '{"id": "torn', encoding="utf-8"
+    )
+    with pytest.raises(DataError) as caught:
+        read_predictions(file)
+    for problem, expected in zip(
+        caught.value.problems,
+        [
+            f"line 2: id '{good['id']}' is also on line 1",
+            "line 3: field 'completion' is null; it must be str",
+            "line 4: field 'labels' holds 'Oedema'",
+            "line 5: field 'answer_format' is 'xml'",
+            "line 6: not valid JSON",
+        ],
+        strict=True,
+    ):
+        assert expected in problem
+
+
+def test_results_are_never_overwritten_unless_asked(tmp_path):
+    rows = hand_rows()
+    write_results(tmp_path, "a", rows, {"n": 1})
+    with pytest.raises(UsageError, match=r"predictions-a\.jsonl exists"):
+        write_results(tmp_path, "a", rows[:1], {"n": 2})
+    assert len(read_predictions(tmp_path / "predictions-a.jsonl")) == 4
+    write_results(tmp_path, "a", rows[:1], {"n": 2}, overwrite=True)
+    assert json.loads((tmp_path / "scores-a.json").read_text()) == {"n": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "predictions-a.jsonl",
+        "scores-a.json",
+    ]
+
+
+# ---- command -------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A folder with a base model, an adapter trained on it with its run's config.json, and a data
+    file of three images.
+    """
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("project")
+    SAVE["qwen2_5_vl"](folder / "base")
+    wrapped: PeftModel = attach_new_adapter(load(folder / "base"), r=4, alpha=8, dropout=0.0)
+    torch.manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    (folder / "run").mkdir()
+    save_final_adapter(folder / "run", TrainerState(), wrapped, base_name=str(folder / "base"))
+    settings = {
+        "prompt": "demo",
+        "max_completion_length": 6,
+        "min_visual_tokens": 4,
+        "max_visual_tokens": 16,
+        "bf16": False,
+    }
+    write_json(
+        folder / "run" / "config.json",
+        {
+            "settings": {
+                name: {"value": value, "origin": "flag"} for name, value in settings.items()
+            }
+        },
+    )
+    names = save_images(folder, 3)
+    write_jsonl(
+        folder / "site.jsonl",
+        [
+            {"id": name, "patient_id": name, "image": name, "labels": ["Edema"], "dataset": "site"}
+            for name in names
+        ],
+    )
+    return folder
+
+
+def test_adapter_alone_is_evaluated_as_its_run_was_set_up(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(
+            [
+                "--adapter_name_or_path",
+                str(project / "run"),
+                "--data_file",
+                f"site={project / 'site.jsonl'}",
+            ]
+        )
+        == 0
+    )
+    (output_dir,) = (tmp_path / "runs").iterdir()
+    assert output_dir.name.endswith("-eval")
+    rows = read_predictions(output_dir / "predictions-site.jsonl")
+    assert [row["prompt"] for row in rows] == ["demo"] * 3
+    assert max(row["completion_length"] for row in rows) == 6
+    run = json.loads((output_dir / "scores-site.json").read_text())["run"]
+    assert run["settings"]["prompt"] == {
+        "value": "demo",
+        "origin": str(project / "run" / "config.json"),
+    }
+    assert run["settings"]["model_name_or_path"]["value"] == str(project / "base")
+    assert run["data"]["site"]["file"] == str(project / "site.jsonl")
+    assert "Support Devices" in capsys.readouterr().out
+
+    # Both, with flags above the run's settings; then the base alone, which answers otherwise.
+    common = [
+        "--model_name_or_path",
+        str(project / "base"),
+        "--data_file",
+        f"site={project / 'site.jsonl'}",
+        "--prompt",
+        "demo",
+        "--min_visual_tokens",
+        "4",
+        "--max_visual_tokens",
+        "16",
+        "--max_completion_length",
+        "4",
+        "--max_samples",
+        "2",
+    ]
+    assert (
+        main([*common, "--adapter_name_or_path", str(project / "run"), "--output_dir", "both"]) == 0
+    )
+    assert main([*common, "--output_dir", "base"]) == 0
+    both, base = (
+        read_predictions(tmp_path / name / "predictions-site.jsonl") for name in ("both", "base")
+    )
+    assert len(both) == len(base) == 2
+    assert [row["completion"] for row in both] != [row["completion"] for row in base]
+    assert max(row["completion_length"] for row in both) == 4
+
+
+def test_command_scores_again_without_a_model(tmp_path, capsys):
+    write_jsonl(tmp_path / "old.jsonl", hand_rows())
+    assert (
+        main(
+            [
+                "--predictions",
+                f"site={tmp_path / 'old.jsonl'}",
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    scores = json.loads((tmp_path / "out" / "scores-site.json").read_text())
+    del scores["run"]
+    assert scores == score(hand_rows())
+    assert read_predictions(tmp_path / "out" / "predictions-site.jsonl") == hand_rows()
+    assert "site                  4  0.333" in capsys.readouterr().out
+
+
+def stop_after(monkeypatch, rows: int, stop: signal.Signals) -> list[str]:
+    """A signal once so many rows are kept, in the whole process; returns the names of what is kept,
+    which goes on to grow.
+    """
+    kept, original = [], eval.evaluate.reparse
+
+    def counted(new, answer_format=None):
+        if len(new) == 1 and "predicted" not in new[0]:  # a new answer
+            kept.append(new[0]["id"])
+            if len(kept) == rows:
+                os.kill(os.getpid(), stop)
+        return original(new, answer_format)
+
+    monkeypatch.setattr(eval.evaluate, "reparse", counted)
+    return kept
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_keeps_finished_answers(project, tmp_path, monkeypatch, capsys, stop, code):
+    partial = tmp_path / "predictions-site.partial.jsonl"
+    kept = stop_after(monkeypatch, 2, stop)
+    arguments = [
+        "--adapter_name_or_path",
+        str(project / "run"),
+        "--data_file",
+        f"site={project / 'site.jsonl'}",
+        "--per_device_eval_batch_size",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(arguments) == code
+    assert sorted(tmp_path.iterdir()) == [partial.with_suffix(".json"), partial]
+    assert f"kept in {partial}: the same command goes on from there" in capsys.readouterr().err
+    assert [row["id"] for row in read_predictions(partial)] == kept and len(kept) == 2
+    assert main(["--predictions", f"site={partial}", "--output_dir", str(tmp_path / "scores")]) == 0
+
+    with partial.open("a") as file:
+        file.write('{"id": "torn')  # as a process that is killed may leave it
+    assert main([*arguments, "--temperature", "0.5"]) == 2  # what was kept is of greedy decoding
+    assert (
+        "was begun with another temperature (0.0, now 0.5); finish that evaluation"
+        in capsys.readouterr().err
+    )
+    assert main([*arguments, "--per_device_eval_batch_size", "2"]) == 0  # which changes no answer
+    assert len(kept) == 3 == len(set(kept))
+    assert not partial.exists() and not partial.with_suffix(".json").exists()
+    monkeypatch.undo()
+    assert (
+        main([*arguments[:-1], str(tmp_path / "whole"), "--per_device_eval_batch_size", "2"]) == 0
+    )
+    for name in ("predictions-site.jsonl", "scores-site.json"):
+        straight = (
+            (tmp_path / "whole" / name).read_text().replace(str(tmp_path / "whole"), str(tmp_path))
+        )
+        assert (tmp_path / name).read_text() == straight
+    assert main(arguments) == 2  # finished: nothing is overwritten
+    assert "predictions-site.jsonl exists and nothing is overwritten" in capsys.readouterr().err
+
+
+def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_path, monkeypatch):
+    common = [
+        "--adapter_name_or_path",
+        str(project / "run"),
+        "--temperature",
+        "1",
+        "--top_p",
+        "1",
+        "--seed",
+        "3",
+        "--per_device_eval_batch_size",
+        "1",
+        "--data_file",
+        f"one={project / 'site.jsonl'}",
+        f"two={project / 'site.jsonl'}",
+    ]
+    assert main([*common, "--output_dir", str(tmp_path / "straight")]) == 0
+    # three images a set: in the second set, after one image
+    kept = stop_after(monkeypatch, 4, signal.SIGINT)
+    command = [*common, "--output_dir", str(tmp_path / "stopped")]
+    assert main(command) == 130
+    assert main([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"]) == 2
+    assert main(command) == 0 and len(kept) == 2 * 3
+    for name in ("one", "two"):
+        assert read_predictions(tmp_path / f"stopped/predictions-{name}.jsonl") == read_predictions(
+            tmp_path / f"straight/predictions-{name}.jsonl"
+        )
+
+
+def test_every_example_draws_its_own_numbers(model, examples):
+    twice = [examples[0], replace(examples[0], id="again")]
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_completion_length=8)
+    first, second = predict(
+        model.base,
+        model,
+        twice,
+        SHORT,
+        sampling,
+        answer_format="think_solution",
+        batch_size=2,
+        seed=1,
+    )
+    assert first["completion"] != second["completion"]
+
+
+def test_answers_of_an_unknown_beginning_are_neither_taken_nor_lost(project, tmp_path, capsys):
+    partial = tmp_path / "predictions-site.partial.jsonl"
+    partial.write_text("{}\n")
+    assert (
+        main(
+            [
+                "--adapter_name_or_path",
+                str(project / "run"),
+                "--data_file",
+                f"site={project / 'site.jsonl'}",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
+    assert (
+        f"{partial} was left there by another command" in capsys.readouterr().err
+        and partial.read_text() == "{}\n"
+    )
+
+
+def test_one_call_decodes_a_window(model, examples, monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append((len(arguments[2]), options["max_rows"]))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(eval.evaluate, "generate", counted)
+    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)
+    predict(
+        model.base, model, examples, SHORT, GREEDY, answer_format="think_solution", batch_size=2
+    )
+    assert calls == [(4, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--data_file", "a={project}/site.jsonl"], "no model"),
+        (["--predictions", "a={project}/none.jsonl"], "none.jsonl: no such predictions file"),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--label_map",
+                "nih_ten",
+            ],
+            "--label_map: goes with --predictions",
+        ),
+        (
+            ["--predictions", "a={project}/none.jsonl", "--data_file", "a=x"],
+            "--data_file: has no place beside --predictions",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/base", "--data_file", "a={project}/site.jsonl"],
+            "no adapter there",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/run", "--data_file", "{project}/site.jsonl"],
+            "expected NAME=FILE",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/run", "--data_file", "a={project}/none.jsonl"],
+            "no such data file",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/run", "--data_file", "a=demo:none"],
+            "the demo has no split 'none'",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/run", "--data_file", "a={project}/label.jsonl"],
+            "field 'labels' holds 'Oedema'",
+        ),
+        (
+            ["--adapter_name_or_path", "{project}/run", "--data_file", "a={project}/image.jsonl"],
+            "image 'none.png': no such file",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--prompt",
+                "other",
+            ],
+            "--prompt other: unknown",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--min_visual_tokens",
+                "20",
+            ],
+            "--min_visual_tokens 20 is above --max_visual_tokens 16",
+        ),  # the latter is the run's
+        (
+            ["--model_name_or_path", "{project}/none", "--data_file", "a={project}/site.jsonl"],
+            "no such folder",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    project, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    good = {
+        "id": "1",
+        "patient_id": "1",
+        "image": "image-0.png",
+        "labels": ["Edema"],
+        "dataset": "site",
+    }
+    write_jsonl(project / "label.jsonl", [good | {"labels": ["Oedema"]}])
+    write_jsonl(project / "image.jsonl", [good | {"image": "none.png"}])
+    assert main([argument.format(project=project) for argument in arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_all_mistakes_of_a_command_line_are_named_at_once(capsys):
+    assert (
+        main(
+            [
+                "--data_file",
+                "a=x",
+                "a=y",
+                "--temperature",
+                "-1",
+                "--top_p",
+                "0",
+                "--max_samples",
+                "0",
+            ]
+        )
+        == 2
+    )
+    errors = capsys.readouterr().err
+    for problem in (
+        "the name a is given twice",
+        "no model",
+        "--temperature -1.0",
+        "--top_p 0.0",
+        "--max_samples 0",
+    ):
+        assert problem in errors
+
+
+def test_command_does_not_overwrite(project, tmp_path, capsys):
+    write_results(tmp_path, "site", hand_rows(), {})
+    before = (tmp_path / "predictions-site.jsonl").read_bytes()
+    assert (
+        main(
+            [
+                "--adapter_name_or_path",
+                str(project / "run"),
+                "--data_file",
+                f"site={project / 'site.jsonl'}",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
+    assert (
+        "predictions-site.jsonl is finished, but with another data file of site; give another"
+        " --output_dir" in capsys.readouterr().err
+    )
+    assert (tmp_path / "predictions-site.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a run's configuration"),
+        (
+            '{"settings": {"max_completion_length": {"value": "long"}}}',
+            "max_completion_length is 'long', expected int",
+        ),
+        ('{"settings": {"prompt": {"value": "gone"}}}', "--prompt gone: unknown"),
+    ],
+)
+def test_unusable_settings_of_the_run_are_an_error(project, tmp_path, capsys, content, message):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).symlink_to(project / "run" / name)
+    (tmp_path / "config.json").write_text(content)
+    assert (
+        main(
+            ["--adapter_name_or_path", str(tmp_path), "--data_file", f"a={project / 'site.jsonl'}"]
+        )
+        == 2
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_progress_shows_start_best_and_last_of_each_set():
+    metrics = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
+    log = [
+        {"step": step, "loss": 1.0} | {f"eval_a_{metric}": value for metric in metrics}
+        for step, value in ((0, 0.5), (4, 0.25), (8, 0.75))
+    ]
+    lines = format_progress(log, ["a"], "checkpoint-4").splitlines()
+    assert lines[0].split() == [
+        "data",
+        "set",
+        "step",
+        "reward",
+        "Jaccard",
+        "micro-F1",
+        "macro-F1",
+        "fail",
+        "tokens",
+    ]
+    assert [line.split()[1:4] for line in lines[1:]] == [
+        ["start", "(0)", "0.500"],
+        ["best", "(4)", "0.250"],
+        ["last", "(8)", "0.750"],
+    ]

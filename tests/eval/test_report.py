@@ -1,0 +1,837 @@
+"""Protects the report: the paper's figures and their macro means, tables of ours by hand, which
+model a folder holds, that nothing a model writes becomes markup, and the command's refusals. Run:
+pytest tests/eval/test_report.py
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from markdown import markdown  # TensorBoard's own: what it makes of a text
+from PIL import Image
+
+from data.files import DataError, write_jsonl
+from data.labels import LABELS, NIH_NINE, NIH_TEN
+from engine.config import UsageError
+from eval import published
+from eval.cases import chosen_ids, outcomes
+from eval.contrasts import compare, nih_variants, pairs_of, transfers
+from eval.evaluate import reparse, write_results
+from eval.folders import flag_first, load_entry, load_predictions, named_folders, read_log
+from eval.page import (
+    Bullets,
+    Case,
+    Cases,
+    Cell,
+    Document,
+    ModelAnswer,
+    Picture,
+    Section,
+    Table,
+    Text,
+    plain,
+    to_html,
+    to_markdown,
+    to_text,
+)
+from eval.report import home_sets, main
+from eval.tables import (
+    diversity_table,
+    marginals_table,
+    movers_table,
+    paper_tables,
+    paradox_table,
+    prompt_key,
+    scores_table,
+    transfer_table,
+)
+from tests.helpers.reports import (
+    AFTER,
+    BEFORE,
+    FEW,
+    NIH_AFTER,
+    NIH_BEFORE,
+    answer,
+    home_rows,
+    row,
+    save,
+)
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</pre></article><iframe src='//x.y'>",
+    "[a](javascript:alert(1))",
+    "![x](http://x.y/z.png)",
+    "# head\n* item\n1. one\n---\n> quote",
+    "**b** _i_ `c` ~~s~~ | cell | <!-- c -->",
+    "https://x.y www.x.y a@b.cd",
+    "&lt;b&gt; &amp;amp; &#60;u&#62;",
+    "\x00\x1b[31m\u202e\u2066\ud800 end",
+    "</script><style>*{display:none}</style>",
+)
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict[str, Path]:
+    for name in ("base", "sft"):
+        (tmp_path / name).mkdir()
+    return {
+        "base": save(tmp_path / "base", home=BEFORE, nih=NIH_BEFORE),
+        "sft": save(tmp_path / "sft", home=AFTER, nih=NIH_AFTER),
+    }
+
+
+def compared(tmp_path: Path, before: list[dict], after: list[dict], name: str = "home"):
+    for model, rows in (("base", before), ("sft", after)):
+        write_jsonl(tmp_path / f"{model}.jsonl", rows)
+    answers = {model: load_predictions(tmp_path / f"{model}.jsonl") for model in ("base", "sft")}
+    return compare(name, answers, [("base", "sft")], resamples=200, permutations=200)
+
+
+def texts(line) -> list[str]:
+    return [cell.text if isinstance(cell, Cell) else cell for cell in line]
+
+
+def line_of(table: Table, *start: str) -> list[str]:
+    [line] = [texts(line) for line in table.rows if texts(line)[: len(start)] == list(start)]
+    return line
+
+
+# ---- the paper's figures -------------------------------------------------------------------------
+def test_printed_macro_means_are_plain_means_with_zeros_kept():
+    for by_model, printed, labels in (
+        (published.TABLE_5, published.MACRO_5, LABELS),
+        (published.TABLE_6, published.MACRO_6, NIH_NINE),
+    ):
+        assert list(by_model) == list(printed) == list(published.MODELS)
+        for model, by_label in by_model.items():
+            assert tuple(by_label) == labels
+            assert np.mean(list(by_label.values())) == pytest.approx(printed[model], abs=0.001)
+
+
+def test_f1_of_tables_2_to_4_is_near_that_of_their_precision_and_recall():
+    """Micro-F1 is 2PR / (P + R); printed with three digits each. A digit mistyped here would show."""
+    for table in (published.TABLE_2, published.TABLE_3, published.TABLE_4):
+        for precision, recall, f1, *_ in table.values():
+            assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.0015)
+
+
+def test_fail_rates_are_multiples_of_one_in_500():
+    rates = [
+        row[-1]
+        for table in (published.TABLE_1, published.TABLE_2, published.TABLE_3, published.TABLE_4)
+        for row in table.values()
+    ]
+    assert (
+        all(rate * 500 == pytest.approx(round(rate * 500), abs=1e-9) for rate in rates)
+        and len(rates) == 21
+    )
+
+
+def test_the_papers_tables_without_any_run_of_ours():
+    tables = paper_tables([], [], [], {})
+    assert [table.caption.split(".")[0] for table in tables] == [f"Table {n}" for n in range(1, 7)]
+    # labels, and two lines of macro-F1
+    assert [len(table.rows) for table in tables] == [9, 4, 4, 4, 16, 11]
+    assert line_of(tables[0], "Reasoning C") == [
+        "Reasoning C",
+        "paper, MedGemma-4B",
+        "0.260",
+        "0.132",
+        "0.482",
+    ]
+    assert line_of(tables[3], "hard", "last step")[3:] == [
+        "0.340",
+        "0.418",
+        "0.375",
+        "0.243",
+        "0.279",
+        "0.242",
+        "0.018",
+    ]
+    assert line_of(tables[4], "Fracture") == [
+        "Fracture",
+        "5",
+        "0.750",
+        "0.143",
+        "0.009",
+        "0.150",
+        "0.200",
+    ]
+    assert line_of(tables[4], "Macro F1, mean of the rows above")[2:] == [
+        "0.755",
+        "0.362",
+        "0.228",
+        "0.282",
+        "0.346",
+    ]
+    assert line_of(tables[5], "Macro F1, as printed")[1:] == [
+        "0.297",
+        "0.243",
+        "0.062",
+        "0.299",
+        "0.243",
+    ]
+    [bold] = [
+        [cell.text for cell in line[2:] if cell.tone == "best"]
+        for line in tables[4].rows
+        if texts(line)[0] == "Pleural Effusion"
+    ]
+    assert bold == ["0.822"]
+    assert any("macro-F1 0.291 and micro-F1 0.332" in note for note in tables[4].notes)
+    # why it cannot compare
+    assert all(
+        any("published" in note or "licence" in note for note in table.notes) for table in tables
+    )
+    for table in tables:
+        assert {len(line) for line in table.rows} == {len(table.header)}
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+def test_scores_and_policies_by_hand(tmp_path):
+    table = scores_table(compared(tmp_path, BEFORE, AFTER))
+    # base: TP Edema, Fracture; FP Pneumonia, No Finding; FN Edema, Fracture, No Finding (failed). P
+    # 2/4, R 2/5, F1 4/9. By label: Edema 2/3, Fracture 2/3, No Finding 0, Pneumonia 0: macro 4/3/14
+    # = 0.095. Fail 1/4. Left out: No Finding has FP 1 and no positive: the same 0.095. All wrong:
+    # h2 says all but No Finding: Edema 1 TP 1 FP 1 FN, 2/4; Fracture 2/4; macro 1/14 = 0.071.
+    # Jaccard: 1, 0, 0, 1/2.
+    assert texts(table.rows[0]) == [
+        "base",
+        "0.500",
+        "0.400",
+        "0.444",
+        *texts(table.rows[0])[4:6],
+        "0.095",
+        "0.375",
+        "0.250",
+        "0.095",
+        "0.071",
+    ]
+    # sft: right, right, right, and Edema for Fracture: TP 4, FP 1, FN 1; Edema 4/5, Fracture 2/3,
+    # No Finding 1: macro 0.176.
+    assert texts(table.rows[1])[3] == "0.800" and texts(table.rows[1])[6:9] == [
+        "0.176",
+        "0.750",
+        "0.000",
+    ]
+    # All 14 labels: 2 x 5 / (4 x 14 + 5) = 10/61.
+    assert line_of(table, "baseline: all labels")[3] == "0.164"
+    assert "4 images of 3 patients; 14 labels" in table.notes[0]
+    assert (
+        "Without any positive here: Enlarged Cardiomediastinum" in table.notes[1]
+        and "base 0.444, sft 0.822" in table.notes[1]
+    )
+
+
+def test_movers_show_labels_without_positives_as_such(tmp_path):
+    table = movers_table(compared(tmp_path, BEFORE, AFTER), "base", "sft")
+    # No Finding 0 -> 1; Edema 2/3 -> 4/5; Fracture stays at 2/3; Pneumonia has no positive, so its
+    # 0 says nothing.
+    assert texts(table.rows[0])[:5] == ["No Finding", "1", "0.000", "1.000", "+1.000"]
+    assert texts(table.rows[1])[:5] == ["Edema", "2", "0.667", "0.800", "+0.133"]
+    assert line_of(table, "Fracture")[:5] == ["Fracture", "2", "0.667", "0.667", "+0.000"]
+    assert line_of(table, "Pneumonia") == ["Pneumonia", "no positives", "-", "-", "-", "-"]
+
+
+def test_what_is_said_against_what_is_true(tmp_path):
+    table = marginals_table(compared(tmp_path, BEFORE, AFTER))
+    assert line_of(table, "Edema") == ["Edema", "2", "50.0 %", "25.0 %", "75.0 %"]
+    assert [
+        cell.detail for line in table.rows if texts(line)[0] == "Edema" for cell in line[3:]
+    ] == ["0.50 x", "1.50 x"]
+    # sft: Edema 1/4 too often, Fracture 1/4 too rarely, of 14 labels: 0.5 / 14 = 3.6 points. base:
+    # Edema, Fracture -1/4 each, Pneumonia +1/4, No Finding as often as it is true: 0.75 / 14 = 5.4.
+    assert line_of(table, "mean distance from true")[3:] == ["5.4 points", "3.6 points"]
+
+
+def test_length_and_variety(tmp_path):
+    table = diversity_table([compared(tmp_path, BEFORE, AFTER)])
+    base = texts(table.rows[0])
+    # No Finding and Fracture: 1 of 4
+    assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0"]
+    assert base[11] == "answer_missing 1"
+
+
+def test_transfer_and_paradox(tmp_path):
+    found = [
+        compared(tmp_path, BEFORE, AFTER, "home"),
+        compared(tmp_path, NIH_BEFORE, NIH_AFTER, "nih"),
+    ]
+    # nih, nine labels: before Edema and Lung Lesion right, 2/9; after Edema 2/3 (FP n1), Lung
+    # Lesion missed: 2/27.
+    table = transfer_table(found, ["home"], [("base", "sft")])
+    assert line_of(table, "base \u2192 sft", "home")[2:7] == [
+        "in distribution",
+        "0.095",
+        "0.176",
+        "+0.081",
+        "+85.0 %",
+    ]
+    assert line_of(table, "base \u2192 sft", "nih")[2:7] == [
+        "across schemes",
+        "0.222",
+        "0.074",
+        "-0.148",
+        "-66.7 %",
+    ]
+    [transfer] = transfers(found, ["home"], [("base", "sft")])
+    # 2/3 + 4/5 + 1 = 37/15
+    assert transfer.gap[0] == pytest.approx((37 / 15 - 4 / 3) / 14 + 4 / 27)
+    paradox = paradox_table([transfer])
+    assert texts(paradox.rows[0])[:4] == ["base \u2192 sft", "+0.081", "-0.148", "+0.229"]
+    # The paper's: 0.362 to 0.282 and 0.243 to 0.299; then +23 % at CheXpert and -19 % at NIH.
+    assert texts(paradox.rows[1])[1:4] == ["-0.080", "+0.056", "-0.136"]
+    assert [cell.detail.rpartition(", ")[2] for cell in paradox.rows[2][1:3]] == ["+23 %", "-19 %"]
+
+
+def test_a_reading_needs_an_interval_without_zero(tmp_path):
+    """Forty patients whose answers turn from wrong to right at home, and stay as they are
+    elsewhere.
+    """
+
+    def rows(said: str, prefix: str, evaluated) -> list[dict]:
+        return reparse(
+            [
+                row(
+                    answer(said),
+                    ("Edema",),
+                    id=f"{prefix}{n}",
+                    patient=f"p{n}",
+                    evaluated=evaluated,
+                )
+                for n in range(40)
+            ]
+        )
+
+    home = compared(tmp_path, rows("Fracture", "h", LABELS), rows("Edema", "h", LABELS), "home")
+    away = compared(
+        tmp_path, rows("Edema", "a", ("Edema",)), rows("Edema", "a", ("Edema",)), "away"
+    )
+    lost = compared(
+        tmp_path, rows("Edema", "a", ("Edema",)), rows("Fracture", "a", ("Edema",)), "away"
+    )
+    [transfer] = transfers([home, away], ["home"], [("base", "sft")])
+    assert (
+        texts(paradox_table([transfer]).rows[0])[4]
+        == "at home: gains; elsewhere: no clear change; the gap moved towards home"
+    )
+    [transfer] = transfers([home, lost], ["home"], [("base", "sft")])
+    assert "the paper's trade-off" in texts(paradox_table([transfer]).rows[0])[4]
+    [transfer] = transfers([lost, home], ["away"], [("base", "sft")])
+    assert "the paper's paradox" in texts(paradox_table([transfer]).rows[0])[4]
+
+
+def test_nih_under_nine_and_ten_categories(tmp_path):
+    write_jsonl(tmp_path / "nih.jsonl", NIH_BEFORE)
+    variants = nih_variants({"base": load_predictions(tmp_path / "nih.jsonl")})
+    assert {name: labels for name, (_, labels) in variants.items()} == {
+        "nine": NIH_NINE,
+        "ten": NIH_TEN,
+    }
+    nine, ten = (
+        compare("nih", variants[name][0], [], labels=variants[name][1], resamples=10)
+        for name in ("nine", "ten")
+    )
+    # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and
+    # the answer names: 3 of 10.
+    assert nine.values["base"]["macro_f1"][0] == pytest.approx(2 / 9) and ten.values["base"][
+        "macro_f1"
+    ][0] == pytest.approx(3 / 10)
+    assert (
+        ten.support[ten.labels.index("Pleural Effusion")] == 1
+        and "Pleural Effusion" not in nine.labels
+    )
+    write_jsonl(tmp_path / "home.jsonl", BEFORE)
+    assert nih_variants({"base": load_predictions(tmp_path / "home.jsonl")}) == {}
+
+
+def test_models_are_compared_on_the_images_that_all_answered(tmp_path):
+    comparison = compared(tmp_path, BEFORE, AFTER[::-1][:3])  # other order, and h0 is missing
+    assert comparison.first.ids == ["h1", "h2", "h3"] and comparison.left_out == {
+        "base": 1,
+        "sft": 0,
+    }
+    assert comparison.values["sft"]["micro_f1"][0] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert "left out: base 1" in scores_table(comparison).notes[1]
+    with pytest.raises(UsageError, match="no image is answered by all"):
+        compared(tmp_path, BEFORE[:1], AFTER[1:])
+    with pytest.raises(UsageError, match="different targets for the same ids"):
+        compared(tmp_path, BEFORE, [AFTER[0] | {"labels": ["Fracture"]}, *AFTER[1:]])
+
+
+# ---- which model a folder holds ------------------------------------------------------------------
+def settings(**values) -> dict:
+    return {name: {"value": value, "origin": "flag"} for name, value in values.items()}
+
+
+def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "g"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(
+        json.dumps(
+            {
+                "script": "grpo",
+                "settings": settings(
+                    model_name_or_path="org/medgemma", prompt="demo", reward="hard"
+                ),
+                "data": {"a": {"file": "data/a.jsonl"}},
+            }
+        )
+    )
+    (run / "trainer_state.json").write_text(
+        json.dumps({"global_step": 8, "best_model_checkpoint": "checkpoint-4"})
+    )
+    (run / "checkpoint-4").mkdir()
+    write_jsonl(run / "predictions-a.jsonl", BEFORE)
+    write_jsonl(run / "predictions-a.partial.jsonl", BEFORE)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("")
+    own = load_entry("x", run)
+    assert (own.stage, own.base, own.prompt, own.reward, own.checkpoint, list(own.sets)) == (
+        "grpo",
+        "org/medgemma",
+        "demo",
+        "hard",
+        "last step",
+        ["a"],
+    )
+    assert own.data_file("a") == Path("data/a.jsonl")
+
+    for adapter, checkpoint in (
+        ("runs/g", "last step"),
+        ("runs/g/checkpoint-4", "best F1"),
+        (None, ""),
+    ):
+        folder = tmp_path / f"eval-{checkpoint}"
+        folder.mkdir()
+        write_results(
+            folder,
+            "t",
+            BEFORE,
+            {
+                "run": {
+                    "settings": settings(
+                        adapter_name_or_path=adapter, model_name_or_path="org/medgemma", prompt="b"
+                    )
+                }
+            },
+        )
+        # the path is found from above the folder, too
+        monkeypatch.chdir(tmp_path if adapter else "/")
+        entry = load_entry("y", folder)
+        assert (entry.stage, entry.checkpoint, entry.prompt) == (
+            "grpo" if adapter else "base",
+            checkpoint,
+            "b",
+        )
+        assert entry.training is None if adapter is None else entry.training.resolve() == run
+    (tmp_path / "bare").mkdir()
+    write_jsonl(tmp_path / "bare" / "predictions-t.jsonl", BEFORE)
+    assert [load_entry(name, tmp_path / "bare").stage for name in ("sft-1", "NV-Reason")] == [
+        "sft",
+        "other",
+    ]
+
+
+def test_steps_follow_the_stages(tmp_path):
+    def entries(*names: str):
+        return [load_entry(name, tmp_path) for name in names]
+
+    assert pairs_of(entries("base", "sft", "grpo")) == [
+        ("base", "sft"),
+        ("sft", "grpo"),
+        ("base", "grpo"),
+    ]
+    assert pairs_of(entries("base", "sft", "grpo-hard", "grpo-nuanced")) == [
+        ("base", "sft"),
+        ("sft", "grpo-hard"),
+        ("base", "grpo-hard"),
+        ("sft", "grpo-nuanced"),
+        ("base", "grpo-nuanced"),
+    ]
+    assert pairs_of(entries("one", "two")) == [("one", "two")] and pairs_of(entries("one")) == []
+
+
+def test_home_sets_are_those_with_all_labels(tmp_path):
+    home, away = (
+        compared(tmp_path, BEFORE, AFTER, "zhome"),
+        compared(tmp_path, NIH_BEFORE, NIH_AFTER, "away"),
+    )
+    assert home_sets([away, home], ()) == ["zhome"]
+    # nothing says that such a set is the training data's
+    assert home_sets([away], ()) == home_sets([], ()) == []
+    assert home_sets([away, home], ("away",)) == ["away"]
+    with pytest.raises(
+        UsageError, match="--in_distribution nih: no such data set; there are: away, zhome"
+    ):
+        home_sets([away, home], ("nih",))
+
+
+def test_prompts_are_told_by_their_names():
+    assert (
+        prompt_key("Reasoning Self-Check")
+        == prompt_key("reasoning_self_check")
+        == prompt_key("self_check")
+    )
+    assert prompt_key("Only Label") == prompt_key("only_label") and prompt_key(
+        "Reasoning A"
+    ) == prompt_key("reasoning_a") != prompt_key("reasoning_b")
+
+
+def test_our_rows_stand_under_the_papers_of_the_same_prompt(folders):
+    config = {
+        "script": "sft",
+        "settings": settings(model_name_or_path="google/medgemma-4b-it", prompt="free_reasoning"),
+    }
+    (folders["sft"] / "config.json").write_text(json.dumps(config))
+    (folders["base"] / "scores-home.json").write_text(
+        json.dumps({"run": {"settings": settings(model_name_or_path="demo", prompt="reasoning_c")}})
+    )
+    entries = [load_entry(name, folder) for name, folder in folders.items()]
+    comparison = compare(
+        "home",
+        {entry.name: load_predictions(entry.sets["home"]) for entry in entries},
+        [],
+        resamples=20,
+    )
+    first, second, third, *_ = paper_tables(entries, [comparison], ["home"], {})
+    names = [texts(line)[:2] for line in first.rows]
+    assert names[names.index(["Reasoning C", "paper, MedGemma-4B"]) + 1] == [
+        "Reasoning C",
+        "base (demo)",
+    ]
+    names = [texts(line)[:2] for line in second.rows]
+    assert names[names.index(["Free Reasoning", "paper, MedGemma-4B"]) + 1] == [
+        "Free Reasoning",
+        "sft (google/medgemma-4b-it)",
+    ]
+    assert not any("sft (" in texts(line)[1] for line in third.rows)
+    assert {
+        len(line) for table in (first, second, third) for line in table.rows if table is first
+    } == {5}
+
+
+def test_folders_are_named(tmp_path):
+    assert named_folders([str(tmp_path), f"x={tmp_path}"], "run") == {
+        tmp_path.name: tmp_path,
+        "x": tmp_path,
+    }
+    with pytest.raises(UsageError) as caught:
+        named_folders([f"x={tmp_path}", f"x={tmp_path}", "gone"], "run")
+    assert caught.value.problems == [
+        f"--run x={tmp_path}: the name x is given twice; write NAME=FOLDER",
+        "--run gone: gone is no folder; give FOLDER or NAME=FOLDER",
+    ]
+    assert flag_first(["a", "b", "--x", "1"], "run") == ["--run", "a", "b", "--x", "1"]
+    assert flag_first(["--x", "1"], "run") == ["--x", "1"] and flag_first([], "run") == []
+
+
+def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n\n[1]\n{"step": "x"}\n{"step": 2, "lo'
+    )
+    assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    assert read_log(tmp_path / "none") == []
+
+
+# ---- sample cases --------------------------------------------------------------------------------
+def test_cases_cover_outcomes_and_labels(tmp_path):
+    said = ["no idea"] * 2 + [answer("Edema")] * 4 + [answer("Fracture")]
+    true = [("Edema",)] * 2 + [("Edema",)] * 2 + [("Fracture",)] * 3
+    rows = reparse(
+        [
+            row(text, labels, id=f"c{n}", patient=f"p{n}")
+            for n, (text, labels) in enumerate(zip(said, true))
+        ]
+    )
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    answers = load_predictions(tmp_path / "rows.jsonl")
+    assert outcomes(answers) == ["failed"] * 2 + ["right"] * 2 + ["wrong"] * 2 + ["right"]
+    ids = chosen_ids(answers, 3, seed=0)
+    assert [outcomes(answers)[answers.ids.index(id)] for id in ids] == ["failed", "wrong", "right"]
+    assert ids[2] == "c6"  # Edema was shown twice by then, Fracture once
+    assert sorted(chosen_ids(answers, 100, seed=1)) == answers.ids  # no more than there are
+    assert chosen_ids(answers, 5, seed=3) == chosen_ids(answers, 5, seed=3)
+
+
+# ---- escaping ------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page, and its scripts."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.texts, self.scripts, self.open = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # every element is closed where it should be
+
+    def handle_data(self, data):
+        (self.scripts if self.open and self.open[-1] in ("script", "style") else self.texts).append(
+            data
+        )
+
+
+def hostile_document(text: str) -> Document:
+    """A report in which `text` stands wherever text can stand."""
+    picture = Picture(text, b"<svg onload='alert(1)'/>", "image/svg+xml", text, text)
+    given = ModelAnswer(text, "wrong", text, [text], text, [(text, text)])
+    return Document(
+        text,
+        text,
+        [
+            Section(
+                text,
+                [
+                    Text(text),
+                    Bullets([text]),
+                    picture,
+                    Table(text, [text, text], [[text, Cell(text, text, "gain")]], [text]),
+                    Cases([Case(text, [text], [text], picture, [given])], [(text, text)]),
+                ],
+            )
+        ],
+    )
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_becomes_markup_in_html(text):
+    page, harmless = (
+        Page(to_html(hostile_document(text))),
+        Page(to_html(hostile_document("harmless"))),
+    )
+    assert page.tags == harmless.tags and page.open == []
+    assert [name for _, name, _ in page.attributes] == [name for _, name, _ in harmless.attributes]
+    # the style and the script of the page itself
+    assert page.scripts == harmless.scripts and len(page.scripts) == 2
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert all(
+        value.startswith(("#", "data:image/"))
+        for _, name, value in page.attributes
+        if name in ("href", "src")
+    )
+    # and it is shown as it is
+    assert sum(shown.strip() == plain(text).strip() for shown in page.texts) >= 12
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_becomes_markup_in_markdown(text):
+    """Rendered, the page has the same elements as one with a harmless text; line breaks apart."""
+
+    def elements(written: str) -> list[str]:
+        rendered = markdown(to_markdown(hostile_document(written), None), extensions=["tables"])
+        return [tag for tag in Page(rendered).tags if tag != "br"]
+
+    assert elements(text) == elements("harmless")
+    source = to_markdown(hostile_document(text), "pictures")
+    assert not re.search(r"https?:|www\.|@[a-z]", source)  # what GitHub would make into a link
+
+
+def test_the_page_allows_only_its_own_script():
+    page = to_html(hostile_document("x"))
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert f"script-src 'sha256-{allowed}'" in policy and policy.startswith("default-src 'none'")
+    assert not re.search(r"https?://", page)  # nothing is loaded
+
+
+def test_a_page_can_be_used_by_keyboard_and_screen_reader():
+    page = Page(to_html(hostile_document("x")))
+    of = {}
+    for tag, name, value in page.attributes:
+        of.setdefault((tag, name), []).append(value)
+    assert of["html", "lang"] == ["en"] and ("a", "href") in of
+    assert len(of["img", "alt"]) == page.tags.count("img") and all(of["img", "alt"])
+    assert of["label", "for"] == of["select", "id"] and len(of["label", "for"]) == 3
+    ids = [value for (_, name), values in of.items() if name == "id" for value in values]
+    assert len(ids) == len(set(ids)) and set(of["div", "aria-labelledby"]) | set(
+        of["section", "aria-labelledby"]
+    ) <= set(ids)
+    assert of["div", "tabindex"] == ["0"]  # a wide table can be scrolled by keyboard
+    assert set(of["th", "scope"]) == {"col", "row"}
+
+
+def test_labels_that_are_not_evaluated_are_set_apart():
+    given = ModelAnswer("m", "right", "", ["Edema", "Fracture"], "", [])
+    case = Case("c", ["Edema", "Pneumonia"], ["Edema"], None, [given])
+    shown = Page(to_html(Document("", "", [Section("", [Cases([case], [])])]))).texts
+    assert (
+        shown.count(" Edema ") == 2
+        and "not evaluated here: Pneumonia" in shown
+        and "not evaluated here: Fracture" in shown
+    )
+
+
+def test_text_for_the_console_is_aligned():
+    table = Table("T", ["a", "b"], [["x", Cell("1.0", "0 to 2")], ["long", "2"]], ["note\x1b"])
+    assert to_text(Document("D", "S", [Section("s", [table, Text("t")])])).split("\n") == [
+        "D",
+        "S",
+        "",
+        "T",
+        "a" + 16 * " " + "b",
+        "x     1.0 (0 to 2)",
+        "long" + 13 * " " + "2",
+        "note\ufffd",
+        "",
+        "t",
+    ]
+
+
+# ---- command -------------------------------------------------------------------------------------
+
+
+def test_a_whole_report(folders, tmp_path, capsys):
+    """Hostile answers, images, reward parts: everything that a user would look for is on the page."""
+    Image.new("L", (600, 400), 90).save(tmp_path / "h0.png")
+    write_jsonl(
+        tmp_path / "home.jsonl",
+        [
+            {
+                "id": f"h{n}",
+                "patient_id": "p",
+                "image": "h0.png",
+                "labels": ["Edema"],
+                "dataset": "d",
+            }
+            for n in range(4)
+        ],
+    )
+    rows = home_rows(
+        answer("Edema", think=HOSTILE[0]),
+        answer("Edema"),
+        HOSTILE[1],
+        answer("Fracture", think=HOSTILE[2]),
+    )
+    rows[0]["rewards"] = {"hard": {"total": 0.9, "jaccard": 1.0, "length": -0.1}}
+    rows[1]["rewards"] = {"hard": "not numbers"}
+    for name, of in (("base", BEFORE), ("sft", rows)):
+        write_jsonl(folders[name] / "predictions-home.jsonl", of)
+        run = {
+            "run": {
+                "settings": settings(model_name_or_path="demo", prompt="demo"),
+                "data": {"home": {"file": str(tmp_path / "home.jsonl")}},
+            }
+        }
+        (folders[name] / "scores-home.json").write_text(json.dumps(run))
+    out = tmp_path / "out"
+    assert (
+        main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(out), *FEW])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert (
+        "base \u2192 sft, macro-F1 in distribution +" in printed
+        and str(out / "report.html") in printed
+    )
+    html_text, markdown_text = (
+        (out / "report.html").read_text(encoding="utf-8"),
+        (out / "report.md").read_text(encoding="utf-8"),
+    )
+    page = Page(html_text)
+    for title in (
+        "What transferred",
+        "Scores",
+        "What moved, label by label",
+        "The paper's tables",
+        "Sample cases",
+        "Table 6. F1 by label, NIH, ten",
+    ):
+        assert any(title in shown for shown in page.texts), title
+        assert html.escape(title) in markdown_text
+    assert "0.9 = +1 jaccard -0.1 length" in page.texts
+    # all images of both sets
+    assert page.tags.count("article") == 4 + 3 and page.tags.count("script") == 1
+    assert html_text.count("data:image/jpeg") == 4
+    assert "alert(1)" not in html_text.replace(
+        HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;"), ""
+    ).replace("onerror=alert(1)&gt;", "")
+    assert {path.name for path in (out / "pictures").iterdir()} >= {
+        "labels-home.svg",
+        "labels-nih.svg",
+    }
+    assert re.findall(r"\((pictures/[^)]*)\)", markdown_text) and all(
+        (out / name).is_file() for name in re.findall(r"\((pictures/[^)]*)\)", markdown_text)
+    )
+    again = tmp_path / "again"
+    assert (
+        main([f"base={folders['base']}", f"sft={folders['sft']}", "--output_dir", str(again), *FEW])
+        == 0
+    )
+    assert (again / "report.html").read_bytes() == (
+        out / "report.html"
+    ).read_bytes()  # nothing of it is by chance or by the clock
+
+
+def test_a_report_of_the_paper_alone(tmp_path):
+    assert main(["--output_dir", str(tmp_path / "paper")]) == 0
+    page = Page((tmp_path / "paper" / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("table") == 6 and "0.346" in page.texts
+
+
+def test_one_model_on_one_set_without_images(folders, tmp_path):
+    (folders["sft"] / "predictions-nih.jsonl").unlink()
+    assert main([str(folders["sft"]), "--output_dir", str(tmp_path / "one"), *FEW]) == 0
+    page = Page((tmp_path / "one" / "report.html").read_text(encoding="utf-8"))
+    assert "The image is not at hand." in page.texts and "What transferred" in page.texts
+    # there is no step to speak of
+    assert not any("Who gained where" in shown for shown in page.texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone"], "--run gone: gone is no folder"),
+        (["{tmp}/empty"], "holds no predictions-<set>.jsonl"),
+        (
+            ["{tmp}/base", "--in_distribution", "mimic"],
+            "--in_distribution mimic: no such data set; there are: home, nih",
+        ),
+        (["{tmp}/base", "--resamples", "0"], "--resamples 0: must be at least 1"),
+        (["{tmp}/base", "--cases", "-1"], "--cases -1: must not be negative"),
+        (["{tmp}/base", "--output_dir", "{tmp}/sft"], "is not empty"),
+        (["{tmp}/broken"], "predictions-a.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    folders, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "predictions-a.jsonl").write_text("{\n")
+    assert (
+        main([argument.format(tmp=tmp_path) for argument in [*arguments, "--permutations", "20"]])
+        == 2
+    )
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_predictions_file_names_its_lines(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(
+        json.dumps(BEFORE[0] | {"source_labels": "Edema"}) + "\n"
+    )
+    with pytest.raises(
+        DataError, match="line 1: field 'source_labels' is \"Edema\"; it must be a list of strings"
+    ):
+        load_predictions(tmp_path / "predictions.jsonl")

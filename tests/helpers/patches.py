@@ -1,0 +1,88 @@
+"""The diffs of tests/forks against rl/objective.py: what each one adds, how it is applied, its
+size.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from tests.helpers.repository import ROOT
+
+FOLDER = ROOT / "tests" / "forks"
+OBJECTIVE = (ROOT / "rl" / "objective.py").read_text(encoding="utf-8")
+HEADER = "--- a/rl/objective.py\n+++ b/rl/objective.py\n"
+
+
+class Fork(NamedTuple):
+    """field: the setting that the patch adds; on: a value that switches the variant on; metric:
+    what it logs, if anything.
+    """
+
+    field: str
+    on: Any
+    metric: str | None
+
+
+FORKS = {
+    "gspo": Fork("importance_sampling_level", "sequence", "token_ratio"),
+    "cispo": Fork("policy_term", "cispo", "cispo_weight"),
+    "dual_clip": Fork("dual_clip", 3.0, "dual_clipped"),
+    "tis": Fork("tis_cap", 2.0, "tis_weight"),
+    "kl_in_reward": Fork("kl_in_reward", True, None),
+    "rloo": Fork("baseline", "leave_one_out", None),
+}
+
+
+def patch_of(name: str) -> str:
+    return (FOLDER / f"{name}.patch").read_text(encoding="utf-8")
+
+
+def size(patch: str) -> tuple[int, int]:
+    """Lines added and taken away."""
+    body = patch.partition(HEADER)[2]
+    return len(re.findall(r"^\+", body, re.MULTILINE)), len(re.findall(r"^-", body, re.MULTILINE))
+
+
+def patched(name: str, source: str = OBJECTIVE) -> str:
+    """`source` with a patch applied. AssertionError where it does not fit to the letter.
+
+    Done here and not by git or patch, which a machine that runs the tests need not have. Stricter
+    than both: a hunk's lines, context included, must stand exactly once, so there is no guessing
+    where they belong.
+    """
+    patch = re.sub(r"\Adiff --git .*\nindex .*\n", "", patch_of(name))
+    assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, (
+        f"{name}.patch must touch rl/objective.py and nothing else"
+    )
+    hunks = re.split(
+        r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch.removeprefix(HEADER), flags=re.MULTILINE
+    )
+    assert hunks.pop(0) == "" and hunks
+    for old_length, new_length, hunk in zip(hunks[0::3], hunks[1::3], hunks[2::3]):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert (old.count("\n"), new.count("\n")) == (
+            int(old_length),
+            int(new_length),
+        ), f"{name}.patch: wrong counts after @@"
+        assert source.count(old) == 1, (
+            f"tests/forks/{name}.patch no longer fits: rl/objective.py has moved under it. Put its"
+            " lines in by hand where they belong now, `git diff rl/objective.py >"
+            f" tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}"
+        )
+        source = source.replace(old, new)
+    return source
+
+
+def module_of(source: str, monkeypatch) -> ModuleType:
+    """A module from source; registered while the test runs, since a dataclass looks itself up
+    there.
+    """
+    module = ModuleType("objective_copy")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "objective_copy.py", "exec"), module.__dict__)
+    return module

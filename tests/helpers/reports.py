@@ -1,0 +1,100 @@
+"""Make evaluations and runs that look finished, for reports, comparisons and figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data.files import write_jsonl
+from data.labels import LABELS, NIH_NINE
+from eval.evaluate import reparse, score, write_results
+from eval.figures import FIGURE_1, reward_panels
+
+ABC = ("Edema", "Pneumonia", "Fracture")  # in CheXpert's order
+FEW = ["--resamples", "50", "--permutations", "50"]
+
+
+def row(
+    completion: str, labels: tuple[str, ...], *, id="r1", evaluated=ABC, patient="p", **fields
+) -> dict:
+    """A row of a predictions file before its completion is parsed."""
+    return {
+        "id": id,
+        "patient_id": patient,
+        "dataset": "site",
+        "labels": list(labels),
+        "evaluated_labels": list(evaluated),
+        "source_labels": [],
+        "prompt": "short",
+        "completion": completion,
+        "completion_length": 10,
+    } | fields
+
+
+# ---- answers of two models to two data sets ------------------------------------------------------
+def answer(*labels: str, think: str = "x") -> str:
+    return f"<think>{think}</think><solution>{', '.join(labels)}</solution>"
+
+
+def home_rows(*said: str) -> list[dict]:
+    """Answers to four images of three patients; true: Edema; Edema and Fracture; No Finding;
+    Fracture. All 14 are evaluated.
+    """
+    true = (("Edema",), ("Edema", "Fracture"), ("No Finding",), ("Fracture",))
+    return reparse(
+        [
+            row(
+                text,
+                labels,
+                id=f"h{n}",
+                patient=f"p{min(n, 2)}",
+                evaluated=LABELS,
+                completion_length=10 * n + 10,
+            )
+            for n, (text, labels) in enumerate(zip(said, true))
+        ]
+    )
+
+
+def nih_rows(*said: str) -> list[dict]:
+    """Answers to three images with NIH's own labels: Edema; Effusion; Mass and Infiltration."""
+    source = (["Edema"], ["Effusion"], ["Mass", "Infiltration"])
+    true = (("Edema",), (), ("Lung Lesion",))
+    return reparse(
+        [
+            row(text, labels, id=f"n{n}", patient=f"q{n}", evaluated=NIH_NINE)
+            | {"source_labels": list(names)}
+            for n, (text, labels, names) in enumerate(zip(said, true, source))
+        ]
+    )
+
+
+BEFORE = home_rows(
+    answer("Edema"), answer("Pneumonia"), "no idea", answer("No Finding", "Fracture")
+)
+AFTER = home_rows(
+    answer("Edema"), answer("Edema", "Fracture"), answer("No Finding"), answer("Edema")
+)
+NIH_BEFORE = nih_rows(answer("Edema"), answer("Pleural Effusion"), answer("Lung Lesion"))
+NIH_AFTER = nih_rows(answer("Edema"), answer("Edema"), answer("Pleural Effusion"))
+
+
+def save(folder: Path, **sets: list[dict]) -> Path:
+    for name, rows in sets.items():
+        write_results(folder, name, rows, score(rows))
+    return folder
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+def training_run(folder: Path, script: str, reward: str = "hard") -> Path:
+    """A folder that looks like a finished run of 30 steps."""
+    folder.mkdir()
+    values = {"reward": {"value": reward}, "prompt": {"value": "demo"}}
+    (folder / "config.json").write_text(json.dumps({"script": script, "settings": values}))
+    names = [panel.metric for panel in (FIGURE_1 if script == "sft" else reward_panels(reward))]
+    rows = [
+        {"step": step, "split": "train"} | {name: step / 10 + (step % 3) for name in names}
+        for step in range(1, 31)
+    ]
+    write_jsonl(folder / "metrics.jsonl", rows + [{"step": 30, "split": "eval", "loss": 99.0}])
+    return folder

@@ -1,0 +1,234 @@
+"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, flags, what a run leaves behind,
+how two runs compare.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+# what its pages are made of
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+import run_grpo
+import run_sft
+from engine.encode import Encoder
+from engine.tracking import is_timing
+from tests.helpers.tiny import save_images
+
+torch.set_num_threads(1)  # the models are so small that threads only cost time
+LABELS = ("Edema", "Pneumonia", "Fracture")
+DECODE = Encoder.decode  # as it is before `speak`
+SFT = [
+    "--prompt",
+    "demo",
+    "--min_visual_tokens",
+    "4",
+    "--max_visual_tokens",
+    "4",
+    "--no_bf16",
+    "--no_gradient_checkpointing",
+    "--max_completion_length",
+    "6",
+    "--learning_rate",
+    "1e-2",
+    "--warmup_ratio",
+    "0",
+    "--save_total_limit",
+    "none",
+]
+GRPO = [
+    "--no_bf16",
+    "--no_gradient_checkpointing",
+    "--max_completion_length",
+    "6",
+    "--min_length",
+    "4",
+    "--learning_rate",
+    "1e-2",
+    "--save_total_limit",
+    "none",
+    "--num_generations",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "1",
+    "--temperature",
+    "1.2",
+    "--top_p",
+    "1",
+]
+
+
+def write_data(folder: Path, count: int = 12) -> Path:
+    """data.jsonl and its images in `folder`: two rows a patient, answers of different lengths, one
+    or two of three labels.
+    """
+    rows = [
+        {
+            "id": f"e{i}",
+            "patient_id": f"p{i // 2}",
+            "image": name,
+            "labels": [LABELS[i % 3]] + [LABELS[2]] * (i % 2 and i % 3 < 2),
+            "dataset": "site",
+            "answer": f"<think>{'x' * (i * i % 19)}</think><solution>{LABELS[i % 3]}</solution>",
+        }
+        for i, name in enumerate(save_images(folder, count))
+    ]
+    return write_rows(folder / "data.jsonl", rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Exit code of run_sft.py; the last of two flags of one name counts."""
+    files = [
+        "--model_name_or_path",
+        str(model),
+        "--train_file",
+        str(data),
+        "--output_dir",
+        str(output_dir),
+    ]
+    return run_sft.main([*files, *SFT, *flags, *more])
+
+
+def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Exit code of run_grpo.py, from an SFT run."""
+    files = [
+        "--adapter_name_or_path",
+        str(adapter),
+        "--train_file",
+        str(data),
+        "--output_dir",
+        str(output_dir),
+    ]
+    return run_grpo.main([*files, *GRPO, *flags, *more])
+
+
+def speak(monkeypatch) -> None:
+    """Make a random model's completions readable: a text that depends on two of its ids, so that
+    rewards differ in a group.
+    """
+
+    def decode(encoder, ids):
+        first, second = ids[0].item(), ids[-1].item()
+        if first % 4 == 0:
+            return "unreadable"
+        return f"<think>{first}</think><solution>{', '.join(sorted({LABELS[first % 3], LABELS[second % 3]}))}</solution>"
+
+    monkeypatch.setattr(Encoder, "decode", decode)
+
+
+# ---- what a run leaves behind --------------------------------------------------------------------
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def record(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def read_dump(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """(tensors, metadata)"""
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, {
+            name: json.loads(note) for name, note in file.metadata().items() if name != "format"
+        }
+
+
+def train_log(run: Path) -> list[dict]:
+    return [line for line in lines(run / "metrics.jsonl") if line["split"] == "train"]
+
+
+def eval_log(run: Path) -> list[dict]:
+    return [line for line in lines(run / "metrics.jsonl") if line["split"] == "eval"]
+
+
+def tensorboard(run: Path) -> dict[str, list[tuple[int, object]]]:
+    """{tag: [(step, value)]} of all that TensorBoard shows of a run: scalars, images, text;
+    wall-clock times apart.
+    """
+    events = EventAccumulator(str(run), size_guidance={TENSORS: 0}).Reload()
+    return {
+        tag: [
+            (event.step, make_ndarray(event.tensor_proto).tolist()) for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()[TENSORS]
+        if not is_timing(tag.removeprefix("train/"))
+    }
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes, to show that nothing was written."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+# ---- two runs that must be the same --------------------------------------------------------------
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not is_timing(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def equal_tensors(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Everything of two runs is equal to the last bit, wall-clock times and the settings that may
+    change apart.
+    """
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        if (one / name).exists():
+            assert without_times(lines(one / name)) == without_times(lines(other / name)), name
+    assert equal_tensors(one / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    for link in ("last", "best"):
+        assert (one / link).exists() == (other / link).exists(), link
+        if (one / link).exists():
+            assert (one / link).readlink() == (other / link).readlink(), link
+    assert (one / "trainer_state.json").exists()
+    for name in (
+        "trainer_state.json",
+        "last/trainer_state.json",
+        "last/optimizer.json",
+        "last/rng.json",
+        "last/rollout.json",
+        "last/rewards.json",
+        "last/monitors.json",
+    ):
+        if (one / name).exists():
+            assert without_times(record(one / name)) == without_times(record(other / name)), name
+    for name in ("last/adapter_model", "last/optimizer", "last/rng", "last/rollout"):
+        if (one / f"{name}.safetensors").exists():
+            assert equal_tensors(one / f"{name}.safetensors", other / f"{name}.safetensors"), name
+    for path in one.glob("predictions-*.jsonl"):
+        assert lines(path) == lines(other / path.name), path.name
+    assert not list(other.glob("*.partial.jsonl")) and not list(other.glob(".tmp-*"))

@@ -1,0 +1,83 @@
+"""Protects `pip install .` from another folder: every package, script, recipe and file of the demo
+base is in setup.cfg. Run: pytest tests/scripts/test_packaging.py
+"""
+
+from __future__ import annotations
+
+import configparser
+import fnmatch
+
+import pytest
+
+from engine.config import parse_config
+from rl.objective import ObjectiveConfig
+from rl.settings import GRPOConfig, problems
+from run_sft import next_command
+from tests.helpers.repository import ROOT
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def test_every_package_and_script_is_listed(setup):
+    folders = ("data", "engine", "eval", "rl")
+    packages = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for name in folders
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(setup["options"]["packages"].split()) == packages
+    assert set(setup["options"]["py_modules"].split()) == {
+        path.stem for path in ROOT.glob("run_*.py")
+    }
+    assert all(
+        (path.parent / "__init__.py").exists()
+        for name in folders
+        for path in (ROOT / name).rglob("*.py")
+    )
+
+
+def test_every_other_file_of_a_package_is_package_data(setup):
+    for package, patterns in setup["options.package_data"].items():
+        folder = ROOT / package.replace(".", "/")
+        files = [
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc")
+        ]
+        assert (
+            files
+            and [
+                file
+                for file in files
+                if not any(fnmatch.fnmatch(file, pattern) for pattern in patterns.split())
+            ]
+            == []
+        )
+
+
+@pytest.mark.parametrize(
+    "recipe", [path.stem for path in (ROOT / "engine" / "recipes").glob("*.toml")]
+)
+def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_path):
+    words = next_command(recipe, tmp_path).split()
+    assert words[:2] == ["python", "run_grpo.py"]
+    resolved = parse_config(
+        [GRPOConfig, ObjectiveConfig],
+        words[2:],
+        script="grpo",
+        prog="run_grpo.py",
+        validate=problems,
+    )
+    assert (
+        resolved.configs[0].adapter_name_or_path == str(tmp_path) and resolved.configs[0].train_file
+    )
+
+
+def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
+    command = next_command("medgemma-4b-free-reasoning", tmp_path, "my-gemma")
+    assert "--recipe medgemma-4b-free-reasoning --model_name_or_path my-gemma --adapter" in command
