@@ -1,31 +1,33 @@
-"""Attention of completions that share their prompts.
+"""Attend from completions to the prompt that they share, without copying it.
 
-A forward of training runs tokens in one row without padding: every prompt once, then the
-completions. All that works on single tokens (projections, MLP, norms) therefore costs what the
-tokens cost. Attention is the one place where tokens meet: here they are laid out by prompts [B,S]
-and completions, those of similar lengths together [N,R], prompts attend to themselves, and each
-completion attends to its prompt and to itself, so that neither G copies of a prompt nor blocks
-between completions are ever computed.
+A training forward runs its tokens packed: one row without padding that holds every prompt once and
+then the completions. Everything that works on single tokens (projections, MLP, norms) therefore
+costs what the tokens cost. Attention is the one place where tokens meet. Here the prompts are laid
+out as [B,S], and completions of similar lengths are laid out together as [N,R]. Prompts attend to
+themselves. Each completion attends to its prompt and to itself. So neither G copies of a prompt nor
+attention between two completions is ever computed.
 
-What the tokens of a row see travels to the layers in place of a mask tensor and brings its way to
-attend: SharedPromptMask here, engine/cache.py's while sampling. With an ordinary mask
-(transformers' own forward) the attention is transformers' SDPA.
+A PackedMask says what the tokens of the packed row see. It travels through the layers in place of a
+mask tensor and does the attention itself: SharedPromptMask (here) in training and for prefill,
+DecodingMask (engine/cache.py) for decoding. With an ordinary mask tensor, as in transformers' own
+forward, the attention is transformers' SDPA.
 
-On CUDA, as far as torch's sources tell, not measured: flash attention takes no mask, the
-memory-efficient kernel takes one of the queries' dtype to add, whose rows begin at multiples of 8
-elements, and as many heads of queries as of keys. Both calls here meet that in fp32, fp16 and bf16,
-so nothing of [heads,S,S] is made; a mask laid out otherwise would be copied anew in every layer. A
-causal prompt without padding could do without a mask, which halves its attention: at 600 tokens
-that is about 2 % of a prompt's work, and needs a second layout of the heads, so it is not done.
+On CUDA (read in torch's sources, not measured): flash attention takes no mask. The memory-efficient
+kernel takes a mask to add, in the queries' dtype, whose rows begin at multiples of 8 elements, and
+it needs as many query heads as key heads. Both calls of this module meet that in fp32, fp16 and
+bf16, so no [heads,S,S] tensor is made. A mask with another layout would be copied in every layer. A
+causal prompt without padding needs no mask, which would halve its attention. At 600 tokens that is
+about 2 % of a prompt's work and needs a second layout of the heads, so it is not done.
 
-Shapes: B prompts of S places, N completions of R places, M tokens in the row, H heads, K heads of
-keys and values, D a head's width.
+Shapes: B prompts of S tokens, N completions of R tokens (both padded), M tokens in the packed row,
+H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,30 +38,44 @@ from transformers.masking_utils import sdpa_mask
 
 from engine.collate import Bucket
 
-IMPLEMENTATION = "shared_prompt"  # name of `attention` for transformers
-ALIGNMENT = 8  # elements, of CUDA's memory-efficient kernel
+IMPLEMENTATION = "shared_prompt"  # the name under which transformers finds `attention`
+ALIGNMENT = 8  # elements: mask rows begin at multiples, as CUDA's memory-efficient kernel needs
+
+
+class AttentionLayer(Protocol):
+    """Describe what `attend` needs of the layer that calls it: its index."""
+
+    layer_idx: int
 
 
 class PackedMask:
-    """What the tokens of a packed row see, in place of a mask tensor."""
+    """Say what the tokens of a packed row see, in place of a mask tensor, and attend so."""
 
     def attend(
         self,
-        module: nn.Module,
+        module: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         dropout: float,
         scaling: float,
     ) -> Tensor:
-        """query [1,H,M,D], key and value [1,K,M,D] -> [1,M,H,D]. module: the layer's attention."""
+        """Attend from all tokens of the packed row, as one layer does.
+
+        module: the layer's attention module, for its index
+        query [1,H,M,D], key and value [1,K,M,D]: the packed row
+        Returns [1,M,H,D].
+        """
         raise TypeError("use a subclass")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a packed row stand: the flat places of the prompts' tokens in [B,S],
-    int64 and ascending; the completions' buckets, whose tokens follow one after the other.
+    """Say where the tokens of a packed row belong in the padded layouts.
+
+    prompts int64, ascending: flat index in [B,S] of each prompt token
+    prompt_shape: (B, S)
+    buckets: completions of similar lengths, whose tokens follow bucket after bucket
     """
 
     prompts: Tensor
@@ -69,41 +85,46 @@ class Places:
 
 @dataclass
 class SharedPromptMask(PackedMask):
-    """What the tokens of a packed row see in one kind of layer, true = sees. prompts [B,1,S,S]: its
-    own prompt's tokens; completions [N,1,R,S+R], of all: the prompt's, then its own. Where all B,
-    or N, are the same, it can be one. keep(layer, keys, values): told those of the prompts,
-    [B,S,K,D] each.
+    """Hold what the tokens of a packed row see in one kind of layer (True = sees).
+
+    prompts [B,1,S,S] bool: each prompt sees its own tokens
+    completions [N,1,R,S+R] bool: each completion sees its prompt's tokens, then its own
+    keep(layer, keys, values): called with the prompts' keys and values, [B,S,K,D] each
+
+    Where all B prompts (or all N completions) see the same, the first dimension may be 1.
     """
 
     places: Places
     prompts: Tensor
     completions: Tensor | None = None
     keep: Callable[[int, Tensor, Tensor], None] | None = None
-    _additive: dict[tuple, list[Tensor]] = field(default_factory=dict)
+    _additive: dict[tuple[torch.dtype, int], list[Tensor]] = field(default_factory=dict)
 
     def attend(
         self,
-        module: nn.Module,
+        module: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         dropout: float,
         scaling: float,
     ) -> Tensor:
+        """Attend within the prompts, then from each bucket to its prompts and itself."""
         places = self.places
         prompt_mask, *bucket_masks = self.additive(query.dtype, query.shape[1] // key.shape[1])
         split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
-        # (q, k, v) [m,heads,D]
+        # q, k and v of the prompts, then of each bucket: [m,heads,D]
         prompts, *completions = zip(
-            *(states[0].transpose(0, 1).split(split) for states in (query, key, value))
+            *(states[0].transpose(0, 1).split(split) for states in (query, key, value)),
+            strict=True,
         )
         # [B,S,heads,D]
         q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)
         if self.keep is not None:
             self.keep(module.layer_idx, k, v)
-        # [m,H,D]
+        # one [m,H,D] for the prompts and for each bucket
         outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]
-        for bucket, states, mask in zip(places.buckets, completions, bucket_masks):
+        for bucket, states, mask in zip(places.buckets, completions, bucket_masks, strict=True):
             # [n,R,heads,D]
             own_q, own_k, own_v = (
                 spread(part, bucket.places, (len(bucket.rows), bucket.length)) for part in states
@@ -118,12 +139,15 @@ class SharedPromptMask(PackedMask):
         return torch.cat(outputs)[None]
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
-        """The prompts' mask and every bucket's as numbers to add, repeated for the heads that share
-        a key; made once for all layers, which keep them.
+        """Return the masks to add to the scores: the prompts', then one for each bucket.
+
+        They are repeated for the `repeats` query heads that share a key head. They are made once
+        for all layers, because the layers keep them for the backward pass.
         """
         if (dtype, repeats) not in self._additive:
             masks, size = [self.prompts], self.places.prompt_shape[1]
             for bucket in self.places.buckets:
+                assert self.completions is not None, "completions need a mask"
                 of_rows = (
                     self.completions
                     if len(self.completions) == 1
@@ -135,8 +159,10 @@ class SharedPromptMask(PackedMask):
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
-    """[R,1,Q,T] bool -> [R,1,repeats x Q,T] of `dtype`: 0 where a query sees, else -inf. Rows begin
-    at multiples of ALIGNMENT.
+    """Turn a bool mask into numbers to add to the scores: 0 where a query sees a key, else -inf.
+
+    mask [R,1,Q,T] bool
+    Returns [R,1,repeats x Q,T] of `dtype`, whose rows begin at multiples of ALIGNMENT elements.
     """
     rows, _, queries, keys = mask.shape
     padded = torch.zeros(
@@ -152,7 +178,7 @@ def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
 
 
 @torch.compiler.disable(
-    reason="its shapes change with every batch, and all of it is a few large kernels"
+    reason="its shapes change with every batch, and it consists of a few large kernels"
 )
 def attention(
     module: nn.Module,
@@ -162,10 +188,12 @@ def attention(
     attention_mask: PackedMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **keywords,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """query [1,H,M,D], key and value [1,K,M,D] -> ([1,M,H,D], None), as transformers' layers call
-    it.
+    """Attend as transformers' layers ask: by a PackedMask where there is one, else by SDPA.
+
+    query [1,H,M,D], key and value [1,K,M,D]
+    Returns ([1,M,H,D], None).
     """
     if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(
@@ -173,7 +201,7 @@ def attention(
         )
     return (
         attention_mask.attend(
-            module,
+            module,  # type: ignore[arg-type]  # torch types any attribute as Tensor or Module
             query,
             key,
             value,
@@ -191,9 +219,11 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """query [R,Q,H,D], key and value [R,T,K,D], mask [R or 1,1,H/K x Q,T] to add -> [R,Q,H,D].
+    """Attend in padded rows, without copying keys and values for the query heads that share them.
 
-    The heads that share a key are more queries of it, so keys and values are not repeated for them.
+    query [R,Q,H,D], key and value [R,T,K,D]
+    mask [R or 1,1,H/K x Q,T]: numbers to add to the scores
+    Returns [R,Q,H,D]. The H/K query heads of a key head are handled as more queries of that head.
     """
     rows, length, heads, width = query.shape
     shared = key.shape[2]
@@ -211,7 +241,11 @@ def attend(
 
 
 def spread(tokens: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[m,...] -> [*shape,...]: each token at its place, zeros elsewhere."""
+    """Lay out packed tokens in padded rows, with zeros elsewhere.
+
+    tokens [m,...], places [m] int64: the tokens and the flat index of each in `shape`
+    Returns [*shape,...].
+    """
     if len(places) == shape[0] * shape[1]:
         return tokens.unflatten(0, shape)
     return (
@@ -222,6 +256,6 @@ def spread(tokens: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def gather(padded: Tensor, places: Tensor) -> Tensor:
-    """[B,S,...] -> [m,...]: the tokens at `places` of the flat rows."""
+    """Collect the tokens at `places` of padded rows [B,S,...] into one packed row [m,...]."""
     flat = padded.flatten(0, 1)
     return flat if len(places) == len(flat) else flat.index_select(0, places)
