@@ -1,13 +1,14 @@
-"""Keys and values of the tokens that the sampler has read and written, and the attention of new
-tokens to them.
+"""Keep the keys and values that the sampler needs, and attend from new tokens to them.
 
-A prompt's keys and values are kept once for all its completions: G new tokens of a prompt are G
-times as many queries of the same keys, so neither is the prompt copied nor read G times. Each
-completion has room of its own, allocated at the start for the longest. All that works on single
-tokens (projections, MLP, norms) sees one row of the tokens that are being written, without padding.
+The KV cache holds a prompt's keys and values once for all its completions. The G new tokens of a
+prompt are G times as many queries of the same keys, so the prompt is neither copied nor read G
+times. Each completion has room of its own, allocated at the start for the longest completion.
+Everything that works on single tokens (projections, MLP, norms) sees one packed row: the tokens
+that are being decoded, without padding.
 
-Shapes: B prompts of S places, W completions each of T places, R of them in use; n new tokens, one a
-row; H heads, K heads of keys and values, h = H / K, D a head's width.
+Shapes: B prompts of S tokens (padded on the left), W completions for each prompt, with room for T
+tokens each, of which R are in use. n new tokens, one for each completion that is being decoded.
+H query heads, K key-value heads, h = H / K, D head width.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.attention import PackedMask, gather, spread
+from engine.attention import AttentionLayer, PackedMask, gather, spread
 
 
 @dataclass
 class LayerCache:
-    """prompt_keys, prompt_values [B,K,S,D], prompts padded on the left; keys, values [B x W,K,T,D]
-    of completions.
+    """Hold one layer's keys and values.
+
+    prompt_keys, prompt_values [B,K,S,D]: prompts, padded on the left
+    keys, values [B x W,K,T,D]: completions
     """
 
     prompt_keys: Tensor
@@ -33,8 +36,12 @@ class LayerCache:
 
 
 class SamplingCache:
-    """Of all layers, for `num_prompts` prompts of at most `prompt_length` tokens with `generations`
-    completions of at most `completion_length` tokens each.
+    """Hold the keys and values of all layers while completions are decoded.
+
+    num_prompts: B
+    prompt_length: S, the length of the longest prompt
+    generations: W, the number of completions of each prompt
+    completion_length: T, the length of the longest completion
     """
 
     def __init__(
@@ -45,7 +52,11 @@ class SamplingCache:
         self.layers: dict[int, LayerCache] = {}
 
     def keep_prompts(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """keys, values [b,s,K,D] of prompts padded on the left go to the places `slots` [b]."""
+        """Write the keys and values of prompts that one layer has just read.
+
+        keys, values [b,s,K,D]: prompts padded on the left, s <= S
+        slots [b] int64: index of each prompt in the cache
+        """
         if layer not in self.layers:
             self.layers[layer] = self._empty(keys)
         kept = self.layers[layer]
@@ -57,12 +68,13 @@ class SamplingCache:
         heads, width = like.shape[2:]
         prompts = self.num_prompts, heads, self.prompt_length, width
         rows = self.num_prompts * self.generations, heads, self.completion_length, width
-        # zeros: 0 x NaN would be NaN
+        # Zeros, because an unused place has weight 0 and 0 x NaN would be NaN.
         return LayerCache(*(like.new_zeros(shape) for shape in (prompts, prompts, rows, rows)))
 
     def select(self, prompts: Tensor, rows: Tensor) -> None:
-        """Keep the prompts at these places [b] and the completions at these [b x w], in their
-        order.
+        """Keep only these prompts and completions, in this order, and free the rest.
+
+        prompts [b] int64, rows [b x w] int64: their indices in the cache
         """
         for kept in self.layers.values():
             for name, places in (
@@ -77,13 +89,15 @@ class SamplingCache:
 
 @dataclass
 class DecodingMask(PackedMask):
-    """What n new tokens, one a completion, see in one kind of layer: the last `prompt_length`
-    places of their prompts and the first `length` of their own completions, this token the last of
-    them.
+    """Say what n new tokens see in one kind of layer, and attend so.
 
-    rows [n] int64: the completions' places in the cache; steps [n] int64: of each, the place of its
-    new token; additive [B,W,1,1,S+R], to add to scores: 0 what it sees, else -inf. Places without a
-    new token see everything.
+    A new token sees the last `prompt_length` places of its prompt and the first `length` places of
+    its own completion, where it is the last token.
+
+    rows [n] int64: index of each completion in the cache
+    steps [n] int64: place of each new token in its completion
+    additive [B,W,1,1,S+R]: numbers to add to the scores, 0 where a token sees, else -inf.
+        Completions without a new token see everything, and their result is not used.
     """
 
     cache: SamplingCache
@@ -95,13 +109,14 @@ class DecodingMask(PackedMask):
 
     def attend(
         self,
-        module: nn.Module,
+        module: AttentionLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         dropout: float,
         scaling: float,
     ) -> Tensor:
+        """Add the new keys and values to the cache, then attend to prompts and completions."""
         cache, kept = self.cache, self.cache.layers[module.layer_idx]
         grid, repeats = (cache.num_prompts, cache.generations), query.shape[1] // key.shape[1]
         for into, new in ((kept.keys, key), (kept.values, value)):
@@ -136,10 +151,10 @@ class DecodingMask(PackedMask):
 
 
 def by_prompt(rows: Tensor) -> Tensor:
-    """[B,W,K,h,X] -> [B,K,W x h,X]: the queries of one prompt's completions together."""
+    """Put the queries of one prompt's completions together: [B,W,K,h,X] -> [B,K,W x h,X]."""
     return rows.transpose(1, 2).flatten(2, 3)
 
 
 def by_row(prompts: Tensor, generations: int) -> Tensor:
-    """[B,K,W x h,X] -> [B,W,K,h,X]"""
+    """Undo `by_prompt`: [B,K,W x h,X] -> [B,W,K,h,X]."""
     return prompts.unflatten(2, (generations, -1)).transpose(1, 2)
