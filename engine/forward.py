@@ -1,12 +1,13 @@
-"""Hidden states: of a batch of completions, the one forward of training, of the reference and of
-teacher-forced scoring; and, for the sampler, of prompts and of the tokens that it writes after
-them.
+"""Run the decoder in one packed row, for training, scoring and sampling.
 
-A prompt runs once for all its completions in the batch, in one row without padding;
-engine/attention.py lets each completion see its prompt and itself alone. Positions go on from the
-prompt's for every completion anew, so states and gradients are those of the completions one by one
-(tests/plain.py). The vision tower does not run here: prompts bring their image's features
-(engine/vision.py).
+A prompt runs once for all its completions in the batch. The packed row has no padding, and
+engine/attention.py lets each completion see only its prompt and itself. Every completion's position
+ids continue where its prompt ended. So the states and gradients are those of the completions run
+one by one (tests/helpers/plain.py does that).
+
+`completion_logprobs` is the one forward of training, of the reference and of teacher-forced
+scoring. `read_prompts` (prefill) and `read_tokens` (decode) are the two forwards of the sampler.
+The vision tower does not run here: prompts bring the features of their image (engine/vision.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine.attention import Places, SharedPromptMask, spread
 from engine.cache import DecodingMask, SamplingCache
@@ -31,13 +33,13 @@ from engine.logprobs import token_logprobs
 
 
 def embed(model: nn.Module, prompts: Prompts) -> Tensor:
-    """Input embeddings [B,S,H] of prompts, with every image's features in its placeholders."""
-    # by type, not by id: a sampled placeholder id would not be an image
+    """Embed prompts [B,S,H], with each image's features in place of its placeholders."""
+    # Placeholders are told by their type, not by their id: a sampled one would not be an image.
     is_image = prompts.token_types == 1  # [B,S]
-    # Gemma's placeholder id can lie outside the vocabulary
+    # Gemma's placeholder id can lie outside the vocabulary.
     text_ids = prompts.input_ids.masked_fill(is_image, 0)
     embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
-    # row by row
+    # masked_scatter fills the placeholders prompt by prompt, in this order.
     rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H]
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
@@ -45,12 +47,14 @@ def embed(model: nn.Module, prompts: Prompts) -> Tensor:
 def completion_hidden_states(
     model: nn.Module, family: Family, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [K,H], targets [K]): for each of the K scored tokens, completion by completion, the
-    state that predicts it, and its id.
+    """Compute the states that predict the K scored tokens of a batch, completion by completion.
+
+    Returns (hidden [K,H], targets [K] int64, the ids of the scored tokens).
     """
     base = unwrapped(model)
-    # [m]
-    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
+    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[
+        batch.read_places
+    ]  # [m]
     of_prompts = embed(model, batch.prompts).flatten(0, 1)[batch.prompt_places]
     embeddings = torch.cat([of_prompts, base.get_input_embeddings()(read_ids)])  # [M,H]
     states = language_model(model)(
@@ -69,14 +73,16 @@ def read_prompts(
     places: Tensor,
     keep: Callable[[int, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [B,H], positions [B]): the state that predicts the token after each prompt, and that
-    token's position.
+    """Prefill: run the prompts once, hand out their keys and values, and return what comes next.
 
-    places [M] int64: of the prompts' tokens in the flat [B,S]. keep(layer, keys, values) is told
-    every layer's keys and values, [B,S,K,D].
+    places [M] int64: flat index in [B,S] of every prompt token (no padding)
+    keep(layer, keys, values): called in every layer with [B,S,K,D] each
+    Returns (hidden [B,H], the state that predicts the token after each prompt, and positions [B]
+    int64, that token's position id).
     """
     base = unwrapped(model)
-    layout = Places(places, tuple(prompts.input_ids.shape))
+    num_prompts, length = prompts.input_ids.shape
+    layout = Places(places, (num_prompts, length))
     masks = prompt_masks(base, family, prompts)
     once = {id(mask): SharedPromptMask(layout, mask, keep=keep) for mask in masks.values()}
     positions = family.positions(base, prompts)  # [..,B,S]
@@ -96,8 +102,11 @@ def read_tokens(
     positions: Tensor,
     masks: dict[str, DecodingMask],
 ) -> Tensor:
-    """[n,H]: the states that predict the next tokens of n completions after their last `tokens`
-    [n], at `positions` [n], which are kept in the cache of the masks.
+    """Decode: run the newest token of n completions -> the states that predict the next ones.
+
+    tokens [n] int64, positions [n] int64: ids and position ids of the newest tokens
+    masks: one for each kind of layer. Their cache takes in the tokens' keys and values
+    Returns [n,H].
     """
     return language_model(model)(
         inputs_embeds=unwrapped(model).get_input_embeddings()(tokens)[None],
@@ -116,12 +125,14 @@ def decoding_masks(
     prompt_mask: Tensor,
     length: int,
 ) -> list[dict[str, DecodingMask]]:
-    """For each of the next Q tokens of n completions what it sees, in every kind of layer.
+    """Make the masks of the next Q tokens of n completions together, which is cheaper.
 
-    rows [n] int64: the completions' places in the cache; steps [Q,n] int64: the places of the
-    tokens in their completions. prompt_mask [n,S] bool: the prompt of each in the last S places of
-    the cache, true where a token is. length: of the longest completion with the first of these
-    tokens.
+    rows [n] int64: index of each completion in the cache
+    steps [Q,n] int64: place of each coming token in its completion
+    prompt_mask [n,S] bool: which of the cache's last S places hold a token of the completion's
+        prompt
+    length: length of the longest completion once the first of the Q tokens is written
+    Returns one dictionary a token: {kind of layer: mask}.
     """
     size, ahead = prompt_mask.shape[1], len(steps)
     # [n,S+R+Q-1]
@@ -130,7 +141,8 @@ def decoding_masks(
     # [n,1,Q,S+R+Q-1]
     visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())
     dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
-    once = {id(mask): mask for mask in visible.values()}  # two kinds of layers may see the same
+    # Two kinds of layers may see the same and then share one mask.
+    once = {id(mask): mask for mask in visible.values()}
     numbers = {
         key: spread(
             torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
@@ -157,9 +169,10 @@ def decoding_masks(
     ]
 
 
-def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
-    """Position ids of the packed row, [3,1,M] or [1,M]: those of the prompts, then of each
-    completion, which begins again where its prompt ended.
+def packed_positions(model: PreTrainedModel, family: Family, batch: Batch) -> Tensor:
+    """Compute the position ids of the packed row, [3,1,M] (Qwen) or [1,M].
+
+    The prompts' position ids come first. Each completion then continues where its own prompt ended.
     """
     prompts = family.positions(model, batch.prompts)  # [..,B,S]
     columns = torch.arange(batch.read_mask.shape[1], device=prompts.device)
@@ -175,31 +188,28 @@ def packed_positions(model: nn.Module, family: Family, batch: Batch) -> Tensor:
 
 
 def shared_prompt_masks(
-    model: nn.Module, family: Family, batch: Batch
+    model: PreTrainedModel, family: Family, batch: Batch
 ) -> dict[str, SharedPromptMask]:
-    """For every kind of layer what the tokens of the packed row see: in a prompt as ever; a
-    completion is the last part of a row that its prompt, padded on the left, and its own tokens
-    make.
+    """Make the masks of a packed training row, one for each kind of layer.
+
+    A prompt sees itself as it would alone. A completion is treated as the last part of a row that
+    holds its prompt, padded on the left, and its own tokens.
     """
     prompts, rows = batch.prompts, batch.prompt_of_row
-    places = Places(batch.prompt_places, tuple(prompts.input_ids.shape), batch.buckets)
+    num_prompts, size = prompts.input_ids.shape
+    places = Places(batch.prompt_places, (num_prompts, size), batch.buckets)
     of_prompts = prompt_masks(model, family, prompts)
-    alike, size, read = (
-        slice(1 if prompts.alike else None),
-        places.prompt_shape[1],
-        batch.read_mask.shape[1],
-    )
-    # A completion's padding comes after it, where none of its tokens looks: as if there were none.
-    # or [1,S+R]
+    alike, read = slice(1 if prompts.alike else None), batch.read_mask.shape[1]
+    # Completions are padded on the right, where none of their tokens looks, so all places count.
     whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[
         alike
-    ]  # [N,S+R]
-    # nothing that a completion sees depends on where the image is
+    ]  # [N,S+R] or [1,S+R]
+    # What a completion sees does not depend on where the image is, so all tokens count as text.
     text = torch.zeros_like(whole, dtype=torch.long)
     of_completions = family.attention_masks(
         model, whole, text, torch.arange(size, size + read, device=rows.device)
     )
-    # The same object where two kinds of layers see the same: what it keeps is kept once.
+    # Kinds of layers that see the same share one object, so its additive masks are made once.
     once = {
         id(mask): SharedPromptMask(places, of_prompts[kind], mask)
         for kind, mask in of_completions.items()
@@ -207,9 +217,10 @@ def shared_prompt_masks(
     return {kind: once[id(mask)] for kind, mask in of_completions.items()}
 
 
-def prompt_masks(model: nn.Module, family: Family, prompts: Prompts) -> dict[str, Tensor]:
-    """What the tokens of each prompt see, for every kind of layer: bool [B,1,S,S], or [1,1,S,S]
-    where all are alike.
+def prompt_masks(model: PreTrainedModel, family: Family, prompts: Prompts) -> dict[str, Tensor]:
+    """Make the masks of the prompts, one for each kind of layer.
+
+    Returns bool [B,1,S,S], or [1,1,S,S] where all prompts see the same.
     """
     alike, queries = (
         slice(1 if prompts.alike else None),
@@ -229,8 +240,12 @@ def completion_logprobs(
     suppress_token_ids: Sequence[int] = (),
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [N,T], entropy [N,T] or None) of every completion under the active adapter; 0
-    outside `completion_mask`.
+    """Compute the log-probabilities of every completion's tokens under the active adapter.
+
+    temperature: the sampling temperature
+    suppress_token_ids: ids that get probability 0
+    entropy: whether to compute each token's entropy as well
+    Returns (logprobs [N,T] fp32, entropy [N,T] fp32 or None), 0 outside `completion_mask`.
     """
     hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
     head = lm_head_weight(model)  # [V,H]
@@ -243,7 +258,7 @@ def completion_logprobs(
         softcap=logit_softcap(model),
         entropy=entropy,
     )  # [K]
-    shape = tuple(batch.completion_mask.shape)
-    return spread(logprobs, batch.scored_places, shape), (
-        spread(entropies, batch.scored_places, shape) if entropy else None
+    rows, length = batch.completion_mask.shape
+    return spread(logprobs, batch.scored_places, (rows, length)), (
+        None if entropies is None else spread(entropies, batch.scored_places, (rows, length))
     )
