@@ -1,16 +1,16 @@
-"""The sampler, for rollouts and for evaluation.
+"""Sample completions, for rollouts and for evaluation.
 
-Written out so that nothing else decides how completions are drawn: temperature first, then the
-nucleus, then one uniform number a row and step. Of the model's generation_config only the stop ids
-are used (see engine/families.py). Suppressed ids (image tokens) have probability 0, here as in
-every log-probability.
+The sampler is written out here so that nothing else decides how completions are drawn: temperature
+first, then the nucleus, then one uniform number for each row and token. Only the stop ids of the
+model's generation_config are used (see engine/families.py). Suppressed ids (image tokens) have
+probability 0, here as in every log-probability.
 
-A prompt is read once and its keys and values are shared by its completions (engine/cache.py). The
-uniform numbers of every completion are drawn before the first token, so it depends neither on which
-others are being written nor on padding.
+Each prompt is prefilled once and its completions share its KV cache (engine/cache.py). The uniform
+numbers of a completion are drawn before its first token. So a completion depends neither on which
+others are decoded beside it nor on padding.
 
-Shapes: N completions, n of them being written, T their greatest length, B prompts of S places, H
-hidden, V vocabulary.
+Shapes: N completions, n of them being decoded, T length of the longest, B prompts of S tokens,
+H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from engine.cache import DecodingMask, SamplingCache
@@ -32,19 +31,18 @@ from engine.logprobs import scaled_logits
 from engine.model import LoadedModel
 from engine.sampling_layers import sampling_layers
 
-# share of places without a completion at which they are filled again, or dropped with a copy of the
-# cache
+# Places are filled again, or dropped by copying the cache, once this share of them is free.
 FREE_AT = 0.25
-# prompts are read so many tokens at a time: more together is no faster, but holds more
+# Prompts are prefilled this many tokens at a time: more is no faster and needs more memory.
 READ_TOKENS = 2048
-MASKS_AHEAD = 8  # tokens whose masks are made together
-# tokens between two looks at which rows have finished: each look waits for the GPU
+MASKS_AHEAD = 8  # the masks of this many coming tokens are made together
+# Finished rows are looked for every so many tokens, because each look waits for the GPU.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn. temperature 0 is greedy decoding."""
+    """Say how completions are drawn. Temperature 0 is greedy decoding."""
 
     temperature: float = 0.8
     top_p: float = 0.95
@@ -53,11 +51,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion.
+    """Hold one sampled completion.
 
-    ids [C] int64, up to and including the stop token; logprobs [C] fp32 of those tokens at the
-    sampling temperature over the whole vocabulary less the suppressed ids (at temperature 1 when
-    greedy); top_p_mass [C] fp32, what the nucleus held. truncated: no stop token came.
+    ids [C] int64: up to and including the stop token
+    logprobs [C] fp32: of these tokens, at the sampling temperature (1 when greedy), over the whole
+        vocabulary without the suppressed ids
+    top_p_mass [C] fp32: probability that the nucleus held at each token
+    truncated: True where no stop token came
     """
 
     ids: Tensor
@@ -67,43 +67,48 @@ class Completion:
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """(probabilities [B,V], 0 outside the nucleus and not renormalised; their sum [B], at least
-    top_p).
+    """Find the nucleus: the smallest set of most probable tokens whose mass reaches `top_p`.
 
-    The smallest set of most probable tokens whose mass reaches `top_p`, the token that crosses it
-    included; of equally probable ones at the border, those of the smallest ids. logprobs [B,V].
-    Without sorting the vocabulary and without waiting for the device: the border's probability is
-    found bit by bit, for floats that are not negative are ordered as their bits are.
+    The token that crosses `top_p` belongs to it. Among equally probable tokens at the border the
+    smallest ids win. The vocabulary is not sorted and nothing waits for the device: the probability
+    at the border is found bit by bit, because floats that are not negative are ordered as their
+    bits are.
+
+    logprobs [B,V]
+    Returns (probabilities [B,V], 0 outside the nucleus and not renormalised, and their sum [B],
+    which is at least `top_p`).
     """
     probabilities = logprobs.exp()
     if top_p >= 1:
         return probabilities, probabilities.sum(1)
-    # the highest bit of 1.0
+    # `highest` is the highest bit that is set in 1.0.
     integers, highest = (
         (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)
     )
-    # what is at least this reaches top_p
+    # The tokens whose probability is at least `low` have a mass of at least top_p.
     low = torch.zeros(len(probabilities), 1, dtype=integers, device=probabilities.device)  # [B,1]
-    # [B,V] 1 or 0: masks in the probabilities' own dtype take a third of the time of bool
-    mask = torch.empty_like(probabilities)
+    # A mask of 1 and 0 in the probabilities' own dtype takes a third of the time of a bool one.
+    mask = torch.empty_like(probabilities)  # [B,V]
     for bit in range(highest, -1, -1):
         torch.ge(probabilities, (low + 2**bit).view(probabilities.dtype), out=mask)
         low.add_(mask.mul_(probabilities).sum(1, keepdim=True) >= top_p, alpha=2**bit)
-    # at top_p 0 the most probable token stays
+    # The most probable token stays, also at top_p 0.
     least = torch.minimum(low.view(probabilities.dtype), probabilities.amax(1, keepdim=True))
-    # [B,V] what lies above the border
-    kept = torch.gt(probabilities, least, out=mask).mul(probabilities)
-    # [B,1] tokens of the border
-    needed = ((top_p - kept.sum(1, keepdim=True)) / least).ceil().clamp(min=1)
-    # its counts are exact: they stay below 2^24
-    on_border = torch.eq(probabilities, least, out=mask)
+    kept = torch.gt(probabilities, least, out=mask).mul(probabilities)  # [B,V] above the border
+    # How many of the tokens at the border are needed to reach top_p.
+    needed = ((top_p - kept.sum(1, keepdim=True)) / least).ceil().clamp(min=1)  # [B,1]
+    # Counting in floats is exact here: the counts stay below 2^24.
+    on_border = torch.eq(probabilities, least, out=mask)  # [B,V]
     kept += on_border.cumsum(1).le_(needed).mul_(on_border).mul_(probabilities)
     return kept, kept.sum(1)
 
 
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], nucleus mass [B]): one token a row from the renormalised nucleus, by inverting
-    its distribution, in the order of ids, at `uniform` [B] in [0, 1).
+    """Draw one token a row from the renormalised nucleus, by inverting its distribution.
+
+    logprobs [B,V]
+    uniform [B], in [0, 1): where the cumulative distribution, in the order of ids, is inverted
+    Returns (token [B] int64, mass of the nucleus [B]).
     """
     probabilities, mass = nucleus(logprobs, top_p)
     cumulative = probabilities.cumsum(1)
@@ -113,26 +118,32 @@ def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tenso
 
 
 def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
-    """[N,T] ids -> [N,T] bool: true up to and including the first stop token, and everywhere in a
-    row without one.
+    """Mark the tokens up to and including the first stop token, or all where there is none.
 
-    By position, never by comparing with the padding id, which may be a stop id.
+    The stop token's position decides, never a comparison with the padding id, which may be a stop
+    id.
+
+    ids [N,T] int64
+    Returns [N,T] bool.
     """
     is_stop = torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device))  # [N,T]
-    # stop tokens strictly before each token
-    stopped_before = is_stop.long().cumsum(1) - is_stop.long()
+    stopped_before = is_stop.long().cumsum(1) - is_stop.long()  # [N,T] strictly before each token
     return stopped_before == 0
 
 
 def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
-    """[N,T] ids -> [N] bool: no stop token came. One on the last position is not a truncation."""
+    """Tell which rows hold no stop token. One at the last position is not a truncation.
+
+    ids [N,T] int64
+    Returns [N] bool.
+    """
     return ~torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device)).any(1)
 
 
-@torch.compiler.set_stance("force_eager")  # with --compile too: shapes are others than in training
+@torch.compiler.set_stance("force_eager")  # also with --compile: shapes differ from training's
 @torch.no_grad()
 def generate(
-    wrapped: PeftModel | nn.Module,
+    wrapped: nn.Module,
     model: LoadedModel,
     prompts: Sequence[EncodedPrompt],
     sampling: SamplingConfig,
@@ -143,14 +154,19 @@ def generate(
     should_stop: Callable[[], bool] = lambda: False,
     on_finished: Callable[[int, list[Completion]], None] = lambda prompt, completions: None,
 ) -> list[list[Completion]]:
-    """`num_generations` completions of every prompt, in the prompts' order.
+    """Sample `num_generations` completions of every prompt and return them in the prompts' order.
 
-    wrapped: the model with its active adapter (or the base). generator: CPU generators, one or one
-    for each prompt; needed unless greedy. Completions are written `max_rows` at a time (at least
-    one prompt's; None for all): where a prompt's have finished, the next prompt takes their place,
-    the longest first. on_finished(i, completions) is called as soon as those of prompt i are there.
-    should_stop is asked before every token: once it says so, KeyboardInterrupt is raised, for the
-    caller to discard what is not finished. Runs in eval() mode and restores the mode that it found.
+    wrapped: the model with its active adapter, or the base
+    num_generations: completions of each prompt
+    max_rows: completions decoded at a time, at least those of one prompt (None: all). Where a
+        prompt's completions have finished, the next prompt takes their place, the longest first.
+    generator: CPU generators, one for all prompts or one for each. Needed unless greedy.
+    should_stop(): asked before every token. Once it returns True, KeyboardInterrupt is raised, and
+        the caller discards what is not finished.
+    on_finished(i, completions): called as soon as prompt i has all its completions
+
+    Runs in eval() mode and restores the mode that it found. Raises ValueError where a generator is
+    needed and none is given.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError(
@@ -177,8 +193,11 @@ def generate(
 
 @dataclass
 class _Row:
-    """A completion that is being written. place: in the cache; since: the token, counted over all
-    that are written one after the other, that is its first.
+    """Follow one completion that is being decoded.
+
+    completion: its index among all
+    place: its row in the cache
+    since: the value of `written` when it began
     """
 
     completion: int
@@ -187,13 +206,11 @@ class _Row:
 
 
 class _Writing:
-    """All completions of a call: those that are being written, the prompts that wait, and what has
-    been written so far.
-    """
+    """Hold the state of one call: what is decoded, what waits and what has been written."""
 
     def __init__(
         self,
-        wrapped,
+        wrapped: nn.Module,
         head: Callable[[Tensor], Tensor],
         model: LoadedModel,
         prompts: Sequence[EncodedPrompt],
@@ -221,16 +238,16 @@ class _Writing:
             torch.ones(shape, device=self.device),
         )
         if sampling.temperature > 0:
+            assert generator is not None, "generate() asks for one"
             generators = (
                 [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
             )
-            # [N,T]
             self.uniform = torch.cat(
                 [torch.rand(generations, shape[1], generator=own) for own in generators]
-            ).to(self.device)
+            ).to(self.device)  # [N,T]
 
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        # the longest at the end, which is taken first
+        # Prompts are taken from the end, so the longest come first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])
         num_places = (
             len(prompts) if max_rows is None else min(len(prompts), max(1, max_rows // generations))
@@ -238,32 +255,34 @@ class _Writing:
         self.places: list[int | None] = [None] * num_places  # the prompt at each place of the cache
         self.unfinished = {i: generations for i in range(len(prompts))}
         self.cache = SamplingCache(num_places, max(lengths), generations, shape[1])
-        # [B,S]
         self.prompt_mask = torch.zeros(
             num_places, max(lengths), dtype=torch.bool, device=self.device
-        )
-        # [B] of the first token after each prompt
+        )  # [B,S]
+        # Position id of the first token after each prompt, [B].
         self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)
         self.rows: list[_Row] = []
-        self.written = 0  # tokens so far, one after the other
-        # [n,H] the states that predict the next tokens
+        self.written = 0  # decoding steps of this call so far
+        # The states that predict the next tokens, [n,H].
         self.hidden = weight.new_zeros(0, weight.shape[1])
+        self.masks: list[dict[str, DecodingMask]] = []  # of the next tokens, as far as made
         self._take_prompts()
 
     @property
     def goes_on(self) -> bool:
+        """Return whether any completion is still being decoded."""
         return bool(self.rows)
 
     def write_token(self) -> list[tuple[int, list[Completion]]]:
-        """The next token of every row; returns the prompts whose completions are found to have
-        finished, with these.
+        """Decode one token of every row.
+
+        Returns the prompts that are now found to have finished, each with its completions.
         """
         tokens = self._choose()
         self.written += 1
-        finished, is_time = (
-            [],
+        finished: list[tuple[int, list[Completion]]] = []
+        is_time = (
             self.written % self.check_every == 0
-            or self._longest() == self.sampling.max_completion_length,
+            or self._longest() == self.sampling.max_completion_length
         )
         if is_time:
             tokens, finished = self._take_finished_out(tokens)
@@ -284,14 +303,14 @@ class _Writing:
         return max(self.written - row.since for row in self.rows)
 
     def _next_masks(self) -> dict[str, DecodingMask]:
+        """Return the masks of the next token, from those made MASKS_AHEAD tokens at a time."""
         if not self.masks:
-            # [Q,n]
             steps = (
                 self.written
                 - 1
                 - self.since
                 + torch.arange(MASKS_AHEAD, device=self.device)[:, None]
-            )
+            )  # [Q,n]
             self.masks = decoding_masks(
                 self.wrapped,
                 self.model.family,
@@ -304,13 +323,12 @@ class _Writing:
         return self.masks.pop(0)
 
     def _choose(self) -> Tensor:
-        """Draws a token for every row [n] and records it."""
+        """Draw a token [n] for every row and record it with its log-probability."""
         at = self.completions, self.written - self.since
         temperature = self.sampling.temperature or 1.0
-        # [n,V]
         tempered = scaled_logits(
             self.head(self.hidden), temperature, self.suppressed, self.softcap
-        ).log_softmax(1)
+        ).log_softmax(1)  # [n,V]
         if self.sampling.temperature > 0:
             tokens, mass = draw(tempered, self.sampling.top_p, self.uniform[at])
             self.masses[at] = mass.float()
@@ -324,18 +342,21 @@ class _Writing:
     def _take_finished_out(
         self, tokens: Tensor
     ) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
-        """(the tokens of the rows that go on, the prompts that have finished, with their
-        completions)
+        """Drop the rows that have stopped or reached the greatest length.
+
+        tokens [n] int64: the newest token of every row
+        Returns (the tokens of the rows that go on, the prompts that have finished with their
+        completions).
         """
         stopped = self.stopped.tolist()
         over = [
             stop or self.written - row.since == self.sampling.max_completion_length
-            for row, stop in zip(self.rows, stopped)
+            for row, stop in zip(self.rows, stopped, strict=True)
         ]
         if not any(over):
             return tokens, []
         finished = []
-        for row in (row for row, done in zip(self.rows, over) if done):
+        for row in (row for row, done in zip(self.rows, over, strict=True) if done):
             prompt = row.completion // self.generations
             self.unfinished[prompt] -= 1
             if not self.unfinished[prompt]:
@@ -344,7 +365,7 @@ class _Writing:
         going_on = torch.tensor(
             [i for i, done in enumerate(over) if not done], dtype=torch.long, device=self.device
         )
-        self.rows = [row for row, done in zip(self.rows, over) if not done]
+        self.rows = [row for row, done in zip(self.rows, over, strict=True) if not done]
         self._arrange()
         return tokens[going_on], finished
 
@@ -367,9 +388,7 @@ class _Writing:
         ]
 
     def _take_prompts(self) -> None:
-        """Reads the next prompts into places that are free, once there are enough of them; drops
-        such places once none waits.
-        """
+        """Prefill waiting prompts into free places, once enough are free. Else shrink."""
         free = [place for place, prompt in enumerate(self.places) if prompt is None]
         if len(free) < FREE_AT * len(self.places):
             return self._shrink()
@@ -381,7 +400,7 @@ class _Writing:
             batch = collate_prompts(
                 [self.prompts[i] for _, i in part], self.model.encoder.pad_token_id
             )
-            # their places, counted on the CPU
+            # Counted on the CPU: a GPU would have to be waited for.
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)
             batch = batch.to(self.device)
             hidden, positions = read_prompts(
@@ -410,8 +429,9 @@ class _Writing:
     def _within(
         self, max_tokens: int, chosen: list[tuple[int, int]]
     ) -> list[list[tuple[int, int]]]:
-        """The chosen (place, prompt) in lists of at most so many tokens, or of one prompt."""
-        parts, tokens = [], 0
+        """Split (place, prompt) pairs into lists of at most `max_tokens`, or of one prompt."""
+        parts: list[list[tuple[int, int]]] = []
+        tokens = 0
         for place, i in chosen:
             tokens += len(self.prompts[i].input_ids)
             if not parts or tokens > max_tokens:
@@ -421,9 +441,7 @@ class _Writing:
         return parts
 
     def _shrink(self) -> None:
-        """Drops places of prompts and of completions at which nothing is written, once a good part
-        of them is free.
-        """
+        """Drop the cache's unused places, once nothing waits and a good part of them is free."""
         by_prompt: dict[int, list[_Row]] = {}
         for row in self.rows:
             by_prompt.setdefault(row.place // self.cache.generations, []).append(row)
@@ -436,8 +454,8 @@ class _Writing:
         ):
             return
         rows = []
-        for new, (place, own) in enumerate(sorted(by_prompt.items())):
-            # any place does where nothing is written
+        for new, (_, own) in enumerate(sorted(by_prompt.items())):
+            # Where nothing is written any place will do.
             rows += [row.place for row in own] + [0] * (width - len(own))
             for g, row in enumerate(own):
                 row.place = new * width + g
@@ -448,7 +466,7 @@ class _Writing:
         self._arrange()
 
     def _arrange(self) -> None:
-        """What the steps to come need of the rows, on the device."""
+        """Put what the next tokens need of the rows on the device."""
 
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -464,7 +482,6 @@ class _Writing:
             (len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0
         )
         self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest :]  # [n,S]
-        # [n] of the token that is written first of all
-        self.row_positions = self.positions[prompts] - self.since
-        # of the tokens to come, as far as they are made
-        self.masks: list[dict[str, DecodingMask]] = []
+        # Position id of the first token, less `since`: plus `written` - 1 it is the newest's.
+        self.row_positions = self.positions[prompts] - self.since  # [n]
+        self.masks = []
