@@ -1,16 +1,17 @@
-"""Log-probabilities of chosen tokens, without ever holding a [tokens, vocabulary] matrix.
+"""Compute log-probabilities of chosen tokens without ever holding a [tokens, vocabulary] matrix.
 
-The one function that turns hidden states into log-probabilities, for SFT, policy, old and reference
-alike. It works in chunks of tokens in fp32, and takes the gradient with respect to the hidden
-states while the chunk's logits exist, so nothing of the vocabulary's size is kept for the backward
-pass. The head is frozen, so it gets no gradient.
+This is the one function that turns hidden states into log-probabilities, for SFT, for the policy,
+for the old log-probabilities and for the reference. It works in fp32 on chunks of tokens. While a
+chunk's logits exist it also takes the gradient with respect to the hidden states, so nothing of the
+vocabulary's size is kept for the backward pass. The head is frozen and gets no gradient.
 
-Shapes: M tokens, H hidden, V vocabulary.
+Shapes: M tokens, m of them in a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +31,19 @@ def token_logprobs(
     chunk_size: int = CHUNK_SIZE,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ lm_head_weight.T / temperature) at `targets`, over the vocabulary less
-    `suppress_token_ids`.
+    """Compute log softmax(hidden @ lm_head_weight.T / temperature) at `targets`.
 
-    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64. Returns (logprobs [M],
-    entropy [M] or None), fp32 (fp64 for fp64 input), entropy in nats of the same tempered
-    distribution. Both are differentiable with respect to `hidden`. softcap c: the model's logits
-    are c tanh(x / c) of the product x (engine.families.logit_softcap). The product with the head
-    runs in its own dtype, as in sampling; everything after it in fp32. Raises ValueError for a
-    temperature that is not positive.
+    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64
+    suppress_token_ids: ids that are left out of the vocabulary
+    softcap: c, where the model's logits are c tanh(x / c) of the product x (`logit_softcap` in
+        engine/families.py)
+    chunk_size: tokens at a time
+    entropy: whether to compute the entropy, in nats, of the same tempered distribution
+    Returns (logprobs [M], entropy [M] or None), fp32 (fp64 for fp64 input), both differentiable
+    with respect to `hidden`.
+
+    The product with the head runs in the head's dtype, as in sampling. Everything after it runs in
+    fp32. Raises ValueError for a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(
@@ -63,10 +68,13 @@ def token_logprobs(
 def scaled_logits(
     logits: Tensor, temperature: float, suppressed: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """[m,V] logits / temperature in fp32 (fp64 for fp64 input), -inf at the suppressed ids, from
-    `logits` [m,V], the product of states and head, which may be changed. Shared with the sampler.
+    """Turn the product of states and head into tempered logits, for training and sampling alike.
+
+    logits [m,V]: may be overwritten
+    suppressed [k] int64: ids that get -inf
+    Returns [m,V] fp32 (fp64 for fp64 input), -inf at the suppressed ids.
     """
-    # up-cast first; from here on in place
+    # Cast up first. Everything after it is in place.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -79,8 +87,9 @@ def scaled_logits(
 def predicted_correctly(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> Tensor:
-    """[M] bool: whether each target is the model's most probable token. Its mean is the token
-    accuracy.
+    """Tell for each target whether it is the model's most probable token [M] bool.
+
+    Its mean is the token accuracy.
     """
     chunks = [
         _head(hidden[i : i + chunk_size], lm_head_weight).argmax(1)
@@ -90,33 +99,40 @@ def predicted_correctly(
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward: log-probabilities (and entropies) by chunks, with d logprob / d hidden. Backward: a
-    row scale.
+    """Compute log-probabilities (and entropies) in chunks, with their gradient.
 
-    The entropy's gradient is rare (entropy-bonus forks), so it is recomputed in the backward pass
-    and only when it is asked for. Of [m,V] a chunk holds one tensor, with the entropy two, with
-    soft-capping one more for its slope: they are worked on in place, and are gone before the next
+    The forward pass also stores d logprob / d hidden, so the backward pass only scales its rows.
+    The entropy's gradient is needed rarely (by forks with an entropy bonus), so the backward pass
+    computes it anew, and only when asked. A chunk holds one [m,V] tensor, two with the entropy, and
+    one more for the slope of soft-capping. They are changed in place and freed before the next
     chunk's are made.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, temperature, suppressed, softcap, chunk_size, with_entropy
-    ):
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        suppressed: Tensor,
+        softcap: float | None,
+        chunk_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)  # [M]
         entropies = torch.zeros_like(logprobs)  # [M]
-        needs_gradient = ctx.needs_input_grad[0]
-        # [M,H] d logprob / d hidden
-        jacobian = torch.empty_like(hidden) if needs_gradient else None
+        # d logprob / d hidden, [M,H]
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             target = targets[chunk, None]  # [m,1]
-            # [m,V]
-            logits = scaled_logits(_head(hidden[chunk], weight), temperature, suppressed, softcap)
-            # [m,V] or None
-            slope = _slope(logits, temperature, softcap) if needs_gradient else None
-            # or fp32 loses digits to the size of the logits, the entropy most of all
+            logits = scaled_logits(
+                _head(hidden[chunk], weight), temperature, suppressed, softcap
+            )  # [m,V]
+            slope = None if jacobian is None else _slope(logits, temperature, softcap)  # [m,V]
+            # Without this fp32 loses digits to the logits' size, most of all in the entropy.
             logits -= logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target)  # [m,1]
             exponentials = logits.exp() if with_entropy else logits.exp_()  # [m,V] z p
@@ -127,9 +143,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     z.log() - _finite(logits).mul_(exponentials).sum(1, keepdim=True) / z
                 )[:, 0]
             del logits
-            if needs_gradient:  # d logprob_y / d logit_k = 1[k = y] - p_k
-                # [m,V]
-                direction = exponentials.div_(-z).scatter_add_(1, target, torch.ones_like(z))
+            if jacobian is not None:  # d logprob_y / d logit_k = 1[k = y] - p_k
+                direction = exponentials.div_(-z).scatter_add_(
+                    1, target, torch.ones_like(z)
+                )  # [m,V]
                 jacobian[chunk] = _through_head(direction, slope, weight, hidden.dtype, temperature)
                 del direction
             del exponentials, slope
@@ -142,7 +159,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropies):
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         jacobian, hidden, entropies, weight, suppressed = ctx.saved_tensors
         grad = torch.zeros_like(jacobian)  # [M,H]
         if grad_logprobs is not None:
@@ -150,10 +169,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_entropies is not None:
             for start in range(0, len(hidden), ctx.chunk_size):
                 chunk = slice(start, start + ctx.chunk_size)
-                # [m,V]
                 logits = scaled_logits(
                     _head(hidden[chunk], weight), ctx.temperature, suppressed, ctx.softcap
-                )
+                )  # [m,V]
                 slope = _slope(logits, ctx.temperature, ctx.softcap)  # [m,V] or None
                 logits -= logits.amax(1, keepdim=True)
                 exponentials = logits.exp()  # [m,V] z p
@@ -168,32 +186,33 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[m,V] in the head's dtype"""
+    """Multiply states with the head -> [m,V] in the head's dtype."""
     return hidden.to(weight.dtype) @ weight.t()
 
 
 def _finite(logs: Tensor) -> Tensor:
-    """The suppressed ids' -inf as a finite number, in place: their probability is 0, and 0 * -inf
-    would be NaN.
-    """
+    """Make the -inf of suppressed ids finite, in place, because 0 * -inf would be NaN."""
     return logs.clamp_(min=torch.finfo(logs.dtype).min)
 
 
 def _slope(logits: Tensor, temperature: float, softcap: float | None) -> Tensor | None:
-    """d soft-capped logit / d logit [m,V], from `scaled_logits`; None without soft-capping.
+    """Compute d soft-capped logit / d logit [m,V] from `scaled_logits`, None without soft-capping.
 
     d c tanh(x / c) / dx = 1 - tanh(x / c)^2
     """
     if softcap is None:
         return None
-    # a suppressed logit is -inf: 0
+    # A suppressed logit is -inf. Its slope is clamped to 0.
     return logits.mul(temperature / softcap).square_().neg_().add_(1).clamp_(min=0)
 
 
 def _through_head(
     direction: Tensor, slope: Tensor | None, weight: Tensor, dtype: torch.dtype, temperature: float
 ) -> Tensor:
-    """d / d scaled logits [m,V] -> d / d hidden [m,H] of the given dtype. Changes `direction`."""
+    """Carry d / d scaled logits [m,V] through the head to d / d hidden [m,H] of the given dtype.
+
+    Overwrites `direction`.
+    """
     if slope is not None:
         direction *= slope
     return (direction.to(weight.dtype) @ weight).to(dtype) / temperature
