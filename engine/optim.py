@@ -1,6 +1,4 @@
-"""AdamW's parameter groups, the learning rate as a pure function of the step, and the gradient's
-norm.
-"""
+"""Build AdamW, compute the learning rate of a step and clip the gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained, in the model's order (the order of the optimizer's
-    state).
+    """Return names and parameters that are trained, in the model's order.
+
+    The optimizer's state is kept in the same order.
     """
     return [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -23,11 +22,11 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, betas 0.9 and 0.999, eps 1e-8 (the paper names only
-    AdamW).
+    """Build AdamW over the trainable parameters: betas 0.9 and 0.999, eps 1e-8.
 
-    LoRA matrices all have two dimensions, so all are decayed, in one group. They are fp32, and so
-    is the state.
+    The paper names only AdamW. LoRA matrices all have two dimensions, so all are decayed, in one
+    group. They are fp32, and so is the optimizer's state. Raises ValueError where nothing is
+    trainable.
     """
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     if not parameters:
@@ -38,11 +37,10 @@ def build_optimizer(
 
 
 def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of update number `step` (0-based, counted in optimizer steps), as in HF's
-    cosine schedule.
+    """Compute the learning rate of an optimizer step (0-based), as HF's cosine schedule does.
 
-    Linear warm-up from 0 over `warmup_steps` (so the first update has learning rate 0 when there is
-    a warm-up), then half a cosine from `base` to 0 at `total_steps`.
+    It rises linearly from 0 over `warmup_steps`, so with a warm-up the first step has learning rate
+    0. Then half a cosine falls from `base` to 0 at `total_steps`.
     """
     if step < warmup_steps:
         return base * step / warmup_steps
@@ -51,15 +49,15 @@ def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Put the learning rate of this step into every parameter group."""
+    """Put this step's learning rate into every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their global L2 norm is at most `max_norm`; returns the
-    norm before clipping.
+    """Scale all gradients together so that their global L2 norm is at most `max_norm`.
 
-    Scalar tensor. Uses torch's convention: coefficient = min(1, max_norm / (norm + 1e-6)).
+    The factor is torch's min(1, max_norm / (norm + 1e-6)). Returns the norm before clipping, a
+    scalar tensor.
     """
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
