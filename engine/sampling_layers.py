@@ -1,12 +1,11 @@
-"""Linear layers while sampling: one product each, with weights that are copied once for all the
-tokens to come.
+"""Speed up linear layers while sampling: one product each, with weights prepared once.
 
-Every token reads all weights, and what its layers do beside that counts. In fp32 the adapter is
-added to copies of the weights that it adapts, in place of two more products beside each. On a CPU
-these copies, and the head's, are laid out as oneDNN likes them; how much faster its products are
-depends on the processor (tests/benchmarks/sampling_layers.py: 1.6 to 2.8 times as fast as torch's
-on an AMD EPYC). The model itself is not changed: its layers have another `forward` for a while, so
-hooks on a layer's parts do not see it.
+Every token reads all weights, so whatever a layer does beside its product counts. In fp32 the
+adapter is added to a copy of the weight that it adapts, which saves two products a layer. On a CPU
+these copies, and the head's, are laid out as oneDNN likes them. How much faster oneDNN's products
+are depends on the processor (tests/benchmarks/sampling_layers.py measured 1.6 to 2.8 times torch's
+speed on an AMD EPYC). The model itself is not changed. Its layers have another `forward` for a
+while, so hooks on a layer's parts do not see these products.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from engine.families import language_model, lm_head_weight
 
 @contextmanager
 def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Run the decoder's linear layers with the active adapter as described above, and put
-    everything back. Gives the product with the head, [n,H] -> [n,V] in the head's dtype. Without
-    gradient.
+    """Run the decoder's linear layers in one product each, and put everything back afterwards.
 
-    An adapter is merged in fp32 and above alone: bf16 would round most of its small differences
-    away, and completions would be those of another model.
+    Gives the product with the head, [n,H] -> [n,V] in the head's dtype. No gradient flows.
+
+    An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
+    rounded away, and the completions would be those of another model.
     """
     before: list[tuple[nn.Module, dict]] = []
     try:
@@ -45,12 +44,12 @@ def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda hidden: product(hidden.to(weight.dtype))
     finally:
         for layer, own in before:
-            vars(layer).pop("forward", None)  # what its class says holds again
+            vars(layer).pop("forward", None)  # so that its class's forward runs again
             vars(layer).update(own)
 
 
 def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers, with adapters around them or without."""
+    """Find the linear layers, with or without adapters around them."""
     if isinstance(module, (LoraLayer, nn.Linear)):
         yield module
     else:
@@ -59,33 +58,35 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a layer does in one product; None where it stays as it is."""
-    if not isinstance(layer, LoraLayer):
+    """Return the layer's one-product forward, or None where the layer stays as it is."""
+    if isinstance(layer, nn.Linear):
         return _product(layer.weight, layer.bias) if _is_packable(layer.weight) else None
+    if not isinstance(layer, LoraLayer):
+        return None
     base = layer.get_base_layer()
-    is_plain = isinstance(base, nn.Linear) and not (
-        layer.merged or layer.lora_variant or any(layer.lora_bias.values())
-    )
+    if not isinstance(base, nn.Linear):
+        return None
+    is_plain = not (layer.merged or layer.lora_variant or any(layer.lora_bias.values()))
     if not is_plain or torch.finfo(base.weight.dtype).bits < 32:
         return None
     merged = base.weight.detach()
     for name in layer.active_adapters:
         if name in layer.lora_A and not layer.disable_adapters:
-            # [out,r]
             a, b = (
-                part[name].weight.detach().to(merged.dtype) for part in (layer.lora_A, layer.lora_B)
-            )  # [r,in]
+                part[name].get_parameter("weight").detach().to(merged.dtype)
+                for part in (layer.lora_A, layer.lora_B)
+            )  # [r,in], [out,r]
             merged = merged + b @ a * layer.scaling[name]
     return _product(merged, base.bias)
 
 
 def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x [...,in] -> x weight^T + bias [...,out]"""
+    """Return x [...,in] -> x weight^T + bias [...,out], with the weight laid out once."""
     weight = weight.detach()
     if not _is_packable(weight):
         return partial(linear, weight=weight, bias=bias)
-    # What torch's inductor calls for linear layers on a CPU whose number of rows varies; torch has
-    # no public way to it.
+    # torch's inductor calls these two operators for linear layers on a CPU whose number of rows
+    # varies. torch has no public way to them.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # a copy
 
     def product(x: Tensor) -> Tensor:
@@ -99,11 +100,10 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
 
 
 def _rounded_up(rows: int) -> int:
-    """At least `rows` and at most a fourth more: one of four numbers between a power of two and the
-    next.
+    """Round a number of rows up, by at most a fourth, to one of four numbers per power of two.
 
-    oneDNN compiles a kernel for every number of rows and shape of weights, and keeps a thousand, of
-    half a megabyte each.
+    oneDNN compiles a kernel for every number of rows and shape of weights, and keeps a thousand of
+    them, half a megabyte each.
     """
     step = 2 ** max(0, rows.bit_length() - 3)
     return -(-rows // step) * step
