@@ -1,10 +1,9 @@
-"""Checkpoints that are either complete or not there: atomic save, verified load, and the state a
-resume needs.
+"""Save checkpoints whole or not at all, verify them on loading, restore the state of a run.
 
-A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files only (nothing is ever
+A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files (nothing is ever
 unpickled), with a `manifest.json` of their sizes and SHA-256. It is written under a name that
-starts with `.tmp-`, flushed to the disk and renamed last, so a run that dies at any point leaves
-its previous checkpoints as they were.
+starts with `.tmp-`, flushed to the disk and renamed last. So a run that dies at any point leaves
+its earlier checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -31,19 +30,20 @@ from engine.config import UsageError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = ".tmp-"  # incomplete, or on its way out: never read, removed by clean_leftovers
-# complete, for the moment in which a checkpoint of the same step takes its place
-_REPLACED = ".old-"
+_TEMPORARY = ".tmp-"  # incomplete or being deleted: never read, removed by clean_leftovers
+_REPLACED = ".old-"  # complete, aside while a checkpoint of the same step takes its place
 _SUFFIXES = (".safetensors", ".json")
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that is missing, damaged, or does not fit what it is loaded into."""
+    """Report a checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
 # ---- save ----------------------------------------------------------------------------------------
+# This file does not use data.files.written_whole: a checkpoint is a directory, and its files and
+# the rename itself are flushed to the disk (fsync), so that it also survives a power cut.
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -52,14 +52,17 @@ def save_checkpoint(
     records: Mapping[str, Any],
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `run_dir/checkpoint-<step>` and return its path; a checkpoint of the same step is
-    replaced.
+    """Write `run_dir/checkpoint-<step>` and return its path.
 
-    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each. records: {file name.json:
-    JSON value}. notes: JSON values kept in the manifest, such as the reference adapter's hash.
-    Raises OSError naming the path and the bytes needed where the disk refuses; nothing incomplete
-    stays behind and older checkpoints are untouched. ValueError for a file that is neither
-    .safetensors nor .json.
+    A checkpoint of the same step is replaced.
+
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each
+    records: {file name.json: JSON value}
+    notes: JSON values kept in the manifest, such as the reference adapter's hash
+
+    Raises OSError, naming the path and the bytes needed, where the disk refuses. Then nothing
+    incomplete stays behind and older checkpoints are untouched. Raises ValueError for a file name
+    that ends in neither .safetensors nor .json.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
@@ -86,7 +89,7 @@ def save_checkpoint(
         for name, payload in encoded.items():
             entries[name] = _write(temporary / name, payload)
         manifest = {"step": step, "files": entries, "notes": dict(notes or {})}
-        # last: its presence says that the rest was written
+        # The manifest is written last, so where it is, all other files are complete.
         _write(temporary / MANIFEST, _to_json(manifest))
         _sync_directory(temporary)
         _publish(temporary, final)
@@ -111,8 +114,8 @@ def _to_json(record: Any) -> bytes:
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    # A copy: safetensors refuses views that share storage, and rollout tensors are often slices of
-    # one batch.
+    # Copied, because safetensors refuses views that share storage, and the tensors of a rollout are
+    # often slices of one batch.
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -123,8 +126,9 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _write(path: Path, payload: bytes) -> dict[str, Any]:
-    """Write and flush one file; returns its manifest entry, hashed from memory and not from what
-    the disk gives back.
+    """Write and flush one file, and return its manifest entry.
+
+    The hash is taken from memory, not from what the disk gives back.
     """
     with open(path, "wb") as file:
         file.write(payload)
@@ -138,7 +142,7 @@ def _sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot sync a directory
+        # Some network file systems cannot sync a directory.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -146,8 +150,9 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place. A directory with content cannot be replaced in one call, so an old one
-    steps aside first.
+    """Rename a complete checkpoint into place.
+
+    A directory that is not empty cannot be replaced in one call, so an old one steps aside first.
     """
     replaced = final.with_name(_REPLACED + final.name)
     if final.exists():
@@ -166,14 +171,14 @@ def _publish(temporary: Path, final: Path) -> None:
 # ---- load ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Tensors are read on demand, to the CPU."""
+    """Give access to a verified checkpoint. Tensors are read when asked for, to the CPU."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The content of `<name>.safetensors`; CheckpointError where the checkpoint has none."""
+        """Read `<name>.safetensors`. Raises CheckpointError where the checkpoint has none."""
         try:
             return safetensors.torch.load(self._read(f"{name}.safetensors"))
         except SafetensorError as error:
@@ -182,7 +187,7 @@ class Checkpoint:
             ) from error
 
     def record(self, name: str) -> Any:
-        """The content of the JSON file `name`; CheckpointError where the checkpoint has none."""
+        """Read the JSON file `name`. Raises CheckpointError where the checkpoint has none."""
         try:
             return json.loads(self._read(name))
         except ValueError as error:
@@ -200,9 +205,7 @@ class Checkpoint:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty where every listed file has its size
-    and SHA-256.
-    """
+    """Check every listed file's size and SHA-256, and return what is wrong, one line a file."""
     try:
         manifest = json.loads((Path(path) / MANIFEST).read_bytes())
         files = {
@@ -238,8 +241,9 @@ def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | N
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError with one line for each file that is missing,
-    truncated or altered.
+    """Verify a checkpoint and open it.
+
+    Raises CheckpointError with one line for each file that is missing, truncated or altered.
     """
     path = Path(path)
     if not path.is_dir():
@@ -252,8 +256,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint directories of a run, lowest step first, whether valid or not; none where
-    there is no run.
+    """List a run's checkpoint directories, valid or not, lowest step first.
+
+    The list is empty where there is no run.
     """
     if not Path(run_dir).is_dir():
         return []
@@ -264,11 +269,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _step_of(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name).group(1))
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step that verifies, and why each newer one was rejected."""
+    """Find the valid checkpoint of the highest step, and say why each newer one was rejected."""
     rejected: list[str] = []
     for path in reversed(list_checkpoints(run_dir)):
         problems = verify_checkpoint(path)
@@ -280,10 +285,13 @@ def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 # ---- housekeeping --------------------------------------------------------------------------------
 def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit` in all and return them; None keeps every one.
+    """Delete the oldest checkpoints beyond `limit` in all, and return them.
 
-    The newest and those in `keep` (the best, say; links are followed) stay even where they exceed
-    the limit. A delete that fails is a warning: training matters more than disk space.
+    limit: None keeps every checkpoint
+    keep: checkpoints that stay even beyond the limit, such as the best (links are followed)
+
+    The newest checkpoint always stays. A deletion that fails is only a warning, because training
+    matters more than disk space.
     """
     checkpoints = list_checkpoints(run_dir)
     if limit is None or not checkpoints:
@@ -292,7 +300,7 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
     deletable = [path for path in checkpoints if path.resolve() not in kept]
     deleted = []
     for path in deletable[: max(0, len(checkpoints) - limit)]:
-        # so that half a checkpoint is never visible
+        # Renamed first, so that half a checkpoint is never visible.
         doomed = path.with_name(f"{_TEMPORARY}{path.name}-deleted")
         try:
             os.rename(path, doomed)
@@ -305,9 +313,10 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
 
 
 def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step` to `after-<step>-checkpoint-<n>`: a run that goes on from
-    `step` takes another branch, and the abandoned one must neither be taken for the newest nor be
-    lost. Returns the new paths.
+    """Rename the checkpoints after `step` to `after-<step>-checkpoint-<n>`, return the new paths.
+
+    A run that continues from `step` takes another branch. The abandoned checkpoints must neither be
+    taken for the newest nor be lost.
     """
     moved = []
     for path in list_checkpoints(run_dir):
@@ -323,8 +332,9 @@ def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
 
 
 def clean_leftovers(run_dir: Path) -> list[Path]:
-    """Remove what a killed run left half-written; put back a checkpoint that was being replaced.
-    Returns the removed.
+    """Remove what a killed run left half-written, and return what was removed.
+
+    A checkpoint that was being replaced is put back.
     """
     removed = []
     for path in sorted(Path(run_dir).iterdir()):
@@ -342,10 +352,9 @@ def clean_leftovers(run_dir: Path) -> list[Path]:
 
 
 def point_link(run_dir: Path, name: str, target: Path) -> None:
-    """Make `run_dir/name` a relative link to a checkpoint of this run, replacing the old link in
-    one step.
+    """Make `run_dir/name` a relative link to a checkpoint of this run, in one step.
 
-    The links are a convenience, so a file system without them costs a warning.
+    Links are a convenience, so a file system without them costs only a warning.
     """
     temporary = Path(run_dir) / f"{_TEMPORARY}{name}"
     try:
@@ -360,11 +369,10 @@ def point_link(run_dir: Path, name: str, target: Path) -> None:
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as (tensors keyed "<parameter index>.<name>", JSON record of the
-    rest).
-    """
+    """Split an optimizer's state: (tensors keyed "<parameter index>.<name>", JSON record)."""
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
@@ -384,9 +392,12 @@ def optimizer_to_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], record: dict[str, Any]
 ) -> None:
-    """Restore what `optimizer_to_tensors` gave, bit for bit, into an optimizer built over the same
-    parameters in the same order. Raises CheckpointError where the class, the groups, the parameters
-    or a state's shape differ.
+    """Restore, bit for bit, what `optimizer_to_tensors` gave.
+
+    optimizer: built over the same parameters in the same order
+
+    Raises CheckpointError where the class, the groups, the parameters or the shape of a state
+    differ.
     """
     if record["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -431,8 +442,9 @@ def load_optimizer(
 def rng_to_tensors(
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Every source of randomness as (tensors, JSON record): torch on CPU and CUDA, Python,
-    numpy's global state, and the named generators.
+    """Save every source of randomness as (tensors, JSON record).
+
+    The sources are torch on CPU and CUDA, Python, numpy's global state, and the named generators.
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -443,7 +455,8 @@ def rng_to_tensors(
         f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()
     }
     algorithm, key, position, has_gauss, gauss = np.random.get_state()
-    tensors["numpy"] = torch.from_numpy(key.astype(np.int64))
+    key = key.astype(np.int64)  # type: ignore[attr-defined]  # its stubs add legacy=False's dict
+    tensors["numpy"] = torch.from_numpy(key)
     version, words, python_gauss = random.getstate()
     record = {
         "python": [version, list(words), python_gauss],
@@ -457,11 +470,10 @@ def load_rng(
     record: dict[str, Any],
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> None:
-    """Restore what `rng_to_tensors` gave, so that every source goes on with the draws it would have
-    made.
+    """Restore what `rng_to_tensors` gave, so that every source continues with the same draws.
 
-    Raises CheckpointError for a generator without saved state and for state of another kind of
-    device; a different number of CUDA devices is a warning, since the run can go on but not bit for
+    Raises CheckpointError for a generator without saved state and for the state of another kind of
+    device. Another number of CUDA devices is only a warning: the run can continue, but not bit for
     bit.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
