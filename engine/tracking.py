@@ -1,9 +1,8 @@
-"""Metrics: accumulate them over micro-batches, write them to JSONL and TensorBoard, show progress
-on the console.
+"""Track a run: combine metrics over micro-batches, log them, and show progress on the console.
 
-Writing never stops a training: a disk that is full or a TensorBoard that fails costs one warning.
-Names of timings are `step_time` or start with `time/` (see `is_timing`); all other metrics of a run
-on one machine are reproducible.
+Logs go to JSONL and TensorBoard. Logging never stops a training: a disk that is full or a
+TensorBoard that fails costs one warning. Names of timings are `step_time` or begin with `time/`
+(see `is_timing`). All other metrics of a run on one machine are reproducible.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
@@ -24,16 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# every line has a "step", so a resume can tell old from repeated
+from data.files import written_whole
+
+# Every line of these files has a "step", so a resume can tell which lines it will repeat.
 STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")
 
 logger = logging.getLogger(__name__)
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric is a wall-clock measurement, which differs between runs that are otherwise
-    equal.
-    """
+    """Tell whether a metric is a wall-clock time, which differs between equal runs."""
     return name == "step_time" or name.startswith("time/")
 
 
@@ -42,7 +41,7 @@ Reduction = Literal["mean", "min", "max", "sum"]
 
 
 class WeightedMetric(Protocol):
-    """What `rl.objective.objective_metrics` returns for each name."""
+    """Describe what `rl.objective.objective_metrics` returns for each name."""
 
     value: float | torch.Tensor
     weight: float | torch.Tensor
@@ -50,15 +49,15 @@ class WeightedMetric(Protocol):
 
 
 class MetricAccumulator:
-    """Combines the metrics of micro-batches into those of the whole step.
+    """Combine the metrics of micro-batches into those of the whole step.
 
-    mean is sum(value * weight) / sum(weight); min and max are over the entries, sum adds the
-    values. An entry of weight 0 measured nothing and is ignored, whatever its value; a metric with
-    no other entry is left out.
+    mean is sum(value * weight) / sum(weight). min and max are over the entries, and sum adds the
+    values. An entry of weight 0 measured nothing and is ignored, whatever its value. A metric
+    without any other entry is left out.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None):
-        """`state`: a `state_dict()` to go on from, where a run is resumed between two logs."""
+        """Start empty, or from a `state_dict()` where a run is resumed between two logs."""
         self._entries: dict[str, list[tuple[Any, Any]]] = {}
         self._reductions: dict[str, str] = {}
         for name, (reduction, entries) in (state or {}).items():
@@ -74,10 +73,10 @@ class MetricAccumulator:
         weight: float | torch.Tensor = 1.0,
         reduction: Reduction = "mean",
     ) -> None:
-        """Add one measurement; 0-d tensors are kept as they are, so that nothing waits for the
-        device before `collect`.
+        """Add one measurement.
 
-        Raises ValueError for an unknown reduction or one that differs from the name's earlier one.
+        Tensors (0-d) are kept as they are, so that nothing waits for the device before `collect`.
+        Raises ValueError for an unknown reduction, or one that differs from the name's earlier one.
         """
         if reduction not in ("mean", "min", "max", "sum"):
             raise ValueError(f"metric {name}: unknown reduction {reduction!r}")
@@ -93,7 +92,7 @@ class MetricAccumulator:
             self.add(name, metric.value, metric.weight, metric.reduction)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added since the last `collect`, as JSON can hold it."""
+        """Return what has been added since the last `collect`, as JSON can hold it."""
         return {
             name: [
                 self._reductions[name],
@@ -103,9 +102,7 @@ class MetricAccumulator:
         }
 
     def collect(self) -> dict[str, float]:
-        """The combined metrics, in the order in which their names first came; starts afresh
-        afterwards.
-        """
+        """Combine the metrics, in the order in which their names first came, and start afresh."""
         combined = {}
         for name, entries in self._entries.items():
             weighted = [(float(value), float(weight)) for value, weight in entries]
@@ -129,17 +126,17 @@ def _combine(weighted: list[tuple[float, float]], reduction: str) -> float:
         return sum(value * weight for value, weight in weighted) / sum(
             weight for _, weight in weighted
         )
-    return {"min": min, "max": max, "sum": sum}[reduction](values)
+    combine: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum}
+    return combine[reduction](values)
 
 
 # ---- write ---------------------------------------------------------------------------------------
 class RunLogger:
-    """Writes one run's metrics to `metrics.jsonl`, TensorBoard and `log_history` (the list in HF's
-    trainer_state.json).
+    """Write one run's metrics to `metrics.jsonl`, TensorBoard and `log_history`.
 
-    With `resume_step`, lines of later steps are first moved to `<name>.after-<step>.jsonl`, and
-    TensorBoard is told to drop its points after that step, so that no step appears twice and
-    nothing is lost.
+    `log_history` is the list in HF's trainer_state.json. With `resume_step`, lines of later steps
+    are first moved to `<name>.after-<step>.jsonl`, and TensorBoard is told to drop its points after
+    that step. So no step appears twice and nothing is lost.
     """
 
     def __init__(
@@ -152,7 +149,7 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.log_history = [dict(entry) for entry in log_history]
         self._warned: set[str] = set()
-        # files whose last write failed, perhaps in the middle of a line
+        # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
         if resume_step is not None:
             for name in STEP_LOGS:
@@ -160,10 +157,10 @@ class RunLogger:
                     set_later_lines_aside(self.run_dir / name, resume_step)
         self._tensorboard = None
         with self._degrading("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
+            from torch.utils.tensorboard import SummaryWriter  # late: importing takes a second
 
-            # A new run marks its start too: TensorBoard takes only a second mark for a restart, and
-            # drops nothing at the first.
+            # A new run marks its start too, because TensorBoard takes only a second mark for a
+            # restart and drops nothing at the first.
             purge_step = 0 if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge_step)
 
@@ -178,9 +175,9 @@ class RunLogger:
     ) -> None:
         """Log the metrics of an optimizer step, or of a data set in evaluation.
 
-        JSONL: {"step", "epoch", "split", "dataset", **metrics}; TensorBoard: train/<name> or
-        eval/<dataset>/<name>; log_history: <name> or eval_<dataset>_<name>, as HF's Trainer writes
-        them. NaN and infinity become null in both JSON forms.
+        JSONL gets {"step", "epoch", "split", "dataset", **metrics}. TensorBoard gets train/<name>
+        or eval/<dataset>/<name>. log_history gets <name> or eval_<dataset>_<name>, as HF's Trainer
+        writes them. NaN and infinity become null in both JSON forms.
         """
         where = {"step": step, "epoch": epoch, "split": split, "dataset": dataset}
         values = {name: float(value) for name, value in metrics.items()}
@@ -197,18 +194,20 @@ class RunLogger:
             self._to_tensorboard("add_scalar", f"{folder}/{name}", value, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """Log Markdown to TensorBoard; text of a model or a file must have gone through
-        `escape_markdown`.
+        """Log Markdown to TensorBoard.
+
+        Text of a model or a file must have gone through `escape_markdown`.
         """
         self._to_tensorboard("add_text", tag, markdown, step)
 
     def image(self, tag: str, array: np.ndarray, step: int) -> None:
-        """Log a grey image, uint8 [H, W], to TensorBoard."""
+        """Log a grey image, uint8 [H,W], to TensorBoard."""
         self._to_tensorboard("add_image", tag, array, step, dataformats="HW")
 
     def charts(self, layout: Mapping[str, Mapping[str, list]]) -> None:
-        """Charts of several curves for TensorBoard's page of custom scalars: {category: {chart:
-        ["Multiline", [tags]]}}.
+        """Tell TensorBoard's page of custom scalars which curves share a chart.
+
+        layout: {category: {chart: ["Multiline", [tags]]}}
         """
         self._to_tensorboard("add_custom_scalars", layout)
 
@@ -248,12 +247,13 @@ class RunLogger:
         with self._degrading("TensorBoard"):
             getattr(self._tensorboard, method)(*arguments, **options)
             return
-        self._tensorboard = None  # its background thread is dead: every later call would fail too
+        self._tensorboard = None  # its background thread is dead, so every later call would fail
 
     @contextlib.contextmanager
     def _degrading(self, what: str) -> Iterator[None]:
-        """Turn a failure to log into one warning for each destination. Whatever it is: TensorBoard
-        may raise anything.
+        """Turn a failure to log into one warning for each destination.
+
+        Every exception is caught, because TensorBoard may raise anything.
         """
         try:
             yield
@@ -270,21 +270,26 @@ class RunLogger:
 
 
 def set_later_lines_aside(path: Path, step: int) -> int:
-    """Move the lines of a JSONL log that belong to steps after `step`, or that are torn, to
-    `<name>.after-<step>.jsonl`.
+    """Move the lines of later steps, and torn lines, of a JSONL log to `<name>.after-<step>.jsonl`.
 
-    Lines are appended there first and taken out of `path` by an atomic replace, so none is lost.
-    Returns how many moved.
+    step: the last step whose lines stay
+
+    The lines are appended there first and then taken out of `path` by an atomic replace, so none is
+    lost. Returns how many moved.
     """
     if not path.exists():
         return 0
     aside = path.with_name(f"{path.stem}.after-{step}.jsonl")
-    temporary = path.with_name(f".tmp-{path.name}")
     moved = 0
-    with open(path, "rb") as source, open(temporary, "wb") as kept, contextlib.ExitStack() as stack:
+    with (
+        written_whole(path) as temporary,
+        open(path, "rb") as source,
+        open(temporary, "wb") as kept,
+        contextlib.ExitStack() as stack,
+    ):
         later = None
         for line in source:
-            # the last line may be torn exactly before its newline
+            # The last line may be torn exactly before its newline.
             line = line.rstrip(b"\n") + b"\n"
             if _step_of(line, otherwise=step + 1) <= step:
                 kept.write(line)
@@ -295,7 +300,6 @@ def set_later_lines_aside(path: Path, step: int) -> int:
         for file in filter(None, (later, kept)):
             file.flush()
             os.fsync(file.fileno())
-    os.replace(temporary, path)
     return moved
 
 
@@ -312,20 +316,21 @@ _ESCAPES |= {ord(character): html.escape(character) for character in "&<>\"'"}
 
 
 def escape_markdown(text: str) -> str:
-    """Text as it stands, for TensorBoard's Markdown and for a cell of its tables: no markup, no
-    HTML, <br> for newlines.
+    """Escape text so that TensorBoard's Markdown shows it as it stands, also in tables.
+
+    No markup and no HTML is left, and newlines become <br>.
     """
-    # in one pass: an entity must not be escaped again
+    # In one pass, because an entity must not be escaped again.
     return text.replace("\r\n", "\n").translate(_ESCAPES)
 
 
 # ---- show ----------------------------------------------------------------------------------------
 class Progress:
-    """A bar over optimizer steps; where stderr is no terminal, a plain line at most every
-    `interval` seconds.
+    """Show a bar over optimizer steps.
 
-    A console that cannot be written to (closed, broken pipe, odd encoding) is ignored: logs are
-    elsewhere.
+    Where stderr is no terminal, a plain line comes at most every `interval` seconds instead. A
+    console that cannot be written to (closed, broken pipe, odd encoding) is ignored, because the
+    logs are elsewhere.
     """
 
     def __init__(
@@ -357,7 +362,7 @@ class Progress:
             )
 
     def update(self, postfix: Mapping[str, float | str] | None = None) -> None:
-        """Advance by one and show the values, numbers with four digits."""
+        """Advance by one step and show the values, numbers with four digits."""
         self.step += 1
         shown = " ".join(f"{name}={_short(value)}" for name, value in (postfix or {}).items())
         if self._bar is not None:
@@ -373,7 +378,7 @@ class Progress:
             )
 
     def write(self, line: str) -> None:
-        """Print a line without breaking the bar; characters the console cannot show are replaced."""
+        """Print a line without breaking the bar. What the console cannot show is replaced."""
         if self._stream is None:  # Python without a console
             return
         with self._ignoring_console():
@@ -402,7 +407,7 @@ class Progress:
         return f"[{tqdm.format_interval(elapsed)}<{tqdm.format_interval(remaining)}]"
 
     def _ignoring_console(self) -> contextlib.AbstractContextManager:
-        # closed stream, broken pipe, unknown encoding
+        # A closed stream, a broken pipe, an unknown encoding.
         return contextlib.suppress(OSError, ValueError, LookupError)
 
 
