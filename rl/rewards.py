@@ -1,12 +1,12 @@
-"""The paper's two rewards, as named parts: Eq. 3 (`HardReward`) and Eq. 4 (`NuancedReward`).
+"""Compute the paper's two rewards as named parts: Eq. 3 (`HardReward`) and Eq. 4 (`NuancedReward`).
 
-A reward is called as `reward(answer, target, completion_length)` and returns the signed parts and
-their sum. The call is pure. What a reward remembers of earlier rollouts changes only in `observe`,
-so rewards are logged, recomputed and resumed without surprise. Another reward is another subclass
+A reward is called as `reward(answer, target, completion_length)` and returns signed parts and their
+sum. The call is pure. What a reward remembers of earlier rollouts changes only in `observe`, so
+rewards can be logged, recomputed and resumed without surprise. Another reward is another subclass
 of `RewardFunction`.
 
-Both look only at the labels that the image's source can express, `target.evaluated_labels`: a
-predicted label outside them is ignored, neither right nor wrong.
+Both rewards look only at `target.evaluated_labels`, the labels that the image's source can express.
+A predicted label outside them is ignored: it is neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -22,30 +22,40 @@ from data.labels import LABELS, Target
 
 @dataclass(frozen=True)
 class Reward:
-    # in the reward's own units; `RewardFunction.scaled` makes the number that is trained on
+    """Hold a completion's reward in the reward's own units: signed parts, which sum to the total.
+
+    `RewardFunction.scaled` makes the number that is trained on.
+    """
+
     total: float
-    parts: dict[str, float]  # signed; they sum to total
+    parts: dict[str, float]
 
 
 class RewardFunction:
-    """What the loop asks of a reward. One without memory inherits the three empty methods."""
+    """Say what the loop asks of a reward. One without memory inherits the last three methods."""
 
     scale: float = 1.0  # reward units -> units of the advantage
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
+        """Reward one answer.
+
+        target: the image's labels
+        completion_length: in tokens, with the stop token
+        """
         raise NotImplementedError
 
     def scaled(self, reward: Reward) -> float:
-        """The number that advantages are computed from."""
+        """Return the number that advantages are computed from."""
         return self.scale * reward.total
 
     def observe(self, answers: Iterable[Answer]) -> None:
-        """Remember one rollout. The loop calls it once per rollout, with all answers in prompt
-        order; evaluation never does.
+        """Remember one rollout: all its answers, in prompt order.
+
+        The loop calls this once a rollout, and evaluation never does.
         """
 
     def state_dict(self) -> dict:
-        """What `observe` has gathered, as JSON can hold it."""
+        """Return what `observe` has gathered, as JSON can hold it."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -53,26 +63,23 @@ class RewardFunction:
 
 
 def jaccard(predicted: Collection[str], true: Collection[str]) -> float:
-    """|predicted & true| / |predicted | true| of two collections read as sets; 1 where both are
-    empty (a convention).
-    """
+    """Compute |predicted & true| / |predicted | true|, by convention 1 where both are empty."""
     union = set(predicted) | set(true)
     return len(set(predicted) & set(true)) / len(union) if union else 1.0
 
 
 @dataclass
 class HardReward(RewardFunction):
-    """Eq. 3: J - length_penalty if the answer is valid and shorter than min_length, J if it is
-    valid, 0 otherwise.
+    """Compute Eq. 3: J for a valid answer, less `length_penalty` if it is short, and 0 otherwise.
 
-    J is the Jaccard index of predicted and true labels; unknown labels count as predicted, so they
-    enlarge the union. Taken to the letter, as here, a short wrong answer (-length_penalty) is worth
-    less than an invalid one (0).
+    J is the Jaccard index of predicted and true labels. Unknown labels count as predicted, so they
+    enlarge the union. Short means fewer than `min_length` tokens. Taken to the letter, as here, a
+    short wrong answer (-length_penalty) is worth less than an invalid one (0).
     """
 
-    # lambda_len; its value is not published. A tenth of the best reward
+    # lambda_len. Its value is not published: here, a tenth of the best reward.
     length_penalty: float = 0.1
-    # published without a unit; counted in completion tokens, as |t| in Eq. 2 is
+    # Published without a unit. Counted in completion tokens, as |t| in Eq. 2 is.
     min_length: int = 250
     scale: float = 1.0
 
@@ -87,54 +94,57 @@ class HardReward(RewardFunction):
 
 @dataclass
 class NuancedReward(RewardFunction):
-    """Eq. 4, in points: match + partial - false_positive - collapse - format.
+    """Compute Eq. 4, in points: match + partial - false_positive - collapse - format.
 
     match           100 if the predicted labels are the true ones
-    partial         30 TP/|true| + 20 TP/|predicted|, also on a match: an exact answer is worth 150
+    partial         30 TP/|true| + 20 TP/|predicted|, also for a match, so an exact answer is
+                    worth 150
     false_positive  for each label predicted and not true, points that grow with the label's share
                     of the training data
-    collapse        in an answer that contains a dominant label: 50, and 30 for each dominant label
-                    that it contains.
-                    A label is dominant when more than 70 % of the last 100 predictions contain it
+    collapse        for an answer that contains a dominant label: 50, and 30 for each dominant
+                    label in it. A label is dominant when more than 70 % of the last 100
+                    predictions contain it
     format          100 for each unknown label and 25 for each repeated one, both of which then
-                    count for nothing else;
-                    25 where the answer can be read but is not in the strict form
+                    count for nothing else. 25 where the answer can be read but is not in the
+                    strict form
 
     An answer that cannot be parsed gets `unparsed_penalty` as its format part and nothing else.
-    Where no label is true and none predicted, the answer is a match with full recall and precision.
+    Where no label is true and none is predicted, the answer is a match with full recall and
+    precision.
 
-    Raises ValueError for a frequency that is no share of a label, and for a window that never holds
-    `min_window`.
+    Raises ValueError for a frequency that is no share of a label, and for a window that can never
+    hold `min_window` predictions.
     """
 
-    # label -> share of the training images that have it, 0 to 1; a missing label has 0
+    # Share of the training images that have each label, 0 to 1. A label that is missing has 0.
     label_frequency: dict[str, float]
-    window: int = 100  # predictions; published
-    # below it the shares are too noisy: with 10 predictions a label of 45 % passes 70 % in 1 of 37
+    window: int = 100  # predictions, published
+    # Fewer are too noisy: among 10 predictions a label of 45 % passes 70 % in 1 of 37 cases.
     min_window: int = 50
     dominance: float = 0.7  # published
     match_points: float = 100.0  # published
     recall_points: float = 30.0  # published
     precision_points: float = 20.0  # published
-    # Not published; 'No Finding' and 'Support Devices' must cost more than rare findings. A rare
-    # label costs 10, half of the precision credit; a label of half of the images costs 30, all of
-    # the recall credit, so that listing the common labels on chance loses more than it can gain.
+    # Not published, only that 'No Finding' and 'Support Devices' must cost more than rare findings.
+    # Here a rare label costs 10, half of the precision credit. A label of half of the images costs
+    # 30, all of the recall credit, so listing the common labels on chance loses more than it gains.
     false_positive_base: float = 10.0
     false_positive_slope: float = 40.0  # additional points at frequency 1
     collapse_points: float = 50.0  # published
-    # 30 is published, what counts as an 'excess repetition' is not: here, each dominant label that
-    # the answer repeats. At most 14 x 30, and 30 or 60 in practice.
+    # 30 is published. What counts as an 'excess repetition' is not: here, each dominant label that
+    # the answer repeats. That is at most 14 x 30, and 30 or 60 in practice.
     repetition_points: float = 30.0
     unknown_points: float = 100.0  # published
     duplicate_points: float = 25.0  # published
-    # Published as a penalty on text outside the blocks, without a number: as the mildest published
-    # one, a duplicate. It also stands for a missing or misplaced <think> block; without that,
-    # leaving out the reasoning would cost nothing.
+    # Published as a penalty on text outside the blocks, without a number. Here it equals the
+    # mildest published penalty, a duplicate. It also applies to a missing or misplaced <think>
+    # block, or leaving out the reasoning would cost nothing.
     form_points: float = 25.0
-    # Not published. An unreadable answer must be no way around the other penalties: three labels
+    # Not published. An unreadable answer must not be a way around the other penalties. Three labels
     # that half of the images have, all wrong and one of them dominant, lose 3 x 30 + 80 = 170.
     unparsed_penalty: float = 200.0
-    # points, before scaling: one answer with a long list of inventions must not set a group's scale
+    # In points, before scaling: one answer with a long list of inventions must not set the scale of
+    # its group.
     floor: float = -300.0
     scale: float = 0.01  # the 100 points of a match become 1, the size of the hard reward
 
@@ -170,8 +180,8 @@ class NuancedReward(RewardFunction):
         return _reward(
             match=self.match_points * match,
             partial=self.recall_points * recall + self.precision_points * precision,
-            # fsum, because a set's order differs between processes and a resumed run must agree to
-            # the last bit.
+            # fsum is exact in any order: a set's order differs between processes, and a resumed run
+            # must agree to the last bit.
             false_positive=-math.fsum(
                 self._false_positive_points(label) for label in predicted - true
             ),
@@ -191,8 +201,9 @@ class NuancedReward(RewardFunction):
         return self.scale * max(reward.total, self.floor)
 
     def dominant_labels(self) -> frozenset[str]:
-        """Labels in more than `dominance` of the window's predictions; none while it holds fewer
-        than `min_window`.
+        """Return the labels in more than `dominance` of the window's predictions.
+
+        There are none while the window holds fewer than `min_window` predictions.
         """
         size = len(self._predictions)
         if size < self.min_window:
@@ -201,7 +212,7 @@ class NuancedReward(RewardFunction):
         return frozenset(label for label, count in counts.items() if count / size > self.dominance)
 
     def observe(self, answers: Iterable[Answer]) -> None:
-        # An answer that could not be read predicts nothing; keeping it would hide a dominant label
+        # An answer that could not be read predicts nothing. Counting it would hide a dominant label
         # behind format failures.
         self._predictions.extend(answer.labels for answer in answers if answer.parsed)
 
@@ -220,7 +231,7 @@ class NuancedReward(RewardFunction):
 
 
 def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:
-    """Predicted and true labels among those that the source can express."""
+    """Return the predicted and the true labels among those that the source can express."""
     return (
         target.evaluated_labels.intersection(answer.labels),
         target.evaluated_labels & target.labels,
@@ -228,6 +239,6 @@ def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozens
 
 
 def _reward(**parts: float) -> Reward:
-    # + 0.0 turns -0.0 into 0.0, which logs would show
+    # + 0.0 turns -0.0, which logs would show, into 0.0.
     parts = {name: value + 0.0 for name, value in parts.items()}
     return Reward(total=sum(parts.values()), parts=parts)
