@@ -1,10 +1,8 @@
-"""Numbers that a run is judged by, as flags write them: which checkpoint is best, when to warn,
-when to stop.
+"""Parse and check what flags say of metrics: which checkpoint is best, when to warn or stop.
 
-site-a/macro_f1 - 0.5*gap                    a trade-off: names of metrics, weights, " + " and " - "
-with spaces around
-gap>0.05                                     a condition on one
-monitors/identical_labels>0.9 for 3          that must hold three times in a row
+site-a/macro_f1 - 0.5*gap           a combination: metrics with weights, " + " and " - " in spaces
+gap>0.05                            a condition on one
+monitors/identical_labels>0.9 for 3 a condition that must hold three times in a row
 """
 
 from __future__ import annotations
@@ -20,30 +18,32 @@ _CONDITION = re.compile(r"(.+?)\s*([<>])\s*(\S+?)(?:\s+for\s+(\d+))?")
 
 @dataclass(frozen=True)
 class Combination:
-    """A weighted sum of metrics: terms (weight, name)."""
+    """Hold a weighted sum of metrics, as terms (weight, name)."""
 
     text: str
     terms: tuple[tuple[float, str], ...]
 
     @property
     def names(self) -> list[str]:
+        """Return the names of the metrics."""
         return [name for _, name in self.terms]
 
-    def value(self, metrics: Mapping[str, float]) -> float | None:
-        """None where a metric is not among them, or is None as a logged NaN is."""
-        values = [metrics.get(name) for name in self.names]
-        return (
-            None
-            if None in values
-            else sum(weight * value for (weight, _), value in zip(self.terms, values))
-        )
+    def value(self, metrics: Mapping[str, float | None]) -> float | None:
+        """Compute the sum, or None where a metric is missing or None (as a logged NaN is)."""
+        products = []
+        for weight, name in self.terms:
+            value = metrics.get(name)
+            if value is None:
+                return None
+            products.append(weight * value)
+        return sum(products)
 
 
 def parse_combination(text: str) -> Combination:
-    """Raises ValueError, saying what is wrong, for text that is no combination."""
+    """Parse a combination. Raises ValueError, saying what is wrong, for any other text."""
     words = re.split(r"\s+([+-])\s+", text.strip())  # term, sign, term, ...
     terms = []
-    for sign, word in zip(["+", *words[1::2]], words[::2]):
+    for sign, word in zip(["+", *words[1::2]], words[::2], strict=True):
         match = _TERM.fullmatch(word)
         if match is None:
             raise ValueError(
@@ -55,7 +55,7 @@ def parse_combination(text: str) -> Combination:
 
 @dataclass(frozen=True)
 class Condition:
-    """`combination` above or below `bound`, `times` checks in a row."""
+    """Hold a condition: `combination` above or below `bound`, `times` checks in a row."""
 
     text: str
     combination: Combination
@@ -64,16 +64,21 @@ class Condition:
     times: int
 
     def holds(self, value: float) -> bool:
-        """NaN holds: a number that is watched and is none any more is what the watch is for."""
+        """Tell whether a value meets the condition. NaN always does.
+
+        A metric that is watched and has become NaN is what the watch is for.
+        """
         return math.isnan(value) or (value > self.bound if self.above else value < self.bound)
 
 
 def parse_condition(text: str) -> Condition:
-    """Raises ValueError, saying what is wrong, for text that is no condition."""
+    """Parse a condition. Raises ValueError, saying what is wrong, for any other text."""
     match = _CONDITION.fullmatch(text.strip())
     try:
+        if match is None:
+            raise ValueError
         bound, times = float(match[3]), int(match[4] or 1)
-    except (TypeError, ValueError):
+    except ValueError:
         raise ValueError(
             "write METRIC>NUMBER or METRIC<NUMBER, with ' for N' where it must hold N times in"
             " a row"
@@ -84,20 +89,20 @@ def parse_condition(text: str) -> Condition:
 
 
 class Watch:
-    """Checks conditions each time that metrics are logged, and counts how often in a row each has
-    held.
+    """Check conditions whenever metrics are logged, and count how often in a row each has held.
 
-    Checks in which a condition's metrics were not measured pass it over: an evaluation does not
-    break a row of rollouts.
+    A check that did not measure a condition's metrics leaves its count as it is. So an evaluation
+    does not break a row of rollouts.
     """
 
     def __init__(self, conditions: Sequence[str]):
         self.conditions = [parse_condition(text) for text in conditions]
         self.held = dict.fromkeys(conditions, 0)
 
-    def check(self, metrics: Mapping[str, float]) -> list[str]:
-        """One line for each condition that comes true with these metrics: in the check that
-        completes its row, not in later ones.
+    def check(self, metrics: Mapping[str, float | None]) -> list[str]:
+        """Return one line for each condition that comes true with these metrics.
+
+        It comes true in the check that completes its row, not in later ones.
         """
         lines = []
         for condition in self.conditions:
@@ -112,6 +117,7 @@ class Watch:
         return lines
 
     def state_dict(self) -> dict[str, int]:
+        """Return how often in a row each condition has held."""
         return dict(self.held)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
