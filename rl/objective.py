@@ -5,30 +5,30 @@ For one image x, G completions t_1..t_G are sampled from pi_old, the policy at t
     J = 1/G sum_i 1/|t_i| sum_j [ min( r_ij A_i, clip(r_ij, 1 - eps_low, 1 + eps_high) A_i )
                                   - beta KL_ij ]
 
-        r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)    token-level importance ratio
-        A_i   = R_i - mean(R of the group)                       advantage, one a completion
-        KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                   k3 estimate of KL(pi || pi_ref);
+        r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)    importance ratio of a token
+        A_i   = R_i - mean(R of the group)                       advantage of a completion
+        KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                   k3 estimate of KL(pi || pi_ref),
                                                                  pi_ref: the frozen SFT checkpoint
 
 The loss is -J. It departs from vanilla GRPO (DeepSeekMath, arXiv 2402.03300) in five places, each
 marked by its number below:
 
-    (1) asymmetric clipping: eps_low 0.15, eps_high 0.22, so the ratio is held in [0.85, 1.22]
-    (2) the advantage is centred but not divided by the group's standard deviation (`scale_rewards`;
-        Dr. GRPO, arXiv 2503.20783)
-    (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`; Dr. GRPO). The
-        paper prints Eq. 2 with 1/|t_i| and says Dr. GRPO in the text. The text is the default;
-        "grpo" is Eq. 2 to the letter, "dapo" weighs all tokens alike
-    (4) the k3 KL to the SFT checkpoint stays in the loss, with beta 0.15 (Dr. GRPO itself drops it)
-    (5) log-probabilities are at the sampling temperature, for pi, pi_old and pi_ref, without the
-        top-p truncation
+    (1) Clipping is asymmetric: eps_low 0.15 and eps_high 0.22 hold the ratio in [0.85, 1.22].
+    (2) The advantage is centred but not divided by the group's standard deviation (`scale_rewards`,
+        from Dr. GRPO, arXiv 2503.20783).
+    (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`, from Dr. GRPO).
+        The paper prints Eq. 2 with 1/|t_i| and says Dr. GRPO in the text. The default follows the
+        text. "grpo" is Eq. 2 to the letter, and "dapo" weighs all tokens alike.
+    (4) The k3 KL to the SFT checkpoint stays in the loss, with beta 0.15 (Dr. GRPO drops it).
+    (5) Log-probabilities of pi, pi_old and pi_ref are at the sampling temperature, without the
+        top-p truncation. The caller computes them.
 
 The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step,
 so micro-batches add up to exactly the full batch, however it is cut.
 
-Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion; the G
-completions of a group may lie in different micro-batches. `mask` [N,T] bool is true on the tokens
-of the completion, stop token included; slots outside it may hold anything, NaN included, and change
+Shapes: N completions, T completion tokens (padded). A row of [N,T] is one whole completion, and the
+G completions of a group may lie in different micro-batches. `mask` [N,T] bool is true on the tokens
+of the completion, stop token included. Slots outside it may hold anything, NaN included, and change
 nothing. Everything is computed in the dtype of `logprobs` (fp32 in training).
 """
 
@@ -40,19 +40,19 @@ from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-# Rewards of a group that differ by no more than this say nothing: floating-point residue, not a
-# preference.
+# Rewards of a group that differ by no more than this are floating-point residue, not a preference.
 ZERO_VARIANCE = 1e-6
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
-# Terms that `objective_metrics` covers, or whose mean is not worth a curve; any other term that a
-# fork adds is logged by itself.
+# Terms that `objective_metrics` covers, or whose mean is not worth a curve. Any other term, which a
+# fork adds, is logged by itself.
 LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Hyperparameters of Eq. 2. Each field is a flag of run_grpo.py; adding one here is all that a
-    new flag needs.
+    """Hold the hyperparameters of Eq. 2.
+
+    Each field is a flag of run_grpo.py. A field that is added here becomes a flag by itself.
 
     Raises ValueError naming every field that is out of range.
     """
@@ -130,7 +130,7 @@ class ObjectiveConfig:
             raise ValueError("\n".join(problems))
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but do not do what their name promises, one line each."""
+        """List settings that are allowed but do not do what their name promises, one line each."""
         if self.kl_estimator == "k1" and self.beta > 0:
             return [
                 "kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use"
@@ -140,8 +140,9 @@ class ObjectiveConfig:
 
 
 class Metric(NamedTuple):
-    """A number to log and how values of several micro-batches combine: a mean weighted by `weight`,
-    a min, a max or a sum.
+    """Hold a number to log, and say how the values of several micro-batches combine.
+
+    They combine to a mean weighted by `weight`, a min, a max or a sum.
     """
 
     value: Tensor
@@ -157,13 +158,17 @@ def group_advantages(
     kl: Tensor | None = None,
     config: ObjectiveConfig = ObjectiveConfig(),
 ) -> Tensor:
-    """A_i: how much better a completion is than the others of its group.
+    """Compute A_i: how much better a completion is than the others of its group.
 
-    rewards [N] float; group_ids [N] int, the same number for completions of one prompt, in any
-    order. Returns [N] of the rewards' dtype. A NaN reward is left out of its group's mean and gets
-    0. A group whose rewards differ by at most 1e-6 gets exactly 0 in every mode; its KL term still
-    acts. kl [N] (sum over a completion's tokens of log pi_old - log pi_ref; 0 at beta 0) and config
-    are always passed by the training loop and not used here: they are for forks (KL in the reward,
+    rewards [N] float
+    group_ids [N] int: the same number for completions of one prompt, in any order
+    scale_rewards: what divides the centred reward, see ObjectiveConfig
+    kl [N]: sum over a completion's tokens of log pi_old - log pi_ref, 0 at beta 0
+    Returns [N] of the rewards' dtype.
+
+    A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most
+    1e-6 gets exactly 0 in every mode, and its KL term still acts. The training loop always passes
+    `kl` and `config`, which are not used here. They are there for forks (KL in the reward, or
     another baseline).
     """
     advantages = torch.zeros_like(rewards)  # [N]
@@ -187,16 +192,15 @@ def group_advantages(
 
 
 def _std(values: Tensor) -> Tensor:
-    """Sample standard deviation (ddof 1); 0 for fewer than two values."""
+    """Compute the sample standard deviation (ddof 1), 0 for fewer than two values."""
     return values.std() if len(values) > 1 else values.new_zeros(())
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """KL_ij, one number a token [N,T]: Schulman's estimators of KL(pi || pi_ref) from tokens
-    sampled from pi.
+    """Estimate KL_ij for each token [N,T] by Schulman's estimators, from tokens sampled from pi.
 
-    k1 is unbiased in value but its gradient is zero in expectation; k2 has the reverse KL's
-    gradient; k3 is unbiased, never negative, and what GRPO uses.
+    k1 is unbiased in value, but its gradient is zero in expectation. k2 has the reverse KL's
+    gradient. k3 is unbiased, never negative, and what GRPO uses.
     """
     log_ref_ratio = ref_logprobs - logprobs  # [N,T] log(pi_ref / pi)
     if estimator == "k1":
@@ -218,12 +222,13 @@ def token_weights(
     max_completion_length: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Each token's weight in the loss of its optimizer step, [N,T] of `dtype`; 0 where `mask` is
-    false.
+    """Compute each token's weight in the loss of its optimizer step, so that micro-batches add up.
 
+    mask [N,T] bool
     num_completions, num_tokens: totals of the WHOLE optimizer step (all micro-batches, all ranks),
-    never of this micro-batch: that is what makes the losses and gradients of micro-batches add up
-    to those of the full batch.
+        never of this micro-batch. So the losses and gradients of micro-batches add up to those of
+        the full batch.
+    Returns [N,T] of `dtype`, 0 where `mask` is false.
     """
     tokens = mask.to(dtype)  # [N,T]
     if loss_type == "dr_grpo":  # (3)
@@ -248,16 +253,21 @@ def grpo_loss(
     sampling_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J on one micro-batch, as a pure sum, and every term of it.
+    """Compute -J on one micro-batch, as a pure sum, and every term of it.
 
-    logprobs [N,T]: log pi of the sampled tokens, with gradient. old_logprobs, ref_logprobs [N,T]:
-    the same tokens under pi_old and pi_ref, without gradient; ref_logprobs may be None at beta 0.
-    advantages [N]. mask [N,T] bool. weights [N,T]: `token_weights`. sampling_logprobs [N,T] (what
-    the sampler recorded) and entropy [N,T] (of pi, with gradient) are always passed by the training
-    loop and not used here: they are for forks (truncated importance sampling, entropy bonus).
+    logprobs [N,T]: log pi of the sampled tokens, with gradient
+    old_logprobs, ref_logprobs [N,T]: the same tokens under pi_old and pi_ref, without gradient.
+        ref_logprobs may be None at beta 0.
+    advantages [N]
+    mask [N,T] bool
+    weights [N,T]: from `token_weights`
+    sampling_logprobs [N,T]: what the sampler recorded
+    entropy [N,T]: of pi, with gradient
+    Returns (loss, terms): loss is a scalar, terms has the [N,T] tensors log_ratio, ratio,
+    clipped_ratio, surrogate, kl, per_token_loss.
 
-    Returns (loss, terms): loss a scalar; terms the [N,T] tensors log_ratio, ratio, clipped_ratio,
-    surrogate, kl, per_token_loss.
+    The training loop always passes `sampling_logprobs` and `entropy`. They are not used here but
+    there for forks (truncated importance sampling, entropy bonus).
     """
     if ref_logprobs is None and config.beta > 0:
         raise ValueError(
@@ -319,13 +329,13 @@ def grpo_loss(
 def objective_metrics(
     terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig
 ) -> dict[str, Metric]:
-    """What to log of the terms, under TRL's names. Token means are weighted by tokens, so
-    micro-batches combine to the step's mean.
+    """Compute what to log of the terms, under TRL's names.
 
-    A token counts as clipped only where the clip takes its gradient away: below the lower bound
-    with a negative advantage, above the upper one with a positive advantage. low_min and high_max
-    are over completions. A new term that a fork adds to `terms` is logged as its token mean without
-    a line here.
+    Token means are weighted by tokens, so micro-batches combine to the step's mean. A token counts
+    as clipped only where the clip takes its gradient away: below the lower bound with a negative
+    advantage, above the upper one with a positive advantage. low_min and high_max are over
+    completions. A new term that a fork adds to `terms` is logged as its token mean without a line
+    here.
     """
     num_tokens = int(mask.sum())
     if num_tokens == 0:
