@@ -1,40 +1,38 @@
-"""Is the policy still answering the question? What a reward cannot see of a collapse, and of a
-reward that is gamed.
+"""Watch a run for what its reward cannot see: a collapse of the policy, and a reward that is gamed.
 
-`Monitors.observe` takes each rollout and returns monitors/<name>, over a window of the last
-completions:
+`Monitors.observe` takes each rollout and returns monitors/<name>, measured over a window of the
+last completions. A share is a share of these completions unless it says otherwise:
 
     identical_text       share whose text was also given for another image
-    identical_labels     share of the most frequent label set; answers that cannot be read are one
-                         set
+    identical_labels     share of the most frequent label set. Answers that cannot be read count as
+                         one set
     label_shift          the largest of the labels' |share that name it - share of these images that
-                         have it|; by label, with its
-                         sign, as label_shift/<label>
+                         have it|. By label, with its sign: label_shift/<label>
     all_labels           share that name more than half of the labels that their image is evaluated
                          on
     contradiction        share with No Finding beside a finding
-    unknown_label        share with an entry that is none of the 14
+    unknown_label        share with an entry that is none of the 14 labels
     duplicate_label      share that name a label twice
     empty_reasoning      share whose <think> block is blank
-    looping_reasoning    share whose reasoning is mostly repeats of its own four-word sequences
+    looping_reasoning    share whose reasoning mostly repeats its own four-word sequences
     copied_reasoning     share whose reasoning, word for word, was also given for an image with
                          other labels
     truncated            share cut at max_completion_length
     length_to_cap        mean length as a share of max_completion_length
     distinct_per_group   mean share of different texts among a prompt's completions
-    entropy              nats a token, estimated by the sampled tokens' own log-probabilities, at
+    entropy              nats a token, estimated from the sampled tokens' own log-probabilities, at
                          the sampling temperature
-    entropy_drop         by what share that has fallen since the start
+    entropy_drop         by what share the entropy has fallen since the start
 
-and, since the start, in standard deviations of the start (so that they fit one chart):
+These compare with the start, in standard deviations of the start, so that they fit one chart:
 
     trained_gain         change of the mean of the reward trained on
-    other_gain           of the other reward
-    f1_gain              of the F1 of a completion's labels
-    hacking              trained_gain - f1_gain: what the reward has won that the labels have not
+    other_gain           change of the mean of the other reward
+    f1_gain              change of the mean F1 of a completion's labels
+    hacking              trained_gain - f1_gain: what the reward has won and the labels have not
 
-The start is the run's first window. Nothing is returned before the window holds SETTLED
-completions, or, of what is compared with the start, before the start is complete.
+The start is the run's first full window. Nothing is returned before the window holds SETTLED
+completions. Comparisons with the start are returned once the start is complete.
 """
 
 from __future__ import annotations
@@ -43,16 +41,18 @@ import hashlib
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.answers import Answer
 from data.labels import LABELS, Target
 from rl.conditions import Watch
-from rl.rollout import Sample
 
-WINDOW = 200  # completions; as many are the start
-SETTLED = 50  # as Eq. 4's window of predictions
-NGRAM, LOOP_WORDS = 4, 20  # reasoning of fewer words is not looked at for loops
+if TYPE_CHECKING:  # at run time it would import torch, and flags are checked without it
+    from rl.rollout import Sample
+
+WINDOW = 200  # completions, also of the start
+SETTLED = 50  # the same as `min_window` of Eq. 4
+NGRAM, LOOP_WORDS = 4, 20  # loops are not looked for in reasoning of fewer words
 SERIES = ("trained", "other", "f1")
 FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
 PER_LABEL = tuple(f"label_shift/{label.replace(' ', '_')}" for label in LABELS)
@@ -77,7 +77,7 @@ NAMES = tuple(
         *FROM_THE_START,
     )
 )
-# A run of the demo stays below each of them by a factor of 1.5 or more.
+# A run of the demo stays clear of each bound by a factor of 1.5 or more.
 WARN_WHEN = tuple(
     f"monitors/{condition}"
     for condition in (
@@ -108,7 +108,7 @@ HACKING_CHART = {
 
 
 class Monitors:
-    """One run's monitors and the conditions that watch them and everything else that is logged."""
+    """Measure one run's monitors, and check the conditions on them and on all other metrics."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Monitors:
         self.stopped: str | None = None  # the condition that ended the run
 
     def observe(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Take in one rollout, once; returns the monitors."""
+        """Take in one rollout, once, and return the monitors."""
         start = self.num_seen
         for sample in samples:
             self.window.append(_facts(sample, f"{start}/{sample.prompt}", self.trained_reward))
@@ -142,9 +142,10 @@ class Monitors:
             for name, value in (self._now() | self._since_the_start()).items()
         }
 
-    def check(self, metrics: Mapping[str, float]) -> list[str]:
-        """Lines to show for these metrics, as they were logged; sets `stopped` where the run has to
-        end.
+    def check(self, metrics: Mapping[str, float | None]) -> list[str]:
+        """Return lines to show for these metrics, as they were logged.
+
+        Sets `stopped` where the run has to end.
         """
         lines = [f"warning: {line}" for line in self.warnings.check(metrics)]
         stops = self.stops.check(metrics)
@@ -165,7 +166,7 @@ class Monitors:
             groups.setdefault(fact["group"], []).append(fact["text"])
         shifts = {
             name: shift
-            for label, name in zip(LABELS, PER_LABEL)
+            for label, name in zip(LABELS, PER_LABEL, strict=True)
             if (shift := _shift(facts, label)) is not None
         }
         return {
@@ -224,7 +225,7 @@ class Monitors:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON can hold it."""
+        """Return the state for a checkpoint, as JSON can hold it."""
         return {
             "window": list(self.window),
             "num_seen": self.num_seen,
@@ -235,8 +236,9 @@ class Monitors:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A run that a condition had ended goes on where that condition is
-        no longer asked for.
+        """Continue from a checkpoint.
+
+        A run that a condition had ended may continue where that condition is no longer asked for.
         """
         self.window = deque(state["window"], maxlen=WINDOW)
         self.num_seen, self.start = (
@@ -255,7 +257,7 @@ class Monitors:
 
 # ---- one completion ------------------------------------------------------------------------------
 def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
-    """All that the window keeps of a completion; texts as hashes."""
+    """Collect all that the window keeps of a completion, texts as hashes."""
     answer, target = sample.answer, sample.example.target
     said = sorted(set(answer.labels) & target.evaluated_labels)
     words = (answer.think or "").split()
@@ -289,14 +291,15 @@ def _hash(text: str) -> str:
 
 
 def _loops(words: Sequence[str]) -> bool:
-    """Whether more than half of the four-word sequences stand there before."""
+    """Tell whether more than half of the four-word sequences have occurred before."""
     sequences = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
     return len(words) >= LOOP_WORDS and 2 * len(set(sequences)) < len(sequences)
 
 
 def _f1(answer: Answer, target: Target) -> float:
-    """2 TP / (said + true) over the evaluated labels; 1 where both are empty, 0 for an answer that
-    cannot be read.
+    """Compute 2 TP / (said + true) over the evaluated labels.
+
+    1 where both are empty, 0 for an answer that cannot be read.
     """
     said, true = (
         set(answer.labels) & target.evaluated_labels,
@@ -313,7 +316,7 @@ def _f1(answer: Answer, target: Target) -> float:
 
 # ---- the window ----------------------------------------------------------------------------------
 def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[str, set]:
-    """{fact[key]: all values that it came with}"""
+    """Collect, for each fact[key], all values that it came with."""
     found: dict[str, set] = {}
     for fact in facts:
         found.setdefault(fact[key], set()).add(str(fact[value]))
@@ -321,8 +324,9 @@ def _others(facts: Sequence[Mapping[str, Any]], key: str, value: str) -> dict[st
 
 
 def _shift(facts: Sequence[Mapping[str, Any]], label: str) -> float | None:
-    """Share that says the label, minus the share that has it, where it is evaluated; None where it
-    never is.
+    """Compute the share that names the label less the share that has it, where it is evaluated.
+
+    None where it never is.
     """
     rows = [fact for fact in facts if label in fact["evaluated"]]
     return (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from engine.generate import Completion
 from rl.monitors import NAMES, WARN_WHEN, Monitors
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
 from rl.rollout import build_samples
+from tests.helpers.repository import ROOT
 
 CPU = torch.device("cpu")
 CAP = 60  # max_completion_length
@@ -480,3 +483,14 @@ def test_a_resumed_run_monitors_as_the_whole_one(stop):
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [resumed.observe(samples_of(rollout)) for rollout in rollouts[stop:]] == expected[stop:]
     assert "monitors/hacking" in expected[-1]
+
+
+def test_what_flags_are_checked_against_loads_without_torch():
+    """`run_grpo.py --help` and a typo in a condition are answered before torch is imported."""
+    source = (
+        "import sys, rl.conditions, rl.monitors, rl.rewards\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    python = [sys.executable, "-c", source]
+    found = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
