@@ -1,11 +1,8 @@
-"""All tensors of one optimizer step, for --dump_step: with them any program can compute the loss
-again.
-"""
+"""Write all tensors of one optimizer step (--dump_step), enough to compute its loss again."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from data.files import written_whole
 from engine.encode import EncodedPrompt
 from rl.logs import PER_TOKEN
 from rl.objective import ObjectiveConfig
@@ -26,8 +24,10 @@ from rl.settings import GRPOConfig
 def step_tensors(
     loss: Tensor, logprobs: Tensor, entropy: Tensor, weights: Tensor, terms: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a micro-batch of `write_step` is made of, on the CPU and free of the graph, which holds
-    the GPU's memory.
+    """Copy one micro-batch's tensors to the CPU, free of the graph, which holds the GPU's memory.
+
+    logprobs, entropy, weights, terms: [n,t] each
+    Returns one entry of `computed` in `write_step`.
     """
     tensors = {"loss": loss, "logprobs": logprobs, "entropy": entropy, "weights": weights}
     tensors |= {f"terms/{name}": term for name, term in terms.items()}
@@ -44,26 +44,28 @@ def write_step(
     config: GRPOConfig,
     objective: ObjectiveConfig,
 ) -> None:
-    """step-<N>.safetensors: every tensor of one optimizer step's loss, so that any program can
-    compute it again.
+    """Write step-<N>.safetensors: every tensor of one step's loss, enough to compute it again.
 
-    computed: `step_tensors` of each micro-batch. micro_batches: the rows of `samples`, the whole
-    rollout, that each holds. The file's tensors, for the N completions of the step in the order of
-    its K micro-batches, padded on the right to the longest of them, T, and for the R completions
-    and P prompts of the whole rollout:
+    computed: `step_tensors` of each micro-batch
+    micro_batches: for each micro-batch, the index of its completions in `samples`
+    samples: the whole rollout
+    prompts: the rollout's prompts
 
-        [N,T] fp32   logprobs, entropy, weights, terms/<each of them>, old_logprobs, ref_logprobs
-                     (not at beta 0),
-                     sampling_logprobs, top_p_mass
-        [N,T]        ids int64, -1 beyond a completion's end; mask bool, true on the tokens in the
-                     loss
-        [N]          advantages fp32; rollout_row and micro_batch int64: where a completion is in
+    The step has N completions in K micro-batches. They are in the order of the micro-batches,
+    padded on the right to the longest of them, T. The whole rollout has R completions of P prompts.
+    The tensors:
+
+        [N,T] fp32   logprobs, entropy, weights, terms/<name of each>, old_logprobs, ref_logprobs
+                     (not at beta 0), sampling_logprobs, top_p_mass
+        [N,T]        ids int64, -1 beyond a completion's end, and mask bool, true on the tokens in
+                     the loss
+        [N]          advantages fp32, rollout_row and micro_batch int64: where a completion is in
                      the rollout and in the step
         [R]          rollout/reward (trained on, scaled), rollout/rewards/<name> (in its own units),
-                     rollout/advantage, all fp64;
-                     rollout/group int64, its prompt
+                     rollout/advantage, all fp64, and rollout/group int64, the index of its prompt
         [P,S]        prompt_ids int64, an image as its placeholders, -1 beyond the end
-        [K], []      micro_batch_loss fp32; loss fp64, their sum, as it is logged
+        [K]          micro_batch_loss fp32
+        []           loss fp64, the sum of micro_batch_loss, as it is logged
 
     Metadata, as JSON: step, settings (all of run_grpo.py's), examples (the ids of the P prompts),
     num_completions, num_tokens.
@@ -72,18 +74,17 @@ def write_step(
     width = max(len(samples[i].ids) for i in rows)
 
     tensors = {
-        # [n,t] each -> [N,T]
         name: torch.cat([pad(part[name], (0, width - part[name].shape[1])) for part in computed])
         for name in computed[0]
         if name != "loss"
-    }
+    }  # [n,t] each -> [N,T]
     for name in PER_TOKEN:
         beyond = -1 if name == "ids" else 0
         tensors[name] = pad_sequence(
             [getattr(samples[i], name) for i in rows], batch_first=True, padding_value=beyond
         )
     if objective.beta == 0:
-        del tensors["ref_logprobs"]  # that pass was not made
+        del tensors["ref_logprobs"]  # at beta 0 the reference is not run
     losses = [float(part["loss"]) for part in computed]
     tensors |= {
         "advantages": torch.tensor([samples[i].advantage for i in rows]),
@@ -113,10 +114,9 @@ def write_step(
         "num_completions": len(rows),
         "num_tokens": int(tensors["mask"].sum()),
     }
-    temporary = run_dir / f".tmp-step-{step}.safetensors"
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        temporary,
-        {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()},
-    )
-    os.replace(temporary, run_dir / f"step-{step}.safetensors")
+    with written_whole(run_dir / f"step-{step}.safetensors") as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()},
+        )
