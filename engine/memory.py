@@ -1,37 +1,35 @@
-"""How much memory a run will take, by part: arithmetic on a configuration, before anything is
-loaded or run.
+"""Forecast how much memory a run takes, part by part, from its configuration alone.
 
-    forecast(model_shape(config, ...), workload) -> Forecast: for every phase of a run its largest
-    moment, part by part
+    forecast(model_shape(config, ...), workload) -> Forecast: the largest moment of every phase
 
-A run holds something all the time (base, adapters, AdamW's state; in the update gradients as well)
-and more for a while. Each phase has a few moments that can be its largest, one function each below;
-the phase takes the largest moment, the run the largest phase. Bytes are those of live tensors. A
-GPU needs some more: CUDA's context (about half a GB) and what the caching allocator cannot reuse; a
-process on a CPU needs Python's own memory.
+A run holds something all the time: base, adapters, AdamW's state (and the gradients, in the
+update). For a while it holds more. Each phase has a few moments that can be its largest, and a
+function below computes them. The phase takes its largest moment, and the run takes its largest
+phase. Bytes are those of live tensors. A GPU needs more: CUDA's context (about half a GB) and what
+the caching allocator cannot reuse. A process on a CPU also needs Python's own memory.
 
-What follows from the code, per token of the packed row of engine/forward.py and decoder layer (h
-hidden, q = heads x head_dim, k = kv_heads x head_dim, f intermediate, e bytes of the base's dtype;
-B prompts of S tokens, N completions of R):
+The table follows from the code. It counts bytes for each token of the packed row
+(engine/forward.py) and each decoder layer. h hidden, q = heads x head_dim, k = kv_heads x head_dim,
+f intermediate, r rank of LoRA, e bytes of the base's dtype:
 
-    RMS norm        backward needs its fp32 input                                  4h; 4h, 4h, 4h
-                    and 4(q + k) more in Gemma 3
-    LoRA's A        backward needs its fp32 input, which q, k, v (and gate, up)    4h for a bf16
-                    base: three copies, one each;
-                    share in an fp32 base without dropout                          with dropout: one
-                    each, and the mask
-    attention       q laid out by rows, output, keys and values: e each            2eq + 2ek
-                    prompt's and own keys and values of each completion            2ek N(S + R) in
-                    all
-                    masks: bool, and of dtype e for all q heads of a kv head       once a forward,
-                    for all layers
-    MLP             gate, act(gate), up: e each; their product as LoRA's input     3ef + 4f
-    checkpointing   only the layer's input, e                                      eh
-    frozen weights  need nothing of the input: `base_layer(x)` keeps no x
+    RMS norm        backward needs its fp32 input: 4h for each norm of the hidden state (2 in
+                    Qwen2.5-VL, 4 in Gemma 3), and in Gemma 3 4(q + k) for those of queries and keys
+    LoRA's A        backward needs its fp32 input: 4h. q, k and v share an input, and so do gate and
+                    up. In an fp32 base without dropout they also share its copy. In a bf16 base
+                    each has an fp32 copy of its own. With dropout each has its own and the mask
+    LoRA's B        backward needs its fp32 input: 4r for each of the seven projections
+    attention       2e(q + k) for queries, output, keys and values, and 4 heads for the logsumexp
+                    2ek N(S + R) in all: keys and values that each completion sees, its prompt's and
+                    its own
+                    masks once a forward, for all layers: bool, and in dtype e for all query heads
+                    of a key-value head
+    MLP             3ef for gate, act(gate) and up, 4f for their product as LoRA's input
+    checkpointing   eh instead of all of this: only the layer's input
+    frozen weights  nothing: `base_layer(x)` does not keep x
 
-Without gradient only one layer's temporaries are alive. The head never holds more than CHUNK_SIZE
-rows of the vocabulary, twice with the entropy. While sampling a prompt's keys and values are there
-once for all its completions, whose own are allocated at once.
+Without gradient only one layer's temporaries are alive. The head holds at most CHUNK_SIZE rows of
+the vocabulary, twice with the entropy. While sampling, a prompt's keys and values are held once for
+all its completions, and those of the completions are allocated at the start.
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
@@ -54,11 +52,15 @@ Parts = dict[str, int]  # bytes by part
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that memory depends on. layer_norms, head_norms: RMS norms a layer over
-    the hidden state, and whether queries and keys have theirs; window: tokens that sliding layers
-    see, None without such layers; fixed_images: whether all images have the same number of tokens.
-    vision_*: the tower's; patches_per_token of pixel_values_per_patch fp32 numbers each make one
-    visual token.
+    """Hold the sizes of a model that memory depends on.
+
+    layer_norms: RMS norms over the hidden state in a decoder layer
+    head_norms: whether queries and keys have norms of their own
+    window: tokens that sliding layers see, None without such layers
+    fixed_images: whether all images have the same number of tokens
+    vision_hidden, vision_intermediate: sizes of the vision tower
+    patches_per_token: patches of the tower that make one visual token
+    pixel_values_per_patch: fp32 numbers in a patch
     """
 
     base_parameters: int
@@ -80,22 +82,28 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
+        """Return q, the width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def key_width(self) -> int:
+        """Return k, the width of all key heads together."""
         return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run does with the model, at its largest. Lengths in tokens, counts in rows.
+    """Hold what a run does with the model, at its largest (lengths in tokens, counts in rows).
 
-    element_size: bytes of the base's dtype, 4 or 2. adapters: 1 in SFT, 2 in GRPO.
-    completion_length: of a training row. micro_batch: completions of a micro-batch, num_generations
-    of each prompt; max_tokens_per_forward cuts it. eval_rows: rows decoded, or scored, together.
-    rollout_prompts x num_generations rows are sampled together (0: SFT). device "cpu" or "cuda":
-    they differ in dropout's mask and in copies of operands and weights.
+    element_size: bytes of the base's dtype, 4 or 2
+    device: "cpu" or "cuda", which differ in dropout's mask and in copies of operands and weights
+    adapters: 1 in SFT, 2 in GRPO
+    completion_length: of a training row
+    micro_batch: completions of a micro-batch, num_generations of each prompt
+    max_tokens_per_forward: cuts the micro-batch, None for no bound
+    eval_rows: rows decoded, or scored, together
+    rollout_prompts: prompts of a rollout, 0 in SFT. rollout_prompts x num_generations rows are
+        sampled together.
     """
 
     element_size: int
@@ -115,7 +123,7 @@ class Workload:
     max_tokens_per_forward: int | None = None
 
     def packed(self, completions: int) -> Packed:
-        """The largest forward of so many completions, cut as engine/collate.py does."""
+        """Return the largest forward of so many completions, cut as engine/collate.py does."""
 
         def row(n: int) -> Packed:
             return Packed(
@@ -129,7 +137,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed row of one forward: B prompts of S tokens, N completions of R."""
+    """Describe the packed row of one forward: B prompts of S tokens, N completions of R."""
 
     prompts: int
     prompt_length: int
@@ -138,31 +146,37 @@ class Packed:
 
     @property
     def tokens(self) -> int:
+        """Return the tokens of the packed row."""
         return self.prompts * self.prompt_length + self.completions * self.completion_length
 
     @property
     def keys(self) -> int:
-        """Keys that completions see, summed over completions."""
+        """Return the keys that completions see, summed over completions."""
         return self.completions * (self.prompt_length + self.completion_length)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """phases: for every phase of the run the parts of its largest moment, in bytes."""
+    """Hold the forecast: for each phase of the run, the parts of its largest moment, in bytes."""
 
     phases: dict[str, Parts]
 
     @property
     def peak_phase(self) -> str:
+        """Return the name of the largest phase."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def peak(self) -> int:
+        """Return the bytes of the largest phase."""
         return sum(self.phases[self.peak_phase].values())
 
 
 def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
-    """The sizes in a configuration of either family. base_parameters: the base's, tied ones once."""
+    """Read a model's sizes from a configuration of either family.
+
+    base_parameters: number of the base's parameters, tied ones counted once
+    """
     family, text, vision = (
         family_of(config.model_type),
         config.get_text_config(),
@@ -190,15 +204,16 @@ def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
 
 
 def lora_parameters(model: ModelShape, r: int) -> int:
-    """A [r,in] and B [out,r] of the seven projections of every layer."""
+    """Count the parameters of A [r,in] and B [out,r] on the seven projections of every layer."""
     h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
     return model.layers * r * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
 
 
 # ---- held all the time ---------------------------------------------------------------------------
 def static_parts(model: ModelShape, work: Workload) -> Parts:
-    """Base in its own dtype; adapters and AdamW's two moments in fp32 (the moments of the policy
-    alone).
+    """Compute what is held all the time: base, adapters and AdamW's two moments.
+
+    The base is in its own dtype. Adapters and moments are fp32, and only the policy has moments.
     """
     adapter = FP32 * lora_parameters(model, work.lora_r)
     return {
@@ -210,11 +225,12 @@ def static_parts(model: ModelShape, work: Workload) -> Parts:
 
 # ---- one decoder layer ---------------------------------------------------------------------------
 def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
-    """What the backward pass of `projections` LoRA matrices A keeps of one token of an input that
-    they share.
+    """Compute the bytes that LoRA's A keeps of one token's input for the backward pass.
 
-    Dropout makes an input of its own for each and keeps its mask: bool on a GPU, of the input's
-    fp32 on a CPU.
+    width: of the input
+    projections: how many A matrices share it
+
+    Dropout makes an input of its own for each A and keeps its mask: bool on a GPU, fp32 on a CPU.
     """
     if work.lora_dropout:
         return projections * width * (FP32 + (1 if work.device == "cuda" else FP32))
@@ -222,12 +238,12 @@ def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
 
 
 def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
-    """Bytes that one layer keeps for its backward pass."""
+    """Compute the bytes that one layer keeps for its backward pass."""
     e, q = work.element_size, model.query_width
     norms = FP32 * (
         model.layer_norms * model.hidden + (q + model.key_width if model.head_norms else 0)
     )
-    attention = 2 * e * (q + model.key_width) + FP32 * model.heads  # q, output, k, v; logsumexp
+    attention = 2 * e * (q + model.key_width) + FP32 * model.heads  # q, output, k, v and logsumexp
     mlp = 3 * e * model.intermediate
     inputs = (
         lora_inputs(work, model.hidden, 3)
@@ -240,24 +256,26 @@ def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
 
 
 def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int) -> int:
-    """Bytes at the largest moment inside a layer that keeps nothing: the MLP's up projection with
-    its LoRA update, or the attention with q in both layouts, k, v, its output, and `keys` keys and
-    values laid out anew.
+    """Compute the bytes at the largest moment inside a layer that keeps nothing.
+
+    That is the MLP's up projection with its LoRA update, or the attention, which holds q in both
+    layouts, k, v, its output, and `keys` keys and values laid out anew.
     """
     e, h = work.element_size, model.hidden
     lora_input = 0 if e == FP32 else FP32 * h
-    # bf16 + fp32 on a CPU: the bf16 operand is copied first
+    # On a CPU a sum of bf16 and fp32 copies the bf16 operand first.
     mixed = FP32 if work.device == "cpu" and e != FP32 else 0
-    # the layer's input, residual and norm; act(gate), the base's output, LoRA's update twice
+    # The layer's input, residual and norm, then act(gate), the base's output, LoRA's update twice.
     mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * model.intermediate
     attention = 2 * e * h + e * (3 * model.query_width + 2 * model.key_width)
     return max(tokens * mlp, tokens * attention + keys * 2 * e * model.key_width)
 
 
 def backward_temporaries(model: ModelShape, work: Workload) -> int:
-    """Bytes a token of gradients alive at once in the backward pass of one layer's MLP, the widest
-    place: of down's input through LoRA (fp32) and through the base, and the same of the layer's
-    output. What LoRA's A kept there is free by then.
+    """Compute the bytes a token of gradients alive at once in the backward pass of one layer.
+
+    The MLP is the widest place: gradients of down's input through LoRA (fp32) and through the base,
+    and the same of the layer's output. What LoRA's A kept there is free by then.
     """
     return (work.element_size + FP32) * (model.intermediate + model.hidden)
 
@@ -266,36 +284,41 @@ def backward_temporaries(model: ModelShape, work: Workload) -> int:
 def head_chunk(
     model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool
 ) -> int:
-    """Bytes of the head for `scored` tokens, see engine/logprobs.py. Of [chunk,V]: logits in fp32,
-    which become their exponentials and a direction in place, beside the product in the base's dtype
-    as they are made and the direction in it at the end; with the entropy the exponentials beside
-    the logits. Soft-capping, which no published model has, is left out.
+    """Compute the bytes of the head for `scored` tokens, see engine/logprobs.py.
+
+    In [chunk,V], fp32 logits become their exponentials and then a direction in place. The product
+    in the base's dtype stands beside them at first, and the direction in that dtype at the end.
+    With the entropy the exponentials stand beside the logits. Soft-capping, which no published
+    model has, is left out.
     """
     e = work.element_size
     copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)
-    # hidden states, their gradient, the result
+    # The hidden states, their gradient and the result.
     states = scored * model.hidden * e * (3 if gradient else 1)
     return min(scored, CHUNK_SIZE) * model.vocabulary * copies + states
 
 
 def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
-    """Bytes of one sampled token for all rows: [rows,V] of logits and log-probabilities; then of
-    log-probabilities, probabilities, a mask, what is kept and the border's count; see
-    engine/generate.py.
+    """Compute the bytes of one sampled token for all rows, see engine/generate.py.
+
+    Greedy decoding holds [rows,V] logits and log-probabilities. Sampling then holds log-
+    probabilities, probabilities, a mask, what is kept, and the border's count.
     """
     return rows * model.vocabulary * FP32 * (2 if greedy else 5)
 
 
 # ---- inputs --------------------------------------------------------------------------------------
 def inputs(model: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
-    """Embeddings, which hold the images' features, and ids of the tokens; masks (bool)."""
+    """Compute the bytes of ids, embeddings (they hold the images' features) and bool masks."""
     return tokens * (work.element_size * model.hidden + 24) + mask_elements
 
 
 def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
-    """Of the packed row: the masks are there as numbers as well, for every query head of a key
-    head. Prompts that are alike have one mask, and so have their completions; sliding layers have
-    masks of their own where the window is shorter than a row.
+    """Compute the bytes of a packed row's inputs, with its masks as bool and as numbers to add.
+
+    The numbers are repeated for every query head of a key head. Prompts that are alike share one
+    mask, and so do their completions. Sliding layers have masks of their own where the window is
+    shorter than a row.
     """
     alike, length = (
         row.prompts == 1 or model.fixed_images,
@@ -312,12 +335,14 @@ def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
 
 
 def mask_kinds(model: ModelShape, length: int) -> int:
+    """Count the kinds of layers whose masks differ for rows of this length."""
     return 1 if model.window is None or model.window >= length else 2
 
 
 def vision_tower(model: ModelShape, work: Workload) -> int:
-    """One image without gradient: its pixels; in a layer's MLP or, with rotary positions in fp32,
-    its attention.
+    """Compute the bytes of one image without gradient: its pixels and the widest place of a layer.
+
+    That is the layer's MLP or, with rotary positions in fp32, its attention.
     """
     e, h = work.element_size, model.vision_hidden
     widest = max(e * (2 * h + 3 * model.vision_intermediate), e * 6 * h + 6 * FP32 * h)
@@ -327,13 +352,16 @@ def vision_tower(model: ModelShape, work: Workload) -> int:
 
 
 def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
+    """Compute the bytes of the KV cache of `rows` rows of `length` tokens."""
     return 2 * model.layers * model.key_width * work.element_size * rows * length
 
 
 # ---- phases: their moments -----------------------------------------------------------------------
 def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
-    """One micro-batch with gradient: the head over all that the layers keep, the backward pass of
-    one layer. SFT: before it, the tower.
+    """Yield the moments of one micro-batch with gradient.
+
+    They are the head over all that the layers keep, and the backward pass of one layer. In SFT the
+    vision tower runs before them.
     """
     row, e, h = work.packed(work.micro_batch), work.element_size, model.hidden
     gradients = {"gradients": FP32 * lora_parameters(model, work.lora_r)}
@@ -341,7 +369,7 @@ def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
         yield gradients | {"activations": vision_tower(model, work)}
     given = gradients | {"inputs": packed_inputs(model, work, row)}
     layer = kept_by_layer(model, work, row)
-    # With checkpointing each layer's input, of which the first is among the inputs
+    # Checkpointing keeps each layer's input. The first layer's is counted among the inputs.
     kept = (
         row.tokens * (model.layers - 1) * e * h
         if work.gradient_checkpointing
@@ -361,7 +389,7 @@ def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
 
 
 def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
-    """A teacher-forced forward without gradient."""
+    """Yield the moments of a teacher-forced forward without gradient."""
     given = {"inputs": packed_inputs(model, work, row)}
     yield given | {"activations": layer_temporaries(model, work, row.tokens, row.keys)}
     yield given | {
@@ -373,8 +401,9 @@ def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[
 
 
 def sampling_weights(model: ModelShape, work: Workload) -> int:
-    """In fp32, copies of the seven projections with the adapter; on a CPU of the head too
-    (engine/sampling_layers.py).
+    """Compute the bytes of the weights that engine/sampling_layers.py copies, in fp32 only.
+
+    They are the seven projections with the adapter, on a CPU the head as well.
     """
     h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
     head = model.vocabulary * h if work.device == "cpu" else 0
@@ -388,9 +417,7 @@ def sampling_weights(model: ModelShape, work: Workload) -> int:
 def decoding_moments(
     model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
-    """The sampler: an image's features; the last prompts that are read together, with the whole
-    cache there; the last step, with no row finished before, in its attention and in its head.
-    """
+    """Yield the moments of the sampler: the vision tower, then those of `writing_moments`."""
     yield {"activations": vision_tower(model, work)}
     for moment in writing_moments(model, work, prompts, generations, greedy=greedy):
         yield moment | {"sampling weights": sampling_weights(model, work)}
@@ -399,6 +426,11 @@ def decoding_moments(
 def writing_moments(
     model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
+    """Yield the moments of prefill and decoding.
+
+    They are the last prompts that are read together, with the whole cache there, and the last
+    token, with no row finished before, in its attention and in its head.
+    """
     e, rows = work.element_size, prompts * generations
     together = Packed(
         min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0
@@ -407,7 +439,7 @@ def writing_moments(
         model, work, rows, work.max_completion_length
     )
     features = prompts * work.image_tokens * model.hidden * e
-    # ids (int64), log-probabilities, masses, uniform numbers
+    # 20 bytes: an id (int64), a log-probability, a mass and a uniform number (fp32).
     held = rows * work.max_completion_length * 20 + features
     yield {
         "inputs": held + packed_inputs(model, work, together),
@@ -415,7 +447,7 @@ def writing_moments(
         "activations": layer_temporaries(model, work, together.tokens, 0),
     }
     length = work.prompt_length + work.max_completion_length
-    # of prompts and completions, together, and their softmax
+    # Scores of prompts and of completions, both together, and their softmax.
     scores = rows * model.heads * length * (2 * e + max(e, FP32))
     masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * e
     yield {
@@ -431,7 +463,7 @@ def writing_moments(
 
 
 def forecast(model: ModelShape, work: Workload) -> Forecast:
-    """The largest moment of every phase of a run, by part."""
+    """Forecast the largest moment of every phase of a run, part by part."""
     static = static_parts(model, work)
     moments = {
         "update": update_moments(model, work),
