@@ -1,34 +1,41 @@
-"""The only place that opens an image.
+"""Open images, here and nowhere else.
 
-What is read: regular JPEG and PNG files under the data set's image root. Everything else is refused
-with a line that names the example, the path and the reason, so that a damaged or hostile file can
-stop or leave a run but never enter it unseen.
+Regular JPEG and PNG files under the data set's image root are read. Everything else is refused with
+a line that names the example, the path and the reason, so that a damaged or hostile file can stop
+or leave a run but never enter it unseen.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.examples import Example
-from data.files import MAX_PROBLEMS, DataError
+from data.files import DataError, first_problems
 
 # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
 MAX_PIXELS = 80_000_000
 MAX_ASPECT_RATIO = 20  # a longer strip is no radiograph, and image processors refuse or distort it
 FORMATS = ("JPEG", "PNG")
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 def image_path(example: Example) -> Path:
-    """Where the example's image lies. Raises DataError unless it is a regular file under
-    `image_root`, symbolic links resolved, named by a relative path without `..`.
+    """Find the example's image file.
+
+    Raises DataError unless it is a regular file under `image_root`, symbolic links resolved, named
+    by a relative path without `..`.
     """
     name = f"example {example.id!r}: image {example.image!r}"
     written = PurePosixPath(example.image)
@@ -62,8 +69,9 @@ def image_path(example: Example) -> Path:
 
 
 def check_images(examples: Iterable[Example]) -> None:
-    """Raise DataError naming every example whose image file is missing or out of bounds: before a
-    run, not after an hour of it.
+    """Look for every image file before a run, not after an hour of it.
+
+    Raises DataError naming every example whose image file is missing or out of bounds.
     """
     problems: list[str] = []
     for example in examples:
@@ -72,14 +80,11 @@ def check_images(examples: Iterable[Example]) -> None:
         except DataError as error:
             problems += error.problems
     if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(
-            problems[:MAX_PROBLEMS] + ([f"and {hidden} more images"] if hidden > 0 else [])
-        )
+        raise DataError(first_problems(problems, "and {} more images"))
 
 
 def image_problem(example: Example) -> str | None:
-    """Why the example's image cannot be used, found out by reading all of it; None for a good one."""
+    """Read all of the example's image and say why it cannot be used, or None for a good one."""
     try:
         load_image(example)
     except DataError as error:
@@ -88,15 +93,18 @@ def image_problem(example: Example) -> str | None:
 
 
 def image_problems(examples: Sequence[Example], description: str = "images") -> list[str | None]:
-    """`image_problem` of every example, in their order, in parallel and with a progress bar on
-    stderr.
+    """Find the `image_problem` of every example, in their order.
+
+    Works in parallel, with a progress bar on stderr.
     """
     return list(in_parallel(image_problem, examples, description))
 
 
 def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Example], list[dict]]:
-    """(the examples whose image can be read, rows {"id", "patient_id", "image", "reason"} of the
-    others) of the data set `name`.
+    """Read all images of a data set -> (examples with a good image, rows of the others).
+
+    name: of the data set, for messages.
+    The rows have "id", "patient_id", "image" and "reason".
 
     Raises DataError where no example is left.
     """
@@ -108,7 +116,7 @@ def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Exa
             "image": example.image,
             "reason": problem,
         }
-        for example, problem in zip(examples, problems)
+        for example, problem in zip(examples, problems, strict=True)
         if problem
     ]
     if len(bad) == len(examples):
@@ -118,12 +126,17 @@ def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Exa
                 f" {bad[0]['reason']}"
             ]
         )
-    return [example for example, problem in zip(examples, problems) if not problem], bad
+    return [
+        example for example, problem in zip(examples, problems, strict=True) if not problem
+    ], bad
 
 
-def in_parallel(function, items: Sequence, description: str) -> Iterator:
-    """function(item) of every item, in order. Threads: decoding releases Python's lock. At most a
-    few results wait in memory.
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], description: str
+) -> Iterator[Result]:
+    """Yield function(item) of every item, in order, worked out in threads.
+
+    Decoding an image releases Python's lock. At most a few results wait in memory.
     """
     workers = min(32, os.cpu_count() or 1)
     with (
@@ -136,15 +149,31 @@ def in_parallel(function, items: Sequence, description: str) -> Iterator:
                 yield result
 
 
-def load_image(example: Example) -> Image.Image:
-    """The example's image as 8-bit RGB, upright; of an animated PNG the first picture.
+def read_image(example: Example) -> bytes:
+    """Read the example's image file as it is.
 
-    16-bit greyscale is scaled to its own range, not clipped; transparency is put on black. Raises
-    DataError for a file that is not a whole JPEG or PNG, has too many pixels or is a narrow strip.
+    Raises DataError for a file that is not there or cannot be read.
     """
     path = image_path(example)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(example, path, error) from error
+
+
+def load_image(example: Example, content: bytes | None = None) -> Image.Image:
+    """Decode the example's image as 8-bit RGB, upright; of an animated PNG the first picture.
+
+    content: of the image file, where it has been read already.
+
+    16-bit greyscale is scaled to its own range, not clipped. Transparency is put on black.
+
+    Raises DataError for a file that is not a whole JPEG or PNG, has too many pixels or is a narrow
+    strip.
+    """
+    path = image_path(example)
+    try:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             size, shape = image.width * image.height, f"{image.width} x {image.height} pixels"
             if size > MAX_PIXELS:
                 raise DataError(
@@ -163,9 +192,13 @@ def load_image(example: Example) -> Image.Image:
         raise
     except Exception as error:
         # of many classes: Pillow's readers raise what a damaged file makes them stumble over
-        raise DataError(
-            [f"example {example.id!r}: {path} is not a readable JPEG or PNG ({error})"]
-        ) from error
+        raise _unreadable(example, path, error) from error
+
+
+def _unreadable(example: Example, path: Path, error: Exception) -> DataError:
+    # Pillow's own line names the path again, or the place of the file's content in memory.
+    reason = "it is of another kind" if isinstance(error, UnidentifiedImageError) else error
+    return DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({reason})"])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

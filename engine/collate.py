@@ -1,39 +1,46 @@
-"""Lists of encoded prompts and rows -> batches.
+"""Collate encoded prompts and rows into batches.
 
 Prompts are padded on the left, for the sampler and for training alike. A training batch holds every
-distinct prompt once, beside its completions, and says where each token stands in the one unpadded
-row that the forward runs: the prompts' tokens, then the completions'.
+distinct prompt once, beside its completions, and says where each token stands in the one packed row
+that the forward runs: the prompts' tokens, then the completions'.
+
+A place is the index of a token in a padded tensor laid flat: of [B,S] for prompts, of [N,T] or
+[N,R] for completions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.encode import EncodedPrompt, EncodedRow
+from engine.families import ImageTensors
 
-# How long a bucket's shortest completion is at least, by its longest. On a CPU, where a bucket
+# A bucket's shortest completion is at least this part of its longest. On a CPU, where a bucket
 # costs next to nothing, ragged groups of 4 and 8 would take 1.14 and 1.13 times as long in one
-# bucket (tests/benchmarks/attention_layouts.py); nothing was measured on a GPU.
+# bucket (tests/benchmarks/attention_layouts.py). Nothing was measured on a GPU.
 SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """B prompts of S places, all ending in the last one.
+    """Hold B prompts of S places, all ending in the last one.
 
-    input_ids, token_types [B,S] int64; attention_mask [B,S] bool, false on padding. vision: of each
-    prompt, see EncodedPrompt. alike: whether all have the same token types, so that they are
-    attended to in the same way.
+    input_ids [B,S] int64: padded on the left.
+    token_types [B,S] int64: 1 on image placeholders.
+    attention_mask [B,S] bool: false on padding.
+    vision: the tensors of each prompt's image, see EncodedPrompt.
+    alike: all prompts have the same token types, so they are attended to in the same way.
     """
 
     input_ids: Tensor
     token_types: Tensor
     attention_mask: Tensor
-    vision: list[dict[str, Tensor]]
+    vision: list[ImageTensors]
     alike: bool = False
 
     def to(self, device: torch.device | str) -> Prompts:
@@ -46,9 +53,12 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Bucket:
-    """n completions of similar lengths, which are laid out together where tokens meet: rows [n],
-    which of the batch's they are; prompts [n], of each; places [m], of their tokens in the flat
-    [n,length]; all int64.
+    """Hold n completions of similar lengths, which are laid out together where tokens meet.
+
+    rows [n] int64: index of each completion in the batch.
+    prompts [n] int64: index of the prompt of each.
+    places [m] int64: of their tokens in the padded [n,length], laid flat.
+    length: of the longest.
     """
 
     rows: Tensor
@@ -62,17 +72,25 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Batch:
-    """N completions, at most T tokens long, of B distinct prompts.
+    """Hold N completions, at most T tokens long, of B distinct prompts.
 
-    completion_ids [N,T] int64, padded on the right; completion_mask [N,T] bool, true on the tokens
-    that are predicted and scored. prompt_of_row [N]. Of a completion only the tokens before its
-    last scored one are read: read_mask [N,R] bool.
+    prompts: the distinct prompts.
+    prompt_of_row [N] int64: index of each completion's prompt.
+    completion_ids [N,T] int64: padded on the right.
+    completion_mask [N,T] bool: true on the tokens that are predicted and scored.
+    read_mask [N,R] bool: tokens before the last scored one, the only ones that the model reads.
 
     The packed row has M tokens: the prompts', then the completions', bucket by bucket, the longest
-    first; completions of which nothing is read are in no bucket. prompt_places and read_places: of
-    its tokens in the flat [B,S] and [N,R]. For the scored tokens, completion by completion:
-    scored_places [K], in the flat [N,T], and predictors [K], the packed token before each. All
-    int64.
+    first. Completions of which nothing is read are in no bucket.
+
+    prompt_places [P] int64: of the packed row's P prompt tokens, in [B,S].
+    read_places [M-P] int64: of its completion tokens, in [N,R].
+    buckets: completions of similar lengths, in the packed order.
+
+    The K scored tokens come completion by completion.
+
+    scored_places [K] int64: of the scored tokens, in [N,T].
+    predictors [K] int64: index in the packed row of the token before each.
     """
 
     prompts: Prompts
@@ -95,7 +113,7 @@ class Batch:
 
 
 def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
-    """Prompt + completion of every row; rows with the same prompt object share it."""
+    """Collate prompt + completion of every row. Rows with the same prompt object share it."""
     distinct, prompt_of_row = _distinct_prompts([row.prompt for row in rows])
     prompts = collate_prompts(distinct, pad_token_id)
     # [N,T]
@@ -116,12 +134,10 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     ]
     # each prompt's last token in the packed row
     last = prompts.attention_mask.sum(1).cumsum(0) - 1  # [B]
-    # [N] completions' tokens
-    before = (
-        torch.zeros_like(read_lengths).index_copy(0, order, read_lengths[order].cumsum(0))
-        - read_lengths
-    )
-    start = int(last[-1]) + 1 + before  # [N]: each completion's first
+    packed_up_to = torch.zeros_like(read_lengths)  # [N] completion tokens, its own included
+    packed_up_to = packed_up_to.index_copy(0, order, read_lengths[order].cumsum(0))
+    # [N] index of each completion's first token in the packed row
+    start = int(last[-1]) + 1 + packed_up_to - read_lengths
     row, column = scored.nonzero(as_tuple=True)
     return Batch(
         prompts=prompts,
@@ -138,11 +154,11 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
 
 
 def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
-    """Prompts alone, padded on the left so that all end where the first sampled token goes.
+    """Pad prompts on the left, so that all end where the first sampled token goes.
 
     Raises ValueError where an image has more or fewer features than its prompt has placeholders.
     """
-    # here, on the CPU: on a GPU counting them would wait for all that it is still to do
+    # Counted here, on the CPU: on a GPU counting would wait for all work that is queued.
     for prompt in prompts:
         placeholders, features = int(prompt.token_types.sum()), prompt.vision.get("features")
         if features is not None and len(features) != placeholders:
@@ -162,12 +178,15 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:
-    """Indices of the rows of every batch, in order: at most `size` rows that cost at most
-    `max_tokens` tokens, each distinct prompt once a batch. A row that costs more than that is a
-    batch of its own.
+    """Cut rows into batches -> the indices of each batch's rows, in order.
+
+    size: rows of a batch at most.
+    max_tokens: tokens of a batch at most, each distinct prompt counted once, or None. A row that
+    has more is a batch of its own.
     """
     batches: list[list[int]] = []
-    seen, tokens = set(), 0
+    seen: set[int] = set()
+    tokens = 0
     for index, row in enumerate(rows):
         cost = len(row.completion_ids) + (
             0 if id(row.prompt) in seen else len(row.prompt.input_ids)
@@ -183,8 +202,9 @@ def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> l
 
 
 def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucket]]:
-    """(completions in the order of their lengths [N], the longest first; those with tokens in
-    buckets)
+    """Sort completions by length -> (their order [N], the longest first; their buckets).
+
+    lengths [N] int64: tokens read. A completion of which nothing is read is in no bucket.
     """
     order = lengths.argsort(descending=True, stable=True)
     ordered, buckets, first = lengths[order].tolist(), [], 0
@@ -201,9 +221,7 @@ def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucke
 
 
 def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], Tensor]:
-    """Distinct prompt objects in order of first appearance, and the index among them of every row's
-    [N].
-    """
+    """List the distinct prompt objects in order of appearance, and each row's index in it [N]."""
     index: dict[int, int] = {}
     distinct: list[EncodedPrompt] = []
     for prompt in prompts:
@@ -214,14 +232,12 @@ def _distinct_prompts(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt]
 
 
 def _pad_left(sequences: list[Tensor], value: int | bool) -> Tensor:
-    """[B,S]; padded to the longest."""
+    """Pad sequences [S_i] on the left to the longest -> [B,S]."""
     return pad_sequence(sequences, batch_first=True, padding_value=value, padding_side="left")
 
 
-def _moved(batch, device: torch.device | str):
-    """A dataclass with all its own tensors on `device`; a GPU gets them when its work so far is
-    done, without a wait here.
-    """
+def _moved(batch: Any, device: torch.device | str) -> Any:
+    """Copy a dataclass with all its own tensors to `device`, without a wait for a GPU's work."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(
         batch,

@@ -21,7 +21,7 @@ from engine.collate import collate_prompts
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from engine.memory import GIB, Forecast, Workload, forecast, model_shape
 from engine.model import LoadedModel, load_encoder
-from engine.run import shuffled
+from engine.order import shuffled
 from engine.settings import TrainingConfig
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included

@@ -37,6 +37,7 @@ from engine.checkpoint import (
 )
 from engine.config import Resolved, UsageError, to_json
 from engine.model import POLICY, adapter_config_record, adapter_state, load_adapter_state
+from engine.order import shuffled  # noqa: F401 - for the run scripts, which import it from here
 from engine.runtime import run_directory, versions
 from engine.tracking import STEP_LOGS
 
@@ -466,15 +467,6 @@ def load_best_adapter(run_dir: Path, state: TrainerState, wrapped: PeftModel) ->
 
 
 # ---- data order ----------------------------------------------------------------------------------
-def shuffled(count: int, epoch: int, seed: int) -> list[int]:
-    """The order of `count` examples in one epoch: a function of seed and epoch alone, so a resume
-    needs no position of a loader.
-    """
-    return torch.randperm(
-        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    ).tolist()
-
-
 def in_chunks(items: Sequence, size: int) -> list[Sequence]:
     """Consecutive pieces of `size`, the last one shorter where it does not divide."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,4 +1,4 @@
-"""What the frozen vision tower makes of each image: computed once, without gradient, and kept.
+"""Compute each image's features once in the frozen vision tower, without gradient, and keep them.
 
 Nothing of the tower is trained, so an image's features never change. Rollouts, the old, reference
 and policy passes, the epochs of SFT and evaluation take them from here. An image goes through the
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,27 +18,26 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.examples import Example
-from data.images import image_path
+from data.files import written_whole
+from data.images import image_path, read_image
 from engine.config import UsageError
 from engine.encode import Encoder
-from engine.families import Family
+from engine.families import Family, ImageTensors
 
 logger = logging.getLogger(__name__)
 
-Vision = dict[str, Tensor]  # "features" [tokens,H] and, of Qwen, "image_grid_thw" [1,3]; on the CPU
-
 
 class VisionCache:
-    """`look(example)` -> the features of the example's image.
+    """Look up the features of an example's image: `look(example)`.
 
-    Keeps at most `max_bytes` of them in the host's memory and drops those that were not used for
-    longest. folder: where they are kept across runs as well, by the tower's and the processor's
-    fingerprint and the image file's SHA-256; nothing is ever deleted there. Raises UsageError where
-    it is no folder.
+    max_bytes: of features kept in the host's memory. Those not used for longest are dropped first.
+    folder: where features are kept across runs as well, by the tower's and the processor's
+    fingerprint and the image file's SHA-256. Nothing is ever deleted there.
+
+    Raises UsageError where `folder` is no folder.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class VisionCache:
         encoder: Encoder,
         *,
         max_bytes: int,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
     ):
         self.base, self.family, self.encoder, self.max_bytes = base, family, encoder, max_bytes
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
@@ -57,75 +55,79 @@ class VisionCache:
                 f"--vision_cache_dir {folder}: not a folder; give one, it need not exist yet"
             )
         self.folder = None if folder is None else Path(folder) / fingerprint(base, encoder)
-        self._kept: OrderedDict[str, Vision] = OrderedDict()  # by image, the last used at the end
+        # by the image file's SHA-256, the last used at the end
+        self._kept: OrderedDict[str, ImageTensors] = OrderedDict()
         self._kept_bytes = 0
         self._digests: dict[tuple, str] = {}
 
-    def look(self, example: Example) -> Vision:
-        """Raises DataError for an image that cannot be read, unless it is known."""
-        image = self._digest(image_path(example))
-        if image in self._kept:
-            self._kept.move_to_end(image)
-            return self._kept[image]
-        vision = self._read(image)
-        if vision is None:
-            vision = self._compute(example)
-            self._write(image, vision)
-        self._keep(image, vision)
-        return vision
+    def look(self, example: Example) -> ImageTensors:
+        """Find or compute the image's `features` [tokens,H] and what places them, on the CPU.
+
+        The image file is read at most once, and not at all where it is known and has not changed.
+
+        Raises DataError for an image that cannot be read, unless it is known.
+        """
+        path = image_path(example)
+        status = path.stat()
+        known = path, status.st_size, status.st_mtime_ns
+        content = None
+        if known not in self._digests:
+            content = read_image(example)
+            self._digests[known] = hashlib.sha256(content).hexdigest()
+        digest = self._digests[known]
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
+        image = self._read(digest)
+        if image is None:
+            image = self._compute(example, content)
+            self._write(digest, image)
+        self._keep(digest, image)
+        return image
 
     @torch.no_grad()
-    def _compute(self, example: Example) -> Vision:
-        image = self.encoder.encode_image(example)
+    def _compute(self, example: Example, content: bytes | None) -> ImageTensors:
+        image = self.encoder.encode_image(example, content)
         pixels = {name: tensor.to(self.base.device) for name, tensor in image.items()}
         features = self.family.image_features(self.base, pixels).cpu()
-        return {"features": features} | {
-            name: tensor for name, tensor in image.items() if name != "pixel_values"
-        }
+        rest = {name: tensor for name, tensor in image.items() if name != "pixel_values"}
+        return {"features": features} | rest
 
-    def _keep(self, image: str, vision: Vision) -> None:
-        self._kept[image] = vision
-        self._kept_bytes += num_bytes(vision)
+    def _keep(self, digest: str, image: ImageTensors) -> None:
+        self._kept[digest] = image
+        self._kept_bytes += num_bytes(image)
         while self._kept_bytes > self.max_bytes:
             self._kept_bytes -= num_bytes(self._kept.popitem(last=False)[1])
 
-    def _digest(self, path: Path) -> str:
-        """SHA-256 of an image file; read again where the file has changed."""
-        status = path.stat()
-        known = path, status.st_size, status.st_mtime_ns
-        if known not in self._digests:
-            self._digests[known] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return self._digests[known]
-
-    def _read(self, image: str) -> Vision | None:
+    def _read(self, digest: str) -> ImageTensors | None:
         try:
-            return None if self.folder is None else load_file(self.folder / f"{image}.safetensors")
+            return None if self.folder is None else load_file(self.folder / f"{digest}.safetensors")
         except (FileNotFoundError, SafetensorError):
             # not there yet, or cut short by a full disk: made anew
             return None
 
-    def _write(self, image: str, vision: Vision) -> None:
+    def _write(self, digest: str, image: ImageTensors) -> None:
         if self.folder is None:
             return
-        temporary = self.folder / f".{image}.{os.getpid()}"
+        content = save({name: tensor.contiguous() for name, tensor in image.items()})
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(
-                save({name: tensor.contiguous() for name, tensor in vision.items()})
-            )
-            os.replace(temporary, self.folder / f"{image}.safetensors")
+            with written_whole(self.folder / f"{digest}.safetensors") as temporary:
+                temporary.write_bytes(content)
         except OSError as error:  # a full disk must not end a run that needs nothing of it
             logger.warning("image features are not kept in %s any more: %s", self.folder, error)
             self.folder = None
 
 
-def num_bytes(vision: Vision) -> int:
-    return sum(tensor.nbytes for tensor in vision.values())
+def num_bytes(image: ImageTensors) -> int:
+    """Add up the bytes of an image's tensors."""
+    return sum(tensor.nbytes for tensor in image.values())
 
 
 def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
-    """32 hex digits of all that an image's features depend on: the weights outside the decoder and
-    their dtype, the image processor, the device's kind and the libraries' versions.
+    """Hash all that an image's features depend on -> 32 hexadecimal digits.
+
+    Hashed are the weights outside the decoder with their dtype, the image processor, the device's
+    kind and the libraries' versions.
     """
     digest = hashlib.sha256(
         json.dumps(

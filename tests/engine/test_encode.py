@@ -196,6 +196,33 @@ def test_batches_are_cut_by_tokens():
     assert plan_batches(rows, 4, 37) == [[0, 1, 2], [3], [4], [5]]
 
 
+def test_padded_prompts_by_hand():
+    def prompt(ids, types):
+        return EncodedPrompt(torch.tensor(ids), torch.tensor(types), {})
+
+    prompts = [prompt([1, 2, 3], [0, 1, 0]), prompt([4], [0])]
+    batch = collate_prompts(prompts, 9)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert batch.token_types.tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.vision == [{}, {}] and not batch.alike
+    # the same types, whatever the ids; the same length is not enough
+    assert collate_prompts([prompts[0], prompt([7, 8, 7], [0, 1, 0])], 9).alike
+    assert not collate_prompts([prompts[0], prompt([7, 8, 7], [0, 0, 1])], 9).alike
+
+
+def test_prompts_are_shared_by_identity_in_order_of_appearance():
+    """Two prompts with the same tokens are still two: their images differ."""
+    first, second = (
+        EncodedPrompt(torch.tensor([1, 2]), torch.zeros(2, dtype=torch.long), {}) for _ in range(2)
+    )
+    row = (torch.tensor([5]), torch.tensor([True]))
+    batch = collate_rows([EncodedRow(p, *row) for p in (second, first, second, first)], 0)
+    assert batch.prompt_of_row.tolist() == [0, 1, 0, 1] and len(batch.prompts.vision) == 2
+    # packed: 1 2 1 2, each completion predicted by the last token of its prompt
+    assert batch.predictors.tolist() == [1, 3, 1, 3] and batch.buckets == []
+
+
 def test_prompts_are_padded_on_the_left(encoder, tiny_images):
     first, second = examples_of(tiny_images, 56, 112)
     prompts = [encoder.encode_prompt(first, SHORT), encoder.encode_prompt(second, PROMPT)]
@@ -311,7 +338,7 @@ def image_tokens(encoder, folder, height, width) -> int:
     encoded = encoder.encode_prompt(Example("e", "p", "x.png", (), "site", folder), SHORT)
     tokens = int((encoded.token_types == 1).sum())
     assert torch.equal(encoded.token_types == 1, encoded.input_ids == encoder.image_token_id)
-    if encoder.family == "qwen2_5_vl":
+    if encoder.family.model_type == "qwen2_5_vl":
         # 2 x 2 patches a token
         assert (
             len(encoded.vision["pixel_values"])
@@ -386,6 +413,16 @@ def test_the_pixels_are_the_images(encoder, family, tmp_path):
 def test_an_unreadable_image_is_named(encoder, tmp_path):
     with pytest.raises(DataError, match="example 'e': image 'none.png': no such file"):
         encoder.encode_prompt(Example("e", "p", "none.png", (), "site", tmp_path), SHORT)
+
+
+def test_a_tokenizer_without_the_familys_end_of_turn_is_refused(tiny_checkpoint):
+    """A checkpoint that says it is of one family and brings the tokenizer of the other."""
+    qwen, gemma = (encoder_of(tiny_checkpoint(family)) for family in ("qwen2_5_vl", "gemma3"))
+    with pytest.raises(
+        ValueError,
+        match="its tokenizer has no token '<end_of_turn>', which ends a turn of a gemma3 model",
+    ):
+        Encoder(gemma.family, qwen.tokenizer, gemma.image_processor, gemma.config)
 
 
 def test_another_model_family_is_refused(tiny_checkpoint, tmp_path):

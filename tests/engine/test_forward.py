@@ -719,7 +719,7 @@ def test_families(model, family):
     assert family_of(family).model_type == family
     with pytest.raises(
         ValueError,
-        match="model type 'llama' is not supported; this engine trains qwen2_5_vl and gemma3",
+        match="a 'llama' model; this engine trains qwen2_5_vl and gemma3 models",
     ):
         family_of("llama")
 

@@ -86,7 +86,7 @@ def merged(run, tmp_path_factory):
 def official_inputs(encoder: Encoder, data: Path) -> dict[str, torch.Tensor]:
     """What transformers' own forward and generate take for the prompt of the first example."""
     prompt = encoder.encode_prompt(read_jsonl(data)[0], PROMPTS["demo"])
-    types = "mm_token_type_ids" if encoder.family == "qwen2_5_vl" else "token_type_ids"
+    types = "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
     ids = prompt.input_ids[None]
     return {
         "input_ids": ids,

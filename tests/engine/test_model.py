@@ -111,7 +111,7 @@ def move_policy(wrapped: PeftModel) -> None:
 def test_a_base_model_is_frozen_and_in_eval_mode(model, family, tiny_checkpoint):
     assert not any(parameter.requires_grad for parameter in model.base.parameters())
     assert not model.base.training and model.base.dtype == torch.float32
-    assert (model.name, model.family.model_type, model.encoder.family) == (
+    assert (model.name, model.family.model_type, model.encoder.family.model_type) == (
         str(tiny_checkpoint(family)),
         family,
         family,

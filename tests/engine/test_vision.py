@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from io import BytesIO
 
 import pytest
 import torch
@@ -199,7 +200,9 @@ def test_what_was_not_used_for_longest_goes_first(tiny_checkpoint, tiny_images, 
     monkeypatch.setattr(
         Encoder,
         "encode_image",
-        lambda self, example: computed.append(example.image) or encode(self, example),
+        lambda self, example, *content: (
+            computed.append(example.image) or encode(self, example, *content)
+        ),
     )
     a, b, c = examples_of(tiny_images, 56, 56, 56)
     size = num_bytes(caches(model).look(a))
@@ -223,7 +226,9 @@ def test_the_same_picture_under_two_names_is_one_and_a_changed_file_another(
     monkeypatch.setattr(
         Encoder,
         "encode_image",
-        lambda self, example: computed.append(example.image) or encode(self, example),
+        lambda self, example, *content: (
+            computed.append(example.image) or encode(self, example, *content)
+        ),
     )
     for name in ("a.png", "b.png"):
         shutil.copyfile(tiny_images / "56/image-0.png", tmp_path / name)
@@ -242,6 +247,32 @@ def test_the_same_picture_under_two_names_is_one_and_a_changed_file_another(
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match="no such file"):
         cache.look(second)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_file_is_read_once(family, tiny_checkpoint, tiny_images, monkeypatch):
+    model = load(tiny_checkpoint(family))
+    opened = []
+    monkeypatch.setattr(
+        "pathlib.Path.read_bytes", lambda path: opened.append(path) or path.open("rb").read()
+    )
+    image_open = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda file, **rest: opened.append(file) or image_open(file, **rest)
+    )
+    (example,) = examples_of(tiny_images, 56)
+    path = (tiny_images / example.image).resolve()
+    cache = caches(model)
+    features = cache.look(example)["features"]
+    # once from the disk, then from memory
+    assert opened[0] == path and [isinstance(file, BytesIO) for file in opened] == [False, True]
+    opened.clear()
+    assert cache.look(example)["features"] is features and opened == []
+    # known, but no longer kept: read again, once
+    cache = caches(model, max_bytes=0)
+    cache.look(example)
+    opened.clear()
+    assert torch.equal(cache.look(example)["features"], features) and opened == [path]
 
 
 def test_files_of_another_tower_or_processor_are_not_taken(tiny_checkpoint, tiny_images, tmp_path):

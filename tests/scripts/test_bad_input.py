@@ -19,7 +19,7 @@ import run_sft
 from data.files import DataError
 from data.prompts import PROMPTS
 from engine.checkpoint import list_checkpoints
-from engine.run import shuffled
+from engine.order import shuffled
 from engine.runtime import main_guard
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import GRPO, SFT, lines, record, sft, snapshot, write_rows

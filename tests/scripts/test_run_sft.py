@@ -19,7 +19,7 @@ from data.examples import read_jsonl
 from data.prompts import PROMPTS
 from engine.encode import Encoder
 from engine.model import EMBEDDED, load_model
-from engine.run import shuffled
+from engine.order import shuffled
 from run_sft import SFTConfig, step_counts
 from tests.helpers import plain
 from tests.helpers.runs import (
@@ -149,7 +149,7 @@ def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[
     for example in read_jsonl(data):
         row = encoder.encode_answer(example, PROMPTS["demo"], example.answer)
         rows = plain.plain_batch([row], encoder.pad_token_id).prompts
-        types = "mm_token_type_ids" if encoder.family == "qwen2_5_vl" else "token_type_ids"
+        types = "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
         with torch.no_grad():
             # [S,V]
             logits = model(
