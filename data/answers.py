@@ -1,44 +1,45 @@
-"""The only parser of model output: text -> `Answer`.
+"""Parse model output, here and nowhere else: text -> `Answer`.
 
 Formats (`blank` is any white space, tags count only in exactly this lower-case spelling):
 
-    think_solution   blank <think>..</think> blank <solution>label, label</solution> blank      the
-                     paper's
+    think_solution   blank <think>..</think> blank <solution>label, label</solution> blank
+                     (the paper's)
     answer_tag       blank <think>..</think> blank <answer>label, label</answer> blank
-                     NV-Reason-CXR's
+                     (NV-Reason-CXR's)
     solution         blank <solution>label, label</solution> blank
-                     labels without reasoning
-    label_list       label, label                                                               no
-                     tags at all
+                     (labels without reasoning)
+    label_list       label, label
+                     (no tags at all)
 
 "Answer block" below is <solution> or <answer>, whichever the format names. `Answer.problem` is the
 first of these that applies, or None:
 
     code              parsed  valid  meaning
     answer_missing    no      no     neither tag of the answer block
-    answer_unclosed   no      no     only its opening tag (as a completion cut at the length limit
-                      leaves it)
+    answer_unclosed   no      no     only its opening tag, as a completion that was cut at the
+                                     length limit leaves it
     answer_unopened   no      no     only its closing tag
-    answer_repeated   no      no     one of its tags more than once, wherever: which block is meant
-                      cannot be told
+    answer_repeated   no      no     one of its tags more than once, wherever: nobody can tell
+                                     which block is meant
     answer_reversed   no      no     closing tag before opening tag
     empty             yes     *      the answer block holds no entry, which reads as "none of the
-                      labels"
+                                     labels"
     think_missing     yes     no     the same five for the <think> block, where the format has one
     think_unclosed    yes     no
     think_unopened    yes     no
     think_repeated    yes     no
     think_reversed    yes     no
     order             yes     no     the answer block does not come after the end of the <think>
-                      block
+                                     block
     outside           yes     no     text other than white space outside the blocks
     tagged            no      no     label_list: a tag of another format
     no_label          no      no     label_list: not one entry is a label, so nothing tells a list
-                      from prose
-    * valid where the form is right otherwise; in label_list, an empty text is neither parsed nor
-    valid.
+                                     from prose
 
-Entries that are unknown, repeated or contradictory do not make an answer invalid: the form is
+    * valid where the form is right otherwise. In label_list an empty text is neither parsed nor
+      valid.
+
+Entries that are unknown, repeated or contradictory do not make an answer invalid. The form is
 right, and they are reported on their own for the rewards and tables to count.
 
 Time is linear in the length of the text: substring search and splitting only, no regular
@@ -70,10 +71,10 @@ _MAX_ENTRY_LENGTH = 200
 
 @dataclass(frozen=True)
 class Answer:
-    """What one completion says, and how well it keeps to the format."""
+    """Hold what one completion says, and how well it keeps to the format."""
 
     valid: bool  # strict: exactly the format and nothing else
-    # the labels could be read; the fail rate is the share of answers where this is False
+    # the labels could be read: the fail rate is the share of answers where this is False
     parsed: bool
     problem: str | None = None  # a code of the module's table
     labels: tuple[str, ...] = ()  # of the 14, in the text's order, each once
@@ -82,19 +83,31 @@ class Answer:
     # labels that cannot stand beside No Finding, where it is among the labels
     contradictions: tuple[str, ...] = ()
     think: str | None = None  # inside of the <think> block, where there is exactly one
-    outside: str = ""  # text outside the blocks, stripped; pieces joined by a newline
+    outside: str = ""  # text outside the blocks, stripped, pieces joined by a newline
 
 
 class _Block(NamedTuple):
-    """One well-formed block: text[start:end] with its tags, `body` without."""
+    """Hold one well-formed block: text[start:end] with its tags, `body` without."""
 
     start: int
     end: int
     body: str
 
 
+class _Entries(NamedTuple):
+    """Hold the entries of an answer block by kind: the fields of `Answer` of the same names."""
+
+    labels: tuple[str, ...]
+    unknown: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    contradictions: tuple[str, ...]
+
+
 def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
-    """Read the labels from a completion (special tokens already removed). Never fails on a text.
+    """Read the labels from a completion, whatever its text is.
+
+    text: without special tokens.
+    answer_format: one of ANSWER_FORMATS.
 
     Raises ValueError for an `answer_format` that is not one of ANSWER_FORMATS.
     """
@@ -131,10 +144,10 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
     return Answer(
         valid=form_problem is None,
         parsed=True,
-        problem=form_problem if any(entries.values()) else "empty",
+        problem=form_problem if any(entries) else "empty",
         think=think_text,
         outside=outside,
-        **entries,
+        **entries._asdict(),
     )
 
 
@@ -142,15 +155,13 @@ def _parse_label_list(text: str) -> Answer:
     if any(tag in text for tag in _TAGS):
         return Answer(valid=False, parsed=False, problem="tagged")
     entries = _read_entries(text)
-    if not entries["labels"]:
-        return Answer(
-            valid=False, parsed=False, problem="no_label" if entries["unknown"] else "empty"
-        )
-    return Answer(valid=True, parsed=True, **entries)
+    if not entries.labels:
+        return Answer(valid=False, parsed=False, problem="no_label" if entries.unknown else "empty")
+    return Answer(valid=True, parsed=True, **entries._asdict())
 
 
 def _find_block(text: str, name: str) -> tuple[_Block | None, str | None]:
-    """(the only block <name>..</name>, None), or (None, what is wrong with it)."""
+    """Find the only block <name>..</name> -> (block, None), or (None, what is wrong with it)."""
     opening, closing = f"<{name}>", f"</{name}>"
     counts = text.count(opening), text.count(closing)
     if counts != (1, 1):
@@ -171,11 +182,12 @@ def _outside(text: str, blocks: list[_Block]) -> str:
     return "\n".join(piece.strip() for piece in pieces if piece.strip())
 
 
-def _read_entries(body: str) -> dict[str, tuple[str, ...]]:
-    """Entries separated by comma, semicolon or newline -> the fields labels, unknown, duplicates,
-    contradictions.
-    """
-    labels, unknown, duplicates, seen = [], [], [], set()
+def _read_entries(body: str) -> _Entries:
+    """Sort the entries of an answer block, which comma, semicolon or newline separates."""
+    labels: list[str] = []
+    unknown: list[str] = []
+    duplicates: list[str] = []
+    seen: set[str] = set()
     for entry in body.replace(";", ",").replace("\n", ",").split(","):
         entry = entry.strip()
         if not entry:
@@ -192,9 +204,4 @@ def _read_entries(body: str) -> dict[str, tuple[str, ...]]:
         if NO_FINDING in labels
         else []
     )
-    return {
-        "labels": tuple(labels),
-        "unknown": tuple(unknown),
-        "duplicates": tuple(duplicates),
-        "contradictions": tuple(contradictions),
-    }
+    return _Entries(tuple(labels), tuple(unknown), tuple(duplicates), tuple(contradictions))

@@ -1,10 +1,9 @@
-"""Checks data files before a long run: every row, every image, and the answers where there are
-some.
+"""Check data files before a long run: every row, every image, and the answers if there are any.
 
     python -m data.check train.jsonl validation.jsonl [--image_root FOLDER]
 
-All problems are printed, one line each. Exit code 0: nothing is wrong; 1: something is; 2: the
-command cannot be carried out.
+All problems are printed, one line each. The exit code is 0 where nothing is wrong, 1 where
+something is, and 2 where the command cannot be carried out.
 """
 
 from __future__ import annotations
@@ -22,8 +21,12 @@ from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
 
 
 def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example], list[str]]:
-    """(sound rows, all problems of rows, labels, answers and images) of one data file. Raises
-    DataError for a missing file.
+    """Read all of a data file -> (its sound rows, problems of rows, labels, answers and images).
+
+    spec: a JSONL file or demo:SPLIT.
+    image_root: folder that image paths are relative to, or None for the data file's own.
+
+    Raises DataError for a missing file.
     """
     path = data_file(spec)
     examples, problems = scan_jsonl(path, image_root)
@@ -59,7 +62,7 @@ def _row_problems(example: Example) -> list[str]:
 
 
 def summary(spec: str, examples: Sequence[Example]) -> str:
-    """What the sound rows of a file are: counts of rows, patients, answers and labels."""
+    """Count the sound rows of a file, their patients, answers and labels, in one line."""
     counts = Counter(label for example in examples for label in example.target.labels)
     without = sum(not example.target.labels for example in examples)
     contradictory = sum(
@@ -77,6 +80,7 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Check every row and every image of data files."
     )

@@ -1,11 +1,13 @@
-"""CheXpert (Irvin et al., 2019): the small and the full release, its batch folders, and the test
-labels.
+"""Load CheXpert (Irvin et al., 2019): small and full release, batch folders, test labels.
 
     load_chexpert("CheXpert-v1.0-small")                    # prints what it kept and dropped
 
-Label files: train.csv; valid.csv or CheXlocalize's val_labels.csv; for the test part
-groundtruth.csv (one row a study) or test_labels.csv (one row an image, without the columns of the
-view).
+Label files of the parts:
+
+    train   train.csv
+    valid   valid.csv, or CheXlocalize's val_labels.csv
+    test    groundtruth.csv (one row a study), or test_labels.csv (one row an image, without the
+            columns of the view)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.examples import Example
-from data.labels import LabelPolicy
+from data.labels import DEFAULT_POLICY, LabelPolicy
 from data.sources import (
     VIEWS,
     Candidate,
@@ -52,26 +54,31 @@ def load_chexpert(
     folder: str | Path,
     part: str = "train",
     *,
-    policy: LabelPolicy = LabelPolicy(),
+    policy: LabelPolicy = DEFAULT_POLICY,
     views: str = "frontal",
     frontals: str = "pa_first",
     label_file: str | None = None,
     drop_missing: bool = False,
     report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part ("train", "valid" or "test"), image paths relative to `folder`.
+    """Load the examples of one part of CheXpert, with image paths relative to `folder`.
 
     folder: the release's folder (with train.csv in it), or the one that holds it or the downloaded
-    batch folders. views: "frontal" by the Frontal/Lateral column, else by the file's name, or
-    "all". frontals: which of several images of a study, see `sources.choose`; at "all", each with
-    its own labels, the image-level test_labels.csv goes before groundtruth.csv. label_file: another
-    CSV of the release, such as train_visualCheXbert.csv. drop_missing: leave out images that are
-    not there. report: filled with what was kept and dropped; without one it is printed.
+    batch folders.
+    part: "train", "valid" or "test".
+    policy: what the cells of the label file become.
+    views: "frontal" by the Frontal/Lateral column, else by the file's name, or "all".
+    frontals: which of several images of a study, see `sources.choose`. At "all" each image has its
+    own labels, so the image-level test_labels.csv goes before groundtruth.csv.
+    label_file: another CSV of the release, such as train_visualCheXbert.csv.
+    drop_missing: leave out images that are not there.
+    report: filled with what was kept and dropped. Without one it is printed.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
     folder = source_folder(folder)
-    known("part", part, tuple(PARTS)), known("views", views, VIEWS)
+    known("part", part, tuple(PARTS))
+    known("views", views, VIEWS)
     names = (
         (label_file,)
         if label_file
@@ -101,8 +108,17 @@ def load_chexpert(
     return examples
 
 
-def _images(table, cells, locate, folder, views, drop_missing, report, problems) -> list[Candidate]:
-    """Candidates of a table with one row an image."""
+def _images(
+    table: Table,
+    cells: LabelCells,
+    locate: Callable[[str], str],
+    folder: Path,
+    views: str,
+    drop_missing: bool,
+    report: Report,
+    problems: list[str],
+) -> list[Candidate]:
+    """Collect the candidates of a table with one row an image."""
     with_view = table.has("Frontal/Lateral")
     view_columns = (
         [*table.find("Frontal/Lateral"), *table.find("AP/PA")]
@@ -151,10 +167,18 @@ def _images(table, cells, locate, folder, views, drop_missing, report, problems)
 
 
 def _studies(
-    table, cells, locate, folder, views, drop_missing, report, problems
+    table: Table,
+    cells: LabelCells,
+    locate: Callable[[str], str],
+    folder: Path,
+    views: str,
+    drop_missing: bool,
+    report: Report,
+    problems: list[str],
 ) -> list[Candidate]:
-    """Candidates of a table with one row a study and no image names: those that lie in the study's
-    folder.
+    """Collect the candidates of a table with one row a study, from the study's folder.
+
+    Such a table names no images.
     """
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
@@ -204,7 +228,7 @@ def _studies(
 def _candidate(
     image: re.Match, root: str, projection: str, frontal: bool, reading: Reading
 ) -> Candidate:
-    """image: a match of _IMAGE."""
+    """Describe one image. image: a match of _IMAGE."""
     patient, study, name, order = image.group(1, 2, 3, 4)
     return Candidate(
         f"{patient}/{study}",
@@ -219,9 +243,9 @@ def _candidate(
 
 
 def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
-    """patient -> the folder of the part's images that holds it, relative to `folder`.
+    """Find folders of images -> a function from a patient to its folder, relative to `folder`.
 
-    Paths of the CSV name the release's own folder; downloads have other ones: `val` for `valid`,
+    Paths of the CSV name the release's own folder. Downloads have other ones: `val` for `valid`,
     and `batch 2 (train 1)` and so on with the training patients directly in them. A patient that is
     nowhere gets the first folder.
     """
@@ -235,7 +259,7 @@ def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
     if len(relative) == 1:
         return lambda patient: relative[0]
     home: dict[str, str] = {}
-    for root, name in zip(roots, relative):
+    for root, name in zip(roots, relative, strict=True):
         for entry in os.scandir(root):
             home.setdefault(entry.name, name)
     return lambda patient: home.get(patient, relative[0])

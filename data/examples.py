@@ -1,9 +1,10 @@
-"""One example, the JSONL files that hold them, and splits that never share a patient."""
+"""Read examples from JSONL files, and split them without ever sharing a patient."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from data.labels import LABELS, Target
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its labels.
+    """Hold one image with its labels.
 
-    image: path relative to `image_root`. labels, evaluated_labels: CheXpert names in CheXpert's
-    order; a label outside evaluated_labels is unknown. source_labels: the hospital's own strings.
-    answer: the teacher's trace, or None. extra: fields of the file that this project does not know,
-    kept as they are.
+    image: path relative to `image_root`.
+    labels, evaluated_labels: CheXpert names in CheXpert's order. A label outside evaluated_labels
+    is unknown.
+    source_labels: the hospital's own strings.
+    answer: the teacher's trace, or None.
+    extra: fields of the file that this project does not know, kept as they are.
     """
 
     id: str
@@ -34,7 +37,7 @@ class Example:
 
     @property
     def target(self) -> Target:
-        """What rewards and scores compare with: the labels among the evaluated ones."""
+        """Return what rewards and scores compare with: the labels among the evaluated ones."""
         return Target(
             frozenset(self.labels) & frozenset(self.evaluated_labels),
             frozenset(self.evaluated_labels),
@@ -47,11 +50,12 @@ _TYPE_NAMES = {str: "a string", list: "a list of strings"}
 
 
 def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
-    """Examples of one data file, in the file's order.
+    """Read the examples of one data file, in the file's order. Images are not opened here.
 
-    image_root: folder that image paths are relative to; default, the data file's own. Raises
-    DataError with every problem of the file at once (file, line, field), also for a missing or
-    empty file and for an id that occurs twice. Images are not opened here.
+    image_root: folder that image paths are relative to, or None for the data file's own.
+
+    Raises DataError with every problem of the file at once (file, line, field), also for a missing
+    or empty file and for an id that occurs twice.
     """
     examples, problems = scan_jsonl(path, image_root)
     if problems:
@@ -62,8 +66,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
 def scan_jsonl(
     path: str | Path, image_root: str | Path | None = None
 ) -> tuple[list[Example], list[str]]:
-    """(the sound rows of a data file, all that is wrong with the others or the file), as
-    `read_jsonl` reads it.
+    """Read a data file as `read_jsonl` does -> (its sound rows, what is wrong with the others).
 
     Raises DataError where there is no such file.
     """
@@ -96,11 +99,12 @@ def scan_jsonl(
 
 
 def data_file(spec: str | Path) -> Path:
-    """The JSONL file that a `--train_file` or the like names: a path, or `demo:SPLIT` for a split
-    of the embedded demo.
+    """Find the JSONL file that a `--train_file` or the like names.
 
-    The demo's images are drawn under ./demo-data the first time. Raises DataError for an unknown
-    split.
+    spec: a path, or `demo:SPLIT` for a split of the embedded demo, whose images are drawn under
+    ./demo-data the first time.
+
+    Raises DataError for an unknown split.
     """
     if not str(spec).startswith("demo:"):
         return Path(spec)
@@ -115,7 +119,7 @@ def data_file(spec: str | Path) -> Path:
 
 
 def read_examples(spec: str | Path, image_root: str | Path | None = None) -> list[Example]:
-    """`read_jsonl` of what `data_file` finds."""
+    """Read the examples of a path or demo:SPLIT, as `data_file` and `read_jsonl` do."""
     return read_jsonl(data_file(spec), image_root)
 
 
@@ -153,16 +157,15 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
 
 
 def _example(row: dict, root: Path) -> Example:
-    ordered = lambda names: tuple(label for label in LABELS if label in names)  # noqa: E731
     evaluated = row.get("evaluated_labels")
     return Example(
         id=row["id"],
         patient_id=row["patient_id"],
         image=row["image"],
-        labels=ordered(row["labels"]),
+        labels=_ordered(row["labels"]),
         dataset=row["dataset"],
         image_root=root,
-        evaluated_labels=LABELS if evaluated is None else ordered(evaluated),
+        evaluated_labels=LABELS if evaluated is None else _ordered(evaluated),
         source_labels=tuple(row.get("source_labels") or ()),
         answer=row.get("answer"),
         extra={
@@ -173,8 +176,12 @@ def _example(row: dict, root: Path) -> Example:
     )
 
 
+def _ordered(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(label for label in LABELS if label in names)
+
+
 def row_of(example: Example) -> dict:
-    """The row of a data file that `read_jsonl` reads as this example."""
+    """Write an example as the row of a data file that `read_jsonl` reads as this example."""
     row = {
         "id": example.id,
         "patient_id": example.patient_id,
@@ -188,15 +195,16 @@ def row_of(example: Example) -> dict:
 
 
 def selection_file(data_file: str | Path) -> Path:
-    """NAME.select.json beside NAME.jsonl: where `data.select` notes what a data file was made from."""
+    """Find NAME.select.json beside NAME.jsonl, where `data.select` notes what it was made from."""
     return Path(data_file).with_suffix(".select.json")
 
 
 def split_by_patient(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(rest, held out): about `fraction` of the examples held out, no patient on both sides, order
-    kept, the same for one seed.
+    """Hold out about `fraction` of the examples -> (rest, held out), no patient on both sides.
+
+    Both sides keep the order of the examples. One seed always gives the same sides.
 
     Raises DataError where there are too few patients for two non-empty sides.
     """
@@ -209,7 +217,7 @@ def split_by_patient(
             ]
         )
     random.Random(seed).shuffle(patients)
-    counts = {patient: 0 for patient in patients}
+    counts = dict.fromkeys(patients, 0)
     for example in examples:
         counts[example.patient_id] += 1
     held: set[str] = set()
@@ -217,6 +225,5 @@ def split_by_patient(
         if held and sum(counts[p] for p in held) >= fraction * len(examples):
             break
         held.add(patient)
-    return [e for e in examples if e.patient_id not in held], [
-        e for e in examples if e.patient_id in held
-    ]
+    rest = [example for example in examples if example.patient_id not in held]
+    return rest, [example for example in examples if example.patient_id in held]

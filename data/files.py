@@ -19,7 +19,7 @@ _NAME = re.compile(r"[^\W_][\w-]*")  # names become parts of file names and of m
 
 
 class DataError(ValueError):
-    """Report what is wrong with data files: `problems` has one line each, with file, line and field."""
+    """Report what is wrong with data files, one line a problem, with file, line and field."""
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(problems)
@@ -29,7 +29,8 @@ class DataError(ValueError):
 def first_problems(problems: Sequence[str], more: str = "and {} more problems") -> list[str]:
     """Cut a list of problems after MAX_PROBLEMS lines, and say in a last line how many were cut.
 
-    problems: one line each. more: the last line, with {} for the number.
+    problems: one line each.
+    more: the last line, with {} for the number.
     """
     hidden = len(problems) - MAX_PROBLEMS
     return [*problems[:MAX_PROBLEMS], *([more.format(hidden)] if hidden > 0 else [])]
@@ -37,7 +38,7 @@ def first_problems(problems: Sequence[str], more: str = "and {} more problems") 
 
 # ---- NAME=FILE -----------------------------------------------------------------------------------
 def is_name(name: str) -> bool:
-    """Tell whether `name` can name a data set: letters, digits, - and _, a letter or digit first."""
+    """Check that a data set's name has letters, digits, - and _, a letter or digit first."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -46,8 +47,9 @@ def named_files(
 ) -> tuple[dict[str, str], list[str]]:
     """Read the values of a repeatable NAME=FILE flag -> ({name: file}, problems).
 
-    values: as the user gave them. flag: without dashes, for the problems. taken: names that are in
-    use elsewhere, such as "train".
+    values: as the user gave them.
+    flag: its name without dashes, for the problems.
+    taken: names that are in use elsewhere, such as "train".
     """
     files: dict[str, str] = {}
     problems: list[str] = []
@@ -67,7 +69,7 @@ def named_files(
 # ---- write whole or not at all -------------------------------------------------------------------
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends without an error.
+    """Give a temporary path beside `path`, and rename it when the block ends without an error.
 
     So a reader sees the old file or the new one, never a part of it. Missing parent folders are
     made. After an error nothing is left behind.

@@ -1,4 +1,4 @@
-"""The 14 CheXpert labels, their spellings, and how another hospital's categories map onto them.
+"""Name the 14 CheXpert labels, fold their spellings, and map other hospitals' categories to them.
 
 Everything that compares labels goes through `canonical_label`, so that a model answer, a data file
 and a score table can never disagree about spelling.
@@ -31,9 +31,9 @@ LABELS: tuple[str, ...] = (
     SUPPORT_DEVICES,
 )
 
-# Spellings that mean exactly one of the 14 and nothing else. Deliberately short: 'nodule', 'normal'
-# or 'infiltrate' are findings or judgements, not other names of a label, and an answer that uses
-# them counts as unknown.
+# Spellings that mean exactly one of the 14 and nothing else. The list is short on purpose:
+# 'nodule', 'normal' or 'infiltrate' are findings or judgements, not other names of a label, and an
+# answer that uses them counts as unknown.
 ALIASES: dict[str, str] = {
     "airspace opacity": "Lung Opacity",  # MIMIC-CXR-JPG 2.1.0, the radiologists' test labels
     "lung opacities": "Lung Opacity",
@@ -55,10 +55,10 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 
 def canonical_label(text: str) -> str | None:
-    """The CheXpert label that `text` spells, or None.
+    """Find the CheXpert label that `text` spells, or None.
 
     Case, Unicode compatibility forms, invisible characters, runs of white space, underscores, a
-    list bullet in front and a full stop at the end are folded; nothing else is guessed.
+    list bullet in front and a full stop at the end are folded. Nothing else is guessed.
     """
     folded = unicodedata.normalize("NFKC", text).translate(_INVISIBLE).replace("_", " ")
     folded = " ".join(folded.split()).strip("\"'`").lstrip("-*\u2022 ").rstrip(".: ").casefold()
@@ -67,7 +67,7 @@ def canonical_label(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is true of one image, and which labels its source can express at all.
+    """Hold what is true of one image, and which labels its source can express at all.
 
     A label outside `evaluated_labels` is unknown, not absent: rewards and scores must ignore it.
     """
@@ -76,22 +76,25 @@ class Target:
     evaluated_labels: frozenset[str] = frozenset(LABELS)
 
 
-# What to make of an uncertain mention (-1): absent (U-Zeros), present (U-Ones) or unknown
-# (U-Ignore; Irvin et al., 2019).
+# An uncertain mention (-1) counts as absent (U-Zeros), present (U-Ones) or unknown (U-Ignore), by
+# Irvin et al., 2019.
 UNCERTAIN_RULES = ("zeros", "ones", "ignore")
-BLANK_RULES = ("zeros", "ignore")
-# What to make of an image that none of the labels is true of.
+BLANK_RULES = ("zeros", "ignore")  # a blank cell counts as absent or unknown
+# An image without any true label is called No Finding, keeps its empty set, or is left out.
 NO_LABEL_RULES = ("no_finding", "empty", "drop")
 
 
 @dataclass(frozen=True)
 class LabelPolicy:
-    """How the cells of CheXpert's and MIMIC's label tables (1, 0, -1, blank) become a label set.
+    """Choose how the cells of CheXpert's and MIMIC's label tables become a label set.
 
-    uncertain: rule for -1; uncertain_by_label: other rules for single labels, as {"Edema": "ones"}.
-    blank: rule for a label that the report does not mention. "ignore" makes a label unknown for
-    this image: it leaves evaluated_labels. no_label: an image without any true label is called No
-    Finding, keeps its empty set, or is left out (by whoever reads the table).
+    A cell is 1, 0, -1 or blank.
+
+    uncertain: one of UNCERTAIN_RULES, for -1.
+    uncertain_by_label: other rules for single labels, as {"Edema": "ones"}.
+    blank: one of BLANK_RULES, for a label that the report does not mention. "ignore" makes a label
+    unknown for this image: it leaves evaluated_labels.
+    no_label: one of NO_LABEL_RULES. At "drop" the reader of the table leaves the image out.
 
     Raises ValueError for an unknown rule or label.
     """
@@ -121,8 +124,9 @@ class LabelPolicy:
             )
 
     def meaning(self, label: str, value: int | None) -> str:
-        """What one cell (1, 0, -1 or None for blank) says: "true", "false", "ignored" or, for an
-        unknown blank, "silent".
+        """Read one cell (1, 0, -1, None for blank) -> "true", "false", "ignored" or "silent".
+
+        A blank that the policy makes unknown is silent.
         """
         if value == -1:
             return {"ones": "true", "zeros": "false", "ignore": "ignored"}[
@@ -133,7 +137,7 @@ class LabelPolicy:
         return "true" if value else "false"
 
     def combine(self, meanings: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """{label: its `meaning`} -> (labels, evaluated labels), both in CheXpert's order.
+        """Combine {label: its `meaning`} -> (labels, evaluated labels), in CheXpert's order.
 
         A label that is no key has no column in the table and counts as silent. No Finding excludes
         every label but Support Devices, so a stated No Finding makes silent findings false, and a
@@ -141,10 +145,10 @@ class LabelPolicy:
         finding is unknown; where one is, No Finding is unknown too. Contradictions of the table are
         kept.
         """
-        by_meaning = lambda name: {
-            label for label in LABELS if meanings.get(label, "silent") == name
-        }  # noqa: E731
-        true, ignored, silent = by_meaning("true"), by_meaning("ignored"), by_meaning("silent")
+        true, ignored, silent = (
+            {label for label in LABELS if meanings.get(label, "silent") == meaning}
+            for meaning in ("true", "ignored", "silent")
+        )
         if NO_FINDING in true:
             silent &= {SUPPORT_DEVICES}
         elif true - {SUPPORT_DEVICES}:
@@ -161,8 +165,11 @@ class LabelPolicy:
         )
 
 
-# NIH ChestX-ray14's strings -> CheXpert labels. None: NIH has the category, but none of the 14 says
-# the same thing ('Infiltration' is at best an approximate Lung Opacity), so it is dropped.
+DEFAULT_POLICY = LabelPolicy()
+
+# NIH ChestX-ray14's strings and the CheXpert labels that they become. None: NIH has the category,
+# but none of the 14 says the same thing ('Infiltration' is at best an approximate Lung Opacity), so
+# it is dropped.
 NIH_TO_CHEXPERT: dict[str, str | None] = {
     "No Finding": NO_FINDING,
     "Atelectasis": "Atelectasis",
@@ -181,7 +188,7 @@ NIH_TO_CHEXPERT: dict[str, str | None] = {
     "Pneumothorax": "Pneumothorax",
 }
 
-# The nine categories of the paper's Table 6, in CheXpert's order. NIH does label effusions; the
+# The nine categories of the paper's Table 6, in CheXpert's order. NIH does label effusions. The
 # paper's nine leave them out, so the ten are offered as a variant.
 NIH_NINE: tuple[str, ...] = (
     NO_FINDING,
@@ -205,9 +212,10 @@ def chexpert_labels_of_nih(
     evaluated: tuple[str, ...] = NIH_NINE,
     no_label: str = "empty",
 ) -> tuple[str, ...]:
-    """NIH strings of one image -> the CheXpert labels among `evaluated`, in CheXpert's order.
+    """Map the NIH strings of one image -> the CheXpert labels among `evaluated`, in its order.
 
-    no_label: where there are none, "no_finding" makes it No Finding; else the result is empty.
+    evaluated: the labels that the result may hold.
+    no_label: where there are none, "no_finding" makes it No Finding, else the result is empty.
 
     Raises ValueError for a string that is not one of NIH's 15.
     """

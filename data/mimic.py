@@ -1,5 +1,6 @@
-"""MIMIC-CXR-JPG 2.0.0 and 2.1.0 (Johnson et al., 2019; credentialed access): images, their views
-and the official split.
+"""Load MIMIC-CXR-JPG 2.0.0 and 2.1.0 (Johnson et al., 2019): images, views, official split.
+
+The data are given out for credentialed access only.
 
     load_mimic("mimic-cxr-jpg/2.1.0")                       # prints what it kept and dropped
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from data.examples import Example
 from data.files import DataError
-from data.labels import LabelPolicy
+from data.labels import DEFAULT_POLICY, LabelPolicy
 from data.sources import (
     VIEWS,
     Candidate,
@@ -48,25 +49,28 @@ def load_mimic(
     folder: str | Path,
     part: str = "train",
     *,
-    policy: LabelPolicy = LabelPolicy(),
+    policy: LabelPolicy = DEFAULT_POLICY,
     labels: str = "chexpert",
     views: str = "frontal",
     frontals: str = "pa_first",
     drop_missing: bool = False,
     report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part of the official split ("train", "validate", "test"), image paths
-    relative to `folder`.
+    """Load the examples of one part of the official split, with image paths relative to `folder`.
 
-    folder: the release's folder, or the one that holds it. labels: of the automatic labelers
-    "chexpert" and "negbio", or "radiologist" for the reports of the test part that one read. They
-    belong to studies: every image of a study has them. views: "frontal" is ViewPosition AP or PA.
-    frontals, drop_missing, report: as in `load_chexpert`.
+    folder: the release's folder, or the one that holds it.
+    part: "train", "validate" or "test".
+    labels: from the automatic labeler "chexpert" or "negbio", or "radiologist" for the reports of
+    the test part that one read. They belong to studies: every image of a study has them.
+    views: "frontal" is ViewPosition AP or PA, or "all".
+    policy, frontals, drop_missing, report: as in `load_chexpert`.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
     folder = source_folder(folder)
-    known("part", part, PARTS), known("labels", labels, LABEL_SOURCES), known("views", views, VIEWS)
+    known("part", part, PARTS)
+    known("labels", labels, LABEL_SOURCES)
+    known("views", views, VIEWS)
     names = {
         name: [f"mimic-cxr-{version}-{name}.csv" for version in ("2.0.0", "2.1.0")]
         for name in ("metadata", "split", "chexpert", "negbio")
@@ -106,7 +110,10 @@ def load_mimic(
 def _label_table(
     table: Table, policy: LabelPolicy, problems: list[str]
 ) -> dict[str, tuple[str | None, Reading]]:
-    """{study_id: (subject_id, what its labels are)}; the radiologist's file names no subject."""
+    """Read a label file -> {study_id: (subject_id, its labels)}.
+
+    The radiologist's file names no subject.
+    """
     cells = LabelCells(table, policy)
     with_subject = table.has("subject_id")
     ids = ["study_id", "subject_id" if with_subject else "study_id"]
@@ -114,7 +121,7 @@ def _label_table(
     for number, (study, subject), labels in table.rows(problems, table.find(*ids), cells.indices):
         reading = cells.read(labels)
         found = [
-            *_id_problems(table, number, dict(zip(ids, (study, subject)))),
+            *_id_problems(table, number, dict(zip(ids, (study, subject), strict=True))),
             *cell_problems(table, number, reading),
         ]
         if not found and study in studies:
@@ -126,7 +133,7 @@ def _label_table(
 
 
 def _split(table: Table, part: str, problems: list[str]) -> set[str]:
-    """The images (dicom_id) of the part."""
+    """Read the split file -> the images (dicom_id) of the part."""
     chosen: set[str] = set()
     for number, (dicom, split), _ in table.rows(problems, *[table.find("dicom_id", "split")] * 2):
         if split == part:
@@ -139,7 +146,15 @@ def _split(table: Table, part: str, problems: list[str]) -> set[str]:
     return chosen
 
 
-def _images(table, in_part, studies, root, views, report, problems) -> list[Candidate]:
+def _images(
+    table: Table,
+    in_part: set[str],
+    studies: dict[str, tuple[str | None, Reading]],
+    root: str,
+    views: str,
+    report: Report,
+    problems: list[str],
+) -> list[Candidate]:
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
     columns = table.find("dicom_id", "subject_id"), table.find("study_id", "ViewPosition")
@@ -186,7 +201,7 @@ def _images(table, in_part, studies, root, views, report, problems) -> list[Cand
 
 
 def _id_problems(table: Table, number: int, ids: dict[str, str]) -> list[str]:
-    """Ids become parts of paths, so they are held to their form."""
+    """Hold ids to their form, since they become parts of paths."""
     return [
         f"{table.path}, row {number}, column {name!r}: {value!r} is no {name}"
         for name, value in ids.items()

@@ -1,5 +1,6 @@
-"""NIH ChestX-ray14 (Wang et al., 2017; NIH Clinical Center,
-https://nihcc.app.box.com/v/ChestXray-NIHCC).
+"""Load NIH ChestX-ray14 (Wang et al., 2017).
+
+Source: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC
 
     load_nih("nih", "test")                                 # prints what it kept and dropped
 
@@ -54,23 +55,27 @@ def load_nih(
     drop_missing: bool = False,
     report: Report | None = None,
 ) -> list[Example]:
-    """Examples of one part ("train" and "test" by the official lists, "all"), image paths relative
-    to `folder`.
+    """Load the examples of one part of NIH ChestX-ray14, with image paths relative to `folder`.
 
-    evaluated: NIH_NINE or NIH_TEN. no_label: an image with none of them (4,689 of the official test
-    list under the nine) keeps its empty set, is called "no_finding", or is left out ("drop"). NIH
-    names No Finding itself, so a finding outside the categories is not the absence of one: hence
-    another default than the other hospitals'. drop_missing, report: as in `load_chexpert`.
+    folder: that of the label file, the lists and the images.
+    part: "train" or "test" by the official lists, or "all".
+    evaluated: NIH_NINE or NIH_TEN.
+    no_label: an image with none of them (4,689 of the official test list under the nine) keeps its
+    empty set, is called "no_finding", or is left out ("drop"). NIH names No Finding itself, so a
+    finding outside the categories is not the absence of one: hence another default than the other
+    hospitals'.
+    drop_missing, report: as in `load_chexpert`.
 
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
     folder = source_folder(folder)
-    known("part", part, tuple(PARTS)), known("no_label", no_label, NO_LABEL_RULES)
+    known("part", part, tuple(PARTS))
+    known("no_label", no_label, NO_LABEL_RULES)
     table = Table(find_file(folder, _LABEL_FILES))
     files = [table.path]
     listed = None
-    if PARTS[part] is not None:
-        files.append(find_file(folder, [PARTS[part]]))
+    if (list_name := PARTS[part]) is not None:
+        files.append(find_file(folder, [list_name]))
         listed = set(files[1].read_text(encoding="utf-8-sig").split())
     filled = (Report() if report is None else report).begin(f"NIH ChestX-ray14 {part}", *files)
     problems: list[str] = []
@@ -94,7 +99,15 @@ def load_nih(
     return examples
 
 
-def _images(table, listed, evaluated, no_label, locate, report, problems) -> list[Candidate]:
+def _images(
+    table: Table,
+    listed: set[str] | None,
+    evaluated: tuple[str, ...],
+    no_label: str,
+    locate: Callable[[str], str],
+    report: Report,
+    problems: list[str],
+) -> list[Candidate]:
     readings: dict[str, Reading] = {}
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
@@ -159,8 +172,9 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
 
 
 def _locator(folder: Path) -> Callable[[str], str]:
-    """image name -> its folder relative to `folder`: images/, or images_001/images/ and so on as
-    some downloads unpack.
+    """Find folders of images -> a function from an image's name to its folder in `folder`.
+
+    The folder is images/, or images_001/images/ and so on as some downloads unpack.
     """
     inner = sorted(
         path for place in places(folder) for path in place.glob("images*") if path.is_dir()
@@ -172,7 +186,7 @@ def _locator(folder: Path) -> Callable[[str], str]:
     if len(names) == 1:
         return lambda image: names[0]
     home: dict[str, str] = {}
-    for root, name in zip(roots, names):
+    for root, name in zip(roots, names, strict=True):
         for entry in os.scandir(root):
             home.setdefault(entry.name, name)
     return lambda image: home.get(image, names[0])

@@ -1,14 +1,12 @@
-"""What the model is asked: the system text, the instruction variants and the chat messages made
-from them.
+"""Write the instructions that the model is given, and the chat messages made from them.
 
     demo                   the embedded demo model's question
-    reasoning_narrative    the nine variants of the paper's Table 1; their texts are not published,
-                           so these are ours, written
-    reasoning_self_check   from the cues that it gives
+    reasoning_narrative    the nine variants of the paper's Table 1. Their texts are not published:
+    reasoning_self_check   these are ours, written from the cues that it gives
     reasoning_hypothesis
     reasoning_a ... _f
     free_reasoning         with only_label, reasoning_narrative and reasoning_a the four SFT formats
-                           of section 3.2.1
+                           of the paper's section 3.2.1
     only_label             labels without reasoning: no <think> block, also for the parser and the
                            rewards
     nv_reason              another system's own question, to score NV-Reason-CXR-3B fairly:
@@ -47,8 +45,9 @@ _ANSWER_RULES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One instruction variant. `answer_format` is the parser's name for the answer that it asks for
-    (`data.answers`).
+    """Hold one instruction variant.
+
+    answer_format: the parser's name for the form of answer that it asks for (`data.answers`).
     """
 
     name: str
@@ -61,7 +60,7 @@ def _prompts(*prompts: Prompt) -> dict[str, Prompt]:
     return {prompt.name: prompt for prompt in prompts}
 
 
-# What each label means on a frontal radiograph, for the variant that is guided by definitions.
+# Each label on a frontal radiograph, for the variant that is guided by definitions.
 _DEFINITIONS = (
     "- No Finding: none of the other labels except, possibly, Support Devices.\n- Enlarged"
     " Cardiomediastinum: the mediastinal silhouette is wide, beyond what projection and rotation"
@@ -219,18 +218,19 @@ PROMPTS: dict[str, Prompt] = _prompts(
 
 
 def solution_text(labels: Iterable[str]) -> str:
-    """The answer of the form `solution`, which is all of it: "<solution>Edema,
-    Fracture</solution>", in CheXpert's order.
+    """Write an answer of the form `solution`, labels in CheXpert's order.
+
+    For example "<solution>Edema, Fracture</solution>".
     """
     labels = set(labels)
     return f"<solution>{', '.join(label for label in LABELS if label in labels)}</solution>"
 
 
 def build_messages(prompt: Prompt, answer: str | None = None) -> list[dict]:
-    """Chat messages for one image: system, user (image first, then the instruction) and, when
-    given, the assistant's answer.
+    """Build the chat messages for one image: system, user and, when given, the assistant's answer.
 
-    The image itself is not in the messages; its place is marked by `{"type": "image"}`.
+    The user's message is the image, then the instruction. The image itself is not in the messages.
+    Its place is marked by `{"type": "image"}`.
     """
     messages: list[dict] = [
         {"role": "system", "content": [{"type": "text", "text": prompt.system}]},

@@ -1,13 +1,13 @@
 """Draw the training and test sets from downloaded hospitals' data.
 
-    python -m data.select --mimic data/mimic-cxr-jpg/2.1.0 --chexpert data/CheXpert-v1.0-small --nih
-    data/nih --output_dir data
+    python -m data.select --mimic data/mimic-cxr-jpg/2.1.0 \
+        --chexpert data/CheXpert-v1.0-small --nih data/nih --output_dir data
 
 writes sft.jsonl, rl.jsonl and validation.jsonl of one hospital (the first of mimic, chexpert and
 nih given, or --train_on), and test-<hospital>.jsonl of each. No patient is in two sets. Beside each
 NAME.jsonl lies NAME.select.json: every setting, the SHA-256 of the label files, what was dropped
-and why, and the balance; the run scripts and eval.evaluate copy it into a run's configuration.
-Reads label files only: no image is opened and nothing leaves the machine.
+and why, and the balance. The run scripts and eval.evaluate copy it into a run's configuration. Only
+label files are read: no image is opened and nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 from data.chexpert import load_chexpert
 from data.examples import Example, row_of, selection_file
-from data.files import MAX_PROBLEMS, DataError
+from data.files import MAX_PROBLEMS, DataError, written_whole
 from data.labels import (
     BLANK_RULES,
     LABEL_MAPS,
@@ -42,29 +44,32 @@ from data.sources import FRONTALS, VIEWS, Report
 HOSPITALS = ("mimic", "chexpert", "nih")
 TRAINING_SETS = ("sft", "rl", "validation")
 SAMPLINGS = ("natural", "balanced")
-# the hospital's own, where it has one
+# the hospital's own validation part, where it has one
 _VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}
 
 
 # ---- command line --------------------------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise DataError([message])
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags of the command."""
     parser = _Parser(
-        prog="python -m data.select", description=__doc__.partition("\n")[0], allow_abbrev=False
+        prog="python -m data.select",
+        description="Draw the training and test sets from downloaded hospitals' data.",
+        allow_abbrev=False,
     )
 
     def group(title: str) -> Callable[..., None]:
         add = parser.add_argument_group(title).add_argument
-        return lambda flag, *, help, default=None, **options: add(
-            flag,
-            default=default,
-            help=help if default is None else f"{help} [default: {default}]",
-            **options,
-        )
+
+        def flag(name: str, *, help: str, default: Any = None, **options: Any) -> None:
+            shown = help if default is None else f"{help} [default: {default}]"
+            add(name, default=default, help=shown, **options)
+
+        return flag
 
     flag = group("folders")
     flag(
@@ -253,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags. Raises DataError with every problem of their values."""
+    """Parse and check the flags. Raises DataError with every problem of their values."""
     flags = build_parser().parse_args(argv)
     given = [name for name in HOSPITALS if getattr(flags, name) is not None]
     problems = (
@@ -297,7 +302,7 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, dict[str, str]]:
-    """["zeros", "Edema=ones"] -> ("zeros", {"Edema": "ones"})."""
+    """Read the rules for -1: ["zeros", "Edema=ones"] -> ("zeros", {"Edema": "ones"})."""
     plain = [value for value in values if "=" not in value] or ["zeros"]
     by_label = {}
     for name, _, rule in (value.partition("=") for value in values if "=" in value):
@@ -323,7 +328,7 @@ def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, d
 # ---- load ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pool:
-    """All examples that a set may be drawn from, and how they came to be."""
+    """Hold all examples that a set may be drawn from, and how they came to be."""
 
     examples: list[Example]
     report: Report
@@ -332,7 +337,7 @@ class Pool:
 def _loader(
     flags: argparse.Namespace, hospital: str, part: str
 ) -> Callable[[Report], list[Example]]:
-    """How the pool of a hospital's part ("train", "valid" or "test") is loaded."""
+    """Choose how the pool of a hospital's part ("train", "valid" or "test") is loaded."""
     folder, drop_missing = getattr(flags, hospital), flags.missing_images == "drop"
     if hospital == "nih":
         return lambda report: load_nih(
@@ -348,7 +353,7 @@ def _loader(
         frontals = (
             "all" if flags.test_level == "image" else "pa_first" if frontals == "all" else frontals
         )
-    options = {
+    options: dict[str, Any] = {
         "policy": LabelPolicy(
             flags.uncertain, flags.uncertain_by_label, flags.blank, flags.no_label or "no_finding"
         ),
@@ -367,8 +372,9 @@ def _loader(
 
 
 def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
-    """{(hospital, part): pool} of every part that a set is drawn from. Raises DataError with the
-    problems of all of them.
+    """Load every part that a set is drawn from -> {(hospital, part): pool}.
+
+    Raises DataError with the problems of all parts.
     """
     sizes = {name: getattr(flags, f"{name}_size") for name in TRAINING_SETS}
     parts = {
@@ -394,8 +400,10 @@ def load_pools(flags: argparse.Namespace) -> dict[tuple[str, str], Pool]:
 def deal_patients(
     examples: Sequence[Example], sizes: Mapping[str, int], rng: random.Random
 ) -> dict[str, list[Example]]:
-    """{set: the examples of its patients}. Patients come in random order, each to the set that has
-    the least of what it needs, so the pools are in proportion to the sizes.
+    """Deal patients out among the sets -> {set: the examples of its patients}.
+
+    Patients come in random order, each to the set that has the smallest part of what it needs, so
+    that the pools are in proportion to the sizes.
     """
     by_patient: dict[str, list[Example]] = {}
     # the draw does not depend on the order of the label file
@@ -413,11 +421,12 @@ def deal_patients(
 def draw(
     examples: Sequence[Example], count: int, sampling: str, rng: random.Random
 ) -> list[Example]:
-    """`count` of the examples, or all where there are fewer, in random order; the first so many of
-    them are a draw, too.
+    """Draw `count` of the examples, or all where there are fewer, in random order.
 
-    balanced: each from the label that has fewest images so far and has any left; images without a
-    label count as one more label.
+    sampling: natural, or balanced: each from the label that has fewest images so far and has any
+    left. Images without a label count as one more label.
+
+    The first n of them are a draw of n, too.
     """
     remaining = list(examples)
     rng.shuffle(remaining)
@@ -445,8 +454,9 @@ def draw(
 def draw_sets(
     flags: argparse.Namespace, pools: Mapping[tuple[str, str], Pool]
 ) -> dict[str, tuple[list[Example], Pool]]:
-    """{file name without .jsonl: (its examples, the pool they come from)}. Raises DataError where
-    patients do not suffice, and where a patient is in two sets.
+    """Draw all sets -> {file name without .jsonl: (its examples, the pool they come from)}.
+
+    Raises DataError where patients do not suffice, and where a patient is in two sets.
     """
     sets: dict[str, tuple[list[Example], Pool]] = {}
     problems: list[str] = []
@@ -505,7 +515,7 @@ def _dropped(report: Report) -> str:
 
 
 def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
-    """Raise DataError naming each two sets that share a patient."""
+    """Check that no patient is in two sets. Raises DataError naming each two that share one."""
     patients = {
         name: {example.patient_id for example in examples} for name, examples in sets.items()
     }
@@ -524,8 +534,9 @@ def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
 
 # ---- write ---------------------------------------------------------------------------------------
 def common_root(flags: argparse.Namespace, output_dir: Path) -> Path:
-    """The folder that image paths are relative to. Raises DataError where --image_root is not above
-    the hospitals' folders.
+    """Choose the folder that image paths are relative to.
+
+    Raises DataError where --image_root is not above the hospitals' folders.
     """
     folders = [
         Path(getattr(flags, name)).resolve()
@@ -548,71 +559,61 @@ def common_root(flags: argparse.Namespace, output_dir: Path) -> Path:
 
 
 def rebased(example: Example, root: Path) -> Example:
-    """The example with its image relative to `root`."""
+    """Make the path of an example's image relative to `root`."""
     image = (example.image_root.resolve() / example.image).relative_to(root).as_posix()
     return replace(example, image=image, image_root=root)
 
 
 def check_present(sets: Mapping[str, Sequence[Example]]) -> None:
-    """Raise DataError where an image that was drawn is not there."""
+    """Check that every image that was drawn is there. Raises DataError where one is not."""
     missing = [
-        (name, example)
+        f"{name}: {path}: no such image"
         for name, examples in sets.items()
         for example in examples
-        if not (example.image_root / example.image).is_file()
+        if not (path := example.image_root / example.image).is_file()
     ]
     if missing:
-        lines = [
-            f"{name}: {example.image_root / example.image}: no such image"
-            for name, example in missing[:MAX_PROBLEMS]
-        ]
         drawn = sum(map(len, sets.values()))
-        raise DataError(
-            [
-                *lines,
-                (
-                    f"{len(missing)} of the {drawn} images drawn are missing; download them, or"
-                    " draw from those that are there: --missing_images drop"
-                ),
-            ]
+        advice = (
+            f"{len(missing)} of the {drawn} images drawn are missing; download them, or draw from"
+            " those that are there: --missing_images drop"
         )
+        raise DataError([*missing[:MAX_PROBLEMS], advice])
 
 
 def balance(examples: Sequence[Example]) -> dict[str, int]:
-    """{label: images that have it}, CheXpert's order."""
+    """Count the images that have each label, in CheXpert's order."""
     counts = Counter(label for example in examples for label in example.target.labels)
     return {label: counts[label] for label in LABELS}
 
 
 def write_all(output_dir: Path, contents: Mapping[Path, str]) -> None:
-    """Write every file under a temporary name, then give them their names; what fails leaves
-    nothing behind.
+    """Write every file under a temporary name, then give all of them their names.
+
+    After an error nothing is left behind.
 
     Raises DataError where the folder cannot be written to.
     """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
-    named: list[Path] = []
+    all_written = False
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path, content in contents.items():
-            temporary[path].write_text(content, encoding="utf-8")
-        for path in contents:
-            os.replace(temporary[path], path)
-            named.append(path)
+        with ExitStack() as renames:  # at its end
+            for path, content in contents.items():
+                temporary = renames.enter_context(written_whole(path))
+                temporary.write_text(content, encoding="utf-8")
+            all_written = True
     except OSError as error:
-        for path in named:
-            path.unlink()
+        if all_written:  # one could not be renamed: take the others back
+            for path in contents:
+                path.unlink(missing_ok=True)
         where = error.filename2 or error.filename
         raise DataError(
             [f"--output_dir {output_dir}: cannot be written to ({error.strerror}: {where})"]
         ) from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 # ---- all together --------------------------------------------------------------------------------
 def run(argv: Sequence[str]) -> None:
+    """Load, draw, write and report the sets that the flags ask for."""
     flags = settings_of(argv)
     output_dir = Path(flags.output_dir)
     names = [name for name in TRAINING_SETS if getattr(flags, f"{name}_size")] + [
@@ -661,7 +662,7 @@ def run(argv: Sequence[str]) -> None:
 def _record(
     flags: argparse.Namespace, name: str, examples: Sequence[Example], pool: Pool, content: str
 ) -> dict:
-    """NAME.select.json."""
+    """Collect what NAME.select.json says of a set."""
     return {
         "set": name,
         "images": len(examples),
@@ -674,9 +675,7 @@ def _record(
 
 
 def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
-    """Positives of every set by label, and their share in the set and in the pool that it was drawn
-    from.
-    """
+    """Tabulate the positives of every set by label, with their share in the set and in its pool."""
     titles = [f"{name} ({len(examples):,})" for name, (examples, _) in sets.items()]
     lines = [
         f"{'images with the label':<28}" + "".join(f"{title:>26}" for title in titles),
@@ -696,7 +695,7 @@ def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 2 usage or data."""
+    """Run the command; returns the exit code: 0 done, 2 usage or data."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except DataError as error:

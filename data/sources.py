@@ -1,8 +1,7 @@
-"""What the loaders of the three hospitals share: label tables read by column name, the choice of
-images, the report.
+"""Share what the loaders of the three hospitals need: tables, the choice of images, the report.
 
 A loader reads every row before it complains, so that one message names all bad rows (file, row,
-column). Rows are numbered as a spreadsheet does: the header is row 1.
+column). Rows are numbered as in a spreadsheet: the header is row 1.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
-import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,19 +19,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.examples import Example
-from data.files import MAX_PROBLEMS, DataError
+from data.files import DataError, first_problems, sha256_of
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
 
 VIEWS = ("frontal", "all")
 FRONTALS = ("pa_first", "first", "all")
-_RANKS = {"PA": 0, "AP": 1}  # of pa_first; then other frontal views, then the rest
+_RANKS = {"PA": 0, "AP": 1}  # at pa_first, then other frontal views, then the rest
 OTHER_FRONTAL, NOT_FRONTAL = 2, 3
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's cycle collector off: it would search hundreds of thousands of new rows again and
-    again, 40 % of the time, and they have no cycles.
+    """Switch Python's cycle collector off while a loader reads its tables.
+
+    It would search hundreds of thousands of new rows again and again, for 40 % of the time, and
+    they have no cycles.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -45,7 +45,10 @@ def collector_paused() -> Iterator[None]:
 
 
 def known(name: str, value: str, choices: Sequence[str]) -> str:
-    """The value. Raises DataError where it is none of the choices."""
+    """Check the value of an argument, and return it.
+
+    Raises DataError where it is none of the choices.
+    """
     if value not in choices:
         raise DataError([f"{name} {value!r} is not known; it may be {', '.join(choices)}"])
     return value
@@ -53,7 +56,7 @@ def known(name: str, value: str, choices: Sequence[str]) -> str:
 
 # ---- files ---------------------------------------------------------------------------------------
 def source_folder(folder: str | Path) -> Path:
-    """The folder as a Path. Raises DataError where there is none."""
+    """Check that a folder is there. Raises DataError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError([f"{folder}: no such folder"])
@@ -61,14 +64,15 @@ def source_folder(folder: str | Path) -> Path:
 
 
 def places(folder: Path) -> list[Path]:
-    """The folder and the folders directly in it, by name: downloads are unpacked with and without
-    their outer folder.
+    """List the folder and the folders directly in it, by name.
+
+    Downloads are unpacked with and without their outer folder.
     """
     return [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
 
 
 def find_file(folder: Path, names: Sequence[str]) -> Path:
-    """The first of `names` in `folder`, else in one of its folders, plain or with .gz added.
+    """Find the first of `names` in `folder`, else in one of its folders, plain or with .gz added.
 
     Raises DataError where there is none, and where two folders have the same file.
     """
@@ -96,17 +100,15 @@ def _plain_or_gz(place: Path, name: str) -> Path | None:
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise DataError where there are any, a long list cut."""
+    """Raise DataError with the problems, a long list cut, where there are any."""
     if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(
-            [*problems[:MAX_PROBLEMS], *([f"and {hidden} more problems"] if hidden > 0 else [])]
-        )
+        raise DataError(first_problems(problems))
 
 
 class Table:
-    """A CSV file (.csv or .csv.gz, UTF-8), read by column name; names are compared without case and
-    outer white space.
+    """Read a CSV file (.csv or .csv.gz, UTF-8) by column name.
+
+    Names are compared without case and outer white space.
 
     Raises DataError for a file without a header or with a column twice.
     """
@@ -133,7 +135,7 @@ class Table:
             raise DataError([f"{path}: column {name!r} occurs twice" for name in twice])
 
     def find(self, *names: str) -> list[int]:
-        """Indices of columns. Raises DataError naming those that are missing."""
+        """Find the indices of columns. Raises DataError naming those that are missing."""
         missing = [name for name in names if name.casefold() not in self.columns]
         if missing:
             raise DataError(
@@ -148,7 +150,7 @@ class Table:
         return name.casefold() in self.columns
 
     def label_columns(self) -> dict[str, int]:
-        """{label: column} of the 14; 'Airspace Opacity' and other aliases of data/labels.py count.
+        """Find the columns of the 14 labels -> {label: column}, by any spelling of data/labels.py.
 
         Only No Finding may be missing. Raises DataError for another one, and for a label that has
         two columns.
@@ -178,10 +180,10 @@ class Table:
     def rows(
         self, problems: list[str], first: Sequence[int], second: Sequence[int]
     ) -> Iterator[tuple[int, tuple, tuple]]:
-        """(row number, cells of the columns `first`, cells of `second`) of each row; each names two
-        columns or more.
+        """Read every row -> (row number, cells of the columns `first`, cells of `second`).
 
-        A row of another length becomes a problem.
+        problems: gets a line for each row of another length.
+        first, second: two columns or more each.
         """
         width, pick_first, pick_second = self._width, itemgetter(*first), itemgetter(*second)
         lines = self._lines()
@@ -205,7 +207,8 @@ class Table:
             with (gzip.open if zipped else open)(
                 self.path, "rt", encoding="utf-8-sig", newline=""
             ) as text:
-                for row, line in enumerate(csv.reader(text), start=1):
+                for line in csv.reader(text):
+                    row += 1
                     yield line
         except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
             raise DataError(
@@ -219,8 +222,12 @@ class Table:
 # ---- labels --------------------------------------------------------------------------------------
 @dataclass(eq=False, slots=True)
 class Reading:
-    """What one combination of label cells says. cells: those of the labels `columns`. bad: (column,
-    cell) of what is no value.
+    """Hold what one combination of label cells says.
+
+    labels, evaluated, source_labels: as in Example.
+    columns: labels that have a column.
+    cells: theirs, as written.
+    bad: (column, cell) of every cell that holds no label value.
     """
 
     labels: tuple[str, ...] = ()
@@ -235,8 +242,9 @@ _VALUES = {"": None, "1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1}
 
 
 class LabelCells:
-    """Label cells -> Reading. Equal rows share a Reading, and those that mean the same are combined
-    once.
+    """Read the label cells of a table's rows by a policy.
+
+    Equal rows share a Reading, and rows that mean the same are combined once.
     """
 
     def __init__(self, table: Table, policy: LabelPolicy):
@@ -253,7 +261,9 @@ class LabelCells:
         self._readings: dict[tuple[str, ...], Reading] = {}
 
     def read(self, cells: tuple[str, ...]) -> Reading:
-        """cells: those of `indices`. source_labels are the cells that are not blank, as
+        """Read the label cells of one row.
+
+        cells: of the columns `indices`. Those that are not blank become source_labels, as
         'Edema=-1.0'.
         """
         reading = self._readings.get(cells)
@@ -267,20 +277,22 @@ class LabelCells:
         except KeyError:
             return Reading(
                 bad=tuple(
-                    (name, cell) for name, cell in zip(self._names, cells) if cell not in _VALUES
+                    (name, cell)
+                    for name, cell in zip(self._names, cells, strict=True)
+                    if cell not in _VALUES
                 )
             )
         if meanings not in self._combined:
-            self._combined[meanings] = self._policy.combine(dict(zip(self.labels, meanings)))
+            by_label = dict(zip(self.labels, meanings, strict=True))
+            self._combined[meanings] = self._policy.combine(by_label)
         labels, evaluated = self._combined[meanings]
-        strings = tuple(
-            [string for string, cell in zip(map(getitem, self._strings, cells), cells) if cell]
-        )
+        written = map(getitem, self._strings, cells)
+        strings = tuple([string for string, cell in zip(written, cells, strict=True) if cell])
         return Reading(labels, evaluated, strings, self.labels, cells)
 
 
 def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
-    """One line for each cell that is no label value."""
+    """Write one line for each cell that is no label value."""
     return [
         f"{table.path}, row {row}, column {name!r}: {cell!r} is no label value; they are 1, 0, -1"
         " and blank"
@@ -290,7 +302,11 @@ def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
 
 # ---- images --------------------------------------------------------------------------------------
 class Candidate(NamedTuple):
-    """One image of a label table. rank: of its view, see `view_rank`; order: of images of one rank."""
+    """Hold one image of a label table.
+
+    rank: of its view, see `view_rank`.
+    order: among images of one rank.
+    """
 
     study: str
     id: str
@@ -303,7 +319,7 @@ class Candidate(NamedTuple):
 
 
 def view_rank(view: str, frontal: bool) -> int:
-    """Smaller is better under pa_first: PA, AP, another frontal view, the rest."""
+    """Rank a view for pa_first, the smallest first: PA, AP, another frontal view, the rest."""
     return _RANKS.get(view, OTHER_FRONTAL) if frontal else NOT_FRONTAL
 
 
@@ -317,9 +333,12 @@ def choose(
     no_label: str,
     drop_missing: bool,
 ) -> list[Example]:
-    """The examples among the candidates, in their order; what is left out goes into the report.
+    """Choose examples among candidates, in their order, and report what is left out.
 
+    dataset: name of the source, which begins the ids.
+    root: folder that the candidates' images are relative to.
     frontals: of several images of a study, pa_first (PA before AP, then the first), first, or all.
+    no_label: at "drop", leave out images without a true label.
     drop_missing: leave out images whose file is not there, before another one of the study is
     chosen.
     """
@@ -367,7 +386,7 @@ def _preference(candidate: Candidate, frontals: str) -> tuple[int, int]:
 # ---- report --------------------------------------------------------------------------------------
 @dataclass
 class Report:
-    """What a loader kept and dropped. Images are counted, where a reason does not say otherwise."""
+    """Count what a loader kept and dropped: images, where a reason does not say otherwise."""
 
     source: str = ""  # such as "CheXpert train"
     files: dict[str, str] = field(default_factory=dict)  # {label file: SHA-256}
@@ -379,31 +398,36 @@ class Report:
     _patients: set[str] = field(default_factory=set)
 
     def begin(self, source: str, *files: Path) -> Report:
+        """Note the source and hash its label files."""
         self.source = source
-        for file in files:
-            with open(file, "rb") as content:
-                self.files[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
+        self.files |= {str(file): sha256_of(file) for file in files}
         return self
 
     def drop(self, reason: str, count: int = 1) -> None:
+        """Count images that are left out for a reason."""
         if count:
             self.dropped[reason] += count
 
     def keep(self, candidates: Sequence[Candidate]) -> None:
+        """Count the images that were chosen."""
         self._kept.update(candidate.reading for candidate in candidates)
         self._studies.update(candidate.study for candidate in candidates)
         self._patients.update(candidate.patient for candidate in candidates)
 
     def record(self) -> dict:
-        """Everything, in values that JSON keeps."""
+        """Collect everything in values that JSON keeps."""
         names = ("true", "evaluated", "uncertain", "blank")
         by_label = {name: dict.fromkeys(LABELS, 0) for name in names}
         counts = dict.fromkeys(("without_label", "called_no_finding", "contradictory"), 0)
         for reading, count in self._kept.items():
-            values = {label: _VALUES[cell] for label, cell in zip(reading.columns, reading.cells)}
+            values = {
+                label: _VALUES[cell]
+                for label, cell in zip(reading.columns, reading.cells, strict=True)
+            }
             uncertain = [label for label, value in values.items() if value == -1]
             blank = [label for label, value in values.items() if value is None]
-            for name, labels in zip(names, (reading.labels, reading.evaluated, uncertain, blank)):
+            kinds = (reading.labels, reading.evaluated, uncertain, blank)
+            for name, labels in zip(names, kinds, strict=True):
                 for label in labels:
                     by_label[name][label] += count
             normal = NO_FINDING in reading.labels
@@ -426,7 +450,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """The same for people."""
+        """Write the record for people."""
         content = self.record()
         lines = [
             f"{self.source}: kept {content['images_kept']:,} of {self.rows:,} images "

@@ -1,10 +1,11 @@
-"""Teacher traces: requests out, answers in, checked one by one; and what SFT learns from.
+"""Ask a teacher for reasoning traces, check its answers one by one, and give SFT what it learns.
 
-    python -m data.traces export --data_file sft.jsonl --form openai --model MODEL --output_dir
-    requests
-    python -m data.traces import --data_file sft.jsonl --answers answers.jsonl --output
-    sft-traces.jsonl
-    python -m data.traces import --data_file sft.jsonl --teacher template --output sft-traces.jsonl
+    python -m data.traces export --data_file sft.jsonl --form openai --model MODEL \
+        --output_dir requests
+    python -m data.traces import --data_file sft.jsonl --answers answers.jsonl \
+        --output sft-traces.jsonl
+    python -m data.traces import --data_file sft.jsonl --teacher template \
+        --output sft-traces.jsonl
 
 Export writes a request for every example: the image, the student's own instruction, the true
 labels, and the demand to reason as if from the image alone. Import reads the service's answers and
@@ -16,12 +17,12 @@ An answer is rejected as
     no_answer   the files hold none for this example
     failed      the service reports an error, a refusal or no text
     cut         it stopped at the length limit
-    control     it holds a tag other than these four, as chat templates have for control tokens,
-                which SFT refuses
-    form        it is not strictly in the form <think>..</think><solution>..</solution>; the detail
-                is the parser's code
+    control     it holds another tag than the form's four, as chat templates have for control
+                tokens, which SFT refuses
+    form        it is not strictly in the form <think>..</think><solution>..</solution> (detail:
+                the parser's code)
     labels      its labels are not exactly the true ones
-    leak        it lets on that the labels were known; the detail is the phrase (LEAK_PHRASES)
+    leak        it lets on that the labels were known (detail: the phrase, of LEAK_PHRASES)
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from data.answers import parse_answer
 from data.demo.teacher import trace_from_labels
 from data.examples import Example, data_file, read_jsonl, row_of, selection_file
-from data.files import MAX_PROBLEMS, DataError, write_jsonl
+from data.files import DataError, first_problems, write_jsonl
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, solution_text
@@ -55,8 +57,8 @@ TEACHER_PROMPTS = tuple(
     name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT
 )
 FORMS = ("gemini", "openai")
-# Limits on one input file: Gemini's Batch API takes 2 GB; OpenAI's 200 MB and 50,000 requests.
-# One's own server has none.
+# Limits on one input file: Gemini's Batch API takes 2 GB, OpenAI's 200 MB and 50,000 requests. A
+# server of one's own has none.
 MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
 MAX_REQUESTS = 50_000
 
@@ -193,8 +195,11 @@ LEAK_PHRASES: tuple[str, ...] = (
 def answers_to_learn(
     examples: Sequence[Example], answer_format: str, file: str | Path
 ) -> list[Example]:
-    """The examples with the answers that SFT learns: of the form `solution` (Only Label) made from
-    the labels, of the others the file's own.
+    """Give each example the answer that SFT learns.
+
+    answer_format: form of the answers. For `solution` (Only Label) they are made from the labels,
+    for the others they are the file's own.
+    file: of the examples, for messages.
 
     Raises DataError where an example has no answer, or one that is not strictly in the form.
     """
@@ -214,7 +219,7 @@ def answers_to_learn(
     problems = {
         example.id: answer.problem
         for example in examples
-        if not (answer := parse_answer(example.answer, answer_format)).valid
+        if not (answer := parse_answer(example.answer or "", answer_format)).valid
     }
     if problems:
         name, problem = next(iter(problems.items()))
@@ -230,7 +235,7 @@ def answers_to_learn(
 
 # ---- checks --------------------------------------------------------------------------------------
 def leak(text: str) -> str | None:
-    """The first of LEAK_PHRASES in a text, or None."""
+    """Find the first of LEAK_PHRASES in a text, or None."""
     words = " ".join(
         "".join(c if c.isalnum() else " " for c in text.casefold().replace("'", "")).split()
     )
@@ -238,33 +243,30 @@ def leak(text: str) -> str | None:
 
 
 def check_trace(text: str, example: Example) -> tuple[str, str] | None:
-    """(code, detail) of why a teacher's answer cannot be learnt from, codes as in the module's
-    table; None for a good one.
+    """Say why a teacher's answer cannot be learnt from -> (code, detail), or None for a good one.
+
+    The codes are those of the module's table.
     """
     if control := _foreign_tag(text):
         return "control", control
     answer = parse_answer(text, ANSWER_FORMAT)
     if not answer.valid:
-        return "form", answer.problem
-    if not answer.think.strip():
+        return "form", answer.problem or ""
+    if not (answer.think or "").strip():
         return "form", "empty think"
     said = {*answer.labels, *answer.unknown}
     if said != example.target.labels or answer.duplicates:
-        return (
-            "labels",
-            (
-                f"{_listed((*answer.labels, *answer.unknown, *answer.duplicates))}, not"
-                f" {_listed(example.target.labels)}"
-            ),
-        )
+        written = _listed((*answer.labels, *answer.unknown, *answer.duplicates))
+        return "labels", f"{written}, not {_listed(example.target.labels)}"
     if phrase := leak(text):
         return "leak", phrase
     return None
 
 
 def _foreign_tag(text: str) -> str | None:
-    """The first <name> in a text, in the spellings that control tokens have, that is not of the
-    form's two blocks.
+    """Find the first <name> in a text that is not a tag of the form's two blocks, or None.
+
+    Names are those that control tokens have: letters, digits and _, between / or |.
     """
     for piece in text.split("<")[1:]:
         name, closed, _ = piece.partition(">")
@@ -278,14 +280,14 @@ def _foreign_tag(text: str) -> str | None:
 
 
 def _listed(labels: Iterable[str]) -> str:
-    """In CheXpert's order, what is no label at the end."""
+    """List labels in CheXpert's order, with what is no label at the end."""
     order = {label: position for position, label in enumerate(LABELS)}
     return ", ".join(sorted(labels, key=lambda label: order.get(label, len(LABELS)))) or "none"
 
 
 # ---- export --------------------------------------------------------------------------------------
 def teacher_text(example: Example, prompt: Prompt) -> str:
-    """The student's instruction, the truth, and how to reason."""
+    """Write the teacher's request: the student's instruction, the truth, and how to reason."""
     truth = example.target.labels
     absent = [label for label in example.evaluated_labels if label not in truth]
     unrated = [label for label in LABELS if label not in example.evaluated_labels]
@@ -315,8 +317,9 @@ def teacher_text(example: Example, prompt: Prompt) -> str:
 
 
 def jpeg(example: Example, max_side: int) -> bytes:
-    """The example's image for a request: reduced to `max_side` pixels a side, without the file's
-    metadata.
+    """Encode the example's image for a request, without the file's metadata.
+
+    max_side: pixels of the longer side at most.
     """
     image = load_image(example)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
@@ -328,13 +331,14 @@ def jpeg(example: Example, max_side: int) -> bytes:
 def request(
     example: Example, prompt: Prompt, form: str, *, model: str | None, max_side: int
 ) -> str:
-    """One line of a batch file: of the Gemini API's batch form, or of OpenAI's, which other servers
-    take too.
+    """Write one line of a batch file.
+
+    form: "gemini", the Gemini API's batch form, or "openai", which other servers take too.
+    model: name of the model on the server, for "openai".
     """
-    data, text = (
-        base64.b64encode(jpeg(example, max_side)).decode("ascii"),
-        teacher_text(example, prompt),
-    )
+    data = base64.b64encode(jpeg(example, max_side)).decode("ascii")
+    text = teacher_text(example, prompt)
+    row: dict[str, Any]
     if form == "gemini":
         parts = [{"inline_data": {"mime_type": "image/jpeg", "data": data}}, {"text": text}]
         row = {"key": example.id, "request": {"contents": [{"role": "user", "parts": parts}]}}
@@ -362,11 +366,14 @@ def export(
     max_side: int = 1024,
     max_bytes: int | None = None,
 ) -> list[Path]:
-    """Write the requests of all examples to output_dir/requests-001.jsonl and so on, whole or not
-    at all; returns the files.
+    """Write the requests of all examples to output_dir/requests-001.jsonl and so on -> the files.
 
-    A file holds at most max_bytes (None: what the form's service takes). Raises DataError for an
-    image that cannot be read, and where output_dir exists.
+    The folder is written whole or not at all.
+
+    model, max_side: see `request`.
+    max_bytes: of one file, or None for what the form's service takes.
+
+    Raises DataError for an image that cannot be read, and where output_dir exists.
     """
     if output_dir.exists():
         raise DataError(
@@ -400,8 +407,10 @@ def export(
 # ---- import --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TeacherAnswer:
-    """One answer of a service: the example's id, and its text, or (code, detail) of why there is
-    none to look at.
+    """Hold one answer of a service.
+
+    id: the example's.
+    rejected: (code, detail) of why there is no text to look at.
     """
 
     id: str
@@ -410,8 +419,7 @@ class TeacherAnswer:
 
 
 def read_answers(path: str | Path) -> list[TeacherAnswer]:
-    """The answers of a batch output file of either form; each line says by its fields which one it
-    is.
+    """Read the answers of a batch output file. Each line shows by its fields which form it has.
 
     Raises DataError with every line that is of neither form, and for a missing file.
     """
@@ -432,16 +440,14 @@ def read_answers(path: str | Path) -> list[TeacherAnswer]:
                     f" or 'custom_id' (OpenAI) and 'response' ({type(error).__name__}: {error})"
                 )
     if problems:
-        hidden = len(problems) - MAX_PROBLEMS
-        raise DataError(
-            problems[:MAX_PROBLEMS] + ([f"{path}: and {hidden} more lines"] if hidden > 0 else [])
-        )
+        raise DataError(first_problems(problems, f"{path}: and {{}} more lines"))
     return answers
 
 
 def _gemini_answer(row: dict) -> TeacherAnswer:
-    """{"key", "response": GenerateContentResponse}, or {"key", "error" or "status"} of a request
-    that failed.
+    """Read {"key", "response": GenerateContentResponse}.
+
+    A request that failed has "error" or "status" in place of "response".
     """
     if not row.get("response"):
         return TeacherAnswer(
@@ -470,7 +476,7 @@ def _gemini_answer(row: dict) -> TeacherAnswer:
 
 
 def _openai_answer(row: dict) -> TeacherAnswer:
-    """{"custom_id", "response": {"status_code", "body": a chat completion}, "error"}."""
+    """Read {"custom_id", "response": {"status_code", "body": a chat completion}, "error"}."""
     response = row["response"]
     if row.get("error") or not response or response.get("status_code", 200) != 200:
         reported = row.get("error") or (response and response.get("body")) or "no response"
@@ -505,9 +511,12 @@ def _shortened(value: object) -> str:
 
 @dataclass(frozen=True)
 class Imported:
-    """kept: rows with answers. rejected: rows with "rejected" {"code", "detail", "text"} in place
-    of the answer; they are a data file, so the same examples can be asked for again. unknown: ids
-    of answers that no example has.
+    """Hold what became of a teacher's answers.
+
+    kept: rows with answers.
+    rejected: rows with "rejected" {"code", "detail", "text"} in place of the answer. They make a
+    data file, so the same examples can be asked for again.
+    unknown: ids of answers that no example has.
     """
 
     kept: list[dict]
@@ -516,11 +525,12 @@ class Imported:
 
 
 def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imported:
-    """The first good answer of each example, in the examples' order; without one, why its last
-    answer is not good.
+    """Keep the first good answer of each example, in the examples' order.
+
+    An example without one is rejected, for what is wrong with its last answer.
     """
     by_id: dict[str, list[TeacherAnswer]] = {example.id: [] for example in examples}
-    unknown = []
+    unknown: list[TeacherAnswer] = []
     for answer in answers:
         by_id.get(answer.id, unknown).append(answer)
     kept, rejected = [], []
@@ -546,7 +556,7 @@ def _clean_row(example: Example) -> dict:
 
 
 def template_answers(examples: Sequence[Example]) -> list[TeacherAnswer]:
-    """Answers of the template teacher, which knows the labels and not the image."""
+    """Write the answers of the template teacher, which knows the labels and not the image."""
     return [
         TeacherAnswer(
             example.id,
@@ -562,7 +572,7 @@ TEACHERS: dict[str, Callable[[Sequence[Example]], list[TeacherAnswer]]] = {
 
 
 def report(imported: Imported) -> str:
-    """What was kept, and what was rejected by code and detail."""
+    """Count what was kept, and what was rejected by code and detail."""
     total = len(imported.kept) + len(imported.rejected)
     codes = Counter(row["rejected"]["code"] for row in imported.rejected)
     lines = [f"{'kept':<10} {len(imported.kept):6} of {total}"]
@@ -592,6 +602,7 @@ _PRIVACY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 no answer is good, 2 usage or data."""
     parser = argparse.ArgumentParser(
         prog="python -m data.traces",
         description="Teacher traces: requests out (export), answers in, with checks (import).",

@@ -1,6 +1,7 @@
-"""What differs between the demo's two base checkpoints, Qwen2.5-VL and Gemma 3: tokenizer, chat
-template, configuration, and how a picture becomes pixels and placeholders. `build_base.py` trains
-either with the same data, tasks, schedule and losses.
+"""Describe the demo's two base checkpoints, Qwen2.5-VL and Gemma 3, where they differ.
+
+They differ in tokenizer, chat template, configuration, and how a picture becomes pixels and
+placeholders. `build_base.py` trains either with the same data, tasks, schedule and losses.
 
 Both have about 2 M parameters, a language model of 4 layers and width 160, and 16 visual tokens for
 a 112 px picture.
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    BaseImageProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaTokenizer,
@@ -39,46 +42,52 @@ VISUAL_TOKENS = GRID_SIZE * GRID_SIZE
 
 
 class BaseFamily:
-    """One family of base checkpoint."""
+    """Describe one family of base checkpoint."""
 
     folder: Path  # of the shipped checkpoint
     special_tokens: tuple[str, ...]
     chat_template: str
-    # what the template writes beside its special tokens; the tokenizer learns from it
+    # text that the template writes beside its special tokens, for the tokenizer to learn from
     chat_words: str
     end_of_turn: str
     image_token: str
-    # of the argument that marks image tokens; transformers goes wrong silently without it
+    # of the argument that marks image tokens: transformers goes wrong silently without it
     token_types_name: str
 
     def train_tokenizer(self, texts: Iterator[str]) -> PreTrainedTokenizerBase:
+        """Learn a tokenizer of the family's form from texts."""
         raise TypeError("use a subclass")
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """A model with random weights."""
+        """Build the model with random weights."""
         raise TypeError("use a subclass")
 
-    def image_processor(self):
+    def image_processor(self) -> BaseImageProcessor:
+        """Build the image processor that keeps the demo's pictures as they are."""
         raise TypeError("use a subclass")
 
     def pixel_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """uint8 [B,112,112] -> what the vision tower takes, as the image processor makes it."""
+        """Turn pictures, uint8 [B,112,112], into what the image processor would make of them."""
         raise TypeError("use a subclass")
 
     def expand_image(self, rendered: str) -> str:
-        """A rendered prompt with the image's one place turned into 16 placeholders, as
-        `engine.encode` does it.
-        """
+        """Turn the image's one place in a rendered prompt into 16 placeholders."""
         raise TypeError("use a subclass")
 
     def vision_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """What is between pixels and language model; the last module's output is the visual tokens
-        (its `pooler_output` where it has one).
+        """List the modules between pixels and language model, in order.
+
+        The output of the last one is the visual tokens, in its `pooler_output` where it has one.
         """
         raise TypeError("use a subclass")
 
+    def special_ids(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        """Find the ids of the special tokens."""
+        vocabulary = tokenizer.get_vocab()
+        return {token: vocabulary[token] for token in self.special_tokens}
+
     def _normalised(self, images: np.ndarray) -> torch.Tensor:
-        processor = self.image_processor()
+        processor: Any = self.image_processor()  # its class declares no mean
         mean, std = (
             torch.tensor(values)[None, :, None, None]
             for values in (processor.image_mean, processor.image_std)
@@ -87,7 +96,7 @@ class BaseFamily:
 
 
 class Qwen25VLBase(BaseFamily):
-    """Byte-level BPE of Qwen's form, M-RoPE, a tower that merges 2 x 2 patches."""
+    """Describe the Qwen base: byte-level BPE, M-RoPE, a tower that merges 2 x 2 patches."""
 
     folder = Path(__file__).parent / "base"
     special_tokens = (
@@ -147,7 +156,7 @@ class Qwen25VLBase(BaseFamily):
         vocabulary, merges = _learned(bpe)
         return Qwen2Tokenizer(
             vocab=vocabulary,
-            merges=merges,
+            merges=merges,  # type: ignore[arg-type]  # pairs are right, annotated as str
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
             extra_special_tokens=list(self.special_tokens[1:]),
@@ -155,7 +164,7 @@ class Qwen25VLBase(BaseFamily):
         )
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.special_tokens}
+        ids = self.special_ids(tokenizer)
         config = Qwen2_5_VLConfig(
             text_config=dict(
                 vocab_size=len(tokenizer),
@@ -205,7 +214,7 @@ class Qwen25VLBase(BaseFamily):
         )
 
     def pixel_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """pixel_values [B * 64, 1176] and image_grid_thw [B, 3]."""
+        """Make pixel_values [B*64,1176] and image_grid_thw [B,3]."""
         side = IMAGE_SIZE // PATCH_SIZE // MERGE_SIZE
         x = self._normalised(images).view(
             -1, 3, side, MERGE_SIZE, PATCH_SIZE, side, MERGE_SIZE, PATCH_SIZE
@@ -227,10 +236,11 @@ class Qwen25VLBase(BaseFamily):
 
 
 class Gemma3Base(BaseFamily):
-    """SentencePiece's form of BPE with byte fallback, a SigLIP tower whose 8 x 8 patches are pooled
-    to 4 x 4, bidirectional attention inside the image, and sliding layers that alternate with full
-    ones. The window is shorter than the demo's prompt, so an answer sees the image in the full
-    layers only.
+    """Describe the Gemma base: SentencePiece's form of BPE with byte fallback, a SigLIP tower.
+
+    The tower's 8 x 8 patches are pooled to 4 x 4. Attention is bidirectional inside the image, and
+    sliding layers alternate with full ones. The window is shorter than the demo's prompt, so an
+    answer sees the image in the full layers only.
     """
 
     folder = Path(__file__).parent / "base_gemma"
@@ -246,16 +256,19 @@ class Gemma3Base(BaseFamily):
         "<end_of_image>",
         "<image_soft_token>",
     )
-    # As Gemma's: there is no system role, its text opens the first user turn; texts are trimmed.
+    # As Gemma's: there is no system role, its text opens the first user turn, texts are trimmed. A
+    # backslash at a line's end joins it with the next.
     chat_template = """\
 {{- bos_token -}}
 {%- set opening = namespace(text='') -%}
 {%- for message in messages -%}
-    {%- set content = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+    {%- set content = [{'type': 'text', 'text': message.content}] \
+if message.content is string else message.content -%}
     {%- if message.role == 'system' -%}
         {%- set opening.text = content[0].text + '\\n\\n' -%}
     {%- else -%}
-        {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' + opening.text -}}
+        {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) \
++ '\\n' + opening.text -}}
         {%- set opening.text = '' -%}
         {%- for part in content -%}
             {%- if part.type == 'image' -%}
@@ -279,10 +292,11 @@ class Gemma3Base(BaseFamily):
     )
 
     def train_tokenizer(self, texts: Iterator[str]) -> GemmaTokenizer:
-        """Gemma's tokenizer applies its merges to the whole text, spaces as U+2581. They were
-        learned, as SentencePiece does, inside words, single digits, and runs of other characters;
-        so no token crosses such a border, and a label is the same tokens behind a tag as at the
-        beginning of a text.
+        """Learn merges inside words, single digits and runs of other characters.
+
+        Gemma's tokenizer applies its merges to the whole text, spaces as U+2581, and SentencePiece
+        learned them like this. So no token crosses such a border, and a label is the same tokens
+        behind a tag as at the beginning of a text.
         """
         space = "\N{LOWER ONE EIGHTH BLOCK}"
         bpe = Tokenizer(models.BPE())
@@ -303,10 +317,10 @@ class Gemma3Base(BaseFamily):
             ),
         )
         learned, merges = _learned(bpe)
-        tokens = [*self.special_tokens[:5], *byte_tokens, *sorted(learned, key=learned.get)]
+        tokens = [*self.special_tokens[:5], *byte_tokens, *sorted(learned, key=learned.__getitem__)]
         return GemmaTokenizer(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=merges,
+            merges=merges,  # type: ignore[arg-type]  # pairs are right, annotated as str
             extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
             chat_template=self.chat_template,
             model_specific_special_tokens=dict(
@@ -317,7 +331,7 @@ class Gemma3Base(BaseFamily):
         )
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> Gemma3ForConditionalGeneration:
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.special_tokens}
+        ids = self.special_ids(tokenizer)
         head_size = HIDDEN_SIZE // HEADS
         config = Gemma3Config(
             text_config=dict(
@@ -334,7 +348,7 @@ class Gemma3Base(BaseFamily):
                 sliding_window=32,
                 layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
                 # Gemma multiplies embeddings by sqrt(hidden). With its 0.02 they would be a quarter
-                # of what each normalised sublayer adds to them; so they are 1, as the visual tokens
+                # of what each normalised sublayer adds to them. So they are 1, as the visual tokens
                 # below.
                 initializer_range=HIDDEN_SIZE**-0.5,
                 pad_token_id=ids["<pad>"],
@@ -373,7 +387,7 @@ class Gemma3Base(BaseFamily):
         )
 
     def pixel_inputs(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """pixel_values [B,3,112,112]."""
+        """Make pixel_values [B,3,112,112]."""
         return dict(pixel_values=self._normalised(images))
 
     def expand_image(self, rendered: str) -> str:
@@ -387,7 +401,7 @@ class Gemma3Base(BaseFamily):
 
 
 def _learned(bpe: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(vocabulary, merges) of a trained BPE model."""
+    """Take (vocabulary, merges) out of a trained BPE model."""
     model = json.loads(bpe.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 

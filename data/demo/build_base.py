@@ -1,28 +1,27 @@
-"""Remakes the small pretrained checkpoints that the demo fine-tunes: `data/demo/base/` and
-`data/demo/base_gemma/`.
+"""Remake the small pretrained checkpoints that the demo fine-tunes: base/ and base_gemma/ here.
 
     python -m data.demo.build_base [--family qwen2_5_vl | gemma3] [--output FOLDER] [--threads N]
 
 Each checkpoint is of the real class, Qwen2_5_VLForConditionalGeneration or
 Gemma3ForConditionalGeneration, with a little over 2 M parameters and a BPE tokenizer of its
-family's form; what differs between the two is in `base_families.py`. It takes about 11 minutes on
-one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes;
-elsewhere sums round differently, which changes the bytes and moves the scores a little.
+family's form. The differences between the two are in `base_families.py`. It takes about 11 minutes
+on one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes.
+Elsewhere sums round differently, which changes the bytes and moves the scores a little.
 
-What a base has seen: 10,000 drawn radiographs that no other split contains, 8,000 of site a and
-2,000 of site b, always with CheXpert's words (it was "pretrained on many hospitals", but has never
-seen NIH's vocabulary).
-  stage 1   the vision tower alone: where each label is (4 x 4 cells) and which labels are there
-  stage 2   all parameters, on four tasks: a caption; findings with an impression, which lists the
-            labels; a choice between two
-            labels, in tags; the presence of one label, in tags. The loss of stage 1 stays on as an
-            auxiliary loss
+A base has seen 10,000 drawn radiographs that no other split contains, 8,000 of site a and 2,000 of
+site b, always with CheXpert's words (it was "pretrained on many hospitals", but has never seen
+NIH's vocabulary).
 
-What it has not seen: the demo's prompt (though its words shaped the tokenizer), and an answer with
+    stage 1   the vision tower alone: where each label is (4 x 4 cells) and which labels are there
+    stage 2   all parameters, on four tasks: a caption, findings with an impression that lists the
+              labels, a choice between two labels in tags, and the presence of one label in tags.
+              The loss of stage 1 stays on as an auxiliary loss.
+
+It has not seen the demo's prompt (though its words shaped the tokenizer), nor an answer with
 several labels in tags. That is left to fine-tuning. It has seen every label right after
 "<solution>" and, where CheXpert's order allows it, after ", ". It needs to: Qwen's pre-tokenizer
 glues ">" to the word behind it, so ">Edema" is a token of its own, and LoRA leaves the tied
-embedding frozen. A base without those tokens answers well greedily and falls apart when sampled.
+embedding frozen. A base without these tokens answers well greedily and falls apart when sampled.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ _TASK_SHARES = (0.15, 0.20, 0.50, 0.15)
 
 
 def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> tuple[str, str]:
-    """One question about a radiograph and its answer."""
+    """Draw one question about a radiograph, and its answer."""
     if task == "caption":
         return str(rng.choice(_CAPTION_PROMPTS)), reading(radiograph, rng)
     if task == "impression":
@@ -94,7 +94,7 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
 
 
 def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator[str]:
-    """Prompts, traces and answers from which the tokenizer learns its merges."""
+    """Yield the prompts, traces and answers from which the tokenizer learns its merges."""
     rng = np.random.default_rng(SEED)
     demo_prompt = "".join(
         part["text"]
@@ -114,15 +114,16 @@ def tokenizer_corpus(radiographs: list[Radiograph], chat_words: str) -> Iterator
 
 @dataclass(frozen=True)
 class Pictures:
-    """Drawn radiographs, and as arrays what the losses need of them."""
+    """Hold drawn radiographs, and as arrays what the losses need of them."""
 
     radiographs: list[Radiograph]
-    images: np.ndarray  # uint8 [N, 112, 112]
-    grids: torch.Tensor  # float32 [N, 16, 14]
-    labels: torch.Tensor  # float32 [N, 14]
+    images: np.ndarray  # uint8 [N,112,112]
+    grids: torch.Tensor  # float32 [N,16,14]: 1 in the cells where a label can be seen
+    labels: torch.Tensor  # float32 [N,14]
 
     @staticmethod
     def of(radiographs: list[Radiograph]) -> Pictures:
+        """Collect the arrays of radiographs."""
         grids = np.stack([radiograph.grid for radiograph in radiographs]).reshape(
             -1, len(LABELS), VISUAL_TOKENS
         )
@@ -138,16 +139,16 @@ class Pictures:
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The batch moved by up to two pixels: the location cells stay true."""
+    """Move the batch by up to two pixels, so that the location cells stay true."""
     return np.roll(images, tuple(rng.integers(-2, 3, size=2)), axis=(1, 2))
 
 
 class Encoder:
-    """Questions and answers -> tensors of the language model."""
+    """Turn questions and answers into the tensors that the model takes."""
 
     def __init__(self, family: BaseFamily, tokenizer: PreTrainedTokenizerBase) -> None:
         self.family, self.tokenizer = family, tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids(family.image_token)
+        self.image_token_id = family.special_ids(tokenizer)[family.image_token]
         # few different questions are asked, many times each
         self.prompt_ids = cache(self._prompt_ids)
 
@@ -156,6 +157,7 @@ class Encoder:
         rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        assert isinstance(rendered, str)  # ids only with tokenize=True
         return self._ids(self.family.expand_image(rendered))
 
     def _ids(self, text: str) -> list[int]:
@@ -164,8 +166,10 @@ class Encoder:
     def batch(
         self, images: np.ndarray, questions: list[str], answers: list[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Right-padded with answers, for training (the loss is on the answer and its end of turn);
-        else for generation.
+        """Encode a batch, padded on the right.
+
+        images [B,112,112] uint8: one a question.
+        answers: for training, with the loss on the answer and its end of turn. None for generation.
         """
         rows, labels = [], []
         for number, question in enumerate(questions):
@@ -195,8 +199,9 @@ class Encoder:
 
 
 class LocationHeads(nn.Module):
-    """Reads from the visual tokens where each label is, and from both which labels are there. Used
-    in training only.
+    """Read from the visual tokens where each label is, and from both which labels are there.
+
+    Used in training only.
     """
 
     def __init__(self) -> None:
@@ -205,11 +210,13 @@ class LocationHeads(nn.Module):
         self.image_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cells = self.cell_head(tokens)  # [B, 16, 14]
-        pooled = (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2  # [B, hidden]
-        return cells, self.image_head(pooled) + cells.amax(dim=1)  # [B, 16, 14], [B, 14]
+        """Compute the logits of cells [B,16,14] and of images [B,14] from tokens [B,16,hidden]."""
+        cells = self.cell_head(tokens)  # [B,16,14]
+        pooled = (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2  # [B,hidden]
+        return cells, self.image_head(pooled) + cells.amax(dim=1)
 
     def loss(self, tokens: torch.Tensor, grids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the cross-entropy of images and of cells, where the rare positives count more."""
         cells, image = self(tokens)
         rare_cells = torch.tensor(4.0)  # few cells of a picture show anything
         return F.binary_cross_entropy_with_logits(
@@ -218,6 +225,7 @@ class LocationHeads(nn.Module):
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int = 50) -> float:
+    """Scale the learning rate: linear warm-up times a cosine from 1 to 0.02."""
     return min(1.0, (step + 1) / warmup_steps) * (
         0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
     )
@@ -226,6 +234,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int = 50) ->
 def optimizer_step(
     optimizer: torch.optim.AdamW, loss: torch.Tensor, step: int, total_steps: int
 ) -> None:
+    """Take one optimizer step at the step's learning rate, with gradients clipped to norm 1."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate_factor(step, total_steps)
     optimizer.zero_grad()
@@ -237,6 +246,7 @@ def optimizer_step(
 
 
 def make_optimizer(*groups: tuple[list[nn.Parameter], float]) -> torch.optim.AdamW:
+    """Build the optimizer of groups (parameters, learning rate)."""
     return torch.optim.AdamW(
         [dict(params=parameters, base_lr=rate) for parameters, rate in groups],
         lr=0.0,
@@ -246,7 +256,7 @@ def make_optimizer(*groups: tuple[list[nn.Parameter], float]) -> torch.optim.Ada
 
 
 def visual_tokens(family: BaseFamily, model: PreTrainedModel, images: np.ndarray) -> torch.Tensor:
-    """uint8 [B,112,112] -> [B,16,hidden]."""
+    """Compute the visual tokens [B,16,hidden] of images, uint8 [B,112,112]."""
     features = model.model.get_image_features(
         **family.pixel_inputs(images), return_dict=True
     ).pooler_output
@@ -254,6 +264,7 @@ def visual_tokens(family: BaseFamily, model: PreTrainedModel, images: np.ndarray
 
 
 def vision_parameters(family: BaseFamily, model: PreTrainedModel) -> list[nn.Parameter]:
+    """List the parameters between pixels and language model."""
     return [
         parameter for module in family.vision_modules(model) for parameter in module.parameters()
     ]
@@ -262,7 +273,7 @@ def vision_parameters(family: BaseFamily, model: PreTrainedModel) -> list[nn.Par
 def pretrain_vision(
     family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, pictures: Pictures
 ) -> None:
-    """Stage 1."""
+    """Train the vision tower alone: stage 1."""
     rng = np.random.default_rng([SEED, 1])
     parameters = [*vision_parameters(family, model), *heads.parameters()]
     optimizer = make_optimizer((parameters, VISION_LEARNING_RATE))
@@ -278,7 +289,7 @@ def pretrain_vision(
 def pretrain_all(
     model: PreTrainedModel, heads: LocationHeads, pictures: Pictures, encoder: Encoder
 ) -> None:
-    """Stage 2."""
+    """Train all parameters: stage 2."""
     rng = np.random.default_rng([SEED, 2])
     tower = vision_parameters(encoder.family, model)
     in_tower = set(map(id, tower))
@@ -288,18 +299,20 @@ def pretrain_all(
         ([*tower, *heads.parameters()], TOWER_RATE * ALL_LEARNING_RATE),
     )
     features: list[torch.Tensor] = []  # of the current step, for the auxiliary loss
-    hook = encoder.family.vision_modules(model)[-1].register_forward_hook(
-        lambda module, inputs, output: features.append(getattr(output, "pooler_output", output))
-    )
+
+    def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
+        features.append(getattr(output, "pooler_output", output))
+
+    hook = encoder.family.vision_modules(model)[-1].register_forward_hook(keep)
     progress = Progress("stage 2", ALL_STEPS)
     for step in range(ALL_STEPS):
         chosen = rng.choice(len(pictures.images), BATCH_SIZE, replace=False)
         tasks = rng.choice(_TASKS, BATCH_SIZE, p=_TASK_SHARES)
         pairs = [
             sample_task(pictures.radiographs[index], task, rng)
-            for index, task in zip(chosen, tasks)
+            for index, task in zip(chosen, tasks, strict=True)
         ]
-        questions, answers = map(list, zip(*pairs))
+        questions, answers = map(list, zip(*pairs, strict=True))
         text_loss = model(
             **encoder.batch(augment(pictures.images[chosen], rng), questions, answers)
         ).loss
@@ -311,7 +324,7 @@ def pretrain_all(
 
 
 class Progress:
-    """Prints the mean of each loss every 50 steps."""
+    """Print the mean of each loss every 50 steps."""
 
     def __init__(self, stage: str, total_steps: int, every: int = 50) -> None:
         self.stage, self.total_steps, self.every = stage, total_steps, every
@@ -319,6 +332,7 @@ class Progress:
         self.sums: dict[str, float] = {}
 
     def log(self, step: int, **losses: float) -> None:
+        """Add the losses of a step, and print when it is time."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if (step + 1) % self.every == 0:
@@ -337,7 +351,7 @@ class Progress:
 
 
 def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
-    """Micro and macro F1 of bool [N, 14]."""
+    """Compute (micro, macro) F1 of predicted and true labels, both bool [N,14]."""
     hits, sizes = (predicted & true).sum(0).float(), (predicted.sum(0) + true.sum(0)).float()
     return (2 * hits.sum() / sizes.sum()).item(), (2 * hits / sizes.clamp(min=1)).mean().item()
 
@@ -346,6 +360,7 @@ def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float
 def report_vision(
     family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, name: str, pictures: Pictures
 ) -> None:
+    """Print how well the vision tower tells which labels are there."""
     logits = torch.cat(
         [
             heads(visual_tokens(family, model, images))[1]
@@ -361,12 +376,13 @@ def report_vision(
 
 @torch.no_grad()
 def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: Pictures) -> None:
+    """Print how well the written impressions list the labels."""
     impressions: list[str] = []
     for images in np.array_split(pictures.images, 10):
         batch = encoder.batch(images, [_IMPRESSION_PROMPT] * len(images))
-        output = model.generate(**batch, do_sample=False, max_new_tokens=120)[
-            :, batch["input_ids"].shape[1] :
-        ]
+        generate: Any = model.generate  # of both families' classes, not of their common one
+        output = generate(**batch, do_sample=False, max_new_tokens=120)
+        output = output[:, batch["input_ids"].shape[1] :]
         impressions += encoder.tokenizer.batch_decode(output, skip_special_tokens=True)
     listed = [
         set(text.partition("Impression: ")[2].rstrip(".").split(", ")) for text in impressions
@@ -385,12 +401,15 @@ def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: P
 def save(
     family: BaseFamily, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    model.to(torch.bfloat16).save_pretrained(folder)
+    """Write the checkpoint in bf16, with its tokenizer and image processor."""
+    model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it without its type
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     family.image_processor().save_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m data.demo.build_base", description="Train a base checkpoint of the demo."
     )
@@ -416,10 +435,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     names = ("base-train-a", "base-train-b", "base-validation-a", "base-validation-b")
     with ProcessPoolExecutor(max_workers=2) as pool:
-        train_a, train_b, *validation = pool.map(draw_split, names)
+        train_a, train_b, *others = pool.map(draw_split, names)
     train = Pictures.of(train_a + train_b)
     validation = {
-        name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], validation)
+        name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], others, strict=True)
     }
     tokenizer = family.train_tokenizer(
         tokenizer_corpus(train_a[:2000] + train_b[:500], family.chat_words)

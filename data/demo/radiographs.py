@@ -1,14 +1,12 @@
-"""Draws synthetic frontal chest X-rays of two hospitals, so that everything can be run without
-credentialed data.
+"""Draw synthetic frontal chest X-rays of two hospitals, to run everything without patients' data.
 
 Nothing here is a patient. Every label is caused by something drawn, and every picture is a function
 of a seed and a site. The two sites differ as real hospitals do:
 
-  a   even exposure, little noise; its radiologists write down CheXpert's 14 labels
-  b   lower contrast, another film curve, more noise, a wider field, collimation edges, a burned-in
-      side marker, another
-      prevalence; its radiologists write down NIH ChestX-ray14's strings, and never a wide
-      mediastinum, a fracture or a device
+    a   even exposure, little noise. Its radiologists write down CheXpert's 14 labels.
+    b   lower contrast, another film curve, more noise, a wider field, collimation edges, a
+        burned-in side marker, another prevalence. Its radiologists write down NIH ChestX-ray14's
+        strings, and never a wide mediastinum, a fracture or a device.
 
 A picture is drawn in three steps: anatomy (`_anatomy`), one function per finding (`_FINDINGS`),
 exposure and noise (`_develop`). Each step and each finding has its own random stream, so the same
@@ -39,12 +37,12 @@ _SIDES = {"right": -1.0, "left": 1.0}
 
 @dataclass(frozen=True)
 class Site:
-    """How one hospital looks and what it sees. Ranges are (low, high) of a uniform draw."""
+    """Describe how one hospital looks and what it sees, ranges as (low, high) of a uniform draw."""
 
     stream: int  # keeps the random streams of the sites apart
     prevalence: dict[str, float]  # of each drawn label among patients that are not healthy
-    healthy_share: float  # patients without an abnormality; a device may still be there
-    # how plainly an abnormality shows; 1 is as its function draws it
+    healthy_share: float  # patients without an abnormality, but perhaps with a device
+    # how plainly an abnormality shows: 1 is as its function draws it
     conspicuity: tuple[float, float]
     rotation_sd: float  # degrees
     zoom: tuple[float, float]  # above 1: wider field of view
@@ -115,10 +113,10 @@ SITES: dict[str, Site] = {
     ),
 }
 
-MAX_ABNORMALITIES = 4  # devices not counted; keeps teacher traces short
+MAX_ABNORMALITIES = 4  # devices not counted: keeps teacher traces short
 
-# What site b writes down for a drawn label; Lung Lesion is 'Mass' or 'Nodule' by size, and the
-# labels left out are never written down.
+# Site b's word for a drawn label. Lung Lesion is 'Mass' or 'Nodule' by size. Labels that are not in
+# the table are never written down.
 _NIH_STRINGS = {
     "Cardiomegaly": "Cardiomegaly",
     "Lung Opacity": "Infiltration",
@@ -134,43 +132,46 @@ _NIH_STRINGS = {
 
 @dataclass(frozen=True)
 class Radiograph:
-    """One drawn picture and everything that is known about it."""
+    """Hold one drawn picture and everything that is known about it."""
 
     seed: int
     site: SiteName
     image: np.ndarray  # uint8 [112, 112]
     findings: tuple[str, ...]  # what is drawn, CheXpert labels in CheXpert's order
     locations: dict[str, str]  # drawn label -> words such as "right lower", "pacemaker" or ""
-    # bool [14, 4, 4], the cells in which each label can be seen; all False for No Finding
+    # bool [14,4,4]: the cells in which each label can be seen, all False for No Finding
     grid: np.ndarray
 
     @property
     def source_labels(self) -> tuple[str, ...]:
-        """What the site's radiologists write down, in their own vocabulary."""
+        """Return what the site's radiologists write down, in their own vocabulary."""
         return self.findings if self.site == "a" else _nih_reading(self.findings, self.locations)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The source labels as CheXpert labels. Empty where site b saw only what the nine do not
-        cover, such as an effusion.
+        """Return the source labels as CheXpert labels.
+
+        Empty where site b saw only what the nine do not cover, such as an effusion.
         """
         return self.findings if self.site == "a" else chexpert_labels_of_nih(self.source_labels)
 
     @property
     def evaluated_labels(self) -> tuple[str, ...]:
-        """The labels that the site's scheme can express; any other is unknown there."""
+        """Return the labels that the site's scheme can express; any other is unknown there."""
         return LABELS if self.site == "a" else NIH_NINE
 
 
 def draw(seed: int, site: SiteName) -> Radiograph:
-    """The picture of `seed` at `site`, with findings drawn at the site's prevalence."""
+    """Draw the picture of `seed` at `site`, with findings at the site's prevalence."""
     return draw_findings(
         _sample_findings(_stream(seed, site, "prevalence"), SITES[site]), seed, site
     )
 
 
 def draw_findings(findings: tuple[str, ...], seed: int, site: SiteName) -> Radiograph:
-    """The picture of `seed` at `site` with exactly the given CheXpert labels drawn, in any order.
+    """Draw the picture of `seed` at `site` with exactly the given findings.
+
+    findings: CheXpert labels in any order.
 
     Raises ValueError for an unknown site or label.
     """
@@ -225,8 +226,9 @@ def _nih_reading(findings: tuple[str, ...], locations: dict[str, str]) -> tuple[
 
 
 def _changed_cells(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """bool [4, 4]: the cells whose mean brightness change is visible, or within a factor of two of
-    the strongest cell.
+    """Find the cells in which a finding can be seen -> bool [4,4].
+
+    Their mean change of brightness is visible, or at least half of the strongest cell's.
     """
     cell = IMAGE_SIZE // GRID_SIZE
     # [4, 4]
@@ -238,12 +240,12 @@ def _changed_cells(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _edge(distance: np.ndarray, softness: float) -> np.ndarray:
-    """A smooth step: 0 where distance is well below 0, 1 where it is well above."""
+    """Make a smooth step: 0 where distance is well below 0, 1 where it is well above."""
     return 1.0 / (1.0 + np.exp(-np.clip(distance / softness, -30.0, 30.0)))
 
 
 def _ridge(distance: np.ndarray, half_width: float, softness: float) -> np.ndarray:
-    """1 within half_width of a line, falling off like a Gaussian outside."""
+    """Make a line: 1 within half_width of it, falling off like a Gaussian outside."""
     return np.exp(-0.5 * np.square(np.maximum(np.abs(distance) - half_width, 0.0) / softness))
 
 
@@ -256,7 +258,7 @@ def _ellipse(
     power: float = 2.0,
     softness: float = 0.1,
 ) -> np.ndarray:
-    """A filled (super)ellipse; softness is relative to its radius."""
+    """Fill a (super)ellipse. softness: of its edge, relative to its radius."""
     radius = (np.abs((chest.x - cx) / rx) ** power + np.abs((chest.y - cy) / ry) ** power) ** (
         1.0 / power
     )
@@ -264,7 +266,7 @@ def _ellipse(
 
 
 def _texture(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Smooth noise of unit scale with about `cells` bumps a side, float32 [112, 112]."""
+    """Make smooth noise of unit scale with about `cells` bumps a side, float32 [112,112]."""
     coarse = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
@@ -274,7 +276,7 @@ def _texture(rng: np.random.Generator, cells: int) -> np.ndarray:
 
 @dataclass
 class Chest:
-    """A picture in the making: brightness, coordinates, and the anatomy that findings refer to."""
+    """Hold a picture in the making: brightness, coordinates, the anatomy that findings refer to."""
 
     pixels: np.ndarray  # float32 [112, 112]
     x: np.ndarray  # float32 [112, 112]
@@ -322,8 +324,9 @@ def _anatomy(rng: np.random.Generator, site: Site) -> Chest:
 
 
 def _coordinates(rng: np.random.Generator, site: Site) -> tuple[np.ndarray, np.ndarray]:
-    """Picture coordinates under the patient's rotation and shift and the site's field of view, two
-    float32 [112, 112].
+    """Make the picture's coordinates (x, y), each float32 [112,112].
+
+    They follow the patient's rotation and shift and the site's field of view.
     """
     centres = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE * 2.0 - 1.0
     x, y = np.meshgrid(centres, centres)
@@ -617,7 +620,7 @@ def _support_devices(chest: Chest, rng: np.random.Generator) -> str:
     return device
 
 
-# In drawing order: fluid first, so that it does not cover lines and nodules; metal last.
+# In drawing order: fluid first, so that it does not cover lines and nodules, and metal last.
 _FINDINGS: dict[str, Callable[[Chest, np.random.Generator], str]] = {
     "Enlarged Cardiomediastinum": _wide_mediastinum,
     "Cardiomegaly": _cardiomegaly,
@@ -639,7 +642,7 @@ _FINDINGS: dict[str, Callable[[Chest, np.random.Generator], str]] = {
 
 
 def _develop(chest: Chest, rng: np.random.Generator, site: Site) -> np.ndarray:
-    """Exposure, film curve, uneven beam, noise and the site's artefacts -> uint8 [112, 112]."""
+    """Expose the picture -> uint8 [112,112]: film curve, uneven beam, noise, site's artefacts."""
     gain, offset, gamma, noise = (
         rng.uniform(*bounds) for bounds in (site.gain, site.offset, site.gamma, site.noise)
     )

@@ -1,17 +1,17 @@
-"""The demo's data sets: which seeds belong to which split, and their files.
+"""Draw the demo's data sets: which seeds belong to which split, and their files.
 
     python -m data.demo.splits FOLDER
 
-draws every split that the run scripts use. A split owns a block of seeds of its own, so no picture
-can be in two splits, and none of them can be among the pictures from which the base checkpoint
-learned.
+draws every split that the run scripts use. Each split owns a block of seeds of its own, so no
+picture can be in two splits, and none of them can be among the pictures from which the base
+checkpoint learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,15 @@ from PIL import Image
 
 from data.demo.radiographs import GENERATOR_VERSION, Radiograph, SiteName, draw
 from data.demo.teacher import reasoning_trace
+from data.files import write_jsonl
 
 _SEEDS_PER_SPLIT = 1_000_000
 
 
 @dataclass(frozen=True)
 class Split:
+    """Describe one data set of the demo."""
+
     site: SiteName
     count: int  # images drawn unless told otherwise
     answers: bool = False  # with the teacher's traces
@@ -52,8 +55,9 @@ WRITTEN_SPLITS: tuple[str, ...] = tuple(name for name in SPLITS if not name.star
 
 
 def seeds(name: str, count: int | None = None) -> range:
-    """The first `count` seeds (default: the split's own count) of the block that belongs to split
-    `name`.
+    """Return the first `count` seeds of the block that belongs to split `name`.
+
+    count: None for the split's own.
 
     Raises ValueError for an unknown split or a count that does not fit the block.
     """
@@ -69,13 +73,14 @@ def seeds(name: str, count: int | None = None) -> range:
 
 
 def draw_split(name: str, count: int | None = None) -> list[Radiograph]:
-    """The pictures of a split, in memory."""
+    """Draw the pictures of a split, in memory."""
     return [draw(seed, SPLITS[name].site) for seed in seeds(name, count)]
 
 
 def write_split(name: str, count: int | None, folder: Path) -> Path:
-    """Draw a split into `<folder>/<name>/<id>.png` and `<folder>/<name>.jsonl`; returns the JSONL
-    file.
+    """Draw a split into `<folder>/<name>/<id>.png` and `<folder>/<name>.jsonl` -> the JSONL file.
+
+    count: None for the split's own.
 
     A JSONL file of the same count and generator version whose images exist is reused as it stands.
     It is written last and under a temporary name first, so a complete one always has its images.
@@ -87,15 +92,16 @@ def write_split(name: str, count: int | None, folder: Path) -> Path:
         return data_file
     data_file.unlink(missing_ok=True)  # it may describe pictures that are about to be replaced
     (folder / name).mkdir(parents=True, exist_ok=True)
-    temporary = data_file.with_name(f"{data_file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for number, seed in enumerate(split_seeds):
-            radiograph = draw(seed, SPLITS[name].site)
-            row = _row(name, f"{name}-{number:05d}", radiograph)
-            Image.fromarray(radiograph.image).save(folder / row["image"])
-            file.write(json.dumps(row) + "\n")
-    os.replace(temporary, data_file)
-    return data_file
+    return write_jsonl(data_file, _draw_rows(name, split_seeds, folder))
+
+
+def _draw_rows(name: str, split_seeds: range, folder: Path) -> Iterator[dict]:
+    """Draw the pictures of a split one by one into its folder, and give the row of each."""
+    for number, seed in enumerate(split_seeds):
+        radiograph = draw(seed, SPLITS[name].site)
+        row = _row(name, f"{name}-{number:05d}", radiograph)
+        Image.fromarray(radiograph.image).save(folder / row["image"])
+        yield row
 
 
 def _row(name: str, example_id: str, radiograph: Radiograph) -> dict:
@@ -127,6 +133,7 @@ def _is_complete(data_file: Path, count: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m data.demo.splits", description="Draw the demo's synthetic data sets."
     )

@@ -1,6 +1,7 @@
-"""Writes the demo's teacher traces: a short reading of a drawn radiograph, then its labels. And,
-from labels alone, a reading that names findings without a place, for any labelled image: it lets
-the whole pipeline run on real radiographs without a large model.
+"""Write the demo's teacher traces: a short reading of a drawn radiograph, then its labels.
+
+From labels alone it also writes a reading that names findings without a place, for any labelled
+image: it lets the whole pipeline run on real radiographs without a large model.
 
 The traces stand in for those that a large model writes about real images. They name what is drawn
 and where, in varied words and order, so that fine-tuning on them is language modelling and not the
@@ -16,7 +17,7 @@ import numpy as np
 from data.demo.radiographs import Radiograph
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
 
-# {where} is the drawn location, such as "right lower"; labels without a location do not use it.
+# {where} is the drawn location, such as "right lower". Labels without a location do not use it.
 _WORDINGS: dict[str, tuple[str, ...]] = {
     "Enlarged Cardiomediastinum": (
         "widened mediastinum",
@@ -148,8 +149,9 @@ _MOST_FINDINGS_WITH_EXTRAS = 3
 
 
 def finding_phrases(radiograph: Radiograph, rng: np.random.Generator) -> dict[str, str]:
-    """One phrase in lower case for each drawn label, No Finding included when nothing is abnormal;
-    in CheXpert's order.
+    """Choose one phrase in lower case for each drawn label, in CheXpert's order.
+
+    No Finding has one when nothing is abnormal.
     """
     phrases = {}
     for label in radiograph.findings:
@@ -159,7 +161,10 @@ def finding_phrases(radiograph: Radiograph, rng: np.random.Generator) -> dict[st
 
 
 def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
-    """The drawn findings as short sentences in random order, some with an opening or a normal part."""
+    """Write the drawn findings as short sentences in random order.
+
+    Some readings have an opening or name a normal part.
+    """
     phrases = list(finding_phrases(radiograph, rng).values())
     rng.shuffle(phrases)
     if len(phrases) <= _MOST_FINDINGS_WITH_EXTRAS:
@@ -174,9 +179,9 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
 
 
 def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
-    """The teacher's answer: "<think>Enlarged heart. Ribs are
-    intact.</think><solution>Cardiomegaly</solution>".
+    """Write the teacher's answer for a drawn radiograph.
 
+    For example "<think>Enlarged heart. Ribs are intact.</think><solution>Cardiomegaly</solution>".
     The solution holds the drawn labels in CheXpert's order. The words are a function of the
     radiograph and `seed`.
     """
@@ -186,22 +191,20 @@ def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
 
 
 def trace_from_labels(labels: Collection[str], seed: int) -> str:
-    """The teacher's answer for an image of which only the labels are known, in the same form and
-    order of the labels.
+    """Write the teacher's answer for an image of which only the labels are known.
 
-    The words are a function of the labels and `seed`.
+    Form and order of the labels are those of `reasoning_trace`. The words are a function of the
+    labels and `seed`.
     """
-    rng = np.random.default_rng(
-        [seed, *(LABELS.index(label) for label in LABELS if label in labels)]
-    )
+    ordered = [label for label in LABELS if label in labels]
+    rng = np.random.default_rng([seed, *(LABELS.index(label) for label in ordered)])
     phrases = [
         str(rng.choice(_ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label]))
-        for label in LABELS
-        if label in labels
+        for label in ordered
     ]
     phrases = phrases or [str(rng.choice(_NOTHING_LISTED))]
     rng.shuffle(phrases)
-    return f"<think>{_sentences(phrases)}</think><solution>{', '.join(label for label in LABELS if label in labels)}</solution>"
+    return f"<think>{_sentences(phrases)}</think><solution>{', '.join(ordered)}</solution>"
 
 
 def _sentences(phrases: list[str]) -> str:

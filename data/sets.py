@@ -1,0 +1,162 @@
+"""Load the data sets of one run: what is trained on, what is evaluated, and what is left out.
+
+A run has one training set and any number of named sets that are evaluated. Supervised fine-tuning
+also has a validation set with answers: one of the named sets, or a share of the training patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from data.examples import Example, data_file, read_jsonl, split_by_patient
+from data.files import DataError, named_files, write_jsonl
+from data.images import check_images, without_bad_images
+from data.traces import answers_to_learn
+
+TRAIN = "train"  # name of the training set: in config.json and in bad-images-train.jsonl
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Hold the data sets of one run.
+
+    train: examples to train on.
+    evaluated: the named sets that get scores.
+    files: data file of every set that has one, the training set under "train".
+    bad_images: rows of the examples that were left out for their images, by set.
+    """
+
+    train: list[Example]
+    evaluated: dict[str, list[Example]]
+    files: dict[str, Path]
+    bad_images: dict[str, list[dict]]
+
+
+@dataclass(frozen=True)
+class SFTDataSets(DataSets):
+    """Hold the data sets of supervised fine-tuning: `train` and `validation` have answers.
+
+    validation: examples whose loss chooses the best checkpoint.
+    """
+
+    validation: list[Example]
+
+
+def load_data_sets(
+    train_file: str,
+    validation_files: Sequence[str],
+    image_root: str | None,
+    bad_images: Literal["fail", "skip"],
+    resumed: dict | None = None,
+) -> DataSets:
+    """Read every data file of a run and look for its images.
+
+    train_file: a JSONL file or demo:SPLIT.
+    validation_files: NAME=FILE of each set that is evaluated.
+    image_root: folder that image paths are relative to, or None for each data file's own.
+    bad_images: see `usable_examples`.
+    resumed: config.json of the run that goes on, if one does.
+
+    Raises DataError naming every problem of a file, and as `usable_examples` does.
+    """
+    named, problems = named_files(validation_files, "validation_file", taken=(TRAIN,))
+    if problems:
+        raise DataError(problems)
+    files = {name: data_file(spec) for name, spec in ({TRAIN: train_file} | named).items()}
+    read = {name: read_jsonl(path, image_root) for name, path in files.items()}
+    evaluated, left_out = usable_examples(read, bad_images, resumed)
+    train = evaluated.pop(TRAIN)
+    return DataSets(train, evaluated, files, left_out)
+
+
+def with_answers_to_learn(
+    sets: DataSets, answer_format: str, *, validation_split: float, seed: int
+) -> SFTDataSets:
+    """Give supervised fine-tuning its answers and its validation set.
+
+    answer_format: form of the answers. With `solution` (Only Label) they are made from the labels.
+    validation_split: share of the training examples that is held out by patient where no evaluated
+    set has answers for all its examples. Else the first such set is the validation set.
+    seed: of the held-out patients.
+
+    Where there is no evaluated set, the validation set is evaluated under the name "validation".
+
+    Raises DataError for a training example without an answer in the form, and for too few patients.
+    """
+    train = answers_to_learn(sets.train, answer_format, sets.files[TRAIN])
+    answered = (
+        name
+        for name, examples in sets.evaluated.items()
+        if answer_format == "solution" or all(example.answer for example in examples)
+    )
+    name = next(answered, None)
+    if name is None:
+        train, validation = split_by_patient(train, validation_split, seed)
+    else:
+        validation = answers_to_learn(sets.evaluated[name], answer_format, sets.files[name])
+    evaluated = sets.evaluated or {"validation": validation}
+    return SFTDataSets(train, evaluated, sets.files, sets.bad_images, validation)
+
+
+# ---- images --------------------------------------------------------------------------------------
+def usable_examples(
+    sets: Mapping[str, list[Example]],
+    bad_images: Literal["fail", "skip"],
+    resumed: dict | None = None,
+) -> tuple[dict[str, list[Example]], dict[str, list[dict]]]:
+    """Sort out examples by their images -> (sets to use, rows of the examples left out by set).
+
+    bad_images: as --bad_images says. fail: every image file must be there. What is in it shows when
+    it is needed. skip: all images are read now, and examples with a bad one are left out.
+    resumed: config.json of the run that goes on, if one does. At skip it leaves out again what it
+    left out at its beginning, so that its data sets are the same.
+
+    Raises DataError for missing images, and for a data set of which nothing is left.
+    """
+    if bad_images == "fail":
+        check_images(example for examples in sets.values() for example in examples)
+        return dict(sets), {name: [] for name in sets}
+    if resumed is None:
+        checked = {name: without_bad_images(examples, name) for name, examples in sets.items()}
+        usable = {name: good for name, (good, _) in checked.items()}
+        return usable, {name: bad for name, (_, bad) in checked.items()}
+    left_out = resumed["bad_images"]
+    ids = {name: {row["id"] for row in left_out.get(name, [])} for name in sets}
+    usable = {
+        name: [example for example in examples if example.id not in ids[name]]
+        for name, examples in sets.items()
+    }
+    check_images(example for examples in usable.values() for example in examples)
+    return usable, left_out
+
+
+def write_bad_images(folder: Path, bad_images: Mapping[str, list[dict]]) -> None:
+    """Write bad-images-<name>.jsonl for every set that examples were left out of, with reasons."""
+    for name, rows in bad_images.items():
+        if rows:
+            write_jsonl(Path(folder) / f"bad-images-{name}.jsonl", rows)
+
+
+def bad_images_line(bad_images: Mapping[str, list[dict]]) -> str:
+    """Say in a banner's line on data how many examples are left out; empty where none is."""
+    counts = ", ".join(
+        f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad_images.items() if rows
+    )
+    return f"; left out for their images: {counts}" if counts else ""
+
+
+def bad_image_counts(
+    names: Iterable[str], bad_images: Mapping[str, list[dict]]
+) -> dict[str, dict[str, int]]:
+    """Count the examples left out of each set, as its scores note it: {name: {"bad_images": n}}."""
+    return {name: {"bad_images": len(bad_images.get(name, []))} for name in names}
+
+
+# ---- pieces --------------------------------------------------------------------------------------
+def in_chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut a sequence into consecutive pieces of `size`, the last one shorter where it must be."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
