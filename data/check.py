@@ -80,7 +80,7 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Check every row and every image of data files."
     )

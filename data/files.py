@@ -92,7 +92,7 @@ def write_json(path: str | Path, record: Any) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
-    """Write rows as JSONL, one a line, whole or not at all; return the path."""
+    """Write rows as JSONL, one a line, whole or not at all, and return the path."""
     with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

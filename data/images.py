@@ -162,7 +162,7 @@ def read_image(example: Example) -> bytes:
 
 
 def load_image(example: Example, content: bytes | None = None) -> Image.Image:
-    """Decode the example's image as 8-bit RGB, upright; of an animated PNG the first picture.
+    """Decode the example's image as 8-bit RGB, upright (the first picture of an animated PNG).
 
     content: of the image file, where it has been read already.
 

@@ -695,7 +695,7 @@ def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 2 usage or data."""
+    """Run the command and return the exit code: 0 done, 2 usage or data."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except DataError as error:

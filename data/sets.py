@@ -142,7 +142,7 @@ def write_bad_images(folder: Path, bad_images: Mapping[str, list[dict]]) -> None
 
 
 def bad_images_line(bad_images: Mapping[str, list[dict]]) -> str:
-    """Say in a banner's line on data how many examples are left out; empty where none is."""
+    """Say in a banner's line on data how many examples are left out, if any."""
     counts = ", ".join(
         f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad_images.items() if rows
     )

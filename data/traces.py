@@ -602,7 +602,7 @@ _PRIVACY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 no answer is good, 2 usage or data."""
+    """Run the command and return the exit code: 0 done, 1 no answer is good, 2 usage or data."""
     parser = argparse.ArgumentParser(
         prog="python -m data.traces",
         description="Teacher traces: requests out (export), answers in, with checks (import).",

@@ -44,6 +44,7 @@ class Prompts:
     alike: bool = False
 
     def to(self, device: torch.device | str) -> Prompts:
+        """Copy all tensors to a device."""
         vision = [
             {name: tensor.to(device, non_blocking=True) for name, tensor in image.items()}
             for image in self.vision
@@ -67,6 +68,7 @@ class Bucket:
     length: int
 
     def to(self, device: torch.device | str) -> Bucket:
+        """Copy all tensors to a device."""
         return _moved(self, device)
 
 
@@ -105,6 +107,7 @@ class Batch:
     predictors: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
+        """Copy all tensors to a device."""
         return replace(
             _moved(self, device),
             prompts=self.prompts.to(device),
@@ -202,7 +205,7 @@ def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> l
 
 
 def _buckets(lengths: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, list[Bucket]]:
-    """Sort completions by length -> (their order [N], the longest first; their buckets).
+    """Sort completions by length -> (their order [N], the longest first, and their buckets).
 
     lengths [N] int64: tokens read. A completion of which nothing is read is in no bucket.
     """

@@ -32,8 +32,8 @@ class EncodedPrompt:
 
     input_ids [P] int64: ends with the generation prompt.
     token_types [P] int64: 1 on the image's placeholders, else 0.
-    vision: tensors of the image. A loaded model puts its features here, an Encoder alone, which has
-    no vision tower, its pixels (see ImageTensors). Only features can be collated for the decoder.
+    vision: tensors of the image (see ImageTensors). A loaded model puts its features here, which
+    the decoder needs. An Encoder alone has no vision tower and puts its pixels here.
     """
 
     input_ids: Tensor
@@ -64,7 +64,7 @@ class Encoder:
         image_processor: Any,
         config: dict,
     ):
-        """Keep them together.
+        """Look up the token ids that the engine needs.
 
         config: config.json of the checkpoint as written.
 

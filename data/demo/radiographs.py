@@ -157,7 +157,7 @@ class Radiograph:
 
     @property
     def evaluated_labels(self) -> tuple[str, ...]:
-        """Return the labels that the site's scheme can express; any other is unknown there."""
+        """Return the labels that the site's scheme can express, the only ones known there."""
         return LABELS if self.site == "a" else NIH_NINE
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import configparser
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_a_wrong_import_is_seen(path, source):
 def test_a_right_import_is_not():
     source = "import os\nimport torch\nfrom data.labels import LABELS\nfrom . import model"
     assert wrong_imports(source, "engine/forward.py") == []
+
+
+@pytest.mark.parametrize("command", ["select", "check", "traces", "demo.splits"])
+def test_a_command_on_data_loads_no_model_library(command):
+    """--help answers in a moment; the heavy packages take seconds to import."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{command}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('data.{command}', run_name='__main__')\n"
+        "finally:\n"
+        f"    print('loaded', sorted(set(sys.modules) & {HEAVY!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded []"
 
 
 def test_an_unsafe_load_is_seen():

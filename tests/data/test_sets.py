@@ -1,6 +1,6 @@
 """Protects the data sets of a run: which examples are trained on, validated and evaluated, which
 are left out for their images, and that a resumed run leaves out the same. Run: pytest
-tests/test_sets.py
+tests/data/test_sets.py
 """
 
 from __future__ import annotations
