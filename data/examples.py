@@ -38,10 +38,7 @@ class Example:
     @property
     def target(self) -> Target:
         """Return what rewards and scores compare with: the labels among the evaluated ones."""
-        return Target(
-            frozenset(self.labels) & frozenset(self.evaluated_labels),
-            frozenset(self.evaluated_labels),
-        )
+        return Target.of(self.labels, self.evaluated_labels)
 
 
 _REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
@@ -71,8 +68,7 @@ def scan_jsonl(
     Raises DataError where there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError([f"{path}: no such data file; give a JSONL file with one example a line"])
+    _check_exists(path)
     root = Path(image_root) if image_root is not None else path.parent
     examples: list[Example] = []
     problems: list[str] = []
@@ -108,14 +104,28 @@ def data_file(spec: str | Path) -> Path:
     """
     if not str(spec).startswith("demo:"):
         return Path(spec)
-    from data.demo.splits import WRITTEN_SPLITS, write_split  # here: most runs never draw anything
+    check_data_file(spec)
+    from data.demo.splits import write_split  # here: most runs never draw anything
+
+    return write_split(str(spec).removeprefix("demo:"), None, Path("demo-data"))
+
+
+def check_data_file(spec: str | Path) -> None:
+    """Raise DataError where `data_file` finds no file or no split, without drawing anything."""
+    if not str(spec).startswith("demo:"):
+        return _check_exists(Path(spec))
+    from data.demo.splits import WRITTEN_SPLITS  # here: most runs never draw anything
 
     name = str(spec).removeprefix("demo:")
     if name not in WRITTEN_SPLITS:
         raise DataError(
             [f"{spec}: the demo has no split {name!r}; it has {', '.join(WRITTEN_SPLITS)}"]
         )
-    return write_split(name, None, Path("demo-data"))
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise DataError([f"{path}: no such data file; give a JSONL file with one example a line"])
 
 
 def read_examples(spec: str | Path, image_root: str | Path | None = None) -> list[Example]:

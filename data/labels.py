@@ -7,7 +7,7 @@ and a score table can never disagree about spelling.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 NO_FINDING = "No Finding"
@@ -74,6 +74,12 @@ class Target:
 
     labels: frozenset[str]
     evaluated_labels: frozenset[str] = frozenset(LABELS)
+
+    @classmethod
+    def of(cls, labels: Iterable[str], evaluated_labels: Iterable[str]) -> Target:
+        """Make the target of an image, with only those of its labels that its source evaluates."""
+        evaluated = frozenset(evaluated_labels)
+        return cls(frozenset(labels) & evaluated, evaluated)
 
 
 # An uncertain mention (-1) counts as absent (U-Zeros), present (U-Ones) or unknown (U-Ignore), by
@@ -142,7 +148,7 @@ class LabelPolicy:
         A label that is no key has no column in the table and counts as silent. No Finding excludes
         every label but Support Devices, so a stated No Finding makes silent findings false, and a
         stated finding makes a silent No Finding false. An image is called No Finding only where no
-        finding is unknown; where one is, No Finding is unknown too. Contradictions of the table are
+        finding is unknown. Where one is, No Finding is unknown too. Contradictions of the table are
         kept.
         """
         true, ignored, silent = (

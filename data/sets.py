@@ -7,14 +7,15 @@ also has a validation set with answers: one of the named sets, or a share of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from data.answers import parse_answer
 from data.examples import Example, data_file, read_jsonl, split_by_patient
 from data.files import DataError, named_files, write_jsonl
 from data.images import check_images, without_bad_images
-from data.traces import answers_to_learn
+from data.prompts import solution_text
 
 TRAIN = "train"  # name of the training set: in config.json and in bad-images-train.jsonl
 Item = TypeVar("Item")
@@ -66,11 +67,33 @@ def load_data_sets(
     named, problems = named_files(validation_files, "validation_file", taken=(TRAIN,))
     if problems:
         raise DataError(problems)
-    files = {name: data_file(spec) for name, spec in ({TRAIN: train_file} | named).items()}
-    read = {name: read_jsonl(path, image_root) for name, path in files.items()}
-    evaluated, left_out = usable_examples(read, bad_images, resumed)
+    specs = {TRAIN: train_file} | named
+    files, evaluated, left_out = read_sets(specs, image_root, bad_images, resumed=resumed)
     train = evaluated.pop(TRAIN)
     return DataSets(train, evaluated, files, left_out)
+
+
+def read_sets(
+    specs: Mapping[str, str],
+    image_root: str | None,
+    bad_images: Literal["fail", "skip"],
+    *,
+    max_samples: int | None = None,
+    resumed: dict | None = None,
+) -> tuple[dict[str, Path], dict[str, list[Example]], dict[str, list[dict]]]:
+    """Read named data files -> (their files, the examples to use, rows of the examples left out).
+
+    specs: {name: a JSONL file or demo:SPLIT}.
+    image_root: folder that image paths are relative to, or None for each data file's own.
+    max_samples: use only the first so many rows of each file, None for all.
+    bad_images, resumed: see `usable_examples`.
+
+    Raises DataError naming every problem of a file, and as `usable_examples` does.
+    """
+    files = {name: data_file(spec) for name, spec in specs.items()}
+    read = {name: read_jsonl(path, image_root)[:max_samples] for name, path in files.items()}
+    usable, left_out = usable_examples(read, bad_images, resumed)
+    return files, usable, left_out
 
 
 def with_answers_to_learn(
@@ -100,6 +123,47 @@ def with_answers_to_learn(
         validation = answers_to_learn(sets.evaluated[name], answer_format, sets.files[name])
     evaluated = sets.evaluated or {"validation": validation}
     return SFTDataSets(train, evaluated, sets.files, sets.bad_images, validation)
+
+
+def answers_to_learn(
+    examples: Sequence[Example], answer_format: str, file: str | Path
+) -> list[Example]:
+    """Give each example the answer that SFT learns.
+
+    answer_format: form of the answers. For `solution` (Only Label) they are made from the labels,
+    for the others they are the file's own.
+    file: of the examples, for messages.
+
+    Raises DataError where an example has no answer, or one that is not strictly in the form.
+    """
+    if answer_format == "solution":
+        return [
+            replace(example, answer=solution_text(example.target.labels)) for example in examples
+        ]
+    without = [example.id for example in examples if not example.answer]
+    if without:
+        raise DataError(
+            [
+                f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn"
+                f" from, such as {without[0]!r}; make them with `python -m data.traces`, or learn"
+                " the labels alone with --prompt only_label"
+            ]
+        )
+    problems = {
+        example.id: answer.problem
+        for example in examples
+        if not (answer := parse_answer(example.answer or "", answer_format)).valid
+    }
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise DataError(
+            [
+                f"{file}: {len(problems)} of {len(examples)} answers are not in the form"
+                f" {answer_format}, such as that of {name!r} ({problem}); repair them, or give the"
+                " --answer_format that they have"
+            ]
+        )
+    return list(examples)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -147,6 +211,15 @@ def bad_images_line(bad_images: Mapping[str, list[dict]]) -> str:
         f"{name} {len(rows)} (bad-images-{name}.jsonl)" for name, rows in bad_images.items() if rows
     )
     return f"; left out for their images: {counts}" if counts else ""
+
+
+def data_line(sets: DataSets) -> str:
+    """Say in a banner's line how many examples are learnt from, validated on and evaluated."""
+    held = f", {len(sets.validation)} to validate" if isinstance(sets, SFTDataSets) else ""
+    named = ", ".join(f"{name} {len(examples)}" for name, examples in sets.evaluated.items())
+    left_out = bad_images_line(sets.bad_images)
+    scored = named or "nothing"
+    return f"data        {len(sets.train)} to train on{held}; scored: {scored}{left_out}"
 
 
 def bad_image_counts(

@@ -1,4 +1,4 @@
-"""Ask a teacher for reasoning traces, check its answers one by one, and give SFT what it learns.
+"""Ask a teacher for reasoning traces, and keep those of its answers that pass every check.
 
     python -m data.traces export --data_file sft.jsonl --form openai --model MODEL \
         --output_dir requests
@@ -37,7 +37,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from data.examples import Example, data_file, read_jsonl, row_of, selection_file
 from data.files import DataError, first_problems, write_jsonl
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
-from data.prompts import PROMPTS, Prompt, solution_text
+from data.prompts import PROMPTS, Prompt
 
 ANSWER_FORMAT = "think_solution"  # of every trace
 TEACHER_PROMPTS = tuple(
@@ -189,48 +189,6 @@ LEAK_PHRASES: tuple[str, ...] = (
     "dataset",
     "data set",
 )
-
-
-# ---- what SFT learns from ------------------------------------------------------------------------
-def answers_to_learn(
-    examples: Sequence[Example], answer_format: str, file: str | Path
-) -> list[Example]:
-    """Give each example the answer that SFT learns.
-
-    answer_format: form of the answers. For `solution` (Only Label) they are made from the labels,
-    for the others they are the file's own.
-    file: of the examples, for messages.
-
-    Raises DataError where an example has no answer, or one that is not strictly in the form.
-    """
-    if answer_format == "solution":
-        return [
-            replace(example, answer=solution_text(example.target.labels)) for example in examples
-        ]
-    without = [example.id for example in examples if not example.answer]
-    if without:
-        raise DataError(
-            [
-                f"{file}: {len(without)} of {len(examples)} examples have no 'answer' to learn"
-                f" from, such as {without[0]!r}; make them with `python -m data.traces`, or learn"
-                " the labels alone with --prompt only_label"
-            ]
-        )
-    problems = {
-        example.id: answer.problem
-        for example in examples
-        if not (answer := parse_answer(example.answer or "", answer_format)).valid
-    }
-    if problems:
-        name, problem = next(iter(problems.items()))
-        raise DataError(
-            [
-                f"{file}: {len(problems)} of {len(examples)} answers are not in the form"
-                f" {answer_format}, such as that of {name!r} ({problem}); repair them, or give the"
-                " --answer_format that they have"
-            ]
-        )
-    return list(examples)
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ class PackedMask:
     ) -> Tensor:
         """Attend from all tokens of the packed row, as one layer does.
 
-        module: the layer's attention module, for its index
-        query [1,H,M,D], key and value [1,K,M,D]: the packed row
+        module: the layer's attention module, for its index.
+        query [1,H,M,D], key and value [1,K,M,D]: the packed row.
         Returns [1,M,H,D].
         """
         raise TypeError("use a subclass")
@@ -74,8 +74,8 @@ class Places:
     """Say where the tokens of a packed row belong in the padded layouts.
 
     prompts int64, ascending: flat index in [B,S] of each prompt token
-    prompt_shape: (B, S)
-    buckets: completions of similar lengths, whose tokens follow bucket after bucket
+    prompt_shape: (B, S).
+    buckets: completions of similar lengths, whose tokens follow bucket after bucket.
     """
 
     prompts: Tensor
@@ -87,9 +87,9 @@ class Places:
 class SharedPromptMask(PackedMask):
     """Hold what the tokens of a packed row see in one kind of layer (True = sees).
 
-    prompts [B,1,S,S] bool: each prompt sees its own tokens
-    completions [N,1,R,S+R] bool: each completion sees its prompt's tokens, then its own
-    keep(layer, keys, values): called with the prompts' keys and values, [B,S,K,D] each
+    prompts [B,1,S,S] bool: each prompt sees its own tokens.
+    completions [N,1,R,S+R] bool: each completion sees its prompt's tokens, then its own.
+    keep(layer, keys, values): called with the prompts' keys and values, [B,S,K,D] each.
 
     Where all B prompts (or all N completions) see the same, the first dimension may be 1.
     """
@@ -161,7 +161,7 @@ class SharedPromptMask(PackedMask):
 def additive_mask(mask: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
     """Turn a bool mask into numbers to add to the scores: 0 where a query sees a key, else -inf.
 
-    mask [R,1,Q,T] bool
+    mask [R,1,Q,T] bool.
     Returns [R,1,repeats x Q,T] of `dtype`, whose rows begin at multiples of ALIGNMENT elements.
     """
     rows, _, queries, keys = mask.shape
@@ -192,7 +192,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers' layers ask: by a PackedMask where there is one, else by SDPA.
 
-    query [1,H,M,D], key and value [1,K,M,D]
+    query [1,H,M,D], key and value [1,K,M,D].
     Returns ([1,M,H,D], None).
     """
     if not isinstance(attention_mask, PackedMask):
@@ -221,8 +221,8 @@ def attend(
 ) -> Tensor:
     """Attend in padded rows, without copying keys and values for the query heads that share them.
 
-    query [R,Q,H,D], key and value [R,T,K,D]
-    mask [R or 1,1,H/K x Q,T]: numbers to add to the scores
+    query [R,Q,H,D], key and value [R,T,K,D].
+    mask [R or 1,1,H/K x Q,T]: numbers to add to the scores.
     Returns [R,Q,H,D]. The H/K query heads of a key head are handled as more queries of that head.
     """
     rows, length, heads, width = query.shape
@@ -243,7 +243,7 @@ def attend(
 def spread(tokens: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
     """Lay out packed tokens in padded rows, with zeros elsewhere.
 
-    tokens [m,...], places [m] int64: the tokens and the flat index of each in `shape`
+    tokens [m,...], places [m] int64: the tokens and the flat index of each in `shape`.
     Returns [*shape,...].
     """
     if len(places) == shape[0] * shape[1]:

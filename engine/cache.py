@@ -25,8 +25,8 @@ from engine.attention import AttentionLayer, PackedMask, gather, spread
 class LayerCache:
     """Hold one layer's keys and values.
 
-    prompt_keys, prompt_values [B,K,S,D]: prompts, padded on the left
-    keys, values [B x W,K,T,D]: completions
+    prompt_keys, prompt_values [B,K,S,D]: prompts, padded on the left.
+    keys, values [B x W,K,T,D]: completions.
     """
 
     prompt_keys: Tensor
@@ -38,10 +38,10 @@ class LayerCache:
 class SamplingCache:
     """Hold the keys and values of all layers while completions are decoded.
 
-    num_prompts: B
-    prompt_length: S, the length of the longest prompt
-    generations: W, the number of completions of each prompt
-    completion_length: T, the length of the longest completion
+    num_prompts: B.
+    prompt_length: S, the length of the longest prompt.
+    generations: W, the number of completions of each prompt.
+    completion_length: T, the length of the longest completion.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class SamplingCache:
     def keep_prompts(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Write the keys and values of prompts that one layer has just read.
 
-        keys, values [b,s,K,D]: prompts padded on the left, s <= S
-        slots [b] int64: index of each prompt in the cache
+        keys, values [b,s,K,D]: prompts padded on the left, s <= S.
+        slots [b] int64: index of each prompt in the cache.
         """
         if layer not in self.layers:
             self.layers[layer] = self._empty(keys)
@@ -74,7 +74,7 @@ class SamplingCache:
     def select(self, prompts: Tensor, rows: Tensor) -> None:
         """Keep only these prompts and completions, in this order, and free the rest.
 
-        prompts [b] int64, rows [b x w] int64: their indices in the cache
+        prompts [b] int64, rows [b x w] int64: their indices in the cache.
         """
         for kept in self.layers.values():
             for name, places in (
@@ -94,15 +94,15 @@ class DecodingMask(PackedMask):
     A new token sees the last `prompt_length` places of its prompt and the first `length` places of
     its own completion, where it is the last token.
 
-    rows [n] int64: index of each completion in the cache
-    steps [n] int64: place of each new token in its completion
+    rows [n] int64: index of each completion in the cache.
+    offsets [n] int64: place of each new token in its completion.
     additive [B,W,1,1,S+R]: numbers to add to the scores, 0 where a token sees, else -inf.
         Completions without a new token see everything, and their result is not used.
     """
 
     cache: SamplingCache
     rows: Tensor
-    steps: Tensor
+    offsets: Tensor
     prompt_length: int
     length: int
     additive: Tensor
@@ -120,13 +120,10 @@ class DecodingMask(PackedMask):
         cache, kept = self.cache, self.cache.layers[module.layer_idx]
         grid, repeats = (cache.num_prompts, cache.generations), query.shape[1] // key.shape[1]
         for into, new in ((kept.keys, key), (kept.values, value)):
-            into[self.rows, :, self.steps] = new[0].transpose(0, 1)  # [n,K,D]
+            into[self.rows, :, self.offsets] = new[0].transpose(0, 1)  # [n,K,D]
         start = cache.prompt_length - self.prompt_length
-        # [B,K,S,D]
-        prompt_keys, prompt_values = (
-            kept.prompt_keys[:, :, start:],
-            kept.prompt_values[:, :, start:],
-        )
+        prompt_keys = kept.prompt_keys[:, :, start:]  # [B,K,S,D]
+        prompt_values = kept.prompt_values[:, :, start:]
         # [B x W,K,R,D]
         keys, values = kept.keys[:, :, : self.length], kept.values[:, :, : self.length]
 

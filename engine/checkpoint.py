@@ -13,20 +13,20 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
 
+from data.files import sha256_of
 from engine.config import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -56,14 +56,16 @@ def save_checkpoint(
 
     A checkpoint of the same step is replaced.
 
-    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each
-    records: {file name.json: JSON value}
-    notes: JSON values kept in the manifest, such as the reference adapter's hash
+    tensors: {file stem: {key: tensor}}, one `<stem>.safetensors` each.
+    records: {file name.json: JSON value}.
+    notes: JSON values kept in the manifest, such as the reference adapter's hash.
 
     Raises OSError, naming the path and the bytes needed, where the disk refuses. Then nothing
     incomplete stays behind and older checkpoints are untouched. Raises ValueError for a file name
     that ends in neither .safetensors nor .json.
     """
+    from safetensors.torch import save  # here: a checkpoint is verified without torch
+
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
     temporary = run_dir / f"{_TEMPORARY}{final.name}-{os.getpid()}"
@@ -82,7 +84,7 @@ def save_checkpoint(
         os.mkdir(temporary)
         entries = {}
         for stem, group in tensors.items():
-            payload = safetensors.torch.save(
+            payload = save(
                 {key: _detached(tensor) for key, tensor in group.items()}, {"format": "pt"}
             )
             entries[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", payload)
@@ -114,6 +116,8 @@ def _to_json(record: Any) -> bytes:
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    import torch  # here: a checkpoint is verified without it
+
     # Copied, because safetensors refuses views that share storage, and the tensors of a rollout are
     # often slices of one batch.
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -179,8 +183,10 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read `<name>.safetensors`. Raises CheckpointError where the checkpoint has none."""
+        from safetensors.torch import load  # here: a checkpoint is verified without torch
+
         try:
-            return safetensors.torch.load(self._read(f"{name}.safetensors"))
+            return load(self._read(f"{name}.safetensors"))
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.path / name}.safetensors: is not a safetensors file: {error}"
@@ -234,9 +240,8 @@ def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | N
         return f"{name}: is missing"
     if path.stat().st_size != size:
         return f"{name}: has {path.stat().st_size:,} bytes, the manifest says {size:,}"
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            return f"{name}: its content was altered (SHA-256 differs from the manifest)"
+    if sha256_of(path) != sha256:
+        return f"{name}: its content was altered (SHA-256 differs from the manifest)"
     return None
 
 
@@ -287,8 +292,8 @@ def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond `limit` in all, and return them.
 
-    limit: None keeps every checkpoint
-    keep: checkpoints that stay even beyond the limit, such as the best (links are followed)
+    limit: None keeps every checkpoint.
+    keep: checkpoints that stay even beyond the limit, such as the best (links are followed).
 
     The newest checkpoint always stays. A deletion that fails is only a warning, because training
     matters more than disk space.
@@ -363,140 +368,3 @@ def point_link(run_dir: Path, name: str, target: Path) -> None:
         os.replace(temporary, Path(run_dir) / name)
     except OSError as error:
         logger.warning("link %s could not be set: %s", Path(run_dir) / name, error)
-
-
-# ---- optimizer and random state ------------------------------------------------------------------
-def optimizer_to_tensors(
-    optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimizer's state: (tensors keyed "<parameter index>.<name>", JSON record)."""
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
-    record = {
-        "optimizer": type(optimizer).__name__,
-        "shapes": [
-            list(parameter.shape)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ],
-        "param_groups": state["param_groups"],
-        "scalars": scalars,
-    }
-    return tensors, record
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], record: dict[str, Any]
-) -> None:
-    """Restore, bit for bit, what `optimizer_to_tensors` gave.
-
-    optimizer: built over the same parameters in the same order
-
-    Raises CheckpointError where the class, the groups, the parameters or the shape of a state
-    differ.
-    """
-    if record["optimizer"] != type(optimizer).__name__:
-        raise CheckpointError(
-            f"optimizer state is of {record['optimizer']}, the run uses {type(optimizer).__name__}"
-        )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shapes = [list(parameter.shape) for parameter in parameters]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in record["param_groups"]]
-    if sizes != saved_sizes:
-        raise CheckpointError(
-            f"optimizer state has parameter groups of {saved_sizes}, the run has {sizes}"
-        )
-    for index, (saved, shape) in enumerate(zip(record["shapes"], shapes, strict=True)):
-        if saved != shape:
-            raise CheckpointError(
-                f"optimizer state of parameter {index} has shape {saved}, the run's has {shape}"
-            )
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **record["scalars"]}.items():
-        index, name = key.split(".", 1)
-        if (
-            isinstance(value, torch.Tensor)
-            and value.dim()
-            and list(value.shape) != shapes[int(index)]
-        ):
-            raise CheckpointError(
-                f"optimizer state {key} has shape {list(value.shape)}, its parameter"
-                f" {shapes[int(index)]}"
-            )
-        state.setdefault(int(index), {})[name] = value
-    groups = [
-        {
-            name: tuple(value) if isinstance(current.get(name), tuple) else value
-            for name, value in saved.items()
-        }
-        for saved, current in zip(record["param_groups"], optimizer.param_groups, strict=True)
-    ]  # JSON made lists of tuples such as betas
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def rng_to_tensors(
-    generators: Mapping[str, torch.Generator] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Save every source of randomness as (tensors, JSON record).
-
-    The sources are torch on CPU and CUDA, Python, numpy's global state, and the named generators.
-    """
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {
-            f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
-        }
-    tensors |= {
-        f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()
-    }
-    algorithm, key, position, has_gauss, gauss = np.random.get_state()
-    key = key.astype(np.int64)  # type: ignore[attr-defined]  # its stubs add legacy=False's dict
-    tensors["numpy"] = torch.from_numpy(key)
-    version, words, python_gauss = random.getstate()
-    record = {
-        "python": [version, list(words), python_gauss],
-        "numpy": [algorithm, position, has_gauss, gauss],
-    }
-    return tensors, record
-
-
-def load_rng(
-    tensors: Mapping[str, torch.Tensor],
-    record: dict[str, Any],
-    generators: Mapping[str, torch.Generator] | None = None,
-) -> None:
-    """Restore what `rng_to_tensors` gave, so that every source continues with the same draws.
-
-    Raises CheckpointError for a generator without saved state and for the state of another kind of
-    device. Another number of CUDA devices is only a warning: the run can continue, but not bit for
-    bit.
-    """
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    saved_devices = sum(name.startswith("cuda.") for name in tensors)
-    if devices != saved_devices:
-        logger.warning(
-            "random state of %d CUDA devices was saved, %d are here: draws will differ",
-            saved_devices,
-            devices,
-        )
-    try:
-        torch.set_rng_state(tensors["torch"])
-        for index in range(min(devices, saved_devices)):
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-        for name, generator in (generators or {}).items():
-            generator.set_state(tensors[f"generator.{name}"])
-        algorithm, position, has_gauss, gauss = record["numpy"]
-        np.random.set_state(
-            (algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
-        )
-        version, words, python_gauss = record["python"]
-        random.setstate((version, tuple(words), python_gauss))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"random state cannot be restored: {type(error).__name__}: {error}"
-        ) from error

@@ -27,7 +27,7 @@ SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptBatch:
     """Hold B prompts of S places, all ending in the last one.
 
     input_ids [B,S] int64: padded on the left.
@@ -43,7 +43,7 @@ class Prompts:
     vision: list[ImageTensors]
     alike: bool = False
 
-    def to(self, device: torch.device | str) -> Prompts:
+    def to(self, device: torch.device | str) -> PromptBatch:
         """Copy all tensors to a device."""
         vision = [
             {name: tensor.to(device, non_blocking=True) for name, tensor in image.items()}
@@ -95,7 +95,7 @@ class Batch:
     predictors [K] int64: index in the packed row of the token before each.
     """
 
-    prompts: Prompts
+    prompts: PromptBatch
     prompt_of_row: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
@@ -156,7 +156,7 @@ def collate_rows(rows: list[EncodedRow], pad_token_id: int) -> Batch:
     )
 
 
-def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
+def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> PromptBatch:
     """Pad prompts on the left, so that all end where the first sampled token goes.
 
     Raises ValueError where an image has more or fewer features than its prompt has placeholders.
@@ -169,7 +169,7 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> Prompts:
                 f"{placeholders} image placeholders for {len(features)} image features; the image"
                 " processor and the model disagree"
             )
-    return Prompts(
+    return PromptBatch(
         input_ids=_pad_left([prompt.input_ids for prompt in prompts], pad_token_id),
         token_types=_pad_left([prompt.token_types for prompt in prompts], 0),
         attention_mask=_pad_left(

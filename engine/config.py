@@ -1,12 +1,13 @@
-"""Flat frozen dataclasses <-> command-line flags <-> TOML recipes.
+"""Turn flat frozen dataclasses into command-line flags and TOML recipes, and read them back.
 
-Several dataclasses feed one flat flag namespace: every field is a flag, its type gives the
-conversion, its metadata the help text. A value comes from the dataclass default, then a recipe,
-then a flag, and its origin is kept. Every problem of one command line (flags, recipe, combinations)
-is collected and reported together.
+Several dataclasses feed one flat flag namespace. Every field is a flag: its type gives the
+conversion, its metadata the help text. A value is a flag's, else a recipe's, else the dataclass
+default, and its origin is kept. Every problem of one command line (flags, recipe, combinations) is
+collected and reported together.
 
 Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of
-these, ...].
+these, ...]. None is a value like others ("no bound"). That a value was not given is told by its
+origin, "default".
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tomllib
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -28,9 +30,7 @@ RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 
 
 class UsageError(ValueError):
-    """A mistake the user can correct; the scripts print `problems`, one line each, and exit with
-    code 2.
-    """
+    """Report a mistake that the user can correct: scripts print `problems` and exit with code 2."""
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -38,7 +38,7 @@ class UsageError(ValueError):
 
 
 class ConfigError(UsageError):
-    """Everything that is wrong with one command line."""
+    """Report everything that is wrong with one command line."""
 
 
 def setting(
@@ -51,11 +51,15 @@ def setting(
     aliases: tuple[str, ...] = (),
     group: str = "",
 ) -> Any:
-    """A dataclass field that becomes a flag.
+    """Declare a dataclass field that becomes a flag.
 
-    `source` says where the default comes from ("paper 3.2.1"), `unit` what the number counts,
-    `unset` what a default of None stands for, `aliases` are further names of the flag (without
-    dashes), `group` is the heading in --help (default: the name of the class).
+    default: what the flag has where nothing gives it.
+    help: what --help says of it.
+    unit: what the number counts.
+    source: where the default comes from ("paper 3.2.1").
+    unset: what --help says in place of the default, where something else decides without the flag.
+    aliases: further names of the flag, without dashes.
+    group: the heading in --help, or empty for the name of the class.
     """
     metadata = {
         "help": help,
@@ -70,17 +74,17 @@ def setting(
 
 @dataclass(frozen=True)
 class Resolved:
-    """The configs in the order of the classes given, the origin of every value ("default", "recipe
-    NAME", "flag").
+    """Hold one command line as read: a config of each class, and where every value came from.
+
+    The configs are in the order of the classes that were asked for.
     """
 
     configs: tuple[Any, ...]
-    origins: dict[str, str]
-    recipe: str | None
+    origins: dict[str, str]  # by setting: "default", "recipe NAME", "flag", "resumed run", ...
+    recipe: str | None  # name or file
 
     def with_value(self, name: str, value: Any, origin: str) -> Resolved:
-        """A copy in which the script has filled in one value itself, such as the newest run's
-        adapter.
+        """Copy it all with one value that a script found itself, such as the newest adapter.
 
         Raises KeyError for a name that is no field of the configs.
         """
@@ -98,7 +102,7 @@ def _field_names(config: Any) -> list[str]:
 
 
 class _Setting(NamedTuple):
-    """One field, with its type taken apart."""
+    """Describe one field, with its type taken apart."""
 
     name: str
     owner: type  # the config class it is read from
@@ -114,8 +118,9 @@ class _Setting(NamedTuple):
 
 # ---- types ---------------------------------------------------------------------------------------
 def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
-    """annotation -> (kind, choices, optional, repeated); TypeError for a type that no flag can
-    express.
+    """Take a field's type apart -> (kind, choices, optional, repeated).
+
+    Raises TypeError for a type that no flag can express.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
@@ -136,7 +141,10 @@ def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
 
 
 def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
-    """Every field of every class, by name. TypeError where a class cannot be turned into flags."""
+    """Gather every field of every class, by name.
+
+    Raises TypeError where a class cannot be turned into flags.
+    """
     found: dict[str, _Setting] = {}
     for owner in config_classes:
         hints = get_type_hints(owner)
@@ -163,9 +171,7 @@ def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
 
 
 def _group_of(owner: type, name: str) -> str:
-    """The class that declares the field, so that inherited fields are listed under their own
-    heading.
-    """
+    """Name the class that declares a field: inherited fields are listed under its heading."""
     declaring = next(
         cls for cls in owner.__mro__ if name in cls.__dict__.get("__annotations__", {})
     )
@@ -178,7 +184,7 @@ def _help_text(field: dataclasses.Field) -> str:
     if unit:
         facts = (
             [f"{facts[0]} {unit}"]
-            if isinstance(field.default, (int, float))
+            if isinstance(field.default, (int, float)) and not field.metadata.get("unset")
             else [*facts, f"in {unit}"]
         )
     if source:
@@ -277,16 +283,17 @@ def _nearest(name: str, names: Sequence[Any], prefix: str = "") -> str:
 def _build_parser(
     settings: dict[str, _Setting], *, prog: str, description: str, recipes: list[str]
 ) -> argparse.ArgumentParser:
-    """A parser that only splits: each flag yields its raw strings, so that no conversion can stop
-    at the first error.
-    """
+    """Make a parser that only splits into raw strings, so that no conversion stops at one error."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--recipe NAME|FILE.toml] [--flag value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Flags may be written with - in place of _. A flag overrides the recipe, the recipe the default.",
+        epilog=(
+            "Flags may be written with - in place of _. A flag overrides the recipe, the recipe the"
+            " default."
+        ),
     )
     parser.add_argument(
         "--recipe",
@@ -294,7 +301,9 @@ def _build_parser(
         dest="recipe",
         action="append",
         metavar="NAME|FILE.toml",
-        help=f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})",
+        help=(
+            f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})"
+        ),
     )
     # in the order of first appearance
     titles = dict.fromkeys(setting.group for setting in settings.values())
@@ -317,11 +326,10 @@ def _build_parser(
 
 
 def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list[str], list[str]]:
-    """argv in the one spelling that argparse cannot stumble over -> (tokens, problems).
+    """Rewrite argv in the one spelling that argparse cannot stumble over -> (tokens, problems).
 
-    --a-b becomes --a_b, --no_x of a bool becomes --x=false, --x value becomes --x=value (so that
-    -1e-5 is a value), and
-    a flag whose value is missing is taken out and reported.
+    --a-b becomes --a_b, --no_x of a bool becomes --x=false, and --x value becomes --x=value, so
+    that -1e-5 is a value. A flag whose value is missing is taken out and reported.
     """
     by_flag = {
         f"--{alias}": setting
@@ -357,7 +365,7 @@ def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list
 def _split(
     parser: argparse.ArgumentParser, argv: Sequence[str], settings: dict[str, _Setting]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """argv -> ({field: its raw values in order}, problems)."""
+    """Split argv -> ({field: its raw values in order}, problems)."""
     tokens, problems = _normalise(argv, settings)
     namespace, extras = parser.parse_known_args(tokens)
     raw: dict[str, list[str]] = {}
@@ -389,9 +397,13 @@ def _shipped_recipes(package: str) -> list[str]:
 
 
 def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
-    """The parsed TOML of a shipped name or of a file; ConfigError where there is none or it is not
-    TOML.
+    """Read a recipe's TOML.
+
+    recipe: a shipped name, or a file whose name ends in .toml.
+
+    Raises ConfigError where there is none or it is not TOML.
     """
+    source: Path | Traversable
     if recipe.endswith(".toml"):
         source = Path(recipe)
     else:
@@ -413,7 +425,7 @@ def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
 def _recipe_values(
     recipe: str, content: dict[str, Any], settings: dict[str, _Setting], script: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """({field: value}, problems) of the shared keys and of this script's table, which wins."""
+    """Read the shared keys and this script's table, which wins -> ({field: value}, problems)."""
     names = {
         alias: setting.name
         for setting in settings.values()
@@ -465,14 +477,16 @@ def parse_config(
 ) -> Resolved:
     """Read one command line into one instance of each class.
 
-    `script` names the recipe table that applies. `default_recipe` applies when neither --recipe nor
-    any of the fields `default_recipe_unless` is given as a flag. `validate(*configs)` returns the
-    problems of values that do not combine; it sees the default or recipe value in place of one that
-    could not be read.
-
-    With the flag `inherit_with` (the one that resumes a run), `inherit(its value)` gives the
-    settings of that run. They stand in for the defaults; a recipe or a flag that would change one
-    is a problem, except those in `free_to_change`.
+    script: the recipe table that applies.
+    prog, description: for --help.
+    recipes_package: the package whose .toml files are the shipped recipes.
+    default_recipe: applies when neither --recipe nor a field of default_recipe_unless is given.
+    validate: `validate(*configs)` returns the problems of values that do not combine. It sees the
+    default or recipe value in place of one that could not be read.
+    inherit_with: the flag that resumes a run.
+    inherit: `inherit(value of that flag)` gives the settings of that run. They stand in for the
+    defaults, and a recipe or a flag that would change one is a problem.
+    free_to_change: settings that a resumed run may change.
 
     Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse
     does.
@@ -524,13 +538,12 @@ def parse_config(
         except ValueError as error:
             problems.append(f"--{name}: {error}")
 
-    for name in inherited or ():
-        if values[name] != inherited[name] and name not in free_to_change:
-            problems.append(
-                f"--{name}: the resumed run has {_show(inherited[name])}, not {_show(values[name])}"
-                f" ({origins[name]}); a resumed run keeps its settings: leave it out, or start a"
-                " new run"
-            )
+    problems += [
+        f"--{name}: the resumed run has {_show(before)}, not {_show(values[name])}"
+        f" ({origins[name]}); a resumed run keeps its settings: leave it out, or start a new run"
+        for name, before in (inherited or {}).items()
+        if values[name] != before and name not in free_to_change
+    ]
     configs, found = _instances(config_classes, values)
     problems += found
     if validate is not None and not found:
@@ -541,8 +554,9 @@ def parse_config(
 
 
 def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str, Any]:
-    """A saved run's settings in the types of today's dataclasses. Raises ConfigError where the
-    names differ.
+    """Convert a saved run's settings to the types of today's dataclasses.
+
+    Raises ConfigError where the names differ.
     """
     different = sorted(saved.keys() ^ settings.keys())
     if different:
@@ -559,8 +573,9 @@ def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str
 def _instances(
     config_classes: Sequence[type], values: dict[str, Any]
 ) -> tuple[list[Any], list[str]]:
-    """One instance of each class; what a __post_init__ refuses with a ValueError becomes a problem."""
-    configs, problems = [], []
+    """Make one instance of each class -> (instances, what a __post_init__ refused)."""
+    configs: list[Any] = []
+    problems: list[str] = []
     for config_class in config_classes:
         try:
             configs.append(
@@ -572,7 +587,7 @@ def _instances(
 
 
 def describe(resolved: Resolved) -> str:
-    """The values that differ from the dataclass defaults, one a line with their origin."""
+    """List the values that differ from the dataclass defaults, one a line with their origin."""
     rows = [
         (field.name, _show(getattr(config, field.name)), resolved.origins[field.name])
         for config in resolved.configs
@@ -588,9 +603,7 @@ def describe(resolved: Resolved) -> str:
 
 
 def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
-    """{name: {"value", "origin"}} of every setting, in values that JSON keeps (tuples become
-    lists).
-    """
+    """Write every setting as {name: {"value", "origin"}}, in values that JSON keeps."""
     return {
         field.name: {
             "value": _json_value(getattr(config, field.name)),

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
-    from engine.collate import Prompts
+    from engine.collate import PromptBatch
 
 # Tensors of one image by name. Before the vision tower: `pixel_values`. After it: `features`
 # [tokens,H], one for each of the image's placeholders. In both states what else the family needs to
@@ -82,16 +82,16 @@ class Family:
         raise TypeError("use a subclass")
 
     # ---- model ----
-    def image_features(self, model: PreTrainedModel, image: ImageTensors) -> Tensor:
+    def image_features(self, net: PreTrainedModel, image: ImageTensors) -> Tensor:
         """Embed one image -> [tokens,H], which take the place of its placeholders."""
         raise TypeError("use a subclass")
 
-    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+    def positions(self, net: PreTrainedModel, prompts: PromptBatch) -> Tensor:
         """Make the position ids of prompts, 0 on padding: Qwen [3,B,S], Gemma [B,S]."""
         raise TypeError("use a subclass")
 
     def attention_masks(
-        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+        self, net: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         """Make the attention mask of every kind of layer -> bool [B,1,Q,S], true = sees.
 
@@ -158,19 +158,19 @@ class Qwen25VL(Family):
     def expand_placeholder(self, text: str, count: int, tokenizer: Any) -> str:
         return text.replace("<|image_pad|>", "<|image_pad|>" * count, 1)
 
-    def image_features(self, model: PreTrainedModel, image: ImageTensors) -> Tensor:
-        output = model.model.get_image_features(
+    def image_features(self, net: PreTrainedModel, image: ImageTensors) -> Tensor:
+        output = net.model.get_image_features(
             image["pixel_values"], image["image_grid_thw"], return_dict=True
         )
         return torch.cat(tuple(output.pooler_output))  # [tokens,H]
 
-    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+    def positions(self, net: PreTrainedModel, prompts: PromptBatch) -> Tensor:
         # M-RoPE in tensors alone: transformers' get_rope_index waits for the device several times a
         # prompt.
         # [B,3] patches in time, height and width
         grids = torch.cat([image["image_grid_thw"] for image in prompts.vision])
         # [B] tokens
-        height, width = (grids[:, 1:] // model.config.vision_config.spatial_merge_size).unbind(1)
+        height, width = (grids[:, 1:] // net.config.vision_config.spatial_merge_size).unbind(1)
         height, width = height[:, None], width[:, None]
         text = text_positions(prompts.attention_mask)  # [B,S]: if all were text
         is_image = prompts.token_types == 1  # one image a row, so its tokens are one block
@@ -186,7 +186,7 @@ class Qwen25VL(Family):
         return positions[None].expand(3, -1, -1)  # text advances all three axes alike
 
     def attention_masks(
-        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+        self, net: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         return {"full_attention": causal_mask(attention_mask, queries)[:, None]}
 
@@ -222,22 +222,22 @@ class Gemma3(Family):
         placeholders = tokenizer.image_token * count
         return text.replace(begin, f"\n\n{begin}{placeholders}{end}\n\n", 1)
 
-    def image_features(self, model: PreTrainedModel, image: ImageTensors) -> Tensor:
-        output = model.model.get_image_features(image["pixel_values"], return_dict=True)
+    def image_features(self, net: PreTrainedModel, image: ImageTensors) -> Tensor:
+        output = net.model.get_image_features(image["pixel_values"], return_dict=True)
         return output.pooler_output.flatten(0, 1)  # [tokens,H]
 
-    def positions(self, model: PreTrainedModel, prompts: Prompts) -> Tensor:
+    def positions(self, net: PreTrainedModel, prompts: PromptBatch) -> Tensor:
         return text_positions(prompts.attention_mask)  # [B,S]
 
     def expand_positions(self, positions: Tensor) -> Tensor:
         return positions
 
     def attention_masks(
-        self, model: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+        self, net: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         causal = causal_mask(attention_mask, queries)  # [B,Q,S]
         keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # [S]
-        window = model.config.get_text_config().sliding_window
+        window = net.config.get_text_config().sliding_window
         near = queries[..., None] - keys < window  # [Q,S] or [B,Q,S]
         is_image = token_types == 1  # [B,S]; one image a row, so its tokens are one block
         # [B,Q,S]
@@ -301,16 +301,14 @@ def next_positions(positions: Tensor) -> Tensor:
 
 
 def stop_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int
+    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn_id: int
 ) -> frozenset[int]:
     """Collect the tokens that end a completion: the checkpoint's own and the end of a turn.
 
     The checkpoint's are those of generation_config.eos_token_id. This is all that is ever read from
     a generation_config: its other fields would silently change how completions are sampled.
     """
-    configured = (
-        model.generation_config.eos_token_id if model.generation_config is not None else None
-    )
+    configured = net.generation_config.eos_token_id if net.generation_config is not None else None
     if configured is None:
         configured = []
     listed = [configured] if isinstance(configured, int) else list(configured)
@@ -326,26 +324,26 @@ def suppressed_ids(family: Family, tokenizer: PreTrainedTokenizerBase) -> tuple[
     )
 
 
-def language_model(model: nn.Module) -> PreTrainedModel:
+def language_model(net: nn.Module) -> PreTrainedModel:
     """Find the decoder (no vision, no head) of a model, with or without adapters."""
-    return unwrapped(model).model.language_model
+    return unwrapped(net).model.language_model
 
 
-def lm_head_weight(model: nn.Module) -> Tensor:
+def lm_head_weight(net: nn.Module) -> Tensor:
     """Find the frozen matrix [V,H] that turns hidden states into logits."""
-    return unwrapped(model).lm_head.weight
+    return unwrapped(net).lm_head.weight
 
 
-def logit_softcap(model: nn.Module) -> float | None:
+def logit_softcap(net: nn.Module) -> float | None:
     """Read c of the soft-capping c tanh(logit / c) that the configuration asks for, or None.
 
     The published Gemma 3 models have none. Gemma3ForCausalLM of transformers applies it and
     Gemma3ForConditionalGeneration does not. Here every log-probability and the sampler do.
     """
-    return getattr(unwrapped(model).config.get_text_config(), "final_logit_softcapping", None)
+    return getattr(unwrapped(net).config.get_text_config(), "final_logit_softcapping", None)
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
+def unwrapped(net: nn.Module) -> PreTrainedModel:
     """Take the transformers model out of peft's wrapper, adapters in place."""
-    inner: Any = model  # peft's wrapper where it has this method, else the model itself
+    inner: Any = net  # peft's wrapper where it has this method, else the model itself
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

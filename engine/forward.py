@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from engine.attention import Places, SharedPromptMask, spread
 from engine.cache import DecodingMask, SamplingCache
-from engine.collate import Batch, Prompts
+from engine.collate import Batch, PromptBatch
 from engine.families import (
     Family,
     language_model,
@@ -32,62 +32,59 @@ from engine.families import (
 from engine.logprobs import token_logprobs
 
 
-def embed(model: nn.Module, prompts: Prompts) -> Tensor:
+def embed(net: nn.Module, prompts: PromptBatch) -> Tensor:
     """Embed prompts [B,S,H], with each image's features in place of its placeholders."""
     # Placeholders are told by their type, not by their id: a sampled one would not be an image.
     is_image = prompts.token_types == 1  # [B,S]
     # Gemma's placeholder id can lie outside the vocabulary.
     text_ids = prompts.input_ids.masked_fill(is_image, 0)
-    embeddings = unwrapped(model).get_input_embeddings()(text_ids)  # [B,S,H]
+    embeddings = unwrapped(net).get_input_embeddings()(text_ids)  # [B,S,H]
     # masked_scatter fills the placeholders prompt by prompt, in this order.
     rows = torch.cat([image["features"] for image in prompts.vision])  # [placeholders,H]
     return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
 
-def completion_hidden_states(
-    model: nn.Module, family: Family, batch: Batch
-) -> tuple[Tensor, Tensor]:
+def completion_hidden_states(net: nn.Module, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
     """Compute the states that predict the K scored tokens of a batch, completion by completion.
 
     Returns (hidden [K,H], targets [K] int64, the ids of the scored tokens).
     """
-    base = unwrapped(model)
-    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[
-        batch.read_places
-    ]  # [m]
-    of_prompts = embed(model, batch.prompts).flatten(0, 1)[batch.prompt_places]
-    embeddings = torch.cat([of_prompts, base.get_input_embeddings()(read_ids)])  # [M,H]
-    states = language_model(model)(
+    inner = unwrapped(net)
+    read_ids = batch.completion_ids[:, : batch.read_mask.shape[1]]  # [N,R]
+    read_ids = read_ids.flatten()[batch.read_places]  # [m]
+    of_prompts = embed(net, batch.prompts).flatten(0, 1)[batch.prompt_places]
+    embeddings = torch.cat([of_prompts, inner.get_input_embeddings()(read_ids)])  # [M,H]
+    states = language_model(net)(
         inputs_embeds=embeddings[None],
-        position_ids=packed_positions(base, family, batch),
-        attention_mask=shared_prompt_masks(base, family, batch),
+        position_ids=packed_positions(inner, family, batch),
+        attention_mask=shared_prompt_masks(inner, family, batch),
         use_cache=False,
     ).last_hidden_state[0]  # [M,H]
     return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
 
 
 def read_prompts(
-    model: nn.Module,
+    net: nn.Module,
     family: Family,
-    prompts: Prompts,
+    prompts: PromptBatch,
     places: Tensor,
     keep: Callable[[int, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """Prefill: run the prompts once, hand out their keys and values, and return what comes next.
+    """Run the prompts once (prefill), hand out their keys and values, return what comes next.
 
-    places [M] int64: flat index in [B,S] of every prompt token (no padding)
-    keep(layer, keys, values): called in every layer with [B,S,K,D] each
+    places [M] int64: flat index in [B,S] of every prompt token (no padding).
+    keep(layer, keys, values): called in every layer with [B,S,K,D] each.
     Returns (hidden [B,H], the state that predicts the token after each prompt, and positions [B]
     int64, that token's position id).
     """
-    base = unwrapped(model)
+    inner = unwrapped(net)
     num_prompts, length = prompts.input_ids.shape
     layout = Places(places, (num_prompts, length))
-    masks = prompt_masks(base, family, prompts)
+    masks = prompt_masks(inner, family, prompts)
     once = {id(mask): SharedPromptMask(layout, mask, keep=keep) for mask in masks.values()}
-    positions = family.positions(base, prompts)  # [..,B,S]
-    states = language_model(model)(
-        inputs_embeds=embed(model, prompts).flatten(0, 1)[None, places],
+    positions = family.positions(inner, prompts)  # [..,B,S]
+    states = language_model(net)(
+        inputs_embeds=embed(net, prompts).flatten(0, 1)[None, places],
         position_ids=positions.flatten(-2)[..., places].unsqueeze(-2),
         attention_mask={kind: once[id(mask)] for kind, mask in masks.items()},
         use_cache=False,
@@ -96,20 +93,20 @@ def read_prompts(
 
 
 def read_tokens(
-    model: nn.Module,
+    net: nn.Module,
     family: Family,
     tokens: Tensor,
     positions: Tensor,
     masks: dict[str, DecodingMask],
 ) -> Tensor:
-    """Decode: run the newest token of n completions -> the states that predict the next ones.
+    """Run the newest token of n completions (decode) -> the states that predict the next ones.
 
-    tokens [n] int64, positions [n] int64: ids and position ids of the newest tokens
-    masks: one for each kind of layer. Their cache takes in the tokens' keys and values
+    tokens [n] int64, positions [n] int64: ids and position ids of the newest tokens.
+    masks: one for each kind of layer. Their cache takes in the tokens' keys and values.
     Returns [n,H].
     """
-    return language_model(model)(
-        inputs_embeds=unwrapped(model).get_input_embeddings()(tokens)[None],
+    return language_model(net)(
+        inputs_embeds=unwrapped(net).get_input_embeddings()(tokens)[None],
         position_ids=family.expand_positions(positions[None]),
         attention_mask=masks,
         use_cache=False,
@@ -117,30 +114,30 @@ def read_tokens(
 
 
 def decoding_masks(
-    model: nn.Module,
+    net: nn.Module,
     family: Family,
     cache: SamplingCache,
     rows: Tensor,
-    steps: Tensor,
+    offsets: Tensor,
     prompt_mask: Tensor,
     length: int,
 ) -> list[dict[str, DecodingMask]]:
     """Make the masks of the next Q tokens of n completions together, which is cheaper.
 
-    rows [n] int64: index of each completion in the cache
-    steps [Q,n] int64: place of each coming token in its completion
+    rows [n] int64: index of each completion in the cache.
+    offsets [Q,n] int64: place of each coming token in its completion.
     prompt_mask [n,S] bool: which of the cache's last S places hold a token of the completion's
-        prompt
-    length: length of the longest completion once the first of the Q tokens is written
+        prompt.
+    length: length of the longest completion once the first of the Q tokens is written.
     Returns one dictionary a token: {kind of layer: mask}.
     """
-    size, ahead = prompt_mask.shape[1], len(steps)
+    size, ahead = prompt_mask.shape[1], len(offsets)
     # [n,S+R+Q-1]
     whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), length + ahead - 1)], 1)
     text = torch.zeros_like(whole, dtype=torch.long)
     # [n,1,Q,S+R+Q-1]
-    visible = family.attention_masks(unwrapped(model), whole, text, size + steps.t())
-    dtype, grid = language_model(model).dtype, (cache.num_prompts, cache.generations)
+    visible = family.attention_masks(unwrapped(net), whole, text, size + offsets.t())
+    dtype, grid = language_model(net).dtype, (cache.num_prompts, cache.generations)
     # Two kinds of layers may see the same and then share one mask.
     once = {id(mask): mask for mask in visible.values()}
     numbers = {
@@ -158,7 +155,7 @@ def decoding_masks(
             kind: DecodingMask(
                 cache,
                 rows,
-                steps[i],
+                offsets[i],
                 size,
                 length + i,
                 numbers[id(mask)][:, :, :, i : i + 1, : size + length + i],
@@ -169,12 +166,12 @@ def decoding_masks(
     ]
 
 
-def packed_positions(model: PreTrainedModel, family: Family, batch: Batch) -> Tensor:
+def packed_positions(net: PreTrainedModel, family: Family, batch: Batch) -> Tensor:
     """Compute the position ids of the packed row, [3,1,M] (Qwen) or [1,M].
 
     The prompts' position ids come first. Each completion then continues where its own prompt ended.
     """
-    prompts = family.positions(model, batch.prompts)  # [..,B,S]
+    prompts = family.positions(net, batch.prompts)  # [..,B,S]
     columns = torch.arange(batch.read_mask.shape[1], device=prompts.device)
     completions = next_positions(prompts)[batch.prompt_of_row][:, None] + columns  # [N,R]
     completions = family.expand_positions(completions)  # [..,N,R]
@@ -188,7 +185,7 @@ def packed_positions(model: PreTrainedModel, family: Family, batch: Batch) -> Te
 
 
 def shared_prompt_masks(
-    model: PreTrainedModel, family: Family, batch: Batch
+    net: PreTrainedModel, family: Family, batch: Batch
 ) -> dict[str, SharedPromptMask]:
     """Make the masks of a packed training row, one for each kind of layer.
 
@@ -198,16 +195,15 @@ def shared_prompt_masks(
     prompts, rows = batch.prompts, batch.prompt_of_row
     num_prompts, size = prompts.input_ids.shape
     places = Places(batch.prompt_places, (num_prompts, size), batch.buckets)
-    of_prompts = prompt_masks(model, family, prompts)
+    of_prompts = prompt_masks(net, family, prompts)
     alike, read = slice(1 if prompts.alike else None), batch.read_mask.shape[1]
     # Completions are padded on the right, where none of their tokens looks, so all places count.
-    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)[
-        alike
-    ]  # [N,S+R] or [1,S+R]
+    whole = torch.cat([prompts.attention_mask[rows], torch.ones_like(batch.read_mask)], 1)
+    whole = whole[alike]  # [N,S+R] or [1,S+R]
     # What a completion sees does not depend on where the image is, so all tokens count as text.
     text = torch.zeros_like(whole, dtype=torch.long)
     of_completions = family.attention_masks(
-        model, whole, text, torch.arange(size, size + read, device=rows.device)
+        net, whole, text, torch.arange(size, size + read, device=rows.device)
     )
     # Kinds of layers that see the same share one object, so its additive masks are made once.
     once = {
@@ -217,22 +213,20 @@ def shared_prompt_masks(
     return {kind: once[id(mask)] for kind, mask in of_completions.items()}
 
 
-def prompt_masks(model: PreTrainedModel, family: Family, prompts: Prompts) -> dict[str, Tensor]:
+def prompt_masks(net: PreTrainedModel, family: Family, prompts: PromptBatch) -> dict[str, Tensor]:
     """Make the masks of the prompts, one for each kind of layer.
 
     Returns bool [B,1,S,S], or [1,1,S,S] where all prompts see the same.
     """
-    alike, queries = (
-        slice(1 if prompts.alike else None),
-        torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device),
-    )
+    alike = slice(1 if prompts.alike else None)
+    queries = torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device)
     return family.attention_masks(
-        model, prompts.attention_mask[alike], prompts.token_types[alike], queries
+        net, prompts.attention_mask[alike], prompts.token_types[alike], queries
     )
 
 
 def completion_logprobs(
-    model: nn.Module,
+    net: nn.Module,
     family: Family,
     batch: Batch,
     *,
@@ -242,20 +236,20 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the log-probabilities of every completion's tokens under the active adapter.
 
-    temperature: the sampling temperature
-    suppress_token_ids: ids that get probability 0
-    entropy: whether to compute each token's entropy as well
+    temperature: the sampling temperature.
+    suppress_token_ids: ids that get probability 0.
+    entropy: whether to compute each token's entropy as well.
     Returns (logprobs [N,T] fp32, entropy [N,T] fp32 or None), 0 outside `completion_mask`.
     """
-    hidden, targets = completion_hidden_states(model, family, batch)  # [K,H], [K]
-    head = lm_head_weight(model)  # [V,H]
+    hidden, targets = completion_hidden_states(net, family, batch)  # [K,H], [K]
+    head = lm_head_weight(net)  # [V,H]
     logprobs, entropies = token_logprobs(
         hidden,
         head,
         targets,
         temperature=temperature,
         suppress_token_ids=suppress_token_ids,
-        softcap=logit_softcap(model),
+        softcap=logit_softcap(net),
         entropy=entropy,
     )  # [K]
     rows, length = batch.completion_mask.shape

@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.cache import DecodingMask, SamplingCache
 from engine.collate import collate_prompts
 from engine.encode import EncodedPrompt
-from engine.families import lm_head_weight, logit_softcap
 from engine.forward import decoding_masks, read_prompts, read_tokens
 from engine.logprobs import scaled_logits
-from engine.model import LoadedModel
+from engine.policy import Policy
+from engine.runtime import StopRequested
 from engine.sampling_layers import sampling_layers
+from engine.settings import MAX_COMPLETION_LENGTH, TEMPERATURE, TOP_P
 
 # Places are filled again, or dropped by copying the cache, once this share of them is free.
 FREE_AT = 0.25
@@ -44,20 +45,20 @@ CHECK_EVERY = {"cpu": 1, "cuda": 8}
 class SamplingConfig:
     """Say how completions are drawn. Temperature 0 is greedy decoding."""
 
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_completion_length: int = 512
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+    max_completion_length: int = MAX_COMPLETION_LENGTH
 
 
 @dataclass(frozen=True)
 class Completion:
     """Hold one sampled completion.
 
-    ids [C] int64: up to and including the stop token
+    ids [C] int64: up to and including the stop token.
     logprobs [C] fp32: of these tokens, at the sampling temperature (1 when greedy), over the whole
-        vocabulary without the suppressed ids
-    top_p_mass [C] fp32: probability that the nucleus held at each token
-    truncated: True where no stop token came
+        vocabulary without the suppressed ids.
+    top_p_mass [C] fp32: probability that the nucleus held at each token.
+    truncated: True where no stop token came.
     """
 
     ids: Tensor
@@ -74,7 +75,7 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     at the border is found bit by bit, because floats that are not negative are ordered as their
     bits are.
 
-    logprobs [B,V]
+    logprobs [B,V].
     Returns (probabilities [B,V], 0 outside the nucleus and not renormalised, and their sum [B],
     which is at least `top_p`).
     """
@@ -106,8 +107,8 @@ def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from the renormalised nucleus, by inverting its distribution.
 
-    logprobs [B,V]
-    uniform [B], in [0, 1): where the cumulative distribution, in the order of ids, is inverted
+    logprobs [B,V].
+    uniform [B], in [0, 1): where the cumulative distribution, in the order of ids, is inverted.
     Returns (token [B] int64, mass of the nucleus [B]).
     """
     probabilities, mass = nucleus(logprobs, top_p)
@@ -123,7 +124,7 @@ def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Te
     The stop token's position decides, never a comparison with the padding id, which may be a stop
     id.
 
-    ids [N,T] int64
+    ids [N,T] int64.
     Returns [N,T] bool.
     """
     is_stop = torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device))  # [N,T]
@@ -134,7 +135,7 @@ def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Te
 def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
     """Tell which rows hold no stop token. One at the last position is not a truncation.
 
-    ids [N,T] int64
+    ids [N,T] int64.
     Returns [N] bool.
     """
     return ~torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device)).any(1)
@@ -143,8 +144,7 @@ def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tenso
 @torch.compiler.set_stance("force_eager")  # also with --compile: shapes differ from training's
 @torch.no_grad()
 def generate(
-    wrapped: nn.Module,
-    model: LoadedModel,
+    policy: Policy,
     prompts: Sequence[EncodedPrompt],
     sampling: SamplingConfig,
     *,
@@ -156,14 +156,14 @@ def generate(
 ) -> list[list[Completion]]:
     """Sample `num_generations` completions of every prompt and return them in the prompts' order.
 
-    wrapped: the model with its active adapter, or the base
-    num_generations: completions of each prompt
+    policy: its active adapter answers, or the base model where it has none.
+    num_generations: completions of each prompt.
     max_rows: completions decoded at a time, at least those of one prompt (None: all). Where a
         prompt's completions have finished, the next prompt takes their place, the longest first.
     generator: CPU generators, one for all prompts or one for each. Needed unless greedy.
-    should_stop(): asked before every token. Once it returns True, KeyboardInterrupt is raised, and
-        the caller discards what is not finished.
-    on_finished(i, completions): called as soon as prompt i has all its completions
+    should_stop(): asked before every token. Once it returns True, StopRequested is raised, and the
+        caller discards what is not finished.
+    on_finished(i, completions): called as soon as prompt i has all its completions.
 
     Runs in eval() mode and restores the mode that it found. Raises ValueError where a generator is
     needed and none is given.
@@ -172,22 +172,15 @@ def generate(
         raise ValueError(
             "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
         )
-    was_training = wrapped.training
-    wrapped.eval()
-    try:
-        with sampling_layers(wrapped) as head:
-            writing = _Writing(
-                wrapped, head, model, prompts, sampling, num_generations, max_rows, generator
-            )
-            finished: dict[int, list[Completion]] = {}
-            while writing.goes_on:
-                if should_stop():
-                    raise KeyboardInterrupt
-                for prompt, completions in writing.write_token():
-                    finished[prompt] = completions
-                    on_finished(prompt, completions)
-    finally:
-        wrapped.train(was_training)
+    finished: dict[int, list[Completion]] = {}
+    with policy.evaluating(), sampling_layers(policy.net) as head:
+        writing = _Writing(policy, head, prompts, sampling, num_generations, max_rows, generator)
+        while writing.goes_on:
+            if should_stop():
+                raise StopRequested
+            for prompt, completions in writing.write_token():
+                finished[prompt] = completions
+                on_finished(prompt, completions)
     return [finished[i] for i in range(len(prompts))]
 
 
@@ -195,9 +188,9 @@ def generate(
 class _Row:
     """Follow one completion that is being decoded.
 
-    completion: its index among all
-    place: its row in the cache
-    since: the value of `written` when it began
+    completion: its index among all.
+    place: its row in the cache.
+    since: the value of `written` when it began.
     """
 
     completion: int
@@ -210,33 +203,24 @@ class _Writing:
 
     def __init__(
         self,
-        wrapped: nn.Module,
+        policy: Policy,
         head: Callable[[Tensor], Tensor],
-        model: LoadedModel,
         prompts: Sequence[EncodedPrompt],
         sampling: SamplingConfig,
         generations: int,
         max_rows: int | None,
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ):
-        self.wrapped, self.model, self.prompts, self.sampling, self.generations = (
-            wrapped,
-            model,
-            prompts,
-            sampling,
-            generations,
-        )
-        self.head, self.softcap, weight = head, logit_softcap(wrapped), lm_head_weight(wrapped)
-        self.device = weight.device
+        self.policy, self.prompts, self.sampling = policy, prompts, sampling
+        self.head, self.softcap, self.generations = head, policy.softcap, generations
+        self.device, base = policy.device, policy.base
         self.check_every = CHECK_EVERY.get(self.device.type, 1)
-        self.suppressed = torch.tensor(model.suppressed_ids, dtype=torch.long, device=self.device)
-        self.stops = torch.tensor(sorted(model.stop_ids), device=self.device)
+        self.suppressed = torch.tensor(base.suppressed_ids, dtype=torch.long, device=self.device)
+        self.stops = torch.tensor(sorted(base.stop_ids), device=self.device)
         shape = len(prompts) * generations, sampling.max_completion_length
-        self.ids = torch.full(shape, model.encoder.pad_token_id, device=self.device)  # [N,T]
-        self.logprobs, self.masses = (
-            torch.zeros(shape, device=self.device),
-            torch.ones(shape, device=self.device),
-        )
+        self.ids = torch.full(shape, policy.encoder.pad_token_id, device=self.device)  # [N,T]
+        self.logprobs = torch.zeros(shape, device=self.device)
+        self.masses = torch.ones(shape, device=self.device)
         if sampling.temperature > 0:
             assert generator is not None, "generate() asks for one"
             generators = (
@@ -261,9 +245,9 @@ class _Writing:
         # Position id of the first token after each prompt, [B].
         self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)
         self.rows: list[_Row] = []
-        self.written = 0  # decoding steps of this call so far
+        self.written = 0  # tokens decoded in this call so far
         # The states that predict the next tokens, [n,H].
-        self.hidden = weight.new_zeros(0, weight.shape[1])
+        self.hidden = policy.head.new_zeros(0, policy.head.shape[1])
         self.masks: list[dict[str, DecodingMask]] = []  # of the next tokens, as far as made
         self._take_prompts()
 
@@ -289,8 +273,8 @@ class _Writing:
         self.hidden = self.hidden[:0]
         if self.rows:
             self.hidden = read_tokens(
-                self.wrapped,
-                self.model.family,
+                self.policy.net,
+                self.policy.family,
                 tokens,
                 self.row_positions + self.written - 1,
                 self._next_masks(),
@@ -305,18 +289,14 @@ class _Writing:
     def _next_masks(self) -> dict[str, DecodingMask]:
         """Return the masks of the next token, from those made MASKS_AHEAD tokens at a time."""
         if not self.masks:
-            steps = (
-                self.written
-                - 1
-                - self.since
-                + torch.arange(MASKS_AHEAD, device=self.device)[:, None]
-            )  # [Q,n]
+            ahead = torch.arange(MASKS_AHEAD, device=self.device)
+            offsets = self.written - 1 - self.since + ahead[:, None]  # [Q,n]
             self.masks = decoding_masks(
-                self.wrapped,
-                self.model.family,
+                self.policy.net,
+                self.policy.family,
                 self.cache,
                 self.row_places,
-                steps,
+                offsets,
                 self.row_mask,
                 self._longest(),
             )
@@ -344,7 +324,7 @@ class _Writing:
     ) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
         """Drop the rows that have stopped or reached the greatest length.
 
-        tokens [n] int64: the newest token of every row
+        tokens [n] int64: the newest token of every row.
         Returns (the tokens of the rows that go on, the prompts that have finished with their
         completions).
         """
@@ -371,15 +351,10 @@ class _Writing:
 
     def _completions(self, prompt: int) -> list[Completion]:
         rows = slice(prompt * self.generations, (prompt + 1) * self.generations)
-        ids, logprobs, masses = (
-            self.ids[rows].cpu(),
-            self.logprobs[rows].cpu(),
-            self.masses[rows].cpu(),
-        )
-        mask, truncated = (
-            completion_mask(ids, self.model.stop_ids),
-            is_truncated(ids, self.model.stop_ids),
-        )
+        written = (self.ids, self.logprobs, self.masses)
+        ids, logprobs, masses = (tensor[rows].cpu() for tensor in written)  # [G,T]
+        mask = completion_mask(ids, self.policy.base.stop_ids)
+        truncated = is_truncated(ids, self.policy.base.stop_ids)
         return [
             Completion(
                 ids[i][mask[i]], logprobs[i][mask[i]], masses[i][mask[i]], bool(truncated[i])
@@ -398,14 +373,14 @@ class _Writing:
         for part in self._within(READ_TOKENS, chosen):
             places = torch.tensor([place for place, _ in part], device=self.device)
             batch = collate_prompts(
-                [self.prompts[i] for _, i in part], self.model.encoder.pad_token_id
+                [self.prompts[i] for _, i in part], self.policy.encoder.pad_token_id
             )
             # Counted on the CPU: a GPU would have to be waited for.
             tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)
             batch = batch.to(self.device)
             hidden, positions = read_prompts(
-                self.wrapped,
-                self.model.family,
+                self.policy.net,
+                self.policy.family,
                 batch,
                 tokens,
                 partial(self.cache.keep_prompts, slots=places),
@@ -471,10 +446,8 @@ class _Writing:
         def tensor(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=self.device)
 
-        self.completions, self.row_places = (
-            tensor([row.completion for row in self.rows]),
-            tensor([row.place for row in self.rows]),
-        )
+        self.completions = tensor([row.completion for row in self.rows])  # [n]
+        self.row_places = tensor([row.place for row in self.rows])  # [n]
         self.since = tensor([row.since for row in self.rows])  # [n]
         self.stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
         prompts = self.row_places // self.cache.generations

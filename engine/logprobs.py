@@ -33,12 +33,12 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log softmax(hidden @ lm_head_weight.T / temperature) at `targets`.
 
-    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64
-    suppress_token_ids: ids that are left out of the vocabulary
+    hidden [M,H] any float dtype, lm_head_weight [V,H], targets [M] int64.
+    suppress_token_ids: ids that are left out of the vocabulary.
     softcap: c, where the model's logits are c tanh(x / c) of the product x (`logit_softcap` in
-        engine/families.py)
-    chunk_size: tokens at a time
-    entropy: whether to compute the entropy, in nats, of the same tempered distribution
+        engine/families.py).
+    chunk_size: tokens at a time.
+    entropy: whether to compute the entropy, in nats, of the same tempered distribution.
     Returns (logprobs [M], entropy [M] or None), fp32 (fp64 for fp64 input), both differentiable
     with respect to `hidden`.
 
@@ -70,8 +70,8 @@ def scaled_logits(
 ) -> Tensor:
     """Turn the product of states and head into tempered logits, for training and sampling alike.
 
-    logits [m,V]: may be overwritten
-    suppressed [k] int64: ids that get -inf
+    logits [m,V]: may be overwritten.
+    suppressed [k] int64: ids that get -inf.
     Returns [m,V] fp32 (fp64 for fp64 input), -inf at the suppressed ids.
     """
     # Cast up first. Everything after it is in place.

@@ -54,13 +54,13 @@ Parts = dict[str, int]  # bytes by part
 class ModelShape:
     """Hold the sizes of a model that memory depends on.
 
-    layer_norms: RMS norms over the hidden state in a decoder layer
-    head_norms: whether queries and keys have norms of their own
-    window: tokens that sliding layers see, None without such layers
-    fixed_images: whether all images have the same number of tokens
-    vision_hidden, vision_intermediate: sizes of the vision tower
-    patches_per_token: patches of the tower that make one visual token
-    pixel_values_per_patch: fp32 numbers in a patch
+    layer_norms: RMS norms over the hidden state in a decoder layer.
+    head_norms: whether queries and keys have norms of their own.
+    window: tokens that sliding layers see, None without such layers.
+    fixed_images: whether all images have the same number of tokens.
+    vision_hidden, vision_intermediate: sizes of the vision tower.
+    patches_per_token: patches of the tower that make one visual token.
+    pixel_values_per_patch: fp32 numbers in a patch.
     """
 
     base_parameters: int
@@ -95,13 +95,13 @@ class ModelShape:
 class Workload:
     """Hold what a run does with the model, at its largest (lengths in tokens, counts in rows).
 
-    element_size: bytes of the base's dtype, 4 or 2
-    device: "cpu" or "cuda", which differ in dropout's mask and in copies of operands and weights
-    adapters: 1 in SFT, 2 in GRPO
-    completion_length: of a training row
-    micro_batch: completions of a micro-batch, num_generations of each prompt
-    max_tokens_per_forward: cuts the micro-batch, None for no bound
-    eval_rows: rows decoded, or scored, together
+    element_size: bytes of the base's dtype, 4 or 2.
+    device: "cpu" or "cuda", which differ in dropout's mask and in copies of operands and weights.
+    adapters: 1 in SFT, 2 in GRPO.
+    completion_length: of a training row.
+    micro_batch: completions of a micro-batch, num_generations of each prompt.
+    max_tokens_per_forward: cuts the micro-batch, None for no bound.
+    eval_rows: rows decoded, or scored, together.
     rollout_prompts: prompts of a rollout, 0 in SFT. rollout_prompts x num_generations rows are
         sampled together.
     """
@@ -175,13 +175,10 @@ class Forecast:
 def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
     """Read a model's sizes from a configuration of either family.
 
-    base_parameters: number of the base's parameters, tied ones counted once
+    base_parameters: number of the base's parameters, tied ones counted once.
     """
-    family, text, vision = (
-        family_of(config.model_type),
-        config.get_text_config(),
-        config.vision_config,
-    )
+    family = family_of(config.model_type)
+    text, vision = config.get_text_config(), config.vision_config
     patches, values = family.patches(config)
     return ModelShape(
         base_parameters,
@@ -203,21 +200,21 @@ def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
     )
 
 
-def lora_parameters(model: ModelShape, r: int) -> int:
+def lora_parameters(shape: ModelShape, r: int) -> int:
     """Count the parameters of A [r,in] and B [out,r] on the seven projections of every layer."""
-    h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
-    return model.layers * r * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
+    h, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    return shape.layers * r * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
 
 
 # ---- held all the time ---------------------------------------------------------------------------
-def static_parts(model: ModelShape, work: Workload) -> Parts:
+def static_parts(shape: ModelShape, work: Workload) -> Parts:
     """Compute what is held all the time: base, adapters and AdamW's two moments.
 
     The base is in its own dtype. Adapters and moments are fp32, and only the policy has moments.
     """
-    adapter = FP32 * lora_parameters(model, work.lora_r)
+    adapter = FP32 * lora_parameters(shape, work.lora_r)
     return {
-        "base": model.base_parameters * work.element_size,
+        "base": shape.base_parameters * work.element_size,
         "adapters": work.adapters * adapter,
         "AdamW": 2 * adapter,
     }
@@ -227,8 +224,8 @@ def static_parts(model: ModelShape, work: Workload) -> Parts:
 def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
     """Compute the bytes that LoRA's A keeps of one token's input for the backward pass.
 
-    width: of the input
-    projections: how many A matrices share it
+    width: of the input.
+    projections: how many A matrices share it.
 
     Dropout makes an input of its own for each A and keeps its mask: bool on a GPU, fp32 on a CPU.
     """
@@ -237,52 +234,52 @@ def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
     return width * FP32 * (1 if work.element_size == FP32 else projections)
 
 
-def kept_by_layer(model: ModelShape, work: Workload, row: Packed) -> int:
+def kept_by_layer(shape: ModelShape, work: Workload, row: Packed) -> int:
     """Compute the bytes that one layer keeps for its backward pass."""
-    e, q = work.element_size, model.query_width
+    e, q = work.element_size, shape.query_width
     norms = FP32 * (
-        model.layer_norms * model.hidden + (q + model.key_width if model.head_norms else 0)
+        shape.layer_norms * shape.hidden + (q + shape.key_width if shape.head_norms else 0)
     )
-    attention = 2 * e * (q + model.key_width) + FP32 * model.heads  # q, output, k, v and logsumexp
-    mlp = 3 * e * model.intermediate
+    attention = 2 * e * (q + shape.key_width) + FP32 * shape.heads  # q, output, k, v and logsumexp
+    mlp = 3 * e * shape.intermediate
     inputs = (
-        lora_inputs(work, model.hidden, 3)
+        lora_inputs(work, shape.hidden, 3)
         + lora_inputs(work, q)
-        + lora_inputs(work, model.hidden, 2)
-        + lora_inputs(work, model.intermediate)
+        + lora_inputs(work, shape.hidden, 2)
+        + lora_inputs(work, shape.intermediate)
     )
     each = norms + attention + mlp + inputs + 7 * FP32 * work.lora_r
-    return row.tokens * each + row.keys * 2 * e * model.key_width
+    return row.tokens * each + row.keys * 2 * e * shape.key_width
 
 
-def layer_temporaries(model: ModelShape, work: Workload, tokens: int, keys: int) -> int:
+def layer_temporaries(shape: ModelShape, work: Workload, tokens: int, keys: int) -> int:
     """Compute the bytes at the largest moment inside a layer that keeps nothing.
 
     That is the MLP's up projection with its LoRA update, or the attention, which holds q in both
     layouts, k, v, its output, and `keys` keys and values laid out anew.
     """
-    e, h = work.element_size, model.hidden
+    e, h = work.element_size, shape.hidden
     lora_input = 0 if e == FP32 else FP32 * h
     # On a CPU a sum of bf16 and fp32 copies the bf16 operand first.
     mixed = FP32 if work.device == "cpu" and e != FP32 else 0
     # The layer's input, residual and norm, then act(gate), the base's output, LoRA's update twice.
-    mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * model.intermediate
-    attention = 2 * e * h + e * (3 * model.query_width + 2 * model.key_width)
-    return max(tokens * mlp, tokens * attention + keys * 2 * e * model.key_width)
+    mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * shape.intermediate
+    attention = 2 * e * h + e * (3 * shape.query_width + 2 * shape.key_width)
+    return max(tokens * mlp, tokens * attention + keys * 2 * e * shape.key_width)
 
 
-def backward_temporaries(model: ModelShape, work: Workload) -> int:
+def backward_temporaries(shape: ModelShape, work: Workload) -> int:
     """Compute the bytes a token of gradients alive at once in the backward pass of one layer.
 
     The MLP is the widest place: gradients of down's input through LoRA (fp32) and through the base,
     and the same of the layer's output. What LoRA's A kept there is free by then.
     """
-    return (work.element_size + FP32) * (model.intermediate + model.hidden)
+    return (work.element_size + FP32) * (shape.intermediate + shape.hidden)
 
 
 # ---- vocabulary ----------------------------------------------------------------------------------
 def head_chunk(
-    model: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool
+    shape: ModelShape, work: Workload, scored: int, *, gradient: bool, entropy: bool
 ) -> int:
     """Compute the bytes of the head for `scored` tokens, see engine/logprobs.py.
 
@@ -294,137 +291,135 @@ def head_chunk(
     e = work.element_size
     copies = max(FP32 + (e if e != FP32 else 0), 2 * FP32 if entropy else 0)
     # The hidden states, their gradient and the result.
-    states = scored * model.hidden * e * (3 if gradient else 1)
-    return min(scored, CHUNK_SIZE) * model.vocabulary * copies + states
+    states = scored * shape.hidden * e * (3 if gradient else 1)
+    return min(scored, CHUNK_SIZE) * shape.vocabulary * copies + states
 
 
-def sampler_head(model: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
+def sampler_head(shape: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
     """Compute the bytes of one sampled token for all rows, see engine/generate.py.
 
     Greedy decoding holds [rows,V] logits and log-probabilities. Sampling then holds log-
     probabilities, probabilities, a mask, what is kept, and the border's count.
     """
-    return rows * model.vocabulary * FP32 * (2 if greedy else 5)
+    return rows * shape.vocabulary * FP32 * (2 if greedy else 5)
 
 
 # ---- inputs --------------------------------------------------------------------------------------
-def inputs(model: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
+def inputs(shape: ModelShape, work: Workload, tokens: int, mask_elements: int) -> int:
     """Compute the bytes of ids, embeddings (they hold the images' features) and bool masks."""
-    return tokens * (work.element_size * model.hidden + 24) + mask_elements
+    return tokens * (work.element_size * shape.hidden + 24) + mask_elements
 
 
-def packed_inputs(model: ModelShape, work: Workload, row: Packed) -> int:
+def packed_inputs(shape: ModelShape, work: Workload, row: Packed) -> int:
     """Compute the bytes of a packed row's inputs, with its masks as bool and as numbers to add.
 
     The numbers are repeated for every query head of a key head. Prompts that are alike share one
     mask, and so do their completions. Sliding layers have masks of their own where the window is
     shorter than a row.
     """
-    alike, length = (
-        row.prompts == 1 or model.fixed_images,
-        row.prompt_length + row.completion_length,
-    )
+    alike = row.prompts == 1 or shape.fixed_images
+    length = row.prompt_length + row.completion_length
     prompts, completions = (1, min(row.completions, 1)) if alike else (row.prompts, row.completions)
     masks = (
         prompts * row.prompt_length**2 + completions * row.completion_length * length
-    ) * mask_kinds(model, length)
+    ) * mask_kinds(shape, length)
     return (
-        inputs(model, work, row.tokens, masks)
-        + masks * (model.heads // model.kv_heads) * work.element_size
+        inputs(shape, work, row.tokens, masks)
+        + masks * (shape.heads // shape.kv_heads) * work.element_size
     )
 
 
-def mask_kinds(model: ModelShape, length: int) -> int:
+def mask_kinds(shape: ModelShape, length: int) -> int:
     """Count the kinds of layers whose masks differ for rows of this length."""
-    return 1 if model.window is None or model.window >= length else 2
+    return 1 if shape.window is None or shape.window >= length else 2
 
 
-def vision_tower(model: ModelShape, work: Workload) -> int:
+def vision_tower(shape: ModelShape, work: Workload) -> int:
     """Compute the bytes of one image without gradient: its pixels and the widest place of a layer.
 
     That is the layer's MLP or, with rotary positions in fp32, its attention.
     """
-    e, h = work.element_size, model.vision_hidden
-    widest = max(e * (2 * h + 3 * model.vision_intermediate), e * 6 * h + 6 * FP32 * h)
+    e, h = work.element_size, shape.vision_hidden
+    widest = max(e * (2 * h + 3 * shape.vision_intermediate), e * 6 * h + 6 * FP32 * h)
     return (
-        work.image_tokens * model.patches_per_token * (widest + model.pixel_values_per_patch * FP32)
+        work.image_tokens * shape.patches_per_token * (widest + shape.pixel_values_per_patch * FP32)
     )
 
 
-def kv_cache(model: ModelShape, work: Workload, rows: int, length: int) -> int:
+def kv_cache(shape: ModelShape, work: Workload, rows: int, length: int) -> int:
     """Compute the bytes of the KV cache of `rows` rows of `length` tokens."""
-    return 2 * model.layers * model.key_width * work.element_size * rows * length
+    return 2 * shape.layers * shape.key_width * work.element_size * rows * length
 
 
 # ---- phases: their moments -----------------------------------------------------------------------
-def update_moments(model: ModelShape, work: Workload) -> Iterator[Parts]:
+def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
     """Yield the moments of one micro-batch with gradient.
 
     They are the head over all that the layers keep, and the backward pass of one layer. In SFT the
     vision tower runs before them.
     """
-    row, e, h = work.packed(work.micro_batch), work.element_size, model.hidden
-    gradients = {"gradients": FP32 * lora_parameters(model, work.lora_r)}
+    row, e, h = work.packed(work.micro_batch), work.element_size, shape.hidden
+    gradients = {"gradients": FP32 * lora_parameters(shape, work.lora_r)}
     if not work.rollout_prompts:
-        yield gradients | {"activations": vision_tower(model, work)}
-    given = gradients | {"inputs": packed_inputs(model, work, row)}
-    layer = kept_by_layer(model, work, row)
+        yield gradients | {"activations": vision_tower(shape, work)}
+    given = gradients | {"inputs": packed_inputs(shape, work, row)}
+    layer = kept_by_layer(shape, work, row)
     # Checkpointing keeps each layer's input. The first layer's is counted among the inputs.
     kept = (
-        row.tokens * (model.layers - 1) * e * h
+        row.tokens * (shape.layers - 1) * e * h
         if work.gradient_checkpointing
-        else model.layers * layer
+        else shape.layers * layer
     )
     kept += row.tokens * FP32 * h  # the last norm's input
     scored = row.completions * row.completion_length
     yield given | {
         "activations": kept,
-        "logits": head_chunk(model, work, scored, gradient=True, entropy=work.adapters > 1),
+        "logits": head_chunk(shape, work, scored, gradient=True, entropy=work.adapters > 1),
     }
     recomputed = layer if work.gradient_checkpointing else 0
     yield given | {
-        "activations": kept + recomputed + row.tokens * backward_temporaries(model, work),
+        "activations": kept + recomputed + row.tokens * backward_temporaries(shape, work),
         "logits": scored * h * e,
     }
 
 
-def scoring_moments(model: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
+def scoring_moments(shape: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
     """Yield the moments of a teacher-forced forward without gradient."""
-    given = {"inputs": packed_inputs(model, work, row)}
-    yield given | {"activations": layer_temporaries(model, work, row.tokens, row.keys)}
+    given = {"inputs": packed_inputs(shape, work, row)}
+    yield given | {"activations": layer_temporaries(shape, work, row.tokens, row.keys)}
     yield given | {
-        "activations": row.tokens * work.element_size * model.hidden,
+        "activations": row.tokens * work.element_size * shape.hidden,
         "logits": head_chunk(
-            model, work, row.completions * row.completion_length, gradient=False, entropy=False
+            shape, work, row.completions * row.completion_length, gradient=False, entropy=False
         ),
     }
 
 
-def sampling_weights(model: ModelShape, work: Workload) -> int:
+def sampling_weights(shape: ModelShape, work: Workload) -> int:
     """Compute the bytes of the weights that engine/sampling_layers.py copies, in fp32 only.
 
     They are the seven projections with the adapter, on a CPU the head as well.
     """
-    h, q, k, f = model.hidden, model.query_width, model.key_width, model.intermediate
-    head = model.vocabulary * h if work.device == "cpu" else 0
+    h, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    head = shape.vocabulary * h if work.device == "cpu" else 0
     return (
-        (model.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32
+        (shape.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32
         if work.element_size == FP32
         else 0
     )
 
 
 def decoding_moments(
-    model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
+    shape: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
     """Yield the moments of the sampler: the vision tower, then those of `writing_moments`."""
-    yield {"activations": vision_tower(model, work)}
-    for moment in writing_moments(model, work, prompts, generations, greedy=greedy):
-        yield moment | {"sampling weights": sampling_weights(model, work)}
+    yield {"activations": vision_tower(shape, work)}
+    for moment in writing_moments(shape, work, prompts, generations, greedy=greedy):
+        yield moment | {"sampling weights": sampling_weights(shape, work)}
 
 
 def writing_moments(
-    model: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
+    shape: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
     """Yield the moments of prefill and decoding.
 
@@ -435,47 +430,47 @@ def writing_moments(
     together = Packed(
         min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0
     )
-    cache = kv_cache(model, work, prompts, work.prompt_length) + kv_cache(
-        model, work, rows, work.max_completion_length
+    cache = kv_cache(shape, work, prompts, work.prompt_length) + kv_cache(
+        shape, work, rows, work.max_completion_length
     )
-    features = prompts * work.image_tokens * model.hidden * e
+    features = prompts * work.image_tokens * shape.hidden * e
     # 20 bytes: an id (int64), a log-probability, a mass and a uniform number (fp32).
     held = rows * work.max_completion_length * 20 + features
     yield {
-        "inputs": held + packed_inputs(model, work, together),
+        "inputs": held + packed_inputs(shape, work, together),
         "KV cache": cache,
-        "activations": layer_temporaries(model, work, together.tokens, 0),
+        "activations": layer_temporaries(shape, work, together.tokens, 0),
     }
     length = work.prompt_length + work.max_completion_length
     # Scores of prompts and of completions, both together, and their softmax.
-    scores = rows * model.heads * length * (2 * e + max(e, FP32))
-    masks = MASKS_AHEAD * rows * length * mask_kinds(model, length) * e
+    scores = rows * shape.heads * length * (2 * e + max(e, FP32))
+    masks = MASKS_AHEAD * rows * length * mask_kinds(shape, length) * e
     yield {
         "inputs": held + masks,
         "KV cache": cache,
-        "activations": scores + rows * layer_temporaries(model, work, 1, 0),
+        "activations": scores + rows * layer_temporaries(shape, work, 1, 0),
     }
     yield {
         "inputs": held,
         "KV cache": cache,
-        "logits": sampler_head(model, work, rows, greedy=greedy),
+        "logits": sampler_head(shape, work, rows, greedy=greedy),
     }
 
 
-def forecast(model: ModelShape, work: Workload) -> Forecast:
+def forecast(shape: ModelShape, work: Workload) -> Forecast:
     """Forecast the largest moment of every phase of a run, part by part."""
-    static = static_parts(model, work)
+    static = static_parts(shape, work)
     moments = {
-        "update": update_moments(model, work),
-        "evaluation": decoding_moments(model, work, work.eval_rows, 1, greedy=True),
+        "update": update_moments(shape, work),
+        "evaluation": decoding_moments(shape, work, work.eval_rows, 1, greedy=True),
     }
     if work.rollout_prompts:
         moments["rollout"] = decoding_moments(
-            model, work, work.rollout_prompts, work.num_generations, greedy=False
+            shape, work, work.rollout_prompts, work.num_generations, greedy=False
         )
-        moments["scoring"] = scoring_moments(model, work, work.packed(work.micro_batch))
+        moments["scoring"] = scoring_moments(shape, work, work.packed(work.micro_batch))
     else:
-        moments["validation"] = scoring_moments(model, work, work.packed(work.eval_rows))
+        moments["validation"] = scoring_moments(shape, work, work.packed(work.eval_rows))
     order = ("rollout", "scoring", "update", "validation", "evaluation")
     return Forecast(
         {

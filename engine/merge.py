@@ -1,5 +1,4 @@
-"""Fold a trained adapter into its base and write a folder that plain transformers loads, without
-peft.
+"""Fold a trained adapter into its base and write a folder that plain transformers loads.
 
     python -m engine.merge --adapter_name_or_path runs/20260101-120000-grpo --output_dir merged
 
@@ -15,25 +14,36 @@ computed in fp32, relative to that of the logits themselves:
     bfloat16    D(merged) <= 2 * D(base + adapter, computed in bfloat16 as in training)
 
 The folder gets its name only after that, so a merge that fails or is killed leaves none that looks
-finished.
+finished. Its reader needs no peft.
 """
 
 from __future__ import annotations
 
+import sys
+
+from engine.merge_settings import (
+    MergeConfig,
+    base_to_merge_into,
+    check_new_folder,
+    resolve_merge,
+)
+from engine.runtime import accepted, main_guard, versions
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
+    RESOLVED = accepted(resolve_merge)
+
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,23 +53,14 @@ from data.examples import Example
 from data.files import sha256_of, write_json
 from data.prompts import PROMPTS
 from engine.collate import collate_rows
-from engine.config import UsageError, parse_config, setting
+from engine.config import Resolved, UsageError
+from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
-from engine.model import (
-    EMBEDDED,
-    POLICY,
-    LoadedModel,
-    adapter_config,
-    attach_adapter,
-    load_model,
-    looks_local,
-    model_path,
-)
-from engine.run import saved_settings
-from engine.runtime import main_guard, pick_device, versions
-from engine.settings import FALLBACKS
+from engine.model import POLICY, BaseModel, attach_adapter, load_model
+from engine.model_files import adapter_record, model_path
+from engine.settings import TrainingConfig, settings_of_adapter
 
 # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
 FLOAT32_BOUND = 1e-4
@@ -88,57 +89,32 @@ COPIED_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class MergeConfig:
-    """Flags of `python -m engine.merge`."""
-
-    adapter_name_or_path: str | None = setting(
-        None, "folder of the adapter: a finished run, or a checkpoint-<step> of one"
-    )
-    output_dir: str | None = setting(None, "new folder for the merged model")
-    model_name_or_path: str | None = setting(
-        None,
-        "base model, where it has moved: a folder, a hub name or 'demo'; without it, the base that"
-        " the adapter names",
-    )
-    dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", "of the merged weights; the sum itself is always in float32"
-    )
-    num_threads: int | None = setting(
-        None, "CPU threads of torch; else torch's own choice", unit="threads"
-    )
-
-
-def config_problems(config: MergeConfig) -> list[str]:
-    """What is missing on the command line."""
-    return [
-        f"--{name} is missing"
-        for name in ("adapter_name_or_path", "output_dir")
-        if not getattr(config, name)
-    ]
-
-
 # ---- merge ---------------------------------------------------------------------------------------
-def merge_adapter(wrapped: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with `default` folded in and no adapter left, its weights in `dtype`; `wrapped` is
-    used up.
+def merge_adapter(net: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Fold the adapter `default` into its base and return the model without any adapter.
 
     One projection at a time is in fp32. peft's own merge rounds the product B A to the base's dtype
     before it adds it.
+
+    net: the base with its adapter, which is used up.
+    dtype: of the returned weights.
     """
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
+    for module in net.modules():
+        if isinstance(module, LoraLinear):
+            weight = module.get_base_layer().get_parameter("weight")
             weight.data = (weight.float() + module.get_delta_weight(POLICY)).to(dtype)
-    merged = wrapped.unload()
+    merged = net.unload()
     for parameter in merged.parameters():
         parameter.data = parameter.data.to(dtype)
     return merged
 
 
 def copy_processor(path: str, folder: Path) -> list[str]:
-    """Copy the base's tokenizer, image processor, chat template and generation_config; returns the
-    names of what there was.
+    """Copy the base's tokenizer, image processor, chat template and generation_config to `folder`.
+
+    path: the base, as transformers finds it.
+
+    Returns the names of what there was.
     """
     copied = []
     for name in COPIED_FILES:
@@ -147,33 +123,38 @@ def copy_processor(path: str, folder: Path) -> list[str]:
         except OSError:
             # the base has none, and so it is not needed: the loaded processors are compared later
             continue
+        assert source is not None  # it raises where there is none
         shutil.copyfile(source, folder / name)
         copied.append(name)
     return copied
 
 
 # ---- verify --------------------------------------------------------------------------------------
-def probe_rows(model: LoadedModel) -> tuple[EncodedRow, EncodedRow]:
-    """One image of fixed noise, 512 x 512, with an instruction and an answer: with the image's
-    pixels, with its features.
+def probe_rows(base: BaseModel) -> tuple[EncodedRow, EncodedRow]:
+    """Encode one image of fixed noise, 512 x 512, with an instruction and an answer.
+
+    Returns the row with the image's pixels, and the row with its features.
     """
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
         Image.fromarray(pixels).save(Path(folder) / "probe.png")
         example = Example("probe", "probe", "probe.png", (), "probe", Path(folder))
         question = example, PROMPTS["free_reasoning"], PROBE_ANSWER
-        return model.encoder.encode_answer(*question), model.encode_answer(*question)
+        return base.encoder.encode_answer(*question), base.encode_answer(*question)
 
 
 @torch.no_grad()
-def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor]:
-    """(the probe with its pixels, logits [T,V] fp32 on the CPU of its answer's T tokens); the head
-    itself is always applied in fp32.
+def probe_logits(base: BaseModel, net: nn.Module) -> tuple[EncodedRow, Tensor]:
+    """Compute the logits of the probe's answer, with the head itself always in fp32.
+
+    net: `base.net`, or that with its adapter.
+
+    Returns the probe with its pixels, and logits [T,V] fp32 on the CPU of its answer's T tokens.
     """
     device = next(net.parameters()).device
-    probe, seen = probe_rows(model)
-    batch = collate_rows([seen], model.encoder.pad_token_id).to(device)
-    hidden, _ = completion_hidden_states(net, model.family, batch)  # [T,H]
+    probe, seen = probe_rows(base)
+    batch = collate_rows([seen], base.encoder.pad_token_id).to(device)
+    hidden, _ = completion_hidden_states(net, base.family, batch)  # [T,H]
     # the whole head in fp32 would be the largest tensor by far
     pieces = lm_head_weight(net).split(16_384)
     return probe, torch.cat([(hidden.float() @ piece.float().T).cpu() for piece in pieces], dim=1)
@@ -181,8 +162,9 @@ def probe_logits(model: LoadedModel, net: nn.Module) -> tuple[EncodedRow, Tensor
 
 @contextmanager
 def float32_decoder(net: nn.Module) -> Iterator[None]:
-    """The decoder computes in fp32: each module's own weights are cast for its call alone, and are
-    then as before.
+    """Let the decoder compute in fp32 within the block, as the truth to compare with.
+
+    Each module's own weights are cast for its call alone, and are then as before.
     """
     stored: dict[Tensor, Tensor] = {}
 
@@ -216,12 +198,12 @@ def float32_decoder(net: nn.Module) -> Iterator[None]:
 
 
 def relative_difference(logits: Tensor, truth: Tensor) -> float:
-    """D of the module's docstring. [T,V] both."""
+    """Compute D of the module's docstring from logits [T,V] and true logits [T,V]."""
     return float((logits - truth).square().mean().sqrt() / truth.square().mean().sqrt())
 
 
 def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
-    """Raises RuntimeError where the copied processor does not give the base's tokens and pixels."""
+    """Raise RuntimeError where the copied processor does not give the base's tokens and pixels."""
     first, second = (
         {"ids": row.prompt.input_ids, "answer": row.completion_ids} | row.prompt.vision
         for row in (merged, base)
@@ -236,44 +218,13 @@ def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
 
 
 # ---- command -------------------------------------------------------------------------------------
-def base_of(config: MergeConfig) -> str:
-    """The base to merge into. Raises UsageError where the adapter names none, or where it names
-    another hub model than the flag.
-
-    A folder may be a moved or downloaded copy of what the adapter names; that keys and shapes fit
-    is checked in any case.
-    """
-    folder = Path(config.adapter_name_or_path)
-    named, given = adapter_config(folder).base_model_name_or_path, config.model_name_or_path
-    if given is None or given == named:
-        if not named:
-            raise UsageError(
-                f"{folder}: adapter_config.json names no base model; give --model_name_or_path"
-            )
-        return named
-    if named and not any(name not in EMBEDDED and looks_local(name) for name in (named, given)):
-        raise UsageError(
-            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give"
-            " that model or a copy of it"
-        )
-    print(
-        f"note: {folder} names {named or 'no model'} as its base; {given} is taken for a copy"
-        " of it",
-        file=sys.stderr,
-    )
-    return given
-
-
 def new_folder(output_dir: str) -> tuple[Path, Path]:
-    """(the folder to be, the temporary one beside it, empty). Raises UsageError where something is
-    there already.
+    """Make an empty temporary folder beside the folder to be -> (the folder to be, the temporary).
+
+    Raises UsageError where something is there already.
     """
+    check_new_folder(output_dir)
     final = Path(output_dir).absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        kind = "is not empty" if final.is_dir() else "is a file"
-        raise UsageError(
-            f"--output_dir {output_dir} {kind} and nothing is overwritten: name another folder"
-        )
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
@@ -283,44 +234,46 @@ def new_folder(output_dir: str) -> tuple[Path, Path]:
     return final, temporary
 
 
-def merge(config: MergeConfig) -> dict:
-    """Merge, save, verify, give the folder its name; returns what merge.json holds.
+def merge(config: MergeConfig) -> dict[str, Any]:
+    """Merge, save, verify, give the folder its name, and return what merge.json holds.
 
-    Raises UsageError for a base or an adapter that does not fit and for an output_dir in use,
+    Raises UsageError for a base or an adapter that does not fit and for an output_dir in use, and
     RuntimeError where the saved model differs from base + adapter by more than the bound.
     """
-    adapter, base, dtype = (
-        Path(config.adapter_name_or_path),
-        base_of(config),
-        getattr(torch, config.dtype),
-    )
-    settings = saved_settings(adapter)
-    bounds = {
-        name: settings.get(name) or FALLBACKS[name]
-        for name in ("min_visual_tokens", "max_visual_tokens")
-    }
+    adapter, name = Path(config.adapter_name_or_path), base_to_merge_into(config)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    named = adapter_record(adapter).get("base_model_name_or_path")
+    if name != named:
+        print(
+            f"note: {adapter} names {named or 'no model'} as its base; {name} is taken for a copy"
+            " of it",
+            file=sys.stderr,
+        )
+    unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")
+    settings = settings_of_adapter(str(adapter), (*size, "prompt"), unset)
+    bounds = {key: settings.get(key, getattr(unset, key)) for key in size}
     device = pick_device(config.num_threads)
     final, temporary = new_folder(config.output_dir)
     try:
         # The truth: base + adapter in fp32. Then the merge itself, in place.
-        model = load_model(
-            base, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds
+        base = load_model(
+            name, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds
         )
-        wrapped = attach_adapter(model, adapter)
-        with float32_decoder(wrapped):
-            inputs, truth = probe_logits(model, wrapped)
-        merge_adapter(wrapped, dtype).save_pretrained(temporary)
-        copied = copy_processor(model_path(base), temporary)
-        del model, wrapped  # one model in memory at a time
+        net = attach_adapter(base, adapter)
+        with float32_decoder(net):
+            inputs, truth = probe_logits(base, net)
+        merge_adapter(net, dtype).save_pretrained(temporary)
+        copied = copy_processor(model_path(name), temporary)
+        del base, net  # one model in memory at a time
 
-        model = load_model(base, dtype=dtype, device=device, **bounds)
-        _, logits = probe_logits(model, attach_adapter(model, adapter))
+        base = load_model(name, dtype=dtype, device=device, **bounds)
+        _, logits = probe_logits(base, attach_adapter(base, adapter))
         rounding = relative_difference(logits, truth)
         bound = FLOAT32_BOUND if dtype == torch.float32 else BFLOAT16_BOUND * rounding
-        del model
+        del base
 
-        model = load_model(str(temporary), dtype=dtype, device=device, **bounds)
-        merged_inputs, logits = probe_logits(model, model.base)
+        merged = load_model(str(temporary), dtype=dtype, device=device, **bounds)
+        merged_inputs, logits = probe_logits(merged, merged.net)
         check_same_inputs(merged_inputs, inputs)
         difference = relative_difference(logits, truth)
         if not difference <= bound:
@@ -329,7 +282,7 @@ def merge(config: MergeConfig) -> dict:
                 f" root mean square, more than the bound {bound:.2e}; nothing was written"
             )
         record = {
-            "base": base,
+            "base": name,
             "adapter": str(adapter),
             "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
             "dtype": config.dtype,
@@ -349,21 +302,11 @@ def merge(config: MergeConfig) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 2 usage."""
-    return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code: 0 done, 2 usage."""
+    return main_guard(lambda: _run(resolve_merge(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(argv: Sequence[str]) -> int:
-    resolved = parse_config(
-        [MergeConfig],
-        argv,
-        script="merge",
-        prog="python -m engine.merge",
-        validate=config_problems,
-        description=(
-            "Fold a trained adapter into its base and write a folder that plain transformers loads."
-        ),
-    )
+def _run(resolved: Resolved) -> int:
     config: MergeConfig = resolved.configs[0]
     done = merge(config)
     prompt = f" --prompt {done['prompt']}" if done["prompt"] else ""
@@ -380,4 +323,4 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_guard(lambda: _run(RESOLVED)))

@@ -1,19 +1,19 @@
-"""Loading a model, attaching LoRA, and the two adapters of GRPO on one base.
+"""Load a base model, attach LoRA adapters to it, and put GRPO's two adapters on one base.
 
-The base is frozen and in bf16 (fp32 on a CPU run); adapters are fp32. GRPO loads the SFT adapter
-twice: `default` is trained, so that what is saved loads in plain peft, and `reference` is the
-frozen SFT checkpoint. There is never a second base.
+The base is frozen and in bf16 (fp32 on a CPU run). Adapters are fp32. GRPO loads the SFT adapter
+twice: `default` is trained, so that what is saved loads in plain peft, and `reference` stays
+frozen. There is never a second base.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import (
@@ -42,11 +42,9 @@ from engine.families import (
     stop_ids,
     suppressed_ids,
 )
+from engine.model_files import adapter_record, check_model_folder, looks_local, model_path
 from engine.vision import VisionCache
 
-# The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name
-# their base so, not by a path of this machine.
-EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
 POLICY, REFERENCE = "default", "reference"
 _HUB_ADVICE = (
     "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a"
@@ -55,13 +53,18 @@ _HUB_ADVICE = (
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A base model with its family facts, its processor and the token ids that the sampler and the
-    objective need.
+class BaseModel:
+    """Hold a base model with its processor and the facts of its family.
+
+    name: as given: a folder, a hub name, 'demo' or 'demo-gemma'.
+    net: transformers' model, frozen.
+    stop_ids: tokens that end a completion.
+    suppressed_ids: tokens that are never sampled, left out of every log-probability.
+    vision: features of images by the frozen vision tower, which runs once for each.
     """
 
-    name: str  # as given: a folder, a hub name, 'demo' or 'demo-gemma'
-    base: PreTrainedModel
+    name: str
+    net: PreTrainedModel
     family: Family
     encoder: Encoder
     stop_ids: frozenset[int]
@@ -69,26 +72,18 @@ class LoadedModel:
     vision: VisionCache
 
     def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
-        """As Encoder.encode_prompt, with the image's features."""
+        """Turn an example into the prompt's tokens and the image's features."""
         return self.encoder.encode_prompt(example, prompt, self.vision.look(example))
 
     def encode_answer(self, example: Example, prompt: Prompt, answer: str) -> EncodedRow:
-        """As Encoder.encode_answer, with the image's features."""
+        """Turn an example into its prompt followed by an answer, which is supervised."""
         return self.encoder.encode_answer(example, prompt, answer, self.vision.look(example))
 
 
-def model_path(name: str) -> str:
-    """Where transformers finds `name`: an embedded checkpoint's folder, else the name itself (a
-    folder or a hub name).
-    """
-    import data.demo
-
-    return str(Path(data.demo.__path__[0]) / EMBEDDED[name]) if name in EMBEDDED else name
-
-
 def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -> Encoder:
-    """Tokenizer and image processor of a checkpoint, without its weights. Raises UsageError (one
-    line) as `load_model` does.
+    """Load tokenizer and image processor of a checkpoint, without its weights.
+
+    Raises UsageError (one line) as `load_model` does.
     """
     path = model_path(name)
     _check_checkpoint(name, path)
@@ -109,9 +104,11 @@ def load_model(
     max_visual_tokens: int,
     vision_cache_gb: float = 0.0,
     vision_cache_dir: str | None = None,
-) -> LoadedModel:
-    """Load and freeze a base model of one of the two families. dtype: "auto" for the one that its
-    weights are stored in; vision_cache_gb, vision_cache_dir: see VisionCache.
+) -> BaseModel:
+    """Load and freeze a base model of one of the two families.
+
+    dtype: "auto" for the one that its weights are stored in.
+    vision_cache_gb, vision_cache_dir: see VisionCache.
 
     Raises UsageError (one line) where there is no such model at `name`.
     """
@@ -127,7 +124,8 @@ def load_model(
         name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
     )
     try:
-        base, loading = AutoModelForImageTextToText.from_pretrained(
+        # its stubs leave the pair out that output_loading_info asks for
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
@@ -135,47 +133,28 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(_unusable(name, error)) from error
+    net, loading = loaded
     if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
         missing = sorted(loading["missing_keys"])
         raise UsageError(
             f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the"
             f" model, such as {missing[0]}"
         )
-    base.requires_grad_(False)
-    base.to(device).eval()
-    family = family_of(base.config.model_type)
-    stops = stop_ids(base, encoder.tokenizer, encoder.end_of_turn_id)
+    net.requires_grad_(False)
+    net.to(device).eval()
+    family = family_of(net.config.model_type)
+    stops = stop_ids(net, encoder.tokenizer, encoder.end_of_turn_id)
     vision = VisionCache(
-        base, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
+        net, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
     )
-    return LoadedModel(
-        name, base, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision
-    )
-
-
-def looks_local(name: str) -> bool:
-    """Whether `name` can only be a folder (or an embedded one): anything but owner/model, or
-    owner/model where such a folder exists.
-    """
-    return (
-        name in EMBEDDED
-        or name.startswith((".", "~", "/"))
-        or name.count("/") != 1
-        or Path(name).is_dir()
+    return BaseModel(
+        name, net, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision
     )
 
 
 def _check_checkpoint(name: str, path: str) -> None:
-    """Everything that can be said before weights are read, in one line."""
-    if looks_local(name) and not Path(path).is_dir():
-        raise UsageError(
-            f"--model_name_or_path {name}: no such folder; give a checkpoint's folder, a hub name"
-            " (owner/model) or 'demo'"
-        )
-    if looks_local(name) and not (Path(path) / "config.json").is_file():
-        raise UsageError(
-            f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint"
-        )
+    """Refuse a checkpoint that cannot be run, in one line and before weights are read."""
+    check_model_folder(name)
     try:
         text = read_config(path).get("text_config") or {}
     except ValueError as error:
@@ -194,7 +173,7 @@ def _check_checkpoint(name: str, path: str) -> None:
 
 
 def _unusable(name: str, error: Exception) -> str:
-    """What to say where a file of the checkpoint is missing, damaged or of another kind."""
+    """Say that a file of the checkpoint is missing, damaged or of another kind."""
     advice = (
         ""
         if looks_local(name) or not isinstance(error, OSError)
@@ -207,9 +186,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
-    """A fresh, trainable LoRA adapter on the language model's projections; B is zero, so the
-    model's outputs are unchanged.
+def attach_new_adapter(base: BaseModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
+    """Attach a fresh, trainable LoRA adapter to the language model's projections.
+
+    B is zero, so the model's outputs are unchanged.
     """
     config = LoraConfig(
         r=r,
@@ -219,16 +199,17 @@ def attach_new_adapter(model: LoadedModel, *, r: int, alpha: int, dropout: float
         bias="none",
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model.base, config)
-    _finish(wrapped, model.name)
-    return wrapped
+    net = get_peft_model(base.net, config)
+    _finish(net, base.name)
+    return net
 
 
 def attach_adapter(
-    model: LoadedModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0
+    base: BaseModel, folder: str | Path, *, trainable: bool = False, dropout: float = 0.0
 ) -> PeftModel:
-    """A saved adapter as `default`; without dropout, as sampling, GRPO and evaluation need it,
-    unless SFT goes on with it.
+    """Attach a saved adapter as `default`.
+
+    dropout: 0 for sampling, GRPO and evaluation. SFT that goes on with an adapter has its own.
 
     Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key
     that is missing or left over means that something else than the trained model would run.
@@ -236,37 +217,31 @@ def attach_adapter(
     folder = Path(folder)
     config = adapter_config(folder)
     config.lora_dropout, config.inference_mode = dropout, not trainable
-    wrapped = PeftModel(model.base, config, adapter_name=POLICY)
-    load_adapter_weights(wrapped, folder)
+    net = PeftModel(base.net, config, adapter_name=POLICY)
+    load_adapter_weights(net, folder)
     if trainable:
-        _finish(wrapped, model.name)
+        _finish(net, base.name)
     else:
-        wrapped.requires_grad_(False)
-    return wrapped
+        net.requires_grad_(False)
+    return net
 
 
-def add_reference(wrapped: PeftModel, folder: str | Path) -> None:
-    """Load the SFT adapter a second time, frozen, as `reference`; `default` stays active and
-    trainable.
+def add_reference(net: PeftModel, folder: str | Path) -> None:
+    """Load the SFT adapter a second time, frozen, as `reference`.
+
+    `default` stays active and trainable.
     """
     config = adapter_config(Path(folder))
     config.lora_dropout, config.inference_mode = 0.0, True
-    wrapped.add_adapter(REFERENCE, config)
-    load_adapter_weights(wrapped, folder, REFERENCE)
-    wrapped.set_adapter(POLICY)
-    _set_trainable(wrapped)
+    net.add_adapter(REFERENCE, config)
+    load_adapter_weights(net, folder, REFERENCE)
+    net.set_adapter(POLICY)
+    _set_trainable(net)
 
 
 def adapter_config(folder: Path) -> LoraConfig:
-    """The LoraConfig saved in a folder. Raises UsageError where there is none that can be read."""
-    if (
-        not (folder / "adapter_config.json").is_file()
-        or not (folder / "adapter_model.safetensors").is_file()
-    ):
-        raise UsageError(
-            f"{folder}: no adapter there; an adapter folder holds adapter_config.json and"
-            " adapter_model.safetensors"
-        )
+    """Read the LoraConfig saved in a folder. Raises UsageError where none can be read."""
+    adapter_record(folder)  # which says in one line what is missing or cannot be read
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
@@ -275,9 +250,10 @@ def adapter_config(folder: Path) -> LoraConfig:
         ) from error
 
 
-def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
-    """Put a folder's weights into an attached adapter; every key must find its place, none may be
-    left over.
+def load_adapter_weights(net: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
+    """Put a folder's weights into an attached adapter.
+
+    Raises UsageError where a key finds no place or is left over.
     """
     try:
         saved = load_file(Path(folder) / "adapter_model.safetensors")
@@ -285,20 +261,19 @@ def load_adapter_weights(wrapped: PeftModel, folder: str | Path, adapter: str = 
         raise UsageError(
             f"{folder}: adapter_model.safetensors cannot be read ({_first_line(error)})"
         ) from error
-    load_adapter_state(wrapped, saved, adapter, source=str(folder))
+    load_adapter_state(net, saved, adapter, source=str(folder))
 
 
 def load_adapter_state(
-    wrapped: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str
+    net: PeftModel, saved: dict[str, Tensor], adapter: str = POLICY, *, source: str
 ) -> None:
-    """As `load_adapter_weights`, from tensors. Raises UsageError that names `source` and the keys
-    or shapes that do not fit.
+    """Put tensors into an attached adapter, each under the name that `adapter_state` gives it.
+
+    Raises UsageError that names `source` and the keys or shapes that do not fit.
     """
-    expected = adapter_state(wrapped, adapter)
-    missing, unexpected = (
-        sorted(expected.keys() - saved.keys()),
-        sorted(saved.keys() - expected.keys()),
-    )
+    expected = adapter_state(net, adapter)
+    missing = sorted(expected.keys() - saved.keys())
+    unexpected = sorted(saved.keys() - expected.keys())
     if missing or unexpected:
         examples = "; ".join(
             f"{kind}: {len(keys)}, such as {keys[0]}"
@@ -316,21 +291,21 @@ def load_adapter_state(
             f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs"
             f" {tuple(expected[name].shape)}"
         )
-    set_peft_model_state_dict(wrapped, saved, adapter_name=adapter)
+    set_peft_model_state_dict(net, saved, adapter_name=adapter)
 
 
-def adapter_state(wrapped: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
-    """The adapter's tensors under the names that peft saves and loads."""
-    return get_peft_model_state_dict(
-        wrapped, adapter_name=adapter, save_embedding_layers=False
-    )  # else peft asks the hub for the base
+def adapter_state(net: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
+    """Return the adapter's tensors under the names that peft saves and loads."""
+    # with save_embedding_layers peft would ask the hub for the base
+    return get_peft_model_state_dict(net, adapter_name=adapter, save_embedding_layers=False)
 
 
-def adapter_config_record(wrapped: PeftModel, base_name: str) -> dict:
-    """The contents of adapter_config.json, as plain peft reads it, with the base's name as the user
-    gave it.
+def adapter_config_record(net: PeftModel, base_name: str) -> dict:
+    """Make the contents of adapter_config.json, as plain peft reads it.
+
+    base_name: of the base model, as the user gave it.
     """
-    config = wrapped.peft_config[POLICY].to_dict()
+    config = net.peft_config[POLICY].to_dict()
     config |= {"base_model_name_or_path": base_name, "inference_mode": True}
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
@@ -339,47 +314,50 @@ def adapter_config_record(wrapped: PeftModel, base_name: str) -> dict:
 
 
 @contextmanager
-def use_adapter(wrapped: PeftModel, adapter: str) -> Iterator[None]:
+def use_adapter(net: PeftModel, adapter: str) -> Iterator[None]:
     """Run with another adapter, without gradient, and put everything back.
 
     peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others,
     so the flags are restored too.
     """
-    flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
-    active = wrapped.active_adapter
-    wrapped.set_adapter(adapter)
+    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    active = net.active_adapter
+    net.set_adapter(adapter)
     try:
         with torch.no_grad():
             yield
     finally:
-        wrapped.set_adapter(active)
-        for name, parameter in wrapped.named_parameters():
+        net.set_adapter(active)
+        for name, parameter in net.named_parameters():
             parameter.requires_grad_(flags[name])
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(net: nn.Module) -> None:
     """Recompute the decoder's layers in the backward pass, in train() mode only.
 
     Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen
     vision tower is never recomputed.
     """
-    decoder = language_model(model)
+    decoder = language_model(net)
     decoder.activation_checkpointing_enable({"use_reentrant": False})
     # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
     decoder.disable_input_require_grads()
 
 
-def compile_decoder(model: nn.Module) -> None:
-    """Let torch compile what the decoder's layers do with single tokens: norms, projections with
-    their adapters, rotary embedding, MLP.
+def compile_decoder(net: nn.Module) -> None:
+    """Let torch compile what the decoder's layers do with single tokens, for speed.
 
-    In place, so that modules and weights keep their names. Attention and checkpointing stay as they
-    are, around the compiled parts, and the graphs serve every number of tokens. Low precision is
-    rounded after every operation, as without compiling: else the graphs with and without gradient
-    would round differently, and the ratio would not begin at 1. Raises UsageError (one line) where
-    nothing can be compiled, as on a machine without a C++ compiler.
+    These are norms, projections with their adapters, rotary embedding and MLP. It is done in place,
+    so that modules and weights keep their names. Attention and checkpointing stay as they are,
+    around the compiled parts, and the graphs serve every number of tokens. Low precision is rounded
+    after every operation, as without compiling: else the graphs with and without gradient would
+    round differently, and the ratio would not begin at 1.
+
+    Raises UsageError (one line) where nothing can be compiled, as on a machine without a C++
+    compiler.
     """
-    decoder, options = language_model(model), {"emulate_precision_casts": True}
+    decoder = language_model(net)
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
     try:
         torch.compile(lambda x: x.sin() + 1, options=options)(torch.zeros(8, device=decoder.device))
     except (RuntimeError, ImportError, OSError) as error:
@@ -390,28 +368,38 @@ def compile_decoder(model: nn.Module) -> None:
     # limit torch would go on without compiling, unseen, and round differently from then on.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in decoder.layers:
+    layers: Any = decoder.layers  # a ModuleList, which nn.Module's stubs do not know
+    for layer in layers:
         for part in layer.children():
             part.compile(dynamic=True, options=options)
 
 
-def _finish(wrapped: PeftModel, base_name: str) -> None:
-    wrapped.peft_config[POLICY].base_model_name_or_path = base_name
-    _set_trainable(wrapped)
+def prepare_for_training(net: PeftModel, gradient_checkpointing: bool, compile: bool) -> None:
+    """Switch on what the settings ask for: gradient checkpointing, compiled decoder layers."""
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(net)
+    if compile:
+        compile_decoder(net)
 
 
-def _set_trainable(wrapped: PeftModel) -> None:
-    """Exactly the `default` adapter of the language model is trained; anything else trainable is a
-    bug of the target pattern.
+def _finish(net: PeftModel, base_name: str) -> None:
+    net.peft_config[POLICY].base_model_name_or_path = base_name
+    _set_trainable(net)
+
+
+def _set_trainable(net: PeftModel) -> None:
+    """Train the `default` adapter of the language model and nothing else.
+
+    Anything else that is trainable is a bug of the target pattern.
     """
-    for name, parameter in wrapped.named_parameters():
+    for name, parameter in net.named_parameters():
         if "lora_" in name:
             # also the reference: in bf16 it would not be the policy's start
             parameter.data = parameter.data.float()
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
     leaked = [
         name
-        for name, parameter in wrapped.named_parameters()
+        for name, parameter in net.named_parameters()
         if parameter.requires_grad and "language_model." not in name
     ]
     if leaked:

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
-def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def trainable_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return names and parameters that are trained, in the model's order.
 
     The optimizer's state is kept in the same order.
     """
     return [
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        (name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad
     ]
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float
+    net: nn.Module, *, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters: betas 0.9 and 0.999, eps 1e-8.
 
@@ -28,7 +28,7 @@ def build_optimizer(
     group. They are fp32, and so is the optimizer's state. Raises ValueError where nothing is
     trainable.
     """
-    parameters = [parameter for _, parameter in trainable_parameters(model)]
+    parameters = [parameter for _, parameter in trainable_parameters(net)]
     if not parameters:
         raise ValueError(
             "the model has no trainable parameters; the adapter was not attached or is frozen"

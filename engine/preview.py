@@ -1,5 +1,7 @@
-"""What --show_batch and --dry_run print: a batch as the model gets it, token by token, and what a
-run will need.
+"""Print what a run is about to do: its banner, and what --show_batch and --dry_run ask for.
+
+--show_batch shows a batch as the model gets it, token by token. --dry_run checks the first rows of
+every data set and forecasts the memory.
 
 Texts come from data files and vocabularies: control characters in them are printed as escapes and
 never reach the terminal.
@@ -10,18 +12,23 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TextIO
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from data.examples import Example
 from data.prompts import PROMPTS
 from engine.collate import collate_prompts
+from engine.config import Resolved, describe
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from engine.memory import GIB, Forecast, Workload, forecast, model_shape
-from engine.model import LoadedModel, load_encoder
+from engine.model import POLICY, load_encoder
 from engine.order import shuffled
+from engine.policy import Policy
+from engine.runtime import environment_banner
 from engine.settings import TrainingConfig
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
@@ -32,17 +39,50 @@ CARDS = (24, 40, 80)  # GB
 USABLE = 0.9
 
 
+# ---- the start of a run -------------------------------------------------------------------------
+def banner(
+    title: str,
+    folder: Path | str,
+    policy: Policy,
+    adapter: str,
+    lines: Sequence[str],
+    resolved: Resolved,
+) -> str:
+    """Say what is about to run: where, on what, with which data and settings.
+
+    title: "SFT" or "GRPO". folder: the run's. adapter: what the policy begins as.
+    lines: what the script knows of its data and batches.
+    """
+    trainable = sum(parameter.numel() for parameter in policy.parameters)
+    total = sum(parameter.numel() for parameter in policy.net.parameters())
+    return "\n".join(
+        [
+            f"{title} -> {folder}",
+            environment_banner(policy.device),
+            f"model       {policy.base.name} ({policy.family.model_type}) with {adapter}:"
+            f" {total:,} parameters, {trainable:,} trainable",
+            *lines,
+            "settings that differ from the paper's or the engine's defaults:",
+            describe(resolved),
+            "",
+        ]
+    )
+
+
 # ---- one batch -----------------------------------------------------------------------------------
 def wants_colour(stream: TextIO) -> bool:
-    """Colours go to a terminal only, and not where NO_COLOR is set (no-color.org) or the terminal
-    is a dumb one.
+    """Tell whether a stream shows colours: a terminal that is not dumb, without NO_COLOR.
+
+    NO_COLOR is the variable of no-color.org.
     """
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str, also: str = "") -> str:
-    """The text with a backslash before backslashes and the characters of `also`, and with escapes
-    for what a terminal would act on or not show: control, format, separator and private characters.
+    """Escape what a terminal would act on or not show, so that a text is printed as it is.
+
+    These are control, format, separator and private characters. A backslash is put before
+    backslashes and the characters of `also`.
     """
     named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
     shown = []
@@ -68,15 +108,21 @@ def printable(text: str, also: str = "") -> str:
 def row_pieces(
     encoder: Encoder, ids: Tensor, token_types: Tensor, attention_mask: Tensor, supervised: Tensor
 ) -> list[tuple[str, str, str]]:
-    """One row, all [S] -> (kind, text, control text or "") of every token; runs of image
-    placeholders and of padding are one piece. kind: supervised, prompt, image or padding.
+    """Cut a row into its tokens, to be shown -> (kind, text, control text or "") of each.
+
+    ids [S] int64, token_types [S] int64, attention_mask [S] bool: as the model gets them.
+    supervised [S] bool: true on the tokens in the loss.
+
+    kind is supervised, prompt, image or padding. A run of image placeholders is one piece, and so
+    is a run of padding.
     """
     pieces: list[tuple[str, str, str]] = []
     runs: list[int] = []  # length of the run that each piece stands for
     tokenizer, control = encoder.tokenizer, set(encoder.control_tokens)
     is_image_type = token_types == IMAGE_TYPE
     for token, is_image, attended, scored in zip(
-        *(tensor.tolist() for tensor in (ids, is_image_type, attention_mask, supervised))
+        *(tensor.tolist() for tensor in (ids, is_image_type, attention_mask, supervised)),
+        strict=True,
     ):
         kind = (
             "supervised"
@@ -99,6 +145,7 @@ def row_pieces(
         text = tokenizer.decode(
             [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # a list comes only of several rows
         if raw in control:
             pieces.append((kind, "", raw))
         else:  # part of a character: as the vocabulary writes it
@@ -114,8 +161,9 @@ def row_pieces(
 
 
 def row_fields(row: EncodedRow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, token types, attention mask, supervised, all [S], of a row of training; it has no
-    padding.
+    """Give the arguments of `row_pieces` for a row of training, which has no padding.
+
+    Returns ids, token types, attention mask and supervised, all [S].
     """
     prompt, ids = row.prompt, row.completion_ids
     supervised = torch.cat(
@@ -130,9 +178,12 @@ def row_fields(row: EncodedRow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
-    """A row for the eye; a line ends after each newline token. Colour: every second token is
-    underlined. Plain: | between tokens, [[ ]] around supervised ones, and a backslash before these
-    characters in the text.
+    """Write a row for the eye. A line ends after each newline token.
+
+    With colour, every second token is underlined. Without, there is | between tokens and [[ ]]
+    around supervised ones, and a backslash before these characters in the text.
+
+    pieces: of `row_pieces`.
     """
     parts, inside = [], False
     for number, (kind, text, control) in enumerate(pieces):
@@ -140,9 +191,8 @@ def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
         end = "\n" if text.endswith("\n") else ""
         if colour:
             code = COLOURS["control" if control and kind in ("prompt", "supervised") else kind]
-            parts.append(
-                f"\x1b[{code}{';1' if kind == 'supervised' else ''}{';4' if number % 2 else ''}m{shown}\x1b[0m{end}"
-            )
+            style = (";1" if kind == "supervised" else "") + (";4" if number % 2 else "")
+            parts.append(f"\x1b[{code}{style}m{shown}\x1b[0m{end}")
             continue
         scored = kind == "supervised"
         mark = (
@@ -160,6 +210,7 @@ def row_text(pieces: Sequence[tuple[str, str, str]], colour: bool) -> str:
 
 
 def legend(colour: bool) -> str:
+    """Explain the marks of `row_text` in one line."""
     if not colour:
         return (
             "legend: [[supervised]], others are not; | between tokens; \\ before | [ ] \\ of the"
@@ -178,8 +229,9 @@ def legend(colour: bool) -> str:
 def batch_text(
     encoder: Encoder, batch: Sequence[tuple[Tensor, ...]], examples: Sequence[Example], colour: bool
 ) -> str:
-    """The whole batch, of each row the arguments of `row_pieces`; rows with the same tokens (the
-    prompts of different images) are shown once.
+    """Write a whole batch. Rows with the same tokens (prompts of different images) are shown once.
+
+    batch: of each row the arguments of `row_pieces`. examples: of each row its example.
     """
     same: dict[tuple, list[int]] = {}
     for i, row in enumerate(batch):
@@ -192,11 +244,12 @@ def batch_text(
             for i in rows
         ]
         lines += [counts(*fields[1:]), row_text(row_pieces(encoder, *fields), colour), ""]
-    total = counts(*(torch.cat(tensors) for tensors in list(zip(*batch))[1:]))
+    total = counts(*(torch.cat(tensors) for tensors in list(zip(*batch, strict=True))[1:]))
     return "\n".join([*lines, f"batch of {len(batch)} rows: {total}"])
 
 
 def counts(token_types: Tensor, attention_mask: Tensor, supervised: Tensor) -> str:
+    """Count tokens of every kind. All arguments [S], as in `row_pieces`."""
     return (
         f"{int(attention_mask.sum())} tokens, {int(supervised.sum())} supervised,"
         f" {int((token_types == IMAGE_TYPE).sum())} image, {int((~attention_mask).sum())} padding"
@@ -206,7 +259,7 @@ def counts(token_types: Tensor, attention_mask: Tensor, supervised: Tensor) -> s
 def first_examples(
     config: TrainingConfig, examples: Sequence[Example], count: int
 ) -> list[Example]:
-    """The examples that the loop takes first, in its order."""
+    """Take the examples that the loop takes first, in its order."""
     return [examples[i] for i in shuffled(len(examples), 0, config.seed)[:count]]
 
 
@@ -218,11 +271,22 @@ def _encoder(config: TrainingConfig) -> Encoder:
     )
 
 
+def _encode_answer(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedRow:
+    """Encode a training example with its answer and its image's pixels."""
+    assert example.answer is not None  # run_sft.py leaves examples without one out
+    return encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
+
+
+def _encode_prompt(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedPrompt:
+    """Encode an example's prompt with its image's pixels."""
+    return encoder.encode_prompt(example, PROMPTS[config.prompt])
+
+
 def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: TextIO) -> int:
-    """--show_batch of run_sft.py: the first micro-batch. Returns the exit code 0."""
+    """Show the first micro-batch: --show_batch of run_sft.py. Returns the exit code 0."""
     encoder = _encoder(config)
     chosen = first_examples(config, examples, config.per_device_train_batch_size)
-    batch = [row_fields(encoder.encode_answer(e, PROMPTS[config.prompt], e.answer)) for e in chosen]
+    batch = [row_fields(_encode_answer(config, encoder, example)) for example in chosen]
     _write(
         stream,
         f"first micro-batch of training, prompt {config.prompt!r}\n"
@@ -232,15 +296,16 @@ def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: Te
 
 
 def show_prompts(
-    config: TrainingConfig, examples: Sequence[Example], prompts: int, stream: TextIO
+    config: TrainingConfig, examples: Sequence[Example], count: int, stream: TextIO
 ) -> int:
-    """--show_batch of run_grpo.py: the prompts of the first rollout, as they are sampled from.
-    Returns the exit code 0.
+    """Show the prompts of the first rollout as they are sampled from: --show_batch of run_grpo.py.
+
+    count: prompts of a rollout. Returns the exit code 0.
     """
     encoder = _encoder(config)
-    chosen = first_examples(config, examples, prompts)
+    chosen = first_examples(config, examples, count)
     prompts = collate_prompts(
-        [encoder.encode_prompt(e, PROMPTS[config.prompt]) for e in chosen], encoder.pad_token_id
+        [_encode_prompt(config, encoder, example) for example in chosen], encoder.pad_token_id
     )
     batch = list(
         zip(
@@ -248,6 +313,7 @@ def show_prompts(
             prompts.token_types,
             prompts.attention_mask,
             torch.zeros_like(prompts.attention_mask),
+            strict=True,
         )
     )
     _write(
@@ -267,74 +333,62 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 # ---- what a run will need ------------------------------------------------------------------------
-def encoded_rows(
-    config: TrainingConfig, encoder: Encoder, examples: Sequence[Example], answers: bool
-) -> list[EncodedRow | EncodedPrompt]:
-    """The first examples in the loop's order, encoded with their images. Raises DataError for one
-    that cannot be.
-    """
-    prompt = PROMPTS[config.prompt]
-    chosen = first_examples(config, examples, CHECKED_ROWS)
-    return [
-        encoder.encode_answer(e, prompt, e.answer) if answers else encoder.encode_prompt(e, prompt)
-        for e in chosen
-    ]
-
-
 def dry_run_report(
     config: TrainingConfig,
-    model: LoadedModel,
-    wrapped,
+    policy: Policy,
     train: Sequence[Example],
     sets: Mapping[str, Sequence[Example]],
     rollout_prompts: int = 0,
     num_generations: int = 1,
 ) -> str:
-    """Token lengths of the first rows of every data set, and the memory forecast. rollout_prompts
-    0: SFT.
+    """Report the token lengths of the first rows of every data set, and the memory forecast.
+
+    sets: the evaluated data sets by name. rollout_prompts: prompts of a rollout, 0 for SFT.
+    num_generations: completions of each prompt.
 
     Raises DataError where one of these rows cannot be encoded.
     """
-    sft = rollout_prompts == 0
-    rows = encoded_rows(config, model.encoder, train, answers=sft)
-    prompts = [row.prompt if sft else row for row in rows]
+    sft, encoder = rollout_prompts == 0, policy.encoder
+    checked = first_examples(config, train, CHECKED_ROWS)
+    if sft:
+        rows = [_encode_answer(config, encoder, example) for example in checked]
+        prompts = [row.prompt for row in rows]
+        completions = [len(row.completion_ids) for row in rows]
+    else:
+        prompts = [_encode_prompt(config, encoder, example) for example in checked]
+        completions = [config.max_completion_length]
     evaluated = [
-        prompt
+        _encode_prompt(config, encoder, example)
         for examples in sets.values()
-        for prompt in encoded_rows(config, model.encoder, examples, answers=False)
+        for example in first_examples(config, examples, CHECKED_ROWS)
     ]
-    completions = (
-        [len(row.completion_ids) for row in rows] if sft else [config.max_completion_length]
-    )
-    adapter = wrapped.peft_config["default"]
-    micro = config.per_device_train_batch_size
+    adapter = policy.adapted.peft_config[POLICY]
+    assert isinstance(adapter, LoraConfig)  # the scripts attach no other kind
     work = Workload(
-        element_size=model.base.dtype.itemsize,
-        device=model.base.device.type,
+        element_size=policy.base.net.dtype.itemsize,
+        device=policy.base.net.device.type,
         lora_r=adapter.r,
         lora_dropout=adapter.lora_dropout,
-        adapters=len(wrapped.peft_config),
+        adapters=len(policy.adapted.peft_config),
         gradient_checkpointing=config.gradient_checkpointing,
         prompt_length=max(len(prompt.input_ids) for prompt in prompts + evaluated),
         image_tokens=max(int(prompt.token_types.sum()) for prompt in prompts + evaluated),
         completion_length=max(completions),
         max_completion_length=config.max_completion_length,
-        micro_batch=micro,
+        micro_batch=config.per_device_train_batch_size,
         eval_rows=config.per_device_eval_batch_size,
         rollout_prompts=rollout_prompts,
         num_generations=num_generations,
         max_tokens_per_forward=config.max_tokens_per_forward,
     )
-    adapters = {id(p) for name, p in wrapped.named_parameters() if "lora_" in name}
-    base = sum(p.numel() for p in wrapped.parameters() if id(p) not in adapters)
-    lengths, images = (
-        [len(prompt.input_ids) for prompt in prompts],
-        [int(prompt.token_types.sum()) for prompt in prompts],
-    )
+    adapters = {id(p) for name, p in policy.net.named_parameters() if "lora_" in name}
+    base = sum(p.numel() for p in policy.net.parameters() if id(p) not in adapters)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    images = [int(prompt.token_types.sum()) for prompt in prompts]
     return "\n".join(
         [
             (
-                f"checked     {len(rows)} of {len(train)} training rows and {len(evaluated)} of"
+                f"checked     {len(checked)} of {len(train)} training rows and {len(evaluated)} of"
                 f" {sum(map(len, sets.values()))} to evaluate, images included"
             ),
             f"tokens      prompt {_spread(lengths)}, of them image {_spread(images)}; "
@@ -343,7 +397,7 @@ def dry_run_report(
                 if sft
                 else f"completion up to {config.max_completion_length}"
             ),
-            memory_table(forecast(model_shape(model.base.config, base), work), work),
+            memory_table(forecast(model_shape(policy.base.net.config, base), work), work),
             "dry run: nothing was trained, no run folder was made",
         ]
     )
@@ -354,8 +408,9 @@ def _spread(lengths: Sequence[int]) -> str:
 
 
 def memory_table(found: Forecast, work: Workload) -> str:
-    """The forecast's phases as columns, its parts as rows, in GiB; then the peak and the cards that
-    hold it.
+    """Write a forecast as a table in GiB, then its peak and the cards that hold it.
+
+    The phases are columns, and their parts are rows.
     """
     parts = list(dict.fromkeys(part for phase in found.phases.values() for part in phase))
     width = max(map(len, (*parts, "total")))
@@ -389,4 +444,5 @@ def memory_table(found: Forecast, work: Workload) -> str:
 
 
 def fits(found: Forecast, card: int) -> bool:
+    """Tell whether a card of so many GiB holds the peak."""
     return found.peak <= USABLE * card * GIB

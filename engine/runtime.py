@@ -1,5 +1,7 @@
-"""What a run needs around its loop: seeds, device, signals, its directory and lock, versions, exit
-codes.
+"""Surround a run with what its loop does not care for: signals, its folder and lock, exit codes.
+
+Everything in it is plain Python, so a command answers a wrong flag before torch is loaded. Seeds,
+device and precision are in engine/device.py.
 """
 
 from __future__ import annotations
@@ -13,77 +15,48 @@ import json
 import logging
 import os
 import platform
-import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-
+from data.files import DataError
 from engine.config import UsageError
 
 LOCK_FILE = ".lock"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
+RunKind = Literal["sft", "grpo", "eval", "report", "matrix"]
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy's global state, and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def pick_device(num_threads: int | None = None) -> torch.device:
-    """The first CUDA device where there is one, else the CPU, with `num_threads` threads for
-    torch's own work there.
-    """
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:
-    """The base model's precision. Raises UsageError for bf16 on a GPU that has none (before
-    NVIDIA's Ampere generation).
-    """
-    if (
-        bf16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise UsageError(
-            f"--bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use --no_bf16 for"
-            " float32"
-        )
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 # ---- signals -------------------------------------------------------------------------------------
-class SignalGuard:
-    """Within the block, SIGINT and SIGTERM only set `stop`, which loops poll to finish a step, save
-    and leave.
+class StopRequested(KeyboardInterrupt):
+    """Leave sampling or evaluation because a signal asked to: the state so far is to be saved."""
 
-    A SIGINT after any first signal raises KeyboardInterrupt at once; further SIGTERMs change
-    nothing. The earlier handlers come back at the end of the block. Poll inside sampling and
-    evaluation too: a step may be long, and the time between SIGTERM and SIGKILL short.
+
+class SignalGuard:
+    """Hold back SIGINT and SIGTERM within the block, so that a loop can finish a step and save.
+
+    Both only set `stop`, which loops poll. A SIGINT after any first signal raises KeyboardInterrupt
+    at once, and further SIGTERMs change nothing. The earlier handlers come back at the end of the
+    block. Poll inside sampling and evaluation too: a step may be long, and the time between SIGTERM
+    and SIGKILL short.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop: int | None = None  # number of the first signal received
         self._owner = os.getpid()
-        self._earlier: dict[int, object] = {}
+        self._earlier: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number (130 after SIGINT, 143 after SIGTERM), 0 without one."""
+        """Return 128 + the signal's number (130 after SIGINT, 143 after SIGTERM), 0 without one."""
         return 0 if self.stop is None else 128 + self.stop
 
     def __enter__(self) -> SignalGuard:
@@ -115,14 +88,13 @@ class SignalGuard:
             os.write(2, notice.encode())
 
 
-# ---- run directory -------------------------------------------------------------------------------
+# ---- run folder ----------------------------------------------------------------------------------
 def run_directory(
-    output_dir: str | Path | None,
-    kind: Literal["sft", "grpo", "eval", "report", "matrix"],
-    *,
-    root: Path = Path("runs"),
+    output_dir: str | Path | None, kind: RunKind, *, root: Path = Path("runs")
 ) -> Path:
-    """Create and return the directory of a run: `output_dir`, or `root/<YYYYmmdd-HHMMSS>-<kind>`.
+    """Create the folder of a run and return it, never one that holds anything already.
+
+    output_dir: None for `root/<YYYYmmdd-HHMMSS>-<kind>`.
 
     Raises UsageError where `output_dir` holds anything already or cannot be created.
     """
@@ -131,9 +103,23 @@ def run_directory(
         directory.mkdir(parents=True, exist_ok=True)
         if output_dir is None:
             return _new_directory(directory, f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
-        content = sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
+        _refuse_content(directory, kind)
     except OSError as error:
         raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
+    return directory
+
+
+def check_output_dir(output_dir: str, kind: RunKind) -> None:
+    """Raise UsageError where `run_directory` would, without creating anything."""
+    try:
+        if Path(output_dir).exists():
+            _refuse_content(Path(output_dir), kind)
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir}: cannot be used: {error.strerror}") from error
+
+
+def _refuse_content(directory: Path, kind: RunKind) -> None:
+    content = sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
     if content:
         raise UsageError(
             f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is"
@@ -144,7 +130,6 @@ def run_directory(
                 else "name another folder"
             )
         )
-    return directory
 
 
 def _new_directory(root: Path, name: str) -> Path:
@@ -153,18 +138,18 @@ def _new_directory(root: Path, name: str) -> Path:
         with contextlib.suppress(FileExistsError):  # two runs that start in the same second
             directory.mkdir()
             return directory
+    raise AssertionError("itertools.count never ends")
 
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; the kernel lets go when the process ends, however it
-    ends.
+    """Hold a run folder for this process, so that no second one writes there.
 
-    Raises UsageError, naming the other process, where another one holds it, or where the directory
-    is read-only.
+    The kernel lets go when the process ends, however it ends. Raises UsageError, naming the other
+    process, where another one holds it, or where the folder is read-only.
     """
     try:
-        file = open(Path(run_dir) / LOCK_FILE, "a+", encoding="ascii")
+        file = (Path(run_dir) / LOCK_FILE).open("a+", encoding="ascii")
     except OSError as error:
         raise UsageError(f"{run_dir} cannot be written to: {error.strerror}") from error
     with file:
@@ -192,8 +177,9 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 def newest_finished_run(
     root: Path, kind: Literal["sft", "grpo"], base: str | None = None
 ) -> Path | None:
-    """The newest run of a kind below `root`, by the time in its name, that has saved its final
-    adapter; with `base`, the newest whose adapter names that base model.
+    """Find the newest run of a kind below `root`, by the time in its name, that has an adapter.
+
+    base: take only runs whose adapter names this base model.
     """
     if not Path(root).is_dir():
         return None
@@ -213,48 +199,52 @@ def newest_finished_run(
 
 
 def _adapter_base(run: Path) -> str | None:
-    """The base model that a run's adapter names; None where its file cannot be read."""
+    """Read the base model that a run's adapter names, None where its file cannot be read."""
     try:
-        return json.loads((run / "adapter_config.json").read_text(encoding="utf-8")).get(
-            "base_model_name_or_path"
-        )
+        record = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+        return record.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None
 
 
 # ---- facts about the run -------------------------------------------------------------------------
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers; CUDA's and the device's name
-    where there is one.
+    """Gather the versions of Python and of the packages that decide numbers.
+
+    CUDA's and the device's name are among them where torch is loaded and there is a GPU.
     """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # not imported for this: who computes has loaded it
+    if torch is not None and torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
     return found
 
 
-def environment_banner(device: torch.device) -> str:
-    """One line for the top of the log and for bug reports."""
+def environment_banner(device: object) -> str:
+    """Write device and versions in one line, for the top of the log and for bug reports."""
     return " | ".join(
         [f"device {device}", *(f"{name} {version}" for name, version in versions().items())]
     )
 
 
-# ---- exit codes ----------------------------------------------------------------------------------
+# ---- command line and exit codes -----------------------------------------------------------------
 def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception], ...] = ()) -> int:
     """Call a script's main and return the process's exit code.
 
-    main returns its own code (None is 0; SignalGuard.exit_code after a stop). UsageError, and the
-    exception classes in `errors`, are the user's to correct: 'error: ' lines on stderr, from
-    `.problems` where the exception has them, and 2. KeyboardInterrupt: 130. Anything else is a
-    fault of ours and propagates with its traceback, which Python makes 1.
+    main: returns its own code (None is 0, SignalGuard.exit_code after a stop).
+    errors: exception classes beside UsageError that the user can correct. They become 'error: '
+    lines on stderr, from `.problems` where the exception has them, and code 2.
+
+    KeyboardInterrupt becomes 130. Anything else is a fault of ours and propagates with its
+    traceback, which Python makes 1.
     """
+    correctable: tuple[type[Exception], ...] = (UsageError, *errors)
     try:
         return main() or 0
-    except (UsageError, *errors) as error:
+    except correctable as error:
         for problem in getattr(error, "problems", None) or [str(error)]:
             print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -263,3 +253,15 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
             "stopped at once; what was done since the last checkpoint is not saved", file=sys.stderr
         )
         return 130
+
+
+def accepted(resolve: Callable[[Sequence[str]], Answer]) -> Answer:
+    """Read the command line by `resolve(argv)`, or end the process with its errors and exit code 2.
+
+    A script calls it before its slow imports, so that --help and mistakes are answered at once.
+    """
+    answers: list[Answer] = []
+    code = main_guard(lambda: answers.append(resolve(sys.argv[1:])), errors=(DataError,))
+    if not answers:
+        sys.exit(code)
+    return answers[0]

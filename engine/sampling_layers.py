@@ -23,7 +23,7 @@ from engine.families import language_model, lm_head_weight
 
 
 @contextmanager
-def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def sampling_layers(net: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Run the decoder's linear layers in one product each, and put everything back afterwards.
 
     Gives the product with the head, [n,H] -> [n,V] in the head's dtype. No gradient flows.
@@ -33,13 +33,13 @@ def sampling_layers(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """
     before: list[tuple[nn.Module, dict]] = []
     try:
-        for layer in _linear_layers(language_model(model)):
+        for layer in _linear_layers(language_model(net)):
             if (forward := _forward(layer)) is not None:
                 before.append(
                     (layer, {name: own for name, own in vars(layer).items() if name == "forward"})
                 )
                 layer.forward = forward
-        weight = lm_head_weight(model)
+        weight = lm_head_weight(net)
         product = _product(weight)
         yield lambda hidden: product(hidden.to(weight.dtype))
     finally:

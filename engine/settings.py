@@ -1,26 +1,40 @@
-"""The settings that run_sft.py and run_grpo.py share: one flat dataclass, whose fields are flags of
-both.
+"""Declare the settings that run_sft.py and run_grpo.py share, and those of run_sft.py alone.
 
-The defaults are the paper's where it gives them; each field's `source` says so.
+Each is a field of a flat dataclass and becomes a flag by itself. The defaults are the paper's where
+it gives them, and each field's `source` says so. A value is known, never None, where something
+decides it later: the default stands there until then, and `Resolved.origins` tells that it was not
+given. Nothing here loads torch before a command line is accepted.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import Any, Literal, get_args, get_type_hints
 
 from data.answers import ANSWER_FORMATS
+from data.examples import check_data_file
+from data.files import named_files
 from data.prompts import PROMPTS
-from engine.config import ConfigError, Resolved, UsageError, setting
-from engine.model import LoadedModel, adapter_config, load_model
-from engine.run import saved_settings
-from engine.runtime import base_dtype
+from engine.config import ConfigError, Resolved, UsageError, parse_config, setting
+from engine.model_files import adapter_record, base_of_adapter, check_model_folder
+from engine.resume import FREE_TO_CHANGE, inherited_settings, saved_settings
+from engine.runtime import check_output_dir
 
-# Of a run that neither names them nor continues one that did.
-FALLBACKS = {"prompt": "free_reasoning", "min_visual_tokens": 256, "max_visual_tokens": 512}
+# Sampling as in the rollouts of the paper; its greatest length is not published.
+TEMPERATURE, TOP_P, MAX_COMPLETION_LENGTH = 0.8, 0.95, 512
+# What training takes over from the adapter that it starts from, and from the run that made it.
+INHERITED = (
+    "model_name_or_path",
+    "prompt",
+    "answer_format",
+    "min_visual_tokens",
+    "max_visual_tokens",
+)
+_OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
 PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (
     "paper 3.2.1 (SFT)",
@@ -32,17 +46,17 @@ PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Model, data, batches, optimizer, precision, logging and checkpoints."""
+    """Hold the settings of both scripts: model, data, batches, optimizer, memory, checkpoints."""
 
-    model_name_or_path: str | None = setting(
-        None,
+    model_name_or_path: str = setting(
+        "",
         "base model: a checkpoint's folder, a hub name, or 'demo' or 'demo-gemma', which are"
         " embedded",
         unset="the recipe's; GRPO: the SFT adapter's",
         group="model and data",
     )
-    train_file: str | None = setting(
-        None,
+    train_file: str = setting(
+        "",
         "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo",
         unset="the recipe's",
         group="model and data",
@@ -65,28 +79,28 @@ class TrainingConfig:
         source=ENGINE,
         group="model and data",
     )
-    prompt: str | None = setting(
-        None,
+    prompt: str = setting(
+        "free_reasoning",
         f"instruction variant: {', '.join(PROMPTS)}",
         unset="free_reasoning; GRPO: the SFT run's",
         group="model and data",
     )
-    answer_format: str | None = setting(
-        None,
+    answer_format: str = setting(
+        "think_solution",
         f"form of a valid answer: {', '.join(ANSWER_FORMATS)}",
         unset="the prompt's own; GRPO: the SFT run's",
         group="model and data",
     )
-    min_visual_tokens: int | None = setting(
-        None,
+    min_visual_tokens: int = setting(
+        256,
         "an image is enlarged to at least this many visual tokens; Gemma 3 has a fixed number",
         unset="256; GRPO: the SFT run's",
         unit="tokens",
         source=PAPER_SFT,
         group="model and data",
     )
-    max_visual_tokens: int | None = setting(
-        None,
+    max_visual_tokens: int = setting(
+        512,
         "an image is reduced to at most this many visual tokens",
         unset="512; GRPO: the SFT run's",
         unit="tokens",
@@ -190,7 +204,7 @@ class TrainingConfig:
     )
 
     max_completion_length: int = setting(
-        512,
+        MAX_COMPLETION_LENGTH,
         "longest completion that is sampled or decoded",
         unit="tokens",
         source=OURS,
@@ -252,7 +266,7 @@ class TrainingConfig:
 
 
 def training_problems(config: TrainingConfig) -> list[str]:
-    """What is wrong with the shared settings, one line each: ranges, and names that do not exist."""
+    """Name what is wrong with the shared settings, one line each: ranges, unknown names."""
     positive = (
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -262,13 +276,13 @@ def training_problems(config: TrainingConfig) -> list[str]:
         "learning_rate",
         "max_grad_norm",
         "num_train_epochs",
+        "min_visual_tokens",
+        "max_visual_tokens",
     )
     optional = (
         "max_steps",
         "save_steps",
         "save_total_limit",
-        "min_visual_tokens",
-        "max_visual_tokens",
         "num_threads",
         "max_tokens_per_forward",
     )
@@ -293,84 +307,274 @@ def training_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"--warmup_ratio is {config.warmup_ratio}; it must lie in [0, 1)")
     if config.weight_decay < 0:
         problems.append(f"--weight_decay is {config.weight_decay}; it must not be negative")
-    if config.prompt is not None and config.prompt not in PROMPTS:
+    if config.prompt not in PROMPTS:
         problems.append(
             f"--prompt {config.prompt}: no such instruction variant; there are {', '.join(PROMPTS)}"
         )
-    if config.answer_format not in (None, *ANSWER_FORMATS):
+    if config.answer_format not in ANSWER_FORMATS:
         problems.append(
             f"--answer_format {config.answer_format}: no such form; there are"
             f" {', '.join(ANSWER_FORMATS)}"
         )
-    if (config.min_visual_tokens or 0) > (config.max_visual_tokens or float("inf")):
+    return problems + named_files(config.validation_file, "validation_file", taken=("train",))[1]
+
+
+def validation_files(config: TrainingConfig) -> dict[str, str]:
+    """Read --validation_file -> {name: file, or demo:SPLIT}."""
+    return named_files(config.validation_file, "validation_file")[0]
+
+
+def data_specs(config: TrainingConfig) -> dict[str, str]:
+    """Gather the data files, the training data as "train" -> {name: file, or demo:SPLIT}."""
+    return {"train": config.train_file} | validation_files(config)
+
+
+# ---- command line --------------------------------------------------------------------------------
+def parse_training(
+    config_classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    script: Literal["sft", "grpo"],
+    description: str,
+    validate: Callable[..., list[str]],
+) -> Resolved:
+    """Read flags, recipe and a resumed run's settings of either script, by `parse_config`.
+
+    Without a model, an adapter or data on the command line, the recipe of the demo applies.
+    """
+    return parse_config(
+        config_classes,
+        argv,
+        script=script,
+        prog=f"run_{script}.py",
+        description=description,
+        validate=validate,
+        default_recipe="demo",
+        default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
+        inherit_with="resume_from_checkpoint",
+        inherit=partial(inherited_settings, script=script),
+        free_to_change=FREE_TO_CHANGE,
+    )
+
+
+# ---- settings of the adapter's run ---------------------------------------------------------------
+def inherit(
+    resolved: Resolved,
+    names: Collection[str] = INHERITED,
+    *,
+    binding: Collection[str] = (),
+    from_run: str = "adapter's run",
+    from_prompt: str = "prompt",
+) -> Resolved:
+    """Take over what the adapter was made with, where the command line leaves it open.
+
+    A setting is, in this order: a flag's value, a recipe's, that of the adapter's run (its
+    config.json), the default. Some follow a rule of their own:
+
+        model_name_or_path    the base that the adapter itself names, unless a flag names a copy of
+                              it. A recipe must name the same.
+        lora_r, lora_alpha    of the adapter itself
+        answer_format         of the adapter's run where the prompt is that run's too, else the
+                              prompt's own: another prompt asks for its own form
+
+    resolved: its first config has adapter_name_or_path, empty or None without an adapter.
+    names: the settings to take over.
+    binding: those that the adapter cannot do without. A recipe gives way, a flag that says
+    otherwise is a mistake.
+    from_run, from_prompt: origins of what config.json and the prompt decided, {} for its name.
+
+    Raises UsageError for a folder without an adapter, a config.json that cannot be used, a recipe
+    with another base, and a flag that contradicts a binding setting.
+    """
+    folder = resolved.configs[0].adapter_name_or_path
+    if folder and "model_name_or_path" in names:
+        resolved = _with_base_of_adapter(resolved, folder)
+    made_with = settings_of_adapter(folder, names, resolved.configs[0]) if folder else {}
+    for name in sorted(names, key="answer_format".__eq__):  # last: it follows the prompt
+        given, origin = getattr(resolved.configs[0], name), resolved.origins[name]
+        value, source = made_with.get(name), "adapter" if name in _OF_ADAPTER else from_run
+        if name == "answer_format" and origin == "default":
+            prompt = resolved.configs[0].prompt
+            if value is None or prompt != made_with.get("prompt"):
+                value, source = PROMPTS[prompt].answer_format, from_prompt.format(prompt)
+        if value is None or (origin != "default" and (name not in binding or given == value)):
+            continue
+        if origin == "flag":
+            raise UsageError(
+                f"--{name} {given}: the adapter in {folder} was trained with {value}; leave the"
+                " flag out, or give another --adapter_name_or_path"
+            )
+        if name == "prompt" and value not in PROMPTS:
+            raise UsageError(
+                f"{Path(folder) / 'config.json'}: there is no prompt {value!r}; there are"
+                f" {', '.join(PROMPTS)}"
+            )
+        resolved = resolved.with_value(name, value, source)
+    return resolved
+
+
+def _with_base_of_adapter(resolved: Resolved, folder: str) -> Resolved:
+    given, origin = resolved.configs[0].model_name_or_path, resolved.origins["model_name_or_path"]
+    if origin == "flag":
+        return resolved
+    base = base_of_adapter(folder)
+    if origin != "default" and given != base:
+        raise UsageError(
+            f"{folder} was trained on {base}, not on {given} ({origin}); give"
+            " --model_name_or_path, or another --adapter_name_or_path"
+        )
+    return resolved.with_value("model_name_or_path", base, "adapter")
+
+
+def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dict[str, Any]:
+    """Read what an adapter was made with, from it and its run's config.json -> {name: value}.
+
+    names: the settings to look for. Those that are missing or null there are left out.
+    config: an instance of a dataclass that declares them, with the types that they must have.
+
+    Raises UsageError where the folder holds no adapter, and naming a file with a wrong value.
+    """
+    record = adapter_record(folder)
+    files = {name: "adapter_config.json" for name in _OF_ADAPTER}
+    told = saved_settings(folder) | {name: record.get(key) for name, key in _OF_ADAPTER.items()}
+    found = {name: told[name] for name in names if told.get(name) is not None}
+    types = get_type_hints(type(config))
+    for name, value in found.items():
+        expected = (get_args(types[name]) or (types[name],))[0]  # int of `int | None`
+        if type(value) is not expected:
+            raise UsageError(
+                f"{Path(folder) / files.get(name, 'config.json')}: {name} is {value!r}, expected"
+                f" {expected.__name__}; repair or remove the file"
+            )
+    return found
+
+
+def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:
+    """Check what can only be told of finished settings, and return them.
+
+    found: the problems of their values, one line each.
+
+    Raises ConfigError for those, and UsageError or DataError where a data file, the model's folder
+    or output_dir cannot be used.
+    """
+    config: TrainingConfig = resolved.configs[0]
+    problems = list(found)
+    if config.min_visual_tokens > config.max_visual_tokens:
         problems.append(
             f"--min_visual_tokens {config.min_visual_tokens} is above --max_visual_tokens"
             f" {config.max_visual_tokens}"
         )
-    names = ["train"]  # the training file's name in config.json
-    for entry in config.validation_file:
-        name, separator, file = entry.partition("=")
-        if not separator or not name or not file or not all(c.isalnum() or c in "-_" for c in name):
-            problems.append(
-                f"--validation_file {entry}: write NAME=FILE, with a name of letters, digits, -"
-                " and _"
-            )
-        names.append(name)
-    problems += [
-        f"--validation_file: the name {name!r} is taken; choose another"
-        for name in sorted({n for n in names if names.count(n) > 1})
-    ]
-    return problems
+    if problems:
+        raise ConfigError(problems)
+    for file in data_specs(config).values():
+        check_data_file(file)
+    check_model_folder(config.model_name_or_path)
+    writes = not (config.dry_run or config.show_batch)
+    if config.output_dir is not None and config.resume_from_checkpoint is None and writes:
+        check_output_dir(config.output_dir, kind)
+    return resolved
 
 
-def load_base(config: TrainingConfig, device: torch.device) -> LoadedModel:
-    """The base model that a run is configured to train."""
-    return load_model(
-        config.model_name_or_path,
-        dtype=base_dtype(config.bf16, device),
-        device=device,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-        vision_cache_gb=config.vision_cache_gb,
-        vision_cache_dir=config.vision_cache_dir,
+# ---- run_sft.py ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Hold the settings of supervised fine-tuning."""
+
+    adapter_name_or_path: str | None = setting(
+        None,
+        "adapter to go on training, with its own rank and alpha",
+        unset="a fresh one",
+        group="model and data",
+    )
+    lora_r: int = setting(16, "rank of the LoRA matrices", source=PAPER_SFT, group="adapter")
+    lora_alpha: int = setting(
+        32, "LoRA scaling: the update is multiplied by alpha / r", source=PAPER_SFT, group="adapter"
+    )
+    lora_dropout: float = setting(
+        0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter"
+    )
+    validation_split: float = setting(
+        0.1,
+        "share of the training data held out for the validation loss, by patient, where no"
+        " --validation_file has answers",
+        source=PAPER_SFT,
+        group="model and data",
+    )
+    early_stopping_patience: int = setting(
+        2,
+        "stop after this many epochs in a row without a better validation loss",
+        unit="epochs",
+        source=PAPER_SFT,
+        group="optimization",
     )
 
+    @property
+    def step_size(self) -> int:
+        """Count the examples of an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-def from_adapter(resolved: Resolved) -> Resolved:
-    """Fill in what was not given from the adapter that training starts from: its base model, and
-    the prompt, answer format and image size of the run that made it.
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Count the optimizer steps of an epoch. The last step may have fewer examples."""
+        return math.ceil(num_examples / self.step_size)
 
-    Raises UsageError where the folder holds no adapter, or one of another base than a recipe names.
-    """
-    config: TrainingConfig = resolved.configs[0]
-    folder = Path(config.adapter_name_or_path)
-    base = adapter_config(folder).base_model_name_or_path
-    if config.model_name_or_path is None or resolved.origins["model_name_or_path"].startswith(
-        "recipe"
-    ):
-        if config.model_name_or_path not in (None, base):
-            raise UsageError(
-                f"{folder} was trained on {base}, not on {config.model_name_or_path}"
-                f" ({resolved.origins['model_name_or_path']}); give --model_name_or_path, or"
-                " another --adapter_name_or_path"
-            )
-        resolved = resolved.with_value("model_name_or_path", base, "adapter")
-    saved = saved_settings(folder)
-    for name, default in FALLBACKS.items():
-        if getattr(config, name) is None:
-            resolved = resolved.with_value(
-                name, saved.get(name) or default, "adapter's run" if name in saved else "default"
-            )
-    if resolved.configs[0].answer_format is None:
-        prompt = resolved.configs[0].prompt
-        # another prompt asks for its own form
-        learned = saved.get("answer_format") if prompt == saved.get("prompt") else None
-        resolved = resolved.with_value(
-            "answer_format",
-            learned or PROMPTS[prompt].answer_format,
-            "adapter's run" if learned else "prompt",
+    def total_steps(self, num_examples: int) -> int:
+        """Count the optimizer steps of the whole run, unless it stops early."""
+        by_epochs = math.ceil(self.num_train_epochs * self.steps_per_epoch(num_examples))
+        return self.max_steps or by_epochs
+
+    def batch_line(self, num_examples: int) -> str:
+        """Say in a banner's line how sequences, steps and epochs relate."""
+        micro, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        return (
+            f"batch       {micro} sequences x {accumulation} accumulated = {self.step_size} an"
+            f" optimizer step; {self.steps_per_epoch(num_examples)} steps an epoch,"
+            f" {self.total_steps(num_examples)} steps in all, early stop after"
+            f" {self.early_stopping_patience} epochs without a better loss"
         )
-    found = training_problems(resolved.configs[0])
-    if found:
-        raise ConfigError(found)
-    return resolved
+
+
+def sft_problems(config: SFTConfig) -> list[str]:
+    """Name what is wrong with the values of one command line of run_sft.py, one line each."""
+    found = training_problems(config)
+    if not config.train_file:
+        found.append("--train_file is missing: give the JSONL file with the teacher's answers")
+    if not config.model_name_or_path and not config.adapter_name_or_path:
+        found.append(
+            "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'"
+        )
+    if config.lora_r < 1 or config.lora_alpha < 1:
+        found.append(
+            f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1"
+        )
+    if not 0 <= config.lora_dropout < 1 or not 0 < config.validation_split < 1:
+        found.append(
+            f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split"
+            f" {config.validation_split} in (0, 1)"
+        )
+    if config.early_stopping_patience < 1:
+        found.append(
+            f"--early_stopping_patience is {config.early_stopping_patience}; it must be at least 1"
+        )
+    return found
+
+
+def resolve_sft(argv: Sequence[str]) -> Resolved:
+    """Read a command line of run_sft.py into finished settings (an SFTConfig) with their origins.
+
+    Raises ConfigError, UsageError or DataError for everything that the user can correct now.
+    """
+    resolved = parse_training(
+        [SFTConfig],
+        argv,
+        script="sft",
+        description=(
+            "Supervised fine-tuning on teacher reasoning traces: Eq. 1 of ChexReason (arXiv"
+            " 2512.23090), with LoRA."
+        ),
+        validate=sft_problems,
+    )
+    if resolved.configs[0].resume_from_checkpoint is None:
+        resolved = inherit(
+            resolved, (*INHERITED, "lora_r", "lora_alpha"), binding=("lora_r", "lora_alpha")
+        )
+    return finished(resolved, sft_problems(*resolved.configs), "sft")

@@ -1,14 +1,13 @@
 """Track a run: combine metrics over micro-batches, log them, and show progress on the console.
 
 Logs go to JSONL and TensorBoard. Logging never stops a training: a disk that is full or a
-TensorBoard that fails costs one warning. Names of timings are `step_time` or begin with `time/`
-(see `is_timing`). All other metrics of a run on one machine are reproducible.
+TensorBoard that fails costs one warning. Names of timings are `step_time` or begin with `time/`.
+All other metrics of a run on one machine are reproducible.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import logging
 import math
@@ -31,11 +30,6 @@ STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")
 logger = logging.getLogger(__name__)
 
 
-def is_timing(name: str) -> bool:
-    """Tell whether a metric is a wall-clock time, which differs between equal runs."""
-    return name == "step_time" or name.startswith("time/")
-
-
 # ---- accumulate ----------------------------------------------------------------------------------
 Reduction = Literal["mean", "min", "max", "sum"]
 
@@ -43,9 +37,12 @@ Reduction = Literal["mean", "min", "max", "sum"]
 class WeightedMetric(Protocol):
     """Describe what `rl.objective.objective_metrics` returns for each name."""
 
-    value: float | torch.Tensor
-    weight: float | torch.Tensor
-    reduction: Reduction
+    @property
+    def value(self) -> float | torch.Tensor: ...
+    @property
+    def weight(self) -> float | torch.Tensor: ...
+    @property
+    def reduction(self) -> Reduction: ...
 
 
 class MetricAccumulator:
@@ -61,10 +58,8 @@ class MetricAccumulator:
         self._entries: dict[str, list[tuple[Any, Any]]] = {}
         self._reductions: dict[str, str] = {}
         for name, (reduction, entries) in (state or {}).items():
-            self._reductions[name], self._entries[name] = (
-                reduction,
-                [tuple(entry) for entry in entries],
-            )
+            self._reductions[name] = reduction
+            self._entries[name] = [tuple(entry) for entry in entries]
 
     def add(
         self,
@@ -207,7 +202,7 @@ class RunLogger:
     def charts(self, layout: Mapping[str, Mapping[str, list]]) -> None:
         """Tell TensorBoard's page of custom scalars which curves share a chart.
 
-        layout: {category: {chart: ["Multiline", [tags]]}}
+        layout: {category: {chart: ["Multiline", [tags]]}}.
         """
         self._to_tensorboard("add_custom_scalars", layout)
 
@@ -272,7 +267,7 @@ class RunLogger:
 def set_later_lines_aside(path: Path, step: int) -> int:
     """Move the lines of later steps, and torn lines, of a JSONL log to `<name>.after-<step>.jsonl`.
 
-    step: the last step whose lines stay
+    step: the last step whose lines stay.
 
     The lines are appended there first and then taken out of `path` by an atomic replace, so none is
     lost. Returns how many moved.
@@ -310,20 +305,6 @@ def _step_of(line: bytes, *, otherwise: int) -> int:
         return otherwise
 
 
-_ESCAPES = {code: "\ufffd" for code in (*range(32), 127)} | {ord("\t"): " ", ord("\n"): "<br>"}
-_ESCAPES |= {ord(character): f"&#{ord(character)};" for character in "\\`*_[]|~#!"}
-_ESCAPES |= {ord(character): html.escape(character) for character in "&<>\"'"}
-
-
-def escape_markdown(text: str) -> str:
-    """Escape text so that TensorBoard's Markdown shows it as it stands, also in tables.
-
-    No markup and no HTML is left, and newlines become <br>.
-    """
-    # In one pass, because an entity must not be escaped again.
-    return text.replace("\r\n", "\n").translate(_ESCAPES)
-
-
 # ---- show ----------------------------------------------------------------------------------------
 class Progress:
     """Show a bar over optimizer steps.
@@ -342,12 +323,8 @@ class Progress:
         interval: float = 30.0,
         stream: TextIO | None = None,
     ):
-        self.total, self.step, self.description, self.interval = (
-            total,
-            initial,
-            description,
-            interval,
-        )
+        self.total, self.step = total, initial
+        self.description, self.interval = description, interval
         self._initial, self._start = initial, time.monotonic()
         self._printed = -math.inf  # the first update always shows
         self._stream = sys.stderr if stream is None else stream

@@ -42,19 +42,19 @@ class VisionCache:
 
     def __init__(
         self,
-        base: PreTrainedModel,
+        net: PreTrainedModel,
         family: Family,
         encoder: Encoder,
         *,
         max_bytes: int,
         folder: str | Path | None = None,
     ):
-        self.base, self.family, self.encoder, self.max_bytes = base, family, encoder, max_bytes
+        self.net, self.family, self.encoder, self.max_bytes = net, family, encoder, max_bytes
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise UsageError(
                 f"--vision_cache_dir {folder}: not a folder; give one, it need not exist yet"
             )
-        self.folder = None if folder is None else Path(folder) / fingerprint(base, encoder)
+        self.folder = None if folder is None else Path(folder) / fingerprint(net, encoder)
         # by the image file's SHA-256, the last used at the end
         self._kept: OrderedDict[str, ImageTensors] = OrderedDict()
         self._kept_bytes = 0
@@ -88,8 +88,8 @@ class VisionCache:
     @torch.no_grad()
     def _compute(self, example: Example, content: bytes | None) -> ImageTensors:
         image = self.encoder.encode_image(example, content)
-        pixels = {name: tensor.to(self.base.device) for name, tensor in image.items()}
-        features = self.family.image_features(self.base, pixels).cpu()
+        pixels = {name: tensor.to(self.net.device) for name, tensor in image.items()}
+        features = self.family.image_features(self.net, pixels).cpu()
         rest = {name: tensor for name, tensor in image.items() if name != "pixel_values"}
         return {"features": features} | rest
 
@@ -123,7 +123,7 @@ def num_bytes(image: ImageTensors) -> int:
     return sum(tensor.nbytes for tensor in image.values())
 
 
-def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
+def fingerprint(net: PreTrainedModel, encoder: Encoder) -> str:
     """Hash all that an image's features depend on -> 32 hexadecimal digits.
 
     Hashed are the weights outside the decoder with their dtype, the image processor, the device's
@@ -132,7 +132,7 @@ def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
     digest = hashlib.sha256(
         json.dumps(
             [
-                base.device.type,
+                net.device.type,
                 torch.__version__,
                 transformers.__version__,
                 encoder.image_processor.to_dict(),
@@ -141,7 +141,7 @@ def fingerprint(base: PreTrainedModel, encoder: Encoder) -> str:
             default=str,
         ).encode()
     )
-    for name, tensor in base.state_dict().items():
+    for name, tensor in net.state_dict().items():
         if "language_model." not in name and "lm_head" not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,116 +1,118 @@
-"""Sample cases of a report: images chosen over outcomes and labels, with what each model answered."""
+"""Choose sample cases for a report: varied images, with what each model answered."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.answers import parse_answer
 from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.images import load_image
 from data.labels import LABELS
+from data.predictions import Prediction, iter_predictions
 from data.prompts import PROMPTS
-from eval.contrasts import Comparison
-from eval.evaluate import reparse
-from eval.folders import Entry, Predictions, located
-from eval.page import OUTCOMES, Case, Cases, ModelAnswer, Picture
+from eval.contrasts import Contrast
+from eval.folders import Answers, Entry, located
+from eval.page import OUTCOMES, Case, Cases, ModelAnswer, Outcome, Picture
 
 MAX_SIDE = 384  # pixels of a picture in the report
 _CANDIDATES = 400  # images looked at for the next case
 
 
-def outcomes(answers: Predictions) -> list[str]:
-    """right, wrong or failed of each answer: exactly the true labels, other labels, or no labels
-    that could be read.
+def outcomes(answers: Answers) -> list[Outcome]:
+    """Tell the outcome of each answer: right, wrong or failed.
+
+    right: exactly the true labels. wrong: other labels. failed: no labels that could be read.
     """
     return [
-        OUTCOMES[2] if not parsed else OUTCOMES[0] if right else OUTCOMES[1]
-        for parsed, right in zip(answers.parsed, answers.right)
+        "failed" if not parsed else "right" if right else "wrong"
+        for parsed, right in zip(answers.parsed, answers.right, strict=True)
     ]
 
 
-def chosen_ids(answers: Predictions, count: int, seed: int) -> list[str]:
-    """`count` images: failed, wrong and right answers by turns while there are any, each time the
-    one among random candidates whose true and predicted labels were shown least so far.
+def chosen_ids(answers: Answers, count: int, seed: int) -> list[str]:
+    """Choose up to `count` images: failed, wrong and right answers by turns, labels varied.
+
+    Each time it is the one among random candidates whose true and predicted labels were shown least
+    so far.
     """
     order = np.random.default_rng(seed).permutation(len(answers.ids))
     shown = outcomes(answers)
-    waiting = {outcome: [n for n in order if shown[n] == outcome] for outcome in reversed(OUTCOMES)}
-    seen: Counter = Counter()
+    waiting = [[n for n in order if shown[n] == outcome] for outcome in reversed(OUTCOMES)]
+    seen: Counter[int] = Counter()
     ids: list[str] = []
-    while len(ids) < count and any(waiting.values()):
-        for candidates in waiting.values():
+    while len(ids) < count and any(waiting):
+        for candidates in waiting:
             if candidates and len(ids) < count:
-                labels = {
-                    n: np.flatnonzero(answers.targets[n] | answers.predictions[n]).tolist()
-                    for n in candidates[:_CANDIDATES]
-                }
-                best = min(
-                    labels,
-                    key=lambda n: (
-                        sum(seen[k] for k in labels[n]) / max(1, len(labels[n])),
-                        candidates.index(n),
-                    ),
-                )
+                best, labels = _least_shown(answers, candidates[:_CANDIDATES], seen)
                 candidates.remove(best)
-                seen.update(labels[best])
+                seen.update(labels)
                 ids.append(answers.ids[best])
     return ids
 
 
+def _least_shown(
+    answers: Answers, candidates: Sequence[int], seen: Counter[int]
+) -> tuple[int, list[int]]:
+    """Return the first candidate whose labels were seen least on average, and its labels."""
+    best: tuple[float, int, list[int]] | None = None
+    for n in candidates:
+        labels = np.flatnonzero(answers.targets[n] | answers.predictions[n]).tolist()
+        mean = sum(seen[k] for k in labels) / max(1, len(labels))
+        if best is None or mean < best[0]:
+            best = (mean, n, labels)
+    assert best is not None  # there is a candidate
+    return best[1:]
+
+
 def sample_cases(
     entries: Sequence[Entry],
-    comparisons: Sequence[Comparison],
+    contrasts: Sequence[Contrast],
     count: int,
     *,
     seed: int,
     image_root: str | None = None,
 ) -> Cases:
-    """`count` cases over all data sets, by the answers of each set's last model. An image that
-    cannot be read is left out.
+    """Choose `count` cases over all data sets, by the answers of each set's last model.
+
+    image_root: folder of the images, else that of the evaluation or of the data file. A case whose
+    image cannot be read has no picture.
     """
-    cases, prompts = [], {}
-    for place, comparison in enumerate(comparisons):
-        share = count // len(comparisons) + (place < count % len(comparisons))
-        models = [entry for entry in entries if entry.name in comparison.predictions]
-        ids = chosen_ids(comparison.predictions[models[-1].name], share, seed)
-        rows = {entry.name: _rows(entry.sets[comparison.data_set], set(ids)) for entry in models}
-        pictures = _pictures(models, comparison.data_set, ids, image_root)
-        places = {id: n for n, id in enumerate(comparison.first.ids)}
-        shown = {
-            entry.name: (
-                comparison.predictions[entry.name],
-                outcomes(comparison.predictions[entry.name]),
-            )
-            for entry in models
-        }
+    cases: list[Case] = []
+    prompts: dict[str, None] = {}
+    for index, contrast in enumerate(contrasts):
+        share = count // len(contrasts) + (index < count % len(contrasts))
+        models = [entry for entry in entries if entry.name in contrast.answers]
+        ids = chosen_ids(contrast.answers[models[-1].name], share, seed)
+        rows = {entry.name: _chosen(entry.sets[contrast.data_set], set(ids)) for entry in models}
+        pictures = _pictures(models, contrast.data_set, ids, image_root)
+        position = {id: n for n, id in enumerate(contrast.first.ids)}
+        shown = {name: outcomes(answers) for name, answers in contrast.answers.items()}
         for id in ids:
             answers = [
                 _answer(
                     entry.name,
                     rows[entry.name][id],
-                    shown[entry.name][1][places[id]],
-                    float(shown[entry.name][0].jaccard[places[id]]),
+                    shown[entry.name][position[id]],
+                    float(contrast.answers[entry.name].jaccard[position[id]]),
                 )
                 for entry in models
             ]
-            row = rows[models[0].name][id]
+            truth = rows[models[0].name][id]
             cases.append(
                 Case(
-                    f"{comparison.data_set}: {id}",
-                    row["labels"],
-                    [label for label in LABELS if label in row["evaluated_labels"]],
+                    f"{contrast.data_set}: {id}",
+                    truth.labels,
+                    [label for label in LABELS if label in truth.evaluated_labels],
                     pictures.get(id),
                     answers,
                 )
             )
-            prompts |= {str(rows[entry.name][id].get("prompt")): None for entry in models}
+            prompts |= {rows[entry.name][id].prompt: None for entry in models}
     return Cases(
         cases,
         [
@@ -120,19 +122,38 @@ def sample_cases(
     )
 
 
-def _rows(path: Path, ids: set[str]) -> dict[str, dict]:
-    """The rows of these images, parsed anew; the file was found sound when it was first read."""
-    with path.open(encoding="utf-8-sig") as lines:
-        rows = (json.loads(line) for line in lines if line.strip())
-        return {row["id"]: row for row in reparse([row for row in rows if row["id"] in ids])}
+def _chosen(path: Path, ids: set[str]) -> dict[str, Prediction]:
+    """Read the predictions of these images -> {id: prediction}."""
+    return {prediction.id: prediction for prediction in iter_predictions(path, ids=ids)}
 
 
-def _answer(model: str, row: Mapping, outcome: str, jaccard: float) -> ModelAnswer:
-    answer = parse_answer(row["completion"], row["answer_format"])
-    facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", f"{row['completion_length']:,}")]
-    for name, reward in (
-        (row.get("rewards") or {}).items() if isinstance(row.get("rewards"), dict) else ()
-    ):
+def _answer(model: str, prediction: Prediction, outcome: Outcome, jaccard: float) -> ModelAnswer:
+    answer = prediction.answer
+    facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", f"{prediction.completion_length:,}")]
+    facts += _reward_facts(prediction.extra.get("rewards"))
+    facts += [
+        (name, value)
+        for name, value in (
+            ("problem", answer.problem),
+            ("unknown entries", ", ".join(answer.unknown)),
+            ("contradiction", "No Finding with a finding" if answer.contradictions else ""),
+        )
+        if value
+    ]
+    return ModelAnswer(
+        model,
+        outcome,
+        (answer.think or "").strip(),
+        list(answer.labels),
+        prediction.completion,
+        facts,
+    )
+
+
+def _reward_facts(rewards: object) -> list[tuple[str, str]]:
+    """Show the rewards that a training run noted with its predictions, each as total = parts."""
+    facts = []
+    for name, reward in rewards.items() if isinstance(rewards, dict) else ():
         if isinstance(reward, dict) and all(
             isinstance(value, (int, float)) for value in reward.values()
         ):
@@ -140,24 +161,13 @@ def _answer(model: str, row: Mapping, outcome: str, jaccard: float) -> ModelAnsw
                 f"{round(value, 3):+g} {part}" for part, value in reward.items() if part != "total"
             )
             facts.append((f"{name} reward", f"{round(reward.get('total', 0), 3):g} = {parts}"))
-    facts += [
-        (name, value)
-        for name, value in (
-            ("problem", row["problem"]),
-            ("unknown entries", ", ".join(answer.unknown)),
-            ("contradiction", "No Finding with a finding" if answer.contradictions else ""),
-        )
-        if value
-    ]
-    return ModelAnswer(
-        model, outcome, (answer.think or "").strip(), list(answer.labels), row["completion"], facts
-    )
+    return facts
 
 
 def _pictures(
     models: Sequence[Entry], data_set: str, ids: Sequence[str], image_root: str | None
 ) -> dict[str, Picture]:
-    """{id: its picture}, from the first model's data file that is still there and holds the images."""
+    """Read the images -> {id: picture}, from the first model's data file that is still there."""
     for entry in models:
         file = entry.data_file(data_set)
         root = image_root or entry.settings.get("image_root")

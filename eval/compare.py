@@ -1,9 +1,9 @@
-"""Runs side by side: settings that differ, scores with paired intervals, curves on one chart.
+"""Compare runs: settings that differ, scores with paired intervals, curves on one chart.
 
-    python -m eval.compare runs/20260101-120000-grpo runs/20260102-120000-grpo                     #
-    tables on the console
-    python -m eval.compare short=runs/a long=runs/b --output_dir comparison                        #
-    and as a page with curves
+    # tables on the console
+    python -m eval.compare runs/20260101-120000-grpo runs/20260102-120000-grpo
+    # and as a page with curves
+    python -m eval.compare short=runs/a long=runs/b --output_dir comparison
 
 The first run is the one that the others are compared with.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data.files import DataError
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
-from eval.contrasts import Comparison, compare
+from eval.contrasts import Contrast, contrast_models
 from eval.figures import (
     FIGURE_1,
     MISSING,
@@ -30,26 +31,24 @@ from eval.figures import (
 )
 from eval.folders import (
     Entry,
+    answers_by_set,
     flag_first,
-    load_entry,
-    load_predictions,
-    named_folders,
+    load_entries,
     read_log,
     read_record,
 )
-from eval.page import Document, Picture, Section, Table, Text, to_text
+from eval.page import Block, Cell, Page, Picture, Section, Table, Text, to_text, write_page
 from eval.paired import PERMUTATIONS, RESAMPLES
-from eval.report import write
 from eval.tables import number, p_text, scores_table, signed
 
 # settings that say nothing about the model
 _OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")
-_FIGURES = (("macro_f1", "Macro F1"), ("micro_f1", "Micro F1"), ("jaccard", "Jaccard"))
+_SCORES = (("macro_f1", "Macro F1"), ("micro_f1", "Micro F1"), ("jaccard", "Jaccard"))
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Flags of `python -m eval.compare`."""
+    """Hold the flags of `python -m eval.compare`."""
 
     run: tuple[str, ...] = setting(
         (), "two runs or more, each FOLDER or NAME=FOLDER; may stand first without the flag"
@@ -69,85 +68,79 @@ class CompareConfig:
 
 
 def config_problems(config: CompareConfig) -> list[str]:
-    """What is wrong with the values of one command line, beyond their types."""
+    """Check the values of one command line, beyond their types -> problems, one line each."""
     problems = [
         f"--{name} {getattr(config, name)}: must be at least 1"
         for name in ("resamples", "permutations")
         if getattr(config, name) < 1
     ]
-    return problems + (
-        []
-        if len(config.run) >= 2
-        else [f"--run: two runs or more are compared, got {len(config.run)}"]
-    )
+    if len(config.run) < 2:
+        problems.append(f"--run: two runs or more are compared, got {len(config.run)}")
+    return problems
 
 
 def settings_table(entries: Sequence[Entry]) -> Table:
-    """The settings, data files and versions in which the runs differ, with where each value comes
-    from.
-    """
+    """List the settings, data files and versions in which the runs differ, with their origins."""
     told = [_told(entry) for entry in entries]
-    names = list(dict.fromkeys(name for document in told for name in document))
+    names = list(dict.fromkeys(name for facts in told for name in facts))
     rows = [
-        [name, *(document.get(name, "-") for document in told)]
+        [name, *(facts.get(name, "-") for facts in told)]
         for name in names
-        if len({document.get(name, "-").partition(" (")[0] for document in told}) > 1
+        if len({facts.get(name, "-").partition(" (")[0] for facts in told}) > 1
     ]
+    note = (
+        "In brackets: where the value comes from. Settings that all runs share, and names of"
+        " folders, are left out."
+        if rows
+        else "No setting differs."
+    )
     return Table(
         "Settings that differ",
         ["Setting", *(entry.name for entry in entries)],
         rows,
-        (
-            [
-                "In brackets: where the value comes from. Settings that all runs share, and names"
-                " of folders, are left out."
-            ]
-            if rows
-            else ["No setting differs."]
-        ),
+        [note],
         numbers_from=99,
     )
 
 
 def _told(entry: Entry) -> dict[str, str]:
-    """{setting: "value (origin)"} of the run that trained the model and of the evaluation that the
-    folder holds, with the data files' SHA-256 and the versions.
+    """Gather {setting: "value (origin)"} of the training run and of the folder's evaluation.
+
+    The SHA-256 of the data files and the versions are among them.
     """
     own = read_record(entry.folder / "config.json")
-    trained = own or (
-        read_record(entry.training / "config.json") if entry.training is not None else {}
-    )
-    evaluated = (
-        {}
-        if own
-        else next((found["run"] for found in entry.documents.values() if found.get("run")), {})
-    )
-    told = {"stage": entry.stage}
-    for prefix, document in (("", trained), ("evaluation: ", evaluated)):
+    trained: dict[str, Any] = own
+    evaluated: dict[str, Any] = {}
+    if not own:
+        if entry.training is not None:
+            trained = read_record(entry.training / "config.json")
+        evaluated = next((found["run"] for found in entry.records.values() if found.get("run")), {})
+    told: dict[str, str] = {"stage": entry.stage}
+    for prefix, record in (("", trained), ("evaluation: ", evaluated)):
         told |= {
             f"{prefix}{name}": f"{value.get('value')} ({value.get('origin')})"
-            for name, value in (document.get("settings") or {}).items()
+            for name, value in (record.get("settings") or {}).items()
             if name not in _OF_THE_FOLDER and isinstance(value, dict)
         }
         told |= {
             f"{prefix}data {name}": str(file.get("sha256"))[:16]
-            for name, file in (document.get("data") or {}).items()
+            for name, file in (record.get("data") or {}).items()
             if isinstance(file, dict)
         }
         told |= {
             f"{prefix}version of {name}": str(version)
-            for name, version in (document.get("versions") or {}).items()
+            for name, version in (record.get("versions") or {}).items()
         }
     return told
 
 
-def differences_table(comparison: Comparison, first: str) -> Table:
-    """Each run's score minus the first run's on one data set."""
-    rows = []
-    for model in comparison.predictions:
+def differences_table(contrast: Contrast, first: str) -> Table:
+    """List each run's scores minus the first run's on one data set."""
+    rows: list[list[Cell | str]] = []
+    for model in contrast.answers:
         if model != first:
-            for figure, title in _FIGURES:
-                moved = comparison.change(first, model, figure)
+            for score, title in _SCORES:
+                moved = contrast.change(first, model, score)
                 rows.append(
                     [
                         model,
@@ -159,8 +152,8 @@ def differences_table(comparison: Comparison, first: str) -> Table:
                     ]
                 )
     return Table(
-        f"{comparison.data_set}: difference from {first}",
-        ["Run", "Figure", first, "The run", "Difference", "p"],
+        f"{contrast.data_set}: difference from {first}",
+        ["Run", "Score", first, "The run", "Difference", "p"],
         rows,
         ["95 % intervals, paired by patient; p: permutation test."],
         numbers_from=2,
@@ -168,9 +161,7 @@ def differences_table(comparison: Comparison, first: str) -> Table:
 
 
 def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
-    """What to draw: the panels of SFT where all runs are SFT's, of GRPO where all are; nothing for
-    a mixture.
-    """
+    """Choose what to draw: the panels of SFT or GRPO, nothing for a mixture of both."""
     stages = {entry.stage for entry in entries}
     if stages == {"sft"}:
         return FIGURE_1
@@ -181,61 +172,65 @@ def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
     return ()
 
 
-def build(entries: Sequence[Entry], config: CompareConfig) -> Document:
-    """The comparison as data."""
-    first = entries[0].name
-    scores, charts = [], []
-    for place, data_set in enumerate(
-        sorted({data_set for entry in entries for data_set in entry.sets})
-    ):
-        answers = {
-            entry.name: load_predictions(entry.sets[data_set])
-            for entry in entries
-            if data_set in entry.sets
-        }
-        if first not in answers or len(answers) < 2:
-            continue
-        pairs = [(first, name) for name in answers if name != first]
-        comparison = compare(
-            data_set,
-            answers,
-            pairs,
-            seed=config.seed + place,
-            resamples=config.resamples,
-            permutations=config.permutations,
-        )
-        scores += [differences_table(comparison, first), scores_table(comparison)]
-        charts += [draw_labels(comparison)] if config.output_dir and available() else []
-    logs = {
-        entry.name: log
-        for entry in entries
-        if entry.training is not None and (log := read_log(entry.training / "metrics.jsonl"))
-    }
-    curves: list[Picture | Text] = []
-    if config.output_dir and panels_of(entries) and len(logs) > 1:
-        caption = "Faint: logged values; bold: their exponential moving average, 0.95."
-        curves = (
-            [draw_training("curves", caption, logs, panels_of(entries))]
-            if available()
-            else [Text(f"Without curves: {MISSING}")]
-        )
-    return Document(
+def comparison_page(entries: Sequence[Entry], config: CompareConfig) -> Page:
+    """Put the comparison together as a page."""
+    scores, charts = _score_blocks(entries, config)
+    if not scores:
+        scores = [Text(f"No data set was answered by {entries[0].name} and another run.")]
+    curves = _curves(entries) if config.output_dir else []
+    return Page(
         "Comparison of runs",
         ", ".join(f"{entry.name} ({entry.folder})" for entry in entries),
         [
             Section("Settings", [settings_table(entries)]),
-            Section(
-                "Scores",
-                [*scores, *charts]
-                or [Text(f"No data set was answered by {first} and another run.")],
-            ),
+            Section("Scores", [*scores, *charts]),
             *([Section("Training", curves)] if curves else []),
         ],
     )
 
 
+def _score_blocks(
+    entries: Sequence[Entry], config: CompareConfig
+) -> tuple[list[Block], list[Picture]]:
+    """Compare the others with the first run on every data set -> (tables, charts)."""
+    first = entries[0].name
+    tables: list[Block] = []
+    charts: list[Picture] = []
+    for index, (data_set, answers) in enumerate(answers_by_set(entries)):
+        if first not in answers or len(answers) < 2:
+            continue
+        contrast = contrast_models(
+            data_set,
+            answers,
+            [(first, name) for name in answers if name != first],
+            seed=config.seed + index,
+            resamples=config.resamples,
+            permutations=config.permutations,
+        )
+        tables += [differences_table(contrast, first), scores_table(contrast)]
+        if config.output_dir and available():
+            charts.append(draw_labels(contrast))
+    return tables, charts
+
+
+def _curves(entries: Sequence[Entry]) -> list[Picture | Text]:
+    """Draw the training curves of all runs on one chart, where two runs or more have a log."""
+    logs = {
+        entry.name: log
+        for entry in entries
+        if entry.training is not None and (log := read_log(entry.training / "metrics.jsonl"))
+    }
+    panels = panels_of(entries)
+    if not panels or len(logs) < 2:
+        return []
+    if not available():
+        return [Text(f"Without curves: {MISSING}")]
+    caption = "Faint: logged values; bold: their exponential moving average, 0.95."
+    return [draw_training("curves", caption, logs, panels)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 2 usage or data."""
+    """Run the command and return its exit code: 0 done, 2 usage or data."""
     return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
 
 
@@ -249,9 +244,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Compare runs: settings, scores with paired intervals, curves.",
     )
     config: CompareConfig = resolved.configs[0]
-    entries = [
-        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
-    ]
+    entries = load_entries(config.run, "run")
     unknown = [entry for entry in entries if not entry.sets and entry.training is None]
     if unknown:
         raise UsageError(
@@ -261,10 +254,10 @@ def _run(argv: Sequence[str]) -> int:
                 for entry in unknown
             ]
         )
-    document = build(entries, config)
+    page = comparison_page(entries, config)
     if config.output_dir is not None:
-        write(document, run_directory(config.output_dir, "report"))
-    print(to_text(document))
+        write_page(page, run_directory(config.output_dir, "report"))
+    print(to_text(page))
     return 0
 
 

@@ -1,20 +1,18 @@
-"""Several models on one data set: the same images for all, scores, intervals, and which model
-follows which.
-"""
+"""Set models side by side on the same images: scores, paired intervals, what each step changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from data.examples import Example
 from data.labels import LABELS, NIH_NINE, NIH_TEN
 from engine.config import UsageError
-from eval.evaluate import baselines
-from eval.folders import Entry, Predictions
-from eval.metrics import failure_policies, figures, interval, patient_totals
+from eval.folders import Answers, Entry
+from eval.metrics import failure_policies, interval, patient_totals, scores_of_totals
 from eval.paired import (
     PERMUTATIONS,
     RESAMPLES,
@@ -23,55 +21,61 @@ from eval.paired import (
     permutation_p_values,
     shared_resamples,
 )
+from eval.scores import baselines
 
-FIGURES = ("micro_f1", "macro_f1", "jaccard")
 _RANK = {"base": 0, "sft": 1, "grpo": 2}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Models on one data set, on the images that all of them answered. Arrays over labels are in
-    the order of `labels`.
+class Contrast:
+    """Hold models side by side on one data set, on the images that all of them answered.
+
+    Scores go by the names "micro_f1", "macro_f1" and "jaccard".
+
+    labels [K]: the columns, in whose order arrays over labels are. answers: by model.
+    left_out: by model, images that it answered and another did not. policies: by model, the three
+    `failure_policies`. values: by model, `scores_of_totals`, each [1] or [1, K]. resampled: by
+    model, the same of R resamples, each [R] or [R, K]. p_values: by pair of models.
+    baselines: as in scores-<name>.json. support [K].
     """
 
     data_set: str
     labels: tuple[str, ...]
-    predictions: Mapping[str, Predictions]  # by model
-    left_out: Mapping[str, int]  # images that a model answered and another did not
-    scores: Mapping[str, dict]  # by model: the three `failure_policies`
-    values: Mapping[str, dict[str, np.ndarray]]  # by model: `figures`, each [1] or [1, K]
-    resampled: Mapping[str, dict[str, np.ndarray]]  # by model: `figures` of the resamples
-    p_values: Mapping[tuple[str, str], dict[str, np.ndarray]]  # by pair of models
-    baselines: Mapping[str, dict]
-    support: np.ndarray  # [K]
+    answers: Mapping[str, Answers]
+    left_out: Mapping[str, int]
+    policies: Mapping[str, dict[str, dict[str, Any]]]
+    values: Mapping[str, dict[str, np.ndarray]]
+    resampled: Mapping[str, dict[str, np.ndarray]]
+    p_values: Mapping[tuple[str, str], dict[str, np.ndarray]]
+    baselines: Mapping[str, dict[str, Any]]
+    support: np.ndarray
 
     @property
     def is_home(self) -> bool:
-        """Whether the data set has the label scheme of the training data: it evaluates all 14
-        labels.
-        """
+        """Tell whether the set has the training data's label scheme: it evaluates all 14 labels."""
         return len(self.labels) == len(LABELS)
 
     @property
-    def first(self) -> Predictions:
-        return next(iter(self.predictions.values()))
+    def first(self) -> Answers:
+        """Return the answers of the first model, for what all models share."""
+        return next(iter(self.answers.values()))
 
-    def interval(self, model: str, figure: str) -> tuple[float, float]:
-        """95 % interval of a figure of FIGURES."""
-        return interval(self.resampled[model][figure])
+    def interval(self, model: str, score: str) -> tuple[float, float]:
+        """Compute the 95 % interval of a model's score."""
+        return interval(self.resampled[model][score])
 
-    def change(self, before: str, after: str, figure: str) -> Change:
-        """From one model to another, in a figure of FIGURES."""
+    def change(self, before: str, after: str, score: str) -> Change:
+        """Compare two models in a score."""
         return change(
-            float(self.values[before][figure][0]),
-            float(self.values[after][figure][0]),
-            self.resampled[before][figure],
-            self.resampled[after][figure],
-            float(self.p_values[before, after][figure]),
+            float(self.values[before][score][0]),
+            float(self.values[after][score][0]),
+            self.resampled[before][score],
+            self.resampled[after][score],
+            float(self.p_values[before, after][score]),
         )
 
     def label_change(self, before: str, after: str, label: str) -> Change:
-        """From one model to another, in the F1 of one label."""
+        """Compare two models in the F1 of one label."""
         k = self.labels.index(label)
         return change(
             float(self.values[before]["label_f1"][0, k]),
@@ -82,35 +86,38 @@ class Comparison:
         )
 
 
-def compare(
+def contrast_models(
     data_set: str,
-    answers: Mapping[str, Predictions],
+    answers: Mapping[str, Answers],
     pairs: Sequence[tuple[str, str]],
     *,
     labels: Sequence[str] | None = None,
-    reference: Sequence[Example] | None = None,
+    baseline_examples: Sequence[Example] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
-) -> Comparison:
-    """Compare models on the images that all of them answered. labels: the columns; default, all
-    that any image evaluates.
+) -> Contrast:
+    """Set models side by side on the images that all of them answered.
+
+    answers: {model: its answers}. pairs: (before, after) of the models to test for a difference.
+    labels: the columns. Default, all that any image evaluates. baseline_examples: whose label sets
+    the baselines imitate. seed, resamples, permutations: of the intervals and the test.
 
     Raises UsageError where no image is answered by all, or where two models have other labels or
     patients for one image.
     """
-    shared = set.intersection(*(set(predictions.ids) for predictions in answers.values()))
+    shared = set.intersection(*(set(one.ids) for one in answers.values()))
     ids = [id for id in next(iter(answers.values())).ids if id in shared]
     if not ids:
         raise UsageError(
             f"data set {data_set}: no image is answered by all of {', '.join(answers)}; give them"
             " different set names, or answer the same data file"
         )
-    taken = {name: predictions.taken(ids) for name, predictions in answers.items()}
+    taken = {name: one.taken(ids) for name, one in answers.items()}
     first_name, first = next(iter(taken.items()))
-    for name, predictions in taken.items():
+    for name, others in taken.items():
         for what in ("targets", "evaluated", "patients"):
-            if not np.array_equal(getattr(predictions, what), getattr(first, what)):
+            if not np.array_equal(getattr(others, what), getattr(first, what)):
                 raise UsageError(
                     f"data set {data_set}: {first_name} and {name} have different {what} for the"
                     " same ids; they were scored against different versions of the data"
@@ -121,28 +128,27 @@ def compare(
     columns = [LABELS.index(label) for label in labels]
     totals = {
         name: patient_totals(
-            *(
-                getattr(predictions, matrix)[:, columns]
-                for matrix in ("targets", "predictions", "evaluated")
-            ),
-            predictions.patients,
-            predictions.jaccard,
+            one.targets[:, columns],
+            one.predictions[:, columns],
+            one.evaluated[:, columns],
+            one.patients.tolist(),
+            one.jaccard,
         )
-        for name, predictions in taken.items()
+        for name, one in taken.items()
     }
     targets, evaluated = first.targets[:, columns], first.evaluated[:, columns]
-    return Comparison(
+    return Contrast(
         data_set=data_set,
         labels=labels,
-        predictions=taken,
-        left_out={name: len(predictions.ids) - len(ids) for name, predictions in answers.items()},
-        scores={
+        answers=taken,
+        left_out={name: len(one.ids) - len(ids) for name, one in answers.items()},
+        policies={
             name: failure_policies(
-                targets, predictions.predictions[:, columns], predictions.parsed, labels, evaluated
+                targets, one.predictions[:, columns], one.parsed, labels, evaluated
             )
-            for name, predictions in taken.items()
+            for name, one in taken.items()
         },
-        values={name: figures(rows.sum(axis=0)[None]) for name, rows in totals.items()},
+        values={name: scores_of_totals(rows.sum(axis=0)[None]) for name, rows in totals.items()},
         resampled=shared_resamples(totals, seed=seed, resamples=resamples),
         p_values={
             (before, after): permutation_p_values(
@@ -151,18 +157,20 @@ def compare(
             for before, after in pairs
             if before in totals and after in totals
         },
-        baselines=baselines(targets, evaluated, list(labels), reference, seed),
+        baselines=baselines(targets, evaluated, labels, baseline_examples, seed),
         support=(targets & evaluated).sum(axis=0),
     )
 
 
 def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """(before, after) of the models that follow each other: for each, the nearest earlier one of
-    every lower stage (base, SFT, GRPO); where there is none, the first of all.
+    """Pair the models that follow each other in training -> (before, after) of each step.
+
+    Each model follows the nearest earlier one of every lower stage (base, SFT, GRPO). Where there
+    is none, it follows the first of all.
     """
     pairs = []
-    for place, entry in enumerate(entries):
-        earlier = entries[:place]
+    for index, entry in enumerate(entries):
+        earlier = entries[:index]
         lower = [
             other for other in earlier if _RANK.get(other.stage, 9) < _RANK.get(entry.stage, 0)
         ]
@@ -178,35 +186,37 @@ def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """From one model to another: the mean change of macro-F1 where the labels are the training
-    data's, and where they are others.
+    """Hold what a step from one model to another changed, at home and elsewhere.
+
+    home: mean change of macro-F1 where the labels are the training data's. away: where they are
+    others. gap: home difference minus away difference, with its 95 % interval.
     """
 
     before: str
     after: str
     home: Change | None
     away: Change | None
-    # home difference minus away difference, with its 95 % interval
     gap: tuple[float, tuple[float, float]] | None
 
 
 def transfers(
-    comparisons: Sequence[Comparison], home: Sequence[str], pairs: Sequence[tuple[str, str]]
+    contrasts: Sequence[Contrast], home: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> list[Transfer]:
-    """The transfer of each pair that two data sets or more can show. home: names of the
-    in-distribution sets.
+    """Compute the transfer of each pair of models that any data set can show.
+
+    home: names of the in-distribution sets. pairs: (before, after).
     """
     found = []
     for before, after in pairs:
-        both = [comparison for comparison in comparisons if (before, after) in comparison.p_values]
+        both = [contrast for contrast in contrasts if (before, after) in contrast.p_values]
         sides = [
-            [comparison for comparison in both if (comparison.data_set in home) == at_home]
-            for at_home in (True, False)
+            [contrast for contrast in both if (contrast.data_set in home) == is_home]
+            for is_home in (True, False)
         ]
-        changes = [_mean_change(side, before, after) for side in sides]
-        if any(changes):
+        at_home, away = (_mean_change(side, before, after) for side in sides)
+        if at_home or away:
             gap = None
-            if all(changes):
+            if at_home and away:
                 moved = [
                     np.mean(
                         [
@@ -218,42 +228,40 @@ def transfers(
                     for side in sides
                 ]
                 gap = (
-                    changes[0].after - changes[0].before - changes[1].after + changes[1].before,
+                    at_home.after - at_home.before - away.after + away.before,
                     interval(moved[0] - moved[1]),
                 )
-            found.append(Transfer(before, after, *changes, gap))
+            found.append(Transfer(before, after, at_home, away, gap))
     return found
 
 
-def _mean_change(side: Sequence[Comparison], before: str, after: str) -> Change | None:
-    """The change of the mean macro-F1 over data sets; its p-value only where there is one set, else
-    NaN.
-    """
+def _mean_change(side: Sequence[Contrast], before: str, after: str) -> Change | None:
+    """Compute the change of the mean macro-F1, with a p-value only where there is one set."""
     if not side:
         return None
     if len(side) == 1:
         return side[0].change(before, after, "macro_f1")
-    point = [
-        float(np.mean([c.values[name]["macro_f1"][0] for c in side])) for name in (before, after)
-    ]
-    drawn = [
-        np.mean([c.resampled[name]["macro_f1"] for c in side], axis=0) for name in (before, after)
-    ]
-    return change(*point, *drawn, float("nan"))
+
+    def mean(name: str) -> float:
+        return float(np.mean([c.values[name]["macro_f1"][0] for c in side]))
+
+    def drawn(name: str) -> np.ndarray:  # [R]
+        return np.mean([c.resampled[name]["macro_f1"] for c in side], axis=0)
+
+    return change(mean(before), mean(after), drawn(before), drawn(after), float("nan"))
 
 
 def nih_variants(
-    answers: Mapping[str, Predictions],
-) -> dict[str, tuple[dict[str, Predictions], tuple[str, ...]]]:
-    """{"nine", "ten": (answers scored against that mapping, its labels)} where all answers are to
-    NIH's images; else empty.
+    answers: Mapping[str, Answers],
+) -> dict[str, tuple[dict[str, Answers], tuple[str, ...]]]:
+    """Score answers to NIH's images under the paper's nine categories and under ten.
+
+    Returns {"nine", "ten": (answers against that mapping, its labels)}, empty where an answer is
+    not to NIH's images.
     """
-    if not answers or not all(predictions.is_nih for predictions in answers.values()):
+    if not answers or not all(one.is_nih for one in answers.values()):
         return {}
     return {
-        name: (
-            {model: predictions.under_nih(labels) for model, predictions in answers.items()},
-            labels,
-        )
+        name: ({model: one.under_nih(labels) for model, one in answers.items()}, labels)
         for name, labels in (("nine", NIH_NINE), ("ten", NIH_TEN))
     }

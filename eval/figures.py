@@ -1,13 +1,13 @@
-"""The paper's figures 1 to 3 from the metrics.jsonl of runs, and the pictures of a report, as PNG
-and SVG.
+"""Draw the paper's figures 1 to 3 from the logs of runs, and the pictures of a report.
 
-    python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures        # needs
-    the extra: pip install -e '.[plots]'
+    # needs the extra: pip install -e '.[plots]'
+    python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures
 
-Figure 1 has the SFT runs, figure 2 the GRPO runs on the nuanced reward, figure 3 those on the hard
-one. Faint lines are the logged values; bold ones their exponential moving average s_t = 0.95
-s_(t-1) + 0.05 x_t from s_0 = x_0, as the paper's captions say. For GRPO runs there is also the
-chart of reward hacking: what the reward has gained beside what the labels have.
+They are written as PNG and SVG, from each run's metrics.jsonl. Figure 1 has the SFT runs, figure 2
+the GRPO runs on the nuanced reward, figure 3 the GRPO runs on the hard reward. Faint lines are the
+logged values, bold lines their exponential moving average s_t = 0.95 s_(t-1) + 0.05 x_t from
+s_0 = x_0, as the paper's captions say. For GRPO runs there is also the chart of reward hacking:
+what the reward has gained beside what the labels have.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard
-from eval.contrasts import Comparison
-from eval.folders import Entry, flag_first, load_entry, named_folders, read_log
+from eval.contrasts import Contrast
+from eval.folders import Entry, flag_first, load_entries, read_log
 from eval.page import Picture, picture_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMOOTHING = 0.95
 MISSING = "the pictures need matplotlib: pip install -e '.[plots]'"
@@ -44,7 +49,7 @@ _MARKERS = "osD^vPX"
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart of a figure: a logged metric over optimizer steps."""
+    """Describe one chart of a figure: a logged metric over optimizer steps."""
 
     metric: str
     title: str
@@ -58,7 +63,7 @@ FIGURE_1 = (
 
 
 def reward_panels(reward: str) -> tuple[Panel, ...]:
-    """The three panels of figures 2 and 3."""
+    """Return the three panels of figures 2 and 3, for the reward that was trained on."""
     return (
         Panel("reward", "Total reward, as trained on", "reward"),
         Panel(f"rewards/{reward}/mean", f"Mean {reward} reward", "its own units"),
@@ -75,7 +80,7 @@ MOST_CHARTS = 3  # side by side in one picture
 
 
 def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
-    """s_0 = x_0, s_t = smoothing s_(t-1) + (1 - smoothing) x_t."""
+    """Smooth values exponentially: s_0 = x_0, s_t = smoothing s_(t-1) + (1 - smoothing) x_t."""
     smoothed: list[float] = []
     for value in values:
         smoothed.append(
@@ -85,8 +90,9 @@ def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
 
 
 def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric in the training lines of a log; steps where it is null or missing
-    are left out.
+    """Take a metric from the training lines of a log -> (steps, values).
+
+    Steps where it is null or missing are left out.
     """
     points = [
         (row["step"], row[metric])
@@ -98,23 +104,26 @@ def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]
 
 # ---- draw ----------------------------------------------------------------------------------------
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  all that is asked is whether it is there
     except ImportError:
         return False
     return True
 
 
 @contextmanager
-def _figure(columns: int, *, height: float, width: float = 4.2) -> Iterator[tuple]:
-    """(figure, list of axes) in one style. Raises UsageError without matplotlib."""
+def _figure(
+    columns: int, *, height: float, width: float = 4.2
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Give a figure and its axes in one style. Raises UsageError without matplotlib."""
     if not available():
         raise UsageError(MISSING)
+    # here: it is an extra. Not pyplot, which would keep state and choose a screen.
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: it would keep state and choose a screen
+    from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {  # matplotlib types its parameters as a Literal of some 300 names
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -128,9 +137,10 @@ def _figure(columns: int, *, height: float, width: float = 4.2) -> Iterator[tupl
         yield figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 
 
-def _rendered(figure: object, form: str) -> bytes:
+def _rendered(figure: Figure, form: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+    metadata = {"Date": None} if form == "svg" else None  # nothing of a picture is by the clock
+    figure.savefig(file, format=form, dpi=150, metadata=metadata)
     return file.getvalue()
 
 
@@ -141,24 +151,27 @@ def draw_training(
     panels: Sequence[Panel],
     form: str = "svg",
 ) -> Picture:
-    """Curves of several runs ({run: lines of metrics.jsonl}), one panel a metric. Raises UsageError
-    without matplotlib.
+    """Draw curves of several runs, one panel a metric.
+
+    name, caption: of the picture. logs: {run: lines of metrics.jsonl}. form: "svg" or "png".
+
+    Raises UsageError without matplotlib.
     """
     told = []
     with _figure(len(panels), height=3.3) as (figure, axes):
-        for axis, panel in zip(axes, panels):
-            for place, (run, log) in enumerate(logs.items()):
+        for axis, panel in zip(axes, panels, strict=True):
+            for index, (run, log) in enumerate(logs.items()):
                 steps, values = series(log, panel.metric)
                 if not steps:
                     continue
-                smoothed, colour = ema(values), _COLOURS[place % len(_COLOURS)]
+                smoothed, colour = ema(values), _COLOURS[index % len(_COLOURS)]
                 axis.plot(steps, values, color=colour, alpha=0.4, linewidth=0.9)
                 axis.plot(
                     steps,
                     smoothed,
                     color=colour,
                     linewidth=2,
-                    linestyle=_DASHES[place % len(_DASHES)],
+                    linestyle=_DASHES[index % len(_DASHES)],
                     label=run,
                 )
                 told.append(
@@ -179,21 +192,22 @@ def draw_training(
 
 
 def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "svg") -> Picture:
-    """One chart for each run ({run: lines of metrics.jsonl}): gains since its start of both rewards
-    and of F1.
+    """Draw a chart for each run: what both rewards and F1 have gained since its start.
+
+    logs: {run: lines of metrics.jsonl}. Raises UsageError without matplotlib.
     """
     told = []
     with _figure(len(logs), height=3.3) as (figure, axes):
-        for axis, (run, log) in zip(axes, logs.items()):
-            for place, (metric, label) in enumerate(HACKING.items()):
+        for axis, (run, log) in zip(axes, logs.items(), strict=True):
+            for index, (metric, label) in enumerate(HACKING.items()):
                 steps, values = series(log, metric)
                 if steps:
                     axis.plot(
                         steps,
                         values,
-                        color=_COLOURS[place],
+                        color=_COLOURS[index],
                         linewidth=2,
-                        linestyle=_DASHES[place],
+                        linestyle=_DASHES[index],
                         label=label,
                     )
                     told.append(f"{label} of {run}: {values[-1]:+.2f} at step {steps[-1]}")
@@ -211,49 +225,50 @@ def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "
     )
 
 
-def draw_labels(comparison: Comparison, form: str = "svg") -> Picture:
-    """F1 of each label for each model with its 95 % interval. Labels without positives are left
-    out.
+def draw_labels(contrast: Contrast, form: str = "svg") -> Picture:
+    """Draw the F1 of each label for each model, with its 95 % interval.
+
+    Labels without positives are left out. Raises UsageError without matplotlib.
     """
-    models = list(comparison.values)
-    labels = [k for k in np.argsort(comparison.support, kind="stable") if comparison.support[k]]
+    models = list(contrast.values)
+    labels = [k for k in np.argsort(contrast.support, kind="stable") if contrast.support[k]]
     with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
         figure,
         (axis,),
     ):
-        for place, model in enumerate(models):
-            # [K] each
-            low, high = np.percentile(comparison.resampled[model]["label_f1"], [2.5, 97.5], axis=0)
-            value = comparison.values[model]["label_f1"][0]
-            height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - place) / max(
+        for index, model in enumerate(models):
+            resampled = contrast.resampled[model]["label_f1"]  # [R, K]
+            low, high = np.percentile(resampled, [2.5, 97.5], axis=0)  # [K] each
+            value = contrast.values[model]["label_f1"][0]
+            height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - index) / max(
                 1, len(models)
             )
-            colour = _COLOURS[place % len(_COLOURS)]
+            colour = _COLOURS[index % len(_COLOURS)]
             axis.hlines(height, low[labels], high[labels], color=colour, linewidth=1.4, alpha=0.7)
             axis.plot(
                 value[labels],
                 height,
-                _MARKERS[place % len(_MARKERS)],
+                _MARKERS[index % len(_MARKERS)],
                 color=colour,
                 markersize=6,
                 label=model,
             )
         axis.set_yticks(
             range(len(labels)),
-            [f"{comparison.labels[k]} ({comparison.support[k]:,})" for k in labels],
+            [f"{contrast.labels[k]} ({contrast.support[k]:,})" for k in labels],
         )
         axis.set(
             xlim=(-0.02, 1.02),
             xlabel="F1, 95 % interval",
-            title=f"F1 by label on {comparison.data_set}, positives in brackets",
+            title=f"F1 by label on {contrast.data_set}, positives in brackets",
         )
         figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9)
         data = _rendered(figure, form)
     alt = (
-        f"F1 by label on {comparison.data_set}, one mark a model with its interval; the same"
-        " figures are in the tables of this report."
+        f"F1 by label on {contrast.data_set}, one mark a model with its interval; the same"
+        " scores are in the tables of this report."
     )
-    return _picture(f"labels-{comparison.data_set}", data, form, alt, "")
+    return _picture(f"labels-{contrast.data_set}", data, form, alt, "")
 
 
 def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Picture:
@@ -261,9 +276,7 @@ def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Pictu
 
 
 def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Picture]:
-    """Figures 1 to 3 and the charts of reward hacking, those for which the entries' training runs
-    have a log.
-    """
+    """Draw figures 1 to 3 and reward hacking, as far as the entries' training runs have a log."""
     logs: dict[str, dict[str, list[dict]]] = {"sft": {}, "nuanced": {}, "hard": {}}
     seen = set()
     for entry in entries:
@@ -317,7 +330,7 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
 # ---- command -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Flags of `python -m eval.figures`."""
+    """Hold the flags of `python -m eval.figures`."""
 
     run: tuple[str, ...] = setting(
         (), "runs to draw, each FOLDER or NAME=FOLDER; may stand first without the flag"
@@ -328,7 +341,7 @@ class FiguresConfig:
 
 
 def config_problems(config: FiguresConfig) -> list[str]:
-    """What is missing on the command line."""
+    """Check what is missing on the command line -> problems, one line each."""
     needed = {
         "run": "one or more FOLDER or NAME=FOLDER of training runs",
         "output_dir": "a folder for the pictures",
@@ -341,7 +354,7 @@ def config_problems(config: FiguresConfig) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+    """Run the command and return its exit code: 0 done, 2 usage."""
     return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
@@ -355,15 +368,13 @@ def _run(argv: Sequence[str]) -> int:
         description="Draw the paper's figures 1 to 3, and reward hacking, from the logs of runs.",
     )
     config: FiguresConfig = resolved.configs[0]
-    entries = [
-        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
-    ]
+    entries = load_entries(config.run, "run")
     pictures = [picture for form in ("svg", "png") for picture in training_pictures(entries, form)]
     if not pictures:
         raise UsageError(
             f"nothing to draw: no metrics.jsonl of a training run in {', '.join(config.run)}"
         )
-    folder = Path(config.output_dir)
+    folder = Path(str(config.output_dir))
     existing = [
         folder / picture_file(picture)
         for picture in pictures

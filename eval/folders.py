@@ -1,15 +1,16 @@
-"""What runs and evaluations left in their folders, read for tables and reports.
+"""Read and write what runs and evaluations leave in their folders.
 
 An `Entry` is one model's folder: predictions-<set>.jsonl, and from the records beside them which
-model it is and which run trained it. `Predictions` are the answers to one data set without their
-texts, some hundred bytes an image.
+model it is and which run trained it. `Answers` are the answers to one data set without their texts,
+some hundred bytes an image.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.files import DataError, write_json
 from data.labels import (
     LABELS,
     NIH_TEN,
@@ -25,8 +27,8 @@ from data.labels import (
     SUPPORT_DEVICES,
     chexpert_labels_of_nih,
 )
+from data.predictions import Prediction, iter_predictions, write_predictions
 from engine.config import UsageError
-from eval.evaluate import iter_predictions
 from eval.metrics import jaccard_per_image
 from eval.paired import fingerprint
 
@@ -34,51 +36,93 @@ Stage = Literal["base", "sft", "grpo", "other"]
 _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING, SUPPORT_DEVICES)]
 
 
+# ---- results of an evaluation --------------------------------------------------------------------
+def result_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
+    """Return the paths of a data set's results: (predictions-<name>.jsonl, scores-<name>.json)."""
+    folder = Path(output_dir)
+    return folder / f"predictions-{name}.jsonl", folder / f"scores-{name}.json"
+
+
+def write_results(
+    output_dir: str | Path,
+    name: str,
+    predictions: Sequence[Prediction],
+    scores: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the predictions and the scores of a data set, each file whole or not at all.
+
+    overwrite: replace results of that name, as a training run does with its own. Raises UsageError
+    where there are some and they must stay.
+    """
+    predictions_file, scores_file = result_files(output_dir, name)
+    if not overwrite:
+        refuse_existing([predictions_file, scores_file])
+    write_predictions(predictions_file, predictions)
+    write_json(scores_file, scores)
+
+
+def made_folder(output_dir: str) -> Path:
+    """Make the folder that --output_dir names, where it is not there yet, and return it.
+
+    Raises UsageError where that cannot be done.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be used: {error.strerror}") from error
+    return folder
+
+
+def refuse_existing(files: Sequence[Path]) -> None:
+    """Raise UsageError where one of the files is there already, so that nothing is overwritten."""
+    existing = [file for file in files if file.exists()]
+    if existing:
+        raise UsageError(
+            [
+                f"{file} exists and nothing is overwritten; give another --output_dir or NAME"
+                for file in existing
+            ]
+        )
+
+
 # ---- answers -------------------------------------------------------------------------------------
-# Fields of Predictions that hold a value, or a row of labels, for each answer
-_ARRAYS = (
-    "patients",
-    "targets",
-    "predictions",
-    "evaluated",
-    "nih_targets",
-    "parsed",
-    "valid",
-    "num_unknown",
-    "lengths",
-)
-
-
 @dataclass(frozen=True)
-class Predictions:
-    """N answers to one data set; matrices are bool [N, 14] in the order of LABELS. A failed answer
-    predicts nothing.
+class Answers:
+    """Hold N answers to one data set as arrays. A failed answer predicts nothing.
+
+    ids: of the examples. patients [N]. targets, predictions, evaluated [N, 14] bool, columns in the
+    order of LABELS. nih_targets [N, 14] bool: NIH's own labels mapped to ten categories, nothing
+    where the source is not NIH's. is_nih: all of the data set has NIH's own labels.
+    parsed, valid [N] bool. num_unknown [N]. lengths [N] in tokens. texts: `fingerprint` of each
+    completion. prompts: names of the instructions. problems: how often each problem came.
     """
 
     ids: list[str]
-    patients: np.ndarray  # [N]
+    patients: np.ndarray
     targets: np.ndarray
     predictions: np.ndarray
     evaluated: np.ndarray
-    # NIH's own labels mapped to ten categories; nothing where the source is not NIH's
     nih_targets: np.ndarray
-    is_nih: bool  # whether all of the data set has NIH's own labels
-    parsed: np.ndarray  # [N]
-    valid: np.ndarray  # [N]
-    num_unknown: np.ndarray  # [N]
-    lengths: np.ndarray  # [N] tokens
-    texts: list[int]  # `fingerprint` of each completion
+    is_nih: bool
+    parsed: np.ndarray
+    valid: np.ndarray
+    num_unknown: np.ndarray
+    lengths: np.ndarray
+    texts: list[int]
     prompts: tuple[str, ...]
-    problems: Counter
+    problems: Counter[str]
 
     @cached_property
     def columns(self) -> list[int]:
-        """Positions in LABELS of the labels that any image evaluates."""
+        """Return the positions in LABELS of the labels that any image evaluates."""
         return np.flatnonzero(self.evaluated.any(axis=0)).tolist()
 
     @cached_property
     def jaccard(self) -> np.ndarray:
-        """[N] as in scores-<name>.json: 0 for an answer that is not valid."""
+        """Return [N] as in scores-<name>.json: 0 for an answer that is not valid."""
         return np.where(
             self.valid,
             jaccard_per_image(self.targets, self.predictions, self.evaluated, self.num_unknown),
@@ -87,91 +131,102 @@ class Predictions:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """[N] whether a readable answer names exactly the true labels among those evaluated, and
-        nothing unknown.
+        """Return [N] bool: the answer names the true labels exactly, and nothing unknown.
+
+        Only labels that the image evaluates count.
         """
         same = ~((self.targets ^ self.predictions) & self.evaluated).any(axis=1)
         return same & self.parsed & (self.num_unknown == 0)
 
     @cached_property
     def contradictions(self) -> np.ndarray:
-        """[N] No Finding beside a finding other than Support Devices."""
-        return self.predictions[:, LABELS.index(NO_FINDING)] & self.predictions[:, _FINDINGS].any(
-            axis=1
-        )
+        """Return [N] bool: No Finding stands beside a finding other than Support Devices."""
+        no_finding = self.predictions[:, LABELS.index(NO_FINDING)]
+        return no_finding & self.predictions[:, _FINDINGS].any(axis=1)
 
     def label_sets(self) -> list[frozenset[str]]:
-        """The predicted labels of each answer, also those that are not evaluated."""
+        """Return the predicted labels of each answer, also those that are not evaluated."""
         return [frozenset(LABELS[k] for k in np.flatnonzero(row)) for row in self.predictions]
 
-    def taken(self, ids: Sequence[str]) -> Predictions:
-        """The answers to these images, in this order."""
+    def taken(self, ids: Sequence[str]) -> Answers:
+        """Return the answers to these images, in this order."""
         if list(ids) == self.ids:
             return self
-        place = {id: n for n, id in enumerate(self.ids)}
-        index = np.array([place[id] for id in ids], dtype=int)
-        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
-        return Predictions(
-            list(ids),
-            is_nih=self.is_nih,
-            texts=[self.texts[n] for n in index],
-            prompts=self.prompts,
-            problems=self.problems,
-            **arrays,
+        position = {id: n for n, id in enumerate(self.ids)}
+        index = np.array([position[id] for id in ids], dtype=int)
+        arrays = {
+            name: value[index]
+            for name, value in vars(self).items()
+            if isinstance(value, np.ndarray) and name in self.__dataclass_fields__
+        }
+        return dataclasses.replace(
+            self, ids=list(ids), texts=[self.texts[n] for n in index], **arrays
         )
 
-    def under_nih(self, labels: Sequence[str]) -> Predictions:
-        """The same answers scored against NIH's own labels mapped to `labels`, of the ten."""
+    def under_nih(self, labels: Sequence[str]) -> Answers:
+        """Score the same answers against NIH's own labels, mapped to `labels` of the ten."""
         shown = np.isin(np.array(LABELS), list(labels))
-        return Predictions(
-            **{name: getattr(self, name) for name in self.__dataclass_fields__}
-            | {
-                "targets": self.nih_targets & shown,
-                "evaluated": np.broadcast_to(shown, self.targets.shape),
-            }
+        return dataclasses.replace(
+            self,
+            targets=self.nih_targets & shown,
+            evaluated=np.broadcast_to(shown, self.targets.shape),
         )
 
 
-def load_predictions(path: Path) -> Predictions:
-    """Read a predictions file, parsed anew, without keeping its texts. Raises DataError as
-    `iter_predictions` does.
+def load_answers(path: Path) -> Answers:
+    """Read a predictions file, parsed anew, without keeping its texts.
+
+    Raises DataError as `iter_predictions` does, and for the rollouts of a run: a report compares
+    one answer an image.
     """
-    columns: dict[str, list] = {name: [] for name in ("ids", "texts", *_ARRAYS)}
-    prompts, problems, all_nih = {}, Counter(), True
-    for row in iter_predictions(path):
-        source = row.get("source_labels") or ()
+    ids, texts = [], []
+    numbers: list[tuple[bool, bool, int, int]] = []
+    patients, bits = [], []
+    prompts: dict[str, None] = {}
+    problems: Counter[str] = Counter()
+    for prediction in iter_predictions(path):
+        answer, source = prediction.answer, prediction.source_labels
         nih = (
             bool(source)
             and all(label in NIH_TO_CHEXPERT for label in source)
-            and set(row["evaluated_labels"]) <= set(NIH_TEN)
+            and set(prediction.evaluated_labels) <= set(NIH_TEN)
         )
-        all_nih &= nih
-        prompts[str(row.get("prompt", ""))] = None
-        problems.update([row["problem"]] if row["problem"] else [])
-        for name, value in (
-            ("ids", row["id"]),
-            ("patients", row["patient_id"]),
-            ("targets", _bits(row["labels"])),
-            ("predictions", _bits(row["predicted"])),
-            ("evaluated", _bits(row["evaluated_labels"])),
-            ("nih_targets", _bits(chexpert_labels_of_nih(source, NIH_TEN)) if nih else 0),
-            ("parsed", row["parsed"]),
-            ("valid", row["valid"]),
-            ("num_unknown", len(row["unknown"])),
-            ("lengths", row["completion_length"]),
-            ("texts", fingerprint(row["completion"])),
-        ):
-            columns[name].append(value)
-    matrices = {
-        name: _matrix(columns.pop(name))
-        for name in ("targets", "predictions", "evaluated", "nih_targets")
-    }
-    arrays = {
-        name: np.array(columns.pop(name))
-        for name in ("patients", "parsed", "valid", "num_unknown", "lengths")
-    }
-    return Predictions(
-        **columns, **matrices, **arrays, is_nih=all_nih, prompts=tuple(prompts), problems=problems
+        prompts[prediction.prompt] = None
+        if answer.problem:
+            problems[answer.problem] += 1
+        ids.append(prediction.id)
+        patients.append(prediction.patient_id)
+        texts.append(fingerprint(prediction.completion))
+        numbers.append(
+            (answer.parsed, answer.valid, len(answer.unknown), prediction.completion_length)
+        )
+        nih_labels = chexpert_labels_of_nih(source, NIH_TEN) if nih else ()
+        sets = (prediction.labels, answer.labels, prediction.evaluated_labels, nih_labels)
+        bits.append((nih, *map(_bits, sets)))
+    if len(set(ids)) < len(ids):
+        raise DataError(
+            [
+                f"{path}: holds several completions of one id, as rollouts do; a report compares"
+                " one answer an image: score rollouts with python -m eval.evaluate --predictions"
+            ]
+        )
+    is_nih, targets, predicted, evaluated, nih_targets = zip(*bits, strict=True)
+    parsed, valid, num_unknown, lengths = zip(*numbers, strict=True)
+    return Answers(
+        ids=ids,
+        patients=np.array(patients),
+        targets=_matrix(targets),
+        predictions=_matrix(predicted),
+        evaluated=_matrix(evaluated),
+        nih_targets=_matrix(nih_targets),
+        is_nih=all(is_nih),
+        parsed=np.array(parsed),
+        valid=np.array(valid),
+        num_unknown=np.array(num_unknown),
+        lengths=np.array(lengths),
+        texts=texts,
+        prompts=tuple(prompts),
+        problems=problems,
     )
 
 
@@ -179,7 +234,7 @@ def _bits(labels: Sequence[str]) -> int:
     return sum(1 << LABELS.index(label) for label in set(labels))
 
 
-def _matrix(bits: list[int]) -> np.ndarray:
+def _matrix(bits: Sequence[int]) -> np.ndarray:
     # [N, 14]
     return (np.array(bits, dtype=np.int64)[:, None] >> np.arange(len(LABELS)) & 1).astype(bool)
 
@@ -187,25 +242,31 @@ def _matrix(bits: list[int]) -> np.ndarray:
 # ---- folders -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Entry:
-    """One model's folder of results."""
+    """Describe one model's folder of results, and the run that trained the model.
+
+    base: the base model's name, "" where unknown. reward: of GRPO, else "". step: of the checkpoint
+    that answered, None where unknown. training: folder of the run that trained the model, None
+    where it is no longer there. sets: {data set: predictions file}. records: {data set: its scores
+    record}. settings: of the run or evaluation in the folder.
+    """
 
     name: str
     folder: Path
     stage: Stage
-    base: str  # the base model's name, "" where unknown
+    base: str
     prompt: str
-    reward: str  # of GRPO, else ""
-    step: int | None  # of the checkpoint that answered, None where unknown
+    reward: str
+    step: int | None
     best_step: int | None
     last_step: int | None
-    training: Path | None  # the folder of the run that trained it, where it is still there
-    sets: dict[str, Path] = field(default_factory=dict)  # {data set: predictions file}
-    records: dict[str, dict] = field(default_factory=dict)  # {data set: its scores record}
-    settings: dict[str, Any] = field(default_factory=dict)  # of the run or evaluation in the folder
+    training: Path | None
+    sets: dict[str, Path] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> str:
-        """Which of the run's checkpoints answered: "best F1", "last step", both, or its step."""
+        """Return which checkpoint answered: "best F1", "last step", both, or its step."""
         names = [
             name
             for name, step in (("best F1", self.best_step), ("last step", self.last_step))
@@ -214,9 +275,7 @@ class Entry:
         return " = ".join(names) or ("" if self.step is None else f"step {self.step}")
 
     def data_file(self, data_set: str) -> Path | None:
-        """The data file of a set, for its images; None where no record names one that is still
-        there.
-        """
+        """Find the data file of a set, for its images, or None where no record names one."""
         for record in (
             self.records.get(data_set, {}).get("run") or {},
             read_record(self.folder / "config.json"),
@@ -232,10 +291,10 @@ class Entry:
 
 
 def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
-    """Values FOLDER or NAME=FOLDER -> {name: folder}; the name is the folder's own where none is
-    given.
+    """Read the values FOLDER or NAME=FOLDER of a flag -> {name: folder}.
 
-    Raises UsageError for a folder that is not there and for a name that comes twice.
+    The name is the folder's own where none is given. Raises UsageError for a folder that is not
+    there and for a name that comes twice.
     """
     folders: dict[str, Path] = {}
     problems = []
@@ -255,9 +314,32 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
     return folders
 
 
+def load_entries(values: Sequence[str], flag: str) -> list[Entry]:
+    """Read the models that the values FOLDER or NAME=FOLDER of a flag name, in their order.
+
+    Raises UsageError as `named_folders` and `load_entry` do.
+    """
+    return [load_entry(name, folder) for name, folder in named_folders(values, flag).items()]
+
+
+def answers_by_set(entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Answers]]]:
+    """Yield every data set, by name, with its answers by the name of the entry.
+
+    The files of a set are read when it is asked for. Raises DataError as `load_answers` does.
+    """
+    for data_set in sorted({data_set for entry in entries for data_set in entry.sets}):
+        yield (
+            data_set,
+            {
+                entry.name: load_answers(entry.sets[data_set])
+                for entry in entries
+                if data_set in entry.sets
+            },
+        )
+
+
 def load_entry(name: str, folder: Path) -> Entry:
-    """Read what a folder says about its model: a run's own config.json, or the scores records of
-    an evaluation.
+    """Read which model a folder holds, from a run's config.json or an evaluation's scores records.
 
     Where it says nothing (predictions from elsewhere), the stage is taken from the name's
     beginning. Raises UsageError for a record that is not JSON.
@@ -267,19 +349,17 @@ def load_entry(name: str, folder: Path) -> Entry:
         for path in sorted(folder.glob("predictions-*.jsonl"))
         if not path.name.endswith(".partial.jsonl")
     }
-    records = {data_set: read_record(folder / f"scores-{data_set}.json") for data_set in sets}
+    records = {data_set: read_record(result_files(folder, data_set)[1]) for data_set in sets}
     own = read_record(folder / "config.json")
-    evaluation = next((record["run"] for record in records.values() if record.get("run")), {})
+    evaluation: dict[str, Any] = next(
+        (record["run"] for record in records.values() if record.get("run")), {}
+    )
     settings = _values(own or evaluation)
+    if settings.get("predictions"):  # scored again without a model: no prompt was asked
+        settings.pop("prompt", None)
     adapter = settings.get("adapter_name_or_path") if not own else str(folder)
     found = located(adapter, folder) if adapter else None
-    training = (
-        None
-        if found is None
-        else found.resolve().parent
-        if found.resolve().name.startswith("checkpoint-")
-        else found
-    )
+    training = None if found is None else _run_of(found)
     run = own or (read_record(training / "config.json") if training is not None else {})
     trained = _values(run)
     state = read_record(training / "trainer_state.json") if training is not None else {}
@@ -288,22 +368,9 @@ def load_entry(name: str, folder: Path) -> Entry:
     last_step = state.get("global_step")
     step = next((record["step"] for record in records.values() if "step" in record), None)
     if step is None and found is not None:
-        folder_name = found.resolve().name
-        final = (
-            best_step
-            if trained.get("load_best_model_at_end") or run.get("script") == "sft"
-            else last_step
-        )
-        step = (
-            int(folder_name.rpartition("-")[2]) if folder_name.startswith("checkpoint-") else final
-        )
-    stage: Stage = (
-        run.get("script")
-        if run.get("script") in ("sft", "grpo")
-        else "base"
-        if evaluation and not adapter
-        else _stage_of(name)
-    )
+        chosen = trained.get("load_best_model_at_end") or run.get("script") == "sft"
+        step = _step_of(found, best_step if chosen else last_step)
+    stage = _stage_of(name, run, is_base=bool(evaluation and not adapter))
     return Entry(
         name=name,
         folder=folder,
@@ -321,24 +388,40 @@ def load_entry(name: str, folder: Path) -> Entry:
     )
 
 
-def _stage_of(name: str) -> Stage:
-    return next(
-        (stage for stage in ("base", "sft", "grpo") if name.lower().startswith(stage)), "other"
-    )
+def _run_of(adapter: Path) -> Path:
+    """Return the run's folder of an adapter, which may be one of its checkpoints."""
+    resolved = adapter.resolve()
+    return resolved.parent if resolved.name.startswith("checkpoint-") else adapter
 
 
-def _values(record: dict) -> dict[str, Any]:
+def _step_of(adapter: Path, final: int | None) -> int | None:
+    """Return the step of an adapter: its checkpoint's, or `final` at the top of a run's folder."""
+    name = adapter.resolve().name
+    return int(name.rpartition("-")[2]) if name.startswith("checkpoint-") else final
+
+
+def _stage_of(name: str, run: Mapping[str, Any], *, is_base: bool) -> Stage:
+    """Tell a model's stage from its run, else from the beginning of its name."""
+    script = run.get("script")
+    if script == "sft" or script == "grpo":
+        return script
+    if is_base:
+        return "base"
+    stages: tuple[Stage, ...] = ("base", "sft", "grpo")
+    return next((stage for stage in stages if name.lower().startswith(stage)), "other")
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
     settings = record.get("settings")
-    return (
-        {name: entry.get("value") for name, entry in settings.items() if isinstance(entry, dict)}
-        if isinstance(settings, dict)
-        else {}
-    )
+    if not isinstance(settings, dict):
+        return {}
+    return {name: entry.get("value") for name, entry in settings.items() if isinstance(entry, dict)}
 
 
-def read_record(path: Path) -> dict:
-    """A JSON object from a file; empty where there is no such file. Raises UsageError for one that
-    is not a JSON object.
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file, empty where there is no such file.
+
+    Raises UsageError for a file that is not a JSON object.
     """
     if not path.is_file():
         return {}
@@ -354,8 +437,9 @@ def read_record(path: Path) -> dict:
 
 
 def located(named: str, folder: Path) -> Path | None:
-    """A path that a record in `folder` names, as it was seen from the folder in which the command
-    ran: the current one, or one above `folder`. None where it is in none of them.
+    """Find a path that a record in `folder` names, seen from where its command ran.
+
+    That is the current folder, or one above `folder`. None where the path is in none of them.
     """
     for start in (Path(), *folder.resolve().parents):
         if (start / named).exists():
@@ -363,8 +447,8 @@ def located(named: str, folder: Path) -> Path | None:
     return None
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a torn last line is left out, and a missing file is empty."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the whole lines of a metrics.jsonl, none where there is no such file."""
     rows = []
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
@@ -379,7 +463,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def flag_first(argv: Sequence[str], flag: str) -> list[str]:
-    """The command line with `--flag` in front where it begins with a value: `RUN RUN --x 1` is
-    `--run RUN RUN --x 1`.
+    """Put `--flag` in front of a command line that begins with a value.
+
+    `RUN RUN --x 1` is then read as `--run RUN RUN --x 1`.
     """
     return [f"--{flag}", *argv] if argv and not argv[0].startswith("-") else list(argv)

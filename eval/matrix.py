@@ -1,9 +1,7 @@
-"""Every model with every prompt on every data set, one folder a cell; what is finished is not done
-again.
+"""Evaluate every model with every prompt on every data set, and keep what is finished.
 
-    python -m eval.matrix --model base=demo --model sft=runs/20260101-120000-sft --prompt demo
-    --data_file a=demo:test-a b=demo:test-b \\
-        --output_dir matrix
+    python -m eval.matrix --model base=demo --model sft=runs/20260101-120000-sft --prompt demo \\
+        --data_file a=demo:test-a b=demo:test-b --output_dir matrix
 
 A model is a base (a folder or hub name) or the folder of an adapter, whose base and settings are
 then its run's. The cell of a model and a prompt is <output_dir>/<model>.<prompt>/ with
@@ -14,46 +12,31 @@ goes on after the last finished data set of a cell.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data.examples import Example, data_file, read_examples, read_jsonl
-from data.files import DataError
+from data.examples import Example, read_examples
+from data.files import DataError, named_files
 from data.prompts import PROMPTS
-from engine.config import ConfigError, Resolved, UsageError, describe, parse_config, setting
-from engine.generate import SamplingConfig
-from engine.model import LoadedModel, attach_adapter, load_model
-from engine.run import bad_image_counts, bad_images_line, usable_examples, write_bad_images
-from engine.runtime import (
-    SignalGuard,
-    base_dtype,
-    environment_banner,
-    lock_run,
-    main_guard,
-    pick_device,
-)
-from engine.settings import ENGINE, OURS, PAPER_GRPO, BadImages
-from eval.evaluate import (
-    EvalConfig,
-    complete,
-    evaluate_sets,
-    evaluation_record,
-    finished_sets,
-    format_scores,
-    named_files,
-    read_partial,
-)
-from eval.evaluate import config_problems as evaluation_problems
-from eval.folders import read_record
+from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
+from engine.config import Resolved, UsageError, describe, parse_config, setting
+from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard
+from engine.settings import ENGINE
+from eval.folders import made_folder, read_record, result_files
+from eval.scores import format_scores
+from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problems, with_precision
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class MatrixConfig:
-    """Flags of `python -m eval.matrix`. What is not given is the adapter's run's, as in `python -m
-    eval.evaluate`.
-    """
+class MatrixConfig(DecodingConfig):
+    """Hold the flags of `python -m eval.matrix`."""
 
     model: tuple[str, ...] = setting(
         (),
@@ -61,54 +44,8 @@ class MatrixConfig:
         " adapter",
     )
     prompt: tuple[str, ...] = setting((), f"instructions: {', '.join(PROMPTS)}")
-    data_file: tuple[str, ...] = setting(
-        (), "data sets, each NAME=FILE (JSONL) or NAME=demo:SPLIT", aliases=("validation_file",)
-    )
     output_dir: str | None = setting(
         None, "folder of the cells; one that holds some goes on", unset="it must be given"
-    )
-    image_root: str | None = setting(
-        None, "folder that image paths are relative to", unset="each data file's own folder"
-    )
-    bad_images: BadImages = setting(
-        "fail",
-        "an unreadable image stops the command; or skip: all images are read first, and the"
-        " examples of bad ones are left out of every cell and listed in bad-images-<name>.jsonl",
-        source=ENGINE,
-    )
-    train_file: str | None = setting(
-        None,
-        "training data whose label frequencies the baselines imitate",
-        unset="each data set's own frequencies",
-    )
-    max_samples: int | None = setting(
-        None, "use only the first so many rows of each data set", unset="all", unit="rows"
-    )
-    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding", source=OURS)
-    top_p: float = setting(
-        0.95, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO
-    )
-    max_completion_length: int | None = setting(
-        None,
-        "where a completion is cut",
-        unset="the adapter's run's, else 512",
-        unit="tokens",
-        source=OURS,
-    )
-    per_device_eval_batch_size: int = setting(
-        8, "images decoded together; changes no answer", unit="images", source=ENGINE
-    )
-    min_visual_tokens: int | None = setting(
-        None,
-        "an image is enlarged to at least this many visual tokens",
-        unset="the adapter's run's, else 256",
-        unit="tokens",
-    )
-    max_visual_tokens: int | None = setting(
-        None,
-        "an image is reduced to at most this many visual tokens",
-        unset="the adapter's run's, else 512",
-        unit="tokens",
     )
     vision_cache_gb: float = setting(
         4.0,
@@ -116,29 +53,10 @@ class MatrixConfig:
         unit="GB",
         source=ENGINE,
     )
-    vision_cache_dir: str | None = setting(
-        None,
-        "folder that keeps image features across runs, by tower, processor and image; only ever"
-        " grows",
-        unset="none",
-        source=ENGINE,
-    )
-    num_threads: int | None = setting(
-        None,
-        "CPU threads of torch",
-        unset="the adapter's run's, else torch's own choice",
-        unit="threads",
-    )
-    bf16: bool | None = setting(
-        None,
-        "base model in bfloat16 rather than float32",
-        unset="the adapter's run's, else true on a GPU and false on a CPU",
-    )
-    seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
 
 
 def config_problems(config: MatrixConfig) -> list[str]:
-    """What is wrong with the values of one command line, beyond their types."""
+    """Check the values of one command line, beyond their types -> problems, one line each."""
     needed = {
         "model": "NAME=BASE or NAME=ADAPTER",
         "prompt": f"one or more of {', '.join(PROMPTS)}",
@@ -158,82 +76,53 @@ def config_problems(config: MatrixConfig) -> list[str]:
         )
     problems += [
         f"--prompt {name} is given twice"
-        for name in {name for name in config.prompt if config.prompt.count(name) > 1}
+        for name in dict.fromkeys(config.prompt)
+        if config.prompt.count(name) > 1
     ]
-    if not problems:  # the rest is what one evaluation would say
-        problems = [
-            problem
-            for prompt in config.prompt
-            for problem in evaluation_problems(_evaluation(config, "demo", prompt))
-        ]
-    return list(dict.fromkeys(problems))
-
-
-_SHARED = (
-    "data_file",
-    "image_root",
-    "bad_images",
-    "train_file",
-    "max_samples",
-    "temperature",
-    "top_p",
-    "max_completion_length",
-    "per_device_eval_batch_size",
-    "min_visual_tokens",
-    "max_visual_tokens",
-    "vision_cache_dir",
-    "num_threads",
-    "bf16",
-    "seed",
-)
-
-
-def _evaluation(config: MatrixConfig, model: str, prompt: str) -> EvalConfig:
-    is_adapter = (Path(model) / "adapter_config.json").is_file()
-    named = {"adapter_name_or_path": model} if is_adapter else {"model_name_or_path": model}
-    return EvalConfig(**named, prompt=prompt, **{name: getattr(config, name) for name in _SHARED})
+    return problems + decoding_problems(config, list(dict.fromkeys(config.prompt)))
 
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """One model with one prompt: how it is evaluated, where, and the data sets that are still to
-    do.
-    """
+    """Describe one model with one prompt: how it is evaluated, where, and what is still to do."""
 
     model: str
     folder: Path
     resolved: Resolved
-    records: Mapping[str, dict]  # by data set: the "run" of its scores
+    records: Mapping[str, dict[str, Any]]  # by data set: the "run" of its scores
     missing: tuple[str, ...]
 
     @property
     def config(self) -> EvalConfig:
+        """Return the cell's settings, as those of a single evaluation."""
         return self.resolved.configs[0]
 
 
 def plan(
-    resolved: Resolved, files: Mapping[str, Path], bad_images: Mapping[str, list[dict]]
+    resolved: Resolved,
+    files: Mapping[str, Path],
+    bad_images: Mapping[str, list[dict[str, Any]]],
+    device: torch.device,
 ) -> list[MatrixCell]:
-    """Every cell, by model. Raises UsageError for a finished one that was made with other settings
-    or other data.
+    """List every cell, model by model, with the data sets that are still to do.
+
+    files: {data set: its file}. bad_images: {data set: rows of the examples left out}.
+
+    Raises UsageError for a finished cell that was made with other settings or other data.
     """
+    # heavy, so not before the command line is accepted
+    from eval.decode import evaluation_record, finished_sets, read_partial
+
     config: MatrixConfig = resolved.configs[0]
     cells, problems = [], []
     for model, path in named_files(config.model, "model")[0].items():
         for prompt in config.prompt:
-            evaluation = _evaluation(config, path, prompt)
-            origins = {
-                name: resolved.origins.get(
-                    name, "flag" if name.endswith("_name_or_path") else "default"
-                )
-                for name in EvalConfig.__dataclass_fields__
-            }
-            one = complete(Resolved((evaluation,), origins, None))
+            one = _evaluation(resolved, path, prompt, device)
             records = {
                 name: evaluation_record(one, name, file, bad_images[name])
                 for name, file in files.items()
             }
-            folder = Path(config.output_dir) / f"{model}.{prompt}"
+            folder = Path(str(config.output_dir)) / f"{model}.{prompt}"
             try:
                 finished = finished_sets(folder, records)
                 for name in files:
@@ -241,23 +130,35 @@ def plan(
             except UsageError as error:
                 problems += error.problems
                 continue
-            cells.append(
-                MatrixCell(
-                    model,
-                    folder,
-                    one,
-                    records,
-                    tuple(name for name in files if name not in finished),
-                )
-            )
+            missing = tuple(name for name in files if name not in finished)
+            cells.append(MatrixCell(model, folder, one, records, missing))
     if problems:
         raise UsageError(problems)
     return cells
 
 
+def _evaluation(resolved: Resolved, model: str, prompt: str, device: torch.device) -> Resolved:
+    """Put a cell's settings together, as the command line of a single evaluation would."""
+    config: MatrixConfig = resolved.configs[0]
+    is_adapter = (Path(model) / "adapter_config.json").is_file()
+    given: dict[str, Any] = {
+        "adapter_name_or_path" if is_adapter else "model_name_or_path": model,
+        "prompt": prompt,
+    }
+    shared = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(DecodingConfig)
+    }
+    origins = {
+        field.name: resolved.origins[field.name] if field.name in shared else "default"
+        for field in dataclasses.fields(EvalConfig)
+    }
+    one = Resolved((EvalConfig(**shared, **given),), origins | dict.fromkeys(given, "flag"), None)
+    return with_precision(complete(one), device)
+
+
 # ---- run -----------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 2 usage or data, 130 or 143 after a signal."""
+    """Run the command and return its exit code: 0 done, 2 usage or data, 130 or 143 a signal."""
     return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
 
 
@@ -272,105 +173,70 @@ def _run(argv: Sequence[str]) -> int:
             "Evaluate every model with every prompt on every data set; finished cells are kept."
         ),
     )
+    return _fill(resolved)
+
+
+def _fill(resolved: Resolved) -> int:
+    """Evaluate what is missing of every cell, one model in memory at a time."""
+    # torch and transformers take seconds to import: not before the command line is accepted
+    from engine.device import pick_device
+    from eval.decode import Decoding, evaluate_sets, load_policy
+
     config: MatrixConfig = resolved.configs[0]
-    files = {
-        name: data_file(spec)
-        for name, spec in named_files(config.data_file, "data_file")[0].items()
-    }
-    sets = {
-        name: read_jsonl(file, config.image_root)[: config.max_samples]
-        for name, file in files.items()
-    }
-    sets, bad_images = usable_examples(sets, config.bad_images)
-    reference = (
+    named, _ = named_files(config.data_file, "data_file")
+    files, sets, bad_images = read_sets(
+        named, config.image_root, config.bad_images, max_samples=config.max_samples
+    )
+    baseline_examples: list[Example] | None = (
         None if config.train_file is None else read_examples(config.train_file, config.image_root)
     )
-    cells = plan(resolved, files, bad_images)
-    todo = [cell for cell in cells if cell.missing]
+    cells = plan(resolved, files, bad_images, pick_device())
     print(
         f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to"
         f" do{bad_images_line(bad_images)}\n{describe(resolved)}",
         flush=True,
     )
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir}: cannot be used: {error.strerror}") from error
+    output_dir = made_folder(str(config.output_dir))
+    left_out = bad_image_counts(sets, bad_images)
     with lock_run(output_dir), SignalGuard() as guard:
         write_bad_images(output_dir, bad_images)
-        loaded: tuple[str, LoadedModel, object] | None = None
-        for cell in todo:
-            if loaded is None or loaded[0] != cell.model:
-                loaded = None  # before the next is loaded: two would not fit
-                loaded = (cell.model, *_load(cell, config.vision_cache_gb))
+        policy, loaded = None, ""
+        for cell in cells:
+            if not cell.missing:
+                continue
+            if policy is None or loaded != cell.model:
+                policy = None  # before the next is loaded: two would not fit
+                device = pick_device(cell.config.num_threads)
+                print(environment_banner(device), flush=True)
+                policy = load_policy(cell.config, device, vision_cache_gb=config.vision_cache_gb)
+                loaded = cell.model
+            print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
-                _fill(cell, *loaded[1:], sets, bad_image_counts(sets, bad_images), reference, guard)
+                evaluate_sets(
+                    dataclasses.replace(policy, prompt=PROMPTS[cell.config.prompt]),
+                    {name: sets[name] for name in cell.missing},
+                    Decoding.of(cell.config),
+                    cell.folder,
+                    baseline_examples=baseline_examples,
+                    notes={
+                        name: {"run": cell.records[name]} | left_out[name] for name in cell.missing
+                    },
+                    records=cell.records,
+                    should_stop=lambda: guard.stop is not None,
+                )
             except KeyboardInterrupt:
                 print("stopped; the same command goes on")
                 return guard.exit_code or 130
-    for cell in cells:
-        print(
-            f"\n{cell.folder}\n"
-            + format_scores(
-                {name: read_record(cell.folder / f"scores-{name}.json") for name in sets}
-            )
-        )
-    print(
-        "\nnext: python -m eval.report "
-        + " ".join(f"{cell.folder.name}={cell.folder}" for cell in cells)
-        + " --output_dir FOLDER"
-    )
+    _show(cells, list(sets))
     return 0
 
 
-def _load(cell: MatrixCell, vision_cache_gb: float) -> tuple[LoadedModel, object]:
-    config = cell.config
-    device = pick_device(config.num_threads)
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    print(environment_banner(device), flush=True)
-    model = load_model(
-        config.model_name_or_path,
-        dtype=base_dtype(bf16, device),
-        device=device,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-        vision_cache_gb=vision_cache_gb,
-        vision_cache_dir=config.vision_cache_dir,
-    )
-    return model, (
-        model.base
-        if config.adapter_name_or_path is None
-        else attach_adapter(model, config.adapter_name_or_path)
-    )
-
-
-def _fill(
-    cell: MatrixCell,
-    model: LoadedModel,
-    wrapped: object,
-    sets: Mapping[str, list[Example]],
-    counts: Mapping[str, dict],
-    reference: list[Example] | None,
-    guard: SignalGuard,
-) -> None:
-    config = cell.config
-    print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
-    evaluate_sets(
-        wrapped,
-        model,
-        {name: sets[name] for name in cell.missing},
-        PROMPTS[config.prompt],
-        SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
-        cell.folder,
-        batch_size=config.per_device_eval_batch_size,
-        answer_format=config.answer_format,
-        reference=reference,
-        seed=config.seed,
-        notes={name: {"run": cell.records[name]} | counts[name] for name in cell.missing},
-        resumable=cell.records,
-        should_stop=lambda: guard.stop is not None,
-    )
+def _show(cells: Sequence[MatrixCell], names: Sequence[str]) -> None:
+    for cell in cells:
+        results = {name: read_record(result_files(cell.folder, name)[1]) for name in names}
+        print(f"\n{cell.folder}\n{format_scores(results)}")
+    folders = " ".join(f"{cell.folder.name}={cell.folder}" for cell in cells)
+    print(f"\nnext: python -m eval.report {folders} --output_dir FOLDER")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Scores of multi-label predictions, the treatments of failed answers, and the baselines that need
-no image.
+"""Compute scores of multi-label predictions, their intervals, and baselines that need no image.
 
 Everything works on boolean matrices [N, K]: N images, K labels. `evaluated[n, k]` False means that
-image n's source cannot express label k; that position is neither a true or false positive nor a
+image n's source cannot express label k. That position is neither a true or false positive nor a
 false negative, whatever was predicted. Quotients 0/0 are 0, as scikit-learn's zero_division=0.
 """
 
@@ -11,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _WEIGHTS_AT_ONCE = 2_000_000  # of the bootstrap's [resamples, patients] weights: 16 MB
 
 
 def label_matrix(rows: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
-    """N label collections -> bool [N, K]. A label that is not among `labels` has no column and is
-    left out.
+    """Turn N label collections into a bool matrix [N, K].
+
+    labels [K]: the columns. A label that is not among them is left out.
     """
     columns = {label: k for k, label in enumerate(labels)}
     matrix = np.zeros((len(rows), len(labels)), dtype=bool)
@@ -32,7 +33,11 @@ def multilabel_scores(
     labels: Sequence[str],
     evaluated: np.ndarray | None = None,
 ) -> dict:
-    """Micro, macro and per-label precision, recall and F1 of bool [N, K] matrices.
+    """Score predictions by micro, macro and per-label precision, recall and F1.
+
+    targets, predictions [N, K] bool: what is true of each image, what is said of it.
+    labels [K]: the columns. evaluated [N, K] bool: what the image's source can express, None for
+    all.
 
     Returns {"micro": {"precision", "recall", "f1"}, "macro": {same}, "per_label": {label: {same,
     "support"}}}, plain numbers. Macro is the plain mean over all K labels with zeros kept, as in
@@ -52,8 +57,7 @@ def multilabel_scores(
     false_positives = (~targets & predictions & evaluated).sum(axis=0)  # [K]
     false_negatives = (targets & ~predictions & evaluated).sum(axis=0)  # [K]
 
-    # three times [K]
-    by_label = _precision_recall_f1(true_positives, false_positives, false_negatives)
+    by_label = _precision_recall_f1(true_positives, false_positives, false_negatives)  # [K] each
     micro = _precision_recall_f1(true_positives.sum(), false_positives.sum(), false_negatives.sum())
     support = true_positives + false_negatives  # [K]
     return {
@@ -75,17 +79,19 @@ def jaccard_per_image(
     evaluated: np.ndarray | None = None,
     num_unknown: np.ndarray | None = None,
 ) -> np.ndarray:
-    """|T & P| / |T | P| among the evaluated labels, float [N]; 1 where both are empty.
+    """Compute |T & P| / |T | P| of each image among its evaluated labels -> float [N].
 
+    It is 1 where both sets are empty.
+
+    targets, predictions, evaluated [N, K] bool: as in `multilabel_scores`.
     num_unknown [N]: predicted entries that are none of the labels. They enlarge the union, as in
     Eq. 3.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     intersection = (targets & predictions & evaluated).sum(axis=1)  # [N]
-    # [N]
-    union = ((targets | predictions) & evaluated).sum(axis=1) + (
-        0 if num_unknown is None else num_unknown
-    )
+    union = ((targets | predictions) & evaluated).sum(axis=1)  # [N]
+    if num_unknown is not None:
+        union = union + num_unknown
     return np.where(union == 0, 1.0, _ratio(intersection, union))
 
 
@@ -96,8 +102,9 @@ def failure_policies(
     labels: Sequence[str],
     evaluated: np.ndarray | None = None,
 ) -> dict[str, dict]:
-    """`multilabel_scores` under the three treatments of answers that could not be read (`parsed[n]`
-    False).
+    """Score by `multilabel_scores` under three treatments of answers that could not be read.
+
+    parsed [N] bool: False for such an answer. The others: as in `multilabel_scores`.
 
     "empty": they predict no label. "dropped": their images are left out, which flatters a model
     that fails on hard ones. "all_wrong": every evaluated label is predicted as the opposite of the
@@ -129,18 +136,23 @@ def bootstrap_intervals(
     resamples: int = 1000,
     jaccard: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of "micro_f1", "macro_f1" and "jaccard": {metric: (low, high)}.
+    """Bootstrap 95 % percentile intervals by patient -> {metric: (low, high)}.
+
+    The metrics are "micro_f1", "macro_f1" and "jaccard".
 
     Whole patients are drawn with replacement, as many as there are: images of one patient resemble
-    each other, so drawing images would give intervals that are too narrow. jaccard [N]: the value
-    of each image, where it is not `jaccard_per_image`'s. A rare label is missing from some
-    resamples and then counts as 0 in macro-F1, so that interval lies low, down to missing the
-    estimate itself.
+    each other, so drawing images would give intervals that are too narrow. A rare label is missing
+    from some resamples and then counts as 0 in macro-F1, so that interval lies low, down to missing
+    the estimate itself.
+
+    targets, predictions, evaluated [N, K] bool: as in `multilabel_scores`. patient_ids [N].
+    seed: of the draws. resamples: how many. jaccard [N]: the value of each image, where it is not
+    `jaccard_per_image`'s.
 
     Raises ValueError without any image, and where the lengths differ.
     """
     totals = patient_totals(targets, predictions, evaluated, patient_ids, jaccard)
-    values = figures(resampled_totals(totals, seed=seed, resamples=resamples))
+    values = scores_of_totals(resampled_totals(totals, seed=seed, resamples=resamples))
     return {metric: interval(values[metric]) for metric in ("micro_f1", "macro_f1", "jaccard")}
 
 
@@ -151,9 +163,13 @@ def patient_totals(
     patient_ids: Sequence[str],
     jaccard: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What `figures` needs of each patient, in sorted order: float [P, 3K + 2], sums over the
-    patient's images of true positives, false positives and false negatives by label, of the Jaccard
-    values, and of the images themselves. Sums of rows are totals too.
+    """Add up what `scores_of_totals` needs of each patient, in sorted order -> float [P, 3K + 2].
+
+    The columns are sums over the patient's images: true positives, false positives and false
+    negatives by label, the Jaccard values, and the images themselves. Sums of rows are totals too.
+
+    targets, predictions, evaluated [N, K] bool: as in `multilabel_scores`. patient_ids [N].
+    jaccard [N]: None for `jaccard_per_image`.
     """
     targets, predictions, evaluated = _checked(targets, predictions, evaluated)
     jaccard = (
@@ -183,7 +199,9 @@ def patient_totals(
 
 
 def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
-    """Sums of the rows of `totals` [P, C] over P rows drawn with replacement, float [resamples, C].
+    """Draw patients with replacement and add up their totals -> float [resamples, C].
+
+    totals [P, C]: a row a patient. Each resample adds up P rows.
 
     Equal rows are interchangeable: how often each distinct one is drawn is one draw of
     `rng.multinomial` over the distinct rows in sorted order, which is far shorter than the P rows
@@ -198,13 +216,16 @@ def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.nda
     )
 
 
-def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
-    """The figures of R totals [R, 3K + 2] as `patient_totals` lays them out: "micro_f1",
-    "macro_f1", "jaccard" [R], "label_f1" [R, K].
+def scores_of_totals(totals: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the scores of R totals, by the names of the metrics.
+
+    "micro_f1", "macro_f1" and "jaccard" are [R], "label_f1" is [R, K].
+
+    totals [R, 3K + 2]: as `patient_totals` lays them out.
     """
     num_labels = (totals.shape[1] - 2) // 3
-    # TP, FP, FN, each [R, K]
-    counts = [totals[:, i * num_labels : (i + 1) * num_labels] for i in range(3)]
+    positions = [slice(i * num_labels, (i + 1) * num_labels) for i in range(3)]
+    counts = [totals[:, columns] for columns in positions]  # TP, FP, FN, each [R, K]
     by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
     micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
     return {
@@ -216,43 +237,45 @@ def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of R resampled values."""
+    """Compute the 95 % percentile interval of R resampled values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-# Baselines: predictions [num_images, K] made without looking at an image. `reference` [M, K] holds
-# label sets to imitate, those of the training data. Where there is none, pass the targets
-# themselves and say so beside the figure: it has then seen the answers.
+# ---- baselines -----------------------------------------------------------------------------------
+# Predictions [num_images, K] made without looking at an image. `imitated` [M, K] holds the label
+# sets to imitate, those of the training data. Where there is none, pass the targets themselves and
+# say so beside the score: it has then seen the answers.
 
 
-def predict_most_frequent(reference: np.ndarray, num_images: int) -> np.ndarray:
-    """The label set that is most frequent in `reference`, for every image; of equally frequent
-    ones, the first to occur.
+def predict_most_frequent(imitated: np.ndarray, num_images: int) -> np.ndarray:
+    """Say the most frequent label set of `imitated` [M, K] of every image -> bool [num_images, K].
 
-    The empty set counts like any other.
+    Of equally frequent sets the first to occur is taken. The empty set counts like any other.
     """
     rows, first, counts = np.unique(
-        _reference(reference), axis=0, return_index=True, return_counts=True
+        _imitated(imitated), axis=0, return_index=True, return_counts=True
     )
     best = min(range(len(rows)), key=lambda i: (-counts[i], first[i]))
     return np.tile(rows[best], (num_images, 1))
 
 
 def predict_all_labels(num_images: int, num_labels: int) -> np.ndarray:
-    """Every label for every image."""
+    """Say every label of every image -> bool [num_images, num_labels]."""
     return np.ones((num_images, num_labels), dtype=bool)
 
 
 def predict_by_prevalence(
-    reference: np.ndarray, num_images: int, rng: np.random.Generator
+    imitated: np.ndarray, num_images: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Each label drawn on its own with the probability that it has in `reference`."""
-    prevalence = _reference(reference).mean(axis=0)  # [K]
+    """Draw each label on its own with its share in `imitated` [M, K] -> bool [num_images, K]."""
+    prevalence = _imitated(imitated).mean(axis=0)  # [K]
     return rng.random((num_images, len(prevalence))) < prevalence
 
 
-def _precision_recall_f1(true_positives, false_positives, false_negatives) -> dict[str, np.ndarray]:
+def _precision_recall_f1(
+    true_positives: np.ndarray, false_positives: np.ndarray, false_negatives: np.ndarray
+) -> dict[str, np.ndarray]:
     return {
         "precision": _ratio(true_positives, true_positives + false_positives),
         "recall": _ratio(true_positives, true_positives + false_negatives),
@@ -265,7 +288,9 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return numerator / np.maximum(denominator, 1)
 
 
-def _checked(targets, predictions, evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(
+    targets: ArrayLike, predictions: ArrayLike, evaluated: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     targets = _boolean("targets", targets)
     predictions = _boolean("predictions", predictions)
     evaluated = np.ones_like(targets) if evaluated is None else _boolean("evaluated", evaluated)
@@ -278,8 +303,8 @@ def _checked(targets, predictions, evaluated) -> tuple[np.ndarray, np.ndarray, n
     return targets, predictions, evaluated
 
 
-def _boolean(name: str, matrix) -> np.ndarray:
-    matrix = np.asarray(matrix)
+def _boolean(name: str, values: ArrayLike) -> np.ndarray:
+    matrix = np.asarray(values)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must be a matrix [N, K], got shape {matrix.shape}")
     # NaN or CheXpert's -1 would silently become True
@@ -288,8 +313,8 @@ def _boolean(name: str, matrix) -> np.ndarray:
     return matrix.astype(bool)
 
 
-def _reference(reference) -> np.ndarray:
-    reference = _boolean("reference", reference)
-    if not len(reference):
-        raise ValueError("reference holds no label set; pass the training data's labels")
-    return reference
+def _imitated(label_sets: ArrayLike) -> np.ndarray:
+    imitated = _boolean("imitated", label_sets)
+    if not len(imitated):
+        raise ValueError("imitated holds no label set; pass the training data's labels")
+    return imitated

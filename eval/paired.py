@@ -1,5 +1,4 @@
-"""How sure a score is, whether one model is better than another, and what a model says whatever the
-image.
+"""Tell how sure a difference of scores is, and what a model says whatever the image.
 
 Several models are compared on the same images by the same resamples of patients, so that a
 difference has a paired interval. All of it works on the totals by patient of
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.metrics import figures, interval, resampled_totals
+from eval.metrics import interval, resampled_totals, scores_of_totals
 
 RESAMPLES = 10_000
 PERMUTATIONS = 10_000
@@ -26,30 +25,35 @@ _SWAPS_AT_ONCE = 2_000_000  # of the permutation test's [permutations, rows] cou
 def shared_resamples(
     totals: Mapping[str, np.ndarray], *, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{model: the `figures` of each resample}, every model on the same drawn patients.
+    """Resample all models on the same drawn patients -> {model: `scores_of_totals`, R each}.
 
-    totals: {model: [P, C]} of `patient_totals`, the same P patients in each. A difference of two
-    models' arrays is a resampled paired difference. Raises ValueError for different numbers of
-    patients.
+    A difference of two models' arrays is a resampled paired difference.
+
+    totals: {model: [P, C]} of `patient_totals`, the same P patients in each. seed: of the draws.
+    resamples: R.
+
+    Raises ValueError for different numbers of patients.
     """
     if len({len(rows) for rows in totals.values()}) != 1:
         raise ValueError(
             "models with different patients:"
             f" {', '.join(f'{name} {len(rows)}' for name, rows in totals.items())}"
         )
-    # [R, models x C]
-    drawn = resampled_totals(
-        np.concatenate(list(totals.values()), axis=1), seed=seed, resamples=resamples
-    )
+    side_by_side = np.concatenate(list(totals.values()), axis=1)  # [P, models x C]
+    drawn = resampled_totals(side_by_side, seed=seed, resamples=resamples)  # [R, models x C]
     ends = np.cumsum([rows.shape[1] for rows in totals.values()])[:-1]
-    return {name: figures(part) for name, part in zip(totals, np.split(drawn, ends, axis=1))}
+    parts = np.split(drawn, ends, axis=1)
+    return {name: scores_of_totals(part) for name, part in zip(totals, parts, strict=True)}
 
 
 def permutation_p_values(
     first: np.ndarray, second: np.ndarray, *, seed: int, permutations: int = PERMUTATIONS
 ) -> dict[str, np.ndarray]:
-    """Two-sided p-values of the paired permutation test that first and second [P, C] score alike:
-    {figure: p}, "label_f1" [K].
+    """Test by permutation whether two models score alike -> {score: two-sided p}.
+
+    "label_f1" has K p-values.
+
+    first, second [P, C]: `patient_totals` of the models. seed, permutations: of the draws.
 
     Under the hypothesis each patient's two sets of answers may as well be swapped. p = (1 +
     permutations with a difference as large as the one seen) / (1 + permutations). Patients whose
@@ -64,10 +68,8 @@ def permutation_p_values(
     chunk = max(1, _SWAPS_AT_ONCE // max(1, len(change)))
     at_least = {name: np.ones(value.shape[1:]) for name, value in seen.items()}
     for start in range(0, permutations, chunk):
-        # [chunk, C]
-        swapped = (
-            rng.binomial(counts, 0.5, size=(min(chunk, permutations - start), len(counts))) @ change
-        )
+        size = (min(chunk, permutations - start), len(counts))
+        swapped = rng.binomial(counts, 0.5, size=size) @ change  # [chunk, C]
         for name, value in _differences(totals[0] - swapped, totals[1] + swapped).items():
             # 1e-12: equal but for rounding
             at_least[name] += (np.abs(value) >= np.abs(seen[name]) - 1e-12).sum(axis=0)
@@ -75,25 +77,27 @@ def permutation_p_values(
 
 
 def _differences(first: np.ndarray, second: np.ndarray) -> dict[str, np.ndarray]:
-    one, other = figures(first), figures(second)
+    one, other = scores_of_totals(first), scores_of_totals(second)
     return {name: other[name] - one[name] for name in one}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure before and after, with 95 % intervals of the difference and of the relative change,
-    and a p-value.
+    """Hold a score before and after, with 95 % intervals of the two ways to state its change.
+
+    difference: interval of after - before. relative: interval of after / before - 1, None where a
+    resample has 0 before. p_value: of the permutation test.
     """
 
     before: float
     after: float
     difference: tuple[float, float]
-    relative: tuple[float, float] | None  # None where a resample has 0 before
+    relative: tuple[float, float] | None
     p_value: float
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval of the difference leaves 0 out."""
+        """Tell whether the interval of the difference leaves 0 out."""
         return self.difference[0] > 0 or self.difference[1] < 0
 
 
@@ -104,8 +108,10 @@ def change(
     resampled_after: np.ndarray,
     p_value: float,
 ) -> Change:
-    """A `Change` from two point estimates and the two models' values in the same resamples, both
-    [R].
+    """Make a `Change` from two scores and their values in the same resamples.
+
+    before, after: the scores. resampled_before, resampled_after [R]. p_value: of the permutation
+    test.
     """
     relative = (
         interval(resampled_after / resampled_before - 1) if (resampled_before > 0).all() else None
@@ -119,21 +125,22 @@ def change(
 def said_and_true(
     targets: np.ndarray, predictions: np.ndarray, evaluated: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(share of images for which each label is predicted, share for which it is true), both [K],
-    among those that evaluate it.
+    """Count how often each label is said, and how often it is true -> two shares of images [K].
 
-    NaN for a label that no image evaluates.
+    Shares are among the images that evaluate the label: NaN where there is none.
+
+    targets, predictions, evaluated [N, K] bool.
     """
     images = evaluated.sum(axis=0)  # [K]
     with np.errstate(invalid="ignore"):
-        return (predictions & evaluated).sum(axis=0) / images, (targets & evaluated).sum(
-            axis=0
-        ) / images
+        said = (predictions & evaluated).sum(axis=0) / images
+        true = (targets & evaluated).sum(axis=0) / images
+    return said, true
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How much the answers of one model to one data set differ from each other."""
+    """Describe how much the answers of one model to one data set differ from each other."""
 
     answers: int
     distinct_completions: int
@@ -156,8 +163,13 @@ def diversity(
     lengths: np.ndarray,
     num_labels: int,
 ) -> Diversity:
-    """`Diversity` of N answers. completions: `fingerprint` of each text. Raises ValueError without
-    any answer.
+    """Describe how much N answers differ from each other.
+
+    completions [N]: `fingerprint` of each text. label_sets [N]: what each answer predicts.
+    contradictions [N] bool: No Finding beside a finding. lengths [N] in tokens.
+    num_labels: how many labels there are.
+
+    Raises ValueError without any answer.
     """
     if not len(label_sets):
         raise ValueError("no answer to describe")
@@ -181,15 +193,16 @@ def diversity(
 
 
 def fingerprint(text: str) -> int:
-    """A number that equal texts share; kept in place of the texts, of which there may be 25,000."""
+    """Give equal texts an equal number, to be kept in place of 25,000 texts."""
     data = text.encode("utf-8", errors="surrogatepass")
     return zlib.crc32(data) << 32 | zlib.adler32(data)
 
 
 # ---- scores that need no predictions -------------------------------------------------------------
 def all_labels_scores(supports: Sequence[int], num_images: int) -> dict[str, float]:
-    """Micro- and macro-F1 of naming every label for every image, from the number of positives of
-    each label alone.
+    """Score the answer that names every label of every image, from the supports alone.
+
+    supports [K]: number of positives of each label. num_images: N.
 
     TP = support, FP = images - support, FN = 0, so a label's F1 is 2 support / (images + support).
     """

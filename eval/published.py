@@ -1,10 +1,13 @@
-"""The figures that ChexReason (arXiv 2512.23090v2) prints in its tables 1 to 6, as data, and why a
-figure may not compare.
+"""Hold the scores that ChexReason (arXiv 2512.23090v2) prints in tables 1 to 6, as data.
 
-Labels are in CheXpert's order here; the paper's tables list them by the alphabet.
+Beside them stands why a score may not compare.
+
+Labels are in CheXpert's order here. The paper's tables list them by the alphabet.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from data.labels import LABELS, NIH_NINE
 
@@ -38,7 +41,7 @@ TABLE_3: dict[str, tuple[float, ...]] = {
     "Reasoning A": (0.322, 0.436, 0.371, 0.194, 0.265, 0.208, 0.002),
 }
 
-# Table 4: {(reward, checkpoint): the same seven figures} of GRPO from MedGemma-4B's Free Reasoning
+# Table 4: {(reward, checkpoint): the same seven scores} of GRPO from MedGemma-4B's Free Reasoning
 # SFT checkpoint.
 TABLE_4: dict[tuple[str, str], tuple[float, ...]] = {
     ("nuanced", "best F1"): (0.342, 0.445, 0.387, 0.248, 0.311, 0.257, 0.020),
@@ -79,7 +82,7 @@ _BY_LABEL_6 = {
 
 
 def _by_model(
-    by_label: dict[str, tuple[float, ...]], labels: tuple[str, ...]
+    by_label: Mapping[str, tuple[float, ...]], labels: tuple[str, ...]
 ) -> dict[str, dict[str, float]]:
     return {
         model: {label: by_label[label][column] for label in labels}
@@ -91,17 +94,17 @@ TABLE_5 = _by_model(_BY_LABEL_5, LABELS)
 TABLE_6 = _by_model(_BY_LABEL_6, NIH_NINE)
 # "Overall Average (Macro F1)" as printed. Each is the plain mean of its column, zeros kept, to
 # within 0.001.
-MACRO_5 = dict(zip(MODELS, (0.755, 0.362, 0.228, 0.282, 0.346)))
-MACRO_6 = dict(zip(MODELS, (0.297, 0.243, 0.062, 0.299, 0.243)))
+MACRO_5 = dict(zip(MODELS, (0.755, 0.362, 0.228, 0.282, 0.346), strict=True))
+MACRO_6 = dict(zip(MODELS, (0.297, 0.243, 0.062, 0.299, 0.243), strict=True))
 
 # Positives of each label among the 500 studies of CheXpert's test set (its public groundtruth.csv),
 # in CheXpert's order.
 CHEXPERT_TEST_STUDIES = 500
 CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(
-    zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261))
+    zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261), strict=True)
 )
 
-# Why a figure cannot be compared in principle, by table.
+# Why a score cannot be compared in principle, by table.
 VALIDATION_NOTE = (
     "Not comparable in principle: the paper's 'CheXpert validation' images are not published. Every"
     " fail rate is a multiple of 0.002, so there were probably 500; CheXpert's own validation set"
@@ -143,7 +146,7 @@ NOTES: dict[int, tuple[str, ...]] = {
             " paper does not say which."
         ),
         (
-            "NV-Reason's published training example contains the CheXpert test set, and its figure"
+            "NV-Reason's published training example contains the CheXpert test set, and its score"
             " is above the three radiologists' (macro-F1 0.58 to 0.62 on the same labels): possibly"
             " exposed. Its weights may not be used commercially."
         ),

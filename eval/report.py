@@ -1,13 +1,11 @@
-"""What transferred: the paper's tables and figures, honest scores, and sample cases, from runs or
-kept predictions.
+"""Report what transferred: the paper's tables and figures, honest scores, and sample cases.
 
     python -m eval.report base=runs/base sft=runs/sft grpo=runs/grpo --output_dir report
-    python -m eval.report --output_dir paper                 # no run: the paper's own figures in
-    its tables
+    python -m eval.report --output_dir paper    # no run: the paper's own scores in its tables
 
 Writes report.html, one page that needs no network, and report.md with its pictures beside it.
 Models are given in the order of training. A folder is that of a run, or of `python -m
-eval.evaluate`; which model it holds and which run trained it is read from the documents in it.
+eval.evaluate`. Which model it holds and which run trained it is read from the records in it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -26,28 +23,25 @@ from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.cases import sample_cases
-from eval.contrasts import Comparison, Transfer, compare, nih_variants, pairs_of, transfers
-from eval.figures import MISSING, available, draw_labels, training_pictures
-from eval.folders import Entry, flag_first, load_entry, load_predictions, named_folders
-from eval.page import (
-    Bullets,
-    Document,
-    Picture,
-    Section,
-    Table,
-    Text,
-    picture_file,
-    to_html,
-    to_markdown,
+from eval.contrasts import (
+    Contrast,
+    Transfer,
+    contrast_models,
+    nih_variants,
+    pairs_of,
+    transfers,
 )
+from eval.figures import MISSING, available, draw_labels, training_pictures
+from eval.folders import Entry, answers_by_set, flag_first, load_entries
+from eval.page import Block, Bullets, Page, Picture, Section, Table, Text, write_page
 from eval.paired import PERMUTATIONS, RESAMPLES
+from eval.paper_tables import paper_tables
 from eval.published import SOURCE
 from eval.tables import (
     ARROW,
     diversity_table,
     marginals_table,
     movers_table,
-    paper_tables,
     paradox_table,
     reading,
     scores_table,
@@ -57,7 +51,7 @@ from eval.tables import (
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Flags of `python -m eval.report`."""
+    """Hold the flags of `python -m eval.report`."""
 
     run: tuple[str, ...] = setting(
         (),
@@ -99,163 +93,128 @@ class ReportConfig:
 
 
 def config_problems(config: ReportConfig) -> list[str]:
-    """What is wrong with the values of one command line, beyond their types."""
+    """Check the values of one command line, beyond their types -> problems, one line each."""
     problems = [
         f"--{name} {getattr(config, name)}: must be at least 1"
         for name in ("resamples", "permutations")
         if getattr(config, name) < 1
     ]
-    return problems + (
-        [f"--cases {config.cases}: must not be negative"] if config.cases < 0 else []
-    )
+    if config.cases < 0:
+        problems.append(f"--cases {config.cases}: must not be negative")
+    return problems
 
 
 # ---- gather --------------------------------------------------------------------------------------
-def compare_sets(
-    entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None
-) -> tuple[list[Comparison], dict[str, Comparison]]:
-    """(the comparison on each data set that any model answered, {"nine", "ten": that on the first
-    NIH set under each mapping}).
+def contrast_sets(
+    entries: Sequence[Entry],
+    config: ReportConfig,
+    baseline_examples: Sequence[Example] | None = None,
+) -> tuple[list[Contrast], dict[str, Contrast]]:
+    """Set the models side by side on each data set, and on NIH's under each mapping.
+
+    Returns (a contrast for each data set that any model answered, {"nine", "ten": that of the first
+    NIH set under the mapping}).
     """
     pairs = pairs_of(entries)
-    options = {
-        "reference": reference,
-        "resamples": config.resamples,
-        "permutations": config.permutations,
-    }
-    comparisons, nih = [], {}
-    for place, data_set in enumerate(
-        sorted({data_set for entry in entries for data_set in entry.sets})
-    ):
-        answers = {
-            entry.name: load_predictions(entry.sets[data_set])
-            for entry in entries
-            if data_set in entry.sets
-        }
-        comparisons.append(compare(data_set, answers, pairs, seed=config.seed + place, **options))
+    contrasts: list[Contrast] = []
+    nih: dict[str, Contrast] = {}
+    for index, (data_set, answers) in enumerate(answers_by_set(entries)):
+        own = contrast_models(
+            data_set,
+            answers,
+            pairs,
+            baseline_examples=baseline_examples,
+            seed=config.seed + index,
+            resamples=config.resamples,
+            permutations=config.permutations,
+        )
+        contrasts.append(own)
         for name, (relabelled, labels) in ({} if nih else nih_variants(answers)).items():
-            same = labels == comparisons[-1].labels and all(
+            same = labels == own.labels and all(
                 np.array_equal(relabelled[model].targets, answers[model].targets)
                 for model in answers
             )
             nih[name] = (
-                comparisons[-1]
+                own
                 if same
-                else compare(
-                    data_set, relabelled, (), labels=labels, seed=config.seed + place, **options
+                else contrast_models(
+                    data_set,
+                    relabelled,
+                    (),
+                    labels=labels,
+                    baseline_examples=baseline_examples,
+                    seed=config.seed + index,
+                    resamples=config.resamples,
+                    permutations=config.permutations,
                 )
             )
-    return comparisons, nih
+    return contrasts, nih
 
 
-def home_sets(comparisons: Sequence[Comparison], named: Sequence[str]) -> list[str]:
-    """Names of the in-distribution sets: those named, else those that evaluate all 14 labels.
+def home_sets(contrasts: Sequence[Contrast], named: Sequence[str]) -> list[str]:
+    """Choose the in-distribution sets: those named, else those that evaluate all 14 labels.
+
     Raises UsageError for a name that no model has answered.
     """
-    known = [comparison.data_set for comparison in comparisons]
+    known = [contrast.data_set for contrast in contrasts]
     missing = [name for name in named if name not in known]
     if missing:
         raise UsageError(
             f"--in_distribution {missing[0]}: no such data set; there are:"
             f" {', '.join(known) or 'none'}"
         )
-    return list(named) or [comparison.data_set for comparison in comparisons if comparison.is_home]
+    return list(named) or [contrast.data_set for contrast in contrasts if contrast.is_home]
 
 
 # ---- sections ------------------------------------------------------------------------------------
-def build(
-    entries: Sequence[Entry], config: ReportConfig, reference: Sequence[Example] | None
-) -> Document:
-    """The whole report as data."""
-    comparisons, nih = compare_sets(entries, config, reference)
-    home = home_sets(comparisons, config.in_distribution)
-    comparisons.sort(key=lambda comparison: comparison.data_set not in home)  # the home sets first
-    pairs = [
-        pair
-        for pair in pairs_of(entries)
-        if any(pair in comparison.p_values for comparison in comparisons)
-    ]
+def report_page(
+    entries: Sequence[Entry],
+    config: ReportConfig,
+    baseline_examples: Sequence[Example] | None = None,
+) -> Page:
+    """Put the whole report together as a page.
+
+    entries: the models' folders, in the order of training. baseline_examples: whose label sets the
+    baselines imitate.
+    """
+    contrasts, nih = contrast_sets(entries, config, baseline_examples)
+    home = home_sets(contrasts, config.in_distribution)
+    contrasts.sort(key=lambda contrast: contrast.data_set not in home)  # the home sets first
     papers = Section(
         "The paper's tables",
         [
             Text(
-                f"Figures of {SOURCE} beside ours. Bold: the best of each row, among the paper's"
+                f"Scores of {SOURCE} beside ours. Bold: the best of each row, among the paper's"
                 " models and among ours."
             ),
-            *paper_tables(entries, comparisons, home, nih),
+            *paper_tables(entries, contrasts, home, nih),
         ],
     )
-    if not comparisons:
-        return Document(
-            "The paper's tables", f"Figures of {SOURCE}; no run of ours was given.", [papers]
+    if not contrasts:
+        return Page(
+            "The paper's tables", f"Scores of {SOURCE}; no run of ours was given.", [papers]
         )
-    found = transfers(comparisons, home, pairs)
-    drawn: list[Picture] = (
-        [*map(draw_labels, comparisons), *training_pictures(entries)] if available() else []
-    )
-    charts, curves = drawn[: len(comparisons)], drawn[len(comparisons) :]
-    sections = (
-        [
-            Section(
-                "What transferred",
-                [
-                    Bullets(headlines(found)),
-                    paradox_table(found),
-                    transfer_table(comparisons, home, pairs),
-                ],
-            )
-        ]
-        if pairs
-        else []
-    )
-    sections.append(Section("Scores", [*map(scores_table, comparisons), *charts]))
-    if pairs:
-        sections.append(
-            Section(
-                "What moved, label by label",
-                [
-                    movers_table(comparison, *pair)
-                    for pair in pairs
-                    for comparison in comparisons
-                    if pair in comparison.p_values
-                ],
-            )
-        )
-    sections.append(
+    pairs = [
+        pair
+        for pair in pairs_of(entries)
+        if any(pair in contrast.p_values for contrast in contrasts)
+    ]
+    charts = [draw_labels(contrast) for contrast in contrasts] if available() else []
+    sections = [
+        *_transfer_sections(contrasts, home, pairs),
+        Section("Scores", [*map(scores_table, contrasts), *charts]),
+        *_label_sections(contrasts, pairs),
         Section(
             "What is said, whatever the image",
-            [*map(marginals_table, comparisons), diversity_table(comparisons)],
-        )
-    )
-    sections.append(papers)
-    if curves or not available():
-        sections.append(Section("Training", curves or [Text(f"Without pictures: {MISSING}")]))
-    if config.cases:
-        sections.append(
-            Section(
-                "Sample cases",
-                [
-                    Text(
-                        "Chosen by the last model's answers: failed, wrong and right by turns,"
-                        " labels as varied as possible, so their shares say nothing. Right: exactly"
-                        " the true labels among those that the data set evaluates. Reward parts are"
-                        " those that run_grpo.py recorded."
-                    ),
-                    sample_cases(
-                        entries,
-                        comparisons,
-                        config.cases,
-                        seed=config.seed,
-                        image_root=config.image_root,
-                    ),
-                ],
-            )
-        )
-    sections.append(Section("Where the figures come from", [_provenance(entries)]))
-    images = ", ".join(
-        f"{comparison.data_set} {len(comparison.first.ids):,}" for comparison in comparisons
-    )
-    return Document(
+            [*map(marginals_table, contrasts), diversity_table(contrasts)],
+        ),
+        papers,
+        *_training_sections(entries),
+        *_case_sections(entries, contrasts, config),
+        Section("Where the scores come from", [_provenance(entries)]),
+    ]
+    images = ", ".join(f"{contrast.data_set} {len(contrast.first.ids):,}" for contrast in contrasts)
+    return Page(
         "What transferred",
         f"{', '.join(entry.name for entry in entries)} on {images} images. In distribution:"
         f" {', '.join(home) or 'none'}.",
@@ -263,8 +222,57 @@ def build(
     )
 
 
+def _transfer_sections(
+    contrasts: Sequence[Contrast], home: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> list[Section]:
+    if not pairs:
+        return []
+    found = transfers(contrasts, home, pairs)
+    blocks: list[Block] = [
+        Bullets(headlines(found)),
+        paradox_table(found),
+        transfer_table(contrasts, home, pairs),
+    ]
+    return [Section("What transferred", blocks)]
+
+
+def _label_sections(
+    contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str]]
+) -> list[Section]:
+    tables = [
+        movers_table(contrast, *pair)
+        for pair in pairs
+        for contrast in contrasts
+        if pair in contrast.p_values
+    ]
+    return [Section("What moved, label by label", tables)] if pairs else []
+
+
+def _training_sections(entries: Sequence[Entry]) -> list[Section]:
+    if not available():
+        return [Section("Training", [Text(f"Without pictures: {MISSING}")])]
+    curves: list[Picture] = training_pictures(entries)
+    return [Section("Training", curves)] if curves else []
+
+
+def _case_sections(
+    entries: Sequence[Entry], contrasts: Sequence[Contrast], config: ReportConfig
+) -> list[Section]:
+    if not config.cases:
+        return []
+    about = Text(
+        "Chosen by the last model's answers: failed, wrong and right by turns, labels as varied as"
+        " possible, so their shares say nothing. Right: exactly the true labels among those that"
+        " the data set evaluates. Reward parts are those that run_grpo.py recorded."
+    )
+    cases = sample_cases(
+        entries, contrasts, config.cases, seed=config.seed, image_root=config.image_root
+    )
+    return [Section("Sample cases", [about, cases])]
+
+
 def headlines(found: Sequence[Transfer]) -> list[str]:
-    """One line a step: what moved where, with 95 % intervals, and how that reads."""
+    """Write one line a step: what moved where, with 95 % intervals, and how that reads."""
     lines = []
     for transfer in found:
         sides = [
@@ -284,21 +292,20 @@ def headlines(found: Sequence[Transfer]) -> list[str]:
 
 
 def _provenance(entries: Sequence[Entry]) -> Table:
-    rows = []
-    for entry in entries:
-        for data_set, path in entry.sets.items():
-            rows.append(
-                [
-                    entry.name,
-                    entry.stage,
-                    entry.base or "-",
-                    entry.prompt or "-",
-                    entry.checkpoint or "-",
-                    data_set,
-                    str(path),
-                    sha256_of(path)[:16],
-                ]
-            )
+    rows = [
+        [
+            entry.name,
+            entry.stage,
+            entry.base or "-",
+            entry.prompt or "-",
+            entry.checkpoint or "-",
+            data_set,
+            str(path),
+            sha256_of(path)[:16],
+        ]
+        for entry in entries
+        for data_set, path in entry.sets.items()
+    ]
     return Table(
         "Predictions that were read, parsed anew",
         ["Model", "Stage", "Base", "Prompt", "Checkpoint", "Data set", "File", "SHA-256, first 16"],
@@ -308,23 +315,8 @@ def _provenance(entries: Sequence[Entry]) -> Table:
 
 
 # ---- command -------------------------------------------------------------------------------------
-def write(document: Document, folder: Path) -> None:
-    """report.html, report.md and the pictures that the latter names."""
-    (folder / "report.html").write_text(to_html(document), encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(document, "pictures"), encoding="utf-8")
-    pictures = [
-        block
-        for section in document.sections
-        for block in section.blocks
-        if isinstance(block, Picture)
-    ]
-    for picture in pictures:
-        (folder / "pictures").mkdir(exist_ok=True)
-        (folder / "pictures" / picture_file(picture)).write_bytes(picture.data)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0 done, 2 usage or data."""
+    """Run the command and return its exit code: 0 done, 2 usage or data."""
     return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
 
 
@@ -339,9 +331,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Tables, figures and sample cases from runs or kept predictions.",
     )
     config: ReportConfig = resolved.configs[0]
-    entries = [
-        load_entry(name, folder) for name, folder in named_folders(config.run, "run").items()
-    ]
+    entries = load_entries(config.run, "run")
     empty = [entry for entry in entries if not entry.sets]
     if empty:
         raise UsageError(
@@ -351,14 +341,13 @@ def _run(argv: Sequence[str]) -> int:
                 for entry in empty
             ]
         )
-    reference = None if config.train_file is None else read_examples(config.train_file)
-    document = build(entries, config, reference)
+    baseline_examples = None if config.train_file is None else read_examples(config.train_file)
+    page = report_page(entries, config, baseline_examples)
     folder = run_directory(config.output_dir, "report")
-    write(document, folder)
-    for section in document.sections[:1]:
-        for block in section.blocks:
-            if isinstance(block, Bullets):
-                print("\n".join(block.items))
+    write_page(page, folder)
+    for block in page.sections[0].blocks:
+        if isinstance(block, Bullets):
+            print("\n".join(block.items))
     print(f"report: {folder / 'report.html'} ({time.perf_counter() - started:.1f} s)")
     return 0
 

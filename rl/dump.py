@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.files import written_whole
 from engine.encode import EncodedPrompt
-from rl.logs import PER_TOKEN
 from rl.objective import ObjectiveConfig
-from rl.rollout import Sample
+from rl.samples import PER_TOKEN, Sample
 from rl.settings import GRPOConfig
 
 
@@ -26,7 +25,7 @@ def step_tensors(
 ) -> dict[str, Tensor]:
     """Copy one micro-batch's tensors to the CPU, free of the graph, which holds the GPU's memory.
 
-    logprobs, entropy, weights, terms: [n,t] each
+    logprobs, entropy, weights, terms: [n,t] each.
     Returns one entry of `computed` in `write_step`.
     """
     tensors = {"loss": loss, "logprobs": logprobs, "entropy": entropy, "weights": weights}
@@ -46,10 +45,10 @@ def write_step(
 ) -> None:
     """Write step-<N>.safetensors: every tensor of one step's loss, enough to compute it again.
 
-    computed: `step_tensors` of each micro-batch
-    micro_batches: for each micro-batch, the index of its completions in `samples`
-    samples: the whole rollout
-    prompts: the rollout's prompts
+    computed: `step_tensors` of each micro-batch.
+    micro_batches: for each micro-batch, the index of its completions in `samples`.
+    samples: the whole rollout.
+    prompts: the rollout's prompts.
 
     The step has N completions in K micro-batches. They are in the order of the micro-batches,
     padded on the right to the longest of them, T. The whole rollout has R completions of P prompts.
@@ -96,7 +95,7 @@ def write_step(
         "rollout/advantage": torch.tensor(
             [sample.advantage for sample in samples], dtype=torch.float64
         ),
-        "rollout/group": torch.tensor([sample.prompt for sample in samples]),
+        "rollout/group": torch.tensor([sample.group for sample in samples]),
         "prompt_ids": pad_sequence(
             [prompt.input_ids for prompt in prompts], batch_first=True, padding_value=-1
         ),
@@ -110,7 +109,7 @@ def write_step(
     notes = {
         "step": step,
         "settings": asdict(config) | asdict(objective),
-        "examples": list({sample.prompt: sample.example.id for sample in samples}.values()),
+        "examples": list({sample.group: sample.example.id for sample in samples}.values()),
         "num_completions": len(rows),
         "num_tokens": int(tensors["mask"].sum()),
     }

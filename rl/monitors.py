@@ -48,7 +48,7 @@ from data.labels import LABELS, Target
 from rl.conditions import Watch
 
 if TYPE_CHECKING:  # at run time it would import torch, and flags are checked without it
-    from rl.rollout import Sample
+    from rl.samples import Sample
 
 WINDOW = 200  # completions, also of the start
 SETTLED = 50  # the same as `min_window` of Eq. 4
@@ -128,7 +128,7 @@ class Monitors:
         """Take in one rollout, once, and return the monitors."""
         start = self.num_seen
         for sample in samples:
-            self.window.append(_facts(sample, f"{start}/{sample.prompt}", self.trained_reward))
+            self.window.append(_facts(sample, f"{start}/{sample.group}", self.trained_reward))
             self.num_seen += 1
             if self.num_seen == WINDOW:
                 self.start = {
@@ -164,6 +164,7 @@ class Monitors:
         groups: dict[str, list[str]] = {}
         for fact in facts:
             groups.setdefault(fact["group"], []).append(fact["text"])
+        label_sets = Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts)
         shifts = {
             name: shift
             for label, name in zip(LABELS, PER_LABEL, strict=True)
@@ -171,14 +172,7 @@ class Monitors:
         }
         return {
             "identical_text": sum(len(images[fact["text"]]) > 1 for fact in facts) / total,
-            "identical_labels": (
-                max(
-                    Counter(
-                        tuple(fact["said"]) if fact["parsed"] else None for fact in facts
-                    ).values()
-                )
-                / total
-            ),
+            "identical_labels": max(label_sets.values()) / total,
             "label_shift": max(map(abs, shifts.values()), default=0.0),
             **shifts,
             **{
@@ -241,18 +235,13 @@ class Monitors:
         A run that a condition had ended may continue where that condition is no longer asked for.
         """
         self.window = deque(state["window"], maxlen=WINDOW)
-        self.num_seen, self.start = (
-            state["num_seen"],
-            {name: tuple(values) for name, values in state["start"].items()},
-        )
+        self.num_seen = state["num_seen"]
+        self.start = {name: tuple(values) for name, values in state["start"].items()}
         self.warnings.load_state_dict(state["warnings"])
         self.stops.load_state_dict(state["stops"])
-        stopped = state["stopped"]
-        self.stopped = (
-            stopped
-            if stopped and any(stopped.startswith(f"{text}: ") for text in self.stops.held)
-            else None
-        )
+        stopped = state["stopped"] or ""
+        asked_for = any(stopped.startswith(f"{text}: ") for text in self.stops.held)
+        self.stopped = stopped if asked_for else None
 
 
 # ---- one completion ------------------------------------------------------------------------------
@@ -301,17 +290,11 @@ def _f1(answer: Answer, target: Target) -> float:
 
     1 where both are empty, 0 for an answer that cannot be read.
     """
-    said, true = (
-        set(answer.labels) & target.evaluated_labels,
-        target.labels & target.evaluated_labels,
-    )
-    return (
-        0.0
-        if not answer.parsed
-        else 2 * len(said & true) / (len(said) + len(true))
-        if said or true
-        else 1.0
-    )
+    if not answer.parsed:
+        return 0.0
+    said = set(answer.labels) & target.evaluated_labels
+    true = target.labels & target.evaluated_labels
+    return 2 * len(said & true) / (len(said) + len(true)) if said or true else 1.0
 
 
 # ---- the window ----------------------------------------------------------------------------------
@@ -329,11 +312,9 @@ def _shift(facts: Sequence[Mapping[str, Any]], label: str) -> float | None:
     None where it never is.
     """
     rows = [fact for fact in facts if label in fact["evaluated"]]
-    return (
-        sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows)
-        if rows
-        else None
-    )
+    if not rows:
+        return None
+    return sum((label in fact["said"]) - (label in fact["true"]) for fact in rows) / len(rows)
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ For one image x, G completions t_1..t_G are sampled from pi_old, the policy at t
         r_ij  = pi(t_ij | x, t_i<j) / pi_old(t_ij | x, t_i<j)    importance ratio of a token
         A_i   = R_i - mean(R of the group)                       advantage of a completion
         KL_ij = pi_ref/pi - log(pi_ref/pi) - 1                   k3 estimate of KL(pi || pi_ref),
-                                                                 pi_ref: the frozen SFT checkpoint
+                                                                 pi_ref: the frozen SFT adapter
 
 The loss is -J. It departs from vanilla GRPO (DeepSeekMath, arXiv 2402.03300) in five places, each
 marked by its number below:
@@ -19,7 +19,7 @@ marked by its number below:
     (3) 1/|t_i| is replaced by the constant 1/max_completion_length (`loss_type`, from Dr. GRPO).
         The paper prints Eq. 2 with 1/|t_i| and says Dr. GRPO in the text. The default follows the
         text. "grpo" is Eq. 2 to the letter, and "dapo" weighs all tokens alike.
-    (4) The k3 KL to the SFT checkpoint stays in the loss, with beta 0.15 (Dr. GRPO drops it).
+    (4) The k3 KL to the SFT adapter stays in the loss, with beta 0.15 (Dr. GRPO drops it).
     (5) Log-probabilities of pi, pi_old and pi_ref are at the sampling temperature, without the
         top-p truncation. The caller computes them.
 
@@ -43,16 +43,16 @@ from torch import Tensor
 # Rewards of a group that differ by no more than this are floating-point residue, not a preference.
 ZERO_VARIANCE = 1e-6
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
-# Terms that `objective_metrics` covers, or whose mean is not worth a curve. Any other term, which a
-# fork adds, is logged by itself.
-LOGGED_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
+# Terms of this file, which `objective_metrics` covers or whose mean is not worth a curve. Any other
+# term, which a fork adds, is logged by itself.
+KNOWN_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Hold the hyperparameters of Eq. 2.
 
-    Each field is a flag of run_grpo.py. A field that is added here becomes a flag by itself.
+    Each field is a flag of run_grpo.py. A new field becomes one by itself (rl/README.md says how).
 
     Raises ValueError naming every field that is out of range.
     """
@@ -75,7 +75,7 @@ class ObjectiveConfig:
     beta: float = field(
         default=0.15,
         metadata={
-            "help": "weight of the KL term against the frozen SFT reference",
+            "help": "weight of the KL term against the reference, the frozen SFT adapter",
             "unit": "reward per nat",
             "source": "paper 3.2.2",
         },
@@ -160,16 +160,16 @@ def group_advantages(
 ) -> Tensor:
     """Compute A_i: how much better a completion is than the others of its group.
 
-    rewards [N] float
+    rewards [N] float: of all completions of the rollout
     group_ids [N] int: the same number for completions of one prompt, in any order
     scale_rewards: what divides the centred reward, see ObjectiveConfig
-    kl [N]: sum over a completion's tokens of log pi_old - log pi_ref, 0 at beta 0
+    kl [N]: log pi_old - log pi_ref, summed over each completion's tokens. 0 at beta 0.
     Returns [N] of the rewards' dtype.
 
     A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most
-    1e-6 gets exactly 0 in every mode, and its KL term still acts. The training loop always passes
-    `kl` and `config`, which are not used here. They are there for forks (KL in the reward, or
-    another baseline).
+    1e-6 gets exactly 0 in every mode. The KL term of its loss still acts. The training loop always
+    passes `kl` and `config`, which are not used here. They are there for forks (KL in the reward,
+    or another baseline).
     """
     advantages = torch.zeros_like(rewards)  # [N]
     rated = ~torch.isnan(rewards)  # [N]
@@ -199,8 +199,8 @@ def _std(values: Tensor) -> Tensor:
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """Estimate KL_ij for each token [N,T] by Schulman's estimators, from tokens sampled from pi.
 
-    k1 is unbiased in value, but its gradient is zero in expectation. k2 has the reverse KL's
-    gradient. k3 is unbiased, never negative, and what GRPO uses.
+    k1 is unbiased in value, but its expected gradient is zero. k2 is biased in value, but its
+    expected gradient is that of KL(pi || pi_ref). k3, as in GRPO, is unbiased and never negative.
     """
     log_ref_ratio = ref_logprobs - logprobs  # [N,T] log(pi_ref / pi)
     if estimator == "k1":
@@ -266,13 +266,13 @@ def grpo_loss(
     Returns (loss, terms): loss is a scalar, terms has the [N,T] tensors log_ratio, ratio,
     clipped_ratio, surrogate, kl, per_token_loss.
 
-    The training loop always passes `sampling_logprobs` and `entropy`. They are not used here but
-    there for forks (truncated importance sampling, entropy bonus).
+    The training loop always passes `sampling_logprobs` and `entropy`, which are not used here. They
+    are there for forks (truncated importance sampling, entropy bonus).
     """
     if ref_logprobs is None and config.beta > 0:
         raise ValueError(
             f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the"
-            " frozen SFT checkpoint"
+            " frozen SFT adapter"
         )
     for name, tensor in {
         "old_logprobs": old_logprobs,
@@ -334,8 +334,8 @@ def objective_metrics(
     Token means are weighted by tokens, so micro-batches combine to the step's mean. A token counts
     as clipped only where the clip takes its gradient away: below the lower bound with a negative
     advantage, above the upper one with a positive advantage. low_min and high_max are over
-    completions. A new term that a fork adds to `terms` is logged as its token mean without a line
-    here.
+    completions. kl is the loss's own estimate, before beta. A term [N,T] that a fork adds is logged
+    as its token mean, without a line here.
     """
     num_tokens = int(mask.sum())
     if num_tokens == 0:
@@ -364,5 +364,5 @@ def objective_metrics(
         "clip_ratio/region_mean": token_mean(clipped_low | clipped_high),
     }
     return metrics | {
-        name: token_mean(values) for name, values in terms.items() if name not in LOGGED_TERMS
+        name: token_mean(values) for name, values in terms.items() if name not in KNOWN_TERMS
     }

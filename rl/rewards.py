@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from data.answers import Answer
@@ -31,6 +31,11 @@ class Reward:
     parts: dict[str, float]
 
 
+def rewards_record(rewards: Mapping[str, Reward]) -> dict[str, dict[str, float]]:
+    """Write rewards as rows of files have them: {name: {"total", its parts}}."""
+    return {name: {"total": reward.total} | reward.parts for name, reward in rewards.items()}
+
+
 class RewardFunction:
     """Say what the loop asks of a reward. One without memory inherits the last three methods."""
 
@@ -39,8 +44,8 @@ class RewardFunction:
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         """Reward one answer.
 
-        target: the image's labels
-        completion_length: in tokens, with the stop token
+        target: the image's labels.
+        completion_length: in tokens, with the stop token.
         """
         raise NotImplementedError
 

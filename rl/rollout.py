@@ -1,250 +1,228 @@
-"""One rollout: G completions of each prompt with rewards, advantages, old and reference
-log-probabilities, and its micro-batches.
+"""Hold what each optimizer step learns from: the stream of prompts and the rollout at hand.
 
-A rollout is a list of `Sample`s on the CPU, one a completion, padded only when a micro-batch is
-made of them. The micro-batches follow from its lengths alone: the old, reference and policy passes
-run on the same rows laid out in the same way, so before the first update the ratio is exactly 1 and
-the KL exactly 0.
+The micro-batches follow from the rollout's lengths alone. The old, reference and policy passes run
+the same rows laid out in the same way, so before the first update the ratio is exactly 1 and the
+KL exactly 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.answers import Answer, parse_answer
 from data.examples import Example
-from engine.collate import Batch, collate_rows, plan_batches
-from engine.encode import EncodedPrompt, EncodedRow
-from engine.forward import completion_logprobs
-from engine.generate import Completion
-from engine.model import REFERENCE, LoadedModel, use_adapter
-from rl.objective import ObjectiveConfig, group_advantages
-from rl.rewards import Reward, RewardFunction
+from engine.collate import plan_batches
+from engine.encode import EncodedPrompt
+from engine.generate import Completion, SamplingConfig, generate
+from engine.order import shuffled
+from engine.policy import Policy
+from rl.plan import BatchPlan
+from rl.rewards import RewardFunction
+from rl.samples import MicroBatch, Sample, build_samples, collate_samples
+from rl.settings import GRPOConfig
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One completion with all that the objective needs of it.
+class StepTotals(TypedDict):
+    """Hold what `token_weights` asks of a whole optimizer step, by its argument names."""
 
-    prompt: index of its prompt in the rollout, which is its group. ids [C] int64; mask [C] bool,
-    all false where a truncated completion is left out of the loss; sampling_logprobs, top_p_mass,
-    old_logprobs, ref_logprobs [C] fp32. rewards: every reward by name. reward: what is trained on,
-    scaled. advantage: A_i.
+    num_completions: int
+    num_tokens: int
+    max_completion_length: int
+
+
+class Rollouts:
+    """Hold the rollout at hand, and make the next one, its passes and its micro-batches.
+
+    It computes no gradient and logs nothing. What changes its samples is called from the loop, in
+    this order: `take`, `reward`, `score`, `set_advantages`, `keep_old`.
+
+    plan: how many prompts, completions and steps belong together.
+    generator: the CPU generator of all completions.
+    examples, prompts: those of the rollout at hand, the prompts encoded.
+    samples: its completions, those of one prompt together. [] before the first rollout.
     """
 
-    prompt: int
-    example: Example
-    text: str
-    answer: Answer
-    ids: Tensor
-    mask: Tensor
-    truncated: bool
-    sampling_logprobs: Tensor
-    top_p_mass: Tensor
-    rewards: dict[str, Reward]
-    reward: float
-    advantage: float = 0.0
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
+    def __init__(
+        self,
+        data: Sequence[Example],
+        reward_functions: dict[str, RewardFunction],
+        config: GRPOConfig,
+    ):
+        """Begin the stream. data: the training examples, each a prompt."""
+        self.data, self.reward_functions, self.config = data, reward_functions, config
+        self.plan = BatchPlan.of(config)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.examples: list[Example] = []
+        self.prompts: list[EncodedPrompt] = []
+        self.samples: list[Sample] = []
 
+    # ---- the stream of prompts -------------------------------------------------------------------
+    def update_of(self, step: int) -> int:
+        """Say which update of its rollout an optimizer step is, from 0. 0 begins a new rollout."""
+        return step % self.plan.updates
 
-def build_samples(
-    examples: Sequence[Example],
-    completions: Sequence[Sequence[Completion]],
-    decode: Callable[[Tensor], str],
-    reward_functions: dict[str, RewardFunction],
-    trained_reward: str,
-    *,
-    answer_format: str,
-    mask_truncated_completions: bool,
-) -> list[Sample]:
-    """Parse and reward every completion; samples of one prompt lie together, in the prompts' order.
+    def epoch_after(self, steps: int) -> float:
+        """Say how often the prompts have been gone through after so many optimizer steps."""
+        rollout_index, update = divmod(steps - 1, self.plan.updates)
+        done = rollout_index + (update + 1) / self.plan.updates
+        return done * self.plan.prompts / len(self.data)
 
-    All rewards are computed from the windows as they stood before this rollout; `observe` is the
-    caller's to call, once, afterwards.
-    """
-    samples = []
-    for index, (example, group) in enumerate(zip(examples, completions, strict=True)):
-        for completion in group:
-            text = decode(completion.ids)
-            answer = parse_answer(text, answer_format)
-            rewards = {
-                name: function(answer, example.target, len(completion.ids))
-                for name, function in reward_functions.items()
-            }
-            mask = torch.full(
-                (len(completion.ids),), not (completion.truncated and mask_truncated_completions)
-            )
-            samples.append(
-                Sample(
-                    prompt=index,
-                    example=example,
-                    text=text,
-                    answer=answer,
-                    ids=completion.ids,
-                    mask=mask,
-                    truncated=completion.truncated,
-                    sampling_logprobs=completion.logprobs,
-                    top_p_mass=completion.top_p_mass,
-                    rewards=rewards,
-                    reward=reward_functions[trained_reward].scaled(rewards[trained_reward]),
-                )
-            )
-    return samples
+    def take(self, step: int, policy: Policy) -> None:
+        """Take the prompts of the rollout that `step` belongs to: a stream of shuffled epochs.
 
+        Does nothing where they are at hand already. Raises DataError for an unreadable image.
+        """
+        if self.prompts and self.update_of(step) > 0:
+            return
+        count, size = self.plan.prompts, len(self.data)
+        first = step // self.plan.updates * count
+        places = [divmod(position, size) for position in range(first, first + count)]
+        orders = {epoch: shuffled(size, epoch, self.config.seed) for epoch, _ in places}
+        self.examples = [self.data[orders[epoch][index]] for epoch, index in places]
+        self.prompts = [policy.encode(example) for example in self.examples]
 
-def with_advantages(samples: Sequence[Sample], objective: ObjectiveConfig) -> list[Sample]:
-    """The scored samples with A_i, centred within each prompt's group. fp64, so that equal rewards
-    stay equal.
+    # ---- the rollout, in the order of the loop ---------------------------------------------------
+    def sample(self, policy: Policy, should_stop: Callable[[], bool]) -> list[list[Completion]]:
+        """Sample G completions of each prompt at hand.
 
-    A completion's KL is of the log-probabilities that the sampler recorded: the old ones of the
-    first step are not known yet.
-    """
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
-    groups = torch.tensor([sample.prompt for sample in samples])
-    kl = torch.stack(
-        [
-            (sample.sampling_logprobs - sample.ref_logprobs)[sample.mask].double().sum()
-            for sample in samples
-        ]
-    )
-    advantages = group_advantages(rewards, groups, objective.scale_rewards, kl=kl, config=objective)
-    return [
-        replace(sample, advantage=float(advantage))
-        for sample, advantage in zip(samples, advantages)
-    ]
+        Raises StopRequested once should_stop says so.
+        """
+        config = self.config
+        return generate(
+            policy,
+            self.prompts,
+            SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
+            num_generations=config.num_generations,
+            generator=self.generator,
+            should_stop=should_stop,
+        )
 
+    def reward(self, completions: Sequence[Sequence[Completion]], policy: Policy) -> None:
+        """Parse and reward the completions. All rewards are computed, one is trained on.
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """N samples padded to T completion tokens, as `grpo_loss` takes them: advantages [N], the
-    log-probabilities [N,T], all fp32.
-    """
+        What the rewards remember of earlier completions changes after all are computed.
+        """
+        self.samples = build_samples(
+            self.examples,
+            completions,
+            policy.encoder.decode,
+            self.reward_functions,
+            self.config.reward,
+            answer_format=self.config.answer_format,
+            mask_truncated_completions=self.config.mask_truncated_completions,
+        )
+        for function in self.reward_functions.values():
+            function.observe(sample.answer for sample in self.samples)
 
-    batch: Batch
-    advantages: Tensor
-    sampling_logprobs: Tensor
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
+    @torch.no_grad()
+    def score(self, policy: Policy, *, with_reference: bool) -> None:
+        """Compute log pi_ref of every sample, and log pi_old beyond the first update.
+
+        Once a rollout, in eval() mode, on the micro-batches of the updates to come. The first
+        update finds its own old log-probabilities: nothing has changed when it runs (`keep_old`).
+        Without the reference (beta 0) the sampler's log-probabilities stand for log pi_ref, so that
+        `kl` is 0.
+        """
+        with policy.evaluating():
+            for update, micro_batches in enumerate(self._passes()):
+                for rows in micro_batches:
+                    batch = self.micro_batch(rows, policy).batch
+                    if update > 0:
+                        self.keep_old([rows], [policy.logprobs(batch)])
+                    if with_reference:
+                        with policy.reference():
+                            reference = policy.logprobs(batch).cpu()  # [N,T]
+                    for place, row in enumerate(rows):
+                        sample = self.samples[row]
+                        sample.ref_logprobs = (
+                            reference[place, : len(sample.ids)]
+                            if with_reference
+                            else sample.sampling_logprobs
+                        )
+
+    def set_advantages(self, advantages: Tensor) -> None:
+        """Give every sample its A_i. advantages [R]: in the samples' order."""
+        for sample, advantage in zip(self.samples, advantages.tolist(), strict=True):
+            sample.advantage = advantage
+
+    def keep_old(self, micro_batches: Sequence[Sequence[int]], logprobs: Sequence[Tensor]) -> None:
+        """Keep the log-probabilities of micro-batches, [N,T] each, as their samples' old ones.
+
+        To copy them from the GPU is to wait for it, so the loop calls this once a step.
+        """
+        for rows, of_rows in zip(micro_batches, logprobs, strict=True):
+            for row, values in zip(rows, of_rows.detach().cpu(), strict=True):
+                self.samples[row].old_logprobs = values[: len(self.samples[row].ids)]
+
+    # ---- what the advantages are made of ---------------------------------------------------------
+    @property
+    def groups(self) -> Tensor:
+        """Return the index of each sample's prompt [R] int64."""
+        return torch.tensor([sample.group for sample in self.samples])
 
     @property
-    def mask(self) -> Tensor:
-        return self.batch.completion_mask
+    def rewards(self) -> Tensor:
+        """Return R_i [R] fp64, so that equal rewards stay equal."""
+        return torch.tensor([sample.reward for sample in self.samples], dtype=torch.float64)
 
+    @property
+    def kl(self) -> Tensor:
+        """Return log pi_old - log pi_ref summed over each completion [R] fp64, for a fork's reward.
 
-def collate_samples(
-    samples: Sequence[Sample],
-    prompts: Sequence[EncodedPrompt],
-    pad_token_id: int,
-    device: torch.device,
-) -> MicroBatch:
-    """Pad samples into one micro-batch on `device`; passes that have not been made yet are zeros."""
-    batch = collate_rows(encoded_rows(samples, prompts), pad_token_id).to(device)
-    width = batch.completion_mask.shape[1]
+        The sampler's log-probabilities stand for log pi_old: the first update's are not known yet.
+        """
+        return torch.stack(
+            [
+                (sample.sampling_logprobs - sample.ref_logprobs)[sample.mask].double().sum()
+                for sample in self.samples
+            ]
+        )
 
-    def padded(name: str) -> Tensor:
-        rows = torch.zeros(len(samples), width)
-        for row, sample in zip(rows, samples):
-            values = getattr(sample, name)
-            if values is not None:
-                row[: len(values)] = values
-        return rows.to(device, non_blocking=True)  # [N,T]
+    # ---- micro-batches ---------------------------------------------------------------------------
+    def _passes(self) -> list[list[list[int]]]:
+        """List the micro-batches of every optimizer step of one pass over the rollout.
 
-    advantages = torch.tensor([sample.advantage for sample in samples]).to(
-        device, non_blocking=True
-    )
-    return MicroBatch(
-        batch,
-        advantages,
-        padded("sampling_logprobs"),
-        padded("old_logprobs"),
-        padded("ref_logprobs"),
-    )
-
-
-def score_samples(
-    wrapped: nn.Module,
-    model: LoadedModel,
-    samples: Sequence[Sample],
-    prompts: Sequence[EncodedPrompt],
-    steps: Sequence[Sequence[Sequence[int]]],
-    *,
-    temperature: float,
-    with_reference: bool,
-) -> list[Sample]:
-    """The samples with log-probabilities of the frozen reference and old ones: of the policy as it
-    is now.
-
-    Without gradient, in eval() mode, micro-batch by micro-batch as planned (`plan_micro_batches`);
-    computed once a rollout, whatever the number of updates. The samples of the first optimizer step
-    get no old ones here: nothing has changed when that step runs them, so its own are the old ones
-    (`with_old`).
-    """
-    device = next(wrapped.parameters()).device
-    settings = {"temperature": temperature, "suppress_token_ids": model.suppressed_ids}
-    scored = list(samples)
-    was_training = wrapped.training
-    wrapped.eval()
-    for step, indices in (
-        (step, indices) for step, micro_batches in enumerate(steps) for indices in micro_batches
-    ):
-        batch = collate_samples(
-            [samples[i] for i in indices], prompts, model.encoder.pad_token_id, device
-        ).batch
-        if step > 0:
-            with torch.no_grad():
-                old, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
-            scored = with_old(scored, indices, old)
-        if with_reference:
-            with use_adapter(wrapped, REFERENCE):
-                ref, _ = completion_logprobs(wrapped, model.family, batch, **settings)  # [N,T]
-            ref = ref.cpu()
-        for row, i in enumerate(indices):
-            # at beta 0 not read
-            of_reference = (
-                ref[row, : len(samples[i].ids)] if with_reference else samples[i].sampling_logprobs
-            )
-            scored[i] = replace(scored[i], ref_logprobs=of_reference)
-    wrapped.train(was_training)
-    return scored
-
-
-def with_old(samples: Sequence[Sample], indices: Sequence[int], logprobs: Tensor) -> list[Sample]:
-    """The samples, of which those of a micro-batch have its log-probabilities [N,T] as old ones."""
-    found = list(samples)
-    for row, i in zip(logprobs.detach().cpu(), indices, strict=True):
-        found[i] = replace(samples[i], old_logprobs=row[: len(samples[i].ids)])
-    return found
-
-
-def plan_micro_batches(
-    samples: Sequence[Sample],
-    prompts: Sequence[EncodedPrompt],
-    *,
-    size: int,
-    accumulation: int,
-    max_tokens: int | None,
-) -> list[list[list[int]]]:
-    """For every optimizer step of one pass over the rollout, its micro-batches: each the indices of
-    its samples, in order.
-
-    A step has `accumulation` micro-batches of `size` samples, which are cut where they cost more
-    than `max_tokens` tokens in a forward (see plan_batches); where a cut parts a group, its prompt
-    is in both.
-    """
-    rows, per_step = encoded_rows(samples, prompts), size * accumulation
-    return [
-        [
-            [start + i for i in indices]
-            for indices in plan_batches(rows[start : start + per_step], size, max_tokens)
+        A micro-batch that costs more than max_tokens_per_forward is cut. Where a cut parts a group,
+        its prompt is in both halves.
+        """
+        rows = [sample.row(self.prompts) for sample in self.samples]
+        size, per_step = self.plan.micro_batch, self.plan.micro_batch * self.plan.accumulation
+        return [
+            [
+                [start + i for i in indices]
+                for indices in plan_batches(
+                    rows[start : start + per_step], size, self.config.max_tokens_per_forward
+                )
+            ]
+            for start in range(0, len(rows), per_step)
         ]
-        for start in range(0, len(rows), per_step)
-    ]
 
+    def micro_batches(self, update: int) -> list[list[int]]:
+        """List the rows of each micro-batch of an update.
 
-def encoded_rows(samples: Sequence[Sample], prompts: Sequence[EncodedPrompt]) -> list[EncodedRow]:
-    return [EncodedRow(prompts[sample.prompt], sample.ids, sample.mask) for sample in samples]
+        The same micro-batches serve every pass over the rollout, so that the ratio is exactly 1 at
+        first.
+        """
+        passes = self._passes()
+        return passes[update % len(passes)]
+
+    def totals(self, micro_batches: Sequence[Sequence[int]]) -> StepTotals:
+        """Count the completions and tokens of a WHOLE optimizer step, as its weights need them."""
+        rows = [row for micro_batch in micro_batches for row in micro_batch]
+        return {
+            "num_completions": len(rows),
+            "num_tokens": sum(int(self.samples[row].mask.sum()) for row in rows),
+            "max_completion_length": self.config.max_completion_length,
+        }
+
+    def micro_batch(self, rows: Sequence[int], policy: Policy) -> MicroBatch:
+        """Pad the samples of these rows into one micro-batch on the policy's device."""
+        samples = [self.samples[row] for row in rows]
+        return collate_samples(samples, self.prompts, policy.encoder.pad_token_id, policy.device)
+
+    def unfinished(self, step: int) -> list[Sample]:
+        """Return the samples that steps after `step` still learn from, for a checkpoint."""
+        return self.samples if self.update_of(step) else []

@@ -1,29 +1,48 @@
-"""The settings of run_grpo.py beside those of the objective: their checks, what follows from them,
-what the SFT run fills in.
+"""Declare and check the settings of run_grpo.py, and make of them what needs no model.
+
+The SFT run decides what is not given. The rewards are built here, and warnings about values that
+defeat their purpose are written here. The objective's settings are declared in rl/objective.py.
+Nothing here loads torch before a command line is accepted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from data.examples import Example
 from engine.config import Resolved, UsageError, setting
-from engine.run import saved_settings
 from engine.runtime import newest_finished_run
-from engine.settings import OURS, PAPER_GRPO, TrainingConfig, from_adapter, training_problems
+from engine.settings import (
+    INHERITED,
+    OURS,
+    PAPER_GRPO,
+    TEMPERATURE,
+    TOP_P,
+    TrainingConfig,
+    finished,
+    inherit,
+    parse_training,
+    training_problems,
+    validation_files,
+)
 from rl.conditions import parse_combination, parse_condition
+from rl.flags import objective_config
 from rl.monitors import NAMES, WARN_WHEN
-from rl.objective import ObjectiveConfig
+from rl.plan import BatchPlan
 from rl.rewards import HardReward, NuancedReward, RewardFunction
-from rl.rollout import Sample
+
+if TYPE_CHECKING:
+    from rl.objective import ObjectiveConfig
+    from rl.samples import Sample
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
-# What an evaluation measures on each validation set; two sets or more also have a gap
-# (rl/logs.py).
+# What an evaluation measures on each validation set. Two sets or more also have a gap
+# (rl/evaluation.py).
 SET_METRICS = (
     "macro_f1",
     "micro_f1",
@@ -38,12 +57,10 @@ SET_METRICS = (
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
-    """Settings of GRPO beside those of the objective (rl.objective.ObjectiveConfig), which are
-    flags as well.
-    """
+    """Hold the settings of GRPO beside those of the objective, which are flags as well."""
 
-    adapter_name_or_path: str | None = setting(
-        None,
+    adapter_name_or_path: str = setting(
+        "",
         "the SFT adapter to start from, which also is the frozen reference",
         unset=(
             "the newest finished SFT run under runs/, of the recipe's base model where there is a"
@@ -86,13 +103,13 @@ class GRPOConfig(TrainingConfig):
         4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout"
     )
     temperature: float = setting(
-        0.8,
+        TEMPERATURE,
         "sampling temperature, also of every log-probability",
         source=PAPER_GRPO,
         group="rollout",
     )
     top_p: float = setting(
-        0.95, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout"
+        TOP_P, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout"
     )
     steps_per_generation: int | None = setting(
         None,
@@ -177,9 +194,10 @@ class GRPOConfig(TrainingConfig):
     )
 
 
-def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
+def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
+    """Name what is wrong with the values of one command line of run_grpo.py, one line each."""
     found = training_problems(config)
-    if config.train_file is None:
+    if not config.train_file:
         found.append(
             "--train_file is missing: give the JSONL file with the prompts' images and labels"
         )
@@ -202,14 +220,15 @@ def problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     ):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
-    return found + judging_problems(config) or batch_problems(config)
+    return found + judging_problems(config) or BatchPlan.of(config).problems()
 
 
 def judging_problems(config: GRPOConfig) -> list[str]:
-    """What is wrong with the metrics and conditions that the run is judged by. Names of training
-    metrics can only be checked once they are logged (`check_watched`).
+    """Name what is wrong with the metrics and conditions that the run is judged by, one line each.
+
+    Names of training metrics can only be checked once they are logged (`check_watched`).
     """
-    sets = [entry.partition("=")[0] for entry in config.validation_file]
+    sets = list(validation_files(config))
     combinations = (
         [("metric_for_best_model", config.metric_for_best_model)]
         if config.metric_for_best_model
@@ -252,8 +271,11 @@ def judging_problems(config: GRPOConfig) -> list[str]:
 
 
 def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
-    """Raises UsageError for a condition on a metric that a first step has not logged."""
-    sets = [entry.partition("=")[0] for entry in config.validation_file]
+    """Raise UsageError for a condition on a metric that a first step has not logged.
+
+    logged: the names of what it has logged.
+    """
+    sets = validation_files(config)
     known = {
         *logged,
         *NAMES,
@@ -272,92 +294,10 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
         raise UsageError(missing)
 
 
-def batch_problems(config: GRPOConfig) -> list[str]:
-    """Batches that do not divide, with the nearest that do."""
-    micro, accumulation, group = (
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.num_generations,
-    )
-    per_rollout = micro_batches_per_rollout(config)
-    found = []
-    if per_rollout % accumulation:
-        lower = per_rollout // accumulation * accumulation
-        found.append(
-            f"--steps_per_generation {per_rollout} does not divide into optimizer steps of"
-            f" --gradient_accumulation_steps {accumulation}; the nearest that do:"
-            f" {', '.join(str(n) for n in (lower, lower + accumulation) if n > 0)}"
-        )
-    if micro * per_rollout % group:
-        fitting = [n for n in range(1, micro + group + 1) if n * per_rollout % group == 0]
-        nearest = sorted(
-            {
-                max((n for n in fitting if n < micro), default=fitting[0]),
-                min(n for n in fitting if n > micro),
-            }
-        )
-        found.append(
-            f"a rollout of --per_device_train_batch_size {micro} x {per_rollout} micro-batches ="
-            f" {micro * per_rollout} completions does not divide into groups of --num_generations"
-            f" {group}; the nearest --per_device_train_batch_size that do:"
-            f" {', '.join(map(str, nearest))}"
-        )
-    return found
-
-
-def micro_batches_per_rollout(config: GRPOConfig) -> int:
-    return config.steps_per_generation or 2 * config.gradient_accumulation_steps
-
-
-def updates_per_rollout(config: GRPOConfig) -> int:
-    return (
-        micro_batches_per_rollout(config)
-        // config.gradient_accumulation_steps
-        * config.num_iterations
-    )
-
-
-def prompts_per_rollout(config: GRPOConfig) -> int:
-    return (
-        config.per_device_train_batch_size
-        * micro_batches_per_rollout(config)
-        // config.num_generations
-    )
-
-
-def total_steps(config: GRPOConfig, num_examples: int) -> int:
-    rollouts = max(1, round(config.num_train_epochs * num_examples / prompts_per_rollout(config)))
-    return config.max_steps or rollouts * updates_per_rollout(config)
-
-
-def batch_arithmetic(config: GRPOConfig, num_examples: int) -> list[str]:
-    """Lines of the start banner: how prompts, completions and optimizer steps relate."""
-    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    prompts, updates = prompts_per_rollout(config), updates_per_rollout(config)
-    completions = prompts * config.num_generations
-    steps = total_steps(config, num_examples)
-    rollouts = -(-steps // updates)
-    return [
-        (
-            f"rollout     {prompts} prompts x {config.num_generations} completions = {completions}"
-            f" completions, {updates} optimizer steps each"
-        ),
-        (
-            f"batch       {micro} completions x {accumulation} accumulated = {micro * accumulation}"
-            " an optimizer step"
-        ),
-        (
-            f"run         {steps} optimizer steps = {rollouts} rollouts = {rollouts * prompts}"
-            f" prompts ({rollouts * prompts / num_examples:.2f} epochs) = {rollouts * completions}"
-            f" completions; trained on the {config.reward} reward"
-        ),
-    ]
-
-
 def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
-    """Settings that are allowed but cannot do what they promise."""
+    """Name settings that are allowed but cannot do what they promise, one line each."""
     found = objective.warnings()
-    if updates_per_rollout(config) == 1:
+    if BatchPlan.of(config).updates == 1:
         found.append(
             "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise"
             " --steps_per_generation or --num_iterations"
@@ -366,11 +306,13 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
 
 
 def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
-    """Raises UsageError where the step to dump is not among those that this run will make, `done`
-    being made already. What a resumed run inherits may be done.
+    """Raise UsageError where the step to dump is not among those that this run will make.
+
+    num_examples: prompts of the training data.
+    done: optimizer steps that are made already. A step that a resumed run inherits may be done.
     """
     config: GRPOConfig = resolved.configs[0]
-    step, steps = config.dump_step, total_steps(config, num_examples)
+    step, steps = config.dump_step, BatchPlan.of(config).total_steps(num_examples)
     if step is not None and step > steps:
         raise UsageError(
             f"--dump_step {step}: the run ends with step {steps}; name one of its steps"
@@ -383,8 +325,9 @@ def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
 
 
 def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
-    """Eq. 3 to the letter punishes short answers; where most are short, an invalid answer (0) is
-    worth more than a wrong one.
+    """Warn where most answers are so short that Eq. 3 rates an invalid one above a wrong one.
+
+    samples: the first rollout.
     """
     short = sum(len(sample.ids) < config.min_length for sample in samples)
     if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
@@ -396,51 +339,8 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
     )
 
 
-def from_sft_run(resolved: Resolved) -> Resolved:
-    """Fill in what was not given: the newest finished SFT run, and what follows from it
-    (`from_adapter`).
-    """
-    config: GRPOConfig = resolved.configs[0]
-    if config.adapter_name_or_path is None:
-        base = (
-            config.model_name_or_path
-            if resolved.origins["model_name_or_path"].startswith("recipe")
-            else None
-        )
-        of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
-        newest = newest_finished_run(Path("runs"), "sft", base)
-        if newest is None:
-            raise UsageError(
-                f"no finished SFT run{of_base} named runs/<time>-sft; run `python"
-                f" run_sft.py{recipe}` first, or give --adapter_name_or_path"
-            )
-        resolved = resolved.with_value(
-            "adapter_name_or_path", str(newest), f"newest SFT run{of_base}"
-        )
-    return from_adapter(_with_its_prompt(resolved))
-
-
-def _with_its_prompt(resolved: Resolved) -> Resolved:
-    """Prompt and answer format of the SFT run, which a recipe does not change. Raises UsageError
-    for a flag that would: the policy and its reference know only the one that they were trained on.
-    """
-    config: GRPOConfig = resolved.configs[0]
-    saved = saved_settings(Path(config.adapter_name_or_path))
-    for name in ("prompt", "answer_format"):
-        learned, given = saved.get(name), getattr(config, name)
-        if learned is None or given in (None, learned):
-            continue
-        if resolved.origins[name] == "flag":
-            raise UsageError(
-                f"--{name} {given}: the SFT run {config.adapter_name_or_path} was trained with"
-                f" {learned}; leave the flag out, or give the adapter of another SFT run"
-            )
-        resolved = resolved.with_value(name, learned, "adapter's run")
-    return resolved
-
-
 def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
-    """Both rewards; the label frequencies of Eq. 4 are those of the training data."""
+    """Make both rewards, with the label frequencies of the training data for Eq. 4."""
     evaluated = Counter(label for example in examples for label in example.evaluated_labels)
     positive = Counter(label for example in examples for label in example.target.labels)
     frequency = {label: positive[label] / evaluated[label] for label in evaluated}
@@ -451,3 +351,47 @@ def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, Rewa
     if config.reward_scale is not None:
         rewards[config.reward].scale = config.reward_scale
     return rewards
+
+
+# ---- command line --------------------------------------------------------------------------------
+def resolve_grpo(argv: Sequence[str]) -> Resolved:
+    """Read a command line of run_grpo.py into finished settings with their origins.
+
+    Its configs are a GRPOConfig and an ObjectiveConfig. Prompt and answer format are those of the
+    SFT run: the policy and its reference know only what they were trained on. Raises ConfigError,
+    UsageError or DataError for everything that the user can correct now.
+    """
+    resolved = parse_training(
+        [GRPOConfig, objective_config()],
+        argv,
+        script="grpo",
+        description=(
+            "GRPO against a verifiable reward: Eq. 2 of ChexReason (arXiv 2512.23090), from an SFT"
+            " adapter."
+        ),
+        validate=grpo_problems,
+    )
+    if resolved.configs[0].resume_from_checkpoint is None:
+        resolved = inherit(_from_sft_run(resolved), INHERITED, binding=("prompt", "answer_format"))
+    config, objective = finished(resolved, grpo_problems(*resolved.configs), "grpo").configs
+    from rl.objective import ObjectiveConfig  # the command line is accepted, so torch may be loaded
+
+    objective = ObjectiveConfig(**dataclasses.asdict(objective))
+    return dataclasses.replace(resolved, configs=(config, objective))
+
+
+def _from_sft_run(resolved: Resolved) -> Resolved:
+    """Fill in the newest finished SFT run, of the recipe's base model where there is a recipe."""
+    config: GRPOConfig = resolved.configs[0]
+    if config.adapter_name_or_path:
+        return resolved
+    from_recipe = resolved.origins["model_name_or_path"].startswith("recipe")
+    base = config.model_name_or_path if from_recipe else None
+    of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
+    newest = newest_finished_run(Path("runs"), "sft", base)
+    if newest is None:
+        raise UsageError(
+            f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}`"
+            " first, or give --adapter_name_or_path"
+        )
+    return resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")

@@ -10,23 +10,23 @@ import pytest
 # An assert of a helper shows its values as one of a test does. Before anything imports them.
 pytest.register_assert_rewrite("tests.helpers")
 
-from tests.helpers.cases import open_case  # noqa: E402
+from tests.helpers.cases import open_case  # noqa: E402  after the line above
 
 
 @pytest.fixture
 def case():
-    """`with case("P05_full_loss") as p05:` for a whole case, `with case("P16_sft_mask_loss",
-    "labels") as p16:` for a part.
+    """Open worked cases: `with case("P05_full_loss") as p05:` a whole one, `with
+    case("P16_sft_mask_loss", "labels") as p16:` a part.
 
-    The id and the keys are literals: `test_objective.py` reads them from the source, to find cases
-    that no test opens.
+    The id and the keys are literals: tests/rl/test_objective.py reads them from the source, to find
+    cases that no test opens.
     """
     return open_case
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """A data file of 12 rows with answers, beside its images."""
+    """Write a data file of 12 rows with answers, beside its images."""
     from tests.helpers.runs import write_data
 
     return write_data(tmp_path_factory.mktemp("data"))
@@ -34,9 +34,11 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
-    """`tiny_sft_run("gemma3")` -> folder of a finished SFT run: 2 epochs of 2 steps of 6 rows, a
-    checkpoint at every step.
+    """Train each family once: `tiny_sft_run("gemma3")` is the folder of a finished SFT run.
+
+    It has 2 epochs of 2 steps of 6 rows, and a checkpoint at every step.
     """
+    # here: most tests need no run
     from engine.encode import Encoder
     from tests.helpers.runs import DECODE, sft
 
@@ -76,8 +78,9 @@ def tiny_sft_run(tmp_path_factory, tiny_checkpoint, tiny_data):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """`tiny_checkpoint("gemma3")`: folder of a random checkpoint of that family (see tiny.py), made
-    once; not to be changed.
+    """Make each family once: `tiny_checkpoint("gemma3")` is the folder of a random checkpoint.
+
+    See tests/helpers/tiny.py. A test must not change it.
     """
     from tests.helpers.tiny import SAVE  # here: most tests need no transformers
 
@@ -93,10 +96,10 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
-    """A folder with three random images of each size: 56/image-0.png (4 visual tokens for Qwen),
-    84/... (9), 112/... (16).
+    """Draw three random images of each size: 56/image-0.png (4 visual tokens for Qwen), 84/... (9),
+    112/... (16).
     """
-    from tests.helpers.tiny import save_images
+    from tests.helpers.tiny import save_images  # here: most tests need no transformers
 
     folder = tmp_path_factory.mktemp("images")
     for size in (56, 84, 112):

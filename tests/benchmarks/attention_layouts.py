@@ -1,5 +1,6 @@
-"""Layouts of the same completions in a training forward: split attention (the product's), in one
-bucket, dense-packed and padded plain.
+"""Compare layouts of the same completions in a training forward.
+
+These are split attention (the product's), one bucket, dense-packed and padded plain.
 
     python tests/benchmarks/attention_layouts.py [--generations 4 8] [--pairs 5] [--dtype fp32]
 
@@ -15,10 +16,10 @@ ones of 256 tokens, or ragged ones of 32 to 256 (evenly spaced).
     padded   every completion is a row with its own copy of the prompt, padded to the longest
              (tests/helpers/plain.py)
 
-Hidden states and adapter gradients are compared first. They alternate in one process; printed are
-medians of CPU and wall seconds, each layout's time over split's as the median over pairs with the
-smallest and largest, and the peak of allocated memory over the loaded model. On a GPU CPU time is
-that of launching, and wall time says how fast it is.
+Hidden states and adapter gradients are compared first. Then the layouts alternate in one process.
+Printed are medians of CPU and wall seconds, each layout's time over split's as the median over
+pairs with the smallest and largest, and the peak of allocated memory over the loaded model. On a
+GPU CPU time is that of launching, and wall time says how fast it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import checkout  # noqa: F401  this checkout before an installed one
@@ -37,15 +39,16 @@ from torch import Tensor
 import engine.collate
 from engine.attention import additive_mask
 from engine.collate import Batch, collate_rows
+from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import language_model
 from engine.forward import completion_hidden_states, embed, packed_positions
 from engine.model import (
-    LoadedModel,
+    BaseModel,
     attach_new_adapter,
     enable_gradient_checkpointing,
 )
-from engine.runtime import pick_device, versions
+from engine.runtime import versions
 from tests.helpers import plain
 from tests.helpers.memory import (
     DTYPES,
@@ -59,17 +62,19 @@ from tests.helpers.memory import (
 SIZES = Sizes()
 
 
-def split(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
+def split(wrapped, model: BaseModel, batch: Batch) -> Tensor:
     return completion_hidden_states(wrapped, model.family, batch)[0]
 
 
-def packed(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
-    """Of Qwen2.5-VL: a token sees the earlier ones of its prompt and of its own completion."""
+def packed(wrapped, model: BaseModel, batch: Batch) -> Tensor:
+    """Run Qwen2.5-VL on one row with one mask: a token sees the earlier ones of its prompt and of
+    its own completion.
+    """
     read = batch.completion_ids[:, : batch.read_mask.shape[1]].flatten()[batch.read_places]
     embeddings = torch.cat(
         [
             embed(wrapped, batch.prompts).flatten(0, 1)[batch.prompt_places],
-            model.base.get_input_embeddings()(read),
+            model.net.get_input_embeddings()(read),
         ]
     )
     # -1: a prompt's
@@ -92,19 +97,19 @@ def packed(wrapped, model: LoadedModel, batch: Batch) -> Tensor:
     )
     states = language_model(wrapped)(
         inputs_embeds=embeddings[None],
-        position_ids=packed_positions(model.base, model.family, batch),
+        position_ids=packed_positions(model.net, model.family, batch),
         use_cache=False,
         attention_mask={"full_attention": additive_mask(sees[None, None], embeddings.dtype, 1)},
     ).last_hidden_state[0]
     return states[batch.predictors]
 
 
-def padded(wrapped, model: LoadedModel, batch: plain.PlainBatch) -> Tensor:
+def padded(wrapped, model: BaseModel, batch: plain.PlainBatch) -> Tensor:
     return plain.hidden_states(wrapped, model.family, batch)[0]
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(CPU time of this process, wall-clock time)"""
+    """Return CPU time of this process, and wall-clock time."""
     cpu, wall = time.process_time(), time.perf_counter()
     step()
     if device.type == "cuda":
@@ -181,17 +186,17 @@ def main() -> None:
             )
             signs = torch.randn(sum(lengths), SIZES.hidden, dtype=dtype, device=device)
 
-            def step(forward: Callable, batch) -> Tensor:
+            def step(forward: Callable, batch, signs: Tensor = signs) -> Tensor:
                 wrapped.zero_grad()
                 states = forward(wrapped, model, batch)
                 (states * signs).sum().backward()
                 return states.detach()
 
             ways = {
-                "split": lambda: step(split, shared),
-                "one": lambda: step(split, one),
-                "packed": lambda: step(packed, shared),
-                "padded": lambda: step(padded, apart),
+                "split": partial(step, split, shared),
+                "one": partial(step, split, one),
+                "packed": partial(step, packed, shared),
+                "padded": partial(step, padded, apart),
             }
             found = {}
             for name, run in ways.items():  # also warms up
@@ -201,7 +206,7 @@ def main() -> None:
                     torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.requires_grad]),
                 )
             for name in ("one", "packed", "padded"):
-                for ours, theirs in zip(found[name], found["split"]):
+                for ours, theirs in zip(found[name], found["split"], strict=True):
                     assert float((ours - theirs).norm() / theirs.norm()) < (
                         1e-4 if dtype == torch.float32 else 5e-2
                     ), name

@@ -1,5 +1,7 @@
-"""Put the root of this checkout first on the path, so that `python tests/benchmarks/steps.py` finds
-the product and tests/ here, whatever is installed. Importing it does so.
+"""Put the root of this checkout first on the path.
+
+Importing it does so, and `python tests/benchmarks/steps.py` finds the product and tests/ here,
+whatever is installed.
 """
 
 import sys

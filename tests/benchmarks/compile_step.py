@@ -1,13 +1,14 @@
-"""What --compile costs and gains: scoring and updates of the demo's GRPO step with and without it.
+"""Measure what --compile costs and gains in scoring and updates of the demo's GRPO step.
 
     python tests/benchmarks/compile_step.py [--model demo] [--dtype fp32] [--pairs 5]
 
 Two copies of a model with the same random adapter get the same random completions (16 prompts x 4,
-up to 96 tokens, two micro-batches). First the first pass of each (the compiled one's compiles;
-TORCHINDUCTOR_COMPILE_THREADS=1 keeps all of it in this process and those it waits for, and a new
-TORCHINDUCTOR_CACHE_DIR makes it begin from nothing), the graphs so far, and the largest difference.
-Then the two alternate in one process: medians of CPU and wall seconds, and the ratio without / with
---compile as the median over pairs with the smallest and largest. On a GPU the wall time counts.
+up to 96 tokens, two micro-batches). First come the first pass of each, the graphs so far and the
+largest difference. The compiled one's first pass compiles: TORCHINDUCTOR_COMPILE_THREADS=1 keeps
+all of it in this process and those it waits for, and a new TORCHINDUCTOR_CACHE_DIR makes it begin
+from nothing. Then the two alternate in one process: medians of CPU and wall seconds, and the ratio
+without / with --compile as the median over pairs with the smallest and largest. On a GPU the wall
+time counts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch._dynamo.utils import counters
 from data.examples import read_examples
 from data.prompts import PROMPTS
 from engine.collate import Batch, collate_rows
+from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.forward import completion_logprobs
 from engine.model import (
@@ -33,13 +35,13 @@ from engine.model import (
     enable_gradient_checkpointing,
     load_model,
 )
-from engine.runtime import pick_device, versions
+from engine.runtime import versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Step:
-    """A model, with its batches on the device."""
+    """Hold a model, with its batches on the device."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device, compiled: bool):
         self.device = device
@@ -90,7 +92,7 @@ class Step:
             self.logprobs(batch)
 
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probabilities, gradients), each end to end."""
+        """Return log-probabilities and gradients, each end to end."""
         self.wrapped.train().zero_grad()
         found = []
         for batch in self.micro_batches:
@@ -103,7 +105,7 @@ class Step:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(CPU time of this process and of the compilers it waited for, wall-clock time)"""
+    """Return CPU time of this process and of the compilers it waited for, and wall-clock time."""
 
     def used() -> float:
         if device.type == "cuda":
@@ -141,7 +143,12 @@ def main() -> None:
     plain, compiled = Step(arguments, device, False), Step(arguments, device, True)
     results = {}
     for name, step in (("without", plain), ("with", compiled)):
-        cpu, wall = seconds(lambda: (step.score(), results.update({name: step.update()})), device)
+
+        def first_pass(name: str = name, step: Step = step) -> None:
+            step.score()
+            results[name] = step.update()
+
+        cpu, wall = seconds(first_pass, device)
         print(
             f"first pass {name} --compile: {cpu:.1f} CPU s, {wall:.1f} s;"
             f" {counters['stats']['unique_graphs']} graphs"

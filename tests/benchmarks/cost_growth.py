@@ -1,17 +1,18 @@
-"""How the cost of a GRPO step's parts grows: with completions of a prompt, prompts, their length,
-the completions' length and the vocabulary; and that a second look at an image costs no time in the
-vision tower.
+"""Measure how the cost of a GRPO step's parts grows, and what a second look at an image costs.
 
-    python tests/benchmarks/cost_growth.py                                          # both families;
-    about half an hour
-    python tests/benchmarks/cost_growth.py --new_tokens 32 --rounds 1               # a first look
+It grows with completions of a prompt, prompts, their length, the completions' length and the
+vocabulary. A second look at an image costs no time in the vision tower.
+
+    python tests/benchmarks/cost_growth.py                              # about half an hour
+    python tests/benchmarks/cost_growth.py --new_tokens 32 --rounds 1   # a first look
 
 On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread. The parts
-are those of the loops: the sampler; old and reference log-probabilities; the policy's forward and
+are those of the loops: the sampler, old and reference log-probabilities, the policy's forward and
 backward pass with entropy. One quantity grows at a time. Seconds are CPU time of this process,
 medians over rounds that go through all sizes in turn. Memory is what torch allocates at most at
 once over the loaded model, from its profiler: the same each time. All tokens go through one
-forward; in the last column, in pieces, through forwards of at most --max_tokens_per_forward tokens.
+forward. In the last column they go in pieces, through forwards of at most --max_tokens_per_forward
+tokens.
 
 Below each table cost is fitted by a line over all tokens, n(S + G C) for n prompts of S tokens with
 G completions of C: seconds a thousand tokens, R^2, and the largest distance of a measured time from
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import checkout  # noqa: F401  this checkout before an installed one
@@ -38,20 +40,18 @@ from peft import PeftModel
 from data.examples import Example
 from engine.collate import collate_rows, plan_batches
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.forward import completion_logprobs
 from engine.generate import SamplingConfig, generate
 from engine.model import (
-    REFERENCE,
-    LoadedModel,
+    BaseModel,
     add_reference,
     attach_adapter,
     enable_gradient_checkpointing,
-    use_adapter,
 )
 from tests.benchmarks import models
 from tests.benchmarks.models import FAMILIES, Costs, Sizes
 from tests.benchmarks.steps import machine, quiet
 from tests.helpers.memory import allocated_peak
+from tests.helpers.tiny import policy_of
 
 PARTS = ("sampler", "old + reference", "policy")
 PIECES = "policy in pieces"
@@ -60,7 +60,7 @@ VOCABULARY_TOKENS = 64  # of a completion where the vocabulary grows
 
 @dataclass(frozen=True)
 class Point:
-    """One size of a rollout: `prompts` prompts, `generations` completions each."""
+    """Name one size of a rollout: `prompts` prompts, `generations` completions each."""
 
     sizes: Sizes
     prompts: int = 1
@@ -72,21 +72,21 @@ class Point:
 
     @property
     def pairs(self) -> float:
-        """Of a token and one that it sees, itself left out."""
+        """Count the pairs of a token and one that it sees, itself left out."""
         prompt, new = self.sizes.prompt_length, self.sizes.new_tokens
         return self.prompts * (prompt**2 / 2 + self.generations * (new * prompt + new**2 / 2))
 
 
 @dataclass(frozen=True)
 class Found:
-    """seconds and bytes by part; bytes also of the policy's pass in pieces."""
+    """Hold seconds and bytes by part, and the bytes of the policy's pass in pieces."""
 
     seconds: dict[str, float]
     bytes: dict[str, int]
 
 
 class Workbench:
-    """The benchmark model of one family and vocabulary with both adapters."""
+    """Hold the benchmark model of one family and vocabulary with both adapters."""
 
     def __init__(self, family: str, folder: Path, sizes: Sizes, max_tokens: int) -> None:
         model_folder = models.save_checkpoint(
@@ -97,13 +97,13 @@ class Workbench:
             for seed, name in enumerate(("policy", "reference"))
         ]
         # completions are full
-        self.model: LoadedModel = replace(
+        self.model: BaseModel = replace(
             models.load(model_folder, sizes, vision_cache_gb=1.0), stop_ids=frozenset()
         )
-        self.wrapped: PeftModel = attach_adapter(self.model, adapters[0], trainable=True)
-        add_reference(self.wrapped, adapters[1])
-        enable_gradient_checkpointing(self.wrapped)
-        self.costs, self.max_tokens = Costs(self.model.base.config, sizes), max_tokens
+        self.net: PeftModel = attach_adapter(self.model, adapters[0], trainable=True)
+        add_reference(self.net, adapters[1])
+        enable_gradient_checkpointing(self.net)
+        self.costs, self.max_tokens = Costs(self.model.net.config, sizes), max_tokens
 
     def prompts(self, point: Point, examples: Sequence[Example]) -> list[EncodedPrompt]:
         prompt = models.make_prompt(self.model, examples[0], point.sizes)
@@ -121,7 +121,7 @@ class Workbench:
             for prompt in prompts
             for _ in range(point.generations)
         ]
-        options = dict(temperature=0.8, suppress_token_ids=self.model.suppressed_ids)
+        asked = policy_of(self.net, self.model, temperature=0.8)
 
         def batches(max_tokens: int | None = None):
             for indices in plan_batches(rows, len(rows), max_tokens):
@@ -129,8 +129,7 @@ class Workbench:
 
         def sampler() -> None:
             generate(
-                self.wrapped,
-                self.model,
+                asked,
                 prompts,
                 SamplingConfig(0.8, 0.95, length),
                 num_generations=point.generations,
@@ -139,27 +138,29 @@ class Workbench:
 
         @torch.no_grad()
         def scoring() -> None:
-            self.wrapped.eval()
+            asked.net.eval()
             for batch in batches():
-                completion_logprobs(self.wrapped, self.model.family, batch, **options)
-                with use_adapter(self.wrapped, REFERENCE):
-                    completion_logprobs(self.wrapped, self.model.family, batch, **options)
+                asked.logprobs(batch)
+                with asked.reference():
+                    asked.logprobs(batch)
 
         def policy(max_tokens: int | None = None) -> None:
-            self.wrapped.train()
+            asked.net.train()
             for batch in batches(max_tokens):
-                logprobs, _ = completion_logprobs(
-                    self.wrapped, self.model.family, batch, entropy=True, **options
-                )
+                logprobs, _ = asked.logprobs_and_entropy(batch)
                 logprobs.sum().backward()
-            self.wrapped.zero_grad()
+            asked.net.zero_grad()
 
         return dict(
-            zip((*PARTS, PIECES), (sampler, scoring, policy, lambda: policy(self.max_tokens)))
+            zip(
+                (*PARTS, PIECES),
+                (sampler, scoring, policy, lambda: policy(self.max_tokens)),
+                strict=True,
+            )
         )
 
     def attention_share(self, point: Point) -> float:
-        """Of the operations of a training pass, without the head."""
+        """Return attention's share of a training pass's operations, without the head."""
         operations = self.costs.language(point.tokens, point.pairs)
         return 4 * operations.attention / operations.trained
 
@@ -167,7 +168,7 @@ class Workbench:
 def measured(
     bench: Workbench, points: Sequence[Point], examples: Sequence[Example], rounds: int
 ) -> list[Found]:
-    """Of every point. Each round times all points in turn; what is allocated is counted once."""
+    """Measure every point, all in turn in each round. What is allocated is counted once."""
     parts = [bench.parts(point, examples) for point in points]
     for step in parts[0].values():
         step()  # what libraries do once
@@ -188,8 +189,9 @@ def measured(
 
 
 def allocated(step: Callable[[], None]) -> int:
-    """Bytes, as allocated_peak. A sampler's profile has a million events, in cycles that would pile
-    up to tens of GB.
+    """Count bytes as allocated_peak does.
+
+    A sampler's profile has a million events, in cycles that would pile up to tens of GB.
     """
     found = allocated_peak(step, models.CPU)
     gc.collect()
@@ -205,8 +207,10 @@ def seconds(step: Callable[[], object]) -> float:
 # ---- lines ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fit:
-    """coefficients: of a constant and of each term. residual: the largest distance from a measured
-    value, as a share of it.
+    """Hold a fit.
+
+    coefficients: of a constant and of each term
+    residual: the largest distance from a measured value, as a share of it
     """
 
     coefficients: list[float]
@@ -215,7 +219,7 @@ class Fit:
 
 
 def fit(values: Sequence[float], *terms: Sequence[float]) -> Fit:
-    """Least squares of `values` by a constant and the terms."""
+    """Fit `values` by a constant and the terms, in least squares."""
     y = torch.tensor(values, dtype=torch.float64)
     x = torch.tensor([[1.0] * len(values), *terms], dtype=torch.float64).t()
     scale = x.abs().amax(0)
@@ -244,7 +248,7 @@ def print_growth(
         f"  {title:20} {'tokens':>7} {'attention':>9} {'sampler':>9} {'old + ref':>11}"
         f" {'policy':>11}   {'sampler':>9} {'old + ref':>10} {'policy':>9} {'in pieces':>10}"
     )
-    for name, point, costs in zip(quantity, points, found):
+    for name, point, costs in zip(quantity, points, found, strict=True):
         sampler, scoring, policy = (costs.seconds[part] for part in PARTS)
         held = [costs.bytes[part] / 1e6 for part in (*PARTS, PIECES)]
         print(
@@ -269,8 +273,8 @@ def print_growth(
 
 
 def second_look(bench: Workbench, examples: Sequence[Example], sizes: Sizes) -> None:
-    """Times and tower forwards of the first and the second look at each of some images."""
-    base, forwards = bench.model.base, []
+    """Print times and tower forwards of the first and the second look at some images."""
+    base, forwards = bench.model.net, []
     tower = (
         base.model.visual
         if bench.model.family.model_type == "qwen2_5_vl"
@@ -282,7 +286,7 @@ def second_look(bench: Workbench, examples: Sequence[Example], sizes: Sizes) -> 
     for look in ("first", "second"):
         forwards.clear()
         times = [
-            seconds(lambda: bench.model.encode_prompt(example, prompt)) for example in examples
+            seconds(partial(bench.model.encode_prompt, example, prompt)) for example in examples
         ]
         print(
             f"    {look:6} look: {len(forwards)} forwards of the tower,"
@@ -321,10 +325,10 @@ def grow(family: str, folder: Path, arguments: argparse.Namespace) -> None:
     }
     everything: list[tuple[Point, Found]] = []
     for title, entries in sweeps.items():
-        names, points = zip(*entries)
+        names, points = zip(*entries, strict=True)
         found = measured(bench, points, examples, arguments.rounds)
         print_growth(title, names, bench, points, found)
-        everything += zip(points, found)
+        everything += zip(points, found, strict=True)
     print(f"\n  all {len(everything)} sizes above")
     tokens, pairs = (
         [point.tokens / 1000 for point, _ in everything],

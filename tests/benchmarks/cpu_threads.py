@@ -1,9 +1,10 @@
-"""How long one SFT step of the demo takes with several CPU threads, as a ratio to one thread.
+"""Measure how long one SFT step of the demo takes with several CPU threads, as a ratio to one
+thread.
 
     python tests/benchmarks/cpu_threads.py [--threads 2] [--rounds 5]
 
 Both variants alternate in one process and the median of the paired ratios is printed, so other work
-on the machine hits both. On an idle machine more threads may win; beside other work they wait for
+on the machine hits both. On an idle machine more threads may win. Beside other work they wait for
 each other, and the demo's recipe therefore asks for one.
 """
 

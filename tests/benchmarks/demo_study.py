@@ -1,13 +1,14 @@
-"""What GRPO adds on the embedded demo: several seeds, both rewards, and the control that spends the
-same images on more SFT.
+"""Measure what GRPO adds on the embedded demo, with several seeds and both rewards.
+
+A control spends the same images on more SFT.
 
     python tests/benchmarks/demo_study.py FOLDER [--seeds 1 2 3] [--jobs 2] [--recipe demo]
 
-For each seed: SFT; GRPO from it, once trained on each reward; and the control, which goes on with
-SFT on the images that GRPO drew, with the teacher's traces for them, for as many passes as GRPO
-made. Each of them and the base answer the splits study-a and study-b, on which nothing was ever
-chosen: greedily, and at the temperature of the rollouts with several sampling seeds. What is
-finished in FOLDER is not done again, so a study that was stopped goes on; its tables are in
+For each seed there are SFT, GRPO from it once trained on each reward, and the control, which goes
+on with SFT on the images that GRPO drew, with the teacher's traces for them, for as many passes as
+GRPO made. Each of them and the base answer the splits study-a and study-b, on which nothing was
+ever chosen: greedily, and at the temperature of the rollouts with several sampling seeds. What is
+finished in FOLDER is not done again, so a study that was stopped goes on. Its tables are in
 FOLDER/study.md.
 
 Differences are paired: an image's mean reward over the sampling seeds, minus the same of the SFT
@@ -36,7 +37,7 @@ from data.demo.teacher import reasoning_trace
 from data.examples import read_jsonl
 from data.files import write_jsonl
 from data.labels import Target
-from engine.run import saved_settings
+from engine.resume import saved_settings
 from rl.rewards import RewardFunction
 from rl.settings import GRPOConfig, build_rewards
 
@@ -54,7 +55,7 @@ ARMS = {
 
 # ---- runs ----------------------------------------------------------------------------------------
 def run(folder: Path, name: str, module: str, *arguments: str) -> None:
-    """`python -m module ... --output_dir name` in the study's folder; its console goes to
+    """Run `python -m module ... --output_dir name` in the study's folder. Its console goes to
     <name>.log.
     """
     print(f"{name} ...", flush=True)
@@ -81,7 +82,7 @@ def train(folder: Path, name: str, module: str, *arguments: str) -> None:
 
 
 def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
-    """Answers of one model to both sites in every mode, in answers/<name>-<mode>/."""
+    """Let one model answer both sites in every mode, in answers/<name>-<mode>/."""
     for mode in MODES:
         target = f"answers/{name}-{mode}"
         if (folder / target / "scores-b.json").is_file():  # written last
@@ -107,8 +108,8 @@ def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
 
 
 def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
-    """(data file, passes): the images of GRPO's rollouts with the teacher's traces, and how often
-    GRPO drew an image on average.
+    """Return a data file of the images of GRPO's rollouts with the teacher's traces, and the passes
+    over it: how often GRPO drew an image on average.
     """
     with open(folder / f"grpo-hard-{seed}/completions.jsonl", encoding="utf-8") as lines:
         drawn = [json.loads(line)["id"] for line in lines]  # once for each completion
@@ -142,7 +143,7 @@ def grpo_settings(run_dir: Path) -> GRPOConfig:
 
 
 def study_seed(folder: Path, seed: int, recipe: str) -> None:
-    """All runs and answers of one seed."""
+    """Make all runs and answers of one seed."""
     common, sft = ["--recipe", recipe, "--seed", str(seed)], f"sft-{seed}"
     train(folder, sft, "run_sft", *common)
     for reward in REWARDS:
@@ -183,8 +184,10 @@ def study_seed(folder: Path, seed: int, recipe: str) -> None:
 # ---- figures -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Answers:
-    """What one model's answers to one site are worth in some modes: rewards {name: [images]},
-    scaled as they are trained on and averaged over the modes; scores, means over the modes.
+    """Say what one model's answers to one site are worth in some modes.
+
+    rewards {name: [images]}: scaled as they are trained on, and averaged over the modes
+    scores: means over the modes
     """
 
     rewards: dict[str, np.ndarray]
@@ -224,12 +227,12 @@ def read_answers(
                 record["invalid_rate"],
             ]
         )
-    means = dict(zip(("micro", "macro", "fail", "invalid"), np.mean(scores, axis=0)))
+    means = dict(zip(("micro", "macro", "fail", "invalid"), np.mean(scores, axis=0), strict=True))
     return Answers({reward: np.mean(values, axis=0) for reward, values in rewards.items()}, means)
 
 
 def gain(arm: np.ndarray, start: np.ndarray) -> str:
-    """Mean paired difference over images with its standard error."""
+    """Return the mean paired difference over images with its standard error."""
     difference = arm - start
     return f"{difference.mean():+.3f} ({difference.std(ddof=1) / np.sqrt(len(difference)):.3f})"
 
@@ -251,7 +254,7 @@ COLUMNS = (
 
 
 class Tables:
-    """The tables of one site in Markdown, from the answers in the study's folder. T: at the
+    """Make the tables of one site in Markdown, from the answers in the study's folder. T: at the
     rollouts' temperature.
     """
 
@@ -264,7 +267,7 @@ class Tables:
         self.read: dict[str, tuple[Answers, Answers]] = {}
 
     def answers(self, name: str) -> tuple[Answers, Answers]:
-        """(sampled, greedy)"""
+        """Return the sampled and the greedy answers."""
         if name not in self.read:
             self.read[name] = tuple(
                 read_answers(self.folder, name, modes, self.site, self.functions)
@@ -273,7 +276,7 @@ class Tables:
         return self.read[name]
 
     def figures(self, name: str) -> list[float]:
-        """The columns that are no gain."""
+        """Return the columns that are no gain."""
         sampled, greedy = self.answers(name)
         return [
             sampled.rewards["hard"].mean(),
@@ -288,7 +291,7 @@ class Tables:
         ]
 
     def gains(self, name: str, start: str) -> list[str]:
-        """The three columns of gains over the SFT adapter `start`."""
+        """Return the three columns of gains over the SFT adapter `start`."""
         (sampled, greedy), (sampled_start, greedy_start) = self.answers(name), self.answers(start)
         return [
             gain(sampled.rewards["hard"], sampled_start.rewards["hard"]),
@@ -299,11 +302,15 @@ class Tables:
     def row(
         self, *titles: str, names: Sequence[str], gains: Sequence[str] = ("", "", "")
     ) -> list[str]:
-        """Figures are means over `names`."""
+        """Make a row whose numbers are means over `names`."""
         figures = [
             f"{value:.3f}" for value in np.mean([self.figures(name) for name in names], axis=0)
         ]
-        return [*titles, *(cell for pair in zip(figures[:3], gains) for cell in pair), *figures[3:]]
+        return [
+            *titles,
+            *(cell for pair in zip(figures[:3], gains, strict=True) for cell in pair),
+            *figures[3:],
+        ]
 
     def baselines(self, *titles: str) -> list[list[str]]:
         scores = json.loads(
@@ -337,9 +344,7 @@ class Tables:
         return rows
 
     def by_seed(self) -> list[str]:
-        """A row for each seed and arm; gains over the same seed's SFT adapter, with their standard
-        error.
-        """
+        """Make a row for each seed and arm, with gains over the same seed's SFT adapter."""
         rows = [self.row("", "base", names=["base"])]
         for seed in self.seeds:
             for arm, title in ARMS.items():
@@ -348,7 +353,7 @@ class Tables:
         return markdown(("seed", "", *COLUMNS), rows + self.baselines(""))
 
     def summary(self) -> list[str]:
-        """A row for each arm: figures are means over the seeds, gains one for each seed."""
+        """Make a row for each arm: means over the seeds, and one gain for each seed."""
         rows = [self.row("base", names=["base"])]
         for arm, title in ARMS.items():
             gains = (
@@ -360,7 +365,8 @@ class Tables:
                 self.row(
                     title,
                     names=[f"{arm}-{seed}" for seed in self.seeds],
-                    gains=[", ".join(column) for column in zip(*gains)] or ("", "", ""),
+                    gains=[", ".join(column) for column in zip(*gains, strict=True)]
+                    or ("", "", ""),
                 )
             )
         return markdown(("", *COLUMNS), rows + self.baselines())

@@ -1,12 +1,12 @@
-"""How long a label file of CheXpert's or MIMIC's size takes to load, and the memory that it needs.
+"""Measure how long a label file of CheXpert's or MIMIC's size takes to load, and the memory for it.
 
     python tests/benchmarks/label_files.py [--rows 224000]
 
 Writes made-up label files into a temporary folder (no images) and loads each in a process of its
-own: seconds of `load_chexpert` and `load_mimic` with all frontal images kept, CPU seconds beside
-them (on a busy machine the first are longer), and the peak resident memory of the process, Python
-and its imports included. Each label of a study is drawn on its own, so there are more different
-combinations than in real files, which costs time.
+own. Prints seconds of `load_chexpert` and `load_mimic` with all frontal images kept, CPU seconds
+beside them (on a busy machine the first are longer), and the peak resident memory of the process,
+Python and its imports included. Each label of a study is drawn on its own, so there are more
+different combinations than in real files, which costs time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CELLS, WEIGHTS = ("", "1.0", "0.0", "-1.0"), (75, 14, 7, 4)
 
 
 def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
-    """train.csv with `rows` images, every seventh of them lateral, some 3.5 images a patient."""
+    """Write train.csv with `rows` images, every seventh lateral, some 3.5 images a patient."""
     rng = random.Random(seed)
     with open(folder / "train.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -46,12 +46,13 @@ def write_chexpert(folder: Path, rows: int, seed: int = 0) -> None:
             side, projection = (
                 ("Lateral", "") if number % 7 == 6 else ("Frontal", rng.choice(("AP", "PA")))
             )
-            path = f"CheXpert-v1.0/train/patient{patient:05d}/study{study}/view{view}_{side.lower()}.jpg"
+            folder = f"CheXpert-v1.0/train/patient{patient:05d}/study{study}"
+            path = f"{folder}/view{view}_{side.lower()}.jpg"
             writer.writerow([path, "Female", rng.randrange(18, 91), side, projection, *labels])
 
 
 def write_mimic(folder: Path, rows: int, seed: int = 0) -> None:
-    """Metadata, split and labels of `rows` images, all of the train part, two images a study."""
+    """Write metadata, split and labels of `rows` images of the train part, two a study."""
     rng = random.Random(seed)
     header = (
         "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
@@ -85,7 +86,7 @@ def write_mimic(folder: Path, rows: int, seed: int = 0) -> None:
 
 
 def measure(name: str, folder: Path) -> None:
-    """In a fresh process: load and print seconds, examples and peak memory."""
+    """Load in a fresh process, and print seconds, examples and peak memory."""
     load = {"chexpert": load_chexpert, "mimic": load_mimic}[name]
     start = time.perf_counter()
     examples = load(folder, frontals="all", report=Report())

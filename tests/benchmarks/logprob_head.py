@@ -1,21 +1,21 @@
-"""The head's log-probabilities (engine/logprobs.py) against all logits at once: peak memory and
-time, forward and backward.
+"""Compare the head's log-probabilities with all logits at once in memory and time.
 
-    python tests/benchmarks/logprob_head.py                                        # both
-    vocabularies, real hidden sizes; about 20 minutes
-    python tests/benchmarks/logprob_head.py --hidden 256 --dtypes fp32             # minutes
-    python tests/benchmarks/logprob_head.py --chunk_sizes 64 128 256 512           # ours with other
-    chunks as well
+The head is engine/logprobs.py. Both run forward and backward.
 
-"full" is log_softmax(hidden @ head.T).gather(targets) with autograd, the whole [tokens, vocabulary]
-matrix; its entropy is taken from the same log_softmax without gradient. Both get the same hidden
-states and head; log-probabilities and the gradients of the hidden states are compared before
-anything is timed. The head is frozen on both sides, temperature 1.
+    python tests/benchmarks/logprob_head.py                                   # about 20 minutes
+    python tests/benchmarks/logprob_head.py --hidden 256 --dtypes fp32        # minutes
+    python tests/benchmarks/logprob_head.py --chunk_sizes 64 128 256 512      # ours with others too
 
-Memory: what the process's resident size reaches over that of the loaded inputs (Linux: VmHWM, reset
-before the pass), each variant in a process of its own; it holds the result and the gradient of the
-hidden states as well. Time: the variants alternate in one process, on one thread; CPU time of this
-process and wall clock, medians over the rounds, ratios of the rounds' pairs.
+By default both vocabularies run with the real hidden sizes. "full" is log_softmax(hidden @
+head.T).gather(targets) with autograd, the whole [tokens, vocabulary] matrix. Its entropy is taken
+from the same log_softmax without gradient. Both get the same hidden states and head.
+Log-probabilities and the gradients of the hidden states are compared before anything is timed. The
+head is frozen on both sides, temperature 1.
+
+Memory is what the process's resident size reaches over that of the loaded inputs (Linux: VmHWM,
+reset before the pass), each variant in a process of its own. It holds the result and the gradient
+of the hidden states as well. For times the variants alternate in one process, on one thread: CPU
+time of this process and wall clock, medians over the rounds, ratios of the rounds' pairs.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Step = Callable[[], tuple[Tensor, Tensor]]
 def make_inputs(
     tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states [N,H] with gradient, head [V,H], targets [N]), such that logits have the size
-    of a real model's.
+    """Make hidden states [N,H] with gradient, a head [V,H] and targets [N], so that logits have the
+    size of a real model's.
     """
     torch.manual_seed(0)
     head = torch.empty(vocabulary, hidden, dtype=dtype).normal_(std=3 / hidden**0.5)
@@ -65,7 +65,7 @@ def full_logprobs(
 
 
 def make_step(variant: str, entropy: bool, hidden: Tensor, head: Tensor, targets: Tensor) -> Step:
-    """variant: "full", or the size of a chunk."""
+    """Make the pass of a variant: "full", or the size of a chunk."""
 
     def step() -> tuple[Tensor, Tensor]:
         if variant == "full":
@@ -81,7 +81,9 @@ def make_step(variant: str, entropy: bool, hidden: Tensor, head: Tensor, targets
 
 
 def grown_peak(step: Callable) -> int:
-    """Bytes that the process's resident memory reaches over what it is before `step` (Linux)."""
+    """Measure the bytes that the process's resident memory reaches over what it is before `step`
+    (Linux).
+    """
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at VmRSS
     before = resident("VmRSS")
     kept = step()
@@ -93,7 +95,7 @@ def grown_peak(step: Callable) -> int:
 def measure(
     variant: str, entropy: bool, tokens: int, vocabulary: int, hidden: int, dtype: str
 ) -> None:
-    """One variant's peak, in a process of its own."""
+    """Print one variant's peak, in a process of its own."""
     quiet()
     # what libraries load once
     make_step(variant, entropy, *make_inputs(8, 64, hidden, DTYPES[dtype]))()
@@ -105,7 +107,7 @@ def measure(
 
 
 def child_peak(*case) -> float:
-    """MB."""
+    """Measure a variant's peak in a child process, in MB."""
     output = subprocess.run(
         [sys.executable, __file__, "--measure", *map(str, case)],
         check=True,
@@ -116,7 +118,7 @@ def child_peak(*case) -> float:
 
 
 def seconds(step: Step) -> tuple[float, float]:
-    """(CPU time, wall clock)."""
+    """Return CPU time and wall clock."""
     cpu, wall = time.process_time(), time.perf_counter()
     step()
     return time.process_time() - cpu, time.perf_counter() - wall
@@ -129,7 +131,7 @@ def spread(ratios: list[float]) -> str:
 def compare(
     tokens: int, vocabulary: int, hidden: int, dtype: str, chunk_sizes: list[int], rounds: int
 ) -> None:
-    """One table: a row for every variant."""
+    """Print one table: a row for every variant."""
     print(f"\n{tokens} tokens, vocabulary {vocabulary:,}, hidden {hidden}, {dtype}")
     inputs = make_inputs(tokens, vocabulary, hidden, DTYPES[dtype])
     variants = ["full", *map(str, chunk_sizes)]

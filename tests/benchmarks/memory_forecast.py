@@ -1,16 +1,15 @@
-"""The memory forecast of engine/memory.py: against measured peaks on small models of both families,
-and for real recipes.
+"""Compare the memory forecast of engine/memory.py with measured peaks, or print it for real
+recipes.
 
-    python tests/benchmarks/memory_forecast.py                  # forecast and measured peaks, each
-    in a process of its own
-    python tests/benchmarks/memory_forecast.py --cards          # the shipped recipes on 24, 40 and
-    80 GB: arithmetic, not measured
+    python tests/benchmarks/memory_forecast.py             # each case in a process of its own
+    python tests/benchmarks/memory_forecast.py --cards     # the shipped recipes on 24, 40 and 80 GB
 
-Measured is what a phase allocates over the loaded model, with its adapters. On a CPU: every
-allocation of torch, from its profiler (exact, the same each time), and beside it the growth of the
-process's resident memory (VmHWM), which adds what libraries hold and pages that malloc keeps. On a
-GPU: torch.cuda.max_memory_allocated. The models are random: 3 decoder layers, hidden 512, MLP 1376,
-8 heads, 2 KV heads, vocabulary 4,096; prompts of 577 tokens, 256 of them an image, 256 new tokens.
+--cards is arithmetic and measures nothing. Measured is what a phase allocates over the loaded
+model, with its adapters. On a CPU these are every allocation of torch, from its profiler (exact,
+the same each time), and beside it the growth of the process's resident memory (VmHWM), which adds
+what libraries hold and pages that malloc keeps. On a GPU it is torch.cuda.max_memory_allocated. The
+models are random: 3 decoder layers, hidden 512, MLP 1376, 8 heads, 2 KV heads, vocabulary 4,096.
+Prompts have 577 tokens, 256 of them an image, and completions 256.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.config import parse_config
 from engine.memory import GIB, ModelShape, Workload, forecast, model_shape
 from engine.preview import CARDS, USABLE, memory_table
-from engine.settings import FALLBACKS
+from engine.settings import SFTConfig
 from rl.objective import ObjectiveConfig
-from rl.settings import GRPOConfig, prompts_per_rollout
-from run_sft import SFTConfig
+from rl.plan import BatchPlan
+from rl.settings import GRPOConfig
 from tests.helpers.memory import (
     CLASSES,
     DTYPES,
@@ -45,7 +44,7 @@ from tests.helpers.real_configs import REAL_CONFIGS
 
 
 def measure(family: str, phase: str, dtype: str) -> None:
-    """One case, in a process of its own: prints forecast, allocated and resident bytes."""
+    """Print forecast, allocated and resident bytes of one case, in a process of its own."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step, expected = prepare(family, phase, Sizes(), DTYPES[dtype], device)
@@ -77,7 +76,9 @@ def compare(families: list[str], dtypes: list[str], phases: list[str]) -> None:
 
 # ---- the shipped recipes on real cards: arithmetic -----------------------------------------------
 def published_shape(name: str) -> ModelShape:
-    """The published sizes of a recipe's model; its parameters are counted on the meta device."""
+    """Return the published sizes of a recipe's model. Its parameters are counted on the meta
+    device.
+    """
     config = REAL_CONFIGS["gemma3" if "gemma" in name else "qwen2_5_vl"]()
     with torch.device("meta"):
         base = CLASSES[config.model_type](config)
@@ -86,9 +87,10 @@ def published_shape(name: str) -> ModelShape:
 
 
 def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
-    """(model, workload) of a shipped recipe on a GPU. No tokenizer is at hand: a prompt's text
-    counts a token for four characters and 30 for the chat's frame; answers are taken as long as
-    max_completion_length, images as max_visual_tokens.
+    """Return model and workload of a shipped recipe on a GPU.
+
+    No tokenizer is at hand: a prompt's text counts a token for four characters and 30 for the
+    chat's frame. Answers are taken as long as max_completion_length, images as max_visual_tokens.
     """
     config = parse_config(
         [SFTConfig] if script == "sft" else [GRPOConfig, ObjectiveConfig],
@@ -101,11 +103,7 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
         config.per_device_train_batch_size,
         1 if script == "sft" else config.num_generations,
     )
-    image = (
-        256
-        if "gemma" in config.model_name_or_path
-        else config.max_visual_tokens or FALLBACKS["max_visual_tokens"]
-    )
+    image = 256 if "gemma" in config.model_name_or_path else config.max_visual_tokens
     text = 30 + len(SYSTEM_PROMPT + PROMPTS[config.prompt].text) // 4
     work = Workload(
         element_size=2 if config.bf16 else 4,
@@ -120,7 +118,7 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
         max_completion_length=config.max_completion_length,
         micro_batch=micro,
         eval_rows=config.per_device_eval_batch_size,
-        rollout_prompts=0 if sft else prompts_per_rollout(config),
+        rollout_prompts=0 if sft else BatchPlan.of(config).prompts,
         num_generations=group,
         max_tokens_per_forward=config.max_tokens_per_forward,
     )
@@ -128,8 +126,9 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
 
 
 def largest(fitting: Callable[[int], bool], limit: int = 4096) -> int:
-    """The largest number up to `limit` that fits; 0 where 1 does not. What fits grows no smaller
-    with a larger number.
+    """Find the largest number up to `limit` that fits, or 0 where 1 does not.
+
+    What fits grows no smaller with a larger number.
     """
     low, high = 0, limit
     while low < high:
@@ -142,9 +141,14 @@ def phase_fits(shape: ModelShape, work: Workload, phase: str, card: int) -> bool
     return sum(forecast(shape, work).phases[phase].values()) <= USABLE * card * GIB
 
 
+def most_rows(shape: ModelShape, work: Workload, field: str, phase: str, card: int) -> int:
+    """Find how large a field of `work` may be for a phase to fit on a card."""
+    return largest(lambda n: phase_fits(shape, replace(work, **{field: n}), phase, card))
+
+
 def cards() -> None:
-    """Every shipped recipe of a real model: forecast by part, cards that hold it, and the largest
-    batches that they hold.
+    """Print for every shipped recipe of a real model: forecast by part, cards that hold it, and the
+    largest batches that they hold.
     """
     print("Arithmetic for a GPU, not measured on one.")
     shapes: dict[str, ModelShape] = {}
@@ -166,27 +170,15 @@ def cards() -> None:
             )
             print(memory_table(found, work))
             for card in CARDS:
-                update = largest(
-                    lambda n: phase_fits(
-                        shape,
-                        replace(work, micro_batch=n, max_tokens_per_forward=None),
-                        "update",
-                        card,
-                    )
-                )
-                decoded = largest(
-                    lambda n: phase_fits(shape, replace(work, eval_rows=n), "evaluation", card)
-                )
+                free = replace(work, max_tokens_per_forward=None)
+                update = most_rows(shape, free, "micro_batch", "update", card)
+                decoded = most_rows(shape, work, "eval_rows", "evaluation", card)
                 line = (
                     f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded"
                     " together"
                 )
                 if work.rollout_prompts:
-                    prompts = largest(
-                        lambda n: phase_fits(
-                            shape, replace(work, rollout_prompts=n), "rollout", card
-                        )
-                    )
+                    prompts = most_rows(shape, work, "rollout_prompts", "rollout", card)
                     line += f", {prompts * work.num_generations} rows a rollout"
                 print(line)
 

@@ -1,16 +1,17 @@
-"""The models of the benchmarks: small random checkpoints of the two real classes whose image costs,
-beside one sequence of the language model, what it costs in the real ones.
+"""Make the models of the benchmarks: small random checkpoints of the two real classes.
 
-    python tests/benchmarks/models.py            # their floating-point operations, and the shares
-    measured
+An image costs in them, beside one sequence of the language model, what it costs in the real ones.
 
-3 decoder layers of hidden size 512; prompts of 577 tokens, 256 of them an image, and 256 new
-tokens. By operations one image is 29 % (Qwen2.5-VL) and 104 % (Gemma 3) of one sequence's forward
-through the language model, as in Qwen2.5-VL-3B and Gemma 3 4B: the towers' depth and width are
-chosen for that. Saved as folders, which the product and others load like any checkpoint.
+    python tests/benchmarks/models.py     # their operations, and the shares measured
 
-Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers costs 2w a token;
-attention of H heads of width D costs 4HD a pair of a query and a key that it sees. Norms,
+They have 3 decoder layers of hidden size 512, prompts of 577 tokens, 256 of them an image, and 256
+new tokens. By operations one image is 29 % (Qwen2.5-VL) and 104 % (Gemma 3) of one sequence's
+forward through the language model, as in Qwen2.5-VL-3B and Gemma 3 4B: the towers' depth and width
+are chosen for that. They are saved as folders, which the product and others load like any
+checkpoint.
+
+Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers costs 2w a token.
+Attention of H heads of width D costs 4HD a pair of a query and a key that it sees. Norms,
 activations, embeddings and adapters (5 % of the weights) are left out. With frozen weights and
 gradient checkpointing a training pass costs three forwards, of attention four.
 """
@@ -36,7 +37,7 @@ from data.examples import Example
 from data.prompts import Prompt
 from engine.families import language_model
 from engine.model import (
-    LoadedModel,
+    BaseModel,
     adapter_config_record,
     adapter_state,
     attach_new_adapter,
@@ -59,9 +60,10 @@ REAL_SHARES = {"qwen2_5_vl": 0.29, "gemma3": 1.04}
 
 @dataclass(frozen=True)
 class Sizes:
-    """A benchmark's model and sequences. image_tokens is a square number. Gemma's image is cut into
-    1,024 patches for 256 tokens, not 4,096: at this width attention among 4,096 would be nearly all
-    of the tower's cost, and it is a third of the real one's.
+    """Describe a benchmark's model and sequences. image_tokens is a square number.
+
+    Gemma's image is cut into 1,024 patches for 256 tokens, not 4,096: at this width attention among
+    4,096 would be nearly all of the tower's cost, and it is a third of the real one's.
     """
 
     layers: int = 3
@@ -76,12 +78,12 @@ class Sizes:
 
     @property
     def image_side(self) -> int:
-        """Pixels."""
+        """Return the side of an image in pixels."""
         return 2 * PATCH * round(self.image_tokens**0.5)
 
 
 def save_checkpoint(family: str, folder: Path, sizes: Sizes = Sizes(), seed: int = 0) -> Path:
-    """A checkpoint's folder, with tokenizer (bytes) and image processor."""
+    """Save a checkpoint's folder, with tokenizer (bytes) and image processor."""
     head = sizes.hidden // sizes.heads
     text = dict(
         vocab_size=sizes.vocabulary,
@@ -114,8 +116,8 @@ def save_checkpoint(family: str, folder: Path, sizes: Sizes = Sizes(), seed: int
     return tiny.save_qwen(folder, seed, text=text, vision=vision, gain=1.0)
 
 
-def load(folder: Path, sizes: Sizes = Sizes(), *, vision_cache_gb: float = 0.0) -> LoadedModel:
-    """As the product loads it, in fp32."""
+def load(folder: Path, sizes: Sizes = Sizes(), *, vision_cache_gb: float = 0.0) -> BaseModel:
+    """Load a folder as the product does, in fp32."""
     return load_model(
         str(folder),
         dtype=torch.float32,
@@ -127,8 +129,8 @@ def load(folder: Path, sizes: Sizes = Sizes(), *, vision_cache_gb: float = 0.0) 
 
 
 def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Sizes()) -> Path:
-    """A LoRA adapter of rank 16 as the product saves it, whose B is not zero, so that it changes
-    the outputs.
+    """Save a LoRA adapter of rank 16 as the product does. Its B is not zero, so that it changes the
+    outputs.
     """
     model = load(model_folder, sizes)
     torch.manual_seed(seed)
@@ -148,14 +150,15 @@ def save_adapter(model_folder: Path, folder: Path, seed: int, sizes: Sizes = Siz
 
 
 def make_examples(folder: Path, count: int, sizes: Sizes = Sizes()) -> list[Example]:
-    """Examples of random images, of which no two are the same."""
+    """Make examples of random images, of which no two are the same."""
     names = tiny.save_images(folder, count, sizes.image_side)
     return [Example(name, name, name, ("Edema",), "random", folder) for name in names]
 
 
-def make_prompt(model: LoadedModel, example: Example, sizes: Sizes = Sizes()) -> Prompt:
-    """An instruction with which prompt and image have `prompt_length` tokens: a byte is one. Raises
-    ValueError where that is fewer than without any.
+def make_prompt(model: BaseModel, example: Example, sizes: Sizes = Sizes()) -> Prompt:
+    """Make an instruction with which prompt and image have `prompt_length` tokens: a byte is one.
+
+    Raises ValueError where that is fewer than without any.
     """
 
     def prompt(length: int) -> Prompt:
@@ -177,7 +180,7 @@ def make_prompt(model: LoadedModel, example: Example, sizes: Sizes = Sizes()) ->
 # ---- floating-point operations -------------------------------------------------------------------
 @dataclass(frozen=True)
 class Operations:
-    """Of one forward, apart by what a training pass multiplies them with."""
+    """Hold the operations of one forward, apart by what a training pass multiplies them with."""
 
     linear: float = 0.0
     attention: float = 0.0
@@ -196,7 +199,7 @@ class Operations:
 
     @property
     def trained(self) -> float:
-        """Forward, once more in the backward pass, and the gradients of what went in: of
+        """Count a forward, once more in the backward pass, and the gradients of what went in: of
         attention's two products there are four.
         """
         return 3 * self.linear + 4 * self.attention
@@ -204,13 +207,13 @@ class Operations:
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations of a model of this configuration at these sizes."""
+    """Count the operations of a model of this configuration at these sizes."""
 
     config: PretrainedConfig
     sizes: Sizes
 
     def language(self, tokens: float, pairs: float) -> Operations:
-        """`tokens` through the decoder, with `pairs` of a query and a key that it sees."""
+        """Count `tokens` through the decoder, with `pairs` of a query and a key that it sees."""
         text = self.config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
@@ -230,7 +233,7 @@ class Costs:
 
     @cached_property
     def completion(self) -> Operations:
-        """One completion, its prompt's keys and values given."""
+        """Count one completion, its prompt's keys and values given."""
         new, before = self.sizes.new_tokens, self.sizes.prompt_length
         return self.language(new, new * before + new**2 / 2)
 
@@ -240,7 +243,7 @@ class Costs:
 
     @cached_property
     def image(self) -> Operations:
-        """One image through the tower and the projection into the language model."""
+        """Count one image through the tower and the projection into the language model."""
         vision, patches, tokens = (
             self.config.vision_config,
             PATCHES_PER_TOKEN * self.sizes.image_tokens,
@@ -269,9 +272,11 @@ class Costs:
         return self.image.forward / self.sequence.forward
 
 
-def measured_share(model: LoadedModel, sizes: Sizes, pairs: int) -> float:
-    """Median over pairs of the CPU time of one image by that of one sequence's forward through the
-    language model.
+def measured_share(model: BaseModel, sizes: Sizes, pairs: int) -> float:
+    """Measure the CPU time of one image by that of one sequence's forward through the language
+    model.
+
+    Returns the median over pairs.
     """
     side = sizes.image_side
     if model.family.model_type == "gemma3":
@@ -287,9 +292,9 @@ def measured_share(model: LoadedModel, sizes: Sizes, pairs: int) -> float:
     @torch.no_grad()
     def both() -> float:
         start = time.process_time()
-        model.family.image_features(model.base, image)
+        model.family.image_features(model.net, image)
         middle = time.process_time()
-        language_model(model.base)(inputs_embeds=embeddings, use_cache=False)
+        language_model(model.net)(inputs_embeds=embeddings, use_cache=False)
         return (middle - start) / (time.process_time() - middle)
 
     both()
@@ -314,7 +319,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family, title in FAMILIES.items():
             model = load(save_checkpoint(family, Path(folder) / family, sizes), sizes)
-            costs = Costs(model.base.config, sizes)
+            costs = Costs(model.net.config, sizes)
             print(
                 f"{title:12} {costs.image.forward / 1e9:7.2f} {costs.prompt.forward / 1e9:7.2f}"
                 f" {costs.sequence.forward / 1e9:9.2f}"

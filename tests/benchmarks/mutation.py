@@ -1,19 +1,19 @@
-"""Mutation testing of the files in which a silent mistake would spoil training or scores.
+"""Run mutants of the files in which a silent mistake would spoil training or scores.
 
     pip install -e '.[test,bench]'
-    python tests/benchmarks/mutation.py [--jobs 2] [rl/objective.py ...]
+    python tests/benchmarks/mutation.py [--jobs 2] [--sample 50] [rl/objective.py ...]
 
 A mutant is a copy of a file with one change by an operator of mutmut: a number plus 1, + for -, <=
 for <, an argument dropped or None, and so on. A test of that file must fail on it, or it must stand
 in tests/mutation_equivalents.toml with the reason why no test can. The exit code is 1 where a
 mutant survives that is not listed, and where the list names one that no longer exists or is killed.
 
-mutmut's own runner leaves out module level, class level and decorated functions; here these hold
+mutmut's own runner leaves out module level, class level and decorated functions. Here these hold
 the published numbers, the metrics of the objective and the backward pass. So the mutants are run
 here, in forked processes that have imported torch already. The mutated source is executed as the
 module and never written to disk: a test that reads source text learns nothing from it. Left alone
 are type annotations, docstrings, and prose: string literals with a space between two words, as in
-messages and help texts.
+messages and help texts. So is `non_blocking`, which changes no value.
 """
 
 from __future__ import annotations
@@ -49,16 +49,43 @@ TESTS = {  # each file's own tests, none of which reads its text
     "engine/optim.py": ("engine/test_optim.py",),
     "engine/logprobs.py": ("engine/test_logprobs.py",),
     "rl/objective.py": ("rl/test_objective.py", "rl/test_objective_properties.py"),
+    "engine/order.py": ("engine/test_order.py",),
+    "engine/collate.py": ("engine/test_collate.py", "engine/test_encode.py"),
+    "engine/checkpoint.py": ("engine/test_checkpoint.py",),
+    "engine/state_tensors.py": ("engine/test_checkpoint.py",),
+    "engine/generate.py": ("engine/test_generate.py",),
+    "rl/plan.py": ("rl/test_plan.py",),
+    "rl/samples.py": ("rl/test_rollout.py",),
+    "rl/rollout.py": ("rl/test_rollout.py",),
+    "eval/paired.py": ("eval/test_paired.py",),
 }
-PRELOADED = {  # what these import, once before the forks; nothing of ours
+MODELS = (  # slow to import, and what tests with a small model need
+    "torch._dynamo",
+    "peft",
+    "transformers.models.gemma3.modeling_gemma3",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+)
+# What these import, once before the forks; nothing of ours. torch._dynamo: the first optimizer.
+PRELOADED = {
     "data/answers.py": ("hypothesis",),
     "rl/rewards.py": (),
     "eval/metrics.py": ("sklearn.metrics",),
-    "engine/optim.py": ("torch",),
+    "engine/optim.py": ("torch._dynamo",),
     "engine/logprobs.py": ("transformers",),
     "rl/objective.py": ("torch",),
+    "engine/order.py": ("torch",),
+    "engine/collate.py": MODELS,
+    "engine/checkpoint.py": ("torch._dynamo", "safetensors.torch"),
+    "engine/state_tensors.py": ("torch._dynamo", "safetensors.torch"),
+    "engine/generate.py": MODELS,
+    "rl/plan.py": ("torch",),
+    "rl/samples.py": MODELS,
+    "rl/rollout.py": MODELS,
+    "eval/paired.py": ("numpy", "sklearn.metrics"),
 }
 PROSE = re.compile(r"\w \w")
+# Says when a copy is waited for, never what is copied.
+TIMING = re.compile(r",\s*non_blocking=\w+")
 Key = tuple[str, str, str, str]  # a mutant without its source, as the list of equivalents names it
 
 
@@ -75,7 +102,7 @@ class Mutant(NamedTuple):
 
 
 class Mutator(libcst.CSTVisitor):
-    """Gathers (where, node, mutated node) of a module."""
+    """Gather (where, node, mutated node) of a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +144,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
                 )
                 + tail
             )
-            if code in seen:
+            if code in seen or TIMING.sub("", code) == TIMING.sub("", source):
                 continue
             seen.add(code)
             diff = list(
@@ -130,21 +157,20 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 
 class Mutants:
-    """A pytest plugin: where pytest would collect the tests, it forks for each mutant, and the
-    child goes on with it.
+    """Fork for each mutant where pytest would collect the tests, as a plugin of pytest. The child
+    goes on with the mutant.
 
     So pytest starts once for a file. `outcomes` holds killed, survived or timeout of each mutant,
-    in order; that of the unchanged file stands first, and its time sets the limit of the others.
+    in order. That of the unchanged file stands first, and its time sets the limit of the others.
     """
 
-    def __init__(self, file: str, jobs: int, listed: Collection[Key]) -> None:
+    def __init__(self, file: str, jobs: int, listed: Collection[Key], sample: int | None) -> None:
         unchanged = Mutant(file, "", "", "", (ROOT / file).read_text(encoding="utf-8"))
-        self.file, self.jobs, self.listed, self.mutants = (
-            file,
-            jobs,
-            listed,
-            [unchanged, *mutants_of(file)],
-        )
+        mutants = list(mutants_of(file))
+        if sample:  # evenly spaced, the same each time
+            count = min(sample, len(mutants))
+            mutants = [mutants[i * len(mutants) // count] for i in range(count)]
+        self.file, self.jobs, self.listed, self.mutants = file, jobs, listed, [unchanged, *mutants]
         self.outcomes: list[str] = [""] * len(self.mutants)
         self.limit = 600.0  # seconds
         self.running: dict[int, tuple[int, float]] = {}  # process -> index of the mutant, start
@@ -163,19 +189,18 @@ class Mutants:
             self.running[child] = index, time.monotonic()
             while len(self.running) >= (self.jobs if index else 1):
                 self.wait_for_one()
-            if index == 0:
-                if self.outcomes[0] != "survived":
-                    pytest.exit(
-                        f"the tests of {self.file} fail without any mutation: pytest"
-                        f" {' '.join(TESTS[self.file])}"
-                    )
+            if index == 0 and self.outcomes[0] != "survived":
+                pytest.exit(
+                    f"the tests of {self.file} fail without any mutation: pytest"
+                    f" {' '.join(TESTS[self.file])}"
+                )
         while self.running:
             self.wait_for_one()
         return True  # collected, and nothing left to run in this process
 
     @staticmethod
     def install(mutant: Mutant) -> None:
-        """The mutated source in the place of the module."""
+        """Put the mutated source in the place of the module."""
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         package, name = mutant.file.removesuffix(".py").split("/")
@@ -224,12 +249,15 @@ def described(mutant: Mutant) -> str:
     )
 
 
-def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
-    """(row of the table, whether every mutant is accounted for) of one file; prints what is not."""
+def run(file: str, jobs: int, equivalents: dict[Key, str], sample: int | None) -> tuple[str, bool]:
+    """Test the mutants of one file -> (row of the table, whether every mutant is accounted for).
+
+    Prints what is not.
+    """
     for name in PRELOADED[file]:
         importlib.import_module(name)
     listed = [key for key in equivalents if key[0] == file]
-    start, parent, plugin = time.monotonic(), os.getpid(), Mutants(file, jobs, listed)
+    start, parent, plugin = time.monotonic(), os.getpid(), Mutants(file, jobs, listed, sample)
     # hypothesis' profile ci: the same examples each time and no deadline, which a busy machine
     # would miss
     options = [
@@ -250,7 +278,13 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
     if not all(plugin.outcomes):
         raise SystemExit(1)  # pytest has said why
     mutants, outcomes = plugin.mutants[1:], plugin.outcomes[1:]
-    survived = {mutant.key for mutant, outcome in zip(mutants, outcomes) if outcome == "survived"}
+    survived = {
+        mutant.key
+        for mutant, outcome in zip(mutants, outcomes, strict=True)
+        if outcome == "survived"
+    }
+    if sample:
+        listed = [key for key in listed if key in {mutant.key for mutant in mutants}]
     for key in listed:
         if key not in survived:
             state = (
@@ -258,7 +292,8 @@ def run(file: str, jobs: int, equivalents: dict[Key, str]) -> tuple[str, bool]:
             )
             print(f"LISTED as equivalent, but {state}:", described(Mutant(*key, "")))
     equivalent = sum(
-        outcome == "survived" and mutant.key in listed for mutant, outcome in zip(mutants, outcomes)
+        outcome == "survived" and mutant.key in listed
+        for mutant, outcome in zip(mutants, outcomes, strict=True)
     )
     counts = (
         outcomes.count("killed"),
@@ -277,6 +312,9 @@ def main() -> int:
         "files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}; all by default"
     )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="only N mutants of each file, evenly spaced"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.files) - set(TESTS):
         parser.error(
@@ -284,12 +322,17 @@ def main() -> int:
         )
     entries = tomllib.loads(EQUIVALENTS.read_text(encoding="utf-8"))["equivalent"]
     equivalents = {
-        (e["file"], e["where"], e["old"].strip(), e["new"].strip()): e["reason"] for e in entries
+        (entry["file"], entry["where"], entry["old"].strip(), new.strip()): entry["reason"]
+        for entry in entries
+        for new in (entry["new"] if isinstance(entry["new"], list) else [entry["new"]])
     }
 
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
-    results = [run(file, arguments.jobs, equivalents) for file in arguments.files or TESTS]
+    results = [
+        run(file, arguments.jobs, equivalents, arguments.sample)
+        for file in arguments.files or TESTS
+    ]
     print(f"\nmutmut {importlib.metadata.version('mutmut')}'s operators\n")
     print(
         "| file | mutants | killed | timeouts | equivalent | survivors |\n|---|---|---|---|---|---|"

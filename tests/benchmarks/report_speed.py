@@ -1,12 +1,11 @@
-"""Seconds and peak memory of scoring and reporting as many predictions as NIH's official test set
-has.
+"""Measure seconds and peak memory of scoring and reporting a test set of NIH's size.
 
     python tests/benchmarks/report_speed.py [--images 25596] [--patients 2797] [--models 3]
 
 Writes synthetic predictions of several models (nine labels at NIH's prevalence, answers of 150
 words) to a temporary folder, then scores one file with eval.evaluate and reports all of them with
-eval.report, each in a process of its own; its peak is the kernel's figure for that process, torch's
-import included (the first line).
+eval.report, each in a process of its own. Its peak is the kernel's figure for that process, imports
+included (the first line).
 """
 
 from __future__ import annotations
@@ -27,12 +26,14 @@ from data.labels import LABELS, NIH_NINE
 
 ROOT = Path(__file__).resolve().parents[2]
 # of the official test images
-PREVALENCE = dict(zip(NIH_NINE, (0.385, 0.042, 0.119, 0.036, 0.071, 0.022, 0.128, 0.104, 0.045)))
+PREVALENCE = dict(
+    zip(NIH_NINE, (0.385, 0.042, 0.119, 0.036, 0.071, 0.022, 0.128, 0.104, 0.045), strict=True)
+)
 NIH_NAMES = {"Lung Lesion": "Mass", "Pleural Other": "Pleural_Thickening"}
 
 
 def rows(images: int, patients: int, seed: int):
-    """Predictions that are right for nine of ten labels; the truth is the same for every seed."""
+    """Make predictions that are right for nine of ten labels, with one truth for all seeds."""
     truth, said = np.random.default_rng(0), np.random.default_rng(seed)
     share = np.array([PREVALENCE[label] for label in NIH_NINE])
     words = np.array(
@@ -61,9 +62,9 @@ def rows(images: int, patients: int, seed: int):
     for n in range(images):
         true = truth.random(9) < share
         predicted = np.where(said.random(9) < 0.9, true, said.random(9) < share)
-        labels = [label for label, here in zip(NIH_NINE, true) if here]
+        labels = [label for label, here in zip(NIH_NINE, true, strict=True) if here]
         answer = (
-            ", ".join(label for label, here in zip(NIH_NINE, predicted) if here)
+            ", ".join(label for label, here in zip(NIH_NINE, predicted, strict=True) if here)
             or "Support Devices"
         )
         think = " ".join(words[said.integers(len(words), size=150)])
@@ -85,7 +86,7 @@ def rows(images: int, patients: int, seed: int):
 
 
 def measured(name: str, *arguments: str) -> None:
-    """Run python with the arguments; print its wall time, CPU time and peak memory."""
+    """Run python with the arguments, and print its wall time, CPU time and peak memory."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments],

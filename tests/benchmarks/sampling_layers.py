@@ -1,14 +1,16 @@
-"""What the linear layers of the sampler pay (engine/sampling_layers.py): products alone, and whole
-samplings.
+"""Measure what the linear layers of the sampler pay (engine/sampling_layers.py).
+
+First come products alone, then whole samplings.
 
     python tests/benchmarks/sampling_layers.py       # about 3 minutes
 
-The products, x W^T of the benchmark models' shapes (models.py) and of their head, for rows from one
-token to a prompt: torch's `linear` against oneDNN's product with weights laid out for it. Then
-samplings of one prompt on both models, in three ways: with the adapter beside its weights, merged
-with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. On one
-thread in fp32; CPU time, median of the rounds, and ratios of each round's pairs with their range.
-How much of it is oneDNN depends on the processor: torch's own products are Intel's MKL.
+The products are x W^T of the benchmark models' shapes (models.py) and of their head, for rows from
+one token to a prompt: torch's `linear` against oneDNN's product with weights laid out for it. Then
+come samplings of one prompt on both models, in three ways: with the adapter beside its weights,
+merged with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. All
+run on one thread in fp32. Printed are CPU time, median of the rounds, and ratios of each round's
+pairs with their range. How much of it is oneDNN depends on the processor: torch's own products are
+Intel's MKL.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WEIGHTS = 45_000_000
 
 
 def ratios(slow: list[float], fast: list[float]) -> str:
-    values = [a / b for a, b in zip(slow, fast)]
+    values = [a / b for a, b in zip(slow, fast, strict=True)]
     return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -61,7 +63,7 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
 
     of_torch(), of_onednn()
     found = [(seconds(of_torch), seconds(of_onednn)) for _ in range(rounds)]
-    slow, fast = zip(*found)
+    slow, fast = zip(*found, strict=True)
     print(
         f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f}"
         f" {statistics.median(fast) / calls * 1e6:10.0f}   {ratios(slow, fast)}",
@@ -71,7 +73,7 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
 
 @contextmanager
 def adapter_beside(model) -> Iterator[Callable]:
-    """In place of `sampling_layers`."""
+    """Take the place of `sampling_layers`: the adapter stays beside its weights."""
     yield lambda hidden: hidden @ lm_head_weight(model).t()
 
 
@@ -88,8 +90,9 @@ def compare_samplings(
         for name, way in ways.items():
             with way:
                 found[name].append(seconds(lambda: product.sample(prompts, generations)))
-    for name, times in found.items():
+    for times in found.values():
         del times[0]
+    for name, times in found.items():
         against = "" if name == "merged, oneDNN" else f"   {ratios(times, found['merged, oneDNN'])}"
         print(f"  G {generations}, {name:16} {statistics.median(times):7.2f}{against}", flush=True)
 

@@ -1,17 +1,17 @@
-"""What packing pays in SFT: answers of different lengths in one row without padding, against the
-same rows padded, and one by one.
+"""Measure what packing pays in SFT, against padded rows and rows one by one.
 
-    python tests/benchmarks/sft_packing.py                         # both families, 8 rows, answers
-    of 64 to 448 tokens
-    python tests/benchmarks/sft_packing.py --shortest 256 --longest 256              # nothing to
-    pad
+Answers of different lengths stand in one row without padding.
 
-On the benchmark models (models.py), with gradient checkpointing, in fp32 on one thread; image
-features are known to all sides, so that they differ in nothing else. "packed" is the product's
-forward of all rows; "one by one" the same with micro-batches of one row; "padded" the plain forward
-(tests/helpers/plain.py). A step is Eq. 1, forward and backward. Gradients are compared first. Then
-the three alternate in one process. CPU time, medians, and ratios of the rounds' pairs; memory is what
-torch allocates at most at once over the loaded model, from its profiler.
+    python tests/benchmarks/sft_packing.py                                  # 64 to 448 tokens
+    python tests/benchmarks/sft_packing.py --shortest 256 --longest 256     # nothing to pad
+
+Both families get 8 rows, on the benchmark models (models.py), with gradient checkpointing, in fp32
+on one thread. Image features are known to all sides, so that they differ in nothing else. "packed"
+is the product's forward of all rows. "one by one" is the same with micro-batches of one row.
+"padded" is the plain forward (tests/helpers/plain.py). A step is Eq. 1, forward and backward.
+Gradients are compared first. Then the three alternate in one process. CPU time, medians, and ratios
+of the rounds' pairs. Memory is what torch allocates at most at once over the loaded model, from its
+profiler.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.helpers.memory import allocated_peak
 
 
 def steps_of(wrapped, model, rows: list[EncodedRow]) -> dict[str, Callable[[], None]]:
-    """Each adds the gradients of the mean over all supervised tokens."""
+    """Make the ways. Each adds the gradients of the mean over all supervised tokens."""
     supervised = sum(len(row.completion_ids) for row in rows)
 
     def backward(hidden: Tensor, targets: Tensor) -> None:
@@ -80,7 +80,7 @@ def compare(family: str, folder: Path, lengths: list[int], sizes: Sizes, rounds:
             torch.randint(33, 123, (n,), generator=generator),
             torch.ones(n, dtype=torch.bool),
         )
-        for example, n in zip(examples, lengths)
+        for example, n in zip(examples, lengths, strict=True)
     ]
     real = sum(sizes.prompt_length + n for n in lengths)
     print(

@@ -1,20 +1,19 @@
-"""The product's GRPO and SFT steps on the benchmark models (models.py): phase by phase, and against
-the plain forward.
+"""Time the product's GRPO and SFT steps phase by phase, and against the plain forward.
 
-    python tests/benchmarks/steps.py                    # against the plain forward of
-    tests/helpers/plain.py
-    python tests/benchmarks/steps.py --profile          # where the time of a step goes
+    python tests/benchmarks/steps.py                # against the plain forward
+    python tests/benchmarks/steps.py --profile      # where the time of a step goes
 
-In the plain forward every completion has a prompt of its own and its image goes through the vision
-tower in every pass. Both sides get the same weights, prompts, completions and rewards; loss and
-gradients are compared before anything is timed, then the two alternate in one process, on one
-thread. Times are CPU time of this process and wall clock, medians of the pairs; a ratio is the
-median of the pairs' ratios, with the smallest and the largest.
+Both run on the benchmark models (models.py). In the plain forward (tests/helpers/plain.py) every
+completion has a prompt of its own and its image goes through the vision tower in every pass. Both
+sides get the same weights, prompts, completions and rewards. Loss and gradients are compared before
+anything is timed, then the two alternate in one process, on one thread. Times are CPU time of this
+process and wall clock, medians of the pairs. A ratio is the median of the pairs' ratios, with the
+smallest and the largest.
 
-A GRPO step is one new image, one group of completions, one update, as in run_grpo.py: the group is
-really sampled, with no stop ids, so that every completion has its full length; then given
-completions take its place. One update a rollout needs no pass for old log-probabilities. Learning
-rate 0: all steps do the same.
+A GRPO step is one new image, one group of completions, one update, as in run_grpo.py. The group is
+really sampled, with no stop ids, so that every completion has its full length. Then given
+completions take its place. One update a rollout needs no pass for old log-probabilities. The
+learning rate is 0, so all steps do the same.
 """
 
 from __future__ import annotations
@@ -42,29 +41,29 @@ from engine import forward
 from engine.collate import collate_rows, plan_batches
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import lm_head_weight
-from engine.forward import completion_hidden_states, completion_logprobs
 from engine.generate import Completion, SamplingConfig, generate
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model import (
     REFERENCE,
-    LoadedModel,
+    BaseModel,
     add_reference,
     attach_adapter,
     enable_gradient_checkpointing,
     use_adapter,
 )
 from engine.optim import build_optimizer, clip_gradients, trainable_parameters
+from engine.policy import Policy
 from engine.vision import VisionCache
-from rl.objective import ObjectiveConfig, grpo_loss, objective_metrics, token_weights
-from rl.rewards import HardReward
-from rl.rollout import (
-    build_samples,
-    collate_samples,
-    plan_micro_batches,
-    score_samples,
-    with_advantages,
-    with_old,
+from rl.objective import (
+    ObjectiveConfig,
+    group_advantages,
+    grpo_loss,
+    objective_metrics,
+    token_weights,
 )
+from rl.rewards import HardReward
+from rl.rollout import Rollouts
+from rl.settings import GRPOConfig
 from tests.benchmarks import models
 from tests.benchmarks.models import FAMILIES, Costs, Sizes
 from tests.helpers import plain
@@ -80,7 +79,7 @@ class Seconds(NamedTuple):
 
 
 class Clock:
-    """Seconds of named phases, added up until they are taken. Phases may contain each other."""
+    """Add up the seconds of named phases until they are taken. Phases may contain each other."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -95,7 +94,7 @@ class Clock:
             self._found[name][1] += time.perf_counter() - wall
 
     def timed(self, function: Callable, name: str | Callable[..., str]) -> Callable:
-        """`function` under a phase's name, which may depend on its arguments."""
+        """Time a function under a phase's name, which may depend on its arguments."""
 
         def call(*arguments, **keywords):
             with self(name(*arguments, **keywords) if callable(name) else name):
@@ -110,11 +109,11 @@ class Clock:
 
 
 def add(*phases: Seconds) -> Seconds:
-    return Seconds(*map(sum, zip(*phases)))
+    return Seconds(*map(sum, zip(*phases, strict=True)))
 
 
 def quiet() -> None:
-    """One thread, and no bars, notes and warnings of libraries between the tables."""
+    """Use one thread, and keep libraries' bars, notes and warnings from between the tables."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -124,7 +123,7 @@ def quiet() -> None:
 
 
 def machine() -> str:
-    """What ran: one line."""
+    """Say in one line what ran."""
     import peft
     import transformers
 
@@ -143,8 +142,8 @@ def machine() -> str:
 # ---- the product ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """What both sides of a step get: new images, and for each of them a group of completions [G,C]
-    and its rewards [G].
+    """Hold what both sides of a step get: new images, and for each of them a group of completions
+    [G,C] and its rewards [G].
     """
 
     examples: list[Example]
@@ -155,11 +154,15 @@ class Task:
 def make_tasks(
     examples: Sequence[Example], prompts: int, generations: int, new_tokens: int
 ) -> list[Task]:
-    """One task for every `prompts` examples. Completions are random printable bytes, so that they
-    stay themselves as text.
+    """Make one task for every `prompts` examples.
+
+    Completions are random printable bytes, so that they stay themselves as text.
     """
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randint(33, 123, (generations, new_tokens), generator=generator)  # noqa: E731
+
+    def draw() -> torch.Tensor:
+        return torch.randint(33, 123, (generations, new_tokens), generator=generator)
+
     rewards = [(i % 4) / 4 + i / 64 for i in range(generations)]
     return [
         Task(list(examples[i : i + prompts]), [draw() for _ in range(prompts)], [rewards] * prompts)
@@ -168,7 +171,7 @@ def make_tasks(
 
 
 class Product:
-    """The benchmark model with both adapters, and its steps as the loops of run_grpo.py and
+    """Hold the benchmark model with both adapters, and its steps as the loops of run_grpo.py and
     run_sft.py have them.
     """
 
@@ -179,34 +182,55 @@ class Product:
         # No stop ids: completions are full. No suppressed ids: others know none in their
         # log-probabilities.
         loaded = models.load(folder / family / "model", sizes)
-        self.model: LoadedModel = replace(loaded, stop_ids=frozenset(), suppressed_ids=())
-        self.wrapped: PeftModel = attach_adapter(
-            self.model, folder / family / "policy", trainable=True
-        )
-        add_reference(self.wrapped, folder / family / "reference")
+        self.model: BaseModel = replace(loaded, stop_ids=frozenset(), suppressed_ids=())
+        self.net: PeftModel = attach_adapter(self.model, folder / family / "policy", trainable=True)
+        add_reference(self.net, folder / family / "reference")
         if gradient_checkpointing:
-            enable_gradient_checkpointing(self.wrapped)
-        self.optimizer = build_optimizer(self.wrapped, learning_rate=0.0, weight_decay=0.0)
-        self.parameters = [parameter for _, parameter in trainable_parameters(self.wrapped)]
-        self.costs = Costs(self.model.base.config, sizes)
+            enable_gradient_checkpointing(self.net)
+        self.optimizer = build_optimizer(self.net, learning_rate=0.0, weight_decay=0.0)
+        self.parameters = [parameter for _, parameter in trainable_parameters(self.net)]
+        self.costs = Costs(self.model.net.config, sizes)
 
     def prompt_for(self, example: Example) -> Prompt:
         return models.make_prompt(self.model, example, self.sizes)
 
     def forget_images(self, *, keep: bool) -> None:
-        """A new cache of image features, which holds all it sees or nothing."""
+        """Start a new cache of image features, which holds all it sees or nothing."""
         cache = VisionCache(
-            self.model.base, self.model.family, self.model.encoder, max_bytes=2**30 if keep else 0
+            self.model.net, self.model.family, self.model.encoder, max_bytes=2**30 if keep else 0
         )
         self.model = replace(self.model, vision=cache)
+
+    def policy(self, prompt: Prompt) -> Policy:
+        """Ask the model with the images' features of the cache at hand."""
+        return Policy(self.net, self.model, prompt, TEMPERATURE)
+
+    def rollouts(self, task: Task) -> Rollouts:
+        """Make a rollout of the task's images, of one update in one micro-batch, to be filled."""
+        generations = len(task.rewards[0])
+        config = GRPOConfig(
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_completion_length=self.sizes.new_tokens,
+            num_generations=generations,
+            per_device_train_batch_size=generations * len(task.examples),
+            gradient_accumulation_steps=1,
+            steps_per_generation=1,
+            max_tokens_per_forward=None,
+            mask_truncated_completions=False,
+            reward="hard",
+            seed=0,
+        )
+        rollouts = Rollouts(task.examples, {"hard": HardReward()}, config)
+        rollouts.examples = task.examples
+        return rollouts
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], generations: int, new_tokens: int | None = None
     ) -> list[list[Completion]]:
         sampling = SamplingConfig(TEMPERATURE, TOP_P, new_tokens or self.sizes.new_tokens)
         return generate(
-            self.wrapped,
-            self.model,
+            self.policy(Prompt("", "")),  # the prompts are encoded already
             prompts,
             sampling,
             num_generations=generations,
@@ -220,15 +244,17 @@ class Product:
     def grpo_step(
         self, task: Task, prompt: Prompt, *, sample: bool = True
     ) -> tuple[float, dict[str, Tensor]]:
-        """(loss, gradients) of one step; its phases are on the clock. sample: whether completions
-        are really drawn first.
+        """Return loss and gradients of one step. Its phases are on the clock.
+
+        sample: whether completions are really drawn first.
         """
-        clock, pad = self.clock, self.model.encoder.pad_token_id
+        clock, policy = self.clock, self.policy(prompt)
         with clock("whole step"):
-            prompts = self.look(task.examples, prompt)
+            rollouts = self.rollouts(task)
+            rollouts.prompts = self.look(task.examples, prompt)
             if sample:
                 with clock("sampler"):
-                    self.sample(prompts, len(task.rewards[0]))
+                    rollouts.sample(policy, lambda: False)
             completions = [
                 [
                     Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), True)
@@ -237,60 +263,32 @@ class Product:
                 for group in task.completions
             ]
             with clock("rewards"):
-                samples = build_samples(
-                    task.examples,
-                    completions,
-                    self.model.encoder.decode,
-                    {"hard": HardReward()},
-                    "hard",
-                    answer_format="think_solution",
-                    mask_truncated_completions=False,
-                )
-            samples = [
-                replace(sample, reward=reward)
-                for sample, reward in zip(samples, [r for group in task.rewards for r in group])
-            ]
-            steps = plan_micro_batches(
-                samples, prompts, size=len(samples), accumulation=1, max_tokens=None
-            )
+                rollouts.reward(completions, policy)
+            rewards = [reward for group in task.rewards for reward in group]
+            for one, reward in zip(rollouts.samples, rewards, strict=True):
+                one.reward = reward
             with clock("reference log-probabilities"):
-                samples = score_samples(
-                    self.wrapped,
-                    self.model,
-                    samples,
-                    prompts,
-                    steps,
-                    temperature=TEMPERATURE,
-                    with_reference=True,
-                )
-            samples = with_advantages(samples, OBJECTIVE)
-            self.wrapped.train()
-            total, num_tokens = 0.0, sum(len(sample.ids) for sample in samples)
-            for indices in steps[0]:
+                rollouts.score(policy, with_reference=True)
+            advantages = group_advantages(
+                rollouts.rewards,
+                rollouts.groups,
+                OBJECTIVE.scale_rewards,
+                kl=rollouts.kl,
+                config=OBJECTIVE,
+            )
+            rollouts.set_advantages(advantages)
+            micro_batches = rollouts.micro_batches(0)
+            totals = rollouts.totals(micro_batches)
+            self.net.train()
+            total, old = 0.0, []
+            for rows in micro_batches:
                 with clock("policy forward"):
-                    micro = collate_samples([samples[i] for i in indices], prompts, pad, models.CPU)
-                    logprobs, entropy = completion_logprobs(
-                        self.wrapped,
-                        self.model.family,
-                        micro.batch,
-                        temperature=TEMPERATURE,
-                        suppress_token_ids=self.model.suppressed_ids,
-                        entropy=True,
-                    )
-                    samples, micro = (
-                        with_old(samples, indices, logprobs),
-                        replace(micro, old_logprobs=logprobs.detach()),
-                    )
-                    weights = token_weights(
-                        micro.mask,
-                        OBJECTIVE.loss_type,
-                        num_completions=len(samples),
-                        num_tokens=num_tokens,
-                        max_completion_length=self.sizes.new_tokens,
-                    )
+                    micro = rollouts.micro_batch(rows, policy)
+                    logprobs, entropy = policy.logprobs_and_entropy(micro.batch)
+                    weights = token_weights(micro.mask, OBJECTIVE.loss_type, **totals)
                     loss, terms = grpo_loss(
                         logprobs,
-                        micro.old_logprobs,
+                        logprobs.detach(),
                         micro.ref_logprobs,
                         micro.advantages,
                         micro.mask,
@@ -301,45 +299,45 @@ class Product:
                     )
                 with clock("backward"):
                     loss.backward()
+                old.append(logprobs.detach())
                 with clock("metrics"):
                     objective_metrics(terms, micro.advantages, micro.mask, OBJECTIVE)
                 total += float(loss.detach())
+            rollouts.keep_old(micro_batches, old)
         return total, self._update()
 
     def sft_step(
         self, examples: Sequence[Example], answers: Sequence[str], prompt: Prompt
     ) -> tuple[float, dict[str, Tensor]]:
-        """(loss, gradients) of one step of one micro-batch."""
-        clock = self.clock
+        """Return loss and gradients of one step of one micro-batch."""
+        clock, policy = self.clock, self.policy(prompt)
         with clock("whole step"):
             with clock("images"):
                 rows = [
                     self.model.encode_answer(example, prompt, answer)
-                    for example, answer in zip(examples, answers)
+                    for example, answer in zip(examples, answers, strict=True)
                 ]
             supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
-            self.wrapped.train()
+            self.net.train()
             for indices in plan_batches(rows, len(rows), None):
                 with clock("forward"):
                     batch = collate_rows(
                         [rows[i] for i in indices], self.model.encoder.pad_token_id
                     )
-                    hidden, targets = completion_hidden_states(
-                        self.wrapped, self.model.family, batch
+                    hidden, targets = policy.hidden_states(batch)
+                    logprobs, _ = token_logprobs(
+                        hidden, policy.head, targets, softcap=policy.softcap
                     )
-                    logprobs, _ = token_logprobs(hidden, lm_head_weight(self.wrapped), targets)
                     loss = -logprobs.sum() / supervised_tokens
                 with clock("backward"):
                     loss.backward()
                 with clock("metrics"):
-                    predicted_correctly(
-                        hidden, lm_head_weight(self.wrapped), targets
-                    ).float().mean()
+                    predicted_correctly(hidden, policy.head, targets).float().mean()
         return float(loss.detach()), self._update()
 
     def _update(self) -> dict[str, Tensor]:
-        """The optimizer's part of a step, on the clock as well. Returns the gradients before it."""
-        found = gradients(self.wrapped)
+        """Do the optimizer's part of a step, on the clock. Returns the gradients before it."""
+        found = gradients(self.net)
         with self.clock("whole step"), self.clock("update"):
             clip_gradients(self.parameters, MAX_GRAD_NORM)
             self.optimizer.step()
@@ -357,7 +355,9 @@ class Product:
             setattr(module, name, original)
 
     def profiled_step(self, task: Task, prompt: Prompt) -> dict[str, Seconds]:
-        """Phases of a GRPO step, with the head of every pass and the reading of prompts apart."""
+        """Time the phases of a GRPO step, with the head of every pass and the reading of prompts
+        apart.
+        """
         with self._apart(forward, "token_logprobs", "head"):
             self.grpo_step(task, prompt)
         phases = self.clock.take()
@@ -368,11 +368,11 @@ class Product:
         return phases | self.clock.take()
 
 
-def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
-    """Copies, by parameter."""
+def gradients(net: PeftModel) -> dict[str, Tensor]:
+    """Copy the gradients, by parameter."""
     return {
         name: parameter.grad.clone()
-        for name, parameter in wrapped.named_parameters()
+        for name, parameter in net.named_parameters()
         if parameter.grad is not None
     }
 
@@ -381,18 +381,18 @@ def gradients(wrapped: PeftModel) -> dict[str, Tensor]:
 def plain_grpo_step(
     product: Product, task: Task, prompt: Prompt, clock: Clock
 ) -> tuple[float, dict[str, Tensor]]:
-    """Reference and policy passes of a step whose completions are given, on the product's model."""
-    wrapped, model, sizes = product.wrapped, product.model, product.sizes
+    """Run the passes of a step with given completions, on the product's model."""
+    net, model, sizes = product.net, product.model, product.sizes
     prompts = [model.encoder.encode_prompt(example, prompt) for example in task.examples]
     rows = [
         EncodedRow(encoded, ids, torch.ones(len(ids), dtype=torch.bool))
-        for encoded, group in zip(prompts, task.completions)
+        for encoded, group in zip(prompts, task.completions, strict=True)
         for ids in group
     ]
 
     def logprobs_of(**options) -> Tensor:
         return plain.logprobs_of(
-            wrapped,
+            net,
             model.family,
             rows,
             temperature=TEMPERATURE,
@@ -400,10 +400,10 @@ def plain_grpo_step(
             **options,
         )
 
-    wrapped.eval()
-    with use_adapter(wrapped, REFERENCE), clock("reference log-probabilities"):
+    net.eval()
+    with use_adapter(net, REFERENCE), clock("reference log-probabilities"):
         ref = logprobs_of()
-    wrapped.train()
+    net.train()
     advantages = torch.cat(
         [torch.tensor(group) - sum(group) / len(group) for group in task.rewards]
     )
@@ -420,8 +420,8 @@ def plain_grpo_step(
         loss, _ = grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, weights, OBJECTIVE)
     with clock("backward"):
         loss.backward()
-    found = gradients(wrapped)
-    wrapped.zero_grad()
+    found = gradients(net)
+    net.zero_grad()
     return float(loss.detach()), found
 
 
@@ -432,22 +432,22 @@ def plain_sft_step(
     prompt: Prompt,
     clock: Clock,
 ) -> tuple[float, dict[str, Tensor]]:
-    wrapped, model = product.wrapped, product.model
-    wrapped.train()
+    net, model = product.net, product.model
+    net.train()
     with clock("whole step"):
         rows = [
             model.encoder.encode_answer(example, prompt, answer)
-            for example, answer in zip(examples, answers)
+            for example, answer in zip(examples, answers, strict=True)
         ]
         hidden, targets = plain.hidden_states(
-            wrapped, model.family, plain.plain_batch(rows, model.encoder.pad_token_id)
+            net, model.family, plain.plain_batch(rows, model.encoder.pad_token_id)
         )
-        logprobs, _ = token_logprobs(hidden, lm_head_weight(wrapped), targets)
+        logprobs, _ = token_logprobs(hidden, lm_head_weight(net), targets)
         loss = -logprobs.mean()
         loss.backward()
-        predicted_correctly(hidden, lm_head_weight(wrapped), targets).float().mean()
-    found = gradients(wrapped)
-    wrapped.zero_grad()
+        predicted_correctly(hidden, lm_head_weight(net), targets).float().mean()
+    found = gradients(net)
+    net.zero_grad()
     return float(loss.detach()), found
 
 
@@ -461,8 +461,10 @@ def check_equal(
     theirs: tuple[float, dict[str, Tensor]],
     bound: float = 1e-5,
 ) -> None:
-    """Print by how much losses and gradients differ. Raises SystemExit where a parameter's gradient
-    differs by more than `bound` of its norm, or where one side trains what the other does not.
+    """Print by how much losses and gradients differ.
+
+    Raises SystemExit where a parameter's gradient differs by more than `bound` of its norm, or
+    where one side trains what the other does not.
     """
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
     if our_gradients.keys() != their_gradients.keys():
@@ -498,7 +500,10 @@ def print_row(
     name: str, ours: Sequence[Seconds], theirs: Sequence[Seconds], bound: float | None
 ) -> None:
     def ratios(field: str) -> str:
-        values = [getattr(their, field) / getattr(our, field) for our, their in zip(ours, theirs)]
+        values = [
+            getattr(their, field) / getattr(our, field)
+            for our, their in zip(ours, theirs, strict=True)
+        ]
         return f"{statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})"
 
     seconds = [statistics.median(side.cpu for side in sides) for sides in (ours, theirs)]
@@ -511,9 +516,10 @@ def print_row(
 
 @dataclass(frozen=True)
 class Bounds:
-    """Operations of each side (see models.py), for G completions of a prompt. The head costs two
-    products of a training pass here, since its gradient is taken in the forward pass, and three
-    elsewhere.
+    """Count the operations of each side (see models.py), for G completions of a prompt.
+
+    The head costs two products of a training pass here, since its gradient is taken in the forward
+    pass, and three elsewhere.
     """
 
     costs: Costs
@@ -534,7 +540,7 @@ class Bounds:
         return self.costs.prompt.forward + self._new.forward + self._head
 
     def scoring(self) -> float:
-        """Reference pass."""
+        """Count the reference pass."""
         return self.sampler()
 
     def policy(self) -> float:
@@ -547,13 +553,15 @@ class Bounds:
         return self.unshared_sampler()
 
     def unshared_policy(self, *, tower_trained: bool) -> float:
-        """tower_trained: the frozen tower is recomputed and a gradient goes through it."""
+        """Count a policy pass without shared prompts. tower_trained: the frozen tower is recomputed
+        and a gradient goes through it.
+        """
         image = self.costs.image.trained if tower_trained else self.costs.image.forward
         return self.generations * (image + self.costs.sequence.trained) + 3 * self._head
 
 
 def make_folder(folder: Path, family: str, sizes: Sizes, images: int) -> list[Example]:
-    """Checkpoint, adapters and images of one family."""
+    """Save checkpoint, adapters and images of one family."""
     model = models.save_checkpoint(family, folder / family / "model", sizes)
     models.save_adapter(model, folder / family / "policy", 0, sizes)
     models.save_adapter(model, folder / family / "reference", 1, sizes)
@@ -561,7 +569,7 @@ def make_folder(folder: Path, family: str, sizes: Sizes, images: int) -> list[Ex
 
 
 def make_answers(count: int, tokens: int) -> list[str]:
-    """Random printable bytes, with the end of turn of `tokens` tokens."""
+    """Make answers of random printable bytes, of `tokens` tokens with the end of turn."""
     generator = torch.Generator().manual_seed(1)
     return [
         bytes(torch.randint(97, 123, (tokens - 1,), generator=generator).tolist()).decode()

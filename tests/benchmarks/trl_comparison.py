@@ -1,27 +1,27 @@
-"""The product's steps against TRL's, on the same models with the same weights, prompts and
-completions.
+"""Compare the product's steps with TRL's on the same models.
+
+Both get the same weights, prompts and completions.
 
     pip install -e '.[bench]'
     python tests/benchmarks/trl_comparison.py            # about 25 minutes
-    python tests/benchmarks/trl_comparison.py --memory   # peak memory instead, a process for each
-    side
+    python tests/benchmarks/trl_comparison.py --memory   # peak memory, a process for each side
 
-TRL's GRPOTrainer and SFTTrainer run their own `train()`; the product's step runs between their
+TRL's GRPOTrainer and SFTTrainer run their own `train()`. The product's step runs between their
 steps, so the two alternate in one process, on one thread, in fp32, with gradient checkpointing on
 both sides. In every GRPO step both sides really draw a group of completions, of full length: no
 token stops them. Then the same given completions and rewards take their place, so that loss and
-gradients can be compared, which is done first. Models, times and ratios: see models.py and
+gradients can be compared, which is done first. Models, times and ratios are those of models.py and
 steps.py.
 
-What is set so that TRL does the same work: `use_bias_correction_kl` off (its default multiplies the
-KL by a differentiable ratio: an equal value with another gradient); the head works on the
-completions' tokens alone, as on CUDA (on a CPU TRL's would work on the prompts' too); no image
-token is suppressed, on either side. TRL gets no torchvision: processors are made by hand of the
-image processors that the product uses.
+Some things are set so that TRL does the same work. `use_bias_correction_kl` is off (its default
+multiplies the KL by a differentiable ratio: an equal value with another gradient). The head works
+on the completions' tokens alone, as on CUDA (on a CPU TRL's would work on the prompts' too). No
+image token is suppressed, on either side. TRL gets no torchvision: processors are made by hand of
+the image processors that the product uses.
 
 "As installed" TRL trains with hooks that make embeddings require a gradient, the vision tower's
 patches too: the frozen tower is recomputed and a gradient goes through it. "Hooks off" is the same
-trainer without them; it shares the sampler's times.
+trainer without them. It shares the sampler's times.
 
 One update a rollout, for which neither side makes a pass for old log-probabilities.
 """
@@ -92,7 +92,7 @@ PROMPTS_TOGETHER = 4  # of the sampler's second row
 
 # ---- TRL -----------------------------------------------------------------------------------------
 class QwenProcessor(Qwen2_5_VLProcessor):
-    """Without the video processor, which needs torchvision."""
+    """Do without the video processor, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -143,8 +143,9 @@ def messages(prompt: Prompt) -> list[dict]:
 
 
 class Hooks:
-    """The forward hooks that make embeddings require a gradient. TRL adds them again whenever it
-    turns checkpointing back on.
+    """Switch the forward hooks that make embeddings require a gradient.
+
+    TRL adds them again whenever it turns checkpointing back on.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -167,15 +168,15 @@ class Hooks:
             )
 
     def switch(self, on: bool) -> None:
-        """For the next training pass."""
+        """Set what the next training pass does."""
         self._on = on
         for current, hooks in self._hooks:
             current.clear()
             current.update(hooks if on else {})
 
     def check(self) -> None:
-        """Raises SystemExit where the tower's layers, in the last training pass, did not get what
-        `switch` asked for.
+        """Check that the tower's layers got in the last training pass what `switch` asked for.
+        Raises SystemExit where not.
         """
         if self._seen != self._on:
             raise SystemExit(
@@ -185,7 +186,7 @@ class Hooks:
 
 
 class Between(TrainerCallback):
-    """Times TRL's steps and calls back around them: before(step), after(step, its gradients before
+    """Time TRL's steps and call back around them: before(step), after(step, its gradients before
     clipping).
     """
 
@@ -234,9 +235,10 @@ def grpo_trainer(
     callback: TrainerCallback,
     installed: Callable[[int], bool],
 ) -> GRPOTrainer:
-    """A trainer whose step s is tasks[s], whose completions and rewards are given. installed:
-    whether a step is made as TRL makes it, and draws completions of its own first, or without
-    hooks.
+    """Make a trainer whose step s is tasks[s], whose completions and rewards are given.
+
+    installed: whether a step is made as TRL makes it, and draws completions of its own first, or
+    without hooks.
     """
     rewards = {
         task.completions[0][i].tolist().__repr__(): reward
@@ -318,7 +320,7 @@ def grpo_trainer(
 
 
 def installed(step: int) -> bool:
-    """Steps alternate: TRL as installed, then without hooks."""
+    """Tell which steps are TRL as installed: they alternate with those without hooks."""
     return step % 2 == 0
 
 
@@ -330,7 +332,10 @@ def compare_grpo(
     examples: Sequence[Example],
     pairs: int,
 ) -> None:
-    """Of each task: the product, TRL as installed, TRL without its hooks. The first is not timed."""
+    """Time each task with the product, TRL as installed, and TRL without its hooks.
+
+    The first round is not timed.
+    """
     product, clock = Product(folder, family, sizes), Clock()
     product.forget_images(keep=False)
     prompt = product.prompt_for(examples[0])
@@ -382,7 +387,7 @@ def compare_grpo(
         )
         whole = [
             add(phases["whole step"], *([] if name == "installed" else [sampler]))
-            for phases, sampler in zip(theirs, sampled)
+            for phases, sampler in zip(theirs, sampled, strict=True)
         ]
         print_row(
             f"{label}: whole step",
@@ -406,7 +411,7 @@ def compare_grpo(
 
 
 def keep_results(trainer, results: dict) -> None:
-    """After each backward pass of TRL its loss and the gradients are in results["theirs"]."""
+    """Keep TRL's loss and gradients in results["theirs"] after each of its backward passes."""
     backward = trainer.accelerator.backward
 
     def kept(loss: Tensor, **keywords) -> None:
@@ -431,7 +436,7 @@ def compare_samplers(
     one_by_one: Sequence[Seconds],
     clock: Clock,
 ) -> None:
-    """Several prompts together on both sides, and on ours against TRL's one prompt a batch."""
+    """Compare several prompts together on both sides, and on ours against TRL's one at a time."""
     ours, theirs = [], []
     for i in range(pairs):
         chosen = [examples[(i + j) % len(examples)] for j in range(PROMPTS_TOGETHER)]
@@ -482,7 +487,7 @@ def sft_trainer(
                 "images": [load_image(example)],
             }
             for batch in batches
-            for example, answer in zip(batch, answers)
+            for example, answer in zip(batch, answers, strict=True)
         ]
     )
     config = SFTConfig(
@@ -519,8 +524,8 @@ def sft_trainer(
 def compare_sft(
     folder: Path, family: str, sizes: Sizes, examples: Sequence[Example], rows: int, pairs: int
 ) -> None:
-    """Of each batch: the product with new images and with known ones, TRL as installed and without
-    its hooks.
+    """Time each batch with the product, with new images and with known ones, and with TRL as
+    installed and without its hooks.
     """
     product, clock = Product(folder, family, sizes), Clock()
     prompt, answers = product.prompt_for(examples[0]), make_answers(rows, sizes.new_tokens)
@@ -581,8 +586,10 @@ def compare_sft(
 
 # ---- memory --------------------------------------------------------------------------------------
 class Peaks:
-    """Memory of three steps: the first touches all that stays, of the second resident memory is
-    measured, of the third torch's own.
+    """Measure the memory of three steps.
+
+    The first touches all that stays. Of the second resident memory is measured, of the third
+    torch's own.
     """
 
     def __init__(self) -> None:
@@ -608,8 +615,8 @@ class Peaks:
 
 
 def measure_memory(side: str, family: str, generations: int, sizes: Sizes, rows: int) -> None:
-    """One side, in a process of its own; GRPO with generations, SFT where that is 0. Prints
-    allocated and resident bytes.
+    """Print allocated and resident bytes of one side, in a process of its own: GRPO with
+    generations, SFT where that is 0.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, peaks = Path(name), Peaks()
@@ -706,7 +713,9 @@ def compare_memory(arguments: argparse.Namespace) -> None:
             parts = [
                 f"{ours:{width}.0f} {installed:10.0f} {off:10.0f} {ours / installed:7.2f}"
                 f" {ours / off:7.2f}"
-                for width, (ours, installed, off) in zip((16, 15), zip(*found))
+                for width, (ours, installed, off) in zip(
+                    (16, 15), zip(*found, strict=True), strict=True
+                )
             ]
             print(f"  {name:28} {'    '.join(parts)}", flush=True)
 

@@ -1,5 +1,6 @@
-"""Protects the only parser of model output: what counts as valid, as parsed, and which labels an
-answer holds.
+"""Protect the only parser of model output.
+
+Checked: what counts as valid, as parsed, and which labels an answer holds.
 
 A parser that is lenient where the reward is strict, or that hangs on broken text, spoils training
 without a visible error.

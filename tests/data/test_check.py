@@ -1,5 +1,8 @@
-"""Protects `python -m data.check`: every bad row, label, answer and image is named, all at once,
-with the right exit code. Run: pytest tests/data/test_check.py
+"""Protect `python -m data.check`.
+
+Checked: every bad row, label, answer and image is named, all at once, with the right exit code.
+
+Run: pytest tests/data/test_check.py
 """
 
 from __future__ import annotations
@@ -94,7 +97,9 @@ def test_all_problems_at_once(tmp_path, capsys):
         ),
     ]
     assert len(problems) == len(expected)
-    assert [problem[: len(start)] for problem, start in zip(problems, expected)] == expected
+    assert [
+        problem[: len(start)] for problem, start in zip(problems, expected, strict=True)
+    ] == expected
     assert first.startswith(
         f"{file}: 9 examples of 1 patients, 4 with an answer; labels: No Finding 2, Edema 6,"
         " Fracture 1, Support"

@@ -1,6 +1,8 @@
-"""Protects the embedded default: pictures that show their labels, two hospitals that differ, traces
-that parse, splits that cannot overlap, and base checkpoints of both families that have seen what
-fine-tuning needs and load.
+"""Protect the embedded default.
+
+Checked: pictures that show their labels, two hospitals that differ, traces that parse, splits that
+cannot overlap, and base checkpoints of both families that have seen what fine-tuning needs and
+load.
 
     python -m pytest tests/data/test_demo_data.py
 """
@@ -49,14 +51,15 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def tokenizer(family):
-    """The shipped one."""
+    """Load the tokenizer that is shipped."""
     return AutoTokenizer.from_pretrained(family.folder)
 
 
 @pytest.fixture(scope="module")
 def patients():
-    """150 pictures of each site, by site; drawn once because drawing is what these tests spend
-    their time on.
+    """Draw 150 pictures of each site, by site.
+
+    They are drawn once, because drawing is what these tests spend their time on.
     """
     return {site: [draw(seed, site) for seed in range(150)] for site in "ab"}
 
@@ -319,7 +322,7 @@ def test_the_base_sees_every_label_behind_a_tag_and_behind_a_comma(patients):
 
 @pytest.fixture(scope="module")
 def fresh(family, patients):
-    """A tokenizer and a random model of each family, as the build makes them, from a small corpus."""
+    """Make a tokenizer and a random model of each family from a small corpus, as the build does."""
     tokenizer = family.train_tokenizer(tokenizer_corpus(patients["a"], family.chat_words))
     torch.manual_seed(0)
     return tokenizer, family.build_model(tokenizer)

@@ -1,8 +1,10 @@
-"""Protects the data file's contract: what is read, what is refused and how it is said, and splits
-that share no patient.
+"""Protect the data file's contract.
 
-A row that is read wrongly trains and scores without any error. Run: pytest
-tests/data/test_examples.py
+Checked: what is read, what is refused and how it is said, and splits that share no patient.
+
+A row that is read wrongly trains and scores without any error.
+
+Run: pytest tests/data/test_examples.py
 """
 
 from __future__ import annotations
@@ -257,7 +259,7 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 
 def patients(*counts: int) -> list[Example]:
-    """`counts[i]` examples of patient i, patients in turn."""
+    """Make `counts[i]` examples of patient i, patients in turn."""
     return [
         Example(f"{p}-{n}", f"p{p}", "x.png", (), "site", None)
         for n in range(max(counts))

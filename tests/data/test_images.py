@@ -1,5 +1,6 @@
-"""Protects image loading: the model gets the pixels of the file, 8-bit RGB and upright, and a bad
-file is named.
+"""Protect image loading.
+
+Checked: the model gets the pixels of the file, 8-bit RGB and upright, and a bad file is named.
 
 Run: pytest tests/data/test_images.py; with CXR_SAMPLE=<folder of real X-rays> it reads those too.
 """
@@ -326,7 +327,7 @@ def test_transparency_is_put_on_black(tmp_path):
 
 
 def palette_image() -> Image.Image:
-    """One row: colour 0 (10, 20, 30), then colour 1 (200, 150, 100)."""
+    """Make one row: colour 0 (10, 20, 30), then colour 1 (200, 150, 100)."""
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
     image.putpalette([10, 20, 30, 200, 150, 100])
     return image

@@ -1,5 +1,9 @@
-"""Protects the instruction variants: names that stay, the 14 labels and the answer format in each,
-the demo's text to the letter. Run: pytest tests/data/test_prompts.py
+"""Protect the instruction variants.
+
+Checked: names that stay, the 14 labels and the answer format in each, the demo's text to the
+letter.
+
+Run: pytest tests/data/test_prompts.py
 """
 
 from __future__ import annotations
@@ -13,12 +17,10 @@ from data.answers import ANSWER_FORMATS, parse_answer
 from data.labels import LABELS, Target
 from data.prompts import PROMPTS, SYSTEM_PROMPT, build_messages, solution_text
 from engine.config import parse_config
-from engine.settings import from_adapter
-from eval.evaluate import EvalConfig, complete
-from rl.objective import ObjectiveConfig
+from engine.settings import resolve_sft
+from eval.settings import EvalConfig, complete
 from rl.rewards import HardReward, NuancedReward
-from rl.settings import GRPOConfig, from_sft_run
-from run_sft import SFTConfig
+from rl.settings import resolve_grpo
 
 TABLE_1 = (
     "reasoning_narrative",
@@ -179,7 +181,7 @@ def test_nv_reasons_own_form():
 
 
 # ---- which prompt and form a run has -------------------------------------------------------------
-def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path):
+def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tiny_data, tmp_path):
     (tmp_path / "a.toml").write_text('prompt = "reasoning_a"\nanswer_format = "solution"\n')
     flags = [
         "--recipe",
@@ -187,11 +189,9 @@ def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path
         "--adapter_name_or_path",
         str(tiny_sft_run("qwen2_5_vl")),
         "--train_file",
-        "x",
+        str(tiny_data),
     ]
-    resolved = from_sft_run(
-        parse_config([GRPOConfig, ObjectiveConfig], flags, script="grpo", prog="run_grpo.py")
-    )
+    resolved = resolve_grpo(flags)
     assert (resolved.configs[0].prompt, resolved.configs[0].answer_format) == (
         "demo",
         "think_solution",
@@ -214,11 +214,9 @@ def test_grpo_takes_both_from_the_sft_run_before_a_recipe(tiny_sft_run, tmp_path
         (["--answer_format", "label_list"], ("demo", "label_list")),
     ],
 )
-def test_sft_and_evaluation_of_an_adapter(tiny_sft_run, flags, expected):
+def test_sft_and_evaluation_of_an_adapter(tiny_sft_run, tiny_data, flags, expected):
     flags = ["--adapter_name_or_path", str(tiny_sft_run("qwen2_5_vl")), *flags]
-    sft = from_adapter(
-        parse_config([SFTConfig], [*flags, "--train_file", "x"], script="sft", prog="run_sft.py")
-    ).configs[0]
+    sft = resolve_sft([*flags, "--train_file", str(tiny_data)]).configs[0]
     scored = complete(
         parse_config([EvalConfig], [*flags, "--data_file", "a=x"], script="eval", prog="eval")
     ).configs[0]

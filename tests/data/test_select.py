@@ -1,7 +1,11 @@
-"""Protects data.select: sets that share no patient, draws that a seed decides, files that the other
-commands read, what is noted of them, and refusals that leave nothing behind.
+"""Protect data.select.
 
-A patient in two sets makes every score too good. Run: pytest tests/data/test_select.py
+Checked: sets that share no patient, draws that a seed decides, files that the other commands read,
+what is noted of them, and refusals that leave nothing behind.
+
+A patient in two sets makes every score too good.
+
+Run: pytest tests/data/test_select.py
 """
 
 from __future__ import annotations
@@ -21,16 +25,17 @@ from data.files import DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN
 from data.select import check_disjoint, deal_patients, draw, main
 from engine.config import UsageError, parse_config
-from engine.run import run_record
-from eval.evaluate import EvalConfig
+from engine.resume import run_record
+from eval.settings import EvalConfig
 from tests.helpers.hospitals import CHEXPERT, cells, chexpert_row, mimic, nih, sample, touch, write
 
 SIZES = ("--sft_size", "6", "--rl_size", "3", "--validation_size", "2")
 
 
 def chexpert(folder: Path, patients: int = 12) -> Path:
-    """train.csv with two studies a patient, Edema in every third, and groundtruth.csv with four
-    patients; all images are there.
+    """Write CheXpert's files, with all images there.
+
+    train.csv has two studies a patient, Edema in every third. groundtruth.csv has four patients.
     """
     paths = [
         f"train/patient{p:05d}/study{s}/view1_frontal.jpg" for p in range(patients) for s in (1, 2)
@@ -204,7 +209,7 @@ def test_a_seed_decides_everything(tmp_path):
 
     first = sets("a", 1)
     assert sets("b", 1) == first
-    different = [one != other for one, other in zip(sets("c", 2), first)]
+    different = [one != other for one, other in zip(sets("c", 2), first, strict=True)]
     assert different == [True] * 4
     header, *rows = file.read_text().splitlines()
     write(file, header, *reversed(rows))  # the order of the label file decides nothing
@@ -476,7 +481,9 @@ def test_mistakes_of_the_command_line(tmp_path, monkeypatch, capsys, arguments, 
     monkeypatch.chdir(tmp_path)
     assert run(*arguments.split(), "--output_dir", "out") == 2
     found = errors(capsys)
-    assert len(found) == len(said) and all(begin in error for begin, error in zip(said, found))
+    assert len(found) == len(said) and all(
+        begin in error for begin, error in zip(said, found, strict=True)
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -680,7 +687,7 @@ def test_the_sample_in_all_three_formats(tmp_path):
         out = tmp_path / train_on
         flags = (
             flag
-            for name, size in zip(("sft", "rl", "validation"), sizes)
+            for name, size in zip(("sft", "rl", "validation"), sizes, strict=True)
             for flag in (f"--{name}_size", size)
         )
         assert (

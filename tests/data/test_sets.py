@@ -1,6 +1,9 @@
-"""Protects the data sets of a run: which examples are trained on, validated and evaluated, which
-are left out for their images, and that a resumed run leaves out the same. Run: pytest
-tests/data/test_sets.py
+"""Protect the data sets of a run.
+
+Checked: which examples are trained on, validated and evaluated, which are left out for their
+images, and that a resumed run leaves out the same.
+
+Run: pytest tests/data/test_sets.py
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def test_a_wrong_name_is_an_error(tmp_path, value, problem):
 
 # ---- SFT's validation ----------------------------------------------------------------------------
 def learn(tmp_path, answer_format="think_solution", train_answer=EDEMA, **files):
-    """{name of the set: (rows, answer)} -> the sets of a run with four training examples."""
+    """Make the sets of a run with four training examples from {name of the set: (rows, answer)}."""
     train = write(tmp_path, "t", 4, train_answer)
     entries = [f"{name}={write(tmp_path, name, *file)}" for name, file in files.items()]
     sets = load_data_sets(str(train), entries, None, "fail")

@@ -1,9 +1,13 @@
-"""Protects the loaders of the three hospitals: label policies, every header and folder variant, the
-choice of images, what is counted as dropped, and refusals that name file, row and column.
+"""Protect the loaders of the three hospitals.
+
+Checked: label policies, every header and folder variant, the choice of images, what is counted as
+dropped, and refusals that name file, row and column.
 
 A label that is read wrongly, or an image under the wrong study, trains and scores without any
 error. The files are written by the tests; the sample of real NIH images and of the other two
-formats is used where CXR_SAMPLE names it. Run: pytest tests/data/test_sources.py
+formats is used where CXR_SAMPLE names it.
+
+Run: pytest tests/data/test_sources.py
 """
 
 from __future__ import annotations
@@ -59,8 +63,9 @@ def without(*labels: str) -> tuple[str, ...]:
 def read(
     policy: LabelPolicy, absent: tuple[str, ...] = (), **cells: int
 ) -> tuple[set[str], tuple[str, ...]]:
-    """Labels and the labels that are NOT evaluated. cells: by label with _ for the space; the
-    others are blank.
+    """Read one row of cells -> (labels, the labels that are NOT evaluated).
+
+    cells: by label with _ for the space. The others are blank.
     """
     values = {label: cells.get(label.replace(" ", "_")) for label in LABELS if label not in absent}
     labels, evaluated = policy.combine(
@@ -147,7 +152,7 @@ TRAIN_ROWS = (
 
 
 def found(examples) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(patient, image, labels); every image is there."""
+    """List (patient, image, labels) of examples, and check that every image is there."""
     assert all((example.image_root / example.image).is_file() for example in examples)
     return [(example.patient_id, example.image, example.labels) for example in examples]
 
@@ -225,7 +230,7 @@ def test_chexpert_label_file_variants(tmp_path, variant):
 
 
 def test_chexpert_batch_folders(tmp_path):
-    """As downloaded: the label files in batch 1, the training patients directly in batches 2 and 3."""
+    """As downloaded: label files in batch 1, the training patients directly in batches 2 and 3."""
     batches = [
         "CheXpert-v1.0 batch 1 (validate & csv)",
         "CheXpert-v1.0 batch 2 (train 1)",
@@ -407,6 +412,7 @@ def test_the_report_counts_by_reason_and_by_label(tmp_path, capsys):
                     {"Edema": 0.0},
                     {},
                 ),
+                strict=True,
             )
         ),
         chexpert_row(paths[0].replace("view1_frontal", "view2_lateral"), "Lateral,"),
@@ -671,9 +677,11 @@ def test_nih_header_variants(tmp_path, variant):
 
 def test_nih_nine_or_ten_categories_and_images_without_one(tmp_path):
     nih(tmp_path)
-    labels = lambda **options: [
-        e.labels for e in load_nih(tmp_path, "all", report=Report(), **options)
-    ]  # noqa: E731
+
+    def labels(**options) -> list[tuple[str, ...]]:
+        examples = load_nih(tmp_path, "all", report=Report(), **options)
+        return [example.labels for example in examples]
+
     assert labels() == [("Lung Lesion",), ("No Finding",), (), ("Pleural Other",)]
     assert labels(evaluated=NIH_TEN) == [
         ("Lung Lesion", "Pleural Effusion"),

@@ -1,5 +1,9 @@
-"""Protects teacher traces: what a teacher is asked and in which form, what of its answers is kept
-and why not, and that none lets on that the labels were known. Run: pytest tests/data/test_traces.py
+"""Protect teacher traces.
+
+Checked: what a teacher is asked and in which form, what of its answers is kept and why not, and
+that none lets on that the labels were known.
+
+Run: pytest tests/data/test_traces.py
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.labels import LABELS, NIH_NINE, chexpert_labels_of_nih
 from data.prompts import PROMPTS
+from data.sets import answers_to_learn
 from data.traces import (
     LEAK_PHRASES,
     TEACHER_PROMPTS,
     TeacherAnswer,
     accept,
-    answers_to_learn,
     check_trace,
     export,
     leak,
@@ -53,7 +57,7 @@ def trace(labels: str, think: str = "Hazy lungs.") -> str:
 
 
 def gemini(key: str, text: str, reason: str = "STOP", parts: list | None = None) -> dict:
-    """A line of the Gemini API's batch output: the key and a GenerateContentResponse."""
+    """Write a line of the Gemini API's batch output: the key and a GenerateContentResponse."""
     candidate = {
         "content": {"parts": parts or [{"text": text}], "role": "model"},
         "finishReason": reason,
@@ -70,8 +74,9 @@ def gemini(key: str, text: str, reason: str = "STOP", parts: list | None = None)
 
 
 def openai(name: str, text: str | None, reason: str = "stop") -> dict:
-    """A line of OpenAI's batch output, as vLLM's run-batch writes it too: the custom id and a chat
-    completion.
+    """Write a line of OpenAI's batch output, as vLLM's run-batch does too.
+
+    It has the custom id and a chat completion.
     """
     message = {"role": "assistant", "content": text, "refusal": None}
     body = {
@@ -178,7 +183,7 @@ def test_what_a_radiologist_may_say(text):
 
 def test_the_demos_own_traces_pass():
     for name in ("sft-train", "validation-a"):
-        for seed, drawn in zip(seeds(name, 60), draw_split(name, 60)):
+        for seed, drawn in zip(seeds(name, 60), draw_split(name, 60), strict=True):
             assert check_trace(reasoning_trace(drawn, seed), example(*drawn.labels)) is None
 
 
@@ -193,7 +198,9 @@ def test_the_template_teacher_writes_a_good_trace_for_any_labels():
         ("No Finding", "Support Devices"),
     ]
     sets += [
-        tuple(label for label, chosen in zip(LABELS[1:], rng.random(13) < 0.3) if chosen)
+        tuple(
+            label for label, chosen in zip(LABELS[1:], rng.random(13) < 0.3, strict=True) if chosen
+        )
         for _ in range(200)
     ]
     for seed, labels in enumerate(sets):
@@ -239,7 +246,10 @@ def test_what_the_teacher_is_asked():
 
 @pytest.fixture
 def images(tmp_path):
-    """Three examples: a grey PNG of 40 x 20, an RGBA one, a JPEG whose EXIF data holds a name."""
+    """Make three examples.
+
+    A grey PNG of 40 x 20, an RGBA one, and a JPEG whose EXIF data holds a name.
+    """
     grey = np.arange(800, dtype=np.uint8).reshape(20, 40)
     Image.fromarray(grey).save(tmp_path / "0.png")
     Image.fromarray(np.dstack([grey] * 3 + [np.full_like(grey, 255)]), "RGBA").save(
@@ -503,7 +513,7 @@ def test_run_sft_learns_only_label_without_any_answer(tiny_checkpoint, tmp_path,
 
 # ---- the command ---------------------------------------------------------------------------------
 def test_out_and_back(tmp_path, capsys):
-    """Export, a service that answers from the request, import, and a second round for the rejected."""
+    """Export, a service that answers from the request, import, a second round for the rejected."""
     file = write_data(tmp_path / "data", 6)
     assert (
         main(
@@ -570,7 +580,7 @@ def test_out_and_back(tmp_path, capsys):
     assert [row["key"] for row in lines(tmp_path / "again" / "requests-001.jsonl")] == ["e0", "e3"]
     second = [
         gemini(name, trace(", ".join(e.labels)))
-        for name, e in zip(("e0", "e3"), read_jsonl(rejected))
+        for name, e in zip(("e0", "e3"), read_jsonl(rejected), strict=True)
     ]
     write_rows(tmp_path / "second.jsonl", second)
     whole = [

@@ -1,6 +1,9 @@
-"""Protects saved work: a checkpoint is complete or absent whatever dies while it is written, damage
-is found and named, and a resumed optimizer and random state go on bit for bit. Run: python -m
-pytest tests/engine/test_checkpoint.py
+"""Protect saved work.
+
+Checked: a checkpoint is complete or absent whatever dies while it is written, damage is found and
+named, and a resumed optimizer and random state go on bit for bit.
+
+Run: python -m pytest tests/engine/test_checkpoint.py
 """
 
 from __future__ import annotations
@@ -28,16 +31,13 @@ from engine.checkpoint import (
     latest_valid_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    load_optimizer,
-    load_rng,
-    optimizer_to_tensors,
     point_link,
-    rng_to_tensors,
     rotate_checkpoints,
     save_checkpoint,
     set_later_checkpoints_aside,
     verify_checkpoint,
 )
+from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
 
 
 def save(run_dir: Path, step: int, value: float = 1.0, **options) -> Path:
@@ -50,7 +50,7 @@ def save(run_dir: Path, step: int, value: float = 1.0, **options) -> Path:
 
 
 def value_of(path: Path) -> float:
-    """The one number that `save` put into two files; they must agree."""
+    """Read the one number that `save` put into two files. They must agree."""
     checkpoint = load_checkpoint(path)
     value = checkpoint.record("trainer_state.json")["value"]
     assert torch.equal(checkpoint.tensors("adapter_model")["a"], torch.full((2, 3), value))
@@ -125,8 +125,9 @@ class Killed(BaseException):
 
 
 class Fault:
-    """Fails at the `at`-th system call of a save. A kill also fails every later call: a dead
-    process cleans nothing.
+    """Fail at the `at`-th system call of a save.
+
+    A kill also fails every later call: a dead process cleans nothing.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Fault:
 
 
 class HalfWriting:
-    """A file whose write, where it is the call to fail, leaves half of the data on the disk."""
+    """Leave half of the data on the disk in a write that is the call to fail."""
 
     def __init__(self, file, fault: Fault):
         self.file, self.fault = file, fault

@@ -1,9 +1,13 @@
-"""Protects --compile: log-probabilities and gradients are those without it but for rounding, the
-ratio is exactly 1 and the KL exactly 0 before the first update, one compilation serves batches of
-all sizes and both adapters, and names of weights stay.
+"""Protect --compile.
+
+Checked: log-probabilities and gradients are those without it but for rounding, the ratio is exactly
+1 and the KL exactly 0 before the first update, one compilation serves batches of all sizes and both
+adapters, and names of weights stay.
 
 Compiling takes nearly all of the time, so one family is compiled to the end and the other only
-traced (torch's backend aot_eager). Run: pytest tests/engine/test_compile.py
+traced (torch's backend aot_eager).
+
+Run: pytest tests/engine/test_compile.py
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from engine.forward import completion_logprobs
 from engine.model import (
     POLICY,
     REFERENCE,
-    LoadedModel,
+    BaseModel,
     compile_decoder,
     enable_gradient_checkpointing,
     use_adapter,
@@ -51,7 +55,7 @@ def clean():
 
 @pytest.fixture
 def only_traced(monkeypatch):
-    """Parts are captured with all their guards, and run by torch's ordinary kernels."""
+    """Capture the parts with all their guards, and run them by torch's ordinary kernels."""
     compile_part = nn.Module.compile
     monkeypatch.setattr(
         nn.Module,
@@ -60,8 +64,11 @@ def only_traced(monkeypatch):
     )
 
 
-def batches(model: LoadedModel, images, count: int = 10) -> list:
-    """Of 1 to 3 prompts with images of all sizes, 1 to 3 completions each of 2 to 39 tokens."""
+def batches(model: BaseModel, images, count: int = 10) -> list:
+    """Make batches of 1 to 3 prompts with images of all sizes.
+
+    Each prompt has 1 to 3 completions of 2 to 39 tokens.
+    """
     generator, found = torch.Generator().manual_seed(0), []
 
     def number(low: int, high: int) -> int:
@@ -90,14 +97,14 @@ def batches(model: LoadedModel, images, count: int = 10) -> list:
     return found
 
 
-def logprobs_of(wrapped, model: LoadedModel, batch) -> torch.Tensor:
+def logprobs_of(wrapped, model: BaseModel, batch) -> torch.Tensor:
     return completion_logprobs(
         wrapped, model.family, batch, temperature=0.8, suppress_token_ids=model.suppressed_ids
     )[0]
 
 
-def policy(wrapped, model: LoadedModel, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Log-probabilities and gradients under random weights of the tokens."""
+def policy(wrapped, model: BaseModel, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Compute log-probabilities and gradients under random weights of the tokens."""
     wrapped.train()
     logprobs = logprobs_of(wrapped, model, batch)
     (
@@ -112,8 +119,8 @@ def policy(wrapped, model: LoadedModel, batch) -> tuple[torch.Tensor, dict[str, 
     return logprobs.detach(), gradients
 
 
-def scored(wrapped, model: LoadedModel, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Old and reference log-probabilities, as in rl.rollout.score_samples."""
+def scored(wrapped, model: BaseModel, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute old and reference log-probabilities, as `Rollouts.score` does."""
     wrapped.eval()
     with torch.no_grad():
         old = logprobs_of(wrapped, model, batch)
@@ -121,8 +128,8 @@ def scored(wrapped, model: LoadedModel, batch) -> tuple[torch.Tensor, torch.Tens
         return old, logprobs_of(wrapped, model, batch)
 
 
-def with_reference(model: LoadedModel):
-    """A policy adapter, and a reference that is its copy."""
+def with_reference(model: BaseModel):
+    """Attach a policy adapter, and a reference that is its copy."""
     wrapped = attach_random_adapter(model)
     wrapped.add_adapter(REFERENCE, wrapped.peft_config[POLICY])
     weights = dict(wrapped.named_parameters())
@@ -150,7 +157,7 @@ def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
     compile_decoder(wrapped)
     assert list(wrapped.state_dict()) == names
     graphs = []
-    for batch, (eager, eager_gradients) in zip(of_batches, expected):
+    for batch, (eager, eager_gradients) in zip(of_batches, expected, strict=True):
         old, reference = scored(wrapped, model, batch)
         logprobs, gradients = policy(wrapped, model, batch)
         assert torch.equal(logprobs, old) and torch.equal(old, reference)
@@ -198,5 +205,5 @@ def test_without_a_compiler_one_line_says_so(tiny_checkpoint, tmp_path, monkeypa
     with pytest.raises(
         UsageError, match="^--compile: torch cannot compile on this machine: .*no-such-compiler"
     ):
-        compile_decoder(model.base)
-    assert "_compiled_call_impl" not in vars(model.base.model.language_model.layers[0].mlp)
+        compile_decoder(model.net)
+    assert "_compiled_call_impl" not in vars(model.net.model.language_model.layers[0].mlp)

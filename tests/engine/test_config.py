@@ -1,6 +1,9 @@
-"""Protects the command line: where a value comes from, that every problem is reported at once, and
-that nothing misspelt or ill-typed is ever accepted silently. Run: python -m pytest
-tests/engine/test_config.py
+"""Protect the command line.
+
+Checked: where a value comes from, that every problem is reported at once, and that nothing misspelt
+or ill-typed is ever accepted silently.
+
+Run: python -m pytest tests/engine/test_config.py
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class TrainConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """As in a file that knows nothing of this package: plain fields with metadata."""
+    """Hold plain fields with metadata, as in a file that knows nothing of this package."""
 
     epsilon_low: float = field(
         default=0.15, metadata={"help": "lower clip", "aliases": ("epsilon",)}
@@ -322,7 +325,7 @@ RESUME = {
 
 
 def saved(*argv: str, **options) -> dict:
-    """The settings of an earlier run as they come back from its config.json."""
+    """Return the settings of an earlier run as they come back from its config.json."""
     return {
         name: entry["value"]
         for name, entry in json.loads(json.dumps(to_json(parse(*argv, **options)))).items()

@@ -1,11 +1,15 @@
-"""Protects the engine's independence of the device: the training forward, the objective, their
-backward pass and a step of decoding run for both families, in bf16 and fp32, on a device that this
-machine does not have. They mix no devices, and nowhere wait for the device.
+"""Protect the engine's independence of the device.
+
+Checked: the training forward, the objective, their backward pass and a step of decoding run for
+both families, in bf16 and fp32, on a device that this machine does not have. They mix no devices,
+and nowhere wait for the device.
 
 The device is a pretended one: torch's fake tensors on `meta` have shapes, dtypes and a device but
 no values. What needs a value (int(), bool(), a boolean index, nonzero) fails here, where on a GPU
 it would wait for it. Kernels that wait inside, and copies of Python numbers to the device, are not
-seen. Run: pytest tests/engine/test_devices.py
+seen.
+
+Run: pytest tests/engine/test_devices.py
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from engine.families import Qwen25VL
 from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
 from engine.generate import draw
 from engine.logprobs import scaled_logits
-from engine.model import LoadedModel, enable_gradient_checkpointing
+from engine.model import BaseModel, enable_gradient_checkpointing
 from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
 from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
@@ -47,7 +51,7 @@ LENGTHS = ((0, 5), (1, 7), (0, 2))  # (prompt, tokens) of every completion; the 
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises for an operation that takes or makes a tensor of another device than DEVICE."""
+    """Raise for an operation that takes or makes a tensor of another device than DEVICE."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -66,7 +70,7 @@ def pretended_device() -> Iterator[None]:
 
 
 def pretended(value):
-    """Tensors, and what holds them, as values of the pretended device."""
+    """Turn tensors, and what holds them, into values of the pretended device."""
     if isinstance(value, torch.Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device=DEVICE)
     if dataclasses.is_dataclass(value):
@@ -87,8 +91,9 @@ def pretended(value):
 
 
 def move(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and buffers to the pretended device: the base in `dtype`, adapters and buffers as
-    they are.
+    """Move weights and buffers to the pretended device.
+
+    The base gets `dtype`, adapters and buffers stay as they are.
     """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -100,13 +105,15 @@ def move(module: nn.Module, dtype: torch.dtype) -> None:
             part._buffers[name] = pretended(buffer)
 
 
-def loaded(checkpoint, images) -> tuple[LoadedModel, nn.Module, Batch]:
-    """A model with an adapter in training, and a ragged batch, on the CPU."""
+def loaded(checkpoint, images) -> tuple[BaseModel, nn.Module, Batch]:
+    """Load a model with an adapter in training, and a ragged batch, on the CPU."""
     model = load(checkpoint)
     wrapped = attach_random_adapter(model).train()
     enable_gradient_checkpointing(wrapped)
     texts = (Prompt("a", "Which?"), Prompt("b", "A longer question?"))
-    prompts = [model.encode_prompt(*pair) for pair in zip(examples_of(images, 56, 112), texts)]
+    prompts = [
+        model.encode_prompt(*pair) for pair in zip(examples_of(images, 56, 112), texts, strict=True)
+    ]
     rows = [
         EncodedRow(prompts[p], torch.full((n,), 65), torch.ones(n, dtype=torch.bool))
         for p, n in LENGTHS
@@ -115,8 +122,9 @@ def loaded(checkpoint, images) -> tuple[LoadedModel, nn.Module, Batch]:
 
 
 def update(checkpoint, images, dtype: torch.dtype) -> tuple[torch.Tensor, list[nn.Parameter]]:
-    """Log-probabilities, loss and gradients of one micro-batch on the pretended device; returns the
-    log-probabilities and what is trained.
+    """Compute log-probabilities, loss and gradients of one micro-batch on the pretended device.
+
+    Returns the log-probabilities and what is trained.
     """
     model, wrapped, batch = loaded(checkpoint, images)
     objective = ObjectiveConfig()

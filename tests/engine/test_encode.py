@@ -1,7 +1,10 @@
-"""Protects the loss mask and the image tokens: the answer and its end of turn are supervised,
-nothing more and nothing less.
+"""Protect the loss mask and the image tokens.
 
-Checked by decoding the supervised ids again. Run: pytest tests/engine/test_encode.py
+Checked: the answer and its end of turn are supervised, nothing more and nothing less.
+
+Checked by decoding the supervised ids again.
+
+Run: pytest tests/engine/test_encode.py
 """
 
 from __future__ import annotations
@@ -82,10 +85,13 @@ def test_training_and_sampling_see_the_same_prompt(encoder, example):
 
 def test_supervised_tokens_of_a_batch(encoder, family, tiny_images):
     examples, answers = examples_of(tiny_images, 112, 56, 84), ["short", ANSWER, ""]
-    rows = [encoder.encode_answer(*row) for row in zip(examples, (SHORT, PROMPT, SHORT), answers)]
+    rows = [
+        encoder.encode_answer(*row)
+        for row in zip(examples, (SHORT, PROMPT, SHORT), answers, strict=True)
+    ]
     batch = collate_rows(rows, encoder.pad_token_id)
     assert batch.prompt_of_row.tolist() == [0, 1, 2]
-    for i, (row, answer) in enumerate(zip(rows, answers)):
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         length = len(row.completion_ids)
         assert (
             encoder.tokenizer.decode(batch.completion_ids[i][batch.completion_mask[i]])
@@ -378,7 +384,10 @@ def test_qwen_image_tokens_follow_the_bounds(
 
 def test_bounds_that_are_not_in_force_stop_the_run(tiny_checkpoint, monkeypatch):
     original = AutoImageProcessor.from_pretrained
-    deaf = lambda path, min_pixels, max_pixels, **rest: original(path, **rest)  # noqa: E731
+
+    def deaf(path, min_pixels, max_pixels, **rest):
+        return original(path, **rest)
+
     monkeypatch.setattr(AutoImageProcessor, "from_pretrained", deaf)
     with pytest.raises(
         RuntimeError,

@@ -1,6 +1,10 @@
-"""Protects what holds for both model families: LoRA on the real sizes, chat templates as the real
-models have them, image tokens of real images, that no pass forgets positions, masks or token types,
-models of the hub, one place for family facts. Run: pytest tests/engine/test_families.py
+"""Protect what holds for both model families.
+
+Checked: LoRA on the real sizes, chat templates as the real models have them, image tokens of real
+images, that no pass forgets positions, masks or token types, models of the hub, one place for
+family facts.
+
+Run: pytest tests/engine/test_families.py
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ import run_sft
 from data.examples import Example
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from engine.attention import PackedMask
-from engine.collate import Prompts, collate_prompts, collate_rows
+from engine.collate import PromptBatch, collate_prompts, collate_rows
 from engine.encode import Encoder
 from engine.families import FAMILIES, family_of, stop_ids
 from engine.forward import completion_logprobs
-from engine.model import LoadedModel, attach_new_adapter
+from engine.model import BaseModel, attach_new_adapter
 from engine.optim import trainable_parameters
 from engine.runtime import main_guard
 from tests.helpers.real_configs import REAL_CONFIGS
@@ -83,7 +87,7 @@ def test_lora_on_the_real_sizes(family, layers, modules, trainable, total):
         base = AutoModelForImageTextToText.from_config(REAL_CONFIGS[family](), dtype=torch.bfloat16)
     # before adapters; the tied head counts once
     assert sum(parameter.numel() for parameter in base.parameters()) == total
-    model = LoadedModel(family, base, family_of(family), None, frozenset(), (), None)
+    model = BaseModel(family, base, family_of(family), None, frozenset(), (), None)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1)
     trained = dict(trainable_parameters(wrapped))
     places = Counter(re.sub(r"\.lora_[AB]\.default\.weight$", "", name) for name in trained)
@@ -120,11 +124,15 @@ GEMMA_AS_PUBLISHED = """{{- bos_token -}}
   {%- set turns = messages[1:] -%}
 {%- endif -%}
 {%- for turn in turns -%}
-  {%- if (turn['role'] == 'user') != loop.index0 is even -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
-  {{- '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else 'user') + '\\n' + (ns.head if loop.first else '') -}}
+  {%- if (turn['role'] == 'user') != loop.index0 is even -%}
+    {{- raise_exception('roles must alternate') -}}
+  {%- endif -%}
+  {{- '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else 'user') + '\\n' -}}
+  {{- ns.head if loop.first else '' -}}
   {%- if turn['content'] is string -%}{{- turn['content'] | trim -}}{%- else -%}
     {%- for part in turn['content'] -%}
-      {%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}{%- else -%}{{- part['text'] | trim -}}{%- endif -%}
+      {%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}
+      {%- else -%}{{- part['text'] | trim -}}{%- endif -%}
     {%- endfor -%}
   {%- endif -%}
   {{- '<end_of_turn>\\n' -}}
@@ -138,7 +146,8 @@ QWEN_AS_PUBLISHED = """{%- for turn in messages -%}
   {{- '<|im_start|>' + turn['role'] + '\\n' -}}
   {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}
     {%- for part in turn['content'] -%}
-      {%- if part['type'] == 'image' or 'image' in part -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+      {%- if part['type'] == 'image' or 'image' in part -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
       {%- elif 'text' in part -%}{{- part['text'] -}}{%- endif -%}
     {%- endfor -%}
   {%- endif -%}
@@ -198,8 +207,8 @@ def test_every_template_has_both_stop_ids(family, tiny_checkpoint):
     assert model.stop_ids == expected
     # A generation_config may list but one of them; the end of turn is added in any case.
     (other,) = names - {"<end_of_turn>", "<|im_end|>"}
-    model.base.generation_config.eos_token_id = model.encoder.tokenizer.convert_tokens_to_ids(other)
-    assert stop_ids(model.base, model.encoder.tokenizer, model.encoder.end_of_turn_id) == expected
+    model.net.generation_config.eos_token_id = model.encoder.tokenizer.convert_tokens_to_ids(other)
+    assert stop_ids(model.net, model.encoder.tokenizer, model.encoder.end_of_turn_id) == expected
 
 
 def visual_tokens(encoder: Encoder, folder: Path, height: int, width: int) -> tuple[int, dict]:
@@ -267,12 +276,12 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
     ]
     batch = collate_rows(rows, model.encoder.pad_token_id)
     fields = {
-        field.name: getattr(batch.prompts, field.name) for field in dataclasses.fields(Prompts)
+        field.name: getattr(batch.prompts, field.name) for field in dataclasses.fields(PromptBatch)
     }
     with pytest.raises(TypeError, match="token_types"):
-        Prompts(**{name: value for name, value in fields.items() if name != "token_types"})
+        PromptBatch(**{name: value for name, value in fields.items() if name != "token_types"})
 
-    expected, _ = completion_logprobs(model.base, model.family, batch, temperature=1.0)
+    expected, _ = completion_logprobs(model.net, model.family, batch, temperature=1.0)
     types = torch.zeros_like(batch.prompts.token_types)
     zeroed = dataclasses.replace(
         batch, prompts=dataclasses.replace(batch.prompts, token_types=types)
@@ -286,9 +295,9 @@ def test_token_types_cannot_be_forgotten(family, tiny_checkpoint, tiny_images, m
         collate_prompts(forgetting, model.encoder.pad_token_id)
     # Positions and masks depend on them too: with the image in its place, they alone make another
     # number.
-    embeddings = engine.forward.embed(model.base, batch.prompts)
+    embeddings = engine.forward.embed(model.net, batch.prompts)
     monkeypatch.setattr(engine.forward, "embed", lambda *_: embeddings)
-    forgotten, _ = completion_logprobs(model.base, model.family, zeroed, temperature=1.0)
+    forgotten, _ = completion_logprobs(model.net, model.family, zeroed, temperature=1.0)
     assert (forgotten - expected).abs().max() > 1e-3  # rounding is 1e-6
 
 
@@ -317,10 +326,9 @@ def test_an_image_that_is_blanked_changes_the_log_probabilities_of_a_trained_mod
 
 @pytest.fixture
 def only_explicit_calls(monkeypatch) -> Counter:
-    """transformers' own forward and generate, which make positions and masks by themselves, fail;
-    the decoders insist on both.
+    """Let transformers' own forward and generate fail, which make positions and masks themselves.
 
-    Counts the decoders' calls.
+    The decoders insist on both, and their calls are counted.
     """
     calls: Counter = Counter()
 
@@ -485,7 +493,8 @@ import json, sys, run_grpo, run_sft, eval.evaluate
 from data.examples import DataError
 from engine.runtime import main_guard
 scripts = {"sft": run_sft.main, "grpo": run_grpo.main, "evaluate": eval.evaluate.main}
-print("codes", *(main_guard(lambda: scripts[script](flags)) for script, flags in json.loads(sys.argv[1])))
+runs = json.loads(sys.argv[1])
+print("codes", *(main_guard(lambda: scripts[script](flags)) for script, flags in runs))
 """
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -613,8 +622,9 @@ NAMES = (
 
 
 def family_facts(source: str) -> list[str]:
-    """Lines of a source that know a family: a class of one, its name or its tokens as text, a test
-    of which family it is.
+    """List lines of a source that know a family.
+
+    That is a class of one, its name or its tokens as text, a test of which family it is.
     """
     tree = ast.parse(source)
     prose = {

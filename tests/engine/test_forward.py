@@ -1,8 +1,12 @@
-"""Protects the forward: both families' own positions, masks and images, equal to transformers' full
-forward on official inputs.
+"""Protect the forward.
+
+Checked: both families' own positions, masks and images, equal to transformers' full forward on
+official inputs.
 
 Random checkpoints whose prompts are longer than the sliding window, images of several sizes, ragged
-rows. Run: pytest tests/engine/test_forward.py
+rows.
+
+Run: pytest tests/engine/test_forward.py
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3ForCausalLM
 
 from data.prompts import Prompt
-from engine.collate import Batch, Prompts, collate_prompts, collate_rows
+from engine.collate import Batch, PromptBatch, collate_prompts, collate_rows
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import (
     Gemma3,
@@ -29,7 +33,7 @@ from engine.families import (
 from engine.forward import completion_hidden_states, completion_logprobs, embed, packed_positions
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
-from engine.model import LoadedModel, enable_gradient_checkpointing, load_model
+from engine.model import BaseModel, enable_gradient_checkpointing, load_model
 from tests.helpers import plain
 from tests.helpers.tiny import (
     SAVE,
@@ -37,6 +41,7 @@ from tests.helpers.tiny import (
     examples_of,
     load,
     pixel_inputs,
+    policy_of,
     with_features,
 )
 
@@ -50,45 +55,45 @@ def family(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(family, tiny_checkpoint) -> LoadedModel:
-    """Not to be changed: the same for all tests of a family."""
+def model(family, tiny_checkpoint) -> BaseModel:
+    """Load one model for all tests of a family. No test changes it."""
     return load(tiny_checkpoint(family))
 
 
 @pytest.fixture
-def own_model(family, tiny_checkpoint) -> LoadedModel:
+def own_model(family, tiny_checkpoint) -> BaseModel:
     return load(tiny_checkpoint(family))
 
 
 @pytest.fixture
-def qwen(tiny_checkpoint) -> LoadedModel:
+def qwen(tiny_checkpoint) -> BaseModel:
     return load(tiny_checkpoint("qwen2_5_vl"))
 
 
 @pytest.fixture
-def gemma(tiny_checkpoint) -> LoadedModel:
+def gemma(tiny_checkpoint) -> BaseModel:
     return load(tiny_checkpoint("gemma3"))
 
 
-def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
-    """Three rows whose prompts, images and answers have different lengths."""
+def rows_of(model: BaseModel, images) -> list[EncodedRow]:
+    """Make three rows whose prompts, images and answers have different lengths."""
     prompts = (PROMPTS[0], PROMPTS[1], PROMPTS[0])
     rows = [
         model.encoder.encode_answer(*row)
-        for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS)
+        for row in zip(examples_of(images, 56, 112, 84), prompts, ANSWERS, strict=True)
     ]
     return [with_features(model, row) for row in rows]
 
 
-def logprobs_of(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
-    """Log-probabilities of every row's completion, by the product's forward."""
+def logprobs_of(net, model: BaseModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
+    """Compute log-probabilities of every row's completion, by the product's forward."""
     batch = collate_rows(rows, model.encoder.pad_token_id)
     logprobs, _ = completion_logprobs(net, model.family, batch, temperature=1.0)
-    return [row[mask] for row, mask in zip(logprobs, batch.completion_mask)]
+    return [row[mask] for row, mask in zip(logprobs, batch.completion_mask, strict=True)]
 
 
-def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
-    """The same from transformers' own forward, with the inputs that its documentation asks for."""
+def official_logprobs(net, model: BaseModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
+    """Compute the same by transformers' own forward, with the inputs of its documentation."""
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     inputs = pixel_inputs([row.prompt for row in rows])
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = (
@@ -100,7 +105,7 @@ def official_logprobs(net, model: LoadedModel, rows: list[EncodedRow]) -> list[t
     ).logits
     logprobs = logits.log_softmax(-1)
     result = []
-    for row, values in zip(rows, logprobs):
+    for row, values in zip(rows, logprobs, strict=True):
         start, length = len(row.prompt.input_ids), len(row.completion_ids)
         result.append(
             values[start - 1 : start + length - 1].gather(1, row.completion_ids[:, None])[:, 0]
@@ -120,7 +125,7 @@ def test_equals_transformers(model, tiny_images):
     rows = rows_of(model, tiny_images)
     assert (
         largest_difference(
-            logprobs_of(model.base, model, rows), official_logprobs(model.base, model, rows)
+            logprobs_of(model.net, model, rows), official_logprobs(model.net, model, rows)
         )
         < 1e-5
     )
@@ -129,15 +134,15 @@ def test_equals_transformers(model, tiny_images):
 @torch.no_grad()
 def test_equals_transformers_with_an_adapter(own_model, tiny_images):
     rows = rows_of(own_model, tiny_images)
-    bare = logprobs_of(own_model.base, own_model, rows)
+    bare = logprobs_of(own_model.net, own_model, rows)
     wrapped = attach_random_adapter(own_model)
     with_adapter = logprobs_of(wrapped, own_model, rows)
     assert largest_difference(with_adapter, official_logprobs(wrapped, own_model, rows)) < 1e-5
     assert largest_difference(with_adapter, bare) > 1e-2
 
 
-def as_saved(folder) -> LoadedModel:
-    """The checkpoint with its own head; tiny.load gives it a random one."""
+def as_saved(folder) -> BaseModel:
+    """Load the checkpoint with its own head. tiny.load gives it a random one."""
     return load_model(
         str(folder),
         dtype=torch.float32,
@@ -150,7 +155,7 @@ def as_saved(folder) -> LoadedModel:
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads(family, tied, tmp_path, tiny_images):
     model = as_saved(SAVE[family](tmp_path, tied=tied))
-    head, embedding = lm_head_weight(model.base), model.base.get_input_embeddings().weight
+    head, embedding = lm_head_weight(model.net), model.net.get_input_embeddings().weight
     assert (head.data_ptr() == embedding.data_ptr()) == tied and torch.equal(
         head, embedding
     ) == tied
@@ -172,20 +177,21 @@ def test_tied_and_untied_heads(family, tied, tmp_path, tiny_images):
 SOFTCAP = 1.5  # logits of the random model reach 2.4
 
 
-def capped_logits(net, model: LoadedModel, rows: list[EncodedRow]) -> torch.Tensor:
-    """[B,S,V] from transformers' own class that applies soft-capping, Gemma3ForCausalLM, around the
-    same decoder and head.
+def capped_logits(net, model: BaseModel, rows: list[EncodedRow]) -> torch.Tensor:
+    """Compute logits [B,S,V] by transformers' own class that applies soft-capping.
+
+    Gemma3ForCausalLM is put around the same decoder and head.
     """
     batch = plain.plain_batch(rows, model.encoder.pad_token_id).prompts
     masks = model.family.attention_masks(
-        model.base, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1])
+        model.net, batch.attention_mask, batch.token_types, torch.arange(batch.input_ids.shape[1])
     )
-    causal = Gemma3ForCausalLM._from_config(model.base.config.text_config)
-    causal.model, causal.lm_head = language_model(net), model.base.lm_head
+    causal = Gemma3ForCausalLM._from_config(model.net.config.text_config)
+    causal.model, causal.lm_head = language_model(net), model.net.lm_head
     return causal(
         inputs_embeds=plain.embed(net, model.family, batch),
         attention_mask=masks,
-        position_ids=model.family.positions(model.base, batch),
+        position_ids=model.family.positions(model.net, batch),
     ).logits
 
 
@@ -206,7 +212,7 @@ def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatc
                 values[start : start + len(row.completion_ids)]
                 .log_softmax(1)
                 .gather(1, row.completion_ids[:, None])[:, 0]
-                for values, start, row in zip(logits, starts, rows)
+                for values, start, row in zip(logits, starts, rows, strict=True)
             ]
         sum(logprobs.sum() for logprobs in found).backward()
         results.append(
@@ -216,7 +222,7 @@ def test_soft_capped_logits_equal_transformers(tmp_path, tiny_images, monkeypatc
     assert largest_difference(found, expected) < 1e-5
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(model.base.config.text_config, "final_logit_softcapping", None)
+    monkeypatch.setattr(model.net.config.text_config, "final_logit_softcapping", None)
     assert largest_difference(logprobs_of(wrapped, model, rows), expected) > 1e-1
 
 
@@ -225,8 +231,7 @@ def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
     model = as_saved(SAVE["gemma3"](tmp_path, text={"final_logit_softcapping": SOFTCAP}))
     prompt = rows_of(model, tiny_images)[0].prompt
     [group] = generate(
-        model.base,
-        model,
+        policy_of(model.net, model),
         [prompt],
         SamplingConfig(0.8, 0.95, 12),
         num_generations=3,
@@ -237,13 +242,13 @@ def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
         for completion in group
     ]
     expected, _ = completion_logprobs(
-        model.base,
+        model.net,
         model.family,
         collate_rows(rows, 0),
         temperature=0.8,
         suppress_token_ids=model.suppressed_ids,
     )
-    for completion, values in zip(group, expected):
+    for completion, values in zip(group, expected, strict=True):
         torch.testing.assert_close(
             completion.logprobs, values[: len(completion.ids)], rtol=0, atol=1e-5
         )
@@ -252,7 +257,7 @@ def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
             [expected],
             [
                 plain.logprobs_of(
-                    model.base,
+                    model.net,
                     model.family,
                     rows,
                     temperature=0.8,
@@ -269,42 +274,44 @@ def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
 
 def rows_and_expected(model, images):
     rows = rows_of(model, images)
-    return rows, official_logprobs(model.base, model, rows)
+    return rows, official_logprobs(model.net, model, rows)
 
 
 @torch.no_grad()
 def test_control_causal_attention_inside_an_image(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
     masks = Gemma3.attention_masks
-    text_only = lambda self, model, mask, types, queries: masks(
-        self, model, mask, 0 * types, queries
-    )  # noqa: E731
+
+    def text_only(self, model, mask, types, queries):
+        return masks(self, model, mask, 0 * types, queries)
+
     monkeypatch.setattr(Gemma3, "attention_masks", text_only)
-    assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-2
+    assert largest_difference(logprobs_of(gemma.net, gemma, rows), expected) > 1e-2
 
 
 @torch.no_grad()
 def test_control_no_sliding_window(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
-    monkeypatch.setattr(gemma.base.config.get_text_config(), "sliding_window", 10_000)
-    assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-2
+    monkeypatch.setattr(gemma.net.config.get_text_config(), "sliding_window", 10_000)
+    assert largest_difference(logprobs_of(gemma.net, gemma, rows), expected) > 1e-2
 
 
 @torch.no_grad()
 def test_control_sliding_window_off_by_one(gemma, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(gemma, tiny_images)
-    monkeypatch.setattr(gemma.base.config.get_text_config(), "sliding_window", 25)  # it is 24
-    assert largest_difference(logprobs_of(gemma.base, gemma, rows), expected) > 1e-4
+    monkeypatch.setattr(gemma.net.config.get_text_config(), "sliding_window", 25)  # it is 24
+    assert largest_difference(logprobs_of(gemma.net, gemma, rows), expected) > 1e-4
 
 
 @torch.no_grad()
 def test_control_one_dimensional_positions(qwen, tiny_images, monkeypatch):
     rows, expected = rows_and_expected(qwen, tiny_images)
-    one_dimensional = lambda self, model, prompts: text_positions(prompts.attention_mask).expand(
-        3, -1, -1
-    )  # noqa: E731
+
+    def one_dimensional(self, model, prompts):
+        return text_positions(prompts.attention_mask).expand(3, -1, -1)
+
     monkeypatch.setattr(Qwen25VL, "positions", one_dimensional)
-    assert largest_difference(logprobs_of(qwen.base, qwen, rows), expected) > 1e-2
+    assert largest_difference(logprobs_of(qwen.net, qwen, rows), expected) > 1e-2
 
 
 @torch.no_grad()
@@ -318,10 +325,10 @@ def test_the_image_matters(model, tiny_images):
         with_features(
             model, dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, vision=image))
         )
-        for row, image in zip(rows, vision)
+        for row, image in zip(rows, vision, strict=True)
     ]
     for seen, unseen in zip(
-        logprobs_of(model.base, model, rows), logprobs_of(model.base, model, blind)
+        logprobs_of(model.net, model, rows), logprobs_of(model.net, model, blind), strict=True
     ):
         assert (seen - unseen).abs().max() > 1e-2
 
@@ -334,8 +341,8 @@ def test_images_are_not_mixed_up(model, tiny_images):
         for example in examples_of(tiny_images, 56, 56, 56)
     ]
     forwards, backwards = (
-        logprobs_of(model.base, model, rows),
-        logprobs_of(model.base, model, rows[::-1]),
+        logprobs_of(model.net, model, rows),
+        logprobs_of(model.net, model, rows[::-1]),
     )
     assert largest_difference(forwards, backwards[::-1]) < 1e-5
     assert largest_difference(forwards, backwards) > 1e-2
@@ -347,10 +354,10 @@ def test_images_are_not_mixed_up(model, tiny_images):
 @torch.no_grad()
 def test_padding_and_neighbours_change_nothing(model, tiny_images):
     rows = rows_of(model, tiny_images)
-    together = logprobs_of(model.base, model, rows)
+    together = logprobs_of(model.net, model, rows)
     longer = [*rows, model.encode_answer(examples_of(tiny_images, 84)[0], PROMPTS[1], "x" * 60)]
-    assert largest_difference(logprobs_of(model.base, model, longer)[:3], together) < 1e-5
-    alone = [logprobs_of(model.base, model, [row])[0] for row in rows]
+    assert largest_difference(logprobs_of(model.net, model, longer)[:3], together) < 1e-5
+    alone = [logprobs_of(model.net, model, [row])[0] for row in rows]
     assert largest_difference(alone, together) < 1e-5
 
 
@@ -364,7 +371,7 @@ def test_what_stands_in_the_padding_changes_nothing(model, tiny_images):
     ids = torch.where(batch.completion_mask, batch.completion_ids, 65)
     other = dataclasses.replace(batch, prompts=prompts, completion_ids=ids)
     results = [
-        completion_logprobs(model.base, model.family, b, temperature=1.0)[0] for b in (batch, other)
+        completion_logprobs(model.net, model.family, b, temperature=1.0)[0] for b in (batch, other)
     ]
     assert (
         not batch.prompts.attention_mask.all()
@@ -390,7 +397,7 @@ def test_completions_of_one_prompt_share_its_image(model, tiny_images):
     assert len(collate_rows(apart, 0).prompts.vision) == 4
     assert (
         largest_difference(
-            logprobs_of(model.base, model, mixed), logprobs_of(model.base, model, apart)
+            logprobs_of(model.net, model, mixed), logprobs_of(model.net, model, apart)
         )
         < 1e-5
     )
@@ -405,7 +412,7 @@ def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
     )
     batch = collate_rows(rows, model.encoder.pad_token_id)
     logprobs, entropies = completion_logprobs(
-        model.base, model.family, batch, temperature=0.8, entropy=True
+        model.net, model.family, batch, temperature=0.8, entropy=True
     )
     assert (
         logprobs.shape
@@ -419,9 +426,9 @@ def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
     assert (entropies[~batch.completion_mask] == 0).all() and (
         entropies[batch.completion_mask] > 0
     ).all()
-    hidden, targets = completion_hidden_states(model.base, model.family, batch)
+    hidden, targets = completion_hidden_states(model.net, model.family, batch)
     assert torch.equal(targets, torch.cat([rows[0].completion_ids, rows[2].completion_ids]))
-    expected, _ = token_logprobs(hidden, lm_head_weight(model.base), targets, temperature=0.8)
+    expected, _ = token_logprobs(hidden, lm_head_weight(model.net), targets, temperature=0.8)
     torch.testing.assert_close(logprobs[batch.completion_mask], expected)
 
 
@@ -429,7 +436,7 @@ def test_a_batch_without_scored_tokens(model, tiny_images):
     row = rows_of(model, tiny_images)[0]
     unscored = dataclasses.replace(row, completion_mask=torch.zeros_like(row.completion_mask))
     batch = collate_rows([unscored], model.encoder.pad_token_id)
-    logprobs, _ = completion_logprobs(model.base, model.family, batch, temperature=1.0)
+    logprobs, _ = completion_logprobs(model.net, model.family, batch, temperature=1.0)
     assert logprobs.shape == (1, len(row.completion_ids)) and (logprobs == 0).all()
 
 
@@ -448,7 +455,7 @@ def test_a_sampled_placeholder_is_text(model, tiny_images):
     prompt = rows_of(model, tiny_images)[0].prompt
     ids = torch.tensor([70, model.encoder.image_token_id, 71])
     [logprobs] = logprobs_of(
-        model.base, model, [EncodedRow(prompt, ids, torch.ones(3, dtype=torch.bool))]
+        model.net, model, [EncodedRow(prompt, ids, torch.ones(3, dtype=torch.bool))]
     )
     assert logprobs.isfinite().all()
 
@@ -457,11 +464,9 @@ def test_a_sampled_placeholder_is_text(model, tiny_images):
 
 
 def gradients(
-    model: LoadedModel, rows, *, checkpointing: bool
+    model: BaseModel, rows, *, checkpointing: bool
 ) -> tuple[dict[str, torch.Tensor], int, int]:
-    """(gradients, forward passes of the first decoder layer, forward passes of the vision tower) of
-    one training step.
-    """
+    """Make one training step -> (gradients, forward passes of layer 0, and of the vision tower)."""
     wrapped = attach_random_adapter(model)
     if checkpointing:
         enable_gradient_checkpointing(wrapped)
@@ -509,7 +514,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, tiny_checkpoint, tin
     assert vision_plain == vision_recomputed == 3
     # 7 projections a layer, A and B of each; only they have a gradient
     assert plain.keys() == recomputed.keys() and len(plain) == 14 * len(
-        model.base.model.language_model.layers
+        model.net.model.language_model.layers
     )
     assert all("lora_" in name and gradient.abs().max() > 0 for name, gradient in plain.items())
     for name, gradient in plain.items():
@@ -525,7 +530,7 @@ def test_checkpointing_asks_for_no_gradient_of_the_inputs(own_model, tiny_images
 
 
 def test_the_vision_tower_has_no_graph_even_where_it_is_not_frozen(own_model, tiny_images):
-    own_model.base.requires_grad_(True)
+    own_model.net.requires_grad_(True)
     features = [
         own_model.vision.look(example)["features"]
         for example in examples_of(tiny_images, 56, 112, 84)
@@ -563,16 +568,16 @@ def test_gemma_positions_leave_the_padding_out(gemma, tiny_images):
     prompts = [row.prompt for row in rows_of(gemma, tiny_images)[:2]]
     batch = collate_prompts(prompts, gemma.encoder.pad_token_id)
     short, long = (len(prompt.input_ids) for prompt in prompts)
-    assert gemma.family.positions(gemma.base, batch).tolist() == [
+    assert gemma.family.positions(gemma.net, batch).tolist() == [
         [0] * (long - short) + list(range(short)),
         list(range(long)),
     ]
 
 
 def mrope_prompt(
-    model: LoadedModel, token_types: list[int], grid: list[int], lead: int = 0
+    model: BaseModel, token_types: list[int], grid: list[int], lead: int = 0
 ) -> EncodedPrompt:
-    """A prompt of the given token types and image grid, with `lead` more text tokens in front."""
+    """Make a prompt of token types and image grid, with `lead` more text tokens in front."""
     types = torch.tensor([0] * lead + token_types)
     ids = torch.where(types == 1, model.encoder.image_token_id, 65)
     patches = torch.randn(
@@ -587,19 +592,19 @@ def mrope_prompt(
 
 
 def seen_positions(
-    model: LoadedModel, prompts: list[EncodedPrompt], num_new: int
+    model: BaseModel, prompts: list[EncodedPrompt], num_new: int
 ) -> list[torch.Tensor]:
-    """The position ids that the decoder gets while sampling: those of the prompts, then of each new
-    token.
+    """Record the position ids that the decoder gets while sampling.
+
+    They are those of the prompts, then of each new token.
     """
     seen = []
-    hook = language_model(model.base).register_forward_pre_hook(
+    hook = language_model(model.net).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     model = dataclasses.replace(model, stop_ids=frozenset({-1}))  # nothing stops
     generate(
-        model.base,
-        model,
+        policy_of(model.net, model),
         prompts,
         SamplingConfig(temperature=0.0, max_completion_length=num_new + 1),
     )
@@ -613,7 +618,7 @@ def test_mrope_positions_are_those_of_transformers(qwen, side):
     leads, tails = (3, 0, 9, 1), (2, 7, 1, 0)
     prompts = [
         mrope_prompt(qwen, [1] * (h * w // 4) + [0] * tail, [t, h, w], lead)
-        for (t, h, w), lead, tail in zip(grids, leads, tails)
+        for (t, h, w), lead, tail in zip(grids, leads, tails, strict=True)
     ]
     # as if the image had been forgotten
     of_text = dataclasses.replace(prompts[0], token_types=torch.zeros_like(prompts[0].token_types))
@@ -627,23 +632,24 @@ def test_mrope_positions_are_those_of_transformers(qwen, side):
                     torch.ones(len(prompt.input_ids), dtype=torch.bool),
                 )
                 for prompt in (*prompts, of_text)
-            )
+            ),
+            strict=True,
         )
     )
-    expected, _ = qwen.base.model.get_rope_index(
+    expected, _ = qwen.net.model.get_rope_index(
         ids, mm_token_type_ids=types, image_grid_thw=torch.tensor(grids), attention_mask=mask
     )
-    padded = Prompts(ids, types, mask, [prompt.vision for prompt in (*prompts, of_text)])
-    assert torch.equal(qwen.family.positions(qwen.base, padded), expected)
+    padded = PromptBatch(ids, types, mask, [prompt.vision for prompt in (*prompts, of_text)])
+    assert torch.equal(qwen.family.positions(qwen.net, padded), expected)
 
 
 def test_p18_mrope_positions(qwen, case):
     with case("P18_mrope") as p18:
         types, grid = p18.inputs["token_types_unpadded"], p18.inputs["image_grid_thw"]
-        assert qwen.base.config.vision_config.spatial_merge_size == p18.inputs["spatial_merge_size"]
+        assert qwen.net.config.vision_config.spatial_merge_size == p18.inputs["spatial_merge_size"]
         assert p18.inputs["left_pad"] == 0
         prompt = mrope_prompt(qwen, types, grid)
-        p18.close("num_image_tokens", len(qwen.family.image_features(qwen.base, prompt.vision)))
+        p18.close("num_image_tokens", len(qwen.family.image_features(qwen.net, prompt.vision)))
         positions, *following = seen_positions(qwen, [prompt], p18.inputs["num_generated"])
         p18.close("position_ids_thw", positions[:, 0])
         # the same on all three axes
@@ -665,12 +671,12 @@ def test_p18_mrope_positions(qwen, case):
 
         # In training, after a longer prompt; three, two and four tokens, whose last ones are not
         # read, the longest first
-        row = lambda prompt, n: EncodedRow(
-            prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool)
-        )  # noqa: E731
+        def row(prompt, n):
+            return EncodedRow(prompt, torch.tensor([65] * n), torch.ones(n, dtype=torch.bool))
+
         longer = mrope_prompt(qwen, types, grid, lead=4)
         batch = collate_rows([row(longer, 3), row(prompt, 2), row(prompt, 4)], 0)
-        packed = packed_positions(qwen.base, qwen.family, batch)[:, 0]  # [3,14 + 10 + 2 + 1 + 3]
+        packed = packed_positions(qwen.net, qwen.family, batch)[:, 0]  # [3,14 + 10 + 2 + 1 + 3]
         p18.close("position_ids_thw", packed[:, 14:24])
         assert packed[:, 24:].tolist() == [[7, 8, 9, 11, 12, 7]] * 3
 
@@ -688,10 +694,10 @@ def test_the_causal_mask():
 
 
 def test_gemma_masks_by_hand(gemma, monkeypatch):
-    monkeypatch.setattr(gemma.base.config.get_text_config(), "sliding_window", 2)
+    monkeypatch.setattr(gemma.net.config.get_text_config(), "sliding_window", 2)
     types = torch.tensor([[0, 1, 1, 1, 0, 0]])
     masks = gemma.family.attention_masks(
-        gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.arange(6)
+        gemma.net, torch.ones(1, 6, dtype=torch.bool), types, torch.arange(6)
     )
     assert masks["full_attention"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -710,7 +716,7 @@ def test_gemma_masks_by_hand(gemma, monkeypatch):
         [0, 0, 0, 0, 1, 1],
     ]
     last = gemma.family.attention_masks(
-        gemma.base, torch.ones(1, 6, dtype=torch.bool), types, torch.tensor([5])
+        gemma.net, torch.ones(1, 6, dtype=torch.bool), types, torch.tensor([5])
     )
     assert last["sliding_attention"][0, 0].int().tolist() == [[0, 0, 0, 0, 1, 1]]
 

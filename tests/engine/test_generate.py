@@ -1,7 +1,9 @@
-"""Protects the sampler: what it draws, what it records of it, and that nothing else has a say in
-it.
+"""Protect the sampler.
+
+Checked: what it draws, what it records of it, and that nothing else has a say in it.
 
 Random checkpoints of both families with ragged prompts; frequencies by chi-square with fixed seeds.
+
 Run: pytest tests/engine/test_generate.py
 """
 
@@ -33,16 +35,17 @@ from engine.generate import (
     nucleus,
 )
 from engine.logprobs import scaled_logits, token_logprobs
-from engine.model import LoadedModel
+from engine.model import BaseModel
 from rl.logs import rollout_metrics
 from rl.rewards import HardReward
-from rl.rollout import build_samples
+from rl.samples import build_samples
 from tests.helpers.tiny import (
     SAVE,
     attach_random_adapter,
     examples_of,
     load,
     pixel_inputs,
+    policy_of,
     with_features,
 )
 
@@ -64,8 +67,8 @@ def family(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(family, tiny_checkpoint) -> LoadedModel:
-    """With an adapter in `model.base`'s layers; not to be changed."""
+def model(family, tiny_checkpoint) -> BaseModel:
+    """Load a model with an adapter in `model.net`'s layers. No test changes it."""
     loaded = load(tiny_checkpoint(family))
     attach_random_adapter(loaded)
     return loaded
@@ -73,23 +76,22 @@ def model(family, tiny_checkpoint) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def prompts(model, tiny_images) -> list[EncodedPrompt]:
-    """Three prompts of different lengths, with images of different sizes."""
+    """Make three prompts of different lengths, with images of different sizes."""
     texts = (SHORT, LONG, SHORT)
     return [
         with_features(model, model.encoder.encode_prompt(example, text))
-        for example, text in zip(examples_of(tiny_images, 56, 112, 84), texts)
+        for example, text in zip(examples_of(tiny_images, 56, 112, 84), texts, strict=True)
     ]
 
 
 def sample(
-    model: LoadedModel, prompts, *, num_generations=1, seed=0, stop_ids=None, net=None, **sampling
+    model: BaseModel, prompts, *, num_generations=1, seed=0, stop_ids=None, net=None, **sampling
 ) -> list[list[Completion]]:
     if stop_ids is not None:
         model = dataclasses.replace(model, stop_ids=frozenset(stop_ids))
     config = SamplingConfig(**{"max_completion_length": 20, **sampling})
     return generate(
-        net or model.base,
-        model,
+        policy_of(net or model.net, model),
         prompts,
         config,
         num_generations=num_generations,
@@ -103,14 +105,15 @@ def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 @torch.no_grad()
 def scored(
-    model: LoadedModel, prompts, groups, temperature: float
+    model: BaseModel, prompts, groups, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, Completion]:
-    """(training log-probabilities [M], hidden states [M,H], all completions end to end) of sampled
-    completions.
+    """Score sampled completions by the training forward.
+
+    Returns (log-probabilities [M], hidden states [M,H], all completions end to end).
     """
     rows = [
         EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool))
-        for prompt, group in zip(prompts, groups)
+        for prompt, group in zip(prompts, groups, strict=True)
         for completion in group
     ]
     completions = [completion for group in groups for completion in group]
@@ -120,12 +123,12 @@ def scored(
     ]
     together = Completion(*joined, truncated=False)
     hidden, targets = completion_hidden_states(
-        model.base, model.family, collate_rows(rows, model.encoder.pad_token_id)
+        model.net, model.family, collate_rows(rows, model.encoder.pad_token_id)
     )
     assert torch.equal(targets, together.ids)
     logprobs, _ = token_logprobs(
         hidden,
-        lm_head_weight(model.base),
+        lm_head_weight(model.net),
         targets,
         temperature=temperature,
         suppress_token_ids=model.suppressed_ids,
@@ -311,10 +314,10 @@ def test_frequencies_of_the_whole_sampler(model, prompts):
     )
     firsts = Counter(int(completion.ids[0]) for completion in groups[0])
     _, hidden, _ = scored(model, prompts[:1], [groups[0][:1]], 0.8)
-    size = len(lm_head_weight(model.base))
+    size = len(lm_head_weight(model.net))
     logprobs, _ = token_logprobs(
         hidden.expand(size, -1),
-        lm_head_weight(model.base),
+        lm_head_weight(model.net),
         torch.arange(size),
         temperature=0.8,
         suppress_token_ids=model.suppressed_ids,
@@ -349,7 +352,7 @@ def test_every_token_lies_in_the_recorded_nucleus(model, prompts):
     _, hidden, completions = scored(model, prompts, groups, 0.8)
     suppressed = torch.tensor(model.suppressed_ids)
     kept, mass = nucleus(
-        scaled_logits(hidden @ lm_head_weight(model.base).t(), 0.8, suppressed).log_softmax(1), 0.5
+        scaled_logits(hidden @ lm_head_weight(model.net).t(), 0.8, suppressed).log_softmax(1), 0.5
     )
     torch.testing.assert_close(completions.top_p_mass, mass, rtol=0, atol=1e-5)
     assert (mass >= 0.5).all() and (mass < 1).all()
@@ -359,7 +362,7 @@ def test_every_token_lies_in_the_recorded_nucleus(model, prompts):
 def test_cached_decoding_equals_teacher_forcing(model, prompts):
     groups = sample(model, prompts, temperature=0.0, max_completion_length=40)
     logprobs, hidden, completions = scored(model, prompts, groups, 1.0)
-    logits = hidden @ lm_head_weight(model.base).t()
+    logits = hidden @ lm_head_weight(model.net).t()
     logits[:, list(model.suppressed_ids)] = float("-inf")
     assert torch.equal(logits.argmax(1), completions.ids)
     torch.testing.assert_close(completions.logprobs, logprobs, rtol=0, atol=1e-5)
@@ -374,7 +377,7 @@ def test_greedy_equals_transformers(model, prompts):
     inputs["token_type_ids" if model.family.model_type == "gemma3" else "mm_token_type_ids"] = (
         batch.token_types
     )
-    output = model.base.generate(
+    output = model.net.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask.long(),
         do_sample=False,
@@ -432,15 +435,15 @@ def test_the_models_generation_config_changes_nothing(
         results.append((loaded, sample(loaded, prompts, num_generations=3)))
     (plain_model, plain), (hostile_model, changed) = results
     assert (
-        hostile_model.base.generation_config.top_k == 1
-        and hostile_model.base.generation_config.repetition_penalty == 2.0
+        hostile_model.net.generation_config.top_k == 1
+        and hostile_model.net.generation_config.repetition_penalty == 2.0
     )
     assert hostile_model.stop_ids == plain_model.stop_ids
     assert (
         ids_of(changed) == ids_of(plain) and max(len(c.ids) for group in plain for c in group) > 10
     )
-    for group, other in zip(plain, changed):
-        for completion, same in zip(group, other):
+    for group, other in zip(plain, changed, strict=True):
+        for completion, same in zip(group, other, strict=True):
             assert torch.equal(completion.logprobs, same.logprobs) and torch.equal(
                 completion.top_p_mass, same.top_p_mass
             )
@@ -453,7 +456,7 @@ def test_left_padding_changes_nothing(model, prompts):
     beside = sample(model, [prompts[0], prompts[1]], num_generations=2)
     assert len(prompts[1].input_ids) > len(prompts[0].input_ids)
     assert ids_of(alone)[0] == ids_of(beside)[0] and ids_of(alone)[1] != ids_of(beside)[1]
-    for completion, same in zip(alone[0], beside[0]):
+    for completion, same in zip(alone[0], beside[0], strict=True):
         torch.testing.assert_close(completion.logprobs, same.logprobs, rtol=0, atol=1e-5)
 
 
@@ -500,9 +503,9 @@ def same_completions(groups, others) -> None:
 
 @pytest.fixture
 def seen_by_decoder(model) -> list[int]:
-    """Tokens of every call of the decoder."""
+    """Record the tokens of every call of the decoder."""
     seen: list[int] = []
-    hook = language_model(model.base).register_forward_pre_hook(
+    hook = language_model(model.net).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     yield seen
@@ -510,7 +513,7 @@ def seen_by_decoder(model) -> list[int]:
 
 
 def ragged(model, prompts, num_generations: int) -> set[int]:
-    """Stop ids with which the completions of seed 0 have many lengths."""
+    """Find stop ids with which the completions of seed 0 have many lengths."""
     endless = sample(model, prompts, num_generations=num_generations, stop_ids=NEVER)
     return {int(i) for i in torch.cat([c.ids for group in endless for c in group])[::23]}
 
@@ -528,8 +531,7 @@ def test_finished_rows_make_room_for_the_next_prompts(
     seen_by_decoder.clear()
     told = []
     refilled = generate(
-        model.base,
-        dataclasses.replace(model, stop_ids=frozenset(stops)),
+        policy_of(model.net, dataclasses.replace(model, stop_ids=frozenset(stops))),
         seven,
         SamplingConfig(max_completion_length=20),
         num_generations=num_generations,
@@ -573,8 +575,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(model, prompts, mo
     model = dataclasses.replace(model, stop_ids=frozenset(stops))
     same_completions(
         generate(
-            model.base,
-            model,
+            policy_of(model.net, model),
             prompts,
             SamplingConfig(max_completion_length=20),
             num_generations=3,
@@ -629,7 +630,7 @@ def test_the_nucleus_is_what_sorting_finds(scale):
     )
     for top_p in (0.0, 0.1, 0.5, 0.95, 0.999):
         kept, mass = nucleus(logprobs, top_p)
-        for row, probabilities in zip(kept, logprobs.exp()):
+        for row, probabilities in zip(kept, logprobs.exp(), strict=True):
             ordered = probabilities.sort(descending=True)
             size = int((ordered.values.cumsum(0) < top_p).sum()) + 1
             assert sorted(ordered.indices[:size].tolist()) == row.nonzero()[:, 0].tolist()
@@ -646,8 +647,7 @@ def test_of_equally_probable_tokens_no_more_than_needed_are_kept():
 def test_prompts_can_have_generators_of_their_own(model, prompts):
     def each(chosen: list[int]) -> dict[int, list[list[int]]]:
         groups = generate(
-            model.base,
-            model,
+            policy_of(model.net, model),
             [prompts[i] for i in chosen],
             SamplingConfig(max_completion_length=6),
             num_generations=2,
@@ -694,7 +694,7 @@ def test_a_stop_token_on_the_last_position_is_not_a_truncation(model, prompts):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_image_tokens_are_never_sampled(family, tiny_checkpoint, tiny_images, temperature):
     favoured = load(tiny_checkpoint(family))
-    head = lm_head_weight(favoured.base)
+    head = lm_head_weight(favoured.net)
     first, second = favoured.suppressed_ids[:2]
     direction = torch.randn(head.shape[1], generator=seeded(3))
     # whatever the state, one of the two wins by far
@@ -734,32 +734,33 @@ def test_a_seed_gives_the_same_completions_again(model, prompts):
 
 def test_greedy_needs_no_generator_and_sampling_does(model, prompts):
     greedy = generate(
-        model.base, model, prompts, SamplingConfig(temperature=0.0, max_completion_length=5)
+        policy_of(model.net, model),
+        prompts,
+        SamplingConfig(temperature=0.0, max_completion_length=5),
     )
     assert [len(group) for group in greedy] == [1, 1, 1]
     with pytest.raises(
         ValueError, match="sampling needs a torch.Generator; give one, or temperature 0"
     ):
-        generate(model.base, model, prompts, SamplingConfig(temperature=0.8))
+        generate(policy_of(model.net, model), prompts, SamplingConfig(temperature=0.8))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored(model, prompts, training):
-    model.base.train(training)
+    model.net.train(training)
     try:
         sample(model, prompts[:1], max_completion_length=2)
-        assert model.base.training == training
+        assert model.net.training == training
         with pytest.raises(KeyboardInterrupt):
             generate(
-                model.base,
-                model,
+                policy_of(model.net, model),
                 prompts,
                 SamplingConfig(temperature=0.0),
                 should_stop=lambda: True,
             )
-        assert model.base.training == training
+        assert model.net.training == training
     finally:
-        model.base.eval()
+        model.net.eval()
 
 
 def test_training_mode_does_not_reach_the_samples(family, tiny_checkpoint, tiny_images):
@@ -786,7 +787,10 @@ def test_stopping_between_tokens(model, prompts):
 
     with pytest.raises(KeyboardInterrupt):
         generate(
-            model.base, model, prompts, SamplingConfig(temperature=0.0), should_stop=should_stop
+            policy_of(model.net, model),
+            prompts,
+            SamplingConfig(temperature=0.0),
+            should_stop=should_stop,
         )
     assert len(asked) == 4
 

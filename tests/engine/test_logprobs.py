@@ -1,5 +1,6 @@
-"""Protects the one function that turns hidden states into log-probabilities: values, gradients,
-precision and memory.
+"""Protect the one function that turns hidden states into log-probabilities.
+
+Checked: values, gradients, precision and memory.
 
 Run: pytest tests/engine/test_logprobs.py
 """
@@ -22,7 +23,7 @@ M, H, V = 7, 5, 11
 
 
 def problem(dtype=torch.float64, m=M, v=V, scale=1.0, seed=0):
-    """(hidden [m,H] with gradient, head [v,H], targets [m])."""
+    """Draw (hidden [m,H] with gradient, head [v,H], targets [m])."""
     generator = torch.Generator().manual_seed(seed)
     hidden = (
         (scale * torch.randn(m, H, generator=generator, dtype=torch.float64))
@@ -34,7 +35,7 @@ def problem(dtype=torch.float64, m=M, v=V, scale=1.0, seed=0):
 
 
 def head_for(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden and head whose product is `logits` [M,V]."""
+    """Make hidden and head whose product is `logits` [M,V]."""
     return logits, torch.eye(logits.shape[1], dtype=logits.dtype)
 
 
@@ -126,7 +127,7 @@ def test_chunks_do_not_matter(chunk_size):
         )
         (logprobs.nan_to_num(neginf=0.0).sum() + 2 * entropies.sum()).backward()
         results.append((logprobs, entropies, hidden.grad))
-    for whole, chunked in zip(*results):
+    for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-13)
 
 
@@ -356,7 +357,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def saved_bytes(v: int, entropy: bool) -> int:
-    """What the backward pass keeps, the head itself apart."""
+    """Count the bytes that the backward pass keeps, the head itself apart."""
     hidden, head, targets = problem(torch.float32, m=64, v=v)
     kept = []
     with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -375,7 +376,7 @@ def test_nothing_of_the_vocabularys_size_is_kept(entropy, copies):
 
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
-    """The size of the largest tensor that is made (views apart), and the number of matrix products."""
+    """Keep the size of the largest tensor that is made (views apart), and count matrix products."""
 
     largest = products = 0
 
@@ -399,7 +400,10 @@ def test_no_more_than_a_chunk_of_logits_at_once():
 
 
 def allocated_peak(step) -> int:
-    """Bytes that torch holds at most at once while `step` runs, kernels' buffers included."""
+    """Measure the bytes that torch holds at most at once while `step` runs.
+
+    Kernels' buffers are included.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

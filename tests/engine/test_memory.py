@@ -1,6 +1,9 @@
-"""Protects the memory forecast: it lies within 20 % of what torch really allocates, for both
-families, in every phase, and its parts are those of the model. Run:
-pytest tests/engine/test_memory.py
+"""Protect the memory forecast.
+
+Checked: it lies within 20 % of what torch really allocates, for both families, in every phase, and
+its parts are those of the model.
+
+Run: pytest tests/engine/test_memory.py
 """
 
 from __future__ import annotations
@@ -128,7 +131,7 @@ def test_also_where_another_part_is_the_most(phase, sizes):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint):
     model = load(tiny_checkpoint(family))
-    shape = model_shape(model.base.config, sum(p.numel() for p in model.base.parameters()))
+    shape = model_shape(model.net.config, sum(p.numel() for p in model.net.parameters()))
     wrapped = attach_new_adapter(model, r=3, alpha=6, dropout=0.0)
     assert lora_parameters(shape, 3) == sum(
         p.numel() for p in wrapped.parameters() if p.requires_grad

@@ -1,6 +1,10 @@
-"""Protects engine.merge: the saved folder is base + adapter for plain transformers, summed in fp32
-and then cast, within the bound that the command checks itself; a wrong base, a used folder or a
-merge that went wrong leaves nothing. Run: pytest tests/engine/test_merge.py
+"""Protect engine.merge.
+
+Checked: the saved folder is base + adapter for plain transformers, summed in fp32 and then cast,
+within the bound that the command checks itself; a wrong base, a used folder or a merge that went
+wrong leaves nothing.
+
+Run: pytest tests/engine/test_merge.py
 """
 
 from __future__ import annotations
@@ -27,7 +31,6 @@ from engine.encode import Encoder
 from engine.merge import (
     BFLOAT16_BOUND,
     FLOAT32_BOUND,
-    MergeConfig,
     float32_decoder,
     main,
     merge,
@@ -35,12 +38,15 @@ from engine.merge import (
     probe_logits,
     relative_difference,
 )
-from engine.model import attach_adapter, load_model, model_path
-from engine.run import TrainerState, save_final_adapter
+from engine.merge_settings import MergeConfig
+from engine.model import attach_adapter, load_model
+from engine.model_files import model_path
+from engine.run import TrainerState
+from engine.saving import save_final_adapter
 from eval.evaluate import main as evaluate
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import lines, record, snapshot
-from tests.helpers.tiny import attach_random_adapter
+from tests.helpers.tiny import attach_random_adapter, policy_of
 
 CPU = torch.device("cpu")
 
@@ -53,13 +59,13 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def run(family, tiny_sft_run) -> Path:
-    """A finished SFT run; its adapter_config.json names the base."""
+    """Make a finished SFT run, whose adapter_config.json names the base."""
     return tiny_sft_run(family)
 
 
 @pytest.fixture(scope="module")
 def merged(run, tmp_path_factory):
-    """`merged("float32")` -> the folder that the command wrote."""
+    """Merge: `merged("float32")` -> the folder that the command wrote."""
     made: dict[str, Path] = {}
 
     def make(dtype: str) -> Path:
@@ -84,7 +90,7 @@ def merged(run, tmp_path_factory):
 
 
 def official_inputs(encoder: Encoder, data: Path) -> dict[str, torch.Tensor]:
-    """What transformers' own forward and generate take for the prompt of the first example."""
+    """Gather what transformers' own forward and generate take for the first example's prompt."""
     prompt = encoder.encode_prompt(read_jsonl(data)[0], PROMPTS["demo"])
     types = "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
     ids = prompt.input_ids[None]
@@ -222,9 +228,8 @@ def test_the_demo_base(tmp_path, capsys):
         "demo", dtype=torch.float32, device=CPU, min_visual_tokens=16, max_visual_tokens=16
     )
     (tmp_path / "run").mkdir()
-    save_final_adapter(
-        tmp_path / "run", TrainerState(), attach_random_adapter(model), base_name="demo"
-    )
+    policy = policy_of(attach_random_adapter(model), model)
+    save_final_adapter(tmp_path / "run", TrainerState(), policy)
     assert (
         main(
             [
@@ -260,9 +265,10 @@ def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
     base = [parameter for name, parameter in wrapped.named_parameters() if "lora_" not in name]
     before = [parameter.data.clone() for parameter in base]
     in_float32 = []
-    count = lambda *_: in_float32.append(
-        sum(parameter.dtype == torch.float32 for parameter in base)
-    )  # noqa: E731
+
+    def count(*_) -> None:
+        in_float32.append(sum(parameter.dtype == torch.float32 for parameter in base))
+
     with float32_decoder(wrapped):
         inner = [
             module
@@ -277,7 +283,7 @@ def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
     assert max(in_float32) <= 2 and 1 in in_float32  # its weight, and its bias where it has one
     assert all(
         parameter.dtype == torch.bfloat16 and torch.equal(parameter, old)
-        for parameter, old in zip(base, before)
+        for parameter, old in zip(base, before, strict=True)
     )
 
     # The arithmetic is that of a model held in float32 as a whole, the image's features apart,
@@ -291,7 +297,9 @@ def test_one_projection_at_a_time_is_in_float32(family, run, tiny_checkpoint):
     )
     net = attach_adapter(whole, run)
     for old, parameter in zip(
-        before, (parameter for name, parameter in net.named_parameters() if "lora_" not in name)
+        before,
+        (parameter for name, parameter in net.named_parameters() if "lora_" not in name),
+        strict=True,
     ):
         parameter.data = old.float()
     _, expected = probe_logits(whole, net)
@@ -377,7 +385,7 @@ def test_a_merge_that_is_killed_leaves_no_folder_of_its_name(tiny_sft_run, tmp_p
 
 # ---- refusals ------------------------------------------------------------------------------------
 def refusal(capsys, *argv: str) -> str:
-    """The only line of a command that must end with exit code 2."""
+    """Return the only line of a command that must end with exit code 2."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -385,7 +393,7 @@ def refusal(capsys, *argv: str) -> str:
 
 
 def rename_base(run: Path, copy: Path, name: str | None) -> Path:
-    """A copy of the adapter that names another base."""
+    """Copy the adapter so that it names another base."""
     copy.mkdir()
     shutil.copyfile(run / "adapter_model.safetensors", copy / "adapter_model.safetensors")
     config = record(run / "adapter_config.json") | {"base_model_name_or_path": name}

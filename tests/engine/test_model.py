@@ -1,6 +1,7 @@
-"""Protects loading, LoRA and the two adapters on one base: what is trained, what is saved, and that
-the reference is the SFT model. A key that silently does not load, or a reference that follows the
-policy, shows in no loss curve.
+"""Protect loading, LoRA and the two adapters on one base.
+
+Checked: what is trained, what is saved, and that the reference is the SFT model. A key that
+silently does not load, or a reference that follows the policy, shows in no loss curve.
 
 Run: pytest tests/engine/test_model.py
 """
@@ -25,10 +26,9 @@ from engine.encode import EncodedRow
 from engine.forward import completion_logprobs
 from engine.logprobs import token_logprobs
 from engine.model import (
-    EMBEDDED,
     POLICY,
     REFERENCE,
-    LoadedModel,
+    BaseModel,
     adapter_config_record,
     adapter_state,
     add_reference,
@@ -37,9 +37,9 @@ from engine.model import (
     enable_gradient_checkpointing,
     load_adapter_state,
     load_model,
-    model_path,
     use_adapter,
 )
+from engine.model_files import EMBEDDED, model_path
 from engine.optim import build_optimizer
 from rl.objective import kl_estimate
 from tests.helpers import plain as plain_forward
@@ -58,24 +58,26 @@ def family(request) -> str:
 
 
 @pytest.fixture
-def model(family, tiny_checkpoint) -> LoadedModel:
+def model(family, tiny_checkpoint) -> BaseModel:
     return load(tiny_checkpoint(family))
 
 
-def open_model(name) -> LoadedModel:
+def open_model(name) -> BaseModel:
     return load_model(
         str(name), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16
     )
 
 
-def rows_of(model: LoadedModel, images) -> list[EncodedRow]:
+def rows_of(model: BaseModel, images) -> list[EncodedRow]:
     return [
         model.encode_answer(example, Prompt("p", "Which?"), answer)
-        for example, answer in zip(examples_of(images, 56, 84), ("abc", "a longer answer"))
+        for example, answer in zip(
+            examples_of(images, 56, 84), ("abc", "a longer answer"), strict=True
+        )
     ]
 
 
-def logprobs_of(net, model: LoadedModel, images) -> torch.Tensor:
+def logprobs_of(net, model: BaseModel, images) -> torch.Tensor:
     batch = collate_rows(rows_of(model, images), model.encoder.pad_token_id)
     return completion_logprobs(net, model.family, batch, temperature=0.8)[0]
 
@@ -92,12 +94,12 @@ def save(wrapped: PeftModel, folder, base_name: str = "base"):
 
 @pytest.fixture
 def saved(family, tiny_checkpoint, tmp_path):
-    """The folder of an adapter that changes the outputs."""
+    """Make the folder of an adapter that changes the outputs."""
     return save(attach_random_adapter(load(tiny_checkpoint(family)), seed=5), tmp_path / "adapter")
 
 
 def move_policy(wrapped: PeftModel) -> None:
-    """One optimizer step in some direction."""
+    """Make one optimizer step in some direction."""
     optimizer = build_optimizer(wrapped, learning_rate=0.1, weight_decay=0.0)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -109,8 +111,8 @@ def move_policy(wrapped: PeftModel) -> None:
 
 
 def test_a_base_model_is_frozen_and_in_eval_mode(model, family, tiny_checkpoint):
-    assert not any(parameter.requires_grad for parameter in model.base.parameters())
-    assert not model.base.training and model.base.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in model.net.parameters())
+    assert not model.net.training and model.net.dtype == torch.float32
     assert (model.name, model.family.model_type, model.encoder.family.model_type) == (
         str(tiny_checkpoint(family)),
         family,
@@ -119,7 +121,7 @@ def test_a_base_model_is_frozen_and_in_eval_mode(model, family, tiny_checkpoint)
 
 
 def test_the_dtype_is_the_one_asked_for(family, tiny_checkpoint):
-    assert load(tiny_checkpoint(family), dtype=torch.bfloat16).base.dtype == torch.bfloat16
+    assert load(tiny_checkpoint(family), dtype=torch.bfloat16).net.dtype == torch.bfloat16
 
 
 def test_the_demos_are_embedded():
@@ -238,7 +240,7 @@ def test_adapters_are_float32(family, tiny_checkpoint, saved, dtype):
 
 
 def test_a_fresh_adapter_changes_no_output(model, tiny_images):
-    before = logprobs_of(model.base, model, tiny_images)
+    before = logprobs_of(model.net, model, tiny_images)
     assert torch.equal(
         logprobs_of(attach_new_adapter(model, r=4, alpha=8, dropout=0.0), model, tiny_images),
         before,
@@ -275,14 +277,14 @@ def test_gradient_checkpointing_is_the_decoders(model):
 
 
 def test_a_saved_adapter_loads_in_plain_peft(family, model, tiny_checkpoint, tiny_images, tmp_path):
-    bare = logprobs_of(model.base, model, tiny_images)
+    bare = logprobs_of(model.net, model, tiny_images)
     wrapped = attach_random_adapter(model)
     expected = logprobs_of(wrapped, model, tiny_images)
     assert (expected - bare).abs().max() > 1e-2
     folder = save(wrapped, tmp_path / "adapter", base_name=str(tiny_checkpoint(family)))
 
     base = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint(family), dtype=torch.float32)
-    base.lm_head.weight = model.base.lm_head.weight  # tiny.load gives the base a head of its own
+    base.lm_head.weight = model.net.lm_head.weight  # tiny.load gives the base a head of its own
     plain = PeftModel.from_pretrained(base, folder).eval()
     rows = rows_of(model, tiny_images)
     torch.testing.assert_close(

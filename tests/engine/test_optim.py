@@ -1,5 +1,6 @@
-"""Protects the optimizer's numbers: what is trained, AdamW's update, the learning rate of each
-step, the clipped gradient.
+"""Protect the optimizer's numbers.
+
+Checked: what is trained, AdamW's update, the learning rate of each step, the clipped gradient.
 
 A schedule that is off by a step, or a decay that is not applied, shows in no curve. The worked
 cases P17 and P23 are in test_objective.py.
@@ -21,7 +22,7 @@ from engine.optim import (
 
 
 def model_of(**values: float) -> nn.Module:
-    """One parameter of one number for each name, in this order."""
+    """Make a model with one parameter of one number for each name, in this order."""
     model = nn.Module()
     for name, value in values.items():
         model.register_parameter(name, nn.Parameter(torch.tensor([value], dtype=torch.float64)))

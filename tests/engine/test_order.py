@@ -1,5 +1,8 @@
-"""Protects the order of training examples: another one each epoch and for each seed, for ever the
-same. Run: pytest tests/engine/test_order.py
+"""Protect the order of training examples.
+
+Checked: another one each epoch and for each seed, for ever the same.
+
+Run: pytest tests/engine/test_order.py
 """
 
 from __future__ import annotations

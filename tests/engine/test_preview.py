@@ -1,6 +1,9 @@
-"""Protects --show_batch and --dry_run: what they print is the batch that is trained on, text from
-data cannot act on the terminal, and neither leaves anything behind. Run: pytest
-tests/engine/test_preview.py
+"""Protect --show_batch and --dry_run.
+
+Checked: what they print is the batch that is trained on, text from data cannot act on the terminal,
+and neither leaves anything behind.
+
+Run: pytest tests/engine/test_preview.py
 """
 
 from __future__ import annotations
@@ -132,7 +135,7 @@ def test_counts_by_hand(tiny_checkpoint, tiny_data, tmp_path, capsys):
         )
     ]
     first, second, batch = rows
-    assert [a + b for a, b in zip(first, second)] == batch
+    assert [a + b for a, b in zip(first, second, strict=True)] == batch
     # a batch of training has no padding
     assert first[3] == second[3] == 0 and first[0] != second[0]
     # same prompt and label name lengths apart, so rows differ in their answers alone

@@ -1,6 +1,9 @@
-"""Protects a run from its surroundings: a signal stops it at a safe point, its directory is never
-overwritten or shared, and the process ends with the documented exit code. Run: python -m pytest
-tests/engine/test_runtime.py
+"""Protect a run from its surroundings.
+
+Checked: a signal stops it at a safe point, its directory is never overwritten or shared, and the
+process ends with the documented exit code.
+
+Run: python -m pytest tests/engine/test_runtime.py
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from data.files import sha256_of
 from engine import runtime
 from engine.config import ConfigError, UsageError
+from engine.device import seed_everything
 from engine.runtime import (
     SignalGuard,
     environment_banner,
@@ -27,7 +31,6 @@ from engine.runtime import (
     main_guard,
     newest_finished_run,
     run_directory,
-    seed_everything,
     versions,
 )
 

@@ -1,5 +1,6 @@
-"""What layers do while sampling is what they do otherwise, in fewer products; and nothing of it
-stays.
+"""Protect the layers while sampling: what they do is what they do otherwise, in fewer products.
+
+Nothing of it stays.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.families import LORA_TARGETS, language_model, lm_head_weight
 from engine.generate import SamplingConfig, generate
 from engine.model import REFERENCE, use_adapter
 from engine.sampling_layers import _rounded_up, sampling_layers
-from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
+from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load, policy_of
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -27,7 +28,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "linear", "_linear_pointwise"}
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products by name."""
+    """Count matrix products by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ def family(request) -> str:
 
 @pytest.fixture
 def wrapped(family, tiny_checkpoint):
-    """With an adapter that changes outputs, and biases that are not zero where the family has some."""
+    """Give a model an adapter that changes outputs, and biases that are not zero if it has some."""
     model = attach_random_adapter(load(tiny_checkpoint(family))).eval()
     for layer in adapted(model):
         if layer.get_base_layer().bias is not None:
@@ -71,7 +72,7 @@ def outputs(layers, dtype=torch.float32) -> list[torch.Tensor]:
 
 def close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 2e-6) -> None:
     assert len(found) == len(expected) > 0
-    for left, right in zip(found, expected):
+    for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance * float(right.abs().max()))
 
 
@@ -140,7 +141,7 @@ def test_an_adapter_stays_beside_weights_of_bf16(family, tiny_checkpoint):
     expected = outputs(layers, torch.bfloat16)
     with sampling_layers(wrapped) as head:
         assert untouched(layers)
-        for found, right in zip(outputs(layers, torch.bfloat16), expected):
+        for found, right in zip(outputs(layers, torch.bfloat16), expected, strict=True):
             assert torch.equal(found, right)
         weight = lm_head_weight(wrapped)
         x = torch.randn(3, weight.shape[1]).bfloat16()
@@ -163,8 +164,10 @@ def test_nothing_of_it_stays(wrapped, error):
     except KeyboardInterrupt:
         pass
     assert untouched(layers)
-    assert all(torch.equal(found, right) for found, right in zip(outputs(layers), expected))
-    for layer, (place, weight) in zip(layers, weights):
+    assert all(
+        torch.equal(found, right) for found, right in zip(outputs(layers), expected, strict=True)
+    )
+    for layer, (place, weight) in zip(layers, weights, strict=True):
         now = layer.get_base_layer().weight
         assert now.data_ptr() == place and torch.equal(now, weight)
 
@@ -192,7 +195,7 @@ def test_the_adapter_is_the_active_one_as_it_is_now(wrapped):
     with sampling_layers(wrapped):
         close(outputs(layers), both)
     for one, other in ((both, after), (after, reference), (after, base), (reference, base)):
-        assert max(float((a - b).abs().max()) for a, b in zip(one, other)) > 0.1
+        assert max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) > 0.1
 
 
 def test_a_forward_of_a_modules_own_is_there_again(wrapped):
@@ -221,7 +224,7 @@ def test_an_adapter_that_is_merged_already_is_not_added_twice(wrapped):
 
 
 def test_the_heads_product_is_in_its_own_dtype(family, tiny_checkpoint):
-    base = load(tiny_checkpoint(family), dtype=torch.bfloat16).base
+    base = load(tiny_checkpoint(family), dtype=torch.bfloat16).net
     base.lm_head = torch.nn.Linear(32, 7, bias=False)  # fp32, as a fork may have it
     x = torch.randn(3, 32).bfloat16()
     with torch.no_grad(), sampling_layers(base) as head:
@@ -238,7 +241,7 @@ def test_the_heads_product_is_in_its_own_dtype(family, tiny_checkpoint):
 def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targets, kind):
     """Merging would lose DoRA's magnitudes, or change the bias of the base for ever."""
     wrapped = get_peft_model(
-        load(tiny_checkpoint(family)).base, LoraConfig(r=2, target_modules=targets, **kind)
+        load(tiny_checkpoint(family)).net, LoraConfig(r=2, target_modules=targets, **kind)
     ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -248,13 +251,18 @@ def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targ
     expected, before = outputs(layers), [None if bias is None else bias.clone() for bias in biases]
     with sampling_layers(wrapped):
         assert untouched(layers)
-        assert all(torch.equal(found, right) for found, right in zip(outputs(layers), expected))
-    assert all(bias is None or torch.equal(bias, right) for bias, right in zip(biases, before))
+        assert all(
+            torch.equal(found, right)
+            for found, right in zip(outputs(layers), expected, strict=True)
+        )
+    assert all(
+        bias is None or torch.equal(bias, right) for bias, right in zip(biases, before, strict=True)
+    )
 
 
 @needs_onednn
 def test_without_an_adapter(family, tiny_checkpoint):
-    base = load(tiny_checkpoint(family)).base
+    base = load(tiny_checkpoint(family)).net
     layers = [
         module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)
     ]
@@ -278,7 +286,11 @@ def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
     wrapped = attach_random_adapter(loaded)
     prompts = [loaded.encode_prompt(examples_of(tiny_images, 56)[0], Prompt("short", "Which?"))]
     with Products() as products:
-        generate(wrapped, loaded, prompts, SamplingConfig(temperature=0.0, max_completion_length=4))
+        generate(
+            policy_of(wrapped, loaded),
+            prompts,
+            SamplingConfig(temperature=0.0, max_completion_length=4),
+        )
     layers, passes = len(adapted(wrapped)), 4
     if dtype == torch.float32:
         assert products.seen["_linear_pointwise"] == passes * (layers + 1)  # with the head

@@ -1,7 +1,11 @@
-"""Protects the forward that shares prompts: its log-probabilities and gradients are those of the
-plain forward (tests/helpers/plain.py), in which every completion has a prompt of its own, for both
-families, ragged lengths, with and without checkpointing; and the comparison fails where positions,
-masks or layout are wrong. Run: pytest tests/engine/test_shared_prompt.py
+"""Protect the forward that shares prompts.
+
+Checked: its log-probabilities and gradients are those of the plain forward
+(tests/helpers/plain.py), in which every completion has a prompt of its own, for both families,
+ragged lengths, with and without checkpointing; and the comparison fails where positions, masks or
+layout are wrong.
+
+Run: pytest tests/engine/test_shared_prompt.py
 """
 
 from __future__ import annotations
@@ -37,7 +41,10 @@ def rows_of(model, images, groups=GROUPS) -> list[EncodedRow]:
         Prompt("b", "A longer question about this image?"),
         Prompt("c", "Where?"),
     )
-    prompts = [model.encode_prompt(*pair) for pair in zip(examples_of(images, 56, 112, 84), texts)]
+    prompts = [
+        model.encode_prompt(*pair)
+        for pair in zip(examples_of(images, 56, 112, 84), texts, strict=True)
+    ]
     generator = torch.Generator().manual_seed(0)
     return [
         EncodedRow(
@@ -58,13 +65,13 @@ def unshared(wrapped, model, rows) -> torch.Tensor:
 
 
 def one_by_one(wrapped, model, rows) -> torch.Tensor:
-    """[N,T] as `unshared`, by a plain forward for every row, in which there is no padding."""
+    """Compute [N,T] as `unshared` does, by a plain forward for every row, without padding."""
     found = [unshared(wrapped, model, [row])[0] for row in rows]
     return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
 
 
 def cut(wrapped, model, rows, max_tokens: int) -> torch.Tensor:
-    """[N,T] as `shared`, by forwards of at most max_tokens tokens."""
+    """Compute [N,T] as `shared` does, by forwards of at most max_tokens tokens."""
     result = torch.zeros(len(rows), max(len(row.completion_ids) for row in rows))
     for indices in plan_batches(rows, len(rows), max_tokens):
         found = shared(wrapped, model, [rows[i] for i in indices])
@@ -84,11 +91,12 @@ def run(
     checkpointing=False,
     **options,
 ):
-    """(log-probabilities [N,T], {parameter: gradient}) of a random model and adapter, under random
-    weights of the tokens.
+    """Run a random model and adapter, under random weights of the tokens.
+
+    Returns (log-probabilities [N,T], {parameter: gradient}).
     """
     model = load(checkpoint)
-    model.base.to(dtype)
+    model.net.to(dtype)
     wrapped = attach_random_adapter(model).to(dtype).train()
     if checkpointing:
         enable_gradient_checkpointing(wrapped)
@@ -103,7 +111,7 @@ def run(
 
 
 def gradient_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest over parameters of |g - g'| / |g'|, in L2."""
+    """Compute the largest relative distance of two gradients over parameters, in L2."""
     assert one.keys() == other.keys() and all(gradient.norm() > 0 for gradient in other.values())
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in one)
 
@@ -160,12 +168,15 @@ def test_tokens_that_are_not_scored_are_run_only_where_a_scored_one_follows(
 ):
     model = load(tiny_checkpoint(family))
     rows = rows_of(model, tiny_images)
-    whole = shared(model.base, model, rows)
+    whole = shared(model.net, model, rows)
     masks = [torch.arange(len(row.completion_ids)) % 3 == 1 for row in rows]
     masks[0][:] = False  # left out of the loss as a whole
-    partly = [dataclasses.replace(row, completion_mask=mask) for row, mask in zip(rows, masks)]
+    partly = [
+        dataclasses.replace(row, completion_mask=mask)
+        for row, mask in zip(rows, masks, strict=True)
+    ]
     scored = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
-    torch.testing.assert_close(shared(model.base, model, partly), whole * scored, rtol=0, atol=5e-6)
+    torch.testing.assert_close(shared(model.net, model, partly), whole * scored, rtol=0, atol=5e-6)
     batch = collate_rows(partly, 0)
     # of 17 tokens the last scored one is number 16, from 0
     assert not batch.read_mask[0].any() and batch.read_mask[2].sum() == 16
@@ -196,7 +207,7 @@ def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, mo
             and gradient_difference(gradients, theirs) < 1e-5
         )
     model = load(tiny_checkpoint(family))
-    found = masks(model.base, model.family, collate_rows(rows_of(model, tiny_images), 0))[
+    found = masks(model.net, model.family, collate_rows(rows_of(model, tiny_images), 0))[
         "full_attention"
     ]
     # prompts of other lengths
@@ -208,10 +219,10 @@ def test_one_group_has_one_mask(family, window, tiny_checkpoint, tiny_images, mo
 def test_the_row_holds_each_prompt_once_and_no_padding(family, tiny_checkpoint, tiny_images):
     model = load(tiny_checkpoint(family))
     rows, lengths = rows_of(model, tiny_images), []
-    hook = model.base.model.language_model.layers[0].mlp.register_forward_hook(
+    hook = model.net.model.language_model.layers[0].mlp.register_forward_hook(
         lambda _, inputs, __: lengths.append(inputs[0].shape[:2])
     )
-    shared(model.base, model, rows)
+    shared(model.net, model, rows)
     hook.remove()
     prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
     # a completion's last token predicts nothing
@@ -236,7 +247,7 @@ def differs(checkpoint, images, least: float, groups=GROUPS) -> None:
     rows = rows_of(model, images, groups)
     with torch.no_grad():
         difference = float(
-            (shared(model.base, model, rows) - unshared(model.base, model, rows)).abs().max()
+            (shared(model.net, model, rows) - unshared(model.net, model, rows)).abs().max()
         )
     assert difference > least, difference
 
@@ -336,6 +347,6 @@ def test_control_gemmas_masks(change, tiny_checkpoint, tiny_images, monkeypatch)
     model = load(tiny_checkpoint("gemma3"))
     rows = rows_of(model, tiny_images)
     with torch.no_grad():
-        ours = shared(model.base, model, rows)
+        ours = shared(model.net, model, rows)
         monkeypatch.setattr(Gemma3, "attention_masks", masks)
-        assert float((ours - unshared(model.base, model, rows)).abs().max()) > 1e-2
+        assert float((ours - unshared(model.net, model, rows)).abs().max()) > 1e-2

@@ -1,6 +1,9 @@
-"""Protects the cache of image features: the frozen tower runs once for an image in a whole run,
-features do not depend on what else is in the cache, and what is kept is bounded, found again on
-disk and made anew where it is damaged. Run: pytest tests/engine/test_vision.py
+"""Protect the cache of image features.
+
+Checked: the frozen tower runs once for an image in a whole run, features do not depend on what else
+is in the cache, and what is kept is bounded, found again on disk and made anew where it is damaged.
+
+Run: pytest tests/engine/test_vision.py
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ FAMILIES = list(SAVE)
 
 @pytest.fixture
 def towers(monkeypatch) -> Counter:
-    """Forward passes of the vision tower by the image's pixels, of every model that is loaded from
-    here on.
+    """Record forward passes of the vision tower by the image's pixels.
+
+    Every model that is loaded from here on is watched.
     """
     calls: Counter = Counter()
     load_model = engine.model.AutoModelForImageTextToText.from_pretrained
@@ -56,7 +60,7 @@ def towers(monkeypatch) -> Counter:
 
 
 def caches(model, **options) -> VisionCache:
-    return VisionCache(model.base, model.family, model.encoder, **{"max_bytes": 10**9} | options)
+    return VisionCache(model.net, model.family, model.encoder, **{"max_bytes": 10**9} | options)
 
 
 # ---- once an image -------------------------------------------------------------------------------
@@ -184,13 +188,16 @@ def test_features_are_those_of_the_image_alone(family, tiny_checkpoint, tiny_ima
     examples = examples_of(tiny_images, 56, 112, 84)
     alone = [caches(model).look(example) for example in examples]
     shared = caches(model)
-    for example, expected in [*zip(examples, alone), *zip(examples[::-1], alone[::-1])]:
+    for example, expected in [
+        *zip(examples, alone, strict=True),
+        *zip(examples[::-1], alone[::-1], strict=True),
+    ]:
         found = shared.look(example)
         assert found.keys() == expected.keys() and all(
             torch.equal(found[name], expected[name]) for name in expected
         )
     with torch.no_grad():
-        official = model.family.image_features(model.base, model.encoder.encode_image(examples[1]))
+        official = model.family.image_features(model.net, model.encoder.encode_image(examples[1]))
     assert torch.equal(alone[1]["features"], official) and not alone[1]["features"].requires_grad
 
 
@@ -277,14 +284,14 @@ def test_an_image_file_is_read_once(family, tiny_checkpoint, tiny_images, monkey
 
 def test_files_of_another_tower_or_processor_are_not_taken(tiny_checkpoint, tiny_images, tmp_path):
     model = load(tiny_checkpoint("qwen2_5_vl"))
-    kept = fingerprint(model.base, model.encoder)
-    assert fingerprint(load(tiny_checkpoint("qwen2_5_vl")).base, model.encoder) == kept
-    language = model.base.model.language_model.layers[0].mlp.up_proj.weight
+    kept = fingerprint(model.net, model.encoder)
+    assert fingerprint(load(tiny_checkpoint("qwen2_5_vl")).net, model.encoder) == kept
+    language = model.net.model.language_model.layers[0].mlp.up_proj.weight
     language.data += 1  # what follows the tower has no part in its features
-    assert fingerprint(model.base, model.encoder) == kept
-    tower = next(model.base.model.visual.parameters())
+    assert fingerprint(model.net, model.encoder) == kept
+    tower = next(model.net.model.visual.parameters())
     tower.data.flatten()[0] += 1
-    changed = fingerprint(model.base, model.encoder)
+    changed = fingerprint(model.net, model.encoder)
     tower.data.flatten()[0] -= 1
     smaller = Encoder.from_pretrained(
         tiny_checkpoint("qwen2_5_vl"), min_visual_tokens=4, max_visual_tokens=9
@@ -294,8 +301,8 @@ def test_files_of_another_tower_or_processor_are_not_taken(tiny_checkpoint, tiny
             {
                 kept,
                 changed,
-                fingerprint(model.base, smaller),
-                fingerprint(model.base.bfloat16(), model.encoder),
+                fingerprint(model.net, smaller),
+                fingerprint(model.net.bfloat16(), model.encoder),
             }
         )
         == 4

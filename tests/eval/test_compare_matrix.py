@@ -1,6 +1,9 @@
-"""Protects eval.compare (which settings differ, differences from the first run) and eval.matrix (a
-cell is an evaluation like any other, finished ones are kept, and never mixed up). Run: pytest
-tests/eval/test_compare_matrix.py
+"""Protect eval.compare and eval.matrix.
+
+Checked: which settings differ, and the differences from the first run. A cell is an evaluation like
+any other, finished ones are kept, and never mixed up.
+
+Run: pytest tests/eval/test_compare_matrix.py
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval.matrix
+import eval.decode
 from data.files import write_json, write_jsonl
+from data.prompts import PROMPTS
 from engine.model import attach_new_adapter
-from engine.run import TrainerState, save_final_adapter
+from engine.policy import Policy
+from engine.run import TrainerState
+from engine.saving import save_final_adapter
 from engine.vision import VisionCache
 from eval.compare import main as compare_main
-from eval.evaluate import evaluate_sets
+from eval.decode import evaluate_sets
 from eval.evaluate import main as evaluate_main
 from eval.matrix import main as matrix_main
 from tests.helpers.reports import AFTER, BEFORE, FEW, save, training_run
@@ -33,7 +39,7 @@ def runs(tmp_path) -> tuple[Path, Path]:
         training_run(tmp_path / name, "grpo", reward)
         for name, reward in (("one", "hard"), ("two", "nuanced"))
     )
-    for run, rows in zip(made, (BEFORE, AFTER)):
+    for run, rows in zip(made, (BEFORE, AFTER), strict=True):
         save(run, home=rows)
     return made
 
@@ -53,6 +59,19 @@ def test_settings_and_scores_that_differ(runs, capsys):
         "two Micro F1 0.444 0.800 +0.356",
         "two Jaccard 0.375 0.750 +0.375",
     ]
+
+
+def test_evaluations_are_compared_by_what_their_scores_record(tmp_path, capsys):
+    """Folders of eval.evaluate have no config.json: their settings are in the scores records."""
+    folders = []
+    for name, temperature in (("cold", 0.0), ("warm", 1.0)):
+        (tmp_path / name).mkdir()
+        folders.append(save(tmp_path / name, home=BEFORE))
+        settings = {"temperature": {"value": temperature, "origin": "flag"}}
+        write_json(folders[-1] / "scores-home.json", {"run": {"settings": settings}})
+    assert compare_main([*map(str, folders), *FEW]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evaluation:", "temperature", "0.0", "(flag)", "1.0", "(flag)"] in shown
 
 
 def test_curves_of_all_runs_are_on_one_chart(runs, tmp_path):
@@ -105,17 +124,18 @@ COMMON = [
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A base model, an adapter trained on it, and two data files of two images."""
+    """Make a base model, an adapter trained on it, and two data files of two images."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("project")
     SAVE["qwen2_5_vl"](folder / "base")
-    wrapped = attach_new_adapter(load(folder / "base"), r=4, alpha=8, dropout=0.0)
+    base = load(folder / "base")
+    wrapped = attach_new_adapter(base, r=4, alpha=8, dropout=0.0)
     torch.manual_seed(0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)
     (folder / "run").mkdir()
-    save_final_adapter(folder / "run", TrainerState(), wrapped, base_name=str(folder / "base"))
+    save_final_adapter(folder / "run", TrainerState(), Policy(wrapped, base, PROMPTS["demo"]))
     write_json(
         folder / "run" / "config.json",
         {
@@ -167,10 +187,10 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
     done: list[list[str]] = []
 
     def counted(*arguments, **options):
-        done.append(list(arguments[2]))
+        done.append(list(arguments[1]))
         return evaluate_sets(*arguments, **options)
 
-    monkeypatch.setattr(eval.matrix, "evaluate_sets", counted)
+    monkeypatch.setattr(eval.decode, "evaluate_sets", counted)
     assert matrix(project, out, prompts=("demo",)) == 0
     assert done == [["a", "b"], ["a", "b"]]
     cells = {path.name for path in out.iterdir() if path.is_dir()}
@@ -191,6 +211,7 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
         )
         == 0
     )
+    assert done.pop() == ["a"]  # of that command
     assert (tmp_path / "one" / "predictions-a.jsonl").read_bytes() == (
         out / "sft.demo" / "predictions-a.jsonl"
     ).read_bytes()
@@ -218,9 +239,11 @@ def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, c
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
     assert matrix(project, out, "--max_completion_length", "5", prompts=("demo",)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4
     assert (
         len(errors) == 4
-        and "base.demo/predictions-a.jsonl is finished, but with another max_completion_length (6, now 5)"
+        and "base.demo/predictions-a.jsonl is finished, but with another max_completion_length"
+        " (6, now 5)"
         in errors[0]
     )
     for file in ("a.jsonl", "run/adapter_model.safetensors"):
@@ -242,17 +265,17 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
     out = tmp_path / "matrix"
 
     def interrupted(*arguments, **options):
-        if list(arguments[5].parts)[-1] == "sft.demo":
+        if list(arguments[3].parts)[-1] == "sft.demo":
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate_sets(*arguments, **options)
 
-    monkeypatch.setattr(eval.matrix, "evaluate_sets", interrupted)
+    monkeypatch.setattr(eval.decode, "evaluate_sets", interrupted)
     assert matrix(project, out, prompts=("demo",)) == 143
     assert "stopped; the same command goes on" in capsys.readouterr().out
     assert (out / "base.demo" / "scores-b.json").is_file() and not list(
         (out / "sft.demo").glob("scores-*")
     )
-    monkeypatch.setattr(eval.matrix, "evaluate_sets", evaluate_sets)
+    monkeypatch.setattr(eval.decode, "evaluate_sets", evaluate_sets)
     assert matrix(project, out, prompts=("demo",)) == 0
     assert "2 cells x 2 data sets, 2 to do" in capsys.readouterr().out
 
@@ -290,7 +313,9 @@ def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(
     (tmp_path / "bad.png").write_bytes(b"not an image")
     rows = [
         line | {"image": str(image)}
-        for line, image in zip(lines(project / "a.jsonl"), ["bad.png", *save_images(tmp_path, 20)])
+        for line, image in zip(
+            lines(project / "a.jsonl"), ["bad.png", *save_images(tmp_path, 20)], strict=False
+        )
     ]
     data = write_jsonl(tmp_path / "c.jsonl", rows)
     command = [
@@ -324,9 +349,9 @@ def test_an_unreadable_image_stops_the_matrix_or_is_left_out_of_every_cell(
 def test_the_prompts_of_a_model_look_at_an_image_once(project, tmp_path, monkeypatch):
     looked, compute = [], VisionCache._compute
 
-    def counted(cache, example):
+    def counted(cache, example, *more):
         looked.append(example.id)
-        return compute(cache, example)
+        return compute(cache, example, *more)
 
     monkeypatch.setattr(VisionCache, "_compute", counted)
     command = [

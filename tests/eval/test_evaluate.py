@@ -1,5 +1,8 @@
-"""Protects evaluation: what is decoded does not depend on batching, kept predictions score as the
-run did and are parsed anew, every figure of scores-<name>.json by hand, and the command's refusals.
+"""Protect evaluation.
+
+Checked: what is decoded does not depend on batching, kept predictions score as the run did and are
+parsed anew, every figure of scores-<name>.json by hand, and the command's refusals.
+
 Run: pytest tests/eval/test_evaluate.py
 """
 
@@ -15,29 +18,25 @@ import pytest
 import torch
 from peft import PeftModel
 
-import eval.evaluate
+import eval.decode
 from data.answers import parse_answer
 from data.examples import Example
 from data.files import DataError, write_json, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
+from data.predictions import Prediction, read_predictions, write_predictions
 from data.prompts import Prompt
 from engine.config import UsageError
 from engine.generate import Completion, SamplingConfig, generate
-from engine.model import LoadedModel, attach_new_adapter, load_model
-from engine.run import TrainerState, save_final_adapter
-from eval.evaluate import (
-    evaluate_sets,
-    format_progress,
-    format_scores,
-    main,
-    predict,
-    read_predictions,
-    reparse,
-    score,
-    write_results,
-)
+from engine.model import BaseModel, attach_new_adapter, load_model
+from engine.policy import Policy
+from engine.run import TrainerState
+from engine.saving import save_final_adapter
+from eval.decode import Decoding, difference, evaluate_sets, predict
+from eval.evaluate import main
+from eval.folders import load_answers, write_results
+from eval.scores import format_progress, format_scores, score
 from rl.rewards import HardReward
-from tests.helpers.reports import ABC, row
+from tests.helpers.reports import ABC, parsed, row
 from tests.helpers.tiny import SAVE, save_images
 
 SHORT = Prompt("short", "Which?")
@@ -45,25 +44,25 @@ GREEDY = SamplingConfig(temperature=0.0, max_completion_length=10)
 CPU = torch.device("cpu")
 
 
-def load(folder: Path) -> LoadedModel:
+def load(folder: Path) -> BaseModel:
     return load_model(
         str(folder), dtype=torch.float32, device=CPU, min_visual_tokens=4, max_visual_tokens=16
     )
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
-def model(request, tmp_path_factory) -> LoadedModel:
+def model(request, tmp_path_factory) -> BaseModel:
     torch.set_num_threads(1)
     loaded = load(SAVE[request.param](tmp_path_factory.mktemp(request.param)))
-    head = torch.randn(loaded.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    head = torch.randn(loaded.net.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     # the tied head repeats one token, whatever the image
-    loaded.base.lm_head.weight = torch.nn.Parameter(head)
+    loaded.net.lm_head.weight = torch.nn.Parameter(head)
     return loaded
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """small/ and large/, three images each: 4 and 16 visual tokens for Qwen."""
+    """Draw three images each in small/ and large/: 4 and 16 visual tokens for Qwen."""
     folder = tmp_path_factory.mktemp("images")
     save_images(folder / "small", 3, size=56)
     save_images(folder / "large", 3, size=112)
@@ -81,11 +80,21 @@ def examples(images) -> list[Example]:
     ]
 
 
-def hand_rows(patient: str | None = None) -> list[dict]:
-    """Four answers: right; right with an unknown entry and a label missed; readable without
-    reasoning; unreadable.
+def asked(model: BaseModel) -> Policy:
+    return Policy(model.net, model, SHORT)
+
+
+def decoding(sampling: SamplingConfig = GREEDY, batch_size: int = 2, seed: int = 0) -> Decoding:
+    return Decoding(sampling, "think_solution", batch_size, seed)
+
+
+def hand_rows(patient: str | None = None) -> list[Prediction]:
+    """Make four answers of all kinds.
+
+    They are right, right with an unknown entry and a label missed, readable without reasoning, and
+    unreadable.
     """
-    return reparse(
+    return parsed(
         [
             row(
                 "<think>x</think><solution>Edema</solution>",
@@ -120,35 +129,37 @@ def hand_rows(patient: str | None = None) -> list[dict]:
 def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeypatch):
     texts = ["<think>a b</think><solution>Fracture, edema, nodule</solution>", "<solution>Edema"]
 
-    def scripted(wrapped, model, prompts, sampling, *, on_finished, **_):
+    def scripted(policy, prompts, sampling, *, on_finished, **_):
         for i in range(len(prompts)):
             ids = torch.tensor(
                 model.encoder.tokenizer(texts.pop(0)).input_ids + [model.encoder.end_of_turn_id]
             )
             on_finished(i, [Completion(ids, torch.zeros(len(ids)), torch.ones(len(ids)), False)])
 
-    monkeypatch.setattr(eval.evaluate, "generate", scripted)
-    first, second = predict(
-        model.base, model, examples[:2], SHORT, GREEDY, answer_format="think_solution", batch_size=2
+    monkeypatch.setattr(eval.decode, "generate", scripted)
+    first, second = (
+        prediction.to_row() for prediction in predict(asked(model), examples[:2], decoding())
     )
-    assert first == {
-        "id": "e0",
-        "patient_id": "p0",
-        "dataset": "site",
-        "labels": ["Edema", "Fracture"],
-        "evaluated_labels": list(ABC),
-        "source_labels": ["oedema"],
-        "prompt": "short",
-        "completion": "<think>a b</think><solution>Fracture, edema, nodule</solution>",
-        # 7 + 3 + 8 + 10 + 23 + 11 characters, one byte and token each, and the stop token
-        "completion_length": 63,
-        "predicted": ["Fracture", "Edema"],
-        "valid": True,
-        "parsed": True,
-        "problem": None,
-        "unknown": ["nodule"],
-        "answer_format": "think_solution",
-    }
+    assert list(first.items()) == list(
+        {
+            "id": "e0",
+            "patient_id": "p0",
+            "dataset": "site",
+            "labels": ["Edema", "Fracture"],
+            "evaluated_labels": list(ABC),
+            "source_labels": ["oedema"],
+            "prompt": "short",
+            "completion": "<think>a b</think><solution>Fracture, edema, nodule</solution>",
+            # 7 + 3 + 8 + 10 + 23 + 11 characters, one byte and token each, and the stop token
+            "completion_length": 63,
+            "predicted": ["Fracture", "Edema"],
+            "valid": True,
+            "parsed": True,
+            "problem": None,
+            "unknown": ["nodule"],
+            "answer_format": "think_solution",
+        }.items()
+    )
     assert second["id"] == "e1"
     assert (second["predicted"], second["valid"], second["parsed"], second["problem"]) == (
         [],
@@ -160,45 +171,40 @@ def test_rows_hold_the_example_and_what_the_answer_says(model, examples, monkeyp
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_completions_do_not_depend_on_the_batch(model, examples, temperature, monkeypatch):
-    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)  # of two images and of six
-    settings = {"answer_format": "think_solution", "seed": 1}
+    monkeypatch.setattr(eval.decode, "WINDOW", 2)  # of two images and of six
     sampling = SamplingConfig(temperature, 0.95, GREEDY.max_completion_length)
-    one_by_one = predict(model.base, model, examples, SHORT, sampling, batch_size=1, **settings)
-    assert len({row["completion"] for row in one_by_one}) == 5  # the images matter
+    one_by_one = predict(asked(model), examples, decoding(sampling, 1, seed=1))
+    assert len({row.completion for row in one_by_one}) == 5  # the images matter
     told = []
     together = predict(
-        model.base, model, examples, SHORT, sampling, batch_size=3, **settings, on_row=told.append
+        asked(model),
+        examples,
+        decoding(sampling, 3, seed=1),
+        on_prediction=told.append,
     )
     assert together == one_by_one
-    assert [row["id"] for row in together] == [example.id for example in examples]
-    assert sorted(told, key=lambda row: row["id"]) == together
-    done = {row["id"]: row | {"completion": "kept"} for row in told[1:3]}
+    assert [row.id for row in together] == [example.id for example in examples]
+    assert sorted(told, key=lambda row: row.id) == together
+    done = {row.id: replace(row, completion="kept") for row in told[1:3]}
     told.clear()
     assert predict(
-        model.base,
-        model,
+        asked(model),
         examples,
-        SHORT,
-        sampling,
-        batch_size=2,
-        **settings,
-        on_row=told.append,
+        decoding(sampling, 2, seed=1),
+        on_prediction=told.append,
         done=done,
-    ) == [done.get(row["id"], row) for row in together]
+    ) == [done.get(row.id, row) for row in together]
     assert len(told) == 3
 
 
 def test_kept_predictions_score_as_the_run_did(model, examples, tmp_path, capsys):
     (tmp_path / "predictions-a.jsonl").write_text("of an earlier evaluation of the same run")
     results = evaluate_sets(
-        model.base,
-        model,
+        asked(model),
         {"a": examples, "b": examples[:1]},
-        SHORT,
-        GREEDY,
+        decoding(batch_size=4),
         tmp_path,
-        batch_size=4,
-        reference=examples,
+        baseline_examples=examples,
         notes={"b": {"note": 1}},
     )
     assert "a (images) 5/5 failed=5" in capsys.readouterr().err
@@ -210,7 +216,7 @@ def test_kept_predictions_score_as_the_run_did(model, examples, tmp_path, capsys
     ]
     rows = read_predictions(tmp_path / "predictions-a.jsonl")
     assert (
-        score(rows, reference=examples)
+        score(rows, baseline_examples=examples)
         == results["a"]
         == json.loads((tmp_path / "scores-a.json").read_text())
     )
@@ -226,12 +232,8 @@ def test_sampled_answers_come_from_the_seed(model, examples, tmp_path):
     sampling = SamplingConfig(temperature=1.0, max_completion_length=10)
 
     def completions(name: str, sets: dict, seed: int) -> list[str]:
-        evaluate_sets(
-            model.base, model, sets, SHORT, sampling, tmp_path / name, batch_size=5, seed=seed
-        )
-        return [
-            row["completion"] for row in read_predictions(tmp_path / name / "predictions-a.jsonl")
-        ]
+        evaluate_sets(asked(model), sets, decoding(sampling, 5, seed), tmp_path / name)
+        return [row.completion for row in read_predictions(tmp_path / name / "predictions-a.jsonl")]
 
     first = completions("first", {"a": examples}, 0)
     # whatever was decoded before
@@ -298,10 +300,10 @@ def test_baselines_by_hand():
 def test_baselines_imitate_the_training_data(examples):
     # Pneumonia is in every training example, Edema and Fracture in none, Cardiomegaly is no label
     # of this data set.
-    reference = [
+    imitated = [
         replace(examples[0], labels=("Cardiomegaly", "Pneumonia"), evaluated_labels=LABELS)
     ] * 3
-    baselines = score(hand_rows(), reference=reference)["baselines"]
+    baselines = score(hand_rows(), baseline_examples=imitated)["baselines"]
     # Pneumonia everywhere: TP 1, FP 3, FN 4; its F1 2/5; Jaccard 0, 0, 1, 0. At a prevalence of 1
     # and 0 the random baseline says the same.
     for name in ("most_frequent", "prevalence_matched"):
@@ -314,7 +316,7 @@ def test_baselines_imitate_the_training_data(examples):
 def test_each_image_counts_in_its_own_evaluated_labels():
     answer = "<think>x</think><solution>Fracture, Edema</solution>"
     scores = score(
-        reparse(
+        parsed(
             [
                 row(answer, ("Fracture", "Cardiomegaly"), evaluated=("Fracture", "Edema")),
                 row(answer, ("Cardiomegaly",), evaluated=("Cardiomegaly",)),
@@ -345,12 +347,15 @@ def test_each_image_counts_in_its_own_evaluated_labels():
 def test_jaccard_is_the_hard_reward_without_its_length_penalty(completion, labels):
     target = Target(frozenset(labels) & frozenset(ABC), frozenset(ABC))
     reward = HardReward(length_penalty=0.0)(parse_answer(completion), target, 300)
-    assert score(reparse([row(completion, labels)]))["jaccard"] == pytest.approx(reward.total)
+    assert score(parsed([row(completion, labels)]))["jaccard"] == pytest.approx(reward.total)
 
 
 # ---- another label map ---------------------------------------------------------------------------
 def nih_rows() -> list[dict]:
-    """Four NIH images scored under the nine: Effusion and Mass; Effusion; Infiltration; No Finding."""
+    """Make the rows of four NIH images under the nine.
+
+    They have Effusion and Mass, Effusion, Infiltration, and No Finding.
+    """
     answers = (
         "Lung Lesion, Pleural Effusion, Support Devices",
         "Pleural Effusion",
@@ -359,7 +364,7 @@ def nih_rows() -> list[dict]:
     )
     truth = (("Effusion", "Mass"), ("Effusion",), ("Infiltration",), ("No Finding",))
     labels = (("Lung Lesion",), (), (), ("No Finding",))
-    return reparse(
+    return parsed(
         [
             row(
                 f"<think>x</think><solution>{answer}</solution>",
@@ -369,13 +374,13 @@ def nih_rows() -> list[dict]:
                 patient=f"p{i}",
             )
             | {"source_labels": list(strings)}
-            for i, (answer, strings, names) in enumerate(zip(answers, truth, labels))
+            for i, (answer, strings, names) in enumerate(zip(answers, truth, labels, strict=True))
         ]
     )
 
 
 def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
-    write_jsonl(tmp_path / "nine.jsonl", nih_rows())
+    write_predictions(tmp_path / "nine.jsonl", nih_rows())
 
     def again(file: str, label_map: str, *more: str) -> dict:
         arguments = ["--predictions", f"nih={tmp_path / file}", "--label_map", label_map, *more]
@@ -405,13 +410,13 @@ def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
 
     # What was written is a predictions file of the new map, and goes back.
     rows = read_predictions(tmp_path / "nine-nih_ten" / "predictions-nih.jsonl")
-    assert [row["labels"] for row in rows] == [
-        ["Lung Lesion", "Pleural Effusion"],
-        ["Pleural Effusion"],
-        [],
-        ["No Finding"],
+    assert [row.labels for row in rows] == [
+        ("Lung Lesion", "Pleural Effusion"),
+        ("Pleural Effusion",),
+        (),
+        ("No Finding",),
     ]
-    assert {tuple(row["evaluated_labels"]) for row in rows} == {NIH_TEN}
+    assert {row.evaluated_labels for row in rows} == {NIH_TEN}
     back = again("nine-nih_ten/predictions-nih.jsonl", "nih_nine")
     assert {**back, "run": 0} == {**nine, "run": 0}
     assert {**score(nih_rows()), "run": 0} == {**nine, "run": 0}  # as the rows stood
@@ -422,7 +427,7 @@ def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
 
 
 def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
-    rows = nih_rows()
+    rows = [row.to_row() for row in nih_rows()]
     others = [label for label in LABELS if label not in NIH_NINE]
     assert others == [
         "Enlarged Cardiomediastinum",
@@ -433,14 +438,14 @@ def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
     ]
     more = [
         row | {"completion": row["completion"].replace("</solution>", f", {other}</solution>")}
-        for row, other in zip(rows, others[1:])
+        for row, other in zip(rows, others[1:], strict=True)
     ]
-    with_more, as_before = score(reparse(more)), score(rows)
+    with_more, as_before = score(parsed(more)), score(parsed(rows))
     for scores in (with_more, as_before):
         del scores["problems"]  # an entry twice is one
     assert with_more == as_before
     wrong = score(
-        reparse(
+        parsed(
             [
                 rows[0]
                 | {
@@ -461,7 +466,7 @@ def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
     ],
 )
 def test_only_nihs_own_strings_can_be_mapped(tmp_path, capsys, change, message):
-    rows = nih_rows()
+    rows = [row.to_row() for row in nih_rows()]
     write_jsonl(tmp_path / "p.jsonl", [rows[0], rows[1] | change, *rows[2:]])
     assert (
         main(
@@ -488,7 +493,7 @@ def test_nothing_to_score_is_an_error():
     with pytest.raises(DataError, match="0 rows"):
         score([])
     with pytest.raises(DataError, match="evaluated_labels is empty"):
-        score(reparse([row("x", ("Edema",), evaluated=())]))
+        score(parsed([row("x", ("Edema",), evaluated=())]))
 
 
 # ---- show ----------------------------------------------------------------------------------------
@@ -538,19 +543,19 @@ def test_table_is_at_most_100_columns_wide():
 # ---- files ---------------------------------------------------------------------------------------
 def test_rows_of_a_file_are_parsed_anew(tmp_path):
     rows = [
-        row | {"predicted": ["Pneumonia"], "valid": False, "parsed": False, "unknown": ["x", "y"]}
+        row.to_row()
+        | {"predicted": ["Pneumonia"], "valid": False, "parsed": False, "unknown": ["x", "y"]}
         for row in hand_rows()
     ]
     write_jsonl(tmp_path / "predictions.jsonl", rows)
     assert read_predictions(tmp_path / "predictions.jsonl") == hand_rows()
     # The format of each row, or one for all.
-    plain = hand_rows()[:1] + [row("Edema", ("Edema",), id="r2", answer_format="label_list")]
+    plain = [hand_rows()[0].to_row(), row("Edema", ("Edema",), id="r2", answer_format="label_list")]
     write_jsonl(tmp_path / "mixed.jsonl", plain)
-    assert [row["valid"] for row in read_predictions(tmp_path / "mixed.jsonl")] == [True, True]
-    assert [row["valid"] for row in read_predictions(tmp_path / "mixed.jsonl", "label_list")] == [
-        False,
-        True,
-    ]
+    mixed = read_predictions(tmp_path / "mixed.jsonl")
+    assert [row.answer.valid for row in mixed] == [True, True]
+    as_lists = read_predictions(tmp_path / "mixed.jsonl", "label_list")
+    assert [row.answer.valid for row in as_lists] == [False, True]
 
 
 def test_bad_prediction_rows_are_named(tmp_path):
@@ -599,19 +604,18 @@ def test_results_are_never_overwritten_unless_asked(tmp_path):
 # ---- command -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A folder with a base model, an adapter trained on it with its run's config.json, and a data
-    file of three images.
-    """
+    """Make a base model, an adapter with its run's config.json, and a data file of three images."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("project")
     SAVE["qwen2_5_vl"](folder / "base")
-    wrapped: PeftModel = attach_new_adapter(load(folder / "base"), r=4, alpha=8, dropout=0.0)
+    base = load(folder / "base")
+    wrapped: PeftModel = attach_new_adapter(base, r=4, alpha=8, dropout=0.0)
     torch.manual_seed(0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)
     (folder / "run").mkdir()
-    save_final_adapter(folder / "run", TrainerState(), wrapped, base_name=str(folder / "base"))
+    save_final_adapter(folder / "run", TrainerState(), Policy(wrapped, base, SHORT))
     settings = {
         "prompt": "demo",
         "max_completion_length": 6,
@@ -654,14 +658,17 @@ def test_adapter_alone_is_evaluated_as_its_run_was_set_up(project, tmp_path, mon
     (output_dir,) = (tmp_path / "runs").iterdir()
     assert output_dir.name.endswith("-eval")
     rows = read_predictions(output_dir / "predictions-site.jsonl")
-    assert [row["prompt"] for row in rows] == ["demo"] * 3
-    assert max(row["completion_length"] for row in rows) == 6
+    assert [row.prompt for row in rows] == ["demo"] * 3
+    assert max(row.completion_length for row in rows) == 6
     run = json.loads((output_dir / "scores-site.json").read_text())["run"]
     assert run["settings"]["prompt"] == {
         "value": "demo",
         "origin": str(project / "run" / "config.json"),
     }
     assert run["settings"]["model_name_or_path"]["value"] == str(project / "base")
+    # not given and not in the run's config.json: the prompt's own form, and what was decoded with
+    assert run["settings"]["answer_format"] == {"value": "think_solution", "origin": "prompt demo"}
+    assert run["settings"]["num_threads"] == {"value": None, "origin": "default"}
     assert run["data"]["site"]["file"] == str(project / "site.jsonl")
     assert "Support Devices" in capsys.readouterr().out
 
@@ -690,12 +697,12 @@ def test_adapter_alone_is_evaluated_as_its_run_was_set_up(project, tmp_path, mon
         read_predictions(tmp_path / name / "predictions-site.jsonl") for name in ("both", "base")
     )
     assert len(both) == len(base) == 2
-    assert [row["completion"] for row in both] != [row["completion"] for row in base]
-    assert max(row["completion_length"] for row in both) == 4
+    assert [row.completion for row in both] != [row.completion for row in base]
+    assert max(row.completion_length for row in both) == 4
 
 
 def test_command_scores_again_without_a_model(tmp_path, capsys):
-    write_jsonl(tmp_path / "old.jsonl", hand_rows())
+    write_predictions(tmp_path / "old.jsonl", hand_rows())
     assert (
         main(
             [
@@ -714,20 +721,82 @@ def test_command_scores_again_without_a_model(tmp_path, capsys):
     assert "site                  4  0.333" in capsys.readouterr().out
 
 
+def test_rollouts_of_a_run_are_scored_completion_by_completion(tmp_path, monkeypatch):
+    """Two groups of two completions, as a GRPO run logs them; the set has a name beyond ASCII."""
+    monkeypatch.chdir(tmp_path)
+    said = ("Edema", "Fracture", "Fracture", "Fracture")
+    truth = (("Edema",), ("Edema",), ("Fracture",), ("Fracture",))
+    rows = [
+        {"step": 2}
+        | row(f"<think>x</think><solution>{name}</solution>", labels, id=f"r{i // 2}")
+        | {"group": i // 2, "truncated": False, "reward": 1.0, "advantage": 0.0}
+        for i, (name, labels) in enumerate(zip(said, truth, strict=True))
+    ]
+    write_jsonl(tmp_path / "completions.jsonl", rows)
+    assert main(["--predictions", "\u00e4=completions.jsonl", "--output_dir", "out"]) == 0
+    scores = json.loads((tmp_path / "out" / "scores-\u00e4.json").read_text(encoding="utf-8"))
+    # TP 3, FP 1 (Fracture for Edema), FN 1: 6/8. Edema 1 of 2 found, 2/3; Fracture 2 TP, 1 FP, 4/5.
+    assert scores["n"] == 4 and scores["jaccard"] == 3 / 4
+    assert scores["micro"]["f1"] == pytest.approx(6 / 8)
+    assert scores["macro"]["f1"] == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
+    kept = read_predictions(tmp_path / "out" / "predictions-\u00e4.jsonl")
+    assert kept == read_predictions(tmp_path / "completions.jsonl")
+    with pytest.raises(DataError, match="several completions of one id, as rollouts do"):
+        load_answers(tmp_path / "completions.jsonl")
+
+
+def test_the_answer_format_of_each_row_counts_unless_one_is_given(tmp_path):
+    rows = [row("Edema", ("Edema",), id="r1", answer_format="label_list")]
+    rows.append(row("<solution>Edema</solution>", ("Edema",), id="r2", answer_format="solution"))
+    write_jsonl(tmp_path / "old.jsonl", rows)
+
+    def invalid_rate(name: str, *more: str) -> float:
+        command = ["--predictions", f"a={tmp_path / 'old.jsonl'}", *more]
+        assert main([*command, "--output_dir", str(tmp_path / name)]) == 0
+        return json.loads((tmp_path / name / "scores-a.json").read_text())["invalid_rate"]
+
+    assert invalid_rate("own") == 0
+    assert invalid_rate("lists", "--answer_format", "label_list") == 1 / 2
+    # the default's name, given: neither answer has a <think> block
+    assert invalid_rate("default", "--answer_format", "think_solution") == 1
+
+
+def test_an_evaluation_of_an_earlier_version_goes_on():
+    """It recorded null for what nobody had given; today's default stands there, ungiven too."""
+
+    def recorded(**settings) -> dict:
+        return {
+            "settings": {
+                name: {"value": value, "origin": origin}
+                for name, (value, origin) in ({"temperature": (0.0, "default")} | settings).items()
+            },
+            "data": {},
+            "bad_images": {},
+            "adapter_sha256": None,
+        }
+
+    now = recorded(bf16=(False, "default"))
+    assert difference(recorded(bf16=(None, "default")), now) == ""
+    assert difference(recorded(bf16=(True, "flag")), now) == "bf16 (True, now False)"
+    assert difference(recorded(bf16=(None, "default")), recorded(bf16=(False, "flag"))) == (
+        "bf16 (None, now False)"
+    )
+
+
 def stop_after(monkeypatch, rows: int, stop: signal.Signals) -> list[str]:
-    """A signal once so many rows are kept, in the whole process; returns the names of what is kept,
-    which goes on to grow.
+    """Send a signal to the whole process once so many rows are kept.
+
+    Returns the names of what is kept, which goes on to grow.
     """
-    kept, original = [], eval.evaluate.reparse
+    kept, original = [], Prediction.of_example
 
-    def counted(new, answer_format=None):
-        if len(new) == 1 and "predicted" not in new[0]:  # a new answer
-            kept.append(new[0]["id"])
-            if len(kept) == rows:
-                os.kill(os.getpid(), stop)
-        return original(new, answer_format)
+    def counted(example, **options):
+        kept.append(example.id)
+        if len(kept) == rows:
+            os.kill(os.getpid(), stop)
+        return original(example, **options)
 
-    monkeypatch.setattr(eval.evaluate, "reparse", counted)
+    monkeypatch.setattr(Prediction, "of_example", counted)
     return kept
 
 
@@ -748,7 +817,7 @@ def test_signal_keeps_finished_answers(project, tmp_path, monkeypatch, capsys, s
     assert main(arguments) == code
     assert sorted(tmp_path.iterdir()) == [partial.with_suffix(".json"), partial]
     assert f"kept in {partial}: the same command goes on from there" in capsys.readouterr().err
-    assert [row["id"] for row in read_predictions(partial)] == kept and len(kept) == 2
+    assert [row.id for row in read_predictions(partial)] == kept and len(kept) == 2
     assert main(["--predictions", f"site={partial}", "--output_dir", str(tmp_path / "scores")]) == 0
 
     with partial.open("a") as file:
@@ -807,16 +876,11 @@ def test_every_example_draws_its_own_numbers(model, examples):
     twice = [examples[0], replace(examples[0], id="again")]
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_completion_length=8)
     first, second = predict(
-        model.base,
-        model,
+        asked(model),
         twice,
-        SHORT,
-        sampling,
-        answer_format="think_solution",
-        batch_size=2,
-        seed=1,
+        decoding(sampling, seed=1),
     )
-    assert first["completion"] != second["completion"]
+    assert first.completion != second.completion
 
 
 def test_answers_of_an_unknown_beginning_are_neither_taken_nor_lost(project, tmp_path, capsys):
@@ -845,14 +909,12 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
     calls = []
 
     def counted(*arguments, **options):
-        calls.append((len(arguments[2]), options["max_rows"]))
+        calls.append((len(arguments[1]), options["max_rows"]))
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(eval.evaluate, "generate", counted)
-    monkeypatch.setattr(eval.evaluate, "WINDOW", 2)
-    predict(
-        model.base, model, examples, SHORT, GREEDY, answer_format="think_solution", batch_size=2
-    )
+    monkeypatch.setattr(eval.decode, "generate", counted)
+    monkeypatch.setattr(eval.decode, "WINDOW", 2)
+    predict(asked(model), examples, decoding())
     assert calls == [(4, 2), (1, 2)]
 
 
@@ -967,7 +1029,7 @@ def test_all_mistakes_of_a_command_line_are_named_at_once(capsys):
     )
     errors = capsys.readouterr().err
     for problem in (
-        "the name a is given twice",
+        "the name a is taken",
         "no model",
         "--temperature -1.0",
         "--top_p 0.0",
@@ -1007,7 +1069,7 @@ def test_command_does_not_overwrite(project, tmp_path, capsys):
             '{"settings": {"max_completion_length": {"value": "long"}}}',
             "max_completion_length is 'long', expected int",
         ),
-        ('{"settings": {"prompt": {"value": "gone"}}}', "--prompt gone: unknown"),
+        ('{"settings": {"prompt": {"value": "gone"}}}', "config.json: there is no prompt 'gone'"),
     ],
 )
 def test_unusable_settings_of_the_run_are_an_error(project, tmp_path, capsys, content, message):

@@ -1,5 +1,9 @@
-"""Protects the figures: the smoothing, which runs go into which figure, files in both forms, and
-what is said without matplotlib. Run: pytest tests/eval/test_figures.py
+"""Protect the figures.
+
+Checked: the smoothing, which runs go into which figure, files in both forms, and what is said
+without matplotlib.
+
+Run: pytest tests/eval/test_figures.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Protects the scores: equal to scikit-learn's with and without labels that a data set cannot
-express, the three treatments of failed answers, and the baselines. Rare labels rule macro-F1, so
-the 0/0 cases matter most.
+"""Protect the scores.
+
+Checked: equal to scikit-learn's with and without labels that a data set cannot express, the three
+treatments of failed answers, and the baselines. Rare labels rule macro-F1, so the 0/0 cases matter
+most.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from data.labels import LABELS
 from eval.metrics import (
     bootstrap_intervals,
     failure_policies,
-    figures,
     jaccard_per_image,
     label_matrix,
     multilabel_scores,
@@ -24,19 +25,21 @@ from eval.metrics import (
     predict_by_prevalence,
     predict_most_frequent,
     resampled_totals,
+    scores_of_totals,
 )
 
 ABC = ("Edema", "Fracture", "Pneumonia")
 
 
 def bools(*rows: str) -> np.ndarray:
-    """'101' -> [True, False, True]."""
+    """Read '101' as [True, False, True]."""
     return np.array([[character == "1" for character in row] for row in rows])
 
 
 def random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and predictions [50, 14] with a label never true (3), one never predicted (5), and
-    one neither (7).
+    """Draw targets and predictions [50, 14].
+
+    A label is never true (3), one never predicted (5), and one neither (7).
     """
     rng = np.random.default_rng(seed)
     targets, predictions = rng.random((2, 50, 14)) < rng.random(14)
@@ -87,7 +90,7 @@ def test_positions_that_are_not_evaluated_are_left_out(seed):
         sklearn_scores(targets[shown, k], predictions[shown, k], average="binary")
         for k, shown in enumerate(evaluated.T)
     ]
-    for (precision, recall, f1, _), label in zip(per_label, LABELS):
+    for (precision, recall, f1, _), label in zip(per_label, LABELS, strict=True):
         assert triple(scores["per_label"][label]) == pytest.approx(
             (precision, recall, f1), abs=1e-12
         )
@@ -150,7 +153,7 @@ def test_scores_do_not_change_their_inputs():
     arrays = bools("110", "010"), bools("100", "100"), bools("101", "111")
     copies = [array.copy() for array in arrays]
     failure_policies(arrays[0], arrays[1], np.array([True, False]), ABC, arrays[2])
-    assert all((array == copy).all() for array, copy in zip(arrays, copies))
+    assert all((array == copy).all() for array, copy in zip(arrays, copies, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +286,13 @@ def test_random_baseline_never_predicts_what_the_reference_never_holds():
     assert (predict_by_prevalence(bools("110", "100"), 2, AllZero) == bools("110", "110")).all()
 
 
-def test_baselines_need_a_reference():
+def test_baselines_need_label_sets_to_imitate():
     nothing = np.zeros((0, 3), bool)
-    with pytest.raises(ValueError, match="reference holds no label set"):
+    with pytest.raises(ValueError, match="imitated holds no label set"):
         predict_most_frequent(nothing, 2)
-    with pytest.raises(ValueError, match="reference holds no label set"):
+    with pytest.raises(ValueError, match="imitated holds no label set"):
         predict_by_prevalence(nothing, 2, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"reference must be a matrix \[N, K\], got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"imitated must be a matrix \[N, K\], got shape \(3,\)"):
         predict_most_frequent(np.array([True, False, True]), 2)
 
 
@@ -304,8 +307,9 @@ def test_jaccard_counts_unknown_entries_in_the_union():
 def draws_by_hand(
     targets, predictions, evaluated, patient_ids, *, seed, resamples
 ) -> list[dict[str, int]]:
-    """{patient: times drawn} of each resample: one multinomial draw over the distinct rows of
-    totals, in sorted order.
+    """Draw {patient: times drawn} of each resample.
+
+    One multinomial draw over the distinct rows of totals, in sorted order.
     """
     totals = patient_totals(targets, predictions, evaluated, patient_ids)
     members: dict[tuple, list[str]] = {}
@@ -317,7 +321,7 @@ def draws_by_hand(
     # of patients with equal totals, the first stands for all
     nobody = dict.fromkeys(patient_ids, 0)
     return [
-        nobody | {members[row][0]: int(times) for row, times in zip(rows, weight)}
+        nobody | {members[row][0]: int(times) for row, times in zip(rows, weight, strict=True)}
         for weight in weights
     ]
 
@@ -348,7 +352,7 @@ def test_bootstrap_equals_a_loop_over_the_same_draws():
             )
         )
     low, high = np.percentile(values, [2.5, 97.5], axis=0)
-    for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high):
+    for metric, *bounds in zip(("micro_f1", "macro_f1", "jaccard"), low, high, strict=True):
         assert intervals[metric] == pytest.approx(bounds, abs=1e-12)
 
 
@@ -421,7 +425,7 @@ def test_the_figures_of_totals_by_hand():
     # 1 has 3, 1, 0: F1 6/7; label 2 has 0, 0, 2: 0; together 3, 1, 2: 6/9. Second draw: 1, 0, 1:
     # 2/3; 2, 0, 0: 1; together 3, 0, 1: 6/7.
     totals = np.array([[3, 0, 1, 0, 0, 2, 2.5, 5], [1, 2, 0, 0, 1, 0, 1.0, 4]])
-    found = figures(totals)
+    found = scores_of_totals(totals)
     assert set(found) == {"micro_f1", "macro_f1", "jaccard", "label_f1"}
     np.testing.assert_allclose(found["label_f1"], [[6 / 7, 0], [2 / 3, 1]], atol=1e-12)
     np.testing.assert_allclose(found["macro_f1"], [3 / 7, 5 / 6], atol=1e-12)

@@ -1,6 +1,9 @@
-"""Protects what is said about the certainty of scores: intervals cover what they claim on simulated
-data, paired differences and p-values equal enumeration by hand, and what models say is counted
-right. Run: pytest tests/eval/test_paired.py
+"""Protect what is said about the certainty of scores.
+
+Checked: intervals cover what they claim on simulated data, paired differences and p-values equal
+enumeration by hand, and what models say is counted right.
+
+Run: pytest tests/eval/test_paired.py
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from eval.metrics import bootstrap_intervals, figures, patient_totals
+from eval.metrics import bootstrap_intervals, patient_totals, scores_of_totals
 from eval.paired import (
     all_labels_scores,
     change,
@@ -26,12 +29,11 @@ from eval.paired import (
 def simulated(
     rng: np.random.Generator, patients: int, images: int = 6
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(targets, predictions of a model and of a better one, patient of each image): three labels,
-    `images` images a patient.
+    """Simulate (targets, predictions of a model and of a better one, patient of each image).
 
-    Images of a patient are alike: the patient has the disease or not, and the model reads the
-    patient right or wrong; then one image in ten differs. So there is little more in six images
-    than in one.
+    There are three labels and `images` images a patient. Images of a patient are alike: the patient
+    has the disease or not, and the model reads the patient right or wrong. Then one image in ten
+    differs. So there is little more in six images than in one.
     """
     prevalence = np.array([0.5, 0.3, 0.2])
     sick = rng.random((patients, 3)) < prevalence
@@ -89,7 +91,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_paired_resamples_are_of_the_same_patients():
-    """A model beside itself: its difference is 0 in every resample, while each of the two varies."""
+    """A model beside itself: its difference is 0 in every resample, while each of them varies."""
     targets, first, second, patient = simulated(np.random.default_rng(1), 30)
     totals = patient_totals(targets, first, None, patient)
     resampled = shared_resamples(
@@ -165,6 +167,17 @@ def test_the_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
     assert permutation_p_values(*totals, seed=0, permutations=100)["macro_f1"] == whole["macro_f1"]
 
 
+def test_ten_thousand_draws_unless_another_number_is_given():
+    """Forty patients, each moved from a miss to a hit: hardly any of all swaps gives a difference
+    as large, so p is the 1 that is counted for the data themselves, over 1 + 10,000.
+    """
+    hit, miss = np.array([[1.0, 0, 0, 1, 1]] * 40), np.array([[0.0, 0, 1, 0, 1]] * 40)
+    assert permutation_p_values(miss, hit, seed=0)["macro_f1"] == 1 / 10_001
+    resampled = shared_resamples({"miss": miss, "hit": hit}, seed=0)
+    assert resampled["hit"]["macro_f1"].tolist() == [1.0] * 10_000
+    assert resampled["miss"]["macro_f1"].tolist() == [0.0] * 10_000
+
+
 def test_a_change_by_hand():
     # Differences 0.1 and 0.3 in two resamples, relative changes 1/2 and 1; percentiles 2.5 and 97.5
     # lie 2.5 % inside.
@@ -179,7 +192,7 @@ def test_a_change_by_hand():
 
 def test_figures_of_totals_equal_scikit_learn():
     targets, first, _, patient = simulated(np.random.default_rng(4), 25)
-    values = figures(patient_totals(targets, first, None, patient).sum(axis=0)[None])
+    values = scores_of_totals(patient_totals(targets, first, None, patient).sum(axis=0)[None])
     assert values["macro_f1"] == pytest.approx([macro(targets, first)])
     assert values["micro_f1"] == pytest.approx([f1_score(targets, first, average="micro")])
     assert values["label_f1"][0] == pytest.approx(f1_score(targets, first, average=None))
@@ -227,6 +240,12 @@ def test_diversity_by_hand():
     assert str(same.label_set_entropy) == "0.0"  # not -0.0
     with pytest.raises(ValueError, match="no answer"):
         diversity([], [], np.zeros(0), np.zeros(0), 3)
+
+
+def test_a_fingerprint_by_hand():
+    # CRC-32 and Adler-32 of "abc" and "", as their definitions' test vectors have them
+    assert fingerprint("abc") == 0x352441C2_024D0127
+    assert fingerprint("") == 0x00000000_00000001
 
 
 def test_fingerprints_tell_texts_apart():

@@ -1,6 +1,9 @@
-"""Protects the report: the paper's figures and their macro means, tables of ours by hand, which
-model a folder holds, that nothing a model writes becomes markup, and the command's refusals. Run:
-pytest tests/eval/test_report.py
+"""Protect the report.
+
+Checked: the paper's figures and their macro means, tables of ours by hand, which model a folder
+holds, that nothing a model writes becomes markup, and the command's refusals.
+
+Run: pytest tests/eval/test_report.py
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import hashlib
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,19 +24,26 @@ from PIL import Image
 
 from data.files import DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN
+from data.predictions import Prediction, write_predictions
 from engine.config import UsageError
 from eval import published
 from eval.cases import chosen_ids, outcomes
-from eval.contrasts import compare, nih_variants, pairs_of, transfers
-from eval.evaluate import reparse, write_results
-from eval.folders import flag_first, load_entry, load_predictions, named_folders, read_log
+from eval.contrasts import contrast_models, nih_variants, pairs_of, transfers
+from eval.folders import (
+    flag_first,
+    load_answers,
+    load_entry,
+    named_folders,
+    read_log,
+    write_results,
+)
 from eval.page import (
     Bullets,
     Case,
     Cases,
     Cell,
-    Document,
     ModelAnswer,
+    Page,
     Picture,
     Section,
     Table,
@@ -42,14 +53,13 @@ from eval.page import (
     to_markdown,
     to_text,
 )
+from eval.paper_tables import paper_tables, prompt_key
 from eval.report import home_sets, main
 from eval.tables import (
     diversity_table,
     marginals_table,
     movers_table,
-    paper_tables,
     paradox_table,
-    prompt_key,
     scores_table,
     transfer_table,
 )
@@ -61,6 +71,7 @@ from tests.helpers.reports import (
     NIH_BEFORE,
     answer,
     home_rows,
+    parsed,
     row,
     save,
 )
@@ -90,11 +101,11 @@ def folders(tmp_path) -> dict[str, Path]:
     }
 
 
-def compared(tmp_path: Path, before: list[dict], after: list[dict], name: str = "home"):
+def compared(tmp_path: Path, before: list[Prediction], after: list[Prediction], name: str = "home"):
     for model, rows in (("base", before), ("sft", after)):
-        write_jsonl(tmp_path / f"{model}.jsonl", rows)
-    answers = {model: load_predictions(tmp_path / f"{model}.jsonl") for model in ("base", "sft")}
-    return compare(name, answers, [("base", "sft")], resamples=200, permutations=200)
+        write_predictions(tmp_path / f"{model}.jsonl", rows)
+    answers = {model: load_answers(tmp_path / f"{model}.jsonl") for model in ("base", "sft")}
+    return contrast_models(name, answers, [("base", "sft")], resamples=200, permutations=200)
 
 
 def texts(line) -> list[str]:
@@ -119,7 +130,7 @@ def test_printed_macro_means_are_plain_means_with_zeros_kept():
 
 
 def test_f1_of_tables_2_to_4_is_near_that_of_their_precision_and_recall():
-    """Micro-F1 is 2PR / (P + R); printed with three digits each. A digit mistyped here would show."""
+    """Micro-F1 is 2PR / (P + R), printed with three digits each. A mistyped digit would show."""
     for table in (published.TABLE_2, published.TABLE_3, published.TABLE_4):
         for precision, recall, f1, *_ in table.values():
             assert f1 == pytest.approx(2 * precision * recall / (precision + recall), abs=0.0015)
@@ -298,8 +309,8 @@ def test_a_reading_needs_an_interval_without_zero(tmp_path):
     elsewhere.
     """
 
-    def rows(said: str, prefix: str, evaluated) -> list[dict]:
-        return reparse(
+    def rows(said: str, prefix: str, evaluated) -> list[Prediction]:
+        return parsed(
             [
                 row(
                     answer(said),
@@ -331,14 +342,14 @@ def test_a_reading_needs_an_interval_without_zero(tmp_path):
 
 
 def test_nih_under_nine_and_ten_categories(tmp_path):
-    write_jsonl(tmp_path / "nih.jsonl", NIH_BEFORE)
-    variants = nih_variants({"base": load_predictions(tmp_path / "nih.jsonl")})
+    write_predictions(tmp_path / "nih.jsonl", NIH_BEFORE)
+    variants = nih_variants({"base": load_answers(tmp_path / "nih.jsonl")})
     assert {name: labels for name, (_, labels) in variants.items()} == {
         "nine": NIH_NINE,
         "ten": NIH_TEN,
     }
     nine, ten = (
-        compare("nih", variants[name][0], [], labels=variants[name][1], resamples=10)
+        contrast_models("nih", variants[name][0], [], labels=variants[name][1], resamples=10)
         for name in ("nine", "ten")
     )
     # Edema and Lung Lesion right: 2 of 9. With Pleural Effusion, which the second image shows and
@@ -350,22 +361,22 @@ def test_nih_under_nine_and_ten_categories(tmp_path):
         ten.support[ten.labels.index("Pleural Effusion")] == 1
         and "Pleural Effusion" not in nine.labels
     )
-    write_jsonl(tmp_path / "home.jsonl", BEFORE)
-    assert nih_variants({"base": load_predictions(tmp_path / "home.jsonl")}) == {}
+    write_predictions(tmp_path / "home.jsonl", BEFORE)
+    assert nih_variants({"base": load_answers(tmp_path / "home.jsonl")}) == {}
 
 
 def test_models_are_compared_on_the_images_that_all_answered(tmp_path):
-    comparison = compared(tmp_path, BEFORE, AFTER[::-1][:3])  # other order, and h0 is missing
-    assert comparison.first.ids == ["h1", "h2", "h3"] and comparison.left_out == {
+    contrast = compared(tmp_path, BEFORE, AFTER[::-1][:3])  # other order, and h0 is missing
+    assert contrast.first.ids == ["h1", "h2", "h3"] and contrast.left_out == {
         "base": 1,
         "sft": 0,
     }
-    assert comparison.values["sft"]["micro_f1"][0] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
-    assert "left out: base 1" in scores_table(comparison).notes[1]
+    assert contrast.values["sft"]["micro_f1"][0] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert "left out: base 1" in scores_table(contrast).notes[1]
     with pytest.raises(UsageError, match="no image is answered by all"):
         compared(tmp_path, BEFORE[:1], AFTER[1:])
     with pytest.raises(UsageError, match="different targets for the same ids"):
-        compared(tmp_path, BEFORE, [AFTER[0] | {"labels": ["Fracture"]}, *AFTER[1:]])
+        compared(tmp_path, BEFORE, [replace(AFTER[0], labels=("Fracture",)), *AFTER[1:]])
 
 
 # ---- which model a folder holds ------------------------------------------------------------------
@@ -392,8 +403,8 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
         json.dumps({"global_step": 8, "best_model_checkpoint": "checkpoint-4"})
     )
     (run / "checkpoint-4").mkdir()
-    write_jsonl(run / "predictions-a.jsonl", BEFORE)
-    write_jsonl(run / "predictions-a.partial.jsonl", BEFORE)
+    write_predictions(run / "predictions-a.jsonl", BEFORE)
+    write_predictions(run / "predictions-a.partial.jsonl", BEFORE)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("")
     own = load_entry("x", run)
@@ -435,8 +446,13 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
             "b",
         )
         assert entry.training is None if adapter is None else entry.training.resolve() == run
+    # scored again, where the prompt stands at its default and nobody asked it
+    again = {"predictions": ["t=old.jsonl"], "prompt": "free_reasoning"}
+    (tmp_path / "again").mkdir()
+    write_results(tmp_path / "again", "t", BEFORE, {"run": {"settings": settings(**again)}})
+    assert load_entry("z", tmp_path / "again").prompt == ""
     (tmp_path / "bare").mkdir()
-    write_jsonl(tmp_path / "bare" / "predictions-t.jsonl", BEFORE)
+    write_predictions(tmp_path / "bare" / "predictions-t.jsonl", BEFORE)
     assert [load_entry(name, tmp_path / "bare").stage for name in ("sft-1", "NV-Reason")] == [
         "sft",
         "other",
@@ -498,13 +514,13 @@ def test_our_rows_stand_under_the_papers_of_the_same_prompt(folders):
         json.dumps({"run": {"settings": settings(model_name_or_path="demo", prompt="reasoning_c")}})
     )
     entries = [load_entry(name, folder) for name, folder in folders.items()]
-    comparison = compare(
+    contrast = contrast_models(
         "home",
-        {entry.name: load_predictions(entry.sets["home"]) for entry in entries},
+        {entry.name: load_answers(entry.sets["home"]) for entry in entries},
         [],
         resamples=20,
     )
-    first, second, third, *_ = paper_tables(entries, [comparison], ["home"], {})
+    first, second, third, *_ = paper_tables(entries, [contrast], ["home"], {})
     names = [texts(line)[:2] for line in first.rows]
     assert names[names.index(["Reasoning C", "paper, MedGemma-4B"]) + 1] == [
         "Reasoning C",
@@ -548,14 +564,14 @@ def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
 def test_cases_cover_outcomes_and_labels(tmp_path):
     said = ["no idea"] * 2 + [answer("Edema")] * 4 + [answer("Fracture")]
     true = [("Edema",)] * 2 + [("Edema",)] * 2 + [("Fracture",)] * 3
-    rows = reparse(
+    rows = parsed(
         [
             row(text, labels, id=f"c{n}", patient=f"p{n}")
-            for n, (text, labels) in enumerate(zip(said, true))
+            for n, (text, labels) in enumerate(zip(said, true, strict=True))
         ]
     )
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    answers = load_predictions(tmp_path / "rows.jsonl")
+    write_predictions(tmp_path / "rows.jsonl", rows)
+    answers = load_answers(tmp_path / "rows.jsonl")
     assert outcomes(answers) == ["failed"] * 2 + ["right"] * 2 + ["wrong"] * 2 + ["right"]
     ids = chosen_ids(answers, 3, seed=0)
     assert [outcomes(answers)[answers.ids.index(id)] for id in ids] == ["failed", "wrong", "right"]
@@ -565,8 +581,8 @@ def test_cases_cover_outcomes_and_labels(tmp_path):
 
 
 # ---- escaping ------------------------------------------------------------------------------------
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page, and its scripts."""
+class ParsedPage(HTMLParser):
+    """Gather tags, attributes and texts of a page, and its scripts."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -589,11 +605,11 @@ class Page(HTMLParser):
         )
 
 
-def hostile_document(text: str) -> Document:
-    """A report in which `text` stands wherever text can stand."""
+def hostile_page(text: str) -> Page:
+    """Make a report in which `text` stands wherever text can stand."""
     picture = Picture(text, b"<svg onload='alert(1)'/>", "image/svg+xml", text, text)
     given = ModelAnswer(text, "wrong", text, [text], text, [(text, text)])
-    return Document(
+    return Page(
         text,
         text,
         [
@@ -614,8 +630,8 @@ def hostile_document(text: str) -> Document:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_becomes_markup_in_html(text):
     page, harmless = (
-        Page(to_html(hostile_document(text))),
-        Page(to_html(hostile_document("harmless"))),
+        ParsedPage(to_html(hostile_page(text))),
+        ParsedPage(to_html(hostile_page("harmless"))),
     )
     assert page.tags == harmless.tags and page.open == []
     assert [name for _, name, _ in page.attributes] == [name for _, name, _ in harmless.attributes]
@@ -636,16 +652,16 @@ def test_no_text_becomes_markup_in_markdown(text):
     """Rendered, the page has the same elements as one with a harmless text; line breaks apart."""
 
     def elements(written: str) -> list[str]:
-        rendered = markdown(to_markdown(hostile_document(written), None), extensions=["tables"])
-        return [tag for tag in Page(rendered).tags if tag != "br"]
+        rendered = markdown(to_markdown(hostile_page(written), None), extensions=["tables"])
+        return [tag for tag in ParsedPage(rendered).tags if tag != "br"]
 
     assert elements(text) == elements("harmless")
-    source = to_markdown(hostile_document(text), "pictures")
+    source = to_markdown(hostile_page(text), "pictures")
     assert not re.search(r"https?:|www\.|@[a-z]", source)  # what GitHub would make into a link
 
 
 def test_the_page_allows_only_its_own_script():
-    page = to_html(hostile_document("x"))
+    page = to_html(hostile_page("x"))
     [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
@@ -654,7 +670,7 @@ def test_the_page_allows_only_its_own_script():
 
 
 def test_a_page_can_be_used_by_keyboard_and_screen_reader():
-    page = Page(to_html(hostile_document("x")))
+    page = ParsedPage(to_html(hostile_page("x")))
     of = {}
     for tag, name, value in page.attributes:
         of.setdefault((tag, name), []).append(value)
@@ -672,7 +688,7 @@ def test_a_page_can_be_used_by_keyboard_and_screen_reader():
 def test_labels_that_are_not_evaluated_are_set_apart():
     given = ModelAnswer("m", "right", "", ["Edema", "Fracture"], "", [])
     case = Case("c", ["Edema", "Pneumonia"], ["Edema"], None, [given])
-    shown = Page(to_html(Document("", "", [Section("", [Cases([case], [])])]))).texts
+    shown = ParsedPage(to_html(Page("", "", [Section("", [Cases([case], [])])]))).texts
     assert (
         shown.count(" Edema ") == 2
         and "not evaluated here: Pneumonia" in shown
@@ -682,7 +698,7 @@ def test_labels_that_are_not_evaluated_are_set_apart():
 
 def test_text_for_the_console_is_aligned():
     table = Table("T", ["a", "b"], [["x", Cell("1.0", "0 to 2")], ["long", "2"]], ["note\x1b"])
-    assert to_text(Document("D", "S", [Section("s", [table, Text("t")])])).split("\n") == [
+    assert to_text(Page("D", "S", [Section("s", [table, Text("t")])])).split("\n") == [
         "D",
         "S",
         "",
@@ -700,7 +716,7 @@ def test_text_for_the_console_is_aligned():
 
 
 def test_a_whole_report(folders, tmp_path, capsys):
-    """Hostile answers, images, reward parts: everything that a user would look for is on the page."""
+    """Hostile answers, images, reward parts: what a user would look for is on the page."""
     Image.new("L", (600, 400), 90).save(tmp_path / "h0.png")
     write_jsonl(
         tmp_path / "home.jsonl",
@@ -721,10 +737,10 @@ def test_a_whole_report(folders, tmp_path, capsys):
         HOSTILE[1],
         answer("Fracture", think=HOSTILE[2]),
     )
-    rows[0]["rewards"] = {"hard": {"total": 0.9, "jaccard": 1.0, "length": -0.1}}
-    rows[1]["rewards"] = {"hard": "not numbers"}
+    rows[0] = rows[0].with_extra(rewards={"hard": {"total": 0.9, "jaccard": 1.0, "length": -0.1}})
+    rows[1] = rows[1].with_extra(rewards={"hard": "not numbers"})
     for name, of in (("base", BEFORE), ("sft", rows)):
-        write_jsonl(folders[name] / "predictions-home.jsonl", of)
+        write_predictions(folders[name] / "predictions-home.jsonl", of)
         run = {
             "run": {
                 "settings": settings(model_name_or_path="demo", prompt="demo"),
@@ -746,7 +762,7 @@ def test_a_whole_report(folders, tmp_path, capsys):
         (out / "report.html").read_text(encoding="utf-8"),
         (out / "report.md").read_text(encoding="utf-8"),
     )
-    page = Page(html_text)
+    page = ParsedPage(html_text)
     for title in (
         "What transferred",
         "Scores",
@@ -783,14 +799,14 @@ def test_a_whole_report(folders, tmp_path, capsys):
 
 def test_a_report_of_the_paper_alone(tmp_path):
     assert main(["--output_dir", str(tmp_path / "paper")]) == 0
-    page = Page((tmp_path / "paper" / "report.html").read_text(encoding="utf-8"))
+    page = ParsedPage((tmp_path / "paper" / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("table") == 6 and "0.346" in page.texts
 
 
 def test_one_model_on_one_set_without_images(folders, tmp_path):
     (folders["sft"] / "predictions-nih.jsonl").unlink()
     assert main([str(folders["sft"]), "--output_dir", str(tmp_path / "one"), *FEW]) == 0
-    page = Page((tmp_path / "one" / "report.html").read_text(encoding="utf-8"))
+    page = ParsedPage((tmp_path / "one" / "report.html").read_text(encoding="utf-8"))
     assert "The image is not at hand." in page.texts and "What transferred" in page.texts
     # there is no step to speak of
     assert not any("Who gained where" in shown for shown in page.texts)
@@ -829,9 +845,9 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_a_broken_predictions_file_names_its_lines(tmp_path):
     (tmp_path / "predictions.jsonl").write_text(
-        json.dumps(BEFORE[0] | {"source_labels": "Edema"}) + "\n"
+        json.dumps(BEFORE[0].to_row() | {"source_labels": "Edema"}) + "\n"
     )
     with pytest.raises(
         DataError, match="line 1: field 'source_labels' is \"Edema\"; it must be a list of strings"
     ):
-        load_predictions(tmp_path / "predictions.jsonl")
+        load_answers(tmp_path / "predictions.jsonl")

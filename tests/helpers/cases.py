@@ -85,8 +85,9 @@ NOT_IN_THE_PRODUCT = {
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Expected values by dotted key. A list of records becomes one column for each field: `rows.k3`
-    lists k3 of all rows.
+    """List expected values by dotted key.
+
+    A list of records becomes one column for each field: `rows.k3` lists k3 of all rows.
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {name: [row[name] for row in value] for name in value[0]}
@@ -100,12 +101,12 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def covers(prefix: str, key: str) -> bool:
-    """Whether `prefix` names `key` or something that contains it."""
+    """Tell whether `prefix` names `key` or something that contains it."""
     return key == prefix or key.startswith(prefix + ".")
 
 
 def scalars(value: Any, index: str = "") -> list[tuple[str, Any]]:
-    """(index, number) of all numbers in nested lists, tensors or arrays."""
+    """List (index, number) of all numbers in nested lists, tensors or arrays."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
         return [(index, value)]
@@ -117,7 +118,7 @@ def scalars(value: Any, index: str = "") -> list[tuple[str, Any]]:
 
 
 class Case:
-    """One worked case: `inputs`, and `close` and `differs` to compare with its expected values."""
+    """Compare the product with one worked case: `close` and `differs`, on its `inputs`."""
 
     def __init__(self, case_id: str, keys: tuple[str, ...], listed: dict[str, str]) -> None:
         self.listed = listed  # expected values that are not to be compared, with the reason
@@ -138,15 +139,17 @@ class Case:
         )
 
     def close(self, key: str, actual: Any, rtol: float | None = None) -> None:
-        """The product's value is the expected one: within the case's atol (or rtol, if given);
-        truth values and text equal.
+        """Check that the product's value is the expected one.
+
+        Numbers are within the case's atol, or within rtol if it is given. Truth values and text are
+        equal.
         """
         assert not self._reason(key), f"{self.id}.{key} is listed as not ours"
         assert not self._mismatches(key, actual, rtol)
         self.unchecked.discard(key)
 
     def differs(self, key: str, actual: Any) -> None:
-        """The product's value is not this one, which is listed as not ours."""
+        """Check that the product's value is not this one, which is listed as not ours."""
         assert self._reason(key), f"{self.id}.{key} is not listed as not ours"
         assert self._mismatches(key, actual), f"{self.id}.{key} came out: {self._reason(key)}"
 
@@ -160,7 +163,7 @@ class Case:
             f"{self.id}.{key} has another shape: {actual} for {self.expected[key]}"
         )
         mismatches = []
-        for (index, expected), (_, value) in zip(expected_scalars, actual_scalars):
+        for (index, expected), (_, value) in zip(expected_scalars, actual_scalars, strict=True):
             if isinstance(expected, (bool, str)):
                 same = type(value) is type(expected) and value == expected
             else:
@@ -177,8 +180,9 @@ class Case:
 def open_case(
     case_id: str, *keys: str, listed: dict[str, str] = NOT_IN_THE_PRODUCT
 ) -> Iterator[Case]:
-    """The case `case_id`, or its part under `keys`; at the end every expected value must have been
-    compared, or be `listed`.
+    """Open the case `case_id`, or its part under `keys`.
+
+    At the end every expected value must have been compared, or be `listed`.
     """
     opened = Case(case_id, keys, listed)
     yield opened

@@ -17,7 +17,7 @@ sample = pytest.mark.skipif(
 
 
 def write(path: Path, *lines: str, end: str = "\n", newline: str = "\n", bom: bool = False) -> Path:
-    """A text file; .gz in the name compresses it. end: after the last line."""
+    """Write a text file. With .gz in its name it is compressed. end: what follows the last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = (newline.join(lines) + end).encode("utf-8-sig" if bom else "utf-8")
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
@@ -36,7 +36,7 @@ BLANKS = "," * 13  # 14 blank cells
 
 
 def cells(**values: float) -> str:
-    """The 14 cells in CheXpert's order."""
+    """Write the 14 cells in CheXpert's order."""
     return ",".join(str(values.get(label.replace(" ", "_"), "")) for label in LABELS)
 
 
@@ -61,11 +61,16 @@ def mimic_labels(**values: float) -> str:
 
 
 def mimic(folder: Path, suffix: str = ".csv.gz", version: str = "2.0.0", **more: list[str]) -> Path:
-    """Six images: study 1 with lateral, AP and PA; study 2 without a view and AP; study 3 of the
-    test split. more: lines to add.
+    """Write MIMIC's tables for six images.
+
+    Study 1 has lateral, AP and PA. Study 2 has one without a view, and AP. Study 3 is of the test
+    split. more: lines to add, by table.
     """
     images = [(1, 1, "LATERAL"), (2, 1, "AP"), (3, 1, "PA"), (4, 2, ""), (5, 2, "AP"), (6, 3, "PA")]
-    subject = lambda study: 10000001 + (study > 2)  # noqa: E731
+
+    def subject(study: int) -> int:
+        return 10000001 + (study > 2)
+
     name = f"mimic-cxr-{version}-"
     write(
         folder / f"{name}metadata{suffix}",
@@ -103,7 +108,7 @@ def mimic(folder: Path, suffix: str = ".csv.gz", version: str = "2.0.0", **more:
 
 # ---- NIH ChestX-ray14 ---------------------------------------------------------------------------
 def nih(folder: Path, variant: str = "v2020") -> Path:
-    """Four images of two patients in the header and cells of one release."""
+    """Write NIH's tables for four images of two patients, with one release's header and cells."""
     rows = [
         ("00000013_005.png", "Effusion|Mass|Nodule", 5, 13),
         ("00000013_004.png", "No Finding", 4, 13),
@@ -111,9 +116,12 @@ def nih(folder: Path, variant: str = "v2020") -> Path:
         ("00000014_001.png", "Pleural_Thickening|Effusion", 1, 14),
     ]
     header = {
-        "v2020": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]",
-        "box": "Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",
-        "kaggle sample": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImageWidth,OriginalImageHeight,"
+        "v2020": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]",
+        "box": "Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",
+        "kaggle sample": "Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImageWidth,OriginalImageHeight,"
         "OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
     }
     header["v2017"] = header["v2020"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from peft import PeftModel
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -23,12 +22,13 @@ from transformers import (
 from engine.attention import IMPLEMENTATION
 from engine.collate import collate_rows
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.families import family_of, lm_head_weight
-from engine.forward import completion_hidden_states, completion_logprobs
+from engine.families import family_of
 from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
 from engine.memory import ModelShape, Workload, forecast, model_shape
-from engine.model import LoadedModel, attach_new_adapter, enable_gradient_checkpointing
+from engine.model import BaseModel, attach_new_adapter, enable_gradient_checkpointing
+from engine.policy import Policy
+from tests.helpers.tiny import policy_of
 
 CLASSES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -44,12 +44,13 @@ PHASES = (
     "rollout",
     "evaluation",
 )
+
 IMAGE_ID, VISION_START = 5, 3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A small model and its batches."""
+    """Describe a small model and its batches."""
 
     hidden: int = 512
     intermediate: int = 1376
@@ -64,7 +65,9 @@ class Sizes:
 
 
 def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
-    """Either real class: 2 KV heads, a small vision tower with four patches a visual token."""
+    """Make the configuration of either real class: 2 KV heads, a small vision tower with four
+    patches a visual token.
+    """
     head_dim = sizes.hidden // sizes.heads
     text = dict(
         vocab_size=sizes.vocabulary,
@@ -127,9 +130,10 @@ def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
     )
 
 
-def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A random model as engine.model.load_model returns it, without a tokenizer and without stop
-    ids: completions are full.
+def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """Make a random model as engine.model.load_model returns it, without a tokenizer.
+
+    It has no stop ids, so that completions are full.
     """
     torch.manual_seed(0)
     base = (
@@ -141,7 +145,7 @@ def load(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> 
         .to(device)
         .eval()
     )
-    return LoadedModel(
+    return BaseModel(
         "random",
         base,
         family_of(config.model_type),
@@ -187,7 +191,9 @@ def workload(phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device)
 
 
 def expected_bytes(model: ModelShape, phase: str, work: Workload) -> int:
-    """The forecast of a phase over the loaded model: without what stands there before it begins."""
+    """Forecast what a phase takes over the loaded model, in bytes: without what stands there before
+    it begins.
+    """
     name = "update" if phase.startswith(("sft", "grpo")) else phase
     parts = forecast(model, work).phases[name]
     return sum(size for part, size in parts.items() if part not in ("base", "adapters", "AdamW"))
@@ -197,21 +203,21 @@ def phase_step(
     phase: str,
     sizes: Sizes,
     config: PretrainedConfig,
-    model: LoadedModel,
-    wrapped: PeftModel,
-    device,
+    policy: Policy,
+    device: torch.device,
 ) -> Callable[[], None]:
-    """The code of one phase, as the loops of run_sft.py and run_grpo.py have it; batches are made
-    inside. GRPO's updates get the prompts with features from the rollout.
+    """Make the code of one phase, as the loops of run_sft.py and run_grpo.py have it.
+
+    Batches are made inside. GRPO's updates get the prompts with features from the rollout.
     """
 
     @torch.no_grad()
     def look(prompt: EncodedPrompt) -> EncodedPrompt:
         pixels = {name: tensor.to(device) for name, tensor in prompt.vision.items()}
-        features = {"features": model.family.image_features(model.base, pixels).cpu()}
+        features = policy.family.image_features(policy.base.net, pixels).cpu()
         return replace(
             prompt,
-            vision=features
+            vision={"features": features}
             | {name: tensor for name, tensor in prompt.vision.items() if name != "pixel_values"},
         )
 
@@ -237,33 +243,30 @@ def phase_step(
 
     def sft() -> None:
         held = batch(1)  # to the end of the step, as in the loop
-        hidden, targets = completion_hidden_states(wrapped, model.family, held)
-        logprobs, _ = token_logprobs(hidden, lm_head_weight(wrapped), targets)
+        hidden, targets = policy.hidden_states(held)
+        logprobs, _ = token_logprobs(hidden, policy.head, targets, softcap=policy.softcap)
         (-logprobs.sum()).backward()
 
     def grpo() -> None:
         held = batch(sizes.generations)
-        logprobs, _ = completion_logprobs(
-            wrapped, model.family, held, temperature=0.8, entropy=True
-        )
+        logprobs, _ = policy.logprobs_and_entropy(held)
         logprobs.sum().backward()
 
     @torch.no_grad()
     def scoring() -> None:
-        completion_logprobs(wrapped, model.family, batch(sizes.generations), temperature=0.8)
+        policy.logprobs(batch(sizes.generations))
 
     def decode(temperature: float, generations: int) -> Callable[[], None]:
         sampling = SamplingConfig(temperature, 0.95, sizes.new_tokens)
         return lambda: generate(
-            wrapped,
-            model,
+            policy,
             [look(make_prompt(config, sizes)) for _ in range(sizes.rows)],
             sampling,
             num_generations=generations,
             generator=torch.Generator().manual_seed(0),
         )
 
-    wrapped.train(phase.startswith(("sft", "grpo")))
+    policy.net.train(phase.startswith(("sft", "grpo")))
     steps = {
         "sft": sft,
         "grpo": grpo,
@@ -277,22 +280,21 @@ def phase_step(
 def prepare(
     family: str, phase: str, sizes: Sizes, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], None], int]:
-    """(the phase's code, the bytes that the forecast gives for it over the loaded model)."""
+    """Return the phase's code, and the bytes that the forecast gives it over the loaded model."""
     config = model_config(family, sizes)
     model = load(config, dtype, device)
-    shape = model_shape(config, sum(parameter.numel() for parameter in model.base.parameters()))
+    shape = model_shape(config, sum(parameter.numel() for parameter in model.net.parameters()))
     work = workload(phase, sizes, dtype, device)
-    wrapped = attach_new_adapter(model, r=work.lora_r, alpha=32, dropout=work.lora_dropout)
+    net = attach_new_adapter(model, r=work.lora_r, alpha=32, dropout=work.lora_dropout)
     if work.gradient_checkpointing:
-        enable_gradient_checkpointing(wrapped)
-    return phase_step(phase, sizes, config, model, wrapped, device), expected_bytes(
-        shape, phase, work
-    )
+        enable_gradient_checkpointing(net)
+    policy = policy_of(net, model, temperature=0.8)
+    return phase_step(phase, sizes, config, policy, device), expected_bytes(shape, phase, work)
 
 
 def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes of tensors and kernels' buffers that `step` holds at most at once, over what is there
-    before it.
+    """Measure the bytes of tensors and kernels' buffers that `step` holds at most at once, over
+    what is there before it.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -307,8 +309,9 @@ def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
 
 
 def profiled_peak(profile: torch.profiler.profile) -> int:
-    """Bytes that torch's CPU allocator held at most over those at the profile's beginning; it must
-    have `profile_memory`.
+    """Read the bytes that torch's CPU allocator held at most over those at the profile's beginning.
+
+    The profile must have `profile_memory`.
     """
     events = [
         (event.start_ns(), event.nbytes())
@@ -323,7 +326,7 @@ def profiled_peak(profile: torch.profiler.profile) -> int:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes (Linux)."""
+    """Read VmRSS or VmHWM of this process, in bytes (Linux)."""
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()

@@ -12,7 +12,7 @@ def f64(values) -> torch.Tensor:
 
 
 def weights_of(objective, mask, loss_type, max_completion_length=1):
-    """Weights of a step that consists of just these rows."""
+    """Return the weights of a step that consists of just these rows."""
     return objective.token_weights(
         mask,
         loss_type,
@@ -24,19 +24,18 @@ def weights_of(objective, mask, loss_type, max_completion_length=1):
 
 
 def close(actual, expected, atol=1e-9) -> None:
-    """Equal to numbers that were worked out by hand."""
+    """Check that values equal numbers that were worked out by hand."""
     torch.testing.assert_close(
         torch.as_tensor(actual, dtype=torch.float64), f64(expected), rtol=0, atol=atol
     )
 
 
 def random_batch(seed: int) -> dict[str, torch.Tensor]:
-    """Six completions of up to five tokens in fp64: every quadrant of the clip, well away from its
-    corners.
+    """Draw six completions of up to five tokens in fp64, in every quadrant of the clip.
 
-    The log-ratio lies in [-0.55, -0.25], [-0.15, 0.15] or [0.25, 0.55]; the corners are log 0.85 =
-    -0.163 and log 1.22 = 0.199. Advantages are at least 0.1 in size, of both signs; one is 0.
-    Lengths are uneven and one completion has no token.
+    They lie well away from its corners, log 0.85 = -0.163 and log 1.22 = 0.199: the log-ratio is in
+    [-0.55, -0.25], [-0.15, 0.15] or [0.25, 0.55]. Advantages are at least 0.1 in size, of both
+    signs, and one is 0. Lengths are uneven and one completion has no token.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -61,7 +60,7 @@ def random_batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 def step_weights(objective, mask, loss_type, num_tokens=15, dtype=torch.float64):
-    """Weights in a step that is one random batch: six completions, 15 tokens."""
+    """Return the weights in a step that is one random batch: six completions, 15 tokens."""
     return objective.token_weights(
         mask,
         loss_type,

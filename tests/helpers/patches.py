@@ -1,6 +1,4 @@
-"""The diffs of tests/forks against rl/objective.py: what each one adds, how it is applied, its
-size.
-"""
+"""Apply the diffs of tests/forks to rl/objective.py, and describe each one."""
 
 from __future__ import annotations
 
@@ -17,8 +15,11 @@ HEADER = "--- a/rl/objective.py\n+++ b/rl/objective.py\n"
 
 
 class Fork(NamedTuple):
-    """field: the setting that the patch adds; on: a value that switches the variant on; metric:
-    what it logs, if anything.
+    """Describe a fork.
+
+    field: the setting that the patch adds
+    on: a value that switches the variant on
+    metric: what it logs, if anything
     """
 
     field: str
@@ -41,17 +42,18 @@ def patch_of(name: str) -> str:
 
 
 def size(patch: str) -> tuple[int, int]:
-    """Lines added and taken away."""
+    """Count the lines that a patch adds and takes away."""
     body = patch.partition(HEADER)[2]
     return len(re.findall(r"^\+", body, re.MULTILINE)), len(re.findall(r"^-", body, re.MULTILINE))
 
 
 def patched(name: str, source: str = OBJECTIVE) -> str:
-    """`source` with a patch applied. AssertionError where it does not fit to the letter.
+    """Return `source` with a patch applied. Raises AssertionError where it does not fit to the
+    letter.
 
-    Done here and not by git or patch, which a machine that runs the tests need not have. Stricter
-    than both: a hunk's lines, context included, must stand exactly once, so there is no guessing
-    where they belong.
+    This is done here and not by git or patch, which a machine that runs the tests need not have. It
+    is stricter than both: a hunk's lines, context included, must stand exactly once, so there is no
+    guessing where they belong.
     """
     patch = re.sub(r"\Adiff --git .*\nindex .*\n", "", patch_of(name))
     assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, (
@@ -61,7 +63,7 @@ def patched(name: str, source: str = OBJECTIVE) -> str:
         r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch.removeprefix(HEADER), flags=re.MULTILINE
     )
     assert hunks.pop(0) == "" and hunks
-    for old_length, new_length, hunk in zip(hunks[0::3], hunks[1::3], hunks[2::3]):
+    for old_length, new_length, hunk in zip(hunks[0::3], hunks[1::3], hunks[2::3], strict=True):
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
         new = "".join(line[1:] for line in lines if line[0] in " +")
@@ -79,7 +81,7 @@ def patched(name: str, source: str = OBJECTIVE) -> str:
 
 
 def module_of(source: str, monkeypatch) -> ModuleType:
-    """A module from source; registered while the test runs, since a dataclass looks itself up
+    """Run a source text as a module, registered while the test runs: a dataclass looks itself up
     there.
     """
     module = ModuleType("objective_copy")

@@ -1,6 +1,7 @@
-"""The plain forward, the oracle of the product's: every completion is a padded row with its own
-copy of the prompt, run by the decoder with ordinary masks; the image goes through the vision tower
-in the same call.
+"""Run the plain forward, the oracle of the product's.
+
+Every completion is a padded row with its own copy of the prompt, run by the decoder with ordinary
+masks. The image goes through the vision tower in the same call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.collate import Prompts
+from engine.collate import PromptBatch
 from engine.encode import EncodedRow
 from engine.families import Family, language_model, lm_head_weight, logit_softcap, unwrapped
 from engine.logprobs import token_logprobs
@@ -19,11 +20,13 @@ from engine.logprobs import token_logprobs
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """Rows of S tokens, padded on the right. loss_mask [B,S] bool: the tokens that are scored;
-    completion_mask [B,T]: the same on the completion alone.
+    """Hold rows of S tokens, padded on the right.
+
+    loss_mask [B,S] bool: the tokens that are scored
+    completion_mask [B,T] bool: the same on the completion alone
     """
 
-    prompts: Prompts  # prompt and completion as one
+    prompts: PromptBatch  # prompt and completion as one
     loss_mask: Tensor
     completion_mask: Tensor
 
@@ -34,7 +37,7 @@ def plain_batch(rows: list[EncodedRow], pad_token_id: int) -> PlainBatch:
 
     whole = [torch.cat([row.prompt.input_ids, row.completion_ids]) for row in rows]
     return PlainBatch(
-        prompts=Prompts(
+        prompts=PromptBatch(
             input_ids=padded(whole, pad_token_id),
             token_types=padded(
                 [
@@ -57,8 +60,8 @@ def plain_batch(rows: list[EncodedRow], pad_token_id: int) -> PlainBatch:
     )
 
 
-def embed(model: nn.Module, family: Family, prompts: Prompts) -> Tensor:
-    """Input embeddings [B,S,H], the vision tower run for every row that has pixels."""
+def embed(model: nn.Module, family: Family, prompts: PromptBatch) -> Tensor:
+    """Return input embeddings [B,S,H], the vision tower run for every row that has pixels."""
     with torch.no_grad():
         features = [
             (
@@ -74,12 +77,12 @@ def embed(model: nn.Module, family: Family, prompts: Prompts) -> Tensor:
 
 
 def predicted_tokens(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns [K] of the tokens under `loss_mask` [B,S], row by row."""
+    """Return rows and columns [K] of the tokens under `loss_mask` [B,S], row by row."""
     return loss_mask.nonzero(as_tuple=True)
 
 
 def hidden_states(model: nn.Module, family: Family, batch: PlainBatch) -> tuple[Tensor, Tensor]:
-    """(hidden [K,H], targets [K]) as engine.forward.completion_hidden_states."""
+    """Return (hidden [K,H], targets [K]) as engine.forward.completion_hidden_states does."""
     base, rows = unwrapped(model), batch.prompts
     output = language_model(model)(
         inputs_embeds=embed(model, family, rows),
@@ -96,7 +99,7 @@ def hidden_states(model: nn.Module, family: Family, batch: PlainBatch) -> tuple[
 def logprobs_of(
     model: nn.Module, family: Family, rows: list[EncodedRow], *, temperature: float, **options
 ) -> Tensor:
-    """[N,T] log-probabilities of the completions, 0 outside their masks."""
+    """Return the log-probabilities [N,T] of the completions, 0 outside their masks."""
     batch = plain_batch(rows, pad_token_id=0)
     hidden, targets = hidden_states(model, family, batch)
     values, _ = token_logprobs(

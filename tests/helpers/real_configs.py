@@ -1,5 +1,5 @@
-"""Configurations of the two real models, with their published sizes, for tests on the meta device.
-Nothing is downloaded.
+"""Make the configurations of the two real models, with their published sizes, for tests on the meta
+device. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from transformers import Gemma3Config, Qwen2_5_VLConfig
 
 
 def qwen_3b() -> Qwen2_5_VLConfig:
-    """Qwen/Qwen2.5-VL-3B-Instruct: 3.75 B parameters, head tied to the embedding."""
+    """Describe Qwen/Qwen2.5-VL-3B-Instruct: 3.75 B parameters, head tied to the embedding."""
     return Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=151_936,
@@ -45,8 +45,8 @@ def qwen_3b() -> Qwen2_5_VLConfig:
 
 
 def gemma_4b() -> Gemma3Config:
-    """google/gemma-3-4b-it, and MedGemma-4B, which is further trained: 4.30 B parameters, head tied
-    to the embedding.
+    """Describe google/gemma-3-4b-it, and MedGemma-4B, which is further trained: 4.30 B parameters,
+    head tied to the embedding.
     """
     return Gemma3Config(
         text_config=dict(

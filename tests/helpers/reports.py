@@ -7,8 +7,10 @@ from pathlib import Path
 
 from data.files import write_jsonl
 from data.labels import LABELS, NIH_NINE
-from eval.evaluate import reparse, score, write_results
+from data.predictions import Prediction
 from eval.figures import FIGURE_1, reward_panels
+from eval.folders import write_results
+from eval.scores import score
 
 ABC = ("Edema", "Pneumonia", "Fracture")  # in CheXpert's order
 FEW = ["--resamples", "50", "--permutations", "50"]
@@ -17,7 +19,7 @@ FEW = ["--resamples", "50", "--permutations", "50"]
 def row(
     completion: str, labels: tuple[str, ...], *, id="r1", evaluated=ABC, patient="p", **fields
 ) -> dict:
-    """A row of a predictions file before its completion is parsed."""
+    """Make a row of a predictions file before its completion is parsed."""
     return {
         "id": id,
         "patient_id": patient,
@@ -31,17 +33,23 @@ def row(
     } | fields
 
 
+def parsed(rows: list[dict]) -> list[Prediction]:
+    """Read rows as a predictions file would give them."""
+    return [Prediction.from_row(row) for row in rows]
+
+
 # ---- answers of two models to two data sets ------------------------------------------------------
 def answer(*labels: str, think: str = "x") -> str:
     return f"<think>{think}</think><solution>{', '.join(labels)}</solution>"
 
 
-def home_rows(*said: str) -> list[dict]:
-    """Answers to four images of three patients; true: Edema; Edema and Fracture; No Finding;
-    Fracture. All 14 are evaluated.
+def home_rows(*said: str) -> list[Prediction]:
+    """Make answers to four images of three patients, of which all 14 labels are evaluated.
+
+    True are Edema; Edema and Fracture; No Finding; Fracture.
     """
     true = (("Edema",), ("Edema", "Fracture"), ("No Finding",), ("Fracture",))
-    return reparse(
+    return parsed(
         [
             row(
                 text,
@@ -51,20 +59,23 @@ def home_rows(*said: str) -> list[dict]:
                 evaluated=LABELS,
                 completion_length=10 * n + 10,
             )
-            for n, (text, labels) in enumerate(zip(said, true))
+            for n, (text, labels) in enumerate(zip(said, true, strict=True))
         ]
     )
 
 
-def nih_rows(*said: str) -> list[dict]:
-    """Answers to three images with NIH's own labels: Edema; Effusion; Mass and Infiltration."""
+def nih_rows(*said: str) -> list[Prediction]:
+    """Make answers to three images with NIH's own labels.
+
+    They are Edema; Effusion; Mass and Infiltration.
+    """
     source = (["Edema"], ["Effusion"], ["Mass", "Infiltration"])
     true = (("Edema",), (), ("Lung Lesion",))
-    return reparse(
+    return parsed(
         [
             row(text, labels, id=f"n{n}", patient=f"q{n}", evaluated=NIH_NINE)
             | {"source_labels": list(names)}
-            for n, (text, labels, names) in enumerate(zip(said, true, source))
+            for n, (text, labels, names) in enumerate(zip(said, true, source, strict=True))
         ]
     )
 
@@ -79,7 +90,7 @@ NIH_BEFORE = nih_rows(answer("Edema"), answer("Pleural Effusion"), answer("Lung 
 NIH_AFTER = nih_rows(answer("Edema"), answer("Edema"), answer("Pleural Effusion"))
 
 
-def save(folder: Path, **sets: list[dict]) -> Path:
+def save(folder: Path, **sets: list[Prediction]) -> Path:
     for name, rows in sets.items():
         write_results(folder, name, rows, score(rows))
     return folder
@@ -87,7 +98,7 @@ def save(folder: Path, **sets: list[dict]) -> Path:
 
 # ---- runs ----------------------------------------------------------------------------------------
 def training_run(folder: Path, script: str, reward: str = "hard") -> Path:
-    """A folder that looks like a finished run of 30 steps."""
+    """Make a folder that looks like a finished run of 30 steps."""
     folder.mkdir()
     values = {"reward": {"value": reward}, "prompt": {"value": "demo"}}
     (folder / "config.json").write_text(json.dumps({"script": script, "settings": values}))

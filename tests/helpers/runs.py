@@ -1,5 +1,5 @@
-"""Whole tiny runs of run_sft.py and run_grpo.py for tests: data, flags, what a run leaves behind,
-how two runs compare.
+"""Run run_sft.py and run_grpo.py on tiny models, read what a run leaves behind, and compare two
+runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from tensorboard.util.tensor_util import make_ndarray
 import run_grpo
 import run_sft
 from engine.encode import Encoder
-from engine.tracking import is_timing
 from tests.helpers.tiny import save_images
 
 torch.set_num_threads(1)  # the models are so small that threads only cost time
@@ -69,8 +68,9 @@ GRPO = [
 
 
 def write_data(folder: Path, count: int = 12) -> Path:
-    """data.jsonl and its images in `folder`: two rows a patient, answers of different lengths, one
-    or two of three labels.
+    """Write data.jsonl and its images into `folder`.
+
+    There are two rows a patient, answers of different lengths, and one or two of three labels.
     """
     rows = [
         {
@@ -92,7 +92,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
-    """Exit code of run_sft.py; the last of two flags of one name counts."""
+    """Return the exit code of run_sft.py. The last of two flags of one name counts."""
     files = [
         "--model_name_or_path",
         str(model),
@@ -105,7 +105,7 @@ def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[s
 
 
 def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
-    """Exit code of run_grpo.py, from an SFT run."""
+    """Return the exit code of run_grpo.py, from an SFT run."""
     files = [
         "--adapter_name_or_path",
         str(adapter),
@@ -118,15 +118,17 @@ def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequenc
 
 
 def speak(monkeypatch) -> None:
-    """Make a random model's completions readable: a text that depends on two of its ids, so that
-    rewards differ in a group.
+    """Make a random model's completions readable, so that rewards differ in a group.
+
+    The text depends on two of its ids.
     """
 
     def decode(encoder, ids):
         first, second = ids[0].item(), ids[-1].item()
         if first % 4 == 0:
             return "unreadable"
-        return f"<think>{first}</think><solution>{', '.join(sorted({LABELS[first % 3], LABELS[second % 3]}))}</solution>"
+        labels = ", ".join(sorted({LABELS[first % 3], LABELS[second % 3]}))
+        return f"<think>{first}</think><solution>{labels}</solution>"
 
     monkeypatch.setattr(Encoder, "decode", decode)
 
@@ -145,10 +147,11 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_dump(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """(tensors, metadata)"""
+    """Return the tensors and the metadata of a step-<N>.safetensors."""
     with safe_open(path, "numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, {
-            name: json.loads(note) for name, note in file.metadata().items() if name != "format"
+        names, notes = file.keys(), file.metadata()
+        return {name: file.get_tensor(name) for name in names}, {
+            name: json.loads(note) for name, note in notes.items() if name != "format"
         }
 
 
@@ -160,9 +163,15 @@ def eval_log(run: Path) -> list[dict]:
     return [line for line in lines(run / "metrics.jsonl") if line["split"] == "eval"]
 
 
+def is_timing(name: str) -> bool:
+    """Tell whether a metric is a wall-clock time, which differs between equal runs."""
+    return name == "step_time" or name.startswith("time/")
+
+
 def tensorboard(run: Path) -> dict[str, list[tuple[int, object]]]:
-    """{tag: [(step, value)]} of all that TensorBoard shows of a run: scalars, images, text;
-    wall-clock times apart.
+    """Read all that TensorBoard shows of a run: {tag: [(step, value)]} of scalars, images and text.
+
+    Wall-clock times are left out.
     """
     events = EventAccumulator(str(run), size_guidance={TENSORS: 0}).Reload()
     return {
@@ -180,7 +189,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its bytes, to show that nothing was written."""
+    """Read every file under a folder, to show that nothing was written."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -203,8 +212,8 @@ def equal_tensors(one: Path, other: Path) -> bool:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Everything of two runs is equal to the last bit, wall-clock times and the settings that may
-    change apart.
+    """Check that two runs are equal to the last bit, but for wall-clock times and the settings that
+    may change.
     """
     for name in ("metrics.jsonl", "completions.jsonl"):
         if (one / name).exists():

@@ -1,8 +1,7 @@
-"""Small random checkpoints of the two real model classes, with tokenizer and image processor, for
-tests.
+"""Make small random checkpoints of the two real model classes, with tokenizer and image processor.
 
-They have the real architectures (Qwen2.5-VL's M-RoPE and windowed vision; Gemma 3's sliding and
-full layers, whose window is shorter than a prompt here) and are saved as folders that the product
+They have the real architectures: Qwen2.5-VL's M-RoPE and windowed vision, Gemma 3's sliding and
+full layers, whose window is shorter than a prompt here. They are saved as folders that the product
 loads like any checkpoint. Nothing is downloaded.
 """
 
@@ -20,15 +19,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from data.examples import Example
+from data.prompts import Prompt
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.model import LoadedModel, attach_new_adapter, load_model
+from engine.model import BaseModel, attach_new_adapter, load_model
+from engine.policy import Policy
 
+SHORT = Prompt("short", "Which?")
 QWEN_SPECIALS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -77,16 +80,17 @@ def save_qwen(
     folder: Path,
     seed: int = 0,
     *,
-    text: dict = {},
-    vision: dict = {},
+    text: dict | None = None,
+    vision: dict | None = None,
     tied: bool = True,
     gain: float = 5.0,
 ) -> Path:
-    """Random Qwen2.5-VL: 2 decoder layers, hidden 32; an image of 56 x 56 is 4 tokens.
+    """Save a random Qwen2.5-VL: 2 decoder layers, hidden 32. An image of 56 x 56 is 4 tokens.
 
-    text, vision: other values of its two configurations. tied: the head to the embedding. gain: of
-    the default initialisation. By default larger, so that positions, masks and the image visibly
-    change the outputs.
+    text, vision: other values of its two configurations
+    tied: whether the head is the embedding
+    gain: of the default initialisation. By default it is larger, so that positions, masks and the
+        image visibly change the outputs.
     """
     tokenizer = _byte_tokenizer(
         QWEN_SPECIALS,
@@ -110,7 +114,7 @@ def save_qwen(
             eos_token_id=ids["<|im_end|>"],
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]),
         )
-        | text,
+        | (text or {}),
         vision_config=dict(
             depth=2,
             hidden_size=32,
@@ -123,7 +127,7 @@ def save_qwen(
             out_hidden_size=32,
             fullatt_block_indexes=[1],
         )
-        | vision,
+        | (vision or {}),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -158,14 +162,15 @@ def save_gemma(
     folder: Path,
     seed: int = 0,
     *,
-    text: dict = {},
-    vision: dict = {},
+    text: dict | None = None,
+    vision: dict | None = None,
     image_tokens: int = 4,
     tied: bool = True,
     gain: float = 5.0,
 ) -> Path:
-    """Random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32; every
-    image is 4 tokens. text, vision, tied, gain: see `save_qwen`.
+    """Save a random Gemma 3: 3 decoder layers (two sliding with window 24, one full), hidden 32.
+
+    Every image is 4 tokens. text, vision, tied, gain: see `save_qwen`.
     """
     tokenizer = _byte_tokenizer(
         GEMMA_SPECIALS,
@@ -197,7 +202,7 @@ def save_gemma(
             eos_token_id=ids["<eos>"],
             bos_token_id=ids["<bos>"],
         )
-        | text,
+        | (text or {}),
         vision_config=dict(
             hidden_size=32,
             intermediate_size=64,
@@ -206,7 +211,7 @@ def save_gemma(
             image_size=56,
             patch_size=14,
         )
-        | vision,
+        | (vision or {}),
         mm_tokens_per_image=image_tokens,
         image_token_index=ids["<image_soft_token>"],
         boi_token_index=ids["<start_of_image>"],
@@ -238,7 +243,7 @@ def save_gemma(
 
 @torch.no_grad()
 def _multiply(model: torch.nn.Module, gain: float) -> None:
-    """All weights but vectors, by `gain`."""
+    """Multiply all weights but vectors by `gain`."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.mul_(gain)
@@ -247,10 +252,10 @@ def _multiply(model: torch.nn.Module, gain: float) -> None:
 SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma}
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """As the product loads it, with 4 to 16 visual tokens an image and a head of its own.
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """Load a checkpoint as the product does, with 4 to 16 visual tokens an image and another head.
 
-    The tied head of a random model repeats its last token for ever; a random one gives completions
+    The tied head of a random model repeats its last token for ever. A random one gives completions
     that depend on everything.
     """
     torch.set_num_threads(1)
@@ -262,27 +267,28 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
         max_visual_tokens=16,
     )
     head = 0.4 * torch.randn(
-        model.base.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        model.net.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
     )
-    model.base.lm_head.weight = torch.nn.Parameter(head.to(dtype), requires_grad=False)
+    model.net.lm_head.weight = torch.nn.Parameter(head.to(dtype), requires_grad=False)
     return model
 
 
 def with_features(
-    model: LoadedModel, encoded: EncodedPrompt | EncodedRow
+    model: BaseModel, encoded: EncodedPrompt | EncodedRow
 ) -> EncodedPrompt | EncodedRow:
-    """The encoded prompt or row with its image's features beside its pixels, which official
-    forwards take.
+    """Put its image's features beside the pixels of an encoded prompt or row.
+
+    Official forwards take the pixels.
     """
     if isinstance(encoded, EncodedRow):
         return dataclasses.replace(encoded, prompt=with_features(model, encoded.prompt))
     with torch.no_grad():
-        features = model.family.image_features(model.base, encoded.vision)
+        features = model.family.image_features(model.net, encoded.vision)
     return dataclasses.replace(encoded, vision=encoded.vision | {"features": features})
 
 
 def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
-    """The image inputs of transformers' own forward."""
+    """Return the image inputs of transformers' own forward."""
     return {
         name: torch.cat([prompt.vision[name] for prompt in prompts])
         for name in prompts[0].vision
@@ -290,8 +296,8 @@ def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
     }
 
 
-def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:
-    """A trainable adapter whose B is not zero, so that it changes the outputs."""
+def attach_random_adapter(model: BaseModel, seed: int = 0) -> PeftModel:
+    """Attach a trainable adapter whose B is not zero, so that it changes the outputs."""
     torch.manual_seed(seed)
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.0)
     for name, parameter in wrapped.named_parameters():
@@ -301,7 +307,7 @@ def attach_random_adapter(model: LoadedModel, seed: int = 0) -> PeftModel:
 
 
 def examples_of(images: Path, *sizes: int) -> list[Example]:
-    """One example an image of the fixture `tiny_images`, of the given sizes in turn."""
+    """Make one example an image of the fixture `tiny_images`, of the given sizes in turn."""
     return [
         Example(f"e{i}", f"p{i}", f"{size}/image-{i % 3}.png", ("Edema",), "site", images)
         for i, size in enumerate(sizes)
@@ -309,10 +315,20 @@ def examples_of(images: Path, *sizes: int) -> list[Example]:
 
 
 def save_images(folder: Path, count: int, size: int = 56) -> list[str]:
-    """Random grey PNGs; their names relative to `folder`."""
+    """Save random grey PNGs. Returns their names relative to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     names = [f"image-{i}.png" for i in range(count)]
     for name in names:
         Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / name)
     return names
+
+
+def policy_of(
+    net: PreTrainedModel | PeftModel,
+    base: BaseModel,
+    prompt: Prompt = SHORT,
+    temperature: float = 1.0,
+) -> Policy:
+    """Make a policy of a model with or without an adapter."""
+    return Policy(net, base, prompt, temperature)

@@ -1,5 +1,6 @@
-"""Hand the checks of the objective to the tests that run them on other objectives: broken ones
-(test_breaks.py) and forks (test_forks.py).
+"""Hand the checks of the objective to tests that run them on other objectives.
+
+These are broken ones (test_breaks.py) and forks (test_forks.py).
 """
 
 from __future__ import annotations

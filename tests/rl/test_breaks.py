@@ -1,5 +1,6 @@
-"""The checks of the objective see a mistake where there is one: each break of rl/objective.py below
-must fail one of them.
+"""Protect the checks of the objective: they see a mistake where there is one.
+
+Each break of rl/objective.py below must fail one of them.
 
 When a fork edits a line that a break replaces, the test says so: adapt the break to the new line.
 """
@@ -18,7 +19,7 @@ SOURCE = Path(rl.objective.__file__).read_text(encoding="utf-8")
 
 
 def run_all(checks, objective) -> None:
-    """All checks on a module; AssertionError from the first that fails."""
+    """Run all checks on a module. AssertionError from the first that fails."""
     for check in checks.values():
         check(objective)
 

@@ -1,5 +1,8 @@
-"""Protects what runs are judged by: trade-offs of metrics, conditions that warn and stop, how they
-count. Run: pytest tests/rl/test_conditions.py
+"""Protect what runs are judged by.
+
+Checked: trade-offs of metrics, conditions that warn and stop, how they count.
+
+Run: pytest tests/rl/test_conditions.py
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
-"""Protects --dump_step: the file is enough to compute the loss again without this project (here
-with numpy alone, in fp64), and writing it changes nothing. Run: pytest tests/rl/test_dump.py
+"""Protect --dump_step.
+
+Checked: the file is enough to compute the loss again without this project (here with numpy alone,
+in fp64), and writing it changes nothing.
+
+Run: pytest tests/rl/test_dump.py
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import rl.rollout
 import run_grpo
 from engine.config import UsageError
 from tests.helpers.repository import ROOT
@@ -53,7 +58,7 @@ CLOSE = {"rtol": 1e-6, "atol": 3e-7}
 
 @pytest.fixture
 def ragged(monkeypatch):
-    """Readable completions of LENGTHS: a random model hardly ever stops by itself."""
+    """Make readable completions of LENGTHS: a random model hardly ever stops by itself."""
 
     def cut(*arguments, **options):
         groups, number = generate(*arguments, **options), iter(range(12))
@@ -67,19 +72,19 @@ def ragged(monkeypatch):
                         for name in ("ids", "logprobs", "top_p_mass")
                     },
                 )
-                for completion, i in zip(group, number)
+                for completion, i in zip(group, number, strict=False)
             ]
             for group in groups
         ]
 
-    generate = run_grpo.generate
-    monkeypatch.setattr(run_grpo, "generate", cut)
+    generate = rl.rollout.generate
+    monkeypatch.setattr(rl.rollout, "generate", cut)
     speak(monkeypatch)
 
 
 # ---- the oracle: Eq. 2 once more, in numpy -------------------------------------------------------
 def advantages_of(step: dict, settings: dict) -> np.ndarray:
-    """[R] in fp64."""
+    """Compute the advantages [R] in fp64."""
     rewards, groups = step["rollout/reward"], step["rollout/group"]
     found = np.zeros(len(rewards))
     for group in set(groups.tolist()):
@@ -95,7 +100,7 @@ def advantages_of(step: dict, settings: dict) -> np.ndarray:
 
 
 def terms_of(step: dict, settings: dict) -> dict[str, np.ndarray]:
-    """[N,T] in fp64, meaningful where the mask is true."""
+    """Compute the terms [N,T] in fp64, meaningful where the mask is true."""
     pi, pi_old = step["logprobs"].astype(float), step["old_logprobs"].astype(float)
     advantage = step["advantages"].astype(float)[:, None]
     ratio = np.exp(pi - pi_old)
@@ -122,7 +127,10 @@ def terms_of(step: dict, settings: dict) -> dict[str, np.ndarray]:
 
 
 def weights_of(step: dict, settings: dict) -> np.ndarray:
-    """[N,T] in fp64; the file holds a whole optimizer step, so its totals are the file's."""
+    """Compute the weights [N,T] in fp64.
+
+    The file holds a whole optimizer step, so its totals are the file's.
+    """
     mask = step["mask"]
     lengths = np.maximum(mask.sum(1, keepdims=True), 1)
     divisor = {
@@ -134,8 +142,9 @@ def weights_of(step: dict, settings: dict) -> np.ndarray:
 
 
 def check(run: Path, number: int) -> tuple[dict, dict]:
-    """The dumped step against numpy, against the run's own logs, and in its form; returns what was
-    read.
+    """Check the dumped step against numpy, against the run's own logs, and in its form.
+
+    Returns what was read.
     """
     step, notes = read_dump(run / f"step-{number}.safetensors")
     settings, mask, rows = notes["settings"], step["mask"], step["rollout_row"]
@@ -253,7 +262,7 @@ def test_numpy_computes_the_step_again_and_dumping_changes_nothing(
         assert [row["rewards"][name]["total"] for row in rows] == step[
             f"rollout/rewards/{name}"
         ].tolist()
-    for ids, row in zip(step["ids"], step["rollout_row"]):
+    for ids, row in zip(step["ids"], step["rollout_row"], strict=True):
         assert (
             rows[row]["completion"] == "unreadable"
             if ids[0] % 4 == 0
@@ -293,7 +302,7 @@ def test_the_readmes_lines_compute_the_loss(tiny_sft_run, tiny_data, tmp_path, r
         "0.22",
     ]
     assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, tmp_path, *flags) == 0
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "rl" / "README.md").read_text(encoding="utf-8")
     [example] = re.findall(r"```python\n(import numpy.*?)```", readme, re.DOTALL)
     capsys.readouterr()
     exec(example.replace("runs/.../step-8", str(tmp_path / "step-2")), {})

@@ -1,7 +1,10 @@
-"""Protects the objective as a file to fork: six published variants are few-line diffs of
-rl/objective.py alone, whose flags and metrics appear by themselves. Each is applied to a copy and
-checked against its worked case; switched off it changes nothing, switched on only what it means to
-change; and it runs in the whole of run_grpo.py. Run: pytest tests/rl/test_forks.py
+"""Protect the objective as a file to fork.
+
+Checked: six published variants are few-line diffs of rl/objective.py alone, whose flags and metrics
+appear by themselves. Each is applied to a copy and checked against its worked case; switched off it
+changes nothing, switched on only what it means to change; and it runs in the whole of run_grpo.py.
+
+Run: pytest tests/rl/test_forks.py
 """
 
 from __future__ import annotations
@@ -22,13 +25,12 @@ import pytest
 import torch
 
 import rl.objective
-import rl.rollout
 from engine.config import ConfigError, parse_config
 from tests.helpers.cases import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
 from tests.helpers.objective import close, f64, random_batch, step_weights, weights_of
 from tests.helpers.patches import FOLDER, FORKS, OBJECTIVE, module_of, patched
 from tests.helpers.repository import ROOT
-from tests.helpers.rollouts import sample
+from tests.helpers.rollouts import advantages_of, rollouts_of, sample
 from tests.helpers.runs import GRPO, read_dump, record, speak, train_log
 
 # Expected values of the forks' cases that no patch makes; the form is that of NOT_IN_THE_PRODUCT.
@@ -81,13 +83,14 @@ fork_case = partial(open_case, listed=NOT_IN_THE_FORKS)
 
 @pytest.fixture
 def fork(monkeypatch):
-    """`fork("gspo")`: rl/objective.py with that patch, as a module."""
+    """Make patched modules: `fork("gspo")` -> rl/objective.py with that patch."""
     return lambda name: module_of(patched(name), monkeypatch)
 
 
 def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
-    """The module as the checks call it, with the variant on in every call. They give no KL and no
-    log-probabilities of the sampler: 0, and those of pi_old.
+    """Switch the variant on in every call of the module, as the checks make them.
+
+    They give no KL and no log-probabilities of the sampler: 0, and those of pi_old.
     """
     config = partial(module.ObjectiveConfig, **settings)
 
@@ -401,17 +404,13 @@ def test_p13_cispo(fork):
             p13.close(f"grad_{name}", logprobs.grad[:, 0])
 
 
-def test_p21_kl_in_reward(fork, monkeypatch):
-    """Through `with_advantages`, which makes the KL of each completion."""
-    module, given_kl = fork("kl_in_reward"), []
-
-    def group_advantages(*arguments, **more):
-        given_kl.append(more["kl"])
-        return module.group_advantages(*arguments, **more)
-
-    monkeypatch.setattr(rl.rollout, "group_advantages", group_advantages)
+def test_p21_kl_in_reward(fork):
+    """Through `Rollouts`, which makes the KL of each completion."""
+    module = fork("kl_in_reward")
     with fork_case("P21_kl_in_reward") as p21:
-        rows = zip(*(p21.inputs[key] for key in ("rewards", "mask", "logp", "ref_logp")))
+        rows = zip(
+            *(p21.inputs[key] for key in ("rewards", "mask", "logp", "ref_logp")), strict=True
+        )
         samples = [
             sample(
                 0, reward, mask=f64(mask).bool(), sampling_logprobs=f64(old), ref_logprobs=f64(ref)
@@ -420,10 +419,8 @@ def test_p21_kl_in_reward(fork, monkeypatch):
         ]
         for key, in_reward in {"adv_center_only": True, "adv_without_kl": False}.items():
             config = module.ObjectiveConfig(beta=p21.inputs["beta"], kl_in_reward=in_reward)
-            p21.close(
-                key, [scored.advantage for scored in rl.rollout.with_advantages(samples, config)]
-            )
-        p21.close("seq_k1", given_kl[0])
+            p21.close(key, advantages_of(samples, config, module.group_advantages))
+        p21.close("seq_k1", rollouts_of(samples).kl)
     # It must not count twice: the loss is that of beta 0, while its KL is logged as ever.
     batch = random_batch(seed=0)
     weights = step_weights(module, batch["mask"], "dr_grpo")
@@ -436,7 +433,7 @@ def test_p21_kl_in_reward(fork, monkeypatch):
 
 # ---- the whole of run_grpo.py --------------------------------------------------------------------
 def grpo_flags(adapter, data, run, name: str) -> list[str]:
-    """Two rollouts of 2 groups; each of the 4 steps takes one group."""
+    """List the flags of two rollouts of 2 groups. Each of the 4 steps takes one group."""
     return [
         "--adapter_name_or_path",
         str(adapter),
@@ -454,8 +451,9 @@ def grpo_flags(adapter, data, run, name: str) -> list[str]:
 
 @pytest.fixture
 def forked_main(tmp_path, monkeypatch):
-    """`forked_main("gspo")`: `main` of a copy of run_grpo.py and rl/ with that patch, imported in
-    place of the product's.
+    """Make patched copies: `forked_main("gspo")` -> `main` of run_grpo.py with that patch.
+
+    The copy of run_grpo.py and rl/ is imported in place of the product's.
     """
     tree = tmp_path / "tree"
 
@@ -502,7 +500,9 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
             step[f"terms/{fork.metric}"][mask].astype(float).mean(), rel=1e-6
         )
     if name == "gspo":
-        for ratio, token_ratio, own in zip(step["terms/ratio"], step["terms/token_ratio"], mask):
+        for ratio, token_ratio, own in zip(
+            step["terms/ratio"], step["terms/token_ratio"], mask, strict=True
+        ):
             assert len(set(ratio[own].tolist())) == 1
             assert math.log(ratio[own][0]) == pytest.approx(
                 np.log(token_ratio[own]).mean(), abs=1e-6

@@ -1,6 +1,9 @@
-"""Protects the monitors: each by hand on a few completions; a scripted policy that collapses in
-each way is told of by the default conditions, one that learns is left alone; and they survive a
-checkpoint. Run: pytest tests/rl/test_monitors.py
+"""Protect the monitors.
+
+Checked: each by hand on a few completions; a scripted policy that collapses in each way is told of
+by the default conditions, one that learns is left alone; and they survive a checkpoint.
+
+Run: pytest tests/rl/test_monitors.py
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
 from engine.generate import Completion
 from rl.monitors import NAMES, WARN_WHEN, Monitors
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
-from rl.rollout import build_samples
+from rl.samples import build_samples
 from tests.helpers.repository import ROOT
 
 CPU = torch.device("cpu")
@@ -37,7 +40,10 @@ def text_of(labels, reasoning: str = "because") -> str:
 
 
 def samples_of(rows, rewards=None):
-    """rows: (example, [(text, nats a token, number of tokens, truncated), ...]) for each prompt."""
+    """Make samples of rows.
+
+    rows: (example, [(text, nats a token, number of tokens, truncated), ...]) for each prompt.
+    """
     texts, groups = [], []
     for _, group in rows:
         groups.append(
@@ -281,8 +287,10 @@ SWITCH = 8
 
 
 def healthy(image: Example, rng: random.Random, number: int) -> tuple[str, float, int, bool]:
-    """Labels right more often as training goes on, entropy falling a little, reasoning of its own
-    each time.
+    """Answer as a policy that learns.
+
+    Labels are right more often as training goes on, entropy falls a little, and each completion has
+    reasoning of its own.
     """
     errors = 0.3 - 0.005 * number
     said = [label for label in image.labels if rng.random() > errors] + [rng.choice(LABELS[1:])] * (
@@ -397,8 +405,9 @@ COLLAPSES = {
 
 
 def told_of(policy, rewards=None, rollouts: int = 24, seed: int = 0) -> set[str]:
-    """Names of the monitors whose default conditions came true: 8 prompts x 4 completions a
-    rollout, `policy` from SWITCH on.
+    """Name the monitors whose default conditions came true.
+
+    A rollout has 8 prompts x 4 completions, from `policy` after SWITCH.
     """
     rng, monitors, lines = random.Random(seed), Monitors("hard", CAP, WARN_WHEN), []
     for number in range(rollouts):
@@ -428,7 +437,7 @@ def test_a_collapse_is_told_of(name):
 
 
 class Wordy(RewardFunction):
-    """A reward that can be gamed: it pays for words."""
+    """Pay for words: a reward that can be gamed."""
 
     def __call__(self, answer, target, completion_length):
         return Reward(float(completion_length), {"length": float(completion_length)})

@@ -1,5 +1,7 @@
-"""Eq. 2 by hand: the worked cases of objective_cases.json, toy examples for a pocket calculator,
-and what is refused.
+"""Protect Eq. 2 by hand.
+
+Checked: the worked cases of objective_cases.json, toy examples for a pocket calculator, and what is
+refused.
 
 A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it
 a broken one.
@@ -24,6 +26,7 @@ from tests.helpers.cases import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_
 from tests.helpers.objective import close, f64, weights_of
 from tests.helpers.repository import ROOT
 
+FIELDS = ("epsilon_low", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards")
 # the cases' names and ours
 LOSS_TYPES = {"seq_mean_eq2": "grpo", "dr_grpo_const": "dr_grpo", "token_mean_dapo": "dapo"}
 
@@ -258,7 +261,7 @@ def test_p23_gradient_clipping(case):
             torch.nn.Parameter(torch.zeros(len(grad), dtype=torch.float64))
             for grad in p23.inputs["grads"]
         ]
-        for parameter, grad in zip(parameters, p23.inputs["grads"]):
+        for parameter, grad in zip(parameters, p23.inputs["grads"], strict=True):
             parameter.grad = f64(grad)
         p23.close("total_norm", clip_gradients(parameters, p23.inputs["max_norm"]))
         p23.close("clipped", [parameter.grad.tolist() for parameter in parameters])
@@ -286,7 +289,7 @@ BOTH_TOKENS = torch.ones(2, 2, dtype=torch.bool)
 
 
 def toy(objective, loss_type="dr_grpo", max_completion_length=10):
-    """(loss, terms, advantages, gradient) of the table above."""
+    """Compute (loss, terms, advantages, gradient) of the table above."""
     logprobs = PI.log().requires_grad_()
     advantages = objective.group_advantages(f64([1, 0]), torch.tensor([7, 7]))
     weights = weights_of(objective, BOTH_TOKENS, loss_type, max_completion_length)
@@ -535,15 +538,16 @@ def test_zero_is_in_every_range_and_a_config_does_not_change(objective):
 
 
 def test_every_field_documents_itself(objective):
-    """What run_grpo.py makes flags and help texts of."""
+    """What run_grpo.py makes flags and help texts of. A fork's own fields may have units too."""
     metadata = {
         field.name: field.metadata for field in dataclasses.fields(objective.ObjectiveConfig)
     }
     assert all(entry["help"] and entry["source"] for entry in metadata.values())
-    assert {name: entry["aliases"] for name, entry in metadata.items() if "aliases" in entry} == {
+    ours = {name: metadata[name] for name in FIELDS}
+    assert {name: entry["aliases"] for name, entry in ours.items() if "aliases" in entry} == {
         "epsilon_low": ("epsilon",)
     }
-    assert {name: entry["unit"] for name, entry in metadata.items() if "unit" in entry} == {
+    assert {name: entry["unit"] for name, entry in ours.items() if "unit" in entry} == {
         "beta": "reward per nat"
     }
 
@@ -611,8 +615,9 @@ def test_a_tensor_of_another_shape_is_refused(objective, name):
 
 @functools.cache
 def opened_keys() -> dict[str, set[str]]:
-    """The keys of each case that some test opens, read from the source of all tests; an empty key
-    stands for the whole case.
+    """Read the keys of each case that some test opens from the source of all tests.
+
+    An empty key stands for the whole case.
     """
     opened: dict[str, set[str]] = {}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):

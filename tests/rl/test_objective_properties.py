@@ -1,5 +1,6 @@
-"""What must hold for any input of the objective: gradients by finite differences, masked slots,
-micro-batches, order, NaN.
+"""Protect what must hold for any input of the objective.
+
+Checked: gradients by finite differences, masked slots, micro-batches, order, NaN.
 
 A check takes the module under test as its argument `objective`, so that test_breaks.py can hand it
 a broken one.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,8 +31,9 @@ def objective():
 
 
 def evaluate(objective, batch, loss_type="dr_grpo", rows=slice(None), num_tokens=15, **settings):
-    """(loss, gradient, terms, metrics) of some rows of a batch; the totals are those of the whole
-    batch.
+    """Compute (loss, gradient, terms, metrics) of some rows of a batch.
+
+    The totals are those of the whole batch.
     """
     batch = {name: values[rows] for name, values in batch.items()}
     config = objective.ObjectiveConfig(loss_type=loss_type, **settings)
@@ -58,7 +61,7 @@ def evaluate(objective, batch, loss_type="dr_grpo", rows=slice(None), num_tokens
 
 
 def combine(micro_batches):
-    """Metrics of a step from those of its micro-batches, each by its reduction."""
+    """Combine the metrics of micro-batches into those of the step, each by its reduction."""
     combined = {}
     for name in {name for metrics in micro_batches for name in metrics}:
         found = [metrics[name] for metrics in micro_batches if name in metrics]
@@ -99,7 +102,7 @@ def test_the_random_batches_reach_every_quadrant(seed):
     ratio = (batch["logprobs"] - batch["old_logprobs"]).exp()
     side = (ratio > 1.22).long() - (ratio < 0.85).long()  # [6,5]
     sign = batch["advantages"].sign().long()[:, None].expand(6, 5)
-    reached = set(zip(side[batch["mask"]].tolist(), sign[batch["mask"]].tolist()))
+    reached = set(zip(side[batch["mask"]].tolist(), sign[batch["mask"]].tolist(), strict=True))
     assert reached >= set(itertools.product((-1, 0, 1), (-1, 1)))
 
 
@@ -141,21 +144,23 @@ def test_gradient_by_central_differences(objective, loss_type, estimator, beta):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_random_inputs_by_gradcheck(objective, loss_type):
+    config = objective.ObjectiveConfig(loss_type=loss_type)
+
+    def loss(logprobs, batch):
+        return objective.grpo_loss(
+            logprobs,
+            batch["old_logprobs"],
+            batch["ref_logprobs"],
+            batch["advantages"],
+            batch["mask"],
+            step_weights(objective, batch["mask"], loss_type),
+            config,
+        )[0]
+
     for seed in SEEDS:
         batch = random_batch(seed)
-        weights = step_weights(objective, batch["mask"], loss_type)
-        config = objective.ObjectiveConfig(loss_type=loss_type)
         assert torch.autograd.gradcheck(
-            lambda logprobs: objective.grpo_loss(
-                logprobs,
-                batch["old_logprobs"],
-                batch["ref_logprobs"],
-                batch["advantages"],
-                batch["mask"],
-                weights,
-                config,
-            )[0],
-            batch["logprobs"].requires_grad_(),
+            partial(loss, batch=batch), batch["logprobs"].requires_grad_()
         )
 
 
@@ -322,7 +327,7 @@ def test_a_batch_without_tokens_is_zero(objective, loss_type, num_tokens):
 
 
 def partitions(rows):
-    """All ways to deal the rows into micro-batches."""
+    """List all ways to deal the rows into micro-batches."""
     if not rows:
         return [[]]
     return [
@@ -356,7 +361,7 @@ def test_micro_batches_add_up(objective, loss_type):
         parts = [alone[tuple(rows)] for rows in partition]
         torch.testing.assert_close(sum(part[0] for part in parts), loss, **TOLERANCE)
         summed = torch.zeros(6, 5, dtype=torch.float64)
-        for rows, part in zip(partition, parts):
+        for rows, part in zip(partition, parts, strict=True):
             summed[rows] += part[1]
         torch.testing.assert_close(summed, gradient, **TOLERANCE)
         assert_same_metrics(combine([part[3] for part in parts]), values_of(metrics))

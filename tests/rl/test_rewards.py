@@ -1,4 +1,6 @@
-"""Protects Eq. 3 and Eq. 4: every part of both rewards against points added up by hand.
+"""Protect Eq. 3 and Eq. 4.
+
+Checked: every part of both rewards against points added up by hand.
 
 A reward that is off by a sign or a label trains towards the wrong thing, and the curve still rises.
 """

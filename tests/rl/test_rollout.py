@@ -1,46 +1,43 @@
-"""Protects the path from completions to micro-batches and back: rewards and masks of samples,
-advantages by group, padding, old and reference log-probabilities, the metrics of a rollout by hand,
-and a rollout that survives a checkpoint bit for bit. Run: pytest tests/rl/test_rollout.py
+"""Protect the path from completions to micro-batches and back.
+
+Checked: rewards and masks of samples, advantages by group, padding, old and reference log-
+probabilities, the metrics of a rollout by hand, and a rollout that survives a checkpoint bit for
+bit.
+
+Run: pytest tests/rl/test_rollout.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from functools import partial
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
 
-import rl.rollout
-from data.examples import read_jsonl
-from data.prompts import Prompt
+import engine.policy
+from data.examples import Example, read_jsonl
+from data.files import DataError
+from data.labels import LABELS
 from engine.encode import EncodedPrompt
 from engine.forward import completion_logprobs
-from engine.generate import Completion, SamplingConfig, generate
+from engine.generate import Completion
 from engine.model import add_reference, attach_adapter, load_model
-from rl.logs import (
-    completion_rows,
-    mismatch_metrics,
-    pack_samples,
-    rollout_metrics,
-    unpack_samples,
-)
+from engine.policy import Policy
+from engine.runtime import StopRequested
+from rl.logs import completion_rows, mismatch_metrics, rollout_metrics
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, Reward
-from rl.rollout import (
-    Sample,
-    build_samples,
-    collate_samples,
-    plan_micro_batches,
-    score_samples,
-    with_advantages,
-    with_old,
-)
-from tests.helpers.rollouts import ANSWERS, example, sample
+from rl.rollout import Rollouts
+from rl.samples import Sample, build_samples, collate_samples, pack_samples, unpack_samples
+from rl.settings import GRPOConfig
+from tests.helpers.rollouts import ANSWERS, advantages_of, example, prompt_of, rollouts_of, sample
+from tests.helpers.tiny import policy_of
 
-SHORT = Prompt("short", "Which?")
 CPU = torch.device("cpu")
 
 
@@ -78,7 +75,7 @@ def test_samples_carry_every_reward_of_their_own_completion():
     samples = built(
         {"hard": HardReward(length_penalty=0.1, min_length=4), "nuanced": NuancedReward({})}, "hard"
     )
-    assert [(s.prompt, s.example.id, s.text) for s in samples] == [
+    assert [(s.group, s.example.id, s.text) for s in samples] == [
         (0, "e1", ANSWERS[1]),
         (0, "e1", ANSWERS[2]),
         (1, "e2", ANSWERS[3]),
@@ -146,29 +143,23 @@ def test_advantages_are_centred_within_each_prompt():
     ]
     # Prompt 0: mean 0.5 over its three, wherever they lie. Prompt 1: equal, so exactly 0 although
     # 0.1 is not exact.
-    assert [s.advantage for s in with_advantages(samples, ObjectiveConfig())] == [
-        0.5,
-        -0.5,
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    ]
-    assert [s.advantage for s in samples] == [0.0] * 6  # the samples given are not changed
+    advantages = advantages_of(samples, ObjectiveConfig())
+    assert advantages.tolist() == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+    assert [s.advantage for s in samples] == [0.0] * 6  # to compute them changes no sample
+    rollouts_of(samples).set_advantages(advantages)
+    assert [s.advantage for s in samples] == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
     # Standard deviation of 1, 0, 0.5 with ddof 1 is 0.5: 0.5 / (0.5 + 1e-4)
-    assert with_advantages(samples, ObjectiveConfig(scale_rewards="group"))[
-        0
-    ].advantage == pytest.approx(0.5 / 0.5001, abs=1e-12)
+    scaled = advantages_of(samples, ObjectiveConfig(scale_rewards="group"))
+    assert scaled[0] == pytest.approx(0.5 / 0.5001, abs=1e-12)
 
 
-def test_what_forks_are_given_of_the_advantages(monkeypatch):
-    """The KL of each completion, over the tokens in the loss, and the whole configuration."""
-    given = {}
-    monkeypatch.setattr(
-        rl.rollout,
-        "group_advantages",
-        lambda rewards, groups, scale, **more: given.update(more) or rewards,
-    )
+def test_every_sample_needs_its_advantage():
+    with pytest.raises(ValueError):
+        rollouts_of([sample(0, 1.0), sample(0, 0.0)]).set_advantages(torch.zeros(1))
+
+
+def test_what_forks_are_given_of_the_advantages():
+    """Protects the KL of each completion, over the tokens in the loss."""
     samples = [
         sample(
             0,
@@ -182,27 +173,58 @@ def test_what_forks_are_given_of_the_advantages(monkeypatch):
             mask=torch.tensor([False, True]),
             ref_logprobs=torch.tensor([float("nan"), -1.25]),
         ),
-        sample(0, 0.0, mask=torch.zeros(2, dtype=torch.bool)),
+        sample(3, 0.1, mask=torch.zeros(2, dtype=torch.bool)),
     ]
-    config = ObjectiveConfig(beta=0.5)
-    with_advantages(samples, config)
+    rollouts = rollouts_of(samples)
     # (-1 + 1.5) + (-3 + 2.75) = 0.5 - 0.25; the second token alone, -1 + 1.25; nothing
-    assert given["kl"].tolist() == [0.25, 0.25, 0.0] and given["kl"].dtype == torch.float64
-    assert given["config"] is config
+    assert rollouts.kl.tolist() == [0.25, 0.25, 0.0] and rollouts.kl.dtype == torch.float64
+    assert rollouts.groups.tolist() == [0, 0, 3]
+    # 0.1 as it is, so that equal rewards stay equal
+    assert rollouts.rewards.tolist() == [1.0, 0.0, 0.1] and rollouts.rewards.dtype == torch.float64
+
+
+def test_old_log_probabilities_of_every_micro_batch_or_none():
+    rollouts = rollouts_of([sample(0, 0.0), sample(0, 0.0)])
+    with pytest.raises(ValueError, match="shorter"):
+        rollouts.keep_old([[0], [1]], [torch.zeros(1, 2)])
 
 
 # ---- micro-batches -------------------------------------------------------------------------------
 def test_micro_batches_are_planned_in_order():
-    prompts = [
-        EncodedPrompt(torch.zeros(10, dtype=torch.long), torch.zeros(10, dtype=torch.long), {})
-        for _ in range(2)
-    ]
+    prompts = [prompt_of(10), prompt_of(10)]
     samples = [sample(i // 4, 0.0, length=i + 1) for i in range(8)]
-    plan = partial(plan_micro_batches, samples, prompts)
+
+    def plan(size: int, accumulation: int, max_tokens: int | None) -> list[list[list[int]]]:
+        rollouts = rollouts_of(
+            samples,
+            prompts,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            steps_per_generation=8 // size,
+            num_iterations=2,
+            max_tokens_per_forward=max_tokens,
+        )
+        of_pass = rollouts.plan.updates // 2
+        found = [rollouts.micro_batches(update) for update in range(2 * of_pass)]
+        # the second iteration over the rollout learns from the same micro-batches
+        assert found[of_pass:] == found[:of_pass]
+        return found[:of_pass]
+
     assert plan(size=4, accumulation=1, max_tokens=None) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert plan(size=2, accumulation=2, max_tokens=None) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     # 10 + 1 + 2 + 3 = 16 fit, 4 more do not: 10 + 4; then 10 + 5, 10 + 6, ... each alone
     assert plan(size=4, accumulation=1, max_tokens=17) == [[[0, 1, 2], [3]], [[4], [5], [6], [7]]]
+
+
+def test_totals_are_of_the_whole_step():
+    masked = torch.tensor([True, False, True])
+    samples = [sample(0, 0.0, length=3, mask=masked), sample(0, 0.0, length=5), sample(1, 0.0)]
+    rollouts = rollouts_of(samples, max_completion_length=7)
+    assert rollouts.totals([[0], [2, 1]]) == {
+        "num_completions": 3,
+        "num_tokens": 2 + 2 + 5,
+        "max_completion_length": 7,
+    }
 
 
 def test_samples_are_padded_on_the_right_with_their_own_prompt():
@@ -227,7 +249,7 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
             advantage=-0.5,
             mask=masked,
             old_logprobs=torch.tensor([-7.0]),
-            ref_logprobs=None,
+            ref_logprobs=torch.zeros(0),
             sampling_logprobs=torch.tensor([-8.0]),
         ),
     ]
@@ -245,10 +267,24 @@ def test_samples_are_padded_on_the_right_with_their_own_prompt():
     assert micro.sampling_logprobs.tolist() == [[-1.0, -1.0, -1.0], [-8.0, 0.0, 0.0]]
 
 
+def test_what_a_pass_has_not_made_yet_is_empty():
+    made = built({"hard": HardReward()}, "hard")[0]
+    assert made.advantage == 0.0
+    assert made.ref_logprobs.tolist() == made.old_logprobs.tolist() == []
+
+
+def test_a_micro_batch_lies_on_the_device_that_is_asked_for():
+    micro = collate_samples([sample(0, 0.0)], [prompt_of(2)], 0, torch.device("meta"))
+    found = [micro.batch.completion_ids, micro.mask, micro.advantages]
+    found += [micro.sampling_logprobs, micro.old_logprobs, micro.ref_logprobs]
+    assert [tensor.device.type for tensor in found] == ["meta"] * 6
+
+
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
-def rollout(request, tiny_checkpoint, tiny_sft_run, tiny_data):
-    """(wrapped, model, samples, prompts): six completions of two prompts; `default` is the base,
-    `reference` is SFT.
+def rollout(request, tiny_checkpoint, tiny_sft_run, tiny_data) -> tuple[Policy, Rollouts]:
+    """Make (policy, rollouts): six completions of two prompts.
+
+    `default` is the base, `reference` is SFT. Tests take a copy of the samples, by `fresh`.
     """
     model = load_model(
         str(tiny_checkpoint(request.param)),
@@ -257,164 +293,180 @@ def rollout(request, tiny_checkpoint, tiny_sft_run, tiny_data):
         min_visual_tokens=4,
         max_visual_tokens=4,
     )
-    wrapped: PeftModel = attach_adapter(model, tiny_sft_run(request.param), trainable=True)
-    add_reference(wrapped, tiny_sft_run(request.param))
+    net: PeftModel = attach_adapter(model, tiny_sft_run(request.param), trainable=True)
+    add_reference(net, tiny_sft_run(request.param))
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
+        for name, parameter in net.named_parameters():
             if "lora_B.default" in name:
                 parameter.zero_()
-    examples = read_jsonl(tiny_data)[:2]
-    prompts = [model.encode_prompt(e, SHORT) for e in examples]
-    completions = generate(
-        wrapped,
-        model,
-        prompts,
-        SamplingConfig(0.8, 0.95, 5),
+    policy = policy_of(net, model, temperature=0.8)
+    config = GRPOConfig(
+        prompt="short",
+        temperature=0.8,
+        top_p=0.95,
+        max_completion_length=5,
         num_generations=3,
-        generator=torch.Generator().manual_seed(0),
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=1,
+        steps_per_generation=1,
+        seed=0,
     )
-    samples = build_samples(
-        examples,
-        completions,
-        model.encoder.decode,
-        {"hard": HardReward()},
-        "hard",
-        answer_format="think_solution",
-        mask_truncated_completions=False,
+    rollouts = Rollouts(read_jsonl(tiny_data)[:2], {"hard": HardReward()}, config)
+    rollouts.take(0, policy)
+    rollouts.reward(rollouts.sample(policy, lambda: False), policy)
+    return policy, rollouts
+
+
+def fresh(rollouts: Rollouts, **settings: object) -> Rollouts:
+    """Copy a rollout, with its samples as they are before any pass and with other settings."""
+    other = Rollouts(
+        rollouts.data,
+        rollouts.reward_functions,
+        dataclasses.replace(rollouts.config, **settings),  # type: ignore[arg-type]  # of any field
     )
-    return wrapped, model, samples, prompts
+    other.examples, other.prompts = rollouts.examples, rollouts.prompts
+    other.samples = [dataclasses.replace(one) for one in rollouts.samples]
+    return other
+
+
+def score_all(rollouts: Rollouts, policy: Policy) -> None:
+    """Score a rollout, then compute what is left to the first update: its old log-probabilities."""
+    rollouts.score(policy, with_reference=True)
+    micro_batches = rollouts.micro_batches(0)
+    with torch.no_grad(), policy.evaluating():
+        batches = [rollouts.micro_batch(rows, policy).batch for rows in micro_batches]
+        rollouts.keep_old(micro_batches, [policy.logprobs(batch) for batch in batches])
 
 
 def test_old_and_reference_log_probabilities_are_of_the_right_adapter(rollout):
-    wrapped, model, samples, prompts = rollout
-    flags = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters()}
-    wrapped.train()
-    scored = score_samples(
-        wrapped,
-        model,
-        samples,
-        prompts,
-        [[], [[0, 1, 2, 3], [4, 5]]],
-        temperature=0.8,
-        with_reference=True,
-    )
-    assert wrapped.training and wrapped.active_adapter == "default"
-    assert flags == {
-        name: parameter.requires_grad for name, parameter in wrapped.named_parameters()
-    }
-    wrapped.eval()
-    for before, after in zip(samples, scored, strict=True):
-        assert (
-            torch.equal(before.ids, after.ids)
-            and after.old_logprobs.dtype == after.ref_logprobs.dtype == torch.float32
-        )
-        assert not after.old_logprobs.requires_grad and not after.ref_logprobs.requires_grad
-        torch.testing.assert_close(
-            after.old_logprobs, before.sampling_logprobs, atol=1e-5, rtol=0
-        )  # what the sampler drew from
-        batch = collate_samples([before], prompts, model.encoder.pad_token_id, CPU).batch
-        with torch.no_grad(), wrapped.disable_adapter():  # `default` has B = 0, so it is the base
-            alone, _ = completion_logprobs(
-                wrapped,
-                model.family,
-                batch,
-                temperature=0.8,
-                suppress_token_ids=model.suppressed_ids,
+    policy, rollouts = rollout
+    net, samples = policy.net, rollouts.samples
+    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    net.train()
+    # updates of one completion, and of four and two: the pass makes all old ones but the first's
+    alone = fresh(rollouts, per_device_train_batch_size=1, steps_per_generation=6)
+    fours = fresh(rollouts, per_device_train_batch_size=4, steps_per_generation=2)
+    alone.score(policy, with_reference=True)
+    score_all(fours, policy)
+    assert net.training and net.active_adapter == "default"
+    assert flags == {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    net.eval()
+    by_hand = reference_by_hand(policy, samples, rollouts.prompts)
+    assert len(alone.samples[0].old_logprobs) == 0  # left to the first update
+    alone.samples[0].old_logprobs = fours.samples[0].old_logprobs
+    for scored in (alone.samples, fours.samples):
+        for before, after, reference in zip(samples, scored, by_hand, strict=True):
+            assert (
+                torch.equal(before.ids, after.ids)
+                and after.old_logprobs.dtype == after.ref_logprobs.dtype == torch.float32
             )
-        torch.testing.assert_close(after.old_logprobs, alone[0], atol=1e-5, rtol=0)
-        assert (after.ref_logprobs - after.old_logprobs).abs().max() > 1e-3
-    by_hand = reference_by_hand(wrapped, model, samples, prompts)
-    for after, expected in zip(scored, by_hand, strict=True):
-        torch.testing.assert_close(after.ref_logprobs, expected, atol=1e-5, rtol=0)
+            assert not after.old_logprobs.requires_grad and not after.ref_logprobs.requires_grad
+            torch.testing.assert_close(
+                after.old_logprobs, before.sampling_logprobs, atol=1e-5, rtol=0
+            )  # what the sampler drew from
+            batch = collate_samples([before], rollouts.prompts, pad_id(policy), CPU).batch
+            with torch.no_grad(), net.disable_adapter():  # `default` has B = 0: it is the base
+                of_base, _ = completion_logprobs(
+                    net,
+                    policy.family,
+                    batch,
+                    temperature=0.8,
+                    suppress_token_ids=policy.base.suppressed_ids,
+                )
+            torch.testing.assert_close(after.old_logprobs, of_base[0], atol=1e-5, rtol=0)
+            assert (after.ref_logprobs - after.old_logprobs).abs().max() > 1e-3
+            torch.testing.assert_close(after.ref_logprobs, reference, atol=1e-5, rtol=0)
 
 
-def reference_by_hand(wrapped, model, samples, prompts) -> list[torch.Tensor]:
-    """Log-probabilities under the SFT adapter, by copying its B matrices into `default` for a
-    moment.
+def test_sampling_stops_where_it_is_told_to(rollout):
+    policy, rollouts = rollout
+    with pytest.raises(StopRequested):
+        fresh(rollouts).sample(policy, lambda: True)
+
+
+def pad_id(policy: Policy) -> int:
+    return policy.encoder.pad_token_id
+
+
+def reference_by_hand(
+    policy: Policy, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt]
+) -> list[torch.Tensor]:
+    """Compute log-probabilities under the SFT adapter.
+
+    Its B matrices are copied into `default` for a moment.
     """
-    parameters = dict(wrapped.named_parameters())
-    policy = {name: parameter for name, parameter in parameters.items() if "lora_B.default" in name}
+    parameters = dict(policy.net.named_parameters())
+    trained = {name: one for name, one in parameters.items() if "lora_B.default" in name}
     with torch.no_grad():
-        for name, parameter in policy.items():
+        for name, parameter in trained.items():
             parameter.copy_(parameters[name.replace(".default.", ".reference.")])
         found = []
         for item in samples:
-            batch = collate_samples([item], prompts, model.encoder.pad_token_id, CPU).batch
+            batch = collate_samples([item], prompts, pad_id(policy), CPU).batch
             found.append(
                 completion_logprobs(
-                    wrapped,
-                    model.family,
+                    policy.net,
+                    policy.family,
                     batch,
                     temperature=0.8,
-                    suppress_token_ids=model.suppressed_ids,
+                    suppress_token_ids=policy.base.suppressed_ids,
                 )[0][0]
             )
-        for parameter in policy.values():
+        for parameter in trained.values():
             parameter.zero_()
     return found
 
 
 def test_without_a_reference_pass_the_reference_is_the_policy(rollout):
-    wrapped, model, samples, prompts = rollout
-    scored = score_samples(
-        wrapped,
-        model,
-        samples,
-        prompts,
-        [[[0, 1, 2], [3, 4, 5]]],
-        temperature=0.8,
-        with_reference=False,
-    )
-    assert all(torch.equal(s.ref_logprobs, s.sampling_logprobs) for s in scored)
+    policy, rollouts = rollout
+    scored = fresh(rollouts, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    scored.score(policy, with_reference=False)
+    assert all(torch.equal(s.ref_logprobs, s.sampling_logprobs) for s in scored.samples)
 
 
 def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypatch):
     """They are its own, to the last bit: those that a pass before the step would have found."""
-    wrapped, model, samples, prompts = rollout
-    passes, forward = [], rl.rollout.completion_logprobs
+    policy, rollouts = rollout
+    passes, forward = [], engine.policy.completion_logprobs
     monkeypatch.setattr(
-        rl.rollout,
+        engine.policy,
         "completion_logprobs",
-        lambda *given, **more: passes.append(wrapped.active_adapter) or forward(*given, **more),
+        lambda *given, **more: passes.append(policy.net.active_adapter) or forward(*given, **more),
     )
-    settings = {"temperature": 0.8, "with_reference": True}
-    scored = score_samples(
-        wrapped, model, samples, prompts, [[[0, 1], [2]], [[3, 4, 5]]], **settings
-    )
-    assert passes == ["reference", "reference", "default", "reference"]
-    assert [sample.old_logprobs is None for sample in scored] == [True] * 3 + [False] * 3
-    all_scored = score_samples(
-        wrapped, model, samples, prompts, [[], [[0, 1], [2], [3, 4, 5]]], **settings
-    )
-    wrapped.train()
-    for indices in ([0, 1], [2]):
-        micro = collate_samples(
-            [samples[i] for i in indices], prompts, model.encoder.pad_token_id, CPU
-        )
-        logprobs, _ = forward(
-            wrapped,
-            model.family,
-            micro.batch,
-            temperature=0.8,
-            suppress_token_ids=model.suppressed_ids,
-            entropy=True,
-        )
-        scored = with_old(scored, indices, logprobs)
-    for left, made in zip(scored, all_scored, strict=True):
-        assert not left.old_logprobs.requires_grad
-        assert torch.equal(left.old_logprobs, made.old_logprobs) and torch.equal(
-            left.ref_logprobs, made.ref_logprobs
-        )
+    # two steps of three completions; the longest prompt with two completions fills a micro-batch
+    limit = max(len(prompt.input_ids) for prompt in rollouts.prompts) + 2 * 5
+    settings = {
+        "per_device_train_batch_size": 3,
+        "steps_per_generation": 2,
+        "max_tokens_per_forward": limit,
+    }
+    left, whole = fresh(rollouts, **settings), fresh(rollouts, **settings)
+    assert left.micro_batches(0) == [[0, 1], [2]] and left.micro_batches(1) == [[3, 4], [5]]
+    left.score(policy, with_reference=True)
+    assert passes == ["reference"] * 2 + ["default", "reference"] * 2
+    assert [len(one.old_logprobs) == 0 for one in left.samples] == [True] * 3 + [False] * 3
+    score_all(whole, policy)
+    policy.net.train()
+    of_step = [
+        policy.logprobs_and_entropy(left.micro_batch(rows, policy).batch)[0]
+        for rows in left.micro_batches(0)
+    ]
+    assert all(logprobs.requires_grad for logprobs in of_step)
+    left.keep_old(left.micro_batches(0), of_step)
+    for kept, made in zip(left.samples, whole.samples, strict=True):
+        assert not kept.old_logprobs.requires_grad
+        assert torch.equal(kept.old_logprobs, made.old_logprobs)
+        assert torch.equal(kept.ref_logprobs, made.ref_logprobs)
 
 
 # ---- metrics by hand -----------------------------------------------------------------------------
 def test_metrics_of_a_rollout_by_hand():
-    def scored(prompt, reward, length, text, **fields):
+    def scored(group, reward, length, text, **fields):
         sampled = torch.full((length,), -1.0)
         old = sampled.clone()
         old[0] += fields.pop("shift", 0.0)
         return sample(
-            prompt,
+            group,
             reward,
             length,
             text,
@@ -474,62 +526,58 @@ def test_metrics_where_every_completion_is_truncated_and_masked():
 
 
 def test_rows_of_the_completions_file():
-    (row,) = completion_rows([sample(3, 0.5, text=2, advantage=-0.25)])
-    assert row == {
-        "id": "e3",
-        "group": 3,
-        "image": "image.png",
-        "labels": ["Edema"],
-        "completion": ANSWERS[2],
-        "completion_length": 2,
-        "truncated": False,
-        "predicted": ["Edema", "Pneumonia"],
-        "valid": True,
-        "problem": None,
-        "rewards": {"hard": {"total": 0.5, "jaccard": 0.5, "length": 0.0}},
-        "reward": 0.5,
-        "advantage": -0.25,
-    }
+    (row,) = completion_rows(
+        [sample(3, 0.5, text=2, advantage=-0.25)], "reasoning_a", "think_solution"
+    )
+    assert list(row.items()) == [
+        # a row of a predictions file
+        ("id", "e3"),
+        ("patient_id", "p1"),
+        ("dataset", "site"),
+        ("labels", ["Edema"]),
+        ("evaluated_labels", list(LABELS)),
+        ("source_labels", []),
+        ("prompt", "reasoning_a"),
+        ("completion", ANSWERS[2]),
+        ("completion_length", 2),
+        ("predicted", ["Edema", "Pneumonia"]),
+        ("valid", True),
+        ("parsed", True),
+        ("problem", None),
+        ("unknown", []),
+        ("answer_format", "think_solution"),
+        # what a rollout adds
+        ("group", 3),
+        ("image", "image.png"),
+        ("truncated", False),
+        ("rewards", {"hard": {"total": 0.5, "jaccard": 0.5, "length": 0.0}}),
+        ("reward", 0.5),
+        ("advantage", -0.25),
+    ]
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
 def test_a_rollout_survives_a_checkpoint_bit_for_bit(rollout):
-    wrapped, model, samples, prompts = rollout
-    samples = [
-        Sample(
-            **vars(s)
-            | {
-                "reward": 0.1 * i,
-                "rewards": {"hard": Reward(0.1 * i, {"jaccard": 0.1 * i, "length": -0.0})},
-            }
-        )
-        for i, s in enumerate(samples)
-    ]
-    samples = score_samples(
-        wrapped,
-        model,
-        samples,
-        prompts,
-        [[], [[0, 1, 2, 3, 4, 5]]],
-        temperature=0.8,
-        with_reference=True,
-    )
-    samples = with_advantages(samples, ObjectiveConfig(scale_rewards="group"))
-    samples[1] = Sample(
-        **vars(samples[1])
-        | {
-            "mask": torch.zeros_like(samples[1].mask),
-            "truncated": not samples[1].truncated,
-        }
-    )
+    policy, rollouts = rollout
+    scored = fresh(rollouts)
+    for i, one in enumerate(scored.samples):
+        one.reward = 0.1 * i
+        one.rewards = {"hard": Reward(0.1 * i, {"jaccard": 0.1 * i, "length": -0.0})}
+    score_all(scored, policy)
+    samples = scored.samples
+    scored.set_advantages(advantages_of(samples, ObjectiveConfig(scale_rewards="group")))
+    assert samples[0].advantage < 0 < samples[2].advantage
+    samples[1].mask = torch.zeros_like(samples[1].mask)
+    samples[1].truncated = not samples[1].truncated
     tensors, record = pack_samples(samples)
     tensors = safetensors.torch.load(safetensors.torch.save(tensors))
     examples = list({s.example.id: s.example for s in samples}.values())
+    decoded = policy.encoder.decode
     found = unpack_samples(
-        tensors, json.loads(json.dumps(record)), examples, model.encoder.decode, "think_solution"
+        tensors, json.loads(json.dumps(record)), examples, decoded, "think_solution"
     )
     assert len(found) == len(samples) == 6
-    for before, after in zip(samples, found):
+    for before, after in zip(samples, found, strict=True):
         for name, value in vars(before).items():
             restored = getattr(after, name)
             if isinstance(value, torch.Tensor):
@@ -542,3 +590,115 @@ def test_an_empty_rollout_is_packed_as_nothing():
     tensors, record = pack_samples([])
     assert (tensors, record) == ({}, [])
     assert unpack_samples(tensors, record, [], decode, "think_solution") == []
+
+
+# ---- the stream of prompts -----------------------------------------------------------------------
+class Encoding:
+    """Stand in for a policy: note each example that is encoded."""
+
+    def __init__(self, damaged: str | None = None) -> None:
+        self.asked: list[str] = []
+        self.damaged = damaged
+
+    def encode(self, example: Example) -> EncodedPrompt:
+        if example.id == self.damaged:
+            raise DataError("a damaged image")
+        self.asked.append(example.id)
+        number = torch.tensor([int(example.id[1:])])
+        return EncodedPrompt(number, torch.zeros(1, dtype=torch.long), {})
+
+
+def stream() -> Rollouts:
+    """Make five examples in rollouts of two prompts and four steps.
+
+    They are two steps in each of two passes.
+    """
+    config = GRPOConfig(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        num_generations=2,
+        num_iterations=2,
+        seed=7,
+    )
+    return Rollouts([example(f"e{i}") for i in range(5)], {"hard": HardReward()}, config)
+
+
+def test_steps_of_a_rollout():
+    rollouts = stream()
+    assert [rollouts.update_of(step) for step in range(6)] == [0, 1, 2, 3, 0, 1]
+    # 2 of 5 prompts a rollout, a quarter of them with each of its four steps
+    assert [rollouts.epoch_after(steps) for steps in (1, 2, 4, 5, 10)] == pytest.approx(
+        [0.1, 0.2, 0.4, 0.5, 1.0], abs=1e-12
+    )
+
+
+def test_prompts_are_a_stream_of_shuffled_epochs():
+    rollouts, policy = stream(), Encoding()
+    taken = []
+    for step in range(0, 20, 4):
+        rollouts.take(step, policy)
+        ids = [one.id for one in rollouts.examples]
+        assert [f"e{int(prompt.input_ids)}" for prompt in rollouts.prompts] == ids
+        taken += ids
+    assert sorted(taken[:5]) == sorted(taken[5:]) == [f"e{i}" for i in range(5)]
+    # each epoch in an order of its own; written down once
+    assert taken == [f"e{i}" for i in (3, 0, 1, 4, 2, 4, 2, 1, 3, 0)]
+    again, other = stream(), Encoding()
+    again.take(8, other)  # a rollout across the border of two epochs, taken without those before
+    assert [one.id for one in again.examples] == taken[4:6]
+
+
+def test_nothing_is_done_in_the_middle_of_a_rollout():
+    """The prompts at hand stay: no image is looked at and no prompt encoded a second time."""
+    rollouts, policy = stream(), Encoding()
+    rollouts.take(0, policy)
+    at_hand = rollouts.examples, rollouts.prompts, list(policy.asked)
+    for step in (1, 2, 3):
+        rollouts.take(step, None)  # type: ignore[arg-type]  # whoever asked it would fail
+        assert rollouts.examples is at_hand[0] and rollouts.prompts is at_hand[1]
+    assert policy.asked == at_hand[2] and len(policy.asked) == 2
+    rollouts.take(4, policy)
+    assert len(policy.asked) == 4 and rollouts.prompts is not at_hand[1]
+
+
+def test_a_resumed_run_takes_the_prompts_of_the_rollout_it_is_in():
+    whole, resumed, policy = stream(), stream(), Encoding()
+    whole.take(4, policy)
+    resumed.take(6, policy)  # the third step of the second rollout
+    assert [one.id for one in resumed.examples] == [one.id for one in whole.examples]
+    assert len(policy.asked) == 4
+
+
+def test_what_later_steps_still_learn_from():
+    rollouts = stream()
+    rollouts.samples = [sample(0, 1.0)]
+    assert [len(rollouts.unfinished(step)) for step in range(5)] == [0, 1, 1, 1, 0]
+    assert rollouts.unfinished(1) is rollouts.samples
+
+
+def test_windows_change_after_all_rewards_are_computed():
+    """The completions of a rollout are all rated by the windows as they stood before it."""
+    rewards = {"nuanced": NuancedReward({}, window=2, min_window=1), "hard": HardReward()}
+    rollouts = Rollouts([example()], rewards, GRPOConfig())
+    rollouts.examples = [example("e1"), example("e2")]
+    policy = SimpleNamespace(encoder=SimpleNamespace(decode=decode))
+    groups = [[completion(1), completion(2)], [completion(1), completion(4)]]
+    expected = built_again(groups)
+    rollouts.reward(groups, policy)  # type: ignore[arg-type]  # only its decoder is asked
+    assert [s.rewards["nuanced"].total for s in rollouts.samples] == expected
+    # the last two answers, of e2
+    assert rewards["nuanced"].state_dict() == {"predictions": [["Edema"], ["Edema"]]}
+
+
+def built_again(groups: list[list[Completion]]) -> list[float]:
+    samples = build_samples(
+        [example("e1"), example("e2")],
+        groups,
+        decode,
+        {"nuanced": NuancedReward({}, window=2, min_window=1)},
+        "nuanced",
+        answer_format="think_solution",
+        mask_truncated_completions=False,
+    )
+    return [s.rewards["nuanced"].total for s in samples]

@@ -1,6 +1,9 @@
-"""Protects --bad_images: `skip` leaves out exactly the examples whose image cannot be read, says so
-in banner, list and scores, and is the same after a resume; `fail`, the default, stops. Run: pytest
-tests/scripts/test_bad_images.py
+"""Protect --bad_images.
+
+Checked: `skip` leaves out exactly the examples whose image cannot be read, says so in banner, list
+and scores, and is the same after a resume; `fail`, the default, stops.
+
+Run: pytest tests/scripts/test_bad_images.py
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ STEPS = [
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A data file of 12 rows, three of whose images are damaged: cut, replaced by a page, gone."""
+    """Write a data file of 12 rows, three of whose images are damaged.
+
+    They are cut, replaced by a page, and gone.
+    """
     file = write_data(tmp_path / "data")
     image = [file.parent / row["image"] for row in lines(file)]
     image[BAD[0]].write_bytes(image[BAD[0]].read_bytes()[:200])
@@ -48,7 +54,7 @@ def damaged(tmp_path):
 
 @pytest.fixture
 def without_them(damaged, tmp_path):
-    """The same data file without these rows, and images of which all are good."""
+    """Write the same data file without these rows, and images of which all are good."""
     shutil.copytree(damaged.parent, tmp_path / "good")
     return write_rows(
         tmp_path / "good" / "data.jsonl",
@@ -79,7 +85,7 @@ def test_sft_trains_as_if_the_examples_were_not_there(
     )
     out = capsys.readouterr().out
     assert (
-        "9 training, 9 validation examples; scored at the end: site 9; left out for their images:"
+        "9 to train on, 9 to validate; scored: site 9; left out for their images:"
         " train 3 (bad-images-train.jsonl), site 3 (bad-images-site.jsonl)"
         in out
         and "examples left out for their images: site 3" in out
@@ -163,8 +169,8 @@ def test_grpo_skips_them(damaged, tiny_sft_run, tmp_path, monkeypatch, capsys):
         == 0
     )
     assert (
-        "9 prompts; evaluated: site 9; left out for their images: train 3 (bad-images-train.jsonl),"
-        " site 3" in capsys.readouterr().out
+        "9 to train on; scored: site 9; left out for their images: train 3"
+        " (bad-images-train.jsonl), site 3" in capsys.readouterr().out
     )
     assert list(reasons(tmp_path / "run" / "bad-images-train.jsonl")) == ["e2", "e3", "e9"]
     # 5 rollouts of 2 prompts: all nine good examples in one epoch, the bad ones never

@@ -1,6 +1,9 @@
-"""Protects the refusals of the two scripts: one clear line for each mistake, naming the thing and
-the remedy, exit code 2, and nothing written or overwritten. Run: pytest
-tests/scripts/test_bad_input.py
+"""Protect the refusals of the two scripts.
+
+Checked: one clear line for each mistake, naming the thing and the remedy, exit code 2, and nothing
+written or overwritten.
+
+Run: pytest tests/scripts/test_bad_input.py
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from data.prompts import PROMPTS
 from engine.checkpoint import list_checkpoints
 from engine.order import shuffled
 from engine.runtime import main_guard
+from rl.settings import resolve_grpo
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import GRPO, SFT, lines, record, sft, snapshot, write_rows
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """`refused(main, *flags)` -> the lines of a command that must end with exit code 2 and leave
-    the folder as it was.
+    """Run commands that must fail: `refused(main, *flags)` -> the lines of its errors.
+
+    Its exit code must be 2, and the folder must stay as it was.
     """
 
     def run(main, *flags: str) -> list[str]:
@@ -69,8 +74,9 @@ def grpo_flags(tiny_sft_run, tiny_data) -> list[str]:
 
 @pytest.fixture
 def changed_data(tiny_data, tmp_path):
-    """`changed_data(row, field=value, ...)` -> the data file with one row changed (None removes the
-    field).
+    """Change one row: `changed_data(row, field=value, ...)` -> the data file.
+
+    None removes the field.
     """
 
     def change(index: int, **fields) -> Path:
@@ -174,7 +180,10 @@ def test_rank_other_than_that_of_the_adapter_to_go_on_with(refused, tiny_data, t
         "--lora_r",
         "8",
     )
-    assert line == f"--lora_r 8: {run} has 16; leave the flag out"
+    assert (
+        line == f"--lora_r 8: the adapter in {run} was trained with 16; leave the flag out, or give"
+        " another --adapter_name_or_path"
+    )
 
 
 def test_adapter_that_does_not_fit_the_model(refused, grpo_flags, tiny_checkpoint, tiny_sft_run):
@@ -314,8 +323,8 @@ def test_grpo_with_another_prompt_than_the_sft_run(
     refused, grpo_flags, tiny_sft_run, flag, given, learned
 ):
     assert refused(run_grpo.main, *grpo_flags, flag, given) == [
-        f"{flag} {given}: the SFT run {tiny_sft_run('qwen2_5_vl')} was trained with {learned};"
-        " leave the flag out, or give the adapter of another SFT run"
+        f"{flag} {given}: the adapter in {tiny_sft_run('qwen2_5_vl')} was trained with {learned};"
+        " leave the flag out, or give another --adapter_name_or_path"
     ]
 
 
@@ -380,13 +389,7 @@ def test_completions_that_do_not_divide_into_groups(
         f" {', '.join(map(str, nearest))}"
     )
     for size in nearest:
-        run_grpo.parse_config(
-            [run_grpo.GRPOConfig, run_grpo.ObjectiveConfig],
-            [*flags, "--per_device_train_batch_size", str(size)],
-            script="grpo",
-            prog="run_grpo.py",
-            validate=run_grpo.problems,
-        )
+        resolve_grpo([*flags, "--per_device_train_batch_size", str(size)])
     closer = [
         size
         for size in range(1, micro + group)
@@ -435,7 +438,8 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "unknown flag --seeed; did you mean --seed?",
         "--beta: expected a number, got 'x'",
         "--learning_rate is -1.0; it must be positive",
-        "--validation_file no-name.jsonl: write NAME=FILE, with a name of letters, digits, - and _",
+        "--validation_file no-name.jsonl: expected NAME=FILE, with a name of letters, digits, -"
+        " and _",
         "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0",
         "--temperature 0.0 must be positive and --top_p 1.0 in (0, 1]",
     ]
@@ -570,7 +574,7 @@ def test_output_folder_that_is_a_file(refused, sft_flags, tmp_path):
 
 @pytest.fixture
 def locked_by_another_process():
-    """`with_lock(folder)` lets another process hold the folder's lock -> its process id."""
+    """Let another process hold a folder's lock: `with_lock(folder)` -> its process id."""
     held: list[subprocess.Popen] = []
     program = (
         "import sys; from engine.runtime import lock_run\n"

@@ -1,8 +1,10 @@
-"""Protects the way from the hospitals' folders to scores, on real X-rays in the three formats:
-data.select, data.check, data.traces, run_sft.py, run_grpo.py, eval.evaluate, and scores under
-another label map. The models are small and random, so the test shows that every step takes what the
-one before it writes, not that anything is learned. Run: CXR_SAMPLE=FOLDER pytest
-tests/scripts/test_hospitals.py
+"""Protect the way from the hospitals' folders to scores, on real X-rays in the three formats.
+
+Checked: data.select, data.check, data.traces, run_sft.py, run_grpo.py, eval.evaluate, and scores
+under another label map. The models are small and random, so the test shows that every step takes
+what the one before it writes, not that anything is learned.
+
+Run: CXR_SAMPLE=FOLDER pytest tests/scripts/test_hospitals.py
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The arrows of imports between the packages, the run-time packages, and that nothing is loaded
-through pickle.
+"""Protect the arrows of imports between the packages.
+
+Checked too: the run-time packages, and that nothing is loaded through pickle.
 
 data <- engine <- rl      data imports only data, and no package of models; engine also data; rl
                           and eval also data and engine, never each other;
@@ -38,8 +39,9 @@ PICKLES = {"pickle", "cPickle", "_pickle", "shelve", "marshal", "dill", "cloudpi
 
 
 def imported(source: str, package: str) -> dict[str, int]:
-    """Top-level names that a source imports, anywhere in it, with the line; a relative import is
-    its own package.
+    """List the top-level names that a source imports, anywhere in it, with the line.
+
+    A relative import is its own package.
     """
     names: dict[str, int] = {}
     for node in ast.walk(ast.parse(source)):
@@ -51,7 +53,7 @@ def imported(source: str, package: str) -> dict[str, int]:
 
 
 def wrong_imports(source: str, path: str) -> list[str]:
-    """What the file `path` (relative to the root) must not import, one line each."""
+    """List what the file `path` (relative to the root) must not import, one line each."""
     package = Path(path).parts[0].removesuffix(".py")
     allowed = NARROWER.get(
         path, RUN_TIME | WITH_TRANSFORMERS | MAY_IMPORT[package] | EXTRAS.get(path, set())
@@ -66,8 +68,9 @@ def wrong_imports(source: str, path: str) -> list[str]:
 
 
 def unsafe_loads(source: str, path: str) -> list[str]:
-    """Calls that let a file run code: weights_only or allow_pickle set to anything but the safe
-    literal.
+    """List calls that let a file run code.
+
+    They set weights_only or allow_pickle to anything but the safe literal.
     """
     safe = {"weights_only": True, "allow_pickle": False}
     return [

@@ -1,5 +1,8 @@
-"""Protects `pip install .` from another folder: every package, script, recipe and file of the demo
-base is in setup.cfg. Run: pytest tests/scripts/test_packaging.py
+"""Protect `pip install .` from another folder.
+
+Checked: every package, script, recipe and file of the demo base is in setup.cfg.
+
+Run: pytest tests/scripts/test_packaging.py
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import pytest
 
 from engine.config import parse_config
 from rl.objective import ObjectiveConfig
-from rl.settings import GRPOConfig, problems
+from rl.settings import GRPOConfig, grpo_problems
 from run_sft import next_command
 from tests.helpers.repository import ROOT
 
@@ -47,7 +50,8 @@ def test_every_other_file_of_a_package_is_package_data(setup):
         files = [
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
-            if path.is_file() and path.suffix not in (".py", ".pyc")
+            # READMEs are read in the repository
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
         ]
         assert (
             files
@@ -71,7 +75,7 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_pat
         words[2:],
         script="grpo",
         prog="run_grpo.py",
-        validate=problems,
+        validate=grpo_problems,
     )
     assert (
         resolved.configs[0].adapter_name_or_path == str(tmp_path) and resolved.configs[0].train_file

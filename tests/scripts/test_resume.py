@@ -1,26 +1,34 @@
-"""Protects resuming: from every checkpoint of both scripts, in place and into another folder, a
-resumed run ends equal to the straight one to the last bit (CPU, fp32); so does a run that a signal
-stopped at any point; a run that was changed is refused. Run: pytest tests/scripts/test_resume.py
+"""Protect resuming.
+
+Checked: from every checkpoint of both scripts, in place and into another folder, a resumed run ends
+equal to the straight one to the last bit (CPU, fp32); so does a run that a signal stopped at any
+point; a run that was changed is refused.
+
+Run: pytest tests/scripts/test_resume.py
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import engine.generate
-import eval.evaluate
+import engine.optim
+import eval.decode
 import rl.settings
 import run_grpo
 import run_sft
 from data.files import DataError
 from engine.runtime import main_guard
 from rl.rewards import NuancedReward
+from rl.rollout import Rollouts
 from tests.helpers.runs import (
     adapter,
     assert_same_run,
@@ -91,7 +99,10 @@ def few(tiny_data) -> Path:
 
 @pytest.fixture(scope="module")
 def start_sft(tiny_checkpoint, tiny_data, few):
-    """`start_sft(folder, *flags)` -> exit code of the run that most tests here begin with."""
+    """Start the run that most tests here begin with: `start_sft(folder, *flags)`.
+
+    Returns its exit code.
+    """
     return partial(
         sft,
         tiny_checkpoint("qwen2_5_vl"),
@@ -129,7 +140,7 @@ def resume(main, checkpoint: Path, *flags: str) -> int:
 
 
 def refused(main, capsys, *flags: str) -> list[str]:
-    """The error lines of a command that must end with exit code 2."""
+    """Return the error lines of a command that must end with exit code 2."""
     capsys.readouterr()
     assert main_guard(lambda: main(list(flags)), errors=(DataError,)) == 2
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -323,21 +334,21 @@ def test_sft_stopped_while_scoring_is_finished(
     ("where", "call", "stop", "code", "saved"),
     [
         # the evaluation before the first step
-        ((eval.evaluate, "generate"), 1, signal.SIGTERM, 143, 0),
+        ((eval.decode, "generate"), 1, signal.SIGTERM, 143, 0),
         ((engine.generate, "draw"), 2, signal.SIGINT, 130, 0),  # while the first rollout is sampled
         # the second rollout: its random numbers are drawn anew
         ((engine.generate, "draw"), 9, signal.SIGTERM, 143, 2),
         # before its update, which is still made
-        ((run_grpo, "score_samples"), 2, signal.SIGTERM, 143, 3),
+        ((Rollouts, "score"), 2, signal.SIGTERM, 143, 3),
         # between the two updates of a rollout
         ((run_grpo, "clip_gradients"), 1, signal.SIGINT, 130, 1),
         # an evaluation is due and left to the resumed run
         ((run_grpo, "clip_gradients"), 3, signal.SIGTERM, 143, 3),
         # in the second site's evaluation of step 3
-        ((eval.evaluate, "generate"), 4, signal.SIGINT, 130, 3),
+        ((eval.decode, "generate"), 4, signal.SIGINT, 130, 3),
         # in the last step, with the last evaluation due
         ((run_grpo, "clip_gradients"), 5, signal.SIGTERM, 143, 5),
-        ((eval.evaluate, "generate"), 5, signal.SIGTERM, 143, 5),  # in the last evaluation
+        ((eval.decode, "generate"), 5, signal.SIGTERM, 143, 5),  # in the last evaluation
     ],
 )
 def test_grpo_stopped_by_a_signal_ends_as_if_it_had_not_been(
@@ -374,17 +385,30 @@ def test_stopped_twice_and_moved_in_between(straight_grpo, start_grpo, tmp_path,
 
 
 def test_the_scripts_exit_with_the_code_of_the_signal(start_grpo, tmp_path, monkeypatch):
-    at_call(monkeypatch, run_grpo, "clip_gradients", 1, signal.SIGTERM)
-    main = run_grpo.main
-    monkeypatch.setattr(
-        run_grpo, "main", lambda argv=None: main(argv) if argv else start_grpo(tmp_path / "run")
-    )
+    flags: list[str] = []
+    with monkeypatch.context() as context:
+        context.setattr(run_grpo, "main", flags.extend)
+        start_grpo(tmp_path / "run")
+    at_call(monkeypatch, engine.optim, "clip_gradients", 1, signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["run_grpo.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        run_grpo.cli()
+        runpy.run_path(run_grpo.__file__, run_name="__main__")
     assert stop.value.code == 143
 
 
 # ---- what a gradient that is not finite leaves ---------------------------------------------------
+def poisoned(clip):
+    """Make `clip_gradients` return NaN at step 3: in GRPO, just after a rollout."""
+    calls = []
+
+    def clip_or_nan(parameters, max_norm):
+        calls.append(1)
+        norm = clip(parameters, max_norm)
+        return norm * float("nan") if len(calls) == 3 else norm
+
+    return clip_or_nan
+
+
 def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(
     straight_grpo, start_grpo, straight_sft, start_sft, tmp_path, monkeypatch
 ):
@@ -395,16 +419,9 @@ def test_a_run_that_met_a_gradient_that_is_not_finite_can_go_on(
         (run_grpo, start_grpo, straight_grpo, run_grpo.main),
         (run_sft, start_sft, straight_sft, run_sft.main),
     ):
-        calls, clip, run = [], script.clip_gradients, tmp_path / script.__name__
-
-        def poisoned(parameters, max_norm):
-            calls.append(1)
-            norm = clip(parameters, max_norm)
-            # step 3: in GRPO, just after a rollout
-            return norm * float("nan") if len(calls) == 3 else norm
-
+        run = tmp_path / script.__name__
         with monkeypatch.context() as context:
-            context.setattr(script, "clip_gradients", poisoned)
+            context.setattr(script, "clip_gradients", poisoned(script.clip_gradients))
             with pytest.raises(RuntimeError, match="the gradient of step 3 is not finite"):
                 start(run)
         assert (run / "last").readlink().name == "checkpoint-2"

@@ -1,6 +1,9 @@
-"""Protects run_grpo.py as a whole, on both model families: the eight blocks leave what they should,
-the first update of a rollout has ratio exactly 1, micro-batches do not change an update, every
-setting acts, the best checkpoint is the chosen one. Run: pytest tests/scripts/test_run_grpo.py
+"""Protect run_grpo.py as a whole, on both model families.
+
+Checked: the eight blocks leave what they should, the first update of a rollout has ratio exactly 1,
+micro-batches do not change an update, every setting acts, the best checkpoint is the chosen one.
+
+Run: pytest tests/scripts/test_run_grpo.py
 """
 
 from __future__ import annotations
@@ -16,15 +19,14 @@ from transformers import AutoModelForImageTextToText
 
 import rl.rollout
 import run_grpo
-from engine.config import UsageError, parse_config
+from engine.config import UsageError
+from engine.policy import Policy
 from rl.objective import ObjectiveConfig
+from rl.plan import BatchPlan
 from rl.settings import (
     SET_METRICS,
     GRPOConfig,
-    batch_arithmetic,
-    from_sft_run,
-    problems,
-    total_steps,
+    resolve_grpo,
 )
 from tests.helpers.runs import (
     adapter,
@@ -82,8 +84,9 @@ def readable(monkeypatch):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, tmp_path_factory, tiny_sft_run, tiny_data):
-    """(GRPO run, its SFT run): two rollouts of 2 prompts x 4 completions, two updates each, two
-    sites.
+    """Make (GRPO run, its SFT run).
+
+    It has two rollouts of 2 prompts x 4 completions, two updates each, and two sites.
     """
     run = tmp_path_factory.mktemp("grpo") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -94,7 +97,7 @@ def finished(request, tmp_path_factory, tiny_sft_run, tiny_data):
 
         def scripted(*arguments):
             metrics = evaluate(*arguments)
-            for name, score in zip(("a", "b"), next(scores)):
+            for name, score in zip(("a", "b"), next(scores), strict=True):
                 metrics[name]["macro_f1"] = score
             return metrics
 
@@ -180,25 +183,11 @@ def test_without_an_adapter_the_newest_sft_run_of_the_recipes_base_goes_on(tmp_p
         LoraConfig(base_model_name_or_path=base).save_pretrained(run)
         (run / "adapter_model.safetensors").touch()
         (run / "config.json").write_text("{}")
-    resolved = parse_config(
-        [GRPOConfig, ObjectiveConfig],
-        ["--recipe", "demo"],
-        script="grpo",
-        prog="run_grpo.py",
-        validate=problems,
-    )
-    chosen = from_sft_run(resolved)
+    chosen = resolve_grpo(["--recipe", "demo"])
     assert chosen.configs[0].adapter_name_or_path == "runs/20260102-000000-sft"
     assert chosen.origins["adapter_name_or_path"] == "newest SFT run of demo"
     (tmp_path / "any.toml").write_text('prompt = "demo"\ntrain_file = "demo:rl-train"\n')
-    resolved = parse_config(
-        [GRPOConfig, ObjectiveConfig],
-        ["--recipe", "any.toml"],
-        script="grpo",
-        prog="run_grpo.py",
-        validate=problems,
-    )
-    chosen = from_sft_run(resolved).configs[0]
+    chosen = resolve_grpo(["--recipe", "any.toml"]).configs[0]
     assert (chosen.adapter_name_or_path, chosen.model_name_or_path) == (
         "runs/20260103-000000-sft",
         "elsewhere/model",
@@ -368,7 +357,7 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
 
 # ---- settings of the loop ------------------------------------------------------------------------
 def updates(tiny_sft_run, tiny_data, run, *flags, family="qwen2_5_vl"):
-    """A run without evaluation -> its train log."""
+    """Make a run without evaluation -> its train log."""
     assert grpo(tiny_sft_run(family), tiny_data, run, *flags) == 0
     return train_log(run)
 
@@ -460,7 +449,7 @@ def test_batch_arithmetic_by_hand():
     )
     # 2 x 8 micro-batches = 16 completions = 4 prompts a rollout; 1.5 epochs of 21 are 31.5 prompts,
     # nearest to 8 rollouts.
-    assert batch_arithmetic(config, 21) == [
+    assert BatchPlan.of(config).lines(21, "hard") == [
         "rollout     4 prompts x 4 completions = 16 completions, 2 optimizer steps each",
         "batch       2 completions x 4 accumulated = 8 an optimizer step",
         (
@@ -468,14 +457,14 @@ def test_batch_arithmetic_by_hand():
             " completions; trained on the hard reward"
         ),
     ]
-    assert total_steps(config, 21) == 16
+    assert BatchPlan.of(config).total_steps(21) == 16
     # The third rollout serves one step only, and is sampled as a whole; two iterations: four steps
     # a rollout.
-    *_, run = batch_arithmetic(replace(config, max_steps=5), 20)
+    *_, run = BatchPlan.of(replace(config, max_steps=5)).lines(20, "hard")
     assert run.startswith("run         5 optimizer steps = 3 rollouts = 12 prompts (0.60 epochs)")
-    assert total_steps(replace(config, num_iterations=2), 21) == 32
+    assert BatchPlan.of(replace(config, num_iterations=2)).total_steps(21) == 32
     # never less than one rollout
-    assert total_steps(replace(config, num_train_epochs=0.01), 21) == 2
+    assert BatchPlan.of(replace(config, num_train_epochs=0.01)).total_steps(21) == 2
 
 
 def test_one_update_a_rollout_is_possible_and_warned_of(
@@ -495,25 +484,27 @@ def test_one_update_a_rollout_is_possible_and_warned_of(
 def test_iterations_go_over_the_same_rollout_again(
     tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch
 ):
-    seen, collate = [], run_grpo.collate_samples
+    seen, collate = [], rl.rollout.collate_samples
     monkeypatch.setattr(
-        run_grpo,
+        rl.rollout,
         "collate_samples",
         lambda samples, *rest: seen.append([s.text for s in samples]) or collate(samples, *rest),
     )
     log = updates(
         tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "6", "--num_iterations", "2"
     )
-    # 2 updates x 2 iterations of the first rollout are steps 1 to 4
+    # 2 updates x 2 iterations of the first rollout are steps 1 to 4; a rollout's scoring collates
+    # the micro-batches of both updates first
     assert rollouts(tmp_path / "run") == [1, 5]
-    assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
+    scoring, updates_of_first = seen[:2], seen[2:6]
+    assert updates_of_first == [*scoring, *scoring] and scoring[0] != scoring[1]
     assert [entry["ratio/max"] == 1.0 for entry in log] == [True, False, False, False, True, False]
 
 
 def test_without_a_kl_term_the_reference_is_never_run(
     tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch
 ):
-    monkeypatch.setattr(rl.rollout, "use_adapter", lambda *_: pytest.fail("the reference was run"))
+    monkeypatch.setattr(Policy, "reference", lambda *_: pytest.fail("the reference was run"))
     log = updates(tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "2", "--beta", "0")
     assert log[1]["ratio/max"] > 1.001 and log[1]["kl"] == 0.0
 
@@ -598,8 +589,9 @@ def test_gradient_checkpointing_and_bf16_keep_the_first_ratio_exact(
 def scripted_run(
     monkeypatch, tiny_sft_run, tiny_data, run, scores: list[tuple[float, float]], *flags
 ) -> dict:
-    """A run of 4 steps whose evaluations at 0, 2 and 4 give sites a and b these macro-F1 ->
-    trainer_state.json.
+    """Make a run of 4 steps with given evaluations -> trainer_state.json.
+
+    Those at 0, 2 and 4 give sites a and b these macro-F1.
     """
     evaluated = []
 
@@ -612,7 +604,7 @@ def scripted_run(
                 )
                 | {"macro_f1": score}
             )
-            for name, score in zip(("a", "b"), scores[evaluated[-1] // 2])
+            for name, score in zip(("a", "b"), scores[evaluated[-1] // 2], strict=True)
         }
 
     monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
@@ -705,9 +697,11 @@ def test_a_condition_on_an_evaluation_ends_the_run(
     monkeypatch.setattr(
         run_grpo,
         "evaluate_policy",
-        lambda config, model, wrapped, sets, *_, step=None: {
+        lambda policy, data, *_: {
             name: dict.fromkeys(SET_METRICS, 0.0) | {"macro_f1": f1}
-            for name, f1 in zip(sets, [(0.5, 0.25), (0.75, 0.25)][_[-1] // 2])
+            for name, f1 in zip(
+                data.evaluated, [(0.5, 0.25), (0.75, 0.25)][_[-1] // 2], strict=True
+            )
         },
     )
     run = tmp_path / "run"
@@ -741,9 +735,7 @@ def test_a_condition_on_an_evaluation_ends_the_run(
     monkeypatch.setattr(
         run_grpo,
         "evaluate_policy",
-        lambda config, model, wrapped, sets, *_: {
-            name: dict.fromkeys(SET_METRICS, 0.0) for name in sets
-        },
+        lambda policy, data, *_: {name: dict.fromkeys(SET_METRICS, 0.0) for name in data.evaluated},
     )
     assert run_grpo.main([*again, "--stop_when", "gap>5"]) == 0 and len(train_log(run)) == 4
 
@@ -816,7 +808,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(
     run = tmp_path / "run"
     with pytest.raises(
         RuntimeError,
-        match="the gradient of step 2 is not finite; the state before it was saved. Prompts: e",
+        match="the gradient of step 2 is not finite; the state before it was saved. Examples: e",
     ):
         grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "--max_steps", "4")
     assert run.joinpath("last").readlink().name == "checkpoint-1"

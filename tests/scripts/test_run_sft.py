@@ -1,6 +1,9 @@
-"""Protects run_sft.py as a whole, on both model families: what a run leaves behind, Eq. 1 of a
-whole optimizer step whatever the micro-batches, validation by hand, early stopping, the held-out
-split, and what a gradient that is not finite does. Run: pytest tests/scripts/test_run_sft.py
+"""Protect run_sft.py as a whole, on both model families.
+
+Checked: what a run leaves behind, Eq. 1 of a whole optimizer step whatever the micro-batches,
+validation by hand, early stopping, the held-out split, and what a gradient that is not finite does.
+
+Run: pytest tests/scripts/test_run_sft.py
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+import engine.policy
 import run_sft
 from data.examples import read_jsonl
 from data.prompts import PROMPTS
 from engine.encode import Encoder
-from engine.model import EMBEDDED, load_model
+from engine.model import load_model
+from engine.model_files import EMBEDDED
 from engine.order import shuffled
-from run_sft import SFTConfig, step_counts
+from engine.settings import SFTConfig
 from tests.helpers import plain
 from tests.helpers.runs import (
     adapter,
@@ -138,8 +143,9 @@ def test_the_final_adapter_loads_in_plain_peft(family, tiny_sft_run, tiny_checkp
 
 
 def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(log-probabilities, correct) of the answer tokens of every row, by transformers' and peft's
-    own forward, row by row.
+    """Compute (log-probabilities, correct) of the answer tokens of every row.
+
+    They are by transformers' and peft's own forward, row by row.
     """
     model = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(checkpoint), adapter_folder
@@ -149,7 +155,9 @@ def by_hand(checkpoint, adapter_folder, data) -> tuple[list[torch.Tensor], list[
     for example in read_jsonl(data):
         row = encoder.encode_answer(example, PROMPTS["demo"], example.answer)
         rows = plain.plain_batch([row], encoder.pad_token_id).prompts
-        types = "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
+        types = (
+            "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
+        )
         with torch.no_grad():
             # [S,V]
             logits = model(
@@ -219,7 +227,7 @@ def test_soft_capping_holds_in_training_and_validation(tmp_path, tiny_data):
         model.encode_answer(example, PROMPTS["demo"], example.answer)
         for example in read_jsonl(tiny_data)
     ]
-    expected = -plain.logprobs_of(model.base, model.family, rows, temperature=1.0)
+    expected = -plain.logprobs_of(model.net, model.family, rows, temperature=1.0)
     mean = float(expected.sum() / sum(len(row.completion_ids) for row in rows))
     logged = [
         entry["loss"] for entry in (*train_log(tmp_path / "run"), *eval_log(tmp_path / "run"))
@@ -285,7 +293,7 @@ def test_tokens_bound_the_forwards_of_a_step(
         [],
         [],
         run_sft.clip_gradients,
-        run_sft.completion_hidden_states,
+        engine.policy.completion_hidden_states,
     )
 
     def recording(parameters, max_norm):
@@ -299,7 +307,7 @@ def test_tokens_bound_the_forwards_of_a_step(
         return forward(wrapped, of_family, batch)
 
     monkeypatch.setattr(run_sft, "clip_gradients", recording)
-    monkeypatch.setattr(run_sft, "completion_hidden_states", counting)
+    monkeypatch.setattr(engine.policy, "completion_hidden_states", counting)
     monkeypatch.setattr(
         run_sft, "validation_metrics", lambda *_, **__: {"loss": 1.0, "mean_token_accuracy": 0.0}
     )
@@ -399,8 +407,8 @@ def test_steps_by_hand():
         per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1.5
     )
     # 21 rows in steps of 8: 3 an epoch, the last of 5 rows. 1.5 epochs are 4.5 steps, so 5.
-    assert step_counts(config, 21) == (3, 5)
-    assert step_counts(replace(config, max_steps=4), 21) == (3, 4)
+    assert (config.steps_per_epoch(21), config.total_steps(21)) == (3, 5)
+    assert replace(config, max_steps=4).total_steps(21) == 4
 
 
 def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(
@@ -410,7 +418,7 @@ def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(
     monkeypatch.setattr(
         run_sft,
         "save_final_adapter",
-        lambda run_dir, state, wrapped, *, base_name: trained.update(model=wrapped),
+        lambda folder, state, policy: trained.update(model=policy.net),
     )
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
@@ -529,7 +537,7 @@ def test_early_stop_keeps_and_uses_the_best_epoch(
     assert not equal_tensors(
         run / "adapter_model.safetensors", run / "checkpoint-16/adapter_model.safetensors"
     )
-    assert "stopped early: no better validation loss in 2 epochs" in capsys.readouterr().err
+    assert "stopped early: 2 evaluations in a row were no better" in capsys.readouterr().err
 
 
 def test_a_better_epoch_starts_the_patience_anew(tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
@@ -602,7 +610,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(
     run = tmp_path / "run"
     with pytest.raises(
         RuntimeError,
-        match="the gradient of step 3 is not finite, the state before it was saved; examples: e",
+        match="the gradient of step 3 is not finite; the state before it was saved. Examples: e",
     ):
         sft(
             tiny_checkpoint("qwen2_5_vl"),

@@ -1,0 +1,98 @@
+"""Declare and check the settings of `python -m engine.merge`, before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.config import Resolved, UsageError, parse_config, setting
+from engine.model_files import (
+    EMBEDDED,
+    adapter_record,
+    base_of_adapter,
+    check_model_folder,
+    looks_local,
+)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Hold the flags of `python -m engine.merge`."""
+
+    adapter_name_or_path: str = setting(
+        "", "folder of the adapter: a finished run, or a checkpoint-<step> of one", unset="none"
+    )
+    output_dir: str = setting("", "new folder for the merged model", unset="none")
+    model_name_or_path: str = setting(
+        "",
+        "base model, where it has moved: a folder, a hub name or 'demo'",
+        unset="the base that the adapter names",
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "of the merged weights; the sum itself is always in float32"
+    )
+    num_threads: int | None = setting(
+        None, "CPU threads of torch", unset="torch's own choice", unit="threads"
+    )
+
+
+def merge_problems(config: MergeConfig) -> list[str]:
+    """Name what is missing on the command line, one line each."""
+    return [
+        f"--{name} is missing"
+        for name in ("adapter_name_or_path", "output_dir")
+        if not getattr(config, name)
+    ]
+
+
+def base_to_merge_into(config: MergeConfig) -> str:
+    """Choose the base to merge into: the one that the adapter names, or a copy of it.
+
+    A folder may be a moved or downloaded copy of what the adapter names. That keys and shapes fit
+    is checked in any case. Raises UsageError where the adapter names none, where it names another
+    hub model than the flag, and where no checkpoint is there.
+    """
+    folder, given = config.adapter_name_or_path, config.model_name_or_path
+    named = adapter_record(folder).get("base_model_name_or_path")
+    base = given or base_of_adapter(folder)
+    moved = any(name not in EMBEDDED and looks_local(name) for name in (named, base) if name)
+    if named and base != named and not moved:
+        raise UsageError(
+            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give"
+            " that model or a copy of it"
+        )
+    check_model_folder(base)
+    return base
+
+
+def check_new_folder(output_dir: str) -> None:
+    """Raise UsageError where something is at the place of the folder to be."""
+    final = Path(output_dir)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        kind = "is not empty" if final.is_dir() else "is a file"
+        raise UsageError(
+            f"--output_dir {output_dir} {kind} and nothing is overwritten: name another folder"
+        )
+
+
+def resolve_merge(argv: Sequence[str]) -> Resolved:
+    """Read a command line into a MergeConfig, and check the folders that it names.
+
+    Raises ConfigError or UsageError for everything that the user can correct now.
+    """
+    resolved = parse_config(
+        [MergeConfig],
+        argv,
+        script="merge",
+        prog="python -m engine.merge",
+        validate=merge_problems,
+        description=(
+            "Fold a trained adapter into its base and write a folder that plain transformers loads."
+        ),
+    )
+    config: MergeConfig = resolved.configs[0]
+    base_to_merge_into(config)
+    check_new_folder(config.output_dir)
+    return resolved

@@ -1,0 +1,171 @@
+"""Hold one model with everything that is needed to ask it something: one model is one argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data.examples import Example
+from data.prompts import Prompt
+from engine.collate import Batch
+from engine.device import base_dtype
+from engine.encode import EncodedPrompt, EncodedRow, Encoder
+from engine.families import Family, lm_head_weight, logit_softcap
+from engine.forward import completion_hidden_states, completion_logprobs
+from engine.model import REFERENCE, BaseModel, load_model, use_adapter
+from engine.optim import trainable_parameters
+
+
+class ModelSettings(Protocol):
+    """Describe the settings that a base model is loaded by: those of training and of evaluation."""
+
+    @property
+    def model_name_or_path(self) -> str: ...
+    @property
+    def bf16(self) -> bool: ...
+    @property
+    def min_visual_tokens(self) -> int: ...
+    @property
+    def max_visual_tokens(self) -> int: ...
+    @property
+    def vision_cache_dir(self) -> str | None: ...
+
+
+def load_base(
+    config: ModelSettings, device: torch.device, *, vision_cache_gb: float = 0.0
+) -> BaseModel:
+    """Load and freeze the base model that the settings name.
+
+    vision_cache_gb: host memory for image features, GB.
+    """
+    return load_model(
+        config.model_name_or_path,
+        dtype=base_dtype(config.bf16, device),
+        device=device,
+        min_visual_tokens=config.min_visual_tokens,
+        max_visual_tokens=config.max_visual_tokens,
+        vision_cache_gb=vision_cache_gb,
+        vision_cache_dir=config.vision_cache_dir,
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Hold the model that is trained, sampled from and scored.
+
+    net: the base model, inside peft's wrapper where it has adapters. The active adapter answers.
+    base: what belongs to the base model alone: name, family, processor, token ids, image features.
+    prompt: the instruction that goes with every image.
+    temperature: divides the logits of every log-probability that this policy gives.
+    """
+
+    net: PreTrainedModel | PeftModel
+    base: BaseModel
+    prompt: Prompt
+    temperature: float = 1.0
+
+    @property
+    def adapted(self) -> PeftModel:
+        """Return `net` with its adapters. Raises TypeError for a base model, which has none."""
+        if not isinstance(self.net, PeftModel):
+            raise TypeError(f"{self.base.name} has no adapter")
+        return self.net
+
+    @property
+    def family(self) -> Family:
+        """Return the facts of the model's family."""
+        return self.base.family
+
+    @property
+    def encoder(self) -> Encoder:
+        """Return the tokenizer and image processor."""
+        return self.base.encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return self.head.device
+
+    @property
+    def head(self) -> Tensor:
+        """Return the language-model head's weight [V,H]."""
+        return lm_head_weight(self.net)
+
+    @property
+    def softcap(self) -> float | None:
+        """Return the bound of Gemma's logit soft-capping, or None for a model without one."""
+        return logit_softcap(self.net)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that are trained, in the order of the optimizer's state."""
+        return [parameter for _, parameter in trainable_parameters(self.net)]
+
+    # ---- examples --------------------------------------------------------------------------------
+    def encode(self, example: Example) -> EncodedPrompt:
+        """Turn an example into the prompt's tokens, with the frozen vision tower's features.
+
+        Raises DataError where its image cannot be read.
+        """
+        return self.base.encode_prompt(example, self.prompt)
+
+    def encode_answer(self, example: Example) -> EncodedRow:
+        """Turn an example into its prompt followed by its own answer, which is supervised.
+
+        Raises DataError where its image cannot be read, ValueError where it has no answer.
+        """
+        if example.answer is None:
+            raise ValueError(f"{example.id} has no answer to learn")
+        return self.base.encode_answer(example, self.prompt, example.answer)
+
+    # ---- forward passes --------------------------------------------------------------------------
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a batch -> (states [K,H] that predict the K scored tokens, the tokens' ids [K])."""
+        return completion_hidden_states(self.net, self.family, batch)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Give log pi of every completion token [N,T] fp32 at the temperature, 0 beyond the end."""
+        logprobs, _ = completion_logprobs(
+            self.net,
+            self.family,
+            batch,
+            temperature=self.temperature,
+            suppress_token_ids=self.base.suppressed_ids,
+        )
+        return logprobs
+
+    def logprobs_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Give log pi and the entropy of pi at every completion token, both [N,T] fp32."""
+        logprobs, entropy = completion_logprobs(
+            self.net,
+            self.family,
+            batch,
+            temperature=self.temperature,
+            suppress_token_ids=self.base.suppressed_ids,
+            entropy=True,
+        )
+        assert entropy is not None  # asked for
+        return logprobs, entropy
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Answer as the frozen SFT reference within the block, without gradient."""
+        with use_adapter(self.adapted, REFERENCE):
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the block in eval() mode and restore the mode that was there."""
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train(was_training)

@@ -1,0 +1,301 @@
+"""Note what a run was made from, and go on with an earlier one: checkpoint, settings, data, logs.
+
+Everything in it is plain Python, so a wrong run on a command line is answered without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from data.examples import selection_file
+from data.files import sha256_of
+from data.sets import DataSets
+from engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_valid_checkpoint,
+    load_checkpoint,
+    point_link,
+)
+from engine.config import Resolved, UsageError, to_json
+from engine.model_files import ADAPTER_FILES
+from engine.runtime import run_directory, versions
+
+# What may differ in a resumed run. Data files may have moved: their contents are compared by
+# SHA-256.
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "train_file",
+    "validation_file",
+    "image_root",
+    "dump_step",
+    "stop_when",
+    "warn_when",
+    "show_batch",
+    "dry_run",
+    "vision_cache_gb",
+    "vision_cache_dir",
+)
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+def run_record(
+    resolved: Resolved,
+    script: str,
+    data_files: Mapping[str, Path],
+    bad_images: Mapping[str, list[dict]],
+) -> dict[str, Any]:
+    """Gather what config.json holds, so that a run can be understood and repeated from it.
+
+    It has every setting with its origin, the data files with their SHA-256 and what data.select
+    noted of them, the examples left out for their images, and the versions that ran.
+    """
+    data = {
+        name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path)
+        for name, path in data_files.items()
+    }
+    return {
+        "script": script,
+        "recipe": resolved.recipe,
+        "settings": to_json(resolved),
+        "data": data,
+        "bad_images": dict(bad_images),
+        "versions": versions(),
+    }
+
+
+def _selection(data_file: Path) -> dict[str, Any]:
+    """Read NAME.select.json beside a data file -> {"selection": its content}, or {} without one."""
+    path = selection_file(data_file)
+    if not path.is_file():
+        return {}
+    try:
+        return {"selection": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it"
+        ) from error
+
+
+def saved_settings(run_dir: str | Path) -> dict[str, Any]:
+    """Read the settings of an earlier run by name, from its config.json.
+
+    They are empty where the folder has none (an adapter from elsewhere). Raises UsageError for a
+    config.json that cannot be read.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: entry["value"] for name, entry in record.get("settings", {}).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
+            " remove it"
+        ) from error
+
+
+# ---- the checkpoint to go on from ----------------------------------------------------------------
+def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
+    """Find the verified checkpoint that --resume_from_checkpoint names.
+
+    named: a checkpoint-<step> folder, which must be sound, or a run folder, whose newest sound
+    checkpoint is taken.
+
+    Returns the checkpoint, and a line for each damaged file of newer ones that were passed over.
+    Raises CheckpointError naming the damaged file.
+    """
+    path = Path(named)
+    if not path.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
+    resolved = path.resolve()  # `last` and `best` are links
+    if resolved.name.startswith("checkpoint-"):
+        here = Path.cwd()
+        return load_checkpoint(
+            resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
+        ), []
+    newest, rejected = latest_valid_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(
+            [
+                f"--resume_from_checkpoint {named}: the folder holds no sound checkpoint-<step>",
+                *rejected,
+            ]
+        )
+    return load_checkpoint(newest), rejected
+
+
+def checkpoint_to_resume(named: str | None) -> Checkpoint | None:
+    """Find the checkpoint that a run goes on from, and print which damaged ones were passed over.
+
+    named: the value of --resume_from_checkpoint, None for a new run.
+
+    Raises CheckpointError as `find_checkpoint` does.
+    """
+    if named is None:
+        return None
+    checkpoint, rejected = find_checkpoint(named)
+    for line in rejected:
+        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+    return checkpoint
+
+
+def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, Any]:
+    """Read the settings of the run that --resume_from_checkpoint names, for `parse_config`.
+
+    Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or
+    a renamed folder. Raises UsageError for a checkpoint of the other script.
+    """
+    checkpoint, _ = find_checkpoint(named)
+    record = checkpoint.record("config.json")
+    if record["script"] != script:
+        raise UsageError(
+            f"--resume_from_checkpoint {named}: a checkpoint of run_{record['script']}.py; resume"
+            " it with that script"
+        )
+    return {name: entry["value"] for name, entry in record["settings"].items()} | {
+        "output_dir": None
+    }
+
+
+def run_folder(
+    checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]
+) -> Path:
+    """Choose the folder of this run: its checkpoint's, or a new one where output_dir names another.
+
+    Raises UsageError where that other folder is not empty.
+    """
+    if checkpoint is not None and (
+        output_dir is None or Path(output_dir).resolve() == checkpoint.path.parent.resolve()
+    ):
+        return checkpoint.path.parent
+    return run_directory(output_dir, kind)
+
+
+def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
+    """Complete config.json of a resumed run with what only its beginning knows: recipe and origins.
+
+    record: the `run_record` of the resumed run.
+
+    Raises UsageError naming each data file that is not the one that the run began with.
+    """
+    saved = checkpoint.record("config.json")
+    before, now = saved["data"], record["data"]
+    changed = [
+        f"{name}: {now[name]['file'] if name in now else before[name]['file']} has SHA-256"
+        f" {now.get(name, {}).get('sha256', '(not given)')[:12]}, the resumed run used"
+        f" {before.get(name, {}).get('sha256', '(none)')[:12]}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name, {}).get("sha256") != now.get(name, {}).get("sha256")
+    ]
+    if changed:
+        raise UsageError(
+            [
+                f"data file changed since {checkpoint.path.name} was saved; restore it or start a"
+                f" new run. {line}"
+                for line in changed
+            ]
+        )
+    settings = {
+        name: (
+            saved["settings"][name]
+            if saved["settings"].get(name, {}).get("value") == entry["value"]
+            else entry
+        )
+        for name, entry in record["settings"].items()
+    }  # a value that did not change keeps its origin
+    return record | {"recipe": saved["recipe"], "settings": settings}
+
+
+def training_record(
+    resolved: Resolved,
+    script: Literal["sft", "grpo"],
+    sets: DataSets,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
+    """Make config.json of a training run, new or resumed.
+
+    Raises UsageError where a data file or the frozen reference is not the one that the resumed run
+    began with.
+    """
+    record = run_record(resolved, script, sets.files, sets.bad_images)
+    if checkpoint is None:
+        return record
+    record = continued_record(checkpoint, record)
+    if "reference" in checkpoint.record("config.json"):
+        record["reference"] = check_same_reference(checkpoint)
+    return record
+
+
+def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
+    """Copy an earlier run's logs and results into the folder where it goes on, so that it is whole.
+
+    This checkpoint and the best one come along. Nothing is done where the folder stays the same.
+    """
+    from engine.tracking import STEP_LOGS  # here: it needs torch
+
+    source = checkpoint.path.parent
+    if source.resolve() == run_dir.resolve():
+        return
+    for pattern in (*STEP_LOGS, "events.out.tfevents.*", "predictions-*.jsonl", "scores-*.json"):
+        for path in source.glob(pattern):
+            shutil.copyfile(path, run_dir / path.name)
+    if (source / "reference").is_dir():
+        shutil.copytree(source / "reference", run_dir / "reference", dirs_exist_ok=True)
+    for link, name in (
+        ("last", checkpoint.path.name),
+        ("best", checkpoint.record("trainer_state.json")["best_model_checkpoint"]),
+    ):
+        if name is None or not (source / name).is_dir():
+            continue
+        if not (run_dir / name).exists():
+            temporary = run_dir / f".tmp-{name}"
+            shutil.copytree(source / name, temporary)
+            os.rename(temporary, run_dir / name)
+        point_link(run_dir, link, run_dir / name)
+
+
+# ---- the frozen reference of GRPO ----------------------------------------------------------------
+def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
+    """Copy the SFT adapter to run_dir/reference, once, and return {file: SHA-256}.
+
+    With it a run folder is whole, whatever happens to the SFT run.
+    """
+    temporary = run_dir / ".tmp-reference"
+    temporary.mkdir()
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, temporary / name)
+    os.rename(temporary, run_dir / "reference")
+    return _reference_hashes(run_dir / "reference")
+
+
+def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
+    """Check that the reference is the adapter that the run began with -> {file: SHA-256}.
+
+    Raises UsageError where it is not.
+    """
+    folder = checkpoint.path.parent / "reference"
+    before = checkpoint.record("config.json")["reference"]
+    now = _reference_hashes(folder)
+    if now != before:
+        changed = next(name for name in before if now.get(name) != before[name])
+        raise UsageError(
+            f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256"
+            f" {now.get(changed, 'missing')[:12]}, was {before[changed][:12]}); restore it or start"
+            " a new run"
+        )
+    return now
+
+
+def _reference_hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}

@@ -1,0 +1,132 @@
+"""Save what a run leaves and put it back: checkpoints, the best of them, the final adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from data.files import write_json, written_whole
+from engine.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    point_link,
+    rotate_checkpoints,
+    save_checkpoint,
+)
+from engine.model import adapter_config_record, adapter_state, load_adapter_state
+from engine.policy import Policy
+from engine.run import TrainerState
+from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def save_training_checkpoint(
+    folder: Path,
+    state: TrainerState,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    config_record: dict[str, Any],
+    limit: int | None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    *,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    records: Mapping[str, Any] | None = None,
+) -> None:
+    """Save everything that the next optimizer step depends on as checkpoint-<step>.
+
+    Then point the links `last` and `best`, and delete old checkpoints.
+
+    config_record: the contents of config.json. limit: checkpoints to keep, None for all.
+    generators: those besides torch's, numpy's and Python's own. tensors, records: files of the
+    caller's own, by name.
+    """
+    optimizer_tensors, optimizer_record = optimizer_to_tensors(optimizer)
+    rng_tensors, rng_record = rng_to_tensors(generators)
+    path = save_checkpoint(
+        folder,
+        state.global_step,
+        tensors={
+            "adapter_model": adapter_state(policy.adapted),
+            "optimizer": optimizer_tensors,
+            "rng": rng_tensors,
+            **(tensors or {}),
+        },
+        records={
+            "adapter_config.json": adapter_config_record(policy.adapted, policy.base.name),
+            "optimizer.json": optimizer_record,
+            "rng.json": rng_record,
+            "trainer_state.json": asdict(state),
+            "config.json": config_record,
+            **(records or {}),
+        },
+        notes={"reference": config_record["reference"]} if "reference" in config_record else None,
+    )
+    point_link(folder, "last", path)
+    best = folder / state.best_model_checkpoint if state.best_model_checkpoint else None
+    if best is not None and best.is_dir():
+        point_link(folder, "best", best)
+    rotate_checkpoints(folder, limit, keep={path} | ({best} if best else set()))
+
+
+def restore(
+    checkpoint: Checkpoint,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator] | None = None,
+) -> TrainerState:
+    """Put adapter, optimizer and random numbers back, and return where the run stood.
+
+    generators: as they were given to `save_training_checkpoint`. Raises UsageError where the
+    adapter does not fit the model, CheckpointError where the optimizer's state does not.
+    """
+    load_adapter_state(
+        policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
+    )
+    load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.record("optimizer.json"))
+    load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
+    state = TrainerState(**checkpoint.record("trainer_state.json"))
+    best = state.best_model_checkpoint
+    if best is not None and not (checkpoint.path.parent / best).is_dir():
+        logger.warning(
+            "the best checkpoint so far, %s, is gone: the best is chosen among later ones", best
+        )
+        state.best_metric = state.best_model_checkpoint = None
+    return state
+
+
+def save_final_adapter(folder: Path, state: TrainerState, policy: Policy) -> None:
+    """Write the run's result at the top of its folder, as plain peft loads it.
+
+    The presence of adapter_model.safetensors there says that the run has finished.
+    """
+    write_json(folder / "trainer_state.json", asdict(state))
+    write_json(
+        folder / "adapter_config.json", adapter_config_record(policy.adapted, policy.base.name)
+    )
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in adapter_state(policy.adapted).items()
+    }
+    with written_whole(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+
+
+def load_best_adapter(folder: Path, state: TrainerState, policy: Policy) -> str | None:
+    """Put the best checkpoint's adapter into the policy.
+
+    Returns the checkpoint's name, or None where no evaluation chose one.
+    """
+    if state.best_model_checkpoint is None:
+        return None
+    checkpoint = load_checkpoint(folder / state.best_model_checkpoint)
+    load_adapter_state(
+        policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
+    )
+    return state.best_model_checkpoint

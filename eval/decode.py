@@ -1,0 +1,370 @@
+"""Decode data sets with a model, keep every answer at once, and go on where a call was stopped.
+
+This file needs torch and transformers. Commands import it once their command line is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.examples import Example
+from data.files import sha256_of, write_json
+from data.predictions import Prediction, parse_row, write_predictions
+from data.prompts import PROMPTS
+from engine.config import Resolved, UsageError
+from engine.generate import Completion, SamplingConfig, generate
+from engine.model import attach_adapter
+from engine.policy import Policy, load_base
+from engine.resume import run_record
+from engine.runtime import StopRequested
+from engine.settings import TrainingConfig
+from engine.tracking import Progress
+from eval.folders import result_files, write_results
+from eval.scores import score
+from eval.settings import EvalConfig
+
+WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Say how completions are decoded and read.
+
+    sampling: temperature, top-p and length limit of the sampler.
+    answer_format: the form of a valid answer. batch_size: completions written together.
+    seed: of the sampler, and of the intervals and the random baseline of the scores.
+    """
+
+    sampling: SamplingConfig
+    answer_format: str
+    batch_size: int
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Decoding:
+        """Take what the command line says of decoding, once `complete` has filled it in."""
+        return cls(
+            SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
+            config.answer_format,
+            config.per_device_eval_batch_size,
+            config.seed,
+        )
+
+    @classmethod
+    def greedy(cls, config: TrainingConfig) -> Decoding:
+        """Decode greedily, as a training run evaluates itself."""
+        return cls(
+            SamplingConfig(0.0, max_completion_length=config.max_completion_length),
+            config.answer_format,
+            config.per_device_eval_batch_size,
+        )
+
+
+def load_policy(
+    config: EvalConfig, device: torch.device, *, vision_cache_gb: float = 0.0
+) -> Policy:
+    """Load what is to be evaluated: a base model, with its adapter where there is one.
+
+    vision_cache_gb: host memory for image features, for a model that answers several prompts.
+    """
+    base = load_base(config, device, vision_cache_gb=vision_cache_gb)
+    adapter = config.adapter_name_or_path
+    net = base.net if adapter is None else attach_adapter(base, adapter)
+    return Policy(net, base, PROMPTS[config.prompt])
+
+
+# ---- decode --------------------------------------------------------------------------------------
+def predict(
+    policy: Policy,
+    examples: Sequence[Example],
+    decoding: Decoding,
+    *,
+    done: Mapping[str, Prediction] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_prediction: Callable[[Prediction], None] = lambda prediction: None,
+) -> list[Prediction]:
+    """Answer every example with one completion, by the sampler that rollouts use too.
+
+    policy: the model with its active adapter, or the base. done: {id: prediction} of an earlier
+    call with the same arguments that was cut short. They are taken, not made again.
+    on_prediction: called with each new prediction as soon as it is there. should_stop: once it says
+    so, StopRequested is raised, and what is being written is lost.
+
+    Returns the predictions in the examples' order. A finished completion makes room for the next,
+    and images are looked at window by window. Every example has random numbers of its own, made
+    from the seed and its position, so completions depend on batch_size and on done only by
+    rounding. Raises DataError for an image that cannot be read.
+    """
+    kept = done or {}
+    predictions = dict(kept)
+
+    def keep(example: Example, completion: Completion) -> None:
+        prediction = Prediction.of_example(
+            example,
+            prompt=policy.prompt.name,
+            completion=policy.encoder.decode(completion.ids),
+            completion_length=len(completion.ids),
+            answer_format=decoding.answer_format,
+        )
+        predictions[example.id] = prediction
+        on_prediction(prediction)
+
+    size = WINDOW * decoding.batch_size
+    for start in range(0, len(examples), size):
+        positions = [
+            i for i in range(start, min(start + size, len(examples))) if examples[i].id not in kept
+        ]
+        _decode_window(policy, examples, positions, decoding, should_stop, keep)
+    return [predictions[example.id] for example in examples]
+
+
+def _decode_window(
+    policy: Policy,
+    examples: Sequence[Example],
+    positions: Sequence[int],
+    decoding: Decoding,
+    should_stop: Callable[[], bool],
+    keep: Callable[[Example, Completion], None],
+) -> None:
+    """Answer the examples at `positions` by one call of the sampler."""
+    encoded = []
+    for i in positions:
+        if should_stop():
+            raise StopRequested
+        encoded.append(policy.encode(examples[i]))
+    if encoded:
+        generate(
+            policy,
+            encoded,
+            decoding.sampling,
+            max_rows=decoding.batch_size,
+            should_stop=should_stop,
+            generator=[
+                torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in positions
+            ],
+            on_finished=lambda i, completions: keep(examples[positions[i]], *completions),
+        )
+
+
+def evaluate_sets(
+    policy: Policy,
+    sets: Mapping[str, Sequence[Example]],
+    decoding: Decoding,
+    output_dir: str | Path,
+    *,
+    baseline_examples: Sequence[Example] | None = None,
+    annotate: Callable[[list[Prediction]], tuple[list[Prediction], dict[str, Any]]] | None = None,
+    notes: Mapping[str, dict[str, Any]] | None = None,
+    records: Mapping[str, dict[str, Any]] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, Any]]:
+    """Decode and score every data set, with a progress bar, and keep both -> {name: scores}.
+
+    Results of these names in output_dir are replaced. Until a data set is finished, its answers so
+    far are in predictions-<name>.partial.jsonl. An interrupt (StopRequested, once should_stop
+    says so) or an error leaves that file there and says so.
+
+    baseline_examples: see `score`. annotate: called with a set's predictions, returns them with
+    fields of the caller's own, and more keys for their scores. notes: {name: keys to add to the
+    scores}. records: {name: `evaluation_record`}. With them, answers that an earlier call with the
+    same records left behind are taken. Raises UsageError where those are of another evaluation.
+    """
+    results = {}
+    for name, examples in sets.items():
+        record = None if records is None else records[name]
+        done = [] if record is None else read_partial(output_dir, name, record)
+        description = f"{name} (images)"
+        with (
+            Progress(len(examples), initial=len(done), description=description) as progress,
+            _kept(output_dir, name, done, record) as keep,
+        ):
+            predictions = predict(
+                policy,
+                examples,
+                decoding,
+                done={prediction.id: prediction for prediction in done},
+                should_stop=should_stop,
+                on_prediction=_shown(progress, keep),
+            )
+            more: dict[str, Any] = {}
+            if annotate is not None:
+                predictions, more = annotate(predictions)
+            scores = score(predictions, baseline_examples=baseline_examples, seed=decoding.seed)
+            results[name] = scores | more | dict((notes or {}).get(name, {}))
+            write_results(output_dir, name, predictions, results[name], overwrite=True)
+    return results
+
+
+def _shown(progress: Progress, keep: Callable[[Prediction], None]) -> Callable[[Prediction], None]:
+    """Make the function that keeps a new prediction and moves the bar."""
+    failed = 0
+
+    def on_prediction(prediction: Prediction) -> None:
+        nonlocal failed
+        keep(prediction)
+        failed += not prediction.answer.parsed
+        progress.update({"failed": failed})
+
+    return on_prediction
+
+
+# ---- the answers so far --------------------------------------------------------------------------
+def _partial_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
+    """Return (file of the answers so far, file of their evaluation's record)."""
+    stem = Path(output_dir) / f"predictions-{name}.partial"
+    return Path(f"{stem}.jsonl"), Path(f"{stem}.json")
+
+
+def read_partial(output_dir: str | Path, name: str, record: Mapping[str, Any]) -> list[Prediction]:
+    """Read the answers that an interrupted evaluation left, so that the same one goes on.
+
+    record: `evaluation_record` of the evaluation that asks. Raises UsageError where they are of
+    another one.
+    """
+    answers, about = _partial_files(output_dir, name)
+    if not answers.is_file():
+        return []
+    if not about.is_file():
+        raise UsageError(
+            f"{answers} was left there by another command; score it with --predictions, remove it,"
+            " or give another --output_dir"
+        )
+    another = difference(json.loads(about.read_text(encoding="utf-8")), record)
+    if another:
+        raise UsageError(
+            f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
+            " or give another --output_dir"
+        )
+    predictions = []
+    for line in answers.read_text(encoding="utf-8").splitlines():
+        row, problems = parse_row(line)
+        if problems:  # torn by the end of the process
+            break
+        predictions.append(Prediction.from_row(row))
+    return predictions
+
+
+@contextmanager
+def _kept(
+    output_dir: str | Path,
+    name: str,
+    done: Sequence[Prediction],
+    record: Mapping[str, Any] | None,
+) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that appends a prediction to the file of partial answers at once.
+
+    The file goes when the block ends well. Else it stays and is named.
+    """
+    partial, about = _partial_files(output_dir, name)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        write_json(about, record)
+    write_predictions(partial, done)  # without a torn line
+    with partial.open("a", encoding="utf-8") as file:
+
+        def keep(prediction: Prediction) -> None:
+            file.write(json.dumps(prediction.to_row(), ensure_ascii=False) + "\n")
+            file.flush()
+
+        try:
+            yield keep
+        except BaseException:
+            if file.tell():
+                how = (
+                    "the same command goes on from there"
+                    if record is not None
+                    else f"to score them: python -m eval.evaluate --predictions {name}={partial}"
+                )
+                print(f"the answers so far are kept in {partial}: {how}", file=sys.stderr)
+            else:
+                partial.unlink()
+                about.unlink(missing_ok=True)
+            raise
+    partial.unlink()
+    about.unlink(missing_ok=True)
+
+
+# ---- whether two evaluations are the same --------------------------------------------------------
+# Settings that may differ where an evaluation goes on: they change no answer.
+_NO_MATTER = (
+    "output_dir",
+    "data_file",
+    "predictions",
+    "train_file",
+    "num_threads",
+    "image_root",
+    "vision_cache_dir",
+    "per_device_eval_batch_size",
+)
+
+
+def evaluation_record(
+    resolved: Resolved, name: str, file: Path, bad_images: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Say how a data set is evaluated, which becomes "run" of its scores."""
+    config: EvalConfig = resolved.configs[0]
+    adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
+    return run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
+        "adapter_sha256": (
+            sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
+        )
+    }
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name the first setting or data in which two evaluations differ, "" where in none.
+
+    before, now: `evaluation_record` of what was done and of what is asked for.
+    """
+    was = before.get("settings") or {}
+    greedy = now["settings"]["temperature"]["value"] == 0
+    for name, entry in now["settings"].items():
+        # a setting that an earlier version did not have cannot differ
+        if name in _NO_MATTER or name not in was or (greedy and name == "seed"):
+            continue
+        # an earlier version recorded no value for what nobody had given
+        if was[name].get("value") is None and was[name].get("origin") == entry["origin"]:
+            continue
+        if was[name].get("value") != entry["value"]:
+            return f"{name} ({was[name].get('value')}, now {entry['value']})"
+    for name, file in now["data"].items():
+        if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
+            return f"data file of {name}"
+    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
+        return "list of unreadable images"
+    return (
+        "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
+    )
+
+
+def finished_sets(output_dir: str | Path, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """List the data sets whose results are in output_dir already.
+
+    records: {name: `evaluation_record`} of the evaluation that asks. Raises UsageError for a set
+    that was evaluated otherwise.
+    """
+    finished, problems = [], []
+    for name, record in records.items():
+        predictions, scores = result_files(output_dir, name)
+        if not (predictions.is_file() and scores.is_file()):
+            continue
+        another = difference(
+            json.loads(scores.read_text(encoding="utf-8")).get("run") or {}, record
+        )
+        if another:
+            problems.append(
+                f"{predictions} is finished, but with another {another}; give another --output_dir"
+                " or NAME"
+            )
+        finished.append(name)
+    if problems:
+        raise UsageError(problems)
+    return finished

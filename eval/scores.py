@@ -1,0 +1,268 @@
+"""Score predictions, and print the scores as text tables.
+
+`score` makes everything that scores-<name>.json holds. The arithmetic is in eval/metrics.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.examples import Example
+from data.files import DataError
+from data.labels import LABELS
+from data.predictions import Prediction
+from eval.metrics import (
+    bootstrap_intervals,
+    failure_policies,
+    jaccard_per_image,
+    label_matrix,
+    multilabel_scores,
+    predict_all_labels,
+    predict_by_prevalence,
+    predict_most_frequent,
+)
+
+# the random baseline is a mean over draws: a single one is noisy on a few hundred images
+PREVALENCE_DRAWS = 20
+
+
+# ---- score ---------------------------------------------------------------------------------------
+def score(
+    predictions: Sequence[Prediction],
+    *,
+    baseline_examples: Sequence[Example] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score predictions against their truth -> everything that scores-<name>.json holds.
+
+    The labels (columns) are all that any row evaluates. Each image counts in its own evaluated
+    labels only. At the top level stands the dict of `multilabel_scores`, with a failed answer
+    counted as empty. "failure_policies" has F1 under the other two treatments too.
+
+    "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid,
+    and entries that are no label enlarge the union. "fail_rate" is the share of answers whose
+    labels could not be read, "invalid_rate" the share not strictly in the format. "intervals" are
+    95 %, by patient.
+
+    baseline_examples: the training examples, whose label sets the baselines imitate. Without them
+    the baselines imitate this data set, so they have seen the answers.
+    seed: of the intervals and the random baseline.
+
+    Raises DataError where there is no prediction, or none evaluates any label.
+    """
+    columns = [
+        label
+        for label in LABELS
+        if any(label in prediction.evaluated_labels for prediction in predictions)
+    ]
+    if not columns:
+        raise DataError(
+            [
+                f"nothing to score: {len(predictions)} rows, and evaluated_labels is empty in all"
+                " of them"
+            ]
+        )
+    answers = [prediction.answer for prediction in predictions]
+    targets = label_matrix([prediction.labels for prediction in predictions], columns)  # [N, K]
+    predicted = label_matrix([answer.labels for answer in answers], columns)  # [N, K]
+    evaluated = label_matrix([prediction.evaluated_labels for prediction in predictions], columns)
+    parsed = np.array([answer.parsed for answer in answers])  # [N]
+    valid = np.array([answer.valid for answer in answers])  # [N]
+    num_unknown = np.array([len(answer.unknown) for answer in answers])  # [N]
+    jaccard = np.where(valid, jaccard_per_image(targets, predicted, evaluated, num_unknown), 0.0)
+
+    policies = failure_policies(targets, predicted, parsed, columns, evaluated)
+    patients = [prediction.patient_id for prediction in predictions]
+    intervals = bootstrap_intervals(
+        targets, predicted & parsed[:, None], evaluated, patients, jaccard=jaccard, seed=seed
+    )
+    lengths = [prediction.completion_length for prediction in predictions]
+    problems = Counter(answer.problem for answer in answers if answer.problem)
+    return policies["empty"] | {
+        "jaccard": float(jaccard.mean()),
+        "fail_rate": float((~parsed).mean()),
+        "invalid_rate": float((~valid).mean()),
+        "problems": dict(problems.most_common()),
+        "n": len(predictions),
+        "num_patients": len(set(patients)),
+        "labels": columns,
+        "failure_policies": {name: _f1(scores) for name, scores in policies.items()},
+        "intervals": {name: list(bounds) for name, bounds in intervals.items()},
+        "baselines": baselines(targets, evaluated, columns, baseline_examples, seed),
+        "completion_length": {"mean": float(np.mean(lengths)), "max": max(lengths)},
+    }
+
+
+def baselines(
+    targets: np.ndarray,
+    evaluated: np.ndarray,
+    columns: Sequence[str],
+    baseline_examples: Sequence[Example] | None,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Score answers that are made without looking at an image -> {baseline: its scores}.
+
+    targets, evaluated [N, K] bool: truth of the data set, and which of it is known.
+    columns [K]: labels. baseline_examples: whose label sets are imitated, None for the data set's.
+
+    The scores are "micro_f1", "macro_f1" and "jaccard". "reference" beside them says which label
+    sets were imitated: "train_file", "this data set" or None.
+    """
+    imitated, source = targets & evaluated, "this data set"
+    if baseline_examples is not None:
+        imitated = label_matrix([example.target.labels for example in baseline_examples], columns)
+        source = "train_file"
+    rng = np.random.default_rng(seed)
+    num_images, num_labels = targets.shape
+
+    def scores_of(predictions: np.ndarray) -> dict[str, float]:
+        jaccard = float(jaccard_per_image(targets, predictions, evaluated).mean())
+        scores = multilabel_scores(targets, predictions, columns, evaluated)
+        return _f1(scores) | {"jaccard": jaccard}
+
+    draws = [
+        scores_of(predict_by_prevalence(imitated, num_images, rng)) for _ in range(PREVALENCE_DRAWS)
+    ]
+    mean = {metric: float(np.mean([draw[metric] for draw in draws])) for metric in draws[0]}
+    most_frequent = scores_of(predict_most_frequent(imitated, num_images))
+    all_labels = scores_of(predict_all_labels(num_images, num_labels))
+    return {
+        "most_frequent": most_frequent | {"reference": source},
+        "all_labels": all_labels | {"reference": None},
+        "prevalence_matched": mean | {"reference": source},
+    }
+
+
+def _f1(scores: Mapping[str, Any]) -> dict[str, float]:
+    return {"micro_f1": scores["micro"]["f1"], "macro_f1": scores["macro"]["f1"]}
+
+
+# ---- text tables ---------------------------------------------------------------------------------
+_BASELINE_TITLES = {
+    "most_frequent": "most frequent",
+    "all_labels": "all labels",
+    "prevalence_matched": "prevalence-matched",
+}
+# beside "empty", the row of the data set
+_POLICY_TITLES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
+_NAME_WIDTH = 22
+
+
+def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = False) -> str:
+    """Lay out the scores of every data set as a text table, at most 100 columns wide.
+
+    Below each data set stand its F1 under the other two treatments of failed answers, where there
+    are any, and its baselines.
+
+    results: {data set: scores}. per_label: add a table of every label's scores.
+    """
+    lines = _aligned(_score_rows(results), "<><<<>")
+    sources = {scores["baselines"]["most_frequent"]["reference"] for scores in results.values()}
+    lines += [
+        (
+            "(95 % interval by patient); failed answers count as empty, answers not in the format"
+            " have Jaccard 0;"
+        ),
+        f"label frequencies of the baselines are from: {', '.join(sorted(sources))}",
+    ]
+    left_out = [
+        f"{_clipped(name)} {scores['bad_images']}"
+        for name, scores in results.items()
+        if scores.get("bad_images")
+    ]
+    if left_out:
+        lines.append(f"examples left out for their images: {', '.join(left_out)}")
+    if per_label:
+        for name, scores in results.items():
+            header = (_clipped(name), "precision", "recall", "F1", "support")
+            lines += ["", *_aligned([header, *_label_rows(scores)], "<>>>>")]
+    return "\n".join(lines)
+
+
+def _score_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
+    for name, scores in results.items():
+        values = {"jaccard": scores["jaccard"]} | _f1(scores)
+        shown = [
+            f"{values[metric]:.3f} ({low:.3f}-{high:.3f})"
+            for metric, (low, high) in _in_order(scores["intervals"])
+        ]
+        rows.append((_clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
+        if scores["fail_rate"]:
+            for key, title in _POLICY_TITLES.items():
+                policy = scores["failure_policies"][key]
+                both = (f"{policy[metric]:.3f}" for metric in ("micro_f1", "macro_f1"))
+                rows.append((f"  {title}", "", "", *both, ""))
+        for key, title in _BASELINE_TITLES.items():
+            baseline = (f"{value:.3f}" for _, value in _in_order(scores["baselines"][key]))
+            rows.append((f"  {title}", "", *baseline, ""))
+    return rows
+
+
+def _label_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            label,
+            *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")),
+            str(row["support"]),
+        )
+        for label, row in scores["per_label"].items()
+    ]
+
+
+_PROGRESS_COLUMNS = {
+    "reward": "reward",
+    "jaccard": "Jaccard",
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+    "fail_rate": "fail",
+    "completion_length": "tokens",
+}
+
+
+def format_progress(
+    log_history: Sequence[Mapping[str, Any]], names: Sequence[str], best: str | None
+) -> str:
+    """Lay out how a training run's evaluations went: at its start, its best checkpoint, its end.
+
+    log_history: as in trainer_state.json. names: the data sets. best: the best checkpoint's folder
+    name, checkpoint-<step>, or None.
+    """
+    table = [("data set", "step", *_PROGRESS_COLUMNS.values())]
+    best_step = int(best.rpartition("-")[2]) if best else -1
+    for name in names:
+        entries = {
+            entry["step"]: entry for entry in log_history if f"eval_{name}_macro_f1" in entry
+        }
+        for step, title in dict.fromkeys(
+            [(min(entries), "start"), (best_step, "best"), (max(entries), "last")]
+        ):
+            if step in entries:
+                values = [entries[step][f"eval_{name}_{metric}"] for metric in _PROGRESS_COLUMNS]
+                table.append(
+                    (_clipped(name), f"{title} ({step})", *(f"{value:.3f}" for value in values))
+                )
+    return "\n".join(_aligned(table, "<<" + ">" * len(_PROGRESS_COLUMNS)))
+
+
+def _in_order(by_metric: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(metric, by_metric[metric]) for metric in ("jaccard", "micro_f1", "macro_f1")]
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else f"{name[:10]}...{name[-9:]}"
+
+
+def _aligned(table: Sequence[tuple[str, ...]], alignments: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(row, alignments, widths, strict=True)
+        ).rstrip()
+        for row in table
+    ]

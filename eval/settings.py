@@ -1,0 +1,254 @@
+"""Declare and check the flags of evaluation, before anything heavy is imported.
+
+`EvalConfig` has the flags of eval.evaluate. `DecodingConfig` has those that eval.matrix shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from data.answers import ANSWER_FORMATS
+from data.files import named_files
+from data.prompts import PROMPTS
+from engine.config import ConfigError, Resolved, setting
+from engine.settings import (
+    ENGINE,
+    MAX_COMPLETION_LENGTH,
+    OURS,
+    PAPER_GRPO,
+    PAPER_SFT,
+    TOP_P,
+    BadImages,
+    TrainingConfig,
+    inherit,
+)
+
+if TYPE_CHECKING:  # at run time flags are checked without torch
+    import torch
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Say what is decoded and how. What is not given is as in the run that trained the adapter."""
+
+    data_file: tuple[str, ...] = setting(
+        (),
+        "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT",
+        aliases=("validation_file",),
+    )
+    image_root: str | None = setting(
+        None, "folder that image paths are relative to", unset="each data file's own folder"
+    )
+    bad_images: BadImages = setting(
+        "fail",
+        "an unreadable image stops the command; or skip: all images are read first, and the"
+        " examples of bad ones are left out of the scores and listed in bad-images-<name>.jsonl",
+        source=ENGINE,
+    )
+    train_file: str | None = setting(
+        None,
+        "training data whose label frequencies the baselines imitate",
+        unset="each data set's own frequencies",
+    )
+    max_samples: int | None = setting(
+        None, "use only the first so many rows of each data set", unset="all", unit="rows"
+    )
+    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding", source=OURS)
+    top_p: float = setting(
+        TOP_P, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO
+    )
+    max_completion_length: int = setting(
+        MAX_COMPLETION_LENGTH,
+        "where a completion is cut",
+        unset="the adapter's run's, else 512",
+        unit="tokens",
+        source=OURS,
+    )
+    per_device_eval_batch_size: int = setting(
+        8, "images decoded together; changes no answer", unit="images", source=ENGINE
+    )
+    min_visual_tokens: int = setting(
+        TrainingConfig.min_visual_tokens,
+        "an image is enlarged to at least this many visual tokens; Gemma 3 has a fixed number",
+        unset="the adapter's run's, else 256",
+        unit="tokens",
+        source=PAPER_SFT,
+    )
+    max_visual_tokens: int = setting(
+        TrainingConfig.max_visual_tokens,
+        "an image is reduced to at most this many visual tokens",
+        unset="the adapter's run's, else 512",
+        unit="tokens",
+        source=PAPER_SFT,
+    )
+    vision_cache_dir: str | None = setting(
+        None,
+        "folder that keeps image features across runs, by tower, processor and image; only ever"
+        " grows",
+        unset="none",
+        source=ENGINE,
+    )
+    num_threads: int | None = setting(
+        None,
+        "CPU threads of torch",
+        unset="the adapter's run's, else torch's own choice",
+        unit="threads",
+    )
+    bf16: bool = setting(
+        True,
+        "base model in bfloat16 rather than float32",
+        unset="the adapter's run's, else true on a GPU and false on a CPU",
+        source=ENGINE,
+    )
+    seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
+
+
+@dataclass(frozen=True)
+class EvalConfig(DecodingConfig):
+    """Hold the flags of `python -m eval.evaluate`."""
+
+    model_name_or_path: str = setting(
+        "", "base model: a folder, a hub name, 'demo' or 'demo-gemma'", unset="the adapter's base"
+    )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter", unset="none: the base model itself is evaluated"
+    )
+    predictions: tuple[str, ...] = setting(
+        (),
+        "files to score again without a model, each NAME=FILE: predictions-<name>.jsonl, or"
+        " completions.jsonl of a GRPO run",
+    )
+    label_map: Literal["nih_nine", "nih_ten"] | None = setting(
+        None,
+        "with --predictions: labels anew from NIH's own strings, the paper's nine categories or ten"
+        " with Pleural Effusion",
+        unset="the labels in the file",
+    )
+    no_label: Literal["empty", "no_finding", "drop"] = setting(
+        "empty",
+        "with --label_map: an image without any of its labels keeps its empty set, is called No"
+        " Finding, or is left out",
+        source="as in data.select for NIH",
+    )
+    output_dir: str | None = setting(
+        None, "where predictions and scores go", unset="a new folder runs/<time>-eval"
+    )
+    prompt: str = setting(
+        TrainingConfig.prompt,
+        f"instruction: {', '.join(PROMPTS)}",
+        unset="the adapter's run's, else free_reasoning",
+        source=OURS,
+    )
+    answer_format: str = setting(
+        TrainingConfig.answer_format,
+        f"form of a valid answer: {', '.join(ANSWER_FORMATS)}",
+        unset="the adapter's run's where the prompt is, else the prompt's own; with --predictions:"
+        " that of each row",
+        source=OURS,
+    )
+
+
+# ---- checks --------------------------------------------------------------------------------------
+def config_problems(config: EvalConfig) -> list[str]:
+    """Check the values of one command line, beyond their types -> problems, one line each."""
+    problems = (
+        decoding_problems(config, [config.prompt])
+        + named_files(config.predictions, "predictions")[1]
+    )
+    if config.predictions:
+        problems += [
+            f"--{name}: has no place beside --predictions, which scores again without a model"
+            for name in ("model_name_or_path", "adapter_name_or_path", "data_file")
+            if getattr(config, name)
+        ]
+    elif config.label_map:
+        problems.append(
+            "--label_map: goes with --predictions; a data file gets its labels from data.select"
+            " --label_map"
+        )
+    elif not config.data_file:
+        problems.append(
+            "nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score"
+            " again"
+        )
+    elif not config.model_name_or_path and not config.adapter_name_or_path:
+        problems.append("no model: give --model_name_or_path, --adapter_name_or_path, or both")
+    if config.answer_format not in ANSWER_FORMATS:
+        problems.append(
+            f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}"
+        )
+    return problems
+
+
+def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[str]:
+    """Check the settings of decoding, and the names of prompts -> problems, one line each."""
+    problems = named_files(config.data_file, "data_file")[1] + [
+        f"--prompt {name}: unknown; known: {', '.join(PROMPTS)}"
+        for name in prompts
+        if name not in PROMPTS
+    ]
+    for name in (
+        "max_samples",
+        "max_completion_length",
+        "per_device_eval_batch_size",
+        "min_visual_tokens",
+        "max_visual_tokens",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+    if not 0 <= config.temperature < float("inf"):
+        problems.append(
+            f"--temperature {config.temperature}: must be 0 (greedy) or a positive number"
+        )
+    if not 0 < config.top_p <= 1:
+        problems.append(f"--top_p {config.top_p}: must be above 0 and at most 1")
+    return problems
+
+
+# ---- what was not given --------------------------------------------------------------------------
+# What an evaluation takes over from the adapter, and from the run that trained it.
+INHERITED = (
+    "model_name_or_path",
+    "prompt",
+    "answer_format",
+    "max_completion_length",
+    "min_visual_tokens",
+    "max_visual_tokens",
+    "bf16",
+    "num_threads",
+)
+
+
+def complete(resolved: Resolved) -> Resolved:
+    """Fill in what was not given, so that an adapter is evaluated as its run trained it.
+
+    Raises UsageError for a folder without an adapter, for one that names no base model, and for a
+    config.json that cannot be used.
+    """
+    folder = resolved.configs[0].adapter_name_or_path or ""
+    from_run = str(Path(folder) / "config.json")
+    resolved = inherit(resolved, INHERITED, from_run=from_run, from_prompt="prompt {}")
+    config: EvalConfig = resolved.configs[0]
+    smallest, largest = config.min_visual_tokens, config.max_visual_tokens
+    problems = config_problems(config)
+    if smallest > largest:
+        problems.append(f"--min_visual_tokens {smallest} is above --max_visual_tokens {largest}")
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def with_precision(resolved: Resolved, device: torch.device) -> Resolved:
+    """Fill in --bf16 where neither a flag nor the adapter's run gave it: true on a GPU alone."""
+    if is_given(resolved, "bf16"):
+        return resolved
+    return resolved.with_value("bf16", device.type == "cuda", "default")
+
+
+def is_given(resolved: Resolved, name: str) -> bool:
+    """Tell whether a setting has another value than its default: from a flag, a recipe or a run."""
+    return resolved.origins[name] != "default"

@@ -1,0 +1,109 @@
+"""Give an evaluation of the policy its rewards, log it, and note whether it is the best so far."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.predictions import Prediction
+from engine.run import TrainerState
+from engine.tracking import RunLogger
+from rl.conditions import parse_combination
+from rl.rewards import Reward, RewardFunction, rewards_record
+from rl.settings import SET_METRICS
+
+LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")  # of the evaluated metrics
+
+
+def with_rewards(
+    predictions: Sequence[Prediction],
+    reward_functions: Mapping[str, RewardFunction],
+    trained_reward: str,
+) -> tuple[list[Prediction], dict[str, float]]:
+    """Give a data set's predictions their rewards -> (the predictions, the rewards' means).
+
+    Each prediction gets "rewards" as completions.jsonl has them: {name: {"total", its parts}}.
+    Nothing is observed: the windows stay those of the rollouts.
+
+    trained_reward: name of the reward that is trained on.
+    """
+    rewarded = []
+    for prediction in predictions:
+        rewards = {
+            name: function(prediction.answer, prediction.target, prediction.completion_length)
+            for name, function in reward_functions.items()
+        }
+        rewarded.append(prediction.with_extra(rewards=rewards_record(rewards)))
+    return rewarded, mean_rewards(rewarded, trained_reward, reward_functions[trained_reward])
+
+
+def mean_rewards(
+    predictions: Sequence[Prediction], trained_reward: str, function: RewardFunction
+) -> dict[str, float]:
+    """Average the rewards of `with_rewards` over a data set.
+
+    `rewards/<name>/mean` is in the reward's own units, `reward` as it is trained on.
+    trained_reward, function: the name and the function of the reward that is trained on.
+    """
+    means: dict[str, float] = defaultdict(float)
+    for prediction in predictions:
+        rewards = prediction.extra["rewards"]
+        for name, reward in rewards.items():
+            means[f"rewards/{name}/mean"] += reward["total"] / len(predictions)
+        trained = Reward(rewards[trained_reward]["total"], {})
+        means["reward"] += function.scaled(trained) / len(predictions)
+    return dict(means)
+
+
+def evaluated_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Pick SET_METRICS and the rewards' means out of a data set's scores."""
+    flat = dict(scores) | {
+        "macro_f1": scores["macro"]["f1"],
+        "micro_f1": scores["micro"]["f1"],
+        "completion_length": scores["completion_length"]["mean"],
+    }
+    return {
+        name: value
+        for name, value in flat.items()
+        if name in SET_METRICS or name.startswith("rewards/")
+    }
+
+
+def record_evaluation(
+    metrics: Mapping[str, Mapping[str, float]],
+    log: RunLogger,
+    state: TrainerState,
+    chosen: str | None,
+) -> dict[str, float]:
+    """Log the metrics of each set and the gap between them, and note the best checkpoint.
+
+    gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation
+    than the others have on average, each over its own labels. Above 0, part of the gain does not
+    transfer.
+
+    metrics: {set: its metrics}. chosen: what the best is chosen by (--metric_for_best_model), None
+    for the first set's macro_f1. Returns all metrics by NAME/METRIC, and the gap.
+    """
+    names = list(metrics)
+    for name in names:
+        log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
+    flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
+    if len(names) > 1:
+        start = {name: _first_macro_f1(log, name) for name in names}
+        first, *others = (metrics[name]["macro_f1"] - start[name] for name in names)
+        flat["gap"] = first - sum(others) / len(others)
+        log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
+    if names:
+        combination = parse_combination(chosen or f"{names[0]}/macro_f1")
+        terms = combination.terms
+        single = terms[0][1].rpartition("/")[2] if len(terms) == 1 else None
+        state.record_evaluation(
+            combination.value(flat), greater_is_better=single not in LOWER_IS_BETTER
+        )
+    return flat
+
+
+def _first_macro_f1(log: RunLogger, name: str) -> float:
+    key = f"eval_{name}_macro_f1"
+    return next(entry[key] for entry in log.log_history if key in entry)

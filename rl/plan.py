@@ -1,0 +1,107 @@
+"""Count how prompts, completions and optimizer steps of a GRPO run relate, in one place.
+
+    micro-batch    per_device_train_batch_size completions
+    step           gradient_accumulation_steps micro-batches: one optimizer step
+    rollout        steps_per_generation micro-batches, whole groups of num_generations completions
+    updates        the optimizer steps that learn from one rollout, num_iterations passes over it
+
+It is plain Python, so a command line is checked without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rl.settings import GRPOConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Hold the batch arithmetic of one run, made once by `BatchPlan.of(config)`."""
+
+    micro_batch: int  # completions in a micro-batch
+    accumulation: int  # micro-batches in an optimizer step
+    micro_batches: int  # micro-batches in a rollout
+    group: int  # completions of one prompt, G of Eq. 2
+    iterations: int  # passes over a rollout
+    epochs: float  # passes over the prompts, where max_steps is None
+    max_steps: int | None
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> BatchPlan:
+        """Take the counts from the settings, with a rollout of two steps where none is given."""
+        return cls(
+            micro_batch=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            micro_batches=config.steps_per_generation or 2 * config.gradient_accumulation_steps,
+            group=config.num_generations,
+            iterations=config.num_iterations,
+            epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+        )
+
+    @property
+    def completions(self) -> int:
+        """Count the completions of a rollout."""
+        return self.micro_batch * self.micro_batches
+
+    @property
+    def prompts(self) -> int:
+        """Count the prompts of a rollout."""
+        return self.completions // self.group
+
+    @property
+    def updates(self) -> int:
+        """Count the optimizer steps that learn from one rollout."""
+        return self.micro_batches // self.accumulation * self.iterations
+
+    def total_steps(self, num_examples: int) -> int:
+        """Count the optimizer steps of the run, by epochs the nearest whole number of rollouts."""
+        rollouts = max(1, round(self.epochs * num_examples / self.prompts))
+        return self.max_steps or rollouts * self.updates
+
+    def problems(self) -> list[str]:
+        """Name batches that do not divide, one line each, with the nearest sizes that do."""
+        found = []
+        if self.micro_batches % self.accumulation:
+            lower = self.micro_batches // self.accumulation * self.accumulation
+            nearest = [n for n in (lower, lower + self.accumulation) if n > 0]
+            found.append(
+                f"--steps_per_generation {self.micro_batches} does not divide into optimizer steps"
+                f" of --gradient_accumulation_steps {self.accumulation}; the nearest that do:"
+                f" {', '.join(map(str, nearest))}"
+            )
+        if self.completions % self.group:
+            sizes = range(1, self.micro_batch + self.group + 1)
+            fitting = [size for size in sizes if size * self.micro_batches % self.group == 0]
+            lower = max((n for n in fitting if n < self.micro_batch), default=fitting[0])
+            higher = min(n for n in fitting if n > self.micro_batch)
+            found.append(
+                f"a rollout of --per_device_train_batch_size {self.micro_batch} x"
+                f" {self.micro_batches} micro-batches = {self.completions} completions does not"
+                f" divide into groups of --num_generations {self.group}; the nearest"
+                " --per_device_train_batch_size that do:"
+                f" {', '.join(map(str, sorted({lower, higher})))}"
+            )
+        return found
+
+    def lines(self, num_examples: int, trained_on: str) -> list[str]:
+        """Say in three lines of the start banner how prompts, completions and steps relate.
+
+        num_examples: prompts of the training data.
+        trained_on: name of the reward, for the last line.
+        """
+        steps = self.total_steps(num_examples)
+        rollouts = -(-steps // self.updates)
+        prompts, completions = rollouts * self.prompts, rollouts * self.completions
+        return [
+            f"rollout     {self.prompts} prompts x {self.group} completions = {self.completions}"
+            f" completions, {self.updates} optimizer steps each",
+            f"batch       {self.micro_batch} completions x {self.accumulation} accumulated ="
+            f" {self.micro_batch * self.accumulation} an optimizer step",
+            f"run         {steps} optimizer steps = {rollouts} rollouts = {prompts} prompts"
+            f" ({prompts / num_examples:.2f} epochs) = {completions} completions; trained on the"
+            f" {trained_on} reward",
+        ]

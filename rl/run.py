@@ -1,0 +1,199 @@
+"""Keep the books of a GRPO run: what is logged of a rollout, of an update and of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.run import Run, RunFolder, Schedule, TrainerState
+from rl.dump import step_tensors, write_step
+from rl.logs import completion_rows, mismatch_metrics, rollout_metrics, show_samples
+from rl.monitors import Monitors
+from rl.objective import ObjectiveConfig, objective_metrics
+from rl.rollout import Rollouts
+from rl.samples import MicroBatch, pack_samples, unpack_samples
+from rl.settings import check_watched, length_warning
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Hold what is left of a micro-batch after its backward pass, free of the graph.
+
+    loss: scalar. logprobs, entropy, weights and each of terms [N,T]. advantages [N]. mask [N,T].
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    weights: Tensor
+    terms: dict[str, Tensor]
+    advantages: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        loss: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor,
+        weights: Tensor,
+        terms: Mapping[str, Tensor],
+        micro: MicroBatch,
+    ) -> Computed:
+        """Detach everything: the graph holds the GPU's memory."""
+        detached = {name: term.detach() for name, term in terms.items()}
+        loss, logprobs, entropy = loss.detach(), logprobs.detach(), entropy.detach()
+        return cls(loss, logprobs, entropy, weights, detached, micro.advantages, micro.mask)
+
+
+# ---- in a checkpoint -----------------------------------------------------------------------------
+def saved_rollouts(rollouts: Rollouts, monitors: Monitors, step: int) -> dict[str, Any]:
+    """Make the files of a GRPO checkpoint beside those of every run.
+
+    They are the rollout that steps after `step` still learn from, and what rewards and monitors
+    remember. Returns {"tensors", "records"} as `save_training_checkpoint` takes them.
+    """
+    tensors, samples = pack_samples(rollouts.unfinished(step))
+    functions = rollouts.reward_functions.items()
+    records = {
+        "rollout.json": samples,
+        "rewards.json": {name: function.state_dict() for name, function in functions},
+        "monitors.json": monitors.state_dict(),
+    }
+    return {"tensors": {"rollout": tensors}, "records": records}
+
+
+def restore_rollouts(
+    checkpoint: Checkpoint,
+    rollouts: Rollouts,
+    monitors: Monitors,
+    decode: Callable[[Tensor], str],
+) -> None:
+    """Put back what `saved_rollouts` made. decode: turns ids [C] into text."""
+    saved = checkpoint.record("rewards.json")
+    for name, function in rollouts.reward_functions.items():
+        function.load_state_dict(saved[name])
+    monitors.load_state_dict(checkpoint.record("monitors.json"))
+    rollouts.samples = unpack_samples(
+        checkpoint.tensors("rollout"),
+        checkpoint.record("rollout.json"),
+        rollouts.data,
+        decode,
+        rollouts.config.answer_format,
+    )
+
+
+# ---- the books -----------------------------------------------------------------------------------
+class GRPORun(Run):
+    """Add to a run's books what GRPO knows: rollouts, monitors, conditions, dumps."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        state: TrainerState,
+        schedule: Schedule,
+        rollouts: Rollouts,
+        monitors: Monitors,
+        *,
+        save: Callable[[], object],
+        evaluate: Callable[[], object],
+    ) -> None:
+        """Open the books as `Run` does. monitors: watch every rollout and every logged number."""
+        super().__init__(
+            folder,
+            state,
+            schedule,
+            title="GRPO",
+            save=save,
+            evaluate=evaluate,
+            generators={"sampler": rollouts.generator},
+            stateful=rollouts.reward_functions | {"monitors": monitors},
+        )
+        self.config, self.monitors = rollouts.config, monitors
+
+    @property
+    def stopped(self) -> str | None:
+        """Return the condition of --stop_when that ended the run, or None."""
+        return self.monitors.stopped
+
+    def log_rollout(self, rollouts: Rollouts) -> None:
+        """Add the metrics of a new rollout, and those of the monitors, to the next log."""
+        samples = rollouts.samples
+        if self.step == 0 and (warning := length_warning(self.config, samples)):
+            self.write(f"warning: {warning}")
+        self.add(rollout_metrics(samples) | self.monitors.observe(samples))
+        self.add({"time/rollout": time.perf_counter() - self._began})
+
+    def log_update(
+        self,
+        computed: Sequence[Computed],
+        micro_batches: Sequence[Sequence[int]],
+        rollouts: Rollouts,
+        objective: ObjectiveConfig,
+    ) -> None:
+        """Add the metrics of one update's micro-batches, and dump them where --dump_step asks.
+
+        Called once a step and after all passes: to read a number is to wait for the GPU. A dump is
+        written before the gradient is looked at, so that a step that fails can be seen too.
+        """
+        for micro in computed:
+            self.metrics.add_all(
+                objective_metrics(micro.terms, micro.advantages, micro.mask, objective)
+            )
+            if micro.mask.any():
+                entropy, tokens = micro.entropy[micro.mask].mean(), int(micro.mask.sum())
+                self.metrics.add("entropy", entropy, weight=tokens)
+        if rollouts.update_of(self.step) == 0:
+            self.add(mismatch_metrics(rollouts.samples))
+        if self.step + 1 == self.config.dump_step:
+            tensors = [
+                step_tensors(micro.loss, micro.logprobs, micro.entropy, micro.weights, micro.terms)
+                for micro in computed
+            ]
+            write_step(
+                self.folder,
+                self.step + 1,
+                tensors,
+                micro_batches,
+                rollouts.samples,
+                rollouts.prompts,
+                self.config,
+                objective,
+            )
+
+    def finish_step(
+        self,
+        rollouts: Rollouts,
+        computed: Sequence[Computed],
+        grad_norm: Tensor,
+        learning_rate: float,
+    ) -> None:
+        """Log an optimizer step, and the completions of a new rollout in completions.jsonl."""
+        samples, step = rollouts.samples, self.step + 1
+        new = rollouts.update_of(self.step) == 0
+        loss = sum(float(micro.loss) for micro in computed)
+        self.count_tokens(sum(len(sample.ids) for sample in samples) if new else 0)
+        self.add({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate})
+        if new:
+            rows = completion_rows(samples, self.config.prompt, self.config.answer_format)
+            self.log.append_jsonl("completions.jsonl", rows, step=step)
+            show_samples(self.log, samples[: self.config.num_generations], step)
+        reward = sum(sample.reward for sample in samples) / len(samples)
+        self.step_done(epoch=rollouts.epoch_after(step), shown={"reward": reward, "loss": loss})
+
+    def watch(self, logged: Mapping[str, float]) -> None:
+        """Check the conditions on what was just logged, and say and keep each that became true."""
+        if self.step == self.config.logging_steps:
+            check_watched(self.config, logged)
+        self.warn(self.monitors.check(logged))
+
+    def warn(self, lines: Sequence[str]) -> None:
+        """Print warnings and keep them in warnings.jsonl."""
+        for line in lines:
+            self.write(line)
+            self.log.warn(line, self.step)

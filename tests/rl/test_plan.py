@@ -1,0 +1,128 @@
+"""Protects the batch arithmetic of GRPO: how prompts, completions, micro-batches and optimizer
+steps relate, which batches are refused, and what the banner says. Run: pytest tests/rl/test_plan.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rl.plan import BatchPlan
+from rl.settings import GRPOConfig
+
+# 10 micro-batches of 2 completions are 20, of 5 prompts x 4. A step takes 5 micro-batches, so a
+# pass over the rollout is 2 steps, and 2 passes are 4.
+PLAN = BatchPlan(
+    micro_batch=2,
+    accumulation=5,
+    micro_batches=10,
+    group=4,
+    iterations=2,
+    epochs=1.0,
+    max_steps=None,
+)
+
+
+def changed(**counts) -> BatchPlan:
+    return dataclasses.replace(PLAN, **counts)
+
+
+def test_counts_by_hand():
+    assert (PLAN.completions, PLAN.prompts, PLAN.updates) == (20, 5, 4)
+    assert PLAN.problems() == []
+
+
+def test_the_settings_are_taken_over():
+    config = GRPOConfig(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=5,
+        steps_per_generation=20,
+        num_generations=4,
+        num_iterations=3,
+        num_train_epochs=1.5,
+        max_steps=7,
+    )
+    assert dataclasses.astuple(BatchPlan.of(config)) == (2, 5, 20, 4, 3, 1.5, 7)
+    # two steps a rollout where nothing else is asked for
+    by_default = dataclasses.replace(config, steps_per_generation=None)
+    assert BatchPlan.of(by_default).micro_batches == 10
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "steps"),
+    [
+        (16, 1.0, 3 * 4),  # 16 / 5 = 3.2 rollouts
+        (16, 2.0, 6 * 4),  # 6.4
+        (18, 1.0, 4 * 4),  # 3.6
+        (16, 0.25, 1 * 4),  # 0.8
+        (2, 1.0, 1 * 4),  # 0.4, but one at least
+    ],
+)
+def test_steps_of_so_many_epochs_are_whole_rollouts(examples, epochs, steps):
+    assert changed(epochs=epochs).total_steps(examples) == steps
+    assert changed(epochs=epochs, max_steps=7).total_steps(examples) == 7
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "micro_batches", "nearest"),
+    [
+        (4, 10, "8, 12"),
+        (4, 7, "4, 8"),
+        (4, 3, "4"),  # 0 is none
+    ],
+)
+def test_a_rollout_that_ends_within_a_step_is_refused(accumulation, micro_batches, nearest):
+    plan = changed(micro_batch=4, accumulation=accumulation, micro_batches=micro_batches)
+    assert plan.problems() == [
+        f"--steps_per_generation {micro_batches} does not divide into optimizer steps of"
+        f" --gradient_accumulation_steps {accumulation}; the nearest that do: {nearest}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "micro_batches", "group", "completions", "nearest"),
+    [
+        (3, 2, 4, 6, "2, 4"),  # with 2 micro-batches even sizes fit
+        (7, 2, 4, 14, "6, 8"),
+        (1, 2, 4, 2, "2"),  # nothing smaller fits
+        (5, 1, 4, 5, "4, 8"),
+        (3, 1, 4, 3, "4"),
+        (5, 2, 6, 10, "3, 6"),
+    ],
+)
+def test_a_rollout_that_parts_a_group_is_refused(
+    micro_batch, micro_batches, group, completions, nearest
+):
+    plan = changed(
+        micro_batch=micro_batch, accumulation=1, micro_batches=micro_batches, group=group
+    )
+    assert plan.problems() == [
+        f"a rollout of --per_device_train_batch_size {micro_batch} x {micro_batches} micro-batches"
+        f" = {completions} completions does not divide into groups of --num_generations {group};"
+        f" the nearest --per_device_train_batch_size that do: {nearest}"
+    ]
+
+
+def test_two_problems_are_two_lines():
+    assert len(changed(micro_batch=3, accumulation=4, group=4).problems()) == 2
+
+
+def test_the_banner_by_hand():
+    # 12 steps of 4 a rollout: 3 rollouts of 5 prompts and 20 completions; 15 of 16 prompts
+    assert PLAN.lines(16, "nuanced") == [
+        "rollout     5 prompts x 4 completions = 20 completions, 4 optimizer steps each",
+        "batch       2 completions x 5 accumulated = 10 an optimizer step",
+        "run         12 optimizer steps = 3 rollouts = 15 prompts (0.94 epochs) = 60 completions;"
+        " trained on the nuanced reward",
+    ]
+    # 7 steps end in the middle of a second rollout, which is sampled whole
+    assert changed(max_steps=7).lines(16, "hard")[2] == (
+        "run         7 optimizer steps = 2 rollouts = 10 prompts (0.62 epochs) = 40 completions;"
+        " trained on the hard reward"
+    )
+
+
+def test_a_plan_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLAN.group = 8  # type: ignore[misc]  # that is the test
