@@ -587,3 +587,58 @@ def test_checkpoints_of_an_abandoned_branch_are_set_aside_and_kept(tmp_path):
             and verify_checkpoint(moved[0]) == []
         )
     assert set_later_checkpoints_aside(tmp_path, 2) == []
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> dict[int, torch.Tensor]:
+    """Pretend that two GPUs are here: {index: state of its generator}."""
+    states = {0: torch.tensor([10]), 1: torch.tensor([11])}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, index: states.update({index: state})
+    )
+    return states
+
+
+def test_each_gpu_goes_on_with_its_own_draws(two_gpus, caplog):
+    tensors, record = rng_to_tensors()
+    assert tensors["cuda.0"].tolist() == [10] and tensors["cuda.1"].tolist() == [11]
+    two_gpus.clear()
+    load_rng(tensors, record)
+    assert {index: state.tolist() for index, state in two_gpus.items()} == {0: [10], 1: [11]}
+    assert caplog.messages == []
+
+
+def test_another_number_of_gpus_is_said_and_the_common_ones_go_on(two_gpus, caplog):
+    tensors, record = rng_to_tensors()
+    two_gpus.clear()
+    load_rng({**tensors, "cuda.2": torch.tensor([12])}, record)
+    assert sorted(two_gpus) == [0, 1]
+    del tensors["cuda.1"]
+    two_gpus.clear()
+    load_rng(tensors, record)
+    assert sorted(two_gpus) == [0]
+    assert caplog.messages == [
+        "random state of 3 CUDA devices was saved, 2 are here: draws will differ",
+        "random state of 1 CUDA devices was saved, 2 are here: draws will differ",
+    ]
+
+
+def test_a_record_of_fewer_parameters_is_refused():
+    """As a damaged record has them: its shapes would be compared with nothing."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tensors, record = optimizer_to_tensors(optimizer)
+    with pytest.raises(ValueError, match="zip"):
+        load_optimizer(optimizer, tensors, record | {"shapes": record["shapes"][:1]})
+
+
+def test_the_name_of_a_state_may_hold_a_dot():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    _, record = optimizer_to_tensors(optimizer)
+    value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    load_optimizer(optimizer, {"0.average.slow": value}, record)
+    assert torch.equal(optimizer.state[model.weight]["average.slow"], value)
