@@ -238,7 +238,7 @@ def difference(old: Any, new: Any, where: str = "") -> str | None:
         pairs = [(f"{where}[{i}]", *both) for i, both in enumerate(zip(old, new, strict=True))]
     else:
         same = type(old) is type(new) and repr(old) == repr(new)  # NaN is NaN, 1 is not 1.0
-        return None if same else f"{where} is {old!r} and {new!r}"
+        return None if same else f"{where} is {old!r:.120} and {new!r:.120}"
     found = (difference(one, other, place) for place, one, other in pairs)
     return next((text for text in found if text), None)
 

@@ -9,6 +9,7 @@ Run: python -m pytest tests/engine/test_checkpoint.py
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import hashlib
 import json
@@ -107,9 +108,18 @@ def test_the_manifest_holds_size_and_sha256_of_every_other_file(tmp_path):
     "name", ["optimizer.pt", "../up.json", "manifest.json", "sub/x.json", "optimizer.safetensors"]
 )
 def test_only_plain_safetensors_and_json_names_are_written(tmp_path, name):
-    with pytest.raises(ValueError, match="plain names"):
+    # a name that is not plain is said alone, one that is given twice with all
+    said = r"\['.*optimizer.safetensors'\]" if name == "optimizer.safetensors" else rf"\['{name}'\]"
+    with pytest.raises(ValueError, match=rf"plain names ending in .* or .*: {said}$"):
         save(tmp_path, 1, records={name: {}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_was_verified_does_not_change(tmp_path):
+    save(tmp_path, 5, value=1.0)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint-5")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        checkpoint.step = 6  # type: ignore[misc]  # that is the test
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -140,6 +140,19 @@ def test_patients_with_the_same_change_are_swapped_one_by_one():
     assert permutation_p_values(hit, hit, seed=0, permutations=10)["macro_f1"] == 1.0
 
 
+def test_each_label_has_its_own_p_value():
+    """Six patients, each moved from a miss to a hit of the first label, and right on the second all
+    along: the first differs as much only where all or none is swapped, the second always.
+    """
+    # true and false positives, false negatives of two labels, Jaccard, images
+    hit, miss = (
+        np.array([[1.0, 1, 0, 0, 0, 0, 1, 1]] * 6),
+        np.array([[0, 1, 0, 0, 1, 0, 0.5, 1]] * 6),
+    )
+    p_values = permutation_p_values(miss, hit, seed=0, permutations=20_000)
+    assert p_values["label_f1"] == pytest.approx([2 / 64, 1], abs=0.006)  # five standard errors
+
+
 def test_p_values_are_uniform_where_there_is_no_difference():
     """Under the hypothesis p <= 0.2 comes in one of five data sets: of 200, 40 with a standard
     deviation of 5.7.
