@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, CheckpointError
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, mismatch_metrics, rollout_metrics, show_samples
@@ -74,14 +74,23 @@ def restore_rollouts(
     monitors: Monitors,
     decode: Callable[[Tensor], str],
 ) -> None:
-    """Put back what `saved_rollouts` made. decode: turns ids [C] into text."""
+    """Put back what `saved_rollouts` made. decode: turns ids [C] into text.
+
+    Raises CheckpointError for a checkpoint of an earlier version, whose rollout had no groups.
+    """
+    rollout = checkpoint.record("rollout.json")
+    if any("group" not in row for row in rollout):
+        raise CheckpointError(
+            f"{checkpoint.path}: saved by an earlier version in the middle of a rollout, which this"
+            " one cannot read; start a new run from its adapter"
+        )
     saved = checkpoint.record("rewards.json")
     for name, function in rollouts.reward_functions.items():
         function.load_state_dict(saved[name])
     monitors.load_state_dict(checkpoint.record("monitors.json"))
     rollouts.samples = unpack_samples(
         checkpoint.tensors("rollout"),
-        checkpoint.record("rollout.json"),
+        rollout,
         rollouts.data,
         decode,
         rollouts.config.answer_format,

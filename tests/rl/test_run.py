@@ -9,6 +9,8 @@ Run: pytest tests/rl/test_run.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 import run_grpo
 from data.files import DataError
+from engine.checkpoint import CheckpointError
 from engine.run import RunFolder, Schedule, TrainerState
 from engine.runtime import SignalGuard
 from engine.tracking import RunLogger
@@ -23,7 +26,7 @@ from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward
 from rl.rollout import Rollouts
-from rl.run import Computed, GRPORun, saved_rollouts
+from rl.run import Computed, GRPORun, restore_rollouts, saved_rollouts
 from rl.samples import MicroBatch, collate_samples
 from rl.settings import GRPOConfig
 from tests.helpers.books import held_by
@@ -231,3 +234,14 @@ def test_a_condition_ends_the_run(opened):
     run.step_done(epoch=0.0, shown={})
     run.monitors.stopped = "kl > 1"
     assert run.stopped == "kl > 1" and not run.goes_on()
+
+
+def test_a_rollout_of_an_earlier_version_is_refused(opened):
+    """Before a sample's `group` was called so, rollout.json had it as "prompt"."""
+    run, rollouts, _ = opened()
+    files = {"rollout.json": [{"prompt": 0, "example": "e0", "length": 1}]}
+    checkpoint = SimpleNamespace(path=Path("runs/old/checkpoint-3"), record=files.__getitem__)
+    with pytest.raises(
+        CheckpointError, match="^runs/old/checkpoint-3: saved by an earlier version"
+    ):
+        restore_rollouts(checkpoint, rollouts, run.monitors, str)
