@@ -53,7 +53,7 @@ TESTS = {  # each file's own tests, none of which reads its text
     "engine/collate.py": ("engine/test_collate.py", "engine/test_encode.py"),
     "engine/checkpoint.py": ("engine/test_checkpoint.py",),
     "engine/state_tensors.py": ("engine/test_checkpoint.py",),
-    "engine/generate.py": ("engine/test_generate.py",),
+    "engine/generate.py": ("engine/test_generate.py", "engine/test_devices.py"),
     "rl/plan.py": ("rl/test_plan.py",),
     "rl/samples.py": ("rl/test_rollout.py",),
     "rl/rollout.py": ("rl/test_rollout.py",),
