@@ -14,6 +14,7 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import accepted, main_guard
+from engine.settings import data_specs
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
@@ -167,9 +168,7 @@ def run_command(resolved: Resolved) -> int:
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
-    data = load_data_sets(
-        config.train_file, config.validation_file, config.image_root, config.bad_images, begun
-    )
+    data = load_data_sets(data_specs(config), config.image_root, config.bad_images, begun)
     rollouts = Rollouts(data.train, build_rewards(config, data.train), config)
     plan, total = rollouts.plan, rollouts.plan.total_steps(len(data.train))
     check_dump_step(resolved, len(data.train), checkpoint.step if checkpoint else 0)

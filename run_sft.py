@@ -16,7 +16,7 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import StopRequested, accepted, main_guard
-from engine.settings import SFTConfig, resolve_sft
+from engine.settings import SFTConfig, data_specs, resolve_sft
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted(resolve_sft)
@@ -144,9 +144,7 @@ def run_command(resolved: Resolved) -> int:
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
-    sets = load_data_sets(
-        config.train_file, config.validation_file, config.image_root, config.bad_images, begun
-    )
+    sets = load_data_sets(data_specs(config), config.image_root, config.bad_images, begun)
     data = with_answers_to_learn(
         sets, config.answer_format, validation_split=config.validation_split, seed=config.seed
     )

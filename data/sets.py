@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from data.answers import parse_answer
 from data.examples import Example, data_file, read_jsonl, split_by_patient
-from data.files import DataError, named_files, write_jsonl
+from data.files import DataError, write_jsonl
 from data.images import check_images, without_bad_images
 from data.prompts import solution_text
 
@@ -48,26 +48,20 @@ class SFTDataSets(DataSets):
 
 
 def load_data_sets(
-    train_file: str,
-    validation_files: Sequence[str],
+    specs: Mapping[str, str],
     image_root: str | None,
     bad_images: Literal["fail", "skip"],
     resumed: dict | None = None,
 ) -> DataSets:
     """Read every data file of a run and look for its images.
 
-    train_file: a JSONL file or demo:SPLIT.
-    validation_files: NAME=FILE of each set that is evaluated.
+    specs: {name: a JSONL file or demo:SPLIT}. "train" is trained on, the others are evaluated.
     image_root: folder that image paths are relative to, or None for each data file's own.
     bad_images: see `usable_examples`.
     resumed: config.json of the run that goes on, if one does.
 
     Raises DataError naming every problem of a file, and as `usable_examples` does.
     """
-    named, problems = named_files(validation_files, "validation_file", taken=(TRAIN,))
-    if problems:
-        raise DataError(problems)
-    specs = {TRAIN: train_file} | named
     files, evaluated, left_out = read_sets(specs, image_root, bad_images, resumed=resumed)
     train = evaluated.pop(TRAIN)
     return DataSets(train, evaluated, files, left_out)

@@ -25,7 +25,7 @@ from engine.checkpoint import (
 )
 from engine.config import Resolved, UsageError, to_json
 from engine.model_files import ADAPTER_FILES
-from engine.runtime import run_directory, versions
+from engine.runtime import STEP_LOGS, run_directory, versions
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
 # SHA-256.
@@ -242,8 +242,6 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
 
     This checkpoint and the best one come along. Nothing is done where the folder stays the same.
     """
-    from engine.tracking import STEP_LOGS  # here: it needs torch
-
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return

@@ -23,9 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import written_whole
-
-# Every line of these files has a "step", so a resume can tell which lines it will repeat.
-STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")
+from engine.runtime import STEP_LOGS
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from data.examples import Example
-from engine.config import Resolved, UsageError, setting
+from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
 from engine.settings import (
     INHERITED,
@@ -376,7 +376,10 @@ def resolve_grpo(argv: Sequence[str]) -> Resolved:
     config, objective = finished(resolved, grpo_problems(*resolved.configs), "grpo").configs
     from rl.objective import ObjectiveConfig  # the command line is accepted, so torch may be loaded
 
-    objective = ObjectiveConfig(**dataclasses.asdict(objective))
+    try:
+        objective = ObjectiveConfig(**dataclasses.asdict(objective))
+    except ValueError as error:  # a fork's check that the reading without torch could not make
+        raise ConfigError(str(error).splitlines()) from error
     return dataclasses.replace(resolved, configs=(config, objective))
 
 

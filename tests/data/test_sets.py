@@ -49,7 +49,7 @@ def ids(examples) -> list[str]:
 
 def test_a_run_has_a_training_set_and_named_sets(tmp_path):
     train, one, two = (write(tmp_path, name, n) for name, n in (("t", 3), ("one", 2), ("two", 1)))
-    sets = load_data_sets(str(train), [f"b={two}", f"a={one}"], None, "fail")
+    sets = load_data_sets({"train": str(train), "b": str(two), "a": str(one)}, None, "fail")
     assert ids(sets.train) == ["t-0", "t-1", "t-2"]
     # in the order of the flags
     assert {name: ids(examples) for name, examples in sets.evaluated.items()} == {
@@ -66,31 +66,17 @@ def test_images_may_lie_elsewhere(tmp_path):
     train = write(tmp_path / "images", "t", 2)
     elsewhere = train.rename(tmp_path / "t.jsonl")
     with pytest.raises(DataError, match="no such file under the image root"):
-        load_data_sets(str(elsewhere), [], None, "fail")
-    sets = load_data_sets(str(elsewhere), [], str(tmp_path / "images"), "fail")
+        load_data_sets({"train": str(elsewhere)}, None, "fail")
+    sets = load_data_sets({"train": str(elsewhere)}, str(tmp_path / "images"), "fail")
     assert ids(sets.train) == ["t-0", "t-1"] and sets.evaluated == {}
-
-
-@pytest.mark.parametrize(
-    ("value", "problem"),
-    [
-        ("file.jsonl", "--validation_file file.jsonl: expected NAME=FILE"),
-        ("ä b=file.jsonl", "--validation_file ä b=file.jsonl: expected NAME=FILE"),
-        ("train=file.jsonl", "--validation_file train=file.jsonl: the name train is taken"),
-    ],
-)
-def test_a_wrong_name_is_an_error(tmp_path, value, problem):
-    with pytest.raises(DataError) as caught:
-        load_data_sets(str(write(tmp_path, "t", 1)), [value], None, "fail")
-    assert str(caught.value).startswith(problem)
 
 
 # ---- SFT's validation ----------------------------------------------------------------------------
 def learn(tmp_path, answer_format="think_solution", train_answer=EDEMA, **files):
     """Make the sets of a run with four training examples from {name of the set: (rows, answer)}."""
     train = write(tmp_path, "t", 4, train_answer)
-    entries = [f"{name}={write(tmp_path, name, *file)}" for name, file in files.items()]
-    sets = load_data_sets(str(train), entries, None, "fail")
+    specs = {name: str(write(tmp_path, name, *file)) for name, file in files.items()}
+    sets = load_data_sets({"train": str(train)} | specs, None, "fail")
     return with_answers_to_learn(sets, answer_format, validation_split=0.5, seed=0)
 
 
@@ -133,11 +119,11 @@ def test_a_training_set_without_answers_is_an_error(tmp_path):
 def test_fail_looks_for_files_and_skip_into_them(tmp_path):
     train = write(tmp_path, "t", 4)
     (tmp_path / "1.png").write_text("<html>404</html>")
-    assert len(load_data_sets(str(train), [], None, "fail").train) == 4
+    assert len(load_data_sets({"train": str(train)}, None, "fail").train) == 4
     (tmp_path / "3.png").unlink()
     with pytest.raises(DataError, match="example 't-3': image '3.png': no such file"):
-        load_data_sets(str(train), [], None, "fail")
-    sets = load_data_sets(str(train), [], None, "skip")
+        load_data_sets({"train": str(train)}, None, "fail")
+    sets = load_data_sets({"train": str(train)}, None, "skip")
     assert ids(sets.train) == ["t-0", "t-2"]
     assert [row["id"] for row in sets.bad_images["train"]] == ["t-1", "t-3"]
 
@@ -146,10 +132,10 @@ def test_a_resumed_run_leaves_out_what_it_left_out_before(tmp_path):
     train = write(tmp_path, "t", 4)
     left_out = {"train": [{"id": "t-2", "reason": "it was damaged"}]}
     (tmp_path / "1.png").write_text("<html>404</html>")  # it has been damaged since
-    sets = load_data_sets(str(train), [], None, "skip", {"bad_images": left_out})
+    sets = load_data_sets({"train": str(train)}, None, "skip", {"bad_images": left_out})
     assert ids(sets.train) == ["t-0", "t-1", "t-3"] and sets.bad_images == left_out
     # a set that the run did not have
-    other = {"other": load_data_sets(str(train), [], None, "fail").train}
+    other = {"other": load_data_sets({"train": str(train)}, None, "fail").train}
     assert len(usable_examples(other, "skip", {"bad_images": left_out})[0]["other"]) == 4
 
 
