@@ -28,13 +28,11 @@ from pathlib import Path
 import torch
 
 from data.files import DataError
-from data.prompts import PROMPTS
 from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.device import pick_device, seed_everything
-from engine.model import add_reference, attach_adapter, prepare_for_training
 from engine.model_files import EMBEDDED
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
-from engine.policy import Policy, load_base
+from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
@@ -177,15 +175,11 @@ def run_command(resolved: Resolved) -> int:
     record = training_record(resolved, "grpo", data, checkpoint)
 
     # policy and optimizer
-    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
     adapter = Path(config.adapter_name_or_path)
     source = checkpoint.path.parent / "reference" if checkpoint else adapter
-    net = attach_adapter(base, source, trainable=True)
-    add_reference(net, source)
-    prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    policy = Policy(net, base, PROMPTS[config.prompt], config.temperature)
+    policy = policy_with_reference(config, device, source, config.temperature)
     optimizer = build_optimizer(
-        net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
     monitors = Monitors(
         config.reward, config.max_completion_length, config.warn_when, config.stop_when
@@ -228,23 +222,30 @@ def run_command(resolved: Resolved) -> int:
         if run.should_stop():
             print(f"stopped; go on with: python run_grpo.py --resume_from_checkpoint {folder.path}")
             return folder.signals.exit_code
-        choose = config.load_best_model_at_end
-        best = load_best_adapter(folder.path, state, policy) if choose else None
-        save_final_adapter(folder.path, state, policy)
-        if best not in (None, f"checkpoint-{run.step}"):
-            try:  # the scores in the folder are to be those of the final adapter
-                step = int(best.rpartition("-")[2])
-                evaluate_policy(policy, data, rollouts, folder.path, run.should_stop, step)
-            except KeyboardInterrupt:
-                print(f"stopped while scoring; training is finished and saved in {folder.path}")
-                return folder.signals.exit_code or 130
+        return finish(run, policy, data, rollouts, record["recipe"])
+
+
+def finish(
+    run: GRPORun, policy: Policy, data: DataSets, rollouts: Rollouts, recipe: str | None
+) -> int:
+    """Save the final adapter, see that the folder's scores are its own, and show them."""
+    state, choose = run.state, rollouts.config.load_best_model_at_end
+    best = load_best_adapter(run.folder, state, policy) if choose else None
+    save_final_adapter(run.folder, state, policy)
+    if best not in (None, f"checkpoint-{run.step}"):
+        try:
+            step = int(best.rpartition("-")[2])
+            evaluate_policy(policy, data, rollouts, run.folder, run.should_stop, step)
+        except KeyboardInterrupt:
+            print(f"stopped while scoring; training is finished and saved in {run.folder}")
+            return run.signals.exit_code or 130
     if data.evaluated:
         names = list(data.evaluated)
         print("\n" + format_progress(state.log_history, names, state.best_model_checkpoint))
     files = "--data_file NAME=FILE"
-    if record["recipe"] in EMBEDDED:  # their data is the demo's
+    if recipe in EMBEDDED:  # their data is the demo's
         files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
-    print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {folder.path} {files}")
+    print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run.folder} {files}")
     return 0
 
 

@@ -29,8 +29,8 @@ import torch
 
 from data.examples import Example
 from data.files import DataError
-from data.prompts import PROMPTS
 from data.sets import (
+    SFTDataSets,
     bad_image_counts,
     data_line,
     in_chunks,
@@ -40,11 +40,10 @@ from data.sets import (
 from engine.collate import collate_rows, plan_batches
 from engine.device import pick_device, seed_everything
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model import attach_adapter, attach_new_adapter, prepare_for_training
 from engine.model_files import EMBEDDED
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from engine.order import shuffled
-from engine.policy import Policy, load_base
+from engine.policy import Policy, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Run, Schedule, TrainerState, opened_run
@@ -153,19 +152,11 @@ def run_command(resolved: Resolved) -> int:
     record = training_record(resolved, "sft", data, checkpoint)
 
     # policy and optimizer
-    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
-    if config.adapter_name_or_path and checkpoint is None:
-        source = config.adapter_name_or_path
-        net = attach_adapter(base, source, trainable=True, dropout=config.lora_dropout)
-    else:
-        rank, alpha = config.lora_r, config.lora_alpha
-        net = attach_new_adapter(base, r=rank, alpha=alpha, dropout=config.lora_dropout)
-    prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    policy = Policy(net, base, PROMPTS[config.prompt])
+    policy = policy_to_fine_tune(config, device, resumed=checkpoint is not None)
     for example in data.train[:1] + data.validation[:1]:
         policy.encode_answer(example)  # a wrong path or template shows now, not after an epoch
     optimizer = build_optimizer(
-        net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
     lines = [data_line(data), config.batch_line(len(data.train))]
     about = f"LoRA of rank {config.lora_r}"
@@ -208,29 +199,34 @@ def run_command(resolved: Resolved) -> int:
             return folder.signals.exit_code
         if run.stopped:
             print(f"stopped early: {run.stopped}", file=sys.stderr)
-        best = load_best_adapter(folder.path, state, policy)
-        save_final_adapter(folder.path, state, policy)
-        print(
-            f"final adapter: that of {best}, validation loss {state.best_metric:.4f}"
-            if best
-            else "final adapter: the last one, since no validation loss was a number"
+        recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
+        model = config.model_name_or_path if recipe and by_flag else None
+        return finish(run, policy, data, config, next_command(recipe, folder.path, model))
+
+
+def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, command: str) -> int:
+    """Save the best epoch's adapter as the final one, score it, and say what to run next."""
+    best = load_best_adapter(run.folder, run.state, policy)
+    save_final_adapter(run.folder, run.state, policy)
+    print(
+        f"final adapter: that of {best}, validation loss {run.state.best_metric:.4f}"
+        if best
+        else "final adapter: the last one, since no validation loss was a number"
+    )
+    try:
+        scores = evaluate_sets(
+            policy,
+            data.evaluated,
+            Decoding.greedy(config),
+            run.folder,
+            baseline_examples=data.train,
+            notes=bad_image_counts(data.evaluated, data.bad_images),
+            should_stop=run.should_stop,
         )
-        try:
-            scores = evaluate_sets(
-                policy,
-                data.evaluated,
-                Decoding.greedy(config),
-                folder.path,
-                baseline_examples=data.train,
-                notes=bad_image_counts(data.evaluated, data.bad_images),
-                should_stop=run.should_stop,
-            )
-        except KeyboardInterrupt:
-            print(f"stopped while scoring; training is finished and saved in {folder.path}")
-            return folder.signals.exit_code or 130
-    recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
-    model = config.model_name_or_path if recipe and by_flag else None
-    print(f"\n{format_scores(scores)}\n\nnext: {next_command(recipe, folder.path, model)}")
+    except KeyboardInterrupt:
+        print(f"stopped while scoring; training is finished and saved in {run.folder}")
+        return run.signals.exit_code or 130
+    print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0
 
 

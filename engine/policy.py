@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,14 +14,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.examples import Example
-from data.prompts import Prompt
+from data.prompts import PROMPTS, Prompt
 from engine.collate import Batch
 from engine.device import base_dtype
 from engine.encode import EncodedPrompt, EncodedRow, Encoder
 from engine.families import Family, lm_head_weight, logit_softcap
 from engine.forward import completion_hidden_states, completion_logprobs
-from engine.model import REFERENCE, BaseModel, load_model, use_adapter
+from engine.model import (
+    REFERENCE,
+    BaseModel,
+    add_reference,
+    attach_adapter,
+    attach_new_adapter,
+    load_model,
+    prepare_for_training,
+    use_adapter,
+)
 from engine.optim import trainable_parameters
+from engine.settings import SFTConfig, TrainingConfig
 
 
 class ModelSettings(Protocol):
@@ -169,3 +180,37 @@ class Policy:
             yield
         finally:
             self.net.train(was_training)
+
+
+# ---- the policies that the scripts train ---------------------------------------------------------
+def policy_to_fine_tune(config: SFTConfig, device: torch.device, *, resumed: bool) -> Policy:
+    """Load what SFT trains: a base model with a fresh LoRA adapter, or with one to go on training.
+
+    resumed: the adapter's weights will come from a checkpoint, whatever the run began with.
+
+    Raises UsageError where the model or the adapter cannot be used.
+    """
+    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
+    dropout = config.lora_dropout
+    if config.adapter_name_or_path and not resumed:
+        net = attach_adapter(base, config.adapter_name_or_path, trainable=True, dropout=dropout)
+    else:
+        net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
+    prepare_for_training(net, config.gradient_checkpointing, config.compile)
+    return Policy(net, base, PROMPTS[config.prompt])
+
+
+def policy_with_reference(
+    config: TrainingConfig, device: torch.device, adapter: Path, temperature: float
+) -> Policy:
+    """Load what GRPO trains: an SFT adapter twice on one base, once trained and once frozen.
+
+    adapter: its folder. temperature: of the sampler, and so of every log-probability.
+
+    Raises UsageError where the model or the adapter cannot be used.
+    """
+    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
+    net = attach_adapter(base, adapter, trainable=True)
+    add_reference(net, adapter)
+    prepare_for_training(net, config.gradient_checkpointing, config.compile)
+    return Policy(net, base, PROMPTS[config.prompt], temperature)

@@ -8,15 +8,18 @@ Run: pytest tests/scripts/test_bad_input.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+import rl.settings
 import run_grpo
 import run_sft
 from data.files import DataError
@@ -24,6 +27,7 @@ from data.prompts import PROMPTS
 from engine.checkpoint import list_checkpoints
 from engine.order import shuffled
 from engine.runtime import main_guard
+from rl.objective import ObjectiveConfig
 from rl.settings import resolve_grpo
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import GRPO, SFT, lines, record, sft, snapshot, write_rows
@@ -482,6 +486,26 @@ def test_objective_out_of_range(refused, grpo_flags):
     assert refused(run_grpo.main, *grpo_flags, "--beta", "-1", "--epsilon_low", "1") == [
         "epsilon_low is 1.0; it must lie in [0, 1), or the ratio's lower bound is not positive",
         "beta is -1.0; it must not be negative",
+    ]
+
+
+def test_what_only_the_real_objective_can_check_is_refused_the_same_way(
+    refused, grpo_flags, monkeypatch
+):
+    """Flags are read from a reading of rl/objective.py without torch. Here that reading checks
+    nothing, as where a fork's check needs torch.
+    """
+    types = get_type_hints(ObjectiveConfig)
+    fields = [
+        (field.name, types[field.name], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(ObjectiveConfig)
+    ]
+    unchecked = dataclasses.make_dataclass(
+        "Unchecked", fields, namespace={"warnings": lambda self: []}, frozen=True
+    )
+    monkeypatch.setattr(rl.settings, "objective_config", lambda: unchecked)
+    assert refused(run_grpo.main, *grpo_flags, "--beta", "-1") == [
+        "beta is -1.0; it must not be negative"
     ]
 
 
