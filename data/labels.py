@@ -65,6 +65,27 @@ def canonical_label(text: str) -> str | None:
     return _CANONICAL.get(folded)
 
 
+# A label is called silenced where it is true often enough to tell, and hardly ever said.
+SILENCED_MIN_TRUE, SILENCED_SHARE = 10, 1 / 4
+
+
+def silenced_labels(said: Mapping[str, float], true: Mapping[str, float]) -> list[str]:
+    """List the labels that a model has stopped saying, in CheXpert's order, for all who warn of it.
+
+    These are the labels that are true at least SILENCED_MIN_TRUE times and said less often than
+    SILENCED_SHARE of that. F1 over all labels hardly moves when a rare label falls silent.
+
+    said, true: how often each label is said and is true, where it is evaluated. One that is missing
+    counts 0.
+    """
+    return [
+        label
+        for label in LABELS
+        if true.get(label, 0) >= SILENCED_MIN_TRUE
+        and said.get(label, 0) < SILENCED_SHARE * true[label]
+    ]
+
+
 @dataclass(frozen=True)
 class Target:
     """Hold what is true of one image, and which labels its source can express at all.

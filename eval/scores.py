@@ -13,7 +13,7 @@ import numpy as np
 
 from data.examples import Example
 from data.files import DataError
-from data.labels import LABELS
+from data.labels import LABELS, silenced_labels
 from data.predictions import Prediction
 from eval.metrics import (
     bootstrap_intervals,
@@ -45,8 +45,9 @@ def score(
 
     "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid,
     and entries that are no label enlarge the union. "fail_rate" is the share of answers whose
-    labels could not be read, "invalid_rate" the share not strictly in the format. "intervals" are
-    95 %, by patient.
+    labels could not be read, "invalid_rate" the share not strictly in the format. "silenced_labels"
+    lists the labels that are hardly ever said although they are true, by the rule of
+    `data.labels.silenced_labels`. "intervals" are 95 %, by patient.
 
     baseline_examples: the training examples, whose label sets the baselines imitate. Without them
     the baselines imitate this data set, so they have seen the answers.
@@ -87,6 +88,10 @@ def score(
         "fail_rate": float((~parsed).mean()),
         "invalid_rate": float((~valid).mean()),
         "problems": dict(problems.most_common()),
+        "silenced_labels": silenced_labels(
+            _counts(predicted & parsed[:, None] & evaluated, columns),
+            _counts(targets & evaluated, columns),
+        ),
         "n": len(predictions),
         "num_patients": len(set(patients)),
         "labels": columns,
@@ -135,6 +140,10 @@ def baselines(
         "all_labels": all_labels | {"reference": None},
         "prevalence_matched": mean | {"reference": source},
     }
+
+
+def _counts(matrix: np.ndarray, columns: Sequence[str]) -> dict[str, int]:
+    return dict(zip(columns, matrix.sum(axis=0).tolist(), strict=True))
 
 
 def _f1(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from rl.conditions import parse_combination
 from rl.rewards import Reward, RewardFunction, rewards_record
 from rl.settings import SET_METRICS
 
-LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate")  # of the evaluated metrics
+# of the evaluated metrics
+LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate", "silenced_labels")
 
 
 def with_rewards(
@@ -57,11 +58,15 @@ def mean_rewards(
 
 
 def evaluated_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Pick SET_METRICS and the rewards' means out of a data set's scores."""
+    """Pick SET_METRICS and the rewards' means out of a data set's scores.
+
+    Of silenced labels it is the number, so that conditions can use it.
+    """
     flat = dict(scores) | {
         "macro_f1": scores["macro"]["f1"],
         "micro_f1": scores["micro"]["f1"],
         "completion_length": scores["completion_length"]["mean"],
+        "silenced_labels": len(scores["silenced_labels"]),
     }
     return {
         name: value

@@ -50,6 +50,7 @@ SET_METRICS = (
     "fail_rate",
     "invalid_rate",
     "completion_length",
+    "silenced_labels",
     "reward",
     *(f"rewards/{name}/mean" for name in get_args(RewardName)),
 )

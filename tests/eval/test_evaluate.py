@@ -258,8 +258,24 @@ def test_scores_by_hand():
     assert scores["jaccard"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
     assert (scores["fail_rate"], scores["invalid_rate"]) == (1 / 4, 2 / 4)
     assert scores["problems"] == {"think_missing": 1, "answer_missing": 1}
+    assert scores["silenced_labels"] == []  # none is true ten times
     assert (scores["n"], scores["num_patients"]) == (4, 3)
     assert scores["completion_length"] == {"mean": 17.5, "max": 40}
+
+
+def test_silenced_labels_count_answers_that_can_be_read_where_the_label_is_evaluated():
+    # Edema 12 true, said 2 times; Fracture 12 true, said 3 times, a quarter; Pneumonia 12 true and
+    # said 12 times, but never so that it can be read; Cardiomegaly is true and never evaluated.
+    rows = [
+        row(
+            f"<think>x</think><solution>{said}</solution>",
+            ("Edema", "Fracture", "Pneumonia", "Cardiomegaly"),
+            id=f"r{i}",
+        )
+        for i, said in enumerate(["Edema", "Edema, Fracture", "Fracture", "Fracture", *[""] * 8])
+    ]
+    rows += [row("Pneumonia", (), id=f"more{i}") for i in range(12)]
+    assert score(parsed(rows))["silenced_labels"] == ["Edema", "Pneumonia"]
 
 
 def test_failed_answers_are_treated_in_three_ways():

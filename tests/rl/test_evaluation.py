@@ -1,0 +1,30 @@
+"""Protect what an evaluation hands to conditions, the log and the choice of the best checkpoint.
+
+Run: pytest tests/rl/test_evaluation.py
+"""
+
+from __future__ import annotations
+
+from rl.evaluation import evaluated_metrics
+from rl.settings import SET_METRICS
+
+SCORES = {
+    "macro": {"f1": 0.4},
+    "micro": {"f1": 0.5},
+    "jaccard": 0.6,
+    "fail_rate": 0.1,
+    "invalid_rate": 0.2,
+    "completion_length": {"mean": 25.5, "max": 40},
+    "silenced_labels": ["Edema", "Fracture"],
+    "reward": 0.55,
+    "rewards/hard/mean": 0.55,
+    "rewards/nuanced/mean": 61.0,
+    "n": 100,
+}
+
+
+def test_what_is_evaluated_is_a_number_of_each_name():
+    found = evaluated_metrics(SCORES)
+    assert found.keys() == set(SET_METRICS)
+    assert found["silenced_labels"] == 2  # their number: conditions compare numbers
+    assert (found["macro_f1"], found["micro_f1"], found["completion_length"]) == (0.4, 0.5, 25.5)
