@@ -76,7 +76,24 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
         + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label])
         + (f", none {without}" if without else "")
         + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else "")
+        + _who_line(examples)
     )
+
+
+def _who_line(examples: Sequence[Example]) -> str:
+    """Count sexes and views and give the range of ages, as far as the rows know them."""
+    counts = {
+        name: Counter(value for example in examples if (value := getattr(example, name)))
+        for name in ("sex", "view")
+    }
+    shown = [
+        f"{name} " + ", ".join(f"{value} {count}" for value, count in sorted(found.items()))
+        for name, found in counts.items()
+        if found
+    ]
+    ages = [example.age for example in examples if example.age is not None]
+    shown += [f"age {min(ages)} to {max(ages)} ({len(ages)} known)"] if ages else []
+    return "".join(f"; {part}" for part in shown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from data.sources import (
     Reading,
     Report,
     Table,
+    WhoCells,
     cell_problems,
     choose,
     collector_paused,
@@ -44,6 +45,7 @@ _LABEL_FILES = {
     "valid": ("valid.csv", "val_labels.csv"),
     "test": ("groundtruth.csv", "test_labels.csv"),
 }
+YOUNGEST = 1  # CheXpert's patients are adults: age 0 (three rows of train.csv) says nothing
 _STUDY = re.compile(r"(?:.*/)?(patient\d+)/(study\d+)")
 _IS_FRONTAL = {"Frontal": True, "_frontal": True, "Lateral": False, "_lateral": False}
 _IMAGE = re.compile(_STUDY.pattern + r"/(view(\d+)(_frontal|_lateral)?\.(?:jpg|jpeg|png))")
@@ -86,11 +88,14 @@ def load_chexpert(
     )
     table = Table(find_file(folder, names))
     filled = (Report() if report is None else report).begin(f"CheXpert {part}", table.path)
-    cells = LabelCells(table, policy)
+    cells, who = LabelCells(table, policy), WhoCells(table, youngest=YOUNGEST)
     locate = _locator(folder, table.path.parent, part)
     problems: list[str] = []
-    collect = _studies if table.has("Study") and not table.has("Path") else _images
-    candidates = collect(table, cells, locate, folder, views, drop_missing, filled, problems)
+    if table.has("Study") and not table.has("Path"):
+        candidates = _studies(table, cells, locate, folder, views, drop_missing, filled, problems)
+    else:
+        candidates = _images(table, cells, who, locate, views, filled, problems)
+        filled.notes += who.notes()
     raise_problems(problems)
     if "No Finding" not in cells.labels:
         filled.notes.append("the label file has no column 'No Finding'")
@@ -111,10 +116,9 @@ def load_chexpert(
 def _images(
     table: Table,
     cells: LabelCells,
+    who: WhoCells,
     locate: Callable[[str], str],
-    folder: Path,
     views: str,
-    drop_missing: bool,
     report: Report,
     problems: list[str],
 ) -> list[Candidate]:
@@ -127,8 +131,9 @@ def _images(
     )
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    for number, (path, side, projection), labels in table.rows(
-        problems, [*table.find("Path"), *view_columns], cells.indices
+    columns = [*table.find("Path"), *view_columns, *who.indices]
+    for number, (path, side, projection, *person), labels in table.rows(
+        problems, columns, cells.indices
     ):
         report.rows += 1
         image = _IMAGE.fullmatch(path)
@@ -162,7 +167,8 @@ def _images(
         if views == "frontal" and not frontal:
             report.drop("lateral view")
             continue
-        candidates.append(_candidate(image, locate(image[1]), projection, frontal, reading))
+        candidate = _candidate(image, locate(image[1]), projection, frontal, reading)
+        candidates.append(candidate._replace(**who.read(person)))
     return candidates
 
 

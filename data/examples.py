@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.files import DataError, first_problems
 from data.labels import LABELS, Target
@@ -21,6 +22,7 @@ class Example:
     is unknown.
     source_labels: the hospital's own strings.
     answer: the teacher's trace, or None.
+    sex: "F" or "M", age: in years, view: as the source names it ("PA"). None where unknown.
     extra: fields of the file that this project does not know, kept as they are.
     """
 
@@ -34,6 +36,9 @@ class Example:
     source_labels: tuple[str, ...] = ()
     answer: str | None = None
     extra: dict = field(default_factory=dict)
+    sex: str | None = None
+    age: int | None = None
+    view: str | None = None
 
     @property
     def target(self) -> Target:
@@ -44,6 +49,11 @@ class Example:
 _REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
 _OPTIONAL = {"evaluated_labels": list, "source_labels": list, "answer": str}
 _TYPE_NAMES = {str: "a string", list: "a list of strings"}
+
+# Who is on the image and from where: optional fields of a data file and of a predictions file.
+WHO = ("sex", "age", "view")
+SEXES = ("F", "M")
+MAX_AGE = 120  # years. NIH's first label file has ages up to 411, which nobody is
 
 
 def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
@@ -163,7 +173,34 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
                     f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
                     f" {', '.join(LABELS)}"
                 )
-    return row, problems
+    return row, problems + who_problems(row)
+
+
+def who_problems(row: Mapping[str, Any]) -> list[str]:
+    """Check the optional fields `sex`, `age` and `view` of a row -> problems, one line each."""
+    sex, age, view = (row.get(name) for name in WHO)
+    problems = []
+    if sex is not None and sex not in SEXES:
+        problems.append(
+            f'field \'sex\' is {json.dumps(sex)[:60]}; it must be "F" or "M", and absent where'
+            " unknown"
+        )
+    if age is not None and (type(age) is not int or not 0 <= age <= MAX_AGE):
+        problems.append(
+            f"field 'age' is {json.dumps(age)[:60]}; it must be whole years, 0 to {MAX_AGE}, and"
+            " absent where unknown"
+        )
+    if view is not None and (not isinstance(view, str) or not view.strip()):
+        problems.append(
+            f"field 'view' is {json.dumps(view)[:60]}; it must be a string such as \"PA\", and"
+            " absent where unknown"
+        )
+    return problems
+
+
+def who_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Take what a sound row says of who is on the image -> {field: value}, only what is known."""
+    return {name: row[name] for name in WHO if row.get(name) is not None}
 
 
 def _example(row: dict, root: Path) -> Example:
@@ -181,8 +218,9 @@ def _example(row: dict, root: Path) -> Example:
         extra={
             name: value
             for name, value in row.items()
-            if name not in _REQUIRED and name not in _OPTIONAL
+            if name not in _REQUIRED and name not in _OPTIONAL and name not in WHO
         },
+        **who_of(row),
     )
 
 
@@ -201,7 +239,8 @@ def row_of(example: Example) -> dict:
         "evaluated_labels": list(example.evaluated_labels),
         "source_labels": list(example.source_labels),
     }
-    return row | ({} if example.answer is None else {"answer": example.answer}) | example.extra
+    answer = {} if example.answer is None else {"answer": example.answer}
+    return row | answer | example.extra | who_of(vars(example))
 
 
 def selection_file(data_file: str | Path) -> Path:

@@ -191,7 +191,7 @@ def _images(
                     dicom,
                     subject,
                     f"{root}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg",
-                    view or "unknown",
+                    view or None,
                     view_rank(view, frontal),
                     number,
                     reading,

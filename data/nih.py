@@ -30,6 +30,7 @@ from data.sources import (
     Reading,
     Report,
     Table,
+    WhoCells,
     choose,
     collector_paused,
     find_file,
@@ -111,8 +112,11 @@ def _images(
     readings: dict[str, Reading] = {}
     candidates: list[Candidate] = []
     row_of: dict[str, int] = {}
-    columns = table.find("Image Index", "Patient ID"), table.find("Finding Labels", "View Position")
-    for number, (name, patient), (findings, view) in table.rows(problems, *columns):
+    who = WhoCells(table)  # NIH has children, and infants of age 0
+    columns = [*table.find("Finding Labels", "View Position"), *who.indices]
+    for number, (name, patient), (findings, view, *person) in table.rows(
+        problems, table.find("Image Index", "Patient ID"), columns
+    ):
         if listed is not None and name not in listed:
             continue
         report.rows += 1
@@ -146,12 +150,14 @@ def _images(
                 image_id,
                 named[1],
                 f"{locate(name)}/{name}",
-                view,
+                view or None,
                 view_rank(view, True),
                 number,
                 reading,
+                **who.read(person),
             )
         )
+    report.notes += who.notes()
     return candidates
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.answers import ANSWER_FORMATS, Answer, parse_answer
-from data.examples import Example
+from data.examples import WHO, Example, who_of, who_problems
 from data.files import DataError, first_problems, write_jsonl
 from data.labels import LABEL_MAPS, LABELS, Target, chexpert_labels_of_nih
 
@@ -26,7 +26,8 @@ DEFAULT_FORMAT = "think_solution"  # of a row that names none
 class Prediction:
     """Hold one completion, the truth it is scored against, and the answer read from it.
 
-    id, patient_id, dataset, labels, evaluated_labels, source_labels: as in the `Example`.
+    id, patient_id, dataset, labels, evaluated_labels, source_labels, sex, age, view: as in the
+    `Example`.
     prompt: name of the instruction. completion: the text, without special tokens.
     completion_length: in tokens, the stop token included. answer_format, answer: how the completion
     was parsed, and what was found. extra: further fields of the row, kept as they are, such as
@@ -45,6 +46,9 @@ class Prediction:
     answer_format: str
     answer: Answer
     extra: dict[str, Any] = field(default_factory=dict)
+    sex: str | None = None
+    age: int | None = None
+    view: str | None = None
 
     @classmethod
     def of_example(
@@ -75,6 +79,7 @@ class Prediction:
             answer_format=answer_format,
             answer=parse_answer(completion, answer_format) if answer is None else answer,
             extra=dict(extra or {}),
+            **who_of(vars(example)),
         )
 
     @classmethod
@@ -97,8 +102,9 @@ class Prediction:
             completion_length=row["completion_length"],
             answer_format=name,
             answer=parse_answer(row["completion"], name),
+            **who_of(row),
         )
-        known = prediction.to_row()
+        known = {*prediction.to_row(), *WHO}
         extra = {key: value for key, value in row.items() if key not in known}
         return dataclasses.replace(prediction, extra=extra)
 
@@ -120,6 +126,7 @@ class Prediction:
             "problem": self.answer.problem,
             "unknown": list(self.answer.unknown),
             "answer_format": self.answer_format,
+            **who_of(vars(self)),
         } | self.extra
 
     def with_extra(self, **fields: Any) -> Prediction:
@@ -270,7 +277,7 @@ def _row_problems(row: object) -> list[str]:
         problems.append(
             f"field 'answer_format' is {row['answer_format']!r}; known: {', '.join(ANSWER_FORMATS)}"
         )
-    return problems
+    return problems + who_problems(row)
 
 
 def _is_of_rollout(row: Mapping[str, Any]) -> bool:

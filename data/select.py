@@ -675,7 +675,10 @@ def _record(
 
 
 def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
-    """Tabulate the positives of every set by label, with their share in the set and in its pool."""
+    """Tabulate the positives of every set by label, with their share in the set and in its pool.
+
+    A label that none of the sets can express has no row.
+    """
     titles = [f"{name} ({len(examples):,})" for name, (examples, _) in sets.items()]
     lines = [
         f"{'images with the label':<28}" + "".join(f"{title:>26}" for title in titles),
@@ -685,7 +688,12 @@ def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
         (balance(examples), len(examples), balance(pool.examples), len(pool.examples))
         for examples, pool in sets.values()
     ]
-    for label in LABELS:
+    kinds = {
+        example.evaluated_labels
+        for examples, pool in sets.values()
+        for example in (*examples, *pool.examples)
+    }
+    for label in (label for label in LABELS if any(label in kind for kind in kinds)):
         cells = [
             f"{drawn[label]:,} {drawn[label] / n:6.1%} ({natural[label] / of:6.1%})"
             for drawn, n, natural, of in counts

@@ -9,16 +9,18 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from operator import getitem, itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data.examples import Example
+from data.examples import MAX_AGE, Example
 from data.files import DataError, first_problems, sha256_of
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
 
@@ -300,27 +302,95 @@ def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
     ]
 
 
+# ---- who is on the image -------------------------------------------------------------------------
+_SEX_COLUMNS = ("Sex", "Patient Gender", "Patient Sex")
+_AGE_COLUMNS = ("Age", "Patient Age")
+_SEX_CELLS = {"f": "F", "female": "F", "m": "M", "male": "M"}
+_AGE_CELL = re.compile(r"(\d{1,3})(?:\.0*)?([ymwd]?)")
+_A_YEAR = {"": 1, "y": 1, "m": 12, "w": 52, "d": 365}  # 058Y, 011M: older files of NIH
+
+
+class WhoCells:
+    """Read the sex and the age of a table's rows, as far as it has them.
+
+    A cell that says neither is unknown and no error: NIH's first file has ages up to 411, CheXpert
+    one sex 'Unknown'. `notes` counts them.
+
+    indices: the columns of both, of one, or of neither. youngest: a smaller age is no age.
+    """
+
+    def __init__(self, table: Table, *, youngest: int = 0):
+        kinds: list[tuple[str, Sequence[str], Callable[[str], Any]]] = [
+            ("sex", _SEX_COLUMNS, _sex),
+            ("age", _AGE_COLUMNS, partial(_age, youngest=youngest)),
+        ]
+        # (field, column, how a cell is read) of those that the table has
+        self._fields = [
+            (key, column, reader)
+            for key, columns, reader in kinds
+            for column in [name for name in columns if table.has(name)][:1]
+        ]
+        self.indices = table.find(*(column for _, column, _ in self._fields))
+        self._read: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._unread: Counter[str] = Counter()
+
+    def read(self, cells: Sequence[str]) -> dict[str, Any]:
+        """Read the cells of the columns `indices` -> {"sex": ..., "age": ...}, None: unknown."""
+        cells = tuple(cells)
+        who = self._read.get(cells)
+        if who is None:
+            fields = zip(self._fields, cells, strict=True)
+            who = self._read[cells] = {key: reader(cell) for (key, _, reader), cell in fields}
+        if None in who.values():
+            for (key, column, _), cell in zip(self._fields, cells, strict=True):
+                if who[key] is None and cell.strip():
+                    self._unread[f"{column} {cell!r}"] += 1
+        return who
+
+    def notes(self) -> list[str]:
+        """Say which cells were taken as unknown, and how many images have each."""
+        if not self._unread:
+            return []
+        shown = [f"{cell} ({count:,})" for cell, count in self._unread.most_common(5)]
+        more = f" and {len(self._unread) - 5} others" if len(self._unread) > 5 else ""
+        return [f"taken as unknown: {', '.join(shown)}{more}"]
+
+
+def _sex(cell: str) -> str | None:
+    return _SEX_CELLS.get(cell.strip().casefold())
+
+
+def _age(cell: str, youngest: int) -> int | None:
+    found = _AGE_CELL.fullmatch(cell.strip().casefold())
+    years = int(found[1]) // _A_YEAR[found[2]] if found else -1
+    return years if youngest <= years <= MAX_AGE else None
+
+
 # ---- images --------------------------------------------------------------------------------------
 class Candidate(NamedTuple):
     """Hold one image of a label table.
 
+    view: as the source names it, None where it does not.
     rank: of its view, see `view_rank`.
     order: among images of one rank.
+    sex, age: as in Example.
     """
 
     study: str
     id: str
     patient: str
     image: str
-    view: str
+    view: str | None
     rank: int
     order: int
     reading: Reading
+    sex: str | None = None
+    age: int | None = None
 
 
-def view_rank(view: str, frontal: bool) -> int:
+def view_rank(view: str | None, frontal: bool) -> int:
     """Rank a view for pa_first, the smallest first: PA, AP, another frontal view, the rest."""
-    return _RANKS.get(view, OTHER_FRONTAL) if frontal else NOT_FRONTAL
+    return _RANKS.get(view or "", OTHER_FRONTAL) if frontal else NOT_FRONTAL
 
 
 def choose(
@@ -370,7 +440,10 @@ def choose(
             root,
             candidate.reading.evaluated,
             candidate.reading.source_labels,
-            extra={"study_id": candidate.study, "view": candidate.view},
+            extra={"study_id": candidate.study},
+            sex=candidate.sex,
+            age=candidate.age,
+            view=candidate.view,
         )
         for candidate in candidates
     ]
@@ -474,5 +547,6 @@ class Report:
             f"  {label:<28}{columns['true'][label]:>9,}{columns['evaluated'][label]:>11,}"
             f"{columns['uncertain'][label]:>11,}{columns['blank'][label]:>9,}"
             for label in LABELS
+            if columns["evaluated"][label]  # the others are not of this hospital
         ]
         return "\n".join(lines)

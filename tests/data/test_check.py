@@ -42,6 +42,16 @@ def test_a_good_file(tiny_data, tmp_path, capsys):
     )
 
 
+def test_the_summary_counts_who_is_known(tiny_data, tmp_path, capsys):
+    rows = [row | {"answer": None} for row in lines(tiny_data)]
+    rows[0] |= {"sex": "F", "age": 70, "view": "PA"}
+    rows[1] |= {"sex": "M", "age": 0, "view": "AP"}
+    rows[2] |= {"sex": "F", "view": "PA"}
+    assert main([str(write_rows(tiny_data.parent / "who.jsonl", rows))]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.endswith("Fracture 8; sex F 2, M 1; view AP 1, PA 2; age 0 to 70 (2 known)")
+
+
 def test_all_problems_at_once(tmp_path, capsys):
     write_data(tmp_path, 1)
     (tmp_path / "page.png").write_text("<html>")

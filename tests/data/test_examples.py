@@ -14,7 +14,14 @@ import os
 
 import pytest
 
-from data.examples import Example, data_file, read_examples, read_jsonl, split_by_patient
+from data.examples import (
+    Example,
+    data_file,
+    read_examples,
+    read_jsonl,
+    row_of,
+    split_by_patient,
+)
 from data.files import MAX_PROBLEMS, DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, Target
 
@@ -47,8 +54,10 @@ def test_a_row_with_everything(tmp_path):
         "evaluated_labels": ["Pneumonia", "Edema"],
         "source_labels": ["oedema", "rib #"],
         "answer": "<think>x</think>",
+        "sex": "F",
         "age": 61,
-        "view": {"kind": "PA"},
+        "view": "PA",
+        "note": {"kind": "x"},  # not known here
     }
     [example] = read_jsonl(write(tmp_path / "d.jsonl", row))
     assert example == Example(
@@ -62,10 +71,50 @@ def test_a_row_with_everything(tmp_path):
         evaluated_labels=("Edema", "Pneumonia"),
         source_labels=("oedema", "rib #"),
         answer="<think>x</think>",
-        extra={"age": 61, "view": {"kind": "PA"}},
+        extra={"note": {"kind": "x"}},
+        sex="F",
+        age=61,
+        view="PA",
     )
+    assert read_jsonl(write(tmp_path / "again.jsonl", row_of(example))) == [example]
     # Fracture is not evaluated here: unknown, not true
     assert example.target == Target(frozenset({"Edema"}), frozenset({"Edema", "Pneumonia"}))
+
+
+@pytest.mark.parametrize(
+    "field, value, shown",
+    [
+        ("sex", "female", 'it must be "F" or "M", and absent where unknown'),
+        ("sex", "", 'it must be "F" or "M"'),
+        ("sex", ["F"], 'it must be "F" or "M"'),
+        ("age", "61", "it must be whole years, 0 to 120, and absent where unknown"),
+        ("age", 61.0, "it must be whole years"),
+        ("age", True, "it must be whole years"),
+        ("age", -1, "it must be whole years"),
+        ("age", 121, "it must be whole years"),
+        ("view", 3, 'it must be a string such as "PA", and absent where unknown'),
+        ("view", " ", "it must be a string"),
+    ],
+)
+def test_who_is_checked(tmp_path, field, value, shown):
+    [problem] = refusal(write(tmp_path / "d.jsonl", ROW | {field: value}))
+    assert problem.startswith(f"{tmp_path / 'd.jsonl'}, line 1: field {field!r} is ")
+    assert shown in problem
+
+
+@pytest.mark.parametrize("age", [0, 120])
+def test_the_ages_at_the_bounds(tmp_path, age):
+    [example] = read_jsonl(write(tmp_path / "d.jsonl", ROW | {"age": age}))
+    assert example.age == age
+
+
+def test_a_row_of_an_unknown_person_is_written_as_before(tmp_path):
+    """Files made before the fields were there keep their bytes, and null is the same as absent."""
+    row = ROW | {"study_id": "s1", "view": "PA"}  # as data.select has always written it
+    [example] = read_jsonl(write(tmp_path / "d.jsonl", row | {"sex": None, "age": None}))
+    assert list(row_of(example))[-2:] == ["study_id", "view"]
+    [plain] = read_jsonl(write(tmp_path / "e.jsonl", ROW))
+    assert not {"sex", "age", "view"} & row_of(plain).keys()
 
 
 def test_defaults_of_the_optional_fields(tmp_path):

@@ -107,6 +107,22 @@ def test_an_answer_that_is_there_is_not_parsed_again(monkeypatch):
     assert row.with_extra(step=1).extra == {"group": 3, "step": 1}
 
 
+def test_who_is_on_the_image_goes_along_and_is_absent_where_unknown(tmp_path):
+    example = replace(EXAMPLE, sex="F", age=0, view="PA")
+    row = Prediction.of_example(
+        example, prompt="demo", completion=RIGHT, completion_length=7, answer_format="solution"
+    )
+    assert (row.sex, row.age, row.view) == ("F", 0, "PA")
+    assert list(row.to_row())[-4:] == ["answer_format", "sex", "age", "view"]
+    assert read_predictions(write_predictions(tmp_path / "p.jsonl", [row])) == [row]
+    # a row of before, and one that says null, come back as they would have been written before
+    for unknown in (ROW, ROW | {"sex": None, "age": None, "view": None}):
+        [read] = read_predictions(write_jsonl(tmp_path / "old.jsonl", [unknown]))
+        assert read.extra == {} and not {"sex", "age", "view"} & read.to_row().keys()
+    with pytest.raises(DataError, match="line 1: field 'sex' is \"woman\"; it must be"):
+        read_predictions(write_jsonl(tmp_path / "bad.jsonl", [ROW | {"sex": "woman"}]))
+
+
 def test_files_are_written_and_read(tmp_path):
     rows = [predicted(id=name) for name in ("a", "b", "c")]
     file = write_predictions(tmp_path / "predictions.jsonl", rows)

@@ -131,6 +131,26 @@ def test_the_sets_of_two_hospitals(tmp_path, capsys):
         if line.startswith("Edema") and f"{edema:,} {edema / 6:6.1%} ( 33.3%)" in line
     ]
     assert row.count("( 33.3%)") == 3  # 8 of the 24 images of the pool
+    # CheXpert's rows say Female, 68, AP or PA, NIH's M, 58, PA; the test studies' file neither
+    assert {(e.sex, e.age) for e in sets["sft"]} == {("F", 68)}
+    assert {(e.sex, e.age, e.view) for e in sets["test-nih"]} == {("M", 58, "PA")}
+    assert {(e.sex, e.age, e.view) for e in sets["test-chexpert"]} == {(None, None, "frontal")}
+
+
+def test_labels_that_no_set_can_express_are_not_printed(tmp_path, capsys):
+    touch(
+        nih(tmp_path / "nih"),
+        *(f"images/{n}.png" for n in ("00000013_004", "00000013_005", "00000014_000")),
+        "images/00000014_001.png",
+    )
+    out = ("--output_dir", tmp_path / "out", "--image_root", tmp_path, "--nih", tmp_path / "nih")
+    none = ("--sft_size", 0, "--rl_size", 0, "--validation_size", 0)
+    assert run(*out, *none) == 0
+    printed = capsys.readouterr().out
+    report, table = printed.split("images with the label")
+    for text in (report, table):  # NIH's nine of the paper, in CheXpert's order
+        named = [label for label in LABELS if f"\n{label}  " in text.replace("\n  ", "\n")]
+        assert named == list(NIH_NINE)
 
 
 def test_what_was_done_is_noted_and_reaches_the_configuration_of_a_run(tmp_path):
@@ -661,7 +681,10 @@ def test_a_row_is_read_as_the_example_that_it_was_written_from(tmp_path):
         NIH_NINE,
         ("Edema",),
         "<think>x</think>",
-        {"view": "PA"},
+        {"study_id": "s1"},
+        "M",
+        0,
+        "PA",
     )
     plain = Example("j", "p", "a.png", (), "nih", tmp_path)
     assert read_jsonl(write_jsonl(tmp_path / "x.jsonl", [row_of(example), row_of(plain)])) == [
@@ -713,6 +736,12 @@ def test_the_sample_in_all_three_formats(tmp_path):
             "test-nih": 4,
         }
         check_disjoint(sets)
+        # Data_Entry_2017_v2020.csv knows all three of each image, the CheXpert fixture's
+        # groundtruth.csv neither, MIMIC the view alone
+        assert all(e.sex in ("F", "M") and 0 < e.age < 95 for e in sets["test-nih"])
+        assert {e.view for e in sets["test-nih"]} <= {"PA", "AP"}
+        assert all((e.sex, e.age) == (None, None) for e in sets["test-mimic"])
+        assert {e.view for e in sets["test-mimic"]} <= {"PA", "AP"}
         assert all(
             (folder / example.image).is_file() for examples in sets.values() for example in examples
         )

@@ -21,12 +21,15 @@ from pathlib import Path
 import pytest
 
 from data.chexpert import load_chexpert
+from data.examples import row_of
 from data.files import MAX_PROBLEMS, DataError
 from data.labels import LABELS, NIH_NINE, NIH_TEN, LabelPolicy
 from data.mimic import load_mimic
 from data.nih import load_nih
 from data.sources import Report, Table
 from tests.helpers.hospitals import (
+    ALPHABETICAL,
+    BLANKS,
     CHEXPERT,
     cells,
     chexpert_row,
@@ -178,9 +181,9 @@ def test_chexpert_small_in_full(tmp_path):
     assert first.source_labels == ("Lung Opacity=-1.0", "Edema=1.0") and second.source_labels == (
         "No Finding=1.0",
     )
-    assert (
-        first.extra == {"study_id": "patient00001/study1", "view": "AP"}
-        and second.extra["view"] == "PA"
+    assert first.extra == {"study_id": "patient00001/study1"} and (first.view, second.view) == (
+        "AP",
+        "PA",
     )
     assert report.files == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
 
@@ -559,7 +562,9 @@ def test_mimic_joins_views_split_and_labels(tmp_path, suffix, version, inner):
         ("Pleural Effusion",),
         ("Edema=-1.0", "Pleural Effusion=1.0"),
     )
-    assert example.extra == {"study_id": "s50000001", "view": "PA"}
+    assert example.extra == {"study_id": "s50000001"}
+    # MIMIC's files know no sex and no age
+    assert (example.sex, example.age, example.view) == (None, None, "PA")
     assert report.rows == 5 and report.dropped == {
         "view LATERAL": 1,
         "view not given": 1,
@@ -594,7 +599,7 @@ def test_mimic_labelers_and_the_radiologists_labels(tmp_path):
 def test_mimic_every_view_with_the_labels_of_its_study(tmp_path):
     mimic(tmp_path)
     examples = load_mimic(tmp_path, views="all", frontals="all", report=Report())
-    assert [(example.extra["view"], example.labels) for example in examples] == [
+    assert [(example.view, example.labels) for example in examples] == [
         (view, ("Pleural Effusion",)) for view in ("LATERAL", "AP", "PA")
     ]
 
@@ -665,7 +670,9 @@ def test_nih_header_variants(tmp_path, variant):
         "images/00000013_005.png",
     )
     assert (first.labels, first.evaluated_labels) == (("Lung Lesion",), NIH_NINE)
-    assert first.source_labels == ("Effusion", "Mass", "Nodule") and first.extra["view"] == "PA"
+    assert first.source_labels == ("Effusion", "Mass", "Nodule")
+    # 58 or, in the older files, 058Y; the column is Patient Gender or Patient Sex
+    assert (first.sex, first.age, first.view) == ("M", 58, "PA")
     assert second.labels == ("No Finding",)
     assert [example.id for example in load_nih(tmp_path, "test", report=Report())] == [
         "nih-00000014_000",
@@ -673,6 +680,98 @@ def test_nih_header_variants(tmp_path, variant):
     ]
     assert len(load_nih(tmp_path, "all", report=Report())) == 4
     assert len(report.files) == 2  # the list decides, too
+
+
+@pytest.mark.parametrize(
+    "cell, age",
+    [
+        ("058Y", 58),
+        ("58", 58),
+        (" 7 ", 7),
+        ("0", 0),  # NIH has infants: 11 months and 13 days are 0 years, 30 months are 2
+        ("011M", 0),
+        ("030M", 2),
+        ("013D", 0),
+        ("058y", 58),
+        ("120", 120),
+        ("121", None),
+        ("411", None),
+        ("0411", None),
+        ("-3", None),
+        ("Y", None),
+        ("58 or 59", None),
+        ("", None),
+    ],
+)
+def test_nih_ages(tmp_path, cell, age):
+    nih(tmp_path)
+    file = tmp_path / "Data_Entry_2017_v2020.csv"
+    file.write_text(file.read_text().replace(",58,", f",{cell},", 1))
+    report = Report()
+    first, second = load_nih(tmp_path, report=report)
+    assert (first.age, second.age) == (age, 58)
+    noted = [f"taken as unknown: Patient Age {cell!r} (1)"] if age is None and cell else []
+    assert report.notes == noted
+
+
+def test_nih_files_without_sex_and_age_stay_valid(tmp_path):
+    nih(tmp_path)
+    file = tmp_path / "Data_Entry_2017_v2020.csv"
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    file.write_text("\n".join(",".join((*row[:4], *row[6:])) for row in rows))
+    first, _ = load_nih(tmp_path, report=Report())
+    assert (first.sex, first.age, first.view) == (None, None, "PA")
+
+
+@pytest.mark.parametrize(
+    "sex, age, read, noted",
+    [
+        ("Female", "68", ("F", 68), []),
+        ("male", "90.0", ("M", 90), []),
+        ("F", "18", ("F", 18), []),
+        ("Unknown", "0", (None, None), ["taken as unknown: Sex 'Unknown' (1), Age '0' (1)"]),
+        ("", "", (None, None), []),
+        ("Female", "abc", ("F", None), ["taken as unknown: Age 'abc' (1)"]),
+    ],
+)
+def test_chexpert_sex_and_age(tmp_path, sex, age, read, noted):
+    """CheXpert's patients are adults, and its one sex 'Unknown' and three ages 0 say nothing."""
+    write(
+        tmp_path / "train.csv",
+        CHEXPERT,
+        f"CheXpert-v1.0-small/train/{ONE},{sex},{age},Frontal,LL,{BLANKS}",
+        f"CheXpert-v1.0-small/train/{TWO},Male,40,Frontal,PA,{BLANKS}",
+    )
+    report = Report()
+    first, second = load_chexpert(tmp_path, report=report)
+    assert ((first.sex, first.age), first.view) == (read, "LL")
+    assert (second.sex, second.age, second.view) == ("M", 40, "PA")
+    assert report.notes == noted
+
+
+def test_chexpert_test_files_know_the_view_alone(tmp_path):
+    write(
+        tmp_path / "CheXpert/test_labels.csv",
+        "Path," + ",".join(LABELS),
+        "test/patient64741/study1/view1_frontal.jpg," + cells(Edema=1.0),
+    )
+    [example] = load_chexpert(tmp_path, "test", report=Report())
+    assert (example.sex, example.age, example.view) == (None, None, "frontal")
+
+
+def test_a_mimic_image_without_a_view_has_none(tmp_path):
+    mimic(tmp_path)
+    options = {"views": "all", "frontals": "all", "labels": "chexpert"}
+    file = tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    write(
+        file,
+        "subject_id,study_id," + ",".join(ALPHABETICAL),
+        f"10000001,50000002,{mimic_labels(Edema=1.0)}",
+    )
+    examples = load_mimic(tmp_path, report=Report(), **options)
+    # study 2 has an image without a ViewPosition, and an AP
+    assert [example.view for example in examples] == [None, "AP"]
+    assert ["view" in row_of(example) for example in examples] == [False, True]
 
 
 def test_nih_nine_or_ten_categories_and_images_without_one(tmp_path):
