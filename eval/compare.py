@@ -39,7 +39,7 @@ from eval.folders import (
 )
 from eval.page import Block, Cell, Page, Picture, Section, Table, Text, to_text, write_page
 from eval.paired import PERMUTATIONS, RESAMPLES
-from eval.tables import number, p_text, scores_table, signed
+from eval.tables import holm_note, number, p_cells, scores_table, signed
 
 # settings that say nothing about the model
 _OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")
@@ -136,26 +136,28 @@ def _told(entry: Entry) -> dict[str, str]:
 
 def differences_table(contrast: Contrast, first: str) -> Table:
     """List each run's scores minus the first run's on one data set."""
-    rows: list[list[Cell | str]] = []
+    names, moves = [], []
     for model in contrast.answers:
         if model != first:
             for score, title in _SCORES:
-                moved = contrast.change(first, model, score)
-                rows.append(
-                    [
-                        model,
-                        title,
-                        number(moved.before),
-                        number(moved.after),
-                        signed(moved.after - moved.before, moved.difference),
-                        p_text(moved.p_value),
-                    ]
-                )
+                names.append((model, title))
+                moves.append(contrast.change(first, model, score))
+    p_values = [moved.p_value for moved in moves]
+    rows: list[list[Cell | str]] = [
+        [
+            *name,
+            number(moved.before),
+            number(moved.after),
+            signed(moved.after - moved.before, moved.difference),
+            p_cell,
+        ]
+        for name, moved, p_cell in zip(names, moves, p_cells(p_values), strict=True)
+    ]
     return Table(
         f"{contrast.data_set}: difference from {first}",
-        ["Run", "Score", first, "The run", "Difference", "p"],
+        ["Run", "Score", first, "The run", "Difference", "p (Holm)"],
         rows,
-        ["95 % intervals, paired by patient; p: permutation test."],
+        [f"95 % intervals, paired by patient. {holm_note(p_values)}"],
         numbers_from=2,
     )
 

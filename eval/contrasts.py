@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ from eval.paired import (
     shared_resamples,
 )
 from eval.scores import baselines
+from eval.transfer import (
+    Macro,
+    Moved,
+    gap_on_all_labels,
+    gap_on_shared_labels,
+    home_on_its_own_labels,
+    mean_macro,
+    shared_labels,
+)
 
 _RANK = {"base": 0, "sft": 1, "grpo": 2}
 
@@ -36,7 +45,8 @@ class Contrast:
     left_out: by model, images that it answered and another did not. policies: by model, the three
     `failure_policies`. values: by model, `scores_of_totals`, each [1] or [1, K]. resampled: by
     model, the same of R resamples, each [R] or [R, K]. p_values: by pair of models.
-    baselines: as in scores-<name>.json. support [K].
+    baselines: as in scores-<name>.json. support [K]. totals: by model, `patient_totals` [P, C].
+    seed, permutations: of the test, for those that are made when they are asked for.
     """
 
     data_set: str
@@ -49,6 +59,9 @@ class Contrast:
     p_values: Mapping[tuple[str, str], dict[str, np.ndarray]]
     baselines: Mapping[str, dict[str, Any]]
     support: np.ndarray
+    totals: Mapping[str, np.ndarray]
+    seed: int
+    permutations: int
 
     @property
     def is_home(self) -> bool:
@@ -73,6 +86,28 @@ class Contrast:
             self.resampled[after][score],
             float(self.p_values[before, after][score]),
         )
+
+    def moved(self, before: str, after: str) -> Moved:
+        """Return the F1 of each label under both models, for comparisons with other data sets."""
+        values = [self.values[model]["label_f1"][0] for model in (before, after)]
+        drawn = [self.resampled[model]["label_f1"] for model in (before, after)]
+        return Moved(self.data_set, self.labels, *values, *drawn)
+
+    def macro_change(self, before: str, after: str, labels: Sequence[str]) -> Change:
+        """Compare two models in macro-F1 over some of the labels."""
+        if tuple(labels) == self.labels:
+            return self.change(before, after, "macro_f1")
+        macro = self.moved(before, after).macro(labels)
+        chosen = [self.labels.index(label) for label in labels]
+        counts = [part * len(self.labels) + k for part in range(3) for k in chosen]  # TP, FP, FN
+        columns = [*counts, -2, -1]
+        p_values = permutation_p_values(
+            self.totals[before][:, columns],
+            self.totals[after][:, columns],
+            seed=self.seed,
+            permutations=self.permutations,
+        )
+        return _change_of(macro, float(p_values["macro_f1"]))
 
     def label_change(self, before: str, after: str, label: str) -> Change:
         """Compare two models in the F1 of one label."""
@@ -159,6 +194,9 @@ def contrast_models(
         },
         baselines=baselines(targets, evaluated, labels, baseline_examples, seed),
         support=(targets & evaluated).sum(axis=0),
+        totals=totals,
+        seed=seed,
+        permutations=permutations,
     )
 
 
@@ -189,7 +227,13 @@ class Transfer:
     """Hold what a step from one model to another changed, at home and elsewhere.
 
     home: mean change of macro-F1 where the labels are the training data's. away: where they are
-    others. gap: home difference minus away difference, with its 95 % interval.
+    others. gap: home difference minus away difference, with its 95 % interval. Each side is scored
+    on all labels of its own.
+
+    labels: by pair of data sets (home, away), the labels that both can express. home_shared,
+    away_shared, gap_shared: the same comparison on those labels alone. home_only: the change at
+    home on the labels that the other side cannot express. same_labels: both sides have the same
+    labels anyway, so that there is nothing to match.
     """
 
     before: str
@@ -197,6 +241,12 @@ class Transfer:
     home: Change | None
     away: Change | None
     gap: tuple[float, tuple[float, float]] | None
+    labels: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    home_shared: Change | None = None
+    away_shared: Change | None = None
+    gap_shared: tuple[float, tuple[float, float]] | None = None
+    home_only: Change | None = None
+    same_labels: bool = False
 
 
 def transfers(
@@ -213,25 +263,32 @@ def transfers(
             [contrast for contrast in both if (contrast.data_set in home) == is_home]
             for is_home in (True, False)
         ]
-        at_home, away = (_mean_change(side, before, after) for side in sides)
-        if at_home or away:
-            gap = None
-            if at_home and away:
-                moved = [
-                    np.mean(
-                        [
-                            c.resampled[after]["macro_f1"] - c.resampled[before]["macro_f1"]
-                            for c in side
-                        ],
-                        axis=0,
-                    )
-                    for side in sides
-                ]
-                gap = (
-                    at_home.after - at_home.before - away.after + away.before,
-                    interval(moved[0] - moved[1]),
+        home_change, away_change = (_mean_change(side, before, after) for side in sides)
+        at_home, away = ([c.moved(before, after) for c in side] for side in sides)
+        gap, shared = gap_on_all_labels(at_home, away), gap_on_shared_labels(at_home, away)
+        own = home_on_its_own_labels(at_home, away)
+        if home_change or away_change:
+            found.append(
+                Transfer(
+                    before,
+                    after,
+                    home_change,
+                    away_change,
+                    gap=None if gap is None else (gap.value, gap.interval),
+                    labels={
+                        (one.data_set, other.data_set): shared_labels(one.labels, other.labels)
+                        for one in at_home
+                        for other in away
+                    },
+                    home_shared=None if shared is None else _change_of(shared.home),
+                    away_shared=None if shared is None else _change_of(shared.away),
+                    gap_shared=None if shared is None else (shared.value, shared.interval),
+                    home_only=None if own is None else _change_of(own),
+                    same_labels=all(
+                        set(one.labels) == set(other.labels) for one in at_home for other in away
+                    ),
                 )
-            found.append(Transfer(before, after, at_home, away, gap))
+            )
     return found
 
 
@@ -241,14 +298,11 @@ def _mean_change(side: Sequence[Contrast], before: str, after: str) -> Change | 
         return None
     if len(side) == 1:
         return side[0].change(before, after, "macro_f1")
+    return _change_of(mean_macro([c.moved(before, after).macro(c.labels) for c in side]))
 
-    def mean(name: str) -> float:
-        return float(np.mean([c.values[name]["macro_f1"][0] for c in side]))
 
-    def drawn(name: str) -> np.ndarray:  # [R]
-        return np.mean([c.resampled[name]["macro_f1"] for c in side], axis=0)
-
-    return change(mean(before), mean(after), drawn(before), drawn(after), float("nan"))
+def _change_of(macro: Macro, p_value: float = float("nan")) -> Change:
+    return change(macro.before, macro.after, macro.drawn_before, macro.drawn_after, p_value)
 
 
 def nih_variants(

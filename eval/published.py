@@ -7,7 +7,7 @@ Labels are in CheXpert's order here. The paper's tables list them by the alphabe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data.labels import LABELS, NIH_NINE
 
@@ -96,6 +96,12 @@ TABLE_6 = _by_model(_BY_LABEL_6, NIH_NINE)
 # within 0.001.
 MACRO_5 = dict(zip(MODELS, (0.755, 0.362, 0.228, 0.282, 0.346), strict=True))
 MACRO_6 = dict(zip(MODELS, (0.297, 0.243, 0.062, 0.299, 0.243), strict=True))
+
+
+def macro_f1(by_label: Mapping[str, float], labels: Sequence[str]) -> float:
+    """Average a model's published F1 over some labels, as the paper does over all of them."""
+    return sum(by_label[label] for label in labels) / len(labels)
+
 
 # Positives of each label among the 500 studies of CheXpert's test set (its public groundtruth.csv),
 # in CheXpert's order.

@@ -34,17 +34,19 @@ from eval.contrasts import (
 from eval.figures import MISSING, available, draw_labels, training_pictures
 from eval.folders import Entry, answers_by_set, flag_first, load_entries
 from eval.page import Block, Bullets, Page, Picture, Section, Table, Text, write_page
-from eval.paired import PERMUTATIONS, RESAMPLES
+from eval.paired import PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
 from eval.published import SOURCE
 from eval.tables import (
     ARROW,
     diversity_table,
     marginals_table,
+    matched_table,
     movers_table,
     paradox_table,
     reading,
     scores_table,
+    shared_title,
     transfer_table,
 )
 
@@ -231,6 +233,7 @@ def _transfer_sections(
     blocks: list[Block] = [
         Bullets(headlines(found)),
         paradox_table(found),
+        matched_table(found),
         transfer_table(contrasts, home, pairs),
     ]
     return [Section("What transferred", blocks)]
@@ -272,23 +275,28 @@ def _case_sections(
 
 
 def headlines(found: Sequence[Transfer]) -> list[str]:
-    """Write one line a step: what moved where, with 95 % intervals, and how that reads."""
+    """Write one line a step: what moved where, with 95 % intervals, and how that reads.
+
+    Where the sides have different labels, the line goes on with the labels that both can express.
+    """
     lines = []
     for transfer in found:
-        sides = [
-            f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to"
-            f" {moved.difference[1]:+.3f})"
-            for where, moved in (
-                ("in distribution", transfer.home),
-                ("across schemes", transfer.away),
-            )
-            if moved is not None
-        ]
-        lines.append(
-            f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {', '.join(sides)}:"
-            f" {reading(transfer)}."
-        )
+        sides = _sides(transfer.home, transfer.away)
+        line = f"{transfer.before} {ARROW} {transfer.after}, macro-F1 {sides}: {reading(transfer)}."
+        if transfer.gap_shared is not None and not transfer.same_labels:
+            shared = _sides(transfer.home_shared, transfer.away_shared)
+            line += f" On the {shared_title(transfer)}: {shared}: {reading(transfer, shared=True)}."
+        lines.append(line)
     return lines
+
+
+def _sides(home: Change | None, away: Change | None) -> str:
+    return ", ".join(
+        f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to"
+        f" {moved.difference[1]:+.3f})"
+        for where, moved in (("in distribution", home), ("across schemes", away))
+        if moved is not None
+    )
 
 
 def _provenance(entries: Sequence[Entry]) -> Table:

@@ -20,6 +20,7 @@ from eval.paired import (
     change,
     diversity,
     fingerprint,
+    holm,
     permutation_p_values,
     said_and_true,
     shared_resamples,
@@ -151,6 +152,44 @@ def test_each_label_has_its_own_p_value():
     )
     p_values = permutation_p_values(miss, hit, seed=0, permutations=20_000)
     assert p_values["label_f1"] == pytest.approx([2 / 64, 1], abs=0.006)  # five standard errors
+
+
+def test_the_null_is_that_models_answer_alike_not_that_they_score_alike():
+    """Two models with equal macro-F1 at other operating points differ label by label."""
+    # 120 patients; each label is true of 40. Freely said: all 40 and 40 more, F1 80 / 120 = 2/3.
+    # Sparingly: 10 of the 40 and no other, F1 20 / 50 = 2/5. One model says the first label freely
+    # and the second sparingly, the other model the reverse: macro-F1 is 8/15 for both.
+    true = np.arange(120)[:, None] < [40, 40]
+    freely, sparingly = np.arange(120) < 80, np.arange(120) < 10
+    totals = [
+        patient_totals(true, np.stack(said, axis=1), None, [str(n) for n in range(120)])
+        for said in ((freely, sparingly), (sparingly, freely))
+    ]
+    scores = [scores_of_totals(rows.sum(axis=0)[None]) for rows in totals]
+    assert [one["macro_f1"][0] for one in scores] == pytest.approx([8 / 15, 8 / 15])
+    p_values = permutation_p_values(*totals, seed=0, permutations=2000)
+    assert p_values["macro_f1"] == 1  # no permutation can differ by less than nothing
+    assert p_values["label_f1"].max() < 0.01
+
+
+def test_holm_by_hand():
+    # In order: 0.01 x 4 = 0.04; 0.02 x 3 = 0.06; 0.03 x 2 = 0.06; 0.5 x 1. What is not tested does
+    # not count.
+    nan = float("nan")
+    adjusted = holm([0.5, 0.02, nan, 0.01, 0.03])
+    assert [*adjusted[:2], *adjusted[3:]] == pytest.approx([0.5, 0.06, 0.04, 0.06])
+    assert np.isnan(adjusted[2])
+    # None below one before it: 0.02 x 3 = 0.06, 0.025 x 2 = 0.05 becomes 0.06. None above 1.
+    assert holm([0.025, 0.02, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
+    assert holm([0.4, 0.6]) == pytest.approx([0.8, 0.8]) and holm([0.7, 0.8]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03] and holm([]) == [] and np.isnan(holm([nan])[0])
+
+
+def test_holm_keeps_the_errors_of_a_whole_table_below_its_level():
+    # 14 labels of which none has changed: unadjusted, 1 - 0.95^14 = 51 % of tables have a p < 0.05
+    p_values = np.random.default_rng(0).random((2000, 14))
+    assert (p_values.min(axis=1) < 0.05).mean() == pytest.approx(0.51, abs=0.03)
+    assert np.mean([min(holm(row)) < 0.05 for row in p_values]) <= 0.06
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
