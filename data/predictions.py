@@ -31,7 +31,7 @@ class Prediction:
     prompt: name of the instruction. completion: the text, without special tokens.
     completion_length: in tokens, the stop token included. answer_format, answer: how the completion
     was parsed, and what was found. extra: further fields of the row, kept as they are, such as
-    "rewards", or "step", "group" and "advantage" of a rollout.
+    "rewards", "sample" of several answers to one image, or "step" and "group" of a rollout.
     """
 
     id: str
@@ -197,8 +197,9 @@ def iter_predictions(
     answer_format: the form to parse all rows by. None for each row's own. ids: read only the
     predictions of these examples. None for all.
 
-    A row of an evaluation is an image, so an id may occur once. A row of a rollout ("step" and
-    "group" in it) is one completion of several for an id: each row counts.
+    A row of an evaluation is an image, so an id may occur once. A row with "sample" is one of
+    several answers to an image, so an id may occur once with each number. A row of a rollout
+    ("step" and "group" in it) is one completion of several for an id: each row counts.
 
     Raises DataError with every problem of the file (line and field), after the last sound row. A
     file that is missing or empty is such a problem too.
@@ -207,7 +208,7 @@ def iter_predictions(
     if not path.is_file():
         raise DataError([f"{path}: no such predictions file"])
     problems: list[str] = []
-    line_of: dict[str, int] = {}  # of the ids that may occur once
+    line_of: dict[tuple[str, int | None], int] = {}  # of the (id, sample) that may occur once
     sound = 0
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -215,9 +216,12 @@ def iter_predictions(
                 continue
             row, found = parse_row(line)
             if not found and not _is_of_rollout(row):
-                first = line_of.setdefault(row["id"], number)
+                sample = row.get("sample")
+                first = line_of.setdefault((row["id"], sample), number)
                 if first != number:
-                    found = [f"id {row['id']!r} is also on line {first}; each image counts once"]
+                    what = "" if sample is None else f", sample {sample},"
+                    counts = "each image counts once" if sample is None else "number its samples"
+                    found = [f"id {row['id']!r}{what} is also on line {first}; {counts}"]
             problems += [f"{path}, line {number}: {problem}" for problem in found]
             if not found:
                 sound += 1
@@ -272,6 +276,11 @@ def _row_problems(row: object) -> list[str]:
     ):
         problems.append(
             f"field 'source_labels' is {json.dumps(source)[:60]}; it must be a list of strings"
+        )
+    sample = row.get("sample")
+    if sample is not None and not (type(sample) is int and sample >= 0):
+        problems.append(
+            f"field 'sample' is {json.dumps(sample)[:60]}; it must be a number from 0 up"
         )
     if row.get("answer_format") not in (None, *ANSWER_FORMATS):
         problems.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from engine.tracking import Progress
 from eval.folders import result_files, write_results
 from eval.scores import score
 from eval.settings import EvalConfig
+from eval.votes import sample_scores, vote_predictions
 
 WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
 
@@ -41,12 +43,14 @@ class Decoding:
     sampling: temperature, top-p and length limit of the sampler.
     answer_format: the form of a valid answer. batch_size: completions written together.
     seed: of the sampler, and of the intervals and the random baseline of the scores.
+    num_generations: k, the completions of each image. Above 1 they vote (see eval/votes.py).
     """
 
     sampling: SamplingConfig
     answer_format: str
     batch_size: int
     seed: int = 0
+    num_generations: int = 1
 
     @classmethod
     def of(cls, config: EvalConfig) -> Decoding:
@@ -56,6 +60,7 @@ class Decoding:
             config.answer_format,
             config.per_device_eval_batch_size,
             config.seed,
+            config.num_generations,
         )
 
     @classmethod
@@ -87,43 +92,61 @@ def predict(
     examples: Sequence[Example],
     decoding: Decoding,
     *,
-    done: Mapping[str, Prediction] | None = None,
+    done: Sequence[Prediction] = (),
     should_stop: Callable[[], bool] = lambda: False,
     on_prediction: Callable[[Prediction], None] = lambda prediction: None,
 ) -> list[Prediction]:
-    """Answer every example with one completion, by the sampler that rollouts use too.
+    """Answer every example, by the sampler that rollouts use too.
 
-    policy: the model with its active adapter, or the base. done: {id: prediction} of an earlier
-    call with the same arguments that was cut short. They are taken, not made again.
+    policy: the model with its active adapter, or the base. done: predictions of an earlier call
+    with the same arguments that was cut short. They are taken, not made again.
     on_prediction: called with each new prediction as soon as it is there. should_stop: once it says
     so, StopRequested is raised, and what is being written is lost.
 
-    Returns the predictions in the examples' order. A finished completion makes room for the next,
-    and images are looked at window by window. Every example has random numbers of its own, made
-    from the seed and its position, so completions depend on batch_size and on done only by
-    rounding. Raises DataError for an image that cannot be read.
+    Returns the predictions in the examples' order. With num_generations k above 1 each example has
+    k in a row, whose "sample" says which it is. Its prompt is read once for all of them.
+
+    A finished completion makes room for the next, and images are looked at window by window. Every
+    example has random numbers of its own, made from the seed and its position, so completions
+    depend on batch_size and on done only by rounding. They come sample by sample, so the first ones
+    do not depend on k either. Raises DataError for an image that cannot be read.
     """
-    kept = done or {}
-    predictions = dict(kept)
+    k = decoding.num_generations
+    predictions = whole_images(done, k)
+    kept = set(predictions)
 
-    def keep(example: Example, completion: Completion) -> None:
-        prediction = Prediction.of_example(
-            example,
-            prompt=policy.prompt.name,
-            completion=policy.encoder.decode(completion.ids),
-            completion_length=len(completion.ids),
-            answer_format=decoding.answer_format,
-        )
-        predictions[example.id] = prediction
-        on_prediction(prediction)
+    def keep(example: Example, completions: Sequence[Completion]) -> None:
+        predictions[example.id] = [
+            Prediction.of_example(
+                example,
+                prompt=policy.prompt.name,
+                completion=policy.encoder.decode(completion.ids),
+                completion_length=len(completion.ids),
+                answer_format=decoding.answer_format,
+                extra={"sample": number} if k > 1 else None,
+            )
+            for number, completion in enumerate(completions)
+        ]
+        for prediction in predictions[example.id]:
+            on_prediction(prediction)
 
-    size = WINDOW * decoding.batch_size
+    size = WINDOW * max(1, decoding.batch_size // k)
     for start in range(0, len(examples), size):
         positions = [
             i for i in range(start, min(start + size, len(examples))) if examples[i].id not in kept
         ]
         _decode_window(policy, examples, positions, decoding, should_stop, keep)
-    return [predictions[example.id] for example in examples]
+    return [prediction for example in examples for prediction in predictions[example.id]]
+
+
+def whole_images(
+    predictions: Sequence[Prediction], num_generations: int
+) -> dict[str, list[Prediction]]:
+    """Gather predictions by image, without the images that miss some of their num_generations."""
+    by_image: defaultdict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        by_image[prediction.id].append(prediction)
+    return {id: found for id, found in by_image.items() if len(found) == num_generations}
 
 
 def _decode_window(
@@ -132,7 +155,7 @@ def _decode_window(
     positions: Sequence[int],
     decoding: Decoding,
     should_stop: Callable[[], bool],
-    keep: Callable[[Example, Completion], None],
+    keep: Callable[[Example, Sequence[Completion]], None],
 ) -> None:
     """Answer the examples at `positions` by one call of the sampler."""
     encoded = []
@@ -145,12 +168,13 @@ def _decode_window(
             policy,
             encoded,
             decoding.sampling,
+            num_generations=decoding.num_generations,
             max_rows=decoding.batch_size,
             should_stop=should_stop,
             generator=[
                 torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in positions
             ],
-            on_finished=lambda i, completions: keep(examples[positions[i]], *completions),
+            on_finished=lambda i, completions: keep(examples[positions[i]], completions),
         )
 
 
@@ -173,33 +197,45 @@ def evaluate_sets(
     says so) or an error leaves that file there and says so.
 
     baseline_examples: see `score`. annotate: called with a set's predictions, returns them with
-    fields of the caller's own, and more keys for their scores. notes: {name: keys to add to the
-    scores}. records: {name: `evaluation_record`}. With them, answers that an earlier call with the
-    same records left behind are taken. Raises UsageError where those are of another evaluation.
+    fields of the caller's own, and more keys for their scores. With num_generations above 1 these
+    are the votes, and the samples are kept beside them. notes: {name: keys to add to the scores}.
+    records: {name: `evaluation_record`}. With them, answers that an earlier call with the same
+    records left behind are taken. Raises UsageError where those are of another evaluation.
     """
-    results = {}
+    results, k = {}, decoding.num_generations
     for name, examples in sets.items():
         record = None if records is None else records[name]
         done = [] if record is None else read_partial(output_dir, name, record)
-        description = f"{name} (images)"
+        done = [answer for found in whole_images(done, k).values() for answer in found]
+        description = f"{name} (images)" if k == 1 else f"{name} (samples)"
         with (
-            Progress(len(examples), initial=len(done), description=description) as progress,
+            Progress(k * len(examples), initial=len(done), description=description) as progress,
             _kept(output_dir, name, done, record) as keep,
         ):
-            predictions = predict(
+            answers = predict(
                 policy,
                 examples,
                 decoding,
-                done={prediction.id: prediction for prediction in done},
+                done=done,
                 should_stop=should_stop,
                 on_prediction=_shown(progress, keep),
             )
+            predictions = answers if k == 1 else vote_predictions(answers)
             more: dict[str, Any] = {}
             if annotate is not None:
                 predictions, more = annotate(predictions)
             scores = score(predictions, baseline_examples=baseline_examples, seed=decoding.seed)
+            if k > 1:
+                scores["samples"] = sample_scores(answers, seed=decoding.seed)
             results[name] = scores | more | dict((notes or {}).get(name, {}))
-            write_results(output_dir, name, predictions, results[name], overwrite=True)
+            write_results(
+                output_dir,
+                name,
+                predictions,
+                results[name],
+                more={"samples": answers} if k > 1 else None,
+                overwrite=True,
+            )
     return results
 
 
@@ -304,6 +340,8 @@ _NO_MATTER = (
     "vision_cache_dir",
     "per_device_eval_batch_size",
 )
+# What an earlier version did, where its record does not have the setting.
+_AS_BEFORE = {"num_generations": 1}
 
 
 def evaluation_record(
@@ -327,8 +365,11 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     was = before.get("settings") or {}
     greedy = now["settings"]["temperature"]["value"] == 0
     for name, entry in now["settings"].items():
-        # a setting that an earlier version did not have cannot differ
-        if name in _NO_MATTER or name not in was or (greedy and name == "seed"):
+        if name in _NO_MATTER or (greedy and name == "seed"):
+            continue
+        if name not in was:  # an earlier version did not have it, and cannot differ but in these
+            if name in _AS_BEFORE and entry["value"] != _AS_BEFORE[name]:
+                return f"{name} ({_AS_BEFORE[name]}, now {entry['value']})"
             continue
         # an earlier version recorded no value for what nobody had given
         if was[name].get("value") is None and was[name].get("origin") == entry["origin"]:

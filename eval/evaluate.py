@@ -27,9 +27,10 @@ from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_im
 from engine.config import Resolved, describe, parse_config
 from engine.resume import run_record
 from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
-from eval.folders import made_folder, refuse_existing, result_files, write_results
+from eval.folders import made_folder, more_files, refuse_existing, result_files, write_results
 from eval.scores import format_scores, score
 from eval.settings import EvalConfig, complete, config_problems, is_given, with_precision
+from eval.votes import format_samples, sample_scores, samples_of_file, vote_predictions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,16 @@ def _run(argv: Sequence[str]) -> int:
     config: EvalConfig = resolved.configs[0]
     if config.output_dir is not None:
         names = named_files(config.predictions, "predictions")[0]
-        refuse_existing([file for name in names for file in result_files(config.output_dir, name)])
+        refuse_existing(
+            [
+                file
+                for name in names
+                for file in (
+                    *result_files(config.output_dir, name),
+                    *more_files(config.output_dir, name).values(),
+                )
+            ]
+        )
     baseline_examples = (
         None if config.train_file is None else read_examples(config.train_file, config.image_root)
     )
@@ -65,21 +75,34 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.predictions, "predictions")
     answer_format = config.answer_format if is_given(resolved, "answer_format") else None
-    predictions = {}
+    given_k = config.num_generations if is_given(resolved, "num_generations") else None
+    predictions, samples = {}, {}
     for name, file in named.items():
-        predictions[name] = read_predictions(file, answer_format)[: config.max_samples]
+        rows = read_predictions(file, answer_format)
         if config.label_map:
-            predictions[name] = relabel(
-                predictions[name], config.label_map, config.no_label, source=str(Path(file))
-            )
+            rows = relabel(rows, config.label_map, config.no_label, source=str(Path(file)))
+        groups = samples_of_file(rows, given_k, source=str(Path(file)))
+        if groups is None:
+            predictions[name] = rows[: config.max_samples]
+        else:
+            samples[name] = [row for group in groups[: config.max_samples] for row in group]
+            predictions[name] = vote_predictions(samples[name])
     results = {
         name: score(predictions[name], baseline_examples=baseline_examples, seed=config.seed)
         for name in named
     }
+    for name, rows in samples.items():
+        results[name]["samples"] = sample_scores(rows, seed=config.seed)
     output_dir = _output_directory(config)
     for name, scores in results.items():
         record = run_record(resolved, "eval", {name: Path(named[name])}, {})
-        write_results(output_dir, name, predictions[name], scores | {"run": record})
+        write_results(
+            output_dir,
+            name,
+            predictions[name],
+            scores | {"run": record},
+            more={"samples": samples[name]} if name in samples else None,
+        )
     return _show(results, output_dir)
 
 
@@ -147,6 +170,9 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
 
 def _show(results: dict[str, dict[str, Any]], output_dir: Path) -> int:
     print(format_scores(results, per_label=True))
+    for table in (format_samples(results),):
+        if table:
+            print(f"\n{table}")
     print(f"\npredictions and scores: {output_dir}")
     return 0
 

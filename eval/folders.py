@@ -43,22 +43,38 @@ def result_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
     return folder / f"predictions-{name}.jsonl", folder / f"scores-{name}.json"
 
 
+def more_files(output_dir: str | Path, name: str) -> dict[str, Path]:
+    """Return where further answers to a data set go: its samples, and those to swapped images."""
+    folder = Path(output_dir)
+    return {kind: folder / f"{kind}-{name}.jsonl" for kind in ("samples", "swapped")}
+
+
 def write_results(
     output_dir: str | Path,
     name: str,
     predictions: Sequence[Prediction],
     scores: Mapping[str, Any],
     *,
+    more: Mapping[str, Sequence[Prediction]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the predictions and the scores of a data set, each file whole or not at all.
 
+    more: further answers, by the kinds of `more_files`.
     overwrite: replace results of that name, as a training run does with its own. Raises UsageError
     where there are some and they must stay.
+
+    The scores are written last, so results that have scores are whole.
     """
     predictions_file, scores_file = result_files(output_dir, name)
+    files = more_files(output_dir, name)
     if not overwrite:
-        refuse_existing([predictions_file, scores_file])
+        refuse_existing([predictions_file, scores_file, *files.values()])
+    for kind, file in files.items():
+        if more and kind in more:
+            write_predictions(file, more[kind])
+        else:  # of the results that are replaced
+            file.unlink(missing_ok=True)
     write_predictions(predictions_file, predictions)
     write_json(scores_file, scores)
 

@@ -7,7 +7,7 @@ false negative, whatever was predicted. Quotients 0/0 are 0, as scikit-learn's z
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -214,6 +214,24 @@ def resampled_totals(totals: np.ndarray, *, seed: int, resamples: int) -> np.nda
     return np.concatenate(
         [rng.multinomial(len(totals), counts / len(totals), size=size) @ rows for size in sizes]
     )
+
+
+def drawn_patients(num_patients: int, *, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Draw patients with replacement, for statistics that no single table of totals holds.
+
+    num_patients: P, of whom each resample draws P. seed, resamples: of the draws.
+
+    Yields how often each patient was drawn, int64 [r, P], until `resamples` rows have come.
+    Every call with the same numbers yields the same, in pieces of bounded memory.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _WEIGHTS_AT_ONCE // num_patients)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        drawn = rng.integers(0, num_patients, size=(size, num_patients))
+        drawn += num_patients * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * num_patients)
+        yield counts.reshape(size, num_patients)
 
 
 def scores_of_totals(totals: np.ndarray) -> dict[str, np.ndarray]:

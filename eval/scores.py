@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,54 @@ PREVALENCE_DRAWS = 20
 
 
 # ---- score ---------------------------------------------------------------------------------------
+class AnswerMatrices(NamedTuple):
+    """Hold N answers and their truth as arrays, the columns K labels.
+
+    targets, predicted, evaluated [N, K] bool: what is true, what is said, what the image's source
+    can express. jaccard [N]: Eq. 3 without its length penalty, 0 for an answer that is not valid.
+    """
+
+    targets: np.ndarray
+    predicted: np.ndarray
+    evaluated: np.ndarray
+    jaccard: np.ndarray
+
+
+def evaluated_columns(predictions: Sequence[Prediction]) -> list[str]:
+    """List the labels that any row evaluates, in CheXpert's order.
+
+    Raises DataError where there is no prediction, or none evaluates any label.
+    """
+    columns = [
+        label
+        for label in LABELS
+        if any(label in prediction.evaluated_labels for prediction in predictions)
+    ]
+    if not columns:
+        raise DataError(
+            [
+                f"nothing to score: {len(predictions)} rows, and evaluated_labels is empty in all"
+                " of them"
+            ]
+        )
+    return columns
+
+
+def answer_matrices(predictions: Sequence[Prediction], columns: Sequence[str]) -> AnswerMatrices:
+    """Turn predictions into the arrays that scores are made of.
+
+    columns [K]: the labels, as `evaluated_columns` lists them.
+    """
+    answers = [prediction.answer for prediction in predictions]
+    targets = label_matrix([prediction.labels for prediction in predictions], columns)
+    predicted = label_matrix([answer.labels for answer in answers], columns)
+    evaluated = label_matrix([prediction.evaluated_labels for prediction in predictions], columns)
+    valid = np.array([answer.valid for answer in answers])  # [N]
+    num_unknown = np.array([len(answer.unknown) for answer in answers])  # [N]
+    jaccard = np.where(valid, jaccard_per_image(targets, predicted, evaluated, num_unknown), 0.0)
+    return AnswerMatrices(targets, predicted, evaluated, jaccard)
+
+
 def score(
     predictions: Sequence[Prediction],
     *,
@@ -55,26 +103,11 @@ def score(
 
     Raises DataError where there is no prediction, or none evaluates any label.
     """
-    columns = [
-        label
-        for label in LABELS
-        if any(label in prediction.evaluated_labels for prediction in predictions)
-    ]
-    if not columns:
-        raise DataError(
-            [
-                f"nothing to score: {len(predictions)} rows, and evaluated_labels is empty in all"
-                " of them"
-            ]
-        )
+    columns = evaluated_columns(predictions)
+    targets, predicted, evaluated, jaccard = answer_matrices(predictions, columns)
     answers = [prediction.answer for prediction in predictions]
-    targets = label_matrix([prediction.labels for prediction in predictions], columns)  # [N, K]
-    predicted = label_matrix([answer.labels for answer in answers], columns)  # [N, K]
-    evaluated = label_matrix([prediction.evaluated_labels for prediction in predictions], columns)
     parsed = np.array([answer.parsed for answer in answers])  # [N]
     valid = np.array([answer.valid for answer in answers])  # [N]
-    num_unknown = np.array([len(answer.unknown) for answer in answers])  # [N]
-    jaccard = np.where(valid, jaccard_per_image(targets, predicted, evaluated, num_unknown), 0.0)
 
     policies = failure_policies(targets, predicted, parsed, columns, evaluated)
     patients = [prediction.patient_id for prediction in predictions]
@@ -169,7 +202,7 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
 
     results: {data set: scores}. per_label: add a table of every label's scores.
     """
-    lines = _aligned(_score_rows(results), "<><<<>")
+    lines = aligned(_score_rows(results), "<><<<>")
     sources = {scores["baselines"]["most_frequent"]["reference"] for scores in results.values()}
     lines += [
         (
@@ -179,7 +212,7 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
         f"label frequencies of the baselines are from: {', '.join(sorted(sources))}",
     ]
     left_out = [
-        f"{_clipped(name)} {scores['bad_images']}"
+        f"{clipped(name)} {scores['bad_images']}"
         for name, scores in results.items()
         if scores.get("bad_images")
     ]
@@ -187,8 +220,8 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
         lines.append(f"examples left out for their images: {', '.join(left_out)}")
     if per_label:
         for name, scores in results.items():
-            header = (_clipped(name), "precision", "recall", "F1", "support")
-            lines += ["", *_aligned([header, *_label_rows(scores)], "<>>>>")]
+            header = (clipped(name), "precision", "recall", "F1", "support")
+            lines += ["", *aligned([header, *_label_rows(scores)], "<>>>>")]
     return "\n".join(lines)
 
 
@@ -200,7 +233,7 @@ def _score_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{values[metric]:.3f} ({low:.3f}-{high:.3f})"
             for metric, (low, high) in _in_order(scores["intervals"])
         ]
-        rows.append((_clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
+        rows.append((clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
         if scores["fail_rate"]:
             for key, title in _POLICY_TITLES.items():
                 policy = scores["failure_policies"][key]
@@ -253,20 +286,25 @@ def format_progress(
             if step in entries:
                 values = [entries[step][f"eval_{name}_{metric}"] for metric in _PROGRESS_COLUMNS]
                 table.append(
-                    (_clipped(name), f"{title} ({step})", *(f"{value:.3f}" for value in values))
+                    (clipped(name), f"{title} ({step})", *(f"{value:.3f}" for value in values))
                 )
-    return "\n".join(_aligned(table, "<<" + ">" * len(_PROGRESS_COLUMNS)))
+    return "\n".join(aligned(table, "<<" + ">" * len(_PROGRESS_COLUMNS)))
 
 
 def _in_order(by_metric: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(metric, by_metric[metric]) for metric in ("jaccard", "micro_f1", "macro_f1")]
 
 
-def _clipped(name: str) -> str:
+def clipped(name: str) -> str:
+    """Shorten a data set's name to the width of its column."""
     return name if len(name) <= _NAME_WIDTH else f"{name[:10]}...{name[-9:]}"
 
 
-def _aligned(table: Sequence[tuple[str, ...]], alignments: str) -> list[str]:
+def aligned(table: Sequence[tuple[str, ...]], alignments: str) -> list[str]:
+    """Lay out the rows of a text table in columns -> its lines.
+
+    alignments: "<" or ">" for each column.
+    """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(

@@ -20,6 +20,7 @@ from engine.settings import (
     OURS,
     PAPER_GRPO,
     PAPER_SFT,
+    TEMPERATURE,
     TOP_P,
     BadImages,
     TrainingConfig,
@@ -56,7 +57,19 @@ class DecodingConfig:
     max_samples: int | None = setting(
         None, "use only the first so many rows of each data set", unset="all", unit="rows"
     )
-    temperature: float = setting(0.0, "of the sampler; 0 is greedy decoding", source=OURS)
+    num_generations: int = setting(
+        1,
+        "completions of each image; above 1 they vote: a label is said where at least half of them"
+        " say it, and its share is its probability",
+        unit="completions",
+        source=OURS,
+    )
+    temperature: float = setting(
+        0.0,
+        f"of the sampler; 0 is greedy decoding; with --num_generations above 1, {TEMPERATURE:g} as"
+        " in rollouts where it is not given",
+        source=OURS,
+    )
     top_p: float = setting(
         TOP_P, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO
     )
@@ -68,7 +81,10 @@ class DecodingConfig:
         source=OURS,
     )
     per_device_eval_batch_size: int = setting(
-        8, "images decoded together; changes no answer", unit="images", source=ENGINE
+        8,
+        "completions decoded together, at least those of one image; changes no answer",
+        unit="completions",
+        source=ENGINE,
     )
     min_visual_tokens: int = setting(
         TrainingConfig.min_visual_tokens,
@@ -118,8 +134,9 @@ class EvalConfig(DecodingConfig):
     )
     predictions: tuple[str, ...] = setting(
         (),
-        "files to score again without a model, each NAME=FILE: predictions-<name>.jsonl, or"
-        " completions.jsonl of a GRPO run",
+        "files to score again without a model, each NAME=FILE: predictions-<name>.jsonl,"
+        " samples-<name>.jsonl, which vote again, or completions.jsonl of a GRPO run, whose groups"
+        " vote where --num_generations is given",
     )
     label_map: Literal["nih_nine", "nih_ten"] | None = setting(
         None,
@@ -192,6 +209,7 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[st
     ]
     for name in (
         "max_samples",
+        "num_generations",
         "max_completion_length",
         "per_device_eval_batch_size",
         "min_visual_tokens",
@@ -235,6 +253,14 @@ def complete(resolved: Resolved) -> Resolved:
     config: EvalConfig = resolved.configs[0]
     smallest, largest = config.min_visual_tokens, config.max_visual_tokens
     problems = config_problems(config)
+    k = config.num_generations
+    if k > 1 and not is_given(resolved, "temperature"):
+        resolved = resolved.with_value("temperature", TEMPERATURE, f"num_generations {k}")
+    elif k > 1 and config.temperature == 0:
+        problems.append(
+            f"--temperature 0: greedy decoding gives the same answer {k} times; leave the flag out"
+            f" for {TEMPERATURE:g}, give one above 0, or --num_generations 1"
+        )
     if smallest > largest:
         problems.append(f"--min_visual_tokens {smallest} is above --max_visual_tokens {largest}")
     if problems:

@@ -35,6 +35,7 @@ from eval.decode import Decoding, difference, evaluate_sets, predict
 from eval.evaluate import main
 from eval.folders import load_answers, write_results
 from eval.scores import format_progress, format_scores, score
+from eval.votes import sample_scores, vote_predictions
 from rl.rewards import HardReward
 from tests.helpers.reports import ABC, parsed, row
 from tests.helpers.tiny import SAVE, save_images
@@ -185,7 +186,7 @@ def test_completions_do_not_depend_on_the_batch(model, examples, temperature, mo
     assert together == one_by_one
     assert [row.id for row in together] == [example.id for example in examples]
     assert sorted(told, key=lambda row: row.id) == together
-    done = {row.id: replace(row, completion="kept") for row in told[1:3]}
+    done = [replace(row, completion="kept") for row in told[1:3]]
     told.clear()
     assert predict(
         asked(model),
@@ -193,8 +194,46 @@ def test_completions_do_not_depend_on_the_batch(model, examples, temperature, mo
         decoding(sampling, 2, seed=1),
         on_prediction=told.append,
         done=done,
-    ) == [done.get(row.id, row) for row in together]
+    ) == [next((kept for kept in done if kept.id == row.id), row) for row in together]
     assert len(told) == 3
+
+
+def test_samples_of_an_image_depend_on_nothing_but_their_number(model, examples, monkeypatch):
+    """Not on the batch, on what was kept, or on how many follow. Each prompt is read once."""
+    monkeypatch.setattr(eval.decode, "WINDOW", 1)
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append((len(arguments[1]), options["num_generations"], options["max_rows"]))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(eval.decode, "generate", counted)
+    sampling = SamplingConfig(1.0, 1.0, GREEDY.max_completion_length)
+    single = predict(asked(model), examples, decoding(sampling, 5, seed=1))
+    three = replace(decoding(sampling, 1, seed=1), num_generations=3)
+    samples = predict(asked(model), examples, three)
+    # one image at a time, though a batch of 1 is smaller than its three samples
+    assert calls == [(5, 1, 5)] + [(1, 3, 1)] * 5
+    assert [(row.id, row.extra) for row in samples] == [
+        (f"e{n}", {"sample": j}) for n in range(5) for j in range(3)
+    ]
+    assert len({row.completion for row in samples}) > 10
+    assert [replace(row, extra={}) for row in samples[::3]] == single
+
+    calls.clear()
+    told = []
+    kept = [replace(row, completion="kept") for row in samples[3:6]]
+    # e3 misses its third sample: all of it is answered again
+    again = predict(
+        asked(model),
+        examples,
+        replace(three, batch_size=7),
+        done=[*kept, *samples[9:11]],
+        on_prediction=told.append,
+    )
+    assert calls == [(1, 3, 7), (2, 3, 7), (1, 3, 7)]  # two images to a batch of 7, e1 is kept
+    assert again == [*samples[:3], *kept, *samples[6:]]
+    assert len(told) == 12
 
 
 def test_kept_predictions_score_as_the_run_did(model, examples, tmp_path, capsys):
@@ -888,6 +927,84 @@ def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_pa
         )
 
 
+def test_votes_go_on_where_they_were_stopped(project, tmp_path, monkeypatch, capsys):
+    common = ["--adapter_name_or_path", str(project / "run"), "--num_generations", "3"]
+    common += ["--data_file", f"site={project / 'site.jsonl'}"]
+    common += ["--per_device_eval_batch_size", "1", "--seed", "3"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main([*common, "--output_dir", str(straight)]) == 0
+    assert "site, k = 3" in capsys.readouterr().out
+    files = ["predictions-site.jsonl", "samples-site.jsonl", "scores-site.json"]
+    assert sorted(path.name for path in straight.iterdir()) == files
+    samples = read_predictions(straight / "samples-site.jsonl")
+    votes = read_predictions(straight / "predictions-site.jsonl")
+    assert [row.extra["sample"] for row in samples] == [0, 1, 2] * 3
+    assert votes == vote_predictions(samples)
+    scores = json.loads((straight / "scores-site.json").read_text())
+    assert scores["n"] == 3 and scores["samples"] == sample_scores(samples, seed=3)
+    # not given: as in rollouts, not greedy
+    assert scores["run"]["settings"]["temperature"] == {"value": 0.8, "origin": "num_generations 3"}
+
+    kept = stop_after(monkeypatch, 5, signal.SIGINT)  # in the second image
+    command = [*common, "--output_dir", str(stopped)]
+    assert main(command) == 130
+    partial = stopped / "predictions-site.partial.jsonl"
+    # an image is written whole: a cut before that loses it, a process that ends may cut it
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[:5]))
+    assert main([*command, "--num_generations", "4"]) == 2
+    assert "was begun with another num_generations (3, now 4)" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(kept) == 6 + 6  # the first image was whole, the others are answered again
+    assert sorted(path.name for path in stopped.iterdir()) == files
+    for name in files[:2]:
+        assert (stopped / name).read_text() == (straight / name).read_text()
+    assert main(command) == 2  # finished
+    assert "predictions-site.jsonl exists and nothing is overwritten" in capsys.readouterr().err
+
+
+def test_one_completion_an_image_is_what_it_was(project, tmp_path):
+    """--num_generations 1 writes the files of an evaluation without the flag."""
+    common = ["--adapter_name_or_path", str(project / "run"), "--temperature", "0.5"]
+    common += ["--data_file", f"site={project / 'site.jsonl'}"]
+    assert main([*common, "--output_dir", str(tmp_path / "a")]) == 0
+    assert main([*common, "--num_generations", "1", "--output_dir", str(tmp_path / "b")]) == 0
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert sorted(path.name for path in second.iterdir()) == [
+        "predictions-site.jsonl",
+        "scores-site.json",
+    ]
+    name = "predictions-site.jsonl"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert "samples" not in json.loads((second / "scores-site.json").read_text())
+    assert "sample" not in json.loads((second / name).read_text().splitlines()[0])
+
+
+def test_an_earlier_evaluation_had_one_completion_an_image():
+    """A record without num_generations is not that of a vote."""
+
+    def record(**settings) -> dict:
+        values = {"temperature": 0.8} | settings
+        return {
+            "settings": {name: {"value": value} for name, value in values.items()},
+            "data": {},
+            "bad_images": {},
+            "adapter_sha256": None,
+        }
+
+    assert difference(record(), record(num_generations=1)) == ""
+    assert difference(record(), record(num_generations=4)) == "num_generations (1, now 4)"
+    assert difference(record(num_generations=4), record(num_generations=4)) == ""
+
+
+def test_results_that_are_replaced_leave_no_samples_behind(tmp_path):
+    rows = hand_rows()
+    write_results(tmp_path, "a", rows, {}, more={"samples": rows})
+    assert (tmp_path / "samples-a.jsonl").is_file()
+    write_results(tmp_path, "a", rows, {}, overwrite=True)
+    assert not (tmp_path / "samples-a.jsonl").exists()
+
+
 def test_every_example_draws_its_own_numbers(model, examples):
     twice = [examples[0], replace(examples[0], id="again")]
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_completion_length=8)
@@ -1004,6 +1121,23 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
         (
             ["--model_name_or_path", "{project}/none", "--data_file", "a={project}/site.jsonl"],
             "no such folder",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--num_generations",
+                "4",
+                "--temperature",
+                "0",
+            ],
+            "--temperature 0: greedy decoding gives the same answer 4 times; leave the flag out",
+        ),
+        (
+            ["--predictions", "a={project}/none.jsonl", "--num_generations", "0"],
+            "--num_generations 0: must be at least 1",
         ),
     ],
 )

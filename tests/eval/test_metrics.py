@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
+import eval.metrics
 from data.labels import LABELS
 from eval.metrics import (
     bootstrap_intervals,
+    drawn_patients,
     failure_policies,
     jaccard_per_image,
     label_matrix,
@@ -431,3 +433,23 @@ def test_the_figures_of_totals_by_hand():
     np.testing.assert_allclose(found["macro_f1"], [3 / 7, 5 / 6], atol=1e-12)
     np.testing.assert_allclose(found["micro_f1"], [6 / 9, 6 / 7], atol=1e-12)
     np.testing.assert_allclose(found["jaccard"], [0.5, 0.25], atol=1e-12)
+
+
+def test_patients_are_drawn_as_often_as_there_are_patients(monkeypatch):
+    pieces = list(drawn_patients(5, seed=1, resamples=7))
+    (whole,) = pieces
+    assert whole.shape == (7, 5) and (whole.sum(axis=1) == 5).all()
+    assert len({tuple(row) for row in whole.tolist()}) > 1
+    # in pieces of two resamples the draws are the same
+    monkeypatch.setattr(eval.metrics, "_WEIGHTS_AT_ONCE", 10)
+    pieces = list(drawn_patients(5, seed=1, resamples=7))
+    assert [len(piece) for piece in pieces] == [2, 2, 2, 1]
+    assert (np.concatenate(pieces) == whole).all()
+    assert not (np.concatenate(list(drawn_patients(5, seed=2, resamples=7))) == whole).all()
+    # more patients than fit: one resample at a time
+    assert [len(piece) for piece in drawn_patients(11, seed=1, resamples=2)] == [1, 1]
+    # each patient is drawn once on average: 5 x 4000 draws, standard deviation .014
+    many = np.concatenate(list(drawn_patients(5, seed=3, resamples=4000)))
+    assert many.mean(axis=0) == pytest.approx([1] * 5, abs=0.06)
+    # and never with probability (4/5)^5 = .328, standard deviation .003
+    assert (many == 0).mean() == pytest.approx(0.8**5, abs=0.015)
