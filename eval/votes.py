@@ -24,8 +24,8 @@ from eval.scores import AnswerMatrices, aligned, answer_matrices, clipped, evalu
 VOTE_FORMAT = "solution"
 RESAMPLES = 1000
 METRICS = ("jaccard", "micro_f1", "macro_f1")
-# What is known of the image or of its place in a run, and so is the same for all its samples.
-_OF_IMAGE = ("step", "group", "sex", "age", "view")
+# Places of a rollout in its run: the same for all samples of a group.
+_OF_IMAGE = ("step", "group")
 
 
 # ---- vote ----------------------------------------------------------------------------------------
@@ -224,26 +224,27 @@ def format_samples(results: Mapping[str, dict[str, Any]]) -> str:
 
     results: {data set: scores}.
     """
-    table: list[tuple[str, ...]] = [("data set", "Jaccard", "micro-F1", "macro-F1")]
+    table: list[tuple[str, ...]] = []
     for name, scores in results.items():
-        if "samples" not in scores:
-            continue
-        samples = scores["samples"]
-        k = samples["num_generations"]
-        table.append((f"{clipped(name)}, k = {k}", "", "", ""))
-        for key, title in (("mean", "one sample"), ("vote_gain", "vote - one sample")):
-            sign = "+" if key == "vote_gain" else ""
-            table.append((f"  {title}", *_cells(samples, key, sign)))
-        table.append((f"  best of {k} (knows the truth)", *_cells(samples, "best", "")))
-    if len(table) == 1:
+        if "samples" in scores:
+            samples = scores["samples"]
+            k = samples["num_generations"]
+            table += [
+                (clipped(name), "Jaccard", "micro-F1", "macro-F1"),
+                ("  one sample", *_cells(samples, "mean")),
+                ("  vote - one sample", *_cells(samples, "vote_gain", "+")),
+                (f"  best of {k}", *_cells(samples, "best")),
+            ]
+    if not table:
         return ""
-    return "\n".join(aligned(table, "<<<<"))
+    notes = "(95 % interval by patient); the row of the data set above is the vote; best of k knows"
+    return "\n".join([*aligned(table, "<<<<"), f"{notes} the truth"])
 
 
-def _cells(samples: Mapping[str, Any], key: str, sign: str) -> list[str]:
+def _cells(samples: Mapping[str, Any], key: str, sign: str = "") -> list[str]:
     cells = []
     for metric in METRICS:
         low, high = samples["intervals"][key][metric]
-        dash = " to " if sign else "-"
-        cells.append(f"{samples[key][metric]:{sign}.3f} ({low:{sign}.3f}{dash}{high:{sign}.3f})")
+        between = ".." if sign else "-"
+        cells.append(f"{samples[key][metric]:{sign}.3f} ({low:{sign}.3f}{between}{high:{sign}.3f})")
     return cells
