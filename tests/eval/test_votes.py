@@ -250,7 +250,7 @@ def test_table_of_samples():
         *("0.619", "(0.500-0.650)", "0.444", "(0.167-0.500)"),
     ]
     assert lines[2].startswith("  vote - one sample  +0.167 (+0.000..+0.250)")
-    assert lines[3].startswith("  best of 2            0.833 (0.750-1.000)")
+    assert lines[3].startswith("  best of 2          0.833 (0.750-1.000)")
     assert len(lines) == 5 and max(map(len, lines)) <= 100
     assert max(map(len, format_samples({"a" * 90: scores}).splitlines())) <= 100
     assert format_samples({"greedy": {}}) == ""
