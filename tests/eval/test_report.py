@@ -70,10 +70,13 @@ from tests.helpers.reports import (
     NIH_AFTER,
     NIH_BEFORE,
     answer,
+    compared,
     home_rows,
+    line_of,
     parsed,
     row,
     save,
+    texts,
 )
 
 HOSTILE = (
@@ -99,22 +102,6 @@ def folders(tmp_path) -> dict[str, Path]:
         "base": save(tmp_path / "base", home=BEFORE, nih=NIH_BEFORE),
         "sft": save(tmp_path / "sft", home=AFTER, nih=NIH_AFTER),
     }
-
-
-def compared(tmp_path: Path, before: list[Prediction], after: list[Prediction], name: str = "home"):
-    for model, rows in (("base", before), ("sft", after)):
-        write_predictions(tmp_path / f"{model}.jsonl", rows)
-    answers = {model: load_answers(tmp_path / f"{model}.jsonl") for model in ("base", "sft")}
-    return contrast_models(name, answers, [("base", "sft")], resamples=200, permutations=200)
-
-
-def texts(line) -> list[str]:
-    return [cell.text if isinstance(cell, Cell) else cell for cell in line]
-
-
-def line_of(table: Table, *start: str) -> list[str]:
-    [line] = [texts(line) for line in table.rows if texts(line)[: len(start)] == list(start)]
-    return line
 
 
 # ---- the paper's figures -------------------------------------------------------------------------

@@ -26,8 +26,15 @@ from eval.transfer import (
     home_on_its_own_labels,
     shared_labels,
 )
-from tests.eval.test_report import compared, line_of, texts
-from tests.helpers.reports import AFTER, BEFORE, NIH_AFTER, NIH_BEFORE
+from tests.helpers.reports import (
+    AFTER,
+    BEFORE,
+    NIH_AFTER,
+    NIH_BEFORE,
+    compared,
+    line_of,
+    texts,
+)
 
 
 def moved(name: str, before: dict[str, float], after: dict[str, float], *, shift=()) -> Moved:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from data.files import write_jsonl
 from data.labels import LABELS, NIH_NINE
-from data.predictions import Prediction
+from data.predictions import Prediction, write_predictions
+from eval.contrasts import Contrast, contrast_models
 from eval.figures import FIGURE_1, reward_panels
-from eval.folders import write_results
+from eval.folders import load_answers, write_results
+from eval.page import Cell, Table
 from eval.scores import score
 
 ABC = ("Edema", "Pneumonia", "Fracture")  # in CheXpert's order
@@ -94,6 +96,26 @@ def save(folder: Path, **sets: list[Prediction]) -> Path:
     for name, rows in sets.items():
         write_results(folder, name, rows, score(rows))
     return folder
+
+
+# ---- contrasts and tables ------------------------------------------------------------------------
+def compared(
+    tmp_path: Path, before: list[Prediction], after: list[Prediction], name: str = "home"
+) -> Contrast:
+    """Set two models' answers to one data set side by side, as `base` and `sft`."""
+    for model, rows in (("base", before), ("sft", after)):
+        write_predictions(tmp_path / f"{model}.jsonl", rows)
+    answers = {model: load_answers(tmp_path / f"{model}.jsonl") for model in ("base", "sft")}
+    return contrast_models(name, answers, [("base", "sft")], resamples=200, permutations=200)
+
+
+def texts(line) -> list[str]:
+    return [cell.text if isinstance(cell, Cell) else cell for cell in line]
+
+
+def line_of(table: Table, *start: str) -> list[str]:
+    [line] = [texts(line) for line in table.rows if texts(line)[: len(start)] == list(start)]
+    return line
 
 
 # ---- runs ----------------------------------------------------------------------------------------
