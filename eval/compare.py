@@ -20,15 +20,8 @@ from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.contrasts import Contrast, contrast_models
-from eval.figures import (
-    FIGURE_1,
-    MISSING,
-    Panel,
-    available,
-    draw_labels,
-    draw_training,
-    reward_panels,
-)
+from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
+from eval.figures import MISSING, available, draw_labels, draw_training
 from eval.folders import (
     Entry,
     answers_by_set,
@@ -227,8 +220,7 @@ def _curves(entries: Sequence[Entry]) -> list[Picture | Text]:
         return []
     if not available():
         return [Text(f"Without curves: {MISSING}")]
-    caption = "Faint: logged values; bold: their exponential moving average, 0.95."
-    return [draw_training("curves", caption, logs, panels)]
+    return [draw_training("curves", smoothing_note(), logs, panels)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

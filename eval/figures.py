@@ -1,22 +1,30 @@
-"""Draw the paper's figures 1 to 3 from the logs of runs, and the pictures of a report.
+"""Draw the logs of training runs: what was learned, what transferred, and the paper's figures.
 
     # needs the extra: pip install -e '.[plots]'
     python -m eval.figures runs/sft-* runs/20260101-120000-grpo --output_dir figures
 
-They are written as PNG and SVG, from each run's metrics.jsonl. Figure 1 has the SFT runs, figure 2
-the GRPO runs on the nuanced reward, figure 3 the GRPO runs on the hard reward. Faint lines are the
-logged values, bold lines their exponential moving average s_t = 0.95 s_(t-1) + 0.05 x_t from
-s_0 = x_0, as the paper's captions say. For GRPO runs there is also the chart of reward hacking:
-what the reward has gained beside what the labels have.
+They are written as PNG and SVG, from each run's metrics.jsonl:
+
+    macro-f1            macro-F1 of every evaluated set by step, and the gap between the sets
+    figure-1            SFT: token accuracy, training and validation loss
+    figure-2, figure-3  GRPO on the nuanced and on the hard reward, as in the paper
+    training-<reward>   the same for a reward of any other name
+    reward-parts-...    the parts of the reward that was trained on
+    policy              KL, entropy, valid and truncated answers of GRPO
+    reward-hacking      what the reward has gained beside what the labels have
+
+Faint lines are the logged values, bold lines their exponential moving average (`curves.ema`).
 """
 
 from __future__ import annotations
 
 import io
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +33,37 @@ import numpy as np
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard
 from eval.contrasts import Contrast
-from eval.folders import Entry, flag_first, load_entries, read_log
+from eval.curves import (
+    FIGURE_1,
+    GAP_SPAN,
+    HACKING,
+    POLICY,
+    Log,
+    Panel,
+    Points,
+    TrainingRun,
+    axis_limits,
+    ema,
+    evaluated_sets,
+    gap_curve,
+    has_numbers,
+    panels_to_draw,
+    part_names,
+    points_of,
+    reward_names,
+    reward_panels,
+    series,
+    smoothing_for,
+    smoothing_note,
+    training_runs,
+)
+from eval.folders import Entry, flag_first, load_entries
 from eval.page import Picture, picture_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SMOOTHING = 0.95
 MISSING = "the pictures need matplotlib: pip install -e '.[plots]'"
 _COLOURS = (
     "#0072b2",
@@ -43,63 +74,12 @@ _COLOURS = (
     "#b08900",
     "#56a0d3",
 )  # told apart by colour-blind readers, dark enough on white
-_DASHES = ("-", "--", "-.", ":")
+_DASHES = ("-", "--", "-.", ":")  # 7 colours and 4 dashes: 28 curves before a pair comes again
 _MARKERS = "osD^vPX"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Describe one chart of a figure: a logged metric over optimizer steps."""
-
-    metric: str
-    title: str
-    unit: str
-
-
-FIGURE_1 = (
-    Panel("mean_token_accuracy", "Token accuracy", "share of tokens"),
-    Panel("loss", "Training loss", "nats a token"),
-)
-
-
-def reward_panels(reward: str) -> tuple[Panel, ...]:
-    """Return the three panels of figures 2 and 3, for the reward that was trained on."""
-    return (
-        Panel("reward", "Total reward, as trained on", "reward"),
-        Panel(f"rewards/{reward}/mean", f"Mean {reward} reward", "its own units"),
-        Panel("completions/mean_length", "Mean completion length", "tokens"),
-    )
-
-
-HACKING = {  # logged by rl/monitors.py, in standard deviations of the run's start
-    "monitors/trained_gain": "reward trained on",
-    "monitors/other_gain": "the other reward",
-    "monitors/f1_gain": "F1 of the labels",
-}
-MOST_CHARTS = 3  # side by side in one picture
-
-
-def ema(values: Sequence[float], smoothing: float = SMOOTHING) -> list[float]:
-    """Smooth values exponentially: s_0 = x_0, s_t = smoothing s_(t-1) + (1 - smoothing) x_t."""
-    smoothed: list[float] = []
-    for value in values:
-        smoothed.append(
-            value if not smoothed else smoothing * smoothed[-1] + (1 - smoothing) * value
-        )
-    return smoothed
-
-
-def series(log: Sequence[Mapping], metric: str) -> tuple[list[int], list[float]]:
-    """Take a metric from the training lines of a log -> (steps, values).
-
-    Steps where it is null or missing are left out.
-    """
-    points = [
-        (row["step"], row[metric])
-        for row in log
-        if row.get("split") == "train" and isinstance(row.get(metric), (int, float))
-    ]
-    return [step for step, _ in points], [float(value) for _, value in points]
+_WIDE = 2  # charts side by side: more could not be read on a phone
+_MOST_CHARTS = 4  # in one picture
+_FAINT_AND_BOLD = "Faint: as logged; bold: smoothed"
+_FIGURES = {"nuanced": "figure-2", "hard": "figure-3"}  # the paper's, by the reward trained on
 
 
 # ---- draw ----------------------------------------------------------------------------------------
@@ -114,9 +94,12 @@ def available() -> bool:
 
 @contextmanager
 def _figure(
-    columns: int, *, height: float, width: float = 4.2
+    rows: int, columns: int, *, height: float, width: float = 4.2
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Give a figure and its axes in one style. Raises UsageError without matplotlib."""
+    """Give a figure and its axes, row by row, in one style. Raises UsageError without matplotlib.
+
+    height, width: of one chart, inches.
+    """
     if not available():
         raise UsageError(MISSING)
     # here: it is an extra. Not pyplot, which would keep state and choose a screen.
@@ -128,13 +111,15 @@ def _figure(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#e3e6ea",
         "svg.hashsalt": "chexreason",
         "legend.frameon": False,
+        "text.parse_math": False,  # a run's name may hold dollars
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
-        yield figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _rendered(figure: Figure, form: str) -> bytes:
@@ -144,85 +129,255 @@ def _rendered(figure: Figure, form: str) -> bytes:
     return file.getvalue()
 
 
+def _grid(charts: int) -> tuple[int, int]:
+    """Return (rows, columns) for so many charts."""
+    return math.ceil(charts / _WIDE), min(charts, _WIDE)
+
+
+def _wrapped(name: str, width: int = 38) -> str:
+    """Break a long name into lines, so that all of it can be read."""
+    return "\n".join(textwrap.wrap(name, width)) or name
+
+
+def _label_axes(axis: Axes, title: str, unit: str, over: str = "step") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(_wrapped(title), fontsize=10.5)
+    axis.set_xlabel("epoch" if over == "epoch" else "optimizer step")
+    axis.set_ylabel(unit)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _plot(
+    axis: Axes, points: Points, index: int, label: str, *, smooth: bool, faint: float = 0.35
+) -> str:
+    """Draw one curve, with marks where it was not smoothed or a point stands alone.
+
+    index: of the curve in its chart, for colour, dash and mark. Returns what it shows in words.
+    """
+    steps, values = points
+    bold = ema(values, smoothing_for(len(values))) if smooth else values
+    colour, dash = _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]
+    marker = _MARKERS[index % len(_MARKERS)]
+    if smooth:
+        axis.plot(steps, values, color=colour, alpha=faint, linewidth=0.9)
+    number = np.concatenate([[False], ~np.isnan(bold), [False]])
+    alone = number[1:-1] & ~number[:-2] & ~number[2:]  # a line would not show them
+    every = np.flatnonzero(alone if smooth else number[1:-1]).tolist()
+    axis.plot(
+        steps,
+        bold,
+        color=colour,
+        linewidth=2,
+        linestyle=dash,
+        marker=marker if every else "",
+        markersize=5,
+        markevery=every or None,
+        label=_wrapped(label),
+    )
+    shown = [(step, value) for step, value in zip(steps, bold, strict=True) if value == value]
+    if not shown:
+        return f"{label}: no number"
+    (first, start), (last, end) = shown[0], shown[-1]
+    return f"{label}: {start:.3g} at {first:g}, {end:.3g} at {last:g}"
+
+
+def _head(figure: Figure, text: str) -> None:
+    """Say at the top what the whole picture shows."""
+    columns = round(figure.get_figwidth() / 4.2)
+    figure.suptitle(_wrapped(text, 62 * columns), fontsize=9, color="#444444")
+
+
+def _legend_below(axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        longest = max(len(line) for label in labels for line in label.splitlines() or [""])
+        axis.legend(
+            handles,
+            labels,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            ncols=max(1, min(len(labels), 46 // (longest + 8))),
+            fontsize=9,
+            handlelength=3,
+        )
+
+
+def _figure_legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    """Put one legend for all charts, in a place without a chart or below them."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    handles, labels = list(found.values()), list(found)
+    if not handles:
+        return
+    if not axes[-1].axison and len(labels) <= 6:
+        axes[-1].legend(handles, labels, loc="center", fontsize=9, handlelength=3)
+        return
+    longest = max(len(line) for label in labels for line in label.splitlines() or [""])
+    legend: Any = figure.legend  # its types forget `ncols`
+    legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, min(len(found), 46 * columns // (longest + 8))),
+        fontsize=9,
+        handlelength=3,
+    )
+
+
 def draw_training(
     name: str,
     caption: str,
-    logs: Mapping[str, Sequence[Mapping]],
+    logs: Mapping[str, Log],
     panels: Sequence[Panel],
     form: str = "svg",
+    *,
+    title: str = "Training",
 ) -> Picture:
-    """Draw curves of several runs, one panel a metric.
+    """Draw curves of several runs, one chart a panel.
+
+    A panel that no run has logged, or that equals an earlier one, is left out, and the caption says
+    so. Validation curves are drawn as they are, training curves faint and smoothed.
 
     name, caption: of the picture. logs: {run: lines of metrics.jsonl}. form: "svg" or "png".
+    title: stands in the picture, as its file is also looked at alone.
 
     Raises UsageError without matplotlib.
     """
+    panels, left_out = panels_to_draw(panels, logs)
+    curves = {
+        panel: {run: points for run, log in logs.items() if (points := points_of(log, panel))[0]}
+        for panel in panels
+    }
     told = []
-    with _figure(len(panels), height=3.3) as (figure, axes):
-        for axis, panel in zip(axes, panels, strict=True):
-            for index, (run, log) in enumerate(logs.items()):
-                steps, values = series(log, panel.metric)
-                if not steps:
-                    continue
-                smoothed, colour = ema(values), _COLOURS[index % len(_COLOURS)]
-                axis.plot(steps, values, color=colour, alpha=0.4, linewidth=0.9)
-                axis.plot(
-                    steps,
-                    smoothed,
-                    color=colour,
-                    linewidth=2,
-                    linestyle=_DASHES[index % len(_DASHES)],
-                    label=run,
-                )
-                told.append(
-                    f"{panel.title} of {run}: {smoothed[0]:.3g} at step {steps[0]},"
-                    f" {smoothed[-1]:.3g} at step {steps[-1]}"
-                )
-            axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
-        if len(logs) > 1:
-            axes[0].legend(fontsize=9)
+    rows, columns = _grid(max(1, len(panels)))
+    with _figure(rows, columns, height=3.3) as (figure, axes):
+        for axis, panel in zip(axes, panels, strict=False):
+            for index, run in enumerate(logs):
+                if run in curves[panel]:
+                    smooth = panel.split == "train"
+                    shown = _plot(axis, curves[panel][run], index, run, smooth=smooth)
+                    told.append(f"{panel.title} of {shown}")
+                else:
+                    left_out.append(f"{panel.title}: not logged by {run}.")
+            sharing = [
+                other
+                for other in panels
+                if other == panel or (panel.axis and other.axis == panel.axis)
+            ]
+            values = [y for other in sharing for _, ys in curves[other].values() for y in ys]
+            _label_axes(axis, panel.title, panel.unit, panel.over)
+            axis.set_ylim(*axis_limits(panel.scale, values))
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        _head(figure, f"{title}. {_FAINT_AND_BOLD}")
+        _figure_legend(figure, axes, columns)
         data = _rendered(figure, form)
-    return _picture(
-        name,
-        data,
-        form,
-        "Line charts over optimizer steps, smoothed. " + "; ".join(told) + ".",
-        caption,
-    )
+    over = sorted({panel.over for panel in panels}, reverse=True)
+    alt = f"Line charts over {' and '.join(over) or 'step'}. {'; '.join(told)}."
+    return _picture(name, data, form, alt, " ".join([caption, *left_out]))
 
 
-def draw_hacking(name: str, logs: Mapping[str, Sequence[Mapping]], form: str = "svg") -> Picture:
-    """Draw a chart for each run: what both rewards and F1 have gained since its start.
+def draw_macro_f1(name: str, logs: Mapping[str, Log], form: str = "svg") -> Picture:
+    """Draw macro-F1 of every evaluated set by step, and beside it the gap between the sets.
 
-    logs: {run: lines of metrics.jsonl}. Raises UsageError without matplotlib.
+    One row a run. The gap is gap_shared with a band of 2 standard errors, or gap in a run that has
+    logged no other. All gaps have one axis, the same up and down.
+
+    logs: {run: lines of metrics.jsonl}, each with an evaluation. Raises UsageError without
+    matplotlib.
     """
+    gaps = {run: gap_curve(log) for run, log in logs.items()}
+    reach = max([GAP_SPAN, *(1.1 * gap.reach for gap in gaps.values() if gap)])
+    columns = 2 if any(gaps.values()) else 1
     told = []
-    with _figure(len(logs), height=3.3) as (figure, axes):
-        for axis, (run, log) in zip(axes, logs.items(), strict=True):
-            for index, (metric, label) in enumerate(HACKING.items()):
-                steps, values = series(log, metric)
-                if steps:
-                    axis.plot(
-                        steps,
-                        values,
-                        color=_COLOURS[index],
-                        linewidth=2,
-                        linestyle=_DASHES[index],
-                        label=label,
-                    )
-                    told.append(f"{label} of {run}: {values[-1]:+.2f} at step {steps[-1]}")
-            axis.axhline(0, color="#5b5b5b", linewidth=0.8)
-            axis.set(title=run, xlabel="optimizer step", ylabel="change since the start, in its SD")
-        axes[0].legend(fontsize=9)
+    with _figure(len(logs), columns, height=3.7) as (figure, axes):
+        for row, (run, log) in enumerate(logs.items()):
+            axis = axes[row * columns]
+            for index, data_set in enumerate(evaluated_sets(log)):
+                points = series(log, "macro_f1", split="eval", data_set=data_set)
+                told.append(f"{_plot(axis, points, index, data_set, smooth=False)} of {run}")
+            _label_axes(axis, f"{run}: macro-F1", "macro-F1")
+            axis.set_ylim(-0.02, 1.02)
+            _legend_below(axis)
+            if columns == 1:
+                continue
+            axis, gap = axes[row * columns + 1], gaps[run]
+            if gap is None:
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, "no gap was logged", ha="center", transform=axis.transAxes)
+                continue
+            told.append(f"{_plot_gap(axis, gap)} of {run}")
+            _label_axes(axis, f"{run}: {gap.name}", "difference in macro-F1")
+            axis.set_ylim(-reach, reach)
+            _legend_below(axis)
+        _head(figure, "Greedy macro-F1 of the evaluated sets while training, as logged")
         data = _rendered(figure, form)
     caption = (
-        "Reward hacking: the reward trained on, the other reward and F1 of the sampled labels, over"
-        " the last 200 completions, as changes since the run's start in standard deviations. A"
-        " reward that rises while F1 does not is being gamed."
+        "Greedy macro-F1 of every evaluated set by optimizer step, each over its own labels, on an"
+        " axis from 0 to 1."
     )
-    return _picture(
-        name, data, form, "Line charts over optimizer steps. " + "; ".join(told) + ".", caption
-    )
+    if columns == 2:
+        caption += (
+            " Gap: what the first set has gained since the run's start less what the others have"
+            " gained on average. gap_shared scores both on the labels that both can express, gap"
+            " each on its own. Above 0, part of the gain does not transfer. Band: 2 standard errors"
+            f" up and down. Its axis reaches at least {GAP_SPAN} up and down."
+        )
+    alt = f"Line charts over step. {'; '.join(told)}."
+    return _picture(name, data, form, alt, caption)
+
+
+def _plot_gap(axis: Axes, gap: Any) -> str:
+    steps, values, errors = (np.array(part, float) for part in (gap.steps, gap.values, gap.errors))
+    axis.axhline(0, color="#5b5b5b", linewidth=0.8)
+    if not np.isnan(errors).all():
+        low, high = values - 2 * errors, values + 2 * errors
+        axis.fill_between(
+            steps, low, high, color=_COLOURS[0], alpha=0.18, linewidth=0, label="2 standard errors"
+        )
+        axis.vlines(steps, low, high, color=_COLOURS[0], alpha=0.5, linewidth=1)
+    shown = _plot(axis, (gap.steps, gap.values), 0, gap.name, smooth=False)
+    known = errors[~np.isnan(values)]
+    return shown if not len(known) or np.isnan(known[-1]) else f"{shown} +- {2 * known[-1]:.3g}"
+
+
+def draw_by_run(
+    name: str,
+    caption: str,
+    logs: Mapping[str, Log],
+    metrics: Callable[[Log], Mapping[str, str]],
+    unit: str,
+    form: str = "svg",
+    *,
+    title: str,
+) -> Picture:
+    """Draw one chart a run with several metrics in it, all charts on one vertical axis.
+
+    metrics: gives the metrics to draw of a log, {metric: its name in the legend}. unit: of the
+    axis. Raises UsageError without matplotlib.
+    """
+    told, charts = [], {}
+    for run, log in logs.items():
+        wanted = metrics(log)
+        charts[run] = {label: series(log, metric) for metric, label in wanted.items()}
+    rows, columns = _grid(len(logs))
+    values = [y for curves in charts.values() for _, ys in curves.values() for y in ys]
+    with _figure(rows, columns, height=3.7) as (figure, axes):
+        for axis, (run, curves) in zip(axes, charts.items(), strict=False):
+            for index, (label, points) in enumerate(curves.items()):
+                told.append(f"{_plot(axis, points, index, label, smooth=True, faint=0.2)} of {run}")
+            axis.axhline(0, color="#5b5b5b", linewidth=0.8)
+            _label_axes(axis, run, unit)
+            axis.set_ylim(*axis_limits("reward", values))
+        for axis in axes[len(charts) :]:
+            axis.set_axis_off()
+        _head(figure, f"{title}. {_FAINT_AND_BOLD}")
+        _figure_legend(figure, axes, columns)
+        data = _rendered(figure, form)
+    return _picture(name, data, form, f"Line charts over step. {'; '.join(told)}.", caption)
 
 
 def draw_labels(contrast: Contrast, form: str = "svg") -> Picture:
@@ -232,7 +387,7 @@ def draw_labels(contrast: Contrast, form: str = "svg") -> Picture:
     """
     models = list(contrast.values)
     labels = [k for k in np.argsort(contrast.support, kind="stable") if contrast.support[k]]
-    with _figure(1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
+    with _figure(1, 1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
         figure,
         (axis,),
     ):
@@ -276,55 +431,126 @@ def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Pictu
 
 
 def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Picture]:
-    """Draw figures 1 to 3 and reward hacking, as far as the entries' training runs have a log."""
-    logs: dict[str, dict[str, list[dict]]] = {"sft": {}, "nuanced": {}, "hard": {}}
-    seen = set()
-    for entry in entries:
-        kind = entry.reward if entry.stage == "grpo" else entry.stage
-        if entry.training is not None and entry.training.resolve() not in seen and kind in logs:
-            seen.add(entry.training.resolve())
-            if log := read_log(entry.training / "metrics.jsonl"):
-                logs[kind][entry.name] = log
-    raw = "Faint: logged values; bold: their exponential moving average, 0.95."
-    figures = (
-        (
-            "figure-1",
-            f"Figure 1 of the paper: token accuracy and loss in SFT. {raw}",
-            "sft",
-            FIGURE_1,
-        ),
-        (
-            "figure-2",
-            f"Figure 2 of the paper: GRPO on the nuanced reward. {raw}",
-            "nuanced",
-            reward_panels("nuanced"),
-        ),
-        (
-            "figure-3",
-            f"Figure 3 of the paper: GRPO on the hard reward. {raw}",
-            "hard",
-            reward_panels("hard"),
-        ),
-    )
-    pictures = [
-        draw_training(name, caption, logs[kind], panels, form)
-        for name, caption, kind, panels in figures
-        if logs[kind]
+    """Draw all that the logs of the entries' training runs have, as the head of this file lists it.
+
+    Runs without a log are left out: `curves.training_runs` says which and why.
+    """
+    runs, _ = training_runs(entries)
+    drawn = [
+        *_macro_f1_pictures(runs, form),
+        *_stage_pictures(runs, form),
+        *_part_pictures(runs, form),
+        *_policy_pictures(runs, form),
+        *_hacking_pictures(runs, form),
     ]
-    watched = [
-        (run, log)
-        for kind in ("nuanced", "hard")
-        for run, log in logs[kind].items()
-        if any(series(log, metric)[0] for metric in HACKING)
-    ]
-    for first in range(0, len(watched), MOST_CHARTS):
-        number = f"-{first // MOST_CHARTS + 1}" if len(watched) > MOST_CHARTS else ""
-        pictures.append(
-            draw_hacking(
-                f"reward-hacking{number}", dict(watched[first : first + MOST_CHARTS]), form
-            )
-        )
+    names: dict[str, int] = {}
+    pictures = []
+    for picture in drawn:  # two rewards' names may become one file name
+        names[picture_file(picture)] = count = names.get(picture_file(picture), 0) + 1
+        pictures.append(picture if count == 1 else replace(picture, name=f"{picture.name}-{count}"))
     return pictures
+
+
+def _chunks(
+    name: str, runs: Sequence[TrainingRun], most: int = _MOST_CHARTS
+) -> Iterator[tuple[str, dict[str, Log]]]:
+    """Share runs out among pictures: (name of the picture, {run: its log})."""
+    for first in range(0, len(runs), most):
+        number = f"-{first // most + 1}" if len(runs) > most else ""
+        yield f"{name}{number}", {run.name: run.log for run in runs[first : first + most]}
+
+
+def _macro_f1_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    evaluated = [run for run in runs if evaluated_sets(run.log)]
+    return [draw_macro_f1(name, part, form) for name, part in _chunks("macro-f1", evaluated)]
+
+
+def _rewards(runs: Sequence[TrainingRun]) -> list[str]:
+    """List the rewards that runs were trained on, the paper's first."""
+    found = dict.fromkeys(run.reward for run in runs if run.stage == "grpo")
+    return [
+        *(name for name in _FIGURES if name in found),
+        *(name for name in found if name not in _FIGURES),
+    ]
+
+
+def _stage_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    pictures = []
+    sft = {run.name: run.log for run in runs if run.stage == "sft"}
+    if panels_to_draw(FIGURE_1, sft)[0]:
+        caption = (
+            "SFT, as in figure 1 of the paper: token accuracy and loss, with the loss on the"
+            f" validation set at each epoch as it is. {smoothing_note()}"
+        )
+        pictures.append(draw_training("figure-1", caption, sft, FIGURE_1, form, title="SFT"))
+    for reward in _rewards(runs):
+        logs = {run.name: run.log for run in runs if (run.stage, run.reward) == ("grpo", reward)}
+        panels = reward_panels(reward)
+        if panels_to_draw(panels, logs)[0]:
+            figure = _FIGURES.get(reward)
+            paper = f", as in figure {figure[-1]} of the paper" if figure else ""
+            caption = f"GRPO on the {reward or 'unnamed'} reward{paper}. {smoothing_note()}"
+            name = figure or f"training-{reward or 'grpo'}"
+            title = f"GRPO on the {reward or 'unnamed'} reward"
+            pictures.append(draw_training(name, caption, logs, panels, form, title=title))
+    return pictures
+
+
+def _part_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    """Draw the parts of each reward that was trained on, where it has more than one."""
+    pictures = []
+    for reward in _rewards(runs):
+        parted = [
+            run
+            for run in runs
+            if (run.stage, run.reward) == ("grpo", reward) and len(part_names(run.log, reward)) > 1
+        ]
+        title = f"The parts of the {reward} reward, which add up to it"
+        caption = f"{title}. {smoothing_note()}"
+
+        def parts(log: Log, reward: str = reward) -> dict[str, str]:
+            return {f"rewards/{reward}/{part}": part for part in part_names(log, reward)}
+
+        pictures += [
+            draw_by_run(name, caption, part, parts, "its own units", form, title=title)
+            for name, part in _chunks(f"reward-parts-{reward}", parted)
+        ]
+    return pictures
+
+
+def _policy_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    grpo = {run.name: run.log for run in runs if run.stage == "grpo"}
+    if not panels_to_draw(POLICY, grpo)[0]:
+        return []
+    caption = (
+        "The policy in GRPO: how far it has moved from its reference, how varied it still is, and"
+        f" how many sampled answers have the right form or were cut off. {smoothing_note()}"
+    )
+    return [draw_training("policy", caption, grpo, POLICY, form, title="The policy in GRPO")]
+
+
+def _hacking_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    watched = [run for run in runs if any(has_numbers(run.log, metric) for metric in HACKING)]
+    caption = (
+        "Reward hacking: the reward trained on, the other rewards and F1 of the sampled labels,"
+        " over the last 200 completions, as changes since the run's start in standard deviations. A"
+        f" reward that rises while F1 does not is being gamed. {smoothing_note()}"
+    )
+    title = "Reward against labels: changes since the start"
+    return [
+        draw_by_run(name, caption, part, _hacking, "change in its SD", form, title=title)
+        for name, part in _chunks("reward-hacking", watched)
+    ]
+
+
+def _hacking(log: Log) -> dict[str, str]:
+    """Choose the curves of reward hacking. Other rewards are drawn where there are any."""
+    others = len(reward_names(log)) != 1
+    return {
+        metric: label
+        for metric, label in HACKING.items()
+        if has_numbers(log, metric) and (others or metric != "monitors/other_gain")
+    }
 
 
 # ---- command -------------------------------------------------------------------------------------
@@ -365,15 +591,16 @@ def _run(argv: Sequence[str]) -> int:
         script="eval",
         prog="python -m eval.figures",
         validate=config_problems,
-        description="Draw the paper's figures 1 to 3, and reward hacking, from the logs of runs.",
+        description="Draw what runs have learned and what transferred, from their logs.",
     )
     config: FiguresConfig = resolved.configs[0]
     entries = load_entries(config.run, "run")
+    _, problems = training_runs(entries)
     pictures = [picture for form in ("svg", "png") for picture in training_pictures(entries, form)]
     if not pictures:
-        raise UsageError(
-            f"nothing to draw: no metrics.jsonl of a training run in {', '.join(config.run)}"
-        )
+        raise UsageError([f"nothing to draw: {problem}" for problem in problems])
+    for problem in problems:
+        print(f"warning: not drawn: {problem}", file=sys.stderr)
     folder = Path(str(config.output_dir))
     existing = [
         folder / picture_file(picture)

@@ -9,7 +9,7 @@ from data.files import write_jsonl
 from data.labels import LABELS, NIH_NINE
 from data.predictions import Prediction, write_predictions
 from eval.contrasts import Contrast, contrast_models
-from eval.figures import FIGURE_1, reward_panels
+from eval.curves import FIGURE_1, reward_panels
 from eval.folders import load_answers, write_results
 from eval.page import Cell, Table
 from eval.scores import score
@@ -124,10 +124,12 @@ def training_run(folder: Path, script: str, reward: str = "hard") -> Path:
     folder.mkdir()
     values = {"reward": {"value": reward}, "prompt": {"value": "demo"}}
     (folder / "config.json").write_text(json.dumps({"script": script, "settings": values}))
-    names = [panel.metric for panel in (FIGURE_1 if script == "sft" else reward_panels(reward))]
+    names = [panel.metric for panel in (FIGURE_1[:2] if script == "sft" else reward_panels(reward))]
     rows = [
         {"step": step, "split": "train"} | {name: step / 10 + (step % 3) for name in names}
         for step in range(1, 31)
     ]
-    write_jsonl(folder / "metrics.jsonl", rows + [{"step": 30, "split": "eval", "loss": 99.0}])
+    write_jsonl(
+        folder / "metrics.jsonl", rows + [{"step": 30, "epoch": 1.0, "split": "eval", "loss": 99.0}]
+    )
     return folder
