@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.files import DataError, first_problems
+from data.files import DataError, first_problems, parse_json
 from data.labels import LABELS, Target
 
 
@@ -144,15 +144,9 @@ def read_examples(spec: str | Path, image_root: str | Path | None = None) -> lis
 
 
 def _parse_row(line: bytes) -> tuple[dict, list[str]]:
-    try:
-        # some tools put a byte order mark in front of the first line
-        row = json.loads(line.decode("utf-8-sig").rstrip())
-    except json.JSONDecodeError as error:
-        return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
-    except UnicodeDecodeError as error:
-        return {}, [
-            f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"
-        ]
+    row, problems = parse_json(line)
+    if problems:
+        return {}, problems
     if not isinstance(row, dict):
         return {}, [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
     problems = [f"field {name!r} is missing" for name in _REQUIRED if name not in row]

@@ -95,8 +95,31 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
     """Write rows as JSONL, one a line, whole or not at all, and return the path."""
     with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            text = json.dumps(row, ensure_ascii=False)
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # half an emoji, as a cut answer may end: escaped, it stays
+                text = json.dumps(row)
+            file.write(text + "\n")
     return Path(path)
+
+
+def parse_json(line: bytes | str) -> tuple[Any, list[str]]:
+    """Parse one line of a JSONL file -> (its value, what is wrong with it).
+
+    A byte order mark, which some tools put in front of a file, is passed over.
+    """
+    try:
+        text = line if isinstance(line, str) else line.decode()
+        return json.loads(text.removeprefix("\ufeff").rstrip()), []
+    except json.JSONDecodeError as error:
+        return None, [f"not valid JSON ({error.msg}, column {error.colno})"]
+    except UnicodeDecodeError as error:
+        return None, [
+            f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"
+        ]
+    except RecursionError:
+        return None, ["not valid JSON (nested too deep)"]
 
 
 def sha256_of(path: str | Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from data.answers import ANSWER_FORMATS, Answer, parse_answer
 from data.examples import WHO, Example, who_of, who_problems
-from data.files import DataError, first_problems, write_jsonl
+from data.files import DataError, first_problems, parse_json, write_jsonl
 from data.labels import LABEL_MAPS, LABELS, Target, chexpert_labels_of_nih
 
 DEFAULT_FORMAT = "think_solution"  # of a row that names none
@@ -29,9 +29,10 @@ class Prediction:
     id, patient_id, dataset, labels, evaluated_labels, source_labels, sex, age, view: as in the
     `Example`.
     prompt: name of the instruction. completion: the text, without special tokens.
-    completion_length: in tokens, the stop token included. answer_format, answer: how the completion
-    was parsed, and what was found. extra: further fields of the row, kept as they are, such as
-    "rewards", "sample" of several answers to one image, or "step" and "group" of a rollout.
+    completion_length: in tokens, the stop token included, None where unknown.
+    answer_format, answer: how the completion was parsed, and what was found.
+    extra: further fields of the row, kept as they are, such as "rewards", "sample" of several
+    answers to one image, or "step" and "group" of a rollout.
     """
 
     id: str
@@ -42,7 +43,7 @@ class Prediction:
     source_labels: tuple[str, ...]
     prompt: str
     completion: str
-    completion_length: int
+    completion_length: int | None
     answer_format: str
     answer: Answer
     extra: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Prediction:
         *,
         prompt: str,
         completion: str,
-        completion_length: int,
+        completion_length: int | None,
         answer_format: str,
         answer: Answer | None = None,
         extra: Mapping[str, Any] | None = None,
@@ -90,16 +91,17 @@ class Prediction:
         none.
         """
         name = answer_format or row.get("answer_format") or DEFAULT_FORMAT
+        evaluated = row.get("evaluated_labels")
         prediction = cls(
             id=row["id"],
             patient_id=row["patient_id"],
             dataset=row["dataset"],
             labels=tuple(row["labels"]),
-            evaluated_labels=tuple(row["evaluated_labels"]),
+            evaluated_labels=LABELS if evaluated is None else tuple(evaluated),
             source_labels=tuple(row.get("source_labels") or ()),
             prompt=str(row.get("prompt") or ""),
             completion=row["completion"],
-            completion_length=row["completion_length"],
+            completion_length=row.get("completion_length"),
             answer_format=name,
             answer=parse_answer(row["completion"], name),
             **who_of(row),
@@ -210,7 +212,7 @@ def iter_predictions(
     problems: list[str] = []
     line_of: dict[tuple[str, int | None], int] = {}  # of the (id, sample) that may occur once
     sound = 0
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -234,13 +236,10 @@ def iter_predictions(
         )
 
 
-def parse_row(line: str) -> tuple[dict[str, Any], list[str]]:
+def parse_row(line: bytes | str) -> tuple[dict[str, Any], list[str]]:
     """Read one line of a predictions file -> (row, problems), sound without any."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
-    return row, _row_problems(row)
+    row, problems = parse_json(line)
+    return (row, _row_problems(row)) if not problems else ({}, problems)
 
 
 _REQUIRED: dict[str, type] = {
@@ -248,18 +247,20 @@ _REQUIRED: dict[str, type] = {
     "patient_id": str,
     "dataset": str,
     "labels": list,
-    "evaluated_labels": list,
     "completion": str,
-    "completion_length": int,
 }
+# absent or null: all 14 labels, and a length that nobody counted
+_OPTIONAL: dict[str, type] = {"evaluated_labels": list, "completion_length": int}
 
 
 def _row_problems(row: object) -> list[str]:
     if not isinstance(row, dict):
         return [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
     problems = []
-    for name, kind in _REQUIRED.items():
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
         value = row.get(name)
+        if value is None and name in _OPTIONAL:
+            continue
         if type(value) is not kind:
             problems.append(
                 f"field {name!r} is {json.dumps(value)[:60]}; it must be {kind.__name__}"

@@ -129,7 +129,9 @@ def _chosen(path: Path, ids: set[str]) -> dict[str, Prediction]:
 
 def _answer(model: str, prediction: Prediction, outcome: Outcome, jaccard: float) -> ModelAnswer:
     answer = prediction.answer
-    facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", f"{prediction.completion_length:,}")]
+    length = prediction.completion_length
+    tokens = "unknown" if length is None else f"{length:,}"
+    facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", tokens)]
     facts += _reward_facts(prediction.extra.get("rewards"))
     facts += [
         (name, value)

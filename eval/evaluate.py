@@ -5,11 +5,13 @@
     python -m eval.evaluate --label_map nih_ten \\
         --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
     python -m eval.evaluate --predictions rollouts=runs/20260101-120000-grpo/completions.jsonl
+    python -m eval.evaluate --predictions nih=answers.jsonl --data_file nih=nih/test.jsonl
 
 The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and
 scores-nih.json. Rows read back from a file are parsed anew, so a changed parser or metric applies
 to old predictions too. --label_map takes the truth anew from their source_labels. The rows of a
-run's rollouts are scored like any others: each completion counts once.
+run's rollouts are scored like any others: each completion counts once. Answers of any other model,
+rows {"id", "completion"}, are joined with the data file that they answer.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.examples import Example, read_examples
-from data.files import DataError, named_files
+from data.examples import Example, data_file, read_examples, read_jsonl
+from data.files import DataError, named_files, sha256_of
+from data.join import read_answers
 from data.predictions import read_predictions, relabel
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, describe, parse_config
@@ -29,7 +32,14 @@ from engine.resume import run_record
 from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
 from eval.folders import made_folder, more_files, refuse_existing, result_files, write_results
 from eval.scores import format_scores, score
-from eval.settings import EvalConfig, complete, config_problems, is_given, with_precision
+from eval.settings import (
+    EvalConfig,
+    complete,
+    config_problems,
+    is_given,
+    joined_files,
+    with_precision,
+)
 from eval.votes import format_samples, sample_scores, samples_of_file, vote_predictions
 
 
@@ -76,9 +86,19 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
     named, _ = named_files(config.predictions, "predictions")
     answer_format = config.answer_format if is_given(resolved, "answer_format") else None
     given_k = config.num_generations if is_given(resolved, "num_generations") else None
-    predictions, samples = {}, {}
+    predictions, samples, joined = {}, {}, _joined_sets(config)
     for name, file in named.items():
-        rows = read_predictions(file, answer_format)
+        if name in joined:
+            data, examples = joined[name]
+            rows = read_answers(
+                file,
+                examples,
+                data_file=data,
+                answer_format=answer_format,
+                max_samples=config.max_samples,
+            )
+        else:
+            rows = read_predictions(file, answer_format)
         if config.label_map:
             rows = relabel(rows, config.label_map, config.no_label, source=str(Path(file)))
         groups = samples_of_file(rows, given_k, source=str(Path(file)))
@@ -95,7 +115,11 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
         results[name]["samples"] = sample_scores(rows, seed=config.seed)
     output_dir = _output_directory(config)
     for name, scores in results.items():
-        record = run_record(resolved, "eval", {name: Path(named[name])}, {})
+        answers = Path(named[name])
+        truth = joined[name][0] if name in joined else answers
+        record = run_record(resolved, "eval", {name: truth}, {})
+        if name in joined:
+            record["answers"] = {name: {"file": str(answers), "sha256": sha256_of(answers)}}
         write_results(
             output_dir,
             name,
@@ -104,6 +128,14 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
             more={"samples": samples[name]} if name in samples else None,
         )
     return _show(results, output_dir)
+
+
+def _joined_sets(config: EvalConfig) -> dict[str, tuple[Path, list[Example]]]:
+    """Read the data files that answers are joined with -> {name: (file, its examples)}."""
+    specs, _ = joined_files(config)
+    files = {spec: data_file(spec) for spec in specs.values()}
+    read = {spec: (file, read_jsonl(file, config.image_root)) for spec, file in files.items()}
+    return {name: read[spec] for name, spec in specs.items()}
 
 
 def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | None) -> int:

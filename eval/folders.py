@@ -112,8 +112,9 @@ class Answers:
     ids: of the examples. patients [N]. targets, predictions, evaluated [N, 14] bool, columns in the
     order of LABELS. nih_targets [N, 14] bool: NIH's own labels mapped to ten categories, nothing
     where the source is not NIH's. is_nih: all of the data set has NIH's own labels.
-    parsed, valid [N] bool. num_unknown [N]. lengths [N] in tokens. texts: `fingerprint` of each
-    completion. prompts: names of the instructions. problems: how often each problem came.
+    parsed, valid [N] bool. num_unknown [N]. lengths [N] in tokens, NaN where unknown.
+    texts: `fingerprint` of each completion. prompts: names of the instructions.
+    problems: how often each problem came.
     """
 
     ids: list[str]
@@ -196,7 +197,7 @@ def load_answers(path: Path) -> Answers:
     one answer an image.
     """
     ids, texts = [], []
-    numbers: list[tuple[bool, bool, int, int]] = []
+    numbers: list[tuple[bool, bool, int, int | None]] = []
     patients, bits = [], []
     prompts: dict[str, None] = {}
     problems: Counter[str] = Counter()
@@ -239,7 +240,7 @@ def load_answers(path: Path) -> Answers:
         parsed=np.array(parsed),
         valid=np.array(valid),
         num_unknown=np.array(num_unknown),
-        lengths=np.array(lengths),
+        lengths=np.array([np.nan if length is None else length for length in lengths]),
         texts=texts,
         prompts=tuple(prompts),
         problems=problems,

@@ -175,9 +175,9 @@ class Diversity:
     labels_per_answer: float
     all_labels_share: float  # answers that name every label there is
     contradiction_share: float  # No Finding together with a finding
-    length_mean: float  # tokens
+    length_mean: float  # tokens, NaN where no length is known
     length_median: float
-    length_max: int
+    length_max: float
 
 
 def diversity(
@@ -190,13 +190,14 @@ def diversity(
     """Describe how much N answers differ from each other.
 
     completions [N]: `fingerprint` of each text. label_sets [N]: what each answer predicts.
-    contradictions [N] bool: No Finding beside a finding. lengths [N] in tokens.
+    contradictions [N] bool: No Finding beside a finding. lengths [N] in tokens, NaN: unknown.
     num_labels: how many labels there are.
 
     Raises ValueError without any answer.
     """
     if not len(label_sets):
         raise ValueError("no answer to describe")
+    known = lengths[~np.isnan(lengths)] if not np.isnan(lengths).all() else np.array([np.nan])
     counts = Counter(label_sets)
     shares = np.array(list(counts.values())) / len(label_sets)
     most_frequent, times = counts.most_common(1)[0]
@@ -210,9 +211,9 @@ def diversity(
         labels_per_answer=sum(map(len, label_sets)) / len(label_sets),
         all_labels_share=sum(len(labels) >= num_labels for labels in label_sets) / len(label_sets),
         contradiction_share=float(np.mean(contradictions)),
-        length_mean=float(np.mean(lengths)),
-        length_median=float(np.median(lengths)),
-        length_max=int(np.max(lengths)),
+        length_mean=float(np.mean(known)),
+        length_median=float(np.median(known)),
+        length_max=float(np.max(known)),
     )
 
 

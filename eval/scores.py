@@ -114,7 +114,6 @@ def score(
     intervals = bootstrap_intervals(
         targets, predicted & parsed[:, None], evaluated, patients, jaccard=jaccard, seed=seed
     )
-    lengths = [prediction.completion_length for prediction in predictions]
     problems = Counter(answer.problem for answer in answers if answer.problem)
     return policies["empty"] | {
         "jaccard": float(jaccard.mean()),
@@ -131,8 +130,22 @@ def score(
         "failure_policies": {name: _f1(scores) for name, scores in policies.items()},
         "intervals": {name: list(bounds) for name, bounds in intervals.items()},
         "baselines": baselines(targets, evaluated, columns, baseline_examples, seed),
-        "completion_length": {"mean": float(np.mean(lengths)), "max": max(lengths)},
+        "completion_length": _lengths(predictions),
     }
+
+
+def known_lengths(predictions: Sequence[Prediction]) -> list[int]:
+    """List the lengths of the completions that somebody counted, in tokens."""
+    lengths = (prediction.completion_length for prediction in predictions)
+    return [length for length in lengths if length is not None]
+
+
+def _lengths(predictions: Sequence[Prediction]) -> dict[str, float | None]:
+    """Describe the lengths of completions in tokens, and count those that nobody counted."""
+    known = known_lengths(predictions)
+    found = {"mean": float(np.mean(known)) if known else None, "max": max(known, default=None)}
+    unknown = len(predictions) - len(known)
+    return found | ({"unknown": unknown} if unknown else {})
 
 
 def baselines(
@@ -218,6 +231,13 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
     ]
     if left_out:
         lines.append(f"examples left out for their images: {', '.join(left_out)}")
+    uncounted = [
+        f"{clipped(name)} {scores['completion_length']['unknown']}"
+        for name, scores in results.items()
+        if scores["completion_length"].get("unknown")
+    ]
+    if uncounted:
+        lines.append(f"answers of unknown length: {', '.join(uncounted)}")
     if per_label:
         for name, scores in results.items():
             header = (clipped(name), "precision", "recall", "F1", "support")

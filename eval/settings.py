@@ -37,7 +37,8 @@ class DecodingConfig:
 
     data_file: tuple[str, ...] = setting(
         (),
-        "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT",
+        "data sets to decode, each NAME=FILE (JSONL) or NAME=demo:SPLIT; with --predictions: what"
+        " its answers are joined with by id",
         aliases=("validation_file",),
     )
     image_root: str | None = setting(
@@ -136,7 +137,8 @@ class EvalConfig(DecodingConfig):
         (),
         "files to score again without a model, each NAME=FILE: predictions-<name>.jsonl,"
         " samples-<name>.jsonl, which vote again, or completions.jsonl of a GRPO run, whose groups"
-        " vote where --num_generations is given",
+        " vote where --num_generations is given; with --data_file, answers of any model: rows"
+        ' {"id", "completion"}, whose truth is the data file\'s',
     )
     label_map: Literal["nih_nine", "nih_ten"] | None = setting(
         None,
@@ -178,9 +180,10 @@ def config_problems(config: EvalConfig) -> list[str]:
     if config.predictions:
         problems += [
             f"--{name}: has no place beside --predictions, which scores again without a model"
-            for name in ("model_name_or_path", "adapter_name_or_path", "data_file")
+            for name in ("model_name_or_path", "adapter_name_or_path")
             if getattr(config, name)
         ]
+        problems += joined_files(config)[1]
     elif config.label_map:
         problems.append(
             "--label_map: goes with --predictions; a data file gets its labels from data.select"
@@ -198,6 +201,31 @@ def config_problems(config: EvalConfig) -> list[str]:
             f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}"
         )
     return problems
+
+
+def joined_files(config: EvalConfig) -> tuple[dict[str, str], list[str]]:
+    """Pair --predictions with --data_file -> ({name of the predictions: data file}, problems).
+
+    One data file is joined with all predictions. Several go by name, each with the predictions of
+    its own. Without a data file nothing is joined.
+    """
+    named, files = (
+        named_files(values, flag)[0]
+        for values, flag in ((config.predictions, "predictions"), (config.data_file, "data_file"))
+    )
+    if len(files) == 1:
+        return dict.fromkeys(named, *files.values()), []
+    problems = [
+        f"--{flag} {name}: of several data files each is joined with the predictions of its name,"
+        f" and there is no --{other} {name}=FILE"
+        for flag, mine, other, theirs in (
+            ("predictions", named, "data_file", files),
+            ("data_file", files, "predictions", named),
+        )
+        for name in mine
+        if files and name not in theirs
+    ]
+    return {name: files[name] for name in named if name in files}, problems
 
 
 def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[str]:

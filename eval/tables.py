@@ -505,9 +505,11 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
                 [
                     model,
                     contrast.data_set,
-                    Cell(
+                    Cell("unknown")
+                    if np.isnan(found.length_mean)
+                    else Cell(
                         f"{found.length_mean:.1f}",
-                        f"median {found.length_median:.0f}, at most {found.length_max:,}",
+                        f"median {found.length_median:.0f}, at most {found.length_max:,.0f}",
                     ),
                     f"{100 * found.distinct_completions / found.answers:.1f} %",
                     f"{found.distinct_label_sets:,}",

@@ -19,7 +19,14 @@ from data.files import DataError, first_problems
 from data.labels import LABELS
 from data.predictions import Prediction
 from eval.metrics import drawn_patients, interval, patient_totals, scores_of_totals
-from eval.scores import AnswerMatrices, aligned, answer_matrices, clipped, evaluated_columns
+from eval.scores import (
+    AnswerMatrices,
+    aligned,
+    answer_matrices,
+    clipped,
+    evaluated_columns,
+    known_lengths,
+)
 
 VOTE_FORMAT = "solution"
 RESAMPLES = 1000
@@ -116,7 +123,7 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
 
     "vote_shares" is {label: share of the samples that name it}, without the labels that none names.
     completion_length is the samples' mean, rounded, so that a reward with a length term treats the
-    vote as it treats a sample.
+    vote as it treats a sample. It is None where that of a sample is unknown.
     """
     k = len(samples)
     read = [sample.answer for sample in samples if sample.answer.parsed]
@@ -124,10 +131,11 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
     labels = [label for label in LABELS if 2 * counts[label] >= k]
     completion = f"<solution>{', '.join(labels)}</solution>" if 2 * len(read) >= k else ""
     first = samples[0]
+    lengths = known_lengths(samples)
     return dataclasses.replace(
         first,
         completion=completion,
-        completion_length=round(sum(sample.completion_length for sample in samples) / k),
+        completion_length=round(sum(lengths) / k) if len(lengths) == k else None,
         answer_format=VOTE_FORMAT,
         answer=parse_answer(completion, VOTE_FORMAT),
         extra={name: first.extra[name] for name in _OF_IMAGE if name in first.extra}
@@ -181,11 +189,14 @@ def sample_scores(
         "invalid_rate": [not answer.valid for answer in answers],
         "unknown_rate": [bool(answer.unknown) for answer in answers],
         "no_label_rate": [answer.problem == "no_label" for answer in answers],
-        "completion_length": [sample.completion_length for sample in samples],
     }
+    lengths = known_lengths(samples)
+    mean_length = {"completion_length": float(np.mean(lengths)) if lengths else None}
     return {
         "num_generations": k,
-        "mean": point["mean"] | {name: float(np.mean(values)) for name, values in rates.items()},
+        "mean": point["mean"]
+        | {name: float(np.mean(values)) for name, values in rates.items()}
+        | mean_length,
         "best": point["best"],
         "vote_gain": point["vote_gain"],
         "intervals": {

@@ -31,8 +31,9 @@ def with_rewards(
     """
     rewarded = []
     for prediction in predictions:
+        length = prediction.completion_length or 0  # never unknown: the sampler has counted
         rewards = {
-            name: function(prediction.answer, prediction.target, prediction.completion_length)
+            name: function(prediction.answer, prediction.target, length)
             for name, function in reward_functions.items()
         }
         rewarded.append(prediction.with_extra(rewards=rewards_record(rewards)))

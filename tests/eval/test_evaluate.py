@@ -8,6 +8,7 @@ Run: pytest tests/eval/test_evaluate.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -479,6 +480,97 @@ def test_nih_predictions_are_scored_again_under_another_map(tmp_path, capsys):
     # Infiltration alone: No Finding by the other rule, so r2 is right; left out, one image fewer.
     assert again("nine.jsonl", "nih_ten", "--no_label", "no_finding")["micro"]["f1"] == 1.0
     assert again("nine.jsonl", "nih_ten", "--no_label", "drop")["n"] == 3
+
+
+def test_answers_of_any_model_are_joined_with_the_data_file(tmp_path, capsys):
+    """Rows {"id", "completion"} score as our own predictions do, length unknown."""
+    rows = nih_rows()
+    data = [
+        {
+            "id": row.id,
+            "patient_id": row.patient_id,
+            "image": "not-there.png",  # no image is opened
+            "labels": list(row.labels),
+            "dataset": row.dataset,
+            "evaluated_labels": list(row.evaluated_labels),
+            "source_labels": list(row.source_labels),
+        }
+        for row in rows
+    ]
+    write_jsonl(tmp_path / "test.jsonl", data)
+    said = [{"id": row.id, "completion": row.completion} for row in reversed(rows)]
+    write_jsonl(tmp_path / "answers.jsonl", said)
+    write_jsonl(tmp_path / "mute.jsonl", [row | {"completion": ""} for row in said])
+    command = [
+        "--predictions",
+        f"gpt={tmp_path / 'answers.jsonl'}",
+        f"mute={tmp_path / 'mute.jsonl'}",
+        "--data_file",
+        f"test={tmp_path / 'test.jsonl'}",  # one data file for all
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "answers of unknown length: gpt 4, mute 4\n" in printed
+    gpt, mute = (
+        json.loads((tmp_path / "out" / f"scores-{name}.json").read_text())
+        for name in ("gpt", "mute")
+    )
+    ours = score(rows)
+    assert gpt.pop("completion_length") == {"mean": None, "max": None, "unknown": 4}
+    run = gpt.pop("run")
+    assert gpt == {key: ours[key] for key in gpt} and ours.keys() - gpt.keys() == {
+        "completion_length"
+    }
+    assert mute["fail_rate"] == 1.0 and mute["macro"]["f1"] == 0.0
+    assert run["data"]["gpt"]["file"] == str(tmp_path / "test.jsonl")
+    assert run["answers"]["gpt"] == {
+        "file": str(tmp_path / "answers.jsonl"),
+        "sha256": hashlib.sha256((tmp_path / "answers.jsonl").read_bytes()).hexdigest(),
+    }
+    kept = read_predictions(tmp_path / "out" / "predictions-gpt.jsonl")
+    assert [row.labels for row in kept] == [row.labels for row in rows]
+    # what was written goes back by itself, and with the data file
+    for more in ([], ["--data_file", f"test={tmp_path / 'test.jsonl'}"]):
+        again = ["--predictions", f"gpt={tmp_path / 'out' / 'predictions-gpt.jsonl'}", *more]
+        assert main([*again, "--output_dir", str(tmp_path / f"again{len(more)}")]) == 0
+        scores = json.loads((tmp_path / f"again{len(more)}" / "scores-gpt.json").read_text())
+        assert scores["macro"] == ours["macro"]
+
+
+def test_several_answers_of_an_image_to_a_data_file_vote(tmp_path, capsys):
+    row = {"id": "x", "patient_id": "p", "image": "x.png", "dataset": "s", "labels": ["Edema"]}
+    write_jsonl(tmp_path / "test.jsonl", [row])
+    said = [("Edema", 4), ("Edema, Fracture", None), ("Pneumonia", 7)]
+    rows = [
+        {"id": "x", "completion": text, "sample": k, "completion_length": length}
+        for k, (text, length) in enumerate(said)
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    command = ["--predictions", f"s={tmp_path}/answers.jsonl", "--answer_format", "label_list"]
+    command += ["--data_file", f"s={tmp_path}/test.jsonl", "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    [vote] = read_predictions(tmp_path / "out" / "predictions-s.jsonl")
+    # Edema 2 of 3, the others 1 of 3
+    assert (vote.answer.labels, vote.completion_length) == (("Edema",), None)
+    scores = json.loads((tmp_path / "out" / "scores-s.json").read_text())
+    assert scores["samples"]["mean"]["completion_length"] == 5.5  # of the two that are known
+    assert scores["jaccard"] == 1.0
+
+
+def test_several_data_files_go_with_the_predictions_of_their_names(tmp_path, capsys):
+    for name, label in (("a", "Edema"), ("b", "Fracture")):
+        row = {"id": "x", "patient_id": "p", "image": "x.png", "dataset": name, "labels": [label]}
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+        answer = {"id": "x", "completion": label, "answer_format": "label_list"}
+        write_jsonl(tmp_path / f"{name}-answers.jsonl", [answer])
+    command = ["--output_dir", str(tmp_path / "out"), "--predictions"]
+    command += [f"{name}={tmp_path}/{name}-answers.jsonl" for name in "ab"]
+    assert main([*command, "--data_file", *(f"{n}={tmp_path}/{n}.jsonl" for n in "ba")]) == 0
+    for name in "ab":  # right only against its own file
+        scores = json.loads((tmp_path / "out" / f"scores-{name}.json").read_text())
+        assert scores["micro"]["f1"] == 1.0
 
 
 def test_what_is_outside_the_evaluated_categories_is_not_counted_wrong():
@@ -1068,9 +1160,27 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
             ],
             "--label_map: goes with --predictions",
         ),
+        (  # answers are joined with the data file, so it must be there
+            ["--predictions", "a={project}/none.jsonl", "--data_file", "a={project}/no.jsonl"],
+            "no.jsonl: no such data file",
+        ),
         (
-            ["--predictions", "a={project}/none.jsonl", "--data_file", "a=x"],
-            "--data_file: has no place beside --predictions",
+            ["--predictions", "a={project}/none.jsonl", "--data_file", "a={project}/site.jsonl"],
+            "none.jsonl: no such file of answers",
+        ),
+        (
+            ["--predictions", "a=x", "b=x", "c=x", "--data_file", "b=x", "c=y"],
+            "--predictions a: of several data files each is joined with the predictions of its"
+            " name, and there is no --data_file a=FILE",
+        ),
+        (
+            ["--predictions", "a=x", "--data_file", "a=x", "c=y"],
+            "--data_file c: of several data files each is joined with the predictions of its name,"
+            " and there is no --predictions c=FILE",
+        ),
+        (
+            ["--predictions", "a=x", "--adapter_name_or_path", "{project}/run"],
+            "--adapter_name_or_path: has no place beside --predictions",
         ),
         (
             ["--adapter_name_or_path", "{project}/base", "--data_file", "a={project}/site.jsonl"],

@@ -288,6 +288,14 @@ def test_diversity_by_hand():
         1 / 4,
     )
     assert (found.length_mean, found.length_median, found.length_max) == (40, 25, 100)
+    # a length that nobody counted is left out
+    lengths = np.array([10.0, np.nan, 30.0, np.nan])
+    texts = [fingerprint(text) for text in "abcd"]
+    sets = [frozenset({"Edema"})] * 4
+    some = diversity(texts, sets, np.zeros(4, dtype=bool), lengths, 14)
+    assert (some.length_mean, some.length_median, some.length_max) == (20, 20, 30)
+    none = diversity(texts, sets, np.zeros(4, dtype=bool), lengths * np.nan, 14)
+    assert np.isnan([none.length_mean, none.length_median, none.length_max]).all()
     same = diversity([1, 1], [frozenset()] * 2, np.zeros(2), np.ones(2), 3)
     assert str(same.label_set_entropy) == "0.0"  # not -0.0
     with pytest.raises(ValueError, match="no answer"):
