@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from data.predictions import Prediction, iter_predictions
 from data.prompts import PROMPTS
 from eval.contrasts import Contrast
 from eval.folders import Answers, Entry, located
-from eval.page import OUTCOMES, Case, Cases, ModelAnswer, Outcome, Picture
+from eval.page import Case, Cases, ModelAnswer, Outcome, Picture, Strip, Turn
 
 MAX_SIDE = 384  # pixels of a picture in the report
 _CANDIDATES = 400  # images looked at for the next case
@@ -34,15 +34,29 @@ def outcomes(answers: Answers) -> list[Outcome]:
     ]
 
 
-def chosen_ids(answers: Answers, count: int, seed: int) -> list[str]:
-    """Choose up to `count` images: failed, wrong and right answers by turns, labels varied.
+def turns(before: Sequence[Outcome], after: Sequence[Outcome]) -> list[Turn]:
+    """Tell of each image whether a model fixed or broke the answer of the one before it."""
+    return [
+        "fixed" if now == "right" != earlier else "broken" if earlier == "right" != now else ""
+        for earlier, now in zip(before, after, strict=True)
+    ]
 
-    Each time it is the one among random candidates whose true and predicted labels were shown least
-    so far.
+
+def chosen_ids(answers: Answers, count: int, seed: int, before: Answers | None = None) -> list[str]:
+    """Choose up to `count` images, labels varied.
+
+    By turns they are answers that `before` had wrong and that are right now, the reverse, and
+    failed, wrong and right ones. Each time it is the one among random candidates whose true and
+    predicted labels were shown least so far.
     """
     order = np.random.default_rng(seed).permutation(len(answers.ids))
     shown = outcomes(answers)
-    waiting = [[n for n in order if shown[n] == outcome] for outcome in reversed(OUTCOMES)]
+    turned = turns(shown if before is None else outcomes(before), shown)
+    kinds = [turn or outcome for turn, outcome in zip(turned, shown, strict=True)]
+    waiting = [
+        [n for n in order if kinds[n] == kind]
+        for kind in ("fixed", "broken", "failed", "wrong", "right")
+    ]
     seen: Counter[int] = Counter()
     ids: list[str] = []
     while len(ids) < count and any(waiting):
@@ -75,23 +89,32 @@ def sample_cases(
     count: int,
     *,
     seed: int,
+    step: tuple[str, str] | None = None,
     image_root: str | None = None,
 ) -> Cases:
     """Choose `count` cases over all data sets, by the answers of each set's last model.
 
-    image_root: folder of the images, else that of the evaluation or of the data file. A case whose
-    image cannot be read has no picture.
+    step: (before, after) of the models whose turns are shown. image_root: folder of the images,
+    else that of the evaluation or of the data file. A case whose image cannot be read has no
+    picture.
     """
     cases: list[Case] = []
     prompts: dict[str, None] = {}
     for index, contrast in enumerate(contrasts):
         share = count // len(contrasts) + (index < count % len(contrasts))
         models = [entry for entry in entries if entry.name in contrast.answers]
-        ids = chosen_ids(contrast.answers[models[-1].name], share, seed)
+        of_step = step if step and set(step) <= set(contrast.answers) else None
+        ids = chosen_ids(
+            contrast.answers[of_step[1] if of_step else models[-1].name],
+            share,
+            seed,
+            contrast.answers[of_step[0]] if of_step else None,
+        )
         rows = {entry.name: _chosen(entry.sets[contrast.data_set], set(ids)) for entry in models}
         pictures = _pictures(models, contrast.data_set, ids, image_root)
         position = {id: n for n, id in enumerate(contrast.first.ids)}
         shown = {name: outcomes(answers) for name, answers in contrast.answers.items()}
+        turned = turns(*(shown[name] for name in of_step)) if of_step else []
         for id in ids:
             answers = [
                 _answer(
@@ -105,11 +128,13 @@ def sample_cases(
             truth = rows[models[0].name][id]
             cases.append(
                 Case(
-                    f"{contrast.data_set}: {id}",
+                    contrast.data_set,
+                    id,
                     truth.labels,
                     [label for label in LABELS if label in truth.evaluated_labels],
                     pictures.get(id),
                     answers,
+                    turned[position[id]] if turned else "",
                 )
             )
             prompts |= {rows[entry.name][id].prompt: None for entry in models}
@@ -122,6 +147,33 @@ def sample_cases(
     )
 
 
+def case_strip(cases: Cases, step: tuple[str, str] | None, count: int = 4) -> Strip:
+    """Choose the cases that a page shows first: what the last step fixed and broke, wrong, right.
+
+    step: (before, after). Kinds that are missing give way to further cases of the others.
+    """
+    kinds: list[tuple[str, Callable[[Case], bool]]] = [
+        ("wrong", lambda case: not case.turn and case.answers[-1].outcome != "right"),
+        ("right", lambda case: not case.turn and case.answers[-1].outcome == "right"),
+    ]
+    if step:
+        kinds = [
+            (f"fixed by {step[1]}", lambda case: case.turn == "fixed"),
+            (f"broken by {step[1]}", lambda case: case.turn == "broken"),
+            *((f"still {kind}", fits) for kind, fits in kinds),
+        ]
+    waiting = [
+        (title, [place for place, case in enumerate(cases.cases) if fits(case)])
+        for title, fits in kinds
+    ]
+    shown: list[tuple[str, int]] = []
+    for turn in range(count):
+        for title, places in waiting:
+            if turn < len(places) and len(shown) < count:
+                shown.append((title, places[turn]))
+    return Strip(cases.cases, shown)
+
+
 def _chosen(path: Path, ids: set[str]) -> dict[str, Prediction]:
     """Read the predictions of these images -> {id: prediction}."""
     return {prediction.id: prediction for prediction in iter_predictions(path, ids=ids)}
@@ -131,7 +183,7 @@ def _answer(model: str, prediction: Prediction, outcome: Outcome, jaccard: float
     answer = prediction.answer
     length = prediction.completion_length
     tokens = "unknown" if length is None else f"{length:,}"
-    facts = [("Jaccard", f"{jaccard:.2f}"), ("tokens", tokens)]
+    facts = [("tokens", tokens)]
     facts += _reward_facts(prediction.extra.get("rewards"))
     facts += [
         (name, value)
@@ -148,6 +200,7 @@ def _answer(model: str, prediction: Prediction, outcome: Outcome, jaccard: float
         (answer.think or "").strip(),
         list(answer.labels),
         prediction.completion,
+        jaccard,
         facts,
     )
 

@@ -21,7 +21,7 @@ from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.contrasts import Contrast, contrast_models
 from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
-from eval.figures import MISSING, available, draw_labels, draw_training
+from eval.figures import MISSING, available, draw_training
 from eval.folders import (
     Entry,
     answers_by_set,
@@ -30,9 +30,13 @@ from eval.folders import (
     read_log,
     read_record,
 )
-from eval.page import Block, Cell, Page, Picture, Section, Table, Text, to_text, write_page
+from eval.page import Block, Cell, Folded, Page, Picture, Section, Table, Text
+from eval.page_files import write_page
+from eval.page_text import to_text
 from eval.paired import PERMUTATIONS, RESAMPLES
+from eval.pictures import dumbbell_picture, labels_picture
 from eval.tables import holm_note, number, p_cells, scores_table, signed
+from eval.verdict import verdict
 
 # settings that say nothing about the model
 _OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")
@@ -72,28 +76,40 @@ def config_problems(config: CompareConfig) -> list[str]:
     return problems
 
 
-def settings_table(entries: Sequence[Entry]) -> Table:
-    """List the settings, data files and versions in which the runs differ, with their origins."""
+def settings_blocks(entries: Sequence[Entry]) -> list[Block]:
+    """List the settings, data files and versions in which the runs differ, with their origins.
+
+    Those of which only some runs know, as those of another stage, are folded, unless the runs that
+    know them differ.
+    """
     told = [_told(entry) for entry in entries]
-    names = list(dict.fromkeys(name for facts in told for name in facts))
-    rows = [
-        [name, *(facts.get(name, "-") for facts in told)]
-        for name in names
-        if len({facts.get(name, "-").partition(" (")[0] for facts in told}) > 1
-    ]
+    differing: list[list[Cell | str]] = []
+    partial: list[list[Cell | str]] = []
+    for name in dict.fromkeys(name for facts in told for name in facts):
+        row: list[Cell | str] = [name, *(facts.get(name, "-") for facts in told)]
+        if len({facts[name].partition(" (")[0] for facts in told if name in facts}) > 1:
+            differing.append(row)
+        elif not all(name in facts for facts in told):
+            partial.append(row)
     note = (
         "In brackets: where the value comes from. Settings that all runs share, and names of"
         " folders, are left out."
-        if rows
+        if differing
         else "No setting differs."
     )
-    return Table(
-        "Settings that differ",
-        ["Setting", *(entry.name for entry in entries)],
-        rows,
-        [note],
-        numbers_from=99,
-    )
+    header = ["Setting", *(entry.name for entry in entries)]
+    blocks: list[Block] = [
+        Table("Settings that differ", header, differing, [note], numbers_from=99)
+    ]
+    if partial:
+        counts = [sum(row[column] != "-" for row in partial) for column in range(1, len(header))]
+        each = ", ".join(
+            f"{count} of {name}" for name, count in zip(header[1:], counts, strict=True) if count
+        )
+        title = f"Settings that only some runs have: {each}"
+        table = Table("Settings that only some runs have", header, partial, numbers_from=99)
+        blocks.append(Folded(title, [table]))
+    return blocks
 
 
 def _told(entry: Entry) -> dict[str, str]:
@@ -168,33 +184,45 @@ def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
 
 
 def comparison_page(entries: Sequence[Entry], config: CompareConfig) -> Page:
-    """Put the comparison together as a page."""
-    scores, charts = _score_blocks(entries, config)
-    if not scores:
-        scores = [Text(f"No data set was answered by {entries[0].name} and another run.")]
-    curves = _curves(entries) if config.output_dir else []
+    """Put the comparison together as a page: the scores, the curves, then the settings."""
+    contrasts = _contrasts(entries, config)
+    first = entries[0].name
+    blocks: list[Block] = [Text(f"No data set was answered by {first} and another run.")]
+    sections = []
+    if contrasts:
+        last = [entry.name for entry in entries if entry.name in contrasts[0].answers][-1]
+        home = [contrast.data_set for contrast in contrasts if contrast.is_home]
+        said: list[Block] = [
+            verdict(contrasts, (first, last), None),
+            dumbbell_picture(contrasts, home),
+        ]
+        sections = [Section("In one sentence", said)]
+        blocks = []
+        for contrast in contrasts:
+            blocks += [differences_table(contrast, first), scores_table(contrast)]
+        blocks += map(labels_picture, contrasts)
+    curves: Sequence[Block] = (
+        _curves(entries)
+        if config.output_dir
+        else [Text("Curves and pictures appear only with --output_dir, on a page.")]
+    )
     return Page(
         "Comparison of runs",
         ", ".join(f"{entry.name} ({entry.folder})" for entry in entries),
         [
-            Section("Settings", [settings_table(entries)]),
-            Section("Scores", [*scores, *charts]),
+            *sections,
+            Section("Scores", blocks),
             *([Section("Training", curves)] if curves else []),
+            Section("Settings", settings_blocks(entries)),
         ],
     )
 
 
-def _score_blocks(
-    entries: Sequence[Entry], config: CompareConfig
-) -> tuple[list[Block], list[Picture]]:
-    """Compare the others with the first run on every data set -> (tables, charts)."""
+def _contrasts(entries: Sequence[Entry], config: CompareConfig) -> list[Contrast]:
+    """Compare the others with the first run on every data set that it and another answered."""
     first = entries[0].name
-    tables: list[Block] = []
-    charts: list[Picture] = []
-    for index, (data_set, answers) in enumerate(answers_by_set(entries)):
-        if first not in answers or len(answers) < 2:
-            continue
-        contrast = contrast_models(
+    return [
+        contrast_models(
             data_set,
             answers,
             [(first, name) for name in answers if name != first],
@@ -202,10 +230,9 @@ def _score_blocks(
             resamples=config.resamples,
             permutations=config.permutations,
         )
-        tables += [differences_table(contrast, first), scores_table(contrast)]
-        if config.output_dir and available():
-            charts.append(draw_labels(contrast))
-    return tables, charts
+        for index, (data_set, answers) in enumerate(answers_by_set(entries))
+        if first in answers and len(answers) > 1
+    ]
 
 
 def _curves(entries: Sequence[Entry]) -> list[Picture | Text]:

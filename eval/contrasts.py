@@ -203,19 +203,25 @@ def contrast_models(
 def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """Pair the models that follow each other in training -> (before, after) of each step.
 
-    Each model follows the nearest earlier one of every lower stage (base, SFT, GRPO). Where there
-    is none, it follows the first of all.
+    Each model follows the nearest earlier one of every lower stage (base, SFT, GRPO). A vote over
+    samples of a model is no stage: it follows that model, and a model of a higher stage is compared
+    with it too, last. Where a model would follow none, it follows the first of all.
     """
     pairs = []
     for index, entry in enumerate(entries):
         earlier = entries[:index]
+        own = [other for other in earlier if other.stage == entry.stage and other.votes == 1]
+        if entry.votes > 1 and own:
+            pairs.append((own[-1].name, entry.name))
+            continue
         lower = [
             other for other in earlier if _RANK.get(other.stage, 9) < _RANK.get(entry.stage, 0)
         ]
-        nearest = {other.stage: other.name for other in lower}  # the last of each stage
+        # the last of each stage, and of the votes over it
+        nearest = {(other.votes > 1, other.stage): other.name for other in lower}
         pairs += [
-            (nearest[stage], entry.name)
-            for stage in sorted(nearest, key=lambda stage: -_RANK[stage])
+            (nearest[key], entry.name)
+            for key in sorted(nearest, key=lambda key: (key[0], -_RANK[key[1]]))
         ]
         if not lower and earlier:
             pairs.append((entries[0].name, entry.name))

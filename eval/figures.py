@@ -32,7 +32,6 @@ import numpy as np
 
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard
-from eval.contrasts import Contrast
 from eval.curves import (
     FIGURE_1,
     GAP_SPAN,
@@ -59,21 +58,13 @@ from eval.curves import (
 )
 from eval.folders import Entry, flag_first, load_entries
 from eval.page import Picture, picture_file
+from eval.pictures import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MISSING = "the pictures need matplotlib: pip install -e '.[plots]'"
-_COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#a3478a",
-    "#5b5b5b",
-    "#b08900",
-    "#56a0d3",
-)  # told apart by colour-blind readers, dark enough on white
 _DASHES = ("-", "--", "-.", ":")  # 7 colours and 4 dashes: 28 curves before a pair comes again
 _MARKERS = "osD^vPX"
 _WIDE = 2  # charts side by side: more could not be read on a phone
@@ -157,7 +148,7 @@ def _plot(
     """
     steps, values = points
     bold = ema(values, smoothing_for(len(values))) if smooth else values
-    colour, dash = _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]
+    colour, dash = COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
     marker = _MARKERS[index % len(_MARKERS)]
     if smooth:
         axis.plot(steps, values, color=colour, alpha=faint, linewidth=0.9)
@@ -336,9 +327,9 @@ def _plot_gap(axis: Axes, gap: Any) -> str:
     if not np.isnan(errors).all():
         low, high = values - 2 * errors, values + 2 * errors
         axis.fill_between(
-            steps, low, high, color=_COLOURS[0], alpha=0.18, linewidth=0, label="2 standard errors"
+            steps, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="2 standard errors"
         )
-        axis.vlines(steps, low, high, color=_COLOURS[0], alpha=0.5, linewidth=1)
+        axis.vlines(steps, low, high, color=COLOURS[0], alpha=0.5, linewidth=1)
     shown = _plot(axis, (gap.steps, gap.values), 0, gap.name, smooth=False)
     known = errors[~np.isnan(values)]
     return shown if not len(known) or np.isnan(known[-1]) else f"{shown} +- {2 * known[-1]:.3g}"
@@ -378,52 +369,6 @@ def draw_by_run(
         _figure_legend(figure, axes, columns)
         data = _rendered(figure, form)
     return _picture(name, data, form, f"Line charts over step. {'; '.join(told)}.", caption)
-
-
-def draw_labels(contrast: Contrast, form: str = "svg") -> Picture:
-    """Draw the F1 of each label for each model, with its 95 % interval.
-
-    Labels without positives are left out. Raises UsageError without matplotlib.
-    """
-    models = list(contrast.values)
-    labels = [k for k in np.argsort(contrast.support, kind="stable") if contrast.support[k]]
-    with _figure(1, 1, height=0.9 + (0.16 * len(models) + 0.2) * len(labels), width=8.4) as (
-        figure,
-        (axis,),
-    ):
-        for index, model in enumerate(models):
-            resampled = contrast.resampled[model]["label_f1"]  # [R, K]
-            low, high = np.percentile(resampled, [2.5, 97.5], axis=0)  # [K] each
-            value = contrast.values[model]["label_f1"][0]
-            height = np.arange(len(labels)) + 0.7 * ((len(models) - 1) / 2 - index) / max(
-                1, len(models)
-            )
-            colour = _COLOURS[index % len(_COLOURS)]
-            axis.hlines(height, low[labels], high[labels], color=colour, linewidth=1.4, alpha=0.7)
-            axis.plot(
-                value[labels],
-                height,
-                _MARKERS[index % len(_MARKERS)],
-                color=colour,
-                markersize=6,
-                label=model,
-            )
-        axis.set_yticks(
-            range(len(labels)),
-            [f"{contrast.labels[k]} ({contrast.support[k]:,})" for k in labels],
-        )
-        axis.set(
-            xlim=(-0.02, 1.02),
-            xlabel="F1, 95 % interval",
-            title=f"F1 by label on {contrast.data_set}, positives in brackets",
-        )
-        figure.legend(loc="outside lower center", ncols=min(4, len(models)), fontsize=9)
-        data = _rendered(figure, form)
-    alt = (
-        f"F1 by label on {contrast.data_set}, one mark a model with its interval; the same"
-        " scores are in the tables of this report."
-    )
-    return _picture(f"labels-{contrast.data_set}", data, form, alt, "")
 
 
 def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Picture:

@@ -29,7 +29,9 @@ from data.labels import (
 )
 from data.predictions import Prediction, iter_predictions, write_predictions
 from engine.config import UsageError
+from engine.model_files import EMBEDDED
 from eval.metrics import jaccard_per_image
+from eval.names import name_by_stage
 from eval.paired import fingerprint
 
 Stage = Literal["base", "sft", "grpo", "other"]
@@ -264,7 +266,8 @@ class Entry:
     base: the base model's name, "" where unknown. reward: of GRPO, else "". step: of the checkpoint
     that answered, None where unknown. training: folder of the run that trained the model, None
     where it is no longer there. sets: {data set: predictions file}. records: {data set: its scores
-    record}. settings: of the run or evaluation in the folder.
+    record}. settings: of the run or evaluation in the folder. trained: of the run that trained the
+    model. is_told: the stage is told by records, and no guess from the name.
     """
 
     name: str
@@ -280,6 +283,20 @@ class Entry:
     sets: dict[str, Path] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Any] = field(default_factory=dict)
+    is_told: bool = False
+
+    @property
+    def votes(self) -> int:
+        """Return how many samples an answer was voted from, 1 for an answer of its own."""
+        return next(
+            (
+                int(record["samples"].get("num_generations") or 1)
+                for record in self.records.values()
+                if isinstance(record.get("samples"), dict)
+            ),
+            1,
+        )
 
     @property
     def checkpoint(self) -> str:
@@ -290,6 +307,13 @@ class Entry:
             if step is not None and step == self.step
         ]
         return " = ".join(names) or ("" if self.step is None else f"step {self.step}")
+
+    @property
+    def is_demo(self) -> bool:
+        """Tell whether the embedded model or its drawn data took part."""
+        values = [*self.trained.values(), *self.settings.values()]
+        named = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        return self.base in EMBEDDED or any("demo:" in one for one in named if isinstance(one, str))
 
     def data_file(self, data_set: str) -> Path | None:
         """Find the data file of a set, for its images, or None where no record names one."""
@@ -334,9 +358,11 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
 def load_entries(values: Sequence[str], flag: str) -> list[Entry]:
     """Read the models that the values FOLDER or NAME=FOLDER of a flag name, in their order.
 
-    Raises UsageError as `named_folders` and `load_entry` do.
+    One without NAME= is named by its stage. Raises UsageError as `named_folders` and `load_entry`
+    do.
     """
-    return [load_entry(name, folder) for name, folder in named_folders(values, flag).items()]
+    entries = [load_entry(name, folder) for name, folder in named_folders(values, flag).items()]
+    return name_by_stage(entries, {value.partition("=")[0] for value in values if "=" in value})
 
 
 def answers_by_set(entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Answers]]]:
@@ -387,7 +413,9 @@ def load_entry(name: str, folder: Path) -> Entry:
     if step is None and found is not None:
         chosen = trained.get("load_best_model_at_end") or run.get("script") == "sft"
         step = _step_of(found, best_step if chosen else last_step)
-    stage = _stage_of(name, run, is_base=bool(evaluation and not adapter))
+    # answers that were only scored again may be any model's
+    is_base = bool(evaluation and not adapter and not settings.get("predictions"))
+    stage = _stage_of(name, run, is_base=is_base)
     return Entry(
         name=name,
         folder=folder,
@@ -402,6 +430,8 @@ def load_entry(name: str, folder: Path) -> Entry:
         sets=sets,
         records=records,
         settings=settings,
+        trained=trained,
+        is_told=is_base or run.get("script") in ("sft", "grpo"),
     )
 
 

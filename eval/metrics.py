@@ -237,20 +237,21 @@ def drawn_patients(num_patients: int, *, seed: int, resamples: int) -> Iterator[
 def scores_of_totals(totals: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the scores of R totals, by the names of the metrics.
 
-    "micro_f1", "macro_f1" and "jaccard" are [R], "label_f1" is [R, K].
+    "micro_f1", "macro_f1" and "jaccard" are [R], "label_precision", "label_recall" and "label_f1"
+    are [R, K].
 
     totals [R, 3K + 2]: as `patient_totals` lays them out.
     """
     num_labels = (totals.shape[1] - 2) // 3
     positions = [slice(i * num_labels, (i + 1) * num_labels) for i in range(3)]
     counts = [totals[:, columns] for columns in positions]  # TP, FP, FN, each [R, K]
-    by_label = _precision_recall_f1(*counts)["f1"]  # [R, K]
+    by_label = _precision_recall_f1(*counts)  # each [R, K]
     micro = _precision_recall_f1(*(count.sum(axis=1) for count in counts))["f1"]  # [R]
     return {
         "micro_f1": micro,
-        "macro_f1": by_label.mean(axis=1),
+        "macro_f1": by_label["f1"].mean(axis=1),
         "jaccard": totals[:, -2] / totals[:, -1],
-        "label_f1": by_label,
+        **{f"label_{name}": value for name, value in by_label.items()},
     }
 
 

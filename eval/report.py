@@ -22,7 +22,8 @@ from data.files import DataError, sha256_of
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
-from eval.cases import sample_cases
+from eval.cases import case_strip, sample_cases
+from eval.confusion import DEFINITION, heat_map, silenced_table
 from eval.contrasts import (
     Contrast,
     Transfer,
@@ -31,11 +32,25 @@ from eval.contrasts import (
     pairs_of,
     transfers,
 )
-from eval.figures import MISSING, available, draw_labels, training_pictures
+from eval.figures import MISSING, available, training_pictures
 from eval.folders import Entry, answers_by_set, flag_first, load_entries
-from eval.page import Block, Bullets, Page, Picture, Section, Table, Text, write_page
+from eval.page import (
+    Block,
+    Bullets,
+    Cases,
+    Folded,
+    Lead,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Text,
+)
+from eval.page_files import write_page
+from eval.page_text import console_lines
 from eval.paired import PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
+from eval.pictures import dumbbell_picture, labels_picture
 from eval.published import SOURCE
 from eval.tables import (
     ARROW,
@@ -49,6 +64,7 @@ from eval.tables import (
     shared_title,
     transfer_table,
 )
+from eval.verdict import last_step, verdict
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ def report_page(
     config: ReportConfig,
     baseline_examples: Sequence[Example] | None = None,
 ) -> Page:
-    """Put the whole report together as a page.
+    """Put the whole report together as a page, what matters most first.
 
     entries: the models' folders, in the order of training. baseline_examples: whose label sets the
     baselines imitate.
@@ -182,73 +198,111 @@ def report_page(
     contrasts, nih = contrast_sets(entries, config, baseline_examples)
     home = home_sets(contrasts, config.in_distribution)
     contrasts.sort(key=lambda contrast: contrast.data_set not in home)  # the home sets first
-    papers = Section(
-        "The paper's tables",
-        [
-            Text(
-                f"Scores of {SOURCE} beside ours. Bold: the best of each row, among the paper's"
-                " models and among ours."
-            ),
-            *paper_tables(entries, contrasts, home, nih),
-        ],
-    )
     if not contrasts:
-        return Page(
-            "The paper's tables", f"Scores of {SOURCE}; no run of ours was given.", [papers]
-        )
+        note = f"Scores of {SOURCE}; no run of ours was given."
+        papers = Section("The paper's tables", paper_tables(entries, contrasts, home, nih))
+        return Page("The paper's tables", note, [papers])
     pairs = [
         pair
         for pair in pairs_of(entries)
         if any(pair in contrast.p_values for contrast in contrasts)
     ]
-    charts = [draw_labels(contrast) for contrast in contrasts] if available() else []
+    step = last_step([entry.name for entry in entries], pairs)
+    found = transfers(contrasts, home, pairs)
+    cases = _cases(entries, contrasts, config, step)
+    # drawn images and the paper's hospitals have nothing in common that a table could compare
+    is_demo = any(entry.is_demo for entry in entries)
     sections = [
-        *_transfer_sections(contrasts, home, pairs),
-        Section("Scores", [*map(scores_table, contrasts), *charts]),
-        *_label_sections(contrasts, pairs),
+        _first_screen(contrasts, home, found, step, cases),
+        *_transfer_sections(contrasts, home, pairs, found, with_paper=not is_demo),
+        _confusion_section(contrasts, step),
+        _label_section(contrasts, pairs),
         Section(
-            "What is said, whatever the image",
-            [*map(marginals_table, contrasts), diversity_table(contrasts)],
+            "Scores",
+            [
+                *map(scores_table, contrasts),
+                Folded("How often each label is said", [*map(marginals_table, contrasts)]),
+                Folded("Length and variety of the answers", [diversity_table(contrasts)]),
+            ],
         ),
-        papers,
         *_training_sections(entries),
-        *_case_sections(entries, contrasts, config),
-        Section("Where the scores come from", [_provenance(entries)]),
+        *_case_sections(cases),
+        *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
+        Section("Where the scores come from", [Folded("Files", [_provenance(entries)])]),
     ]
     images = ", ".join(f"{contrast.data_set} {len(contrast.first.ids):,}" for contrast in contrasts)
     return Page(
         "What transferred",
-        f"{', '.join(entry.name for entry in entries)} on {images} images. In distribution:"
+        f"{', '.join(entry.name for entry in entries)} on {images} images. At home:"
         f" {', '.join(home) or 'none'}.",
         sections,
     )
 
 
+def _first_screen(
+    contrasts: Sequence[Contrast],
+    home: Sequence[str],
+    found: Sequence[Transfer],
+    step: tuple[str, str] | None,
+    cases: Cases | None,
+) -> Section:
+    """Put together what a reader sees first: a sentence, a picture, four cases."""
+    transfer = next((one for one in found if (one.before, one.after) == step), None)
+    blocks: list[Block] = [
+        verdict(contrasts, step, transfer),
+        dumbbell_picture(contrasts, home),
+    ]
+    if cases is not None and cases.cases:
+        blocks.append(case_strip(cases, step))
+    return Section("In one sentence", blocks)
+
+
 def _transfer_sections(
-    contrasts: Sequence[Contrast], home: Sequence[str], pairs: Sequence[tuple[str, str]]
+    contrasts: Sequence[Contrast],
+    home: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    found: Sequence[Transfer],
+    *,
+    with_paper: bool,
 ) -> list[Section]:
     if not pairs:
         return []
-    found = transfers(contrasts, home, pairs)
     blocks: list[Block] = [
         Bullets(headlines(found)),
-        paradox_table(found),
-        matched_table(found),
+        paradox_table(found, with_paper=with_paper),
+        matched_table(found, with_paper=with_paper),
         transfer_table(contrasts, home, pairs),
     ]
-    return [Section("What transferred", blocks)]
+    return [Section("Step by step", blocks)]
 
 
-def _label_sections(
-    contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str]]
-) -> list[Section]:
+def _confusion_section(contrasts: Sequence[Contrast], step: tuple[str, str] | None) -> Section:
+    """Show the heat maps of the last step on the first data set, and fold all others."""
+    first, *others = contrasts
+    shown = [model for model in first.answers if step is None or model in step]
+    rest = [heat_map(first, model) for model in first.answers if model not in shown]
+    blocks: list[Block] = [heat_map(first, model) for model in shown]
+    blocks.append(Text(DEFINITION))
+    if rest:
+        blocks.append(Folded(f"Other models on {first.data_set}", rest))
+    blocks += [
+        Folded(f"On {contrast.data_set}", [heat_map(contrast, model) for model in contrast.answers])
+        for contrast in others
+    ]
+    return Section("Which label is taken for which", blocks)
+
+
+def _label_section(contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str]]) -> Section:
     tables = [
         movers_table(contrast, *pair)
         for pair in pairs
         for contrast in contrasts
         if pair in contrast.p_values
     ]
-    return [Section("What moved, label by label", tables)] if pairs else []
+    moved = [Folded("F1 by label before and after each step", tables)] if tables else []
+    return Section(
+        "Label by label", [*map(labels_picture, contrasts), silenced_table(contrasts), *moved]
+    )
 
 
 def _training_sections(entries: Sequence[Entry]) -> list[Section]:
@@ -258,20 +312,48 @@ def _training_sections(entries: Sequence[Entry]) -> list[Section]:
     return [Section("Training", curves)] if curves else []
 
 
-def _case_sections(
-    entries: Sequence[Entry], contrasts: Sequence[Contrast], config: ReportConfig
-) -> list[Section]:
+def _cases(
+    entries: Sequence[Entry],
+    contrasts: Sequence[Contrast],
+    config: ReportConfig,
+    step: tuple[str, str] | None,
+) -> Cases | None:
     if not config.cases:
+        return None
+    return sample_cases(
+        entries,
+        contrasts,
+        config.cases,
+        seed=config.seed,
+        step=step,
+        image_root=config.image_root,
+    )
+
+
+def _case_sections(cases: Cases | None) -> list[Section]:
+    if cases is None:
         return []
     about = Text(
-        "Chosen by the last model's answers: failed, wrong and right by turns, labels as varied as"
-        " possible, so their shares say nothing. Right: exactly the true labels among those that"
-        " the data set evaluates. Reward parts are those that run_grpo.py recorded."
-    )
-    cases = sample_cases(
-        entries, contrasts, config.cases, seed=config.seed, image_root=config.image_root
+        "Chosen by the last model's answers: fixed, broken, failed, wrong and right by turns,"
+        " labels as varied as possible, so their shares say nothing. Right: exactly the true labels"
+        " among those that the data set evaluates. Fixed and broken: against the model before it."
+        " Reward parts are those that run_grpo.py recorded."
     )
     return [Section("Sample cases", [about, cases])]
+
+
+def _paper_section(
+    entries: Sequence[Entry],
+    contrasts: Sequence[Contrast],
+    home: Sequence[str],
+    nih: dict[str, Contrast],
+) -> Section:
+    about = Text(
+        f"Scores of {SOURCE} beside ours. Bold: the best of each row, among the paper's models and"
+        " among ours."
+    )
+    tables = paper_tables(entries, contrasts, home, nih)
+    return Section("The paper's tables", [about, Folded("Tables 1 to 6", tables)])
 
 
 def headlines(found: Sequence[Transfer]) -> list[str]:
@@ -354,8 +436,8 @@ def _run(argv: Sequence[str]) -> int:
     folder = run_directory(config.output_dir, "report")
     write_page(page, folder)
     for block in page.sections[0].blocks:
-        if isinstance(block, Bullets):
-            print("\n".join(block.items))
+        if isinstance(block, Lead):
+            print("\n".join(console_lines(block)).replace(ARROW, "->").strip())
     print(f"report: {folder / 'report.html'} ({time.perf_counter() - started:.1f} s)")
     return 0
 

@@ -241,8 +241,11 @@ _WHO_GAINED = [
 ]
 
 
-def paradox_table(found: Sequence[Transfer]) -> Table:
-    """List who gained where: each step of ours, and the paper's, each side on all of its labels."""
+def paradox_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Table:
+    """List who gained where, each side on all of its labels: each step of ours, and the paper's.
+
+    with_paper: the paper's steps can be set beside ours.
+    """
     rows: list[list[Cell | str]] = [
         [
             f"{transfer.before} {ARROW} {transfer.after}",
@@ -252,7 +255,7 @@ def paradox_table(found: Sequence[Transfer]) -> Table:
         ]
         for transfer in found
     ]
-    rows += [_paper_row(*pair, None, None) for pair in _PAPER_TRANSFER]
+    rows += [_paper_row(*pair, None, None) for pair in (_PAPER_TRANSFER if with_paper else ())]
     return Table(
         "Who gained where: change of macro-F1",
         _WHO_GAINED,
@@ -260,18 +263,18 @@ def paradox_table(found: Sequence[Transfer]) -> Table:
         [
             "Gap: positive where a step did more for the scheme it was trained on than for the"
             " others. Each side counts all labels of its own, so that the sides differ in their"
-            " labels too. A reading of 'gains' or 'loses' needs a 95 % interval without 0. The"
-            " paper's data sets: CheXpert test and NIH."
+            " labels too. A reading of 'gains' or 'loses' needs a 95 % interval without 0."
+            + (" The paper's data sets: CheXpert test and NIH." if with_paper else ""),
         ],
         numbers_to=4,
     )
 
 
-def matched_table(found: Sequence[Transfer]) -> Table:
+def matched_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Table:
     """List who gained where on the labels that both sides can express, and what the rest did.
 
-    The rest are the labels that only the home side can express. The paper's rows are computed from
-    its Tables 5 and 6.
+    The rest are the labels that only the home side can express. with_paper: the paper's steps can
+    be set beside ours, computed from its Tables 5 and 6.
     """
     rows: list[list[Cell | str]] = []
     for transfer in found:
@@ -288,7 +291,7 @@ def matched_table(found: Sequence[Transfer]) -> Table:
         if transfer.home_only is not None:
             rows.append([f"{step}, labels only at home", _verdict(transfer.home_only), "", "", ""])
     rest = tuple(label for label in LABELS if label not in NIH_NINE)
-    for pair in _PAPER_TRANSFER:
+    for pair in _PAPER_TRANSFER if with_paper else ():
         rows += [_paper_row(*pair, NIH_NINE, NIH_NINE), _paper_row(*pair, rest, ())]
     return Table(
         "The same labels on both sides: change of macro-F1",

@@ -9,6 +9,7 @@ Run: pytest tests/eval/test_compare_matrix.py
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -51,14 +52,54 @@ def test_settings_and_scores_that_differ(runs, capsys):
     assert ["reward", "hard", "(None)", "nuanced", "(None)"] in lines
     assert not [line for line in lines if line[:1] == ["prompt"]]  # the same in both
     # Macro 4/3/14 and 37/15/14, micro 4/9 and 4/5, Jaccard 3/8 and 3/4: by hand in test_report.py.
+    # Two runs of one stage are named by what tells them apart: here the reward.
+    text = [" ".join(line) for line in lines]
     scored = [
-        " ".join(line).partition(" (")[0] for line in lines if line[:1] == ["two"] and "to" in line
+        re.sub(r" \([-+].*", "", line)
+        for line in text
+        if line.startswith(("GRPO (nuanced) M", "GRPO (nuanced) J"))
     ]
     assert scored[:3] == [
-        "two Macro F1 0.095 0.176 +0.081",
-        "two Micro F1 0.444 0.800 +0.356",
-        "two Jaccard 0.375 0.750 +0.375",
+        "GRPO (nuanced) Macro F1 0.095 0.176 +0.081",
+        "GRPO (nuanced) Micro F1 0.444 0.800 +0.356",
+        "GRPO (nuanced) Jaccard 0.375 0.750 +0.375",
     ]
+    # the sentence and the scores come first, and the console says where the curves are
+    verdict = "GRPO (nuanced) against GRPO (hard): no clear change of macro-F1 at n = 4 on home."
+    places = [
+        next(n for n, line in enumerate(text) if line.startswith(start))
+        for start in (
+            verdict,
+            "Scores on home",
+            "Curves and pictures appear only with --output_dir",
+            "Settings that differ",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_settings_of_one_stage_are_folded(tmp_path, capsys):
+    """An SFT and a GRPO run share the prompt's name and differ in one setting that both have."""
+    runs = [training_run(tmp_path / stage, stage) for stage in ("sft", "grpo")]
+    for run, own in zip(runs, ({"patience": 2}, {"beta": 0.15, "num_generations": 4}), strict=True):
+        save(run, home=BEFORE)
+        values = {"prompt": "demo", "learning_rate": len(own)} | own
+        settings = {name: {"value": value, "origin": "flag"} for name, value in values.items()}
+        write_json(run / "config.json", {"script": run.name, "settings": settings})
+    assert compare_main([*map(str, runs), *FEW, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    # on the console one line for all of them: patience of SFT; beta and num_generations of GRPO
+    assert "Settings that only some runs have: 1 of SFT, 2 of GRPO" in printed
+    assert "patience" not in printed and "Curves and pictures appear" not in printed
+    assert ["learning_rate", "1", "(flag)", "2", "(flag)"] in [
+        line.split() for line in printed.splitlines()
+    ]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    [folded] = re.findall(r"<details><summary>Settings that only.*?</details>", page, re.DOTALL)
+    assert all(name in folded for name in ("patience", "beta", "num_generations"))
+    assert "learning_rate" not in folded
+    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", page)
+    assert titles[:2] == ["In one sentence", "Scores"] and titles[-1] == "Settings"
 
 
 def test_evaluations_are_compared_by_what_their_scores_record(tmp_path, capsys):
@@ -78,10 +119,10 @@ def test_curves_of_all_runs_are_on_one_chart(runs, tmp_path):
     assert compare_main([*map(str, runs), "--output_dir", str(tmp_path / "out"), *FEW]) == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for what in (
-        "Total reward, as trained on of one",
-        "Total reward, as trained on of two",
-        "Mean hard reward of one",
-        "Mean nuanced reward of two",
+        "Total reward, as trained on of GRPO (hard)",
+        "Total reward, as trained on of GRPO (nuanced)",
+        "Mean hard reward of GRPO (hard)",
+        "Mean nuanced reward of GRPO (nuanced)",
     ):
         assert what in page
     assert (tmp_path / "out" / "pictures" / "curves.svg").is_file()

@@ -428,7 +428,11 @@ def test_the_figures_of_totals_by_hand():
     # 2/3; 2, 0, 0: 1; together 3, 0, 1: 6/7.
     totals = np.array([[3, 0, 1, 0, 0, 2, 2.5, 5], [1, 2, 0, 0, 1, 0, 1.0, 4]])
     found = scores_of_totals(totals)
-    assert set(found) == {"micro_f1", "macro_f1", "jaccard", "label_f1"}
+    of_labels = {f"label_{name}" for name in ("precision", "recall", "f1")}
+    assert set(found) == {"micro_f1", "macro_f1", "jaccard"} | of_labels
+    # precision 3/4 and 0, then 1 and 1; recall 1 and 0, then 1/2 and 1
+    np.testing.assert_allclose(found["label_precision"], [[3 / 4, 0], [1, 1]], atol=1e-12)
+    np.testing.assert_allclose(found["label_recall"], [[1, 0], [1 / 2, 1]], atol=1e-12)
     np.testing.assert_allclose(found["label_f1"], [[6 / 7, 0], [2 / 3, 1]], atol=1e-12)
     np.testing.assert_allclose(found["macro_f1"], [3 / 7, 5 / 6], atol=1e-12)
     np.testing.assert_allclose(found["micro_f1"], [6 / 9, 6 / 7], atol=1e-12)

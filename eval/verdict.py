@@ -1,0 +1,166 @@
+"""Say in one sentence what the last step of training changed, and on what evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval.confusion import counts_of, silenced_in
+from eval.contrasts import Contrast, Transfer
+from eval.page import Lead
+from eval.paired import Change
+from eval.tables import ARROW, BASELINE_TITLES, bounds, number, p_text, shared_title
+
+_NO_CHANGE = "no clear change"
+FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
+
+
+def last_step(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return (before, after) of the step that led to the last model, None where it has none."""
+    return next((pair for pair in pairs if names and pair[1] == names[-1]), None)
+
+
+def verdict(
+    contrasts: Sequence[Contrast],
+    step: tuple[str, str] | None,
+    transfer: Transfer | None,
+) -> Lead:
+    """Write the verdict on the last step, from paired intervals.
+
+    A rise or fall of macro-F1 needs a 95 % interval of the difference without 0, from at least
+    FEW_PATIENTS patients. contrasts: the data sets, those at home first. step: (before, after),
+    None for a verdict on single models. transfer: of that step, None where it has none.
+    """
+    both = [contrast for contrast in contrasts if step and step in contrast.p_values]
+    if step is None or not both:
+        return _single(contrasts)
+    before, after = step
+    moved = [(contrast, contrast.change(before, after, "macro_f1")) for contrast in both]
+    parts = [_changes(moved)]
+    if gap := _gap_clause(transfer, both):
+        parts.append(gap)
+    if silent := _newly_silent(both, before, after):
+        verb = "is" if len(silent) == 1 else "are"
+        parts.append(f"{_listed(silent)} {verb} hardly said any more")
+    details = [_evidence(contrast, change) for contrast, change in moved]
+    if transfer is not None and transfer.gap_shared is not None:
+        size, (low, high) = transfer.gap_shared
+        details.append(
+            f"gap on the {shared_title(transfer)}, home minus elsewhere: {size:+.3f} (95 %"
+            f" {low:+.3f} to {high:+.3f})"
+        )
+    details += [line for contrast in both if (line := _silent_line(contrast, after))]
+    details += [line for contrast in both if (line := _no_better(contrast, after))]
+    return Lead(f"{after} against {before}: {'; '.join(parts)}.", details)
+
+
+def _changes(moved: Sequence[tuple[Contrast, Change]]) -> str:
+    """Say where macro-F1 rises, falls, or does not clearly change."""
+    parts = []
+    unclear = []
+    for contrast, change in moved:
+        if not change.is_clear or _patients(contrast) < FEW_PATIENTS:
+            unclear.append(contrast)
+            continue
+        size = change.after - change.before
+        verb = "rises" if size > 0 else "falls"
+        parts.append(f"macro-F1 {verb} by {abs(size):.3f} on {contrast.data_set}")
+    if unclear:
+        sizes = {len(contrast.first.ids) for contrast in unclear}
+        names = [contrast.data_set for contrast in unclear]
+        what = "" if parts else " of macro-F1"
+        if len(sizes) == 1:
+            parts.append(f"{_NO_CHANGE}{what} at n = {sizes.pop():,} on {_listed(names, 'or')}")
+        else:
+            each = [f"{c.data_set} at n = {len(c.first.ids):,}" for c in unclear]
+            parts.append(f"{_NO_CHANGE}{what} on {_listed(each, 'or')}")
+    return _listed(parts)
+
+
+def _gap_clause(transfer: Transfer | None, contrasts: Sequence[Contrast]) -> str:
+    """Say whether the step did more at home than elsewhere on the same labels, where it is clear.
+
+    On different labels the two sides say nothing of the hospitals.
+    """
+    if transfer is None or transfer.gap_shared is None:
+        return ""
+    size, (low, high) = transfer.gap_shared
+    if low <= 0 <= high or min(map(_patients, contrasts)) < FEW_PATIENTS:
+        return ""
+    where = "at home than elsewhere" if size > 0 else "elsewhere than at home"
+    return f"on the labels that both sides can express it did {abs(size):.3f} more {where}"
+
+
+def _newly_silent(contrasts: Sequence[Contrast], before: str, after: str) -> list[str]:
+    found = [
+        label
+        for contrast in contrasts
+        for label in silenced_in(contrast, after)
+        if label not in silenced_in(contrast, before)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _evidence(contrast: Contrast, moved: Change) -> str:
+    low, high = moved.difference
+    patients = _patients(contrast)
+    few = "" if patients >= FEW_PATIENTS else ", too few for an interval to be trusted"
+    return (
+        f"{contrast.data_set}: macro-F1 {number(moved.before)} {ARROW} {number(moved.after)},"
+        f" {moved.after - moved.before:+.3f} (95 % {low:+.3f} to {high:+.3f}, p"
+        f" {p_text(moved.p_value)}), {len(contrast.labels)} labels,"
+        f" {len(contrast.first.ids):,} images of {patients:,} patients{few}"
+    )
+
+
+def _patients(contrast: Contrast) -> int:
+    return len(set(contrast.first.patients.tolist()))
+
+
+def _silent_line(contrast: Contrast, model: str) -> str:
+    said, true = counts_of(contrast, model)
+    silent = [
+        f"{label} (said {said[label]:,}, true {true[label]:,})"
+        for label in silenced_in(contrast, model)
+    ]
+    return f"{contrast.data_set}: hardly said by {model}: {', '.join(silent)}" if silent else ""
+
+
+def _no_better(contrast: Contrast, model: str) -> str:
+    """Say where a model is not clearly better than an answer that needs no image."""
+    title, best = _best_baseline(contrast)
+    if contrast.interval(model, "macro_f1")[0] > best:
+        return ""
+    return (
+        f"{contrast.data_set}: {model} is not clearly better than the answer '{title}' to every"
+        f" image, macro-F1 {number(best)}"
+    )
+
+
+def _best_baseline(contrast: Contrast) -> tuple[str, float]:
+    scores = [
+        (title, float(contrast.baselines[name]["macro_f1"]))
+        for name, title in BASELINE_TITLES.items()
+    ]
+    return max(scores, key=lambda item: item[1])
+
+
+def _single(contrasts: Sequence[Contrast]) -> Lead:
+    """Write the verdict where no two models can be compared: each set's last model by itself."""
+    parts, details = [], []
+    for contrast in contrasts:
+        model = list(contrast.answers)[-1]
+        value = float(contrast.values[model]["macro_f1"][0])
+        title, best = _best_baseline(contrast)
+        parts.append(f"{number(value)} on {contrast.data_set} (n = {len(contrast.first.ids):,})")
+        details.append(
+            f"{contrast.data_set}: {model}, 95 % {bounds(contrast.interval(model, 'macro_f1'))};"
+            f" the answer '{title}' to every image has {number(best)}"
+        )
+        if line := _silent_line(contrast, model):
+            details.append(line)
+    models = list(dict.fromkeys(list(contrast.answers)[-1] for contrast in contrasts))
+    return Lead(f"{_listed(models)}: macro-F1 {_listed(parts)}.", details)
+
+
+def _listed(names: Sequence[str], word: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
