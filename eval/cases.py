@@ -171,7 +171,7 @@ def case_strip(cases: Cases, step: tuple[str, str] | None, count: int = 4) -> St
         for title, places in waiting:
             if turn < len(places) and len(shown) < count:
                 shown.append((title, places[turn]))
-    return Strip(cases.cases, shown)
+    return Strip(cases.cases, shown, step or ())
 
 
 def _chosen(path: Path, ids: set[str]) -> dict[str, Prediction]:

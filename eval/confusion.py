@@ -13,11 +13,12 @@ from eval.page import Cell, HeatMap, Table, Text
 
 NOTHING = "nothing in its place"
 DEFINITION = (
-    "Row: images where the label is true, n of them. In the label's own column: the percent of them"
-    " where it is said, its recall. In another label's column: the percent of them where the row's"
-    " label is missed and the column's label is said though it is not true. Last column: missed,"
-    " and no label said that is not true. An image with several such labels counts in each of their"
-    " columns. Blue deepens by tens of percent, orange by fives. Empty: 0."
+    "Each row has the n images where its label T is true. The cell under a label L: of these, the"
+    " percent in which T is missed and L is said though it is not true. The framed cell under T"
+    " itself: the percent in which T is said, its recall. The last column: the percent in which T"
+    " is missed and no label is said that is not true. An image with several such labels counts"
+    " under each of them, so a row need not add up to 100. Blue deepens by tens of percent, orange"
+    " by fives; an empty cell is 0."
 )
 _MOST_NAMED = 2  # labels in its place that the narrow table names
 
@@ -96,7 +97,7 @@ def silenced_table(contrasts: Sequence[Contrast]) -> Table | Text:
     """List the labels that any model hardly says, with how often each is true and said."""
     rule = (
         f"Silenced: true at least {SILENCED_MIN_TRUE} times, and said less than"
-        f" {SILENCED_SHARE:g} times as often"
+        f" {SILENCED_SHARE:.0%} as often"
     )
     models = list(dict.fromkeys(model for contrast in contrasts for model in contrast.answers))
     rows: list[list[Cell | str]] = []

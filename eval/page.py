@@ -163,11 +163,17 @@ class Cases:
 class Strip:
     """Hold a few cases in short, side by side. Each leads to the whole case further down.
 
-    shown: (what it is an example of, its number among `cases`).
+    shown: (what it is an example of, its number among `cases`). models: whose answers to show, all
+    of them without.
     """
 
     cases: Sequence[Case]
     shown: Sequence[tuple[str, int]]
+    models: Sequence[str] = ()
+
+    def answers(self, case: Case) -> list[ModelAnswer]:
+        """Return the answers to show of a case."""
+        return [answer for answer in case.answers if not self.models or answer.model in self.models]
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def _html_share(share: float | None, *, own: bool) -> str:
     if share is None:
         return '<td class="none"></td>'
     shade = min(10, int(share * (10 if own else 20) + 0.5))
-    text = f"{100 * share:.0f}" if share else ""
+    text = f"{100 * share:.0f}" if share or own else ""
     return f'<td class="{"own" if own else "other"} shade{shade}">{text}</td>'
 
 
@@ -187,7 +187,7 @@ def _html_strip(block: Strip) -> str:
             f'<span class="{answer.outcome}"><b>{_h(answer.model)}</b>'
             f' <span class="tag">{answer.outcome}</span>'
             f" {_html_labels(answer.predicted, case.evaluated)}</span>"
-            for answer in case.answers
+            for answer in block.answers(case)
         )
         items.append(
             f'<li><p><a href="#case-{place}">{_h(title)}</a>'
@@ -297,8 +297,8 @@ def _html_answer(answer: ModelAnswer, model: int, evaluated: Sequence[str]) -> s
         f' data-outcome="{answer.outcome}" data-jaccard="{answer.jaccard:.4f}"'
         f' data-predicted="{_h("|".join(answer.predicted))}">'
         f'<p><b>{_h(answer.model)}</b> <span class="tag">{answer.outcome}</span>'
-        f' <span class="detail">Jaccard {answer.jaccard:.2f}</span>'
-        f" {_html_labels(answer.predicted, evaluated)}</p>"
+        f" {_html_labels(answer.predicted, evaluated)}"
+        f' <span class="detail">Jaccard {answer.jaccard:.2f}</span></p>'
         f"<details><summary>reasoning and completion</summary>{reasoning}<dl>{facts}</dl>"
         f"<pre>{_h(answer.completion)}</pre></details></div>"
     )

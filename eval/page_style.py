@@ -80,17 +80,18 @@ details{{margin:.4rem 0}}summary{{cursor:pointer;color:var(--link);padding:.15re
  margin:.4rem 0}}
 .strip li{{border:1px solid var(--line);border-radius:.4rem;padding:.4rem;min-width:0;
  font-size:.82rem;line-height:1.3}}
-.strip p{{margin:0 0 .25rem}}.strip .picture img{{height:9.5rem;width:100%;object-fit:contain}}
+.strip p{{margin:0 0 .25rem}}.strip .picture img{{height:9rem;width:100%;object-fit:contain}}
 .said{{display:grid;gap:.2rem;margin-top:.3rem!important}}
-.cases{{display:grid;grid-template-columns:1fr 1fr;gap:.6rem;align-items:start}}
-.case{{display:grid;grid-template-columns:9rem 1fr;gap:.2rem .8rem;
+.cases{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));
+ gap:.6rem}}
+.case{{display:grid;grid-template-columns:7.5rem 1fr;gap:.2rem .8rem;align-content:start;
  border:1px solid var(--line);border-radius:.4rem;padding:.6rem;font-size:.85rem}}
 .case[hidden]{{display:none}}.case h3{{grid-column:1/-1;margin:0}}.case>div{{min-width:0}}
 .case>div>p:first-child{{margin-top:0}}
 .case:has(details[open]){{grid-column:1/-1;grid-template-columns:minmax(9rem,24rem) 1fr}}
 .picture img{{width:100%;background:#000}}
 .answer{{border-left:.3rem solid var(--line);padding:0 0 0 .6rem;margin:.4rem 0}}
-.answer p{{margin:.1rem 0}}.answer details{{margin:0}}
+.answer p{{margin:.1rem 0}}.answer details{{margin:0}}.answer summary{{font-size:.8rem;padding:0}}
 .answer.right{{border-color:var(--good)}}
 .answer.wrong{{border-color:var(--bad)}}.answer.failed{{border-color:var(--doubt);
  border-left-style:dashed}}
@@ -103,7 +104,7 @@ pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--wash);padding:
  font-size:.82rem;unicode-bidi:isolate}}
 dl{{display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.3rem 0;font-size:.85rem;color:var(--soft)}}
 dt,dd{{display:inline;margin:0 .35rem 0 0}}dd{{color:var(--ink);overflow-wrap:anywhere}}
-@media(max-width:40rem){{body{{padding:.5rem}}.cases{{grid-template-columns:minmax(0,1fr)}}
+@media(max-width:40rem){{body{{padding:.5rem}}
 .case,.case:has(details[open]){{grid-template-columns:minmax(0,1fr)}}
 .case .picture{{max-width:16rem}}
 .strip{{grid-template-columns:1fr 1fr}}.lead{{font-size:1.1rem}}

@@ -98,7 +98,8 @@ def _markdown_block(block: Block, pictures: str | None) -> list[str]:
         return [] if pictures is None else [named, "", _md(block.caption)]
     if isinstance(block, Strip):
         return [
-            f"* {_md(f'{title}: {_in_short(block.cases[place])}')}" for title, place in block.shown
+            f"* {_md(f'{title}: {_in_short(block, block.cases[place])}')}"
+            for title, place in block.shown
         ]
     if isinstance(block, Folded):
         inside = [line for part in block.blocks for line in (*_markdown_block(part, pictures), "")]
@@ -111,10 +112,10 @@ def _brief(block: HeatMap) -> Table:
     return Table(block.caption, header, rows, block.notes, numbers_to=3)
 
 
-def _in_short(case: Case) -> str:
+def _in_short(block: Strip, case: Case) -> str:
     said = "; ".join(
         f"{answer.model}, {answer.outcome}: {', '.join(answer.predicted) or '(no label)'}"
-        for answer in case.answers
+        for answer in block.answers(case)
     )
     return f"{case.data_set} {case.id}, true: {', '.join(case.labels) or '(no label)'}; {said}"
 

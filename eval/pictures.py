@@ -20,7 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3478a", "#5b5b5b", "#b08900", "#5
 WIDE, NARROW = 1180, 370  # pixels
 _INK, _SOFT, _LINE = "#1b1f24", "#4f5965", "#c9d0d8"
 _TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
-_ROW = 20  # pixels from one model to the next
+_ROW = 19  # pixels from one model to the next
 _SHAPES = ("circle", "square", "diamond", "triangle")
 
 
@@ -107,7 +107,7 @@ def _dumbbell(contrasts: Sequence[Contrast], home: Sequence[str], width: int) ->
     is_narrow = width < 600
     left, right = (110, width - 50) if is_narrow else (200, width - 190)
     rows = sum(len(contrast.values) for contrast in contrasts)
-    drawing = Drawing(width, 26 * len(contrasts) + _ROW * rows + 34)
+    drawing = Drawing(width, 24 * len(contrasts) + _ROW * rows + 34)
     order = list(dict.fromkeys(model for contrast in contrasts for model in contrast.values))
 
     def at(score: float) -> float:
@@ -127,11 +127,11 @@ def _dumbbell(contrasts: Sequence[Contrast], home: Sequence[str], width: int) ->
     )
     y = 0.0
     for contrast in contrasts:
-        y += 17
+        y += 16
         where = "at home" if contrast.data_set in home else "elsewhere"
         title = f"{contrast.data_set}, {where}, {len(contrast.labels)} labels"
         drawing.text(0, y, title, bold=True, size=12 if is_narrow else 13)
-        y += 9
+        y += 8
         last: tuple[float, float] | None = None
         for model in contrast.values:
             middle = y + _ROW / 2

@@ -271,7 +271,9 @@ def _transfer_sections(
         Bullets(headlines(found)),
         paradox_table(found, with_paper=with_paper),
         matched_table(found, with_paper=with_paper),
-        transfer_table(contrasts, home, pairs),
+        Folded(
+            "Every step on every data set, with p-values", [transfer_table(contrasts, home, pairs)]
+        ),
     ]
     return [Section("Step by step", blocks)]
 
@@ -309,7 +311,10 @@ def _training_sections(entries: Sequence[Entry]) -> list[Section]:
     if not available():
         return [Section("Training", [Text(f"Without pictures: {MISSING}")])]
     curves: list[Picture] = training_pictures(entries)
-    return [Section("Training", curves)] if curves else []
+    if not curves:
+        return []
+    rest = [Folded("More curves", curves[1:])] if curves[1:] else []
+    return [Section("Training", [curves[0], *rest])]
 
 
 def _cases(

@@ -48,8 +48,7 @@ def verdict(
             f"gap on the {shared_title(transfer)}, home minus elsewhere: {size:+.3f} (95 %"
             f" {low:+.3f} to {high:+.3f})"
         )
-    details += [line for contrast in both if (line := _silent_line(contrast, after))]
-    details += [line for contrast in both if (line := _no_better(contrast, after))]
+    details += [*_silent_lines(both, after), *_no_better(both, after)]
     return Lead(f"{after} against {before}: {'; '.join(parts)}.", details)
 
 
@@ -116,24 +115,30 @@ def _patients(contrast: Contrast) -> int:
     return len(set(contrast.first.patients.tolist()))
 
 
-def _silent_line(contrast: Contrast, model: str) -> str:
-    said, true = counts_of(contrast, model)
-    silent = [
-        f"{label} (said {said[label]:,}, true {true[label]:,})"
-        for label in silenced_in(contrast, model)
-    ]
-    return f"{contrast.data_set}: hardly said by {model}: {', '.join(silent)}" if silent else ""
+def _silent_lines(contrasts: Sequence[Contrast], model: str) -> list[str]:
+    """List the labels that a model hardly says, by data set, in one line if there are any."""
+    found = []
+    for contrast in contrasts:
+        said, true = counts_of(contrast, model)
+        labels = silenced_in(contrast, model)
+        told = ", ".join(f"{label} {said[label]:,} of {true[label]:,}" for label in labels)
+        found += [f"{contrast.data_set} {told}"] if labels else []
+    return [f"hardly said by {model}, of how many true: {'; '.join(found)}"] if found else []
 
 
-def _no_better(contrast: Contrast, model: str) -> str:
+def _no_better(contrasts: Sequence[Contrast], model: str) -> list[str]:
     """Say where a model is not clearly better than an answer that needs no image."""
-    title, best = _best_baseline(contrast)
-    if contrast.interval(model, "macro_f1")[0] > best:
-        return ""
-    return (
-        f"{contrast.data_set}: {model} is not clearly better than the answer '{title}' to every"
-        f" image, macro-F1 {number(best)}"
-    )
+    found = []
+    for contrast in contrasts:
+        title, best = _best_baseline(contrast)
+        if contrast.interval(model, "macro_f1")[0] <= best:
+            found.append(f"{contrast.data_set} '{title}' {number(best)}")
+    if not found:
+        return []
+    return [
+        f"{model} is not clearly better than one answer to every image, macro-F1 on"
+        f" {'; '.join(found)}"
+    ]
 
 
 def _best_baseline(contrast: Contrast) -> tuple[str, float]:
@@ -156,8 +161,7 @@ def _single(contrasts: Sequence[Contrast]) -> Lead:
             f"{contrast.data_set}: {model}, 95 % {bounds(contrast.interval(model, 'macro_f1'))};"
             f" the answer '{title}' to every image has {number(best)}"
         )
-        if line := _silent_line(contrast, model):
-            details.append(line)
+        details += _silent_lines([contrast], model)
     models = list(dict.fromkeys(list(contrast.answers)[-1] for contrast in contrasts))
     return Lead(f"{_listed(models)}: macro-F1 {_listed(parts)}.", details)
 

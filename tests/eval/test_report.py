@@ -757,6 +757,7 @@ def test_the_page_begins_with_what_matters_most(folders, tmp_path):
     # long tables are folded, and none of their numbers is lost
     folded = headings(page, "summary")
     assert [title for title in folded if title != "reasoning and completion"] == [
+        "Every step on every data set, with p-values",
         "On nih",
         "F1 by label before and after each step",
         "How often each label is said",
