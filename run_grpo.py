@@ -147,7 +147,12 @@ def evaluate_policy(
         Decoding.greedy(config),
         folder,
         baseline_examples=data.train,
-        annotate=partial(with_rewards, reward_functions=rewards, trained_reward=config.reward),
+        annotate=partial(
+            with_rewards,
+            reward_functions=rewards,
+            trained_reward=config.reward,
+            length_of=config.length_of,
+        ),
         notes={name: {"step": step} | note for name, note in notes.items()},
         should_stop=should_stop,
     )

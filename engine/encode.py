@@ -22,6 +22,7 @@ from data.files import DataError
 from data.images import load_image
 from data.prompts import Prompt, build_messages
 from engine.families import Family, ImageTensors, family_of
+from engine.text_length import text_length
 
 IMAGE_TYPE = 1  # token type of an image placeholder; 0 is text
 
@@ -89,6 +90,7 @@ class Encoder:
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
         self._prompt_texts: dict[Prompt, str] = {}
+        self._pieces: dict[int, str] = {}  # token id -> what it writes
 
     @classmethod
     def from_pretrained(
@@ -190,6 +192,21 @@ class Encoder:
         )
         assert isinstance(text, str)  # a list only for a batch of completions
         return text
+
+    def text_length(self, ids: Tensor) -> int:
+        """Count the tokens of one completion that are neither blank nor filler.
+
+        ids [C]: the completion. Its stop token counts. See engine/text_length.py.
+        """
+        return text_length([self._piece(token) for token in ids.tolist()])
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            text = self.decode(torch.tensor([token]))
+            if "\ufffd" in text:  # a part of a character; its own name tells it from other parts
+                text = self.tokenizer.convert_ids_to_tokens([token])[0]
+            self._pieces[token] = text
+        return self._pieces[token]
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt not in self._prompt_texts:

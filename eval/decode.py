@@ -123,7 +123,8 @@ def predict(
                 completion=policy.encoder.decode(completion.ids),
                 completion_length=len(completion.ids),
                 answer_format=decoding.answer_format,
-                extra={"sample": number} if k > 1 else None,
+                extra={"text_length": policy.encoder.text_length(completion.ids)}
+                | ({"sample": number} if k > 1 else {}),
             )
             for number, completion in enumerate(completions)
         ]

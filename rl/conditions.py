@@ -99,11 +99,16 @@ class Watch:
         self.conditions = [parse_condition(text) for text in conditions]
         self.held = dict.fromkeys(conditions, 0)
 
-    def check(self, metrics: Mapping[str, float | None]) -> list[str]:
+    def check(
+        self, metrics: Mapping[str, float | None], details: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Return one line for each condition that comes true with these metrics.
 
         It comes true in the check that completes its row, not in later ones.
+
+        details: {metric: what to add to the line of a condition on it}.
         """
+        details = details or {}
         lines = []
         for condition in self.conditions:
             value = condition.combination.value(metrics)
@@ -113,8 +118,17 @@ class Watch:
                 self.held[condition.text] + 1 if condition.holds(value) else 0
             )
             if self.held[condition.text] == condition.times:
-                lines.append(f"{condition.text}: {value:.4g}")
+                named = [details[name] for name in condition.combination.names if details.get(name)]
+                more = f" ({'; '.join(named)})" if named else ""
+                lines.append(f"{condition.text}: {value:.4g}{more}")
         return lines
+
+    def tell_again(self, name: str) -> None:
+        """Let each condition on this metric come true once more although it still holds."""
+        for condition in self.conditions:
+            if name in condition.combination.names:
+                text = condition.text
+                self.held[text] = min(self.held[text], condition.times - 1)
 
     def state_dict(self) -> dict[str, int]:
         """Return how often in a row each condition has held."""

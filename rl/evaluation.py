@@ -21,6 +21,7 @@ def with_rewards(
     predictions: Sequence[Prediction],
     reward_functions: Mapping[str, RewardFunction],
     trained_reward: str,
+    length_of: str,
 ) -> tuple[list[Prediction], dict[str, float]]:
     """Give a data set's predictions their rewards -> (the predictions, the rewards' means).
 
@@ -28,10 +29,14 @@ def with_rewards(
     Nothing is observed: the windows stay those of the rollouts.
 
     trained_reward: name of the reward that is trained on.
+    length_of: the length that rewards are given, a value of --length_of. For "text" each prediction
+    has "text_length" among its fields, as `eval.decode` notes it.
     """
     rewarded = []
     for prediction in predictions:
         length = prediction.completion_length or 0  # never unknown: the sampler has counted
+        if length_of == "text":
+            length = prediction.extra["text_length"]
         rewards = {
             name: function(prediction.answer, prediction.target, length)
             for name, function in reward_functions.items()

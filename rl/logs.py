@@ -110,6 +110,7 @@ def completion_rows(samples: Sequence[Sample], prompt: str, answer_format: str) 
                 "group": sample.group,
                 "image": sample.example.image,
                 "truncated": sample.truncated,
+                "text_length": sample.text_length,
                 "rewards": rewards_record(sample.rewards),
                 "reward": sample.reward,
                 "advantage": sample.advantage,

@@ -17,12 +17,21 @@ last completions. A share is a share of these completions unless it says otherwi
     looping_reasoning    share whose reasoning mostly repeats its own four-word sequences
     copied_reasoning     share whose reasoning, word for word, was also given for an image with
                          other labels
+    padding              mean share of a completion's tokens that are blank or filler: white space,
+                         and words or phrases said over and over (engine/text_length.py)
     truncated            share cut at max_completion_length
     length_to_cap        mean length as a share of max_completion_length
     distinct_per_group   mean share of different texts among a prompt's completions
     entropy              nats a token, estimated from the sampled tokens' own log-probabilities, at
                          the sampling temperature
     entropy_drop         by what share the entropy has fallen since the start
+
+These are over the last IMAGES images, where an image's completions count together as one:
+
+    silenced_labels      number of labels that at least 10 of these images have and that are said
+                         less than a quarter as often. A warning names them
+    said_ratio/<label>   (times said + 1) / (times true + 1), for each label that occurs. The 1
+                         keeps a label that is hardly ever true near a ratio of 1
 
 These compare with the start, in standard deviations of the start, so that they fit one chart:
 
@@ -32,7 +41,8 @@ These compare with the start, in standard deviations of the start, so that they 
     hacking              trained_gain - f1_gain: what the reward has won and the labels have not
 
 The start is the run's first full window. Nothing is returned before the window holds SETTLED
-completions. Comparisons with the start are returned once the start is complete.
+completions, and nothing of the last images before there are IMAGES_SETTLED. Comparisons with the
+start are returned once the start is complete.
 """
 
 from __future__ import annotations
@@ -44,18 +54,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.answers import Answer
-from data.labels import LABELS, Target
+from data.labels import LABELS, Target, silenced_labels
 from rl.conditions import Watch
 
 if TYPE_CHECKING:  # at run time it would import torch, and flags are checked without it
     from rl.samples import Sample
 
 WINDOW = 200  # completions, also of the start
-SETTLED = 50  # the same as `min_window` of Eq. 4
+SETTLED = 50
+# A label of 5 % of the images is true in 20 of so many. With fewer, chance alone silences rare
+# labels: tests/benchmarks/false_alarms.py.
+IMAGES, IMAGES_SETTLED = 400, 100
+SILENCED = "monitors/silenced_labels"
 NGRAM, LOOP_WORDS = 4, 20  # loops are not looked for in reasoning of fewer words
 SERIES = ("trained", "other", "f1")
 FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
 PER_LABEL = tuple(f"label_shift/{label.replace(' ', '_')}" for label in LABELS)
+RATIOS = tuple(f"said_ratio/{label.replace(' ', '_')}" for label in LABELS)
 NAMES = tuple(
     f"monitors/{name}"
     for name in (
@@ -70,14 +85,18 @@ NAMES = tuple(
         "empty_reasoning",
         "looping_reasoning",
         "copied_reasoning",
+        "padding",
         "truncated",
         "length_to_cap",
         "distinct_per_group",
         "entropy",
+        "silenced_labels",
+        *RATIOS,
         *FROM_THE_START,
     )
 )
-# A run of the demo stays clear of each bound by a factor of 1.5 or more.
+# A run of the demo stays clear of each bound by a factor of 1.5 or more, but for silenced labels:
+# it has some.
 WARN_WHEN = tuple(
     f"monitors/{condition}"
     for condition in (
@@ -91,6 +110,8 @@ WARN_WHEN = tuple(
         "empty_reasoning>0.2",
         "looping_reasoning>0.2",
         "copied_reasoning>0.35",
+        "padding>0.2",
+        "silenced_labels>0",
         "truncated>0.3",
         "distinct_per_group<0.3",
         "entropy_drop>0.6",
@@ -120,6 +141,8 @@ class Monitors:
         self.trained_reward, self.max_completion_length = trained_reward, max_completion_length
         self.warnings, self.stops = Watch(warn_when), Watch(stop_when)
         self.window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.labels = LabelWindow()
+        self.silenced: list[str] = []  # labels found so since the last check
         self.num_seen = 0
         self.start: dict[str, tuple[float, float]] = {}  # series -> mean, standard deviation
         self.stopped: str | None = None  # the condition that ended the run
@@ -127,6 +150,7 @@ class Monitors:
     def observe(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Take in one rollout, once, and return the monitors."""
         start = self.num_seen
+        self._observe_labels(samples)
         for sample in samples:
             self.window.append(_facts(sample, f"{start}/{sample.group}", self.trained_reward))
             self.num_seen += 1
@@ -137,18 +161,34 @@ class Monitors:
                 }
         if len(self.window) < SETTLED:
             return {}
-        return {
-            f"monitors/{name}": value
-            for name, value in (self._now() | self._since_the_start()).items()
-        }
+        values = self._now() | self.labels.metrics() | self._since_the_start()
+        return {f"monitors/{name}": value for name, value in values.items()}
+
+    def _observe_labels(self, samples: Sequence[Sample]) -> None:
+        """Count the labels of a rollout, and let a label that has just fallen silent be told of."""
+        known = set(self.labels.told)
+        groups: dict[int, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.group, []).append(sample)
+        for of_image in groups.values():
+            self.labels.add(of_image[0].example.target, [sample.answer for sample in of_image])
+        silenced = self.labels.silenced()
+        self.silenced = [label for label in LABELS if label in {*self.silenced, *silenced}]
+        if set(silenced) - known:
+            self.labels.told = [label for label in LABELS if label in known.union(silenced)]
+            for watch in (self.warnings, self.stops):
+                watch.tell_again(SILENCED)
 
     def check(self, metrics: Mapping[str, float | None]) -> list[str]:
         """Return lines to show for these metrics, as they were logged.
 
         Sets `stopped` where the run has to end.
         """
-        lines = [f"warning: {line}" for line in self.warnings.check(metrics)]
-        stops = self.stops.check(metrics)
+        details = {SILENCED: ", ".join(self.silenced)}
+        lines = [f"warning: {line}" for line in self.warnings.check(metrics, details)]
+        stops = self.stops.check(metrics, details)
+        if SILENCED in metrics:
+            self.silenced = []
         if stops:
             self.stopped = stops[0]
         return lines + [f"stopping: {line}" for line in stops]
@@ -184,6 +224,7 @@ class Monitors:
                     "duplicate_label",
                     "empty_reasoning",
                     "looping_reasoning",
+                    "padding",
                 )
             },
             "copied_reasoning": (
@@ -222,6 +263,8 @@ class Monitors:
         """Return the state for a checkpoint, as JSON can hold it."""
         return {
             "window": list(self.window),
+            "labels": self.labels.state_dict(),
+            "silenced": self.silenced,
             "num_seen": self.num_seen,
             "start": self.start,
             "stopped": self.stopped,
@@ -235,6 +278,8 @@ class Monitors:
         A run that a condition had ended may continue where that condition is no longer asked for.
         """
         self.window = deque(state["window"], maxlen=WINDOW)
+        self.labels.load_state_dict(state["labels"])
+        self.silenced = list(state["silenced"])
         self.num_seen = state["num_seen"]
         self.start = {name: tuple(values) for name, values in state["start"].items()}
         self.warnings.load_state_dict(state["warnings"])
@@ -242,6 +287,67 @@ class Monitors:
         stopped = state["stopped"] or ""
         asked_for = any(stopped.startswith(f"{text}: ") for text in self.stops.held)
         self.stopped = stopped if asked_for else None
+
+
+# ---- the labels of the last images ---------------------------------------------------------------
+class LabelWindow:
+    """Count how often each label is said and is true over the last IMAGES images.
+
+    told: the labels that were silenced at some time of the run.
+    """
+
+    def __init__(self) -> None:
+        # of each image: the labels that it has, and by label the share of its answers that say it
+        self.images: deque[tuple[list[str], dict[str, float]]] = deque(maxlen=IMAGES)
+        self.told: list[str] = []
+
+    def add(self, target: Target, answers: Sequence[Answer]) -> None:
+        """Take in one image with all its answers. One that cannot be read says nothing."""
+        said = Counter(
+            label
+            for answer in answers
+            for label in target.evaluated_labels.intersection(answer.labels)
+        )
+        true = target.labels & target.evaluated_labels
+        self.images.append(
+            (
+                [label for label in LABELS if label in true],
+                {label: said[label] / len(answers) for label in LABELS if said[label]},
+            )
+        )
+
+    def counts(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Count, of the images in the window, {label: how often said}, {label: how often true}."""
+        said = {
+            label: math.fsum(shares.get(label, 0.0) for _, shares in self.images)
+            for label in LABELS
+        }
+        true = Counter(label for labels, _ in self.images for label in labels)
+        return said, dict(true)
+
+    def silenced(self) -> list[str]:
+        """List the labels that have fallen silent. None before IMAGES_SETTLED images are seen."""
+        return silenced_labels(*self.counts()) if len(self.images) >= IMAGES_SETTLED else []
+
+    def metrics(self) -> dict[str, float]:
+        """Return silenced_labels and said_ratio/<label> once IMAGES_SETTLED images are seen."""
+        if len(self.images) < IMAGES_SETTLED:
+            return {}
+        said, true = self.counts()
+        return {"silenced_labels": float(len(silenced_labels(said, true)))} | {
+            name: (said[label] + 1) / (true.get(label, 0) + 1)
+            for label, name in zip(LABELS, RATIOS, strict=True)
+            if said[label] or true.get(label, 0)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window as JSON can hold it."""
+        return {"images": list(self.images), "told": self.told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a `state_dict()`."""
+        self.images = deque(((true, said) for true, said in state["images"]), maxlen=IMAGES)
+        self.told = list(state["told"])
 
 
 # ---- one completion ------------------------------------------------------------------------------
@@ -266,6 +372,7 @@ def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
         "duplicate_label": bool(answer.duplicates),
         "empty_reasoning": answer.think is not None and not words,
         "looping_reasoning": _loops(words),
+        "padding": 1 - sample.text_length / len(sample.ids),
         "truncated": sample.truncated,
         "length": len(sample.ids),
         "entropy": -float(sample.sampling_logprobs.double().mean()),

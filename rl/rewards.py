@@ -45,7 +45,7 @@ class RewardFunction:
         """Reward one answer.
 
         target: the image's labels.
-        completion_length: in tokens, with the stop token.
+        completion_length: in tokens, with the stop token. The caller counts them, by --length_of.
         """
         raise NotImplementedError
 
@@ -53,10 +53,12 @@ class RewardFunction:
         """Return the number that advantages are computed from."""
         return self.scale * reward.total
 
-    def observe(self, answers: Iterable[Answer]) -> None:
+    def observe(self, answers: Iterable[Answer], groups: Iterable[int] | None = None) -> None:
         """Remember one rollout: all its answers, in prompt order.
 
         The loop calls this once a rollout, and evaluation never does.
+
+        groups: which image of the rollout each answer is about. None: each is about one of its own.
         """
 
     def state_dict(self) -> dict:
@@ -84,7 +86,7 @@ class HardReward(RewardFunction):
 
     # lambda_len. Its value is not published: here, a tenth of the best reward.
     length_penalty: float = 0.1
-    # Published without a unit. Counted in completion tokens, as |t| in Eq. 2 is.
+    # Published without a unit. Counted in tokens, as |t| in Eq. 2 is.
     min_length: int = 250
     scale: float = 1.0
 
@@ -107,8 +109,8 @@ class NuancedReward(RewardFunction):
     false_positive  for each label predicted and not true, points that grow with the label's share
                     of the training data
     collapse        for an answer that contains a dominant label: 50, and 30 for each dominant
-                    label in it. A label is dominant when more than 70 % of the last 100
-                    predictions contain it
+                    label in it. A label is dominant when more than 70 % of the predictions for the
+                    last 100 images contain it
     format          100 for each unknown label and 25 for each repeated one, both of which then
                     count for nothing else. 25 where the answer can be read but is not in the
                     strict form
@@ -118,13 +120,16 @@ class NuancedReward(RewardFunction):
     precision.
 
     Raises ValueError for a frequency that is no share of a label, and for a window that can never
-    hold `min_window` predictions.
+    hold `min_window` images.
     """
 
     # Share of the training images that have each label, 0 to 1. A label that is missing has 0.
     label_frequency: dict[str, float]
-    window: int = 100  # predictions, published
-    # Fewer are too noisy: among 10 predictions a label of 45 % passes 70 % in 1 of 37 cases.
+    # Published as 100 predictions. Counted in images, each with all its predictions: those of one
+    # image are alike, so 100 predictions of 25 images are as noisy as 25 images. A right policy
+    # would then be punished for a label of 60 % in one of six windows, now in one of a hundred.
+    window: int = 100
+    # Fewer are too noisy: among 10 images a label of 45 % passes 70 % in 1 of 37 cases.
     min_window: int = 50
     dominance: float = 0.7  # published
     match_points: float = 100.0  # published
@@ -165,7 +170,8 @@ class NuancedReward(RewardFunction):
                 f"window {self.window} is below min_window {self.min_window}: mode collapse would"
                 " never be seen"
             )
-        self._predictions: deque[tuple[str, ...]] = deque(maxlen=self.window)
+        # for each image, the labels of every prediction
+        self._images: deque[list[tuple[str, ...]]] = deque(maxlen=self.window)
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         if not answer.parsed:
@@ -208,25 +214,32 @@ class NuancedReward(RewardFunction):
     def dominant_labels(self) -> frozenset[str]:
         """Return the labels in more than `dominance` of the window's predictions.
 
-        There are none while the window holds fewer than `min_window` predictions.
+        There are none while the window holds fewer than `min_window` images.
         """
-        size = len(self._predictions)
-        if size < self.min_window:
+        if len(self._images) < self.min_window:
             return frozenset()
-        counts = Counter(label for labels in self._predictions for label in labels)
-        return frozenset(label for label, count in counts.items() if count / size > self.dominance)
+        predictions = [labels for image in self._images for labels in image]
+        counts = Counter(label for labels in predictions for label in labels)
+        return frozenset(
+            label for label, count in counts.items() if count / len(predictions) > self.dominance
+        )
 
-    def observe(self, answers: Iterable[Answer]) -> None:
+    def observe(self, answers: Iterable[Answer], groups: Iterable[int] | None = None) -> None:
         # An answer that could not be read predicts nothing. Counting it would hide a dominant label
         # behind format failures.
-        self._predictions.extend(answer.labels for answer in answers if answer.parsed)
+        answers, images = list(answers), dict[int, list[tuple[str, ...]]]()
+        groups = range(len(answers)) if groups is None else groups
+        for answer, image in zip(answers, groups, strict=True):
+            if answer.parsed:
+                images.setdefault(image, []).append(answer.labels)
+        self._images.extend(images.values())
 
     def state_dict(self) -> dict:
-        return {"predictions": [list(labels) for labels in self._predictions]}
+        return {"images": [[list(labels) for labels in image] for image in self._images]}
 
     def load_state_dict(self, state: dict) -> None:
-        self._predictions = deque(
-            (tuple(labels) for labels in state["predictions"]), maxlen=self.window
+        self._images = deque(
+            ([tuple(labels) for labels in image] for image in state["images"]), maxlen=self.window
         )
 
     def _false_positive_points(self, label: str) -> float:

@@ -113,9 +113,14 @@ class Rollouts:
             self.config.reward,
             answer_format=self.config.answer_format,
             mask_truncated_completions=self.config.mask_truncated_completions,
+            text_length=policy.encoder.text_length,
+            length_of=self.config.length_of,
         )
         for function in self.reward_functions.values():
-            function.observe(sample.answer for sample in self.samples)
+            function.observe(
+                [sample.answer for sample in self.samples],
+                [sample.group for sample in self.samples],
+            )
 
     @torch.no_grad()
     def score(self, policy: Policy, *, with_reference: bool) -> None:

@@ -76,18 +76,19 @@ def restore_rollouts(
 ) -> None:
     """Put back what `saved_rollouts` made. decode: turns ids [C] into text.
 
-    Raises CheckpointError for a checkpoint of an earlier version, whose rollout had no groups.
+    Raises CheckpointError for a checkpoint of an earlier version, whose monitors and rewards
+    remembered completions without their images: the run would not go on as it had begun.
     """
-    rollout = checkpoint.record("rollout.json")
-    if any("group" not in row for row in rollout):
+    rollout, watched = checkpoint.record("rollout.json"), checkpoint.record("monitors.json")
+    if "labels" not in watched:
         raise CheckpointError(
-            f"{checkpoint.path}: saved by an earlier version in the middle of a rollout, which this"
-            " one cannot read; start a new run from its adapter"
+            f"{checkpoint.path}: saved by an earlier version, whose GRPO runs this one cannot go on"
+            " with; start a new run from its adapter"
         )
     saved = checkpoint.record("rewards.json")
     for name, function in rollouts.reward_functions.items():
         function.load_state_dict(saved[name])
-    monitors.load_state_dict(checkpoint.record("monitors.json"))
+    monitors.load_state_dict(watched)
     rollouts.samples = unpack_samples(
         checkpoint.tensors("rollout"),
         rollout,

@@ -32,6 +32,7 @@ class Sample:
     group: index of the completion's prompt in the rollout.
     ids [C] int64: its tokens, the stop token included.
     mask [C] bool: all true, or all false where a truncated completion is left out of the loss.
+    text_length: tokens that are neither blank nor filler, the stop token included.
     sampling_logprobs [C] fp32: log pi as the sampler recorded it.
     top_p_mass [C] fp32: probability of the nucleus that each token was drawn from.
     rewards: every reward by name.
@@ -48,6 +49,7 @@ class Sample:
     ids: Tensor
     mask: Tensor
     truncated: bool
+    text_length: int
     sampling_logprobs: Tensor
     top_p_mass: Tensor
     rewards: dict[str, Reward]
@@ -70,6 +72,8 @@ def build_samples(
     *,
     answer_format: str,
     mask_truncated_completions: bool,
+    text_length: Callable[[Tensor], int],
+    length_of: str,
 ) -> list[Sample]:
     """Parse and reward every completion, in the prompts' order and those of one prompt together.
 
@@ -79,14 +83,20 @@ def build_samples(
     completions: those of each example, in the examples' order.
     decode: turns ids [C] into text.
     trained_reward: the name among `reward_functions` whose scaled value becomes `reward`.
+    text_length: counts the tokens of ids [C] that are neither blank nor filler.
+    length_of: the length that rewards are given, a value of --length_of.
     """
     samples = []
     for group, (example, of_prompt) in enumerate(zip(examples, completions, strict=True)):
         for completion in of_prompt:
             text = decode(completion.ids)
             answer = parse_answer(text, answer_format)
+            lengths = {
+                "text": text_length(completion.ids),
+                "completion": len(completion.ids),
+            }
             rewards = {
-                name: function(answer, example.target, len(completion.ids))
+                name: function(answer, example.target, lengths[length_of])
                 for name, function in reward_functions.items()
             }
             in_loss = not (completion.truncated and mask_truncated_completions)
@@ -98,6 +108,7 @@ def build_samples(
                 ids=completion.ids,
                 mask=torch.full((len(completion.ids),), in_loss),
                 truncated=completion.truncated,
+                text_length=lengths["text"],
                 sampling_logprobs=completion.logprobs,
                 top_p_mass=completion.top_p_mass,
                 rewards=rewards,
@@ -174,6 +185,7 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
             "example": sample.example.id,
             "length": len(sample.ids),
             "truncated": sample.truncated,
+            "text_length": sample.text_length,
             "rewards": {
                 name: {"total": reward.total, "parts": reward.parts}
                 for name, reward in sample.rewards.items()
@@ -216,6 +228,7 @@ def unpack_samples(
             text=text,
             answer=parse_answer(text, answer_format),
             truncated=row["truncated"],
+            text_length=row["text_length"],
             rewards=rewards,
             reward=row["reward"],
             advantage=row["advantage"],

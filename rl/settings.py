@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rl.samples import Sample
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
+LengthOf = Literal["text", "completion"]  # the length that rewards are given
 # What an evaluation measures on each validation set. Two sets or more also have a gap
 # (rl/evaluation.py).
 SET_METRICS = (
@@ -149,6 +150,13 @@ class GRPOConfig(TrainingConfig):
         "shorter valid answers get the length penalty of Eq. 3",
         unit="tokens (the paper names no unit)",
         source=PAPER_GRPO,
+        group="reward",
+    )
+    length_of: LengthOf = setting(
+        "text",
+        "what Eq. 3's length counts: text, the tokens that are neither blank nor repetition; or"
+        " completion, all tokens",
+        source=OURS,
         group="reward",
     )
 
@@ -330,7 +338,10 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
 
     samples: the first rollout.
     """
-    short = sum(len(sample.ids) < config.min_length for sample in samples)
+    lengths = [
+        sample.text_length if config.length_of == "text" else len(sample.ids) for sample in samples
+    ]
+    short = sum(length < config.min_length for length in lengths)
     if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
         return None
     return (

@@ -156,6 +156,8 @@ def samples_of(rows: torch.Tensor, stop_ids, *, mask_truncated: bool):
         "hard",
         answer_format="think_solution",
         mask_truncated_completions=mask_truncated,
+        text_length=len,
+        length_of="completion",
     )
 
 

@@ -38,6 +38,7 @@ def sample(group: int, reward: float, length: int = 2, text: int = 1, **fields) 
         ids=torch.arange(1, length + 1),
         mask=torch.ones(length, dtype=torch.bool),
         truncated=False,
+        text_length=length,
         sampling_logprobs=torch.full((length,), -1.0),
         top_p_mass=torch.ones(length),
         reward=reward,

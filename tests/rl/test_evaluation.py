@@ -5,7 +5,11 @@ Run: pytest tests/rl/test_evaluation.py
 
 from __future__ import annotations
 
-from rl.evaluation import evaluated_metrics
+import pytest
+
+from data.predictions import Prediction
+from rl.evaluation import evaluated_metrics, with_rewards
+from rl.rewards import HardReward
 from rl.settings import SET_METRICS
 
 SCORES = {
@@ -28,3 +32,23 @@ def test_what_is_evaluated_is_a_number_of_each_name():
     assert found.keys() == set(SET_METRICS)
     assert found["silenced_labels"] == 2  # their number: conditions compare numbers
     assert (found["macro_f1"], found["micro_f1"], found["completion_length"]) == (0.4, 0.5, 25.5)
+
+
+@pytest.mark.parametrize(("length_of", "total"), [("text", 0.9), ("completion", 1.0)])
+def test_eq_3_counts_the_tokens_of_the_setting_in_evaluation_too(length_of, total):
+    # an exact answer of 250 tokens, 20 of them text
+    row = {
+        "id": "e1",
+        "patient_id": "p1",
+        "dataset": "site",
+        "labels": ["Edema"],
+        "evaluated_labels": ["Edema", "Fracture"],
+        "completion": "<think>a</think><solution>Edema</solution>" + "\n" * 230,
+        "completion_length": 250,
+        "text_length": 20,
+    }
+    predictions, means = with_rewards(
+        [Prediction.from_row(row)], {"hard": HardReward()}, "hard", length_of
+    )
+    assert predictions[0].extra["rewards"]["hard"]["total"] == total
+    assert means == {"rewards/hard/mean": total, "reward": total}

@@ -66,6 +66,8 @@ def samples_of(rows, rewards=None):
         "hard",
         answer_format="think_solution",
         mask_truncated_completions=False,
+        text_length=lambda ids: len(ids) - texts[int(ids[0])].count("\n"),  # one token each
+        length_of="completion",
     )
 
 
@@ -232,7 +234,7 @@ def test_gains_are_in_standard_deviations_of_the_start(window_of_four):
 
 def test_nothing_is_said_of_a_few_completions():
     monitors = Monitors("hard", CAP)
-    group = (example("1", "Edema"), [(text_of(["Edema"]), 1, 5, False)] * 7)
+    group = (example("1", *LABELS), [(text_of(["Edema"]), 1, 5, False)] * 7)
     for _ in range(7):
         assert monitors.observe(samples_of([group])) == {}  # 49 of SETTLED = 50
     names = set(monitors.observe(samples_of([group])))
@@ -245,7 +247,151 @@ def test_nothing_is_said_of_a_few_completions():
     assert not names & {"monitors/entropy_drop", "monitors/hacking"}
     for _ in range(21):
         names = set(monitors.observe(samples_of([group])))
-    assert names == set(NAMES)  # after 203
+    # after 203 completions, of 29 images
+    of_images = {name for name in NAMES if "said_ratio" in name or "silenced" in name}
+    assert names == set(NAMES) - of_images and len(of_images) == 15
+    for _ in range(70):
+        assert not names & of_images
+        names = set(monitors.observe(samples_of([group])))
+    assert names == set(NAMES) - of_images  # 99 images
+    assert set(monitors.observe(samples_of([group]))) == set(NAMES)
+
+
+# ---- labels that fall silent ---------------------------------------------------------------------
+def seen(monitors: Monitors, *images: tuple[Example, list[list[str]]]) -> dict[str, float]:
+    """Let the monitors see images with the labels that each completion says."""
+    rows = [
+        (image, [(text_of(labels, f"{i}"), 1.0, 5, False) for i, labels in enumerate(said)])
+        for image, said in images
+    ]
+    values = monitors.observe(samples_of(rows))
+    return {name.removeprefix("monitors/"): value for name, value in values.items()}
+
+
+def test_silenced_labels_count_images_and_not_completions(monkeypatch):
+    monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 14)
+    monitors = Monitors("hard", CAP, WARN_WHEN)
+    # 40 completions of 10 images with Edema and Fracture. Edema is said for 3 of the images, by all
+    # four: 3 of 10. Fracture by two of four for 4 of them, and once by mistake: 2 + 1/4.
+    rows = [
+        (
+            example(f"e{i}", "Edema", "Fracture"),
+            [["Edema"] * (i < 3) + ["Fracture"] * (i > 5 and j < 2) for j in range(4)],
+        )
+        for i in range(10)
+    ]
+    rows += [(example(f"n{i}", NO_FINDING), [[NO_FINDING]] * 4) for i in range(3)]
+    assert "silenced_labels" not in seen(monitors, *rows)  # 13 images of 14
+    values = seen(monitors, (example("n3", NO_FINDING), [["Fracture"], *[[NO_FINDING]] * 3]))
+    # Fracture 2.25 < 10 / 4. No Finding 3 + 3/4 of 4
+    assert values["silenced_labels"] == 1
+    assert values["said_ratio/Fracture"] == (2.25 + 1) / (10 + 1)
+    assert values["said_ratio/Edema"] == (3 + 1) / (10 + 1)
+    assert values["said_ratio/No_Finding"] == (3.75 + 1) / (4 + 1)
+    assert "said_ratio/Pneumonia" not in values  # nowhere true and never said
+    named = {f"monitors/{name}": value for name, value in values.items()}
+    assert "warning: monitors/silenced_labels>0: 1 (Fracture)" in monitors.check(named)
+
+
+def test_labels_that_are_not_evaluated_are_neither_said_nor_true(monkeypatch):
+    monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 12)
+    monitors = Monitors("hard", CAP)
+    values = seen(
+        monitors,
+        *[
+            (
+                example(f"e{i}", "Edema", "Fracture", evaluated=("Edema", "Pneumonia")),
+                [["Edema", "Cardiomegaly"]] * 5,
+            )
+            for i in range(12)
+        ],
+    )
+    assert values["silenced_labels"] == 0 and values["said_ratio/Edema"] == 1
+    ratios = [name for name in values if name.startswith("said_ratio/")]
+    assert ratios == ["said_ratio/Edema"]
+
+
+def test_the_window_of_images_forgets(monkeypatch):
+    monkeypatch.setattr(rl.monitors, "IMAGES", 12)
+    monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 12)
+    monitors = Monitors("hard", CAP)
+    silent = [(example(f"s{i}", "Edema"), [[NO_FINDING]] * 5) for i in range(12)]
+    assert seen(monitors, *silent)["silenced_labels"] == 1
+    spoken = [(example(f"t{i}", "Edema"), [["Edema"]] * 5) for i in range(2)]
+    assert seen(monitors, *spoken)["silenced_labels"] == 1  # 2 of 12 are less than a quarter
+    assert seen(monitors, *spoken[:1])["silenced_labels"] == 0  # 3 of 12 are not
+
+
+def silent_after(monitors: Monitors, dead: list[str], name: str) -> list[str]:
+    """Let the monitors see 12 images without the dead labels -> the warnings."""
+    rows = [
+        (
+            example(f"{name}{i}", "Edema", "Fracture", "Pneumonia"),
+            [[label for label in ("Edema", "Fracture", "Pneumonia") if label not in dead]] * 5,
+        )
+        for i in range(12)
+    ]
+    values = seen(monitors, *rows)
+    metrics = {f"monitors/{name}": value for name, value in values.items()}
+    return [line for line in monitors.check(metrics) if "silenced" in line]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_each_label_that_falls_silent_is_named_once(monkeypatch, resumed):
+    monkeypatch.setattr(rl.monitors, "IMAGES", 12)
+    monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 12)
+    monitors = Monitors("hard", CAP, WARN_WHEN)
+    lines = []
+    for name, dead in (
+        ("a", []),
+        ("b", ["Fracture"]),
+        ("c", ["Fracture"]),  # still silent
+        ("d", ["Fracture", "Edema"]),
+        ("e", ["Edema"]),  # one speaks again
+        ("f", []),
+        ("g", ["Edema"]),  # silent a second time
+    ):
+        lines.append(silent_after(monitors, dead, name))
+        if resumed:
+            again = Monitors("hard", CAP, WARN_WHEN)
+            again.load_state_dict(json.loads(json.dumps(monitors.state_dict())))
+            monitors = again
+    warning = "warning: monitors/silenced_labels>0"
+    assert lines == [
+        [],
+        [f"{warning}: 1 (Fracture)"],
+        [],
+        [f"{warning}: 2 (Edema, Fracture)"],
+        [],
+        [],
+        [f"{warning}: 1 (Edema)"],
+    ]
+
+
+def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch):
+    """With --logging_steps 2 two rollouts are logged as their mean, and one line names both."""
+    monkeypatch.setattr(rl.monitors, "IMAGES", 12)
+    monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 12)
+    monitors = Monitors("hard", CAP, WARN_WHEN)
+    for name, dead in (("a", "Fracture"), ("b", "Edema")):
+        rows = [
+            (
+                example(f"{name}{i}", "Edema", "Fracture"),
+                [[label for label in ("Edema", "Fracture") if label != dead]] * 5,
+            )
+            for i in range(12)
+        ]
+        assert seen(monitors, *rows)["silenced_labels"] == 1
+    lines = monitors.check({"monitors/silenced_labels": 1.0})
+    assert lines == ["warning: monitors/silenced_labels>0: 1 (Edema, Fracture)"]
+
+
+def test_padding_is_the_mean_share_of_tokens_that_are_not_text(window_of_four):
+    samples = samples_of([(example("1", "Edema"), [(text_of(["Edema"], "a"), 1, 8, False)] * 4)])
+    for one, text in zip(samples, (8, 8, 4, 2), strict=True):
+        one.text_length = text
+    values = Monitors("hard", CAP).observe(samples)
+    assert values["monitors/padding"] == (0 + 0 + 1 / 2 + 3 / 4) / 4
 
 
 # ---- scripted policies ---------------------------------------------------------------------------
@@ -343,6 +489,11 @@ def sharp(image, rng, number):
     return (text, 0.2 * nats, *rest)
 
 
+def padded(image, rng, number):
+    text, nats, length, cut = healthy(image, rng, number)
+    return text + "\n" * length, nats, 2 * length, cut
+
+
 def to_the_cap(image, rng, number):
     text, nats, _, _ = healthy(image, rng, number)
     cut = rng.random() < 0.5
@@ -359,11 +510,12 @@ COLLAPSES = {
             "label_shift",
             "copied_reasoning",
             "distinct_per_group",
+            "silenced_labels",  # all but Edema
         },
     ),
     "one label set": (
         with_labels(lambda *_: ["Lung Opacity"]),
-        {"identical_labels", "label_shift"},
+        {"identical_labels", "label_shift", "silenced_labels"},
     ),
     "all labels": (
         with_labels(lambda *_: LABELS),
@@ -400,6 +552,7 @@ COLLAPSES = {
     ),
     "one completion a group": (one_a_group, {"distinct_per_group"}),
     "no entropy": (sharp, {"entropy_drop"}),
+    "white space after the answer": (padded, {"padding"}),
     "longer and longer": (to_the_cap, {"truncated"}),
 }
 
@@ -428,6 +581,11 @@ def told_of(policy, rewards=None, rollouts: int = 24, seed: int = 0) -> set[str]
 @pytest.mark.parametrize("seed", range(3))
 def test_a_policy_that_learns_is_left_alone(seed):
     assert told_of(healthy, rollouts=40, seed=seed) == set()
+
+
+def test_a_label_that_dies_is_told_of_although_it_is_in_one_image_of_seven():
+    without = with_labels(lambda image, _: [x for x in image.labels if x != "Fracture"])
+    assert told_of(without, rollouts=60) == {"silenced_labels"}
 
 
 @pytest.mark.parametrize("name", COLLAPSES)

@@ -229,6 +229,38 @@ def test_collapse_needs_more_than_seventy_percent():
     assert reward.dominant_labels() == {"Edema"}
 
 
+def test_collapse_counts_images_with_all_their_predictions():
+    reward = NuancedReward(FREQUENCY)
+    # 49 images with four predictions each are 196, but too few images.
+    four = [answer("Edema")] * 4
+    for _ in range(49):
+        reward.observe(four, [0] * 4)
+    assert reward.dominant_labels() == frozenset()
+    # The fiftieth image has one answer that can be read, 1 of 197 predictions: 196 / 197.
+    reward.observe([answer("Fracture"), *[parse_answer("unreadable")] * 3], [3] * 4)
+    assert reward.dominant_labels() == {"Edema"}
+    # An image of which nothing can be read is none: the window still holds 50.
+    reward.observe([parse_answer("unreadable")] * 4, [0] * 4)
+    assert len(reward.state_dict()["images"]) == 50
+
+
+def test_collapse_is_a_share_of_the_predictions_of_the_last_hundred_images():
+    reward = NuancedReward(FREQUENCY)
+    # 100 images x 4 predictions: 280 of 400 are 70 % exactly. Groups are told by number.
+    answers = [answer("Edema")] * 280 + [answer("Fracture")] * 120
+    reward.observe(answers, [i % 100 for i in range(400)])
+    assert reward.dominant_labels() == frozenset()
+    # An image with one prediction takes the place of the oldest, which had four, three of them
+    # Edema (0, 100 and 200; 300 is Fracture): 277 + 1 of 397 = 70.03 %.
+    reward.observe([answer("Edema")], [0])
+    assert reward.dominant_labels() == {"Edema"}
+
+
+def test_answers_and_their_images_belong_together():
+    with pytest.raises(ValueError):
+        NuancedReward(FREQUENCY).observe([answer("Edema")] * 2, [0])
+
+
 def test_collapse_charges_each_dominant_label_that_an_answer_repeats():
     reward = NuancedReward(FREQUENCY)
     reward.observe([answer("Edema", "Fracture")] * 80 + [answer()] * 20)
@@ -269,6 +301,7 @@ def test_calling_a_reward_changes_nothing():
 def test_window_survives_json():
     reward, resumed = NuancedReward(FREQUENCY), NuancedReward(FREQUENCY)
     reward.observe([answer("Edema", "Fracture")] * 71 + [answer()] * 29)
+    reward.observe([answer("Edema", "Fracture"), answer()], [0, 0])  # an image with two
     resumed.load_state_dict(json.loads(json.dumps(reward.state_dict())))
     assert resumed.dominant_labels() == {"Edema", "Fracture"}
     # The order is kept as well: 42 further answers push out 42 of the oldest, which leaves 29 of

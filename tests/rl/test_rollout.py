@@ -68,6 +68,8 @@ def built(rewards, trained: str, masked: bool = False) -> list[Sample]:
         trained,
         answer_format="think_solution",
         mask_truncated_completions=masked,
+        text_length=len,
+        length_of="completion",
     )
 
 
@@ -88,6 +90,28 @@ def test_samples_carry_every_reward_of_their_own_completion():
     assert [s.rewards["nuanced"].total for s in samples] == [150.0, 30.0, -200.0, 125.0]
 
 
+@pytest.mark.parametrize(
+    ("length_of", "hard"), [("text", [0.9, 0.4, 0.0, 0.0]), ("completion", [1.0, 0.5, 0.0, 0.0])]
+)
+def test_eq_3_counts_the_tokens_that_its_setting_names(length_of, hard):
+    # 3 and 5 tokens for at least 3; of each the last is blank, so 2 and 4 for at least 5. The other
+    # two are not valid.
+    least = 5 if length_of == "text" else 3
+    samples = build_samples(
+        [example("e1"), example("e2")],
+        [[completion(1, 3), completion(2, 5)], [completion(3, 2), completion(4, 4)]],
+        decode,
+        {"hard": HardReward(length_penalty=0.1, min_length=least)},
+        "hard",
+        answer_format="think_solution",
+        mask_truncated_completions=False,
+        text_length=lambda ids: len(ids) - 1,
+        length_of=length_of,
+    )
+    assert [s.reward for s in samples] == pytest.approx(hard)
+    assert [s.text_length for s in samples] == [2, 4, 1, 3]
+
+
 def test_the_trained_reward_is_scaled_and_floored():
     nuanced = NuancedReward({}, unparsed_penalty=400.0)
     samples = built({"hard": HardReward(), "nuanced": nuanced}, "nuanced")
@@ -100,7 +124,7 @@ def test_building_samples_leaves_the_windows_alone():
     nuanced = NuancedReward({}, window=2, min_window=1)
     before = nuanced.state_dict()
     built({"nuanced": nuanced}, "nuanced")
-    assert nuanced.state_dict() == before == {"predictions": []}
+    assert nuanced.state_dict() == before == {"images": []}
 
 
 def test_truncated_completions_are_masked_as_a_whole_only_where_asked():
@@ -129,6 +153,8 @@ def test_every_prompt_needs_its_completions():
             "hard",
             answer_format="think_solution",
             mask_truncated_completions=False,
+            text_length=len,
+            length_of="completion",
         )
 
 
@@ -550,6 +576,7 @@ def test_rows_of_the_completions_file():
         ("group", 3),
         ("image", "image.png"),
         ("truncated", False),
+        ("text_length", 2),
         ("rewards", {"hard": {"total": 0.5, "jaccard": 0.5, "length": 0.0}}),
         ("reward", 0.5),
         ("advantage", -0.25),
@@ -682,13 +709,15 @@ def test_windows_change_after_all_rewards_are_computed():
     rewards = {"nuanced": NuancedReward({}, window=2, min_window=1), "hard": HardReward()}
     rollouts = Rollouts([example()], rewards, GRPOConfig())
     rollouts.examples = [example("e1"), example("e2")]
-    policy = SimpleNamespace(encoder=SimpleNamespace(decode=decode))
+    policy = SimpleNamespace(encoder=SimpleNamespace(decode=decode, text_length=len))
     groups = [[completion(1), completion(2)], [completion(1), completion(4)]]
     expected = built_again(groups)
     rollouts.reward(groups, policy)  # type: ignore[arg-type]  # only its decoder is asked
     assert [s.rewards["nuanced"].total for s in rollouts.samples] == expected
-    # the last two answers, of e2
-    assert rewards["nuanced"].state_dict() == {"predictions": [["Edema"], ["Edema"]]}
+    # Of e1 both answers can be read, of e2 the second: 3 predictions of 2 images.
+    assert rewards["nuanced"].state_dict() == {
+        "images": [[["Edema"], ["Edema", "Pneumonia"]], [["Edema"], ["Edema"]]]
+    }
 
 
 def built_again(groups: list[list[Completion]]) -> list[float]:
@@ -700,5 +729,7 @@ def built_again(groups: list[list[Completion]]) -> list[float]:
         "nuanced",
         answer_format="think_solution",
         mask_truncated_completions=False,
+        text_length=len,
+        length_of="completion",
     )
     return [s.rewards["nuanced"].total for s in samples]

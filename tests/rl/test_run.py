@@ -125,7 +125,9 @@ def rolled_out(run: GRPORun, rollouts: Rollouts, *rewards: float) -> None:
     torch.rand(3, generator=rollouts.generator)
     fill(rollouts, *rewards)
     for function in rollouts.reward_functions.values():
-        function.observe(one.answer for one in rollouts.samples)
+        function.observe(
+            [one.answer for one in rollouts.samples], [one.group for one in rollouts.samples]
+        )
     run.log_rollout(rollouts)
 
 
@@ -141,7 +143,7 @@ def test_a_rollout_that_fails_is_as_if_it_had_not_begun(opened):
         raise DataError("a damaged image")
     (records,) = saved
     assert records["rollout.json"] == []
-    assert records["rewards.json"] == {"hard": {}, "nuanced": {"predictions": []}}
+    assert records["rewards.json"] == {"hard": {}, "nuanced": {"images": []}}
     assert records["monitors.json"]["num_seen"] == 0 and records["monitors.json"]["window"] == []
     assert torch.equal(before, rollouts.generator.get_state())
 
@@ -157,7 +159,8 @@ def test_an_update_that_fails_keeps_the_rollout_it_learns_from(opened):
         raise DataError("a damaged image")
     (records,) = saved
     assert [row["reward"] for row in records["rollout.json"]] == [1.0, 0.0, 0.5, 0.5]
-    assert len(records["rewards.json"]["nuanced"]["predictions"]) == 4
+    # two images, with two predictions each
+    assert [len(image) for image in records["rewards.json"]["nuanced"]["images"]] == [2, 2]
     assert records["monitors.json"]["num_seen"] == 4
     assert torch.equal(after, rollouts.generator.get_state())
 
@@ -236,10 +239,10 @@ def test_a_condition_ends_the_run(opened):
     assert run.stopped == "kl > 1" and not run.goes_on()
 
 
-def test_a_rollout_of_an_earlier_version_is_refused(opened):
-    """Before a sample's `group` was called so, rollout.json had it as "prompt"."""
+def test_a_checkpoint_of_an_earlier_version_is_refused(opened):
+    """Monitors that remember no images were saved before rewards and monitors counted images."""
     run, rollouts, _ = opened()
-    files = {"rollout.json": [{"prompt": 0, "example": "e0", "length": 1}]}
+    files = {"rollout.json": [], "monitors.json": {"window": [], "num_seen": 0}}
     checkpoint = SimpleNamespace(path=Path("runs/old/checkpoint-3"), record=files.__getitem__)
     with pytest.raises(
         CheckpointError, match="^runs/old/checkpoint-3: saved by an earlier version"
