@@ -5,10 +5,10 @@
 
 Silenced labels: a policy says each label as often as it is true, but without looking at the image,
 so nothing is silenced. Counted are the runs in which the monitor warns at any rollout. Each of the
-G completions is drawn by itself, or all are alike, which is the least that G completions can tell.
+G completions is drawn by itself, or all are alike, which is the least that completions can tell.
 
-Mode collapse: a policy that is always right, so all G completions are alike. Counted are the windows
-in which a label of this prevalence is in more than 70 % of the predictions.
+Mode collapse: a policy that is always right, so all G completions are alike. Counted are the
+windows in which a label of this prevalence is in more than 70 % of the predictions.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ def run_warns(
 ) -> bool:
     """Tell whether the monitor names a label in a run whose policy says all at their prevalence."""
     window = LabelWindow()
-    for rollout in range(images // PROMPTS):
+    for _rollout in range(images // PROMPTS):
         for _ in range(PROMPTS):
-            said = [draw(prevalence, rng)] * G if alike else [draw(prevalence, rng) for _ in range(G)]
+            said = (
+                [draw(prevalence, rng)] * G if alike else [draw(prevalence, rng) for _ in range(G)]
+            )
             window.add(
                 Target(frozenset(draw(prevalence, rng))),
                 [Answer(valid=True, parsed=True, labels=labels) for labels in said],
