@@ -30,7 +30,6 @@ import torch
 from data.files import DataError
 from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.device import pick_device, seed_everything
-from engine.model_files import EMBEDDED
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
@@ -38,12 +37,13 @@ from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from eval.decode import Decoding, evaluate_sets
-from eval.scores import format_progress
+from eval.run_summary import end_of_run
+from eval.since_start import keep_start, since_start
 from rl.evaluation import evaluated_metrics, record_evaluation, with_rewards
 from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.rollout import Rollouts
-from rl.run import Computed, GRPORun, restore_rollouts, saved_rollouts
+from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts
 
 
 def train(
@@ -156,6 +156,8 @@ def evaluate_policy(
         notes={name: {"step": step} | note for name, note in notes.items()},
         should_stop=should_stop,
     )
+    if step == 0:
+        keep_start(folder, list(scores))
     return {name: evaluated_metrics(of_set) for name, of_set in scores.items()}
 
 
@@ -216,7 +218,9 @@ def run_command(resolved: Resolved) -> int:
         def evaluate() -> None:
             chosen, stop = config.metric_for_best_model, run.should_stop
             metrics = evaluate_policy(policy, data, rollouts, folder.path, stop, run.step)
-            run.warn(monitors.check(record_evaluation(metrics, run.log, state, chosen)))
+            since = since_start(folder.path, list(metrics))
+            run.note_evaluation(since.rows, since.notes)
+            run.warn(monitors.check(record_evaluation(metrics, since.gaps, run.log, state, chosen)))
 
         schedule = Schedule(total, config.logging_steps, config.eval_steps, config.save_steps, True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
@@ -244,13 +248,8 @@ def finish(
         except KeyboardInterrupt:
             print(f"stopped while scoring; training is finished and saved in {run.folder}")
             return run.signals.exit_code or 130
-    if data.evaluated:
-        names = list(data.evaluated)
-        print("\n" + format_progress(state.log_history, names, state.best_model_checkpoint))
-    files = "--data_file NAME=FILE"
-    if recipe in EMBEDDED:  # their data is the demo's
-        files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
-    print(f"\nnext: python -m eval.evaluate --adapter_name_or_path {run.folder} {files}")
+    summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
+    print(f"\n{summary}\n\nnext: {next_command(recipe, run.folder)}")
     return 0
 
 

@@ -213,6 +213,8 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
         if best
         else "final adapter: the last one, since no validation loss was a number"
     )
+    stage = f"SFT ({best.rpartition('-')[2] if best else run.step})"
+    left_out = bad_image_counts(data.evaluated, data.bad_images)
     try:
         scores = evaluate_sets(
             policy,
@@ -220,7 +222,7 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
             Decoding.greedy(config),
             run.folder,
             baseline_examples=data.train,
-            notes=bad_image_counts(data.evaluated, data.bad_images),
+            notes={name: note | {"stage": stage} for name, note in left_out.items()},
             should_stop=run.should_stop,
         )
     except KeyboardInterrupt:

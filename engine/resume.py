@@ -248,8 +248,9 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
     for pattern in (*STEP_LOGS, "events.out.tfevents.*", "predictions-*.jsonl", "scores-*.json"):
         for path in source.glob(pattern):
             shutil.copyfile(path, run_dir / path.name)
-    if (source / "reference").is_dir():
-        shutil.copytree(source / "reference", run_dir / "reference", dirs_exist_ok=True)
+    for name in ("reference", "start", "start-vote"):  # what GRPO began with
+        if (source / name).is_dir():
+            shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
     for link, name in (
         ("last", checkpoint.path.name),
         ("best", checkpoint.record("trainer_state.json")["best_model_checkpoint"]),

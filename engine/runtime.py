@@ -29,7 +29,7 @@ from engine.config import UsageError
 
 LOCK_FILE = ".lock"
 # Every line of these logs has a "step", so a resume can tell which lines it will repeat.
-STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "warnings.jsonl")
+STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "warnings.jsonl")
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
 RunKind = Literal["sft", "grpo", "eval", "report", "matrix"]
 Answer = TypeVar("Answer")

@@ -30,7 +30,15 @@ from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_im
 from engine.config import Resolved, describe, parse_config
 from engine.resume import run_record
 from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
-from eval.folders import made_folder, more_files, refuse_existing, result_files, write_results
+from eval.end_table import stage_title
+from eval.folders import (
+    load_entry,
+    made_folder,
+    more_files,
+    refuse_existing,
+    result_files,
+    write_results,
+)
 from eval.scores import format_scores, score
 from eval.settings import (
     EvalConfig,
@@ -201,7 +209,11 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
 
 
 def _show(results: dict[str, dict[str, Any]], output_dir: Path) -> int:
-    print(format_scores(results, per_label=True))
+    about = load_entry("answers", output_dir)
+    shown = {
+        name: scores | {"stage": stage_title(about, scores)} for name, scores in results.items()
+    }
+    print(format_scores(shown, per_label=True))
     for table in (format_samples(results),):
         if table:
             print(f"\n{table}")

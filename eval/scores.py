@@ -15,6 +15,7 @@ from data.examples import Example
 from data.files import DataError
 from data.labels import LABELS, silenced_labels
 from data.predictions import Prediction
+from eval.end_table import aligned, clipped, end_table, row_of
 from eval.metrics import (
     bootstrap_intervals,
     failure_policies,
@@ -197,25 +198,22 @@ def _f1(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 # ---- text tables ---------------------------------------------------------------------------------
-_BASELINE_TITLES = {
-    "most_frequent": "most frequent",
-    "all_labels": "all labels",
-    "prevalence_matched": "prevalence-matched",
-}
-# beside "empty", the row of the data set
-_POLICY_TITLES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
-_NAME_WIDTH = 22
-
-
 def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = False) -> str:
     """Lay out the scores of every data set as a text table, at most 100 columns wide.
 
     Below each data set stand its F1 under the other two treatments of failed answers, where there
     are any, and its baselines.
 
-    results: {data set: scores}. per_label: add a table of every label's scores.
+    results: {data set: scores}. Their "stage" says whose answers they are, where it is there.
+    per_label: add a table of every label's scores.
     """
-    lines = aligned(_score_rows(results), "<><<<>")
+    lines = end_table(
+        {
+            name: [(scores.get("stage", "answers"), row_of(scores))]
+            for name, scores in results.items()
+        },
+        results,
+    )
     sources = {scores["baselines"]["most_frequent"]["reference"] for scores in results.values()}
     lines += [
         (
@@ -245,26 +243,6 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
     return "\n".join(lines)
 
 
-def _score_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("data set", "n", "Jaccard", "micro-F1", "macro-F1", "fail")]
-    for name, scores in results.items():
-        values = {"jaccard": scores["jaccard"]} | _f1(scores)
-        shown = [
-            f"{values[metric]:.3f} ({low:.3f}-{high:.3f})"
-            for metric, (low, high) in _in_order(scores["intervals"])
-        ]
-        rows.append((clipped(name), str(scores["n"]), *shown, f"{scores['fail_rate']:.3f}"))
-        if scores["fail_rate"]:
-            for key, title in _POLICY_TITLES.items():
-                policy = scores["failure_policies"][key]
-                both = (f"{policy[metric]:.3f}" for metric in ("micro_f1", "macro_f1"))
-                rows.append((f"  {title}", "", "", *both, ""))
-        for key, title in _BASELINE_TITLES.items():
-            baseline = (f"{value:.3f}" for _, value in _in_order(scores["baselines"][key]))
-            rows.append((f"  {title}", "", *baseline, ""))
-    return rows
-
-
 def _label_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
@@ -273,63 +251,4 @@ def _label_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
             str(row["support"]),
         )
         for label, row in scores["per_label"].items()
-    ]
-
-
-_PROGRESS_COLUMNS = {
-    "reward": "reward",
-    "jaccard": "Jaccard",
-    "micro_f1": "micro-F1",
-    "macro_f1": "macro-F1",
-    "fail_rate": "fail",
-    "completion_length": "tokens",
-}
-
-
-def format_progress(
-    log_history: Sequence[Mapping[str, Any]], names: Sequence[str], best: str | None
-) -> str:
-    """Lay out how a training run's evaluations went: at its start, its best checkpoint, its end.
-
-    log_history: as in trainer_state.json. names: the data sets. best: the best checkpoint's folder
-    name, checkpoint-<step>, or None.
-    """
-    table = [("data set", "step", *_PROGRESS_COLUMNS.values())]
-    best_step = int(best.rpartition("-")[2]) if best else -1
-    for name in names:
-        entries = {
-            entry["step"]: entry for entry in log_history if f"eval_{name}_macro_f1" in entry
-        }
-        for step, title in dict.fromkeys(
-            [(min(entries), "start"), (best_step, "best"), (max(entries), "last")]
-        ):
-            if step in entries:
-                values = [entries[step][f"eval_{name}_{metric}"] for metric in _PROGRESS_COLUMNS]
-                table.append(
-                    (clipped(name), f"{title} ({step})", *(f"{value:.3f}" for value in values))
-                )
-    return "\n".join(aligned(table, "<<" + ">" * len(_PROGRESS_COLUMNS)))
-
-
-def _in_order(by_metric: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(metric, by_metric[metric]) for metric in ("jaccard", "micro_f1", "macro_f1")]
-
-
-def clipped(name: str) -> str:
-    """Shorten a data set's name to the width of its column."""
-    return name if len(name) <= _NAME_WIDTH else f"{name[:10]}...{name[-9:]}"
-
-
-def aligned(table: Sequence[tuple[str, ...]], alignments: str) -> list[str]:
-    """Lay out the rows of a text table in columns -> its lines.
-
-    alignments: "<" or ">" for each column.
-    """
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            f"{cell:{side}{width}}"
-            for cell, side, width in zip(row, alignments, widths, strict=True)
-        ).rstrip()
-        for row in table
     ]

@@ -18,15 +18,9 @@ from data.answers import parse_answer
 from data.files import DataError, first_problems
 from data.labels import LABELS
 from data.predictions import Prediction
+from eval.end_table import aligned, clipped
 from eval.metrics import drawn_patients, interval, patient_totals, scores_of_totals
-from eval.scores import (
-    AnswerMatrices,
-    aligned,
-    answer_matrices,
-    clipped,
-    evaluated_columns,
-    known_lengths,
-)
+from eval.scores import AnswerMatrices, answer_matrices, evaluated_columns, known_lengths
 
 VOTE_FORMAT = "solution"
 RESAMPLES = 1000

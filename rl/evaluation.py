@@ -11,10 +11,10 @@ from engine.run import TrainerState
 from engine.tracking import RunLogger
 from rl.conditions import parse_combination
 from rl.rewards import Reward, RewardFunction, rewards_record
-from rl.settings import SET_METRICS
+from rl.settings import GAPS, SET_METRICS
 
 # of the evaluated metrics
-LOWER_IS_BETTER = ("gap", "fail_rate", "invalid_rate", "silenced_labels")
+LOWER_IS_BETTER = (*GAPS, "fail_rate", "invalid_rate", "silenced_labels")
 
 
 def with_rewards(
@@ -83,18 +83,21 @@ def evaluated_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
 
 def record_evaluation(
     metrics: Mapping[str, Mapping[str, float]],
+    gaps: Mapping[str, float],
     log: RunLogger,
     state: TrainerState,
     chosen: str | None,
 ) -> dict[str, float]:
-    """Log the metrics of each set and the gap between them, and note the best checkpoint.
+    """Log the metrics of each set and the gaps between them, and note the best checkpoint.
 
     gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation
     than the others have on average, each over its own labels. Above 0, part of the gain does not
-    transfer.
+    transfer, or lies in labels that the others cannot express: gap_shared leaves those out.
 
-    metrics: {set: its metrics}. chosen: what the best is chosen by (--metric_for_best_model), None
-    for the first set's macro_f1. Returns all metrics by NAME/METRIC, and the gap.
+    metrics: {set: its metrics}. gaps: GAPS beside the gap itself, those that were measured. They
+    need the answers, which this does not see. chosen: what the best is chosen by
+    (--metric_for_best_model), None for the first set's macro_f1. Returns all metrics by
+    NAME/METRIC, and the gaps.
     """
     names = list(metrics)
     for name in names:
@@ -103,8 +106,9 @@ def record_evaluation(
     if len(names) > 1:
         start = {name: _first_macro_f1(log, name) for name in names}
         first, *others = (metrics[name]["macro_f1"] - start[name] for name in names)
-        flat["gap"] = first - sum(others) / len(others)
-        log.scalars(state.global_step, {"gap": flat["gap"]}, split="eval", epoch=state.epoch)
+        measured = {"gap": first - sum(others) / len(others), **gaps}
+        log.scalars(state.global_step, measured, split="eval", epoch=state.epoch)
+        flat |= measured
     if names:
         combination = parse_combination(chosen or f"{names[0]}/macro_f1")
         terms = combination.terms

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointError
+from engine.model_files import EMBEDDED
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, mismatch_metrics, rollout_metrics, show_samples
@@ -125,6 +127,7 @@ class GRPORun(Run):
             stateful=rollouts.reward_functions | {"monitors": monitors},
         )
         self.config, self.monitors = rollouts.config, monitors
+        self._noted: set[str] = set()
 
     @property
     def stopped(self) -> str | None:
@@ -202,8 +205,24 @@ class GRPORun(Run):
             check_watched(self.config, logged)
         self.warn(self.monitors.check(logged))
 
+    def note_evaluation(self, rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+        """Keep what an evaluation measured in evaluations.jsonl, and say each note once."""
+        self.log.append_jsonl("evaluations.jsonl", rows, self.step)
+        for note in notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self.write(note)
+
     def warn(self, lines: Sequence[str]) -> None:
         """Print warnings and keep them in warnings.jsonl."""
         for line in lines:
             self.write(line)
             self.log.warn(line, self.step)
+
+
+def next_command(recipe: str | None, folder: Path) -> str:
+    """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
+    files = "--data_file NAME=FILE"
+    if recipe in EMBEDDED:  # their data is the demo's
+        files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
+    return f"python -m eval.evaluate --adapter_name_or_path {folder} {files}"

@@ -56,6 +56,10 @@ SET_METRICS = (
     *(f"rewards/{name}/mean" for name in get_args(RewardName)),
 )
 
+# What an evaluation of two sets or more says of them together (rl/evaluation.py): the first set's
+# gain less the others', on all labels and on those that both can express, with standard errors
+GAPS = ("gap", "gap_se", "gap_shared", "gap_shared_se")
+
 
 @dataclass(frozen=True)
 class GRPOConfig(TrainingConfig):
@@ -170,8 +174,8 @@ class GRPOConfig(TrainingConfig):
     metric_for_best_model: str | None = setting(
         None,
         "what chooses the best checkpoint: NAME/METRIC, with METRIC one of"
-        f" {', '.join(SET_METRICS)}; gap; or a trade-off to be made large, such as 'a/macro_f1 -"
-        " 0.5*gap'",
+        f" {', '.join(SET_METRICS)}; {', '.join(GAPS)}; or a trade-off to be made large, such as"
+        " 'a/macro_f1 - 0.5*gap_shared'",
         unset="the first set's macro_f1",
         group="evaluation",
     )
@@ -183,9 +187,9 @@ class GRPOConfig(TrainingConfig):
     )
     stop_when: tuple[str, ...] = setting(
         (),
-        "end the run when this becomes true of what is logged: 'gap>0.05',"
-        " 'monitors/entropy_drop>0.8 for 3' (3 times in a row), or of a trade-off; names that"
-        " training does not log are refused after the first step",
+        "end the run when this becomes true of what is logged: 'gap_shared - 2*gap_shared_se > 0'"
+        " (a loss of transfer beyond its noise), 'monitors/entropy_drop>0.8 for 3' (3 times in a"
+        " row); names that training does not log are refused after the first step",
         group="evaluation",
     )
     warn_when: tuple[str, ...] = setting(
@@ -258,14 +262,14 @@ def judging_problems(config: GRPOConfig) -> list[str]:
             continue
         for name in names:
             prefix, _, metric = name.partition("/")
-            if name == "gap" and len(sets) < 2:
+            if name in GAPS and len(sets) < 2:
                 found.append(
-                    f"--{flag} {text}: gap needs two sets of --validation_file or more, there are"
-                    f" {len(sets)}"
+                    f"--{flag} {text}: {name} needs two sets of --validation_file or more, there"
+                    f" are {len(sets)}"
                 )
             elif prefix == "monitors" and flag != "metric_for_best_model" and name not in NAMES:
                 found.append(f"--{flag} {text}: there is no {name}; there are {', '.join(NAMES)}")
-            elif name != "gap" and (
+            elif name not in GAPS and (
                 prefix in sets
                 and metric not in SET_METRICS
                 or prefix not in sets
@@ -274,7 +278,7 @@ def judging_problems(config: GRPOConfig) -> list[str]:
                 found.append(
                     f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file"
                     f" ({', '.join(sets) or 'none given'}) and a METRIC of"
-                    f" {', '.join(SET_METRICS)}; or gap"
+                    f" {', '.join(SET_METRICS)}; or {', '.join(GAPS)}"
                 )
     return found
 
@@ -288,12 +292,13 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
     known = {
         *logged,
         *NAMES,
-        "gap",
+        *GAPS,
         *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
     }
     missing = [
-        f"--{flag} {text}: nothing of the name {name} is logged; there are gap, NAME/METRIC of"
-        f" --validation_file, monitors/... and {', '.join(sorted(set(logged) - set(NAMES)))}"
+        f"--{flag} {text}: nothing of the name {name} is logged; there are"
+        f" {', '.join(GAPS)}, NAME/METRIC of --validation_file, monitors/... and"
+        f" {', '.join(sorted(set(logged) - set(NAMES)))}"
         for flag in ("stop_when", "warn_when")
         for text in getattr(config, flag)
         for name in parse_condition(text).combination.names

@@ -35,7 +35,7 @@ from engine.saving import save_final_adapter
 from eval.decode import Decoding, difference, evaluate_sets, predict
 from eval.evaluate import main
 from eval.folders import load_answers, write_results
-from eval.scores import format_progress, format_scores, score
+from eval.scores import format_scores, score
 from eval.votes import sample_scores, vote_predictions
 from rl.rewards import HardReward
 from tests.helpers.reports import ABC, parsed, row
@@ -649,22 +649,25 @@ def test_table_of_scores():
     table = format_scores(
         {"site-a": score(hand_rows(patient="the same"))}, per_label=True
     ).splitlines()
-    prevalence = table.pop(6)
+    prevalence = table.pop(7)
     # One of the four answers failed. Left out: TP 3, FN 1, so 6/7; all wrong: TP 3, FP 2, FN 2, so
     # 6/10 (labels: see above).
+    unknown = table[2][-7:].strip()
     assert table == [
         (
-            "data set              n  Jaccard              micro-F1             macro-F1           "
-            "   fail"
+            "data set / stage    n  Jaccard            micro-F1           macro-F1            fail"
+            "  unknown"
         ),
+        "site-a",
         (
-            "site-a                4  0.333 (0.333-0.333)  0.750 (0.750-0.750)  0.667 (0.667-0.667)"
-            "  0.250"
+            "  answers           4  0.333 (.333-.333)  0.750 (.750-.750)  0.667 (.667-.667)  0.250"
+            f"  {unknown:>7}"
         ),
-        "  failed left out                             0.857                0.667",
-        "  failed all wrong                            0.600                0.489",
-        "  most frequent          0.375                0.444                0.222",
-        "  all labels             0.417                0.588                0.578",
+        "  failed left out                         0.857              0.667",
+        "  failed all wrong                        0.600              0.489",
+        "  most frequent        0.375              0.444              0.222",
+        "  all labels           0.417              0.588              0.578",
+        "silenced labels: none",
         (
             "(95 % interval by patient); failed answers count as empty, answers not in the format"
             " have Jaccard 0;"
@@ -676,13 +679,14 @@ def test_table_of_scores():
         "Pneumonia      1.000   1.000  1.000        1",
         "Fracture       0.000   0.000  0.000        2",
     ]
-    assert prevalence.startswith("  prevalence-matched     0.")
+    assert prevalence.startswith("  by prevalence        0.")
     # all three figures are the same
     assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]
 
 
 def test_table_is_at_most_100_columns_wide():
     scores = score(hand_rows()) | {"n": 123456}
+    scores |= {"stage": "GRPO + vote of 16", "silenced_labels": list(LABELS)}
     table = format_scores({f"a-very-long-name-of-a-data-set-at-site-{i}": scores for i in (1, 2)})
     assert max(map(len, table.splitlines())) <= 100
     assert "site-1" in table and "site-2" in table
@@ -866,7 +870,7 @@ def test_command_scores_again_without_a_model(tmp_path, capsys):
     del scores["run"]
     assert scores == score(hand_rows())
     assert read_predictions(tmp_path / "out" / "predictions-site.jsonl") == hand_rows()
-    assert "site                  4  0.333" in capsys.readouterr().out
+    assert "\nsite\n  answers           4  0.333" in capsys.readouterr().out
 
 
 def test_rollouts_of_a_run_are_scored_completion_by_completion(tmp_path, monkeypatch):
@@ -1344,28 +1348,3 @@ def test_unusable_settings_of_the_run_are_an_error(project, tmp_path, capsys, co
         == 2
     )
     assert message in capsys.readouterr().err
-
-
-def test_progress_shows_start_best_and_last_of_each_set():
-    metrics = ("reward", "jaccard", "micro_f1", "macro_f1", "fail_rate", "completion_length")
-    log = [
-        {"step": step, "loss": 1.0} | {f"eval_a_{metric}": value for metric in metrics}
-        for step, value in ((0, 0.5), (4, 0.25), (8, 0.75))
-    ]
-    lines = format_progress(log, ["a"], "checkpoint-4").splitlines()
-    assert lines[0].split() == [
-        "data",
-        "set",
-        "step",
-        "reward",
-        "Jaccard",
-        "micro-F1",
-        "macro-F1",
-        "fail",
-        "tokens",
-    ]
-    assert [line.split()[1:4] for line in lines[1:]] == [
-        ["start", "(0)", "0.500"],
-        ["best", "(4)", "0.250"],
-        ["last", "(8)", "0.750"],
-    ]

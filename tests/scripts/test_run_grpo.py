@@ -19,11 +19,15 @@ from transformers import AutoModelForImageTextToText
 
 import rl.rollout
 import run_grpo
+from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.policy import Policy
+from eval.folders import load_entry
+from eval.scores import score
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
 from rl.settings import (
+    GAPS,
     SET_METRICS,
     GRPOConfig,
     resolve_grpo,
@@ -338,9 +342,14 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
     ]
     # Exactly what --metric_for_best_model may name
     evaluated = [set(entry) - {"step", "epoch", "split", "dataset"} for entry in log]
-    assert evaluated == [set(SET_METRICS), set(SET_METRICS), {"gap"}] * 3
+    assert evaluated == [set(SET_METRICS), set(SET_METRICS), set(GAPS)] * 3
     # Gains since the start, first site minus the other: 0 - 0, 0.5 - -0.25, 0.25 - -0.375
     assert [entry["gap"] for entry in log if "gap" in entry] == [0.0, 0.75, 0.625]
+    # Both sites are one file, so what they really answered moved alike: no gap on shared labels.
+    # At the start nothing has moved, whatever is drawn.
+    gaps = [entry for entry in log if "gap" in entry]
+    assert [entry["gap_shared"] for entry in gaps] == [0.0, 0.0, 0.0]
+    assert gaps[0]["gap_se"] == gaps[0]["gap_shared_se"] == 0
     state = record(run / "trainer_state.json")
     assert (state["best_metric"], state["best_model_checkpoint"]) == (0.75, "checkpoint-2")
     assert (
@@ -353,6 +362,25 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
         0.625,
     ]
     assert state["epoch"] == pytest.approx(4 / 12)  # 2 rollouts of 2 of the 12 prompts
+
+
+def test_the_answers_of_the_start_are_kept_and_read_like_any_others(finished):
+    run, sft_run = finished
+    start = load_entry("before", run / "start")
+    assert start.stage == "sft" and start.training == sft_run and set(start.sets) == {"a", "b"}
+    assert "step" not in record(run / "start/scores-a.json")
+    rows = lines(run / "evaluations.jsonl")
+    assert [(row["step"], row["dataset"]) for row in rows] == [
+        (step, name) for step in (0, 2, 4) for name in ("a", "b")
+    ]
+    # The folder's own answers are those of the last step, which the last rows compare.
+    before, after = (
+        score(read_predictions(folder / "predictions-a.jsonl")) for folder in (run / "start", run)
+    )
+    change = rows[-2]["since_start"]
+    assert change["jaccard"]["difference"] == pytest.approx(after["jaccard"] - before["jaccard"])
+    assert rows[-2]["macro_f1"] == pytest.approx(after["macro"]["f1"])
+    assert rows[0]["since_start"]["macro_f1"] == {"difference": 0.0, "interval": [0.0, 0.0]}
 
 
 # ---- settings of the loop ------------------------------------------------------------------------

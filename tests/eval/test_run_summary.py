@@ -1,0 +1,257 @@
+"""Protect what a run says at its end: the sampled reward, one sentence, one table.
+
+Checked by hand: the reward of the first against the last quarter with its interval by patient, the
+words of the sentence, and that all commands print the same columns.
+
+Run: pytest tests/eval/test_run_summary.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.files import write_jsonl
+from eval.end_table import end_table, row_of, stage_title
+from eval.folders import load_entry, write_results
+from eval.run_summary import end_of_run, plain_sentence, sampled_reward, summarize
+from eval.scores import format_scores, score
+from eval.since_start import keep_start, since_start
+from tests.helpers.reports import (
+    AFTER,
+    BEFORE,
+    NIH_AFTER,
+    NIH_BEFORE,
+    answer,
+    parsed,
+    row,
+    save,
+    training_run,
+)
+
+
+def rollouts(run: Path, rewards: list[list[tuple[str, float]]]) -> Path:
+    """Write completions.jsonl: a list of (patient, reward) for each rollout, two steps apart."""
+    run.mkdir(exist_ok=True)
+    rows = [
+        {"step": 2 * k + 1, "group": 0, "id": patient, "patient_id": patient, "reward": reward}
+        for k, rollout in enumerate(rewards)
+        for patient, reward in rollout
+    ]
+    write_jsonl(run / "completions.jsonl", rows)
+    return run
+
+
+# ---- sampled reward ------------------------------------------------------------------------------
+def test_the_first_quarter_against_the_last_by_hand(tmp_path):
+    # Nine rollouts: a quarter is two. First (0 + 1 + 0) / 3, last (1 + 1 + 0 + 1) / 4.
+    middle = [[("m", 5.0)]] * 5
+    run = rollouts(
+        tmp_path / "run",
+        [
+            [("a", 0.0), ("a", 1.0)],
+            [("b", 0.0)],
+            *middle,
+            [("c", 1.0), ("c", 1.0)],
+            [("d", 0.0), ("d", 1.0)],
+        ],
+    )
+    found = sampled_reward(run)
+    assert found["rollouts"] == 2
+    assert (found["first"], found["last"]) == (pytest.approx(1 / 3), 0.75)
+    assert found["difference"] == pytest.approx(0.75 - 1 / 3)
+
+
+def test_its_interval_is_by_patient_not_by_completion(tmp_path):
+    """Completions of one patient are all alike here, so 40 patients are 40 draws, not 320."""
+    rng = np.random.default_rng(0)
+    first = [(f"a{n}", value) for n, value in enumerate(rng.random(40).tolist())] * 8
+    last = [(f"b{n}", value) for n, value in enumerate(rng.random(40).tolist())] * 8
+    low, high = sampled_reward(rollouts(tmp_path / "run", [first, last]))["interval"]
+    # The mean of 40 uniform draws has a standard deviation of sqrt(1/12/40) = 0.046, a difference
+    # sqrt(2) times that, and +-1.96 of it is a width of 0.253. By completion it would be 0.089.
+    assert high - low == pytest.approx(0.253, rel=0.15)
+
+
+def test_a_patient_of_both_quarters_is_drawn_with_both(tmp_path):
+    """Where every image has won 0.1 its own difficulty does not widen the interval."""
+    level = np.random.default_rng(1).random(30).tolist()
+    first = [(f"p{n}", value) for n, value in enumerate(level)]
+    last = [(patient, value + 0.1) for patient, value in first]
+    found = sampled_reward(rollouts(tmp_path / "run", [first, last]))
+    assert found["interval"] == pytest.approx([0.1, 0.1])
+
+
+def test_runs_with_less_than_two_rollouts(tmp_path):
+    assert sampled_reward(tmp_path) is None
+    one = rollouts(tmp_path / "one", [[("a", 0.5), ("b", 1.0)]])
+    assert sampled_reward(one) == {"first": 0.75, "rollouts": 1}
+    assert plain_sentence(sampled_reward(one), [], {}) == "sampled reward 0.750 (one rollout)"
+    with (one / "completions.jsonl").open("a") as file:
+        file.write('{"step": 3, "patient_id": "a", "rew')  # torn
+    assert sampled_reward(one) == {"first": 0.75, "rollouts": 1}
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/completions.jsonl").write_text("")
+    assert sampled_reward(tmp_path / "none") is None
+    # Patients of one quarter each: draws that miss a quarter say nothing and are left out.
+    two = rollouts(tmp_path / "two", [[("a", 0.5)], [("b", 1.0)]])
+    assert sampled_reward(two)["interval"] == [0.5, 0.5]
+
+
+# ---- sentence ------------------------------------------------------------------------------------
+REWARD = {"first": 0.658, "last": 0.692, "difference": 0.034, "interval": [0.012, 0.056]}
+
+
+def moved(name: str, difference: float, low: float, high: float, n: int = 100) -> dict:
+    change = {"difference": difference, "interval": [low, high]}
+    return {"dataset": name, "n": n, "since_start": {"macro_f1": change}}
+
+
+def test_the_sentence_of_a_run_without_a_clear_change():
+    rows = [moved("site-a", -0.014, -0.056, 0.026), moved("site-b", 0.029, -0.01, 0.068)]
+    silenced = {"site-a": ["Pleural Other", "Fracture"], "site-b": []}
+    assert plain_sentence(REWARD, rows, silenced) == (
+        "sampled reward 0.658 -> 0.692 (first against last quarter, +0.034, 95 % +0.012 to +0.056);"
+        " greedy macro-F1 site-a -0.014 (-0.056 to +0.026), site-b +0.029 (-0.010 to +0.068): no"
+        " clear change at n = 100; silenced: Pleural Other, Fracture (site-a)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([(0.01, 0.05, 100)], "clear gain at n = 100"),
+        ([(-0.05, -0.01, 100), (-0.09, -0.01, 80)], "clear loss at n = 100 and 80"),
+        (
+            [(0.01, 0.05, 100), (-0.05, 0.01, 100), (-0.05, -0.01, 100)],
+            "clear gain on s0; no clear change on s1; clear loss on s2, at n = 100",
+        ),
+        ([(0.0, 0.05, 25596)], "no clear change at n = 25,596"),  # an interval that touches 0
+    ],
+)
+def test_a_change_is_clear_where_its_interval_leaves_zero_out(changes, words):
+    rows = [moved(f"s{i}", 0.0, low, high, n) for i, (low, high, n) in enumerate(changes)]
+    sentence = plain_sentence(None, rows, {})
+    assert sentence.startswith("greedy macro-F1 s0 +0.000 (")
+    assert sentence.endswith(f": {words}; silenced: no label")
+
+
+# ---- a whole run ---------------------------------------------------------------------------------
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """Make a GRPO run, evaluated at steps 0, 4 and 8, at 4 with the answers of the start."""
+    run = training_run(tmp_path / "run", "grpo")
+    rollouts(run, [[("a", 0.25)], [("a", 0.75)]])
+    save(run, home=BEFORE, nih=NIH_BEFORE)
+    keep_start(run, ["home", "nih"])
+    rows = [
+        {"step": step} | row for step in (0, 4) for row in since_start(run, ["home", "nih"]).rows
+    ]
+    for name, answers in (("home", AFTER), ("nih", NIH_AFTER)):
+        write_results(run, name, answers, score(answers), overwrite=True)
+    rows += [{"step": 8} | row for row in since_start(run, ["home", "nih"]).rows]
+    write_jsonl(run / "evaluations.jsonl", rows)
+    return run
+
+
+def test_the_end_of_a_run_is_a_sentence_and_a_table(run):
+    text = end_of_run(run, ["home", "nih"], "checkpoint-4").splitlines()
+    # Macro-F1 by hand: home 4/3 / 14 = 0.095 to 37/15 / 14 = 0.176; nih 2/9 to 2/27.
+    assert text[0].startswith(
+        "sampled reward 0.250 -> 0.750 (first against last quarter, +0.500, 95 % +0.500 to +0.500);"
+        " greedy macro-F1 home +0.081 ("
+    )
+    assert "nih -0.148 (" in text[0] and "at n = 4 and 3" in text[0] and text[1] == ""
+    columns = "data set / stage n Jaccard micro-F1 macro-F1 fail unknown"
+    assert " ".join(text[2].split()) == columns
+    assert [line.split("  ")[1] for line in text if line.startswith("  ") and "(" in line] == [
+        *("start (0)", "best (4)", "last (8)") * 2
+    ]
+    last = next(line for line in text if line.startswith("  last (8)"))
+    assert last.split()[2:8] == ["4", "0.750", "+0.375", "0.800", "+0.356", "0.176"]
+    assert text[text.index(last) + 1].startswith("    95 %")
+    start = next(line for line in text if line.startswith("  start (0)"))
+    assert start.split()[2:4] == ["4", "0.375"] and start.split()[4].startswith("(.")
+    assert max(map(len, text[1:])) <= 100
+
+
+def test_the_sentence_is_kept_for_other_commands(run):
+    printed = end_of_run(run, ["home", "nih"], None).splitlines()[0]
+    kept = json.loads((run / "summary.json").read_text())
+    assert kept["sentence"] == printed and kept == summarize(run, ["home", "nih"])
+    assert kept["sampled_reward"]["difference"] == 0.5
+    assert kept["rows"][0]["since_start"]["macro_f1"]["difference"] == pytest.approx(17 / 15 / 14)
+    assert set(kept["gaps"]) == {"gap_se", "gap_shared", "gap_shared_se"}
+    assert kept["silenced"] == {"home": [], "nih": []}
+
+
+def test_only_what_the_run_has_silenced_is_in_the_sentence(tmp_path):
+    # Edema and Fracture are true of 12 images. The start never says Fracture, the end neither.
+    def rows(*said: str):
+        return parsed(
+            [
+                row(answer(*said), ("Edema", "Fracture"), id=f"h{n}", patient=f"p{n}")
+                for n in range(12)
+            ]
+        )
+
+    run = training_run(tmp_path / "run", "grpo")
+    save(run, home=rows("Edema"))
+    keep_start(run, ["home"])
+    write_results(run, "home", rows("Pneumonia"), score(rows("Pneumonia")), overwrite=True)
+    summary = summarize(run, ["home"])
+    assert summary["silenced"] == {"home": ["Edema"]}
+    assert summary["sentence"].endswith(": clear loss at n = 12; silenced: Edema (home)")
+
+
+def test_a_run_of_an_earlier_version_has_a_sentence_of_what_it_kept(run):
+    (run / "start/predictions-nih.jsonl").unlink()
+    (run / "evaluations.jsonl").unlink()
+    text = end_of_run(run, ["home", "nih"], "checkpoint-4")
+    assert "\n" not in text and "home +0.081" in text and "nih" not in text
+    assert end_of_run(run, [], None).endswith("+0.500 to +0.500)")
+
+
+# ---- the same columns everywhere -----------------------------------------------------------------
+def test_all_commands_print_the_same_columns(run):
+    scores = score(AFTER) | {"stage": "SFT (114)"}
+    grpo = end_of_run(run, ["home", "nih"], None).splitlines()[2]
+    assert format_scores({"home": scores}).splitlines()[0].split() == grpo.split()
+    assert format_scores({"home": scores}).splitlines()[2].startswith("  SFT (114)")
+
+
+def test_silenced_labels_are_named_below_by_stage():
+    rows = row_of(score(AFTER)) | {"unknown_rate": 0.25}
+    lines = end_table(
+        {
+            "home": [
+                ("start (0)", rows | {"silenced_labels": []}),
+                ("last (8)", rows | {"silenced_labels": ["Fracture", "Pleural Other"]}),
+            ]
+        }
+    )
+    assert lines[-2:] == [
+        "silenced labels (true 10 times or more, said less than a quarter of that):",
+        "  home, last (8): Fracture, Pleural Other",
+    ]
+    assert lines[2].endswith("0.000    0.250")
+    unmeasured = {key: value for key, value in rows.items() if key != "silenced_labels"}
+    assert "silenced" not in "\n".join(end_table({"home": [("start (0)", unmeasured)]}))
+
+
+def test_a_stage_is_named_by_what_answered(tmp_path):
+    voted = {"samples": {"num_generations": 4}}
+    sft = load_entry("sft", training_run(tmp_path / "a", "sft"))
+    assert stage_title(sft) == "SFT" and stage_title(sft, voted) == "SFT + vote of 4"
+    (tmp_path / "a/trainer_state.json").write_text(
+        json.dumps({"best_model_checkpoint": "checkpoint-20", "global_step": 30})
+    )
+    assert stage_title(load_entry("x", tmp_path / "a")) == "SFT (20)"
+    other = load_entry("gpt", save(tmp_path, home=AFTER))
+    assert stage_title(other) == "answers" and stage_title(other, voted) == "vote of 4"
+    again = {"run": {"settings": {"predictions": {"value": ["home=x"]}}}}
+    write_results(tmp_path, "home", AFTER, score(AFTER) | again, overwrite=True)
+    assert stage_title(load_entry("gpt", tmp_path)) == "answers"
