@@ -232,7 +232,8 @@ def console_lines(block: Block) -> list[str]:
     if isinstance(block, HeatMap):
         block = _brief(block)
     if isinstance(block, Table):
-        return ["", plain(block.caption), *_console_table(block), *map(plain, block.notes)]
+        notes = [line for note in block.notes for line in textwrap.wrap(plain(note), WIDTH + 20)]
+        return ["", plain(block.caption), *_console_table(block), *notes]
     if isinstance(block, Text):
         return ["", plain(block.text)]
     if isinstance(block, Lead):

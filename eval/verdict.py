@@ -41,7 +41,7 @@ def verdict(
     if silent := _newly_silent(both, before, after):
         verb = "is" if len(silent) == 1 else "are"
         parts.append(f"{_listed(silent)} {verb} hardly said any more")
-    details = [_evidence(contrast, change) for contrast, change in moved]
+    details = [_evidence(contrast, *step) for contrast in both]
     if transfer is not None and transfer.gap_shared is not None:
         size, (low, high) = transfer.gap_shared
         details.append(
@@ -99,16 +99,22 @@ def _newly_silent(contrasts: Sequence[Contrast], before: str, after: str) -> lis
     return list(dict.fromkeys(found))
 
 
-def _evidence(contrast: Contrast, moved: Change) -> str:
-    low, high = moved.difference
+def _evidence(contrast: Contrast, before: str, after: str) -> str:
+    """Write the figures of one data set: macro-F1 before and after, both F1's differences, n."""
+    macro, micro = (contrast.change(before, after, score) for score in ("macro_f1", "micro_f1"))
     patients = _patients(contrast)
     few = "" if patients >= FEW_PATIENTS else ", too few for an interval to be trusted"
     return (
-        f"{contrast.data_set}: macro-F1 {number(moved.before)} {ARROW} {number(moved.after)},"
-        f" {moved.after - moved.before:+.3f} (95 % {low:+.3f} to {high:+.3f}, p"
-        f" {p_text(moved.p_value)}), {len(contrast.labels)} labels,"
-        f" {len(contrast.first.ids):,} images of {patients:,} patients{few}"
+        f"{contrast.data_set}: macro-F1 {number(macro.before)} {ARROW} {number(macro.after)},"
+        f" {_difference(macro)}, p {p_text(macro.p_value)}; micro-F1 {_difference(micro)};"
+        f" {len(contrast.labels)} labels, {len(contrast.first.ids):,} images of {patients:,}"
+        f" patients{few}"
     )
+
+
+def _difference(moved: Change) -> str:
+    low, high = moved.difference
+    return f"{moved.after - moved.before:+.3f} (95 % {low:+.3f} to {high:+.3f})"
 
 
 def _patients(contrast: Contrast) -> int:

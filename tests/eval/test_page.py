@@ -16,6 +16,7 @@ import pytest
 from markdown import markdown  # TensorBoard's own: what it makes of a text
 from markdown_it import MarkdownIt  # CommonMark, which GitHub and editors read
 
+from data.labels import LABELS
 from eval.page import (
     Block,
     Bullets,
@@ -35,6 +36,7 @@ from eval.page import (
     plain,
 )
 from eval.page_html import to_html
+from eval.page_style import SCRIPT, STYLE
 from eval.page_text import WIDTH, to_markdown, to_text
 from tests.helpers.pages import HOSTILE, ParsedPage
 
@@ -195,6 +197,74 @@ def test_a_page_can_be_used_by_keyboard_and_screen_reader():
         of["div", "tabindex"] == ["0"] * page.tags.count("table") and page.tags.count("table") == 3
     )
     assert set(of["th", "scope"]) == {"col", "row"}
+
+
+def test_cases_can_be_filtered_sorted_and_searched():
+    """What the script reads is on each case and each answer; without it all cases are shown."""
+    sft = ModelAnswer("SFT", "wrong", "", ["Edema"], "", 0.25, [])
+    grpo = ModelAnswer("GRPO", "right", "", ["Edema", "Fracture"], "", 1.0, [])
+    case = Case("Home", "H1", ["Edema", "Fracture"], LABELS, None, [sft, grpo], "fixed")
+    source = to_html(page_of(Cases([case], [])))
+    page = ParsedPage(source)
+    shown = {name: value for tag, name, value in page.attributes if tag == "article"}
+    assert shown["data-turn"] == "fixed" and shown["data-id"] == "home: h1"
+    assert shown["data-true"] == "Edema|Fracture" and "hidden" not in shown
+    answers = [value for tag, name, value in page.attributes if name == "data-jaccard"]
+    assert answers == ["0.2500", "1.0000"]
+    fields = [value for _, name, value in page.attributes if name == "data-filter"]
+    assert fields == ["model", "outcome", "label", "turn", "order", "id"]
+    for option in ("fixed by GRPO", "broken by GRPO", "lowest Jaccard first"):
+        assert f">{option}</option>" in source
+    assert '<option value="1" selected>GRPO</option>' in source  # the last model's answers
+    assert all(f'"{field}"' in SCRIPT for field in fields)  # each field has its use
+    assert re.search(r"<form[^>]* hidden", source)  # shown by the script alone
+
+
+def test_what_is_folded_is_still_there():
+    table = Table("inner", ["a"], [["x"]])
+    page = page_of(Folded("a title", [table]))
+    assert "<details><summary>a title</summary><div" in to_html(page)
+    assert "### a title\n\n**inner**" in to_markdown(page)
+    assert to_text(page).splitlines() == ["", "", "", "a title"]  # on the console the title alone
+
+
+def test_a_heat_map_shades_by_value_and_frames_its_diagonal():
+    heat = HeatMap(
+        "m", ["A", "B"], [("A", 9, [0.55, 0.26]), ("B", 1, [0.0, 0.0])], (["T"], [["A"]])
+    )
+    source = to_html(page_of(heat))
+    # blue by tens of percent: 5.5 is rounded to 6; orange by fives: 5.2 to 5
+    assert '<td class="own shade6">55</td><td class="other shade5">26</td>' in source
+    # nothing said in its place is an empty cell, a recall of 0 is told
+    assert '<td class="other shade0"></td><td class="own shade0">0</td>' in source
+
+
+def test_text_stands_out_from_every_shade():
+    """Contrast of 4.5 or more, by WCAG 2.2."""
+
+    def luminance(colour: str) -> float:
+        colour = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    shades = re.findall(r"shade\d+\{background:#(\w+);color:#(\w+)\}", STYLE)
+    assert len(shades) == 2 * 11
+    for pair in shades:
+        low, high = sorted(map(luminance, pair))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, pair
+
+
+def test_headings_descend_in_order():
+    levels = [
+        int(tag[1])
+        for tag in ParsedPage(to_html(hostile_page("x"))).tags
+        if re.match("h[1-6]", tag)
+    ]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
 
 
 def test_labels_that_are_not_evaluated_are_set_apart():

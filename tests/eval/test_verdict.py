@@ -49,8 +49,8 @@ def test_a_rise_needs_an_interval_without_zero(tmp_path):
     lead = verdict([home], STEP, None)
     assert lead.text == "sft against base: macro-F1 rises by 0.071 on home."
     assert lead.details[0] == (  # no permutation of 200 is as extreme: p = 1/201
-        "home: macro-F1 0.000 \u2192 0.071, +0.071 (95 % +0.071 to +0.071, p 0.005), 14 labels,"
-        " 40 images of 40 patients"
+        "home: macro-F1 0.000 \u2192 0.071, +0.071 (95 % +0.071 to +0.071), p 0.005; micro-F1"
+        " +1.000 (95 % +1.000 to +1.000); 14 labels, 40 images of 40 patients"
     )
     back = compared(tmp_path, rows_of({0: "Edema"}), rows_of({0: "Fracture"}))
     # and the label that was said of all is now said of none
