@@ -5,14 +5,16 @@ This file needs torch and transformers. Commands import it once their command li
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +30,9 @@ from engine.resume import run_record
 from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
 from engine.tracking import Progress
+from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import result_files, write_results
+from eval.probabilities import probability_scores
 from eval.scores import score
 from eval.settings import EvalConfig
 from eval.votes import sample_scores, vote_predictions
@@ -44,6 +48,7 @@ class Decoding:
     answer_format: the form of a valid answer. batch_size: completions written together.
     seed: of the sampler, and of the intervals and the random baseline of the scores.
     num_generations: k, the completions of each image. Above 1 they vote (see eval/votes.py).
+    swap_images: answer once more from another patient's image (see eval/faithfulness.py).
     """
 
     sampling: SamplingConfig
@@ -51,6 +56,7 @@ class Decoding:
     batch_size: int
     seed: int = 0
     num_generations: int = 1
+    swap_images: bool = False
 
     @classmethod
     def of(cls, config: EvalConfig) -> Decoding:
@@ -61,6 +67,7 @@ class Decoding:
             config.per_device_eval_batch_size,
             config.seed,
             config.num_generations,
+            config.swap_images,
         )
 
     @classmethod
@@ -206,38 +213,76 @@ def evaluate_sets(
     results, k = {}, decoding.num_generations
     for name, examples in sets.items():
         record = None if records is None else records[name]
-        done = [] if record is None else read_partial(output_dir, name, record)
-        done = [answer for found in whole_images(done, k).values() for answer in found]
-        description = f"{name} (images)" if k == 1 else f"{name} (samples)"
-        with (
-            Progress(k * len(examples), initial=len(done), description=description) as progress,
-            _kept(output_dir, name, done, record) as keep,
-        ):
-            answers = predict(
-                policy,
-                examples,
-                decoding,
-                done=done,
-                should_stop=should_stop,
-                on_prediction=_shown(progress, keep),
-            )
+        with ExitStack() as partial_files:
+            ask = partial(_answers, partial_files, policy, name, decoding, output_dir, record)
+            answers = ask(examples, should_stop)
             predictions = answers if k == 1 else vote_predictions(answers)
-            more: dict[str, Any] = {}
+            more = {"samples": answers} if k > 1 else {}
+            if decoding.swap_images:
+                more["swapped"] = _swapped(examples, decoding.seed, ask, should_stop)
+            annotations: dict[str, Any] = {}
             if annotate is not None:
-                predictions, more = annotate(predictions)
+                predictions, annotations = annotate(predictions)
             scores = score(predictions, baseline_examples=baseline_examples, seed=decoding.seed)
             if k > 1:
                 scores["samples"] = sample_scores(answers, seed=decoding.seed)
-            results[name] = scores | more | dict((notes or {}).get(name, {}))
-            write_results(
-                output_dir,
-                name,
-                predictions,
-                results[name],
-                more={"samples": answers} if k > 1 else None,
-                overwrite=True,
-            )
+                scores["probabilities"] = probability_scores(predictions, seed=decoding.seed)
+            if decoding.swap_images:
+                scores["faithfulness"] = faithfulness_scores(
+                    predictions, more["swapped"], seed=decoding.seed
+                )
+            results[name] = scores | annotations | dict((notes or {}).get(name, {}))
+            write_results(output_dir, name, predictions, results[name], more=more, overwrite=True)
     return results
+
+
+def _answers(
+    partial_files: ExitStack,
+    policy: Policy,
+    name: str,
+    decoding: Decoding,
+    output_dir: str | Path,
+    record: Mapping[str, Any] | None,
+    examples: Sequence[Example],
+    should_stop: Callable[[], bool],
+    kind: Kind = "predictions",
+) -> list[Prediction]:
+    """Answer a data set with a progress bar, and keep what is there in a file until the stack ends.
+
+    kind: "swapped" where the examples have another patient's images.
+    """
+    k = decoding.num_generations
+    done = [] if record is None else read_partial(output_dir, name, record, kind)
+    done = [answer for found in whole_images(done, k).values() for answer in found]
+    keep = partial_files.enter_context(_kept(output_dir, name, done, record, kind))
+    what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
+    with Progress(k * len(examples), initial=len(done), description=f"{name} ({what})") as progress:
+        return predict(
+            policy,
+            examples,
+            decoding,
+            done=done,
+            should_stop=should_stop,
+            on_prediction=_shown(progress, keep),
+        )
+
+
+def _swapped(
+    examples: Sequence[Example],
+    seed: int,
+    ask: Callable[..., list[Prediction]],
+    should_stop: Callable[[], bool],
+) -> list[Prediction]:
+    """Answer every example from another patient's image, and note whose image it was."""
+    partners = partners_of(examples, seed)
+    swapped = [
+        dataclasses.replace(example, image=partner.image, image_root=partner.image_root)
+        for example, partner in zip(examples, partners, strict=True)
+    ]
+    return [
+        answer.with_extra(image_of=partner.id)
+        for answer, partner in zip(ask(swapped, should_stop, "swapped"), partners, strict=True)
+    ]
 
 
 def _shown(progress: Progress, keep: Callable[[Prediction], None]) -> Callable[[Prediction], None]:
@@ -254,19 +299,24 @@ def _shown(progress: Progress, keep: Callable[[Prediction], None]) -> Callable[[
 
 
 # ---- the answers so far --------------------------------------------------------------------------
-def _partial_files(output_dir: str | Path, name: str) -> tuple[Path, Path]:
+Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
+
+
+def _partial_files(output_dir: str | Path, name: str, kind: Kind) -> tuple[Path, Path]:
     """Return (file of the answers so far, file of their evaluation's record)."""
-    stem = Path(output_dir) / f"predictions-{name}.partial"
+    stem = Path(output_dir) / f"{kind}-{name}.partial"
     return Path(f"{stem}.jsonl"), Path(f"{stem}.json")
 
 
-def read_partial(output_dir: str | Path, name: str, record: Mapping[str, Any]) -> list[Prediction]:
+def read_partial(
+    output_dir: str | Path, name: str, record: Mapping[str, Any], kind: Kind = "predictions"
+) -> list[Prediction]:
     """Read the answers that an interrupted evaluation left, so that the same one goes on.
 
-    record: `evaluation_record` of the evaluation that asks. Raises UsageError where they are of
-    another one.
+    record: `evaluation_record` of the evaluation that asks. kind: of the answers. Raises UsageError
+    where they are of another evaluation.
     """
-    answers, about = _partial_files(output_dir, name)
+    answers, about = _partial_files(output_dir, name, kind)
     if not answers.is_file():
         return []
     if not about.is_file():
@@ -295,17 +345,18 @@ def _kept(
     name: str,
     done: Sequence[Prediction],
     record: Mapping[str, Any] | None,
+    kind: Kind,
 ) -> Iterator[Callable[[Prediction], None]]:
     """Give a function that appends a prediction to the file of partial answers at once.
 
     The file goes when the block ends well. Else it stays and is named.
     """
-    partial, about = _partial_files(output_dir, name)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    answers, about = _partial_files(output_dir, name, kind)
+    answers.parent.mkdir(parents=True, exist_ok=True)
     if record is not None:
         write_json(about, record)
-    write_predictions(partial, done)  # without a torn line
-    with partial.open("a", encoding="utf-8") as file:
+    write_predictions(answers, done)  # without a torn line
+    with answers.open("a", encoding="utf-8") as file:
 
         def keep(prediction: Prediction) -> None:
             file.write(json.dumps(prediction.to_row(), ensure_ascii=False) + "\n")
@@ -318,14 +369,14 @@ def _kept(
                 how = (
                     "the same command goes on from there"
                     if record is not None
-                    else f"to score them: python -m eval.evaluate --predictions {name}={partial}"
+                    else f"to score them: python -m eval.evaluate --predictions {name}={answers}"
                 )
-                print(f"the answers so far are kept in {partial}: {how}", file=sys.stderr)
+                print(f"the answers so far are kept in {answers}: {how}", file=sys.stderr)
             else:
-                partial.unlink()
+                answers.unlink()
                 about.unlink(missing_ok=True)
             raise
-    partial.unlink()
+    answers.unlink()
     about.unlink(missing_ok=True)
 
 
@@ -340,9 +391,10 @@ _NO_MATTER = (
     "image_root",
     "vision_cache_dir",
     "per_device_eval_batch_size",
+    "thresholds_from",
 )
 # What an earlier version did, where its record does not have the setting.
-_AS_BEFORE = {"num_generations": 1}
+_AS_BEFORE = {"num_generations": 1, "swap_images": False}
 
 
 def evaluation_record(
@@ -364,7 +416,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before, now: `evaluation_record` of what was done and of what is asked for.
     """
     was = before.get("settings") or {}
-    greedy = now["settings"]["temperature"]["value"] == 0
+    swap = now["settings"].get("swap_images", {}).get("value", False)  # by the seed
+    greedy = now["settings"]["temperature"]["value"] == 0 and not swap
     for name, entry in now["settings"].items():
         if name in _NO_MATTER or (greedy and name == "seed"):
             continue

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from data.examples import Example, data_file, read_examples, read_jsonl
-from data.files import DataError, named_files, sha256_of
+from data.files import DataError, named_files, sha256_of, write_json
 from data.join import read_answers
-from data.predictions import read_predictions, relabel
+from data.predictions import Prediction, read_predictions, relabel
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, describe, parse_config
 from engine.resume import run_record
 from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
 from eval.end_table import stage_title
+from eval.faithfulness import format_faithfulness, partners_of
 from eval.folders import (
     load_entry,
     made_folder,
@@ -38,6 +39,12 @@ from eval.folders import (
     refuse_existing,
     result_files,
     write_results,
+)
+from eval.probabilities import (
+    format_probabilities,
+    has_shares,
+    operating_points,
+    probability_scores,
 )
 from eval.scores import format_scores, score
 from eval.settings import (
@@ -48,7 +55,7 @@ from eval.settings import (
     joined_files,
     with_precision,
 )
-from eval.votes import format_samples, sample_scores, samples_of_file, vote_predictions
+from eval.votes import format_samples, sample_scores, samples_of_file, vote, vote_predictions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +128,13 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
     }
     for name, rows in samples.items():
         results[name]["samples"] = sample_scores(rows, seed=config.seed)
+    for name, votes in predictions.items():
+        if any(map(has_shares, votes)):
+            results[name]["probabilities"] = probability_scores(
+                votes, seed=config.seed, source=named[name]
+            )
+    if config.thresholds_from is not None:
+        _add_operating_points(results, predictions, config.thresholds_from, config.seed)
     output_dir = _output_directory(config)
     for name, scores in results.items():
         answers = Path(named[name])
@@ -164,6 +178,9 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
     files, sets, bad_images = read_sets(
         named, config.image_root, config.bad_images, max_samples=config.max_samples
     )
+    if config.swap_images:  # before the model is loaded
+        for examples in sets.values():
+            partners_of(examples, config.seed)
     device = pick_device(config.num_threads)
     resolved = with_precision(resolved, device)
     config = resolved.configs[0]
@@ -178,7 +195,8 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
         if not todo:
             refuse_existing([result_files(config.output_dir, name)[0] for name in finished])
         for name in todo:  # before the model is loaded
-            read_partial(config.output_dir, name, records[name])
+            for kind in ("predictions", "swapped"):
+                read_partial(config.output_dir, name, records[name], kind)
     print(environment_banner(device))
     print(describe(resolved))
     counts = ", ".join(f"{name} {len(examples)}" for name, examples in sets.items())
@@ -205,7 +223,34 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
         name: json.loads(result_files(output_dir, name)[1].read_text(encoding="utf-8"))
         for name in sets
     }
+    if config.thresholds_from is not None:
+        votes = {name: read_predictions(result_files(output_dir, name)[0]) for name in sets}
+        _add_operating_points(results, votes, config.thresholds_from, config.seed)
+        for name, scores in results.items():
+            write_json(result_files(output_dir, name)[1], scores)
     return _show(results, output_dir)
+
+
+def _add_operating_points(
+    results: dict[str, dict[str, Any]],
+    votes: dict[str, list[Prediction]],
+    chosen_on: str,
+    seed: int,
+) -> None:
+    """Judge every data set with the thresholds that one of them, or a file, chooses.
+
+    Raises DataError where the votes, or those of the file, have no shares.
+    """
+    if chosen_on in votes:
+        choosing = votes[chosen_on]
+    else:
+        rows = read_predictions(chosen_on)
+        groups = samples_of_file(rows, None, source=chosen_on)
+        choosing = rows if groups is None else [vote(group) for group in groups]
+    for name, rows in votes.items():
+        results[name]["probabilities"]["operating_points"] = operating_points(
+            rows, choosing, chosen_on, seed=seed
+        )
 
 
 def _show(results: dict[str, dict[str, Any]], output_dir: Path) -> int:
@@ -214,7 +259,11 @@ def _show(results: dict[str, dict[str, Any]], output_dir: Path) -> int:
         name: scores | {"stage": stage_title(about, scores)} for name, scores in results.items()
     }
     print(format_scores(shown, per_label=True))
-    for table in (format_samples(results),):
+    for table in (
+        format_samples(results),
+        format_probabilities(results),
+        format_faithfulness(results),
+    ):
         if table:
             print(f"\n{table}")
     print(f"\npredictions and scores: {output_dir}")

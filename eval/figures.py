@@ -12,6 +12,7 @@ They are written as PNG and SVG, from each run's metrics.jsonl:
     reward-parts-...    the parts of the reward that was trained on
     policy              KL, entropy, valid and truncated answers of GRPO
     reward-hacking      what the reward has gained beside what the labels have
+    reliability-<set>   of folders with votes: how often a label is true where so many say it
 
 Faint lines are the logged values, bold lines their exponential moving average (`curves.ema`).
 """
@@ -371,6 +372,60 @@ def draw_by_run(
     return _picture(name, data, form, f"Line charts over step. {'; '.join(told)}.", caption)
 
 
+def draw_reliability(
+    data_set: str, probabilities: Mapping[str, Mapping[str, Any]], form: str = "svg"
+) -> Picture:
+    """Draw how often a label is true against the share of the samples that name it.
+
+    Left all labels together, one curve a model, and the diagonal of a share that can be taken at
+    its word. Right how many answers have each share.
+
+    data_set: its name. probabilities: {model: "probabilities" of its scores-<set>.json}. form:
+    "svg" or "png". Raises UsageError without matplotlib.
+    """
+    told = []
+    with _figure(1, 2, height=3.9) as (figure, axes):
+        curve, counts = axes
+        curve.plot([0, 1], [0, 1], color="#5b5b5b", linewidth=0.9, linestyle=":")
+        for index, (model, scores) in enumerate(probabilities.items()):
+            bins = scores["reliability"]
+            said, true, number = (
+                [one[key] for one in bins] for key in ("confidence", "observed", "n")
+            )
+            shares = np.array(number) / sum(number)
+            style: Any = {
+                "color": COLOURS[index % len(COLOURS)],
+                "linestyle": _DASHES[index % len(_DASHES)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "linewidth": 2,
+                "markersize": 6,
+            }
+            curve.plot(said, true, label=_wrapped(model), **style)
+            counts.plot(said, shares, **style)
+            points = ", ".join(
+                f"{one['confidence']:.2f} true in {one['observed']:.2f} of {one['n']:,}"
+                for one in bins
+            )
+            told.append(f"{model}, calibration error {scores['ece']:.3f}: {points}")
+        curve.set_title(_wrapped("Is a share right that often?"), fontsize=10.5)
+        curve.set(xlabel="share of samples that name it", ylabel="share of images where it is true")
+        counts.set_title(_wrapped("How common is a share?"), fontsize=10.5)
+        counts.set(xlabel="share of samples that name it", ylabel="share of images x labels")
+        for axis in axes:
+            axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        _head(figure, f"Vote shares as probabilities on {data_set}, all labels together")
+        _figure_legend(figure, axes, 2)
+        data = _rendered(figure, form)
+    caption = (
+        "Below the dotted line a label is named more often than it is true, above it less often."
+        " ECE is the mean distance from it over all images and labels: "
+        + ", ".join(f"{model} {scores['ece']:.3f}" for model, scores in probabilities.items())
+        + "."
+    )
+    alt = f"Reliability of vote shares on {data_set}. {'; '.join(told)}."
+    return _picture(f"reliability-{data_set}", data, form, alt, caption)
+
+
 def _picture(name: str, data: bytes, form: str, alt: str, caption: str) -> Picture:
     return Picture(name, data, "image/svg+xml" if form == "svg" else "image/png", alt, caption)
 
@@ -498,6 +553,16 @@ def _hacking(log: Log) -> dict[str, str]:
     }
 
 
+def reliability_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Picture]:
+    """Draw the reliability of the entries that voted, one picture a data set."""
+    voted: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        for data_set, record in entry.records.items():
+            if record.get("probabilities"):
+                voted.setdefault(data_set, {})[entry.name] = record["probabilities"]
+    return [draw_reliability(data_set, models, form) for data_set, models in voted.items()]
+
+
 # ---- command -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FiguresConfig:
@@ -541,7 +606,11 @@ def _run(argv: Sequence[str]) -> int:
     config: FiguresConfig = resolved.configs[0]
     entries = load_entries(config.run, "run")
     _, problems = training_runs(entries)
-    pictures = [picture for form in ("svg", "png") for picture in training_pictures(entries, form)]
+    pictures = [
+        picture
+        for form in ("svg", "png")
+        for picture in training_pictures(entries, form) + reliability_pictures(entries, form)
+    ]
     if not pictures:
         raise UsageError([f"nothing to draw: {problem}" for problem in problems])
     for problem in problems:

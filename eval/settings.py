@@ -152,6 +152,18 @@ class EvalConfig(DecodingConfig):
         " Finding, or is left out",
         source="as in data.select for NIH",
     )
+    swap_images: bool = setting(
+        False,
+        "answer every image a second time from another patient's X-ray: what stays the same did not"
+        " come from the image; twice the time",
+        source=OURS,
+    )
+    thresholds_from: str | None = setting(
+        None,
+        "votes only: NAME of a data set of this command, or predictions-<name>.jsonl of an earlier"
+        " one, whose truth chooses each label's threshold; F1 with it is told for every data set",
+        unset="no other threshold than half of the samples",
+    )
     output_dir: str | None = setting(
         None, "where predictions and scores go", unset="a new folder runs/<time>-eval"
     )
@@ -196,6 +208,7 @@ def config_problems(config: EvalConfig) -> list[str]:
         )
     elif not config.model_name_or_path and not config.adapter_name_or_path:
         problems.append("no model: give --model_name_or_path, --adapter_name_or_path, or both")
+    problems += _threshold_problems(config) + _swap_problems(config)
     if config.answer_format not in ANSWER_FORMATS:
         problems.append(
             f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}"
@@ -226,6 +239,40 @@ def joined_files(config: EvalConfig) -> tuple[dict[str, str], list[str]]:
         if files and name not in theirs
     ]
     return {name: files[name] for name in named if name in files}, problems
+
+
+def _swap_problems(config: EvalConfig) -> list[str]:
+    problems = []
+    if config.swap_images and config.predictions:
+        problems.append(
+            "--swap_images: needs a model to answer again, so it has no place beside --predictions"
+        )
+    if config.swap_images and config.num_generations > 1:
+        problems.append(
+            "--swap_images: compares one answer an image with another; evaluate once with it and"
+            " once with --num_generations"
+        )
+    return problems
+
+
+def _threshold_problems(config: EvalConfig) -> list[str]:
+    chosen_on = config.thresholds_from
+    if chosen_on is None:
+        return []
+    problems = []
+    flag = "predictions" if config.predictions else "data_file"
+    names, _ = named_files(getattr(config, flag), flag)
+    if chosen_on not in names and not Path(chosen_on).is_file():
+        problems.append(
+            f"--thresholds_from {chosen_on}: is neither a data set of this command"
+            f" ({', '.join(names) or 'there is none'}) nor a file of predictions"
+        )
+    if not config.predictions and config.num_generations == 1:
+        problems.append(
+            "--thresholds_from: one answer an image has no shares to put a threshold on; give"
+            " --num_generations above 1"
+        )
+    return problems
 
 
 def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[str]:

@@ -34,7 +34,9 @@ from engine.run import TrainerState
 from engine.saving import save_final_adapter
 from eval.decode import Decoding, difference, evaluate_sets, predict
 from eval.evaluate import main
+from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import load_answers, write_results
+from eval.probabilities import operating_points, probability_scores
 from eval.scores import format_scores, score
 from eval.votes import sample_scores, vote_predictions
 from rl.rewards import HardReward
@@ -1039,6 +1041,7 @@ def test_votes_go_on_where_they_were_stopped(project, tmp_path, monkeypatch, cap
     assert votes == vote_predictions(samples)
     scores = json.loads((straight / "scores-site.json").read_text())
     assert scores["n"] == 3 and scores["samples"] == sample_scores(samples, seed=3)
+    assert scores["probabilities"] == probability_scores(votes, seed=3)
     # not given: as in rollouts, not greedy
     assert scores["run"]["settings"]["temperature"] == {"value": 0.8, "origin": "num_generations 3"}
 
@@ -1058,6 +1061,99 @@ def test_votes_go_on_where_they_were_stopped(project, tmp_path, monkeypatch, cap
         assert (stopped / name).read_text() == (straight / name).read_text()
     assert main(command) == 2  # finished
     assert "predictions-site.jsonl exists and nothing is overwritten" in capsys.readouterr().err
+
+
+def test_thresholds_are_carried_to_every_set_of_a_command(project, tmp_path, capsys):
+    common = ["--adapter_name_or_path", str(project / "run"), "--num_generations", "2"]
+    common += ["--data_file", f"home={project / 'site.jsonl'}", f"away={project / 'site.jsonl'}"]
+    common += ["--thresholds_from", "home", "--output_dir", str(tmp_path / "out")]
+    assert main(common) == 0
+    # one data file under two names, so one hospital's patients
+    assert capsys.readouterr().out.count("3 of 3 patients chose the thresholds as well") == 2
+    votes = {
+        name: read_predictions(tmp_path / "out" / f"predictions-{name}.jsonl")
+        for name in ("home", "away")
+    }
+    for name in votes:
+        scores = json.loads((tmp_path / "out" / f"scores-{name}.json").read_text())
+        assert scores["probabilities"]["operating_points"] == operating_points(
+            votes[name], votes["home"], "home"
+        )
+
+
+class Blind(Policy):
+    """A policy that sees one and the same image, whatever it is asked about."""
+
+    def encode(self, example: Example):
+        return super().encode(replace(example, image="small/image-0.png"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_swapped_images_change_answers_only_where_they_are_seen(
+    model, examples, tmp_path, temperature
+):
+    sampling = SamplingConfig(temperature, 1.0, GREEDY.max_completion_length)
+    swapping = replace(decoding(sampling, seed=1), swap_images=True)
+    results = {}
+    for kind, policy in (("seeing", asked(model)), ("blind", Blind(model.net, model, SHORT))):
+        results |= evaluate_sets(policy, {kind: examples}, swapping, tmp_path)
+    blind = results["blind"]["faithfulness"]
+    assert blind["answers_unchanged"] == {"mean": 1.0, "interval": [1.0, 1.0], "n": 5}
+    assert set(blind["difference"].values()) == {0.0}
+    own = read_predictions(tmp_path / "predictions-blind.jsonl")
+    swapped = read_predictions(tmp_path / "swapped-blind.jsonl")
+    assert [row.completion for row in swapped] == [row.completion for row in own]
+    # five unreadable answers, all to other images, with other words
+    assert results["seeing"]["faithfulness"]["answers_unchanged"]["mean"] == 0.0
+    own = read_predictions(tmp_path / "predictions-seeing.jsonl")
+    swapped = read_predictions(tmp_path / "swapped-seeing.jsonl")
+    assert results["seeing"]["faithfulness"] == faithfulness_scores(own, swapped, seed=1)
+    partners = partners_of(examples, 1)
+    patients = {example.id: example.patient_id for example in examples}
+    for mine, other, partner in zip(own, swapped, partners, strict=True):
+        assert mine.id == other.id and other.extra == {"image_of": partner.id}
+        assert patients[mine.id] != patients[partner.id]
+    # The image is the partner's; truth and random numbers are the example's own.
+    alone = predict(
+        asked(model),
+        [
+            replace(example, image=partner.image)
+            for example, partner in zip(examples, partners, strict=True)
+        ],
+        decoding(sampling, seed=1),
+    )
+    assert [row.completion for row in swapped] == [row.completion for row in alone]
+
+
+def test_a_swap_goes_on_where_it_was_stopped(project, tmp_path, monkeypatch, capsys):
+    common = ["--adapter_name_or_path", str(project / "run"), "--swap_images"]
+    common += ["--data_file", f"site={project / 'site.jsonl'}"]
+    common += ["--per_device_eval_batch_size", "1", "--seed", "3"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main([*common, "--output_dir", str(straight)]) == 0
+    assert "of the answers stay the same" in " ".join(capsys.readouterr().out.split())
+    files = ["predictions-site.jsonl", "scores-site.json", "swapped-site.jsonl"]
+    assert sorted(path.name for path in straight.iterdir()) == files
+    kept = stop_after(monkeypatch, 5, signal.SIGINT)  # three images, and two of the swapped ones
+    command = [*common, "--output_dir", str(stopped)]
+    assert main(command) == 130
+    assert sorted(path.name for path in stopped.iterdir()) == [
+        f"{kind}-site.partial.{form}"
+        for kind in ("predictions", "swapped")
+        for form in ("json", "jsonl")
+    ]
+    # the seed decides on the swap, also where decoding is greedy
+    assert main([*command, "--seed", "4"]) == 2
+    assert "was begun with another seed (3, now 4)" in capsys.readouterr().err
+    assert main(command) == 0 and len(kept) == 6
+    assert sorted(path.name for path in stopped.iterdir()) == files
+    for name in ("predictions-site.jsonl", "swapped-site.jsonl"):
+        assert (stopped / name).read_text() == (straight / name).read_text()
+    faithful = [
+        json.loads((folder / "scores-site.json").read_text())["faithfulness"]
+        for folder in (straight, stopped)
+    ]
+    assert faithful[0] == faithful[1] and faithful[0]["n"] == 3
 
 
 def test_one_completion_an_image_is_what_it_was(project, tmp_path):
@@ -1092,6 +1188,7 @@ def test_an_earlier_evaluation_had_one_completion_an_image():
     assert difference(record(), record(num_generations=1)) == ""
     assert difference(record(), record(num_generations=4)) == "num_generations (1, now 4)"
     assert difference(record(num_generations=4), record(num_generations=4)) == ""
+    assert difference(record(), record(swap_images=True)) == "swap_images (False, now True)"
 
 
 def test_results_that_are_replaced_leave_no_samples_behind(tmp_path):
@@ -1253,6 +1350,45 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
         (
             ["--predictions", "a={project}/none.jsonl", "--num_generations", "0"],
             "--num_generations 0: must be at least 1",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--thresholds_from",
+                "a",
+            ],
+            "--thresholds_from: one answer an image has no shares to put a threshold on",
+        ),
+        (
+            ["--predictions", "a={project}/none.jsonl", "--swap_images"],
+            "--swap_images: needs a model to answer again",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--swap_images",
+                "--num_generations",
+                "2",
+            ],
+            "--swap_images: compares one answer an image with another; evaluate once with it",
+        ),
+        (
+            [
+                "--adapter_name_or_path",
+                "{project}/run",
+                "--data_file",
+                "a={project}/site.jsonl",
+                "--swap_images",
+                "--max_samples",
+                "1",
+            ],
+            "--swap_images: patient 'image-0.png' has 1 of the 1 images, so not all of them can",
         ),
     ],
 )

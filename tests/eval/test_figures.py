@@ -19,11 +19,19 @@ import eval.figures
 from data.files import write_jsonl
 from engine.config import UsageError
 from eval.curves import FIGURE_1, POLICY
-from eval.figures import draw_macro_f1, draw_training, main, training_pictures
-from eval.folders import load_entry
+from eval.figures import (
+    draw_macro_f1,
+    draw_reliability,
+    draw_training,
+    main,
+    reliability_pictures,
+    training_pictures,
+)
+from eval.folders import load_entry, write_results
 from eval.page import Picture
+from eval.probabilities import probability_scores
 from eval.report import main as report_main
-from tests.helpers.reports import AFTER, BEFORE, FEW, save, training_run
+from tests.helpers.reports import AFTER, BEFORE, FEW, parsed, row, save, training_run
 
 
 def pictures_of(*runs: Path) -> dict[str, Picture]:
@@ -317,3 +325,41 @@ def test_without_matplotlib_a_report_says_what_to_install(tmp_path, monkeypatch,
     assert page.count("data:image/svg") == 2 * 2
     with pytest.raises(UsageError, match="need matplotlib"):
         draw_training("x", "", {}, FIGURE_1)
+
+
+def test_reliability_says_its_points_and_its_error():
+    bins = [
+        {"low": 0.0, "high": 0.1, "n": 1500, "confidence": 0.0, "observed": 0.05},
+        {"low": 0.9, "high": 1.0, "n": 500, "confidence": 1.0, "observed": 0.8},
+    ]
+    # (1500 x .05 + 500 x .2) / 2000 = .0875
+    scores = {"ece": 0.0875, "reliability": bins}
+    picture = draw_reliability("test-a", {"SFT $x$": scores, "GRPO": scores | {"ece": 0.1}})
+    assert picture.name == "reliability-test-a" and picture.media_type == "image/svg+xml"
+    assert (
+        "SFT $x$, calibration error 0.087: 0.00 true in 0.05 of 1,500, 1.00 true in 0.80 of 500;"
+        " GRPO, calibration error 0.100"
+    ) in picture.alt
+    assert "SFT $x$ 0.087, GRPO 0.100." in picture.caption
+    assert draw_reliability("a", {"one": scores}, "png").data.startswith(b"\x89PNG")
+
+
+def test_folders_with_votes_have_their_reliability_drawn(tmp_path):
+    shares = {"Edema": 0.5}
+    rows = [row("<solution>Edema</solution>", ("Edema",), vote_shares=shares, num_generations=2)]
+    votes = parsed(rows)
+    for name in ("one", "two"):
+        scores = {"probabilities": probability_scores(votes)}
+        write_results(tmp_path / name, "test-a", votes, scores)
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    assert main([*folders, "--output_dir", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "reliability-test-a.png",
+        "reliability-test-a.svg",
+    ]
+    (picture,) = reliability_pictures([load_entry(Path(name).name, Path(name)) for name in folders])
+    # Edema is true, Pneumonia and Fracture are not: .5, 0 and 0 of 3
+    assert (
+        picture.alt.count("calibration error 0.167: 0.00 true in 0.00 of 2, 0.50 true in 1.00") == 2
+    )
+    assert "one, calibration" in picture.alt and "two, calibration" in picture.alt
