@@ -116,8 +116,9 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
     label get no vote. Labels may contradict each other, as in a single answer.
 
     "vote_shares" is {label: share of the samples that name it}, without the labels that none names.
-    completion_length is the samples' mean, rounded, so that a reward with a length term treats the
-    vote as it treats a sample. It is None where that of a sample is unknown.
+    completion_length and "text_length" are the samples' means, rounded, so that a reward with a
+    length term treats the vote as it treats a sample. They are None or absent where that of a
+    sample is unknown.
     """
     k = len(samples)
     read = [sample.answer for sample in samples if sample.answer.parsed]
@@ -126,6 +127,7 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
     completion = f"<solution>{', '.join(labels)}</solution>" if 2 * len(read) >= k else ""
     first = samples[0]
     lengths = known_lengths(samples)
+    text_lengths = [s.extra["text_length"] for s in samples if "text_length" in s.extra]
     return dataclasses.replace(
         first,
         completion=completion,
@@ -136,7 +138,8 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
         | {
             "vote_shares": {label: counts[label] / k for label in LABELS if counts[label]},
             "num_generations": k,
-        },
+        }
+        | ({"text_length": round(sum(text_lengths) / k)} if len(text_lengths) == k else {}),
     )
 
 

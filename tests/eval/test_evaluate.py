@@ -218,11 +218,11 @@ def test_samples_of_an_image_depend_on_nothing_but_their_number(model, examples,
     samples = predict(asked(model), examples, three)
     # one image at a time, though a batch of 1 is smaller than its three samples
     assert calls == [(5, 1, 5)] + [(1, 3, 1)] * 5
-    assert [(row.id, row.extra) for row in samples] == [
-        (f"e{n}", {"sample": j}) for n in range(5) for j in range(3)
+    assert [(row.id, row.extra["sample"]) for row in samples] == [
+        (f"e{n}", j) for n in range(5) for j in range(3)
     ]
     assert len({row.completion for row in samples}) > 10
-    assert [replace(row, extra={}) for row in samples[::3]] == single
+    assert samples[::3] == [row.with_extra(sample=0) for row in single]
 
     calls.clear()
     told = []
@@ -1111,7 +1111,7 @@ def test_swapped_images_change_answers_only_where_they_are_seen(
     partners = partners_of(examples, 1)
     patients = {example.id: example.patient_id for example in examples}
     for mine, other, partner in zip(own, swapped, partners, strict=True):
-        assert mine.id == other.id and other.extra == {"image_of": partner.id}
+        assert mine.id == other.id and other.extra["image_of"] == partner.id
         assert patients[mine.id] != patients[partner.id]
     # The image is the partner's; truth and random numbers are the example's own.
     alone = predict(

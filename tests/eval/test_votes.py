@@ -115,6 +115,19 @@ def test_votes_of_unreadable_samples_do_not_score_on_images_without_labels():
     assert score([failed])["jaccard"] == 0 and score([failed])["fail_rate"] == 1
 
 
+def test_votes_are_as_long_as_their_samples_on_average():
+    """A reward with a length term then treats a vote as it treats a sample."""
+    rows = [
+        sample.with_extra(text_length=length)
+        for sample, length in zip(samples(said(), said(), said()), (4, 5, 9), strict=True)
+    ]
+    voted = vote(rows)
+    assert (voted.completion_length, voted.extra["text_length"]) == (11, 6)
+    # unknown of one sample, unknown of the vote
+    voted = vote([*rows[:2], *samples(said(), completion_length=None)])
+    assert voted.completion_length is None and "text_length" not in voted.extra
+
+
 def test_images_keep_their_order_and_samples_their_numbers():
     one, two = samples(said("Edema"), FAILED), samples(said(), said("Fracture"), id="r2")
     groups = samples_by_image([two[1], one[0], two[0], one[1]])
