@@ -24,6 +24,7 @@ first of these that applies, or None:
     answer_reversed   no      no     closing tag before opening tag
     empty             yes     *      the answer block holds no entry, which reads as "none of the
                                      labels"
+    no_label          no      *      the answer block holds entries, and none of them is a label
     think_missing     yes     no     the same five for the <think> block, where the format has one
     think_unclosed    yes     no
     think_unopened    yes     no
@@ -33,17 +34,16 @@ first of these that applies, or None:
                                      block
     outside           yes     no     text other than white space outside the blocks
     tagged            no      no     label_list: a tag of another format
-    no_label          no      no     label_list: not one entry is a label, so nothing tells a list
-                                     from prose
 
-    * valid where the form is right otherwise. In label_list an empty text is neither parsed nor
-      valid.
+    * valid where the form is right otherwise: what an answer says does not change its form. In
+      label_list neither is valid, for nothing tells a list from prose there, and an empty text is
+      not parsed either.
 
-Entries that are unknown, repeated or contradictory do not make an answer invalid. The form is
-right, and they are reported on their own for the rewards and tables to count.
+data/entries.py reads the entries. Those that are unknown, repeated or contradictory do not make an
+answer invalid. The form is right, and they are reported on their own for the rewards and tables to
+count, those of an answer without any label too.
 
-Time is linear in the length of the text: substring search and splitting only, no regular
-expression.
+Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.labels import NO_FINDING, SUPPORT_DEVICES, canonical_label
+from data.entries import Entries, read_entries
 
 # Blocks of each format in their order; the last one holds the labels.
 _BLOCKS: dict[str, tuple[str, ...]] = {
@@ -63,10 +63,6 @@ _BLOCKS: dict[str, tuple[str, ...]] = {
 ANSWER_FORMATS: tuple[str, ...] = tuple(_BLOCKS)
 
 _TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
-
-# No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of
-# combining marks, so a longer entry is unknown without being looked up.
-_MAX_ENTRY_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,6 @@ class _Block(NamedTuple):
     start: int
     end: int
     body: str
-
-
-class _Entries(NamedTuple):
-    """Hold the entries of an answer block by kind: the fields of `Answer` of the same names."""
-
-    labels: tuple[str, ...]
-    unknown: tuple[str, ...]
-    duplicates: tuple[str, ...]
-    contradictions: tuple[str, ...]
 
 
 def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
@@ -140,11 +127,12 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
             think=think_text,
             outside=outside,
         )
-    entries = _read_entries(answer.body)
+    entries = read_entries(answer.body)
+    content_problem = _content_problem(entries)
     return Answer(
         valid=form_problem is None,
-        parsed=True,
-        problem=form_problem if any(entries) else "empty",
+        parsed=content_problem != "no_label",
+        problem=content_problem or form_problem,
         think=think_text,
         outside=outside,
         **entries._asdict(),
@@ -154,10 +142,17 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
 def _parse_label_list(text: str) -> Answer:
     if any(tag in text for tag in _TAGS):
         return Answer(valid=False, parsed=False, problem="tagged")
-    entries = _read_entries(text)
-    if not entries.labels:
-        return Answer(valid=False, parsed=False, problem="no_label" if entries.unknown else "empty")
-    return Answer(valid=True, parsed=True, **entries._asdict())
+    entries = read_entries(text)
+    problem = _content_problem(entries)
+    return Answer(
+        valid=problem is None, parsed=problem is None, problem=problem, **entries._asdict()
+    )
+
+
+def _content_problem(entries: Entries) -> str | None:
+    if entries.labels:
+        return None
+    return "no_label" if entries.unknown else "empty"
 
 
 def _find_block(text: str, name: str) -> tuple[_Block | None, str | None]:
@@ -180,28 +175,3 @@ def _outside(text: str, blocks: list[_Block]) -> str:
         position = max(position, block.end)  # one block may lie inside the other
     pieces.append(text[position:])
     return "\n".join(piece.strip() for piece in pieces if piece.strip())
-
-
-def _read_entries(body: str) -> _Entries:
-    """Sort the entries of an answer block, which comma, semicolon or newline separates."""
-    labels: list[str] = []
-    unknown: list[str] = []
-    duplicates: list[str] = []
-    seen: set[str] = set()
-    for entry in body.replace(";", ",").replace("\n", ",").split(","):
-        entry = entry.strip()
-        if not entry:
-            continue
-        label = canonical_label(entry) if len(entry) <= _MAX_ENTRY_LENGTH else None
-        key = label or " ".join(entry.split()).casefold()
-        if key in seen:
-            duplicates.append(label or entry)
-        else:
-            (labels if label else unknown).append(label or entry)
-        seen.add(key)
-    contradictions = (
-        [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)]
-        if NO_FINDING in labels
-        else []
-    )
-    return _Entries(tuple(labels), tuple(unknown), tuple(duplicates), tuple(contradictions))

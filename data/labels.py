@@ -1,14 +1,17 @@
 """Name the 14 CheXpert labels, fold their spellings, and map other hospitals' categories to them.
 
 Everything that compares labels goes through `canonical_label`, so that a model answer, a data file
-and a score table can never disagree about spelling.
+and a score table can never disagree about spelling. It drops no word, so the columns of a label
+table and a model's answer can share it.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 NO_FINDING = "No Finding"
 SUPPORT_DEVICES = "Support Devices"
@@ -48,21 +51,80 @@ ALIASES: dict[str, str] = {
     "enlarged cardiomediastinal silhouette": "Enlarged Cardiomediastinum",
 }
 
-_CANONICAL = {label.casefold(): label for label in LABELS} | {
-    alias.casefold(): label for alias, label in ALIASES.items()
-}
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+_INVISIBLE = dict.fromkeys(
+    map(
+        ord,
+        "\u200b\u200c\u200d\u2060\ufeff\u00ad"  # zero-width, byte order mark, soft hyphen
+        "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # direction
+        "\ufe0e\ufe0f",  # how the character before them is drawn
+    )
+)
+# Numbers in a circle would lose it and run into the word, an acute accent would become a space.
+_BEFORE_NFKC = (
+    _INVISIBLE
+    | {first + i: f"{i + 1}." for first in (0x2460, 0x2776, 0x2780, 0x278A) for i in range(10)}
+    | {0x246A + i: f"{i + 11}." for i in range(10)}
+    | {ord("\u20e3"): ".", ord("\u00b4"): "'"}
+)
+QUOTES = (
+    "\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2032\u301d\u301e"
+)
+OPENING = "([{<\u3008\u300a\u300c\u300e\u3010\u3014\u3016"
+CLOSING = ")]}>\u3009\u300b\u300d\u300f\u3011\u3015\u3017"
+# A hollow bullet or box may stand for "not ticked", and a plus or minus sign for a verdict.
+BULLETS = (
+    "-\u2010\u2012\u2013\u2014\u2015"  # hyphens and dashes
+    "\u2022\u00b7\u2219\u25cf\u25aa\u25a0\u25c6\u2023\u2043\u25ba\u25b6\u25b8\u27a4"
+)
+_MARKUP = " *#$\\"  # bold, italics, headings, LaTeX, escapes
+_FRONT = re.compile(
+    rf"""(?: [{re.escape(_MARKUP + QUOTES + OPENING + BULLETS)}>\u2192\u2794]
+        | [1-9][0-9]?\ ?[.):\]-]  # list number; 0 is none, for it may say "absent"
+        | (?:[a-k]|i{{1,3}}|iv|vi{{0,3}}|ix)[.)\]]  # l, n, r and x may mean left, no, right, ticked
+        | (?:boxed|text|textbf|textit|emph|mathbf){{  # after the backslash, which is gone
+        )*""",
+    re.VERBOSE,
+)
+_END = _MARKUP + QUOTES + CLOSING + ".:!\u3002"
+_INSIDE = re.compile(r"(?<=\w)[ \u2010-]{1,3}(?=\w)")
 
 
+def strip_markup(text: str) -> str:
+    """Fold how `text` is written, and take off the markup around it.
+
+    Folded are case, Unicode compatibility forms (full-width letters), invisible characters,
+    underscores and runs of white space. Taken off are bullets and list numbers in front, full
+    stops, colons and exclamation marks at the end, and Markdown, LaTeX, quotes and brackets on
+    either side. A list that is cut into entries leaves brackets without their partners, so an
+    opening bracket goes only in front and a closing one only at the end: "[ ] Edema", a box that is
+    not ticked, keeps its "]".
+
+    No word is ever taken off.
+    """
+    folded = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_INVISIBLE)
+    folded = " ".join(folded.replace("_", " ").casefold().split()).rstrip(_END)
+    return _FRONT.sub("", folded, count=1)
+
+
+@lru_cache(maxsize=10_000)  # answers of a whole data set say few different things
 def canonical_label(text: str) -> str | None:
     """Find the CheXpert label that `text` spells, or None.
 
-    Case, Unicode compatibility forms, invisible characters, runs of white space, underscores, a
-    list bullet in front and a full stop at the end are folded. Nothing else is guessed.
+    The letters must be those of a label or of an alias, without any word more or less. What
+    `strip_markup` takes off does not count, nor does white space or a hyphen between the letters:
+    "1. **Pleural-Effusion**" and "NoFinding" are labels. "left Pleural Effusion", "Edema (mild)",
+    "no Edema", "Edema?" and "Edema: yes" are none.
     """
-    folded = unicodedata.normalize("NFKC", text).translate(_INVISIBLE).replace("_", " ")
-    folded = " ".join(folded.split()).strip("\"'`").lstrip("-*\u2022 ").rstrip(".: ").casefold()
-    return _CANONICAL.get(folded)
+    return _CANONICAL.get(_INSIDE.sub("", strip_markup(text)))
+
+
+def _squeezed(name: str) -> str:
+    return "".join(name.casefold().split())
+
+
+_CANONICAL = {_squeezed(label): label for label in LABELS} | {
+    _squeezed(alias): label for alias, label in ALIASES.items()
+}
 
 
 # A label is called silenced where it is true often enough to tell, and hardly ever said.

@@ -75,8 +75,12 @@ def test_strict_answer_gives_every_field():
         ("<think><think>a</think></think><solution>Edema</solution>", "think_repeated", True),
         ("<solution>Edema</solution><think>a</think>", "order", True),
         ("<think>a<solution>Edema</solution></think>", "order", True),
-        ("<think>a<solution>Edema</think></solution>", "order", True),
-        ("<solution>Edema<think>a</think></solution>", "order", True),
+        ("<think>a<solution>Edema,</think></solution>", "order", True),
+        ("<solution>Edema, <think>a</think></solution>", "order", True),
+        # The entry "Edema</think>" is no label, and what could be read goes before the form.
+        ("<think>a<solution>Edema</think></solution>", "no_label", False),
+        ("<solution>Nodule</solution>", "no_label", False),
+        ("Sure. <think>a</think><solution>no Edema</solution>", "no_label", False),
         ("Sure. <think>a</think><solution>Edema</solution>", "outside", True),
         ("<think>a</think> so <solution>Edema</solution>", "outside", True),
         ("<think>a</think><solution>Edema</solution> Done.", "outside", True),
@@ -88,7 +92,8 @@ def test_broken_form_is_named_and_never_valid(text, problem, parsed):
     answer = parse_answer(text)
     assert (answer.problem, answer.parsed, answer.valid) == (problem, parsed, False)
     if not parsed:
-        assert answer.labels == answer.unknown == answer.duplicates == answer.contradictions == ()
+        assert answer.labels == answer.contradictions == ()
+        assert bool(answer.unknown) == (problem == "no_label")
 
 
 def test_labels_are_read_from_a_parsed_but_invalid_answer():
@@ -135,8 +140,9 @@ def test_empty_block_is_a_readable_answer_without_labels(body):
         ("Edema, pulmonary edema, edema", ("Edema",), (), ("Edema", "Edema")),
         ("no edema, Normal, Fracture", ("Fracture",), ("no edema", "Normal"), ()),
         ("Nodule, nodule", (), ("Nodule",), ("nodule",)),
-        ("Edema and Fracture", (), ("Edema and Fracture",), ()),
-        ('["Edema", "Fracture"]', (), ('["Edema"', '"Fracture"]'), ()),
+        # joined by a conjunction, and a list in brackets: tests/data/test_entries.py has many more
+        ("Edema and Fracture", ("Edema", "Fracture"), (), ()),
+        ('["Edema", "Fracture"]', ("Edema", "Fracture"), (), ()),
         ("Edem\u0430", (), ("Edem\u0430",), ()),  # Cyrillic a
         ("Ede\u200bma", ("Edema",), (), ()),  # zero-width space
         ("{labels}, %s, <b>Edema</b>", (), ("{labels}", "%s", "<b>Edema</b>"), ()),
@@ -146,7 +152,26 @@ def test_empty_block_is_a_readable_answer_without_labels(body):
 def test_entries_are_known_unknown_or_repeated(body, labels, unknown, duplicates):
     answer = parse_answer(FORM.format(body))
     assert (answer.labels, answer.unknown, answer.duplicates) == (labels, unknown, duplicates)
-    assert answer.valid and answer.problem is None  # what the block says does not change the form
+    assert answer.valid  # what the block says does not change the form
+    # but entries of which none is a label could not be read
+    assert (answer.parsed, answer.problem) == ((True, None) if labels else (False, "no_label"))
+
+
+@pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
+def test_entries_without_a_label_are_a_failure_in_every_format(answer_format):
+    text = {
+        "think_solution": "<think>a</think><solution>Nodule, no Edema, nodule</solution>",
+        "solution": "<solution>Nodule, no Edema, nodule</solution>",
+        "answer_tag": "<think>a</think><answer>Nodule, no Edema, nodule</answer>",
+        "label_list": "Nodule, no Edema, nodule",
+    }[answer_format]
+    answer = parse_answer(text, answer_format)
+    assert (answer.parsed, answer.problem, answer.labels) == (False, "no_label", ())
+    # what it did say is kept, for the scores to count
+    assert (answer.unknown, answer.duplicates) == (("Nodule", "no Edema"), ("nodule",))
+    # the strict form is there, but for a list without tags, which nothing tells from prose
+    assert answer.valid == (answer_format != "label_list")
+    assert parse_answer(text.replace("Nodule", "Fracture"), answer_format).parsed
 
 
 def test_an_entry_of_more_than_200_characters_is_not_looked_up():
@@ -283,9 +308,11 @@ FRAGMENTS = [
 )
 def test_any_text_gives_a_consistent_answer(text, answer_format):
     answer = parse_answer(text, answer_format)
-    assert answer.parsed or not answer.valid
-    assert answer.parsed or not (answer.labels or answer.unknown or answer.duplicates)
-    assert answer.valid == (answer.problem is None) or answer.problem == "empty"
+    read = answer.problem == "no_label"  # and nothing of it is a label
+    assert answer.parsed or not answer.valid or read
+    assert answer.parsed or not (answer.labels or answer.contradictions)
+    assert answer.parsed or read == bool(answer.unknown) and (read or not answer.duplicates)
+    assert answer.valid == (answer.problem is None) or answer.problem in ("empty", "no_label")
     assert set(answer.labels) <= set(LABELS) and len(set(answer.labels)) == len(answer.labels)
     assert not set(answer.contradictions) & {NO_FINDING, SUPPORT_DEVICES}
 

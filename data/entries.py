@@ -1,0 +1,302 @@
+"""Read the entries of an answer block: which are labels, and what the others say.
+
+An entry ends at a comma, a semicolon or a line break of any script, and at <br>. It is a label
+where `canonical_label` finds one: markup around it counts for nothing, a word never does. Beyond
+that:
+
+* "Labels:", "**Findings**", "Here is the final answer:" and a code fence only name the list. They
+  are left out.
+* "and", "&", "/", "|", a tab, " + ", " - ", an inner bullet or list number, and a full stop cut an
+  entry if each piece is a label. Otherwise the entry is unknown as a whole, for the rest may belong
+  to all of it: "left Edema and Fracture", the row "Edema | absent" of a table.
+* An entry that says more than a label's name is unknown, whatever it says: a side, a degree, a
+  doubt, a verdict. "Edema: yes" is unknown like "Edema: no", or a check list would be read in half.
+* A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia", the labels
+  before a bare "no" or "0". In a list with plus signs a minus sign is a negation, and no bullet.
+* So does a heading that is not the list's name: "Absent:", "Possible:", "Left lung:". It takes its
+  line, or all up to the next heading where it stands alone.
+
+Time is linear in the length of the text: no regular expression here repeats a repeat.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from data.labels import (
+    ALIASES,
+    BULLETS,
+    CLOSING,
+    LABELS,
+    NO_FINDING,
+    OPENING,
+    QUOTES,
+    SUPPORT_DEVICES,
+    canonical_label,
+)
+
+# What an unknown entry says, as the scores count it.
+UNKNOWN_KINDS: tuple[str, ...] = (
+    "negated",  # holds a negation: "no Edema", "Edema: absent", "[ ] Edema"
+    "affirmed",  # a label's name and a verdict for it: "Edema: yes"
+    "qualified",  # a label's name and something else: "left Pleural Effusion", "Edema (mild)"
+    "other",  # no label's name: "Nodule", "the lungs are clear"
+)
+
+# No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of
+# combining marks, so a longer entry is unknown without being looked up.
+_MAX_ENTRY_LENGTH = 200
+
+# ---- where entries end ---------------------------------------------------------------------------
+# Latin, Arabic, ideographic and full-width with their small and vertical forms, Armenian, Ethiopic
+_COMMAS = ",\u060c\u3001\uff0c\uff64\ufe50\ufe51\ufe10\ufe11\u055d\u1363"
+_SEPARATOR = re.compile(
+    rf"[{_COMMAS};\u061b\uff1b\ufe54\ufe14\u037e\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<br ?/?>",
+    re.IGNORECASE,
+)
+# Cuts an entry only if each piece is a label.
+_JOINT = re.compile(
+    r"[|\uff5c\u2502\u00a6/\uff0f&\uff06\u2022\u00b7\u25cf\u25aa\u2023]|\\n|(?:^| )and(?: |$)"
+    r"|(?<![\d.])\.(?= |$)|(?: [-+*\u2013\u2014])? (?=[(\[]?[1-9][0-9]?[.)\]] )",
+    re.IGNORECASE,
+)
+_SIGN = re.compile(
+    " [-+*\u2013\u2014] "
+)  # a joint too, but never at an end: "Edema -" is a verdict
+_CONJUNCTION = re.compile(r"&|\b(?:and|or|nor)\b", re.IGNORECASE)
+_FENCE = re.compile(r"```\s?(?:json|text|txt|plaintext|markdown|md|python|yaml|csv)?", re.I)
+_COLON = re.compile("[:\uff1a\ufe55]")
+# An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
+# a single dash, which may stand for "none".
+_RULE = QUOTES + OPENING + CLOSING + BULLETS + "*#|=_:$\\ \t"
+_DASHES = ("-", "\u2010", "\u2013", "\u2014", "\u2212")
+
+# ---- words ---------------------------------------------------------------------------------------
+_NAME = re.compile(
+    rf"\b(?:{'|'.join(sorted((*LABELS, *ALIASES), key=len, reverse=True))})\b", re.IGNORECASE
+)
+_LABEL = "LABEL"  # stands for a label's name among words, which are in lower case
+_WORD = re.compile(
+    r"[0-9]+(?:\.[0-9]+)?|[^\W\d_]+|\[ ?\]|\( ?\)|\(-\)|-$|~~"
+    r"|[+\u2212\u2610\u2611\u2705\u2713\u2714\u2717\u2718\u274c]"
+)
+_NEGATIONS = frozenset({
+    "no", "not", "nor", "neither", "never", "without", "absent", "absence", "negative", "none",
+    "nil", "null", "false", "n", "0", "0.0", "free", "lack", "lacks", "denies", "denied",
+    "excluded", "ruled", "resolved", "isn", "aren", "wasn", "weren", "doesn", "don", "-", "\u2212",
+    "(-)", "[]", "[ ]", "()", "( )", "~~", "\u2610", "\u2717", "\u2718", "\u274c",
+})  # fmt: skip
+# What may stand beside a negation or an affirmation that has no label of its own.
+_VERDICT = frozenset({
+    "is", "are", "was", "were", "be", "out", "of", "present", "presence", "seen", "detected",
+    "identified", "visible", "evident", "evidence", "noted", "found", "status", "value",
+})  # fmt: skip
+_AFFIRMATIONS = _VERDICT | {
+    "yes", "y", "positive", "true", "x", "1", "1.0", "+", "\u2611", "\u2705", "\u2713", "\u2714",
+}  # fmt: skip
+_LIST_NAMES = frozenset({
+    "label", "labels", "finding", "findings", "answer", "answers", "diagnosis", "diagnoses",
+    "solution", "result", "results", "impression", "conclusion", "prediction", "predictions",
+    "output", "name",
+})  # fmt: skip
+_BESIDE_LIST_NAMES = frozenset({
+    "the", "final", "my", "predicted", "chexpert", "are", "is", "here", "list", "of", "following",
+    "these", "this", "image", "for", "chest", "x", "ray", "xray", "radiograph", "present",
+    "positive", "identified", "detected",
+})  # fmt: skip
+
+
+class Entries(NamedTuple):
+    """Hold the entries of an answer block by kind: the fields of `Answer` of the same names."""
+
+    labels: tuple[str, ...]
+    unknown: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    contradictions: tuple[str, ...]
+
+
+class _Statement(NamedTuple):
+    """Hold one entry, or several that belong together: the text, and the labels that it states."""
+
+    text: str
+    labels: tuple[str, ...] = ()
+
+
+def read_entries(body: str) -> Entries:
+    """Sort the entries of an answer block."""
+    labels: list[str] = []
+    unknown: list[str] = []
+    duplicates: list[str] = []
+    seen: set[str] = set()
+    for text, stated in _statements(body):
+        for entry in stated or (text,):
+            key = entry if stated else " ".join(entry.split()).casefold()
+            if key in seen:
+                duplicates.append(entry)
+            else:
+                (labels if stated else unknown).append(entry)
+            seen.add(key)
+    contradictions = (
+        [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)]
+        if NO_FINDING in labels
+        else []
+    )
+    return Entries(tuple(labels), tuple(unknown), tuple(duplicates), tuple(contradictions))
+
+
+@lru_cache(maxsize=10_000)
+def unknown_kind(entry: str) -> str:
+    """Say of an unknown entry which of UNKNOWN_KINDS it is, from its first 200 characters."""
+    words = _words(entry)
+    others = [word for word in words if word != _LABEL]
+    if _NEGATIONS.intersection(others):
+        return "negated"
+    if _LABEL not in words:
+        return "other"
+    return "affirmed" if others and _AFFIRMATIONS.issuperset(others) else "qualified"
+
+
+def _statements(body: str) -> list[_Statement]:
+    every_series = list(_series(body))
+    signed = any(entry[0] == "+" for series in every_series for entry in series)
+    statements: list[_Statement] = []
+    names: list[str] = []  # entries that say no more than what list this is
+    heading, goes_on = "", False  # takes what stands below; "" for none or the list's name
+    for series in every_series:
+        read = []
+        for entry in series:
+            new_heading, rest = _split_heading(entry)
+            if new_heading is not None:
+                heading, goes_on = new_heading, _stands_alone(entry)
+            if not rest or _JOINT.fullmatch(rest):
+                names.append(entry)
+            elif heading:
+                read.append(_Statement(entry if new_heading else f"{heading}: {entry}"))
+            elif signed and rest[0] in BULLETS:
+                read.append(_Statement(rest))
+            else:
+                read.append(_Statement(rest, _labels_in(rest)))
+        if not goes_on:
+            heading = ""
+        statements += _with_negated_series(read)
+    # "Labels:" and no more is no empty list, but {"labels": []} is one.
+    return _with_bare_negations(statements) or [
+        _Statement(name) for name in names if "[" not in name
+    ]
+
+
+def _series(body: str) -> Iterator[list[str]]:
+    """Cut a text into its entries, stripped, and part them where no comma goes on."""
+    entries, start = [], 0
+    for separator in _SEPARATOR.finditer(body + "\n"):
+        entry = body[start : separator.start()].strip()
+        start = separator.end()
+        if not entry:
+            continue
+        if _is_entry(entry):
+            entries.append(entry)
+        if entries and separator.group() not in _COMMAS:
+            yield entries
+            entries = []
+    if entries:
+        yield entries
+
+
+def _is_entry(text: str) -> bool:
+    return bool(text.strip(_RULE) or text in _DASHES) and not _FENCE.fullmatch(text)
+
+
+def _split_heading(entry: str) -> tuple[str | None, str]:
+    """Part a heading from what follows it -> (heading, the rest).
+
+    The heading of a list's name is "", and leaves the rest only, which may be "". Another heading
+    is a part of its entry. Without a heading: (None, the entry).
+    """
+    if entry[0] not in "#*|" and not _COLON.search(entry) or _label_of(entry):
+        return None, entry
+    heading, *rest = _COLON.split(entry, maxsplit=1)
+    words = _words(heading)
+    if not _LIST_NAMES.isdisjoint(words) and all(
+        word in _LIST_NAMES or word in _BESIDE_LIST_NAMES or word.isdigit() for word in words
+    ):
+        below = "".join(rest).strip()
+        return "", below if _is_entry(below) else ""
+    return (heading.strip(_RULE) if rest and _label_of(heading) is None else None), entry
+
+
+def _stands_alone(heading: str) -> bool:
+    return not _COLON.split(heading, maxsplit=1)[-1].strip(_RULE)
+
+
+def _labels_in(entry: str) -> tuple[str, ...]:
+    """Name the labels of an entry: one, or several where each of its pieces is a label."""
+    label = _label_of(entry)
+    if label:
+        return (label,)
+    text = " ".join(entry.replace("\t", "|").split())
+    pieces = [piece.strip() for piece in _JOINT.split(text)]
+    labels = [_label_of(part) for piece in pieces if piece for part in _SIGN.split(piece)]
+    return tuple(label for label in labels if label) if all(labels) else ()
+
+
+def _label_of(text: str) -> str | None:
+    return canonical_label(text) if len(text) <= _MAX_ENTRY_LENGTH else None
+
+
+def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
+    """Join what a negation takes in a series with a conjunction to one unknown statement.
+
+    "no A, B, or C" takes all up to the last conjunction. "A, B, and C are absent" takes the labels
+    before it.
+    """
+    joints = [i for i, (text, _) in enumerate(series) if _CONJUNCTION.search(text)]
+    if not joints or all(statement.labels for statement in series):
+        return series
+    read: list[_Statement] = []
+    taken = -1
+    for i, statement in enumerate(series):
+        if i <= taken:
+            continue
+        read.append(statement)
+        words = [] if statement.labels else _words(statement.text)
+        negation = next((place for place, word in enumerate(words) if word in _NEGATIONS), None)
+        if negation is None:
+            continue
+        if _LABEL not in words[:negation]:
+            taken = joints[-1]
+            read[-1] = _joined(series[i : max(i, taken) + 1])
+        elif _CONJUNCTION.search(statement.text):
+            first = len(read) - 1
+            while first and read[first - 1].labels:
+                first -= 1
+            read[first:] = [_joined(read[first:])]
+    return read
+
+
+def _with_bare_negations(statements: list[_Statement]) -> list[_Statement]:
+    """Join a negation without a label of its own, as in "Edema, no", to the label before it."""
+    read: list[_Statement] = []
+    for statement in statements:
+        if read and read[-1].labels and not statement.labels and _is_bare_negation(statement.text):
+            read[-1] = _joined([read[-1], statement])
+        else:
+            read.append(statement)
+    return read
+
+
+def _is_bare_negation(text: str) -> bool:
+    words = frozenset(_words(text))
+    return not words.isdisjoint(_NEGATIONS) and words <= _NEGATIONS | _VERDICT
+
+
+def _joined(statements: Sequence[_Statement]) -> _Statement:
+    return _Statement(", ".join(statement.text for statement in statements))
+
+
+def _words(text: str) -> list[str]:
+    """List the words, numbers and marks of a text, with _LABEL for each label's name."""
+    start = text[:_MAX_ENTRY_LENGTH].casefold().replace("_", " ")
+    return _WORD.findall(_NAME.sub(_LABEL, start))

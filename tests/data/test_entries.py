@@ -1,0 +1,440 @@
+"""Protect what an answer's entries say: which are labels, and what the others are counted as.
+
+Checked: the ways in which models write a list of labels, each with the right reading and the
+reason, and all that must never be read as a label: a negation, a side, a degree, a doubt, a
+verdict.
+
+A label that is lost, or read where the model denies it, is a wrong score without any error.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.answers import ANSWER_FORMATS, parse_answer
+from data.entries import UNKNOWN_KINDS, read_entries, unknown_kind
+from data.labels import ALIASES, LABELS, canonical_label
+
+E, C, F, P, X = "Edema", "Cardiomegaly", "Fracture", "Pneumonia", "Pleural Effusion"
+FORMS = {
+    "think_solution": "<think>a</think><solution>{}</solution>",
+    "solution": "<solution>{}</solution>",
+    "answer_tag": "<think>a</think><answer>{}</answer>",
+    "label_list": "{}",
+}
+
+# (entries, labels, unknown entries, why)
+READ = [
+    ("Edema, Fracture", (E, F), (), "the form that the prompts ask for"),
+    ("edema,FRACTURE", (E, F), (), "case and space do not count"),
+    ("Edema; Fracture", (E, F), (), "semicolon"),
+    ("Edema\nFracture", (E, F), (), "a line each"),
+    ("Edema\r\nFracture", (E, F), (), "lines of Windows"),
+    ("Edema\rFracture", (E, F), (), "lines of old Macs"),
+    ("Edema\u2028Fracture", (E, F), (), "Unicode's line separator"),
+    ("Edema,\nFracture,", (E, F), (), "commas at the ends of lines"),
+    ("Edema, Fracture.", (E, F), (), "a full stop ends the list"),
+    ("Edema. Fracture.", (E, F), (), "a sentence each"),
+    ("Edema, Fracture!", (E, F), (), "an exclamation mark says nothing about the patient"),
+    ("Edema<br>Fracture", (E, F), (), "HTML's line break"),
+    ("Edema<br/>Fracture<BR />", (E, F), (), "HTML's line break, closed and in capitals"),
+    ("Edema\\nFracture", (E, F), (), "a line break written out, as in JSON's strings"),
+    ("Edema\tFracture", (E, F), (), "tab"),
+    ("Edema | Fracture", (E, F), (), "bar"),
+    ("| Edema | Fracture |", (E, F), (), "a table's row"),
+    ("| Label |\n|---|\n| Edema |\n| Fracture |", (E, F), (), "a table of one column"),
+    ("Edema/Fracture", (E, F), (), "slash, where each piece is a label"),
+    ("Edema / Fracture / Pneumonia", (E, F, P), (), "slashes between spaces"),
+    ("Edema & Fracture", (E, F), (), "ampersand"),
+    ("Edema + Fracture", (E, F), (), "plus between labels"),
+    ("Edema - Fracture", (E, F), (), "hyphen between labels, with spaces"),
+    ("Edema \u2013 Fracture \u2014 Pneumonia", (E, F, P), (), "dashes between labels"),
+    ("Edema \u2022 Fracture", (E, F), (), "bullet between labels"),
+    ("Edema and Fracture", (E, F), (), "'and' before the last of two"),
+    ("Pneumonia, Edema, and Fracture", (P, E, F), (), "'and' after a comma"),
+    ("Pneumonia, Edema and Fracture", (P, E, F), (), "'and' without a comma"),
+    ("Pneumonia, Edema, & Fracture", (P, E, F), (), "ampersand after a comma"),
+    ("Pneumonia\nEdema\nand Fracture", (P, E, F), (), "'and' on the last line"),
+    ("Pneumonia, Edema, and\nFracture", (P, E, F), (), "'and' at the end of a line"),
+    ("Edema AND Fracture", (E, F), (), "'and' in capitals"),
+    ("Edema\uff0cFracture", (E, F), (), "full-width comma"),
+    ("Edema\u060c Fracture", (E, F), (), "Arabic comma"),
+    ("Edema\u3001Fracture", (E, F), (), "ideographic comma"),
+    ("Edema\uff1bFracture\u061b Pneumonia", (E, F, P), (), "full-width and Arabic semicolons"),
+    ("\uff25\uff44\uff45\uff4d\uff41\uff0c\uff26racture", (E, F), (), "full-width letters"),
+    ("Edema\u3001Fracture\u3002", (E, F), (), "ideographic full stop"),
+    ("- Edema\n- Fracture", (E, F), (), "bullets"),
+    ("* Edema\n* Fracture", (E, F), (), "stars"),
+    ("\u2022 Edema\n\u2022 Fracture", (E, F), (), "round bullets"),
+    ("\u2013 Edema\n\u2013 Fracture", (E, F), (), "en dashes as bullets"),
+    ("\u2014 Edema\n\u2014 Fracture", (E, F), (), "em dashes as bullets"),
+    ("\u25aa Edema\n\u25ba Fracture\n> Pneumonia", (E, F, P), (), "square, arrow, quotation"),
+    ("- Edema - Fracture", (E, F), (), "bullets on one line"),
+    ("1. Edema\n2. Fracture", (E, F), (), "list numbers"),
+    ("1) Edema\n2) Fracture", (E, F), (), "list numbers with a bracket"),
+    ("(1) Edema, (2) Fracture", (E, F), (), "list numbers in brackets"),
+    ("1: Edema\n2: Fracture", (E, F), (), "list numbers with a colon"),
+    ("1. Edema 2. Fracture", (E, F), (), "list numbers on one line"),
+    ("10. Edema\n14. Fracture", (E, F), (), "two digits: there are 14 labels"),
+    ("a) Edema\nb) Fracture", (E, F), (), "list letters"),
+    ("(i) Edema\n(ii) Fracture", (E, F), (), "Roman list numbers"),
+    ("\u2460 Edema\n\u2461 Fracture", (E, F), (), "numbers in circles"),
+    ("1\ufe0f\u20e3 Edema\n2\ufe0f\u20e3 Fracture", (E, F), (), "key caps"),
+    ("**Edema**, **Fracture**", (E, F), (), "bold"),
+    ("*Edema*, _Fracture_, __Pneumonia__", (E, F, P), (), "italics, bold by underscores"),
+    ("`Edema`, `Fracture`", (E, F), (), "code"),
+    ("1. **Edema**\n2. **Fracture**:", (E, F), (), "list number, bold and a colon"),
+    ("# Edema\n### Fracture ###", (E, F), (), "headings"),
+    ("**Edema, Fracture**", (E, F), (), "bold around the list"),
+    ('"Edema", "Fracture"', (E, F), (), "quotes"),
+    ('- "Edema"\n- "Fracture"', (E, F), (), "quotes after bullets"),
+    ("\u201cEdema\u201d, \u2018Fracture\u2019", (E, F), (), "curly quotes"),
+    ("\u00abEdema\u00bb, \u201eFracture\u201c", (E, F), (), "French and German quotes"),
+    ('\\"Edema\\", \\"Fracture\\"', (E, F), (), "escaped quotes"),
+    ("[Edema, Fracture]", (E, F), (), "square brackets"),
+    ("(Edema, Fracture)", (E, F), (), "round brackets"),
+    ("{Edema, Fracture}", (E, F), (), "braces"),
+    ("[Edema], [Fracture]", (E, F), (), "brackets around each"),
+    ("<Edema>, <Fracture>", (E, F), (), "angle brackets, as of a place holder"),
+    (
+        "\u3010Edema\u3011\u300cFracture\u300d",
+        (),
+        ("\u3010Edema\u3011\u300cFracture\u300d",),
+        "no separator",
+    ),
+    ("\u3010Edema\u3011, \u300cFracture\u300d", (E, F), (), "brackets of Chinese and Japanese"),
+    ("['Edema', 'Fracture']", (E, F), (), "Python's list"),
+    ('["Edema", "Fracture"]', (E, F), (), "JSON's list"),
+    ('[\n  "Edema",\n  "Fracture"\n]', (E, F), (), "JSON's list over several lines"),
+    ('```json\n["Edema", "Fracture"]\n```', (E, F), (), "JSON in a code fence"),
+    ('{"labels": ["Edema", "Fracture"]}', (E, F), (), "JSON's object with the list's name"),
+    ('[{"label": "Edema"}, {"label": "Fracture"}]', (E, F), (), "JSON's objects"),
+    ("\\boxed{Edema, Fracture}", (E, F), (), "LaTeX's box"),
+    ("$\\text{Edema}$, $\\textbf{Fracture}$", (E, F), (), "LaTeX's text and bold"),
+    ("Labels: Edema, Fracture", (E, F), (), "the list's name says nothing about the patient"),
+    ("**Findings:**\n- Edema\n- Fracture", (E, F), (), "the list's name, bold, on its own line"),
+    ("## Labels\nEdema\nFracture", (E, F), (), "the list's name as a heading"),
+    ("Final answer: Edema", (E,), (), "the list's name in two words"),
+    ("Here are the predicted labels: Edema", (E,), (), "the list's name in a sentence"),
+    ("Positive findings: Edema", (E,), (), "an answer is the list of positive findings"),
+    (
+        "pleural_effusion, Lung-Opacity",
+        (X, "Lung Opacity"),
+        (),
+        "underscore and hyphen between the letters",
+    ),
+    ("NoFinding", ("No Finding",), (), "without a space, as a name in a program"),
+    ("pulmonary edema, effusions", (E,), ("effusions",), "an alias; 'effusions' is in no table"),
+    ("No Findings", ("No Finding",), (), "an alias, and no negation"),
+    ("Ede\u200bma\ufeff, \u200fFracture", (E, F), (), "invisible characters"),
+    ("[]", (), (), "an empty list holds no entry"),
+    ('{"labels": []}', (), (), "an empty list with its name"),
+]
+# None of these may give a label that the entry qualifies, denies or doubts.
+UNREAD = [
+    ("left Pleural Effusion", (), "qualified", "a side"),
+    ("Pleural Effusion (left)", (), "qualified", "a side behind"),
+    ("Pleural Effusion - left", (), "qualified", "a side after a hyphen"),
+    ("(L) Pleural Effusion", (), "qualified", "a side that looks like a list letter"),
+    ("R. Pleural Effusion", (), "qualified", "the other side"),
+    ("Bilateral Pleural Effusions", (), "qualified", "both sides"),
+    ("Pleural Effusion (small)", (), "qualified", "a degree"),
+    ("mild Cardiomegaly", (), "qualified", "a degree in front"),
+    ("Edema [moderate]", (), "qualified", "a degree in square brackets"),
+    ("**Edema** (mild)", (), "qualified", "markup inside does not hide the rest"),
+    ("left Edema and Fracture", (), "qualified", "the side may belong to both"),
+    ("Edema and mild Fracture", (), "qualified", "a piece is no label"),
+    ("Edema | left", (), "qualified", "a table's cell belongs to its row"),
+    ("Edema?", (), "qualified", "a doubt"),
+    ("possible Edema", (), "qualified", "a doubt in words"),
+    ("Edema or Fracture", (), "qualified", "one of the two, nobody knows which"),
+    ("Edema and/or Fracture", (), "qualified", "the same"),
+    ("Edema vs. Fracture", (), "qualified", "the same"),
+    ("Edema: 0.9", (), "qualified", "a probability"),
+    ("Edema (90%)", (), "qualified", "a probability in percent"),
+    ("Edema Fracture", (), "qualified", "no separator"),
+    ("Possible: Edema, Fracture", (), "qualified", "a heading takes its line"),
+    ("Edema: yes", (), "affirmed", "read in half, a check list would be wrong"),
+    ("Edema: present", (), "affirmed", "the same"),
+    ("Edema (+)", (), "affirmed", "the same"),
+    ("Edema: 1", (), "affirmed", "the same"),
+    ("[x] Edema", (), "affirmed", "a ticked box"),
+    ("\u2713 Edema", (), "affirmed", "a tick"),
+    ("+ Edema", (), "affirmed", "a plus sign is a verdict"),
+    ("no Edema", (), "negated", "negation"),
+    ("No Edema.", (), "negated", "negation"),
+    ("without Edema", (), "negated", "negation"),
+    ("Edema: no", (), "negated", "negation behind"),
+    ("Edema: absent", (), "negated", "negation behind"),
+    ("Edema: negative", (), "negated", "negation behind"),
+    ("Edema: 0", (), "negated", "negation as a number"),
+    ("**Edema**: No", (), "negated", "negation after bold"),
+    ("Edema = False", (), "negated", "negation as a program writes it"),
+    ("Edema (not present)", (), "negated", "negation in brackets"),
+    ("Edema -", (), "negated", "a minus sign behind"),
+    ("Edema (-)", (), "negated", "a minus sign in brackets"),
+    ("Edema, no", (), "negated", "a row of a table"),
+    ("Edema,0\n", (), "negated", "a row of a CSV file"),
+    ("Edema\tabsent", (), "negated", "a row of a table, by tab"),
+    ("| Edema | no |", (), "negated", "a row of a table, by bars"),
+    ("| Edema | - |", (), "qualified", "a table's cell with a dash may say no"),
+    ("Edema - no", (), "negated", "a hyphen between label and verdict"),
+    ("Edema/no", (), "negated", "a slash between label and verdict"),
+    ("Edema:\nno", (), "negated", "the verdict on the next line"),
+    ("[ ] Edema", (), "negated", "a box that is not ticked"),
+    ("- [ ] Edema", (), "negated", "a box after a bullet"),
+    ("\u2610 Edema", (), "negated", "a box as a character"),
+    ("\u274c Edema", (), "negated", "a cross"),
+    ("~~Edema~~", (), "negated", "struck out"),
+    ("no Edema and Fracture", (), "negated", "the negation may take both"),
+    ("Edema and no Fracture", (), "negated", "a piece is no label"),
+    ("no Edema, Fracture, or Pneumonia", (), "negated", "a negated series"),
+    ("no Edema, Fracture and Pneumonia", (), "negated", "a negated series"),
+    ("Edema, Fracture, and Pneumonia are absent", (), "negated", "a series negated at its end"),
+    ("There is no edema, effusion, or fracture.", (), "negated", "prose"),
+    ("Neither Edema, nor Fracture", (), "negated", "the same"),
+    ("Absent: Edema, Fracture", (), "negated", "a heading"),
+    ("**Ruled out:**\n- Edema\n\n- Fracture", (), "negated", "a heading on its own line"),
+    ('"absent": ["Edema", "Fracture"]', (), "negated", "a key of JSON"),
+    ("no acute findings", (), "negated", "no alias: it leaves out what is old"),
+    ("None", (), "negated", "no label; No Finding is one"),
+    ("Nodule", (), "other", "no label"),
+    ("The lungs are clear.", (), "other", "no label"),
+    ("...", (), "other", "the place holder of a prompt, and no empty list"),
+    ("Labels:", (), "other", "the list's name and no list"),
+    ("and", (), "other", "nothing to join"),
+    ("<b>Edema</b>", (), "qualified", "a tag is text"),
+    ("0. Edema", (), "negated", "a number from 0 is no list number for certain"),
+]
+# (entries, labels, [(unknown entry, its kind)], why)
+MIXED = [
+    ("mild Edema, Fracture", (F,), [("mild Edema", "qualified")], "comma parts"),
+    ("Edema, mild", (E,), [("mild", "other")], "comma parts"),
+    ("no Edema, Fracture", (F,), [("no Edema", "negated")], "a list, not a series"),
+    (
+        "Edema, and no Fracture",
+        (E,),
+        [("and no Fracture", "negated")],
+        "what stands before is said",
+    ),
+    (
+        "Edema, no Fracture, and Pneumonia",
+        (E,),
+        [("no Fracture, and Pneumonia", "negated")],
+        "only what follows",
+    ),
+    (
+        "Edema, mass, Fracture and Pneumonia: absent",
+        (E,),
+        [("mass", "other"), ("Fracture and Pneumonia: absent", "negated")],
+        "a negation goes back to the entry before that is no label",
+    ),
+    (
+        "Pneumonia; no Edema, Fracture, or mass; Cardiomegaly",
+        (P, C),
+        [("no Edema, Fracture, or mass", "negated")],
+        "a semicolon ends a series",
+    ),
+    (
+        "no Edema,\nFracture,\nor mass\nPneumonia",
+        (P,),
+        [("no Edema, Fracture, or mass", "negated")],
+        "a series over lines that end in a comma",
+    ),
+    ("Edema\nFracture, no\nPneumonia", (E, P), [("Fracture, no", "negated")], "one row's verdict"),
+    ("Absent: Edema\nFracture", (F,), [("Absent: Edema", "negated")], "a heading takes its line"),
+    (
+        "Absent:\nEdema\nLabels:\nFracture",
+        (F,),
+        [("Absent:", "negated"), ("Absent: Edema", "negated")],
+        "up to the next heading",
+    ),
+    (
+        '[{"label": "Edema", "present": false}, {"label": "Fracture"}]',
+        (F,),
+        [('"Edema", "present": false}', "negated")],
+        "a verdict belongs to its object",
+    ),
+    (
+        '{"present": ["Edema"], "absent": ["Fracture", "Pneumonia"]}',
+        (),
+        [
+            ('{"present": ["Edema"]', "affirmed"),
+            ('"absent": ["Fracture"', "negated"),
+            ('absent: "Pneumonia"]}', "negated"),
+        ],
+        "keys of JSON",
+    ),
+    ("+ Edema\n- Fracture", (), [("+ Edema", "affirmed"), ("- Fracture", "qualified")], "signs"),
+    (
+        "Left lung:\n- Edema\n- Fracture\n",
+        (),
+        [
+            ("Left lung:", "other"),
+            ("Left lung: - Edema", "qualified"),
+            ("Left lung: - Fracture", "qualified"),
+        ],
+        "a heading that stands alone takes all that is below",
+    ),
+    ("Image quality: good\nEdema", (E,), [("Image quality: good", "other")], "an ended heading"),
+]
+
+
+def _ids(rows):
+    return [f"{row[-1]}: {row[0]!r}" for row in rows]
+
+
+@pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
+@pytest.mark.parametrize("row", READ, ids=_ids(READ))
+def test_the_ways_to_write_a_list_are_read(row, answer_format):
+    body, labels, unknown, _ = row
+    answer = parse_answer(FORMS[answer_format].format(body), answer_format)
+    assert (answer.labels, answer.unknown, answer.duplicates) == (labels, unknown, ())
+    problem = None if labels else "no_label" if unknown else "empty"
+    assert answer.problem == problem
+    if answer_format == "label_list":
+        assert answer.parsed == answer.valid == (problem is None)
+    else:
+        assert (answer.parsed, answer.valid) == (problem != "no_label", True)
+
+
+@pytest.mark.parametrize("answer_format", ANSWER_FORMATS)
+@pytest.mark.parametrize("row", UNREAD, ids=_ids(UNREAD))
+def test_what_says_more_than_a_label_is_never_read_as_one(row, answer_format):
+    body, labels, kind, _ = row
+    answer = parse_answer(FORMS[answer_format].format(body), answer_format)
+    assert (answer.labels, answer.parsed, answer.problem) == (labels, False, "no_label")
+    assert answer.valid == (answer_format != "label_list")
+    assert {unknown_kind(entry) for entry in answer.unknown} == {kind}
+
+
+@pytest.mark.parametrize("row", MIXED, ids=_ids(MIXED))
+def test_labels_beside_entries_that_are_none(row):
+    body, labels, unknown, _ = row
+    entries = read_entries(body)
+    assert entries.labels == labels
+    assert [(entry, unknown_kind(entry)) for entry in entries.unknown] == unknown
+
+
+def test_a_joined_entry_repeats_what_was_said():
+    entries = read_entries("Edema, Edema and Fracture, **Fracture**")
+    assert (entries.labels, entries.duplicates) == (("Edema", "Fracture"), ("Edema", "Fracture"))
+    # written in another way, an unknown entry is the same
+    assert read_entries("No  edema\nno Edema").duplicates == ("no Edema",)
+
+
+def test_every_kind_of_unknown_entry_occurs_above():
+    assert {row[2] for row in UNREAD} == set(UNKNOWN_KINDS)
+    # only the first 200 characters are looked at
+    assert unknown_kind("mass " * 39 + "no Edema") == "negated"
+    assert unknown_kind("mass " * 40 + "no Edema") == "other"
+
+
+SPELLINGS = [*LABELS, *ALIASES]
+WRAPS = [
+    "{}", " {} ", "- {}", "* {}", "\u2022 {}", "\u2013 {}", "**{}**", "*{}*", "_{}_", "`{}`",
+    '"{}"', "'{}'", "\u201c{}\u201d", "[{}]", "({})", "{{{}}}", "<{}>", "{}.", "{}:", "1. {}",
+    "2) {}", "(3) {}", "# {}", "$\\boxed{{{}}}$", "\u3010{}\u3011",
+]  # fmt: skip
+SEPARATORS = [
+    ", ", ",", ";", "; ", "\n", "\r\n", "\t", " | ", "/", " / ", "<br>", "<br/>\n", " and ",
+    ", and ", " & ", "\uff0c", "\u060c ", "\u3001", "\uff1b", " \u2022 ", " - ", " \u2013 ",
+    " + ", "\u2028", ". ",
+]  # fmt: skip
+BEYOND = [
+    "no {}", "No {}.", "without {}", "not {}", "{}: no", "{}: absent", "{}: negative",
+    "{} is absent", "{} (no)", "{} - no", "{}: 0", "{}=false", "{}: yes", "{} (+)", "{} (-)",
+    "{} -", "{}-", "[ ] {}", "( ) {}", "~~{}~~", "\u274c {}", "left {}", "{} (left)",
+    "right-sided {}", "mild {}", "{} (small)", "{}, no", "{}\tno", "{} | absent", "{}\n- no",
+    "{}, 0", "{}: none", "Absent: {}", "possible {}", "{}?", "{} or mass", "old {}",
+    "no evidence of {}", "rule out {}", "non-{}", "0 {}", "+ {}",
+]  # fmt: skip
+
+
+def _texts(seed: int, count: int):
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield rng, rng.sample(LABELS, rng.randint(1, 14))
+
+
+def test_labels_come_back_from_every_separator_and_every_markup():
+    for rng, labels in _texts(0, 3_000):
+        separator, wrap = rng.choice(SEPARATORS), rng.choice(WRAPS)
+        written = rng.choice([str, str.lower, str.upper])
+        body = separator.join(wrap.format(written(label)) for label in labels)
+        entries = read_entries(body)
+        assert (set(entries.labels), entries.unknown) == (set(labels), ()), body
+
+
+def test_no_negation_and_no_qualifier_ever_gives_the_label():
+    for rng, labels in _texts(1, 3_000):
+        beyond, wrap = rng.choice(BEYOND), rng.choice(WRAPS[:-3])
+        first = wrap.format(beyond.format(labels[0]))
+        for body in (first, beyond.format(wrap.format(labels[0]))):
+            entries = read_entries(body)
+            assert entries.labels == () and entries.unknown, body
+        # nor do the labels of other lines change that
+        assert labels[0] not in read_entries("\n".join([first, *labels[1:]])).labels, first
+
+
+def test_folding_a_label_again_changes_nothing():
+    rng = random.Random(2)
+    for spelling in SPELLINGS:
+        label = canonical_label(spelling)
+        assert label in LABELS and canonical_label(label) == label
+        for wrap in WRAPS:
+            inner = rng.choice(WRAPS).format(spelling)
+            assert canonical_label(wrap.format(spelling)) == label, wrap
+            assert canonical_label(wrap.format(inner)) == label, (wrap, inner)
+
+
+PIECES = [
+    "Edema",
+    "no",
+    "Fracture",
+    "left",
+    "and",
+    "or",
+    ",",
+    ";",
+    "\n",
+    ":",
+    "[",
+    "]",
+    "- ",
+    "+",
+    "|",
+    "1.",
+]
+PIECES += [
+    "<br>",
+    "\u0301",
+    "\ud800",
+    "```",
+    "**",
+    "absent",
+    "Labels:",
+    '"',
+    "\uff0c",
+    "0",
+    "\t",
+    "\\n",
+]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map(" ".join)))
+def test_any_text_gives_consistent_entries(body):
+    entries = read_entries(body)
+    assert set(entries.labels) <= set(LABELS) and len(set(entries.labels)) == len(entries.labels)
+    assert len(set(entries.unknown)) == len(entries.unknown)
+    assert not set(entries.unknown) & set(LABELS)
+    assert all(entry.strip() for entry in entries.unknown)
+    assert {unknown_kind(entry) for entry in entries.unknown} <= set(UNKNOWN_KINDS)
+    assert set(entries.duplicates) <= {*entries.labels, *entries.unknown} or entries.unknown
+    # an entry that is no label states none on its own either, but for a sign that became a bullet
+    if "+" not in body and ":" not in body:
+        assert not any(read_entries(entry).labels == (entry,) for entry in entries.unknown)
