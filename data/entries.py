@@ -60,7 +60,7 @@ _SEPARATOR = re.compile(
 # Cuts an entry only if each piece is a label.
 _JOINT = re.compile(
     r"[|\uff5c\u2502\u00a6/\uff0f&\uff06\u2022\u00b7\u25cf\u25aa\u2023]|\\n|(?:^| )and(?: |$)"
-    r"|(?<![\d.])\.(?= |$)|(?: [-+*\u2013\u2014])? (?=[(\[]?[1-9][0-9]?[.)\]] )",
+    r"|(?<![\d.])\.(?= |$)| (?=[(\[]?[1-9][0-9]?[.)\]] )",
     re.IGNORECASE,
 )
 _SIGN = re.compile(
@@ -171,7 +171,7 @@ def _statements(body: str) -> list[_Statement]:
             new_heading, rest = _split_heading(entry)
             if new_heading is not None:
                 heading, goes_on = new_heading, _stands_alone(entry)
-            if not rest or _JOINT.fullmatch(rest):
+            if not rest or rest.casefold() in ("and", "&"):
                 names.append(entry)
             elif heading:
                 read.append(_Statement(entry if new_heading else f"{heading}: {entry}"))
@@ -206,7 +206,9 @@ def _series(body: str) -> Iterator[list[str]]:
 
 
 def _is_entry(text: str) -> bool:
-    return bool(text.strip(_RULE) or text in _DASHES) and not _FENCE.fullmatch(text)
+    if text.startswith("```") and _FENCE.fullmatch(text):
+        return False
+    return bool(text.strip(_RULE)) or text in _DASHES
 
 
 def _split_heading(entry: str) -> tuple[str | None, str]:
@@ -238,7 +240,8 @@ def _labels_in(entry: str) -> tuple[str, ...]:
         return (label,)
     text = " ".join(entry.replace("\t", "|").split())
     pieces = [piece.strip() for piece in _JOINT.split(text)]
-    labels = [_label_of(part) for piece in pieces if piece for part in _SIGN.split(piece)]
+    parts = [part for piece in pieces if piece for part in _SIGN.split(piece)]
+    labels = [_label_of(part) for part in parts] if parts != [text] else [None]
     return tuple(label for label in labels if label) if all(labels) else ()
 
 
@@ -252,8 +255,10 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
     "no A, B, or C" takes all up to the last conjunction. "A, B, and C are absent" takes the labels
     before it.
     """
+    if all(statement.labels for statement in series):
+        return series
     joints = [i for i, (text, _) in enumerate(series) if _CONJUNCTION.search(text)]
-    if not joints or all(statement.labels for statement in series):
+    if not joints:
         return series
     read: list[_Statement] = []
     taken = -1

@@ -101,8 +101,9 @@ def strip_markup(text: str) -> str:
 
     No word is ever taken off.
     """
-    folded = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_INVISIBLE)
-    folded = " ".join(folded.replace("_", " ").casefold().split()).rstrip(_END)
+    if not text.isascii():  # or nothing of this line would change it
+        text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_INVISIBLE)
+    folded = " ".join(text.replace("_", " ").casefold().split()).rstrip(_END)
     return _FRONT.sub("", folded, count=1)
 
 

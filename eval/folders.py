@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.entries import UNKNOWN_KINDS, unknown_kind
 from data.files import DataError, write_json
 from data.labels import (
     LABELS,
@@ -114,9 +115,9 @@ class Answers:
     ids: of the examples. patients [N]. targets, predictions, evaluated [N, 14] bool, columns in the
     order of LABELS. nih_targets [N, 14] bool: NIH's own labels mapped to ten categories, nothing
     where the source is not NIH's. is_nih: all of the data set has NIH's own labels.
-    parsed, valid [N] bool. num_unknown [N]. lengths [N] in tokens, NaN where unknown.
-    texts: `fingerprint` of each completion. prompts: names of the instructions.
-    problems: how often each problem came.
+    parsed, valid [N] bool. unknown_kinds [N, 4]: entries that are no label, columns in the order of
+    UNKNOWN_KINDS. lengths [N] in tokens, NaN where unknown. texts: `fingerprint` of each
+    completion. prompts: names of the instructions. problems: how often each problem came.
     """
 
     ids: list[str]
@@ -128,7 +129,7 @@ class Answers:
     is_nih: bool
     parsed: np.ndarray
     valid: np.ndarray
-    num_unknown: np.ndarray
+    unknown_kinds: np.ndarray
     lengths: np.ndarray
     texts: list[int]
     prompts: tuple[str, ...]
@@ -147,6 +148,16 @@ class Answers:
             jaccard_per_image(self.targets, self.predictions, self.evaluated, self.num_unknown),
             0.0,
         )
+
+    @cached_property
+    def num_unknown(self) -> np.ndarray:
+        """Return [N]: the entries of each answer that are no label."""
+        return self.unknown_kinds.sum(axis=1)
+
+    @cached_property
+    def no_label(self) -> np.ndarray:
+        """Return [N] bool: the answer has entries, and none is a label."""
+        return ~self.parsed & (self.num_unknown > 0)
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -199,7 +210,7 @@ def load_answers(path: Path) -> Answers:
     one answer an image.
     """
     ids, texts = [], []
-    numbers: list[tuple[bool, bool, int, int | None]] = []
+    numbers: list[tuple[bool, bool, list[int], int | None]] = []
     patients, bits = [], []
     prompts: dict[str, None] = {}
     problems: Counter[str] = Counter()
@@ -216,9 +227,9 @@ def load_answers(path: Path) -> Answers:
         ids.append(prediction.id)
         patients.append(prediction.patient_id)
         texts.append(fingerprint(prediction.completion))
-        numbers.append(
-            (answer.parsed, answer.valid, len(answer.unknown), prediction.completion_length)
-        )
+        said = Counter(map(unknown_kind, answer.unknown))
+        kinds = [said[kind] for kind in UNKNOWN_KINDS]
+        numbers.append((answer.parsed, answer.valid, kinds, prediction.completion_length))
         nih_labels = chexpert_labels_of_nih(source, NIH_TEN) if nih else ()
         sets = (prediction.labels, answer.labels, prediction.evaluated_labels, nih_labels)
         bits.append((nih, *map(_bits, sets)))
@@ -230,7 +241,7 @@ def load_answers(path: Path) -> Answers:
             ]
         )
     is_nih, targets, predicted, evaluated, nih_targets = zip(*bits, strict=True)
-    parsed, valid, num_unknown, lengths = zip(*numbers, strict=True)
+    parsed, valid, unknown_kinds, lengths = zip(*numbers, strict=True)
     return Answers(
         ids=ids,
         patients=np.array(patients),
@@ -241,7 +252,7 @@ def load_answers(path: Path) -> Answers:
         is_nih=all(is_nih),
         parsed=np.array(parsed),
         valid=np.array(valid),
-        num_unknown=np.array(num_unknown),
+        unknown_kinds=np.array(unknown_kinds),
         lengths=np.array([np.nan if length is None else length for length in lengths]),
         texts=texts,
         prompts=tuple(prompts),

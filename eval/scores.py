@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.answers import Answer
+from data.entries import UNKNOWN_KINDS, unknown_kind
 from data.examples import Example
 from data.files import DataError
 from data.labels import LABELS, silenced_labels
@@ -94,8 +96,9 @@ def score(
 
     "jaccard" is the mean of Eq. 3 without its length penalty: 0 for an answer that is not valid,
     and entries that are no label enlarge the union. "fail_rate" is the share of answers whose
-    labels could not be read, "invalid_rate" the share not strictly in the format. "silenced_labels"
-    lists the labels that are hardly ever said although they are true, by the rule of
+    labels could not be read, "invalid_rate" the share not strictly in the format. "unknown_rate",
+    "no_label_rate" and "unknown_kinds" are those of `unknown_entries`. "silenced_labels" lists the
+    labels that are hardly ever said although they are true, by the rule of
     `data.labels.silenced_labels`. "intervals" are 95 %, by patient.
 
     baseline_examples: the training examples, whose label sets the baselines imitate. Without them
@@ -120,6 +123,7 @@ def score(
         "jaccard": float(jaccard.mean()),
         "fail_rate": float((~parsed).mean()),
         "invalid_rate": float((~valid).mean()),
+        **unknown_entries(answers),
         "problems": dict(problems.most_common()),
         "silenced_labels": silenced_labels(
             _counts(predicted & parsed[:, None] & evaluated, columns),
@@ -147,6 +151,21 @@ def _lengths(predictions: Sequence[Prediction]) -> dict[str, float | None]:
     found = {"mean": float(np.mean(known)) if known else None, "max": max(known, default=None)}
     unknown = len(predictions) - len(known)
     return found | ({"unknown": unknown} if unknown else {})
+
+
+def unknown_entries(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Count the entries that are no label, so that labels nobody can read do not pass unnoticed.
+
+    "unknown_rate" is the share of answers that have one, "no_label_rate" the share that have
+    nothing else, which is a part of the fail rate. "unknown_kinds" counts the entries by what they
+    say, {kind of `data.entries.UNKNOWN_KINDS`: entries}.
+    """
+    kinds = Counter(unknown_kind(entry) for answer in answers for entry in answer.unknown)
+    return {
+        "unknown_rate": float(np.mean([bool(answer.unknown) for answer in answers])),
+        "no_label_rate": float(np.mean([answer.problem == "no_label" for answer in answers])),
+        "unknown_kinds": {kind: kinds[kind] for kind in UNKNOWN_KINDS},
+    }
 
 
 def baselines(
@@ -202,7 +221,8 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
     """Lay out the scores of every data set as a text table, at most 100 columns wide.
 
     Below each data set stand its F1 under the other two treatments of failed answers, where there
-    are any, and its baselines.
+    are any, and its baselines. A second table counts the entries that are no label, where any
+    answer has one.
 
     results: {data set: scores}. Their "stage" says whose answers they are, where it is there.
     per_label: add a table of every label's scores.
@@ -222,6 +242,11 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
         ),
         f"label frequencies of the baselines are from: {', '.join(sorted(sources))}",
     ]
+    if any(scores["unknown_rate"] for scores in results.values()):
+        lines += ["", *aligned(_unknown_rows(results), "<>>" + ">" * len(UNKNOWN_KINDS))]
+        lines.append(
+            "(share of answers with an unknown entry, and with nothing else; entries by kind)"
+        )
     left_out = [
         f"{clipped(name)} {scores['bad_images']}"
         for name, scores in results.items()
@@ -241,6 +266,21 @@ def format_scores(results: Mapping[str, dict[str, Any]], *, per_label: bool = Fa
             header = (clipped(name), "precision", "recall", "F1", "support")
             lines += ["", *aligned([header, *_label_rows(scores)], "<>>>>")]
     return "\n".join(lines)
+
+
+def _unknown_rows(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        ("entries that are no label", "answers", "no label", *UNKNOWN_KINDS),
+        *(
+            (
+                clipped(name),
+                f"{scores['unknown_rate']:.3f}",
+                f"{scores['no_label_rate']:.3f}",
+                *(f"{scores['unknown_kinds'][kind]:,}" for kind in UNKNOWN_KINDS),
+            )
+            for name, scores in results.items()
+        ),
+    ]
 
 
 def _label_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:

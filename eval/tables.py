@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.entries import UNKNOWN_KINDS
 from data.labels import LABELS, NIH_NINE
 from eval import published
 from eval.contrasts import Contrast, Transfer
+from eval.folders import Answers
 from eval.page import Cell, Table
 from eval.paired import Change, diversity, holm, said_and_true
 from eval.transfer import shared_labels
@@ -524,7 +526,8 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
                     ),
                     f"{100 * found.contradiction_share:.1f} %",
                     f"{100 * found.all_labels_share:.1f} %",
-                    Cell(f"{answers.num_unknown.sum():,}"),
+                    _unknown_cell(answers),
+                    f"{100 * answers.no_label.mean():.1f} %",
                     ", ".join(
                         f"{problem} {count:,}" for problem, count in answers.problems.most_common(3)
                     )
@@ -544,10 +547,25 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
             "Commonest label set",
             "No Finding and a finding",
             "All 14 labels",
-            "Unknown entries",
+            "With an unknown entry",
+            "With no label at all",
             "Commonest problems",
         ],
         rows,
+        [
+            "With an unknown entry: answers with an entry that is no label; in small print these"
+            " entries by what they say: negated (no Edema), affirmed (Edema: yes), qualified (left"
+            " Pleural Effusion) or other. With no label at all: answers whose entries are all"
+            " unknown, which count as failed."
+        ],
         numbers_from=2,
-        numbers_to=11,
+        numbers_to=12,
+    )
+
+
+def _unknown_cell(answers: Answers) -> Cell:
+    entries = zip(UNKNOWN_KINDS, answers.unknown_kinds.sum(axis=0), strict=True)
+    return Cell(
+        f"{100 * (answers.num_unknown > 0).mean():.1f} %",
+        ", ".join(f"{count:,} {kind}" for kind, count in entries if count),
     )

@@ -14,7 +14,14 @@ from rl.rewards import Reward, RewardFunction, rewards_record
 from rl.settings import GAPS, SET_METRICS
 
 # of the evaluated metrics
-LOWER_IS_BETTER = (*GAPS, "fail_rate", "invalid_rate", "silenced_labels")
+LOWER_IS_BETTER = (
+    *GAPS,
+    "fail_rate",
+    "invalid_rate",
+    "unknown_rate",
+    "no_label_rate",
+    "silenced_labels",
+)
 
 
 def with_rewards(

@@ -82,6 +82,9 @@ class HardReward(RewardFunction):
     J is the Jaccard index of predicted and true labels. Unknown labels count as predicted, so they
     enlarge the union. Short means fewer than `min_length` tokens. Taken to the letter, as here, a
     short wrong answer (-length_penalty) is worth less than an invalid one (0).
+
+    This reward asks for the strict form, `Answer.valid`, and not for `Answer.parsed`: in the right
+    form, entries of which none is a label are a wrong answer like any other.
     """
 
     # lambda_len. Its value is not published: here, a tenth of the best reward.
@@ -115,7 +118,8 @@ class NuancedReward(RewardFunction):
                     count for nothing else. 25 where the answer can be read but is not in the
                     strict form
 
-    An answer that cannot be parsed gets `unparsed_penalty` as its format part and nothing else.
+    This reward asks for labels that can be read, `Answer.parsed`. An answer without, also one of
+    which not one entry is a label, gets `unparsed_penalty` as its format part and nothing else.
     Where no label is true and none is predicted, the answer is a match with full recall and
     precision.
 

@@ -50,6 +50,8 @@ SET_METRICS = (
     "jaccard",
     "fail_rate",
     "invalid_rate",
+    "unknown_rate",
+    "no_label_rate",
     "completion_length",
     "silenced_labels",
     "reward",

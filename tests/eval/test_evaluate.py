@@ -21,6 +21,7 @@ from peft import PeftModel
 
 import eval.decode
 from data.answers import parse_answer
+from data.entries import UNKNOWN_KINDS
 from data.examples import Example
 from data.files import DataError, write_json, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
@@ -301,6 +302,9 @@ def test_scores_by_hand():
     assert scores["jaccard"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
     assert (scores["fail_rate"], scores["invalid_rate"]) == (1 / 4, 2 / 4)
     assert scores["problems"] == {"think_missing": 1, "answer_missing": 1}
+    # one answer has an unknown entry ("nodule") beside a label
+    assert (scores["unknown_rate"], scores["no_label_rate"]) == (1 / 4, 0)
+    assert scores["unknown_kinds"] == {"negated": 0, "affirmed": 0, "qualified": 0, "other": 1}
     assert scores["silenced_labels"] == []  # none is true ten times
     assert (scores["n"], scores["num_patients"]) == (4, 3)
     assert scores["completion_length"] == {"mean": 17.5, "max": 40}
@@ -319,6 +323,27 @@ def test_silenced_labels_count_answers_that_can_be_read_where_the_label_is_evalu
     ]
     rows += [row("Pneumonia", (), id=f"more{i}") for i in range(12)]
     assert score(parsed(rows))["silenced_labels"] == ["Edema", "Pneumonia"]
+
+
+def test_answers_without_a_label_are_failures_and_are_counted():
+    said = ["no Edema, Nodule", "left Fracture; nodule", "Edema, Edema: yes", "Pneumonia", ""]
+    scores = score(
+        parsed(
+            [
+                row(f"<think>x</think><solution>{entries}</solution>", ("Edema",), id=f"r{i}")
+                for i, entries in enumerate(said)
+            ]
+        )
+    )
+    # Entries of the first two only are unknown; the third has one beside a label; the last none.
+    assert (scores["unknown_rate"], scores["no_label_rate"]) == (3 / 5, 2 / 5)
+    assert scores["unknown_kinds"] == {"negated": 1, "affirmed": 1, "qualified": 1, "other": 2}
+    assert (scores["fail_rate"], scores["invalid_rate"]) == (2 / 5, 0)
+    assert scores["problems"] == {"no_label": 2, "empty": 1}
+    # Edema is true five times. Dropped: said once of three. All wrong: the two add no hit.
+    assert scores["per_label"]["Edema"]["recall"] == 1 / 5
+    # 0, 0, 1 of {Edema, the verdict}, 0 of {Edema, Pneumonia}, 0
+    assert scores["jaccard"] == pytest.approx((0 + 0 + 1 / 2 + 0 + 0) / 5)
 
 
 def test_failed_answers_are_treated_in_three_ways():
@@ -676,12 +701,18 @@ def test_table_of_scores():
         ),
         "label frequencies of the baselines are from: this data set",
         "",
+        "entries that are no label  answers  no label  negated  affirmed  qualified  other",
+        "site-a                       0.250     0.000        0         0          0      1",
+        "(share of answers with an unknown entry, and with nothing else; entries by kind)",
+        "",
         "site-a     precision  recall     F1  support",
         "Edema          1.000   1.000  1.000        2",
         "Pneumonia      1.000   1.000  1.000        1",
         "Fracture       0.000   0.000  0.000        2",
     ]
     assert prevalence.startswith("  by prevalence        0.")
+    # no second table where there is nothing to count
+    assert "no label" not in format_scores({"site-a": score([hand_rows()[0], *hand_rows()[2:]])})
     # all three figures are the same
     assert "failed " not in format_scores({"site-a": score(hand_rows()[:3])}).split("(95 %")[0]
 
@@ -689,6 +720,7 @@ def test_table_of_scores():
 def test_table_is_at_most_100_columns_wide():
     scores = score(hand_rows()) | {"n": 123456}
     scores |= {"stage": "GRPO + vote of 16", "silenced_labels": list(LABELS)}
+    scores |= {"unknown_kinds": dict.fromkeys(UNKNOWN_KINDS, 1_234_567)}
     table = format_scores({f"a-very-long-name-of-a-data-set-at-site-{i}": scores for i in (1, 2)})
     assert max(map(len, table.splitlines())) <= 100
     assert "site-1" in table and "site-2" in table

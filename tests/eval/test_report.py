@@ -225,8 +225,24 @@ def test_length_and_variety(tmp_path):
     table = diversity_table([compared(tmp_path, BEFORE, AFTER)])
     base = texts(table.rows[0])
     # No Finding and Fracture: 1 of 4
-    assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0"]
-    assert base[11] == "answer_missing 1"
+    assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0.0 %"]
+    # "no idea" has no answer block, so it has no entries either
+    assert base[11:] == ["0.0 %", "answer_missing 1"]
+
+
+def test_unknown_entries_are_counted_by_answers_and_by_what_they_say(tmp_path):
+    said = home_rows(
+        answer("Edema", "left Fracture"), answer("no Edema", "Nodule"), answer("nodule"), answer()
+    )
+    contrast = compared(tmp_path, said, AFTER)
+    table = diversity_table([contrast])
+    # 3 of 4 answers have an unknown entry, 2 of 4 nothing else; the fourth is an empty answer
+    assert table.header[10:12] == ["With an unknown entry", "With no label at all"]
+    assert texts(table.rows[0])[10:] == ["75.0 %", "50.0 %", "no_label 2, empty 1"]
+    assert table.rows[0][10].detail == "1 negated, 1 qualified, 2 other"
+    assert (table.rows[1][10].text, table.rows[1][10].detail) == ("0.0 %", "")
+    # both are failures in the table of scores
+    assert line_of(scores_table(contrast), "base")[8] == "0.500"
 
 
 def test_transfer_and_paradox(tmp_path):

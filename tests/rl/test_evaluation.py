@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 
 from data.predictions import Prediction
-from rl.evaluation import evaluated_metrics, with_rewards
+from engine.run import TrainerState
+from engine.tracking import RunLogger
+from rl.evaluation import evaluated_metrics, record_evaluation, with_rewards
 from rl.rewards import HardReward
 from rl.settings import SET_METRICS
 
@@ -18,6 +20,9 @@ SCORES = {
     "jaccard": 0.6,
     "fail_rate": 0.1,
     "invalid_rate": 0.2,
+    "unknown_rate": 0.3,
+    "no_label_rate": 0.05,
+    "unknown_kinds": {"negated": 3, "affirmed": 0, "qualified": 0, "other": 1},
     "completion_length": {"mean": 25.5, "max": 40},
     "silenced_labels": ["Edema", "Fracture"],
     "reward": 0.55,
@@ -32,6 +37,7 @@ def test_what_is_evaluated_is_a_number_of_each_name():
     assert found.keys() == set(SET_METRICS)
     assert found["silenced_labels"] == 2  # their number: conditions compare numbers
     assert (found["macro_f1"], found["micro_f1"], found["completion_length"]) == (0.4, 0.5, 25.5)
+    assert (found["unknown_rate"], found["no_label_rate"]) == (0.3, 0.05)
 
 
 @pytest.mark.parametrize(("length_of", "total"), [("text", 0.9), ("completion", 1.0)])
@@ -52,3 +58,13 @@ def test_eq_3_counts_the_tokens_of_the_setting_in_evaluation_too(length_of, tota
     )
     assert predictions[0].extra["rewards"]["hard"]["total"] == total
     assert means == {"rewards/hard/mean": total, "reward": total}
+
+
+@pytest.mark.parametrize("metric", ["unknown_rate", "no_label_rate", "fail_rate"])
+def test_fewer_answers_that_cannot_be_read_are_better(tmp_path, metric):
+    state, log = TrainerState(), RunLogger(tmp_path)
+    for state.global_step, value in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        metrics = {"site": dict.fromkeys(SET_METRICS, 0.0) | {metric: value}}
+        record_evaluation(metrics, log, state, f"site/{metric}")
+    log.close()
+    assert (state.best_metric, state.best_model_checkpoint) == (0.1, "checkpoint-2")

@@ -331,6 +331,28 @@ def test_a_reward_of_ones_own_needs_only_a_call():
     assert reward.scaled(reward(answer("Edema"), target("Edema"), 10)) == 2.5  # 10 / 4, unscaled
 
 
+def test_the_form_and_the_labels_are_judged_by_one_field_each():
+    """Eq. 3 asks for the strict form (`valid`), Eq. 4 for labels that can be read (`parsed`)."""
+    numbered, unreadable = answer("1. Edema\n2. Fracture\n3. Pneumonia"), answer("a", "b", "c")
+    nuanced, hard = NuancedReward(FREQUENCY), HardReward()
+    true = target("Edema", "Fracture", "Pneumonia")
+    # A numbered list is a list: 100 for the match, 30 + 20 for recall and precision.
+    assert nuanced(numbered, true, 300).total == 150
+    assert hard(numbered, true, 300).total == 1
+    # Three inventions cost 200 like any answer that cannot be read, not 3 x 100.
+    assert nuanced(unreadable, true, 300).parts["format"] == -200
+    assert nuanced(unreadable, true, 300).total == -200
+    # Its form is right, so Eq. 3 gives J = 0 of 6 and takes the length term of a short one.
+    assert hard(unreadable, true, 300).total == 0
+    assert hard(unreadable, true, 10).total == -0.1
+    # Not even where nothing is true does it count as the empty answer.
+    assert hard(unreadable, target(), 300).total == 0
+    assert nuanced(unreadable, target(), 300).total == -200
+    # It fills no window: it predicts nothing that could be repeated.
+    nuanced.observe([unreadable] * 3)
+    assert nuanced.state_dict() == {"predictions": []}
+
+
 def test_a_reward_does_not_change_once_it_is_given():
     with pytest.raises(dataclasses.FrozenInstanceError):
         HardReward()(answer("Edema"), target("Edema"), 300).total = 2.0
@@ -338,9 +360,10 @@ def test_a_reward_does_not_change_once_it_is_given():
 
 def test_nuanced_points_are_floored_and_scaled_only_for_training():
     reward = NuancedReward(FREQUENCY)
-    # Five inventions: -500 points stay in the log; training sees max(-500, -300) x 0.01.
-    raw = reward(answer("a", "b", "c", "d", "e"), target("Edema"), 10)
-    assert raw.total == -500
+    # One of two labels and six inventions: 30/2 + 20/1 - 600 = -565 points stay in the log, and
+    # training sees max(-565, -300) x 0.01. Inventions alone are an answer that cannot be read.
+    raw = reward(answer("Edema", *"abcdef"), target("Edema", "Fracture"), 10)
+    assert raw.total == -565
     assert reward.scaled(raw) == pytest.approx(-3.0)
     assert reward.scaled(Reward(150.0, {})) == pytest.approx(1.5)
     assert NuancedReward(FREQUENCY, scale=0.1).scaled(Reward(-40.0, {})) == pytest.approx(-4.0)
