@@ -217,7 +217,7 @@ def _split_heading(entry: str) -> tuple[str | None, str]:
     The heading of a list's name is "", and leaves the rest only, which may be "". Another heading
     is a part of its entry. Without a heading: (None, the entry).
     """
-    if entry[0] not in "#*|" and not _COLON.search(entry) or _label_of(entry):
+    if entry[0] not in "#*|" and not _COLON.search(entry) or _labels_in(entry):
         return None, entry
     heading, *rest = _COLON.split(entry, maxsplit=1)
     words = _words(heading)
@@ -226,7 +226,7 @@ def _split_heading(entry: str) -> tuple[str | None, str]:
     ):
         below = "".join(rest).strip()
         return "", below if _is_entry(below) else ""
-    return (heading.strip(_RULE) if rest and _label_of(heading) is None else None), entry
+    return (heading.strip(_RULE) if rest and not _labels_in(heading) else None), entry
 
 
 def _stands_alone(heading: str) -> bool:
