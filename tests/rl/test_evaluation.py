@@ -65,6 +65,6 @@ def test_fewer_answers_that_cannot_be_read_are_better(tmp_path, metric):
     state, log = TrainerState(), RunLogger(tmp_path)
     for state.global_step, value in ((1, 0.3), (2, 0.1), (3, 0.2)):
         metrics = {"site": dict.fromkeys(SET_METRICS, 0.0) | {metric: value}}
-        record_evaluation(metrics, log, state, f"site/{metric}")
+        record_evaluation(metrics, {}, log, state, f"site/{metric}")
     log.close()
     assert (state.best_metric, state.best_model_checkpoint) == (0.1, "checkpoint-2")

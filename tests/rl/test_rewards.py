@@ -350,7 +350,7 @@ def test_the_form_and_the_labels_are_judged_by_one_field_each():
     assert nuanced(unreadable, target(), 300).total == -200
     # It fills no window: it predicts nothing that could be repeated.
     nuanced.observe([unreadable] * 3)
-    assert nuanced.state_dict() == {"predictions": []}
+    assert not any(nuanced.state_dict().values())
 
 
 def test_a_reward_does_not_change_once_it_is_given():
