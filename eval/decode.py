@@ -32,6 +32,7 @@ from engine.settings import TrainingConfig
 from engine.tracking import Progress
 from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import result_files, write_results
+from eval.groups import group_scores
 from eval.probabilities import probability_scores
 from eval.scores import score
 from eval.settings import EvalConfig
@@ -224,6 +225,7 @@ def evaluate_sets(
             if annotate is not None:
                 predictions, annotations = annotate(predictions)
             scores = score(predictions, baseline_examples=baseline_examples, seed=decoding.seed)
+            scores |= group_scores(predictions, seed=decoding.seed)
             if k > 1:
                 scores["samples"] = sample_scores(answers, seed=decoding.seed)
                 scores["probabilities"] = probability_scores(predictions, seed=decoding.seed)

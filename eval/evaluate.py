@@ -40,6 +40,8 @@ from eval.folders import (
     result_files,
     write_results,
 )
+from eval.group_tables import format_groups
+from eval.groups import group_scores
 from eval.probabilities import (
     format_probabilities,
     has_shares,
@@ -124,6 +126,7 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
             predictions[name] = vote_predictions(samples[name])
     results = {
         name: score(predictions[name], baseline_examples=baseline_examples, seed=config.seed)
+        | group_scores(predictions[name], seed=config.seed)
         for name in named
     }
     for name, rows in samples.items():
@@ -263,6 +266,7 @@ def _show(results: dict[str, dict[str, Any]], output_dir: Path) -> int:
         format_samples(results),
         format_probabilities(results),
         format_faithfulness(results),
+        format_groups(results),
     ):
         if table:
             print(f"\n{table}")

@@ -118,6 +118,7 @@ class Answers:
     parsed, valid [N] bool. unknown_kinds [N, 4]: entries that are no label, columns in the order of
     UNKNOWN_KINDS. lengths [N] in tokens, NaN where unknown. texts: `fingerprint` of each
     completion. prompts: names of the instructions. problems: how often each problem came.
+    who [N]: (sex, age, view) of the images, None where unknown.
     """
 
     ids: list[str]
@@ -134,6 +135,7 @@ class Answers:
     texts: list[int]
     prompts: tuple[str, ...]
     problems: Counter[str]
+    who: list[tuple[str | None, int | None, str | None]]
 
     @cached_property
     def columns(self) -> list[int]:
@@ -190,7 +192,11 @@ class Answers:
             if isinstance(value, np.ndarray) and name in self.__dataclass_fields__
         }
         return dataclasses.replace(
-            self, ids=list(ids), texts=[self.texts[n] for n in index], **arrays
+            self,
+            ids=list(ids),
+            texts=[self.texts[n] for n in index],
+            who=[self.who[n] for n in index],
+            **arrays,
         )
 
     def under_nih(self, labels: Sequence[str]) -> Answers:
@@ -211,7 +217,8 @@ def load_answers(path: Path) -> Answers:
     """
     ids, texts = [], []
     numbers: list[tuple[bool, bool, list[int], int | None]] = []
-    patients, bits = [], []
+    patients, bits, who = [], [], []
+    same: dict[tuple, tuple] = {}  # one object for equal ones
     prompts: dict[str, None] = {}
     problems: Counter[str] = Counter()
     for prediction in iter_predictions(path):
@@ -226,6 +233,8 @@ def load_answers(path: Path) -> Answers:
             problems[answer.problem] += 1
         ids.append(prediction.id)
         patients.append(prediction.patient_id)
+        person = (prediction.sex, prediction.age, prediction.view)
+        who.append(same.setdefault(person, person))
         texts.append(fingerprint(prediction.completion))
         said = Counter(map(unknown_kind, answer.unknown))
         kinds = [said[kind] for kind in UNKNOWN_KINDS]
@@ -257,6 +266,7 @@ def load_answers(path: Path) -> Answers:
         texts=texts,
         prompts=tuple(prompts),
         problems=problems,
+        who=who,
     )
 
 

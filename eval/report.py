@@ -34,6 +34,7 @@ from eval.contrasts import (
 )
 from eval.figures import MISSING, available, training_pictures
 from eval.folders import Entry, answers_by_set, flag_first, load_entries
+from eval.group_tables import groups_tables
 from eval.page import (
     Block,
     Bullets,
@@ -225,6 +226,7 @@ def report_page(
                 Folded("Length and variety of the answers", [diversity_table(contrasts)]),
             ],
         ),
+        *_group_sections(contrasts, pairs, config.seed),
         *_training_sections(entries),
         *_case_sections(cases),
         *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
@@ -276,6 +278,15 @@ def _transfer_sections(
         ),
     ]
     return [Section("Step by step", blocks)]
+
+
+def _group_sections(
+    contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str]], seed: int
+) -> list[Section]:
+    tables = [
+        table for contrast in contrasts for table in groups_tables(contrast, pairs, seed=seed)
+    ]
+    return [Section("By sex, age and view", tables)] if tables else []
 
 
 def _confusion_section(contrasts: Sequence[Contrast], step: tuple[str, str] | None) -> Section:
