@@ -39,7 +39,7 @@ from engine.saving import load_best_adapter, restore, save_final_adapter, save_t
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
 from eval.since_start import keep_start, since_start
-from rl.evaluation import evaluated_metrics, record_evaluation, with_rewards
+from rl.evaluation import evaluated_metrics, record_evaluation, rewards_of
 from rl.monitors import HACKING_CHART, Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.rollout import Rollouts
@@ -137,27 +137,24 @@ def evaluate_policy(
 ) -> dict[str, dict[str, float]]:
     """Decode every evaluated set greedily and score it -> {set: its metrics}.
 
-    Rewards are computed, but nothing is observed. step: of the adapter, noted in the scores.
+    Rewards are computed, but nothing is observed. step: of the adapter, noted in the scores. Before
+    the first one the answers are kept, and a vote of sampled ones.
     """
-    config, rewards = rollouts.config, rollouts.reward_functions
-    notes = bad_image_counts(data.evaluated, data.bad_images)
-    scores = evaluate_sets(
+    config, names = rollouts.config, list(data.evaluated)
+    notes = bad_image_counts(names, data.bad_images)
+    decode = partial(
+        evaluate_sets,
         policy,
         data.evaluated,
-        Decoding.greedy(config),
-        folder,
         baseline_examples=data.train,
-        annotate=partial(
-            with_rewards,
-            reward_functions=rewards,
-            trained_reward=config.reward,
-            length_of=config.length_of,
-        ),
+        annotate=rewards_of(config, rollouts.reward_functions),
         notes={name: {"step": step} | note for name, note in notes.items()},
         should_stop=should_stop,
     )
+    scores = decode(Decoding.greedy(config), folder)
     if step == 0:
-        keep_start(folder, list(scores))
+        vote = partial(decode, Decoding.greedy(config).voting(config))
+        keep_start(folder, names, vote if config.vote_baseline else None)
     return {name: evaluated_metrics(of_set) for name, of_set in scores.items()}
 
 

@@ -11,10 +11,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -79,6 +79,28 @@ class Decoding:
             config.answer_format,
             config.per_device_eval_batch_size,
         )
+
+    def voting(self, rollout: Rollout) -> Decoding:
+        """Sample the answers to each image as a rollout does, and let them vote."""
+        sampling = SamplingConfig(
+            rollout.temperature, rollout.top_p, self.sampling.max_completion_length
+        )
+        return replace(
+            self, sampling=sampling, seed=rollout.seed, num_generations=rollout.num_generations
+        )
+
+
+class Rollout(Protocol):
+    """Describe the settings of a GRPO run's rollouts, which eval does not know."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def num_generations(self) -> int: ...
 
 
 def load_policy(

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from data.files import write_json
-from eval.end_table import end_table
-from eval.folders import read_log, read_record, result_files
+from eval.end_table import end_table, stage_title
+from eval.folders import load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
-from eval.since_start import EVALUATIONS, START, since_start
+from eval.since_start import EVALUATIONS, START, VOTE, since_start
 
 SUMMARY = "summary.json"
 RESAMPLES = 10_000
@@ -156,7 +156,8 @@ def summarize(run: Path, names: Sequence[str]) -> dict[str, Any]:
 def end_of_run(run: Path, names: Sequence[str], best: str | None) -> str:
     """Write summary.json of a finished GRPO run, and lay out its sentence and its end table.
 
-    The table has the start, the best and the last evaluation of each data set.
+    The table has the start, a vote of its answers, the best and the last evaluation of each data
+    set.
 
     run: its folder. names: the data sets, that of the home hospital first. best: the best
     checkpoint's folder name, checkpoint-<step>, or None.
@@ -173,6 +174,10 @@ def end_of_run(run: Path, names: Sequence[str], best: str | None) -> str:
             for step, title in dict.fromkeys(chosen)
             if (name, step) in rows
         ]
+    for row in since_start(run, names, run / VOTE).rows:
+        scores = read_record(result_files(run / VOTE, row["dataset"])[1])
+        title = stage_title(load_entry("vote", run / VOTE), scores)
+        stages[row["dataset"]].insert(1, (title, row))
     scores = {name: read_record(result_files(run, name)[1]) for name in names}
     baselines = {
         name: {"baselines": of_set["baselines"]} for name, of_set in scores.items() if of_set

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.files import DataError
+from data.files import DataError, write_json
 from data.labels import LABELS
 from data.predictions import read_predictions
 from engine.config import UsageError
@@ -32,41 +33,64 @@ from eval.metrics import interval, patient_totals, scores_of_totals
 from eval.paired import shared_resamples
 from eval.transfer import Moved, gap_on_all_labels, gap_on_shared_labels
 
-START = "start"  # the folder in the run's folder
+START = "start"  # folders in the run's folder
+VOTE = "start-vote"
 EVALUATIONS = "evaluations.jsonl"  # a row a data set and evaluation
 RESAMPLES = 1000  # as many as the intervals in scores-<set>.json have
 
 
 # ---- keep ----------------------------------------------------------------------------------------
-def keep_start(folder: Path, names: Sequence[str]) -> None:
+def keep_start(
+    folder: Path, names: Sequence[str], vote: Callable[[Path], object] | None = None
+) -> None:
     """Copy the results of the evaluation before the first step to <run>/start.
 
-    Their scores get the record of an evaluation of the adapter that the run started from, so that a
-    report reads from the folder which model answered.
+    Beside them <run>/start-vote keeps what the same model answers by a vote. It costs no training,
+    so it is what GRPO has to beat.
 
-    folder: the run's, with the results in it. names: the data sets.
+    folder: the run's, with the results in it. names: the data sets. vote: decodes all of them with
+    a vote, into the folder that it is given. None for no such baseline.
     """
     if not names:
         return
+    with _replaced(folder / START) as temporary:
+        for name in names:
+            predictions_file, scores_file = result_files(folder, name)
+            scores = read_record(scores_file)
+            scores.pop("step", None)  # of this run, while the folder is about the one before
+            write_results(temporary, name, read_predictions(predictions_file), scores)
+        _say_who_answered(temporary, folder)
+    if vote is not None and not (folder / VOTE).is_dir():  # once, also where step 0 is the best
+        with _replaced(folder / VOTE) as temporary:
+            vote(temporary)
+            _say_who_answered(temporary, folder)
+
+
+@contextmanager
+def _replaced(place: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of another one once it is complete."""
+    temporary = place.with_name(f".tmp-{place.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(temporary, place)
+
+
+def _say_who_answered(place: Path, folder: Path) -> None:
+    """Note in the scores that the adapter answered from which the run in `folder` started.
+
+    They get the record of an evaluation, so that a report reads the model from the folder.
+    """
     record = read_record(folder / "config.json")
     settings = record.get("settings") or {}
     of_model = ("adapter_name_or_path", "model_name_or_path", "prompt", "answer_format")
-    run = {
-        "script": "eval",
-        "settings": {name: settings[name] for name in of_model if name in settings},
-        "data": {name: file for name, file in (record.get("data") or {}).items() if name in names},
-    }
-    temporary = folder / f".tmp-{START}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name in names:
-        predictions_file, scores_file = result_files(folder, name)
-        scores = {
-            key: value for key, value in read_record(scores_file).items() if key != "step"
-        } | {"run": run}
-        write_results(temporary, name, read_predictions(predictions_file), scores)
-    shutil.rmtree(folder / START, ignore_errors=True)
-    os.rename(temporary, folder / START)
+    known = {name: settings[name] for name in of_model if name in settings}
+    for file in place.glob("scores-*.json"):
+        name = file.stem.removeprefix("scores-")
+        data = {key: value for key, value in (record.get("data") or {}).items() if key == name}
+        run = {"script": "eval", "settings": known, "data": data}
+        write_json(file, read_record(file) | {"run": run})
 
 
 # ---- compare -------------------------------------------------------------------------------------
@@ -83,25 +107,26 @@ class SinceStart:
     notes: list[str] = field(default_factory=list)
 
 
-def since_start(folder: Path, names: Sequence[str]) -> SinceStart:
+def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> SinceStart:
     """Compare the results in a run's folder with those of its start, on the same images.
 
     gap_se: standard error of the gap, from resamples of patients, of the same patients before and
     after. gap_shared, gap_shared_se: the same on the labels that the first set and each other can
     express. All are 0 in the evaluation of the start itself.
 
-    folder: the run's. names: the data sets, that of the home hospital first.
+    folder: the run's. names: the data sets, that of the home hospital first. now: the folder whose
+    results are compared with the start, None for the run's own.
     """
+    now = now or folder
     found = SinceStart()
     moved: list[Moved] = []
     for index, name in enumerate(names):
-        _, scores_file = result_files(folder, name)
-        scores = read_record(scores_file)
+        scores = read_record(result_files(now, name)[1])
         if not scores:  # nothing was decoded
             continue
         changes: dict[str, Any] = {}
         try:
-            pair = _answers(folder, name)
+            pair = _answers(folder / START, now, name)
         except (DataError, UsageError) as error:
             found.notes.append(
                 f"{name}: nothing is compared with the start, so gap_se, gap_shared and"
@@ -130,12 +155,12 @@ def since_start(folder: Path, names: Sequence[str]) -> SinceStart:
     return found
 
 
-def _answers(folder: Path, name: str) -> tuple[Answers, Answers]:
+def _answers(before: Path, after: Path, name: str) -> tuple[Answers, Answers]:
     """Read the answers of the start and of now to one data set.
 
     Raises DataError where a file is missing or damaged, UsageError where they are to other images.
     """
-    files = [result_files(place, name)[0] for place in (folder / START, folder)]
+    files = [result_files(place, name)[0] for place in (before, after)]
     if not files[0].is_file():
         raise UsageError(
             f"{files[0]} is missing; the run was begun by an earlier version, or the file removed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data.predictions import Prediction
@@ -11,7 +11,7 @@ from engine.run import TrainerState
 from engine.tracking import RunLogger
 from rl.conditions import parse_combination
 from rl.rewards import Reward, RewardFunction, rewards_record
-from rl.settings import GAPS, SET_METRICS
+from rl.settings import GAPS, SET_METRICS, GRPOConfig
 
 # of the evaluated metrics
 LOWER_IS_BETTER = (
@@ -50,6 +50,17 @@ def with_rewards(
         }
         rewarded.append(prediction.with_extra(rewards=rewards_record(rewards)))
     return rewarded, mean_rewards(rewarded, trained_reward, reward_functions[trained_reward])
+
+
+def rewards_of(
+    config: GRPOConfig, reward_functions: Mapping[str, RewardFunction]
+) -> Callable[[list[Prediction]], tuple[list[Prediction], dict[str, Any]]]:
+    """Make the function that gives an evaluation its rewards, as `with_rewards` does."""
+
+    def annotate(predictions: list[Prediction]) -> tuple[list[Prediction], dict[str, Any]]:
+        return with_rewards(predictions, reward_functions, config.reward, config.length_of)
+
+    return annotate
 
 
 def mean_rewards(

@@ -173,6 +173,14 @@ class GRPOConfig(TrainingConfig):
         source=OURS,
         group="evaluation",
     )
+    vote_baseline: bool = setting(
+        True,
+        "before the first step, let the start model answer by a vote of num_generations samples, as"
+        " a baseline that costs no training; takes about as long as num_generations evaluations,"
+        " less what they save by reading each prompt once",
+        source=OURS,
+        group="evaluation",
+    )
     metric_for_best_model: str | None = setting(
         None,
         "what chooses the best checkpoint: NAME/METRIC, with METRIC one of"

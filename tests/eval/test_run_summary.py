@@ -178,6 +178,28 @@ def test_the_end_of_a_run_is_a_sentence_and_a_table(run):
     assert max(map(len, text[1:])) <= 100
 
 
+def test_a_vote_of_the_start_is_a_row_beside_grpo(run):
+    # It answers home as GRPO does at the end, nih as the start: the changes are those by hand.
+    def vote(folder: Path) -> None:
+        for name, rows in (("home", AFTER), ("nih", NIH_BEFORE)):
+            voted = {"samples": {"num_generations": 4}}
+            write_results(folder, name, rows, score(rows) | voted)
+
+    for name, rows in (("home", BEFORE), ("nih", NIH_BEFORE)):
+        write_results(run, name, rows, score(rows), overwrite=True)
+    keep_start(run, ["home", "nih"], vote)
+    keep_start(run, ["home", "nih"], None)  # leaves it as it is
+    text = end_of_run(run, ["home", "nih"], None).splitlines()
+    home, nih = (line for line in text if "vote of 4" in line)
+    assert home.split()[5:] == [
+        *("4", "0.750", "+0.375", "0.800", "+0.356", "0.176", "+0.081"),
+        *home.split()[-2:],
+    ]
+    assert nih.count("+0.000") == 3
+    assert "start (0)" in text[text.index(home) - 1]
+    assert "greedy macro-F1 home +0.000" in text[0]  # GRPO's own answers, not the vote's
+
+
 def test_the_sentence_is_kept_for_other_commands(run):
     printed = end_of_run(run, ["home", "nih"], None).splitlines()[0]
     kept = json.loads((run / "summary.json").read_text())

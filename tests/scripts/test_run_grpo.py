@@ -22,8 +22,10 @@ import run_grpo
 from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.policy import Policy
+from eval.end_table import stage_title
 from eval.folders import load_entry
 from eval.scores import score
+from eval.votes import vote_predictions
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
 from rl.settings import (
@@ -369,6 +371,16 @@ def test_the_answers_of_the_start_are_kept_and_read_like_any_others(finished):
     start = load_entry("before", run / "start")
     assert start.stage == "sft" and start.training == sft_run and set(start.sets) == {"a", "b"}
     assert "step" not in record(run / "start/scores-a.json")
+    # What the same model answers by a vote of as many samples as a rollout has
+    voted = load_entry("voted", run / "start-vote")
+    scores = record(run / "start-vote/scores-a.json")
+    assert voted.stage == "sft" and stage_title(voted, scores) == "SFT + vote of 4"
+    assert scores["samples"]["num_generations"] == 4 and "rewards/hard/mean" in scores
+    samples = read_predictions(run / "start-vote/samples-a.jsonl")
+    assert [prediction.id for prediction in vote_predictions(samples)] == list(
+        dict.fromkeys(sample.id for sample in samples)
+    )
+    assert len(samples) == 4 * 12 and not list(run.glob(".tmp-*"))
     rows = lines(run / "evaluations.jsonl")
     assert [(row["step"], row["dataset"]) for row in rows] == [
         (step, name) for step in (0, 2, 4) for name in ("a", "b")
