@@ -44,7 +44,9 @@ class Contrast:
     labels [K]: the columns, in whose order arrays over labels are. answers: by model.
     left_out: by model, images that it answered and another did not. policies: by model, the three
     `failure_policies`. values: by model, `scores_of_totals`, each [1] or [1, K]. resampled: by
-    model, the same of R resamples, each [R] or [R, K]. p_values: by pair of models.
+    model, the same of R resamples, each [R] or [R, K], but for precision and recall by label.
+    label_bounds: by model, the 95 % interval of each label's "label_precision", "label_recall" and
+    "label_f1", each [2, K]. p_values: by pair of models.
     baselines: as in scores-<name>.json. support [K]. totals: by model, `patient_totals` [P, C].
     seed, permutations: of the test, for those that are made when they are asked for.
     """
@@ -56,6 +58,7 @@ class Contrast:
     policies: Mapping[str, dict[str, dict[str, Any]]]
     values: Mapping[str, dict[str, np.ndarray]]
     resampled: Mapping[str, dict[str, np.ndarray]]
+    label_bounds: Mapping[str, dict[str, np.ndarray]]
     p_values: Mapping[tuple[str, str], dict[str, np.ndarray]]
     baselines: Mapping[str, dict[str, Any]]
     support: np.ndarray
@@ -172,6 +175,8 @@ def contrast_models(
         for name, one in taken.items()
     }
     targets, evaluated = first.targets[:, columns], first.evaluated[:, columns]
+    resampled = shared_resamples(totals, seed=seed, resamples=resamples)
+    label_bounds = {name: _label_bounds(drawn) for name, drawn in resampled.items()}
     return Contrast(
         data_set=data_set,
         labels=labels,
@@ -184,7 +189,8 @@ def contrast_models(
             for name, one in taken.items()
         },
         values={name: scores_of_totals(rows.sum(axis=0)[None]) for name, rows in totals.items()},
-        resampled=shared_resamples(totals, seed=seed, resamples=resamples),
+        resampled=resampled,
+        label_bounds=label_bounds,
         p_values={
             (before, after): permutation_p_values(
                 totals[before], totals[after], seed=seed, permutations=permutations
@@ -198,6 +204,15 @@ def contrast_models(
         seed=seed,
         permutations=permutations,
     )
+
+
+def _label_bounds(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Compute the intervals of each label, and drop what nothing else needs of the resamples."""
+    names = ("label_precision", "label_recall", "label_f1")
+    found = {name: np.percentile(drawn[name], [2.5, 97.5], axis=0) for name in names}
+    for name in names[:2]:
+        del drawn[name]
+    return found
 
 
 def pairs_of(entries: Sequence[Entry]) -> list[tuple[str, str]]:

@@ -227,7 +227,7 @@ def _panel(
     """Draw the marks of one score. place: left edge, width, top, height of a label, above it."""
     start, width, top, step, above = place
     for number, model in enumerate(contrast.values):
-        lows, highs = np.percentile(contrast.resampled[model][score], [2.5, 97.5], axis=0)  # [K]
+        lows, highs = contrast.label_bounds[model][score]  # [K] each
         values = contrast.values[model][score][0]
         colour = COLOURS[number % len(COLOURS)]
         for row, k in enumerate(labels):
