@@ -32,7 +32,7 @@ from eval.contrasts import (
     pairs_of,
     transfers,
 )
-from eval.figures import MISSING, available, training_pictures
+from eval.figures import MISSING, available, reliability_pictures, training_pictures
 from eval.folders import Entry, answers_by_set, flag_first, load_entries
 from eval.group_tables import groups_tables
 from eval.page import (
@@ -66,6 +66,7 @@ from eval.tables import (
     transfer_table,
 )
 from eval.verdict import last_step, verdict
+from eval.vote_tables import vote_tables
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def report_page(
             ],
         ),
         *_group_sections(contrasts, pairs, config.seed),
+        *_vote_sections(entries),
         *_training_sections(entries),
         *_case_sections(cases),
         *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
@@ -316,6 +318,15 @@ def _label_section(contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str
     return Section(
         "Label by label", [*map(labels_picture, contrasts), silenced_table(contrasts), *moved]
     )
+
+
+def _vote_sections(entries: Sequence[Entry]) -> list[Section]:
+    """Show what votes gain and how far their shares are probabilities, where a model voted."""
+    gains, by_label = vote_tables(entries)
+    drawn = reliability_pictures(entries) if available() else []
+    folded = [Folded("AUROC and AUPRC by label", by_label)] if by_label else []
+    blocks: list[Block] = [*gains, *drawn, *folded]
+    return [Section("Votes, and their shares as probabilities", blocks)] if blocks else []
 
 
 def _training_sections(entries: Sequence[Entry]) -> list[Section]:

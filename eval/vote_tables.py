@@ -1,0 +1,117 @@
+"""Show what votes over samples score, and how far their shares can be taken as probabilities.
+
+All figures are those of scores-<set>.json, as eval.evaluate --num_generations wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.folders import Entry
+from eval.page import Cell, Table
+from eval.tables import bounds, number, signed
+
+_SCORES = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard"}
+
+
+def vote_tables(entries: Sequence[Entry]) -> tuple[list[Table], list[Table]]:
+    """Make the tables of all entries that voted -> (what a vote gains, AUROC and AUPRC by label).
+
+    Both lists are empty where none voted.
+    """
+    gains = [
+        _gain_rows(entry.name, data_set, record)
+        for entry in entries
+        for data_set, record in entry.records.items()
+        if isinstance(record.get("samples"), dict)
+    ]
+    shares: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        for data_set, record in entry.records.items():
+            if isinstance(record.get("probabilities"), dict):
+                shares.setdefault(data_set, {})[entry.name] = record["probabilities"]
+    return (
+        [_gain_table([row for rows in gains for row in rows])] if gains else [],
+        [_label_table(data_set, of) for data_set, of in shares.items()],
+    )
+
+
+def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[list[Cell | str]]:
+    """Make a row a score: one sample, their vote, and the best of them."""
+    samples = record["samples"]
+    own = {
+        "macro_f1": record.get("macro", {}).get("f1"),
+        "micro_f1": record.get("micro", {}).get("f1"),
+        "jaccard": record.get("jaccard"),
+    }
+    rows: list[list[Cell | str]] = []
+    for score, title in _SCORES.items():
+        gain = (samples.get("vote_gain") or {}).get(score)
+        rows.append(
+            [
+                f"{model}, {title}",
+                data_set,
+                _with_interval(samples, "mean", score),
+                Cell(number(own[score])),
+                Cell("-") if gain is None else signed(gain, _interval(samples, "vote_gain", score)),
+                _with_interval(samples, "best", score),
+            ]
+        )
+    return rows
+
+
+def _interval(record: Mapping[str, Any], kind: str, score: str) -> tuple[float, float] | None:
+    found = ((record.get("intervals") or {}).get(kind) or {}).get(score)
+    return None if found is None else (found[0], found[1])
+
+
+def _with_interval(samples: Mapping[str, Any], kind: str, score: str) -> Cell:
+    interval = _interval(samples, kind, score)
+    value = (samples.get(kind) or {}).get(score)
+    return Cell(number(value), "" if interval is None else bounds(interval))
+
+
+def _gain_table(rows: Sequence[Sequence[Cell | str]]) -> Table:
+    return Table(
+        "Samples, their vote, and the best of them",
+        ["Model", "Data set", "Mean of the samples", "Vote", "Vote minus mean", "Best sample"],
+        rows,
+        [
+            "Vote: the labels in at least half of an image's samples. Best sample: chosen for each"
+            " image by its true labels, so it bounds what choosing among the samples could reach."
+            " In small print: 95 % intervals by patient."
+        ],
+        numbers_from=2,
+    )
+
+
+def _label_table(data_set: str, of: Mapping[str, Mapping[str, Any]]) -> Table:
+    """List AUROC and AUPRC of each label, with the share of images where it is true."""
+    labels = dict.fromkeys(label for record in of.values() for label in record["per_label"])
+    rows: list[list[Cell | str]] = []
+    for label in labels:
+        found = {model: record["per_label"].get(label, {}) for model, record in of.items()}
+        true = next((its["prevalence"] for its in found.values() if "prevalence" in its), None)
+        row: list[Cell | str] = [label, "-" if true is None else f"{100 * true:.1f} %"]
+        for its in found.values():
+            row += [_area(its, "auroc"), _area(its, "auprc")]
+        rows.append(row)
+    mean: list[Cell | str] = ["mean of the labels", ""]
+    for record in of.values():
+        mean += [_area(record, "macro_auroc"), _area(record, "macro_auprc")]
+    header = [f"{model}, {name}" for model in of for name in ("AUROC", "AUPRC")]
+    return Table(
+        f"Vote shares as probabilities on {data_set}",
+        ["Label", "True", *header],
+        [*rows, mean],
+        [
+            "AUROC: 0.5 ranks no better than chance. AUPRC: chance is the share where the label is"
+            " true. In small print: 95 % intervals by patient."
+        ],
+    )
+
+
+def _area(record: Mapping[str, Any], name: str) -> Cell:
+    interval = record.get(f"{name}_interval")
+    return Cell(number(record.get(name)), bounds(tuple(interval)) if interval else "")
