@@ -325,7 +325,9 @@ def _vote_sections(entries: Sequence[Entry]) -> list[Section]:
     gains, by_label = vote_tables(entries)
     drawn = reliability_pictures(entries) if available() else []
     folded = [Folded("AUROC and AUPRC by label", by_label)] if by_label else []
-    blocks: list[Block] = [*gains, *drawn, *folded]
+    if drawn[1:]:
+        folded.insert(0, Folded("Reliability on the other data sets", drawn[1:]))
+    blocks: list[Block] = [*gains, *drawn[:1], *folded]
     return [Section("Votes, and their shares as probabilities", blocks)] if blocks else []
 
 
