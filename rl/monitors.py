@@ -318,12 +318,13 @@ class LabelWindow:
 
     def counts(self) -> tuple[dict[str, float], dict[str, int]]:
         """Count, of the images in the window, {label: how often said}, {label: how often true}."""
-        said = {
-            label: math.fsum(shares.get(label, 0.0) for _, shares in self.images)
-            for label in LABELS
-        }
-        true = Counter(label for labels, _ in self.images for label in labels)
-        return said, dict(true)
+        said, true = dict.fromkeys(LABELS, 0.0), dict.fromkeys(LABELS, 0)
+        for labels, shares in self.images:
+            for label in labels:
+                true[label] += 1
+            for label, share in shares.items():
+                said[label] += share
+        return said, true
 
     def silenced(self) -> list[str]:
         """List the labels that have fallen silent. None before IMAGES_SETTLED images are seen."""
@@ -335,9 +336,9 @@ class LabelWindow:
             return {}
         said, true = self.counts()
         return {"silenced_labels": float(len(silenced_labels(said, true)))} | {
-            name: (said[label] + 1) / (true.get(label, 0) + 1)
+            name: (said[label] + 1) / (true[label] + 1)
             for label, name in zip(LABELS, RATIOS, strict=True)
-            if said[label] or true.get(label, 0)
+            if said[label] or true[label]
         }
 
     def state_dict(self) -> dict[str, Any]:

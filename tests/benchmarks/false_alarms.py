@@ -34,27 +34,21 @@ PREVALENCES: Mapping[str, Sequence[float]] = {
 }
 
 
-def draw(prevalence: Sequence[float], rng: random.Random) -> tuple[str, ...]:
-    """Draw a label set, each label by itself. prevalence: in percent."""
-    return tuple(
-        label
-        for label, percent in zip(LABELS, prevalence, strict=True)
-        if rng.random() < percent / 100
-    )
-
-
 def run_warns(
     prevalence: Sequence[float], images: int, rng: random.Random, *, alike: bool = False
 ) -> bool:
     """Tell whether the monitor names a label in a run whose policy says all at their prevalence."""
     window = LabelWindow()
+    chances = [(label, percent / 100) for label, percent in zip(LABELS, prevalence, strict=True)]
+
+    def drawn() -> tuple[str, ...]:
+        return tuple(label for label, chance in chances if rng.random() < chance)
+
     for _rollout in range(images // PROMPTS):
         for _ in range(PROMPTS):
-            said = (
-                [draw(prevalence, rng)] * G if alike else [draw(prevalence, rng) for _ in range(G)]
-            )
+            said = [drawn()] * G if alike else [drawn() for _ in range(G)]
             window.add(
-                Target(frozenset(draw(prevalence, rng))),
+                Target(frozenset(drawn())),
                 [Answer(valid=True, parsed=True, labels=labels) for labels in said],
             )
         if window.silenced():
