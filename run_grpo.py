@@ -14,13 +14,12 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import accepted, main_guard
-from engine.settings import data_specs
+from engine.settings import data_specs, rounded_up
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted(resolve_grpo)
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,7 +60,7 @@ def train(
     R completions of a rollout, N of a micro-batch, T completion tokens (padded). Lines that begin
     with `run.` are book-keeping: without them the same model is trained.
     """
-    warmup_steps = math.ceil(config.warmup_ratio * run.total)
+    warmup_steps = rounded_up(config.warmup_ratio * run.total)
     while run.goes_on():  # 8 evaluates and saves what is due; False at the end or at a signal
         update = rollouts.update_of(run.step)  # 0 begins a new rollout, the next learn from it too
 

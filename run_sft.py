@@ -16,12 +16,11 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import StopRequested, accepted, main_guard
-from engine.settings import SFTConfig, data_specs, resolve_sft
+from engine.settings import SFTConfig, data_specs, resolve_sft, rounded_up
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted(resolve_sft)
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def train(
     """
     steps_per_epoch = config.steps_per_epoch(len(examples))
     step_size = config.step_size
-    warmup_steps = math.ceil(config.warmup_ratio * run.total)
+    warmup_steps = rounded_up(config.warmup_ratio * run.total)
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
         epoch, place = divmod(run.step, steps_per_epoch)
@@ -105,7 +104,7 @@ def train(
         # 3 log
         run.metrics.add("loss", step_loss, weight=supervised_tokens)
         run.add({"grad_norm": grad_norm, "learning_rate": learning_rate})
-        run.count_tokens(supervised_tokens)
+        run.count_tokens(sum(len(row.prompt.input_ids) + len(row.completion_ids) for row in rows))
         run.step_done(epoch=(run.step + 1) / steps_per_epoch, shown={"loss": step_loss})
 
 

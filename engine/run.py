@@ -33,7 +33,7 @@ class TrainerState:
     best_metric: float | None = None
     best_model_checkpoint: str | None = None  # a folder's name in the run's folder
     evaluations_without_improvement: int = 0
-    num_tokens: int = 0  # supervised or sampled so far
+    num_tokens: int = 0  # of prompts and completions so far
     evaluated_step: int = -1  # the last step whose evaluation was finished
     log_history: list[dict[str, Any]] = field(default_factory=list)
     # of the steps since the last log, where logging_steps > 1
@@ -223,7 +223,7 @@ class Run:
         self.state.unlogged_metrics = self.metrics.state_dict()
 
     def count_tokens(self, number: int) -> None:
-        """Add to the tokens that the run has learnt from or sampled, and log their number."""
+        """Add to the tokens of prompts and completions that the run has seen; log their number."""
         self.state.num_tokens += number
         self.metrics.add("num_tokens", self.state.num_tokens, reduction="max")
 

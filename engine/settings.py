@@ -265,6 +265,11 @@ class TrainingConfig:
     )
 
 
+def rounded_up(number: float) -> int:
+    """Round up to a whole number, but not for the noise of floats: 1.1 * 10 is 11, not 12."""
+    return math.ceil(round(number, 6))
+
+
 def training_problems(config: TrainingConfig) -> list[str]:
     """Name what is wrong with the shared settings, one line each: ranges, unknown names."""
     positive = (
@@ -519,7 +524,7 @@ class SFTConfig(TrainingConfig):
 
     def total_steps(self, num_examples: int) -> int:
         """Count the optimizer steps of the whole run, unless it stops early."""
-        by_epochs = math.ceil(self.num_train_epochs * self.steps_per_epoch(num_examples))
+        by_epochs = rounded_up(self.num_train_epochs * self.steps_per_epoch(num_examples))
         return self.max_steps or by_epochs
 
     def batch_line(self, num_examples: int) -> str:

@@ -75,7 +75,8 @@ def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Measure how far the sampler's log-probabilities are from the training forward's.
 
     In fp32 they differ by some 1e-6, in bf16 by some 1e-3. The old log-probabilities of all samples
-    are needed.
+    are needed. sampling/ratio is pi_old / sampler a token, as it is: TRL's
+    importance_sampling_ratio is what is left after its truncation.
     """
     kept = [sample for sample in samples if sample.mask.all()]
     if not kept:
@@ -85,9 +86,9 @@ def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {
         "sampling/sampling_logp_difference/mean": float(difference.abs().mean()),
         "sampling/sampling_logp_difference/max": float(difference.abs().max()),
-        "sampling/importance_sampling_ratio/min": float(ratio.min()),
-        "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
-        "sampling/importance_sampling_ratio/max": float(ratio.max()),
+        "sampling/ratio/min": float(ratio.min()),
+        "sampling/ratio/mean": float(ratio.mean()),
+        "sampling/ratio/max": float(ratio.max()),
     }
 
 

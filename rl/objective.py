@@ -329,7 +329,7 @@ def grpo_loss(
 def objective_metrics(
     terms: dict[str, Tensor], advantages: Tensor, mask: Tensor, config: ObjectiveConfig
 ) -> dict[str, Metric]:
-    """Compute what to log of the terms, under TRL's names.
+    """Compute what to log of the terms, under TRL's names where they mean the same.
 
     Token means are weighted by tokens, so micro-batches combine to the step's mean. A token counts
     as clipped only where the clip takes its gradient away: below the lower bound with a negative
@@ -352,7 +352,7 @@ def objective_metrics(
 
     metrics = {
         "kl": token_mean(terms["kl"]),
-        "policy_loss": token_mean(-terms["surrogate"]),
+        "surrogate": token_mean(terms["surrogate"]),
         "approx_kl_old": token_mean(-terms["log_ratio"]),
         "ratio/mean": token_mean(terms["ratio"]),
         "ratio/min": Metric(ratio.min(), 1, "min"),

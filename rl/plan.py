@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.settings import rounded_up
+
 if TYPE_CHECKING:
     from rl.settings import GRPOConfig
 
@@ -58,8 +60,11 @@ class BatchPlan:
         return self.micro_batches // self.accumulation * self.iterations
 
     def total_steps(self, num_examples: int) -> int:
-        """Count the optimizer steps of the run, by epochs the nearest whole number of rollouts."""
-        rollouts = max(1, round(self.epochs * num_examples / self.prompts))
+        """Count the optimizer steps of the run, by epochs the next whole number of rollouts.
+
+        So one epoch sees every prompt at least once.
+        """
+        rollouts = rounded_up(self.epochs * num_examples / self.prompts)
         return self.max_steps or rollouts * self.updates
 
     def problems(self) -> list[str]:
@@ -96,12 +101,15 @@ class BatchPlan:
         steps = self.total_steps(num_examples)
         rollouts = -(-steps // self.updates)
         prompts, completions = rollouts * self.prompts, rollouts * self.completions
+        epochs = f"{prompts / num_examples:.2f} epochs"
+        if not self.max_steps and rollouts * self.prompts > round(self.epochs * num_examples, 6):
+            epochs += f": {self.epochs:g} rounded up to whole rollouts"
         return [
             f"rollout     {self.prompts} prompts x {self.group} completions = {self.completions}"
             f" completions, {self.updates} optimizer steps each",
             f"batch       {self.micro_batch} completions x {self.accumulation} accumulated ="
             f" {self.micro_batch * self.accumulation} an optimizer step",
             f"run         {steps} optimizer steps = {rollouts} rollouts = {prompts} prompts"
-            f" ({prompts / num_examples:.2f} epochs) = {completions} completions; trained on the"
+            f" ({epochs}) = {completions} completions; trained on the"
             f" {trained_on} reward",
         ]

@@ -190,7 +190,9 @@ class GRPORun(Run):
         samples, step = rollouts.samples, self.step + 1
         new = rollouts.update_of(self.step) == 0
         loss = sum(float(micro.loss) for micro in computed)
-        self.count_tokens(sum(len(sample.ids) for sample in samples) if new else 0)
+        prompts = [len(rollouts.prompts[sample.group].input_ids) for sample in samples]
+        completions = [len(sample.ids) for sample in samples]
+        self.count_tokens(sum(prompts) + sum(completions) if new else 0)
         self.add({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate})
         if new:
             rows = completion_rows(samples, self.config.prompt, self.config.answer_format)

@@ -80,13 +80,20 @@ class GRPOConfig(TrainingConfig):
         1e-5, "peak learning rate of AdamW", source=OURS, group="optimization"
     )
     num_train_epochs: float = setting(
-        1.0, "passes over the prompts", unit="epochs", source=OURS, group="optimization"
+        1.0,
+        "passes over the prompts, rounded up to whole rollouts",
+        unit="epochs",
+        source=OURS,
+        group="optimization",
     )
     warmup_ratio: float = setting(
         0.0,
         "share of all steps with rising learning rate, before the cosine",
         source=OURS,
         group="optimization",
+    )
+    weight_decay: float = setting(
+        0.0, "AdamW's decoupled weight decay", source=OURS, group="optimization"
     )
     max_grad_norm: float = setting(
         1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization"

@@ -8,14 +8,16 @@ Run: pytest tests/engine/test_settings.py
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from engine.config import ConfigError, UsageError, parse_config, setting
-from engine.settings import SFTConfig, inherit, resolve_sft, settings_of_adapter
-from rl.settings import resolve_grpo
+from engine.settings import SFTConfig, inherit, resolve_sft, rounded_up, settings_of_adapter
+from rl.settings import GRPOConfig, resolve_grpo
+from tests.helpers.repository import ROOT
 
 RUN = {
     "prompt": "reasoning_a",
@@ -217,3 +219,39 @@ def test_without_an_adapter_only_the_form_follows_the_prompt():
     )
     assert resolved.configs[0] == SFTConfig(prompt="only_label", answer_format="solution")
     assert resolved.origins["answer_format"] == "prompt"
+
+
+# ---- what the defaults say -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("number", "whole"),
+    [
+        (3.0, 3),
+        (3.2, 4),
+        (62.5, 63),
+        (1.1 * 10, 11),  # 11.000000000000002
+        (0.07 * 100, 7),  # 7.000000000000001
+        (2.00001, 3),
+    ],
+)
+def test_numbers_of_steps_are_rounded_up_but_not_for_the_noise_of_floats(number, whole):
+    assert rounded_up(number) == whole
+
+
+def test_steps_of_fine_tuning_are_whole():
+    config = SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1.1
+    )
+    assert config.steps_per_epoch(80) == 10 and config.total_steps(80) == 11  # 1.1 x 10
+    assert config.steps_per_epoch(81) == 11 and config.total_steps(81) == 13  # 1.1 x 11 = 12.1
+
+
+def test_weight_decay_is_the_papers_in_fine_tuning_and_none_in_grpo():
+    """Decay of the adapter pulls a policy towards the base, not towards the SFT adapter."""
+    assert (SFTConfig().weight_decay, GRPOConfig().weight_decay) == (0.01, 0.0)
+
+
+def test_every_recipe_of_grpo_warms_up():
+    """AdamW's first steps have full size in every direction. In the demo they cost 284 nats."""
+    recipes = list((ROOT / "engine" / "recipes").glob("*.toml"))
+    ratios = [tomllib.loads(path.read_text())["grpo"]["warmup_ratio"] for path in recipes]
+    assert ratios == [0.05] * 5

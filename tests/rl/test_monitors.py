@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -392,6 +393,14 @@ def test_padding_is_the_mean_share_of_tokens_that_are_not_text(window_of_four):
         one.text_length = text
     values = Monitors("hard", CAP).observe(samples)
     assert values["monitors/padding"] == (0 + 0 + 1 / 2 + 3 / 4) / 4
+
+
+def test_the_docstring_lists_the_monitors():
+    listed = re.findall(r"^    ([a-z0-9_]+(?:/<label>)?) {2,}\S", rl.monitors.__doc__, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    # label_shift has a row of its own, which names label_shift/<label> too
+    names = {re.sub("/[A-Z].*", "/<label>", name.removeprefix("monitors/")) for name in NAMES}
+    assert set(listed) == names - {"label_shift/<label>"}
 
 
 # ---- scripted policies ---------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_toy_metrics(objective):
     )
     expected = {  # value, weight, reduction
         "kl": (0.5 / 4, 4, "mean"),
-        "policy_loss": (0.065 / 4, 4, "mean"),
+        "surrogate": (-0.065 / 4, 4, "mean"),
         "approx_kl_old": (-math.log(1.5) / 4, 4, "mean"),  # 1.25 x 1 x 0.8 x 1.5 = 1.5
         "ratio/mean": (4.55 / 4, 4, "mean"),
         "ratio/min": (0.8, 1, "min"),

@@ -52,16 +52,29 @@ def test_the_settings_are_taken_over():
 @pytest.mark.parametrize(
     ("examples", "epochs", "steps"),
     [
-        (16, 1.0, 3 * 4),  # 16 / 5 = 3.2 rollouts
-        (16, 2.0, 6 * 4),  # 6.4
+        # rounded up, so that an epoch sees every prompt
+        (15, 1.0, 3 * 4),  # 15 / 5 = 3 rollouts
+        (16, 1.0, 4 * 4),  # 3.2
+        (16, 2.0, 7 * 4),  # 6.4
         (18, 1.0, 4 * 4),  # 3.6
         (16, 0.25, 1 * 4),  # 0.8
-        (2, 1.0, 1 * 4),  # 0.4, but one at least
+        (2, 1.0, 1 * 4),  # 0.4
+        (50, 1.1, 11 * 4),  # in floats 1.1 x 50 / 5 = 11.000000000000002
+        (50, 1.11, 12 * 4),  # 11.1
     ],
 )
 def test_steps_of_so_many_epochs_are_whole_rollouts(examples, epochs, steps):
     assert changed(epochs=epochs).total_steps(examples) == steps
     assert changed(epochs=epochs, max_steps=7).total_steps(examples) == 7
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rollouts"),
+    [(1.0, 63), (0.5, 32), (2.0, 125)],  # 62.5, 31.25, 125
+)
+def test_a_thousand_prompts_at_sixteen_a_rollout(epochs, rollouts):
+    plan = changed(micro_batch=32, accumulation=1, micro_batches=2, iterations=1, epochs=epochs)
+    assert plan.prompts == 16 and plan.total_steps(1000) == rollouts * 2
 
 
 @pytest.mark.parametrize(
@@ -109,13 +122,20 @@ def test_two_problems_are_two_lines():
 
 
 def test_the_banner_by_hand():
-    # 12 steps of 4 a rollout: 3 rollouts of 5 prompts and 20 completions; 15 of 16 prompts
-    assert PLAN.lines(16, "nuanced") == [
+    # 12 steps of 4 a rollout: 3 rollouts of 5 prompts and 20 completions; 15 of 15 prompts
+    assert PLAN.lines(15, "nuanced") == [
         "rollout     5 prompts x 4 completions = 20 completions, 4 optimizer steps each",
         "batch       2 completions x 5 accumulated = 10 an optimizer step",
-        "run         12 optimizer steps = 3 rollouts = 15 prompts (0.94 epochs) = 60 completions;"
+        "run         12 optimizer steps = 3 rollouts = 15 prompts (1.00 epochs) = 60 completions;"
         " trained on the nuanced reward",
     ]
+    # 16 of 5 a rollout: 4 rollouts, which see 4 prompts a second time
+    assert PLAN.lines(16, "hard")[2] == (
+        "run         16 optimizer steps = 4 rollouts = 20 prompts (1.25 epochs: 1 rounded up to"
+        " whole rollouts) = 80 completions; trained on the hard reward"
+    )
+    # in floats 1.1 x 50 = 55.00000000000001: nothing was rounded up
+    assert "55 prompts (1.10 epochs) = " in changed(epochs=1.1).lines(50, "hard")[2]
     # 7 steps end in the middle of a second rollout, which is sampled whole
     assert changed(max_steps=7).lines(16, "hard")[2] == (
         "run         7 optimizer steps = 2 rollouts = 10 prompts (0.62 epochs) = 40 completions;"

@@ -533,9 +533,9 @@ def test_metrics_of_a_rollout_by_hand():
         "sampling/sampling_logp_difference/mean": 0.5 / 12,
         "sampling/sampling_logp_difference/max": 0.5,
         # exp(0.5)
-        "sampling/importance_sampling_ratio/min": 1.0,
-        "sampling/importance_sampling_ratio/max": 1.6487213,
-        "sampling/importance_sampling_ratio/mean": (11 + 1.6487213) / 12,
+        "sampling/ratio/min": 1.0,
+        "sampling/ratio/max": 1.6487213,
+        "sampling/ratio/mean": (11 + 1.6487213) / 12,
     }
     assert metrics == pytest.approx(expected, abs=1e-6)
 

@@ -216,8 +216,8 @@ def test_a_step_is_logged_over_its_micro_batches(opened, monkeypatch):
     assert (first["step"], first["loss"], first["grad_norm"]) == (1, 0.75, 3.0)
     assert first["entropy"] == pytest.approx((4 * 1.0 + 2 * 4.0) / 6)  # over tokens in the loss
     assert (second["loss"], second["grad_norm"], second["entropy"]) == (0.25, 2.0, 1.0)
-    # 2 tokens each of four completions, once a rollout
-    assert first["num_tokens"] == second["num_tokens"] == run.state.num_tokens == 8
+    # 2 tokens each of four completions, once a rollout, and prompts of 1, 1, 2 and 2 tokens
+    assert first["num_tokens"] == second["num_tokens"] == run.state.num_tokens == 8 + 6
     # the rollout itself, and how far the sampler is from it, are of its first step alone
     for name in ("reward", "time/rollout", "sampling/sampling_logp_difference/mean"):
         assert name in first and name not in second

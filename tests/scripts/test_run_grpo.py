@@ -9,7 +9,9 @@ Run: pytest tests/scripts/test_run_grpo.py
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from rl.settings import (
     GRPOConfig,
     resolve_grpo,
 )
+from tests.helpers.repository import ROOT
 from tests.helpers.runs import (
     adapter,
     equal_tensors,
@@ -72,9 +75,6 @@ TRL_NAMES = {
     "clip_ratio/region_mean",
     "sampling/sampling_logp_difference/mean",
     "sampling/sampling_logp_difference/max",
-    "sampling/importance_sampling_ratio/min",
-    "sampling/importance_sampling_ratio/mean",
-    "sampling/importance_sampling_ratio/max",
 }
 
 
@@ -270,9 +270,42 @@ def test_metrics_have_trls_names_and_a_rollout_is_logged_once(finished):
     assert {"loss", "grad_norm", "kl", "ratio/min"} <= second.keys()
     rows = lines(finished[0] / "completions.jsonl")
     assert third["reward"] == pytest.approx(sum(row["reward"] for row in rows[8:]) / 8)
-    # so far, as in TRL
-    assert second["num_tokens"] == sum(row["completion_length"] for row in rows[:8])
-    assert third["num_tokens"] == sum(row["completion_length"] for row in rows)
+    # So far, as in TRL: of every completion, its prompt's tokens and its own. All prompts have the
+    # same instruction and as many tokens of an image.
+    completions = [row["completion_length"] for row in rows]
+    prompts = second["num_tokens"] - sum(completions[:8])
+    assert prompts > 0 and prompts % 8 == 0
+    assert third["num_tokens"] == 2 * prompts + sum(completions)
+
+
+def listed_metrics(*scripts: str) -> set[str]:
+    """Read the metrics of these scripts from the table of rl/README.md."""
+    page = (ROOT / "rl/README.md").read_text(encoding="utf-8")
+    table = page.split("| metric | script | definition | unit | in TRL |\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[1:]]
+    assert all(len(row) == 7 and row[3] and row[5] for row in rows)  # a definition, and TRL's
+    return {name for row in rows if row[2] in scripts for name in re.findall("`(.+?)`", row[1])}
+
+
+def logged_metrics(run: Path) -> set[str]:
+    """Gather the names of all that a run has logged, as the table writes them."""
+    found = set()
+    for entry in lines(run / "metrics.jsonl"):
+        prefix = {"train": "", "eval": "eval/"}[entry["split"]]
+        prefix += "<set>/" if "dataset" in entry else ""
+        for name in entry.keys() - {"step", "epoch", "split", "dataset"}:
+            name = re.sub(
+                "rewards/(hard|nuanced)/(?!mean|std)\\w+", "rewards/<reward>/<part>", name
+            )
+            found.add(prefix + re.sub("rewards/(hard|nuanced)/", "rewards/<reward>/", name))
+    return found
+
+
+def test_the_table_of_metrics_is_what_a_run_logs(finished):
+    grpo_run, sft_run = finished
+    # a tiny run is over before its monitors say anything: test_monitors.py holds their names
+    assert logged_metrics(grpo_run) | {"monitors/..."} == listed_metrics("both", "GRPO")
+    assert logged_metrics(sft_run) == listed_metrics("both", "SFT")
 
 
 def test_ratio_is_one_in_the_first_update_of_a_rollout_and_kl_zero_in_the_first_of_a_run(finished):
