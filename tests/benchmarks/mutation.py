@@ -58,6 +58,9 @@ TESTS = {  # each file's own tests, none of which reads its text
     "rl/samples.py": ("rl/test_rollout.py",),
     "rl/rollout.py": ("rl/test_rollout.py",),
     "eval/paired.py": ("eval/test_paired.py",),
+    "eval/votes.py": ("eval/test_votes.py",),
+    "eval/probabilities.py": ("eval/test_probabilities.py",),
+    "eval/faithfulness.py": ("eval/test_faithfulness.py",),
 }
 MODELS = (  # slow to import, and what tests with a small model need
     "torch._dynamo",
@@ -82,6 +85,9 @@ PRELOADED = {
     "rl/samples.py": MODELS,
     "rl/rollout.py": MODELS,
     "eval/paired.py": ("numpy", "sklearn.metrics"),
+    "eval/votes.py": ("numpy",),
+    "eval/probabilities.py": ("numpy", "sklearn.calibration", "sklearn.metrics"),
+    "eval/faithfulness.py": ("numpy",),
 }
 PROSE = re.compile(r"\w \w")
 # Says when a copy is waited for, never what is copied.

@@ -8,9 +8,6 @@ Run: pytest tests/eval/test_probabilities.py
 from __future__ import annotations
 
 import json
-import time
-import tracemalloc
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from data.files import DataError
-from data.labels import LABELS
 from data.predictions import Prediction, read_predictions, write_predictions
 from eval.evaluate import main
 from eval.probabilities import (
@@ -101,7 +97,7 @@ def test_ranking_by_hand():
     assert average_precision(np.array([3]), np.array([9])) == 0.25
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_ranking_is_scikit_learns(seed):
     """Also with ties, with only a few distinct shares, and where not all is evaluated."""
     k = (1, 4, 16, 1000)[seed % 4]
@@ -149,29 +145,29 @@ def test_labels_without_both_classes_are_left_out_and_said():
 
 
 def test_intervals_are_those_of_patients_drawn_again():
-    """Against a draw of patients written out, with scikit-learn's scores of each resample."""
+    """Against a draw of patients written out, with every pair of images compared."""
     shares, targets, evaluated, patients = random_votes(3, images=90, patients=30)
     votes = votes_of(shares, targets, evaluated=evaluated, patients=patients)
     scores = probability_scores(votes, seed=1, resamples=2000)
     rng, names = np.random.default_rng(7), np.unique(patients)
     images_of = {name: np.flatnonzero(np.array(patients) == name) for name in names}
     drawn: dict[str, list] = {"auroc": [], "macro": []}
-    for _ in range(300):
+    for _ in range(1000):
         images = np.concatenate([images_of[name] for name in rng.choice(names, len(names))])
         by_label = []
         for c in range(3):
             known = images[evaluated[images, c]]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of one class: NaN
-                by_label.append(roc_auc_score(targets[known, c], shares[known, c]))
+            said, true = shares[known, c], targets[known, c]
+            pairs = said[true][:, None] - said[~true]  # positives beside negatives
+            by_label.append(((pairs > 0) + 0.5 * (pairs == 0)).mean() if pairs.size else np.nan)
         drawn["auroc"].append(by_label[0])
         drawn["macro"].append(np.nanmean(by_label))
-    # the SD of an end is some .008 with 300 draws
+    # the SD of an end is some .004 with 1,000 draws
     assert scores["per_label"]["Edema"]["auroc_interval"] == pytest.approx(
-        np.percentile(drawn["auroc"], [2.5, 97.5]), abs=0.03
+        np.percentile(drawn["auroc"], [2.5, 97.5]), abs=0.02
     )
     assert scores["macro_auroc_interval"] == pytest.approx(
-        np.percentile(drawn["macro"], [2.5, 97.5]), abs=0.03
+        np.percentile(drawn["macro"], [2.5, 97.5]), abs=0.02
     )
     again = probability_scores(votes, seed=1, resamples=2000)
     assert again == scores
@@ -358,24 +354,6 @@ def test_rows_without_shares_are_named():
     assert not has_shares(plain) and has_shares(vote({}))
     with pytest.raises(DataError, match="f.jsonl, id 'r7': has no vote_shares; evaluate with"):
         probability_scores([vote({}), plain], source="f.jsonl")
-
-
-def test_a_real_size_takes_seconds_and_little_memory():
-    """NIH's 25,596 test images of 2,797 patients, 14 labels, 1,000 resamples."""
-    rng = np.random.default_rng(0)
-    images, k = 25_596, 8
-    targets = rng.random((images, 14)) < 0.1
-    shares = rng.binomial(k, np.where(targets, 0.5, 0.1)) / k
-    patients = [f"p{i}" for i in rng.integers(0, 20_000, images)]
-    votes = votes_of(shares, targets, patients=patients, labels=LABELS)
-    tracemalloc.start()
-    start = time.process_time()
-    probability_scores(votes)
-    seconds = time.process_time() - start
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 250e6
-    assert seconds < 60  # some 10 here, also on a busy machine
 
 
 # ---- command -------------------------------------------------------------------------------------
