@@ -272,6 +272,14 @@ def test_answers_without_reasoning_have_no_share_of_it():
     assert "reasoning" not in text and "50 % of the answers stay the same" in text
 
 
+def test_defaults_are_the_documented_ones():
+    own = rows_of(*[(said("Edema"), E), (said("Fracture"), F), (said("Edema"), F)] * 4)
+    swapped = rows_of(*[(said("Edema"), E)] * 12, partners=[(n + 1) % 12 for n in range(12)])
+    scores = faithfulness_scores(own, swapped)
+    assert scores == faithfulness_scores(own, swapped, seed=0, resamples=1000)
+    assert scores != faithfulness_scores(own, swapped, seed=1, resamples=1000)
+
+
 def test_verdicts():
     def scores(unchanged: float, high: float) -> dict:
         return {

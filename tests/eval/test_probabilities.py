@@ -8,6 +8,7 @@ Run: pytest tests/eval/test_probabilities.py
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,24 @@ def test_rows_without_shares_are_named():
     assert not has_shares(plain) and has_shares(vote({}))
     with pytest.raises(DataError, match="f.jsonl, id 'r7': has no vote_shares; evaluate with"):
         probability_scores([vote({}), plain], source="f.jsonl")
+
+
+def test_defaults_are_the_documented_ones():
+    votes = [vote({"Edema": 0.25 * (n % 5)}, ("Edema",) if n % 3 else (), n=n) for n in range(12)]
+    assert probability_scores(votes) == probability_scores(votes, seed=0, resamples=1000)
+    assert probability_scores(votes) != probability_scores(votes, seed=1, resamples=1000)
+    assert operating_points(votes, votes, "a") == operating_points(
+        votes, votes, "a", seed=0, resamples=1000
+    )
+    assert probability_scores(votes)["num_generations"] == 4
+    judged = Shares.of(votes)
+    with pytest.raises(FrozenInstanceError):
+        judged.labels = ()
+    for call in (probability_scores, Shares.of):
+        with pytest.raises(DataError, match="^predictions, id 'r7': has no vote_shares"):
+            call([vote({}, n=7, vote_shares=None)])
+    with pytest.raises(DataError, match="^home, id 'r7'"):
+        operating_points(votes, [vote({}, n=7, vote_shares=None)], "home")
 
 
 # ---- command -------------------------------------------------------------------------------------

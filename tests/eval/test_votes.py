@@ -252,6 +252,18 @@ def test_intervals_are_those_of_patients_drawn_again():
     assert [low, high] == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=0.012)
 
 
+def test_defaults_are_the_documented_ones():
+    rows = [
+        sample
+        for n in range(9)
+        for sample in samples(said("Edema"), said(*ABC[: n % 3]), id=f"r{n}", patient=f"p{n}")
+    ]
+    assert sample_scores(rows) == sample_scores(rows, seed=0, resamples=1000)
+    assert sample_scores(rows) != sample_scores(rows, seed=1, resamples=1000)
+    with pytest.raises(DataError, match="^samples: holds no samples to vote"):
+        samples_by_image([])
+
+
 def test_table_of_samples():
     scores = {"samples": sample_scores(three_images(), seed=3, resamples=200)}
     lines = format_samples({"site": scores, "greedy": {}}).splitlines()
