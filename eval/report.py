@@ -224,7 +224,10 @@ def report_page(
             [
                 *map(scores_table, contrasts),
                 Folded("How often each label is said", [*map(marginals_table, contrasts)]),
-                Folded("Length and variety of the answers", [diversity_table(contrasts)]),
+                Folded(
+                    "Length and variety of the answers, entries that are no label",
+                    [diversity_table(contrasts)],
+                ),
             ],
         ),
         *_group_sections(contrasts, pairs, config.seed),
@@ -232,7 +235,7 @@ def report_page(
         *_training_sections(entries),
         *_case_sections(cases),
         *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
-        Section("Where the scores come from", [Folded("Files", [_provenance(entries)])]),
+        Section("Sources", [Folded("Files", [_provenance(entries)])]),
     ]
     images = ", ".join(f"{contrast.data_set} {len(contrast.first.ids):,}" for contrast in contrasts)
     return Page(
@@ -288,7 +291,10 @@ def _group_sections(
     tables = [
         table for contrast in contrasts for table in groups_tables(contrast, pairs, seed=seed)
     ]
-    return [Section("By sex, age and view", tables)] if tables else []
+    if not tables:
+        return []
+    rest = [Folded("Other groups and data sets", tables[1:])] if tables[1:] else []
+    return [Section("By sex, age and view", [tables[0], *rest])]
 
 
 def _confusion_section(contrasts: Sequence[Contrast], step: tuple[str, str] | None) -> Section:
@@ -328,7 +334,7 @@ def _vote_sections(entries: Sequence[Entry]) -> list[Section]:
     if drawn[1:]:
         folded.insert(0, Folded("Reliability on the other data sets", drawn[1:]))
     blocks: list[Block] = [*gains, *drawn[:1], *folded]
-    return [Section("Votes, and their shares as probabilities", blocks)] if blocks else []
+    return [Section("Votes as probabilities", blocks)] if blocks else []
 
 
 def _training_sections(entries: Sequence[Entry]) -> list[Section]:

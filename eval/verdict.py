@@ -11,6 +11,7 @@ from eval.paired import Change
 from eval.tables import ARROW, BASELINE_TITLES, bounds, number, p_text, shared_title
 
 _NO_CHANGE = "no clear change"
+MANY_UNREAD = 0.05  # share of answers that failed or have unknown entries, from which on it is said
 FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
 
 
@@ -48,7 +49,11 @@ def verdict(
             f"gap on the {shared_title(transfer)}, home minus elsewhere: {size:+.3f} (95 %"
             f" {low:+.3f} to {high:+.3f})"
         )
-    details += [*_silent_lines(both, after), *_no_better(both, after)]
+    details += [
+        *_silent_lines(both, after),
+        *_unread_lines(both, after),
+        *_no_better(both, after),
+    ]
     return Lead(f"{after} against {before}: {'; '.join(parts)}.", details)
 
 
@@ -132,6 +137,24 @@ def _silent_lines(contrasts: Sequence[Contrast], model: str) -> list[str]:
     return [f"hardly said by {model}, of how many true: {'; '.join(found)}"] if found else []
 
 
+def _unread_lines(contrasts: Sequence[Contrast], model: str) -> list[str]:
+    """Say where many answers could not be read in full, since scores then measure the form too."""
+    found = []
+    for contrast in contrasts:
+        answers = contrast.answers[model]
+        failed = float((~answers.parsed).mean())
+        unknown = float((answers.num_unknown > 0).mean())
+        if max(failed, unknown) >= MANY_UNREAD:
+            found.append(
+                f"{contrast.data_set} {100 * failed:.0f} % failed,"
+                f" {100 * float(answers.no_label.mean()):.0f} % without any label,"
+                f" {100 * unknown:.0f} % with an unknown entry"
+            )
+    return (
+        [f"answers of {model} that could not be read in full: {'; '.join(found)}"] if found else []
+    )
+
+
 def _no_better(contrasts: Sequence[Contrast], model: str) -> list[str]:
     """Say where a model is not clearly better than an answer that needs no image."""
     found = []
@@ -167,7 +190,7 @@ def _single(contrasts: Sequence[Contrast]) -> Lead:
             f"{contrast.data_set}: {model}, 95 % {bounds(contrast.interval(model, 'macro_f1'))};"
             f" the answer '{title}' to every image has {number(best)}"
         )
-        details += _silent_lines([contrast], model)
+        details += [*_silent_lines([contrast], model), *_unread_lines([contrast], model)]
     models = list(dict.fromkeys(list(contrast.answers)[-1] for contrast in contrasts))
     return Lead(f"{_listed(models)}: macro-F1 {_listed(parts)}.", details)
 

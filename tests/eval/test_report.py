@@ -764,7 +764,7 @@ def test_the_page_begins_with_what_matters_most(folders, tmp_path):
         "Scores",
         "Sample cases",
         "The paper's tables",
-        "Where the scores come from",
+        "Sources",
     ]
     first = page[page.index("<main") : page.index("Step by step</h2>")]
     # the sentence, the picture, the four cases, in this order and nothing folded
@@ -777,7 +777,7 @@ def test_the_page_begins_with_what_matters_most(folders, tmp_path):
         "On nih",
         "F1 by label before and after each step",
         "How often each label is said",
-        "Length and variety of the answers",
+        "Length and variety of the answers, entries that are no label",
         "Prompt short",
         "Tables 1 to 6",
         "Files",

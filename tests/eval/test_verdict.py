@@ -101,6 +101,26 @@ def test_the_gap_is_that_of_the_labels_that_both_sides_can_express(tmp_path):
     )
 
 
+def test_answers_that_could_not_be_read_are_said_from_one_in_twenty_on(tmp_path):
+    """Of forty answers two without a readable label: 5 %. One is 2.5 %, and no news."""
+    right = rows_of({0: "Edema"})
+    for bad, told in ((2, True), (1, False)):
+        rows = parsed(
+            [
+                row(
+                    answer("Hydrothorax"), ("Edema",), id=f"i{n}", patient=f"p{n}", evaluated=LABELS
+                )
+                for n in range(bad)
+            ]
+        )
+        lead = verdict([compared(tmp_path, right, [*rows, *right[bad:]])], STEP, None)
+        line = (
+            "answers of sft that could not be read in full: home 5 % failed, 5 % without any label,"
+            " 5 % with an unknown entry"
+        )
+        assert (line in lead.details) is told
+
+
 def test_one_model_is_set_beside_the_best_answer_without_an_image(tmp_path):
     contrast = compared(tmp_path, BEFORE, AFTER)
     lead = verdict([contrast], None, None)

@@ -78,7 +78,7 @@ def test_a_report_shows_the_votes_and_their_reliability(tmp_path):
     write_results(tmp_path / "vote", "home", BEFORE, RECORD)
     assert main([str(tmp_path / "vote"), "--output_dir", str(tmp_path / "out"), *FEW]) == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Votes, and their shares as probabilities</h2>" in page
+    assert "Votes as probabilities</h2>" in page
     assert (
         "Samples, their vote, and the best of them" in page and "AUROC and AUPRC by label" in page
     )
@@ -86,4 +86,6 @@ def test_a_report_shows_the_votes_and_their_reliability(tmp_path):
     # an old record without it has no such section
     (tmp_path / "vote" / "scores-home.json").write_text(json.dumps({}))
     assert main([str(tmp_path / "vote"), "--output_dir", str(tmp_path / "old"), *FEW]) == 0
-    assert "Votes, and their" not in (tmp_path / "old" / "report.html").read_text(encoding="utf-8")
+    assert "Votes as probabilities<" not in (tmp_path / "old" / "report.html").read_text(
+        encoding="utf-8"
+    )
