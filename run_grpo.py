@@ -28,6 +28,7 @@ import torch
 
 from data.files import DataError
 from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
+from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
 from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from engine.policy import Policy, policy_with_reference
@@ -244,6 +245,7 @@ def finish(
         except KeyboardInterrupt:
             print(f"stopped while scoring; training is finished and saved in {run.folder}")
             return run.signals.exit_code or 130
+    write_run_card(run.folder)
     summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
     print(f"\n{summary}\n\nnext: {next_command(recipe, run.folder)}")
     return 0

@@ -36,6 +36,7 @@ from data.sets import (
     load_data_sets,
     with_answers_to_learn,
 )
+from engine.card import write_run_card
 from engine.collate import collate_rows, plan_batches
 from engine.device import pick_device, seed_everything
 from engine.logprobs import predicted_correctly, token_logprobs
@@ -227,6 +228,7 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     except KeyboardInterrupt:
         print(f"stopped while scoring; training is finished and saved in {run.folder}")
         return run.signals.exit_code or 130
+    write_run_card(run.folder)
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0
 

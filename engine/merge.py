@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 
+from engine.card import write_merged_card
 from engine.merge_settings import (
     MergeConfig,
     base_to_merge_into,
@@ -295,6 +296,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             "versions": versions(),
         }
         write_json(temporary / "merge.json", record)
+        write_merged_card(temporary, adapter, name)
         os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from data.examples import selection_file
 from data.files import sha256_of
-from data.sets import DataSets
+from data.sets import TRAIN, DataSets
 from engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -229,6 +229,13 @@ def training_record(
     began with.
     """
     record = run_record(resolved, script, sets.files, sets.bad_images)
+    for name, examples in {TRAIN: sets.train, **sets.evaluated}.items():
+        if name in record["data"]:  # a share of the training patients has no file of its own
+            record["data"][name] |= {
+                "datasets": sorted({example.dataset for example in examples}),
+                "images": len(examples),
+                "patients": len({example.patient_id for example in examples}),
+            }
     if checkpoint is None:
         return record
     record = continued_record(checkpoint, record)

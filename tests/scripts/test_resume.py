@@ -314,8 +314,10 @@ def test_sft_stopped_by_a_signal_ends_as_if_it_had_not_been(
     )
     assert (tmp_path / "run/last").readlink().name == f"checkpoint-{saved}"
     assert not (tmp_path / "run/adapter_model.safetensors").exists()  # the run is not finished
+    assert not (tmp_path / "run/README.md").exists()
     assert resume(run_sft.main, tmp_path / "run") == 0
     assert_same_run(straight_sft, tmp_path / "run")
+    assert (tmp_path / "run/README.md").read_text() == (straight_sft / "README.md").read_text()
 
 
 def test_sft_stopped_while_scoring_is_finished(
@@ -325,6 +327,7 @@ def test_sft_stopped_while_scoring_is_finished(
         at_call(context, engine.generate, "scaled_logits", 2, signal.SIGTERM)
         assert start_sft(tmp_path / "run") == 143
     assert "stopped while scoring; training is finished" in capsys.readouterr().out
+    assert not (tmp_path / "run/README.md").exists()  # a card has the scores
     assert equal_tensors(
         tmp_path / "run/adapter_model.safetensors", straight_sft / "adapter_model.safetensors"
     )

@@ -143,6 +143,7 @@ def test_a_run_leaves_a_complete_folder(finished):
         "best",
         "last",
         "reference",
+        "README.md",
         "predictions-a.jsonl",
         "scores-a.json",
         "predictions-b.jsonl",

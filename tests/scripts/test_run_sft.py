@@ -61,6 +61,7 @@ def test_a_run_leaves_a_complete_folder(family, tiny_sft_run):
         "best",
         "last",
         ".lock",
+        "README.md",
         "predictions-site.jsonl",
         "scores-site.json",
         "checkpoint-1",
@@ -95,8 +96,9 @@ def test_config_json_has_every_value_with_its_origin_the_data_and_the_versions(
     assert config["settings"]["learning_rate"] == {"value": 0.01, "origin": "flag"}
     assert config["settings"]["lora_r"] == {"value": 16, "origin": "default"}
     digest = hashlib.sha256(tiny_data.read_bytes()).hexdigest()
+    about = {"datasets": ["site"], "images": 12, "patients": 6}
     assert config["data"] == {
-        name: {"file": str(tiny_data), "sha256": digest} for name in ("train", "site")
+        name: {"file": str(tiny_data), "sha256": digest} | about for name in ("train", "site")
     }
     assert {"python", "torch", "transformers", "peft"} <= config["versions"].keys()
     assert config["script"] == "sft" and config["recipe"] is None

@@ -1,0 +1,165 @@
+"""State what is published of base models and data sets: licences, terms, declared training data.
+
+One table for the cards of adapters and for the report's column "may have seen". A model or a data
+set that is not in it is said to be unknown. Everything in it is plain Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.model_files import EMBEDDED, looks_local
+
+
+@dataclass(frozen=True)
+class Source:
+    """Describe a data set by its name in the field `dataset`, or the beginning of it.
+
+    terms: what its licence or agreement asks of a model that is trained on it.
+    """
+
+    key: str
+    title: str
+    terms: str
+
+
+SOURCES = (
+    Source(
+        "mimic",
+        "MIMIC-CXR-JPG",
+        "Credentialed data (PhysioNet Credentialed Health Data License and Data Use Agreement)."
+        " It must not be shared with third parties, and that includes online services and their"
+        " APIs. Settle with PhysioNet whether a model trained on it may be passed on before you"
+        " upload this folder",
+    ),
+    Source(
+        "chexpert",
+        "CheXpert",
+        "Stanford University Dataset Research Use Agreement: research without commercial use, no"
+        " redistribution of the data",
+    ),
+    Source(
+        "nih",
+        "NIH ChestX-ray14",
+        "Use without restriction, with a link to the NIH Clinical Center's download site, an"
+        " acknowledgement and a citation of Wang et al., 2017",
+    ),
+    Source("demo-", "the demo's drawn X-rays", "Drawn by a program: no patient is in them"),
+)
+UNKNOWN_TERMS = "The terms of its source apply; they are not known here"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Describe a base model.
+
+    pattern: regular expression of its name. licence: fields of a card's front matter.
+    licence_text: the same for a reader. saw: keys of SOURCES that its makers declare, None where
+    they declare nothing. declared: what they declare, in words. family: model_type.
+    """
+
+    pattern: str
+    title: str
+    licence: dict[str, str]
+    licence_text: str
+    saw: tuple[str, ...] | None
+    declared: str
+    family: str
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def may_have_seen(self, dataset: str) -> str:
+        """Say in a few words whether the model may have seen a data set before: yes, no, unknown.
+
+        dataset: the field `dataset` of its rows.
+        """
+        source = source_of(dataset)
+        if source is None or self.saw is None:
+            return "not declared"
+        if source.key in self.notes:
+            return self.notes[source.key]
+        return "declared" if source.key in self.saw else "not among the declared"
+
+
+_GOOGLE = {
+    "license": "other",
+    "license_name": "health-ai-developer-foundations",
+    "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
+}
+_OURS = {"license": "unknown"}
+_OURS_TEXT = "the embedded demo model; its repository has no licence yet"
+_DEMO = (
+    "8,000 drawn X-rays of site A and 2,000 of site B with their labels, of seeds that no other"
+    " split has"
+)
+_DEMO_SEEN = {"demo-": "both sites' appearance, other images"}
+
+BASES = (
+    Base(
+        "medgemma",
+        "MedGemma",
+        _GOOGLE,
+        "Health AI Developer Foundations terms of use",
+        ("mimic",),
+        "MIMIC-CXR among other medical data (its model card)",
+        "gemma3",
+    ),
+    Base(
+        "nv-reason",
+        "NV-Reason-CXR-3B",
+        {"license": "other", "license_name": "nvidia-oneway-noncommercial-license"},
+        "NVIDIA OneWay Non-Commercial",
+        ("mimic",),
+        "MIMIC-CXR; its published training example is the CheXpert test set, which its makers say"
+        " they used for testing during development",
+        "qwen2_5_vl",
+        {"chexpert": "possibly exposed: the test set is its published training example"},
+    ),
+    Base(
+        r"qwen2\.5-vl-3b",
+        "Qwen2.5-VL-3B",
+        {
+            "license": "other",
+            "license_name": "qwen-research",
+            "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
+        },
+        "Qwen Research License: no commercial use",
+        None,
+        "no list of its training data is published",
+        "qwen2_5_vl",
+    ),
+    Base("demo-gemma", "demo-gemma", _OURS, _OURS_TEXT, (), _DEMO, "gemma3", _DEMO_SEEN),
+    Base("demo", "demo", _OURS, _OURS_TEXT, (), _DEMO, "qwen2_5_vl", _DEMO_SEEN),
+)
+
+
+def base_facts(name: str) -> Base | None:
+    """Find what is known of a base model, None for another one.
+
+    name: as in a configuration: a hub name, a folder, or that of an embedded model.
+    """
+    if name in EMBEDDED:
+        return next(base for base in BASES if base.pattern == name)
+    known = (base for base in BASES if base.pattern not in EMBEDDED)
+    wanted = hub_name(name) or name.rstrip("/").rpartition("/")[2]
+    return next((base for base in known if re.search(base.pattern, wanted.casefold())), None)
+
+
+def hub_name(name: str) -> str | None:
+    """Return a model's name on the hub, also of a copy in its cache, None for any other folder."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots(?:/|$)", name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    return None if looks_local(name) else name
+
+
+def source_of(dataset: str) -> Source | None:
+    """Find what is known of a data set by the field `dataset` of its rows, None for another one."""
+    return next((source for source in SOURCES if dataset.casefold().startswith(source.key)), None)
+
+
+def titles_of(datasets: Iterable[str]) -> str:
+    """Name data sets for a reader, each once."""
+    titles = {name: (source_of(name) or Source("", name, "")).title for name in datasets}
+    return ", ".join(dict.fromkeys(titles.values()))

@@ -1,0 +1,330 @@
+"""Write the card of a finished adapter or a merged model: README.md, in the form of the hub.
+
+It is made from config.json and scores-<set>.json of the run. It names no file, no folder and no
+patient: data sets appear by name, size and SHA-256. Everything in it is plain Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.files import written_whole
+from data.prompts import PROMPTS
+from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
+from engine.model_files import EMBEDDED, adapter_record
+
+CARD = "README.md"
+# Ends a card that nobody has changed: the SHA-256 of all that stands before it.
+_MARK = "\n<!-- card {} -->\n"
+_METRICS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard index"}
+_TITLES = {"sft": "SFT", "grpo": "SFT and GRPO"}
+_PIXELS_PER_TOKEN = 28 * 28  # Qwen2.5-VL: 2 x 2 patches of 14 pixels
+
+
+def write_run_card(folder: Path) -> None:
+    """Write the card of a finished run beside its adapter. A card that a person changed stays."""
+    base = str(adapter_record(folder).get("base_model_name_or_path") or "")
+    _write(folder, card_of(folder, base))
+
+
+def write_merged_card(folder: Path, adapter: Path, base: str) -> None:
+    """Write the card of a merged model, from the run of the adapter that was folded in.
+
+    folder: of the merged model. adapter: a run's folder, or a checkpoint's. base: its base model.
+    """
+    _write(folder, card_of(adapter, base, merged=True))
+
+
+def _write(folder: Path, text: str) -> None:
+    path = folder / CARD
+    if path.exists() and not _is_unchanged(path.read_text(encoding="utf-8", errors="replace")):
+        print(f"note: {path} was changed by hand and stays as it is", file=sys.stderr)
+        return
+    with written_whole(path) as temporary:
+        temporary.write_text(text + _MARK.format(_digest(text)), encoding="utf-8")
+
+
+def _is_unchanged(text: str) -> bool:
+    body, mark, digest = text.rpartition(_MARK.partition("{}")[0])
+    return bool(mark) and digest == f"{_digest(body)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- the text ------------------------------------------------------------------------------------
+def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
+    """Make a card -> front matter and Markdown.
+
+    folder: with the run's config.json and scores-<set>.json, both where there are any.
+    base: the base model's name. merged: for the merged model, else for the adapter.
+    """
+    record, scores = _read(folder / "config.json"), _scores_of(folder)
+    settings = {name: entry.get("value") for name, entry in record.get("settings", {}).items()}
+    facts, stage = base_facts(base), record.get("script")
+    name = facts.title if facts else hub_name(base) or "an unnamed base"
+    kind = "merged model" if merged else "LoRA adapter"
+    title = f"{name}, {_TITLES.get(str(stage), 'fine-tuned')}: chest X-ray labels ({kind})"
+    datasets = _datasets(record)
+    front = _front_matter(title, base, facts, stage, datasets, scores, merged)
+    return "\n".join(
+        [
+            *front,
+            f"# {title}",
+            "",
+            f"A {kind} that names the findings of a frontal chest X-ray, of CheXpert's 14 labels"
+            f"{_reasoned(settings)}. Made by {_how(record, stage)}.",
+            "",
+            *_base_section(base, facts),
+            *_data_section(record, datasets),
+            *_scores_section(scores),
+            "## Intended use",
+            "",
+            "Research on vision-language models and on how their scores transfer between hospitals."
+            " Scores of labels are all that was measured: nobody has judged the reasoning.",
+            "",
+            "## Limits",
+            "",
+            "* Not a medical device. Not for diagnosis, triage or any decision on a patient.",
+            "* Frontal X-rays, English prompts, 14 labels. What it was not trained on it names"
+            " wrongly or not at all.",
+            "* Truth is what labelers or readers of the data sets say, with their errors.",
+            "* A higher score on one hospital's data can go with a lower one elsewhere.",
+            "* Vision-language models make things up: a fluent reading is no evidence.",
+            "",
+            *_use_section(base, facts, settings, merged),
+        ]
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _scores_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.stem.removeprefix("scores-"): _read(path)
+        for path in sorted(folder.glob("scores-*.json"))
+    }
+
+
+def _datasets(record: Mapping[str, Any]) -> list[str]:
+    """List the values of `dataset` in the run's data files, the training set's first."""
+    found: dict[str, None] = {}
+    for file in record.get("data", {}).values():
+        found |= dict.fromkeys(_sources(file))
+    return list(found)
+
+
+def _sources(file: Mapping[str, Any]) -> list[str]:
+    """Name the data sets in a file. An older record has only what data.select noted, if that."""
+    noted = (file.get("selection") or {}).get("pool", {}).get("source")
+    return file.get("datasets") or ([str(noted)] if noted else [])
+
+
+def _reasoned(settings: Mapping[str, Any]) -> str:
+    return "" if settings.get("answer_format") in (None, "solution") else ", after its reasoning"
+
+
+def _how(record: Mapping[str, Any], stage: str | None) -> str:
+    methods = {
+        "sft": "supervised fine-tuning on reasoning traces",
+        "grpo": "supervised fine-tuning and then GRPO against a verifiable reward",
+    }
+    how = methods.get(str(stage), "fine-tuning")
+    recipe = str(record.get("recipe") or "")
+    # a recipe by path is a file of this machine
+    return how + (f" (recipe `{recipe}`)" if re.fullmatch(r"[\w.-]+", recipe) else "")
+
+
+# ---- front matter --------------------------------------------------------------------------------
+def _front_matter(
+    title: str,
+    base: str,
+    facts: Base | None,
+    stage: str | None,
+    datasets: Sequence[str],
+    scores: Mapping[str, Mapping[str, Any]],
+    merged: bool,
+) -> list[str]:
+    """Write the YAML between two lines of ---. Every string is JSON, which is YAML too."""
+    on_hub = None if base in EMBEDDED else hub_name(base)
+    fields: dict[str, Any] = {"base_model": on_hub} if on_hub else {}
+    fields |= {"library_name": "transformers" if merged else "peft"}
+    fields |= dict(facts.licence) if facts else {"license": "unknown"}
+    fields |= {"pipeline_tag": "image-text-to-text", "language": ["en"]}
+    fields |= {"tags": ["chest-x-ray", "radiology", "medical", *(["lora"] if not merged else [])]}
+    fields["tags"] += [stage] if stage else []
+    if datasets:
+        fields["datasets"] = [re.sub(r"[^\w.-]+", "-", name.lower()) for name in datasets]
+    fields["metrics"] = ["f1"]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items())]
+    if scores:
+        results = [
+            {
+                "task": {"type": "image-text-to-text", "name": "chest X-ray labels"},
+                "dataset": {"type": "chest-x-ray", "name": name},
+                "metrics": [
+                    {
+                        "type": "f1" if key != "jaccard" else "jaccard",
+                        "name": f"{shown} (95 % interval {low:.3f} to {high:.3f})",
+                        "value": round(_value(of_set, key), 4),
+                    }
+                    for key, shown in _METRICS.items()
+                    for low, high in [of_set["intervals"][key]]
+                ],
+            }
+            for name, of_set in scores.items()
+        ]
+        lines.append(f"model-index: {json.dumps([{'name': title, 'results': results}])}")
+    return [*lines, "---", ""]
+
+
+def _value(scores: Mapping[str, Any], metric: str) -> float:
+    average, _, is_f1 = metric.partition("_")
+    return scores[average]["f1"] if is_f1 else scores[metric]
+
+
+# ---- sections ------------------------------------------------------------------------------------
+def _base_section(base: str, facts: Base | None) -> list[str]:
+    shown = (
+        f"`{base}`"
+        if base in EMBEDDED
+        else f"`{hub_name(base)}`"
+        if hub_name(base)
+        else ("a local folder" + (f", taken for {facts.title}" if facts else ""))
+    )
+    lines = ["## Base and licence", "", f"* Base: {shown}."]
+    lines.append(
+        f"* Its licence: {facts.licence_text}. It binds what is derived from it too."
+        if facts
+        else "* Its licence is not known here: look it up before you pass anything on."
+    )
+    if facts:
+        lines.append(f"* Its declared training data: {facts.declared}.")
+    return [*lines, ""]
+
+
+def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[str]:
+    lines = ["## Data", ""]
+    files = record.get("data", {})
+    if not files:
+        return [*lines, "Not known: the folder has no config.json of a run.", ""]
+    lines += ["| data | source | images | patients | SHA-256 |", "|---|---|---|---|---|"]
+    for name, file in files.items():
+        role = "trained on" if name == "train" else f"evaluated: {name}"
+        cells = (titles_of(_sources(file)), file.get("images"), file.get("patients"))
+        shown = [_cell(f"{cell:,}" if isinstance(cell, int) else cell or "-") for cell in cells]
+        lines.append(f"| {_cell(role)} | {' | '.join(shown)} | `{file.get('sha256', '-')}` |")
+    lines.append("")
+    for dataset in datasets:
+        source = source_of(dataset)
+        terms = source.terms if source else UNKNOWN_TERMS
+        lines.append(f"* {_cell(titles_of([dataset]))}: {terms}.")
+    return [
+        *lines,
+        "* Pass on the weights, their configuration and this file alone: predictions, completions,"
+        " logs and checkpoints of a run hold rows of the data.",
+        "",
+    ]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[|<>\n\r]", " ", text)
+
+
+def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["## Scores", ""]
+    if not scores:
+        return [*lines, "None: no scores lay beside the adapter. How well it reads is unknown.", ""]
+    lines += [
+        "| data set | images | patients | macro-F1 | micro-F1 | Jaccard | failed | macro-F1 of the"
+        " most frequent answer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, of_set in scores.items():
+        cells = [
+            f"{_value(of_set, key):.3f} ({low:.3f} to {high:.3f})"
+            for key in _METRICS
+            for low, high in [of_set["intervals"][key]]
+        ]
+        blind = of_set.get("baselines", {}).get("most_frequent", {}).get("macro_f1")
+        cells = [f"{of_set['n']:,}", f"{of_set['num_patients']:,}", *cells]
+        cells += [f"{of_set['fail_rate']:.3f}", "-" if blind is None else f"{blind:.3f}"]
+        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Greedy decoding. In brackets: 95 % intervals, bootstrap by patient. Macro-F1 is the plain"
+        " mean over the labels that a data set can express. Failed: answers without readable"
+        " labels, which count as empty. Sets that chose the checkpoint flatter it.",
+        "",
+    ]
+
+
+def _use_section(
+    base: str, facts: Base | None, settings: Mapping[str, Any], merged: bool
+) -> list[str]:
+    name = hub_name(base) if base not in EMBEDDED else None
+    base_shown = json.dumps(name or "PATH_OF_THE_BASE")
+    bounds = [settings.get(key) for key in ("min_visual_tokens", "max_visual_tokens")]
+    smallest, largest = (n * _PIXELS_PER_TOKEN if isinstance(n, int) else None for n in bounds)
+    sized = facts is not None and facts.family == "qwen2_5_vl" and None not in (smallest, largest)
+    pixels = f", min_pixels={smallest}, max_pixels={largest}" if sized else ""
+    prompt = PROMPTS.get(str(settings.get("prompt")))
+    system, text = (prompt.system, prompt.text) if prompt else ("SYSTEM", "PROMPT")
+    length = settings.get("max_completion_length") or 512
+    load = ["model = AutoModelForImageTextToText.from_pretrained("]
+    load += [f'    {"FOLDER" if merged else "BASE"}, dtype="auto", device_map="auto"', ")"]
+    load += [] if merged else ["model = PeftModel.from_pretrained(model, FOLDER).eval()"]
+    served = "PATH_OF_THIS_FOLDER" if merged else name or "PATH_OF_THE_BASE"
+    serve = f"vllm serve {served} --host 127.0.0.1 --generation-config vllm"
+    if not merged:
+        serve += f" \\\n    --enable-lora --max-lora-rank {settings.get('lora_r') or 16}"
+        serve += " --lora-modules chest=PATH_OF_THIS_FOLDER"
+    if sized:
+        images = json.dumps({"min_pixels": smallest, "max_pixels": largest})
+        serve += f" \\\n    --mm-processor-kwargs '{images}'"
+    return [
+        "## Use it",
+        "",
+        "With transformers" + (":" if merged else " and peft:"),
+        "",
+        "```python",
+        *([] if merged else ["from peft import PeftModel"]),
+        "from PIL import Image",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        *([] if merged else [f"BASE = {base_shown}"]),
+        'FOLDER = "PATH_OF_THIS_FOLDER"',
+        f"SYSTEM = {json.dumps(system)}",
+        f"PROMPT = {json.dumps(text)}",
+        "",
+        f"processor = AutoProcessor.from_pretrained({'FOLDER' if merged else 'BASE'}{pixels})",
+        *load,
+        'image = Image.open("xray.png").convert("RGB")',
+        'content = [{"type": "image", "image": image}, {"type": "text", "text": PROMPT}]',
+        'system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}',
+        "inputs = processor.apply_chat_template(",
+        '    [system, {"role": "user", "content": content}],',
+        '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",',
+        ").to(model.device)",
+        f"output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)",
+        'start = inputs["input_ids"].shape[1]',
+        "print(processor.decode(output[0, start:], skip_special_tokens=True))",
+        "```",
+        "",
+        "With vLLM, asked for the model `chest`:" if not merged else "With vLLM:",
+        "",
+        "```",
+        serve,
+        "```",
+        "",
+    ]
