@@ -53,18 +53,8 @@ from eval.paired import PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
 from eval.pictures import dumbbell_picture, labels_picture
 from eval.published import SOURCE
-from eval.tables import (
-    ARROW,
-    diversity_table,
-    marginals_table,
-    matched_table,
-    movers_table,
-    paradox_table,
-    reading,
-    scores_table,
-    shared_title,
-    transfer_table,
-)
+from eval.tables import ARROW, diversity_table, marginals_table, movers_table, scores_table
+from eval.transfer_tables import matched_table, paradox_table, reading, shared_title, transfer_table
 from eval.verdict import last_step, verdict
 from eval.vote_tables import vote_tables
 

@@ -8,7 +8,8 @@ from eval.confusion import counts_of, silenced_in
 from eval.contrasts import Contrast, Transfer
 from eval.page import Lead
 from eval.paired import Change
-from eval.tables import ARROW, BASELINE_TITLES, bounds, number, p_text, shared_title
+from eval.tables import ARROW, BASELINE_TITLES, bounds, number, p_text
+from eval.transfer_tables import shared_title
 
 _NO_CHANGE = "no clear change"
 MANY_UNREAD = 0.05  # share of answers that failed or have unknown entries, from which on it is said

@@ -38,14 +38,8 @@ from eval.page import Case, Cases, ModelAnswer
 from eval.page_text import WIDTH
 from eval.paper_tables import paper_tables, prompt_key
 from eval.report import home_sets, main
-from eval.tables import (
-    diversity_table,
-    marginals_table,
-    movers_table,
-    paradox_table,
-    scores_table,
-    transfer_table,
-)
+from eval.tables import diversity_table, marginals_table, movers_table, scores_table
+from eval.transfer_tables import paradox_table, transfer_table
 from tests.helpers.pages import HOSTILE, ParsedPage
 from tests.helpers.reports import (
     AFTER,

@@ -18,7 +18,7 @@ from eval.contrasts import Contrast, contrast_models, transfers
 from eval.folders import load_answers
 from eval.paired import holm
 from eval.report import headlines
-from eval.tables import matched_table, movers_table, p_text, paradox_table, transfer_table
+from eval.tables import movers_table, p_text
 from eval.transfer import (
     Moved,
     gap_on_all_labels,
@@ -26,6 +26,7 @@ from eval.transfer import (
     home_on_its_own_labels,
     shared_labels,
 )
+from eval.transfer_tables import matched_table, paradox_table, transfer_table
 from tests.helpers.reports import (
     AFTER,
     BEFORE,
