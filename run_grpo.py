@@ -137,8 +137,7 @@ def evaluate_policy(
 ) -> dict[str, dict[str, float]]:
     """Decode every evaluated set greedily and score it -> {set: its metrics}.
 
-    Rewards are computed, but nothing is observed. step: of the adapter, noted in the scores. Before
-    the first one the answers are kept, and a vote of sampled ones.
+    Rewards are computed, nothing is observed. step: of the adapter. Step 0 is kept, with a vote.
     """
     config, names = rollouts.config, list(data.evaluated)
     notes = bad_image_counts(names, data.bad_images)
