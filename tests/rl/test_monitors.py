@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import rl.monitors
+from data.answers import Answer
 from data.examples import Example
-from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
+from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, Target
 from engine.generate import Completion
-from rl.monitors import NAMES, WARN_WHEN, Monitors
+from rl.monitors import NAMES, WARN_WHEN, LabelWindow, Monitors
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
 from rl.samples import build_samples
 from tests.helpers.repository import ROOT
@@ -385,6 +386,61 @@ def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch):
         assert seen(monitors, *rows)["silenced_labels"] == 1
     lines = monitors.check({"monitors/silenced_labels": 1.0})
     assert lines == ["warning: monitors/silenced_labels>0: 1 (Edema, Fracture)"]
+
+
+def test_the_demos_own_run_is_told_of_the_labels_that_it_silences():
+    """Replay the first 126 steps of the demo's GRPO, of which nothing else was told.
+
+    The file has one character for each image: how many of its four answers say the label, as a
+    digit, or as a letter from a = 0 where the label is true.
+    """
+    told = json.loads((ROOT / "tests/helpers/silenced_demo.json").read_text())
+    monitors, lines = Monitors("hard", CAP, WARN_WHEN), {}
+    for start in range(0, 1008, 16):  # a rollout has 16 images and two steps
+        rows = []
+        for i in range(start, start + 16):
+            marks = {label: marks[i] for label, marks in told.items()}
+            counts = {
+                label: "abcde".index(mark) if mark.isalpha() else int(mark)
+                for label, mark in marks.items()
+            }
+            rows.append(
+                (
+                    example(f"{i}", *[label for label, mark in marks.items() if mark.isalpha()]),
+                    [[label for label, n in counts.items() if j < n] for j in range(4)],
+                )
+            )
+        values = seen(monitors, *rows)
+        metrics = {f"monitors/{name}": value for name, value in values.items()}
+        for line in monitors.check(metrics):
+            if "silenced" in line or "label_shift" in line:
+                lines[start // 8 + 1] = line
+    assert lines == {
+        87: "warning: monitors/silenced_labels>0: 1 (Pleural Other)",
+        121: "warning: monitors/silenced_labels>0: 2 (Pleural Other, Fracture)",
+    }
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_policy_that_says_labels_at_their_prevalence_is_left_alone(alike):
+    """20 runs of 1000 images. tests/benchmarks/false_alarms.py counts 200 of several kinds."""
+    shares = (0.31, 0.11, 0.18, 0.12, 0.12, 0.13, 0.12, 0.09, 0.12, 0.11, 0.17, 0.08, 0.09, 0.26)
+    rng, told = random.Random(0), 0
+
+    def drawn() -> tuple[str, ...]:
+        return tuple(x for x, share in zip(LABELS, shares, strict=True) if rng.random() < share)
+
+    for _ in range(20):
+        window, silenced = LabelWindow(), set()
+        for image in range(1000):
+            first = drawn()
+            said = [first if alike else drawn() for _ in range(4)]
+            answers = [Answer(valid=True, parsed=True, labels=labels) for labels in said]
+            window.add(Target(frozenset(drawn())), answers)
+            if image % 16 == 15:
+                silenced.update(window.silenced())
+        told += bool(silenced)
+    assert told <= (1 if alike else 0)
 
 
 def test_padding_is_the_mean_share_of_tokens_that_are_not_text(window_of_four):

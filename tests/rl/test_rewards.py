@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 
 import pytest
 
@@ -254,6 +255,34 @@ def test_collapse_is_a_share_of_the_predictions_of_the_last_hundred_images():
     # Edema (0, 100 and 200; 300 is Fracture): 277 + 1 of 397 = 70.03 %.
     reward.observe([answer("Edema")], [0])
     assert reward.dominant_labels() == {"Edema"}
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0), (0.55, 0), (0.6, 6)])
+def test_a_perfect_policy_is_hardly_ever_told_of_a_collapse(share, most):
+    """200 windows in which a label is true of this share of the images.
+
+    With 100 completions of 25 images, a label of 60 % was dominant in one window of six.
+    """
+    rng, told = random.Random(0), 0
+    for _ in range(200):
+        reward = NuancedReward(FREQUENCY)
+        for image in range(100):
+            said = answer("Edema") if rng.random() < share else answer("Fracture")
+            reward.observe([said] * 4, [image] * 4)
+        told += "Edema" in reward.dominant_labels()
+    assert told <= most
+
+
+@pytest.mark.parametrize(("frequency", "chance"), [(0.0, 10 / 160), (0.5, 30 / 180)])
+def test_from_which_chance_on_a_guess_pays_in_eq_4(frequency, chance):
+    # Of one label, against no label at all: right 100 + 30 + 20, wrong 10 + 40 f. They weigh the
+    # same at p 150 = (1 - p) (10 + 40 f), so p = (10 + 40 f) / (160 + 40 f).
+    reward = NuancedReward({"Edema": frequency})
+    right, wrong = (
+        reward(answer("Edema"), target(true), 300).total for true in ("Edema", "Fracture")
+    )
+    nothing = reward(answer(), target("Fracture"), 300).total
+    assert chance * right + (1 - chance) * wrong == pytest.approx(nothing) == 0
 
 
 def test_answers_and_their_images_belong_together():
