@@ -15,7 +15,7 @@ import pytest
 
 from data.answers import parse_answer
 from data.labels import NIH_NINE, Target, canonical_label
-from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction, jaccard
+from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction, jaccard, rewards_record
 
 FREQUENCY = {"Support Devices": 0.5, "No Finding": 0.25, "Edema": 0.1}
 
@@ -380,6 +380,12 @@ def test_the_form_and_the_labels_are_judged_by_one_field_each():
     # It fills no window: it predicts nothing that could be repeated.
     nuanced.observe([unreadable] * 3)
     assert not any(nuanced.state_dict().values())
+
+
+def test_the_record_of_rewards_has_the_total_before_the_parts():
+    record = rewards_record({"hard": Reward(0.4, {"jaccard": 0.5, "length": -0.1})})
+    assert record == {"hard": {"total": 0.4, "jaccard": 0.5, "length": -0.1}}
+    assert list(record["hard"]) == ["total", "jaccard", "length"]
 
 
 def test_a_reward_does_not_change_once_it_is_given():
