@@ -20,6 +20,7 @@ from eval.folders import Answers, Entry, located
 from eval.page import Case, Cases, ModelAnswer, Outcome, Picture, Strip, Turn
 
 MAX_SIDE = 384  # pixels of a picture in the report
+_SHORT = 40  # characters of labels that fit into a card of the first screen
 _CANDIDATES = 400  # images looked at for the next case
 
 
@@ -150,7 +151,8 @@ def sample_cases(
 def case_strip(cases: Cases, step: tuple[str, str] | None, count: int = 4) -> Strip:
     """Choose the cases that a page shows first: what the last step fixed and broke, wrong, right.
 
-    step: (before, after). Kinds that are missing give way to further cases of the others.
+    Those whose labels fit into a narrow card come first. step: (before, after). Kinds that are
+    missing give way to further cases of the others.
     """
     kinds: list[tuple[str, Callable[[Case], bool]]] = [
         ("wrong", lambda case: not case.turn and case.answers[-1].outcome != "right"),
@@ -162,16 +164,21 @@ def case_strip(cases: Cases, step: tuple[str, str] | None, count: int = 4) -> St
             (f"broken by {step[1]}", lambda case: case.turn == "broken"),
             *((f"still {kind}", fits) for kind, fits in kinds),
         ]
+    places = sorted(range(len(cases.cases)), key=lambda place: _is_long(cases.cases[place]))
     waiting = [
-        (title, [place for place, case in enumerate(cases.cases) if fits(case)])
-        for title, fits in kinds
+        (title, [place for place in places if fits(cases.cases[place])]) for title, fits in kinds
     ]
     shown: list[tuple[str, int]] = []
     for turn in range(count):
-        for title, places in waiting:
-            if turn < len(places) and len(shown) < count:
-                shown.append((title, places[turn]))
+        for title, fitting in waiting:
+            if turn < len(fitting) and len(shown) < count:
+                shown.append((title, fitting[turn]))
     return Strip(cases.cases, shown, step or ())
+
+
+def _is_long(case: Case) -> bool:
+    said = [case.labels, *(answer.predicted for answer in case.answers)]
+    return any(len(", ".join(labels)) > _SHORT for labels in said)
 
 
 def _chosen(path: Path, ids: set[str]) -> dict[str, Prediction]:

@@ -80,7 +80,7 @@ details{{margin:.4rem 0}}summary{{cursor:pointer;color:var(--link);padding:.15re
  margin:.4rem 0}}
 .strip li{{border:1px solid var(--line);border-radius:.4rem;padding:.4rem;min-width:0;
  font-size:.82rem;line-height:1.3}}
-.strip p{{margin:0 0 .25rem}}.strip .picture img{{height:9rem;width:100%;object-fit:contain}}
+.strip p{{margin:0 0 .25rem}}.strip .picture img{{height:8.5rem;width:100%;object-fit:contain}}
 .said{{display:grid;gap:.2rem;margin-top:.3rem!important}}
 .cases{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));
  gap:.6rem}}

@@ -41,13 +41,13 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
     """Make a row a score: one sample, their vote, and the best of them."""
     samples = record["samples"]
     own = {
-        "macro_f1": record.get("macro", {}).get("f1"),
-        "micro_f1": record.get("micro", {}).get("f1"),
+        "macro_f1": _part(record, "macro").get("f1"),
+        "micro_f1": _part(record, "micro").get("f1"),
         "jaccard": record.get("jaccard"),
     }
     rows: list[list[Cell | str]] = []
     for score, title in _SCORES.items():
-        gain = (samples.get("vote_gain") or {}).get(score)
+        gain = _part(samples, "vote_gain").get(score)
         rows.append(
             [
                 f"{model}, {title}",
@@ -62,13 +62,19 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
 
 
 def _interval(record: Mapping[str, Any], kind: str, score: str) -> tuple[float, float] | None:
-    found = ((record.get("intervals") or {}).get(kind) or {}).get(score)
+    found = _part(_part(record, "intervals"), kind).get(score)
     return None if found is None else (found[0], found[1])
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a part of a record, empty where a record of another version has none."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _with_interval(samples: Mapping[str, Any], kind: str, score: str) -> Cell:
     interval = _interval(samples, kind, score)
-    value = (samples.get(kind) or {}).get(score)
+    value = _part(samples, kind).get(score)
     return Cell(number(value), "" if interval is None else bounds(interval))
 
 

@@ -645,6 +645,11 @@ def test_the_first_cases_are_of_each_kind():
         ("fixed by GRPO", 1),
     ]
     assert case_strip(Cases([wrong, right], []), None).shown == [("wrong", 0), ("right", 1)]
+    # one whose labels would fill the card comes after a shorter one of its kind
+    long = replace(
+        fixed, labels=["Enlarged Cardiomediastinum", "Pleural Effusion"]
+    )  # 44 characters
+    assert case_strip(Cases([long, fixed], []), ("SFT", "GRPO"), 1).shown == [("fixed by GRPO", 1)]
 
 
 # ---- command -------------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ def test_the_tables_of_a_vote(tmp_path):
         ["mean of the labels", "", "0.750", "0.500"],
     ]
     assert vote_tables([]) == ([], [])
+    # a record of another version shows what it has
+    write_results(tmp_path / "vote", "home", BEFORE, {"samples": {"mean": 0.5}}, overwrite=True)
+    [gains], none = vote_tables([load_entry("old", tmp_path / "vote")])
+    assert texts(gains.rows[0])[2:] == ["-"] * 4 and none == []
 
 
 def test_a_report_shows_the_votes_and_their_reliability(tmp_path):
