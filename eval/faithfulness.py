@@ -211,7 +211,7 @@ def faithfulness_scores(
     drawn: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     # counts and sums of Jaccard values, far below 2^24: fp32 is exact to 7 digits
     small = [table.astype(np.float32) for table in tables]
-    for weights in drawn_patients(len(sums), seed=seed, resamples=resamples):
+    for weights in drawn_patients(len(set(patients)), seed=seed, resamples=resamples):
         weights = weights.astype(np.float32)
         resampled = _statistics([weights @ table for table in small], list(counted))
         for name, numbers in resampled.items():

@@ -69,7 +69,7 @@ class Shares:
         shares = [[vote.extra["vote_shares"].get(label, 0.0) for label in labels] for vote in votes]
         return cls(
             tuple(labels),
-            np.array(shares, dtype=float),
+            np.array(shares),
             label_matrix([vote.labels for vote in votes], labels),
             label_matrix([vote.evaluated_labels for vote in votes], labels),
             [vote.patient_id for vote in votes],
@@ -194,7 +194,7 @@ def probability_scores(
     # counts stay far below 2^24, so they are exact in fp32
     small = [counts.astype(np.float32) for _, counts in tables]
     drawn: list[list[dict[str, np.ndarray]]] = []  # by piece of the resamples and label
-    for weights in drawn_patients(len(np.unique(judged.patients)), seed=seed, resamples=resamples):
+    for weights in drawn_patients(len(set(judged.patients)), seed=seed, resamples=resamples):
         weights = weights.astype(np.float32)
         drawn.append([_ranking((weights @ counts).astype(float)) for counts in small])
     per_label: dict[str, Any] = {}
@@ -316,7 +316,7 @@ def operating_points(
     ]
     drawn = [
         [scores_of_totals((weights.astype(np.float32) @ rows).astype(float)) for rows in totals]
-        for weights in drawn_patients(len(totals[0]), seed=seed, resamples=resamples)
+        for weights in drawn_patients(len(set(judged.patients)), seed=seed, resamples=resamples)
     ]
     difference = {
         metric: list(

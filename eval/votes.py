@@ -171,7 +171,7 @@ def sample_scores(
     # counts stay far below 2^24, so they are exact in fp32
     small = [rows.astype(np.float32) for rows in totals]
     drawn: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    for weights in drawn_patients(len(totals[0]), seed=seed, resamples=resamples):
+    for weights in drawn_patients(len(set(patients)), seed=seed, resamples=resamples):
         weights = weights.astype(np.float32)
         for name, scores in _mean_best_gain([weights @ rows for rows in small]).items():
             for metric, values in scores.items():

@@ -89,10 +89,17 @@ def test_ranking_by_hand():
     assert auroc(positives, negatives) == pytest.approx(8 / 12)
     # Precision at 1 is 2 of 3, at 0 it is 3 of 7: (2 x 2/3 + 3/7) / 3
     assert average_precision(positives, negatives) == pytest.approx((4 / 3 + 3 / 7) / 3)
-    # several at once, the last without positives, the next without negatives
-    rows = np.array([[1, 0, 2], [0, 0, 0], [1, 0, 2]]), np.array([[2, 1, 1], [2, 1, 1], [0, 0, 0]])
-    assert np.isnan(auroc(*rows)).tolist() == [False, True, True]
-    assert np.isnan(average_precision(*rows)).tolist() == [False, True, True]
+    # several at once: the same, one without positives, one without negatives, and one more:
+    # its positive at 1 beats one negative at 0 (AUROC 1, precision 1)
+    rows = (
+        np.array([[1, 0, 2], [0, 0, 0], [1, 0, 2], [0, 0, 1]]),
+        np.array([[2, 1, 1], [2, 1, 1], [0, 0, 0], [1, 0, 0]]),
+    )
+    nan = np.nan
+    assert auroc(*rows) == pytest.approx([8 / 12, nan, nan, 1], nan_ok=True)
+    assert average_precision(*rows) == pytest.approx(
+        [(4 / 3 + 3 / 7) / 3, nan, nan, 1], nan_ok=True
+    )
     # always the same share: a coin, and the prevalence
     assert auroc(np.array([3]), np.array([9])) == 0.5
     assert average_precision(np.array([3]), np.array([9])) == 0.25

@@ -207,6 +207,29 @@ def test_mean_best_and_vote_by_hand():
     assert scores["intervals"]["vote_gain"]["jaccard"] == pytest.approx([0.0, 0.25])
 
 
+def test_samples_have_the_jaccard_index_and_the_rates_of_answers():
+    """0 for an answer that is not in the format, and unknown entries enlarge the union."""
+    rows = (
+        samples("<solution>Edema</solution>", said("Edema", "mass"))
+        + samples(said("mass"), said("mass", "nodule"), id="r2", patient="q")
+        + samples(said("Edema"), said("Edema"), id="r3", patient="s")
+    )
+    scores = sample_scores(rows, resamples=100)
+    # first samples: 0 (no <think>), 0, 1; second: 1/2, 0, 1
+    assert scores["mean"]["jaccard"] == pytest.approx((0 + 0 + 1 + 1 / 2 + 0 + 1) / 6)
+    assert scores["best"]["jaccard"] == pytest.approx((1 / 2 + 0 + 1) / 3)
+    # votes: Edema, none (no sample could be read), Edema
+    assert scores["vote_gain"]["jaccard"] == pytest.approx(2 / 3 - 2.5 / 6)
+    # patient p alone has 1/4, q alone 0, s alone 1
+    assert scores["intervals"]["mean"]["jaccard"][0] == 0
+    assert scores["intervals"]["mean"]["jaccard"][1] <= 1
+    # of six samples: three with an unknown entry, two of them without any label
+    assert scores["mean"]["unknown_rate"] == 3 / 6
+    assert scores["mean"]["no_label_rate"] == scores["mean"]["fail_rate"] == pytest.approx(2 / 6)
+    # the form of those is sound
+    assert scores["mean"]["invalid_rate"] == pytest.approx(1 / 6)
+
+
 def test_the_vote_of_equal_samples_gains_nothing():
     rows = [
         sample
