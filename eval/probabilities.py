@@ -303,8 +303,8 @@ def operating_points(
     chosen = best_thresholds(Shares.of(chosen_on, source=name))
     thresholds = np.array([chosen.get(label, VOTE_THRESHOLD) for label in judged.labels])
     said = {
-        "before": judged.shares >= VOTE_THRESHOLD - _ROUNDING,
-        "after": judged.shares >= thresholds - _ROUNDING,
+        "before": judged.shares >= VOTE_THRESHOLD,
+        "after": judged.shares >= thresholds,
     }  # [N, K] each
     scores = {
         key: multilabel_scores(judged.targets, rows, judged.labels, judged.evaluated)

@@ -339,6 +339,11 @@ def test_thresholds_are_carried_and_judged_elsewhere():
     }
     low, high = points["difference"]["micro_f1"]
     assert low < 4 / 7 - 2 / 6 < high
+    # of one patient every resample is the data set itself
+    one = [Prediction.from_row(row.to_row() | {"patient_id": "p"}) for row in away]
+    difference = operating_points(one, home, "home", resamples=5)["difference"]
+    assert difference["micro_f1"] == pytest.approx([4 / 7 - 2 / 6] * 2)
+    assert difference["macro_f1"] == pytest.approx([(4 / 5 - 2 / 3) / 3] * 2)
     again = operating_points(home, home, "home", resamples=50)
     assert again["shared_patients"] == 3
     assert again["after"]["macro_f1"] == 1.0
