@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.answers import parse_answer
+from data.demo.teacher import _WORDINGS
 from data.examples import Example
 from data.files import DataError
 from data.labels import LABELS
@@ -135,6 +136,66 @@ def test_mentioned_labels(reasoning, mentioned):
     assert mentioned_labels(reasoning) == mentioned
 
 
+CUES = (
+    "no|not|none|nor|neither|never|nothing|without|absent|absence|negative|free|clear|clearly"
+    "|deny|denies|denied|unlikely|excluded|excludes|rule out|ruled out|resolved|resolving"
+    "|unremarkable|normal|normally|or|vs|versus|if|whether|may|might|could|can|cannot|would|should"
+    "|possible|possibly|probable|probably|perhaps|maybe|likely|question|questionable|suspected"
+    "|suspicious|suggests|concern|concerning|consider|considered|differential|uncertain"
+    "|uncertainty|unclear|rather|instead|history|previous|previously|prior|former|check|checking"
+    "|look|looking|search|assess|assessing|evaluate|evaluating|examine|let|isn't|isn\u2019t"
+)
+
+
+@pytest.mark.parametrize("cue", CUES.split("|"))
+def test_each_word_of_doubt_counts(cue):
+    assert stated_labels(f"Edema {cue} here.") == set()
+    assert stated_labels(f"Edema x{cue}x here.") == {"Edema"} or "'" in cue or "\u2019" in cue
+
+
+MEANT = {
+    "Enlarged Cardiomediastinum": "mediastinum|mediastinal|cardiomediastinal|silhouette|hilum|hilar"
+    "|hila",
+    "Cardiomegaly": "cardiac|heart|cardiomegaly",
+    "Lung Opacity": "opacity|opacified|opacification|hazy|haziness|dense|density|shadow|shadows"
+    "|infiltrate|infiltrates|patch|patchy|airspace|consolidation|ground glass|ground-glass|white"
+    "|whiteout",
+    "Lung Lesion": "lesion|nodule|nodular|mass|masses|tumor|tumour|round|rounded|solitary|outlined"
+    "|cavity",
+    "Edema": "edema|oedema|congestion|congested|vascular|vessels|perihilar|septal|interstitial"
+    "|kerley|wet|fluid",
+    "Consolidation": "consolidated|solid|bronchogram|bronchograms|airspace|dense|opacity",
+    "Pneumonia": "pneumonia|pneumonic|infection|infectious|infiltrates|patchy|consolidation"
+    "|airspace",
+    "Atelectasis": "atelectasis|atelectatic|collapse|collapsed|volume|basal|band|bands|linear"
+    "|plate",
+    "Pneumothorax": "pneumothorax|pneumothoraces|pleural|free air|lung edge|collapse",
+    "Pleural Effusion": "effusion|effusions|fluid|blunted|angle|angles|costophrenic|meniscus"
+    "|pleural",
+    "Pleural Other": "pleura|pleural|thickened|thickening|plaque|lumpy",
+    "Fracture": "fracture|fractured|broken|break|rib|ribs|displaced|bone|bones|bony|clavicle"
+    "|vertebra|vertebral",
+    "Support Devices": "device|devices|tube|tubes|tubing|line|lines|catheter|pacemaker|lead|leads"
+    "|wire|wires|clip|clips|port|drain|drains|valve|valves|hardware|sternotomy|picc|icd|stent"
+    "|implant|implanted|in place",
+}
+
+
+@pytest.mark.parametrize("label", LABELS[1:])
+def test_each_word_for_a_label_mentions_it(label):
+    for words in MEANT[label].split("|"):
+        assert label in mentioned_labels(f"some {words} here"), words
+        assert label not in mentioned_labels(f"some x{words} here"), words
+
+
+def test_readings_of_the_demo_mention_what_they_name():
+    for label, wordings in _WORDINGS.items():
+        where = "pacemaker" if label == "Support Devices" else "left lower"
+        for wording in wordings:
+            # the teacher adds "mass" or "nodule" to a place, whichever is drawn
+            assert label in mentioned_labels(wording.format(where=where)), wording
+
+
 def answer(think: str, *labels: str):
     return parse_answer(f"<think>{think}</think><solution>{', '.join(labels)}</solution>")
 
@@ -241,6 +302,16 @@ def test_scores_by_hand():
     }
     low, high = scores["answers_unchanged"]["interval"]
     assert 0 <= low < 1 / 2 < high <= 1
+    low, high = (f"{end:+.3f}" for end in scores["difference_intervals"]["jaccard"])
+    text = format_faithfulness({"a": {"faithfulness": scores}, "b": {"faithfulness": scores}})
+    paragraphs = text.split("\n\n")
+    assert [" ".join(paragraph.split()) for paragraph in paragraphs] == [
+        f"{name}: {verdict(scores)} From another patient's X-ray Jaccard goes 0.750 -> 0.375"
+        f" ({low}..{high}), macro-F1 0.667 -> 0.267. 50 % of the answers and 33 % of the reasonings"
+        " stay the same (25 % of the swapped pairs have the same true labels). 33 % of the answers"
+        " leave out a label that their reasoning states, 33 % give one that it never mentions."
+        for name in ("a", "b")
+    ]
 
 
 def test_a_model_without_eyes_changes_nothing():

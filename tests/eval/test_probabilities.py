@@ -361,6 +361,48 @@ def test_thresholds_are_carried_and_judged_elsewhere():
     assert edema.split() == ["Edema", "0.250", "0.667", "0.800"]
 
 
+def test_tables_word_for_word():
+    """Of one patient, so that every interval is a point."""
+    home = [
+        vote({"Edema": 0.25}, ("Edema",), n=0),
+        vote({"Fracture": 0.75}, ("Fracture",), n=1),
+        vote({"Fracture": 0.5}, (), n=2),
+    ]
+    of_p = {"dataset": "other", "evaluated": ABC, "patient": "p"}
+    away = [
+        vote({"Edema": 0.25, "Fracture": 0.5}, ("Edema",), n=0, **of_p),
+        vote({"Edema": 0.5, "Fracture": 0.75}, ("Edema",), n=1, **of_p),
+        vote({"Edema": 0.25, "Pneumonia": 0.5}, (), n=2, **of_p),
+    ]
+    scores = probability_scores(away, resamples=5)
+    points = operating_points(away, home, "home", resamples=5)
+    # Edema: pairs .5 and 1 of 2; precision 1 and 2/3; 2 at .25 of which half are true, 1 at .5.
+    # All: 3 at 0; .5 for the two at .25; 3 at .5 of which a third is true; 1 at .75: 1.75 / 9.
+    ranking = """\
+away                   AUROC                AUPRC                prevalence    ECE
+Edema                  0.750 (0.750-0.750)  0.833 (0.833-0.833)       0.667  0.333
+mean of 1, all in one  0.750 (0.750-0.750)  0.833 (0.833-0.833)              0.194
+vote shares as probabilities (95 % by patient); guessing has AUROC 0.5, AUPRC = prevalence
+without both positives and negatives: Pneumonia, Fracture"""
+    operating = """\
+away       threshold  F1 of the vote              F1 with it
+Edema          0.250           0.667                   0.800
+Pneumonia      0.500           0.000                   0.000
+Fracture       0.750           0.000                   0.000
+micro-F1                       0.333  0.571 (+0.238..+0.238)
+macro-F1                       0.222  0.267 (+0.044..+0.044)
+thresholds chosen on home for the highest F1; in brackets: the change, 95 % by patient
+not evaluated there, so left at 0.5: Pneumonia"""
+    results = {
+        "away": {"probabilities": scores | {"operating_points": points}},
+        "greedy": {},
+        "again": {"probabilities": scores},
+    }
+    again = ranking.replace("away ", "again", 1)
+    assert format_probabilities(results) == f"{ranking}\n\n{operating}\n\n{again}"
+    assert format_probabilities({"greedy": {}}) == ""
+
+
 # ---- shares --------------------------------------------------------------------------------------
 def test_rows_without_shares_are_named():
     plain = vote({}, n=7, vote_shares=None)
