@@ -15,7 +15,7 @@ from data.labels import LABELS
 from eval.faithfulness import faithfulness_scores
 from eval.probabilities import operating_points, probability_scores
 from eval.votes import sample_scores
-from tests.eval.test_probabilities import votes_of
+from tests.helpers.votes import votes_of
 
 
 def test_a_real_size_takes_seconds_and_little_memory():
