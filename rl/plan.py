@@ -102,7 +102,7 @@ class BatchPlan:
         rollouts = -(-steps // self.updates)
         prompts, completions = rollouts * self.prompts, rollouts * self.completions
         epochs = f"{prompts / num_examples:.2f} epochs"
-        if not self.max_steps and rollouts * self.prompts > round(self.epochs * num_examples, 6):
+        if not self.max_steps and prompts > rounded_up(self.epochs * num_examples):
             epochs += f": {self.epochs:g} rounded up to whole rollouts"
         return [
             f"rollout     {self.prompts} prompts x {self.group} completions = {self.completions}"
