@@ -12,11 +12,13 @@ the test split.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.examples import Example
 from data.files import DataError
 from data.labels import DEFAULT_POLICY, LabelPolicy
+from data.prompts import solution_text
 from data.sources import (
     VIEWS,
     Candidate,
@@ -105,6 +107,36 @@ def load_mimic(
     if report is None:
         print(filled.text())
     return examples
+
+
+def labeler_answers(
+    folder: str | Path,
+    examples: Sequence[Example],
+    labeler: str,
+    policy: LabelPolicy = DEFAULT_POLICY,
+) -> list[dict[str, str]]:
+    """Take what an automatic labeler says of the studies of examples, as a model's answers.
+
+    Scored against the radiologist's labels of the same reports, they bound what a model that
+    learnt from the labeler can reach.
+
+    folder: as in `load_mimic`. labeler: "chexpert" or "negbio". policy: what its cells become.
+
+    Returns rows {"id", "completion", "answer_format"} for `eval.evaluate --predictions`. A study
+    that the labeler does not have gets the empty completion, a failed answer. Raises DataError
+    naming every row and column that is wrong, and for a missing file or column.
+    """
+    known("labeler", labeler, LABEL_SOURCES[:2])
+    names = [f"mimic-cxr-{version}-{labeler}.csv" for version in ("2.0.0", "2.1.0")]
+    problems: list[str] = []
+    studies = _label_table(Table(find_file(source_folder(folder), names)), policy, problems)
+    raise_problems(problems)
+    rows = []
+    for example in examples:
+        found = studies.get(str(example.extra["study_id"]).removeprefix("s"))
+        completion = "" if found is None else solution_text(found[1].labels)
+        rows.append({"id": example.id, "completion": completion, "answer_format": "solution"})
+    return rows
 
 
 def _label_table(

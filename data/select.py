@@ -37,13 +37,14 @@ from data.labels import (
     LabelPolicy,
     canonical_label,
 )
-from data.mimic import LABEL_SOURCES, load_mimic
+from data.mimic import LABEL_SOURCES, labeler_answers, load_mimic
 from data.nih import load_nih
 from data.sources import FRONTALS, VIEWS, Report
 
 HOSPITALS = ("mimic", "chexpert", "nih")
 TRAINING_SETS = ("sft", "rl", "validation")
 SAMPLINGS = ("natural", "balanced")
+LABELER_FILE = "labeler-mimic.jsonl"
 # the hospital's own validation part, where it has one
 _VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}
 
@@ -222,7 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="chexpert",
         help=(
             "MIMIC: labels of the test set; radiologist: "
-            "of the reports that one read (release 2.1.0)"
+            "of the reports that one read (release 2.1.0), and labeler-mimic.jsonl with what the"
+            " labeler says of them"
         ),
     )
     flag(
@@ -334,6 +336,17 @@ class Pool:
     report: Report
 
 
+def _policy(flags: argparse.Namespace) -> LabelPolicy:
+    return LabelPolicy(
+        flags.uncertain, flags.uncertain_by_label, flags.blank, flags.no_label or "no_finding"
+    )
+
+
+def _asks_labeler(flags: argparse.Namespace) -> bool:
+    """Tell whether the labeler's own answers go beside the radiologist's labels."""
+    return "mimic" in flags.tests and flags.mimic_test_labels == "radiologist"
+
+
 def _loader(
     flags: argparse.Namespace, hospital: str, part: str
 ) -> Callable[[Report], list[Example]]:
@@ -354,9 +367,7 @@ def _loader(
             "all" if flags.test_level == "image" else "pa_first" if frontals == "all" else frontals
         )
     options: dict[str, Any] = {
-        "policy": LabelPolicy(
-            flags.uncertain, flags.uncertain_by_label, flags.blank, flags.no_label or "no_finding"
-        ),
+        "policy": _policy(flags),
         "views": flags.views,
         "frontals": frontals,
         "drop_missing": drop_missing,
@@ -620,9 +631,12 @@ def run(argv: Sequence[str]) -> None:
         f"test-{hospital}" for hospital in flags.tests
     ]
     files = {name: output_dir / f"{name}.jsonl" for name in names}
+    labeler_file = output_dir / LABELER_FILE if _asks_labeler(flags) else None
     existing = [
         path for file in files.values() for path in (file, selection_file(file)) if path.exists()
     ]
+    if labeler_file and labeler_file.exists():
+        existing.append(labeler_file)
     if existing:
         raise DataError(
             [
@@ -647,6 +661,11 @@ def run(argv: Sequence[str]) -> None:
         )
         record = _record(flags, name, sets[name], drawn[name][1], contents[file])
         contents[selection_file(file)] = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    if labeler_file:
+        answers = labeler_answers(
+            flags.mimic, sets["test-mimic"], flags.mimic_labels, _policy(flags)
+        )
+        contents[labeler_file] = "".join(json.dumps(row) + "\n" for row in answers)
     write_all(output_dir, contents)
     for group in (TRAINING_SETS, [f"test-{hospital}" for hospital in HOSPITALS]):
         if chosen := {name: drawn[name] for name in group if name in drawn}:
@@ -655,6 +674,12 @@ def run(argv: Sequence[str]) -> None:
         f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its"
         " .select.json; no patient is in two of them"
     )
+    if labeler_file:
+        print(
+            f"{labeler_file.name}: what the labeler {flags.mimic_labels} says of test-mimic.jsonl;"
+            f" score it: python -m eval.evaluate --predictions labeler={labeler_file} --data_file"
+            f" radiologist={files['test-mimic']}"
+        )
     if root != output_dir.resolve():
         print(f"image paths are relative to {root}: give the other commands --image_root {root}")
 

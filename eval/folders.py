@@ -118,7 +118,7 @@ class Answers:
     parsed, valid [N] bool. unknown_kinds [N, 4]: entries that are no label, columns in the order of
     UNKNOWN_KINDS. lengths [N] in tokens, NaN where unknown. texts: `fingerprint` of each
     completion. prompts: names of the instructions. problems: how often each problem came.
-    who [N]: (sex, age, view) of the images, None where unknown.
+    who [N]: (sex, age, view) of the images, None where unknown. datasets: where they come from.
     """
 
     ids: list[str]
@@ -136,6 +136,7 @@ class Answers:
     prompts: tuple[str, ...]
     problems: Counter[str]
     who: list[tuple[str | None, int | None, str | None]]
+    datasets: tuple[str, ...]
 
     @cached_property
     def columns(self) -> list[int]:
@@ -220,6 +221,7 @@ def load_answers(path: Path) -> Answers:
     patients, bits, who = [], [], []
     same: dict[tuple, tuple] = {}  # one object for equal ones
     prompts: dict[str, None] = {}
+    datasets: dict[str, None] = {}
     problems: Counter[str] = Counter()
     for prediction in iter_predictions(path):
         answer, source = prediction.answer, prediction.source_labels
@@ -229,6 +231,7 @@ def load_answers(path: Path) -> Answers:
             and set(prediction.evaluated_labels) <= set(NIH_TEN)
         )
         prompts[prediction.prompt] = None
+        datasets[prediction.dataset] = None
         if answer.problem:
             problems[answer.problem] += 1
         ids.append(prediction.id)
@@ -267,6 +270,7 @@ def load_answers(path: Path) -> Answers:
         prompts=tuple(prompts),
         problems=problems,
         who=who,
+        datasets=tuple(datasets),
     )
 
 

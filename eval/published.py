@@ -110,6 +110,22 @@ CHEXPERT_TEST_SUPPORT: dict[str, int] = dict(
     zip(LABELS, (62, 253, 151, 264, 8, 78, 29, 11, 153, 9, 104, 4, 5, 261), strict=True)
 )
 
+CHEXPERT_TEST_PATIENTS = 64741, 65240  # first and last; one study each
+
+# Readers of CheXpert's test studies: {who: (micro-F1, macro-F1)} against the published consensus,
+# computed from the repository's files as they stand. Of the labeler only macro-F1 is at hand.
+READERS_SOURCE = (
+    "rajpurkarlab/cheXpert-test-set-labels at commit a03eb343, computed from its files; No Finding"
+    " as in the file, 62 positives"
+)
+CHEXPERT_READERS: dict[str, tuple[float | None, float]] = {
+    "radiologist bc4": (0.749, 0.579),
+    "radiologist bc6": (0.749, 0.618),
+    "radiologist bc8": (0.745, 0.578),
+    "CheXpert's report labeler": (None, 0.323),
+    "all 14 labels of every study": (0.332, 0.291),
+}
+
 # Why a score cannot be compared in principle, by table.
 VALIDATION_NOTE = (
     "Not comparable in principle: the paper's 'CheXpert validation' images are not published. Every"

@@ -24,6 +24,7 @@ from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.cases import case_strip, sample_cases
 from eval.confusion import DEFINITION, heat_map, silenced_table
+from eval.context_tables import readers_table, seen_table
 from eval.contrasts import (
     Contrast,
     Transfer,
@@ -225,7 +226,9 @@ def report_page(
         *_training_sections(entries),
         *_case_sections(cases),
         *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
-        Section("Sources", [Folded("Files", [_provenance(entries)])]),
+        Section(
+            "Sources", [Folded("Files", [_provenance(entries)]), seen_table(entries, contrasts)]
+        ),
     ]
     images = ", ".join(f"{contrast.data_set} {len(contrast.first.ids):,}" for contrast in contrasts)
     return Page(
@@ -377,7 +380,7 @@ def _paper_section(
         f"Scores of {SOURCE} beside ours. Bold: the best of each row, among the paper's models and"
         " among ours."
     )
-    tables = paper_tables(entries, contrasts, home, nih)
+    tables = [*paper_tables(entries, contrasts, home, nih), readers_table(contrasts)]
     return Section("The paper's tables", [about, Folded("Tables 1 to 6", tables)])
 
 

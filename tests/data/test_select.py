@@ -22,12 +22,25 @@ import pytest
 import data.select
 from data.examples import Example, read_jsonl, row_of, selection_file
 from data.files import DataError, write_jsonl
-from data.labels import LABELS, NIH_NINE, NIH_TEN
+from data.join import read_answers
+from data.labels import LABELS, NIH_NINE, NIH_TEN, LabelPolicy
+from data.mimic import labeler_answers
 from data.select import check_disjoint, deal_patients, draw, main
 from engine.config import UsageError, parse_config
 from engine.resume import run_record
 from eval.settings import EvalConfig
-from tests.helpers.hospitals import CHEXPERT, cells, chexpert_row, mimic, nih, sample, touch, write
+from tests.helpers.hospitals import (
+    ALPHABETICAL,
+    CHEXPERT,
+    cells,
+    chexpert_row,
+    mimic,
+    mimic_labels,
+    nih,
+    sample,
+    touch,
+    write,
+)
 
 SIZES = ("--sft_size", "6", "--rl_size", "3", "--validation_size", "2")
 
@@ -322,6 +335,41 @@ def test_mimic_has_a_validation_part_of_its_own(tmp_path):
     )
     assert read_jsonl(tmp_path / "c" / "test-mimic.jsonl")[0].labels == ("Lung Opacity",)
     assert read_jsonl(tmp_path / "c" / "sft.jsonl")[0].labels == ("Edema", "Pleural Effusion")
+    # the labeler says nothing of the study, which is No Finding by rule; the radiologist does
+    [test] = read_jsonl(tmp_path / "c" / "test-mimic.jsonl")
+    [said] = (tmp_path / "c" / "labeler-mimic.jsonl").read_text().splitlines()
+    assert json.loads(said) == {
+        "id": test.id,
+        "completion": "<solution>No Finding</solution>",
+        "answer_format": "solution",
+    }
+    [row] = read_answers(tmp_path / "c" / "labeler-mimic.jsonl", [test], data_file="test")
+    assert (row.labels, row.answer.labels) == (("Lung Opacity",), ("No Finding",))
+    assert not (tmp_path / "a" / "labeler-mimic.jsonl").exists()  # no radiologist asked for
+    # nothing is overwritten, this file neither
+    for name in ("test-mimic", "sft", "rl"):
+        for ending in ("jsonl", "select.json"):
+            (tmp_path / "c" / f"{name}.{ending}").unlink(missing_ok=True)
+    flags = ("--output_dir", tmp_path / "c", *sizes, "--mimic_test_labels", "radiologist")
+    assert run("--mimic", tmp_path / "m", *flags) == 2
+
+
+def test_a_study_that_the_labeler_does_not_have_is_a_failed_answer(tmp_path):
+    mimic(tmp_path)
+    write(
+        tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        "subject_id,study_id," + ",".join(ALPHABETICAL),
+        f"10000001,50000001,{mimic_labels(Edema=-1.0, Fracture=1.0)}",
+    )
+    ids = ("s50000001", "s50000003")
+    examples = [
+        Example(name, "p", "x.jpg", (), "mimic", tmp_path, extra={"study_id": name}) for name in ids
+    ]
+    for rule, said in (("zeros", "Fracture"), ("ones", "Edema, Fracture")):
+        rows = labeler_answers(tmp_path, examples, "chexpert", LabelPolicy(rule))
+        assert [row["completion"] for row in rows] == [f"<solution>{said}</solution>", ""]
+    with pytest.raises(DataError, match="labeler 'radiologist' is not known"):
+        labeler_answers(tmp_path, examples, "radiologist")
 
 
 def test_study_or_image_level(tmp_path):
