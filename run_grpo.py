@@ -40,7 +40,7 @@ from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
 from eval.since_start import keep_start, since_start
 from rl.evaluation import evaluated_metrics, record_evaluation, rewards_of
-from rl.monitors import HACKING_CHART, Monitors
+from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.rollout import Rollouts
 from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts
@@ -220,8 +220,6 @@ def run_command(resolved: Resolved) -> int:
 
         schedule = Schedule(total, config.logging_steps, config.eval_steps, config.save_steps, True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
-        if checkpoint is None:
-            run.log.charts(HACKING_CHART)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
         if run.should_stop():

@@ -37,6 +37,7 @@ from data.sets import (
     with_answers_to_learn,
 )
 from engine.card import write_run_card
+from engine.charts import sft_charts
 from engine.collate import collate_rows, plan_batches
 from engine.device import pick_device, seed_everything
 from engine.logprobs import predicted_correctly, token_logprobs
@@ -51,6 +52,7 @@ from engine.saving import load_best_adapter, restore, save_final_adapter, save_t
 from engine.tracking import MetricAccumulator
 from eval.decode import Decoding, evaluate_sets
 from eval.scores import format_scores
+from rl.evaluation import evaluated_metrics
 
 
 def train(
@@ -192,6 +194,7 @@ def run_command(resolved: Resolved) -> int:
             patience=config.early_stopping_patience,
         )
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
+        run.log.charts("SFT", sft_charts(list(data.evaluated)))
         with run:
             train(run, policy, optimizer, data.train, config)
         if run.should_stop():
@@ -229,6 +232,7 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
         print(f"stopped while scoring; training is finished and saved in {run.folder}")
         return run.signals.exit_code or 130
     write_run_card(run.folder)
+    run.log_scores({name: evaluated_metrics(of_set) for name, of_set in scores.items()})
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0
 

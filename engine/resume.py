@@ -16,6 +16,7 @@ from typing import Any, Literal
 from data.examples import selection_file
 from data.files import sha256_of
 from data.sets import TRAIN, DataSets
+from engine.charts import FOLDER
 from engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -252,9 +253,12 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return
-    for pattern in (*STEP_LOGS, "events.out.tfevents.*", "predictions-*.jsonl", "scores-*.json"):
+    events = ("events.out.tfevents.*", f"{FOLDER}/*/events.out.tfevents.*")
+    for pattern in (*STEP_LOGS, *events, "predictions-*.jsonl", "scores-*.json"):
         for path in source.glob(pattern):
-            shutil.copyfile(path, run_dir / path.name)
+            copy = run_dir / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     for name in ("reference", "start", "start-vote"):  # what GRPO began with
         if (source / name).is_dir():
             shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)

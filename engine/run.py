@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -226,6 +226,15 @@ class Run:
         """Add to the tokens of prompts and completions that the run has seen; log their number."""
         self.state.num_tokens += number
         self.metrics.add("num_tokens", self.state.num_tokens, reduction="max")
+
+    def log_scores(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Log what the final adapter scores, and write trainer_state.json anew with it.
+
+        metrics: of each data set, by their names, as an evaluation during training logs them.
+        """
+        for name, of_set in metrics.items():
+            self.log.scalars(self.step, of_set, split="eval", dataset=name, epoch=self.state.epoch)
+        write_json(self.folder / "trainer_state.json", asdict(self.state))
 
     def watch(self, logged: Mapping[str, float]) -> None:
         """Look at what was just logged. GRPO has conditions on it."""

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import written_whole
+from engine.charts import Chart, ChartWriters, layout
 from engine.runtime import STEP_LOGS
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,9 @@ class RunLogger:
     """Write one run's metrics to `metrics.jsonl`, TensorBoard and `log_history`.
 
     `log_history` is the list in HF's trainer_state.json. With `resume_step`, lines of later steps
-    are first moved to `<name>.after-<step>.jsonl`, and TensorBoard is told to drop its points after
-    that step. So no step appears twice and nothing is lost.
+    are first moved to `<name>.after-<step>.jsonl`, with evaluations of that step that the history
+    does not have: they are made again. TensorBoard is told to drop its points after that step. So
+    no step appears twice and nothing is lost.
     """
 
     def __init__(
@@ -142,20 +144,22 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.log_history = [dict(entry) for entry in log_history]
         self._warned: set[str] = set()
+        # Evaluations that were logged before and are made again: TensorBoard has their points.
+        self._repeated: set[tuple[int, str | None]] = set()
         # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
         if resume_step is not None:
             for name in STEP_LOGS:
                 with self._degrading(name):
-                    set_later_lines_aside(self.run_dir / name, resume_step)
+                    set_later_lines_aside(self.run_dir / name, resume_step, self._to_repeat)
+        self._resumed = resume_step is not None
+        # A new run marks its start too, because TensorBoard takes only a second mark for a restart
+        # and drops nothing at the first.
+        self._purge_step = 0 if resume_step is None else resume_step + 1
         self._tensorboard = None
+        self._charts: ChartWriters | None = None
         with self._degrading("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter  # late: importing takes a second
-
-            # A new run marks its start too, because TensorBoard takes only a second mark for a
-            # restart and drops nothing at the first.
-            purge_step = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge_step)
+            self._tensorboard = self._writer(self.run_dir)
 
     def scalars(
         self,
@@ -169,8 +173,9 @@ class RunLogger:
         """Log the metrics of an optimizer step, or of a data set in evaluation.
 
         JSONL gets {"step", "epoch", "split", "dataset", **metrics}. TensorBoard gets train/<name>
-        or eval/<dataset>/<name>. log_history gets <name> or eval_<dataset>_<name>, as HF's Trainer
-        writes them. NaN and infinity become null in both JSON forms.
+        or eval/<dataset>/<name>, and monitors/... as they are, so that they have a place of their
+        own there. log_history gets <name> or eval_<dataset>_<name>, as HF's Trainer writes them.
+        NaN and infinity become null in both JSON forms.
         """
         where = {"step": step, "epoch": epoch, "split": split, "dataset": dataset}
         values = {name: float(value) for name, value in metrics.items()}
@@ -179,12 +184,33 @@ class RunLogger:
             "metrics.jsonl",
             [{key: value for key, value in where.items() if value is not None} | finite],
         )
-        prefix = "" if split == "train" else f"{split}_{dataset}_" if dataset else f"{split}_"
+        prefix = _history_prefix(split, dataset)
         entry = {f"{prefix}{name}": value for name, value in finite.items()} | {"step": step}
         self.log_history.append(entry if epoch is None else entry | {"epoch": epoch})
+        if split == "eval" and (step, dataset) in self._repeated:
+            return
         folder = f"{split}/{dataset}" if dataset else split
-        for name, value in values.items():
-            self._to_tensorboard("add_scalar", f"{folder}/{name}", value, step)
+        tagged = {
+            name if name.startswith("monitors/") else f"{folder}/{name}": value
+            for name, value in values.items()
+        }
+        for tag, value in tagged.items():
+            self._to_tensorboard("add_scalar", tag, value, step)
+        if self._charts is not None and self._tensorboard is not None:
+            with self._into_tensorboard():
+                self._charts.write(tagged, step)
+
+    def _to_repeat(self, line: Mapping[str, Any]) -> bool:
+        """Tell whether a line is of an evaluation that the history does not have."""
+        if line.get("split") != "eval":
+            return False
+        names = {_history_prefix("eval", line.get("dataset")) + name for name in line}
+        if any(
+            entry["step"] == line["step"] and names & entry.keys() for entry in self.log_history
+        ):
+            return False
+        self._repeated.add((line["step"], line.get("dataset")))
+        return True
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Log Markdown to TensorBoard.
@@ -197,12 +223,17 @@ class RunLogger:
         """Log a grey image, uint8 [H,W], to TensorBoard."""
         self._to_tensorboard("add_image", tag, array, step, dataformats="HW")
 
-    def charts(self, layout: Mapping[str, Mapping[str, list]]) -> None:
-        """Tell TensorBoard's page of custom scalars which curves share a chart.
+    def charts(self, category: str, charts: Sequence[Chart]) -> None:
+        """Draw charts in TensorBoard from what is logged from now on.
 
-        layout: {category: {chart: ["Multiline", [tags]]}}.
+        category: their heading on its page of custom scalars. To be called before anything is
+        logged, and in a resumed run too.
         """
-        self._to_tensorboard("add_custom_scalars", layout)
+        if not self._resumed:
+            self._to_tensorboard("add_custom_scalars", layout(category, charts))
+        if self._tensorboard is not None:
+            with self._into_tensorboard():
+                self._charts = ChartWriters(self.run_dir, charts, self._writer, self._tensorboard)
 
     def warn(self, line: str, step: int) -> None:
         """Keep a warning of the run in warnings.jsonl."""
@@ -213,7 +244,10 @@ class RunLogger:
         self._append(filename, [{"step": step} | dict(row) for row in rows])
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Flush and close TensorBoard's files."""
+        if self._charts is not None and self._tensorboard is not None:
+            with self._into_tensorboard():
+                self._charts.close()
         self._to_tensorboard("close")
         self._tensorboard = None
 
@@ -237,10 +271,23 @@ class RunLogger:
     def _to_tensorboard(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._tensorboard is None:
             return
-        with self._degrading("TensorBoard"):
+        with self._into_tensorboard():
             getattr(self._tensorboard, method)(*arguments, **options)
-            return
-        self._tensorboard = None  # its background thread is dead, so every later call would fail
+
+    def _writer(self, folder: Path) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # late: importing takes a second
+
+        return SummaryWriter(str(folder), purge_step=self._purge_step)
+
+    @contextlib.contextmanager
+    def _into_tensorboard(self) -> Iterator[None]:
+        """Run a block that writes to TensorBoard, and give TensorBoard up where it fails."""
+        failed = True
+        with self._degrading("TensorBoard"):
+            yield
+            failed = False
+        if failed:  # its background thread is dead, so every later call would fail
+            self._tensorboard = None
 
     @contextlib.contextmanager
     def _degrading(self, what: str) -> Iterator[None]:
@@ -262,10 +309,17 @@ class RunLogger:
                 )
 
 
-def set_later_lines_aside(path: Path, step: int) -> int:
+def _history_prefix(split: str, dataset: str | None) -> str:
+    """Return what stands in front of a metric's name in `log_history`, as HF's Trainer has it."""
+    return "" if split == "train" else f"{split}_{dataset}_" if dataset else f"{split}_"
+
+
+def set_later_lines_aside(
+    path: Path, step: int, to_repeat: Callable[[Mapping[str, Any]], bool] = lambda line: False
+) -> int:
     """Move the lines of later steps, and torn lines, of a JSONL log to `<name>.after-<step>.jsonl`.
 
-    step: the last step whose lines stay.
+    step: the last step whose lines stay. to_repeat: tells which of its lines go all the same.
 
     The lines are appended there first and then taken out of `path` by an atomic replace, so none is
     lost. Returns how many moved.
@@ -284,7 +338,10 @@ def set_later_lines_aside(path: Path, step: int) -> int:
         for line in source:
             # The last line may be torn exactly before its newline.
             line = line.rstrip(b"\n") + b"\n"
-            if _step_of(line, otherwise=step + 1) <= step:
+            row = _row_of(line)
+            if row is not None and (
+                row["step"] < step or row["step"] == step and not to_repeat(row)
+            ):
                 kept.write(line)
                 continue
             later = later or stack.enter_context(open(aside, "ab"))
@@ -296,20 +353,26 @@ def set_later_lines_aside(path: Path, step: int) -> int:
     return moved
 
 
-def _step_of(line: bytes, *, otherwise: int) -> int:
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of a log, None for one that is torn or has no step."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return row | {"step": int(row["step"])}
     except (ValueError, KeyError, TypeError):
-        return otherwise
+        return None
 
 
 # ---- show ----------------------------------------------------------------------------------------
+SETTLED_STEPS, SETTLED_SECONDS = 5, 10.0  # after the first update
+
+
 class Progress:
     """Show a bar over optimizer steps.
 
-    Where stderr is no terminal, a plain line comes at most every `interval` seconds instead. A
-    console that cannot be written to (closed, broken pipe, odd encoding) is ignored, because the
-    logs are elsewhere.
+    Where stderr is no terminal, a plain line comes at most every `interval` seconds instead. The
+    time that is left is shown once it can be told: from the pace since the first update, which
+    itself may have waited for an evaluation or a compilation. A console that cannot be written to
+    (closed, broken pipe, odd encoding) is ignored, because the logs are elsewhere.
     """
 
     def __init__(
@@ -319,12 +382,19 @@ class Progress:
         initial: int = 0,
         description: str = "",
         interval: float = 30.0,
+        show_first: bool = True,
         stream: TextIO | None = None,
     ):
+        """Begin at step `initial` of `total`.
+
+        show_first: print a plain line for the first update, whenever it comes. False: no line
+        before `interval` seconds, so that what is done by then has one line, its last.
+        """
         self.total, self.step = total, initial
         self.description, self.interval = description, interval
-        self._initial, self._start = initial, time.monotonic()
-        self._printed = -math.inf  # the first update always shows
+        self._start = time.monotonic()
+        self._printed = -math.inf if show_first else self._start
+        self._first: tuple[int, float] | None = None  # step and time of the first update
         self._stream = sys.stderr if stream is None else stream
         self._bar = None
         if _is_terminal(self._stream):
@@ -334,18 +404,21 @@ class Progress:
                 desc=description,
                 file=self._stream,
                 dynamic_ncols=True,
+                bar_format=_bar_format(None),
             )
 
     def update(self, postfix: Mapping[str, float | str] | None = None) -> None:
         """Advance by one step and show the values, numbers with four digits."""
         self.step += 1
+        now = time.monotonic()
+        self._first = self._first or (self.step, now)
         shown = " ".join(f"{name}={_short(value)}" for name, value in (postfix or {}).items())
         if self._bar is not None:
             with self._ignoring_console():
+                self._bar.bar_format = _bar_format(self._remaining(now))
                 self._bar.set_postfix_str(shown, refresh=False)
                 self._bar.update()
             return
-        now = time.monotonic()
         if now - self._printed >= self.interval or self.step >= self.total:
             self._printed = now
             self.write(
@@ -377,13 +450,27 @@ class Progress:
         self.close()
 
     def _times(self, now: float) -> str:
-        elapsed = now - self._start
-        remaining = elapsed / max(self.step - self._initial, 1) * (self.total - self.step)
-        return f"[{tqdm.format_interval(elapsed)}<{tqdm.format_interval(remaining)}]"
+        elapsed, remaining = now - self._start, self._remaining(now)
+        left = "" if remaining is None else f"<{tqdm.format_interval(remaining)}"
+        return f"[{tqdm.format_interval(elapsed)}{left}]"
+
+    def _remaining(self, now: float) -> float | None:
+        """Estimate the seconds that are left, None before the pace is settled and at the end."""
+        if self._first is None or self.step >= self.total:
+            return None
+        steps, seconds = self.step - self._first[0], now - self._first[1]
+        if steps < SETTLED_STEPS or seconds < SETTLED_SECONDS:
+            return None
+        return seconds / steps * (self.total - self.step)
 
     def _ignoring_console(self) -> contextlib.AbstractContextManager:
         # A closed stream, a broken pipe, an unknown encoding.
         return contextlib.suppress(OSError, ValueError, LookupError)
+
+
+def _bar_format(remaining: float | None) -> str:
+    left = "" if remaining is None else f"<{tqdm.format_interval(remaining)}"
+    return f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}{left}{{postfix}}]"
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

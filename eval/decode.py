@@ -280,7 +280,10 @@ def _answers(
     done = [answer for found in whole_images(done, k).values() for answer in found]
     keep = partial_files.enter_context(_kept(output_dir, name, done, record, kind))
     what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
-    with Progress(k * len(examples), initial=len(done), description=f"{name} ({what})") as progress:
+    description = f"{name} ({what})"
+    with Progress(
+        k * len(examples), initial=len(done), description=description, show_first=False
+    ) as progress:
         return predict(
             policy,
             examples,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.images import load_image
 from data.predictions import Prediction
+from engine.charts import ITSELF, SHARE, Chart
 from engine.markdown import escape_markdown
 from engine.tracking import RunLogger
 from rl.objective import ZERO_VARIANCE
@@ -121,28 +122,107 @@ def completion_rows(samples: Sequence[Sample], prompt: str, answer_format: str) 
     ]
 
 
+def grpo_charts(data_sets: Sequence[str]) -> list[Chart]:
+    """List the charts of a GRPO run in TensorBoard. data_sets: those evaluated, home first."""
+    charts = [
+        Chart(
+            "reward",
+            "reward: sampled, and greedy by set",
+            {ITSELF: "train/reward"} | {name: f"eval/{name}/reward" for name in data_sets},
+            SHARE,
+        ),
+        Chart(
+            "macro_f1",
+            "macro-F1, greedy, by set",
+            {name: f"eval/{name}/macro_f1" for name in data_sets},
+            SHARE,
+        ),
+        Chart(
+            "gap_shared",
+            "gap_shared, band of 2 standard errors",
+            {ITSELF: "eval/gap_shared"},
+            (-0.1, 0.1),
+            error="eval/gap_shared_se",
+        ),
+        Chart(
+            "kl_and_entropy",
+            "KL and entropy, nats a token",
+            {"KL": "train/kl", "entropy": "train/entropy"},
+            (0.0,),
+        ),
+        Chart(
+            "valid_and_truncated",
+            "share of answers valid, and truncated",
+            {
+                "valid": "train/completions/valid_rate",
+                "truncated": "train/completions/clipped_ratio",
+            },
+            SHARE,
+        ),
+        Chart(
+            "length",
+            "length of completions, tokens",
+            {ITSELF: "train/completions/mean_length"},
+            (0.0,),
+        ),
+    ]
+    return [chart for chart in charts if chart.curves and (len(data_sets) > 1 or not chart.error)]
+
+
+def largest_spread(samples: Sequence[Sample]) -> tuple[list[Sample], str]:
+    """Choose the group whose rewards differ most -> (its samples, a sentence on the choice).
+
+    The spread is the largest less the smallest reward as trained on. Of several equal ones the
+    first in the rollout is taken, and the sentence says how many there are.
+    """
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    spreads = {
+        group: max(sample.reward for sample in members) - min(sample.reward for sample in members)
+        for group, members in groups.items()
+    }
+    largest = max(spreads.values())
+    tied = [group for group, spread in spreads.items() if largest - spread <= ZERO_VARIANCE]
+    if largest <= ZERO_VARIANCE:
+        why = f"the first of {len(groups)} groups, in none of which rewards differ"
+    elif len(tied) > 1:
+        why = f"the first of {len(tied)} groups (of {len(groups)}) with the largest spread of"
+        why += f" rewards, {largest:.3g}"
+    else:
+        why = f"of {len(groups)} groups the one with the largest spread of rewards, {largest:.3g}"
+    return groups[tied[0]], why
+
+
 def show_samples(
     log: RunLogger, samples: Sequence[Sample], step: int, *, max_side: int = 448
 ) -> None:
-    """Show one group in TensorBoard: the X-ray, its completions with rewards and advantages.
+    """Show one group of a rollout in TensorBoard: the X-ray, its completions, their rewards.
 
-    The model's text is escaped. samples: those of one prompt. max_side: of the picture, pixels.
+    It is the group with the largest spread of rewards, from which the policy learns most. The
+    model's text is escaped. There is no table, whose narrow columns would break words.
+
+    samples: the whole rollout. max_side: of the picture, pixels.
     """
-    example = samples[0].example
+    group, why = largest_spread(samples)
+    example = group[0].example
     image = load_image(example).convert("L")
     image.thumbnail((max_side, max_side))
     log.image("completions/image", np.asarray(image), step)
-    names = list(samples[0].rewards)
     lines = [
-        (
-            f"{escape_markdown(example.id)}, labels:"
-            f" {escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}"
-        ),
+        f"**{escape_markdown(example.id)}**, true labels:"
+        f" **{escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}**",
         "",
-        "| completion | " + " | ".join(names) + " | advantage |",
-        "|---" * (len(names) + 2) + "|",
+        f"Shown is {why}.",
     ]
-    for sample in samples:
-        totals = " | ".join(f"{sample.rewards[name].total:.2f}" for name in names)
-        lines.append(f"| {escape_markdown(sample.text)} | {totals} | {sample.advantage:+.2f} |")
+    for number, sample in enumerate(group, start=1):
+        totals = [
+            f"{escape_markdown(name)} {reward.total:.2f}" for name, reward in sample.rewards.items()
+        ]
+        facts = [*totals, f"advantage {sample.advantage:+.2f}", f"{len(sample.ids)} tokens"]
+        if sample.truncated:
+            facts.append("truncated")
+        # in quotes, so that a text that begins with a dash or a blank begins no list and no code
+        text = f"&ldquo;{escape_markdown(sample.text)}&rdquo;"
+        lines += ["", f"{number}. **{' &middot; '.join(facts)}**", "", f"    {text}"]
     log.text("completions/text", "\n".join(lines), step)

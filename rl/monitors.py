@@ -118,14 +118,6 @@ WARN_WHEN = tuple(
         "hacking>0.75",
     )
 )
-HACKING_CHART = {
-    "GRPO": {
-        "reward against labels (since the start, in SD)": [
-            "Multiline",
-            [f"train/monitors/{name}_gain" for name in SERIES],
-        ]
-    }
-}
 
 
 class Monitors:

@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.model_files import EMBEDDED
 from engine.run import Run, RunFolder, Schedule, TrainerState
+from engine.settings import validation_files
 from rl.dump import step_tensors, write_step
-from rl.logs import completion_rows, mismatch_metrics, rollout_metrics, show_samples
+from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
 from rl.rollout import Rollouts
@@ -127,6 +128,7 @@ class GRPORun(Run):
             stateful=rollouts.reward_functions | {"monitors": monitors},
         )
         self.config, self.monitors = rollouts.config, monitors
+        self.log.charts("GRPO", grpo_charts(list(validation_files(self.config))))
         self._noted: set[str] = set()
 
     @property
@@ -197,7 +199,7 @@ class GRPORun(Run):
         if new:
             rows = completion_rows(samples, self.config.prompt, self.config.answer_format)
             self.log.append_jsonl("completions.jsonl", rows, step=step)
-            show_samples(self.log, samples[: self.config.num_generations], step)
+            show_samples(self.log, samples, step)
         reward = sum(sample.reward for sample in samples) / len(samples)
         self.step_done(epoch=rollouts.epoch_after(step), shown={"reward": reward, "loss": loss})
 

@@ -20,7 +20,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from engine import tracking as module
@@ -190,6 +189,28 @@ def test_resuming_moves_later_and_torn_lines_aside_and_tells_tensorboard(tmp_pat
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_an_evaluation_that_the_history_does_not_have_is_made_again_and_stands_once(tmp_path):
+    with RunLogger(tmp_path) as log:
+        log.scalars(2, {"loss": 2.0})
+        log.scalars(2, {"loss": 0.5}, split="eval")
+        known = list(log.log_history)  # what the checkpoint of step 2 knows
+        log.scalars(2, {"macro_f1": 0.4}, split="eval", dataset="site")
+        log.scalars(2, {"gap": 0.1}, split="eval")
+    with RunLogger(tmp_path, resume_step=2, log_history=known) as log:
+        log.scalars(2, {"macro_f1": 0.4}, split="eval", dataset="site")
+    found = [
+        (row["split"], row.get("dataset"), set(row) - {"step", "split", "dataset"})
+        for row in rows_of(tmp_path / "metrics.jsonl")
+    ]
+    assert found == [
+        ("train", None, {"loss"}),
+        ("eval", None, {"loss"}),
+        ("eval", "site", {"macro_f1"}),
+    ]
+    aside = rows_of(tmp_path / "metrics.after-2.jsonl")
+    assert [set(row) - {"step", "split", "dataset"} for row in aside] == [{"macro_f1"}, {"gap"}]
+
+
 def test_setting_lines_aside_loses_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert set_later_lines_aside(path, 5) == 0 and not path.exists()
@@ -274,21 +295,12 @@ def test_model_text_is_shown_as_it_stands(text, escaped):
     assert escape_markdown(text) == escaped
 
 
-def test_a_chart_of_several_curves(tmp_path):
+def test_monitors_have_a_place_of_their_own_in_tensorboard_alone(tmp_path):
     with RunLogger(tmp_path) as log:
-        log.charts({"GRPO": {"gains": ["Multiline", ["train/a", "train/b"]]}})
-    summary = (
-        plugin_event_accumulator.EventAccumulator(str(tmp_path))
-        .Reload()
-        .Tensors("custom_scalars__config__")[0]
-    )
-    layout = layout_pb2.Layout.FromString(make_ndarray(summary.tensor_proto).item())
-    [category] = layout.category
-    assert (category.title, category.chart[0].title, list(category.chart[0].multiline.tag)) == (
-        "GRPO",
-        "gains",
-        ["train/a", "train/b"],
-    )
+        log.scalars(1, {"monitors/entropy": 0.5, "loss": 1.0})
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert sorted(tags) == ["monitors/entropy", "train/loss"]
+    assert rows_of(tmp_path / "metrics.jsonl")[0]["monitors/entropy"] == 0.5
 
 
 def test_warnings_are_kept_with_their_step_and_set_aside_by_a_resume(tmp_path):
@@ -308,21 +320,67 @@ class Console(io.StringIO):
         self.isatty = lambda: terminal
 
 
-def test_without_a_terminal_there_are_plain_lines_no_more_often_than_the_interval(monkeypatch):
-    # the clock is read at the start and then at each of the five updates
-    clock = iter([0.0, 10.0, 20.0, 39.9, 40.0, 41.0])
+def console_at(monkeypatch, times: list[float], **options) -> list[str]:
+    """Return the lines of a run whose updates come at these times, the first being its start."""
+    clock = iter(times)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     console = Console()
-    with Progress(10, initial=5, description="SFT", interval=30.0, stream=console) as progress:
-        for step in range(5):
+    with Progress(stream=console, interval=30.0, **options) as progress:
+        for step in range(len(times) - 1):
             progress.update({"loss": 1 / (step + 3), "note": "ok"})
-    # shown: the first (10 s), the fourth (30 s after it) and the last step. At 10 s one of five
-    # steps is done: 40 s remain
-    assert console.getvalue().splitlines() == [
-        "SFT 6/10 loss=0.3333 note=ok [00:10<00:40]",
-        "SFT 9/10 loss=0.1667 note=ok [00:40<00:10]",
-        "SFT 10/10 loss=0.1429 note=ok [00:41<00:00]",
+    return console.getvalue().splitlines()
+
+
+def test_without_a_terminal_there_are_plain_lines_no_more_often_than_the_interval(monkeypatch):
+    times = [0.0, 10.0, 20.0, 39.9, 40.0, 41.0]
+    # shown: the first (10 s), the fourth (30 s after it) and the last step. None has 5 steps since
+    # the first update and a step to go, so none tells how much time is left.
+    assert console_at(monkeypatch, times, total=10, initial=5, description="SFT") == [
+        "SFT 6/10 loss=0.3333 note=ok [00:10]",
+        "SFT 9/10 loss=0.1667 note=ok [00:40]",
+        "SFT 10/10 loss=0.1429 note=ok [00:41]",
     ]
+
+
+def test_the_time_that_is_left_is_told_once_it_is_settled_and_without_what_came_before(monkeypatch):
+    # An evaluation of 100 s comes before the first step, then a step takes 8 s. The old way, the
+    # first line would have said 399 x 108 s, 11:58:12.
+    times = [0.0, *(108.0 + 8 * n for n in range(9))]
+    lines = console_at(monkeypatch, times, total=400, description="GRPO")
+    assert [line.rpartition("[")[2] for line in lines] == [
+        "01:48]",
+        "02:20]",  # step 5: 4 steps and 32 s since the first update
+        "02:52<52:08]",  # step 9: 64 s for 8 steps, so 391 x 8 s = 3128 s remain
+    ]
+    # 6 steps in 3 s are no pace yet
+    quick = console_at(monkeypatch, [0.0, 0.5, 1, 1.5, 2, 2.5, 30.6], total=99, description="x")
+    assert quick[-1].endswith("6/99 loss=0.125 note=ok [00:30<09:19]")  # 30.1 s / 5 x 93 = 559.9 s
+    lines = console_at(monkeypatch, [0.0, 40.0, 41, 42, 43, 44, 45, 70], total=99, description="x")
+    assert [line.rpartition("[")[2] for line in lines] == ["00:40]", "01:10<07:40]"]  # 30 / 6 x 92
+
+
+def test_what_is_done_at_once_has_one_line(monkeypatch):
+    lines = console_at(
+        monkeypatch, [0.0, 0.1, 3.0, 8.0], total=3, description="site-a", show_first=False
+    )
+    assert lines == ["site-a 3/3 loss=0.2 note=ok [00:08]"]
+    # what is not done after the interval tells so then
+    lines = console_at(
+        monkeypatch, [0.0, 1.0, 31.0, 35.0], total=9, description="site-a", show_first=False
+    )
+    assert lines == ["site-a 2/9 loss=0.25 note=ok [00:31]"]
+
+
+def test_a_bar_tells_no_time_before_it_is_settled(monkeypatch):
+    console, clock = Console(terminal=True), iter([0.0, *(100.0 + 4 * n for n in range(6))])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with Progress(100, description="GRPO", stream=console) as progress:
+        progress._bar.mininterval = 0.0  # every update is drawn
+        for _ in range(6):
+            progress.update({"reward": 1.0})
+    drawn = [line for line in console.getvalue().split("\r") if "/100" in line]
+    assert not any("<" in line for line in drawn if " 6/100" not in line)
+    assert any(" 6/100" in line and "<06:16, reward=1]" in line for line in drawn)  # 94 x 4 s
 
 
 def test_a_terminal_gets_a_bar_and_lines_do_not_break_it():

@@ -163,6 +163,11 @@ def eval_log(run: Path) -> list[dict]:
     return [line for line in lines(run / "metrics.jsonl") if line["split"] == "eval"]
 
 
+def validation_log(run: Path) -> list[dict]:
+    """Read the lines of SFT's validation, without those of the sets that its end scores."""
+    return [line for line in eval_log(run) if "dataset" not in line]
+
+
 def is_timing(name: str) -> bool:
     """Tell whether a metric is a wall-clock time, which differs between equal runs."""
     return name == "step_time" or name.startswith("time/")

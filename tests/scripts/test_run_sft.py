@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText
 
 import engine.policy
@@ -30,12 +31,12 @@ from tests.helpers import plain
 from tests.helpers.runs import (
     adapter,
     equal_tensors,
-    eval_log,
     largest_difference,
     lines,
     record,
     sft,
     train_log,
+    validation_log,
     write_rows,
 )
 from tests.helpers.tiny import SAVE
@@ -56,6 +57,7 @@ def test_a_run_leaves_a_complete_folder(family, tiny_sft_run):
         "config.json",
         "trainer_state.json",
         "metrics.jsonl",
+        "charts",
         "adapter_model.safetensors",
         "adapter_config.json",
         "best",
@@ -178,7 +180,7 @@ def test_validation_loss_and_accuracy_are_means_over_all_answer_tokens(
 ):
     run = tiny_sft_run(family)
     logprobs, correct = by_hand(tiny_checkpoint(family), run / "checkpoint-4", tiny_data)
-    logged = eval_log(run)[-1]
+    logged = validation_log(run)[-1]
     assert logged["step"] == 4
     assert logged["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=2e-5)
     assert logged["mean_token_accuracy"] == pytest.approx(
@@ -232,9 +234,24 @@ def test_soft_capping_holds_in_training_and_validation(tmp_path, tiny_data):
     expected = -plain.logprobs_of(model.net, model.family, rows, temperature=1.0)
     mean = float(expected.sum() / sum(len(row.completion_ids) for row in rows))
     logged = [
-        entry["loss"] for entry in (*train_log(tmp_path / "run"), *eval_log(tmp_path / "run"))
+        entry["loss"] for entry in (*train_log(tmp_path / "run"), *validation_log(tmp_path / "run"))
     ]
     assert logged == pytest.approx([mean, mean], abs=1e-5)
+
+
+def test_the_end_logs_its_scores_under_the_names_of_grpo(family, tiny_sft_run):
+    run = tiny_sft_run(family)
+    scores = record(run / "scores-site.json")
+    line = lines(run / "metrics.jsonl")[-1]
+    assert (line["step"], line["split"], line["dataset"]) == (4, "eval", "site")
+    assert line["macro_f1"] == scores["macro"]["f1"] and line["fail_rate"] == scores["fail_rate"]
+    history = record(run / "trainer_state.json")["log_history"]
+    assert history[-1]["eval_site_macro_f1"] == line["macro_f1"] and history[-1]["step"] == 4
+    # the final adapter is as finished without them: its checkpoint does not have them
+    saved = record(run / "checkpoint-4/trainer_state.json")["log_history"]
+    assert history[:-1] == saved
+    tags = EventAccumulator(str(run / "charts/site")).Reload().Tags()["scalars"]
+    assert tags == ["charts/macro_f1"]
 
 
 def test_num_tokens_counts_prompts_and_answers_as_trl_does(tiny_sft_run, tiny_data):
@@ -444,7 +461,7 @@ def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(
         "--early_stopping_patience",
         "9",
     )
-    evaluations = eval_log(tmp_path / "run")
+    evaluations = validation_log(tmp_path / "run")
     # A random model starts at about ln(268) = 5.6 nats, and far from every token right.
     assert evaluations[-1]["loss"] < train_log(tmp_path / "run")[0]["loss"] - 1, evaluations
     assert evaluations[-1]["mean_token_accuracy"] > 0.3, evaluations
