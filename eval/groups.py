@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from data.examples import MAX_AGE, WHO
 from data.predictions import Prediction
 from eval.metrics import drawn_patients, patient_totals, scores_of_totals
+from eval.probabilities import Shares, auroc, has_shares
 from eval.scores import answer_matrices, evaluated_columns
 
 # Decades in pairs, as Seyyed-Kalantari et al., 2021 (arXiv 2003.00827) have them.
@@ -29,7 +30,7 @@ MIN_POSITIVES = 5  # of a label in each group: with five, one resample in 150 ha
 MAX_GROUPS = 12  # the rarer views together are one more
 OTHER = "other"
 RESAMPLES = 1000
-METRICS = ("macro_f1_shared", "micro_f1", "jaccard")
+METRICS = ("macro_f1_shared", "micro_f1", "jaccard", "macro_auroc")
 
 
 # ---- who is in which group -----------------------------------------------------------------------
@@ -254,7 +255,8 @@ def group_scores(
     of at least MIN_IMAGES images also has "intervals", 95 % by patient, and "macro_f1_shared" on
     the labels with at least MIN_POSITIVES positives in each such group. "group_differences" is
     {field: {"labels": these, "reference": the largest group, "groups": {group: {score:
-    {"difference", "interval"}}}}}, where two groups are that large.
+    {"difference", "interval"}}}}}, where two groups are that large. Where the predictions are
+    votes, these groups also have "macro_auroc" of their shares, on the same labels.
 
     Empty where nothing is known of any image. seed, resamples: of the intervals.
     """
@@ -266,6 +268,12 @@ def group_scores(
         field: groups_of(of_image, scored, seed=seed, resamples=resamples)
         for field, of_image in names.items()
     }
+    if all(map(has_shares, predictions)):
+        shares = Shares.of(predictions)
+        fields = {
+            field: _with_auroc(found, names[field], shares, seed, resamples)
+            for field, found in fields.items()
+        }
     return {
         "groups": {
             field: {name: _record(group) for name, group in found.groups.items()}
@@ -275,6 +283,43 @@ def group_scores(
             field: _differences(found) for field, found in fields.items() if found.large
         },
     }
+
+
+def _with_auroc(
+    found: Groups, names: np.ndarray, shares: Shares, seed: int, resamples: int
+) -> Groups:
+    """Add "macro_auroc" of the vote shares to the groups that are compared.
+
+    It is the mean over the labels on which they are compared. Its resamples draw the patients that
+    the other scores draw.
+    """
+    patients = np.array(shares.patients, dtype=object)
+    seen: dict[str, list[float]] = {name: [] for name in found.large}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in found.large}
+    for label in found.labels:
+        k = shares.labels.index(label)
+        values, rank = np.unique(shares.shares[:, k], return_inverse=True)
+        cell = rank + len(values) * ~shares.targets[:, k]  # positives before negatives
+        tables = {}
+        for name in found.large:
+            chosen = (names == name) & shares.evaluated[:, k]
+            everyone = np.unique(patients[names == name])
+            counts = np.zeros((len(everyone), 2 * len(values)))
+            np.add.at(counts, (np.searchsorted(everyone, patients[chosen]), cell[chosen]), 1)
+            tables[name] = everyone, counts
+        for name, rows in _draw(tables, seed, resamples).items():
+            seen[name].append(float(auroc(*np.split(tables[name][1].sum(axis=0), 2))))
+            drawn[name].append(auroc(*np.split(rows, 2, axis=1)))
+    groups = dict(found.groups)
+    for name in found.large:
+        if seen[name] and not np.isnan(seen[name]).any():
+            group = groups[name]
+            groups[name] = replace(
+                group,
+                values=group.values | {"macro_auroc": float(np.mean(seen[name]))},
+                drawn=group.drawn | {"macro_auroc": np.mean(drawn[name], axis=0)},
+            )
+    return replace(found, groups=groups)
 
 
 def _record(group: Group) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 
 from data.predictions import Prediction, write_predictions
 from eval.contrasts import contrast_models
@@ -127,6 +127,33 @@ def test_a_group_alone_scores_as_its_rows_do():
     assert found["macro_f1"] == pytest.approx(
         f1_score(truth, said, average="macro", zero_division=0)
     )
+
+
+def test_votes_have_an_auroc_in_each_group():
+    rng = np.random.default_rng(0)
+    rows = hand()
+    women = [one for one in hand()][:30]
+    rows += parsed(
+        [
+            one.to_row() | {"id": f"n{n}", "patient_id": f"n{n}", "labels": []}
+            for n, one in enumerate(women)
+        ]
+    )
+    shares = rng.integers(0, 5, len(rows)) / 4
+    votes = [one.with_extra(vote_shares={"Edema": s}) for one, s in zip(rows, shares, strict=True)]
+    found = group_scores(votes)
+    for sex in "FM":
+        chosen = np.array([one.sex == sex for one in votes])
+        truth = np.array(["Edema" in one.labels for one in votes])
+        expected = roc_auc_score(truth[chosen], shares[chosen])
+        group = found["groups"]["sex"][sex]
+        assert group["macro_auroc"] == pytest.approx(expected)
+        low, high = group["intervals"]["macro_auroc"]
+        assert low < expected < high
+    values = [found["groups"]["sex"][sex]["macro_auroc"] for sex in "MF"]
+    moved = found["group_differences"]["sex"]
+    assert moved["reference"] == "F"  # 60 images
+    assert moved["groups"]["M"]["macro_auroc"]["difference"] == pytest.approx(values[0] - values[1])
 
 
 def test_a_label_is_shared_from_five_positives_in_each_group_on():
