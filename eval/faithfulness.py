@@ -247,7 +247,6 @@ def _counted(
 ) -> dict[str, list[float | None]]:
     """Say of each image what is averaged over a data set, None where it has no say."""
     pairs = list(zip(own, swapped, strict=True))
-    reasoned = [has_reasoning(one.answer) for one in own]
     return {
         "answers_unchanged": [same_answer(*pair) for pair in pairs],
         "labels_changed": [
@@ -255,12 +254,12 @@ def _counted(
         ],
         "reasoning_unchanged": [same_reasoning(*pair) for pair in pairs],
         "stated_not_answered": [
-            bool(stated_not_answered(one.answer)) if has else None
-            for one, has in zip(own, reasoned, strict=True)
+            bool(stated_not_answered(one.answer)) if has_reasoning(one.answer) else None
+            for one in own
         ],
         "answered_not_mentioned": [
-            bool(answered_not_mentioned(one.answer)) if has else None
-            for one, has in zip(own, reasoned, strict=True)
+            bool(answered_not_mentioned(one.answer)) if has_reasoning(one.answer) else None
+            for one in own
         ],
     }
 
