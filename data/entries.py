@@ -69,6 +69,7 @@ _SIGN = re.compile(
 _CONJUNCTION = re.compile(r"&|\b(?:and|or|nor)\b", re.IGNORECASE)
 _FENCE = re.compile(r"```\s?(?:json|text|txt|plaintext|markdown|md|python|yaml|csv)?", re.I)
 _COLON = re.compile("[:\uff1a\ufe55]")
+_EMPTY_LIST = re.compile(rf"{_COLON.pattern}\s?[\[{{(]")
 # An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
 # a single dash, which may stand for "none".
 _RULE = QUOTES + OPENING + CLOSING + BULLETS + "*#|=_:$\\ \t"
@@ -184,7 +185,7 @@ def _statements(body: str) -> list[_Statement]:
         statements += _with_negated_series(read)
     # "Labels:" and no more is no empty list, but {"labels": []} is one.
     return _with_bare_negations(statements) or [
-        _Statement(name) for name in names if "[" not in name
+        _Statement(name) for name in names if not _EMPTY_LIST.search(name)
     ]
 
 

@@ -334,6 +334,177 @@ def test_every_kind_of_unknown_entry_occurs_above():
     assert unknown_kind("mass " * 40 + "no Edema") == "other"
 
 
+@pytest.mark.parametrize(
+    "separator",
+    [*",;\n\r\v\f", *"\x1c\x1d\x1e\x85\u2028\u2029", "<br>", "<BR/>", "<br />"]
+    + [*"\u060c\u3001\uff0c\uff64\ufe50\ufe51\ufe10\ufe11\u055d\u1363"]  # commas
+    + [*"\u061b\uff1b\ufe54\ufe14\u037e"],  # semicolons
+    ids=ascii,
+)
+def test_every_separator_cuts(separator):
+    entries = read_entries(f"Edema{separator}mass{separator}Fracture")
+    assert (entries.labels, entries.unknown) == ((E, F), ("mass",))
+
+
+@pytest.mark.parametrize(
+    "joint",
+    [*"|\uff5c\u2502\u00a6/\uff0f&\uff06\u2022\u00b7\u25cf\u25aa\u2023\t", "\\n", ". "]
+    + [" and ", " AND ", " - ", " + ", " * ", " \u2013 ", " \u2014 "],
+    ids=ascii,
+)
+def test_every_joint_cuts_where_each_piece_is_a_label(joint):
+    entries = read_entries(f"Edema{joint}Fracture")
+    assert (entries.labels, entries.unknown) == ((E, F), ())
+    for other in (f"Edema{joint}mass", f"mass{joint}Edema", f"Edema{joint}no{joint}Fracture"):
+        entries = read_entries(other)
+        assert (entries.labels, len(entries.unknown)) == ((), 1), other
+
+
+WORDS = {
+    "negated": "no not nor neither never without absent absence negative none nil null false n 0"
+    " 0.0 free lack lacks denies denied excluded ruled resolved isn't aren't wasn't weren't doesn't"
+    " don't - \u2212 (-) [] () ~~ \u2610 \u2717 \u2718 \u274c",
+    "affirmed": "is are was were be out of present presence seen detected identified visible"
+    " evident evidence noted found status value yes y positive true x 1 1.0 + \u2611 \u2705 \u2713"
+    " \u2714",
+    "qualified": "left right both mild severe small possible likely history old t 2 0.5 10 % isnt",
+}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_every_word_beside_a_label_has_its_kind(kind):
+    for word in WORDS[kind].split():
+        for entry in (f"Edema: {word}", f"PLEURAL_EFFUSION {word.upper()}"):
+            entries = read_entries(entry)
+            assert (entries.labels, entries.unknown) == ((), (entry,))
+            assert unknown_kind(entry) == kind, entry
+        # alone it speaks of no label, but for a negation
+        assert unknown_kind(word) == ("negated" if kind == "negated" else "other"), word
+    assert unknown_kind("Edema [ ]") == unknown_kind("Edema ( )") == "negated"
+    assert unknown_kind("no Edema, left") == "negated"  # a negation goes before a side
+    assert unknown_kind("Edema: yes, left") == "qualified"
+
+
+def test_a_negation_without_a_label_takes_back_the_one_before():
+    beside = "is are was were be out of present presence seen detected identified visible evident"
+    for word in [*beside.split(), "evidence", "noted", "found", "status", "value"]:
+        entries = read_entries(f"Fracture, Edema, not {word}")
+        assert (entries.labels, entries.unknown) == ((F,), (f"Edema, not {word}",))
+    # another word makes it an entry of its own, and so does the lack of a negation
+    assert read_entries("Edema, no mass").labels == read_entries("Edema, present").labels == (E,)
+    # what is no label cannot be taken back, and it is taken back once
+    assert read_entries("mass, no, no").unknown == ("mass", "no")
+    assert read_entries("Edema, no, no, Fracture").labels == (F,)
+    assert read_entries("no, Edema").labels == (E,)
+
+
+def test_every_name_of_a_list_is_left_out():
+    names = "label labels finding findings answer answers diagnosis diagnoses solution result"
+    for name in [
+        *names.split(),
+        "results",
+        "impression",
+        "conclusion",
+        "prediction",
+        "predictions",
+    ]:
+        for heading in (
+            f"{name.upper()}: ",
+            f"# {name}\n",
+            f"**{name}**\n",
+            f"{name}\uff1a",
+            f"|{name}|\n",
+        ):
+            entries = read_entries(f"{heading}Edema, Fracture")
+            assert (entries.labels, entries.unknown) == ((E, F), ()), heading
+        # alone it is no empty list, and without a colon or markup it is an entry
+        assert read_entries(f"{name}:").unknown == (f"{name}:",)
+        assert read_entries(f"{name}, Edema").unknown == (name,)
+    for name in ("output", "name"):
+        assert read_entries(f"{name}: Edema").labels == (E,)
+    beside = (
+        "the final my predicted chexpert are is here list of following these this image for"
+        " chest x ray xray radiograph present positive identified"
+    )
+    for word in beside.split():
+        assert read_entries(f"{word} labels: Edema").labels == (E,)
+        assert read_entries(f"{word}: Edema").labels == ()  # names no list
+    assert read_entries("detected labels 14: Edema").labels == (E,)
+    assert read_entries("other labels: Edema").labels == ()
+
+
+def test_the_name_of_a_list_ends_another_heading():
+    assert read_entries("Absent:\nEdema\n# Labels\nFracture").labels == (F,)
+    assert read_entries("Absent: Edema; Fracture").labels == (F,)  # a semicolon ends its line
+    assert read_entries("Absent: Edema, Labels: Fracture").labels == (F,)
+    assert read_entries("Absent:\nEdema\nmass: big\nFracture").labels == (F,)
+    assert read_entries("**Absent:**\nEdema").unknown == ("**Absent:**", "Absent: Edema")
+    # a verdict is no heading
+    assert read_entries("Edema: no, Fracture").labels == (F,)
+    assert read_entries("Edema and Fracture: no, Pneumonia").labels == (P,)
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "{}", "[ ]", "***", "---", "```", "| |\n|:--|", "\u2022", '""']
+)
+def test_markup_alone_is_no_entry(body):
+    assert read_entries(body) == ((), (), (), ())
+    assert read_entries(f"Edema\n{body}\nFracture").labels == (E, F)
+
+
+@pytest.mark.parametrize("body", ["-", "\u2010", "\u2013", "\u2014", "\u2212", "?", "..", "&", "0"])
+def test_a_sign_alone_may_say_none(body):
+    assert read_entries(body).unknown == (body,)
+
+
+@pytest.mark.parametrize(
+    "language",
+    ["", "json", "JSON", "text", "txt", "plaintext", "markdown", "md", "python", "yaml", "csv"],
+)
+def test_a_code_fence_is_no_entry(language):
+    for opening in (f"```{language}", f"``` {language}"):
+        assert read_entries(f"{opening}\nEdema\n```") == ((E,), (), (), ())
+    assert read_entries("```Edema```").labels == read_entries("```Edema\n```").labels == (E,)
+    assert read_entries("```mass\nEdema\n```").unknown == ("```mass",)
+
+
+def test_signs_in_front_are_verdicts_in_a_list_that_has_a_plus():
+    assert read_entries("- Edema\n- Fracture").labels == (E, F)
+    for minus in ("-", "\u2013"):
+        entries = read_entries(f"+ Edema\n{minus} Fracture\nPneumonia")
+        assert (entries.labels, entries.unknown) == ((P,), ("+ Edema", f"{minus} Fracture"))
+
+
+def test_a_negated_series():
+    # up to the last conjunction, and no further
+    entries = read_entries("Pneumonia, no Edema, Fracture and mass, Cardiomegaly")
+    assert (entries.labels, entries.unknown) == ((P, C), ("no Edema, Fracture and mass",))
+    # without a conjunction, or with one before it, a comma parts
+    assert read_entries("no Edema, Fracture").labels == (F,)
+    assert read_entries("Edema and Fracture, no Pneumonia, Cardiomegaly").labels == (E, F, C)
+    # a second negation in what is left
+    entries = read_entries("Edema and Fracture: absent, no mass, Pneumonia nor Cardiomegaly")
+    assert entries == (
+        (),
+        ("Edema and Fracture: absent", "no mass, Pneumonia nor Cardiomegaly"),
+        (),
+        (),
+    )
+    # what an end negates begins after the entry before that is no label
+    entries = read_entries("Edema, mass, Fracture, Pneumonia & Cardiomegaly (absent)")
+    assert (entries.labels, entries.unknown) == (
+        (E,),
+        ("mass", "Fracture, Pneumonia & Cardiomegaly (absent)"),
+    )
+    # a word that only begins like a conjunction is none
+    assert read_entries("no Edema, Fracture, android").labels == (F,)
+
+
+def test_no_finding_is_no_negation():
+    assert read_entries("No Finding, Edema and Fracture").labels == ("No Finding", E, F)
+    assert unknown_kind("No Finding (normal)") == unknown_kind("no findings today") == "qualified"
+
+
 SPELLINGS = [*LABELS, *ALIASES]
 WRAPS = [
     "{}", " {} ", "- {}", "* {}", "\u2022 {}", "\u2013 {}", "**{}**", "*{}*", "_{}_", "`{}`",
@@ -362,7 +533,7 @@ def _texts(seed: int, count: int):
 
 
 def test_labels_come_back_from_every_separator_and_every_markup():
-    for rng, labels in _texts(0, 3_000):
+    for rng, labels in _texts(0, 1_500):
         wrap = rng.choice(WRAPS)
         # a sign between a full stop and a bullet is nobody's separator, and may be a verdict
         plain = wrap[-1] not in ".:" and (wrap[0] in "{[" or wrap[-1] == wrap[0])
@@ -376,7 +547,7 @@ def test_labels_come_back_from_every_separator_and_every_markup():
 
 
 def test_no_negation_and_no_qualifier_ever_gives_the_label():
-    for rng, labels in _texts(1, 3_000):
+    for rng, labels in _texts(1, 1_500):
         beyond, wrap = rng.choice(BEYOND), rng.choice(WRAPS[:-3])
         first = wrap.format(beyond.format(labels[0]))
         for body in (first, beyond.format(wrap.format(labels[0]))):
