@@ -69,16 +69,14 @@ _SIGN = re.compile(
 _CONJUNCTION = re.compile(r"&|\b(?:and|or|nor)\b", re.IGNORECASE)
 _FENCE = re.compile(r"```\s?(?:json|text|txt|plaintext|markdown|md|python|yaml|csv)?", re.I)
 _COLON = re.compile("[:\uff1a\ufe55]")
-_EMPTY_LIST = re.compile(rf"{_COLON.pattern}\s?[\[{{(]")
+_EMPTY_LIST = re.compile(rf"{_COLON.pattern}\s?[\[{{]")
 # An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
 # a single dash, which may stand for "none".
 _RULE = QUOTES + OPENING + CLOSING + BULLETS + "*#|=_:$\\ \t"
-_DASHES = ("-", "\u2010", "\u2013", "\u2014", "\u2212")
+_DASHES = ("-", "\u2010", "\u2013", "\u2014")
 
 # ---- words ---------------------------------------------------------------------------------------
-_NAME = re.compile(
-    rf"\b(?:{'|'.join(sorted((*LABELS, *ALIASES), key=len, reverse=True))})\b", re.IGNORECASE
-)
+_NAME = re.compile(rf"\b(?:{'|'.join((*LABELS, *ALIASES))})\b", re.IGNORECASE)
 _LABEL = "LABEL"  # stands for a label's name among words, which are in lower case
 _WORD = re.compile(
     r"[0-9]+(?:\.[0-9]+)?|[^\W\d_]+|\[ ?\]|\( ?\)|\(-\)|-$|~~"
@@ -134,7 +132,7 @@ def read_entries(body: str) -> Entries:
     seen: set[str] = set()
     for text, stated in _statements(body):
         for entry in stated or (text,):
-            key = entry if stated else " ".join(entry.split()).casefold()
+            key = " ".join(entry.split()).casefold()
             if key in seen:
                 duplicates.append(entry)
             else:
@@ -225,7 +223,7 @@ def _split_heading(entry: str) -> tuple[str | None, str]:
     if not _LIST_NAMES.isdisjoint(words) and all(
         word in _LIST_NAMES or word in _BESIDE_LIST_NAMES or word.isdigit() for word in words
     ):
-        below = "".join(rest).strip()
+        below = rest[0].strip() if rest else ""
         return "", below if _is_entry(below) else ""
     return (heading.strip(_RULE) if rest and not _labels_in(heading) else None), entry
 
@@ -236,13 +234,15 @@ def _stands_alone(heading: str) -> bool:
 
 def _labels_in(entry: str) -> tuple[str, ...]:
     """Name the labels of an entry: one, or several where each of its pieces is a label."""
+    if entry.isascii() and entry.upper() == entry.lower():  # no letter, no label
+        return ()
     label = _label_of(entry)
     if label:
         return (label,)
     text = " ".join(entry.replace("\t", "|").split())
     pieces = [piece.strip() for piece in _JOINT.split(text)]
     parts = [part for piece in pieces if piece for part in _SIGN.split(piece)]
-    labels = [_label_of(part) for part in parts] if parts != [text] else [None]
+    labels = [_label_of(part) for part in parts]
     return tuple(label for label in labels if label) if all(labels) else ()
 
 

@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 TESTS = {  # each file's own tests, none of which reads its text
     "data/answers.py": ("data/test_answers.py",),
+    "data/entries.py": ("data/test_entries.py", "data/test_answers.py"),
     "rl/rewards.py": ("rl/test_rewards.py",),
     "eval/metrics.py": ("eval/test_metrics.py",),
     "engine/optim.py": ("engine/test_optim.py",),
@@ -71,6 +72,7 @@ MODELS = (  # slow to import, and what tests with a small model need
 # What these import, once before the forks; nothing of ours. torch._dynamo: the first optimizer.
 PRELOADED = {
     "data/answers.py": ("hypothesis",),
+    "data/entries.py": ("hypothesis",),
     "rl/rewards.py": (),
     "eval/metrics.py": ("sklearn.metrics",),
     "engine/optim.py": ("torch._dynamo",),

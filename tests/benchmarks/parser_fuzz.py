@@ -114,7 +114,7 @@ STRICT = {
     "answer_tag": rf"\s*{block('think', 'think|answer')}\s*{block('answer', 'think|answer')}\s*",
 }
 # what may name a list, and so be no entry: nothing else with a letter or a digit is no entry
-NAMES = re.compile(r"labels?|findings?|answer|json|br", re.I)
+NAMES = re.compile(r"[0-9]*\W*(?:labels?|findings?|answer)|json|br", re.I)
 
 
 def answer_block(text: str, answer_format: str) -> str | None:

@@ -452,7 +452,9 @@ def test_markup_alone_is_no_entry(body):
     assert read_entries(f"Edema\n{body}\nFracture").labels == (E, F)
 
 
-@pytest.mark.parametrize("body", ["-", "\u2010", "\u2013", "\u2014", "\u2212", "?", "..", "&", "0"])
+@pytest.mark.parametrize(
+    "body", ["-", "\u2010", "\u2013", "\u2014", "\u2212", "?", "..", "&", "0", "X"]
+)
 def test_a_sign_alone_may_say_none(body):
     assert read_entries(body).unknown == (body,)
 
@@ -496,11 +498,23 @@ def test_a_negated_series():
         (E,),
         ("mass", "Fracture, Pneumonia & Cardiomegaly (absent)"),
     )
+    assert read_entries("NO EDEMA, FRACTURE, OR MASS").labels == ()
     # a word that only begins like a conjunction is none
     assert read_entries("no Edema, Fracture, android").labels == (F,)
 
 
+def test_what_only_looks_like_a_heading_or_its_end():
+    assert read_entries("X labels, Edema").unknown == ("X labels",)
+    assert read_entries("Labels: Edema: no").unknown == ("Edema: no",)
+    assert read_entries("Absent: mass:\nEdema").labels == (E,)  # does not stand alone
+    assert read_entries("Edema, Fracture, &\nPneumonia") == ((E, F, P), (), (), ())
+    # found by the fuzz: a bracket that is no empty list
+    for body in ("[x](Labels:(", "**[x]\u2013<SOLUTION>", "*  <answer>[x]"):
+        assert read_entries(body).unknown == (body,)
+
+
 def test_no_finding_is_no_negation():
+    assert read_entries("No-Finding, Edema and Fracture").labels == ("No Finding", E, F)
     assert read_entries("No Finding, Edema and Fracture").labels == ("No Finding", E, F)
     assert unknown_kind("No Finding (normal)") == unknown_kind("no findings today") == "qualified"
 

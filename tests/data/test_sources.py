@@ -504,6 +504,25 @@ def test_a_wrong_header_names_the_column(tmp_path, header, said):
     assert problem.startswith(f"{tmp_path}/train.csv: ") and said in problem
 
 
+def test_a_column_that_says_more_than_a_label_is_no_label_column(tmp_path):
+    """Columns and answers share `canonical_label`: it takes off markup, and never a word."""
+    path = "CheXpert-v1.0/train/patient1/study1/view1_frontal.jpg"
+    row = chexpert_row(path, labels=cells(Edema=1))
+    write(tmp_path / "plain" / "train.csv", CHEXPERT, row)
+    plain = load_chexpert(tmp_path / "plain")
+    more = ["No Edema", "Edema (uncertain)", "left Fracture", "Edema: no", "Edema?", "[ ] Fracture"]
+    more += ["Edema and Fracture", "Edema/Fracture", "0. Edema", "Edema -", "Labels: Fracture"]
+    write(tmp_path / "more" / "train.csv", f"{CHEXPERT},{','.join(more)}", row + ",1" * len(more))
+    assert [r.labels for r in load_chexpert(tmp_path / "more")] == [r.labels for r in plain]
+    assert plain[0].labels == ("Edema",)
+    # spelt with exactly the letters of a label, a column is that label's, in any markup
+    marked = CHEXPERT.replace("Pleural Effusion", '"[Pleural_Effusion]"').replace(
+        "Edema", "1. Edema"
+    )
+    write(tmp_path / "marked" / "train.csv", marked, row)
+    assert [r.labels for r in load_chexpert(tmp_path / "marked")] == [r.labels for r in plain]
+
+
 def test_files_that_cannot_be_read(tmp_path):
     assert refusal(load_chexpert, tmp_path / "none") == [f"{tmp_path}/none: no such folder"]
     assert refusal(load_chexpert, tmp_path) == [
