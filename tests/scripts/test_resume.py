@@ -117,7 +117,8 @@ def start_grpo(tiny_sft_run, tiny_data, few):
         grpo,
         tiny_sft_run("qwen2_5_vl"),
         tiny_data,
-        flags=("--validation_file", f"a={few}", f"b={few}", *GRPO_FLAGS),
+        # without the vote, so that the calls of the sampler are those of rollouts and evaluations
+        flags=("--validation_file", f"a={few}", f"b={few}", *GRPO_FLAGS, "--no_vote_baseline"),
     )
 
 
@@ -368,6 +369,25 @@ def test_grpo_stopped_by_a_signal_ends_as_if_it_had_not_been(
     assert not (tmp_path / "run/adapter_model.safetensors").exists()  # the run is not finished
     assert resume(run_grpo.main, tmp_path / "run") == 0
     assert_same_run(straight_grpo, tmp_path / "run")
+
+
+def test_a_vote_that_was_cut_short_is_made_again_and_changes_no_training(
+    straight_grpo, start_grpo, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as context:
+        at_call(context, eval.decode, "generate", 4, signal.SIGTERM)  # two sites, then their votes
+        assert start_grpo(run, "--save_steps", "none", "--vote_baseline") == 143
+    assert (run / "last").readlink().name == "checkpoint-0" and (run / "start").is_dir()
+    assert not (run / "start-vote").exists()
+    assert resume(run_grpo.main, run) == 0
+    assert_same_run(straight_grpo, run)
+    assert {path.name for path in (run / "start-vote").glob("*-a.json*")} == {
+        "predictions-a.jsonl",
+        "samples-a.jsonl",
+        "scores-a.json",
+    }
+    assert not list(run.glob(".tmp-*"))
 
 
 def test_stopped_twice_and_moved_in_between(straight_grpo, start_grpo, tmp_path, monkeypatch):
