@@ -358,7 +358,8 @@ def read_partial(
             " or give another --output_dir"
         )
     predictions = []
-    for line in answers.read_text(encoding="utf-8").splitlines():
+    # not splitlines(): a completion may hold other characters that end a line
+    for line in answers.read_text(encoding="utf-8").split("\n"):
         row, problems = parse_row(line)
         if problems:  # torn by the end of the process
             break

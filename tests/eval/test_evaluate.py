@@ -33,7 +33,7 @@ from engine.model import BaseModel, attach_new_adapter, load_model
 from engine.policy import Policy
 from engine.run import TrainerState
 from engine.saving import save_final_adapter
-from eval.decode import Decoding, difference, evaluate_sets, predict
+from eval.decode import Decoding, difference, evaluate_sets, predict, read_partial
 from eval.evaluate import main
 from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import load_answers, write_results
@@ -1516,3 +1516,30 @@ def test_unusable_settings_of_the_run_are_an_error(project, tmp_path, capsys, co
         == 2
     )
     assert message in capsys.readouterr().err
+
+
+def test_a_line_separator_in_an_answer_ends_no_row_of_the_answers_so_far(tmp_path):
+    """U+2028 ends a line for str.splitlines, but not in JSONL: the row behind it is kept too."""
+    record = {
+        "settings": {"temperature": {"value": 0.0}},
+        "data": {},
+        "bad_images": {},
+        "adapter_sha256": None,
+    }
+    (tmp_path / "predictions-site.partial.json").write_text(json.dumps(record))
+    rows = [
+        Prediction.from_row(
+            {
+                "id": id,
+                "patient_id": id,
+                "dataset": "d",
+                "labels": ["Edema"],
+                "evaluated_labels": ["Edema"],
+                "completion": "one\u2028two\x85three",
+                "completion_length": 3,
+            }
+        )
+        for id in ("a", "b")
+    ]
+    write_predictions(tmp_path / "predictions-site.partial.jsonl", rows)
+    assert read_partial(tmp_path, "site", record) == rows
