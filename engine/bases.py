@@ -57,7 +57,8 @@ class Base:
 
     pattern: regular expression of its name. licence: fields of a card's front matter.
     licence_text: the same for a reader. saw: keys of SOURCES that its makers declare, None where
-    they declare nothing. declared: what they declare, in words. family: model_type.
+    they declare nothing. declared: what they declare, in words. pixels_per_token: of an image whose
+    number of visual tokens depends on its size, None where every image has the same number.
     """
 
     pattern: str
@@ -66,7 +67,7 @@ class Base:
     licence_text: str
     saw: tuple[str, ...] | None
     declared: str
-    family: str
+    pixels_per_token: int | None
     notes: dict[str, str] = field(default_factory=dict)
 
     def may_have_seen(self, dataset: str) -> str:
@@ -82,6 +83,7 @@ class Base:
         return "declared" if source.key in self.saw else "not among the declared"
 
 
+_SIZED = 28 * 28  # pixels of a visual token: 2 x 2 patches of 14
 _GOOGLE = {
     "license": "other",
     "license_name": "health-ai-developer-foundations",
@@ -103,7 +105,7 @@ BASES = (
         "Health AI Developer Foundations terms of use",
         ("mimic",),
         "MIMIC-CXR among other medical data (its model card)",
-        "gemma3",
+        None,
     ),
     Base(
         "nv-reason",
@@ -113,7 +115,7 @@ BASES = (
         ("mimic",),
         "MIMIC-CXR; its published training example is the CheXpert test set, which its makers say"
         " they used for testing during development",
-        "qwen2_5_vl",
+        _SIZED,
         {"chexpert": "possibly exposed: the test set is its published training example"},
     ),
     Base(
@@ -127,10 +129,10 @@ BASES = (
         "Qwen Research License: no commercial use",
         None,
         "no list of its training data is published",
-        "qwen2_5_vl",
+        _SIZED,
     ),
-    Base("demo-gemma", "demo-gemma", _OURS, _OURS_TEXT, (), _DEMO, "gemma3", _DEMO_SEEN),
-    Base("demo", "demo", _OURS, _OURS_TEXT, (), _DEMO, "qwen2_5_vl", _DEMO_SEEN),
+    Base("demo-gemma", "demo-gemma", _OURS, _OURS_TEXT, (), _DEMO, None, _DEMO_SEEN),
+    Base("demo", "demo", _OURS, _OURS_TEXT, (), _DEMO, _SIZED, _DEMO_SEEN),
 )
 
 

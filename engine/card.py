@@ -24,7 +24,6 @@ CARD = "README.md"
 _MARK = "\n<!-- card {} -->\n"
 _METRICS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard index"}
 _TITLES = {"sft": "SFT", "grpo": "SFT and GRPO"}
-_PIXELS_PER_TOKEN = 28 * 28  # Qwen2.5-VL: 2 x 2 patches of 14 pixels
 
 
 def write_run_card(folder: Path) -> None:
@@ -269,15 +268,24 @@ def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _pixel_bounds(facts: Base | None, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the image processor's options that keep an image's tokens within the run's bounds."""
+    tokens = [settings.get(key) for key in ("min_visual_tokens", "max_visual_tokens")]
+    if facts is None or facts.pixels_per_token is None or None in tokens:
+        return {}
+    from engine.families import PIXEL_BOUNDS  # late: it loads torch, and a --help needs none
+
+    pixels = [count * facts.pixels_per_token for count in tokens if count is not None]
+    return dict(zip(PIXEL_BOUNDS, pixels, strict=True))
+
+
 def _use_section(
     base: str, facts: Base | None, settings: Mapping[str, Any], merged: bool
 ) -> list[str]:
     name = hub_name(base) if base not in EMBEDDED else None
     base_shown = json.dumps(name or "PATH_OF_THE_BASE")
-    bounds = [settings.get(key) for key in ("min_visual_tokens", "max_visual_tokens")]
-    smallest, largest = (n * _PIXELS_PER_TOKEN if isinstance(n, int) else None for n in bounds)
-    sized = facts is not None and facts.family == "qwen2_5_vl" and None not in (smallest, largest)
-    pixels = f", min_pixels={smallest}, max_pixels={largest}" if sized else ""
+    bounds = _pixel_bounds(facts, settings)
+    pixels = "".join(f", {option}={value}" for option, value in bounds.items())
     prompt = PROMPTS.get(str(settings.get("prompt")))
     system, text = (prompt.system, prompt.text) if prompt else ("SYSTEM", "PROMPT")
     length = settings.get("max_completion_length") or 512
@@ -289,9 +297,8 @@ def _use_section(
     if not merged:
         serve += f" \\\n    --enable-lora --max-lora-rank {settings.get('lora_r') or 16}"
         serve += " --lora-modules chest=PATH_OF_THIS_FOLDER"
-    if sized:
-        images = json.dumps({"min_pixels": smallest, "max_pixels": largest})
-        serve += f" \\\n    --mm-processor-kwargs '{images}'"
+    if bounds:
+        serve += f" \\\n    --mm-processor-kwargs '{json.dumps(bounds)}'"
     return [
         "## Use it",
         "",

@@ -111,6 +111,9 @@ class Family:
         raise TypeError("use a subclass")
 
 
+PIXEL_BOUNDS = ("min_pixels", "max_pixels")  # options of Qwen2.5-VL's image processor
+
+
 class Qwen25VL(Family):
     """Describe Qwen2.5-VL (arXiv 2502.13923)."""
 
@@ -136,10 +139,9 @@ class Qwen25VL(Family):
         """
         vision = config["vision_config"]
         pixels_per_token = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
-        bounds = {
-            "min_pixels": min_visual_tokens * pixels_per_token,
-            "max_pixels": max_visual_tokens * pixels_per_token,
-        }
+        tokens = (min_visual_tokens, max_visual_tokens)
+        pixels = [count * pixels_per_token for count in tokens]
+        bounds = dict(zip(PIXEL_BOUNDS, pixels, strict=True))
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **bounds)
         in_force = (image_processor.size["shortest_edge"], image_processor.size["longest_edge"])
         if in_force != tuple(bounds.values()):

@@ -199,9 +199,9 @@ BREAKS = {
         '["ratio"] > 1 + config.epsilon_high',
         '["ratio"] > 1 + config.epsilon_low',
     ),
-    "policy loss with the wrong sign": (
-        'token_mean(-terms["surrogate"])',
-        'token_mean(terms["surrogate"])',
+    "logged surrogate with the wrong sign": (
+        '"surrogate": token_mean(terms["surrogate"])',
+        '"surrogate": token_mean(-terms["surrogate"])',
     ),
     "approximate KL with the wrong sign": (
         'token_mean(-terms["log_ratio"])',

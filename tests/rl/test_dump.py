@@ -358,14 +358,14 @@ def test_a_resumed_run_dumps_what_the_whole_run_does(tiny_sft_run, tiny_data, tm
 )
 def test_a_step_that_never_comes_is_refused(step, message, tiny_sft_run, tiny_data, tmp_path):
     # 1 epoch of 12 prompts in rollouts of 2 prompts and 2 updates would be 12 steps;
-    # --num_train_epochs 0.34 makes it 4.
+    # --num_train_epochs 0.3 are 3.6 prompts, rounded up to 2 rollouts: 4 steps.
     with pytest.raises(UsageError, match=message):
         grpo(
             tiny_sft_run("qwen2_5_vl"),
             tiny_data,
             tmp_path / "run",
             "--num_train_epochs",
-            "0.34",
+            "0.3",
             "--dump_step",
             step,
         )

@@ -441,6 +441,7 @@ def test_a_handful_of_rows_is_learnt_and_the_base_is_untouched(
         "save_final_adapter",
         lambda folder, state, policy: trained.update(model=policy.net),
     )
+    monkeypatch.setattr(run_sft, "write_run_card", lambda folder: None)
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
     few = write_rows(tiny_data.with_name("three.jsonl"), lines(tiny_data)[:3])
