@@ -223,7 +223,7 @@ class Run:
         self.state.unlogged_metrics = self.metrics.state_dict()
 
     def count_tokens(self, number: int) -> None:
-        """Add to the tokens of prompts and completions that the run has seen; log their number."""
+        """Add to the tokens of prompts and completions seen so far, and log their number."""
         self.state.num_tokens += number
         self.metrics.add("num_tokens", self.state.num_tokens, reduction="max")
 

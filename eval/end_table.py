@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.folders import Entry
+from eval.names import STAGE_TITLES
 
 METRICS = {"jaccard": "Jaccard", "micro_f1": "micro-F1", "macro_f1": "macro-F1"}
 WIDTH = 100  # columns of a console
@@ -22,7 +23,6 @@ _BASELINES = {
 }
 # beside "empty", the line of the stage
 _POLICIES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
-_STAGES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
 _NAME_WIDTH = 60  # of a name in a line of its own
 
 
@@ -40,7 +40,7 @@ def stage_title(entry: Entry, scores: Mapping[str, Any] | None = None) -> str:
     scores: of one of its data sets, which say how many answers voted.
     """
     again = entry.settings.get("predictions")  # kept answers: of whom, nobody wrote down
-    title = "answers" if again else _STAGES.get(entry.stage, "answers")
+    title = "answers" if again else STAGE_TITLES.get(entry.stage, "answers")
     votes = ((scores or {}).get("samples") or {}).get("num_generations", 1)
     if votes > 1:
         return f"vote of {votes}" if title == "answers" else f"{title} + vote of {votes}"
@@ -132,6 +132,16 @@ def silenced_lines(
     for text in found:
         lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """Write a score with its interval."""
+    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+
+
+def change_with_interval(change: float, interval: Sequence[float]) -> str:
+    """Write a change of a score with its interval. Signs tell it from a score."""
+    return f"{change:+.3f} ({interval[0]:+.3f}..{interval[1]:+.3f})"
 
 
 def clipped(name: str, width: int = 22) -> str:

@@ -27,11 +27,9 @@ from data.examples import Example
 from data.files import DataError
 from data.labels import ALIASES, LABELS, NO_FINDING
 from data.predictions import Prediction
-from eval.metrics import drawn_patients, interval, patient_totals, scores_of_totals
-from eval.scores import answer_matrices, clipped, evaluated_columns
-
-METRICS = ("jaccard", "micro_f1", "macro_f1")
-RESAMPLES = 1000
+from eval.end_table import METRICS, clipped
+from eval.metrics import RESAMPLES, drawn_patients, known_interval, patient_totals, scores_of_totals
+from eval.scores import answer_matrices, evaluated_columns
 
 
 # ---- another patient's image ---------------------------------------------------------------------
@@ -217,7 +215,7 @@ def faithfulness_scores(
         for name, numbers in resampled.items():
             drawn[name].append(numbers)
     point = {name: float(numbers[0]) for name, numbers in seen.items()}
-    intervals = {name: _interval(np.concatenate(numbers)) for name, numbers in drawn.items()}
+    intervals = {name: known_interval(np.concatenate(numbers)) for name, numbers in drawn.items()}
     result: dict[str, Any] = {
         "n": len(own),
         "num_patients": len(sums),
@@ -279,11 +277,6 @@ def _statistics(tables: Sequence[np.ndarray], names: Sequence[str]) -> dict[str,
         statistics[f"swapped/{metric}"] = other[metric]
         statistics[f"difference/{metric}"] = other[metric] - own[metric]
     return statistics | {name: means[:, place] for place, name in enumerate(names)}
-
-
-def _interval(values: np.ndarray) -> list[float] | None:
-    known = values[~np.isnan(values)]
-    return list(interval(known)) if len(known) else None
 
 
 def _same_truth(own: Sequence[Prediction], swapped: Sequence[Prediction]) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from data.examples import WHO
 from data.labels import LABELS
 from eval.contrasts import Contrast
+from eval.end_table import aligned, change_with_interval, clipped, with_interval
 from eval.groups import (
     MIN_IMAGES,
     MIN_POSITIVES,
@@ -20,9 +21,8 @@ from eval.groups import (
     groups_of,
     interval_of,
 )
-from eval.page import Cell, Table
-from eval.scores import aligned, clipped
-from eval.tables import ARROW, bounds, number, signed
+from eval.page import ARROW, Cell, Table
+from eval.tables import bounds, number, signed
 
 TITLES = {"sex": "sex", "age": "age in years", "view": "view"}
 SCORES = {"macro_f1_shared": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard"}
@@ -77,15 +77,13 @@ def _block(name: str, scores: Mapping[str, Any], field: str) -> str:
 def _with_interval(values: Mapping[str, Any], score: str) -> str:
     if score not in values:
         return "-"
-    low, high = values["intervals"][score]
-    return f"{values[score]:.3f} ({low:.3f}-{high:.3f})"
+    return with_interval(values[score], values["intervals"][score])
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    low, high = found["interval"]
-    return f"{found['difference']:+.3f} ({low:+.3f}..{high:+.3f})"
+    return change_with_interval(found["difference"], found["interval"])
 
 
 # ---- report --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.examples import MAX_AGE, WHO
 from data.predictions import Prediction
-from eval.metrics import drawn_patients, patient_totals, scores_of_totals
+from eval.metrics import RESAMPLES, drawn_patients, patient_totals, scores_of_totals
 from eval.probabilities import Shares, auroc, has_shares
 from eval.scores import answer_matrices, evaluated_columns
 
@@ -29,7 +29,6 @@ MIN_IMAGES = 30  # a smaller group has scores, and no interval and no comparison
 MIN_POSITIVES = 5  # of a label in each group: with five, one resample in 150 has none (e^-5)
 MAX_GROUPS = 12  # the rarer views together are one more
 OTHER = "other"
-RESAMPLES = 1000
 METRICS = ("macro_f1_shared", "micro_f1", "jaccard", "macro_auroc")
 
 

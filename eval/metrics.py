@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+RESAMPLES = 1000  # of all intervals in scores-<set>.json
 _WEIGHTS_AT_ONCE = 2_000_000  # of the bootstrap's [resamples, patients] weights: 16 MB
 
 
@@ -133,7 +134,7 @@ def bootstrap_intervals(
     patient_ids: Sequence[str],
     *,
     seed: int,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     jaccard: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Bootstrap 95 % percentile intervals by patient -> {metric: (low, high)}.
@@ -259,6 +260,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """Compute the 95 % percentile interval of R resampled values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def known_interval(values: np.ndarray) -> list[float] | None:
+    """Compute the interval of the values that are not NaN, None where all are, for a JSON file."""
+    known = values[~np.isnan(values)]
+    return list(interval(known)) if len(known) else None
 
 
 # ---- baselines -----------------------------------------------------------------------------------

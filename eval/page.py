@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+ARROW = "\u2192"  # from before to after, "->" on a console
 Tone = Literal["", "best", "gain", "loss", "muted"]
 Outcome = Literal["right", "wrong", "failed"]
 Turn = Literal["", "fixed", "broken"]

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Sequence
 
 from eval.page import (
+    ARROW,
     Block,
     Bullets,
     Case,
@@ -32,7 +33,6 @@ from eval.page import (
 
 WIDTH = 100  # characters of a table's line
 _WRAP = 48  # characters of a line in a console's cell
-ARROW = "\u2192"
 _MARKS = {"best": "**{}**", "gain": "{} (+)", "loss": "{} (-)"}
 # HTML, entities, and what GitHub would make into a link
 _MEANS_MORE = re.compile(r"(?i)<[a-z/!?]|&#?\w|:(?=//)|www\.|mailto:|xmpp:|\w@\w")

@@ -21,18 +21,20 @@ import numpy as np
 
 from data.files import DataError
 from data.predictions import Prediction
+from eval.end_table import aligned, clipped, with_interval
 from eval.metrics import (
+    RESAMPLES,
     drawn_patients,
     interval,
+    known_interval,
     label_matrix,
     multilabel_scores,
     patient_totals,
     scores_of_totals,
 )
-from eval.scores import aligned, clipped, evaluated_columns
+from eval.scores import evaluated_columns
 
 BINS = 10
-RESAMPLES = 1000
 VOTE_THRESHOLD = 0.5  # of `eval.votes.vote`: at least half of the samples
 _ROUNDING = 1e-9  # shares are quotients of small integers
 
@@ -207,7 +209,7 @@ def probability_scores(
             point = float(seen[k][metric][0])
             row[metric] = None if np.isnan(point) else point
             all_draws = np.concatenate([piece[k][metric] for piece in drawn])  # [R]
-            row[f"{metric}_interval"] = None if np.isnan(point) else _interval(all_draws)
+            row[f"{metric}_interval"] = None if np.isnan(point) else known_interval(all_draws)
             if not np.isnan(point):
                 values.append(all_draws)
         per_label[label] = row | {
@@ -227,7 +229,7 @@ def probability_scores(
         points = [per_label[label][metric] for label in ranked]
         result[f"macro_{metric}"] = float(np.mean(points)) if points else None
         result[f"macro_{metric}_interval"] = (
-            _interval(_mean_of_known(np.array(values))) if points else None
+            known_interval(_mean_of_known(np.array(values))) if points else None
         )
     return result | {
         "ece": calibration_error(pooled),
@@ -249,11 +251,6 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
     """Average labels [K, R] over those that a resample has both classes of -> [R]."""
     known = ~np.isnan(values)
     return _quotient(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
-
-
-def _interval(values: np.ndarray) -> list[float] | None:
-    known = values[~np.isnan(values)]
-    return list(interval(known)) if len(known) else None
 
 
 # ---- operating points ----------------------------------------------------------------------------
@@ -366,9 +363,12 @@ def _ranking_lines(name: str, scores: Mapping[str, Any]) -> list[str]:
     table: list[tuple[str, ...]] = [(clipped(name), "AUROC", "AUPRC", "prevalence", "ECE")]
     for label in ranked:
         row = scores["per_label"][label]
-        cells = [_cell(row[m], row[f"{m}_interval"]) for m in ("auroc", "auprc")]
+        cells = [with_interval(row[m], row[f"{m}_interval"]) for m in ("auroc", "auprc")]
         table.append((label, *cells, f"{row['prevalence']:.3f}", f"{row['ece']:.3f}"))
-    means = [_cell(scores[f"macro_{m}"], scores[f"macro_{m}_interval"]) for m in ("auroc", "auprc")]
+    means = [
+        with_interval(scores[f"macro_{m}"], scores[f"macro_{m}_interval"])
+        for m in ("auroc", "auprc")
+    ]
     table.append((f"mean of {len(ranked)}, all in one", *means, "", f"{scores['ece']:.3f}"))
     lines = aligned(table, "<<<>>")
     lines.append(
@@ -401,7 +401,3 @@ def _operating_lines(name: str, points: Mapping[str, Any]) -> list[str]:
     if points["not_chosen"]:
         lines.append(f"not evaluated there, so left at 0.5: {', '.join(points['not_chosen'])}")
     return lines
-
-
-def _cell(value: float, bounds: Sequence[float]) -> str:
-    return f"{value:.3f} ({bounds[0]:.3f}-{bounds[1]:.3f})"

@@ -37,6 +37,7 @@ from eval.figures import MISSING, available, reliability_pictures, training_pict
 from eval.folders import Entry, answers_by_set, flag_first, load_entries
 from eval.group_tables import groups_tables
 from eval.page import (
+    ARROW,
     Block,
     Bullets,
     Cases,
@@ -54,7 +55,7 @@ from eval.paired import PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
 from eval.pictures import dumbbell_picture, labels_picture
 from eval.published import SOURCE
-from eval.tables import ARROW, diversity_table, marginals_table, movers_table, scores_table
+from eval.tables import diversity_table, marginals_table, movers_table, scores_table
 from eval.transfer_tables import matched_table, paradox_table, reading, shared_title, transfer_table
 from eval.verdict import last_step, verdict
 from eval.vote_tables import vote_tables

@@ -29,14 +29,13 @@ from eval.folders import (
     result_files,
     write_results,
 )
-from eval.metrics import interval, patient_totals, scores_of_totals
+from eval.metrics import RESAMPLES, interval, patient_totals, scores_of_totals
 from eval.paired import shared_resamples
 from eval.transfer import Moved, gap_on_all_labels, gap_on_shared_labels
 
 START = "start"  # folders in the run's folder
 VOTE = "start-vote"
 EVALUATIONS = "evaluations.jsonl"  # a row a data set and evaluation
-RESAMPLES = 1000  # as many as the intervals in scores-<set>.json have
 
 
 # ---- keep ----------------------------------------------------------------------------------------

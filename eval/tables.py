@@ -10,7 +10,7 @@ from data.entries import UNKNOWN_KINDS
 from data.labels import LABELS
 from eval.contrasts import Contrast
 from eval.folders import Answers
-from eval.page import Cell, Table
+from eval.page import ARROW, Cell, Table
 from eval.paired import diversity, holm, said_and_true
 
 BASELINE_TITLES = {
@@ -19,7 +19,6 @@ BASELINE_TITLES = {
     "prevalence_matched": "prevalence-matched",
 }
 NO_SUPPORT = "no positives"
-ARROW = "\u2192"
 # the columns of the paper's tables 2 to 4
 SEVEN = ("Micro P", "Micro R", "Micro F1", "Macro P", "Macro R", "Macro F1", "Fail")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from data.labels import LABELS, NIH_NINE
 from eval import published
 from eval.contrasts import Contrast, Transfer
-from eval.page import Cell, Table
+from eval.page import ARROW, Cell, Table
 from eval.paired import Change
-from eval.tables import ARROW, holm_note, number, p_cells, signed
+from eval.tables import holm_note, number, p_cells, signed
 from eval.transfer import shared_labels
 
 _PAPER_TRANSFER = (

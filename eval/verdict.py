@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from eval.confusion import counts_of, silenced_in
 from eval.contrasts import Contrast, Transfer
-from eval.page import Lead
+from eval.page import ARROW, Lead
 from eval.paired import Change
-from eval.tables import ARROW, BASELINE_TITLES, bounds, number, p_text
+from eval.tables import BASELINE_TITLES, bounds, number, p_text
 from eval.transfer_tables import shared_title
 
 _NO_CHANGE = "no clear change"

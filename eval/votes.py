@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,11 @@ from data.answers import parse_answer
 from data.files import DataError, first_problems
 from data.labels import LABELS
 from data.predictions import Prediction
-from eval.end_table import aligned, clipped
-from eval.metrics import drawn_patients, interval, patient_totals, scores_of_totals
+from eval.end_table import METRICS, aligned, change_with_interval, clipped, with_interval
+from eval.metrics import RESAMPLES, drawn_patients, interval, patient_totals, scores_of_totals
 from eval.scores import AnswerMatrices, answer_matrices, evaluated_columns, known_lengths
 
 VOTE_FORMAT = "solution"
-RESAMPLES = 1000
-METRICS = ("jaccard", "micro_f1", "macro_f1")
 # Places of a rollout in its run: the same for all samples of a group.
 _OF_IMAGE = ("step", "group")
 
@@ -238,10 +236,10 @@ def format_samples(results: Mapping[str, dict[str, Any]]) -> str:
             samples = scores["samples"]
             k = samples["num_generations"]
             table += [
-                (clipped(name), "Jaccard", "micro-F1", "macro-F1"),
-                ("  one sample", *_cells(samples, "mean")),
-                ("  vote - one sample", *_cells(samples, "vote_gain", "+")),
-                (f"  best of {k}", *_cells(samples, "best")),
+                (clipped(name), *METRICS.values()),
+                ("  one sample", *_cells(samples, "mean", with_interval)),
+                ("  vote - one sample", *_cells(samples, "vote_gain", change_with_interval)),
+                (f"  best of {k}", *_cells(samples, "best", with_interval)),
             ]
     if not table:
         return ""
@@ -249,10 +247,7 @@ def format_samples(results: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join([*aligned(table, "<<<<"), f"{notes} the truth"])
 
 
-def _cells(samples: Mapping[str, Any], key: str, sign: str = "") -> list[str]:
-    cells = []
-    for metric in METRICS:
-        low, high = samples["intervals"][key][metric]
-        between = ".." if sign else "-"
-        cells.append(f"{samples[key][metric]:{sign}.3f} ({low:{sign}.3f}{between}{high:{sign}.3f})")
-    return cells
+def _cells(
+    samples: Mapping[str, Any], key: str, write: Callable[[float, Sequence[float]], str]
+) -> list[str]:
+    return [write(samples[key][metric], samples["intervals"][key][metric]) for metric in METRICS]
