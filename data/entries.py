@@ -12,9 +12,11 @@ that:
 * An entry that says more than a label's name is unknown, whatever it says: a side, a degree, a
   doubt, a verdict. "Edema: yes" is unknown like "Edema: no", or a check list would be read in half.
 * A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia", the labels
-  before a bare "no" or "0". In a list with plus signs a minus sign is a negation, and no bullet.
+  before a bare "no" or "0". So does a probability, as in the row "Edema,0.03". In a list with plus
+  signs a minus sign is a negation, and no bullet.
 * So does a heading that is not the list's name: "Absent:", "Possible:", "Left lung:". It takes its
-  line, or all up to the next heading where it stands alone.
+  line, or all up to the next heading where it stands alone. "# Left lung" is one without a colon,
+  and so is what says no more than a verdict: "**Absent**", "| Present | Absent |", "absent=[".
 
 Time is linear in the length of the text: no regular expression here repeats a repeat.
 """
@@ -22,7 +24,7 @@ Time is linear in the length of the text: no regular expression here repeats a r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -53,8 +55,9 @@ _MAX_ENTRY_LENGTH = 200
 # ---- where entries end ---------------------------------------------------------------------------
 # Latin, Arabic, ideographic and full-width with their small and vertical forms, Armenian, Ethiopic
 _COMMAS = ",\u060c\u3001\uff0c\uff64\ufe50\ufe51\ufe10\ufe11\u055d\u1363"
+_SEMICOLONS = ";\u061b\uff1b\ufe54\ufe14\u037e"
 _SEPARATOR = re.compile(
-    rf"[{_COMMAS};\u061b\uff1b\ufe54\ufe14\u037e\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<br ?/?>",
+    rf"[{_COMMAS}{_SEMICOLONS}\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<br ?/?>",
     re.IGNORECASE,
 )
 # Cuts an entry only if each piece is a label.
@@ -69,6 +72,14 @@ _SIGN = re.compile(
 _CONJUNCTION = re.compile(r"&|\b(?:and|or|nor)\b", re.IGNORECASE)
 _FENCE = re.compile(r"```\s?(?:json|text|txt|plaintext|markdown|md|python|yaml|csv)?", re.I)
 _COLON = re.compile("[:\uff1a\ufe55]")
+# Ends a heading too, where that is a bare negation: "Absent - Edema, Fracture", "not [Edema, .."
+_HEADING_SIGN = re.compile(r"[=(\[{<>\u2192]| [-\u2010\u2012-\u2015]>? ")
+# A plus or minus sign of any script in front, with a bullet or a list number before it.
+_SIGNED = re.compile(
+    r"(?:[*\u2022] |[0-9]{1,2}[.)] ?)?"
+    r"(?:([+\uff0b\ufe62\u2795])|[-\u2010\u2012-\u2015\uff0d\ufe63])"
+)
+_SHARE = re.compile(r"0?\.[0-9]+|0+|1\.0+|[0-9]+(?:\.[0-9]+)? ?%")
 _EMPTY_LIST = re.compile(rf"{_COLON.pattern}\s?[\[{{]")
 # An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
 # a single dash, which may stand for "none".
@@ -85,13 +96,15 @@ _WORD = re.compile(
 _NEGATIONS = frozenset({
     "no", "not", "nor", "neither", "never", "without", "absent", "absence", "negative", "none",
     "nil", "null", "false", "n", "0", "0.0", "free", "lack", "lacks", "denies", "denied",
-    "excluded", "ruled", "resolved", "isn", "aren", "wasn", "weren", "doesn", "don", "-", "\u2212",
-    "(-)", "[]", "[ ]", "()", "( )", "~~", "\u2610", "\u2717", "\u2718", "\u274c",
+    "excluded", "ruled", "resolved", "cannot", "unlikely", "neg", "isn", "aren", "wasn", "weren",
+    "doesn", "don", "-", "\u2212", "(-)", "[]", "[ ]", "()", "( )", "~~", "\u2610", "\u2717",
+    "\u2718", "\u274c",
 })  # fmt: skip
 # What may stand beside a negation or an affirmation that has no label of its own.
 _VERDICT = frozenset({
     "is", "are", "was", "were", "be", "out", "of", "present", "presence", "seen", "detected",
     "identified", "visible", "evident", "evidence", "noted", "found", "status", "value",
+    "observed", "visualized", "visualised", "appreciated", "demonstrated", "shown", "apparent",
 })  # fmt: skip
 _AFFIRMATIONS = _VERDICT | {
     "yes", "y", "positive", "true", "x", "1", "1.0", "+", "\u2611", "\u2705", "\u2713", "\u2714",
@@ -106,6 +119,8 @@ _BESIDE_LIST_NAMES = frozenset({
     "these", "this", "image", "for", "chest", "x", "ray", "xray", "radiograph", "present",
     "positive", "identified", "detected",
 })  # fmt: skip
+_VERDICTS = _NEGATIONS | _AFFIRMATIONS
+_BESIDE_VERDICTS = _VERDICTS | _LIST_NAMES | _BESIDE_LIST_NAMES
 
 
 class Entries(NamedTuple):
@@ -122,6 +137,7 @@ class _Statement(NamedTuple):
 
     text: str
     labels: tuple[str, ...] = ()
+    is_heading: bool = False  # of entries below it, so that it takes back nothing above it
 
 
 def read_entries(body: str) -> Entries:
@@ -130,7 +146,7 @@ def read_entries(body: str) -> Entries:
     unknown: list[str] = []
     duplicates: list[str] = []
     seen: set[str] = set()
-    for text, stated in _statements(body):
+    for text, stated, _ in _statements(body):
         for entry in stated or (text,):
             key = " ".join(entry.split()).casefold()
             if key in seen:
@@ -160,25 +176,39 @@ def unknown_kind(entry: str) -> str:
 
 def _statements(body: str) -> list[_Statement]:
     every_series = list(_series(body))
-    signed = any(entry[0] == "+" for series in every_series for entry in series)
+    signed = any(
+        match[1]
+        for entries, _ in every_series
+        for entry in entries
+        if (match := _SIGNED.match(entry))
+    )
     statements: list[_Statement] = []
     names: list[str] = []  # entries that say no more than what list this is
+    place: int | None = None  # of the statement that is the heading, where it stands alone
     heading, goes_on = "", False  # takes what stands below; "" for none or the list's name
-    for series in every_series:
+    for series, ends_line in every_series:
         read = []
+        alone = ends_line and len(series) == 1
         for entry in series:
             new_heading, rest = _split_heading(entry)
-            if new_heading is not None:
+            if alone and _is_heading_line(entry, statements):
+                new_heading, heading, goes_on = entry, entry.strip(_RULE), True
+            elif new_heading is not None:
                 heading, goes_on = new_heading, _stands_alone(entry)
+            if new_heading is not None:
+                # below "Edema" the bullet "- no:" is its verdict
+                place = len(statements) if alone and goes_on and entry[0] not in BULLETS else None
             if not rest or rest.casefold() in ("and", "&"):
                 names.append(entry)
             elif heading:
                 read.append(_Statement(entry if new_heading else f"{heading}: {entry}"))
-            elif signed and rest[0] in BULLETS:
+                if place is not None and not new_heading:
+                    statements[place] = statements[place]._replace(is_heading=True)
+            elif signed and _SIGNED.match(rest):
                 read.append(_Statement(rest))
             else:
                 read.append(_Statement(rest, _labels_in(rest)))
-        if not goes_on:
+        if ends_line and not goes_on:
             heading = ""
         statements += _with_negated_series(read)
     # "Labels:" and no more is no empty list, but {"labels": []} is one.
@@ -187,21 +217,24 @@ def _statements(body: str) -> list[_Statement]:
     ]
 
 
-def _series(body: str) -> Iterator[list[str]]:
-    """Cut a text into its entries, stripped, and part them where no comma goes on."""
-    entries, start = [], 0
+def _series(body: str) -> Iterator[tuple[list[str], bool]]:
+    """Cut a text into its entries, stripped, and part them where no comma goes on.
+
+    With each series: whether its line ends with it.
+    """
+    entries, start, line_is_open = [], 0, False
     for separator in _SEPARATOR.finditer(body + "\n"):
         entry = body[start : separator.start()].strip()
         start = separator.end()
-        if not entry:
-            continue
-        if _is_entry(entry):
+        ends_line = separator.group() not in _SEMICOLONS
+        if entry and _is_entry(entry):
             entries.append(entry)
-        if entries and separator.group() not in _COMMAS:
-            yield entries
-            entries = []
+        # blank lines count for nothing, but the line break after "Edema;" does
+        if (entries and entry or line_is_open and ends_line) and separator.group() not in _COMMAS:
+            yield entries, ends_line
+            entries, line_is_open = [], not ends_line
     if entries:
-        yield entries
+        yield entries, True
 
 
 def _is_entry(text: str) -> bool:
@@ -216,20 +249,69 @@ def _split_heading(entry: str) -> tuple[str | None, str]:
     The heading of a list's name is "", and leaves the rest only, which may be "". Another heading
     is a part of its entry. Without a heading: (None, the entry).
     """
-    if entry[0] not in "#*|" and not _COLON.search(entry) or _labels_in(entry):
+    if _labels_in(entry):
         return None, entry
+    colon = _COLON.search(entry)
+    if not colon and entry[0] not in "#*|":
+        return _split_at_sign(entry)
     heading, *rest = _COLON.split(entry, maxsplit=1)
-    words = _words(heading)
-    if not _LIST_NAMES.isdisjoint(words) and all(
-        word in _LIST_NAMES or word in _BESIDE_LIST_NAMES or word.isdigit() for word in words
-    ):
+    if _is_list_name(_words(heading)):
         below = rest[0].strip() if rest else ""
+        inner = _COLON.search(below)  # {"labels": {"absent": [.., Findings: Edema. Absent: ..
+        if inner and _is_verdict(_words(below[: inner.start()].rpartition(". ")[2])):
+            return below[: inner.start()].strip(_RULE), entry
         return "", below if _is_entry(below) else ""
-    return (heading.strip(_RULE) if rest and not _labels_in(heading) else None), entry
+    if rest and not _labels_in(heading):
+        return heading.strip(_RULE), entry
+    return (None, entry) if rest else _split_at_sign(entry)
+
+
+def _split_at_sign(entry: str) -> tuple[str | None, str]:
+    """Part a heading that ends at another sign than a colon, as `_split_heading` does."""
+    sign = _HEADING_SIGN.search(entry, 1)
+    if sign:
+        words = _words(entry[: sign.start()])
+        if _is_verdict(words):
+            return entry[: sign.start()].strip(_RULE), entry
+        if _is_list_name(words) and sign.group() not in OPENING:
+            below = entry[sign.end() :].lstrip("> ")
+            return "", below if _is_entry(below) else ""
+    return None, entry
+
+
+def _is_list_name(words: Collection[str]) -> bool:
+    return not _LIST_NAMES.isdisjoint(words) and all(
+        word in _LIST_NAMES or word in _BESIDE_LIST_NAMES or word.isdigit() for word in words
+    )
+
+
+def _is_verdict(words: Collection[str]) -> bool:
+    """Tell whether words are a verdict without its labels: "absent", "the following are absent"."""
+    return (
+        any(len(word) > 1 and word.isalpha() and word in _VERDICTS for word in words)
+        and all(word in _BESIDE_VERDICTS or word.isdigit() for word in words)
+        and not _is_list_name(words)
+    )
+
+
+def _is_heading_line(line: str, before: Sequence[_Statement]) -> bool:
+    """Tell whether a line without a colon speaks of the entries below and not of those before."""
+    words = _words(line)
+    if _COLON.search(line) or line.startswith("</"):
+        return False
+    if line[0] == "#":
+        return bool(words) and not _labels_in(line) and not _is_list_name(words)
+    if not _is_verdict(words):
+        return False
+    last = before[-1] if before else _Statement("")
+    # a row's verdict looks like the row's label
+    return not last.labels or line[:2] in ("**", "__") and last.text[:2] != line[:2]
 
 
 def _stands_alone(heading: str) -> bool:
-    return not _COLON.split(heading, maxsplit=1)[-1].strip(_RULE)
+    name, *rest = _COLON.split(heading, maxsplit=1)
+    below = rest[0] if rest and _is_list_name(_words(name)) else heading
+    return not _COLON.split(below, maxsplit=1)[-1].strip(_RULE)
 
 
 def _labels_in(entry: str) -> tuple[str, ...]:
@@ -258,7 +340,7 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
     """
     if all(statement.labels for statement in series):
         return series
-    joints = [i for i, (text, _) in enumerate(series) if _CONJUNCTION.search(text)]
+    joints = [i for i, one in enumerate(series) if _CONJUNCTION.search(one.text)]
     if not joints:
         return series
     read: list[_Statement] = []
@@ -286,7 +368,8 @@ def _with_bare_negations(statements: list[_Statement]) -> list[_Statement]:
     """Join a negation without a label of its own, as in "Edema, no", to the label before it."""
     read: list[_Statement] = []
     for statement in statements:
-        if read and read[-1].labels and not statement.labels and _is_bare_negation(statement.text):
+        takes_back = not (statement.labels or statement.is_heading)
+        if read and read[-1].labels and takes_back and _is_bare_negation(statement.text):
             read[-1] = _joined([read[-1], statement])
         else:
             read.append(statement)
@@ -294,6 +377,8 @@ def _with_bare_negations(statements: list[_Statement]) -> list[_Statement]:
 
 
 def _is_bare_negation(text: str) -> bool:
+    if text in _DASHES or _SHARE.fullmatch(text.strip(_RULE)):
+        return True
     words = frozenset(_words(text))
     return not words.isdisjoint(_NEGATIONS) and words <= _NEGATIONS | _VERDICT
 

@@ -115,6 +115,10 @@ READ = [
     ('[{"label": "Edema"}, {"label": "Fracture"}]', (E, F), (), "JSON's objects"),
     ("\\boxed{Edema, Fracture}", (E, F), (), "LaTeX's box"),
     ("$\\text{Edema}$, $\\textbf{Fracture}$", (E, F), (), "LaTeX's text and bold"),
+    ("Labels - Edema, Fracture", (E, F), (), "the list's name before a dash"),
+    ('Labels = ["Edema", "Fracture"]', (E, F), (), "the list's name, as a program writes it"),
+    ("Final answer -> Edema", (E,), (), "the list's name before an arrow"),
+    ("1\nEdema\n2\nFracture", (E, F), ("1", "2"), "numbers on their own lines are no verdicts"),
     ("Labels: Edema, Fracture", (E, F), (), "the list's name says nothing about the patient"),
     ("**Findings:**\n- Edema\n- Fracture", (E, F), (), "the list's name, bold, on its own line"),
     ("## Labels\nEdema\nFracture", (E, F), (), "the list's name as a heading"),
@@ -200,6 +204,27 @@ UNREAD = [
     ("Absent: Edema, Fracture", (), "negated", "a heading"),
     ("**Ruled out:**\n- Edema\n\n- Fracture", (), "negated", "a heading on its own line"),
     ('"absent": ["Edema", "Fracture"]', (), "negated", "a key of JSON"),
+    ("Absent: Edema; Fracture; Pneumonia", (), "negated", "semicolons do not end a heading"),
+    ("Absent - Edema, Fracture", (), "negated", "a heading before a dash"),
+    ("Absent -> Edema, Fracture", (), "negated", "a heading before an arrow"),
+    ("No (Edema, Fracture)", (), "negated", "a negated bracket"),
+    ("not [Edema, Fracture, Pneumonia]", (), "negated", "a negated list"),
+    ('absent=["Edema", "Fracture"]', (), "negated", "a program's argument"),
+    ("<absent>Edema, Fracture, Pneumonia</absent>", (), "negated", "tags that deny"),
+    ("<absent>\nEdema\nFracture\n</absent>", (), "negated", "the same, a line each"),
+    ('{"labels": {"absent": ["Edema", "Fracture"]}}', (), "negated", "keys in the list's object"),
+    ("**Absent**\n- Edema\n- Fracture", (), "negated", "a heading without a colon, bold"),
+    ("### Absent\nEdema\n\nFracture", (), "negated", "the same, as Markdown's heading"),
+    ("Absent\n------\nEdema\nFracture", (), "negated", "the same, underlined"),
+    ("- Absent\n  - Edema\n  - Fracture", (), "negated", "the same, above a nested list"),
+    ("The following are not present\nEdema\nFracture", (), "negated", "the same, as a sentence"),
+    ("| Present | Absent |\n|---|---|\n| Edema | Fracture |", (), "negated", "a table's columns"),
+    ("Edema, not observed", (), "negated", "a verdict after a comma"),
+    ("Edema, unlikely", (), "negated", "the same"),
+    ("Edema, neg", (), "negated", "the same, cut short"),
+    ("Edema, \u2014", (), "qualified", "a dash after a comma"),
+    ("Edema,0.03\nFracture,0.9", (), "qualified", "a probability in a CSV file's row"),
+    ("Edema, 5%; Fracture, 90 %", (), "qualified", "the same, in percent"),
     ("no acute findings", (), "negated", "no alias: it leaves out what is old"),
     ("None", (), "negated", "no label; No Finding is one"),
     ("Nodule", (), "other", "no label"),
@@ -279,6 +304,56 @@ MIXED = [
             ("Left lung: - Fracture", "qualified"),
         ],
         "a heading that stands alone takes all that is below",
+    ),
+    (
+        "**Present**\n- Edema\n\n**Absent**\n- Fracture",
+        (),
+        [
+            ("**Present**", "other"),
+            ("Present: - Edema", "affirmed"),
+            ("**Absent**", "negated"),
+            ("Absent: - Fracture", "negated"),
+        ],
+        "headings without a colon, of which none is the last label's verdict",
+    ),
+    (
+        "## Labels\n- Edema\n\n## Absent\n- Fracture",
+        (E,),
+        [("## Absent", "negated"), ("Absent: - Fracture", "negated")],
+        "the same after the list's name",
+    ),
+    (
+        "Labels:\nEdema\n\nAbsent:\nFracture",
+        (E,),
+        [("Absent:", "negated"), ("Absent: Fracture", "negated")],
+        "a heading takes back nothing above it",
+    ),
+    (
+        "**Edema**\n**Absent**\n**Fracture**",
+        (F,),
+        [("**Edema**, **Absent**", "negated")],
+        "a verdict that is written like its label is a row's",
+    ),
+    (
+        "* + Edema\n* - Fracture",
+        (),
+        [("* + Edema", "affirmed"), ("* - Fracture", "qualified")],
+        "signs after bullets",
+    ),
+    (
+        "\uff0bEdema\n\uff0dFracture",
+        (),
+        [("\uff0bEdema", "qualified"), ("\uff0dFracture", "qualified")],
+        "full-width signs",
+    ),
+    (
+        "Findings: Edema. Absent: Fracture, Pneumonia",
+        (),
+        [
+            ("Findings: Edema. Absent: Fracture", "negated"),
+            ("Edema. Absent: Pneumonia", "negated"),
+        ],
+        "a heading within a sentence",
     ),
     ("Image quality: good\nEdema", (E,), [("Image quality: good", "other")], "an ended heading"),
 ]
@@ -362,9 +437,10 @@ def test_every_joint_cuts_where_each_piece_is_a_label(joint):
 
 WORDS = {
     "negated": "no not nor neither never without absent absence negative none nil null false n 0"
-    " 0.0 free lack lacks denies denied excluded ruled resolved isn't aren't wasn't weren't doesn't"
-    " don't - \u2212 (-) [] () ~~ \u2610 \u2717 \u2718 \u274c",
+    " 0.0 free lack lacks denies denied excluded ruled resolved cannot unlikely neg isn't aren't"
+    " wasn't weren't doesn't don't - \u2212 (-) [] () ~~ \u2610 \u2717 \u2718 \u274c",
     "affirmed": "is are was were be out of present presence seen detected identified visible"
+    " observed visualized visualised appreciated demonstrated shown apparent"
     " evident evidence noted found status value yes y positive true x 1 1.0 + \u2611 \u2705 \u2713"
     " \u2714",
     "qualified": "left right both mild severe small possible likely history old t 2 0.5 10 % isnt",
@@ -387,6 +463,7 @@ def test_every_word_beside_a_label_has_its_kind(kind):
 
 def test_a_negation_without_a_label_takes_back_the_one_before():
     beside = "is are was were be out of present presence seen detected identified visible evident"
+    beside += " observed visualized visualised appreciated demonstrated shown apparent"
     for word in [*beside.split(), "evidence", "noted", "found", "status", "value"]:
         entries = read_entries(f"Fracture, Edema, not {word}")
         assert (entries.labels, entries.unknown) == ((F,), (f"Edema, not {word}",))
@@ -435,7 +512,10 @@ def test_every_name_of_a_list_is_left_out():
 
 def test_the_name_of_a_list_ends_another_heading():
     assert read_entries("Absent:\nEdema\n# Labels\nFracture").labels == (F,)
-    assert read_entries("Absent: Edema; Fracture").labels == (F,)  # a semicolon ends its line
+    # a semicolon parts entries, and only the line's end ends what a heading denies
+    assert read_entries("Absent: Edema; Fracture").labels == ()
+    assert read_entries("Absent: Edema; Fracture\nPneumonia").labels == (P,)
+    assert read_entries("Absent: Edema;\nFracture").labels == (F,)
     assert read_entries("Absent: Edema, Labels: Fracture").labels == (F,)
     assert read_entries("Absent:\nEdema\nmass: big\nFracture").labels == (F,)
     assert read_entries("**Absent:**\nEdema").unknown == ("**Absent:**", "Absent: Edema")
