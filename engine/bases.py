@@ -148,12 +148,15 @@ def base_facts(name: str) -> Base | None:
     return next((base for base in known if re.search(base.pattern, wanted.casefold())), None)
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+
+
 def hub_name(name: str) -> str | None:
-    """Return a model's name on the hub, also of a copy in its cache, None for any other folder."""
+    """Return a model's name on the hub, also of a copy in its cache, None for any other text."""
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots(?:/|$)", name)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    return None if looks_local(name) else name
+    return name if _HUB_NAME.fullmatch(name) and not looks_local(name) else None
 
 
 def source_of(dataset: str) -> Source | None:

@@ -221,7 +221,9 @@ def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[st
         role = "trained on" if name == "train" else f"evaluated: {name}"
         cells = (titles_of(_sources(file)), file.get("images"), file.get("patients"))
         shown = [_cell(f"{cell:,}" if isinstance(cell, int) else cell or "-") for cell in cells]
-        lines.append(f"| {_cell(role)} | {' | '.join(shown)} | `{file.get('sha256', '-')}` |")
+        lines.append(
+            f"| {_cell(role)} | {' | '.join(shown)} | `{_cell(str(file.get('sha256', '-')))}` |"
+        )
     lines.append("")
     for dataset in datasets:
         source = source_of(dataset)
@@ -236,7 +238,8 @@ def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[st
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"[|<>\n\r]", " ", text)
+    """Take out of a name what could become a cell, a tag, a link or an image."""
+    return re.sub(r"[|<>\[\]`\x00-\x1f\x7f\x85\u2028\u2029]", " ", text)
 
 
 def _scores_section(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

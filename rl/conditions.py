@@ -96,7 +96,8 @@ class Watch:
     """
 
     def __init__(self, conditions: Sequence[str]):
-        self.conditions = [parse_condition(text) for text in conditions]
+        # a condition that is given twice would count each check twice
+        self.conditions = [parse_condition(text) for text in dict.fromkeys(conditions)]
         self.held = dict.fromkeys(conditions, 0)
 
     def check(

@@ -206,6 +206,11 @@ def test_names_cannot_break_the_table_or_the_front_matter(tmp_path):
     assert front(text)["datasets"] == ["my-data-b-"]
     [line] = [line for line in text.splitlines() if line.startswith("| trained on")]
     assert line.count("|") == 6 and "<" not in line
+    # nor load a picture from elsewhere, nor end the code that holds a hash
+    data["train"] = {"sha256": "`x` | y", "datasets": ["![a](http://example.org/a.png)", "`b`"]}
+    write_json(folder / "config.json", record | {"data": data})
+    [line] = [line for line in card_of(folder, "").splitlines() if line.startswith("| trained on")]
+    assert line == "| trained on | ! a (http://example.org/a.png),  b  | - | - | ` x    y` |"
 
 
 def test_a_merged_model_has_its_adapters_card(tmp_path):
@@ -241,6 +246,9 @@ def test_bases_are_recognised(name, title):
 def test_hub_names_of_copies_in_the_cache():
     assert hub_name("/c/models--google--medgemma-4b-it/snapshots/0a1b") == "google/medgemma-4b-it"
     assert hub_name("/models/medgemma-4b-it") is None and hub_name("demo") is None
+    # text of adapter_config.json that would end the card's title or its code
+    for name in ("owner/name\n---\nlicense: mit", "`owner`/name", "owner/a: b", "owner/a\n"):
+        assert hub_name(name) is None
 
 
 @pytest.mark.parametrize(

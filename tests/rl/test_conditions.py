@@ -107,6 +107,11 @@ def test_a_condition_is_told_once_when_its_row_is_complete_and_again_after_a_bre
     ]
 
 
+def test_a_condition_that_is_given_twice_counts_a_check_once():
+    watch = Watch(["kl>1 for 2", "kl>1 for 2"])
+    assert [watch.check({"kl": 2.0}) for _ in range(3)] == [[], ["kl>1 for 2: 2"], []]
+
+
 def test_counts_survive_a_checkpoint_and_leave_with_their_condition():
     watch = Watch(["kl>1 for 2", "gap<0"])
     watch.check({"kl": 2.0})
