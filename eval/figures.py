@@ -38,6 +38,7 @@ from eval.curves import (
     GAP_SPAN,
     HACKING,
     POLICY,
+    GapCurve,
     Log,
     Panel,
     Points,
@@ -322,7 +323,7 @@ def draw_macro_f1(name: str, logs: Mapping[str, Log], form: str = "svg") -> Pict
     return _picture(name, data, form, alt, caption)
 
 
-def _plot_gap(axis: Axes, gap: Any) -> str:
+def _plot_gap(axis: Axes, gap: GapCurve) -> str:
     steps, values, errors = (np.array(part, float) for part in (gap.steps, gap.values, gap.errors))
     axis.axhline(0, color="#5b5b5b", linewidth=0.8)
     if not np.isnan(errors).all():
