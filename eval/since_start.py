@@ -119,6 +119,7 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
     now = now or folder
     found = SinceStart()
     moved: list[Moved] = []
+    of_one_patient: list[str] = []
     for index, name in enumerate(names):
         scores = read_record(result_files(now, name)[1])
         if not scores:  # nothing was decoded
@@ -133,6 +134,8 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
             )
         else:
             labels, values, drawn = _scored(*pair, seed=index)
+            if len(set(pair[1].patients.tolist())) == 1:
+                of_one_patient.append(name)
             moved.append(
                 Moved(
                     name,
@@ -151,6 +154,14 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
         found.rows.append({"dataset": name} | row_of(scores) | {"since_start": changes})
     if len(moved) == len(names) > 1:
         _measure_gaps(moved, found)
+    if found.gaps and of_one_patient:
+        # each resample is the set itself, and 0 would read as certainty
+        for gap in ("gap_se", "gap_shared_se"):
+            found.gaps.pop(gap, None)
+        found.notes.append(
+            f"{', '.join(of_one_patient)}: all images are of one patient, so gap_se and"
+            " gap_shared_se are not measured"
+        )
     return found
 
 

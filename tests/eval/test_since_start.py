@@ -8,6 +8,7 @@ Run: pytest tests/eval/test_since_start.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -129,6 +130,18 @@ def test_several_sets_with_different_labels(tmp_path):
         ["home", "nih", "bones"],
     )
     assert found.gaps["gap_shared"] == pytest.approx((17 / 15 / 9) / 2 + (4 / 27) / 2)
+
+
+def test_a_set_of_one_patient_has_no_standard_error_and_says_so(tmp_path):
+    start = {
+        "home": [dataclasses.replace(row, patient_id="p") for row in BEFORE],
+        "nih": NIH_BEFORE,
+    }
+    found = since_start(run_of(tmp_path, start, {}), ["home", "nih"])
+    assert found.gaps == {"gap_shared": 0.0}  # a condition on gap_shared_se cannot come true
+    assert found.notes == [
+        "home: all images are of one patient, so gap_se and gap_shared_se are not measured"
+    ]
 
 
 def test_sets_that_share_no_label_have_no_shared_gap_and_say_so(tmp_path):
