@@ -51,6 +51,12 @@ ARMS = {
     "grpo-nuanced": "SFT + GRPO, nuanced",
     "more-sft": "SFT + more SFT",
 }
+# The SFT adapter sampled otherwise, which costs no training: title, temperature (None: as rollouts
+# do), further flags of eval.evaluate
+SAMPLED = {
+    "sft-vote": ("SFT, vote of 4", None, ("--num_generations", "4")),
+    "sft-cool": ("SFT, T 0.4", 0.4, ()),
+}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -81,9 +87,11 @@ def train(folder: Path, name: str, module: str, *arguments: str) -> None:
         run(folder, name, module, *arguments)
 
 
-def answer(folder: Path, name: str, *model: str, temperature: float) -> None:
-    """Let one model answer both sites in every mode, in answers/<name>-<mode>/."""
-    for mode in MODES:
+def answer(
+    folder: Path, name: str, *model: str, temperature: float, modes: Sequence[str] = MODES
+) -> None:
+    """Let one model answer both sites in these modes, in answers/<name>-<mode>/."""
+    for mode in modes:
         target = f"answers/{name}-{mode}"
         if (folder / target / "scores-b.json").is_file():  # written last
             continue
@@ -178,6 +186,16 @@ def study_seed(folder: Path, seed: int, recipe: str) -> None:
             "--adapter_name_or_path",
             f"{arm}-{seed}",
             temperature=temperature,
+        )
+    for arm, (_, own, flags) in SAMPLED.items():
+        answer(
+            folder,
+            f"{arm}-{seed}",
+            "--adapter_name_or_path",
+            sft,
+            *flags,
+            temperature=own or temperature,
+            modes=MODES[1:],
         )
 
 
@@ -290,6 +308,37 @@ class Tables:
             sampled.scores["invalid"],
         ]
 
+    def sampled_row(self, *titles: str, title: str, arm: str, seeds: Sequence[int]) -> list[str]:
+        """Make a row of an arm of SAMPLED, which has no greedy answers."""
+        figures, gains = [], []
+        for seed in seeds:
+            own, start = (
+                read_answers(self.folder, f"{name}-{seed}", MODES[1:], self.site, self.functions)
+                for name in (arm, "sft")
+            )
+            rewards = [own.rewards[name] for name in REWARDS]
+            figures.append([*(reward.mean() for reward in rewards), *own.scores.values()])
+            gains.append([gain(own.rewards[name], start.rewards[name]) for name in REWARDS])
+        hard, nuanced, micro, macro, fail, invalid = (
+            f"{value:.3f}" for value in np.mean(figures, axis=0)
+        )
+        hard_gain, nuanced_gain = (", ".join(column) for column in zip(*gains, strict=True))
+        cells = [
+            hard,
+            hard_gain,
+            nuanced,
+            nuanced_gain,
+            "",
+            "",
+            micro,
+            macro,
+            "",
+            "",
+            fail,
+            invalid,
+        ]
+        return [*titles, title, *cells]
+
     def gains(self, name: str, start: str) -> list[str]:
         """Return the three columns of gains over the SFT adapter `start`."""
         (sampled, greedy), (sampled_start, greedy_start) = self.answers(name), self.answers(start)
@@ -350,6 +399,10 @@ class Tables:
             for arm, title in ARMS.items():
                 gains = ("", "", "") if arm == "sft" else self.gains(f"{arm}-{seed}", f"sft-{seed}")
                 rows.append(self.row(str(seed), title, names=[f"{arm}-{seed}"], gains=gains))
+            rows += [
+                self.sampled_row(str(seed), title=title, arm=arm, seeds=[seed])
+                for arm, (title, *_) in SAMPLED.items()
+            ]
         return markdown(("seed", "", *COLUMNS), rows + self.baselines(""))
 
     def summary(self) -> list[str]:
@@ -369,6 +422,10 @@ class Tables:
                     or ("", "", ""),
                 )
             )
+        rows += [
+            self.sampled_row(title=title, arm=arm, seeds=self.seeds)
+            for arm, (title, *_) in SAMPLED.items()
+        ]
         return markdown(("", *COLUMNS), rows + self.baselines())
 
 
