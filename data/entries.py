@@ -305,7 +305,8 @@ def _is_heading_line(line: str, before: Sequence[_Statement]) -> bool:
         return False
     last = before[-1] if before else _Statement("")
     # a row's verdict looks like the row's label
-    return not last.labels or line[:2] in ("**", "__") and last.text[:2] != line[:2]
+    mark = next((mark for mark in ("**", "__", "<") if line.startswith(mark)), None)
+    return not last.labels or mark is not None and not last.text.startswith(mark)
 
 
 def _stands_alone(heading: str) -> bool:

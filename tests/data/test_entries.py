@@ -329,6 +329,17 @@ MIXED = [
         "a heading takes back nothing above it",
     ),
     (
+        "Edema\n<negative>\nFracture\nPneumonia\n</negative>\nCardiomegaly",
+        (E, C),
+        [
+            ("<negative>", "negated"),
+            ("negative: Fracture", "negated"),
+            ("negative: Pneumonia", "negated"),
+            ("</negative>", "negated"),
+        ],
+        "a tag is a heading up to its end",
+    ),
+    (
         "**Edema**\n**Absent**\n**Fracture**",
         (F,),
         [("**Edema**, **Absent**", "negated")],
