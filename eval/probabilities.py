@@ -141,10 +141,9 @@ def reliability(shares: np.ndarray, targets: np.ndarray) -> list[dict[str, float
     in the first, as in sklearn.calibration.calibration_curve), "n", "confidence" (mean share) and
     "observed" (share of the true ones).
     """
-    place = np.clip(np.ceil(shares * BINS - _ROUNDING).astype(int) - 1, 0, BINS - 1)  # [M]
-    number = np.bincount(place, minlength=BINS)
-    said = np.bincount(place, weights=shares, minlength=BINS)
-    true = np.bincount(place, weights=targets, minlength=BINS)
+    place = np.maximum(np.ceil(shares * BINS - _ROUNDING).astype(int) - 1, 0)  # [M]
+    number = np.bincount(place)
+    said, true = np.bincount(place, weights=shares), np.bincount(place, weights=targets)
     return [
         {
             "low": b / BINS,
