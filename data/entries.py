@@ -11,9 +11,9 @@ that:
   to all of it: "left Edema and Fracture", the row "Edema | absent" of a table.
 * An entry that says more than a label's name is unknown, whatever it says: a side, a degree, a
   doubt, a verdict. "Edema: yes" is unknown like "Edema: no", or a check list would be read in half.
-* A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia", the labels
-  before a bare "no" or "0". So does a probability, as in the row "Edema,0.03". In a list with plus
-  signs a minus sign is a negation, and no bullet.
+* A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia" and of
+  "negative for Edema, Fracture", the labels before a bare "no" or "0". So does a probability, as in
+  the row "Edema,0.03". In a list with plus signs a minus sign is a negation, and no bullet.
 * So does a heading that is not the list's name: "Absent:", "Possible:", "Left lung:". It takes its
   line, or all up to the next heading where it stands alone. "# Left lung" is one without a colon,
   and so is what says no more than a verdict: "**Absent**", "| Present | Absent |", "absent=[".
@@ -334,16 +334,14 @@ def _label_of(text: str) -> str | None:
 
 
 def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
-    """Join what a negation takes in a series with a conjunction to one unknown statement.
+    """Join what a negation takes in a series to one unknown statement.
 
-    "no A, B, or C" takes all up to the last conjunction. "A, B, and C are absent" takes the labels
-    before it.
+    "no A, B, or C" takes all up to the last conjunction, "negative for A, B" and "no evidence of A,
+    B" all that follows. "A, B, and C are absent" takes the labels before it.
     """
     if all(statement.labels for statement in series):
         return series
     joints = [i for i, one in enumerate(series) if _CONJUNCTION.search(one.text)]
-    if not joints:
-        return series
     read: list[_Statement] = []
     taken = -1
     for i, statement in enumerate(series):
@@ -355,7 +353,9 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
         if negation is None:
             continue
         if _LABEL not in words[:negation]:
-            taken = joints[-1]
+            named = words.index(_LABEL) if _LABEL in words else 0
+            whole = named and words[named - 1] in ("of", "for")
+            taken = len(series) - 1 if whole else max(joints, default=i)
             read[-1] = _joined(series[i : max(i, taken) + 1])
         elif _CONJUNCTION.search(statement.text):
             first = len(read) - 1
