@@ -5,7 +5,8 @@
     # and as a page with curves
     python -m eval.compare short=runs/a long=runs/b --output_dir comparison
 
-The first run is the one that the others are compared with.
+The first run is the one that the others are compared with. A vote over its start that a GRPO run
+keeps is a row of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
 from eval.figures import MISSING, available, draw_training
 from eval.folders import (
     Entry,
+    added_votes,
     answers_by_set,
     flag_first,
     load_entries,
@@ -184,13 +186,17 @@ def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
 
 
 def comparison_page(entries: Sequence[Entry], config: CompareConfig) -> Page:
-    """Put the comparison together as a page: the scores, the curves, then the settings."""
+    """Put the comparison together as a page: the scores, the curves, then the settings.
+
+    Votes that nobody named have scores only: they stand for no run.
+    """
+    named = [entry for entry in entries if not entry.is_added]
+    first = named[0].name
     contrasts = _contrasts(entries, config)
-    first = entries[0].name
     blocks: list[Block] = [Text(f"No data set was answered by {first} and another run.")]
     sections = []
     if contrasts:
-        last = [entry.name for entry in entries if entry.name in contrasts[0].answers][-1]
+        last = [entry.name for entry in named if entry.name in contrasts[0].answers][-1]
         home = [contrast.data_set for contrast in contrasts if contrast.is_home]
         said: list[Block] = [
             verdict(contrasts, (first, last), None),
@@ -202,7 +208,7 @@ def comparison_page(entries: Sequence[Entry], config: CompareConfig) -> Page:
             blocks += [differences_table(contrast, first), scores_table(contrast)]
         blocks += map(labels_picture, contrasts)
     curves: Sequence[Block] = (
-        _curves(entries)
+        _curves(named)
         if config.output_dir
         else [Text("Curves and pictures appear only with --output_dir, on a page.")]
     )
@@ -213,14 +219,15 @@ def comparison_page(entries: Sequence[Entry], config: CompareConfig) -> Page:
             *sections,
             Section("Scores", blocks),
             *([Section("Training", curves)] if curves else []),
-            Section("Settings", settings_blocks(entries)),
+            Section("Settings", settings_blocks(named)),
         ],
     )
 
 
 def _contrasts(entries: Sequence[Entry], config: CompareConfig) -> list[Contrast]:
     """Compare the others with the first run on every data set that it and another answered."""
-    first = entries[0].name
+    named = [entry.name for entry in entries if not entry.is_added]
+    first = named[0]
     return [
         contrast_models(
             data_set,
@@ -231,7 +238,7 @@ def _contrasts(entries: Sequence[Entry], config: CompareConfig) -> list[Contrast
             permutations=config.permutations,
         )
         for index, (data_set, answers) in enumerate(answers_by_set(entries))
-        if first in answers and len(answers) > 1
+        if first in answers and sum(name in answers for name in named) > 1
     ]
 
 
@@ -265,7 +272,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Compare runs: settings, scores with paired intervals, curves.",
     )
     config: CompareConfig = resolved.configs[0]
-    entries = load_entries(config.run, "run")
+    entries = load_entries(config.run, "run", with_votes=True)
     unknown = [entry for entry in entries if not entry.sets and entry.training is None]
     if unknown:
         raise UsageError(
@@ -278,6 +285,8 @@ def _run(argv: Sequence[str]) -> int:
     page = comparison_page(entries, config)
     if config.output_dir is not None:
         write_page(page, run_directory(config.output_dir, "report"))
+    if added := added_votes(entries):
+        print(added)
     print(to_text(page))
     return 0
 

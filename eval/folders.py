@@ -36,6 +36,8 @@ from eval.names import name_by_stage
 from eval.paired import fingerprint
 
 Stage = Literal["base", "sft", "grpo", "other"]
+START = "start"  # folder in a GRPO run's: what its start answered
+VOTE = "start-vote"  # the same start, by a vote of several samples
 _FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING, SUPPORT_DEVICES)]
 
 
@@ -292,7 +294,8 @@ class Entry:
     that answered, None where unknown. training: folder of the run that trained the model, None
     where it is no longer there. sets: {data set: predictions file}. records: {data set: its scores
     record}. settings: of the run or evaluation in the folder. trained: of the run that trained the
-    model. is_told: the stage is told by records, and no guess from the name.
+    model. is_told: the stage is told by records, and no guess from the name. is_added: nobody named
+    the folder, it lies in that of a GRPO run that somebody named.
     """
 
     name: str
@@ -310,6 +313,7 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     trained: dict[str, Any] = field(default_factory=dict)
     is_told: bool = False
+    is_added: bool = False
 
     @property
     def votes(self) -> int:
@@ -380,14 +384,52 @@ def named_folders(values: Sequence[str], flag: str) -> dict[str, Path]:
     return folders
 
 
-def load_entries(values: Sequence[str], flag: str) -> list[Entry]:
+def load_entries(values: Sequence[str], flag: str, *, with_votes: bool = False) -> list[Entry]:
     """Read the models that the values FOLDER or NAME=FOLDER of a flag name, in their order.
 
-    One without NAME= is named by its stage. Raises UsageError as `named_folders` and `load_entry`
-    do.
+    One without NAME= is named by its stage. with_votes: read the votes that GRPO runs keep, too.
+    Raises UsageError as `named_folders` and `load_entry` do.
     """
     entries = [load_entry(name, folder) for name, folder in named_folders(values, flag).items()]
+    if with_votes:
+        entries = _among_votes(entries)
     return name_by_stage(entries, {value.partition("=")[0] for value in values if "=" in value})
+
+
+def _among_votes(entries: Sequence[Entry]) -> list[Entry]:
+    """Put before each GRPO run the vote over its start that its folder keeps, if it keeps one.
+
+    What a vote reaches without training is what GRPO has to beat. It is left out where a vote of
+    that stage on the same data sets is among the entries.
+    """
+    folders = {entry.folder.resolve() for entry in entries}
+    voting = [entry for entry in entries if entry.votes > 1]
+    found: list[Entry] = []
+    for entry in entries:
+        place = entry.folder / VOTE
+        if entry.stage == "grpo" and place.is_dir() and place.resolve() not in folders:
+            vote = dataclasses.replace(load_entry(f"{VOTE} of {entry.name}", place), is_added=True)
+            if vote.sets and not any(_same_vote(vote, other) for other in voting):
+                voting.append(vote)
+                found.append(vote)
+        found.append(entry)
+    return found
+
+
+def _same_vote(vote: Entry, other: Entry) -> bool:
+    """Tell whether another vote makes one from a run's folder superfluous.
+
+    Two from runs' folders are the same only where one model answered.
+    """
+    adapters = (one.settings.get("adapter_name_or_path") for one in (vote, other))
+    same_model = not other.is_added or len(set(adapters)) == 1
+    return same_model and vote.stage == other.stage and set(vote.sets) <= set(other.sets)
+
+
+def added_votes(entries: Sequence[Entry]) -> str:
+    """Say in one line which votes nobody named, "" where there are none."""
+    added = [f"{entry.name} ({entry.folder})" for entry in entries if entry.is_added]
+    return f"added, the vote that GRPO has to beat: {', '.join(added)}" if added else ""
 
 
 def answers_by_set(entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, Answers]]]:

@@ -34,7 +34,7 @@ from eval.contrasts import (
     transfers,
 )
 from eval.figures import MISSING, available, reliability_pictures, training_pictures
-from eval.folders import Entry, answers_by_set, flag_first, load_entries
+from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries
 from eval.group_tables import groups_tables
 from eval.page import (
     ARROW,
@@ -334,7 +334,8 @@ def _vote_sections(entries: Sequence[Entry]) -> list[Section]:
 def _training_sections(entries: Sequence[Entry]) -> list[Section]:
     if not available():
         return [Section("Training", [Text(f"Without pictures: {MISSING}")])]
-    curves: list[Picture] = training_pictures(entries)
+    # a vote that nobody named stands for no run
+    curves: list[Picture] = training_pictures([one for one in entries if not one.is_added])
     if not curves:
         return []
     rest = [Folded("More curves", curves[1:])] if curves[1:] else []
@@ -450,7 +451,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Tables, figures and sample cases from runs or kept predictions.",
     )
     config: ReportConfig = resolved.configs[0]
-    entries = load_entries(config.run, "run")
+    entries = load_entries(config.run, "run", with_votes=True)
     empty = [entry for entry in entries if not entry.sets]
     if empty:
         raise UsageError(
@@ -464,6 +465,8 @@ def _run(argv: Sequence[str]) -> int:
     page = report_page(entries, config, baseline_examples)
     folder = run_directory(config.output_dir, "report")
     write_page(page, folder)
+    if added := added_votes(entries):
+        print(added)
     for block in page.sections[0].blocks:
         if isinstance(block, Lead):
             print("\n".join(console_lines(block)).replace(ARROW, "->").strip())

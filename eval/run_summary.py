@@ -17,9 +17,9 @@ import numpy as np
 
 from data.files import write_json
 from eval.end_table import end_table, stage_title
-from eval.folders import load_entry, read_log, read_record, result_files
+from eval.folders import START, VOTE, load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
-from eval.since_start import EVALUATIONS, START, VOTE, since_start
+from eval.since_start import EVALUATIONS, since_start
 
 SUMMARY = "summary.json"
 RESAMPLES = 10_000

@@ -23,6 +23,8 @@ from data.predictions import read_predictions
 from engine.config import UsageError
 from eval.end_table import METRICS, row_of
 from eval.folders import (
+    START,
+    VOTE,
     Answers,
     load_answers,
     read_record,
@@ -33,8 +35,6 @@ from eval.metrics import RESAMPLES, interval, patient_totals, scores_of_totals
 from eval.paired import shared_resamples
 from eval.transfer import Moved, gap_on_all_labels, gap_on_shared_labels
 
-START = "start"  # folders in the run's folder
-VOTE = "start-vote"
 EVALUATIONS = "evaluations.jsonl"  # a row a data set and evaluation
 
 

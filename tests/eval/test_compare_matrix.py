@@ -27,8 +27,10 @@ from engine.vision import VisionCache
 from eval.compare import main as compare_main
 from eval.decode import evaluate_sets
 from eval.evaluate import main as evaluate_main
+from eval.folders import write_results
 from eval.matrix import main as matrix_main
-from tests.helpers.reports import AFTER, BEFORE, FEW, save, training_run
+from eval.scores import score
+from tests.helpers.reports import AFTER, BEFORE, FEW, NIH_BEFORE, save, training_run
 from tests.helpers.runs import lines, record
 from tests.helpers.tiny import SAVE, load, save_images
 
@@ -76,6 +78,25 @@ def test_settings_and_scores_that_differ(runs, capsys):
         )
     ]
     assert places == sorted(places)
+
+
+def test_a_vote_that_a_run_keeps_is_a_row_and_no_run(runs, tmp_path, capsys):
+    """It stands in the first run's folder, and yet the others are compared with that run."""
+    (runs[0] / "start-vote").mkdir()
+    settings = {"adapter_name_or_path": {"value": None}, "max_steps": {"value": 7}}
+    record = {"run": {"settings": settings}, "samples": {"num_generations": 4}}
+    write_results(runs[0] / "start-vote", "home", AFTER, score(AFTER) | record)
+    save(runs[0], nih=NIH_BEFORE)  # of which there is nothing to compare
+    write_results(runs[0] / "start-vote", "nih", NIH_BEFORE, score(NIH_BEFORE) | record)
+    assert compare_main([*map(str, runs), *FEW, "--output_dir", str(tmp_path / "out")]) == 0
+    text = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert text[0].startswith("added, the vote that GRPO has to beat: base + vote of 4 (")
+    assert any(line.startswith("GRPO (nuanced) against GRPO (hard): ") for line in text)
+    assert any(line.startswith("base + vote of 4 Macro F1 0.095 0.176 +0.081") for line in text)
+    assert any(line.startswith("GRPO (nuanced) Macro F1 0.095 0.176 +0.081") for line in text)
+    assert not any("max_steps" in line or "Scores on nih" in line for line in text)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Total reward, as trained on of GRPO (hard)" in page  # the curves are still there
 
 
 def test_settings_of_one_stage_are_folded(tmp_path, capsys):

@@ -26,6 +26,7 @@ from eval import published
 from eval.cases import case_strip, chosen_ids, outcomes, turns
 from eval.contrasts import contrast_models, nih_variants, pairs_of, transfers
 from eval.folders import (
+    added_votes,
     flag_first,
     load_answers,
     load_entries,
@@ -38,6 +39,7 @@ from eval.page import Case, Cases, ModelAnswer
 from eval.page_text import WIDTH
 from eval.paper_tables import paper_tables, prompt_key
 from eval.report import home_sets, main
+from eval.scores import score
 from eval.tables import diversity_table, marginals_table, movers_table, scores_table
 from eval.transfer_tables import paradox_table, transfer_table
 from tests.helpers.pages import HOSTILE, ParsedPage
@@ -498,6 +500,85 @@ def test_a_vote_is_named_as_one(tmp_path):
     record = {"run": run, "samples": {"num_generations": 4, "mean": 0.1, "best": 0.2}}
     write_results(tmp_path / "vote", "home", BEFORE, record)
     assert names_of(str(sft), str(tmp_path / "vote")) == ["SFT", "SFT + vote of 4"]
+
+
+def start_vote(run: Path, adapter: Path, *names: str) -> Path:
+    """Make what run_grpo.py --vote_baseline keeps in a run: its start's vote, by data set."""
+    folder = run / "start-vote"
+    folder.mkdir()
+    run_of = {"settings": settings(adapter_name_or_path=str(adapter), num_generations=4)}
+    record = {"run": run_of, "samples": {"num_generations": 4}}
+    for name in names:
+        write_results(folder, name, BEFORE, score(BEFORE) | record)
+    return folder
+
+
+def with_votes(*values: str | Path) -> list[str]:
+    return [entry.name for entry in load_entries([*map(str, values)], "run", with_votes=True)]
+
+
+def test_the_vote_that_a_grpo_run_keeps_stands_before_it(tmp_path):
+    sft = run_folder(tmp_path / "20260101-sft", "sft")
+    grpo = run_folder(tmp_path / "20260102-grpo", "grpo", seed=1)
+    vote = start_vote(grpo, sft, "home", "nih")
+    assert with_votes(sft, grpo) == ["SFT", "SFT + vote of 4", "GRPO"]
+    assert with_votes(sft, f"mine={grpo}") == ["SFT", "SFT + vote of 4", "mine"]
+    assert names_of(str(sft), str(grpo)) == ["SFT", "GRPO"]  # only where it is asked for
+    added = load_entries([str(sft), str(grpo)], "run", with_votes=True)
+    assert [entry.is_added for entry in added] == [False, True, False]
+    assert added_votes(added) == (
+        f"added, the vote that GRPO has to beat: SFT + vote of 4 ({vote})"
+    )
+    # given already, at any place
+    assert with_votes(sft, grpo, vote) == ["SFT", "GRPO", "SFT + vote of 4"]
+    assert added_votes(load_entries([str(sft), str(vote), str(grpo)], "run", with_votes=True)) == ""
+    # a run that keeps none, or whose folder of votes is empty
+    empty = run_folder(tmp_path / "20260103-grpo", "grpo")
+    assert with_votes(sft, empty) == ["SFT", "GRPO"]
+    (empty / "start-vote").mkdir()
+    assert with_votes(sft, empty) == ["SFT", "GRPO"]
+
+
+def test_a_vote_of_the_same_stage_and_sets_takes_the_place_of_a_runs_own(tmp_path):
+    sft = run_folder(tmp_path / "20260101-sft", "sft", seed=0)
+    grpo = run_folder(tmp_path / "20260102-grpo", "grpo", seed=1)
+    start_vote(grpo, sft, "home", "nih")
+    mine = start_vote(tmp_path, sft, "home")  # lacks a data set
+    assert len(with_votes(sft, f"mine={mine}", grpo)) == 4
+    write_results(mine, "nih", BEFORE, {"samples": {"num_generations": 4}})
+    assert with_votes(sft, f"mine={mine}", grpo) == ["SFT", "mine", "GRPO"]
+    of_grpo = tmp_path / "of-grpo"
+    of_grpo.mkdir()
+    start_vote(of_grpo, grpo, "home", "nih")  # a vote of GRPO is none over its start
+    assert len(with_votes(sft, grpo, f"x={of_grpo / 'start-vote'}")) == 4
+    # two runs from one SFT share its vote, a run from another SFT has its own
+    again = run_folder(tmp_path / "20260103-grpo", "grpo", seed=2)
+    start_vote(again, sft, "home", "nih")
+    assert with_votes(grpo, again) == ["SFT + vote of 4", "GRPO (seed 1)", "GRPO (seed 2)"]
+    other = run_folder(tmp_path / "20260104-sft", "sft", seed=5)
+    third = run_folder(tmp_path / "20260105-grpo", "grpo", seed=3)
+    start_vote(third, other, "home", "nih")
+    assert with_votes(grpo, third) == [
+        "SFT + vote of 4 (seed 0)",
+        "GRPO (seed 1)",
+        "SFT + vote of 4 (seed 5)",
+        "GRPO (seed 3)",
+    ]
+
+
+def test_a_report_says_that_it_added_the_vote(tmp_path, capsys):
+    sft, grpo = (run_folder(tmp_path / f"2026-{stage}", stage) for stage in ("sft", "grpo"))
+    save(sft, home=BEFORE)
+    save(grpo, home=AFTER)
+    vote = start_vote(grpo, sft, "home")
+    assert main([str(sft), str(grpo), "--output_dir", str(tmp_path / "out"), *FEW]) == 0
+    printed = capsys.readouterr().out
+    assert f"SFT + vote of 4 ({vote})" in printed.splitlines()[0]
+    # the sentence is on the step of training, and the picture has all three
+    assert "GRPO against SFT: " in printed
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Macro-F1 with 95 % intervals: SFT on home 0.095" in page
+    assert "; SFT + vote of 4 on home 0.095" in page and "; GRPO on home 0.176" in page
 
 
 def test_answers_that_were_only_scored_again_are_no_base(tmp_path):
