@@ -167,8 +167,23 @@ def test_which_files_vote():
     rollouts = parsed([row(FAILED, ()) | {"step": s, "group": 0} for s in (0, 0, 2, 2)])
     assert samples_of_file(rollouts, None, source="f") is None
     assert samples_of_file(rollouts, 2, source="f") == [rollouts[:2], rollouts[2:]]
-    with pytest.raises(DataError, match="f, id 'r1' at step 0: has 2 samples; each image needs 4"):
+    with pytest.raises(DataError) as error:
         samples_of_file(rollouts, 4, source="f")
+    assert error.value.problems == [
+        f"f, id 'r1' at step {step}: has 2 samples; each image needs 4" for step in (0, 2)
+    ]
+    # an image that a rollout drew twice has two groups
+    drawn = parsed([row(FAILED, ()) | {"step": 0, "group": g} for g in (0, 0, 1, 1)])
+    assert samples_of_file(drawn, 2, source="f") == [drawn[:2], drawn[2:]]
+    for field in ("step", "group"):
+        half = parsed([row(FAILED, (), id=f"r{n}") | {field: 0} for n in range(2)])
+        with pytest.raises(DataError, match="f: holds one answer an image"):
+            samples_of_file(half, 2, source="f")
+
+
+def test_one_sample_votes_for_itself():
+    (sample,) = samples(said("Edema"))
+    assert vote([sample]).answer.labels == ("Edema",)
 
 
 # ---- scores --------------------------------------------------------------------------------------
