@@ -80,7 +80,8 @@ _SIGNED = re.compile(
     r"(?:([+\uff0b\ufe62\u2795])|[-\u2010\u2012-\u2015\uff0d\ufe63])"
 )
 _SHARE = re.compile(r"0?\.[0-9]+|0+|1\.0+|[0-9]+(?:\.[0-9]+)? ?%")
-_EMPTY_LIST = re.compile(rf"{_COLON.pattern}\s?[\[{{]")
+_EMPTY_LIST = re.compile(rf"[^0-9]*{_COLON.pattern}\s?[\[{{][^0-9]*")
+_CLOSE = frozenset("]}")
 # An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
 # a single dash, which may stand for "none".
 _RULE = QUOTES + OPENING + CLOSING + BULLETS + "*#|=_:$\\ \t"
@@ -211,9 +212,10 @@ def _statements(body: str) -> list[_Statement]:
         if ends_line and not goes_on:
             heading = ""
         statements += _with_negated_series(read)
-    # "Labels:" and no more is no empty list, but {"labels": []} is one.
+    # "Labels:" and no more is no empty list, nor is 'Labels: [' cut short, but {"labels": []} is.
+    closed = not _CLOSE.isdisjoint(body)
     return _with_bare_negations(statements) or [
-        _Statement(name) for name in names if not _EMPTY_LIST.search(name)
+        _Statement(name) for name in names if not (closed and _EMPTY_LIST.fullmatch(name))
     ]
 
 

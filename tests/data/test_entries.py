@@ -234,6 +234,8 @@ UNREAD = [
     ("The lungs are clear.", (), "other", "no label"),
     ("...", (), "other", "the place holder of a prompt, and no empty list"),
     ("Labels:", (), "other", "the list's name and no list"),
+    ("Labels: [", (), "other", "a list that is cut short"),
+    ("1 > (3)Labels: {}", (), "other", "something else before an empty list"),
     ("and", (), "other", "nothing to join"),
     ("<b>Edema</b>", (), "qualified", "a tag is text"),
     ("0. Edema", (), "negated", "a number from 0 is no list number for certain"),
