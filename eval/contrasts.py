@@ -80,6 +80,11 @@ class Contrast:
         """Compute the 95 % interval of a model's score."""
         return interval(self.resampled[model][score])
 
+    @property
+    def num_patients(self) -> int:
+        """Return how many patients the images are of."""
+        return len(set(self.first.patients.tolist()))
+
     def change(self, before: str, after: str, score: str) -> Change:
         """Compare two models in a score."""
         return change(
@@ -254,7 +259,7 @@ class Transfer:
     labels: by pair of data sets (home, away), the labels that both can express. home_shared,
     away_shared, gap_shared: the same comparison on those labels alone. home_only: the change at
     home on the labels that the other side cannot express. same_labels: both sides have the same
-    labels anyway, so that there is nothing to match.
+    labels anyway, so that there is nothing to match. num_patients: of the data set with the fewest.
     """
 
     before: str
@@ -268,6 +273,7 @@ class Transfer:
     gap_shared: tuple[float, tuple[float, float]] | None = None
     home_only: Change | None = None
     same_labels: bool = False
+    num_patients: int = 0
 
 
 def transfers(
@@ -308,6 +314,7 @@ def transfers(
                     same_labels=all(
                         set(one.labels) == set(other.labels) for one in at_home for other in away
                     ),
+                    num_patients=min(contrast.num_patients for contrast in both),
                 )
             )
     return found

@@ -29,7 +29,10 @@ _NAME_WIDTH = 60  # of a name in a line of its own
 # ---- rows ----------------------------------------------------------------------------------------
 def row_of(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Pick what the table shows out of a data set's scores, as evaluations.jsonl keeps it."""
-    kept = ("n", "jaccard", "intervals", "fail_rate", "unknown_rate", "silenced_labels", "reward")
+    kept = (
+        *("n", "num_patients", "jaccard", "intervals", "fail_rate", "unknown_rate"),
+        *("silenced_labels", "reward"),
+    )
     row = {key: scores[key] for key in kept if key in scores}
     return row | {f"{kind}_f1": scores[kind]["f1"] for kind in ("micro", "macro")}
 

@@ -19,6 +19,7 @@ from eval.metrics import interval, resampled_totals, scores_of_totals
 
 RESAMPLES = 10_000
 PERMUTATIONS = 10_000
+FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
 _TESTED = ("micro_f1", "macro_f1", "jaccard", "label_f1")
 _SWAPS_AT_ONCE = 2_000_000  # of the permutation test's [permutations, rows] counts: 16 MB
 
@@ -120,11 +121,6 @@ class Change:
     relative: tuple[float, float] | None
     p_value: float
 
-    @property
-    def is_clear(self) -> bool:
-        """Tell whether the interval of the difference leaves 0 out."""
-        return self.difference[0] > 0 or self.difference[1] < 0
-
 
 def change(
     before: float,
@@ -144,6 +140,16 @@ def change(
     return Change(
         before, after, interval(resampled_after - resampled_before), relative, float(p_value)
     )
+
+
+def is_clear(interval: Sequence[float], patients: int) -> bool:
+    """Tell whether a verdict may call a difference clear, the one rule of all sentences.
+
+    Its 95 % interval leaves 0 out and rests on at least FEW_PATIENTS patients. interval: (low,
+    high) of the difference. patients: how many were drawn.
+    """
+    low, high = interval
+    return patients >= FEW_PATIENTS and (low > 0 or high < 0)
 
 
 # ---- what is said, whatever the image ------------------------------------------------------------

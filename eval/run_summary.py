@@ -19,6 +19,7 @@ from data.files import write_json
 from eval.end_table import end_table, stage_title
 from eval.folders import START, VOTE, load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
+from eval.paired import is_clear
 from eval.since_start import EVALUATIONS, since_start
 
 SUMMARY = "summary.json"
@@ -110,11 +111,13 @@ def plain_sentence(
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say where macro-F1 has clearly changed: where the interval of its change leaves 0 out."""
+    """Say where macro-F1 has clearly changed, by the rule of a report's verdict."""
     verdicts: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        low, high = row["since_start"]["macro_f1"]["interval"]
-        word = "clear gain" if low > 0 else "clear loss" if high < 0 else "no clear change"
+        interval_of = row["since_start"]["macro_f1"]["interval"]
+        word = "no clear change"
+        if is_clear(interval_of, row.get("num_patients", row["n"])):
+            word = "clear gain" if interval_of[0] > 0 else "clear loss"
         verdicts[word].append(row["dataset"])
     numbers = " and ".join(dict.fromkeys(f"{row['n']:,}" for row in rows))
     if len(verdicts) == 1:

@@ -8,7 +8,7 @@ from data.labels import LABELS, NIH_NINE
 from eval import published
 from eval.contrasts import Contrast, Transfer
 from eval.page import ARROW, Cell, Table
-from eval.paired import Change
+from eval.paired import Change, is_clear
 from eval.tables import holm_note, number, p_cells, signed
 from eval.transfer import shared_labels
 
@@ -225,7 +225,7 @@ def _verdict(moved: Change | None) -> Cell:
 
 
 def reading(transfer: Transfer, *, shared: bool = False) -> str:
-    """Say in words what a step changed: a gain or loss needs an interval without 0.
+    """Say in words what a step changed: a gain or loss is clear by `paired.is_clear`.
 
     shared: on the labels that both sides can express, not on all of each side.
     """
@@ -236,7 +236,7 @@ def reading(transfer: Transfer, *, shared: bool = False) -> str:
             if moved is None
             else (
                 "no clear change"
-                if not moved.is_clear
+                if not is_clear(moved.difference, transfer.num_patients)
                 else "gains"
                 if moved.after > moved.before
                 else "loses"
@@ -253,6 +253,6 @@ def reading(transfer: Transfer, *, shared: bool = False) -> str:
     if (home, away) == ("loses", "gains"):
         return "loses at home, gains elsewhere: the paper's paradox"
     moved = ""
-    if gap is not None and (gap[1][0] > 0 or gap[1][1] < 0):
+    if gap is not None and is_clear(gap[1], transfer.num_patients):
         moved = "; the gap moved " + ("towards home" if gap[0] > 0 else "towards the other schemes")
     return (f"in both: {home}" if home == away else f"at home: {home}; elsewhere: {away}") + moved

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from eval.confusion import counts_of, silenced_in
 from eval.contrasts import Contrast, Transfer
 from eval.page import ARROW, Lead
-from eval.paired import Change
+from eval.paired import FEW_PATIENTS, Change, holm, is_clear
 from eval.tables import BASELINE_TITLES, bounds, number, p_text
 from eval.transfer_tables import shared_title
 
 _NO_CHANGE = "no clear change"
 MANY_UNREAD = 0.05  # share of answers that failed or have unknown entries, from which on it is said
-FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
 
 
 def last_step(names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -28,8 +27,8 @@ def verdict(
 ) -> Lead:
     """Write the verdict on the last step, from paired intervals.
 
-    A rise or fall of macro-F1 needs a 95 % interval of the difference without 0, from at least
-    FEW_PATIENTS patients. contrasts: the data sets, those at home first. step: (before, after),
+    A rise or fall of macro-F1 has to be clear by `paired.is_clear`. The p-values of the evidence
+    are adjusted for the number of data sets. contrasts: the data sets, those at home first. step: (before, after),
     None for a verdict on single models. transfer: of that step, None where it has none.
     """
     both = [contrast for contrast in contrasts if step and step in contrast.p_values]
@@ -38,12 +37,16 @@ def verdict(
     before, after = step
     moved = [(contrast, contrast.change(before, after, "macro_f1")) for contrast in both]
     parts = [_changes(moved)]
-    if gap := _gap_clause(transfer, both):
+    if gap := _gap_clause(transfer):
         parts.append(gap)
     if silent := _newly_silent(both, before, after):
         verb = "is" if len(silent) == 1 else "are"
         parts.append(f"{_listed(silent)} {verb} hardly said any more")
-    details = [_evidence(contrast, *step) for contrast in both]
+    p_values = holm([change.p_value for _, change in moved])
+    details = [
+        _evidence(contrast, *step, _p_of(p, len(both)))
+        for contrast, p in zip(both, p_values, strict=True)
+    ]
     if transfer is not None and transfer.gap_shared is not None:
         size, (low, high) = transfer.gap_shared
         details.append(
@@ -63,7 +66,7 @@ def _changes(moved: Sequence[tuple[Contrast, Change]]) -> str:
     parts = []
     unclear = []
     for contrast, change in moved:
-        if not change.is_clear or _patients(contrast) < FEW_PATIENTS:
+        if not is_clear(change.difference, contrast.num_patients):
             unclear.append(contrast)
             continue
         size = change.after - change.before
@@ -81,15 +84,15 @@ def _changes(moved: Sequence[tuple[Contrast, Change]]) -> str:
     return _listed(parts)
 
 
-def _gap_clause(transfer: Transfer | None, contrasts: Sequence[Contrast]) -> str:
+def _gap_clause(transfer: Transfer | None) -> str:
     """Say whether the step did more at home than elsewhere on the same labels, where it is clear.
 
     On different labels the two sides say nothing of the hospitals.
     """
     if transfer is None or transfer.gap_shared is None:
         return ""
-    size, (low, high) = transfer.gap_shared
-    if low <= 0 <= high or min(map(_patients, contrasts)) < FEW_PATIENTS:
+    size, interval = transfer.gap_shared
+    if not is_clear(interval, transfer.num_patients):
         return ""
     where = "at home than elsewhere" if size > 0 else "elsewhere than at home"
     return f"on the labels that both sides can express it did {abs(size):.3f} more {where}"
@@ -105,14 +108,22 @@ def _newly_silent(contrasts: Sequence[Contrast], before: str, after: str) -> lis
     return list(dict.fromkeys(found))
 
 
-def _evidence(contrast: Contrast, before: str, after: str) -> str:
-    """Write the figures of one data set: macro-F1 before and after, both F1's differences, n."""
+def _p_of(p_value: float, sets: int) -> str:
+    """Write a p-value, and for how many data sets it is adjusted where there are several."""
+    return f"p {p_text(p_value)}" + (f" (Holm, {sets} data sets)" if sets > 1 else "")
+
+
+def _evidence(contrast: Contrast, before: str, after: str, p: str) -> str:
+    """Write the figures of one data set: macro-F1 before and after, both F1's differences, n.
+
+    p: the p-value of macro-F1, in words.
+    """
     macro, micro = (contrast.change(before, after, score) for score in ("macro_f1", "micro_f1"))
-    patients = _patients(contrast)
+    patients = contrast.num_patients
     few = "" if patients >= FEW_PATIENTS else ", too few for an interval to be trusted"
     return (
         f"{contrast.data_set}: macro-F1 {number(macro.before)} {ARROW} {number(macro.after)},"
-        f" {_difference(macro)}, p {p_text(macro.p_value)}; micro-F1 {_difference(micro)};"
+        f" {_difference(macro)}, {p}; micro-F1 {_difference(micro)};"
         f" {len(contrast.labels)} labels, {len(contrast.first.ids):,} images of {patients:,}"
         f" patients{few}"
     )
@@ -121,10 +132,6 @@ def _evidence(contrast: Contrast, before: str, after: str) -> str:
 def _difference(moved: Change) -> str:
     low, high = moved.difference
     return f"{moved.after - moved.before:+.3f} (95 % {low:+.3f} to {high:+.3f})"
-
-
-def _patients(contrast: Contrast) -> int:
-    return len(set(contrast.first.patients.tolist()))
 
 
 def _silent_lines(contrasts: Sequence[Contrast], model: str) -> list[str]:

@@ -21,6 +21,7 @@ from eval.paired import (
     diversity,
     fingerprint,
     holm,
+    is_clear,
     permutation_p_values,
     said_and_true,
     shared_resamples,
@@ -237,9 +238,27 @@ def test_a_change_by_hand():
     assert result.difference == pytest.approx((0.105, 0.295)) and result.relative == pytest.approx(
         (0.5125, 0.9875)
     )
-    assert result.is_clear and (result.before, result.after, result.p_value) == (0.2, 0.4, 0.01)
+    assert (result.before, result.after, result.p_value) == (0.2, 0.4, 0.01)
     assert change(0, 0.4, np.array([0.0, 0.3]), np.array([0.3, 0.6]), 0.01).relative is None
-    assert not change(0.2, 0.2, np.array([0.2, 0.3]), np.array([0.3, 0.2]), 1.0).is_clear
+
+
+@pytest.mark.parametrize(
+    ("interval", "patients", "clear"),
+    [
+        ((0.01, 0.05), 20, True),
+        ((-0.05, -0.01), 20, True),
+        ((0.01, 0.05), 19, False),  # too few patients
+        ((-0.01, 0.05), 1000, False),
+        ((0.0, 0.05), 1000, False),  # it touches 0
+        ((-0.05, 0.0), 1000, False),
+        ((0.0, 0.0), 1000, False),
+        ((float("nan"), float("nan")), 1000, False),
+    ],
+)
+def test_a_clear_difference_has_an_interval_without_zero_and_twenty_patients(
+    interval, patients, clear
+):
+    assert is_clear(interval, patients) is clear
 
 
 def test_figures_of_totals_equal_scikit_learn():

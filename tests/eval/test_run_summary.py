@@ -105,9 +105,11 @@ def test_runs_with_less_than_two_rollouts(tmp_path):
 REWARD = {"first": 0.658, "last": 0.692, "difference": 0.034, "interval": [0.012, 0.056]}
 
 
-def moved(name: str, difference: float, low: float, high: float, n: int = 100) -> dict:
+def moved(
+    name: str, difference: float, low: float, high: float, n: int = 100, patients: int = 100
+) -> dict:
     change = {"difference": difference, "interval": [low, high]}
-    return {"dataset": name, "n": n, "since_start": {"macro_f1": change}}
+    return {"dataset": name, "n": n, "num_patients": patients, "since_start": {"macro_f1": change}}
 
 
 def test_the_sentence_of_a_run_without_a_clear_change():
@@ -130,10 +132,16 @@ def test_the_sentence_of_a_run_without_a_clear_change():
             "clear gain on s0; no clear change on s1; clear loss on s2, at n = 100",
         ),
         ([(0.0, 0.05, 25596)], "no clear change at n = 25,596"),  # an interval that touches 0
+        # by patients, not by images: 100 images of 19 are too few, of 20 enough
+        ([(0.01, 0.05, 100, 19)], "no clear change at n = 100"),
+        (
+            [(0.01, 0.05, 100, 20), (-0.05, -0.01, 100, 20)],
+            "clear gain on s0; clear loss on s1, at n = 100",
+        ),
     ],
 )
 def test_a_change_is_clear_where_its_interval_leaves_zero_out(changes, words):
-    rows = [moved(f"s{i}", 0.0, low, high, n) for i, (low, high, n) in enumerate(changes)]
+    rows = [moved(f"s{i}", 0.0, *change) for i, change in enumerate(changes)]
     sentence = plain_sentence(None, rows, {})
     assert sentence.startswith("greedy macro-F1 s0 +0.000 (")
     assert sentence.endswith(f": {words}; silenced: no label")
@@ -226,7 +234,8 @@ def test_only_what_the_run_has_silenced_is_in_the_sentence(tmp_path):
     write_results(run, "home", rows("Pneumonia"), score(rows("Pneumonia")), overwrite=True)
     summary = summarize(run, ["home"])
     assert summary["silenced"] == {"home": ["Edema"]}
-    assert summary["sentence"].endswith(": clear loss at n = 12; silenced: Edema (home)")
+    # all answers got worse, and yet 12 patients are too few for a verdict
+    assert summary["sentence"].endswith(": no clear change at n = 12; silenced: Edema (home)")
 
 
 def test_a_run_of_an_earlier_version_has_a_sentence_of_what_it_kept(run):

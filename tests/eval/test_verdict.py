@@ -18,6 +18,7 @@ from eval.confusion import NOTHING, heat_map, said_in_place, silenced_in, silenc
 from eval.contrasts import transfers
 from eval.page import Cell, Table, Text
 from eval.pictures import NARROW, WIDE, dumbbell_picture, labels_picture
+from eval.transfer_tables import reading
 from eval.verdict import last_step, verdict
 from tests.helpers.reports import AFTER, BEFORE, answer, compared, parsed, row, texts
 
@@ -85,6 +86,32 @@ def test_fewer_than_twenty_patients_give_no_verdict(tmp_path):
     assert lead.details[0].endswith("19 patients, too few for an interval to be trusted")
     enough = compared(tmp_path, rows_of({0: "Fracture"}, 20), rows_of({0: "Edema"}, 20))
     assert "rises" in verdict([enough], STEP, None).text
+
+
+def test_p_values_of_the_evidence_are_adjusted_for_the_data_sets(tmp_path):
+    """Edema right in none of forty and then in all: p = 1/201, of two sets twice that, 0.00995.
+    The other set's one in forty against two is far from it, and stays as it is.
+    """
+    clear = compared(tmp_path, rows_of({0: "Fracture"}), rows_of({0: "Edema"}))
+    unclear = compared(
+        tmp_path, rows_of({0: "Edema", 1: "Fracture"}), rows_of({0: "Edema", 2: "Fracture"}), "away"
+    )
+    alone = unclear.change(*STEP, "macro_f1").p_value
+    first, second = verdict([clear, unclear], STEP, None).details[:2]
+    assert "(95 % +0.071 to +0.071), p 0.010 (Holm, 2 data sets); micro-F1" in first
+    assert alone > 0.1 and f", p {alone:.3f} (Holm, 2 data sets); micro-F1" in second
+
+
+def test_fewer_than_twenty_patients_give_no_reading(tmp_path):
+    for patients, words in (
+        (19, "at home: no clear change; elsewhere: not measured"),
+        (20, "at home: gains; elsewhere: not measured"),
+    ):
+        home = compared(
+            tmp_path, rows_of({0: "Fracture"}, patients), rows_of({0: "Edema"}, patients)
+        )
+        [transfer] = transfers([home], ["home"], [STEP])
+        assert transfer.num_patients == patients and reading(transfer) == words
 
 
 def test_the_gap_is_that_of_the_labels_that_both_sides_can_express(tmp_path):
