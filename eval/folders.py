@@ -550,6 +550,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def part_of(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a part of a record, empty where a record of another version has none."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def located(named: str, folder: Path) -> Path | None:
     """Find a path that a record in `folder` names, seen from where its command ran.
 

@@ -33,6 +33,7 @@ from eval.contrasts import (
     pairs_of,
     transfers,
 )
+from eval.faithfulness_tables import faithfulness_tables
 from eval.figures import MISSING, available, reliability_pictures, training_pictures
 from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries
 from eval.group_tables import groups_tables
@@ -58,7 +59,7 @@ from eval.published import SOURCE
 from eval.tables import diversity_table, marginals_table, movers_table, scores_table
 from eval.transfer_tables import matched_table, paradox_table, reading, shared_title, transfer_table
 from eval.verdict import last_step, verdict
-from eval.vote_tables import vote_tables
+from eval.vote_tables import threshold_tables, vote_tables
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ def report_page(
         ),
         *_group_sections(contrasts, pairs, config.seed),
         *_vote_sections(entries),
+        *_faithfulness_sections(entries),
         *_training_sections(entries),
         *_case_sections(cases),
         *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
@@ -323,17 +325,27 @@ def _label_section(contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str
 def _vote_sections(entries: Sequence[Entry]) -> list[Section]:
     """Show what votes gain and how far their shares are probabilities, where a model voted."""
     gains, by_label = vote_tables(entries)
+    carried, thresholds = threshold_tables(entries)
     drawn = reliability_pictures(entries) if available() else []
     folded = [Folded("AUROC and AUPRC by label", by_label)] if by_label else []
+    if thresholds:
+        folded.append(Folded("Thresholds by label", thresholds))
     if drawn[1:]:
         folded.insert(0, Folded("Reliability on the other data sets", drawn[1:]))
-    blocks: list[Block] = [*gains, *drawn[:1], *folded]
+    blocks: list[Block] = [*gains, *drawn[:1], *carried, *folded]
     return [Section("Votes as probabilities", blocks)] if blocks else []
+
+
+def _faithfulness_sections(entries: Sequence[Entry]) -> list[Section]:
+    tables = faithfulness_tables(entries)
+    return [Section("Does the answer come from the image?", tables)] if tables else []
 
 
 def _training_sections(entries: Sequence[Entry]) -> list[Section]:
     if not available():
-        return [Section("Training", [Text(f"Without pictures: {MISSING}")])]
+        voted = any("probabilities" in record for one in entries for record in one.records.values())
+        what = "training and of the votes' reliability" if voted else "training"
+        return [Section("Training", [Text(f"Without pictures of {what}: {MISSING}")])]
     # a vote that nobody named stands for no run
     curves: list[Picture] = training_pictures([one for one in entries if not one.is_added])
     if not curves:

@@ -28,8 +28,10 @@ def verdict(
     """Write the verdict on the last step, from paired intervals.
 
     A rise or fall of macro-F1 has to be clear by `paired.is_clear`. The p-values of the evidence
-    are adjusted for the number of data sets. contrasts: the data sets, those at home first. step: (before, after),
-    None for a verdict on single models. transfer: of that step, None where it has none.
+    are adjusted for the number of data sets.
+
+    contrasts: the data sets, those at home first. step: (before, after), None for a verdict on
+    single models. transfer: of that step, None where it has none.
     """
     both = [contrast for contrast in contrasts if step and step in contrast.p_values]
     if step is None or not both:

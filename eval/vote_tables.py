@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.folders import Entry
+from eval.folders import Entry, part_of
 from eval.page import Cell, Table
 from eval.tables import bounds, number, signed
 
@@ -41,13 +41,13 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
     """Make a row a score: one sample, their vote, and the best of them."""
     samples = record["samples"]
     own = {
-        "macro_f1": _part(record, "macro").get("f1"),
-        "micro_f1": _part(record, "micro").get("f1"),
+        "macro_f1": part_of(record, "macro").get("f1"),
+        "micro_f1": part_of(record, "micro").get("f1"),
         "jaccard": record.get("jaccard"),
     }
     rows: list[list[Cell | str]] = []
     for score, title in _SCORES.items():
-        gain = _part(samples, "vote_gain").get(score)
+        gain = part_of(samples, "vote_gain").get(score)
         rows.append(
             [
                 f"{model}, {title}",
@@ -62,19 +62,13 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
 
 
 def _interval(record: Mapping[str, Any], kind: str, score: str) -> tuple[float, float] | None:
-    found = _part(_part(record, "intervals"), kind).get(score)
+    found = part_of(part_of(record, "intervals"), kind).get(score)
     return None if found is None else (found[0], found[1])
-
-
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a part of a record, empty where a record of another version has none."""
-    part = record.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _with_interval(samples: Mapping[str, Any], kind: str, score: str) -> Cell:
     interval = _interval(samples, kind, score)
-    value = _part(samples, kind).get(score)
+    value = part_of(samples, kind).get(score)
     return Cell(number(value), "" if interval is None else bounds(interval))
 
 
@@ -121,3 +115,66 @@ def _label_table(data_set: str, of: Mapping[str, Mapping[str, Any]]) -> Table:
 def _area(record: Mapping[str, Any], name: str) -> Cell:
     interval = record.get(f"{name}_interval")
     return Cell(number(record.get(name)), bounds(tuple(interval)) if interval else "")
+
+
+# ---- thresholds of another data set --------------------------------------------------------------
+def threshold_tables(entries: Sequence[Entry]) -> tuple[list[Table], list[Table]]:
+    """Show what thresholds chosen on one data set do on another -> (in all, label by label).
+
+    Both lists are empty where no entry carried any.
+    """
+    rows: list[list[Cell | str]] = []
+    by_label = []
+    for entry in entries:
+        for data_set, record in entry.records.items():
+            points = part_of(part_of(record, "probabilities"), "operating_points")
+            if points:
+                rows += _threshold_rows(entry.name, data_set, points)
+                by_label.append(_thresholds_by_label(entry.name, data_set, points))
+    if not rows:
+        return [], []
+    whole = Table(
+        "Thresholds carried from one data set to another",
+        ["Model", "Data set", "Chosen on", "Vote", "With the thresholds", "Difference"],
+        rows,
+        [
+            "A label is said from the share of the samples that gave it the highest F1 on the set"
+            " where it was chosen, in place of one half. Patients who chose the thresholds and are"
+            " judged with them, counted beside that set, make F1 with them too high. In small"
+            " print: 95 % intervals by patient."
+        ],
+        numbers_from=3,
+    )
+    return [whole], by_label
+
+
+def _threshold_rows(model: str, data_set: str, points: Mapping[str, Any]) -> list[list[Cell | str]]:
+    shared = points.get("shared_patients") or 0
+    chosen_on = Cell(str(points.get("from", "-")), f"{shared:,} shared patients" if shared else "")
+    rows: list[list[Cell | str]] = []
+    for score in ("macro_f1", "micro_f1"):
+        before, after = (part_of(points, name).get(score) for name in ("before", "after"))
+        interval = part_of(points, "difference").get(score)
+        moved = (
+            Cell("-")
+            if before is None or after is None
+            else signed(after - before, None if interval is None else (interval[0], interval[1]))
+        )
+        told = f"{model}, {_SCORES[score]}"
+        rows.append([told, data_set, chosen_on, number(before), number(after), moved])
+    return rows
+
+
+def _thresholds_by_label(model: str, data_set: str, points: Mapping[str, Any]) -> Table:
+    left = points.get("not_chosen") or []
+    return Table(
+        f"{model} on {data_set}, thresholds of {points.get('from', '-')}",
+        ["Label", "Threshold", "F1 of the vote", "F1 with the threshold"],
+        [
+            [label, *(number(row.get(key)) for key in ("threshold", "before", "after"))]
+            for label, row in part_of(points, "per_label").items()
+        ],
+        [f"Not evaluated where thresholds were chosen, so left at one half: {', '.join(left)}."]
+        if left
+        else [],
+    )
