@@ -158,7 +158,11 @@ def _threshold_rows(model: str, data_set: str, points: Mapping[str, Any]) -> lis
         moved = (
             Cell("-")
             if before is None or after is None
-            else signed(after - before, None if interval is None else (interval[0], interval[1]))
+            else signed(
+                after - before,
+                None if interval is None else (interval[0], interval[1]),
+                tone=not shared,  # on patients who chose the thresholds a gain is none
+            )
         )
         told = f"{model}, {_SCORES[score]}"
         rows.append([told, data_set, chosen_on, number(before), number(after), moved])

@@ -135,7 +135,8 @@ def test_thresholds_that_were_carried(tmp_path):
         ["vote, micro-F1", "nih", "home", "0.700", "0.650", "-0.050"],
     ]
     assert whole.rows[0][2] == Cell("home", "3 shared patients")
-    assert whole.rows[0][5] == Cell("+0.125", "+0.050 to +0.200", "gain")
+    # patients who chose the thresholds are judged with them, so it is not set off as a gain
+    assert whole.rows[0][5] == Cell("+0.125", "+0.050 to +0.200", "")
     assert whole.rows[1][5] == Cell("-0.050", "-0.120 to +0.020", "")
     assert [texts(row) for row in by_label.rows] == [
         ["Edema", "0.250", "0.500", "0.750"],
@@ -147,6 +148,11 @@ def test_thresholds_that_were_carried(tmp_path):
     folded = page.index("<summary>Thresholds by label")
     assert page.index("Thresholds carried from one data set to another") < folded
     assert folded < page.index("vote on nih, thresholds of home")
+    points = {"operating_points": POINTS | {"shared_patients": 0}}
+    write_results(tmp_path / "vote", "nih", BEFORE, {"probabilities": points}, overwrite=True)
+    [whole], _ = threshold_tables([load_entry("vote", tmp_path / "vote")])
+    assert whole.rows[0][2] == Cell("home", "")
+    assert whole.rows[0][5] == Cell("+0.125", "+0.050 to +0.200", "gain")
     # votes without thresholds of another set, and a record of another version
     write_results(tmp_path / "vote", "nih", BEFORE, RECORD, overwrite=True)
     assert threshold_tables([load_entry("vote", tmp_path / "vote")]) == ([], [])
