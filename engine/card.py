@@ -225,10 +225,11 @@ def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[st
             f"| {_cell(role)} | {' | '.join(shown)} | `{_cell(str(file.get('sha256', '-')))}` |"
         )
     lines.append("")
+    terms = {}  # by title: several names of a source are said once
     for dataset in datasets:
         source = source_of(dataset)
-        terms = source.terms if source else UNKNOWN_TERMS
-        lines.append(f"* {_cell(titles_of([dataset]))}: {terms}.")
+        terms[_cell(titles_of([dataset]))] = source.terms if source else UNKNOWN_TERMS
+    lines += [f"* {title}: {text}." for title, text in terms.items()]
     return [
         *lines,
         "* Pass on the weights, their configuration and this file alone: predictions, completions,"
