@@ -90,7 +90,7 @@ class ReportConfig:
         unset="as in the evaluation, else the data file's folder",
     )
     cases: int = setting(
-        24, "sample cases, with their images; 0 for none", unit="images", source=ENGINE
+        12, "sample cases, with their images; 0 for none", unit="images", source=ENGINE
     )
     resamples: int = setting(
         RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE
@@ -310,16 +310,18 @@ def _confusion_section(contrasts: Sequence[Contrast], step: tuple[str, str] | No
 
 
 def _label_section(contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str]]) -> Section:
+    """Show precision, recall and F1 by label on the first data set, and fold the others."""
     tables = [
         movers_table(contrast, *pair)
         for pair in pairs
         for contrast in contrasts
         if pair in contrast.p_values
     ]
-    moved = [Folded("F1 by label before and after each step", tables)] if tables else []
-    return Section(
-        "Label by label", [*map(labels_picture, contrasts), silenced_table(contrasts), *moved]
-    )
+    first, *others = contrasts
+    folded = [Folded(f"On {contrast.data_set}", [labels_picture(contrast)]) for contrast in others]
+    if tables:
+        folded.append(Folded("F1 by label before and after each step", tables))
+    return Section("Label by label", [labels_picture(first), silenced_table(contrasts), *folded])
 
 
 def _vote_sections(entries: Sequence[Entry]) -> list[Section]:

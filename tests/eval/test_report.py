@@ -855,6 +855,7 @@ def test_the_page_begins_with_what_matters_most(folders, tmp_path):
     assert [title for title in folded if title != "reasoning and completion"] == [
         "Every step on every data set, with p-values",
         "On nih",
+        "On nih",
         "F1 by label before and after each step",
         "How often each label is said",
         "Length and variety of the answers, entries that are no label",
