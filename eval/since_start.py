@@ -97,8 +97,8 @@ def _say_who_answered(place: Path, folder: Path) -> None:
 class SinceStart:
     """Hold what an evaluation says beside its scores.
 
-    rows: one a data set, for evaluations.jsonl. gaps: gap_se, gap_shared and gap_shared_se, those
-    that can be measured. notes: why others cannot, a line each.
+    rows: one a data set, for evaluations.jsonl. gaps: gap, gap_se, gap_shared and gap_shared_se,
+    those that can be measured. notes: why others cannot, a line each.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -109,9 +109,11 @@ class SinceStart:
 def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> SinceStart:
     """Compare the results in a run's folder with those of its start, on the same images.
 
-    gap_se: standard error of the gap, from resamples of patients, of the same patients before and
-    after. gap_shared, gap_shared_se: the same on the labels that the first set and each other can
-    express. All are 0 in the evaluation of the start itself.
+    gap: how much more macro-F1 the first set (hospital) has gained since the start than the others
+    have on average, each over its own labels. Above 0, part of the gain does not transfer, or lies
+    in labels that the others cannot express. gap_se: its standard error, from resamples of
+    patients, of the same patients before and after. gap_shared, gap_shared_se: the same on the
+    labels that the first set and each other can express. All are 0 in the evaluation of the start.
 
     folder: the run's. names: the data sets, that of the home hospital first. now: the folder whose
     results are compared with the start, None for the run's own.
@@ -129,8 +131,8 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
             pair = _answers(folder / START, now, name)
         except (DataError, UsageError) as error:
             found.notes.append(
-                f"{name}: nothing is compared with the start, so gap_se, gap_shared and"
-                f" gap_shared_se are not measured: {str(error).splitlines()[0]}"
+                f"{name}: nothing is compared with the start, so there is no gap:"
+                f" {str(error).splitlines()[0]}"
             )
         else:
             labels, values, drawn = _scored(*pair, seed=index)
@@ -213,7 +215,7 @@ def _measure_gaps(moved: Sequence[Moved], found: SinceStart) -> None:
     whole = gap_on_all_labels(home, away)
     shared = gap_on_shared_labels(home, away)
     if whole is not None:
-        found.gaps["gap_se"] = whole.standard_error
+        found.gaps.update(gap=whole.value, gap_se=whole.standard_error)
     if shared is not None:
         found.gaps.update(gap_shared=shared.value, gap_shared_se=shared.standard_error)
     else:

@@ -108,25 +108,17 @@ def record_evaluation(
 ) -> dict[str, float]:
     """Log the metrics of each set and the gaps between them, and note the best checkpoint.
 
-    gap: how much more macro-F1 the first set (hospital) has gained since the run's first evaluation
-    than the others have on average, each over its own labels. Above 0, part of the gain does not
-    transfer, or lies in labels that the others cannot express: gap_shared leaves those out.
-
-    metrics: {set: its metrics}. gaps: GAPS beside the gap itself, those that were measured. They
-    need the answers, which this does not see. chosen: what the best is chosen by
-    (--metric_for_best_model), None for the first set's macro_f1. Returns all metrics by
-    NAME/METRIC, and the gaps.
+    metrics: {set: its metrics}. gaps: those of GAPS that were measured, by `eval.since_start`.
+    chosen: what the best is chosen by (--metric_for_best_model), None for the first set's macro_f1.
+    Returns all metrics by NAME/METRIC, and the gaps.
     """
     names = list(metrics)
     for name in names:
         log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
     flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
-    if len(names) > 1:
-        start = {name: _first_macro_f1(log, name) for name in names}
-        first, *others = (metrics[name]["macro_f1"] - start[name] for name in names)
-        measured = {"gap": first - sum(others) / len(others), **gaps}
-        log.scalars(state.global_step, measured, split="eval", epoch=state.epoch)
-        flat |= measured
+    if gaps:
+        log.scalars(state.global_step, gaps, split="eval", epoch=state.epoch)
+    flat |= gaps
     if names:
         combination = parse_combination(chosen or f"{names[0]}/macro_f1")
         terms = combination.terms
@@ -135,8 +127,3 @@ def record_evaluation(
             combination.value(flat), greater_is_better=single not in LOWER_IS_BETTER
         )
     return flat
-
-
-def _first_macro_f1(log: RunLogger, name: str) -> float:
-    key = f"eval_{name}_macro_f1"
-    return next(entry[key] for entry in log.log_history if key in entry)

@@ -55,6 +55,7 @@ def test_changes_and_gaps_by_hand(tmp_path):
     # Jaccard by image: 1, 0, 0, 1/2 to 1, 1, 1, 0
     assert home["since_start"]["jaccard"]["difference"] == pytest.approx(0.75 - 0.375)
     assert (home["dataset"], home["n"], nih["n"]) == ("home", 4, 3)
+    assert found.gaps["gap"] == pytest.approx(17 / 15 / 14 + 4 / 27)
     assert found.gaps["gap_shared"] == pytest.approx(1 / 5 - 2 / 27 + 4 / 27)
     assert found.gaps["gap_se"] > 0 and found.gaps["gap_shared_se"] > 0 and not found.notes
 
@@ -104,7 +105,7 @@ def test_the_two_sites_are_drawn_apart(tmp_path):
 
 def test_at_the_start_nothing_has_changed(tmp_path):
     found = since_start(run_of(tmp_path, BOTH, {}), ["home", "nih"])
-    assert found.gaps == {"gap_se": 0.0, "gap_shared": 0.0, "gap_shared_se": 0.0}
+    assert found.gaps == {"gap": 0.0, "gap_se": 0.0, "gap_shared": 0.0, "gap_shared_se": 0.0}
     for line in found.rows:
         for change in line["since_start"].values():
             assert change == {"difference": 0.0, "interval": [0.0, 0.0]}
@@ -138,7 +139,10 @@ def test_a_set_of_one_patient_has_no_standard_error_and_says_so(tmp_path):
         "nih": NIH_BEFORE,
     }
     found = since_start(run_of(tmp_path, start, {}), ["home", "nih"])
-    assert found.gaps == {"gap_shared": 0.0}  # a condition on gap_shared_se cannot come true
+    assert found.gaps == {
+        "gap": 0.0,
+        "gap_shared": 0.0,
+    }  # a condition on gap_shared_se cannot come true
     assert found.notes == [
         "home: all images are of one patient, so gap_se and gap_shared_se are not measured"
     ]
@@ -150,7 +154,7 @@ def test_sets_that_share_no_label_have_no_shared_gap_and_say_so(tmp_path):
         "away": rows_of("a", ("Fracture",), ["Edema"] * 4),
     }
     found = since_start(run_of(tmp_path, start, {}), ["home", "away"])
-    assert set(found.gaps) == {"gap_se"}
+    assert set(found.gaps) == {"gap", "gap_se"}
     assert found.notes == [
         "home shares no label with away, so gap_shared and gap_shared_se are not measured"
     ]
@@ -179,7 +183,7 @@ def test_without_a_sound_start_a_line_says_what_is_not_measured(tmp_path, damage
         file.write_text(text.replace('"labels": ["No Finding"]', '"labels": []'))
     found = since_start(run, ["home", "nih"])
     [note] = found.notes
-    assert note.startswith("home: nothing is compared with the start, so gap_se, gap_shared and")
+    assert note.startswith("home: nothing is compared with the start, so there is no gap: ")
     assert message in note and found.gaps == {}
     assert found.rows[0]["since_start"] == {} and found.rows[1]["since_start"]
 

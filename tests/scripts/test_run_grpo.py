@@ -27,6 +27,7 @@ from engine.policy import Policy
 from eval.end_table import stage_title
 from eval.folders import load_entry
 from eval.scores import score
+from eval.since_start import SinceStart
 from eval.votes import vote_predictions
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
@@ -389,12 +390,10 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
     # Exactly what --metric_for_best_model may name
     evaluated = [set(entry) - {"step", "epoch", "split", "dataset"} for entry in log]
     assert evaluated == [set(SET_METRICS), set(SET_METRICS), set(GAPS)] * 3
-    # Gains since the start, first site minus the other: 0 - 0, 0.5 - -0.25, 0.25 - -0.375
-    assert [entry["gap"] for entry in log if "gap" in entry] == [0.0, 0.75, 0.625]
-    # Both sites are one file, so what they really answered moved alike: no gap on shared labels.
+    # Both sites are one file, so what they really answered moved alike: no gap.
     # At the start nothing has moved, whatever is drawn.
     gaps = [entry for entry in log if "gap" in entry]
-    assert [entry["gap_shared"] for entry in gaps] == [0.0, 0.0, 0.0]
+    assert [(entry["gap"], entry["gap_shared"]) for entry in gaps] == [(0.0, 0.0)] * 3
     assert gaps[0]["gap_se"] == gaps[0]["gap_shared_se"] == 0
     state = record(run / "trainer_state.json")
     assert (state["best_metric"], state["best_model_checkpoint"]) == (0.75, "checkpoint-2")
@@ -402,11 +401,7 @@ def test_evaluations_at_start_regularly_and_at_the_end_with_the_gap(finished):
         run.joinpath("best").readlink().name == "checkpoint-2"
         and run.joinpath("last").readlink().name == "checkpoint-4"
     )
-    assert [entry["eval_gap"] for entry in state["log_history"] if "eval_gap" in entry] == [
-        0.0,
-        0.75,
-        0.625,
-    ]
+    assert sum("eval_gap" in entry for entry in state["log_history"]) == 3
     assert state["epoch"] == pytest.approx(4 / 12)  # 2 rollouts of 2 of the 12 prompts
 
 
@@ -691,7 +686,12 @@ def scripted_run(
             for name, score in zip(("a", "b"), scores[evaluated[-1] // 2], strict=True)
         }
 
+    def gap_of(*_):
+        (a, b), (start_a, start_b) = scores[evaluated[-1] // 2], scores[0]
+        return SinceStart(gaps={"gap": (a - start_a) - (b - start_b)})
+
     monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
+    monkeypatch.setattr(run_grpo, "since_start", gap_of)
     assert (
         grpo(
             tiny_sft_run("qwen2_5_vl"),
@@ -777,7 +777,9 @@ def test_where_the_start_is_never_beaten_it_is_the_best_checkpoint(
 def test_a_condition_on_an_evaluation_ends_the_run(
     tiny_sft_run, tiny_data, tmp_path, readable, monkeypatch, capsys
 ):
-    # gap after 2 steps (0.75 - 0.5) - (0.25 - 0.25) = 0.25; the evaluation at step 4 never comes
+    # the evaluation at step 4 never comes
+    gaps = iter([0.0, 0.25])
+    monkeypatch.setattr(run_grpo, "since_start", lambda *_: SinceStart(gaps={"gap": next(gaps)}))
     monkeypatch.setattr(
         run_grpo,
         "evaluate_policy",
@@ -821,6 +823,7 @@ def test_a_condition_on_an_evaluation_ends_the_run(
         "evaluate_policy",
         lambda policy, data, *_: {name: dict.fromkeys(SET_METRICS, 0.0) for name in data.evaluated},
     )
+    monkeypatch.setattr(run_grpo, "since_start", lambda *_: SinceStart(gaps={"gap": 0.0}))
     assert run_grpo.main([*again, "--stop_when", "gap>5"]) == 0 and len(train_log(run)) == 4
 
 
