@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\*)?(\w[\w./-]*)")
 _CONDITION = re.compile(r"(.+?)\s*([<>])\s*(\S+?)(?:\s+for\s+(\d+))?")
@@ -99,17 +100,20 @@ class Watch:
         # a condition that is given twice would count each check twice
         self.conditions = [parse_condition(text) for text in dict.fromkeys(conditions)]
         self.held = dict.fromkeys(conditions, 0)
+        self.told: dict[str, list[str]] = {text: [] for text in self.held}
 
     def check(
-        self, metrics: Mapping[str, float | None], details: Mapping[str, str] | None = None
+        self, metrics: Mapping[str, float | None], named: Mapping[str, Sequence[str]] | None = None
     ) -> list[str]:
         """Return one line for each condition that comes true with these metrics.
 
-        It comes true in the check that completes its row, not in later ones.
+        It comes true in the check that completes its row, not in later ones. One on a metric that
+        counts something with a name has a line, with the names, whenever it holds for a name that
+        its lines have not had yet, and no other.
 
-        details: {metric: what to add to the line of a condition on it}.
+        named: {metric: the names of what it counts}, [] for none.
         """
-        details = details or {}
+        named = named or {}
         lines = []
         for condition in self.conditions:
             value = condition.combination.value(metrics)
@@ -118,23 +122,22 @@ class Watch:
             self.held[condition.text] = (
                 self.held[condition.text] + 1 if condition.holds(value) else 0
             )
-            if self.held[condition.text] == condition.times:
-                named = [details[name] for name in condition.combination.names if details.get(name)]
-                more = f" ({'; '.join(named)})" if named else ""
+            names = [one for name in condition.combination.names for one in named.get(name, ())]
+            told = self.told[condition.text]
+            fresh = [name for name in names if name not in told]
+            due = self.held[condition.text] >= condition.times
+            if due and (fresh if names else self.held[condition.text] == condition.times):
+                told += fresh
+                more = f" ({', '.join(names)})" if names else ""
                 lines.append(f"{condition.text}: {value:.4g}{more}")
         return lines
 
-    def tell_again(self, name: str) -> None:
-        """Let each condition on this metric come true once more although it still holds."""
-        for condition in self.conditions:
-            if name in condition.combination.names:
-                text = condition.text
-                self.held[text] = min(self.held[text], condition.times - 1)
+    def state_dict(self) -> dict[str, Any]:
+        """Return how often in a row each condition has held, and the names that it has told."""
+        told = {text: list(names) for text, names in self.told.items()}
+        return {"held": dict(self.held), "told": told}
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how often in a row each condition has held."""
-        return dict(self.held)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take over the counts of the conditions that are still watched."""
-        self.held |= {text: count for text, count in state.items() if text in self.held}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what is known of the conditions that are still watched."""
+        for text in self.held.keys() & state["held"].keys():
+            self.held[text], self.told[text] = state["held"][text], list(state["told"][text])

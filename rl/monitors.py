@@ -29,7 +29,8 @@ last completions. A share is a share of these completions unless it says otherwi
 These are over the last IMAGES images, where an image's completions count together as one:
 
     silenced_labels      number of labels that at least 10 of these images have and that are said
-                         less than a quarter as often. A warning names them
+                         less than a quarter as often. A warning comes for each such
+                         label, once a run, and names all that are silent then
     said_ratio/<label>   (times said + 1) / (times true + 1), for each label that occurs. The 1
                          keeps a label that is hardly ever true near a ratio of 1
 
@@ -157,28 +158,23 @@ class Monitors:
         return {f"monitors/{name}": value for name, value in values.items()}
 
     def _observe_labels(self, samples: Sequence[Sample]) -> None:
-        """Count the labels of a rollout, and let a label that has just fallen silent be told of."""
-        known = set(self.labels.told)
+        """Count the labels of a rollout, and note which are silenced."""
         groups: dict[int, list[Sample]] = {}
         for sample in samples:
             groups.setdefault(sample.group, []).append(sample)
         for of_image in groups.values():
             self.labels.add(of_image[0].example.target, [sample.answer for sample in of_image])
-        silenced = self.labels.silenced()
-        self.silenced = [label for label in LABELS if label in {*self.silenced, *silenced}]
-        if set(silenced) - known:
-            self.labels.told = [label for label in LABELS if label in known.union(silenced)]
-            for watch in (self.warnings, self.stops):
-                watch.tell_again(SILENCED)
+        silenced = {*self.silenced, *self.labels.silenced()}
+        self.silenced = [label for label in LABELS if label in silenced]
 
     def check(self, metrics: Mapping[str, float | None]) -> list[str]:
         """Return lines to show for these metrics, as they were logged.
 
         Sets `stopped` where the run has to end.
         """
-        details = {SILENCED: ", ".join(self.silenced)}
-        lines = [f"warning: {line}" for line in self.warnings.check(metrics, details)]
-        stops = self.stops.check(metrics, details)
+        named = {SILENCED: self.silenced}
+        lines = [f"warning: {line}" for line in self.warnings.check(metrics, named)]
+        stops = self.stops.check(metrics, named)
         if SILENCED in metrics:
             self.silenced = []
         if stops:
@@ -283,15 +279,11 @@ class Monitors:
 
 # ---- the labels of the last images ---------------------------------------------------------------
 class LabelWindow:
-    """Count how often each label is said and is true over the last IMAGES images.
-
-    told: the labels that were silenced at some time of the run.
-    """
+    """Count how often each label is said and is true over the last IMAGES images."""
 
     def __init__(self) -> None:
         # of each image: the labels that it has, and by label the share of its answers that say it
         self.images: deque[tuple[list[str], dict[str, float]]] = deque(maxlen=IMAGES)
-        self.told: list[str] = []
 
     def add(self, target: Target, answers: Sequence[Answer]) -> None:
         """Take in one image with all its answers. One that cannot be read says nothing."""
@@ -335,12 +327,11 @@ class LabelWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window as JSON can hold it."""
-        return {"images": list(self.images), "told": self.told}
+        return {"images": list(self.images)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a `state_dict()`."""
         self.images = deque(((true, said) for true, said in state["images"]), maxlen=IMAGES)
-        self.told = list(state["told"])
 
 
 # ---- one completion ------------------------------------------------------------------------------

@@ -112,6 +112,28 @@ def test_a_condition_that_is_given_twice_counts_a_check_once():
     assert [watch.check({"kl": 2.0}) for _ in range(3)] == [[], ["kl>1 for 2: 2"], []]
 
 
+def test_a_condition_on_what_has_names_is_told_once_for_each_name():
+    watch = Watch(["silent>0", "silent>1 for 2", "silent<1"])
+    told = []
+    for names in ([], ["a"], ["a", "b"], ["a", "b"], [], ["b"], ["b", "c"], ["c", "d"]):
+        before = watch.state_dict()
+        told.append(watch.check({"silent": float(len(names))}, {"silent": names}))
+        copy = Watch(["silent>0", "silent>1 for 2", "silent<1"])
+        copy.load_state_dict(before)  # unchanged by the check, and enough to make it again
+        assert copy.check({"silent": float(len(names))}, {"silent": names}) == told[-1]
+        assert copy.state_dict() == watch.state_dict()
+    assert told == [
+        ["silent<1: 0"],  # nothing to name: as any condition
+        ["silent>0: 1 (a)"],
+        ["silent>0: 2 (a, b)"],
+        ["silent>1 for 2: 2 (a, b)"],
+        ["silent<1: 0"],
+        [],  # b once more
+        ["silent>0: 2 (b, c)"],
+        ["silent>0: 2 (c, d)", "silent>1 for 2: 2 (c, d)"],
+    ]
+
+
 def test_counts_survive_a_checkpoint_and_leave_with_their_condition():
     watch = Watch(["kl>1 for 2", "gap<0"])
     watch.check({"kl": 2.0})
