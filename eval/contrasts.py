@@ -12,7 +12,7 @@ from data.examples import Example
 from data.labels import LABELS, NIH_NINE, NIH_TEN
 from engine.config import UsageError
 from eval.folders import Answers, Entry
-from eval.metrics import failure_policies, interval, patient_totals, scores_of_totals
+from eval.metrics import failure_policies, interval, scores_of_totals
 from eval.paired import (
     PERMUTATIONS,
     RESAMPLES,
@@ -149,6 +149,49 @@ def contrast_models(
     Raises UsageError where no image is answered by all, or where two models have other labels or
     patients for one image.
     """
+    taken = _on_the_same_images(data_set, answers)
+    first = next(iter(taken.values()))
+    labels = tuple(labels or [LABELS[k] for k in first.columns])
+    if not labels:
+        raise UsageError(f"data set {data_set}: no image evaluates any label")
+    columns = [LABELS.index(label) for label in labels]
+    totals = {name: one.totals(columns) for name, one in taken.items()}
+    targets, evaluated = first.targets[:, columns], first.evaluated[:, columns]
+    resampled = shared_resamples(totals, seed=seed, resamples=resamples)
+    return Contrast(
+        data_set=data_set,
+        labels=labels,
+        answers=taken,
+        left_out={name: len(one.ids) - len(first.ids) for name, one in answers.items()},
+        policies={
+            name: failure_policies(
+                targets, one.predictions[:, columns], one.parsed, labels, evaluated
+            )
+            for name, one in taken.items()
+        },
+        values={name: scores_of_totals(rows.sum(axis=0)[None]) for name, rows in totals.items()},
+        resampled=resampled,
+        label_bounds={name: _label_bounds(drawn) for name, drawn in resampled.items()},
+        p_values={
+            (before, after): permutation_p_values(
+                totals[before], totals[after], seed=seed, permutations=permutations
+            )
+            for before, after in pairs
+            if before in totals and after in totals
+        },
+        baselines=baselines(targets, evaluated, labels, baseline_examples, seed),
+        support=(targets & evaluated).sum(axis=0),
+        totals=totals,
+        seed=seed,
+        permutations=permutations,
+    )
+
+
+def _on_the_same_images(data_set: str, answers: Mapping[str, Answers]) -> dict[str, Answers]:
+    """Take of each model the answers to the images that all of them answered, in one order.
+
+    Raises UsageError as `contrast_models` does.
+    """
     shared = set.intersection(*(set(one.ids) for one in answers.values()))
     ids = [id for id in next(iter(answers.values())).ids if id in shared]
     if not ids:
@@ -165,50 +208,7 @@ def contrast_models(
                     f"data set {data_set}: {first_name} and {name} have different {what} for the"
                     " same ids; they were scored against different versions of the data"
                 )
-    labels = tuple(labels or [LABELS[k] for k in first.columns])
-    if not labels:
-        raise UsageError(f"data set {data_set}: no image evaluates any label")
-    columns = [LABELS.index(label) for label in labels]
-    totals = {
-        name: patient_totals(
-            one.targets[:, columns],
-            one.predictions[:, columns],
-            one.evaluated[:, columns],
-            one.patients.tolist(),
-            one.jaccard,
-        )
-        for name, one in taken.items()
-    }
-    targets, evaluated = first.targets[:, columns], first.evaluated[:, columns]
-    resampled = shared_resamples(totals, seed=seed, resamples=resamples)
-    label_bounds = {name: _label_bounds(drawn) for name, drawn in resampled.items()}
-    return Contrast(
-        data_set=data_set,
-        labels=labels,
-        answers=taken,
-        left_out={name: len(one.ids) - len(ids) for name, one in answers.items()},
-        policies={
-            name: failure_policies(
-                targets, one.predictions[:, columns], one.parsed, labels, evaluated
-            )
-            for name, one in taken.items()
-        },
-        values={name: scores_of_totals(rows.sum(axis=0)[None]) for name, rows in totals.items()},
-        resampled=resampled,
-        label_bounds=label_bounds,
-        p_values={
-            (before, after): permutation_p_values(
-                totals[before], totals[after], seed=seed, permutations=permutations
-            )
-            for before, after in pairs
-            if before in totals and after in totals
-        },
-        baselines=baselines(targets, evaluated, labels, baseline_examples, seed),
-        support=(targets & evaluated).sum(axis=0),
-        totals=totals,
-        seed=seed,
-        permutations=permutations,
-    )
+    return taken
 
 
 def _label_bounds(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

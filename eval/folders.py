@@ -31,7 +31,7 @@ from data.labels import (
 from data.predictions import Prediction, iter_predictions, write_predictions
 from engine.config import UsageError
 from engine.model_files import EMBEDDED
-from eval.metrics import jaccard_per_image
+from eval.metrics import jaccard_per_image, patient_totals
 from eval.names import name_by_stage
 from eval.paired import fingerprint
 
@@ -152,6 +152,19 @@ class Answers:
             self.valid,
             jaccard_per_image(self.targets, self.predictions, self.evaluated, self.num_unknown),
             0.0,
+        )
+
+    def totals(self, columns: Sequence[int]) -> np.ndarray:
+        """Add up the answers by patient over some labels -> `patient_totals` [P, 3K + 2].
+
+        columns [K]: positions in LABELS.
+        """
+        return patient_totals(
+            self.targets[:, columns],
+            self.predictions[:, columns],
+            self.evaluated[:, columns],
+            self.patients.tolist(),
+            self.jaccard,
         )
 
     @cached_property

@@ -19,8 +19,8 @@ from eval.groups import (
     Scored,
     group_names,
     groups_of,
-    interval_of,
 )
+from eval.metrics import interval
 from eval.page import ARROW, Cell, Table
 from eval.tables import bounds, number, signed
 
@@ -151,7 +151,7 @@ def _rows(found: Mapping[str, Groups], before: Mapping[str, str]) -> Iterator[li
 def _score_cell(group: Group, score: str) -> Cell:
     if score not in group.values:
         return Cell("-")
-    return Cell(number(group.values[score]), bounds(interval_of(group.drawn[score])))
+    return Cell(number(group.values[score]), bounds(interval(group.drawn[score])))
 
 
 def _change(before: Group | None, after: Group) -> Cell:
@@ -161,7 +161,7 @@ def _change(before: Group | None, after: Group) -> Cell:
         return Cell("-")
     return signed(
         after.values[score] - before.values[score],
-        interval_of(after.drawn[score] - before.drawn[score]),
+        interval(after.drawn[score] - before.drawn[score]),
     )
 
 

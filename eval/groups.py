@@ -19,7 +19,7 @@ import numpy as np
 
 from data.examples import MAX_AGE, WHO
 from data.predictions import Prediction
-from eval.metrics import RESAMPLES, drawn_patients, patient_totals, scores_of_totals
+from eval.metrics import RESAMPLES, drawn_patients, interval, patient_totals, scores_of_totals
 from eval.probabilities import Shares, auroc, has_shares
 from eval.scores import answer_matrices, evaluated_columns
 
@@ -77,15 +77,11 @@ class Scored:
 
     @classmethod
     def of(cls, predictions: Sequence[Prediction]) -> Scored:
-        """Take predictions as `eval.scores.score` does: a failed answer names nothing."""
+        """Take predictions as `eval.scores.score` does."""
         labels = evaluated_columns(predictions)
         matrices = answer_matrices(predictions, labels)
-        parsed = np.array([prediction.answer.parsed for prediction in predictions])
         patients = np.array([prediction.patient_id for prediction in predictions], dtype=object)
-        said = matrices.predicted & parsed[:, None]
-        return cls(
-            tuple(labels), matrices.targets, said, matrices.evaluated, matrices.jaccard, patients
-        )
+        return cls(tuple(labels), *matrices, patients)
 
     def totals(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add up some of the images by patient -> (patients [P], their totals [P, 3K + 2]).
@@ -143,9 +139,8 @@ class Groups:
         one, other = self.groups[name], self.groups[self.reference]
         if score not in one.values or score not in other.values:
             return None
-        return one.values[score] - other.values[score], interval_of(
-            one.drawn[score] - other.drawn[score]
-        )
+        drawn = one.drawn[score] - other.drawn[score]
+        return one.values[score] - other.values[score], interval(drawn)
 
 
 def groups_of(
@@ -210,21 +205,14 @@ def _draw(
     apart = sum(len(patients) for patients, _ in totals.values()) == len(everyone)
     drawn = {}
     for name, (patients, rows) in totals.items():
-        place = np.searchsorted(everyone, patients)
-        number, own_seed = (
-            (len(patients), zlib.crc32(f"{seed} {name}".encode()))
-            if apart
-            else (
-                len(everyone),
-                seed,
-            )
-        )
-        drawn[name] = np.concatenate(
-            [
-                (weights if apart else weights[:, place]) @ rows
-                for weights in drawn_patients(number, seed=own_seed, resamples=resamples)
-            ]
-        )
+        if apart:
+            own_seed = zlib.crc32(f"{seed} {name}".encode())
+            weights = drawn_patients(len(patients), seed=own_seed, resamples=resamples)
+        else:
+            everywhere = drawn_patients(len(everyone), seed=seed, resamples=resamples)
+            place = np.searchsorted(everyone, patients)
+            weights = (of_everyone[:, place] for of_everyone in everywhere)
+        drawn[name] = np.concatenate([piece @ rows for piece in weights])
     return drawn
 
 
@@ -236,12 +224,6 @@ def _scores(totals: np.ndarray, shared: Sequence[int]) -> dict[str, np.ndarray]:
     if shared:
         found["macro_f1_shared"] = scores["label_f1"][:, shared].mean(axis=1)
     return found
-
-
-def interval_of(values: np.ndarray) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of R resampled values, NaN left out."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
 
 
 # ---- for scores-<set>.json -----------------------------------------------------------------------
@@ -322,7 +304,7 @@ def _with_auroc(
 
 
 def _record(group: Group) -> dict[str, Any]:
-    intervals = {score: list(interval_of(drawn)) for score, drawn in group.drawn.items()}
+    intervals = {score: list(interval(drawn)) for score, drawn in group.drawn.items()}
     return {
         "n": group.n,
         "num_patients": group.num_patients,

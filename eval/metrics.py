@@ -257,15 +257,17 @@ def scores_of_totals(totals: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of R resampled values."""
-    low, high = np.percentile(values, [2.5, 97.5])
+    """Compute the 95 % percentile interval of R resampled values, NaN left out.
+
+    A resample gives NaN where it holds nothing to score. Some other one must hold something.
+    """
+    low, high = np.percentile(values[~np.isnan(values)], [2.5, 97.5])
     return float(low), float(high)
 
 
 def known_interval(values: np.ndarray) -> list[float] | None:
-    """Compute the interval of the values that are not NaN, None where all are, for a JSON file."""
-    known = values[~np.isnan(values)]
-    return list(interval(known)) if len(known) else None
+    """Compute the interval for a JSON file, None where all values are NaN."""
+    return None if np.isnan(values).all() else list(interval(values))
 
 
 # ---- baselines -----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def evaluated_columns(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def answer_matrices(predictions: Sequence[Prediction], columns: Sequence[str]) -> AnswerMatrices:
-    """Turn predictions into the arrays that scores are made of.
+    """Turn predictions into the arrays that scores are made of. A failed answer has no labels.
 
     columns [K]: the labels, as `evaluated_columns` lists them.
     """
@@ -116,7 +116,7 @@ def score(
     policies = failure_policies(targets, predicted, parsed, columns, evaluated)
     patients = [prediction.patient_id for prediction in predictions]
     intervals = bootstrap_intervals(
-        targets, predicted & parsed[:, None], evaluated, patients, jaccard=jaccard, seed=seed
+        targets, predicted, evaluated, patients, jaccard=jaccard, seed=seed
     )
     problems = Counter(answer.problem for answer in answers if answer.problem)
     return policies["empty"] | {
@@ -126,8 +126,7 @@ def score(
         **unknown_entries(answers),
         "problems": dict(problems.most_common()),
         "silenced_labels": silenced_labels(
-            _counts(predicted & parsed[:, None] & evaluated, columns),
-            _counts(targets & evaluated, columns),
+            _counts(predicted & evaluated, columns), _counts(targets & evaluated, columns)
         ),
         "n": len(predictions),
         "num_patients": len(set(patients)),

@@ -31,7 +31,7 @@ from eval.folders import (
     result_files,
     write_results,
 )
-from eval.metrics import RESAMPLES, interval, patient_totals, scores_of_totals
+from eval.metrics import RESAMPLES, interval, scores_of_totals
 from eval.paired import shared_resamples
 from eval.transfer import Moved, gap_on_all_labels, gap_on_shared_labels
 
@@ -194,16 +194,7 @@ def _scored(
     seed: of the draws, another one for each data set.
     """
     columns = now.columns
-    totals = {
-        stage: patient_totals(
-            one.targets[:, columns],
-            one.predictions[:, columns],
-            one.evaluated[:, columns],
-            one.patients.tolist(),
-            one.jaccard,
-        )
-        for stage, one in (("start", start), ("now", now))
-    }
+    totals = {"start": start.totals(columns), "now": now.totals(columns)}
     values = {stage: scores_of_totals(rows.sum(axis=0)[None]) for stage, rows in totals.items()}
     drawn = shared_resamples(totals, seed=seed, resamples=RESAMPLES)
     return tuple(LABELS[k] for k in columns), values, drawn

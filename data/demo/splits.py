@@ -124,7 +124,8 @@ def _row(name: str, example_id: str, radiograph: Radiograph) -> dict:
 def _is_complete(data_file: Path, count: int) -> bool:
     if not data_file.is_file():
         return False
-    rows = [json.loads(line) for line in data_file.read_text(encoding="utf-8").splitlines()]
+    # of bytes, so that no U+2028 in a text ends a line
+    rows = [json.loads(line) for line in data_file.read_bytes().splitlines()]
     return len(rows) == count and all(
         row["generator_version"] == GENERATOR_VERSION
         and (data_file.parent / row["image"]).is_file()

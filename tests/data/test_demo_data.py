@@ -263,6 +263,9 @@ def test_a_complete_split_is_reused_and_any_other_is_drawn_again(tmp_path, monke
     os.utime(image, (1, 1))
     write_split("rl-train", 3, tmp_path)
     assert image.stat().st_mtime == 1  # reused
+    data_file.write_text(data_file.read_text().replace('"image"', '"\u2028": 1, "image"'))
+    write_split("rl-train", 3, tmp_path)
+    assert image.stat().st_mtime == 1  # reused: this character ends no row
     monkeypatch.setattr(splits, "GENERATOR_VERSION", "another")
     write_split("rl-train", 3, tmp_path)
     assert image.stat().st_mtime > 1  # drawn again: another generator

@@ -19,7 +19,9 @@ from eval.metrics import (
     bootstrap_intervals,
     drawn_patients,
     failure_policies,
+    interval,
     jaccard_per_image,
+    known_interval,
     label_matrix,
     multilabel_scores,
     patient_totals,
@@ -397,6 +399,13 @@ def test_bootstrap_draws_patients_not_images():
     assert intervals["micro_f1"] == intervals["jaccard"] == (0.0, 1.0)
     # the other two labels have no true positive
     assert intervals["macro_f1"] == pytest.approx((0, 1 / 3))
+
+
+def test_an_interval_leaves_out_resamples_that_score_nothing():
+    # of 0, 1, .., 100 the percentiles 2.5 and 97.5 are these numbers themselves
+    values = np.insert(np.arange(101.0), [0, 50, 101], np.nan)
+    assert interval(values) == (2.5, 97.5) and known_interval(values) == [2.5, 97.5]
+    assert known_interval(np.array([np.nan, np.nan])) is None
 
 
 def test_bootstrap_of_one_patient_is_a_point():

@@ -135,7 +135,7 @@ def speak(monkeypatch) -> None:
 
 # ---- what a run leaves behind --------------------------------------------------------------------
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def record(path: Path) -> dict:
