@@ -32,17 +32,17 @@ from eval.folders import (
     read_log,
     read_record,
 )
+from eval.names import SCORE_TITLES, heading
 from eval.page import Block, Cell, Folded, Page, Picture, Section, Table, Text
 from eval.page_files import write_page
 from eval.page_text import to_text
 from eval.paired import PERMUTATIONS, RESAMPLES
 from eval.pictures import dumbbell_picture, labels_picture
-from eval.tables import holm_note, number, p_cells, scores_table, signed
+from eval.tables import change_cells, holm_note, p_cells, scores_table
 from eval.verdict import verdict
 
 # settings that say nothing about the model
 _OF_THE_FOLDER = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch")
-_SCORES = (("macro_f1", "Macro F1"), ("micro_f1", "Micro F1"), ("jaccard", "Jaccard"))
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,14 @@ def differences_table(contrast: Contrast, first: str) -> Table:
     names, moves = [], []
     for model in contrast.answers:
         if model != first:
-            for score, title in _SCORES:
-                names.append((model, title))
+            for score, title in SCORE_TITLES.items():
+                names.append((model, heading(title)))
                 moves.append(contrast.change(first, model, score))
     p_values = [moved.p_value for moved in moves]
     rows: list[list[Cell | str]] = [
         [
             *name,
-            number(moved.before),
-            number(moved.after),
-            signed(moved.after - moved.before, moved.difference),
+            *change_cells(moved, contrast.num_patients),
             p_cell,
         ]
         for name, moved, p_cell in zip(names, moves, p_cells(p_values), strict=True)

@@ -12,15 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.folders import Entry
-from eval.names import STAGE_TITLES
+from eval.names import BASELINE_TITLES, SCORE_TITLES, STAGE_TITLES
 
-METRICS = {"jaccard": "Jaccard", "micro_f1": "micro-F1", "macro_f1": "macro-F1"}
+METRICS = {score: SCORE_TITLES[score] for score in ("jaccard", "micro_f1", "macro_f1")}
 WIDTH = 100  # columns of a console
-_BASELINES = {
-    "most_frequent": "most frequent",
-    "all_labels": "all labels",
-    "prevalence_matched": "by prevalence",
-}
 # beside "empty", the line of the stage
 _POLICIES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
 _NAME_WIDTH = 60  # of a name in a line of its own
@@ -110,7 +105,7 @@ def _other_lines(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
             policy = scores["failure_policies"][key]
             both = (f"{policy[metric]:.3f}" for metric in ("micro_f1", "macro_f1"))
             lines.append((f"  {title}", "", "", *both, "", ""))
-    for key, title in _BASELINES.items() if "baselines" in scores else ():
+    for key, title in BASELINE_TITLES.items() if "baselines" in scores else ():
         baseline = (f"{scores['baselines'][key][metric]:.3f}" for metric in METRICS)
         lines.append((f"  {title}", "", *baseline, "", ""))
     return lines

@@ -84,7 +84,7 @@ def _fall(record: Mapping[str, Any], score: str) -> list[Cell]:
         Cell("-")
         if difference is None
         # less from another patient's image is no loss, so nothing is set off
-        else signed(difference, None if interval is None else tuple(interval), tone=False)
+        else signed(difference, None if interval is None else tuple(interval))
     )
     return [Cell(number(own)), Cell(number(swapped)), moved]
 

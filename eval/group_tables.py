@@ -21,11 +21,15 @@ from eval.groups import (
     groups_of,
 )
 from eval.metrics import interval
+from eval.names import SCORE_TITLES, heading
 from eval.page import ARROW, Cell, Table
 from eval.tables import bounds, number, signed
 
 TITLES = {"sex": "sex", "age": "age in years", "view": "view"}
-SCORES = {"macro_f1_shared": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard"}
+# over the labels that all groups have
+SCORES = {"macro_f1_shared": SCORE_TITLES["macro_f1"]} | {
+    score: SCORE_TITLES[score] for score in ("micro_f1", "jaccard")
+}
 
 
 # ---- console -------------------------------------------------------------------------------------
@@ -132,18 +136,24 @@ def _scored(contrast: Contrast, model: str) -> Scored:
 
 def _rows(found: Mapping[str, Groups], before: Mapping[str, str]) -> Iterator[list[Cell | str]]:
     first = next(iter(found.values()))
+    reference = first.groups[first.reference]
     for name in first.large:
         for model, groups in found.items():
             group = groups.groups[name]
             is_reference = name == groups.reference
             moved = None if is_reference else groups.difference(name, "macro_f1_shared")
+            patients = min(group.num_patients, reference.num_patients)
             earlier = found[before[model]].groups[name] if model in before else None
             yield [
                 name if model == next(iter(found)) else "",
                 f"{group.n:,}" if model == next(iter(found)) else "",
                 model,
                 *(_score_cell(group, score) for score in SCORES),
-                "the largest" if is_reference else "-" if moved is None else signed(*moved),
+                "the largest"
+                if is_reference
+                else "-"
+                if moved is None
+                else signed(*moved, patients),
                 _change(earlier, group),
             ]
 
@@ -162,6 +172,7 @@ def _change(before: Group | None, after: Group) -> Cell:
     return signed(
         after.values[score] - before.values[score],
         interval(after.drawn[score] - before.drawn[score]),
+        after.num_patients,
     )
 
 
@@ -190,7 +201,7 @@ def _table(
             field.capitalize(),
             "Images",
             "Model",
-            *(f"{title[0].upper()}{title[1:]}" for title in SCORES.values()),
+            *map(heading, SCORES.values()),
             f"Macro-F1 minus that of {groups.reference}",
             f"Macro-F1, change from the model before {ARROW} this",
         ],

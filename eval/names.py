@@ -1,4 +1,4 @@
-"""Name models by their stage of training: base, SFT, SFT + vote of 4, GRPO.
+"""Name the models by their stage of training (SFT + vote of 4), the scores and the baselines.
 
 A name that the user gave is never changed. Two models of one stage are told apart by what differs
 between them, such as their reward or their seed.
@@ -15,11 +15,23 @@ if TYPE_CHECKING:
     from eval.folders import Entry
 
 STAGE_TITLES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
+SCORE_TITLES = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard"}
+# answers that need no image, by their keys in scores-<set>.json
+BASELINE_TITLES = {
+    "most_frequent": "most frequent",
+    "all_labels": "all labels",
+    "prevalence_matched": "by prevalence",
+}
 # what tells two models of one stage apart, the most telling first; a value of these needs no name
 _TELLING = ("reward", "prompt", "model_name_or_path", "checkpoint")
 # settings that say nothing about a model
 _SILENT = ("output_dir", "resume_from_checkpoint", "dry_run", "show_batch", "image_root")
 _LONGEST = 24  # characters of a value that still makes a name
+
+
+def heading(title: str) -> str:
+    """Begin a title with a capital, for the head of a row or column."""
+    return title[:1].upper() + title[1:]
 
 
 def name_by_stage(entries: Sequence[Entry], given: Collection[str]) -> list[Entry]:

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from eval.metrics import interval, resampled_totals, scores_of_totals
 RESAMPLES = 10_000
 PERMUTATIONS = 10_000
 FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
+NO_CLEAR_CHANGE = "no clear change"
 _TESTED = ("micro_f1", "macro_f1", "jaccard", "label_f1")
 _SWAPS_AT_ONCE = 2_000_000  # of the permutation test's [permutations, rows] counts: 16 MB
 
@@ -121,6 +123,11 @@ class Change:
     relative: tuple[float, float] | None
     p_value: float
 
+    @property
+    def size(self) -> float:
+        """Return the difference, positive for a gain."""
+        return self.after - self.before
+
 
 def change(
     before: float,
@@ -142,14 +149,16 @@ def change(
     )
 
 
-def is_clear(interval: Sequence[float], patients: int) -> bool:
-    """Tell whether a verdict may call a difference clear, the one rule of all sentences.
+def clear_change(interval: Sequence[float], patients: int) -> Literal["gain", "loss", ""]:
+    """Tell whether a change is clear and which way, the one rule of all sentences and tables.
 
     Its 95 % interval leaves 0 out and rests on at least FEW_PATIENTS patients. interval: (low,
-    high) of the difference. patients: how many were drawn.
+    high) of the difference. patients: how many were drawn. Returns "" where it is not clear.
     """
     low, high = interval
-    return patients >= FEW_PATIENTS and (low > 0 or high < 0)
+    if patients < FEW_PATIENTS:
+        return ""
+    return "gain" if low > 0 else "loss" if high < 0 else ""
 
 
 # ---- what is said, whatever the image ------------------------------------------------------------

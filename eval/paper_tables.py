@@ -14,9 +14,10 @@ from data.labels import LABELS, NIH_NINE
 from eval import published
 from eval.contrasts import Contrast
 from eval.folders import Entry
+from eval.names import BASELINE_TITLES
 from eval.page import Cell, Table
 from eval.paired import all_labels_scores
-from eval.tables import BASELINE_TITLES, NO_SUPPORT, SEVEN, bounds, number, support_notes
+from eval.tables import NO_SUPPORT, SEVEN, bounds, number, support_notes
 
 
 def prompt_key(name: str) -> str:

@@ -418,8 +418,7 @@ def headlines(found: Sequence[Transfer]) -> list[str]:
 
 def _sides(home: Change | None, away: Change | None) -> str:
     return ", ".join(
-        f"{where} {moved.after - moved.before:+.3f} ({moved.difference[0]:+.3f} to"
-        f" {moved.difference[1]:+.3f})"
+        f"{where} {moved.size:+.3f} ({moved.difference[0]:+.3f} to {moved.difference[1]:+.3f})"
         for where, moved in (("in distribution", home), ("across schemes", away))
         if moved is not None
     )

@@ -19,7 +19,7 @@ from data.files import write_json
 from eval.end_table import end_table, stage_title
 from eval.folders import START, VOTE, load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
-from eval.paired import is_clear
+from eval.paired import NO_CLEAR_CHANGE, clear_change
 from eval.since_start import EVALUATIONS, since_start
 
 SUMMARY = "summary.json"
@@ -115,10 +115,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     verdicts: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         interval_of = row["since_start"]["macro_f1"]["interval"]
-        word = "no clear change"
-        if is_clear(interval_of, row.get("num_patients", row["n"])):
-            word = "clear gain" if interval_of[0] > 0 else "clear loss"
-        verdicts[word].append(row["dataset"])
+        change = clear_change(interval_of, row.get("num_patients", row["n"]))
+        verdicts[f"clear {change}" if change else NO_CLEAR_CHANGE].append(row["dataset"])
     numbers = " and ".join(dict.fromkeys(f"{row['n']:,}" for row in rows))
     if len(verdicts) == 1:
         return f"{next(iter(verdicts))} at n = {numbers}"

@@ -10,14 +10,10 @@ from data.entries import UNKNOWN_KINDS
 from data.labels import LABELS
 from eval.contrasts import Contrast
 from eval.folders import Answers
+from eval.names import BASELINE_TITLES
 from eval.page import ARROW, Cell, Table
-from eval.paired import diversity, holm, said_and_true
+from eval.paired import Change, clear_change, diversity, holm, said_and_true
 
-BASELINE_TITLES = {
-    "most_frequent": "most frequent answer",
-    "all_labels": "all labels",
-    "prevalence_matched": "prevalence-matched",
-}
 NO_SUPPORT = "no positives"
 # the columns of the paper's tables 2 to 4
 SEVEN = ("Micro P", "Micro R", "Micro F1", "Macro P", "Macro R", "Macro F1", "Fail")
@@ -36,21 +32,36 @@ def bounds(interval: tuple[float, float]) -> str:
 def signed(
     value: float,
     interval: tuple[float, float] | None = None,
+    patients: int = 0,
     *,
     percent: bool = False,
-    tone: bool = True,
 ) -> Cell:
-    """Write a change with its interval, set off as a gain or loss where the interval leaves 0 out.
+    """Write a change with its interval, set off where it is clear by `paired.clear_change`.
 
-    percent: write shares as percent. tone: False to set nothing off.
+    patients: on which the interval rests. 0 to set nothing off. percent: write shares as percent.
     """
 
     def form(x: float) -> str:
         return f"{100 * x:+.1f} %" if percent else f"{x:+.3f}"
 
-    clear = interval is not None and tone and (interval[0] > 0 or interval[1] < 0)
-    detail = "" if interval is None else f"{form(interval[0])} to {form(interval[1])}"
-    return Cell(form(value), detail, ("gain" if value > 0 else "loss") if clear else "")
+    if interval is None:
+        return Cell(form(value))
+    detail = f"{form(interval[0])} to {form(interval[1])}"
+    return Cell(form(value), detail, clear_change(interval, patients))
+
+
+def signed_change(moved: Change, patients: int) -> Cell:
+    """Write the difference of two models' scores, as `signed` does."""
+    return signed(moved.size, moved.difference, patients)
+
+
+def change_cells(moved: Change, patients: int) -> list[Cell]:
+    """Write a score before and after, and the difference."""
+    return [
+        Cell(number(moved.before)),
+        Cell(number(moved.after)),
+        signed_change(moved, patients),
+    ]
 
 
 def p_text(value: float) -> str:
@@ -127,9 +138,9 @@ def scores_table(contrast: Contrast) -> Table:
                 "",
             ]
         )
-    images, patients = len(contrast.first.ids), len(set(contrast.first.patients.tolist()))
     notes = [
-        f"{images:,} images of {patients:,} patients; {len(contrast.labels)} labels. In small"
+        f"{len(contrast.first.ids):,} images of {contrast.num_patients:,} patients;"
+        f" {len(contrast.labels)} labels. In small"
         " print: 95 % intervals, bootstrap by patient. Failed answers count as empty; an answer"
         " not in the format has Jaccard 0."
     ]
@@ -167,15 +178,14 @@ def movers_table(contrast: Contrast, before: str, after: str) -> Table:
         (label, int(count), contrast.label_change(before, after, label))
         for label, count in zip(contrast.labels, contrast.support, strict=True)
     ]
-    moves.sort(key=lambda move: move[2].before - move[2].after)
+    moves.sort(key=lambda move: -move[2].size)
     # a label without positives is not tested: its F1 is 0 whatever is said
     p_values = [moved.p_value if count else float("nan") for _, count, moved in moves]
     rows = [
         [
             label,
             f"{count:,}" if count else NO_SUPPORT,
-            *(number(value) if count else "-" for value in (moved.before, moved.after)),
-            signed(moved.after - moved.before, moved.difference) if count else "-",
+            *(change_cells(moved, contrast.num_patients) if count else "---"),
             p_cell,
         ]
         for (label, count, moved), p_cell in zip(moves, p_cells(p_values), strict=True)

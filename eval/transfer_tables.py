@@ -8,8 +8,8 @@ from data.labels import LABELS, NIH_NINE
 from eval import published
 from eval.contrasts import Contrast, Transfer
 from eval.page import ARROW, Cell, Table
-from eval.paired import Change, is_clear
-from eval.tables import holm_note, number, p_cells, signed
+from eval.paired import NO_CLEAR_CHANGE, Change, clear_change
+from eval.tables import change_cells, holm_note, p_cells, signed, signed_change
 from eval.transfer import shared_labels
 
 _PAPER_TRANSFER = (
@@ -17,6 +17,13 @@ _PAPER_TRANSFER = (
     ("MedGemma (SFT)", "MedGemma (ChexReason)"),
     ("MedGemma", "MedGemma (ChexReason)"),
 )
+
+
+_GAP_MOVED = {
+    "gain": "; the gap moved towards home",
+    "loss": "; the gap moved towards the other schemes",
+    "": "",
+}
 
 
 def transfer_table(
@@ -27,7 +34,7 @@ def transfer_table(
     The relative change is there too, as the paper states it. A set whose labels another side
     cannot all express has a row for the labels that both can.
     """
-    steps, moves = [], []
+    steps, moves, patients = [], [], []
     for before, after in pairs:
         for contrast in contrasts:
             if (before, after) not in contrast.p_values:
@@ -36,17 +43,18 @@ def transfer_table(
             for labels, name in _label_choices(contrast, contrasts, home):
                 steps.append((f"{before} {ARROW} {after}", name, where))
                 moves.append(contrast.macro_change(before, after, labels))
+                patients.append(contrast.num_patients)
     p_values = [moved.p_value for moved in moves]
     rows: list[list[Cell | str]] = [
         [
             *step,
-            number(moved.before),
-            number(moved.after),
-            signed(moved.after - moved.before, moved.difference),
-            _relative(moved),
+            *change_cells(moved, drawn),
+            _relative(moved, drawn),
             p_cell,
         ]
-        for step, moved, p_cell in zip(steps, moves, p_cells(p_values), strict=True)
+        for step, moved, drawn, p_cell in zip(
+            steps, moves, patients, p_cells(p_values), strict=True
+        )
     ]
     return Table(
         "Change of macro-F1",
@@ -76,10 +84,10 @@ def _label_choices(
     return list(choices.items())
 
 
-def _relative(moved: Change) -> Cell:
+def _relative(moved: Change, patients: int) -> Cell:
     if not moved.before:
         return Cell("-")
-    return signed(moved.after / moved.before - 1, moved.relative, percent=True)
+    return signed(moved.size / moved.before, moved.relative, patients, percent=True)
 
 
 _WHO_GAINED = [
@@ -99,7 +107,7 @@ def paradox_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Tabl
     rows: list[list[Cell | str]] = [
         [
             f"{transfer.before} {ARROW} {transfer.after}",
-            *map(_verdict, (transfer.home, transfer.away)),
+            *(_side(moved, transfer) for moved in (transfer.home, transfer.away)),
             _gap(transfer.gap),
             reading(transfer),
         ]
@@ -113,7 +121,8 @@ def paradox_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Tabl
         [
             "Gap: positive where a step did more for the scheme it was trained on than for the"
             " others. Each side counts all labels of its own, so that the sides differ in their"
-            " labels too. A reading of 'gains' or 'loses' needs a 95 % interval without 0."
+            " labels too. A reading of 'gains' or 'loses' needs a 95 % interval without 0"
+            " and 20 patients."
             + (" The paper's data sets: CheXpert test and NIH." if with_paper else ""),
         ],
         numbers_to=4,
@@ -133,13 +142,15 @@ def matched_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Tabl
             rows.append(
                 [
                     f"{step}, {shared_title(transfer)}",
-                    *map(_verdict, (transfer.home_shared, transfer.away_shared)),
+                    _side(transfer.home_shared, transfer),
+                    _side(transfer.away_shared, transfer),
                     _gap(transfer.gap_shared),
                     reading(transfer, shared=True),
                 ]
             )
         if transfer.home_only is not None:
-            rows.append([f"{step}, labels only at home", _verdict(transfer.home_only), "", "", ""])
+            only = _side(transfer.home_only, transfer)
+            rows.append([f"{step}, labels only at home", only, "", "", ""])
     rest = tuple(label for label in LABELS if label not in NIH_NINE)
     for pair in _PAPER_TRANSFER if with_paper else ():
         rows += [_paper_row(*pair, NIH_NINE, NIH_NINE), _paper_row(*pair, rest, ())]
@@ -158,7 +169,7 @@ def matched_table(found: Sequence[Transfer], *, with_paper: bool = True) -> Tabl
 
 
 def _gap(gap: tuple[float, tuple[float, float]] | None) -> Cell:
-    return Cell("-") if gap is None else signed(*gap, tone=False)
+    return Cell("-") if gap is None else signed(*gap)
 
 
 def shared_title(transfer: Transfer) -> str:
@@ -220,28 +231,21 @@ def _paper_row(
     ]
 
 
-def _verdict(moved: Change | None) -> Cell:
-    return Cell("-") if moved is None else signed(moved.after - moved.before, moved.difference)
+def _side(moved: Change | None, transfer: Transfer) -> Cell:
+    return Cell("-") if moved is None else signed_change(moved, transfer.num_patients)
 
 
 def reading(transfer: Transfer, *, shared: bool = False) -> str:
-    """Say in words what a step changed: a gain or loss is clear by `paired.is_clear`.
+    """Say in words what a step changed: a gain or loss is clear by `paired.clear_change`.
 
     shared: on the labels that both sides can express, not on all of each side.
     """
 
     def word(moved: Change | None) -> str:
-        return (
-            "not measured"
-            if moved is None
-            else (
-                "no clear change"
-                if not is_clear(moved.difference, transfer.num_patients)
-                else "gains"
-                if moved.after > moved.before
-                else "loses"
-            )
-        )
+        if moved is None:
+            return "not measured"
+        direction = clear_change(moved.difference, transfer.num_patients)
+        return {"gain": "gains", "loss": "loses", "": NO_CLEAR_CHANGE}[direction]
 
     sides = (
         (transfer.home_shared, transfer.away_shared) if shared else (transfer.home, transfer.away)
@@ -252,7 +256,5 @@ def reading(transfer: Transfer, *, shared: bool = False) -> str:
         return "gains at home, loses elsewhere: the paper's trade-off"
     if (home, away) == ("loses", "gains"):
         return "loses at home, gains elsewhere: the paper's paradox"
-    moved = ""
-    if gap is not None and is_clear(gap[1], transfer.num_patients):
-        moved = "; the gap moved " + ("towards home" if gap[0] > 0 else "towards the other schemes")
+    moved = "" if gap is None else _GAP_MOVED[clear_change(gap[1], transfer.num_patients)]
     return (f"in both: {home}" if home == away else f"at home: {home}; elsewhere: {away}") + moved

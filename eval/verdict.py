@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from eval.confusion import counts_of, silenced_in
 from eval.contrasts import Contrast, Transfer
+from eval.names import BASELINE_TITLES
 from eval.page import ARROW, Lead
-from eval.paired import FEW_PATIENTS, Change, holm, is_clear
-from eval.tables import BASELINE_TITLES, bounds, number, p_text
+from eval.paired import FEW_PATIENTS, NO_CLEAR_CHANGE, Change, clear_change, holm
+from eval.tables import bounds, number, p_text
 from eval.transfer_tables import shared_title
 
-_NO_CHANGE = "no clear change"
 MANY_UNREAD = 0.05  # share of answers that failed or have unknown entries, from which on it is said
 
 
@@ -27,8 +27,8 @@ def verdict(
 ) -> Lead:
     """Write the verdict on the last step, from paired intervals.
 
-    A rise or fall of macro-F1 has to be clear by `paired.is_clear`. The p-values of the evidence
-    are adjusted for the number of data sets.
+    A rise or fall of macro-F1 has to be clear by `paired.clear_change`. The p-values of the
+    evidence are adjusted for the number of data sets.
 
     contrasts: the data sets, those at home first. step: (before, after), None for a verdict on
     single models. transfer: of that step, None where it has none.
@@ -68,21 +68,23 @@ def _changes(moved: Sequence[tuple[Contrast, Change]]) -> str:
     parts = []
     unclear = []
     for contrast, change in moved:
-        if not is_clear(change.difference, contrast.num_patients):
+        direction = clear_change(change.difference, contrast.num_patients)
+        if not direction:
             unclear.append(contrast)
             continue
-        size = change.after - change.before
-        verb = "rises" if size > 0 else "falls"
-        parts.append(f"macro-F1 {verb} by {abs(size):.3f} on {contrast.data_set}")
+        verb = "rises" if direction == "gain" else "falls"
+        parts.append(f"macro-F1 {verb} by {abs(change.size):.3f} on {contrast.data_set}")
     if unclear:
         sizes = {len(contrast.first.ids) for contrast in unclear}
         names = [contrast.data_set for contrast in unclear]
         what = "" if parts else " of macro-F1"
         if len(sizes) == 1:
-            parts.append(f"{_NO_CHANGE}{what} at n = {sizes.pop():,} on {_listed(names, 'or')}")
+            parts.append(
+                f"{NO_CLEAR_CHANGE}{what} at n = {sizes.pop():,} on {_listed(names, 'or')}"
+            )
         else:
             each = [f"{c.data_set} at n = {len(c.first.ids):,}" for c in unclear]
-            parts.append(f"{_NO_CHANGE}{what} on {_listed(each, 'or')}")
+            parts.append(f"{NO_CLEAR_CHANGE}{what} on {_listed(each, 'or')}")
     return _listed(parts)
 
 
@@ -94,9 +96,10 @@ def _gap_clause(transfer: Transfer | None) -> str:
     if transfer is None or transfer.gap_shared is None:
         return ""
     size, interval = transfer.gap_shared
-    if not is_clear(interval, transfer.num_patients):
+    direction = clear_change(interval, transfer.num_patients)
+    if not direction:
         return ""
-    where = "at home than elsewhere" if size > 0 else "elsewhere than at home"
+    where = "at home than elsewhere" if direction == "gain" else "elsewhere than at home"
     return f"on the labels that both sides can express it did {abs(size):.3f} more {where}"
 
 
@@ -133,7 +136,7 @@ def _evidence(contrast: Contrast, before: str, after: str, p: str) -> str:
 
 def _difference(moved: Change) -> str:
     low, high = moved.difference
-    return f"{moved.after - moved.before:+.3f} (95 % {low:+.3f} to {high:+.3f})"
+    return f"{moved.size:+.3f} (95 % {low:+.3f} to {high:+.3f})"
 
 
 def _silent_lines(contrasts: Sequence[Contrast], model: str) -> list[str]:
@@ -175,7 +178,7 @@ def _no_better(contrasts: Sequence[Contrast], model: str) -> list[str]:
     if not found:
         return []
     return [
-        f"{model} is not clearly better than one answer to every image, macro-F1 on"
+        f"{model} is not clearly better than answers without the image, macro-F1 on"
         f" {'; '.join(found)}"
     ]
 
@@ -198,7 +201,7 @@ def _single(contrasts: Sequence[Contrast]) -> Lead:
         parts.append(f"{number(value)} on {contrast.data_set} (n = {len(contrast.first.ids):,})")
         details.append(
             f"{contrast.data_set}: {model}, 95 % {bounds(contrast.interval(model, 'macro_f1'))};"
-            f" the answer '{title}' to every image has {number(best)}"
+            f" answers without the image, '{title}', have {number(best)}"
         )
         details += [*_silent_lines([contrast], model), *_unread_lines([contrast], model)]
     models = list(dict.fromkeys(list(contrast.answers)[-1] for contrast in contrasts))

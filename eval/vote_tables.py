@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.folders import Entry, part_of
+from eval.names import SCORE_TITLES
 from eval.page import Cell, Table
 from eval.tables import bounds, number, signed
-
-_SCORES = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard"}
 
 
 def vote_tables(entries: Sequence[Entry]) -> tuple[list[Table], list[Table]]:
@@ -45,8 +44,9 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
         "micro_f1": part_of(record, "micro").get("f1"),
         "jaccard": record.get("jaccard"),
     }
+    patients = record.get("num_patients", record.get("n", 0))
     rows: list[list[Cell | str]] = []
-    for score, title in _SCORES.items():
+    for score, title in SCORE_TITLES.items():
         gain = part_of(samples, "vote_gain").get(score)
         rows.append(
             [
@@ -54,7 +54,9 @@ def _gain_rows(model: str, data_set: str, record: Mapping[str, Any]) -> list[lis
                 data_set,
                 _with_interval(samples, "mean", score),
                 Cell(number(own[score])),
-                Cell("-") if gain is None else signed(gain, _interval(samples, "vote_gain", score)),
+                Cell("-")
+                if gain is None
+                else signed(gain, _interval(samples, "vote_gain", score), patients),
                 _with_interval(samples, "best", score),
             ]
         )
@@ -161,10 +163,11 @@ def _threshold_rows(model: str, data_set: str, points: Mapping[str, Any]) -> lis
             else signed(
                 after - before,
                 None if interval is None else (interval[0], interval[1]),
-                tone=not shared,  # on patients who chose the thresholds a gain is none
+                # on patients who chose the thresholds a gain is none
+                0 if shared else points.get("num_patients", 0),
             )
         )
-        told = f"{model}, {_SCORES[score]}"
+        told = f"{model}, {SCORE_TITLES[score]}"
         rows.append([told, data_set, chosen_on, number(before), number(after), moved])
     return rows
 

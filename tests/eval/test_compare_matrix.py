@@ -62,8 +62,8 @@ def test_settings_and_scores_that_differ(runs, capsys):
         if line.startswith(("GRPO (nuanced) M", "GRPO (nuanced) J"))
     ]
     assert scored[:3] == [
-        "GRPO (nuanced) Macro F1 0.095 0.176 +0.081",
-        "GRPO (nuanced) Micro F1 0.444 0.800 +0.356",
+        "GRPO (nuanced) Macro-F1 0.095 0.176 +0.081",
+        "GRPO (nuanced) Micro-F1 0.444 0.800 +0.356",
         "GRPO (nuanced) Jaccard 0.375 0.750 +0.375",
     ]
     # the sentence and the scores come first, and the console says where the curves are
@@ -92,8 +92,8 @@ def test_a_vote_that_a_run_keeps_is_a_row_and_no_run(runs, tmp_path, capsys):
     text = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert text[0].startswith("added, the vote that GRPO has to beat: base + vote of 4 (")
     assert any(line.startswith("GRPO (nuanced) against GRPO (hard): ") for line in text)
-    assert any(line.startswith("base + vote of 4 Macro F1 0.095 0.176 +0.081") for line in text)
-    assert any(line.startswith("GRPO (nuanced) Macro F1 0.095 0.176 +0.081") for line in text)
+    assert any(line.startswith("base + vote of 4 Macro-F1 0.095 0.176 +0.081") for line in text)
+    assert any(line.startswith("GRPO (nuanced) Macro-F1 0.095 0.176 +0.081") for line in text)
     assert not any("max_steps" in line or "Scores on nih" in line for line in text)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Total reward, as trained on of GRPO (hard)" in page  # the curves are still there

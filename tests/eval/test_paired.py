@@ -18,10 +18,10 @@ from eval.metrics import bootstrap_intervals, patient_totals, scores_of_totals
 from eval.paired import (
     all_labels_scores,
     change,
+    clear_change,
     diversity,
     fingerprint,
     holm,
-    is_clear,
     permutation_p_values,
     said_and_true,
     shared_resamples,
@@ -245,20 +245,20 @@ def test_a_change_by_hand():
 @pytest.mark.parametrize(
     ("interval", "patients", "clear"),
     [
-        ((0.01, 0.05), 20, True),
-        ((-0.05, -0.01), 20, True),
-        ((0.01, 0.05), 19, False),  # too few patients
-        ((-0.01, 0.05), 1000, False),
-        ((0.0, 0.05), 1000, False),  # it touches 0
-        ((-0.05, 0.0), 1000, False),
-        ((0.0, 0.0), 1000, False),
-        ((float("nan"), float("nan")), 1000, False),
+        ((0.01, 0.05), 20, "gain"),
+        ((-0.05, -0.01), 20, "loss"),
+        ((0.01, 0.05), 19, ""),  # too few patients
+        ((-0.01, 0.05), 1000, ""),
+        ((0.0, 0.05), 1000, ""),  # it touches 0
+        ((-0.05, 0.0), 1000, ""),
+        ((0.0, 0.0), 1000, ""),
+        ((float("nan"), float("nan")), 1000, ""),
     ],
 )
 def test_a_clear_difference_has_an_interval_without_zero_and_twenty_patients(
     interval, patients, clear
 ):
-    assert is_clear(interval, patients) is clear
+    assert clear_change(interval, patients) == clear
 
 
 def test_figures_of_totals_equal_scikit_learn():

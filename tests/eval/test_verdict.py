@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from data.labels import LABELS
+from eval.compare import differences_table
 from eval.confusion import NOTHING, heat_map, said_in_place, silenced_in, silenced_table
 from eval.contrasts import transfers
 from eval.page import Cell, Table, Text
 from eval.pictures import NARROW, WIDE, dumbbell_picture, labels_picture
-from eval.transfer_tables import reading
+from eval.tables import movers_table
+from eval.transfer_tables import paradox_table, reading, transfer_table
 from eval.verdict import last_step, verdict
 from tests.helpers.reports import AFTER, BEFORE, answer, compared, parsed, row, texts
 
@@ -114,6 +116,20 @@ def test_fewer_than_twenty_patients_give_no_reading(tmp_path):
         assert transfer.num_patients == patients and reading(transfer) == words
 
 
+@pytest.mark.parametrize("patients, tone", [(19, ""), (20, "gain")])
+def test_tables_set_off_what_sentences_call_clear(tmp_path, patients, tone):
+    home = compared(tmp_path, rows_of({0: "Fracture"}, patients), rows_of({0: "Edema"}, patients))
+    found = transfers([home], ["home"], [STEP])
+    differences = differences_table(home, "base")
+    moved = [
+        transfer_table([home], ["home"], [STEP]).rows[0][5],
+        paradox_table(found).rows[0][1],
+        movers_table(home, *STEP).rows[0][4],  # Edema, the largest gain
+        *(row[4] for row in differences.rows),
+    ]
+    assert len(differences.rows) == 3 and [cell.tone for cell in moved] == [tone] * 6
+
+
 def test_the_gap_is_that_of_the_labels_that_both_sides_can_express(tmp_path):
     """At home Edema goes from wrong to right, elsewhere it stays right: on the one shared label
     macro-F1 rises by 1 at home and by 0 elsewhere. On all labels of each side it would be 1/14.
@@ -153,7 +169,7 @@ def test_one_model_is_set_beside_the_best_answer_without_an_image(tmp_path):
     lead = verdict([contrast], None, None)
     assert lead.text == "sft: macro-F1 0.176 on home (n = 4)."
     # All labels of every image: Edema 2/3, Fracture 2/3, No Finding 2/5, so 26/15/14 = 0.124.
-    assert "the answer 'all labels' to every image has 0.124" in lead.details[0]
+    assert "answers without the image, 'all labels', have 0.124" in lead.details[0]
 
 
 def test_the_last_step_leads_to_the_last_model():

@@ -16,6 +16,7 @@ from eval.vote_tables import threshold_tables, vote_tables
 from tests.helpers.reports import BEFORE, FEW, texts
 
 RECORD = {
+    "num_patients": 20,
     "macro": {"f1": 0.6},
     "micro": {"f1": 0.7},
     "jaccard": 0.8,
@@ -55,7 +56,7 @@ RECORD = {
 POINTS = {
     "from": "home",
     "shared_patients": 3,
-    "num_patients": 12,
+    "num_patients": 20,
     "per_label": {
         "Edema": {"threshold": 0.25, "before": 0.5, "after": 0.75},
         "Fracture": {"threshold": 0.5, "before": 0.25, "after": 0.25},
@@ -90,9 +91,12 @@ def test_the_tables_of_a_vote(tmp_path):
         ["SFT + vote of 4, micro-F1", "home", "0.600", "0.700", "+0.100", "0.910"],
         ["SFT + vote of 4, Jaccard", "home", "0.700", "0.800", "+0.100", "0.920"],
     ]
-    # a gain is clear where its interval leaves 0 out
+    # a gain is clear where its interval leaves 0 out and rests on 20 patients
     assert gains.rows[0][4] == Cell("+0.100", "+0.050 to +0.150", "gain")
     assert gains.rows[2][4] == Cell("+0.100", "-0.050 to +0.250", "")
+    write_results(tmp_path / "vote", "home", BEFORE, RECORD | {"num_patients": 19}, overwrite=True)
+    [few], _ = vote_tables([load_entry("vote", tmp_path / "vote")])
+    assert few.rows[0][4] == Cell("+0.100", "+0.050 to +0.150", "")
     assert by_label.header[2:] == ["SFT + vote of 4, AUROC", "SFT + vote of 4, AUPRC"]
     assert [texts(row) for row in by_label.rows] == [
         ["Edema", "25.0 %", "0.750", "0.500"],
@@ -153,6 +157,10 @@ def test_thresholds_that_were_carried(tmp_path):
     [whole], _ = threshold_tables([load_entry("vote", tmp_path / "vote")])
     assert whole.rows[0][2] == Cell("home", "")
     assert whole.rows[0][5] == Cell("+0.125", "+0.050 to +0.200", "gain")
+    points = {"operating_points": POINTS | {"shared_patients": 0, "num_patients": 19}}
+    write_results(tmp_path / "vote", "nih", BEFORE, {"probabilities": points}, overwrite=True)
+    [few], _ = threshold_tables([load_entry("vote", tmp_path / "vote")])
+    assert few.rows[0][5] == Cell("+0.125", "+0.050 to +0.200", "")
     # votes without thresholds of another set, and a record of another version
     write_results(tmp_path / "vote", "nih", BEFORE, RECORD, overwrite=True)
     assert threshold_tables([load_entry("vote", tmp_path / "vote")]) == ([], [])
