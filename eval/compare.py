@@ -22,7 +22,6 @@ from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.contrasts import Contrast, contrast_models
 from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
-from eval.figures import MISSING, available, draw_training
 from eval.folders import (
     Entry,
     added_votes,
@@ -38,6 +37,7 @@ from eval.page_files import write_page
 from eval.page_text import to_text
 from eval.paired import PERMUTATIONS, RESAMPLES
 from eval.pictures import dumbbell_picture, labels_picture
+from eval.plots import MISSING, available, draw_training
 from eval.tables import change_cells, holm_note, p_cells, scores_table
 from eval.verdict import verdict
 

@@ -34,7 +34,7 @@ from eval.contrasts import (
     transfers,
 )
 from eval.faithfulness_tables import faithfulness_tables
-from eval.figures import MISSING, available, reliability_pictures, training_pictures
+from eval.figures import reliability_pictures, training_pictures
 from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries
 from eval.group_tables import groups_tables
 from eval.page import (
@@ -55,6 +55,7 @@ from eval.page_text import console_lines
 from eval.paired import PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
 from eval.pictures import dumbbell_picture, labels_picture
+from eval.plots import MISSING, available
 from eval.published import SOURCE
 from eval.tables import diversity_table, marginals_table, movers_table, scores_table
 from eval.transfer_tables import matched_table, paradox_table, reading, shared_title, transfer_table

@@ -15,20 +15,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import eval.figures
+import eval.plots
 from data.files import write_jsonl
 from engine.config import UsageError
 from eval.curves import FIGURE_1, POLICY
-from eval.figures import (
-    draw_macro_f1,
-    draw_reliability,
-    draw_training,
-    main,
-    reliability_pictures,
-    training_pictures,
-)
+from eval.figures import main, reliability_pictures, training_pictures
 from eval.folders import load_entry, write_results
 from eval.page import Picture
+from eval.plots import draw_macro_f1, draw_reliability, draw_training
 from eval.probabilities import probability_scores
 from eval.report import main as report_main
 from tests.helpers.reports import AFTER, BEFORE, FEW, parsed, row, save, training_run
@@ -152,7 +146,7 @@ def axes_of(monkeypatch, draw) -> list:
     def stop(figure, form):
         raise Seen(figure)
 
-    monkeypatch.setattr(eval.figures, "_rendered", stop)
+    monkeypatch.setattr(eval.plots, "_rendered", stop)
     with pytest.raises(Seen) as seen:
         draw()
     return seen.value.args[0].axes
@@ -302,7 +296,7 @@ def test_what_is_missing_is_named_for_each_run(tmp_path, capsys):
 
 
 def test_without_matplotlib_a_report_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval.figures, "available", lambda: False)
+    monkeypatch.setattr(eval.plots, "available", lambda: False)
     monkeypatch.setattr("eval.report.available", lambda: False)
     for name, rows in (("base", BEFORE), ("sft", AFTER)):
         (tmp_path / name).mkdir()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-import eval.figures
+import eval.plots
 from eval.faithfulness_tables import faithfulness_tables
 from eval.folders import load_entry, write_results
 from eval.page import Cell
@@ -203,5 +203,5 @@ def test_without_matplotlib_a_report_says_once_what_it_lacks(tmp_path, monkeypat
         write_results(folder, "home", BEFORE, record)
         assert main([str(folder), "--output_dir", str(folder / "out"), *FEW]) == 0
         text = (folder / "out" / "report.md").read_text(encoding="utf-8")
-        assert f"Without pictures of {what}: {eval.figures.MISSING[:30]}" in text
+        assert f"Without pictures of {what}: {eval.plots.MISSING[:30]}" in text
         assert text.count("Without pictures") == 1

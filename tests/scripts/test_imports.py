@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 RUN_TIME = {"torch", "transformers", "peft", "safetensors", "PIL", "numpy", "tqdm", "tensorboard"}
 WITH_TRANSFORMERS = {"tokenizers"}  # transformers requires it
-EXTRAS = {"eval/figures.py": {"matplotlib"}}  # setup.cfg's extra `plots`
+EXTRAS = {"eval/plots.py": {"matplotlib"}}  # setup.cfg's extra `plots`
 NARROWER = {"rl/objective.py": {"torch"}}  # a fork reads and copies this file alone
 # Only the demo's base, which is built by hand, needs a model. A data set is looked at without one.
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "safetensors", "tensorboard"}
