@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,13 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
     Runs without a log are left out: `curves.training_runs` says which and why.
     """
     runs, _ = training_runs(entries)
-    drawn = [
+    return [
         *_macro_f1_pictures(runs, form),
         *_stage_pictures(runs, form),
         *_part_pictures(runs, form),
         *_policy_pictures(runs, form),
         *_hacking_pictures(runs, form),
     ]
-    names: dict[str, int] = {}
-    pictures = []
-    for picture in drawn:  # two rewards' names may become one file name
-        names[picture_file(picture)] = count = names.get(picture_file(picture), 0) + 1
-        pictures.append(picture if count == 1 else replace(picture, name=f"{picture.name}-{count}"))
-    return pictures
 
 
 def _chunks(
@@ -111,7 +105,7 @@ def _stage_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
             figure = _FIGURES.get(reward)
             paper = f", as in figure {figure[-1]} of the paper" if figure else ""
             caption = f"GRPO on the {reward or 'unnamed'} reward{paper}. {smoothing_note()}"
-            name = figure or f"training-{reward or 'grpo'}"
+            name = figure or (f"training-{reward}" if reward else "training")
             title = f"GRPO on the {reward or 'unnamed'} reward"
             pictures.append(draw_training(name, caption, logs, panels, form, title=title))
     return pictures

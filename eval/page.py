@@ -8,6 +8,7 @@ markup.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -110,9 +111,16 @@ class Picture:
 
 
 def picture_file(picture: Picture) -> str:
-    """Return the file name of a picture beside report.md."""
+    """Return the file name of a picture: another one for each name.
+
+    A name with characters that no file name should have gets its checksum, since two of them may
+    look alike without those.
+    """
     suffix = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}[picture.media_type]
-    return f"{re.sub('[^A-Za-z0-9-]+', '-', picture.name)}.{suffix}"
+    name = re.sub("[^A-Za-z0-9_.+-]+", "-", picture.name)
+    if name != picture.name:
+        name += f"-{zlib.crc32(picture.name.encode(errors='surrogatepass')):08x}"
+    return f"{name}.{suffix}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Run: pytest tests/eval/test_figures.py
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from engine.config import UsageError
 from eval.curves import FIGURE_1, POLICY
 from eval.figures import main, reliability_pictures, training_pictures
 from eval.folders import load_entry, write_results
-from eval.page import Picture
+from eval.page import Picture, picture_file
 from eval.plots import draw_macro_f1, draw_reliability, draw_training
 from eval.probabilities import probability_scores
 from eval.report import main as report_main
-from tests.helpers.reports import AFTER, BEFORE, FEW, parsed, row, save, training_run
+from tests.helpers.reports import AFTER, BEFORE, FEW, NIH_BEFORE, parsed, row, save, training_run
 
 
 def pictures_of(*runs: Path) -> dict[str, Picture]:
@@ -92,16 +93,24 @@ def test_a_reward_of_any_name_is_drawn_with_its_parts_and_its_hacking_chart(tmp_
     assert "other rewards" not in pictures["reward-hacking"].alt
 
 
-def test_rewards_of_one_file_name_get_two_files(tmp_path):
+def test_names_that_no_file_can_have_get_a_file_each(tmp_path):
     runs = [
         training_run(tmp_path / name, "grpo", reward)
-        for name, reward in (("a", "f_beta"), ("b", "f-beta"), ("c", "hard+0.5*nuanced"))
+        for name, reward in (("a", "f_beta"), ("b", "hard*nuanced"), ("c", "hard/nuanced"))
     ]
-    assert list(pictures_of(*runs)) == [
-        "training-f_beta",
-        "training-f-beta-2",
-        "training-hard+0.5*nuanced",
-    ]
+    files = [picture_file(picture) for picture in pictures_of(*runs).values()]
+    assert files[0] == "training-f_beta.svg" and len(set(files)) == 3
+    assert all(re.fullmatch(r"training-hard-nuanced-[0-9a-f]{8}\.svg", file) for file in files[1:])
+
+
+def test_two_hospitals_with_names_in_japanese_keep_their_pictures(tmp_path):
+    (tmp_path / "sft").mkdir()
+    save(tmp_path / "sft", **{"\u6771\u4eac": BEFORE, "\u5927\u962a": NIH_BEFORE})
+    assert report_main([str(tmp_path / "sft"), "--output_dir", str(tmp_path / "out"), *FEW]) == 0
+    files = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    assert [name[:6] for name in files] == ["labels", "labels", "macro-"]
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert all(f"(pictures/{name})" in text for name in files)
 
 
 def test_macro_f1_of_every_set_and_the_gap_with_its_band(tmp_path):
