@@ -1,7 +1,7 @@
 """Write the card of a finished adapter or a merged model: README.md, in the form of the hub.
 
 It is made from config.json and scores-<set>.json of the run. It names no file, no folder and no
-patient: data sets appear by name, size and SHA-256. Everything in it is plain Python.
+patient: data sets appear by name, size and SHA-256.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 from data.files import written_whole
 from data.prompts import PROMPTS
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
+from engine.families import PIXEL_BOUNDS
 from engine.model_files import EMBEDDED, adapter_record
+from engine.resume import saved_record
 
 CARD = "README.md"
 # Ends a card that nobody has changed: the SHA-256 of all that stands before it.
@@ -65,8 +67,7 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
     folder: with the run's config.json and scores-<set>.json, both where there are any.
     base: the base model's name. merged: for the merged model, else for the adapter.
     """
-    record, scores = _read(folder / "config.json"), _scores_of(folder)
-    settings = {name: entry.get("value") for name, entry in record.get("settings", {}).items()}
+    (record, settings), scores = saved_record(folder), _scores_of(folder)
     facts, stage = base_facts(base), record.get("script")
     name = facts.title if facts else hub_name(base) or "an unnamed base"
     kind = "merged model" if merged else "LoRA adapter"
@@ -103,13 +104,9 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _scores_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {
-        path.stem.removeprefix("scores-"): _read(path)
+        path.stem.removeprefix("scores-"): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.glob("scores-*.json"))
     }
 
@@ -277,8 +274,6 @@ def _pixel_bounds(facts: Base | None, settings: Mapping[str, Any]) -> dict[str, 
     tokens = [settings.get(key) for key in ("min_visual_tokens", "max_visual_tokens")]
     if facts is None or facts.pixels_per_token is None or None in tokens:
         return {}
-    from engine.families import PIXEL_BOUNDS  # late: it loads torch, and a --help needs none
-
     pixels = [count * facts.pixels_per_token for count in tokens if count is not None]
     return dict(zip(PIXEL_BOUNDS, pixels, strict=True))
 
@@ -286,8 +281,7 @@ def _pixel_bounds(facts: Base | None, settings: Mapping[str, Any]) -> dict[str, 
 def _use_section(
     base: str, facts: Base | None, settings: Mapping[str, Any], merged: bool
 ) -> list[str]:
-    name = hub_name(base) if base not in EMBEDDED else None
-    base_shown = json.dumps(name or "PATH_OF_THE_BASE")
+    name = (hub_name(base) if base not in EMBEDDED else None) or "PATH_OF_THE_BASE"
     bounds = _pixel_bounds(facts, settings)
     pixels = "".join(f", {option}={value}" for option, value in bounds.items())
     prompt = PROMPTS.get(str(settings.get("prompt")))
@@ -296,13 +290,6 @@ def _use_section(
     load = ["model = AutoModelForImageTextToText.from_pretrained("]
     load += [f'    {"FOLDER" if merged else "BASE"}, dtype="auto", device_map="auto"', ")"]
     load += [] if merged else ["model = PeftModel.from_pretrained(model, FOLDER).eval()"]
-    served = "PATH_OF_THIS_FOLDER" if merged else name or "PATH_OF_THE_BASE"
-    serve = f"vllm serve {served} --host 127.0.0.1 --generation-config vllm"
-    if not merged:
-        serve += f" \\\n    --enable-lora --max-lora-rank {settings.get('lora_r') or 16}"
-        serve += " --lora-modules chest=PATH_OF_THIS_FOLDER"
-    if bounds:
-        serve += f" \\\n    --mm-processor-kwargs '{json.dumps(bounds)}'"
     return [
         "## Use it",
         "",
@@ -313,7 +300,7 @@ def _use_section(
         "from PIL import Image",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
         "",
-        *([] if merged else [f"BASE = {base_shown}"]),
+        *([] if merged else [f"BASE = {json.dumps(name)}"]),
         'FOLDER = "PATH_OF_THIS_FOLDER"',
         f"SYSTEM = {json.dumps(system)}",
         f"PROMPT = {json.dumps(text)}",
@@ -332,10 +319,18 @@ def _use_section(
         "print(processor.decode(output[0, start:], skip_special_tokens=True))",
         "```",
         "",
-        "With vLLM, asked for the model `chest`:" if not merged else "With vLLM:",
-        "",
-        "```",
-        serve,
-        "```",
-        "",
+        *_serve_lines(name, bounds, None if merged else settings.get("lora_r") or 16),
     ]
+
+
+def _serve_lines(base: str, bounds: Mapping[str, int], rank: int | None) -> list[str]:
+    """Write how vLLM serves it. rank: of the adapter, None for a merged model."""
+    served = "PATH_OF_THIS_FOLDER" if rank is None else base
+    command = f"vllm serve {served} --host 127.0.0.1 --generation-config vllm"
+    if rank is not None:
+        command += f" \\\n    --enable-lora --max-lora-rank {rank}"
+        command += " --lora-modules chest=PATH_OF_THIS_FOLDER"
+    if bounds:
+        command += f" \\\n    --mm-processor-kwargs '{json.dumps(bounds)}'"
+    asked = "With vLLM:" if rank is None else "With vLLM, asked for the model `chest`:"
+    return [asked, "", "```", command, "```", ""]

@@ -104,6 +104,12 @@ class ChartWriters:
         return self._writers[curve]
 
 
+def macro_f1_chart(data_sets: Sequence[str]) -> Chart:
+    """Describe the chart of scores, which SFT and GRPO share. data_sets: those that are scored."""
+    curves = {name: f"eval/{name}/macro_f1" for name in data_sets}
+    return Chart("macro_f1", "macro-F1, greedy, by set", curves, SHARE)
+
+
 def sft_charts(data_sets: Sequence[str]) -> list[Chart]:
     """List the charts of an SFT run in TensorBoard. data_sets: those that its end scores."""
     charts = [
@@ -119,11 +125,6 @@ def sft_charts(data_sets: Sequence[str]) -> list[Chart]:
             {ITSELF: "train/mean_token_accuracy", "validation": "eval/mean_token_accuracy"},
             SHARE,
         ),
-        Chart(
-            "macro_f1",
-            "macro-F1, greedy, by set",
-            {name: f"eval/{name}/macro_f1" for name in data_sets},
-            SHARE,
-        ),
+        macro_f1_chart(data_sets),
     ]
     return [chart for chart in charts if chart.curves]

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import sys
 
-from engine.card import write_merged_card
 from engine.merge_settings import (
     MergeConfig,
     base_to_merge_into,
@@ -53,6 +52,7 @@ from transformers.utils import cached_file
 from data.examples import Example
 from data.files import sha256_of, write_json
 from data.prompts import PROMPTS
+from engine.card import write_merged_card
 from engine.collate import collate_rows
 from engine.config import Resolved, UsageError
 from engine.device import pick_device

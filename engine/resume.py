@@ -87,23 +87,28 @@ def _selection(data_file: Path) -> dict[str, Any]:
         ) from error
 
 
-def saved_settings(run_dir: str | Path) -> dict[str, Any]:
-    """Read the settings of an earlier run by name, from its config.json.
+def saved_record(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read config.json of an earlier run -> (all of it, the settings in it by name).
 
-    They are empty where the folder has none (an adapter from elsewhere). Raises UsageError for a
+    Both are empty where the folder has none (an adapter from elsewhere). Raises UsageError for a
     config.json that cannot be read.
     """
     path = Path(run_dir) / "config.json"
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: entry["value"] for name, entry in record.get("settings", {}).items()}
+        return record, {name: entry["value"] for name, entry in record.get("settings", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
             " remove it"
         ) from error
+
+
+def saved_settings(run_dir: str | Path) -> dict[str, Any]:
+    """Read the settings of an earlier run by name, as `saved_record` does."""
+    return saved_record(run_dir)[1]
 
 
 # ---- the checkpoint to go on from ----------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Count the tokens of a completion that say something: not blank, and no repetition of others.
 
-A length that is rewarded must not be earned by white space or by a word said over and over.
+A length that is rewarded must not be earned by white space or by a word said over and over. It is
+about repetition and not about sense: random words, labels in ever another order or base64 count as
+text does.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.images import load_image
 from data.predictions import Prediction
-from engine.charts import ITSELF, SHARE, Chart
+from engine.charts import ITSELF, SHARE, Chart, macro_f1_chart
 from engine.markdown import escape_markdown
 from engine.tracking import RunLogger
 from rl.objective import ZERO_VARIANCE
@@ -131,12 +131,7 @@ def grpo_charts(data_sets: Sequence[str]) -> list[Chart]:
             {ITSELF: "train/reward"} | {name: f"eval/{name}/reward" for name in data_sets},
             SHARE,
         ),
-        Chart(
-            "macro_f1",
-            "macro-F1, greedy, by set",
-            {name: f"eval/{name}/macro_f1" for name in data_sets},
-            SHARE,
-        ),
+        macro_f1_chart(data_sets),
         Chart(
             "gap_shared",
             "gap_shared, band of 2 standard errors",

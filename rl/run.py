@@ -210,7 +210,10 @@ class GRPORun(Run):
         self.warn(self.monitors.check(logged))
 
     def note_evaluation(self, rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
-        """Keep what an evaluation measured in evaluations.jsonl, and say each note once."""
+        """Keep what an evaluation measured in evaluations.jsonl, and say each note once.
+
+        A resumed run says them again: it has another console.
+        """
         self.log.append_jsonl("evaluations.jsonl", rows, self.step)
         for note in notes:
             if note not in self._noted:

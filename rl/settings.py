@@ -167,8 +167,8 @@ class GRPOConfig(TrainingConfig):
     )
     length_of: LengthOf = setting(
         "text",
-        "what Eq. 3's length counts: text, the tokens that are neither blank nor repetition; or"
-        " completion, all tokens",
+        "what Eq. 3's length counts: text, the tokens that are neither blank nor repetition"
+        " (nonsense that does not repeat counts); or completion, all tokens",
         source=OURS,
         group="reward",
     )

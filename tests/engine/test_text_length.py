@@ -98,6 +98,13 @@ def test_a_token_counts_once_however_long_the_loop():
         assert text_length(unit * 2) == twice
 
 
+def test_nonsense_that_does_not_repeat_counts():
+    """What the length does not tell, and its documentation says so: ten orders of 14 labels."""
+    rng = random.Random(0)
+    orders = [rng.sample(string.ascii_lowercase[:14], 14) for _ in range(10)]
+    assert text_length([name for order in orders for name in order]) == 140
+
+
 def test_inputs_are_left_alone_and_counts_add_up():
     pieces = ["a", "\n", "a", "a", "b", STOP]
     assert text_length(pieces) == text_length(tuple(pieces)) == 1 + 1 + 1

@@ -384,6 +384,7 @@ def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch):
             for i in range(12)
         ]
         assert seen(monitors, *rows)["silenced_labels"] == 1
+        assert monitors.check({"gap": 0.1}) == []  # an evaluation between them has no say
     lines = monitors.check({"monitors/silenced_labels": 1.0})
     assert lines == ["warning: monitors/silenced_labels>0: 1 (Edema, Fracture)"]
 
