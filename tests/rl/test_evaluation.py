@@ -60,11 +60,23 @@ def test_eq_3_counts_the_tokens_of_the_setting_in_evaluation_too(length_of, tota
     assert means == {"rewards/hard/mean": total, "reward": total}
 
 
-@pytest.mark.parametrize("metric", ["unknown_rate", "no_label_rate", "fail_rate"])
-def test_fewer_answers_that_cannot_be_read_are_better(tmp_path, metric):
+FAULTS = ("fail_rate", "invalid_rate", "unknown_rate", "no_label_rate", "silenced_labels")
+OF_ALL_SETS = ("gap", "gap_se", "gap_shared", "gap_shared_se")
+
+
+@pytest.mark.parametrize(
+    "chosen, best",
+    [
+        *((f"site/{metric}", (0.1, "checkpoint-2")) for metric in FAULTS),
+        *((gap, (0.1, "checkpoint-2")) for gap in OF_ALL_SETS),
+        ("site/macro_f1", (0.3, "checkpoint-1")),
+        ("site/macro_f1 - gap", (0.0, "checkpoint-1")),  # a trade-off is made large: all are 0
+    ],
+)
+def test_less_of_a_fault_or_of_a_gap_is_better_and_more_of_a_score(tmp_path, chosen, best):
     state, log = TrainerState(), RunLogger(tmp_path)
     for state.global_step, value in ((1, 0.3), (2, 0.1), (3, 0.2)):
-        metrics = {"site": dict.fromkeys(SET_METRICS, 0.0) | {metric: value}}
-        record_evaluation(metrics, {}, log, state, f"site/{metric}")
+        metrics = {"site": dict.fromkeys(SET_METRICS, value)}
+        record_evaluation(metrics, dict.fromkeys(OF_ALL_SETS, value), log, state, chosen)
     log.close()
-    assert (state.best_metric, state.best_model_checkpoint) == (0.1, "checkpoint-2")
+    assert (state.best_metric, state.best_model_checkpoint) == best

@@ -370,7 +370,8 @@ def test_each_label_that_falls_silent_is_named_once(monkeypatch, resumed):
     ]
 
 
-def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch, resumed):
     """With --logging_steps 2 two rollouts are logged as their mean, and one line names both."""
     monkeypatch.setattr(rl.monitors, "IMAGES", 12)
     monkeypatch.setattr(rl.monitors, "IMAGES_SETTLED", 12)
@@ -385,6 +386,10 @@ def test_labels_of_rollouts_between_two_logs_are_all_named(monkeypatch):
         ]
         assert seen(monitors, *rows)["silenced_labels"] == 1
         assert monitors.check({"gap": 0.1}) == []  # an evaluation between them has no say
+        if resumed:
+            again = Monitors("hard", CAP, WARN_WHEN)
+            again.load_state_dict(json.loads(json.dumps(monitors.state_dict())))
+            monitors = again
     lines = monitors.check({"monitors/silenced_labels": 1.0})
     assert lines == ["warning: monitors/silenced_labels>0: 1 (Edema, Fracture)"]
 
