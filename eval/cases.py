@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,39 +113,46 @@ def sample_cases(
         )
         rows = {entry.name: _chosen(entry.sets[contrast.data_set], set(ids)) for entry in models}
         pictures = _pictures(models, contrast.data_set, ids, image_root)
-        position = {id: n for n, id in enumerate(contrast.first.ids)}
-        shown = {name: outcomes(answers) for name, answers in contrast.answers.items()}
-        turned = turns(*(shown[name] for name in of_step)) if of_step else []
-        for id in ids:
-            answers = [
-                _answer(
-                    entry.name,
-                    rows[entry.name][id],
-                    shown[entry.name][position[id]],
-                    float(contrast.answers[entry.name].jaccard[position[id]]),
-                )
-                for entry in models
-            ]
-            truth = rows[models[0].name][id]
-            cases.append(
-                Case(
-                    contrast.data_set,
-                    id,
-                    truth.labels,
-                    [label for label in LABELS if label in truth.evaluated_labels],
-                    pictures.get(id),
-                    answers,
-                    turned[position[id]] if turned else "",
-                )
-            )
-            prompts |= {rows[entry.name][id].prompt: None for entry in models}
+        cases += _cases_of(contrast, rows, ids, of_step, pictures)
+        prompts |= {rows[entry.name][id].prompt: None for id in ids for entry in models}
+    unknown = "(its text is not in this version)"
     return Cases(
         cases,
-        [
-            (name, PROMPTS[name].text if name in PROMPTS else "(its text is not in this version)")
-            for name in prompts
-        ],
+        [(name, PROMPTS[name].text if name in PROMPTS else unknown) for name in prompts],
     )
+
+
+def _cases_of(
+    contrast: Contrast,
+    rows: Mapping[str, Mapping[str, Prediction]],
+    ids: Sequence[str],
+    step: tuple[str, str] | None,
+    pictures: Mapping[str, Picture],
+) -> list[Case]:
+    """Put together the cases of one data set.
+
+    rows: {model: {id: its prediction}}. ids: of the images. step: (before, after), whose turns are
+    shown. pictures: {id: picture}.
+    """
+    position = {id: n for n, id in enumerate(contrast.first.ids)}
+    shown = {name: outcomes(answers) for name, answers in contrast.answers.items()}
+    turned = turns(*(shown[name] for name in step)) if step else []
+    cases = []
+    for id in ids:
+        place = position[id]
+        answers = [
+            _answer(
+                model, of[id], shown[model][place], float(contrast.answers[model].jaccard[place])
+            )
+            for model, of in rows.items()
+        ]
+        truth = next(iter(rows.values()))[id]
+        evaluated = [label for label in LABELS if label in truth.evaluated_labels]
+        turn = turned[place] if turned else ""
+        cases.append(
+            Case(contrast.data_set, id, truth.labels, evaluated, pictures.get(id), answers, turn)
+        )
+    return cases
 
 
 def case_strip(cases: Cases, step: tuple[str, str] | None, count: int = 4) -> Strip:

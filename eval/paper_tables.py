@@ -17,7 +17,15 @@ from eval.folders import Entry
 from eval.names import BASELINE_TITLES
 from eval.page import Cell, Table
 from eval.paired import all_labels_scores
-from eval.tables import NO_SUPPORT, SEVEN, bounds, number, support_notes
+from eval.tables import (
+    NO_SUPPORT,
+    SEVEN,
+    baseline_cells,
+    bounds,
+    number,
+    seven_cells,
+    support_notes,
+)
 
 
 def prompt_key(name: str) -> str:
@@ -85,24 +93,10 @@ def _our_rows(
     if contrast is None:
         return []
     return [
-        (entry, [f"{entry.name} ({entry.base})", *_seven(entry, contrast)])
+        (entry, [f"{entry.name} ({entry.base})", *seven_cells(contrast, entry.name)])
         for entry in entries
         if entry.name in contrast.policies
     ]
-
-
-def _seven(entry: Entry, contrast: Contrast) -> list[Cell | str]:
-    scores = contrast.policies[entry.name]["empty"]
-    cells: list[Cell | str] = []
-    for average in ("micro", "macro"):
-        cells += [number(scores[average][key]) for key in ("precision", "recall")]
-        cells.append(
-            Cell(
-                number(scores[average]["f1"]),
-                bounds(contrast.interval(entry.name, f"{average}_f1")),
-            )
-        )
-    return [*cells, number(float((~contrast.answers[entry.name].parsed).mean()))]
 
 
 def _baseline_rows(contrast: Contrast | None, skipped: int) -> list[list[Cell | str]]:
@@ -113,12 +107,7 @@ def _baseline_rows(contrast: Contrast | None, skipped: int) -> list[list[Cell | 
         [
             Cell(f"baseline: {title}", tone="muted"),
             *[""] * skipped,
-            "",
-            "",
-            number(contrast.baselines[name]["micro_f1"]),
-            "",
-            "",
-            number(contrast.baselines[name]["macro_f1"]),
+            *baseline_cells(contrast, name),
             "",
         ]
         for name, title in BASELINE_TITLES.items()

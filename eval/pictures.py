@@ -117,45 +117,33 @@ def _dumbbell(contrasts: Sequence[Contrast], home: Sequence[str], width: int) ->
     for tick in _TICKS:
         drawing.line(at(tick), 4, at(tick), bottom, "#e3e6ea", 1)
         drawing.text(at(tick), bottom + 13, f"{tick:g}", anchor="middle", size=11, colour=_SOFT)
-    drawing.text(
-        (left + right) / 2,
-        bottom + 26,
-        "macro-F1, 95 % interval",
-        anchor="middle",
-        size=11,
-        colour=_SOFT,
-    )
+    title = "macro-F1, 95 % interval"
+    drawing.text((left + right) / 2, bottom + 26, title, anchor="middle", size=11, colour=_SOFT)
+    size = 12 if is_narrow else 13
     y = 0.0
     for contrast in contrasts:
         y += 16
         where = "at home" if contrast.data_set in home else "elsewhere"
         title = f"{contrast.data_set}, {where}, {len(contrast.labels)} labels"
-        drawing.text(0, y, title, bold=True, size=12 if is_narrow else 13)
+        drawing.text(0, y, title, bold=True, size=size)
         y += 8
         last: tuple[float, float] | None = None
         for model in contrast.values:
-            middle = y + _ROW / 2
+            middle, number = y + _ROW / 2, order.index(model)
+            colour = COLOURS[number % len(COLOURS)]
             value = float(contrast.values[model]["macro_f1"][0])
             low, high = contrast.interval(model, "macro_f1")
-            number = order.index(model)
             if last is not None:
                 drawing.line(*last, at(value), middle, "#8b949e", 1.5)
             last = at(value), middle
-            drawing.line(at(low), middle, at(high), middle, COLOURS[number % len(COLOURS)], 2)
+            drawing.line(at(low), middle, at(high), middle, colour, 2)
             for end in (low, high):
-                drawing.line(
-                    at(end), middle - 4, at(end), middle + 4, COLOURS[number % len(COLOURS)], 2
-                )
+                drawing.line(at(end), middle - 4, at(end), middle + 4, colour, 2)
             drawing.mark(*last, number)
-            drawing.text(
-                left - 10,
-                middle + 4,
-                _fitting(model, 15 if is_narrow else 28),
-                anchor="end",
-                size=12 if is_narrow else 13,
-            )
             shown = f"{value:.3f}" + ("" if is_narrow else f"  ({low:.3f} to {high:.3f})")
-            drawing.text(right + 10, middle + 4, shown, size=12 if is_narrow else 13)
+            name = _fitting(model, 15 if is_narrow else 28)
+            drawing.text(left - 10, middle + 4, name, anchor="end", size=size)
+            drawing.text(right + 10, middle + 4, shown, size=size)
             y += _ROW
     return drawing.svg()
 

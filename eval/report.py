@@ -213,17 +213,7 @@ def report_page(
         *_transfer_sections(contrasts, home, pairs, found, with_paper=not is_demo),
         _confusion_section(contrasts, step),
         _label_section(contrasts, pairs),
-        Section(
-            "Scores",
-            [
-                *map(scores_table, contrasts),
-                Folded("How often each label is said", [*map(marginals_table, contrasts)]),
-                Folded(
-                    "Length and variety of the answers, entries that are no label",
-                    [diversity_table(contrasts)],
-                ),
-            ],
-        ),
+        _score_section(contrasts),
         *_group_sections(contrasts, pairs, config.seed),
         *_vote_sections(entries),
         *_faithfulness_sections(entries),
@@ -323,6 +313,16 @@ def _label_section(contrasts: Sequence[Contrast], pairs: Sequence[tuple[str, str
     if tables:
         folded.append(Folded("F1 by label before and after each step", tables))
     return Section("Label by label", [labels_picture(first), silenced_table(contrasts), *folded])
+
+
+def _score_section(contrasts: Sequence[Contrast]) -> Section:
+    about_answers = "Length and variety of the answers, entries that are no label"
+    blocks: list[Block] = [
+        *map(scores_table, contrasts),
+        Folded("How often each label is said", [*map(marginals_table, contrasts)]),
+        Folded(about_answers, [diversity_table(contrasts)]),
+    ]
+    return Section("Scores", blocks)
 
 
 def _vote_sections(entries: Sequence[Entry]) -> list[Section]:

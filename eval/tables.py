@@ -104,40 +104,15 @@ def scores_table(contrast: Contrast) -> Table:
     ]
     rows: list[list[Cell | str]] = []
     for model, policies in contrast.policies.items():
-        scores, answers = policies["empty"], contrast.answers[model]
-        shown = {
-            score: bounds(contrast.interval(model, score))
-            for score in ("micro_f1", "macro_f1", "jaccard")
-        }
-        rows.append(
-            [
-                model,
-                *(number(scores["micro"][key]) for key in ("precision", "recall")),
-                Cell(number(scores["micro"]["f1"]), shown["micro_f1"]),
-                *(number(scores["macro"][key]) for key in ("precision", "recall")),
-                Cell(number(scores["macro"]["f1"]), shown["macro_f1"]),
-                Cell(number(float(answers.jaccard.mean())), shown["jaccard"]),
-                number(float((~answers.parsed).mean())),
-                *(number(policies[policy]["macro"]["f1"]) for policy in ("dropped", "all_wrong")),
-            ]
-        )
+        *scores, fail = seven_cells(contrast, model)
+        jaccard = float(contrast.answers[model].jaccard.mean())
+        others = [policies[policy]["macro"]["f1"] for policy in ("dropped", "all_wrong")]
+        shown = Cell(number(jaccard), bounds(contrast.interval(model, "jaccard")))
+        rows.append([model, *scores, shown, fail, *map(number, others)])
     for name, title in BASELINE_TITLES.items():
-        baseline = contrast.baselines[name]
-        rows.append(
-            [
-                Cell(f"baseline: {title}", tone="muted"),
-                "",
-                "",
-                number(baseline["micro_f1"]),
-                "",
-                "",
-                number(baseline["macro_f1"]),
-                number(baseline["jaccard"]),
-                "",
-                "",
-                "",
-            ]
-        )
+        jaccard = contrast.baselines[name]["jaccard"]
+        cells = [*baseline_cells(contrast, name), number(jaccard), "", "", ""]
+        rows.append([Cell(f"baseline: {title}", tone="muted"), *cells])
     notes = [
         f"{len(contrast.first.ids):,} images of {contrast.num_patients:,} patients;"
         f" {len(contrast.labels)} labels. In small"
@@ -151,6 +126,23 @@ def scores_table(contrast: Contrast) -> Table:
             + "."
         )
     return Table(f"Scores on {contrast.data_set}", header, rows, notes + support_notes(contrast))
+
+
+def seven_cells(contrast: Contrast, model: str) -> list[Cell]:
+    """Write a model's scores as SEVEN lists them, the F1 with their intervals."""
+    scores = contrast.policies[model]["empty"]
+    cells = []
+    for average in ("micro", "macro"):
+        cells += [Cell(number(scores[average][key])) for key in ("precision", "recall")]
+        interval = bounds(contrast.interval(model, f"{average}_f1"))
+        cells.append(Cell(number(scores[average]["f1"]), interval))
+    return [*cells, Cell(number(float((~contrast.answers[model].parsed).mean())))]
+
+
+def baseline_cells(contrast: Contrast, name: str) -> list[str]:
+    """Write a baseline's scores under the first six of SEVEN, of which it has the F1."""
+    micro, macro = (number(contrast.baselines[name][f"{kind}_f1"]) for kind in ("micro", "macro"))
+    return ["", "", micro, "", "", macro]
 
 
 def support_notes(contrast: Contrast) -> list[str]:
@@ -214,7 +206,7 @@ def marginals_table(contrast: Contrast) -> Table:
         )
         for model, answers in contrast.answers.items()
     }
-    true = next(iter(shares.values()))[1]
+    base, true = next(iter(shares.values()))
     rows: list[list[Cell | str]] = [
         [
             label,
@@ -227,23 +219,10 @@ def marginals_table(contrast: Contrast) -> Table:
         ]
         for k, label in enumerate(contrast.labels)
     ]
-    rows.append(
-        [
-            Cell("mean distance from true", tone="muted"),
-            "",
-            "",
-            *(f"{100 * np.nanmean(np.abs(said - true)):.1f} points" for said, _ in shares.values()),
-        ]
-    )
-    base = next(iter(shares.values()))[0]
-    rows.append(
-        [
-            Cell(f"mean distance from {next(iter(shares))}", tone="muted"),
-            "",
-            "",
-            *(f"{100 * np.nanmean(np.abs(said - base)):.1f} points" for said, _ in shares.values()),
-        ]
-    )
+    for name, other in (("true", true), (next(iter(shares)), base)):
+        means = [100 * np.nanmean(np.abs(said - other)) for said, _ in shares.values()]
+        title = Cell(f"mean distance from {name}", tone="muted")
+        rows.append([title, "", "", *(f"{mean:.1f} points" for mean in means)])
     return Table(
         f"How often a label is said on {contrast.data_set}",
         ["Label", "Positives", "True", *(f"said by {model}" for model in shares)],
@@ -257,44 +236,11 @@ def marginals_table(contrast: Contrast) -> Table:
 
 def diversity_table(contrasts: Sequence[Contrast]) -> Table:
     """List length and variety of the answers."""
-    rows: list[list[Cell | str]] = []
-    for contrast in contrasts:
-        for model, answers in contrast.answers.items():
-            found = diversity(
-                answers.texts,
-                answers.label_sets(),
-                answers.contradictions,
-                answers.lengths,
-                len(LABELS),
-            )
-            rows.append(
-                [
-                    model,
-                    contrast.data_set,
-                    Cell("unknown")
-                    if np.isnan(found.length_mean)
-                    else Cell(
-                        f"{found.length_mean:.1f}",
-                        f"median {found.length_median:.0f}, at most {found.length_max:,.0f}",
-                    ),
-                    f"{100 * found.distinct_completions / found.answers:.1f} %",
-                    f"{found.distinct_label_sets:,}",
-                    f"{found.label_set_entropy:.2f}",
-                    f"{found.labels_per_answer:.2f}",
-                    Cell(
-                        f"{100 * found.most_frequent_share:.1f} %",
-                        ", ".join(sorted(found.most_frequent_set)) or "(none)",
-                    ),
-                    f"{100 * found.contradiction_share:.1f} %",
-                    f"{100 * found.all_labels_share:.1f} %",
-                    _unknown_cell(answers),
-                    f"{100 * answers.no_label.mean():.1f} %",
-                    ", ".join(
-                        f"{problem} {count:,}" for problem, count in answers.problems.most_common(3)
-                    )
-                    or "-",
-                ]
-            )
+    rows = [
+        [model, contrast.data_set, *_diversity_cells(answers)]
+        for contrast in contrasts
+        for model, answers in contrast.answers.items()
+    ]
     return Table(
         "Length and variety of the answers",
         [
@@ -322,6 +268,35 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
         numbers_from=2,
         numbers_to=12,
     )
+
+
+def _diversity_cells(answers: Answers) -> list[Cell | str]:
+    found = diversity(
+        answers.texts,
+        answers.label_sets(),
+        answers.contradictions,
+        answers.lengths,
+        len(LABELS),
+    )
+    length = Cell("unknown")
+    if not np.isnan(found.length_mean):
+        spread = f"median {found.length_median:.0f}, at most {found.length_max:,.0f}"
+        length = Cell(f"{found.length_mean:.1f}", spread)
+    commonest = ", ".join(sorted(found.most_frequent_set)) or "(none)"
+    problems = [f"{problem} {count:,}" for problem, count in answers.problems.most_common(3)]
+    return [
+        length,
+        f"{100 * found.distinct_completions / found.answers:.1f} %",
+        f"{found.distinct_label_sets:,}",
+        f"{found.label_set_entropy:.2f}",
+        f"{found.labels_per_answer:.2f}",
+        Cell(f"{100 * found.most_frequent_share:.1f} %", commonest),
+        f"{100 * found.contradiction_share:.1f} %",
+        f"{100 * found.all_labels_share:.1f} %",
+        _unknown_cell(answers),
+        f"{100 * answers.no_label.mean():.1f} %",
+        ", ".join(problems) or "-",
+    ]
 
 
 def _unknown_cell(answers: Answers) -> Cell:
