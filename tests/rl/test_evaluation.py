@@ -54,10 +54,11 @@ def test_eq_3_counts_the_tokens_of_the_setting_in_evaluation_too(length_of, tota
         "text_length": 20,
     }
     predictions, means = with_rewards(
-        [Prediction.from_row(row)], {"hard": HardReward()}, "hard", length_of
+        [Prediction.from_row(row)], {"hard": HardReward(scale=4.0)}, "hard", length_of
     )
     assert predictions[0].extra["rewards"]["hard"]["total"] == total
-    assert means == {"rewards/hard/mean": total, "reward": total}
+    # in the reward's own units, and as it is trained on
+    assert means == {"rewards/hard/mean": total, "reward": 4 * total}
 
 
 FAULTS = ("fail_rate", "invalid_rate", "unknown_rate", "no_label_rate", "silenced_labels")
