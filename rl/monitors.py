@@ -96,7 +96,7 @@ NAMES = tuple(
         *FROM_THE_START,
     )
 )
-# A run of the demo stays clear of each bound by a factor of 1.5 or more, but for silenced labels:
+# A run of the demo stays clear of each bound by a factor of 1.3 or more, but for silenced labels:
 # it has some.
 WARN_WHEN = tuple(
     f"monitors/{condition}"

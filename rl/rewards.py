@@ -131,7 +131,7 @@ class NuancedReward(RewardFunction):
     label_frequency: dict[str, float]
     # Published as 100 predictions. Counted in images, each with all its predictions: those of one
     # image are alike, so 100 predictions of 25 images are as noisy as 25 images. A right policy
-    # would then be punished for a label of 60 % in one of six windows, now in one of a hundred.
+    # would then be punished for a label of 60 % in one of six windows, now in one of 68.
     window: int = 100
     # Fewer are too noisy: among 10 images a label of 45 % passes 70 % in 1 of 37 cases.
     min_window: int = 50

@@ -38,7 +38,11 @@ CASES = {
     ),
     "newlines between words": ([" a", "\n", " b", "\n", " c", "\n"], 3),
     "zero width": (["Edema", *["\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad"] * 9], 1),
-    "blank letters and marks": (["Edema", "\u2800", "\u3164", "\uffa0", "\u034f", "\ufe0f"], 1),
+    "blank letters and marks": (
+        ["Edema", *"\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b\u180f\ufe00\ufe0f"],
+        1,
+    ),
+    "blank marks beyond 16 bits": (["Edema", "\U000e0100", "\U000e01ef"], 1),
     "control characters": (["Edema", "\x00", "\x07", "\x1b"], 1),
     # one token over and over: the first counts
     "the the the": (["the"] * 230, 1),
