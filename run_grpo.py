@@ -38,8 +38,9 @@ from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
+from eval.scores import evaluated_metrics
 from eval.since_start import keep_start, since_start
-from rl.evaluation import evaluated_metrics, record_evaluation, rewards_of
+from rl.evaluation import record_evaluation, rewards_of
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.rollout import Rollouts

@@ -51,8 +51,7 @@ from engine.run import Run, Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from engine.tracking import MetricAccumulator
 from eval.decode import Decoding, evaluate_sets
-from eval.scores import format_scores
-from rl.evaluation import evaluated_metrics
+from eval.scores import evaluated_metrics, format_scores
 
 
 def train(

@@ -11,12 +11,14 @@ that:
   to all of it: "left Edema and Fracture", the row "Edema | absent" of a table.
 * An entry that says more than a label's name is unknown, whatever it says: a side, a degree, a
   doubt, a verdict. "Edema: yes" is unknown like "Edema: no", or a check list would be read in half.
-* A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia" and of
-  "negative for Edema, Fracture", the labels before a bare "no" or "0". So does a probability, as in
-  the row "Edema,0.03". In a list with plus signs a minus sign is a negation, and no bullet.
+* A negation takes all that it covers: the whole of "no Edema, Fracture, or Pneumonia", of "negative
+  for Edema, Fracture" and of "~~Edema, Fracture~~", the labels before a bare "no" or "0". So does a
+  probability, as in the row "Edema,0.03" or in {"label": "Edema", "score": 0.03}. In a list with
+  plus signs a minus sign is a negation, and no bullet.
 * So does a heading that is not the list's name: "Absent:", "Possible:", "Left lung:". It takes its
   line, or all up to the next heading where it stands alone. "# Left lung" is one without a colon,
-  and so is what says no more than a verdict: "**Absent**", "| Present | Absent |", "absent=[".
+  and so is what says no more than a verdict or a doubt: "**Absent**", "Possible findings",
+  "| Present | Absent |", "absent=[".
 
 Time is linear in the length of the text: no regular expression here repeats a repeat.
 """
@@ -80,6 +82,8 @@ _SIGNED = re.compile(
     r"(?:([+\uff0b\ufe62\u2795])|[-\u2010\u2012-\u2015\uff0d\ufe63])"
 )
 _SHARE = re.compile(r"0?\.[0-9]+|0+|1\.0+|[0-9]+(?:\.[0-9]+)? ?%")
+# What follows {"label": "Edema" where the object has a field for the label's probability.
+_SHARE_FIELD = re.compile(rf'"[^"]*"\s*:\s*"?(?:{_SHARE.pattern})"?[\s}}\]]*')
 _EMPTY_LIST = re.compile(rf"[^0-9]*{_COLON.pattern}\s?[\[{{][^0-9]*")
 _CLOSE = frozenset("]}")
 # An entry of these alone is markup: the brackets of a list over several lines, a table's rule. Not
@@ -120,7 +124,11 @@ _BESIDE_LIST_NAMES = frozenset({
     "these", "this", "image", "for", "chest", "x", "ray", "xray", "radiograph", "present",
     "positive", "identified", "detected",
 })  # fmt: skip
-_VERDICTS = _NEGATIONS | _AFFIRMATIONS
+_DOUBTS = frozenset({
+    "possible", "possibly", "probable", "probably", "likely", "suspected", "questionable",
+    "uncertain", "equivocal", "indeterminate", "borderline", "maybe", "differential",
+})  # fmt: skip
+_VERDICTS = _NEGATIONS | _AFFIRMATIONS | _DOUBTS
 _BESIDE_VERDICTS = _VERDICTS | _LIST_NAMES | _BESIDE_LIST_NAMES
 
 
@@ -263,7 +271,9 @@ def _split_heading(entry: str) -> tuple[str | None, str]:
         if inner and _is_verdict(_words(below[: inner.start()].rpartition(". ")[2])):
             return below[: inner.start()].strip(_RULE), entry
         return "", below if _is_entry(below) else ""
-    if rest and not _labels_in(heading):
+    labels = _labels_in(heading)
+    # "No findings: Edema, Fracture" denies them
+    if rest and (not labels or labels == (NO_FINDING,) and _labels_in(rest[0])):
         return heading.strip(_RULE), entry
     return (None, entry) if rest else _split_at_sign(entry)
 
@@ -339,7 +349,8 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
     """Join what a negation takes in a series to one unknown statement.
 
     "no A, B, or C" takes all up to the last conjunction, "negative for A, B" and "no evidence of A,
-    B" all that follows. "A, B, and C are absent" takes the labels before it.
+    B" all that follows, "~~A, B~~" what is struck out. "A, B, and C are absent" takes the labels
+    before it.
     """
     if all(statement.labels for statement in series):
         return series
@@ -354,7 +365,11 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
         negation = next((place for place, word in enumerate(words) if word in _NEGATIONS), None)
         if negation is None:
             continue
-        if _LABEL not in words[:negation]:
+        if statement.text.count("~~") == 1:
+            struck = (j for j in range(i + 1, len(series)) if "~~" in series[j].text)
+            taken = next(struck, i)
+            read[-1] = _joined(series[i : taken + 1])
+        elif _LABEL not in words[:negation]:
             named = words.index(_LABEL) if _LABEL in words else 0
             whole = named and words[named - 1] in ("of", "for")
             taken = len(series) - 1 if whole else max(joints, default=i)
@@ -368,20 +383,23 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
 
 
 def _with_bare_negations(statements: list[_Statement]) -> list[_Statement]:
-    """Join a negation without a label of its own, as in "Edema, no", to the label before it."""
+    """Join a negation or probability of its own, as in "Edema, no", to the label before it."""
     read: list[_Statement] = []
     for statement in statements:
         takes_back = not (statement.labels or statement.is_heading)
-        if read and read[-1].labels and takes_back and _is_bare_negation(statement.text):
+        if read and read[-1].labels and takes_back and _denies(statement.text, read[-1].text):
             read[-1] = _joined([read[-1], statement])
         else:
             read.append(statement)
     return read
 
 
-def _is_bare_negation(text: str) -> bool:
+def _denies(text: str, label: str) -> bool:
+    """Tell whether an entry without a label denies or doubts the label before it."""
     if text in _DASHES or _SHARE.fullmatch(text.strip(_RULE)):
         return True
+    if _SHARE_FIELD.fullmatch(text):  # of this label, and not of a list that it ends
+        return label[0] == label[-1] == '"'
     words = frozenset(_words(text))
     return not words.isdisjoint(_NEGATIONS) and words <= _NEGATIONS | _VERDICT
 

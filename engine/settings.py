@@ -34,6 +34,18 @@ INHERITED = (
     "min_visual_tokens",
     "max_visual_tokens",
 )
+# What an evaluation measures on each validation set, as a run logs it (eval/scores.py).
+EVALUATED_METRICS = (
+    "macro_f1",
+    "micro_f1",
+    "jaccard",
+    "fail_rate",
+    "invalid_rate",
+    "unknown_rate",
+    "no_label_rate",
+    "completion_length",
+    "silenced_labels",
+)
 _OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
 PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (

@@ -17,6 +17,7 @@ from data.examples import Example
 from data.files import DataError
 from data.labels import LABELS, silenced_labels
 from data.predictions import Prediction
+from engine.settings import EVALUATED_METRICS
 from eval.end_table import aligned, clipped, end_table, row_of
 from eval.metrics import (
     bootstrap_intervals,
@@ -135,6 +136,25 @@ def score(
         "intervals": {name: list(bounds) for name, bounds in intervals.items()},
         "baselines": baselines(targets, evaluated, columns, baseline_examples, seed),
         "completion_length": _lengths(predictions),
+    }
+
+
+def evaluated_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Pick what a training run logs out of a data set's scores: numbers, by their names.
+
+    These are EVALUATED_METRICS, of silenced labels their number, and the means of rewards where a
+    run has added them.
+    """
+    flat = dict(scores) | {
+        "macro_f1": scores["macro"]["f1"],
+        "micro_f1": scores["micro"]["f1"],
+        "completion_length": scores["completion_length"]["mean"],
+        "silenced_labels": len(scores["silenced_labels"]),
+    }
+    return {
+        name: value
+        for name, value in flat.items()
+        if name in EVALUATED_METRICS or name == "reward" or name.startswith("rewards/")
     }
 
 

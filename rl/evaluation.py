@@ -11,7 +11,7 @@ from engine.run import TrainerState
 from engine.tracking import RunLogger
 from rl.conditions import parse_combination
 from rl.rewards import Reward, RewardFunction, rewards_record
-from rl.settings import GAPS, SET_METRICS, GRPOConfig
+from rl.settings import GAPS, GRPOConfig
 
 # of the evaluated metrics
 LOWER_IS_BETTER = (
@@ -79,24 +79,6 @@ def mean_rewards(
         trained = Reward(rewards[trained_reward]["total"], {})
         means["reward"] += function.scaled(trained) / len(predictions)
     return dict(means)
-
-
-def evaluated_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Pick SET_METRICS and the rewards' means out of a data set's scores.
-
-    Of silenced labels it is the number, so that conditions can use it.
-    """
-    flat = dict(scores) | {
-        "macro_f1": scores["macro"]["f1"],
-        "micro_f1": scores["micro"]["f1"],
-        "completion_length": scores["completion_length"]["mean"],
-        "silenced_labels": len(scores["silenced_labels"]),
-    }
-    return {
-        name: value
-        for name, value in flat.items()
-        if name in SET_METRICS or name.startswith("rewards/")
-    }
 
 
 def record_evaluation(

@@ -18,6 +18,7 @@ from data.examples import Example
 from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
 from engine.settings import (
+    EVALUATED_METRICS,
     INHERITED,
     OURS,
     PAPER_GRPO,
@@ -42,18 +43,9 @@ if TYPE_CHECKING:
 
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
 LengthOf = Literal["text", "completion"]  # the length that rewards are given
-# What an evaluation measures on each validation set. Two sets or more also have a gap
-# (rl/evaluation.py).
+# What an evaluation measures on each validation set.
 SET_METRICS = (
-    "macro_f1",
-    "micro_f1",
-    "jaccard",
-    "fail_rate",
-    "invalid_rate",
-    "unknown_rate",
-    "no_label_rate",
-    "completion_length",
-    "silenced_labels",
+    *EVALUATED_METRICS,
     "reward",
     *(f"rewards/{name}/mean" for name in get_args(RewardName)),
 )

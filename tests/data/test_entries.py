@@ -162,6 +162,8 @@ UNREAD = [
     ("Edema (90%)", (), "qualified", "a probability in percent"),
     ("Edema Fracture", (), "qualified", "no separator"),
     ("Possible: Edema, Fracture", (), "qualified", "a heading takes its line"),
+    ("Likely - Edema, Fracture", (), "qualified", "and so does a doubt before a dash"),
+    ("No findings: Edema, Fracture", (), "qualified", "'no findings' before a colon denies them"),
     ("Edema: yes", (), "affirmed", "read in half, a check list would be wrong"),
     ("Edema: present", (), "affirmed", "the same"),
     ("Edema (+)", (), "affirmed", "the same"),
@@ -239,11 +241,44 @@ UNREAD = [
     ("and", (), "other", "nothing to join"),
     ("<b>Edema</b>", (), "qualified", "a tag is text"),
     ("0. Edema", (), "negated", "a number from 0 is no list number for certain"),
+    ("~~Edema, Cardiomegaly, Fracture~~", (), "negated", "a list that is struck out"),
+    ('[{"label": "Edema", "score": 0.03}]', (), "qualified", "a probability in the label's object"),
+    ('{\n"label": "Edema",\n"p": "3%"\n}', (), "qualified", "the same over several lines"),
 ]
 # (entries, labels, [(unknown entry, its kind)], why)
 MIXED = [
     ("mild Edema, Fracture", (F,), [("mild Edema", "qualified")], "comma parts"),
     ("Edema, mild", (E,), [("mild", "other")], "comma parts"),
+    (
+        "Edema\n**Possible**\n- Fracture",
+        (E,),
+        [("**Possible**", "other"), ("Possible: - Fracture", "qualified")],
+        "a doubt in bold is a heading",
+    ),
+    (
+        "Possible findings\n- Edema",
+        (),
+        [("Possible findings", "other"), ("Possible findings: - Edema", "qualified")],
+        "and one without any markup above all labels",
+    ),
+    (
+        "Edema, ~~Fracture, Pneumonia~~, Cardiomegaly",
+        (E, C),
+        [("~~Fracture, Pneumonia~~", "negated")],
+        "what is struck out, and no more",
+    ),
+    (
+        '{"labels": ["Edema"], "confidence": 0.9}',
+        (E,),
+        [('"confidence": 0.9}', "other")],
+        "of the list, not of its last label",
+    ),
+    (
+        '{"labels": "Edema, Fracture", "confidence": 0.9}',
+        (E, F),
+        [('"confidence": 0.9}', "other")],
+        "the same",
+    ),
     ("no Edema, Fracture", (F,), [("no Edema", "negated")], "a list, not a series"),
     (
         "Edema, and no Fracture",
@@ -475,6 +510,16 @@ def test_every_word_beside_a_label_has_its_kind(kind):
     assert unknown_kind("Edema [ ]") == unknown_kind("Edema ( )") == "negated"
     assert unknown_kind("no Edema, left") == "negated"  # a negation goes before a side
     assert unknown_kind("Edema: yes, left") == "qualified"
+
+
+@pytest.mark.parametrize(
+    "doubt",
+    "possible possibly probable probably likely suspected questionable uncertain equivocal"
+    " indeterminate borderline maybe differential".split(),
+)
+def test_every_doubt_above_labels_is_a_heading(doubt):
+    assert read_entries(f"{doubt.title()} findings\n- Edema\n- Fracture").labels == ()
+    assert read_entries(f"Edema\n{doubt}\nFracture").labels == (E, F)  # a row's, without markup
 
 
 def test_a_negation_without_a_label_takes_back_the_one_before():

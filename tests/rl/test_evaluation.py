@@ -10,7 +10,8 @@ import pytest
 from data.predictions import Prediction
 from engine.run import TrainerState
 from engine.tracking import RunLogger
-from rl.evaluation import evaluated_metrics, record_evaluation, with_rewards
+from eval.scores import evaluated_metrics
+from rl.evaluation import record_evaluation, with_rewards
 from rl.rewards import HardReward
 from rl.settings import SET_METRICS
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": {"data", "engine"},
     "rl": {"data", "engine", "rl"},
     "eval": {"data", "engine", "eval"},
-    "run_sft": {"data", "engine", "rl", "eval"},
+    "run_sft": {"data", "engine", "eval"},
     "run_grpo": {"data", "engine", "rl", "eval"},
 }
 RUN_TIME = {"torch", "transformers", "peft", "safetensors", "PIL", "numpy", "tqdm", "tensorboard"}
