@@ -214,7 +214,7 @@ def test_the_sentence_is_kept_for_other_commands(run):
     assert kept["sentence"] == printed and kept == summarize(run, ["home", "nih"])
     assert kept["sampled_reward"]["difference"] == 0.5
     assert kept["rows"][0]["since_start"]["macro_f1"]["difference"] == pytest.approx(17 / 15 / 14)
-    assert set(kept["gaps"]) == {"gap_se", "gap_shared", "gap_shared_se"}
+    assert set(kept["gaps"]) == {"gap", "gap_se", "gap_shared", "gap_shared_se"}
     assert kept["silenced"] == {"home": [], "nih": []}
 
 
