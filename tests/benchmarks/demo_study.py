@@ -30,13 +30,12 @@ from pathlib import Path
 import checkout  # noqa: F401  this checkout before an installed one
 import numpy as np
 
-from data.answers import parse_answer
 from data.demo.radiographs import draw
 from data.demo.splits import seeds, write_split
 from data.demo.teacher import reasoning_trace
 from data.examples import read_jsonl
 from data.files import write_jsonl
-from data.labels import Target
+from data.predictions import read_predictions
 from engine.resume import saved_settings
 from rl.rewards import RewardFunction
 from rl.settings import GRPOConfig, build_rewards
@@ -61,9 +60,7 @@ SAMPLED = {
 
 # ---- runs ----------------------------------------------------------------------------------------
 def run(folder: Path, name: str, module: str, *arguments: str) -> None:
-    """Run `python -m module ... --output_dir name` in the study's folder. Its console goes to
-    <name>.log.
-    """
+    """Run `python -m module ... --output_dir name` in the study's folder, logged to <name>.log."""
     print(f"{name} ...", flush=True)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *arguments, "--output_dir", name]
@@ -116,8 +113,9 @@ def answer(
 
 
 def more_sft_data(folder: Path, seed: int) -> tuple[Path, float]:
-    """Return a data file of the images of GRPO's rollouts with the teacher's traces, and the passes
-    over it: how often GRPO drew an image on average.
+    """Write the images of GRPO's rollouts with the teacher's traces -> (the file, passes over it).
+
+    The passes are how often GRPO drew an image on average.
     """
     with open(folder / f"grpo-hard-{seed}/completions.jsonl", encoding="utf-8") as lines:
         drawn = [json.loads(line)["id"] for line in lines]  # once for each completion
@@ -218,22 +216,13 @@ def read_answers(
     rewards, scores = {reward: [] for reward in functions}, []
     for mode in modes:
         run_dir = folder / f"answers/{name}-{mode}"
-        with open(run_dir / f"predictions-{site}.jsonl", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        predictions = read_predictions(run_dir / f"predictions-{site}.jsonl")
         for reward, function in functions.items():
             rewards[reward].append(
                 [
-                    function.scaled(
-                        function(
-                            parse_answer(row["completion"], row["answer_format"]),
-                            Target(
-                                frozenset(row["labels"]) & frozenset(row["evaluated_labels"]),
-                                frozenset(row["evaluated_labels"]),
-                            ),
-                            row["completion_length"],
-                        )
-                    )
-                    for row in rows
+                    # the length matters to neither: the demo's min_length is 0
+                    function.scaled(function(one.answer, one.target, one.completion_length or 0))
+                    for one in predictions
                 ]
             )
         record = json.loads((run_dir / f"scores-{site}.json").read_text(encoding="utf-8"))
@@ -272,8 +261,9 @@ COLUMNS = (
 
 
 class Tables:
-    """Make the tables of one site in Markdown, from the answers in the study's folder. T: at the
-    rollouts' temperature.
+    """Make the tables of one site in Markdown, from the answers in the study's folder.
+
+    T: at the rollouts' temperature.
     """
 
     def __init__(self, folder: Path, study_seeds: Sequence[int], site: str):
@@ -308,7 +298,7 @@ class Tables:
             sampled.scores["invalid"],
         ]
 
-    def sampled_row(self, *titles: str, title: str, arm: str, seeds: Sequence[int]) -> list[str]:
+    def sampled_row(self, *titles: str, arm: str, seeds: Sequence[int]) -> list[str]:
         """Make a row of an arm of SAMPLED, which has no greedy answers."""
         figures, gains = [], []
         for seed in seeds:
@@ -323,21 +313,8 @@ class Tables:
             f"{value:.3f}" for value in np.mean(figures, axis=0)
         )
         hard_gain, nuanced_gain = (", ".join(column) for column in zip(*gains, strict=True))
-        cells = [
-            hard,
-            hard_gain,
-            nuanced,
-            nuanced_gain,
-            "",
-            "",
-            micro,
-            macro,
-            "",
-            "",
-            fail,
-            invalid,
-        ]
-        return [*titles, title, *cells]
+        cells = [hard, hard_gain, nuanced, nuanced_gain]
+        return [*titles, *cells, "", "", micro, macro, "", "", fail, invalid]
 
     def gains(self, name: str, start: str) -> list[str]:
         """Return the three columns of gains over the SFT adapter `start`."""
@@ -400,7 +377,7 @@ class Tables:
                 gains = ("", "", "") if arm == "sft" else self.gains(f"{arm}-{seed}", f"sft-{seed}")
                 rows.append(self.row(str(seed), title, names=[f"{arm}-{seed}"], gains=gains))
             rows += [
-                self.sampled_row(str(seed), title=title, arm=arm, seeds=[seed])
+                self.sampled_row(str(seed), title, arm=arm, seeds=[seed])
                 for arm, (title, *_) in SAMPLED.items()
             ]
         return markdown(("seed", "", *COLUMNS), rows + self.baselines(""))
@@ -423,7 +400,7 @@ class Tables:
                 )
             )
         rows += [
-            self.sampled_row(title=title, arm=arm, seeds=self.seeds)
+            self.sampled_row(title, arm=arm, seeds=self.seeds)
             for arm, (title, *_) in SAMPLED.items()
         ]
         return markdown(("", *COLUMNS), rows + self.baselines())
