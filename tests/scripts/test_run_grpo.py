@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText
 import rl.rollout
 import run_grpo
 from data.predictions import read_predictions
+from engine.charts import sft_charts
 from engine.config import UsageError
 from engine.policy import Policy
 from eval.end_table import stage_title
@@ -29,6 +30,7 @@ from eval.folders import load_entry
 from eval.scores import score
 from eval.since_start import SinceStart
 from eval.votes import vote_predictions
+from rl.logs import grpo_charts
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
 from rl.settings import (
@@ -47,6 +49,7 @@ from tests.helpers.runs import (
     lines,
     record,
     speak,
+    tensorboard,
     train_log,
 )
 
@@ -311,6 +314,13 @@ def test_the_table_of_metrics_is_what_a_run_logs(finished):
     unseen.add("monitors/...")
     assert logged_metrics(grpo_run) | unseen == listed_metrics("both", "GRPO")
     assert logged_metrics(sft_run) == listed_metrics("both", "SFT")
+
+
+def test_every_curve_of_the_charts_is_of_something_that_a_run_logs(finished):
+    grpo_run, sft_run = finished
+    for run, charts in ((grpo_run, grpo_charts(["a", "b"])), (sft_run, sft_charts(["site"]))):
+        shown = {tag for chart in charts for tag in (*chart.curves.values(), chart.error) if tag}
+        assert shown - tensorboard(run).keys() == set()
 
 
 def test_ratio_is_one_in_the_first_update_of_a_rollout_and_kl_zero_in_the_first_of_a_run(finished):
