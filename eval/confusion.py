@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.labels import LABELS, SILENCED_MIN_TRUE, SILENCED_SHARE, silenced_labels
+from data.labels import SILENCED_MIN_TRUE, SILENCED_SHARE, silenced_labels
 from eval.contrasts import Contrast
-from eval.folders import Answers
 from eval.page import Cell, HeatMap, Table, Text
 
 NOTHING = "nothing in its place"
@@ -45,10 +44,7 @@ def said_in_place(
 
 def heat_map(contrast: Contrast, model: str) -> HeatMap:
     """Make the heat map "true label against label said in its place" of one model on a data set."""
-    answers = contrast.answers[model]
-    counts, alone, support = said_in_place(
-        *(_columns(contrast, answers, name) for name in ("targets", "predictions", "evaluated"))
-    )
+    counts, alone, support = said_in_place(*contrast.matrices(model))
     shown = np.flatnonzero(support)
     rows = []
     briefly = []
@@ -70,22 +66,15 @@ def heat_map(contrast: Contrast, model: str) -> HeatMap:
     )
 
 
-def _columns(contrast: Contrast, answers: Answers, name: str) -> np.ndarray:
-    return getattr(answers, name)[:, [LABELS.index(label) for label in contrast.labels]]
-
-
 # ---- silenced labels -----------------------------------------------------------------------------
 def counts_of(contrast: Contrast, model: str) -> tuple[dict[str, int], dict[str, int]]:
     """Count how often each label is said and is true -> ({label: said}, {label: true})."""
-    answers = contrast.answers[model]
-    evaluated = answers.evaluated
-    said = (answers.predictions & evaluated).sum(axis=0)
-    true = (answers.targets & evaluated).sum(axis=0)
-    columns = [(label, LABELS.index(label)) for label in contrast.labels]
-    return (
-        {label: int(said[k]) for label, k in columns},
-        {label: int(true[k]) for label, k in columns},
+    targets, predictions, evaluated = contrast.matrices(model)
+    said, true = (
+        dict(zip(contrast.labels, (matrix & evaluated).sum(axis=0).tolist(), strict=True))
+        for matrix in (predictions, targets)
     )
+    return said, true
 
 
 def silenced_in(contrast: Contrast, model: str) -> list[str]:

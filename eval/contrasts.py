@@ -83,7 +83,17 @@ class Contrast:
     @property
     def num_patients(self) -> int:
         """Return how many patients the images are of."""
-        return len(set(self.first.patients.tolist()))
+        return len(next(iter(self.totals.values())))
+
+    def matrices(self, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what is true, what a model says and what counts -> three [N, K] bool."""
+        columns = [LABELS.index(label) for label in self.labels]
+        answers = self.answers[model]
+        return (
+            answers.targets[:, columns],
+            answers.predictions[:, columns],
+            answers.evaluated[:, columns],
+        )
 
     def change(self, before: str, after: str, score: str) -> Change:
         """Compare two models in a score."""

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from data.examples import WHO
-from data.labels import LABELS
 from eval.contrasts import Contrast
 from eval.end_table import aligned, change_with_interval, clipped, with_interval
 from eval.groups import (
@@ -123,15 +122,7 @@ def groups_tables(
 
 def _scored(contrast: Contrast, model: str) -> Scored:
     answers = contrast.answers[model]
-    columns = [LABELS.index(label) for label in contrast.labels]
-    return Scored(
-        contrast.labels,
-        answers.targets[:, columns],
-        answers.predictions[:, columns],
-        answers.evaluated[:, columns],
-        answers.jaccard,
-        answers.patients,
-    )
+    return Scored(contrast.labels, *contrast.matrices(model), answers.jaccard, answers.patients)
 
 
 def _rows(found: Mapping[str, Groups], before: Mapping[str, str]) -> Iterator[list[Cell | str]]:

@@ -195,17 +195,7 @@ def movers_table(contrast: Contrast, before: str, after: str) -> Table:
 
 def marginals_table(contrast: Contrast) -> Table:
     """List how often each label is said against how often it is true."""
-    columns = [LABELS.index(label) for label in contrast.labels]
-    first = contrast.first
-    shares = {
-        model: said_and_true(
-            *(
-                getattr(answers, name)[:, columns]
-                for name in ("targets", "predictions", "evaluated")
-            )
-        )
-        for model, answers in contrast.answers.items()
-    }
+    shares = {model: said_and_true(*contrast.matrices(model)) for model in contrast.answers}
     base, true = next(iter(shares.values()))
     rows: list[list[Cell | str]] = [
         [
@@ -228,7 +218,7 @@ def marginals_table(contrast: Contrast) -> Table:
         ["Label", "Positives", "True", *(f"said by {model}" for model in shares)],
         rows,
         [
-            f"Share of {len(first.ids):,} images, among those that evaluate the label; in"
+            f"Share of {len(contrast.first.ids):,} images, among those that evaluate the label; in"
             " small print: said / true."
         ],
     )
