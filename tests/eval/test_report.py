@@ -224,6 +224,12 @@ def test_length_and_variety(tmp_path):
     assert base[2:5] == ["25.0", "100.0 %", "4"] and base[8:11] == ["25.0 %", "0.0 %", "0.0 %"]
     # "no idea" has no answer block, so it has no entries either
     assert base[11:] == ["0.0 %", "answer_missing 1"]
+    # four sets of equal shares: 2 bits; 1 + 1 + 0 + 2 labels
+    assert base[5:8] == ["2.00", "1.00", "25.0 %"]
+    # (10 + 20 + 30 + 1000) / 4 tokens, and half of them below 25
+    long = [*BEFORE[:3], replace(BEFORE[3], completion_length=1000)]
+    length = diversity_table([compared(tmp_path, long, AFTER)]).rows[0][2]
+    assert (length.text, length.detail) == ("265.0", "median 25, at most 1,000")
 
 
 def test_unknown_entries_are_counted_by_answers_and_by_what_they_say(tmp_path):
