@@ -64,7 +64,7 @@ def read_answers(
                     ]
             problems += [f"{path}, line {number}: {problem}" for problem in found]
             if "id" in (row if isinstance(row, dict) else ()):
-                rows[str(row["id"])] += [] if found else [row]
+                rows[str(row["id"])].append(row)
     wanted = examples[:max_samples]
     # an example whose row is wrong has an answer: only its row is named
     missing = [example.id for example in wanted if example.id not in rows]

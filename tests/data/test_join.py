@@ -27,7 +27,14 @@ EXAMPLES = [
 ROWS = [
     {"id": "c", "completion": "<think>x</think><solution>Fracture</solution>"},
     {"id": "a", "completion": "Edema, nodule", "answer_format": "label_list"},
-    {"id": "b", "completion": "", "completion_length": 0, "prompt": "mine", "cost": 0.1},
+    {
+        "id": "b",
+        "completion": "",
+        "completion_length": 0,
+        "prompt": "mine",
+        "cost": 0.1,
+        "sex": "M",
+    },
 ]
 
 
@@ -64,7 +71,8 @@ def test_answers_get_the_truth_of_the_data_file(tmp_path):
     ]
     assert a.answer.labels == ("Edema",) and a.answer.unknown == ("nodule",)
     assert not b.answer.parsed and c.answer.valid  # no answer is a failed one
-    assert b.prompt == "mine" and b.extra == {"cost": 0.1}
+    # nor is it read of b's row that b is a man
+    assert b.prompt == "mine" and b.extra == {"cost": 0.1} and b.sex is None
 
 
 def test_the_joined_rows_are_predictions_like_any_other(tmp_path):

@@ -709,6 +709,8 @@ def test_nih_header_variants(tmp_path, variant):
         (" 7 ", 7),
         ("0", 0),  # NIH has infants: 11 months and 13 days are 0 years, 30 months are 2
         ("011M", 0),
+        ("800D", 2),
+        ("130W", 2),
         ("030M", 2),
         ("013D", 0),
         ("058y", 58),

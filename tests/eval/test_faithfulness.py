@@ -102,6 +102,7 @@ def test_a_patient_with_most_of_the_images_cannot_be_swapped(patients):
         # a heading holds for its list
         ("No evidence of:\n- edema\n- pneumothorax\nCardiomegaly", {"Cardiomegaly"}),
         ("Findings:\n1. Edema\n2. Fracture", {"Edema", "Fracture"}),
+        ("No fracture\nWell-defined edema", {"Edema"}),  # a hyphen inside is no bullet
         # the same word elsewhere
         ("Pericardial effusion and subcutaneous edema, soft tissue edema.", set()),
         ("Edematous, cardiomegalyx", set()),

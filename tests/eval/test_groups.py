@@ -84,6 +84,9 @@ def test_rare_views_are_one_group():
     names = group_names([(None, None, view) for view in views])["view"]
     # PA and eleven others are the twelve most frequent
     assert list(names[-3:]) == ["view 10", "other", "other"] and len(set(names)) == 13
+    rows = people(({}, WOMEN[:3]))
+    groups = groups_of(np.array(["other", "pa", ""], dtype=object), Scored.of(rows), resamples=2)
+    assert list(groups.groups) == ["pa", "other"]  # last, whatever the others are called
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -150,6 +153,16 @@ def test_votes_have_an_auroc_in_each_group():
         assert group["macro_auroc"] == pytest.approx(expected)
         low, high = group["intervals"]["macro_auroc"]
         assert low < expected < high
+    # images whose source cannot express a label say nothing of its shares
+    more = [
+        one.to_row()
+        | {"id": f"m{n}", "evaluated_labels": ["Fracture"], "vote_shares": {"Edema": 1.0}}
+        for n, one in enumerate(votes)
+    ]
+    with_more = group_scores([*votes, *parsed(more)])
+    for sex in "FM":
+        auroc = with_more["groups"]["sex"][sex]["macro_auroc"]
+        assert auroc == found["groups"]["sex"][sex]["macro_auroc"]
     values = [found["groups"]["sex"][sex]["macro_auroc"] for sex in "MF"]
     moved = found["group_differences"]["sex"]
     assert moved["reference"] == "F"  # 60 images

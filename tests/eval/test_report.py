@@ -338,6 +338,10 @@ def test_nih_under_nine_and_ten_categories(tmp_path):
     )
     write_predictions(tmp_path / "home.jsonl", BEFORE)
     assert nih_variants({"base": load_answers(tmp_path / "home.jsonl")}) == {}
+    # another hospital's strings may be NIH's too, but it knows labels that NIH does not have
+    other = [replace(one, evaluated_labels=LABELS) for one in NIH_BEFORE]
+    write_predictions(tmp_path / "other.jsonl", other)
+    assert nih_variants({"base": load_answers(tmp_path / "other.jsonl")}) == {}
 
 
 def test_models_are_compared_on_the_images_that_all_answered(tmp_path):
@@ -421,6 +425,11 @@ def test_a_folder_says_which_model_it_holds(tmp_path, monkeypatch):
             "b",
         )
         assert entry.training is None if adapter is None else entry.training.resolve() == run
+    # SFT keeps its best checkpoint as the final adapter, whatever the last one was
+    config = json.loads((run / "config.json").read_text()) | {"script": "sft"}
+    (run / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert load_entry("y", tmp_path / "eval-last step").step == 4
     # scored again, where the prompt stands at its default and nobody asked it
     again = {"predictions": ["t=old.jsonl"], "prompt": "free_reasoning"}
     (tmp_path / "again").mkdir()

@@ -188,6 +188,15 @@ def test_without_a_sound_start_a_line_says_what_is_not_measured(tmp_path, damage
     assert found.rows[0]["since_start"] == {} and found.rows[1]["since_start"]
 
 
+def test_the_vote_over_the_start_is_decoded_once(tmp_path):
+    run = training_run(tmp_path / "grpo", "grpo")
+    save(run, home=BEFORE)
+    places: list[Path] = []
+    for _ in range(2):  # the last evaluation is of step 0 again where that is the best
+        keep_start(run, ["home"], places.append)
+    assert len(places) == 1 and (run / "start-vote").is_dir()
+
+
 def test_the_start_says_which_model_answered(tmp_path):
     run = training_run(tmp_path / "grpo", "grpo")
     sft = training_run(tmp_path / "sft", "sft")
@@ -204,6 +213,8 @@ def test_the_start_says_which_model_answered(tmp_path):
         "predictions-home.jsonl",
         "scores-home.json",
     ]
+    # the step is of this run
+    assert "step" not in json.loads((run / "start/scores-home.json").read_text())
     # rows as they were, with what the run added to them
     assert (run / "start/predictions-home.jsonl").read_bytes() == (
         run / "predictions-home.jsonl"
