@@ -506,6 +506,9 @@ def test_models_are_named_by_their_stage(tmp_path):
     # a folder that does not tell its stage keeps its name
     (tmp_path / "NV-Reason").mkdir()
     assert names_of(str(tmp_path / "NV-Reason"), str(sft)) == ["NV-Reason", "SFT"]
+    # also where that is the name of another's stage, which then keeps its folder's too
+    (tmp_path / "SFT").mkdir()
+    assert names_of(str(tmp_path / "SFT"), str(sft)) == ["SFT", "20260101-sft"]
 
 
 def test_a_vote_is_named_as_one(tmp_path):

@@ -172,6 +172,27 @@ def test_one_model_is_set_beside_the_best_answer_without_an_image(tmp_path):
     assert "answers without the image, 'all labels', have 0.124" in lead.details[0]
 
 
+def test_a_step_that_ends_no_better_than_an_answer_without_the_image_is_said_to(tmp_path):
+    """Of sft's interval the baseline 0.124 (above) lies inside. Forty answers of which half are
+    Edema and half Fracture, all right, are 2/14 = 0.143 in every resample, and all labels of every
+    image (2/3 + 2/3) / 14 = 0.095.
+    """
+    contrast = compared(tmp_path, BEFORE, AFTER)
+    low, high = contrast.interval("sft", "macro_f1")
+    assert low < 0.124 < high
+    line = (
+        "sft is not clearly better than answers without the image, macro-F1 on home 'all labels' "
+    )
+    assert f"{line}0.124" in verdict([contrast], STEP, None).details
+    labels = [("Edema",), ("Fracture",)] * 20
+    rows = [
+        row(answer(*of), of, id=f"i{n}", patient=f"p{n}", evaluated=LABELS)
+        for n, of in enumerate(labels)
+    ]
+    better = verdict([compared(tmp_path, parsed(rows), parsed(rows))], STEP, None)
+    assert not any("better" in line for line in better.details)
+
+
 def test_the_last_step_leads_to_the_last_model():
     pairs = [("base", "sft"), ("sft", "grpo"), ("base", "grpo")]
     assert last_step(["base", "sft", "grpo"], pairs) == ("sft", "grpo")
