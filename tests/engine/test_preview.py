@@ -13,7 +13,7 @@ import re
 
 import pytest
 
-import engine.model
+import engine.base_model
 from engine.encode import Encoder
 from engine.preview import printable, row_text, wants_colour
 from tests.helpers.runs import grpo, lines, sft, snapshot, write_rows
@@ -35,7 +35,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 def no_weights(monkeypatch) -> None:
     monkeypatch.setattr(
-        engine.model.AutoModelForImageTextToText,
+        engine.base_model.AutoModelForImageTextToText,
         "from_pretrained",
         lambda *_, **__: pytest.fail("weights were loaded"),
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.model
+import engine.base_model
 import run_grpo
 import run_sft
 from data.examples import Example
@@ -38,7 +38,7 @@ def towers(monkeypatch) -> Counter:
     Every model that is loaded from here on is watched.
     """
     calls: Counter = Counter()
-    load_model = engine.model.AutoModelForImageTextToText.from_pretrained
+    load_model = engine.base_model.AutoModelForImageTextToText.from_pretrained
 
     def hooked(*arguments, **options):
         base, information = load_model(*arguments, **options)
@@ -55,7 +55,7 @@ def towers(monkeypatch) -> Counter:
         tower.register_forward_pre_hook(count, with_kwargs=True)
         return base, information
 
-    monkeypatch.setattr(engine.model.AutoModelForImageTextToText, "from_pretrained", hooked)
+    monkeypatch.setattr(engine.base_model.AutoModelForImageTextToText, "from_pretrained", hooked)
     return calls
 
 

@@ -1,0 +1,165 @@
+"""Load a base model or its processor, and refuse in one line what cannot be run.
+
+The base is frozen and in bf16 (fp32 on a CPU run).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from data.examples import Example
+from data.prompts import Prompt
+from engine.attention import IMPLEMENTATION
+from engine.config import UsageError
+from engine.encode import EncodedPrompt, EncodedRow, Encoder, read_config
+from engine.families import Family, family_of, stop_ids, suppressed_ids
+from engine.model_files import check_model_folder, looks_local, model_path
+from engine.vision import VisionCache
+
+_HUB_ADVICE = (
+    "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a"
+    " gated one accept its licence at https://huggingface.co/{} and run `hf auth login`"
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Hold a base model with its processor and the facts of its family.
+
+    name: as given: a folder, a hub name, 'demo' or 'demo-gemma'.
+    net: transformers' model, frozen.
+    stop_ids: tokens that end a completion.
+    suppressed_ids: tokens that are never sampled, left out of every log-probability.
+    vision: features of images by the frozen vision tower, which runs once for each.
+    """
+
+    name: str
+    net: PreTrainedModel
+    family: Family
+    encoder: Encoder
+    stop_ids: frozenset[int]
+    suppressed_ids: tuple[int, ...]
+    vision: VisionCache
+
+    def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
+        """Turn an example into the prompt's tokens and the image's features."""
+        return self.encoder.encode_prompt(example, prompt, self.vision.look(example))
+
+    def encode_answer(self, example: Example, prompt: Prompt, answer: str) -> EncodedRow:
+        """Turn an example into its prompt followed by an answer, which is supervised."""
+        return self.encoder.encode_answer(example, prompt, answer, self.vision.look(example))
+
+
+def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -> Encoder:
+    """Load tokenizer and image processor of a checkpoint, without its weights.
+
+    Raises UsageError (one line) as `load_model` does.
+    """
+    path = model_path(name)
+    _check_checkpoint(name, path)
+    try:
+        return Encoder.from_pretrained(
+            path, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(_unusable(name, error)) from error
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    min_visual_tokens: int,
+    max_visual_tokens: int,
+    vision_cache_gb: float = 0.0,
+    vision_cache_dir: str | None = None,
+) -> BaseModel:
+    """Load and freeze a base model of one of the two families.
+
+    dtype: "auto" for the one that its weights are stored in.
+    vision_cache_gb, vision_cache_dir: see VisionCache.
+
+    Raises UsageError (one line) where there is no such model at `name`.
+    """
+    path = model_path(name)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of reading weights; in a log file it is one long line
+    # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do
+    # about it.
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )
+    encoder = load_encoder(
+        name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
+    )
+    try:
+        # its stubs leave the pair out that output_loading_info asks for
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(_unusable(name, error)) from error
+    net, loading = loaded
+    if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
+        missing = sorted(loading["missing_keys"])
+        raise UsageError(
+            f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the"
+            f" model, such as {missing[0]}"
+        )
+    net.requires_grad_(False)
+    net.to(device).eval()
+    family = family_of(net.config.model_type)
+    stops = stop_ids(net, encoder.tokenizer, encoder.end_of_turn_id)
+    vision = VisionCache(
+        net, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
+    )
+    return BaseModel(
+        name, net, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision
+    )
+
+
+def _check_checkpoint(name: str, path: str) -> None:
+    """Refuse a checkpoint that cannot be run, in one line and before weights are read."""
+    check_model_folder(name)
+    try:
+        text = read_config(path).get("text_config") or {}
+    except ValueError as error:
+        raise UsageError(f"--model_name_or_path {name}: {first_line(error)}") from error
+    except OSError as error:
+        raise UsageError(
+            f"--model_name_or_path {name}: no config.json could be had ({first_line(error)})."
+            f" {_HUB_ADVICE.format(name)}"
+        ) from error
+    if text.get("attn_logit_softcapping") is not None:
+        raise UsageError(
+            f"--model_name_or_path {name}: its config.json sets attn_logit_softcapping to"
+            f" {text['attn_logit_softcapping']}, which transformers' attention leaves out: another"
+            " model than the trained one would run. null there means that this is intended"
+        )
+
+
+def _unusable(name: str, error: Exception) -> str:
+    """Say that a file of the checkpoint is missing, damaged or of another kind."""
+    advice = (
+        ""
+        if looks_local(name) or not isinstance(error, OSError)
+        else f". {_HUB_ADVICE.format(name)}"
+    )
+    return f"--model_name_or_path {name}: {first_line(error)}{advice}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
