@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import engine.families
 import engine.forward
+import engine.qwen2_5_vl
 from data.prompts import Prompt
 from engine.attention import spread
 from engine.cache import SamplingCache
@@ -210,7 +210,7 @@ def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, 
 # ---- controls: each leaves something behind that the tests above must see ------------------------
 def arange_on_the_cpu(patch):
     patch.setattr(
-        engine.families,
+        engine.qwen2_5_vl,
         "causal_mask",
         lambda mask, queries: (
             torch.tril(torch.ones(len(queries), mask.shape[1])).bool() & mask[:, None]

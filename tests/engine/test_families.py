@@ -611,7 +611,8 @@ def test_a_model_that_is_only_half_in_the_cache_is_one_line(
 
 
 # ---- one place for family facts ------------------------------------------------------------------
-PLACE = "engine/families.py"
+# a file for each family, and the list of them
+PLACES = {"engine/families.py"} | {f"engine/{family}.py" for family in FAMILIES}
 FACTS = re.compile(
     r"^(qwen2_5_vl|gemma3)\w*$|<\|\w+\|>|<(bos|eos|pad)>|<(start|end)_of_\w+>|<image_soft_token>|"
     r"_grid_thw|token_type_ids|^(mm_tokens_per_image|image_token_index|min_pixels)$|merge_size"
@@ -658,7 +659,7 @@ def family_facts(source: str) -> list[str]:
 @pytest.mark.parametrize("file", product_files(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_family_facts_have_one_place(file):
     name = file.relative_to(ROOT).as_posix()
-    if name == PLACE:
+    if name in PLACES:
         assert family_facts(file.read_text(encoding="utf-8"))
     elif not name.startswith("data/demo/"):
         # the demo's base is built as a Qwen2.5-VL; nothing of it runs in training
@@ -684,6 +685,11 @@ def test_family_facts_have_one_place(file):
 )
 def test_a_family_fact_is_seen(source):
     assert family_facts(source)
+
+
+def test_every_family_has_a_file_of_its_own():
+    assert {file.relative_to(ROOT).as_posix() for file in product_files()} >= PLACES
+    assert all(type(family).__module__ == f"engine.{name}" for name, family in FAMILIES.items())
 
 
 def test_the_tables_of_families_agree():

@@ -1,0 +1,116 @@
+"""Describe what a model family has to say of itself, on both sides: processor and model.
+
+Families differ in how an image becomes pixels, placeholders and embeddings, in their position ids
+(M-RoPE against plain), in their attention masks (causal against bidirectional inside an image, with
+sliding windows) and in which tokens stop a completion or must never be sampled. Each is one
+subclass in a file of its own, and no other file knows its facts. `engine/families.py` lists them.
+
+Position ids and masks are always made in these files, explicitly, from the token types:
+transformers makes them silently wrong when token types are forgotten, and Qwen's models cache
+`rope_deltas` between calls.
+
+Shapes: B rows, S tokens, Q queries, H hidden.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
+    from engine.collate import PromptBatch
+
+# Tensors of one image by name. Before the vision tower: `pixel_values`. After it: `features`
+# [tokens,H], one for each of the image's placeholders. In both states what else the family needs to
+# place the image's tokens (Qwen: `image_grid_thw` [1,3] int64, patches in time, height and width).
+ImageTensors = dict[str, Tensor]
+
+
+class Family:
+    """Describe what differs between model families, one subclass each. `family_of` picks it."""
+
+    model_type: str  # in config.json
+    end_of_turn: str  # token that the chat template writes after an answer
+    # tokens that stand for image content: sampled ones would have no features
+    image_token_names: tuple[str, ...]
+    pixel_names: tuple[str, ...]  # outputs of the image processor that are used
+    layer_norms: int  # RMS norms over the hidden state in a decoder layer (engine/memory.py)
+    head_norms: bool  # queries and keys have norms of their own
+    sliding_layers: bool  # some layers see a window only, with masks of their own
+    fixed_images: bool  # every image has the same number of tokens
+
+    # ---- processor ----
+    def image_processor(
+        self, path: str | Path, config: dict, *, min_visual_tokens: int, max_visual_tokens: int
+    ) -> Any:
+        """Load a checkpoint's image processor, the PIL one, which needs no torchvision.
+
+        path: local folder or hub name.
+        config: its config.json.
+        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image, where its number of
+        tokens depends on its size.
+        """
+        raise TypeError("use a subclass")
+
+    def image_token_id(self, config: dict) -> int:
+        """Find the id of the image placeholder in a config.json."""
+        raise TypeError("use a subclass")
+
+    def num_image_tokens(self, config: dict, image_processor: Any, image: ImageTensors) -> int:
+        """Count the placeholders that an image needs in its prompt."""
+        raise TypeError("use a subclass")
+
+    def expand_placeholder(self, text: str, count: int, tokenizer: Any) -> str:
+        """Replace the image's one place in a rendered chat by `count` placeholders."""
+        raise TypeError("use a subclass")
+
+    # ---- model ----
+    def image_features(self, net: PreTrainedModel, image: ImageTensors) -> Tensor:
+        """Embed one image -> [tokens,H], which take the place of its placeholders."""
+        raise TypeError("use a subclass")
+
+    def positions(self, net: PreTrainedModel, prompts: PromptBatch) -> Tensor:
+        """Make the position ids of prompts, 0 on padding: Qwen [3,B,S], Gemma [B,S]."""
+        raise TypeError("use a subclass")
+
+    def attention_masks(
+        self, net: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
+    ) -> dict[str, Tensor]:
+        """Make the attention mask of every kind of layer -> bool [B,1,Q,S], true = sees.
+
+        attention_mask [B,S] bool: false on padding.
+        token_types [B,S] int64: 1 on image placeholders.
+        queries [Q] or [B,Q] int64: places of the tokens that look.
+        Kinds that see the same share one tensor.
+        """
+        raise TypeError("use a subclass")
+
+    def expand_positions(self, positions: Tensor) -> Tensor:
+        """Bring position ids of text tokens [B,Q] into the form that the decoder takes."""
+        raise TypeError("use a subclass")
+
+    def patches(self, config: PretrainedConfig) -> tuple[int, int]:
+        """Count (the tower's patches that make one visual token, pixel values of a patch)."""
+        raise TypeError("use a subclass")
+
+
+def causal_mask(attention_mask: Tensor, queries: Tensor) -> Tensor:
+    """Let each query see itself and every earlier token that is not padding -> bool [B,Q,S].
+
+    attention_mask [B,S] bool: false on padding.
+    queries [Q] or [B,Q] int64: places of the tokens that look.
+
+    Padding sees itself: a row that sees nothing would be NaN, and 0 * NaN spreads through the
+    values of the next layer.
+    """
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (keys <= queries[..., None]) & attention_mask[:, None] | (keys == queries[..., None])
+
+
+def text_positions(attention_mask: Tensor) -> Tensor:
+    """Number the tokens of each row 0, 1, 2, ... -> [B,S], 0 on padding, wherever that is."""
+    return ((attention_mask.long().cumsum(1) - 1) * attention_mask).clamp(min=0)
