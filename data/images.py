@@ -26,6 +26,9 @@ from data.files import DataError, first_problems
 MAX_PIXELS = 80_000_000
 MAX_ASPECT_RATIO = 20  # a longer strip is no radiograph, and image processors refuse or distort it
 FORMATS = ("JPEG", "PNG")
+# Of how a file becomes pixels. Image features that are kept on a disk belong to one reading: a
+# change below that makes other pixels of a file that is read already needs the next number.
+READING = 1
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -1,9 +1,9 @@
 """Compute each image's features once in the frozen vision tower, without gradient, and keep them.
 
-Nothing of the tower is trained, so an image's features never change. Rollouts, the old, reference
-and policy passes, the epochs of SFT and evaluation take them from here. An image goes through the
-tower alone, so that its features do not depend on which images came with it: with a warm cache, a
-cold one or none a run is the same to the last bit.
+Nothing of the tower is trained, so an image's features never change while the same adapters act on
+it. Rollouts, the old, reference and policy passes, the epochs of SFT and evaluation take them from
+here. An image goes through the tower alone, so that its features do not depend on which images came
+with it: with a warm cache, a cold one or none a run is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -11,31 +11,41 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import stat
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
+from torch import nn
 from transformers import PreTrainedModel
 
 from data.examples import Example
-from data.files import written_whole
+from data.files import DataError, written_whole
 from data.images import image_path, read_image
 from engine.config import UsageError
 from engine.encode import Encoder
 from engine.families import Family, ImageTensors
+from engine.vision_key import TowerState, fingerprint, tower_modules
 
 logger = logging.getLogger(__name__)
+
+
+class WrongFile(ValueError):
+    """Report why a kept file is not the features of its image."""
 
 
 class VisionCache:
     """Look up the features of an example's image: `look(example)`.
 
     max_bytes: of features kept in the host's memory. Those not used for longest are dropped first.
-    folder: where features are kept across runs as well, by the tower's and the processor's
-    fingerprint and the image file's SHA-256. Nothing is ever deleted there.
+    folder: where features are kept across runs as well, by the `fingerprint` of all that they
+    depend on and the image file's SHA-256. Nothing is ever deleted there, but a file that is not
+    what it should be is named in a warning and replaced.
+
+    The model may get, switch or change adapters at any time: the next look takes account of it.
 
     Raises UsageError where `folder` is no folder.
     """
@@ -54,7 +64,9 @@ class VisionCache:
             raise UsageError(
                 f"--vision_cache_dir {folder}: not a folder; give one, it need not exist yet"
             )
-        self.folder = None if folder is None else Path(folder) / fingerprint(net, encoder)
+        self.folder = None if folder is None else Path(folder)
+        self._state: TowerState | None = None  # in which the features below were made
+        self._key = ""  # its fingerprint, where there is a folder
         # by the image file's SHA-256, the last used at the end
         self._kept: OrderedDict[str, ImageTensors] = OrderedDict()
         self._kept_bytes = 0
@@ -65,11 +77,13 @@ class VisionCache:
 
         The image file is read at most once, and not at all where it is known and has not changed.
 
-        Raises DataError for an image that cannot be read, unless it is known.
+        Raises DataError for an image that cannot be read, unless it is known, and for features that
+        are not finite.
         """
+        self._notice_changes()
         path = image_path(example)
         status = path.stat()
-        known = path, status.st_size, status.st_mtime_ns
+        known = path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         content = None
         if known not in self._digests:
             content = read_image(example)
@@ -85,13 +99,38 @@ class VisionCache:
         self._keep(digest, image)
         return image
 
+    def _notice_changes(self) -> None:
+        """Forget what was made with another tower, adapter or image processor."""
+        state = TowerState(self.net, self.encoder)
+        if state == self._state:
+            return
+        self._state = state
+        self._kept.clear()
+        self._kept_bytes = 0
+        self._key = "" if self.folder is None else fingerprint(self.net, self.encoder)
+
     @torch.no_grad()
     def _compute(self, example: Example, content: bytes | None) -> ImageTensors:
         image = self.encoder.encode_image(example, content)
         pixels = {name: tensor.to(self.net.device) for name, tensor in image.items()}
-        features = self.family.image_features(self.net, pixels).cpu()
+        # an adapter's dropout would make other features at every look
+        training = [module for _, module in tower_modules(self.net) if module.training]
+        _set_training(training, False)
+        try:
+            features = self.family.image_features(self.net, pixels).cpu()
+        finally:
+            _set_training(training, True)
         rest = {name: tensor for name, tensor in image.items() if name != "pixel_values"}
-        return {"features": features} | rest
+        computed = {"features": features} | rest
+        if not _finite(computed):
+            raise DataError(
+                [
+                    f"example {example.id!r}: the model's features of image {example.image!r} are"
+                    " not finite numbers; the weights of its vision tower are damaged, or too large"
+                    f" for {str(features.dtype).removeprefix('torch.')}"
+                ]
+            )
+        return computed
 
     def _keep(self, digest: str, image: ImageTensors) -> None:
         self._kept[digest] = image
@@ -99,22 +138,66 @@ class VisionCache:
         while self._kept_bytes > self.max_bytes:
             self._kept_bytes -= num_bytes(self._kept.popitem(last=False)[1])
 
+    # ---- on the disk -----------------------------------------------------------------------------
+    def _file(self, folder: Path, digest: str) -> Path:
+        return folder / self._key / f"{digest}.safetensors"
+
     def _read(self, digest: str) -> ImageTensors | None:
-        try:
-            return None if self.folder is None else load_file(self.folder / f"{digest}.safetensors")
-        except (FileNotFoundError, SafetensorError):
-            # not there yet, or cut short by a full disk: made anew
+        """Read an image's kept features, None where there are none or not those of this image."""
+        if self.folder is None:
             return None
+        path = self._file(self.folder, digest)
+        try:
+            content = _read_regular(path)
+            return None if content is None else self._verified(digest, content)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            logger.warning(
+                "%s: not the image features that were kept there (%s); they are made anew",
+                path,
+                reason,
+            )
+            return None
+
+    def _verified(self, digest: str, content: bytes) -> ImageTensors:
+        """Parse a kept file.
+
+        Raises WrongFile for one of other tensors or another image. safetensors' parser raises
+        errors of several kinds for a damaged one.
+        """
+        image = load(content)
+        if "features" not in image:
+            raise WrongFile(f"it has no 'features', only {', '.join(sorted(image)) or 'nothing'}")
+        hidden, shape = self.net.config.get_text_config().hidden_size, image["features"].shape
+        if len(shape) != 2 or shape[1] != hidden:
+            raise WrongFile(f"its features have shape {tuple(shape)}, not [tokens,{hidden}]")
+        if not _finite(image):
+            raise WrongFile("its features are not finite")
+        if _noted_sum(content) != self._sum(digest, image):  # which covers names, shapes, dtypes
+            raise WrongFile("its SHA-256 is not that of these features, or is missing")
+        return image
+
+    def _sum(self, digest: str, image: ImageTensors) -> str:
+        """Hash an image's tensors together with what they belong to -> hexadecimal SHA-256."""
+        total = hashlib.sha256(f"{self._key} {digest}".encode())
+        for name, tensor in sorted(image.items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
     def _write(self, digest: str, image: ImageTensors) -> None:
         if self.folder is None:
             return
-        content = save({name: tensor.contiguous() for name, tensor in image.items()})
+        path = self._file(self.folder, digest)
+        tensors = {name: tensor.contiguous() for name, tensor in image.items()}
+        content = save(tensors, {"sha256": self._sum(digest, image)})
         try:
-            with written_whole(self.folder / f"{digest}.safetensors") as temporary:
+            with written_whole(path) as temporary:
                 temporary.write_bytes(content)
+        except IsADirectoryError:
+            pass  # it was named when it was read, and is not ours to remove
         except OSError as error:  # a full disk must not end a run that needs nothing of it
-            logger.warning("image features are not kept in %s any more: %s", self.folder, error)
+            logger.warning("image features are not kept in %s any more: %s", path.parent, error)
             self.folder = None
 
 
@@ -123,26 +206,32 @@ def num_bytes(image: ImageTensors) -> int:
     return sum(tensor.nbytes for tensor in image.values())
 
 
-def fingerprint(net: PreTrainedModel, encoder: Encoder) -> str:
-    """Hash all that an image's features depend on -> 32 hexadecimal digits.
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
 
-    Hashed are the weights outside the decoder with their dtype, the image processor, the device's
-    kind and the libraries' versions.
+
+def _finite(image: ImageTensors) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in image.values())
+
+
+def _noted_sum(content: bytes) -> str | None:
+    """Read the SHA-256 from the header of a safetensors file that has been parsed already."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {}).get("sha256")
+
+
+def _read_regular(path: Path) -> bytes | None:
+    """Read a file that is a regular one, not through a link. None where there is none.
+
+    Raises OSError where it cannot be read, WrongFile for anything else than a file.
     """
-    digest = hashlib.sha256(
-        json.dumps(
-            [
-                net.device.type,
-                torch.__version__,
-                transformers.__version__,
-                encoder.image_processor.to_dict(),
-            ],
-            sort_keys=True,
-            default=str,
-        ).encode()
-    )
-    for name, tensor in net.state_dict().items():
-        if "language_model." not in name and "lm_head" not in name:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
+        raise WrongFile("it is not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
