@@ -9,24 +9,27 @@ Position ids and masks are always made in these files, explicitly, from the toke
 transformers makes them silently wrong when token types are forgotten, and Qwen's models cache
 `rope_deltas` between calls.
 
-Shapes: B rows, S tokens, Q queries, H hidden.
+Shapes: B rows, S tokens, Q queries, H hidden, M tokens in a packed row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
+if TYPE_CHECKING:  # engine.encode, which both need, imports this module
+    from engine.attention import PackedMask
     from engine.collate import PromptBatch
 
 # Tensors of one image by name. Before the vision tower: `pixel_values`. After it: `features`
-# [tokens,H], one for each of the image's placeholders. In both states what else the family needs to
-# place the image's tokens (Qwen: `image_grid_thw` [1,3] int64, patches in time, height and width).
+# [tokens,H], one for each of the image's placeholders, and what else the family's decoder takes
+# (Qwen3-VL: `deepstack`). In both states what the family needs to place the image's tokens (Qwen:
+# `image_grid_thw` [1,3] int64, patches in time, height and width).
 ImageTensors = dict[str, Tensor]
 
 
@@ -73,6 +76,13 @@ class Family:
         """Embed one image -> [tokens,H], which take the place of its placeholders."""
         raise TypeError("use a subclass")
 
+    def embed_image(self, net: PreTrainedModel, image: ImageTensors) -> ImageTensors:
+        """Run the vision tower on one image -> all that `run_decoder` takes of it.
+
+        That is `features`, and in some families tensors beside it, which a subclass adds.
+        """
+        return {"features": self.image_features(net, image)}
+
     def positions(self, net: PreTrainedModel, prompts: PromptBatch) -> Tensor:
         """Make the position ids of prompts, 0 on padding: Qwen [3,B,S], Gemma [B,S]."""
         raise TypeError("use a subclass")
@@ -92,6 +102,30 @@ class Family:
     def expand_positions(self, positions: Tensor) -> Tensor:
         """Bring position ids of text tokens [B,Q] into the form that the decoder takes."""
         raise TypeError("use a subclass")
+
+    def run_decoder(
+        self,
+        decoder: nn.Module,
+        embeddings: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, PackedMask],
+        prompts: PromptBatch | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Run the decoder on one packed row -> [M,H], the states after its last norm.
+
+        embeddings [M,H]: of the row's tokens, with image features at their places.
+        positions [..,1,M] int64: position ids, as `positions` and `expand_positions` make them.
+        masks: one for each kind of layer.
+        prompts, places [P] int64: the prompts that the row begins with, and the flat index in [B,S]
+            of each of their tokens. None while decoding, where no image is read.
+        """
+        return decoder(
+            inputs_embeds=embeddings[None],
+            position_ids=positions,
+            attention_mask=masks,
+            use_cache=False,
+        ).last_hidden_state[0]
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         """Count (the tower's patches that make one visual token, pixel values of a patch)."""

@@ -54,12 +54,14 @@ def completion_hidden_states(net: nn.Module, family: Family, batch: Batch) -> tu
     read_ids = read_ids.flatten()[batch.read_places]  # [m]
     of_prompts = embed(net, batch.prompts).flatten(0, 1)[batch.prompt_places]
     embeddings = torch.cat([of_prompts, inner.get_input_embeddings()(read_ids)])  # [M,H]
-    states = language_model(net)(
-        inputs_embeds=embeddings[None],
-        position_ids=packed_positions(inner, family, batch),
-        attention_mask=shared_prompt_masks(inner, family, batch),
-        use_cache=False,
-    ).last_hidden_state[0]  # [M,H]
+    states = family.run_decoder(
+        language_model(net),
+        embeddings,
+        packed_positions(inner, family, batch),
+        shared_prompt_masks(inner, family, batch),
+        batch.prompts,
+        batch.prompt_places,
+    )  # [M,H]
     return states[batch.predictors], batch.completion_ids.flatten()[batch.scored_places]
 
 
@@ -83,12 +85,14 @@ def read_prompts(
     masks = prompt_masks(inner, family, prompts)
     once = {id(mask): SharedPromptMask(layout, mask, keep=keep) for mask in masks.values()}
     positions = family.positions(inner, prompts)  # [..,B,S]
-    states = language_model(net)(
-        inputs_embeds=embed(net, prompts).flatten(0, 1)[None, places],
-        position_ids=positions.flatten(-2)[..., places].unsqueeze(-2),
-        attention_mask={kind: once[id(mask)] for kind, mask in masks.items()},
-        use_cache=False,
-    ).last_hidden_state[0]  # [M,H]
+    states = family.run_decoder(
+        language_model(net),
+        embed(net, prompts).flatten(0, 1)[places],
+        positions.flatten(-2)[..., places].unsqueeze(-2),
+        {kind: once[id(mask)] for kind, mask in masks.items()},
+        prompts,
+        places,
+    )  # [M,H]
     return states[prompts.attention_mask.sum(1).cumsum(0) - 1], next_positions(positions)
 
 
@@ -105,12 +109,12 @@ def read_tokens(
     masks: one for each kind of layer. Their cache takes in the tokens' keys and values.
     Returns [n,H].
     """
-    return language_model(net)(
-        inputs_embeds=unwrapped(net).get_input_embeddings()(tokens)[None],
-        position_ids=family.expand_positions(positions[None]),
-        attention_mask=masks,
-        use_cache=False,
-    ).last_hidden_state[0]
+    return family.run_decoder(
+        language_model(net),
+        unwrapped(net).get_input_embeddings()(tokens),
+        family.expand_positions(positions[None]),
+        masks,
+    )
 
 
 def decoding_masks(

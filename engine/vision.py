@@ -117,17 +117,17 @@ class VisionCache:
         training = [module for _, module in tower_modules(self.net) if module.training]
         _set_training(training, False)
         try:
-            features = self.family.image_features(self.net, pixels).cpu()
+            seen = self.family.embed_image(self.net, pixels)
         finally:
             _set_training(training, True)
         rest = {name: tensor for name, tensor in image.items() if name != "pixel_values"}
-        computed = {"features": features} | rest
+        computed = {name: tensor.cpu() for name, tensor in seen.items()} | rest
         if not _finite(computed):
             raise DataError(
                 [
                     f"example {example.id!r}: the model's features of image {example.image!r} are"
                     " not finite numbers; the weights of its vision tower are damaged, or too large"
-                    f" for {str(features.dtype).removeprefix('torch.')}"
+                    f" for {str(computed['features'].dtype).removeprefix('torch.')}"
                 ]
             )
         return computed

@@ -214,10 +214,10 @@ def phase_step(
     @torch.no_grad()
     def look(prompt: EncodedPrompt) -> EncodedPrompt:
         pixels = {name: tensor.to(device) for name, tensor in prompt.vision.items()}
-        features = policy.family.image_features(policy.base.net, pixels).cpu()
+        seen = policy.family.embed_image(policy.base.net, pixels)
         return replace(
             prompt,
-            vision={"features": features}
+            vision={name: tensor.cpu() for name, tensor in seen.items()}
             | {name: tensor for name, tensor in prompt.vision.items() if name != "pixel_values"},
         )
 

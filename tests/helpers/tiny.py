@@ -283,8 +283,8 @@ def with_features(
     if isinstance(encoded, EncodedRow):
         return dataclasses.replace(encoded, prompt=with_features(model, encoded.prompt))
     with torch.no_grad():
-        features = model.family.image_features(model.net, encoded.vision)
-    return dataclasses.replace(encoded, vision=encoded.vision | {"features": features})
+        seen = model.family.embed_image(model.net, encoded.vision)
+    return dataclasses.replace(encoded, vision=encoded.vision | seen)
 
 
 def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
@@ -292,7 +292,7 @@ def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
     return {
         name: torch.cat([prompt.vision[name] for prompt in prompts])
         for name in prompts[0].vision
-        if name != "features"
+        if name in ("pixel_values", "image_grid_thw")
     }
 
 
