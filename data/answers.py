@@ -52,6 +52,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data.entries import Entries, read_entries
+from data.labels import CHEXPERT, LabelSet
 
 # Blocks of each format in their order; the last one holds the labels.
 _BLOCKS: dict[str, tuple[str, ...]] = {
@@ -73,10 +74,10 @@ class Answer:
     # the labels could be read: the fail rate is the share of answers where this is False
     parsed: bool
     problem: str | None = None  # a code of the module's table
-    labels: tuple[str, ...] = ()  # of the 14, in the text's order, each once
-    unknown: tuple[str, ...] = ()  # entries that are none of the 14, as written, each once
+    labels: tuple[str, ...] = ()  # of the label set, in the text's order, each once
+    unknown: tuple[str, ...] = ()  # entries that are none of them, as written, each once
     duplicates: tuple[str, ...] = ()  # one item for every entry that repeats an earlier one
-    # labels that cannot stand beside No Finding, where it is among the labels
+    # labels that cannot stand beside the exclusive one (No Finding), where it is among the labels
     contradictions: tuple[str, ...] = ()
     think: str | None = None  # inside of the <think> block, where there is exactly one
     outside: str = ""  # text outside the blocks, stripped, pieces joined by a newline
@@ -90,11 +91,14 @@ class _Block(NamedTuple):
     body: str
 
 
-def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
+def parse_answer(
+    text: str, answer_format: str = "think_solution", label_set: LabelSet = CHEXPERT
+) -> Answer:
     """Read the labels from a completion, whatever its text is.
 
     text: without special tokens.
     answer_format: one of ANSWER_FORMATS.
+    label_set: the labels that there are.
 
     Raises ValueError for an `answer_format` that is not one of ANSWER_FORMATS.
     """
@@ -103,7 +107,7 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
             f"unknown answer format {answer_format!r}; known: {', '.join(ANSWER_FORMATS)}"
         )
     if answer_format == "label_list":
-        return _parse_label_list(text)
+        return _parse_label_list(text, label_set)
 
     *preceding, answer_tag = _BLOCKS[answer_format]
     answer, answer_fault = _find_block(text, answer_tag)
@@ -127,7 +131,7 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
             think=think_text,
             outside=outside,
         )
-    entries = read_entries(answer.body)
+    entries = read_entries(answer.body, label_set)
     content_problem = _content_problem(entries)
     return Answer(
         valid=form_problem is None,
@@ -139,10 +143,10 @@ def parse_answer(text: str, answer_format: str = "think_solution") -> Answer:
     )
 
 
-def _parse_label_list(text: str) -> Answer:
+def _parse_label_list(text: str, label_set: LabelSet) -> Answer:
     if any(tag in text for tag in _TAGS):
         return Answer(valid=False, parsed=False, problem="tagged")
-    entries = read_entries(text)
+    entries = read_entries(text, label_set)
     problem = _content_problem(entries)
     return Answer(
         valid=problem is None, parsed=problem is None, problem=problem, **entries._asdict()

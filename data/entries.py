@@ -1,7 +1,7 @@
 """Read the entries of an answer block: which are labels, and what the others say.
 
 An entry ends at a comma, a semicolon or a line break of any script, and at <br>. It is a label
-where `canonical_label` finds one: markup around it counts for nothing, a word never does. Beyond
+where `LabelSet.find` finds one: markup around it counts for nothing, a word never does. Beyond
 that:
 
 * "Labels:", "**Findings**", "Here is the final answer:" and a code fence only name the list. They
@@ -30,17 +30,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from data.labels import (
-    ALIASES,
-    BULLETS,
-    CLOSING,
-    LABELS,
-    NO_FINDING,
-    OPENING,
-    QUOTES,
-    SUPPORT_DEVICES,
-    canonical_label,
-)
+from data.labels import BULLETS, CHEXPERT, CLOSING, OPENING, QUOTES, LabelSet
 
 # What an unknown entry says, as the scores count it.
 UNKNOWN_KINDS: tuple[str, ...] = (
@@ -52,14 +42,14 @@ UNKNOWN_KINDS: tuple[str, ...] = (
 
 # No spelling of a label comes near this. Unicode normalisation is quadratic on long runs of
 # combining marks, so a longer entry is unknown without being looked up.
-_MAX_ENTRY_LENGTH = 200
+MAX_ENTRY_LENGTH = 200
 
 # ---- where entries end ---------------------------------------------------------------------------
 # Latin, Arabic, ideographic and full-width with their small and vertical forms, Armenian, Ethiopic
-_COMMAS = ",\u060c\u3001\uff0c\uff64\ufe50\ufe51\ufe10\ufe11\u055d\u1363"
-_SEMICOLONS = ";\u061b\uff1b\ufe54\ufe14\u037e"
+COMMAS = ",\u060c\u3001\uff0c\uff64\ufe50\ufe51\ufe10\ufe11\u055d\u1363"
+SEMICOLONS = ";\u061b\uff1b\ufe54\ufe14\u037e"
 _SEPARATOR = re.compile(
-    rf"[{_COMMAS}{_SEMICOLONS}\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<br ?/?>",
+    rf"[{COMMAS}{SEMICOLONS}\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|<br ?/?>",
     re.IGNORECASE,
 )
 # Cuts an entry only if each piece is a label.
@@ -73,7 +63,8 @@ _SIGN = re.compile(
 )  # a joint too, but never at an end: "Edema -" is a verdict
 _CONJUNCTION = re.compile(r"&|\b(?:and|or|nor)\b", re.IGNORECASE)
 _FENCE = re.compile(r"```\s?(?:json|text|txt|plaintext|markdown|md|python|yaml|csv)?", re.I)
-_COLON = re.compile("[:\uff1a\ufe55]")
+COLONS = ":\uff1a\ufe55"
+_COLON = re.compile(f"[{COLONS}]")
 # Ends a heading too, where that is a bare negation: "Absent - Edema, Fracture", "not [Edema, .."
 _HEADING_SIGN = re.compile(r"[=(\[{<>\u2192]| [-\u2010\u2012-\u2015]>? ")
 # A plus or minus sign of any script in front, with a bullet or a list number before it.
@@ -92,7 +83,6 @@ _RULE = QUOTES + OPENING + CLOSING + BULLETS + "*#|=_:$\\ \t"
 _DASHES = ("-", "\u2010", "\u2013", "\u2014")
 
 # ---- words ---------------------------------------------------------------------------------------
-_NAME = re.compile(rf"\b(?:{'|'.join((*LABELS, *ALIASES))})\b", re.IGNORECASE)
 _LABEL = "LABEL"  # stands for a label's name among words, which are in lower case
 _WORD = re.compile(
     r"[0-9]+(?:\.[0-9]+)?|[^\W\d_]+|\[ ?\]|\( ?\)|\(-\)|-$|~~"
@@ -149,13 +139,13 @@ class _Statement(NamedTuple):
     is_heading: bool = False  # of entries below it, so that it takes back nothing above it
 
 
-def read_entries(body: str) -> Entries:
-    """Sort the entries of an answer block."""
+def read_entries(body: str, label_set: LabelSet = CHEXPERT) -> Entries:
+    """Sort the entries of an answer block. label_set: the labels that there are."""
     labels: list[str] = []
     unknown: list[str] = []
     duplicates: list[str] = []
     seen: set[str] = set()
-    for text, stated, _ in _statements(body):
+    for text, stated, _ in _statements(body, label_set):
         for entry in stated or (text,):
             key = " ".join(entry.split()).casefold()
             if key in seen:
@@ -163,18 +153,14 @@ def read_entries(body: str) -> Entries:
             else:
                 (labels if stated else unknown).append(entry)
             seen.add(key)
-    contradictions = (
-        [label for label in labels if label not in (NO_FINDING, SUPPORT_DEVICES)]
-        if NO_FINDING in labels
-        else []
-    )
-    return Entries(tuple(labels), tuple(unknown), tuple(duplicates), tuple(contradictions))
+    contradictions = label_set.contradictions(labels)
+    return Entries(tuple(labels), tuple(unknown), tuple(duplicates), contradictions)
 
 
 @lru_cache(maxsize=10_000)
-def unknown_kind(entry: str) -> str:
+def unknown_kind(entry: str, label_set: LabelSet = CHEXPERT) -> str:
     """Say of an unknown entry which of UNKNOWN_KINDS it is, from its first 200 characters."""
-    words = _words(entry)
+    words = _words(entry, label_set)
     others = [word for word in words if word != _LABEL]
     if _NEGATIONS.intersection(others):
         return "negated"
@@ -183,7 +169,7 @@ def unknown_kind(entry: str) -> str:
     return "affirmed" if others and _AFFIRMATIONS.issuperset(others) else "qualified"
 
 
-def _statements(body: str) -> list[_Statement]:
+def _statements(body: str, label_set: LabelSet) -> list[_Statement]:
     every_series = list(_series(body))
     signed = any(
         match[1]
@@ -199,11 +185,11 @@ def _statements(body: str) -> list[_Statement]:
         read = []
         alone = ends_line and len(series) == 1
         for entry in series:
-            new_heading, rest = _split_heading(entry)
-            if alone and _is_heading_line(entry, statements):
+            new_heading, rest = _split_heading(entry, label_set)
+            if alone and _is_heading_line(entry, statements, label_set):
                 new_heading, heading, goes_on = entry, entry.strip(_RULE), True
             elif new_heading is not None:
-                heading, goes_on = new_heading, _stands_alone(entry)
+                heading, goes_on = new_heading, _stands_alone(entry, label_set)
             if new_heading is not None:
                 # below "Edema" the bullet "- no:" is its verdict
                 place = len(statements) if alone and goes_on and entry[0] not in BULLETS else None
@@ -216,13 +202,13 @@ def _statements(body: str) -> list[_Statement]:
             elif signed and _SIGNED.match(rest):
                 read.append(_Statement(rest))
             else:
-                read.append(_Statement(rest, _labels_in(rest)))
+                read.append(_Statement(rest, _labels_in(rest, label_set)))
         if ends_line and not goes_on:
             heading = ""
-        statements += _with_negated_series(read)
+        statements += _with_negated_series(read, label_set)
     # "Labels:" and no more is no empty list, nor is 'Labels: [' cut short, but {"labels": []} is.
     closed = not _CLOSE.isdisjoint(body)
-    return _with_bare_negations(statements) or [
+    return _with_bare_negations(statements, label_set) or [
         _Statement(name) for name in names if not (closed and _EMPTY_LIST.fullmatch(name))
     ]
 
@@ -236,11 +222,11 @@ def _series(body: str) -> Iterator[tuple[list[str], bool]]:
     for separator in _SEPARATOR.finditer(body + "\n"):
         entry = body[start : separator.start()].strip()
         start = separator.end()
-        ends_line = separator.group() not in _SEMICOLONS
+        ends_line = separator.group() not in SEMICOLONS
         if entry and _is_entry(entry):
             entries.append(entry)
         # blank lines count for nothing, but the line break after "Edema;" does
-        if (entries and entry or line_is_open and ends_line) and separator.group() not in _COMMAS:
+        if (entries and entry or line_is_open and ends_line) and separator.group() not in COMMAS:
             yield entries, ends_line
             entries, line_is_open = [], not ends_line
     if entries:
@@ -253,36 +239,36 @@ def _is_entry(text: str) -> bool:
     return bool(text.strip(_RULE)) or text in _DASHES
 
 
-def _split_heading(entry: str) -> tuple[str | None, str]:
+def _split_heading(entry: str, label_set: LabelSet) -> tuple[str | None, str]:
     """Part a heading from what follows it -> (heading, the rest).
 
     The heading of a list's name is "", and leaves the rest only, which may be "". Another heading
     is a part of its entry. Without a heading: (None, the entry).
     """
-    if _labels_in(entry):
+    if _labels_in(entry, label_set):
         return None, entry
     colon = _COLON.search(entry)
     if not colon and entry[0] not in "#*|":
-        return _split_at_sign(entry)
+        return _split_at_sign(entry, label_set)
     heading, *rest = _COLON.split(entry, maxsplit=1)
-    if _is_list_name(_words(heading)):
+    if _is_list_name(_words(heading, label_set)):
         below = rest[0].strip() if rest else ""
         inner = _COLON.search(below)  # {"labels": {"absent": [.., Findings: Edema. Absent: ..
-        if inner and _is_verdict(_words(below[: inner.start()].rpartition(". ")[2])):
+        if inner and _is_verdict(_words(below[: inner.start()].rpartition(". ")[2], label_set)):
             return below[: inner.start()].strip(_RULE), entry
         return "", below if _is_entry(below) else ""
-    labels = _labels_in(heading)
+    labels = _labels_in(heading, label_set)
     # "No findings: Edema, Fracture" denies them
-    if rest and (not labels or labels == (NO_FINDING,) and _labels_in(rest[0])):
+    if rest and (not labels or labels == (label_set.exclusive,) and _labels_in(rest[0], label_set)):
         return heading.strip(_RULE), entry
-    return (None, entry) if rest else _split_at_sign(entry)
+    return (None, entry) if rest else _split_at_sign(entry, label_set)
 
 
-def _split_at_sign(entry: str) -> tuple[str | None, str]:
+def _split_at_sign(entry: str, label_set: LabelSet) -> tuple[str | None, str]:
     """Part a heading that ends at another sign than a colon, as `_split_heading` does."""
     sign = _HEADING_SIGN.search(entry, 1)
     if sign:
-        words = _words(entry[: sign.start()])
+        words = _words(entry[: sign.start()], label_set)
         if _is_verdict(words):
             return entry[: sign.start()].strip(_RULE), entry
         if _is_list_name(words) and sign.group() not in OPENING:
@@ -306,13 +292,13 @@ def _is_verdict(words: Collection[str]) -> bool:
     )
 
 
-def _is_heading_line(line: str, before: Sequence[_Statement]) -> bool:
+def _is_heading_line(line: str, before: Sequence[_Statement], label_set: LabelSet) -> bool:
     """Tell whether a line without a colon speaks of the entries below and not of those before."""
-    words = _words(line)
+    words = _words(line, label_set)
     if _COLON.search(line) or line.startswith("</"):
         return False
     if line[0] == "#":
-        return bool(words) and not _labels_in(line) and not _is_list_name(words)
+        return bool(words) and not _labels_in(line, label_set) and not _is_list_name(words)
     if not _is_verdict(words):
         return False
     last = before[-1] if before else _Statement("")
@@ -321,31 +307,34 @@ def _is_heading_line(line: str, before: Sequence[_Statement]) -> bool:
     return not last.labels or mark is not None and not last.text.startswith(mark)
 
 
-def _stands_alone(heading: str) -> bool:
+def _stands_alone(heading: str, label_set: LabelSet) -> bool:
     name, *rest = _COLON.split(heading, maxsplit=1)
-    below = rest[0] if rest and _is_list_name(_words(name)) else heading
+    below = rest[0] if rest and _is_list_name(_words(name, label_set)) else heading
     return not _COLON.split(below, maxsplit=1)[-1].strip(_RULE)
 
 
-def _labels_in(entry: str) -> tuple[str, ...]:
+def _labels_in(entry: str, label_set: LabelSet) -> tuple[str, ...]:
     """Name the labels of an entry: one, or several where each of its pieces is a label."""
     if entry.isascii() and entry.upper() == entry.lower():  # no letter, no label
         return ()
-    label = _label_of(entry)
-    if label:
-        return (label,)
+    label = _label_of(entry, label_set)
+    return (label,) if label else labels_of_pieces(entry, label_set)
+
+
+def labels_of_pieces(entry: str, label_set: LabelSet) -> tuple[str, ...]:
+    """Name the labels that an entry joins, none where one of its pieces is no label."""
     text = " ".join(entry.replace("\t", "|").split())
     pieces = [piece.strip() for piece in _JOINT.split(text)]
     parts = [part for piece in pieces if piece for part in _SIGN.split(piece)]
-    labels = [_label_of(part) for part in parts]
+    labels = [_label_of(part, label_set) for part in parts]
     return tuple(label for label in labels if label) if all(labels) else ()
 
 
-def _label_of(text: str) -> str | None:
-    return canonical_label(text) if len(text) <= _MAX_ENTRY_LENGTH else None
+def _label_of(text: str, label_set: LabelSet) -> str | None:
+    return label_set.find(text) if len(text) <= MAX_ENTRY_LENGTH else None
 
 
-def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
+def _with_negated_series(series: list[_Statement], label_set: LabelSet) -> list[_Statement]:
     """Join what a negation takes in a series to one unknown statement.
 
     "no A, B, or C" takes all up to the last conjunction, "negative for A, B" and "no evidence of A,
@@ -361,7 +350,7 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
         if i <= taken:
             continue
         read.append(statement)
-        words = [] if statement.labels else _words(statement.text)
+        words = [] if statement.labels else _words(statement.text, label_set)
         negation = next((place for place, word in enumerate(words) if word in _NEGATIONS), None)
         if negation is None:
             continue
@@ -382,25 +371,30 @@ def _with_negated_series(series: list[_Statement]) -> list[_Statement]:
     return read
 
 
-def _with_bare_negations(statements: list[_Statement]) -> list[_Statement]:
+def _with_bare_negations(statements: list[_Statement], label_set: LabelSet) -> list[_Statement]:
     """Join a negation or probability of its own, as in "Edema, no", to the label before it."""
     read: list[_Statement] = []
     for statement in statements:
         takes_back = not (statement.labels or statement.is_heading)
-        if read and read[-1].labels and takes_back and _denies(statement.text, read[-1].text):
+        if (
+            read
+            and read[-1].labels
+            and takes_back
+            and _denies(statement.text, read[-1].text, label_set)
+        ):
             read[-1] = _joined([read[-1], statement])
         else:
             read.append(statement)
     return read
 
 
-def _denies(text: str, label: str) -> bool:
+def _denies(text: str, label: str, label_set: LabelSet) -> bool:
     """Tell whether an entry without a label denies or doubts the label before it."""
     if text in _DASHES or _SHARE.fullmatch(text.strip(_RULE)):
         return True
     if _SHARE_FIELD.fullmatch(text):  # of this label, and not of a list that it ends
         return label[0] == label[-1] == '"'
-    words = frozenset(_words(text))
+    words = frozenset(_words(text, label_set))
     return not words.isdisjoint(_NEGATIONS) and words <= _NEGATIONS | _VERDICT
 
 
@@ -408,7 +402,7 @@ def _joined(statements: Sequence[_Statement]) -> _Statement:
     return _Statement(", ".join(statement.text for statement in statements))
 
 
-def _words(text: str) -> list[str]:
+def _words(text: str, label_set: LabelSet) -> list[str]:
     """List the words, numbers and marks of a text, with _LABEL for each label's name."""
-    start = text[:_MAX_ENTRY_LENGTH].casefold().replace("_", " ")
-    return _WORD.findall(_NAME.sub(_LABEL, start))
+    start = text[:MAX_ENTRY_LENGTH].casefold().replace("_", " ")
+    return _WORD.findall(label_set.in_text.sub(_LABEL, start))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.files import DataError, first_problems, parse_json
-from data.labels import LABELS, Target
+from data.labels import CHEXPERT, LABELS, LabelSet, Target
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class Example:
     """Hold one image with its labels.
 
     image: path relative to `image_root`.
-    labels, evaluated_labels: CheXpert names in CheXpert's order. A label outside evaluated_labels
-    is unknown.
+    labels, evaluated_labels: of label_set, in its order. A label outside evaluated_labels is
+    unknown.
     source_labels: the hospital's own strings.
     answer: the teacher's trace, or None.
     sex: "F" or "M", age: in years, view: as the source names it ("PA"). None where unknown.
     extra: fields of the file that this project does not know, kept as they are.
+    label_set: the labels that there are.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Example:
     sex: str | None = None
     age: int | None = None
     view: str | None = None
+    label_set: LabelSet = CHEXPERT
 
     @property
     def target(self) -> Target:
@@ -56,22 +58,25 @@ SEXES = ("F", "M")
 MAX_AGE = 120  # years. NIH's first label file has ages up to 411, which nobody is
 
 
-def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
+def read_jsonl(
+    path: str | Path, image_root: str | Path | None = None, label_set: LabelSet = CHEXPERT
+) -> list[Example]:
     """Read the examples of one data file, in the file's order. Images are not opened here.
 
     image_root: folder that image paths are relative to, or None for the data file's own.
+    label_set: the labels that its rows may hold.
 
     Raises DataError with every problem of the file at once (file, line, field), also for a missing
     or empty file and for an id that occurs twice.
     """
-    examples, problems = scan_jsonl(path, image_root)
+    examples, problems = scan_jsonl(path, image_root, label_set)
     if problems:
         raise DataError(first_problems(problems, f"{path}: and {{}} more problems"))
     return examples
 
 
 def scan_jsonl(
-    path: str | Path, image_root: str | Path | None = None
+    path: str | Path, image_root: str | Path | None = None, label_set: LabelSet = CHEXPERT
 ) -> tuple[list[Example], list[str]]:
     """Read a data file as `read_jsonl` does -> (its sound rows, what is wrong with the others).
 
@@ -87,7 +92,7 @@ def scan_jsonl(
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            row, row_problems = _parse_row(line)
+            row, row_problems = _parse_row(line, label_set)
             problems += [f"{path}, line {number}: {problem}" for problem in row_problems]
             if row_problems:
                 continue
@@ -98,7 +103,7 @@ def scan_jsonl(
                 )
                 continue
             line_of[row["id"]] = number
-            examples.append(_example(row, root))
+            examples.append(_example(row, root, label_set))
     if not examples and not problems:
         problems.append(f"{path}: the file holds no examples; it needs at least one")
     return examples, problems
@@ -138,12 +143,14 @@ def _check_exists(path: Path) -> None:
         raise DataError([f"{path}: no such data file; give a JSONL file with one example a line"])
 
 
-def read_examples(spec: str | Path, image_root: str | Path | None = None) -> list[Example]:
+def read_examples(
+    spec: str | Path, image_root: str | Path | None = None, label_set: LabelSet = CHEXPERT
+) -> list[Example]:
     """Read the examples of a path or demo:SPLIT, as `data_file` and `read_jsonl` do."""
-    return read_jsonl(data_file(spec), image_root)
+    return read_jsonl(data_file(spec), image_root, label_set)
 
 
-def _parse_row(line: bytes) -> tuple[dict, list[str]]:
+def _parse_row(line: bytes, label_set: LabelSet) -> tuple[dict, list[str]]:
     row, problems = parse_json(line)
     if problems:
         return {}, problems
@@ -161,11 +168,11 @@ def _parse_row(line: bytes) -> tuple[dict, list[str]]:
                 f"field {name!r} is {json.dumps(value)[:60]}; it must be {_TYPE_NAMES[kind]}"
             )
         elif name in ("labels", "evaluated_labels"):
-            unknown = [item for item in value if item not in LABELS]
+            unknown = [item for item in value if item not in label_set.names]
             if unknown:
                 problems.append(
                     f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
-                    f" {', '.join(LABELS)}"
+                    f" {', '.join(label_set.names)}"
                 )
     return row, problems + who_problems(row)
 
@@ -197,16 +204,16 @@ def who_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in WHO if row.get(name) is not None}
 
 
-def _example(row: dict, root: Path) -> Example:
+def _example(row: dict, root: Path, label_set: LabelSet) -> Example:
     evaluated = row.get("evaluated_labels")
     return Example(
         id=row["id"],
         patient_id=row["patient_id"],
         image=row["image"],
-        labels=_ordered(row["labels"]),
+        labels=label_set.ordered(row["labels"]),
         dataset=row["dataset"],
         image_root=root,
-        evaluated_labels=LABELS if evaluated is None else _ordered(evaluated),
+        evaluated_labels=label_set.names if evaluated is None else label_set.ordered(evaluated),
         source_labels=tuple(row.get("source_labels") or ()),
         answer=row.get("answer"),
         extra={
@@ -214,12 +221,9 @@ def _example(row: dict, root: Path) -> Example:
             for name, value in row.items()
             if name not in _REQUIRED and name not in _OPTIONAL and name not in WHO
         },
+        label_set=label_set,
         **who_of(row),
     )
-
-
-def _ordered(names: Collection[str]) -> tuple[str, ...]:
-    return tuple(label for label in LABELS if label in names)
 
 
 def row_of(example: Example) -> dict:

@@ -120,5 +120,5 @@ def _prediction(example: Example, row: Mapping[str, Any], answer_format: str | N
         completion_length=row.get("completion_length"),
         answer_format=answer_format or row.get("answer_format") or DEFAULT_FORMAT,
     )
-    known = {*prediction.to_row(), *WHO}
+    known = {*prediction.to_row(), *WHO, "label_set"}
     return prediction.with_extra(**{key: row[key] for key in row if key not in known})

@@ -1,6 +1,7 @@
 """Name the 14 CheXpert labels, fold their spellings, and map other hospitals' categories to them.
 
-Everything that compares labels goes through `canonical_label`, so that a model answer, a data file
+A `LabelSet` says which labels there are: CHEXPERT, or what a label file lists (label_sets.py).
+Everything that compares labels goes through `LabelSet.find`, so that a model answer, a data file
 and a score table can never disagree about spelling. It drops no word, so the columns of a label
 table and a model's answer can share it.
 """
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 NO_FINDING = "No Finding"
 SUPPORT_DEVICES = "Support Devices"
@@ -107,43 +108,97 @@ def strip_markup(text: str) -> str:
     return _FRONT.sub("", folded, count=1)
 
 
-@lru_cache(maxsize=10_000)  # answers of a whole data set say few different things
-def canonical_label(text: str) -> str | None:
-    """Find the CheXpert label that `text` spells, or None.
+# ---- which labels there are ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class LabelSet:
+    """Hold the labels that an answer may name, in the order of score tables and label vectors.
 
-    The letters must be those of a label or of an alias, without any word more or less. What
-    `strip_markup` takes off does not count, nor does white space or a hyphen between the letters:
-    "1. **Pleural-Effusion**" and "NoFinding" are labels. "left Pleural Effusion", "Edema (mild)",
-    "no Edema", "Edema?" and "Edema: yes" are none.
+    names [K]: the labels. aliases: {a further spelling: the label that it means and no other}.
+    exclusive: the label that excludes all others, as No Finding does, None where there is none.
+    beside: the labels that may stand beside it all the same, as Support Devices may.
     """
-    return _CANONICAL.get(_INSIDE.sub("", strip_markup(text)))
+
+    names: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
+    exclusive: str | None = None
+    beside: tuple[str, ...] = ()
+
+    def find(self, text: str) -> str | None:
+        """Find the label that `text` spells, or None.
+
+        The letters must be those of a label or of an alias, without any word more or less. What
+        `strip_markup` takes off does not count, nor does white space or a hyphen between the
+        letters: "1. **Pleural-Effusion**" and "NoFinding" are labels. "left Pleural Effusion",
+        "Edema (mild)", "no Edema", "Edema?" and "Edema: yes" are none.
+        """
+        return _found(self, text)
+
+    def ordered(self, labels: Collection[str]) -> tuple[str, ...]:
+        """Put labels into the set's order, each once. What is no label of the set is left out."""
+        return tuple(label for label in self.names if label in labels)
+
+    def contradictions(self, labels: Iterable[str]) -> tuple[str, ...]:
+        """List the labels that cannot stand beside the exclusive one, where that is among them."""
+        labels = tuple(labels)
+        if self.exclusive is None or self.exclusive not in labels:
+            return ()
+        return tuple(label for label in labels if label not in (self.exclusive, *self.beside))
+
+    @cached_property
+    def by_spelling(self) -> Mapping[str, str]:
+        """Return {`spelling` of a label or an alias: the label}."""
+        spelled = {spelling(alias): label for alias, label in self.aliases.items()}
+        return {spelling(label): label for label in self.names} | spelled
+
+    @cached_property
+    def in_text(self) -> re.Pattern[str]:
+        """Return the pattern of any label or alias as whole words in a text of lower case."""
+        names = sorted((*self.names, *self.aliases), key=len, reverse=True)  # the longest match
+        words = (re.escape(name.casefold().replace("_", " ")) for name in names)
+        return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
 
 
-def _squeezed(name: str) -> str:
-    return "".join(name.casefold().split())
+def spelling(text: str) -> str:
+    """Fold what may differ between two spellings of a label: markup, case, blanks, hyphens."""
+    return _INSIDE.sub("", strip_markup(text))
 
 
-_CANONICAL = {_squeezed(label): label for label in LABELS} | {
-    _squeezed(alias): label for alias, label in ALIASES.items()
-}
+@lru_cache(maxsize=10_000)  # answers of a whole data set say few different things
+def _found(label_set: LabelSet, text: str) -> str | None:
+    return label_set.by_spelling.get(spelling(text))
+
+
+CHEXPERT = LabelSet(LABELS, ALIASES, NO_FINDING, (SUPPORT_DEVICES,))
+
+
+def canonical_label(text: str) -> str | None:
+    """Find the CheXpert label that `text` spells, or None, as `LabelSet.find` does."""
+    return CHEXPERT.find(text)
+
+
+def metric_name(label: str) -> str:
+    """Write a label as a part of a metric's name, in letters, digits, ".", "-" and "_"."""
+    return re.sub(r"[^\w.-]", "_", label)
 
 
 # A label is called silenced where it is true often enough to tell, and hardly ever said.
 SILENCED_MIN_TRUE, SILENCED_SHARE = 10, 1 / 4
 
 
-def silenced_labels(said: Mapping[str, float], true: Mapping[str, float]) -> list[str]:
-    """List the labels that a model has stopped saying, in CheXpert's order, for all who warn of it.
+def silenced_labels(
+    said: Mapping[str, float], true: Mapping[str, float], labels: Iterable[str] = LABELS
+) -> list[str]:
+    """List the labels that a model has stopped saying, in the order of `labels`, to warn of it.
 
     These are the labels that are true at least SILENCED_MIN_TRUE times and said less often than
     SILENCED_SHARE of that. F1 over all labels hardly moves when a rare label falls silent.
 
     said, true: how often each label is said and is true, where it is evaluated. One that is missing
-    counts 0.
+    counts 0. labels: those that there are.
     """
     return [
         label
-        for label in LABELS
+        for label in labels
         if true.get(label, 0) >= SILENCED_MIN_TRUE
         and said.get(label, 0) < SILENCED_SHARE * true[label]
     ]
@@ -185,6 +240,7 @@ class LabelPolicy:
     blank: one of BLANK_RULES, for a label that the report does not mention. "ignore" makes a label
     unknown for this image: it leaves evaluated_labels.
     no_label: one of NO_LABEL_RULES. At "drop" the reader of the table leaves the image out.
+    label_set: the labels of the table. Its exclusive label takes the place of No Finding.
 
     Raises ValueError for an unknown rule or label.
     """
@@ -193,6 +249,7 @@ class LabelPolicy:
     uncertain_by_label: Mapping[str, str] = field(default_factory=dict)
     blank: str = "zeros"
     no_label: str = "no_finding"
+    label_set: LabelSet = CHEXPERT
 
     def __post_init__(self) -> None:
         for name, rule, rules in (
@@ -206,11 +263,12 @@ class LabelPolicy:
         ):
             if rule not in rules:
                 raise ValueError(f"{name}: {rule!r} is no rule; known: {', '.join(rules)}")
-        unknown = [label for label in self.uncertain_by_label if label not in LABELS]
+        names = self.label_set.names
+        unknown = [label for label in self.uncertain_by_label if label not in names]
         if unknown:
             raise ValueError(
                 f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are:"
-                f" {', '.join(LABELS)}"
+                f" {', '.join(names)}"
             )
 
     def meaning(self, label: str, value: int | None) -> str:
@@ -227,32 +285,33 @@ class LabelPolicy:
         return "true" if value else "false"
 
     def combine(self, meanings: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Combine {label: its `meaning`} -> (labels, evaluated labels), in CheXpert's order.
+        """Combine {label: its `meaning`} -> (labels, evaluated labels), in the set's order.
 
         A label that is no key has no column in the table and counts as silent. No Finding excludes
         every label but Support Devices, so a stated No Finding makes silent findings false, and a
         stated finding makes a silent No Finding false. An image is called No Finding only where no
         finding is unknown. Where one is, No Finding is unknown too. Contradictions of the table are
-        kept.
+        kept. The exclusive label of another set, and those beside it, are treated alike.
         """
+        names, exclusive = self.label_set.names, self.label_set.exclusive
+        beside = set(self.label_set.beside)
         true, ignored, silent = (
-            {label for label in LABELS if meanings.get(label, "silent") == meaning}
+            {label for label in names if meanings.get(label, "silent") == meaning}
             for meaning in ("true", "ignored", "silent")
         )
-        if NO_FINDING in true:
-            silent &= {SUPPORT_DEVICES}
-        elif true - {SUPPORT_DEVICES}:
-            silent.discard(NO_FINDING)
-        if not true and self.no_label == "no_finding" and NO_FINDING not in ignored:
-            if (ignored | silent) - {NO_FINDING, SUPPORT_DEVICES}:
-                silent.add(NO_FINDING)
-            else:
-                true.add(NO_FINDING)
-                silent.discard(NO_FINDING)
+        if exclusive in true:
+            silent &= beside
+        elif exclusive is not None:
+            if true - beside:
+                silent.discard(exclusive)
+            if not true and self.no_label == "no_finding" and exclusive not in ignored:
+                if (ignored | silent) - {exclusive} - beside:
+                    silent.add(exclusive)
+                else:
+                    true.add(exclusive)
+                    silent.discard(exclusive)
         unknown = ignored | silent
-        return tuple(label for label in LABELS if label in true), tuple(
-            label for label in LABELS if label not in unknown
-        )
+        return self.label_set.ordered(true), tuple(label for label in names if label not in unknown)
 
 
 DEFAULT_POLICY = LabelPolicy()

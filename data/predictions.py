@@ -17,7 +17,8 @@ from typing import Any
 from data.answers import ANSWER_FORMATS, Answer, parse_answer
 from data.examples import WHO, Example, who_of, who_problems
 from data.files import DataError, first_problems, parse_json, write_jsonl
-from data.labels import LABEL_MAPS, LABELS, Target, chexpert_labels_of_nih
+from data.label_sets import label_lines, read_labels
+from data.labels import CHEXPERT, LABEL_MAPS, LabelSet, Target, chexpert_labels_of_nih
 
 DEFAULT_FORMAT = "think_solution"  # of a row that names none
 
@@ -33,6 +34,7 @@ class Prediction:
     answer_format, answer: how the completion was parsed, and what was found.
     extra: further fields of the row, kept as they are, such as "rewards", "sample" of several
     answers to one image, or "step" and "group" of a rollout.
+    label_set: the labels that there are. A row brings them along where they are not the 14.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Prediction:
     sex: str | None = None
     age: int | None = None
     view: str | None = None
+    label_set: LabelSet = CHEXPERT
 
     @classmethod
     def of_example(
@@ -78,18 +81,25 @@ class Prediction:
             completion=completion,
             completion_length=completion_length,
             answer_format=answer_format,
-            answer=parse_answer(completion, answer_format) if answer is None else answer,
+            answer=answer or parse_answer(completion, answer_format, example.label_set),
             extra=dict(extra or {}),
+            label_set=example.label_set,
             **who_of(vars(example)),
         )
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], answer_format: str | None = None) -> Prediction:
+    def from_row(
+        cls,
+        row: Mapping[str, Any],
+        answer_format: str | None = None,
+        label_set: LabelSet | None = None,
+    ) -> Prediction:
         """Read a sound row and parse its completion anew, so that a changed parser applies to it.
 
         answer_format: the form to parse by. None for the row's own, think_solution where it names
-        none.
+        none. label_set: of a row that brings no labels along, None for the 14.
         """
+        label_set = label_set_of(row, label_set)
         name = answer_format or row.get("answer_format") or DEFAULT_FORMAT
         evaluated = row.get("evaluated_labels")
         prediction = cls(
@@ -97,21 +107,23 @@ class Prediction:
             patient_id=row["patient_id"],
             dataset=row["dataset"],
             labels=tuple(row["labels"]),
-            evaluated_labels=LABELS if evaluated is None else tuple(evaluated),
+            evaluated_labels=label_set.names if evaluated is None else tuple(evaluated),
             source_labels=tuple(row.get("source_labels") or ()),
             prompt=str(row.get("prompt") or ""),
             completion=row["completion"],
             completion_length=row.get("completion_length"),
             answer_format=name,
-            answer=parse_answer(row["completion"], name),
+            answer=parse_answer(row["completion"], name, label_set),
+            label_set=label_set,
             **who_of(row),
         )
-        known = {*prediction.to_row(), *WHO}
+        known = {*prediction.to_row(), *WHO, "label_set"}
         extra = {key: value for key, value in row.items() if key not in known}
         return dataclasses.replace(prediction, extra=extra)
 
     def to_row(self) -> dict[str, Any]:
         """Return the row of a predictions file, in the order of its fields."""
+        own = {} if self.label_set == CHEXPERT else {"label_set": label_lines(self.label_set)}
         return {
             "id": self.id,
             "patient_id": self.patient_id,
@@ -129,6 +141,7 @@ class Prediction:
             "unknown": list(self.answer.unknown),
             "answer_format": self.answer_format,
             **who_of(vars(self)),
+            **own,
         } | self.extra
 
     def with_extra(self, **fields: Any) -> Prediction:
@@ -186,18 +199,25 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> Pa
     return write_jsonl(path, (prediction.to_row() for prediction in predictions))
 
 
-def read_predictions(path: str | Path, answer_format: str | None = None) -> list[Prediction]:
+def read_predictions(
+    path: str | Path, answer_format: str | None = None, label_set: LabelSet | None = None
+) -> list[Prediction]:
     """Read a whole predictions file, parsed anew. Raises DataError as `iter_predictions` does."""
-    return list(iter_predictions(path, answer_format))
+    return list(iter_predictions(path, answer_format, label_set))
 
 
 def iter_predictions(
-    path: str | Path, answer_format: str | None = None, *, ids: Collection[str] | None = None
+    path: str | Path,
+    answer_format: str | None = None,
+    label_set: LabelSet | None = None,
+    *,
+    ids: Collection[str] | None = None,
 ) -> Iterator[Prediction]:
     """Read predictions one by one, parsed anew, from a file too large to hold in memory.
 
-    answer_format: the form to parse all rows by. None for each row's own. ids: read only the
-    predictions of these examples. None for all.
+    answer_format: the form to parse all rows by. None for each row's own. label_set: the labels of
+    all rows. None for those that the rows bring along, or the 14. ids: read only the predictions of
+    these examples. None for all.
 
     A row of an evaluation is an image, so an id may occur once. A row with "sample" is one of
     several answers to an image, so an id may occur once with each number. A row of a rollout
@@ -212,11 +232,13 @@ def iter_predictions(
     problems: list[str] = []
     line_of: dict[tuple[str, int | None], int] = {}  # of the (id, sample) that may occur once
     sound = 0
+    same = label_set  # of all rows: the first one's, where none is given
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            row, found = parse_row(line)
+            row, found = parse_row(line, same)
+            same = same or (None if found else label_set_of(row))
             if not found and not _is_of_rollout(row):
                 sample = row.get("sample")
                 first = line_of.setdefault((row["id"], sample), number)
@@ -228,7 +250,7 @@ def iter_predictions(
             if not found:
                 sound += 1
                 if ids is None or row["id"] in ids:
-                    yield Prediction.from_row(row, answer_format)
+                    yield Prediction.from_row(row, answer_format, same)
     if problems or not sound:
         raise DataError(
             first_problems(problems, f"{path}: and {{}} more problems")
@@ -236,10 +258,23 @@ def iter_predictions(
         )
 
 
-def parse_row(line: bytes | str) -> tuple[dict[str, Any], list[str]]:
-    """Read one line of a predictions file -> (row, problems), sound without any."""
+def parse_row(
+    line: bytes | str, label_set: LabelSet | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Read one line of a predictions file -> (row, problems), sound without any.
+
+    label_set: the labels that the row must have. None for those that it brings along, or the 14.
+    """
     row, problems = parse_json(line)
-    return (row, _row_problems(row)) if not problems else ({}, problems)
+    return (row, _row_problems(row, label_set)) if not problems else ({}, problems)
+
+
+def label_set_of(row: Mapping[str, Any], default: LabelSet | None = None) -> LabelSet:
+    """Read the labels that a sound row brings along. default: where it brings none, or the 14."""
+    lines = row.get("label_set")
+    if lines is None:
+        return default or CHEXPERT
+    return read_labels("\n".join(lines), "field 'label_set'")
 
 
 _REQUIRED: dict[str, type] = {
@@ -249,14 +284,14 @@ _REQUIRED: dict[str, type] = {
     "labels": list,
     "completion": str,
 }
-# absent or null: all 14 labels, and a length that nobody counted
+# absent or null: all labels of the set, and a length that nobody counted
 _OPTIONAL: dict[str, type] = {"evaluated_labels": list, "completion_length": int}
 
 
-def _row_problems(row: object) -> list[str]:
+def _row_problems(row: object, wanted: LabelSet | None) -> list[str]:
     if not isinstance(row, dict):
         return [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
-    problems = []
+    label_set, problems = _checked_label_set(row, wanted)
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         value = row.get(name)
         if value is None and name in _OPTIONAL:
@@ -266,11 +301,10 @@ def _row_problems(row: object) -> list[str]:
                 f"field {name!r} is {json.dumps(value)[:60]}; it must be {kind.__name__}"
             )
         elif isinstance(value, list):
-            unknown = [label for label in value if label not in LABELS]
+            unknown = [label for label in value if label not in label_set.names]
             if unknown:
-                problems.append(
-                    f"field {name!r} holds {unknown[0]!r}; the labels are: {', '.join(LABELS)}"
-                )
+                labels = ", ".join(label_set.names)
+                problems.append(f"field {name!r} holds {unknown[0]!r}; the labels are: {labels}")
     source = row.get("source_labels")
     if source is not None and not (
         isinstance(source, list) and all(isinstance(label, str) for label in source)
@@ -288,6 +322,25 @@ def _row_problems(row: object) -> list[str]:
             f"field 'answer_format' is {row['answer_format']!r}; known: {', '.join(ANSWER_FORMATS)}"
         )
     return problems + who_problems(row)
+
+
+def _checked_label_set(
+    row: Mapping[str, Any], wanted: LabelSet | None
+) -> tuple[LabelSet, list[str]]:
+    """Read the labels of a row -> (its label set, problems). wanted: what it must be, if given."""
+    lines = row.get("label_set")
+    if lines is not None and not (
+        isinstance(lines, list) and all(isinstance(line, str) for line in lines)
+    ):
+        shown = json.dumps(lines)[:60]
+        return wanted or CHEXPERT, [f"field 'label_set' is {shown}; it must be a list of strings"]
+    try:
+        label_set = label_set_of(row, wanted)
+    except DataError as error:
+        return wanted or CHEXPERT, error.problems
+    other = wanted is not None and label_set != wanted
+    different = "field 'label_set' has other labels than --label_file or the rows before it"
+    return label_set, [different] if other else []
 
 
 def _is_of_rollout(row: Mapping[str, Any]) -> bool:

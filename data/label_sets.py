@@ -1,0 +1,203 @@
+"""Read labels of one's own from a text file, so that a run needs none of the 14 CheXpert labels.
+
+One label a line, UTF-8, in the order of the score tables:
+
+    # findings of the screening programme
+    exclusive: Normal | no abnormality
+    beside: Sutures
+    Tuberculosis | TB | phthisis
+    Silicosis
+
+`|` parts a label from its aliases, further spellings that mean it and nothing else. `exclusive:`
+marks the one label that excludes the others, as No Finding does, and `beside:` each label that may
+stand beside it all the same, as Support Devices may. Both are optional. A `#` at the beginning of a
+line or after a blank begins a comment. Case, blanks and hyphens of a name do not matter in answers.
+
+A name is refused where an answer that holds it could not be read back.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from data.entries import (
+    COLONS,
+    COMMAS,
+    MAX_ENTRY_LENGTH,
+    SEMICOLONS,
+    labels_of_pieces,
+    read_entries,
+)
+from data.files import DataError, first_problems
+from data.labels import CHEXPERT, LabelSet, metric_name, spelling
+
+KEYWORDS = ("exclusive", "beside")
+# What a name cannot hold, and why.
+_FORBIDDEN = (
+    (COMMAS + SEMICOLONS, "ends an entry of an answer"),
+    ("<>", "belongs to tags"),
+    (COLONS, "ends a heading"),
+)
+
+
+class _Spelling(NamedTuple):
+    """Hold one name or alias of the file with its line."""
+
+    line: int
+    text: str
+    label: str  # itself, or the label that an alias means
+
+
+@lru_cache(maxsize=100)  # rows of answers bring the lines of their label set along, each row again
+def read_labels(text: str, source: str) -> LabelSet:
+    """Read the text of a label file. source: its name, for the problems.
+
+    Raises DataError with every problem at once, by line.
+    """
+    names: list[_Spelling] = []
+    aliases: list[_Spelling] = []
+    marked: dict[str, list[_Spelling]] = {keyword: [] for keyword in KEYWORDS}
+    problems: list[tuple[int, str]] = []
+    for number, line in _lines(text):
+        keyword, found, problem = _keyword_of(line)
+        if problem:
+            problems.append((number, problem))
+            continue
+        spellings = [" ".join(part.split()) for part in found.split("|")]
+        problems += [
+            (number, reason) for part in spellings if (reason := _problem_of(part)) is not None
+        ]
+        if not spellings[0]:
+            continue
+        name, *others = (_Spelling(number, part, spellings[0]) for part in spellings if part)
+        names.append(name)
+        aliases += others
+        if keyword:
+            marked[keyword].append(name)
+    problems += _marking_problems(marked["exclusive"], marked["beside"])
+    problems += _repeated(names, aliases)
+    if not names and not problems:
+        problems.append((0, "holds no label; write one a line"))
+    if not problems:
+        label_set = LabelSet(
+            tuple(name.text for name in names),
+            {alias.text: alias.label for alias in aliases},
+            marked["exclusive"][0].text if marked["exclusive"] else None,
+            tuple(name.text for name in marked["beside"]),
+        )
+        problems += _unreadable(label_set, [*names, *aliases])
+        if not problems:
+            return CHEXPERT if label_set == CHEXPERT else label_set
+    where = f"{source}: and {{}} more problems"
+    raise DataError(first_problems([_at(source, *one) for one in sorted(problems)], where))
+
+
+def label_lines(label_set: LabelSet) -> list[str]:
+    """Write a label set as the lines of its file, for rows that bring it along."""
+    lines = []
+    for label in label_set.names:
+        keyword = ""
+        if label == label_set.exclusive or label in label_set.beside:
+            keyword = f"{KEYWORDS[label != label_set.exclusive]}: "
+        aliases = (alias for alias, of in label_set.aliases.items() if of == label)
+        lines.append(keyword + " | ".join((label, *aliases)))
+    return lines
+
+
+def _at(source: str, line: int, problem: str) -> str:
+    return f"{source}, line {line}: {problem}" if line else f"{source}: {problem}"
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Give the lines that hold something, numbered from 1, without comments."""
+    text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        line = f" {line}".partition(" #")[0].partition("\t#")[0].strip()
+        if line:
+            yield number, line
+
+
+def _keyword_of(line: str) -> tuple[str | None, str, str | None]:
+    """Part a line from its keyword -> (keyword or None, the rest, what is wrong with it)."""
+    before, colon, rest = line.partition(":")
+    if not colon or "|" in before:
+        return None, line, None
+    keyword = before.strip()
+    if keyword not in KEYWORDS:
+        problem = f"{keyword!r} is no keyword; before a colon stands {' or '.join(KEYWORDS)}"
+        return None, rest, problem
+    return keyword, rest, None if rest.strip(" |") else f"no label stands behind {keyword}:"
+
+
+def _problem_of(text: str) -> str | None:
+    """Say why a name or alias cannot be one by itself, or None."""
+    if not text:
+        return "a name or alias is empty; leave the | out"
+    for characters, why in _FORBIDDEN:
+        if held := [c for c in text if c in characters]:
+            return f"{text!r} holds {held[0]!r}, which {why}"
+    if len(text) > MAX_ENTRY_LENGTH:
+        return f"{text[:30]!r}... has {len(text)} characters, at most {MAX_ENTRY_LENGTH} are read"
+    if control := [c for c in text if unicodedata.category(c) == "Cc"]:
+        return f"{text!r} holds the control character {control[0]!r}"
+    if not any(c.isalpha() for c in text):
+        return f"{text!r} has no letter, so no answer could be read as this label"
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    if (kept := _letters(spelling(text))) != _letters(folded):
+        return f"{text!r} cannot be read back: a part of it counts as markup, which leaves {kept!r}"
+    return None
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text if c.isalnum())
+
+
+def _marking_problems(
+    exclusive: list[_Spelling], beside: list[_Spelling]
+) -> Iterator[tuple[int, str]]:
+    for name in exclusive[1:]:
+        first = f"that is {exclusive[0].text!r} on line {exclusive[0].line}"
+        yield name.line, f"{name.text!r} cannot be exclusive as well: {first}"
+    for name in beside if not exclusive else ():
+        yield name.line, f"{name.text!r} is beside nothing: no label of the file is exclusive"
+
+
+def _repeated(names: list[_Spelling], aliases: list[_Spelling]) -> Iterator[tuple[int, str]]:
+    """Name every label or alias that another line has already, also in other letters or marks."""
+    first: dict[str, _Spelling] = {}
+    metrics: dict[str, _Spelling] = {}
+    for name in names:
+        earlier = first.setdefault(spelling(name.text), name)
+        same_metric = metrics.setdefault(metric_name(name.text).casefold(), name)
+        if earlier is not name:
+            also = "is also" if earlier.text == name.text else f"looks like {earlier.text!r}"
+            yield name.line, f"{name.text!r} {also} on line {earlier.line}; labels must differ"
+        elif same_metric is not name:
+            differs = f"differs from {same_metric.text!r} on line {same_metric.line} only by marks"
+            yield name.line, f"{name.text!r} {differs}; labels must differ by letters"
+    labels = set(first)
+    for alias in aliases:
+        earlier = first.setdefault(spelling(alias.text), alias)
+        if earlier.label == alias.label:
+            continue
+        what = "the label" if spelling(alias.text) in labels else f"an alias of {earlier.label!r}"
+        yield (
+            alias.line,
+            f"the alias {alias.text!r} of {alias.label!r} is {what} on line {earlier.line}",
+        )
+
+
+def _unreadable(label_set: LabelSet, spellings: Iterable[_Spelling]) -> Iterator[tuple[int, str]]:
+    """Name what an answer could not say: alone, among all labels, or as it is a list itself."""
+    listed = ", ".join(label_set.names)
+    in_list = set(read_entries(listed, label_set).labels)
+    for one in spellings:
+        found = read_entries(one.text, label_set).labels
+        pieces = labels_of_pieces(one.text, label_set)
+        if found != (one.label,) or one.label not in in_list:
+            yield one.line, f"{one.text!r} cannot be read back from an answer; write it otherwise"
+        elif len(pieces) > 1:
+            yield one.line, f"{one.text!r} reads as the labels {', '.join(pieces)}; name it apart"
