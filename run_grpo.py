@@ -14,7 +14,7 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import accepted, main_guard
-from engine.settings import data_specs, rounded_up
+from engine.settings import data_specs
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
@@ -30,7 +30,8 @@ from data.files import DataError
 from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
-from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from engine.fit import fitted
+from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
@@ -43,6 +44,7 @@ from eval.since_start import keep_start, since_start
 from rl.evaluation import record_evaluation, rewards_of
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
+from rl.plan import BatchPlan
 from rl.rollout import Rollouts
 from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts
 
@@ -62,7 +64,6 @@ def train(
     R completions of a rollout, N of a micro-batch, T completion tokens (padded). Lines that begin
     with `run.` are book-keeping: without them the same model is trained.
     """
-    warmup_steps = rounded_up(config.warmup_ratio * run.total)
     while run.goes_on():  # 8 evaluates and saves what is due; False at the end or at a signal
         update = rollouts.update_of(run.step)  # 0 begins a new rollout, the next learn from it too
 
@@ -117,9 +118,7 @@ def train(
 
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         run.check_gradient(grad_norm, rollouts.examples)
-        learning_rate = learning_rate_at(
-            run.step, base=config.learning_rate, warmup_steps=warmup_steps, total_steps=run.total
-        )
+        learning_rate = scheduled_rate(config, run.step, run.total)
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
         optimizer.zero_grad()
@@ -176,11 +175,13 @@ def run_command(resolved: Resolved) -> int:
     check_dump_step(resolved, len(data.train), checkpoint.step if checkpoint else 0)
     if config.show_batch:
         return show_prompts(config, data.train, plan.prompts, sys.stdout)
-    record = training_record(resolved, "grpo", data, checkpoint)
 
     # policy and optimizer
     adapter = Path(config.adapter_name_or_path)
     source = checkpoint.path.parent / "reference" if checkpoint else adapter
+    resolved = fitted(resolved, device, data.train, data.evaluated, source, BatchPlan.of)
+    config = resolved.configs[0]
+    record = training_record(resolved, "grpo", data, checkpoint)
     policy = policy_with_reference(config, device, source, config.temperature)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
@@ -192,7 +193,7 @@ def run_command(resolved: Resolved) -> int:
     about = f"{adapter} as policy and frozen reference"
     if config.dry_run:
         print(banner("GRPO", "dry run", policy, about, lines, resolved))
-        print(dry_run_report(config, policy, data.train, data.evaluated, plan.prompts, plan.group))
+        print(dry_run_report(config, policy, data.train, data.evaluated, plan))
         return 0
 
     # run

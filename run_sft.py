@@ -16,7 +16,7 @@ import sys
 
 from engine.config import Resolved
 from engine.runtime import StopRequested, accepted, main_guard
-from engine.settings import SFTConfig, data_specs, resolve_sft, rounded_up
+from engine.settings import SFTConfig, data_specs, resolve_sft
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted(resolve_sft)
@@ -40,9 +40,10 @@ from engine.card import write_run_card
 from engine.charts import sft_charts
 from engine.collate import collate_rows, plan_batches
 from engine.device import pick_device, seed_everything
+from engine.fit import fitted
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model_files import EMBEDDED
-from engine.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
 from engine.order import shuffled
 from engine.policy import Policy, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
@@ -67,7 +68,6 @@ def train(
     """
     steps_per_epoch = config.steps_per_epoch(len(examples))
     step_size = config.step_size
-    warmup_steps = rounded_up(config.warmup_ratio * run.total)
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
         epoch, place = divmod(run.step, steps_per_epoch)
@@ -96,9 +96,7 @@ def train(
         step_loss = sum(float(loss) for loss in losses)  # only now: to read is to wait for the GPU
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         run.check_gradient(grad_norm, chosen)
-        learning_rate = learning_rate_at(
-            run.step, base=config.learning_rate, warmup_steps=warmup_steps, total_steps=run.total
-        )
+        learning_rate = scheduled_rate(config, run.step, run.total)
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
         optimizer.zero_grad()
@@ -150,6 +148,10 @@ def run_command(resolved: Resolved) -> int:
     )
     if config.show_batch:
         return show_answers(config, data.train, sys.stdout)
+    evaluated = {"validation": data.validation} | data.evaluated
+    adapter = None if checkpoint else config.adapter_name_or_path
+    resolved = fitted(resolved, device, data.train, evaluated, adapter)
+    config = resolved.configs[0]
     record = training_record(resolved, "sft", data, checkpoint)
 
     # policy and optimizer
@@ -163,7 +165,6 @@ def run_command(resolved: Resolved) -> int:
     about = f"LoRA of rank {config.lora_r}"
     if config.dry_run:
         print(banner("SFT", "dry run", policy, about, lines, resolved))
-        evaluated = {"validation": data.validation} | data.evaluated
         print(dry_run_report(config, policy, data.train, evaluated))
         return 0
 

@@ -173,7 +173,8 @@ def generate(
             "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
         )
     finished: dict[int, list[Completion]] = {}
-    with policy.evaluating(), sampling_layers(policy.net) as head:
+    layers = sampling_layers(policy.net, copies=policy.sampling_copies)
+    with policy.evaluating(), layers as head:
         writing = _Writing(policy, head, prompts, sampling, num_generations, max_rows, generator)
         while writing.goes_on:
             if should_stop():

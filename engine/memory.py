@@ -47,6 +47,7 @@ from engine.logprobs import CHUNK_SIZE
 
 FP32 = 4
 GIB = 2**30
+COPIES = "sampling weights"  # the part that `Workload.sampling_copies` adds
 Parts = dict[str, int]  # bytes by part
 
 
@@ -104,6 +105,7 @@ class Workload:
     eval_rows: rows decoded, or scored, together.
     rollout_prompts: prompts of a rollout, 0 in SFT. rollout_prompts x num_generations rows are
         sampled together.
+    sampling_copies: whether the sampler copies weights (engine/sampling_layers.py).
     """
 
     element_size: int
@@ -121,6 +123,7 @@ class Workload:
     rollout_prompts: int = 0
     num_generations: int = 1
     max_tokens_per_forward: int | None = None
+    sampling_copies: bool = True
 
     def packed(self, completions: int) -> Packed:
         """Return the largest forward of so many completions, cut as engine/collate.py does."""
@@ -404,7 +407,7 @@ def sampling_weights(shape: ModelShape, work: Workload) -> int:
     head = shape.vocabulary * h if work.device == "cpu" else 0
     return (
         (shape.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32
-        if work.element_size == FP32
+        if work.element_size == FP32 and work.sampling_copies
         else 0
     )
 
@@ -415,7 +418,7 @@ def decoding_moments(
     """Yield the moments of the sampler: the vision tower, then those of `writing_moments`."""
     yield {"activations": vision_tower(shape, work)}
     for moment in writing_moments(shape, work, prompts, generations, greedy=greedy):
-        yield moment | {"sampling weights": sampling_weights(shape, work)}
+        yield moment | {COPIES: sampling_weights(shape, work)}
 
 
 def writing_moments(
@@ -479,3 +482,13 @@ def forecast(shape: ModelShape, work: Workload) -> Forecast:
             if phase in moments
         }
     )
+
+
+def decoding_forecast(shape: ModelShape, work: Workload, *, greedy: bool) -> Forecast:
+    """Forecast an evaluation of a model alone: eval_rows in all, num_generations of each prompt."""
+    static = static_parts(shape, work)
+    del static["AdamW"]
+    prompts = max(1, work.eval_rows // work.num_generations)
+    moments = decoding_moments(shape, work, prompts, work.num_generations, greedy=greedy)
+    largest = max(moments, key=lambda parts: sum(parts.values()))
+    return Forecast({"evaluation": static | largest})

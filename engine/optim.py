@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from engine.settings import Scheduler, TrainingConfig, rounded_up
+
 
 def trainable_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return names and parameters that are trained, in the model's order.
@@ -36,16 +38,36 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
-def learning_rate_at(step: int, *, base: float, warmup_steps: int, total_steps: int) -> float:
-    """Compute the learning rate of an optimizer step (0-based), as HF's cosine schedule does.
+def learning_rate_at(
+    step: int, *, base: float, warmup_steps: int, total_steps: int, kind: Scheduler = "cosine"
+) -> float:
+    """Compute the learning rate of an optimizer step (0-based), as HF's schedules of these names.
 
     It rises linearly from 0 over `warmup_steps`, so with a warm-up the first step has learning rate
-    0. Then half a cosine falls from `base` to 0 at `total_steps`.
+    0. Then it falls from `base` to 0 at `total_steps`, by half a cosine or linearly, or stays. Only
+    "constant" has no warm-up at all.
     """
+    if kind == "constant":
+        return base
     if step < warmup_steps:
         return base * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return base * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    if kind == "constant_with_warmup":
+        return base
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if kind == "linear":
+        return base * (1.0 - progress)
+    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scheduled_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Compute the learning rate of an optimizer step (0-based) as the settings describe it."""
+    return learning_rate_at(
+        step,
+        base=config.learning_rate,
+        warmup_steps=rounded_up(config.warmup_ratio * total_steps),
+        total_steps=total_steps,
+        kind=config.lr_scheduler_type,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from data.examples import Example
 from data.prompts import PROMPTS, Prompt
 from engine.collate import Batch
-from engine.device import base_dtype
+from engine.device import base_dtype, slow_bf16
 from engine.encode import EncodedPrompt, EncodedRow, Encoder
 from engine.families import Family, lm_head_weight, logit_softcap
 from engine.forward import completion_hidden_states, completion_logprobs
@@ -56,6 +57,9 @@ def load_base(
 
     vision_cache_gb: host memory for image features, GB.
     """
+    warning = slow_bf16(config.bf16, device)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     return load_model(
         config.model_name_or_path,
         dtype=base_dtype(config.bf16, device),
@@ -75,12 +79,14 @@ class Policy:
     base: what belongs to the base model alone: name, family, processor, token ids, image features.
     prompt: the instruction that goes with every image.
     temperature: divides the logits of every log-probability that this policy gives.
+    sampling_copies: whether the sampler may copy weights (engine/sampling_layers.py).
     """
 
     net: PreTrainedModel | PeftModel
     base: BaseModel
     prompt: Prompt
     temperature: float = 1.0
+    sampling_copies: bool = True
 
     @property
     def adapted(self) -> PeftModel:
@@ -197,7 +203,7 @@ def policy_to_fine_tune(config: SFTConfig, device: torch.device, *, resumed: boo
     else:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, PROMPTS[config.prompt])
+    return Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
 
 
 def policy_with_reference(
@@ -213,4 +219,4 @@ def policy_with_reference(
     net = attach_adapter(base, adapter, trainable=True)
     add_reference(net, adapter)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, PROMPTS[config.prompt], temperature)
+    return Policy(net, base, PROMPTS[config.prompt], temperature, config.sampling_copies)

@@ -24,7 +24,9 @@ from data.prompts import PROMPTS
 from engine.collate import collate_prompts
 from engine.config import Resolved, describe
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
-from engine.memory import GIB, Forecast, Workload, forecast, model_shape
+from engine.fit import Lengths, Plan, training_work
+from engine.memory import forecast, model_shape
+from engine.memory_table import memory_table
 from engine.model import POLICY, load_encoder
 from engine.order import shuffled
 from engine.policy import Policy
@@ -34,9 +36,6 @@ from engine.settings import TrainingConfig
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
 # SGR foregrounds
 COLOURS = {"supervised": "32", "prompt": "39", "control": "35", "image": "36", "padding": "90"}
-CARDS = (24, 40, 80)  # GB
-# of a card: the rest is a guess at CUDA's context and at what the caching allocator cannot reuse
-USABLE = 0.9
 
 
 # ---- the start of a run -------------------------------------------------------------------------
@@ -338,17 +337,15 @@ def dry_run_report(
     policy: Policy,
     train: Sequence[Example],
     sets: Mapping[str, Sequence[Example]],
-    rollout_prompts: int = 0,
-    num_generations: int = 1,
+    plan: Plan | None = None,
 ) -> str:
     """Report the token lengths of the first rows of every data set, and the memory forecast.
 
-    sets: the evaluated data sets by name. rollout_prompts: prompts of a rollout, 0 for SFT.
-    num_generations: completions of each prompt.
+    sets: the evaluated data sets by name. plan: of GRPO's rollouts.
 
     Raises DataError where one of these rows cannot be encoded.
     """
-    sft, encoder = rollout_prompts == 0, policy.encoder
+    sft, encoder = plan is None, policy.encoder
     checked = first_examples(config, train, CHECKED_ROWS)
     if sft:
         rows = [_encode_answer(config, encoder, example) for example in checked]
@@ -364,27 +361,15 @@ def dry_run_report(
     ]
     adapter = policy.adapted.peft_config[POLICY]
     assert isinstance(adapter, LoraConfig)  # the scripts attach no other kind
-    work = Workload(
-        element_size=policy.base.net.dtype.itemsize,
-        device=policy.base.net.device.type,
-        lora_r=adapter.r,
-        lora_dropout=adapter.lora_dropout,
-        adapters=len(policy.adapted.peft_config),
-        gradient_checkpointing=config.gradient_checkpointing,
-        prompt_length=max(len(prompt.input_ids) for prompt in prompts + evaluated),
-        image_tokens=max(int(prompt.token_types.sum()) for prompt in prompts + evaluated),
-        completion_length=max(completions),
-        max_completion_length=config.max_completion_length,
-        micro_batch=config.per_device_train_batch_size,
-        eval_rows=config.per_device_eval_batch_size,
-        rollout_prompts=rollout_prompts,
-        num_generations=num_generations,
-        max_tokens_per_forward=config.max_tokens_per_forward,
-    )
     adapters = {id(p) for name, p in policy.net.named_parameters() if "lora_" in name}
     base = sum(p.numel() for p in policy.net.parameters() if id(p) not in adapters)
+    shape = model_shape(policy.base.net.config, base)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     images = [int(prompt.token_types.sum()) for prompt in prompts]
+    image = max(int(prompt.token_types.sum()) for prompt in prompts + evaluated)
+    text = max(len(prompt.input_ids) for prompt in prompts + evaluated) - image
+    longest = Lengths(text, image, max(completions))
+    work = training_work(config, shape, longest, policy.device, adapter.r, plan)
     return "\n".join(
         [
             (
@@ -397,7 +382,7 @@ def dry_run_report(
                 if sft
                 else f"completion up to {config.max_completion_length}"
             ),
-            memory_table(forecast(model_shape(policy.base.net.config, base), work), work),
+            memory_table(forecast(shape, work), policy.device),
             "dry run: nothing was trained, no run folder was made",
         ]
     )
@@ -405,44 +390,3 @@ def dry_run_report(
 
 def _spread(lengths: Sequence[int]) -> str:
     return f"min {min(lengths)}, mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)}"
-
-
-def memory_table(found: Forecast, work: Workload) -> str:
-    """Write a forecast as a table in GiB, then its peak and the cards that hold it.
-
-    The phases are columns, and their parts are rows.
-    """
-    parts = list(dict.fromkeys(part for phase in found.phases.values() for part in phase))
-    width = max(map(len, (*parts, "total")))
-    lines = [
-        (
-            "memory      forecast in GiB, at the largest moment of each phase, with the longest"
-            " rows that were seen"
-        ),
-        f"  {'':{width}} " + " ".join(f"{phase:>10}" for phase in found.phases),
-    ]
-    for part in parts:
-        lines.append(
-            f"  {part:{width}} "
-            + " ".join(f"{phase.get(part, 0) / GIB:10.3f}" for phase in found.phases.values())
-        )
-    lines.append(
-        f"  {'total':{width}} "
-        + " ".join(f"{sum(phase.values()) / GIB:10.3f}" for phase in found.phases.values())
-    )
-    lines.append(
-        f"  peak {found.peak / GIB:.3f} GiB in {found.peak_phase}; "
-        + (
-            "fits "
-            + ", ".join(f"{card} GB: {'yes' if fits(found, card) else 'no'}" for card in CARDS)
-            + f" (at most {USABLE:.0%} of a card)"
-            if work.device == "cuda"
-            else "beside what Python and its libraries take"
-        )
-    )
-    return "\n".join(lines)
-
-
-def fits(found: Forecast, card: int) -> bool:
-    """Tell whether a card of so many GiB holds the peak."""
-    return found.peak <= USABLE * card * GIB

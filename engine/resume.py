@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
     "dry_run",
     "vision_cache_gb",
     "vision_cache_dir",
+    "memory_check",
 )
 
 

@@ -6,6 +6,9 @@ these copies, and the head's, are laid out as oneDNN likes them. How much faster
 are depends on the processor (tests/benchmarks/sampling_layers.py measured 1.6 to 2.8 times torch's
 speed on an AMD EPYC). The model itself is not changed. Its layers have another `forward` for a
 while, so hooks on a layer's parts do not see these products.
+
+The copies take about as much memory as the decoder. Where they do not fit (engine/fit.py) the
+layers stay as they are, with the adapter beside them: the same completions but for rounding.
 """
 
 from __future__ import annotations
@@ -23,24 +26,26 @@ from engine.families import language_model, lm_head_weight
 
 
 @contextmanager
-def sampling_layers(net: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def sampling_layers(net: nn.Module, *, copies: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
     """Run the decoder's linear layers in one product each, and put everything back afterwards.
 
     Gives the product with the head, [n,H] -> [n,V] in the head's dtype. No gradient flows.
+
+    copies: False to copy no weight, which leaves every layer as it is.
 
     An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
     rounded away, and the completions would be those of another model.
     """
     before: list[tuple[nn.Module, dict]] = []
     try:
-        for layer in _linear_layers(language_model(net)):
+        for layer in _linear_layers(language_model(net)) if copies else ():
             if (forward := _forward(layer)) is not None:
                 before.append(
                     (layer, {name: own for name, own in vars(layer).items() if name == "forward"})
                 )
                 layer.forward = forward
         weight = lm_head_weight(net)
-        product = _product(weight)
+        product = _product(weight) if copies else partial(linear, weight=weight)
         yield lambda hidden: product(hidden.to(weight.dtype))
     finally:
         for layer, own in before:

@@ -48,11 +48,21 @@ EVALUATED_METRICS = (
 )
 _OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
+Scheduler = Literal["cosine", "linear", "constant_with_warmup", "constant"]  # transformers' names
 PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (
     "paper 3.2.1 (SFT)",
     "paper 3.2.2 (GRPO)",
     "not published",
     "no part of the method",
+)
+COPIES_HELP = (
+    "sample from copies of the decoder's weights with the adapter added, in float32 only, on a CPU"
+    " laid out for faster products; without them the adapter stays beside: slower, the same"
+    " completions but for rounding"
+)
+CHECK_HELP = (
+    "compare the memory forecast with what is free, before weights are read, and refuse a run that"
+    " cannot fit"
 )
 
 
@@ -154,9 +164,16 @@ class TrainingConfig:
         source=PAPER_SFT,
         group="optimization",
     )
+    lr_scheduler_type: Scheduler = setting(
+        "cosine",
+        "course of the learning rate after the warm-up: half a cosine or a line down to 0 at the"
+        " last step, or none (constant_with_warmup); constant has no warm-up either",
+        source="not published; the name as in transformers",
+        group="optimization",
+    )
     warmup_ratio: float = setting(
         0.05,
-        "share of all steps with rising learning rate, before the cosine",
+        "share of all steps with rising learning rate, before --lr_scheduler_type",
         source=PAPER_SFT,
         group="optimization",
     )
@@ -194,6 +211,14 @@ class TrainingConfig:
         source=ENGINE,
         group="memory",
     )
+    sampling_copies: bool = setting(
+        True,
+        COPIES_HELP,
+        unset="where they fit into memory",
+        source=ENGINE,
+        group="memory",
+    )
+    memory_check: bool = setting(True, CHECK_HELP, source=ENGINE, group="memory")
     bf16: bool = setting(
         True,
         "base model in bfloat16; adapters, their gradients and AdamW's state stay fp32",

@@ -113,7 +113,7 @@ def load_policy(
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     adapter = config.adapter_name_or_path
     net = base.net if adapter is None else attach_adapter(base, adapter)
-    return Policy(net, base, PROMPTS[config.prompt])
+    return Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
 
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -420,6 +420,8 @@ _NO_MATTER = (
     "vision_cache_dir",
     "per_device_eval_batch_size",
     "thresholds_from",
+    "sampling_copies",
+    "memory_check",
 )
 # What an earlier version did, where its record does not have the setting.
 _AS_BEFORE = {"num_generations": 1, "swap_images": False}

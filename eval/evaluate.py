@@ -167,6 +167,7 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
     """Answer every data set that is not finished yet, and score it."""
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
+    from engine.fit import fitted_answers
     from eval.decode import (
         Decoding,
         evaluate_sets,
@@ -200,6 +201,8 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
         for name in todo:  # before the model is loaded
             for kind in ("predictions", "swapped"):
                 read_partial(config.output_dir, name, records[name], kind)
+    resolved = fitted_answers(resolved, device, todo)
+    config = resolved.configs[0]
     print(environment_banner(device))
     print(describe(resolved))
     counts = ", ".join(f"{name} {len(examples)}" for name, examples in sets.items())

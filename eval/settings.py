@@ -15,6 +15,8 @@ from data.files import named_files
 from data.prompts import PROMPTS
 from engine.config import ConfigError, Resolved, setting
 from engine.settings import (
+    CHECK_HELP,
+    COPIES_HELP,
     ENGINE,
     MAX_COMPLETION_LENGTH,
     OURS,
@@ -120,6 +122,10 @@ class DecodingConfig:
         unset="the adapter's run's, else true on a GPU and false on a CPU",
         source=ENGINE,
     )
+    sampling_copies: bool = setting(
+        True, COPIES_HELP, unset="where they fit into memory", source=ENGINE
+    )
+    memory_check: bool = setting(True, CHECK_HELP, source=ENGINE)
     seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
 
 

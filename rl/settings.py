@@ -80,7 +80,7 @@ class GRPOConfig(TrainingConfig):
     )
     warmup_ratio: float = setting(
         0.0,
-        "share of all steps with rising learning rate, before the cosine",
+        "share of all steps with rising learning rate, before --lr_scheduler_type",
         source=OURS,
         group="optimization",
     )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import checkout  # noqa: F401  this checkout before an installed one
@@ -25,8 +24,9 @@ import torch
 
 from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.config import parse_config
+from engine.fit import largest
 from engine.memory import GIB, ModelShape, Workload, forecast, model_shape
-from engine.preview import CARDS, USABLE, memory_table
+from engine.memory_table import CARDS, USABLE, memory_table
 from engine.settings import SFTConfig
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
@@ -125,25 +125,13 @@ def recipe_work(recipe: str, script: str) -> tuple[str, Workload]:
     return config.model_name_or_path, work
 
 
-def largest(fitting: Callable[[int], bool], limit: int = 4096) -> int:
-    """Find the largest number up to `limit` that fits, or 0 where 1 does not.
-
-    What fits grows no smaller with a larger number.
-    """
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fitting(middle) else (low, middle - 1)
-    return low
-
-
 def phase_fits(shape: ModelShape, work: Workload, phase: str, card: int) -> bool:
     return sum(forecast(shape, work).phases[phase].values()) <= USABLE * card * GIB
 
 
 def most_rows(shape: ModelShape, work: Workload, field: str, phase: str, card: int) -> int:
     """Find how large a field of `work` may be for a phase to fit on a card."""
-    return largest(lambda n: phase_fits(shape, replace(work, **{field: n}), phase, card))
+    return largest(lambda n: phase_fits(shape, replace(work, **{field: n}), phase, card), 4096)
 
 
 def cards() -> None:
@@ -168,7 +156,7 @@ def cards() -> None:
                 f" {work.completion_length}; {work.micro_batch} rows a micro-batch{rows},"
                 f" {work.eval_rows} decoded together"
             )
-            print(memory_table(found, work))
+            print(memory_table(found, torch.device("cuda")))
             for card in CARDS:
                 free = replace(work, max_tokens_per_forward=None)
                 update = most_rows(shape, free, "micro_batch", "update", card)

@@ -26,6 +26,7 @@ from engine.encode import Encoder
 from engine.model import load_model
 from engine.model_files import EMBEDDED
 from engine.order import shuffled
+from engine.policy import Policy
 from engine.settings import SFTConfig
 from tests.helpers import plain
 from tests.helpers.runs import (
@@ -586,11 +587,11 @@ def test_a_better_epoch_starts_the_patience_anew(tiny_checkpoint, tiny_data, tmp
 def test_without_a_validation_file_patients_are_held_out(
     tiny_checkpoint, tiny_data, tmp_path, monkeypatch
 ):
-    seen, encode = [], Encoder.encode_answer
+    seen, encode = [], Policy.encode_answer
     monkeypatch.setattr(
-        Encoder,
+        Policy,
         "encode_answer",
-        lambda self, example, *rest: seen.append(example) or encode(self, example, *rest),
+        lambda self, example: seen.append(example) or encode(self, example),
     )
     monkeypatch.setattr(
         run_sft, "validation_metrics", lambda *_, **__: {"loss": 1.0, "mean_token_accuracy": 0.0}

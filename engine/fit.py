@@ -1,0 +1,454 @@
+"""Act on the memory forecast before weights are read: sample without copies, or refuse the run.
+
+    fitted(resolved, ...)          a training run's settings, as they fit
+    fitted_answers(resolved, ...)  those of an evaluation of a model alone
+
+The forecast (engine/memory.py) needs the model's shape and the lengths of a few rows. Both are
+known without weights. It is compared with what is free on the GPU, or on the host under every limit
+(engine/free_memory.py). Three things follow:
+
+    the sampler's copies do not fit         it samples without them
+    the image features' cache does not fit  it is as large as what is left
+    a phase cannot fit at all               the run is refused, with the flag that shrinks it
+
+A refusal must be no false alarm. A phase is refused only where it would not fit with its forecast a
+fifth too high (tests hold the forecast to that) and with all swap. Base, adapters and AdamW are
+known exactly. Where nothing tells what is free, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from data.examples import Example
+from data.files import DataError
+from data.prompts import PROMPTS
+from engine.config import Resolved, UsageError
+from engine.device import base_dtype, computes_bf16
+from engine.encode import EncodedPrompt, Encoder
+from engine.free_memory import Free, free_memory, free_on_host
+from engine.memory import (
+    COPIES,
+    GIB,
+    Forecast,
+    ModelShape,
+    Parts,
+    Workload,
+    decoding_forecast,
+    forecast,
+    model_shape,
+)
+from engine.memory_table import memory_table
+from engine.model import load_encoder, model_path
+from engine.model_files import adapter_record
+
+ROWS = 8  # rows of a data set whose lengths stand for all: of answers to learn the longest
+# Of what is free: above this share the sampler copies nothing, since allocators waste a part.
+COMFORTABLE = 0.9
+# The forecast lies within a fifth of what torch allocates. So much of it is certain.
+CERTAIN = 0.8
+# What is held all the time, whose bytes are exact.
+STATIC = ("base", "adapters", "AdamW", "gradients")
+# Settings that shrink a phase, the one that costs least first.
+REMEDIES = {
+    "rollout": ("per_device_train_batch_size", "steps_per_generation", "max_completion_length"),
+    "scoring": ("per_device_train_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
+    "update": (
+        "gradient_checkpointing",
+        "per_device_train_batch_size",
+        "max_tokens_per_forward",
+        "max_visual_tokens",
+        "max_completion_length",
+    ),
+    "validation": ("per_device_eval_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
+    "evaluation": ("per_device_eval_batch_size", "max_completion_length", "max_visual_tokens"),
+}
+
+
+class Plan(Protocol):
+    """Describe how the completions of a rollout relate, which engine does not know."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    def problems(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Hold the lengths, in tokens, of the longest rows that were looked at.
+
+    text: of a prompt without its image. image: of an image. answer: of an answer to learn.
+    """
+
+    text: int
+    image: int
+    answer: int
+
+
+# ---- what is known without weights ---------------------------------------------------------------
+def shape_of(name: str) -> ModelShape:
+    """Read the sizes of a checkpoint from its config.json, with its parameters on no device."""
+    config = AutoConfig.from_pretrained(model_path(name))
+    with torch.device("meta"):
+        net = AutoModelForImageTextToText.from_config(config)
+    net.tie_weights()
+    return model_shape(config, sum(parameter.numel() for parameter in net.parameters()))
+
+
+def lengths_of(
+    encoder: Encoder, prompt: str, learned: Sequence[Example], asked: Iterable[Sequence[Example]]
+) -> Lengths | None:
+    """Encode the rows of `learned` with the longest answers and some of every set of `asked`.
+
+    prompt: the instruction's name. Rows that cannot be encoded are passed over, since the run
+    itself names them. Returns None where there is no other.
+    """
+    prompts: list[EncodedPrompt] = []
+    answers = [0]
+    longest = sorted(learned, key=lambda example: -len(example.answer or ""))[:ROWS]
+    rows = [*longest, *(example for examples in asked for example in examples[:ROWS])]
+    for place, example in enumerate(rows):
+        try:
+            if place < len(longest) and example.answer is not None:
+                row = encoder.encode_answer(example, PROMPTS[prompt], example.answer)
+                answers.append(len(row.completion_ids))
+                prompts.append(row.prompt)
+            else:
+                prompts.append(encoder.encode_prompt(example, PROMPTS[prompt]))
+        except DataError:
+            continue
+    if not prompts:
+        return None
+    images = [int(encoded.token_types.sum()) for encoded in prompts]
+    texts = [len(encoded.input_ids) - image for encoded, image in zip(prompts, images, strict=True)]
+    return Lengths(max(texts), max(images), max(answers))
+
+
+def rank_of(adapter: str | Path | None, config: Any) -> int:
+    """Read the rank of the adapter in a folder, or of the fresh one that the settings describe.
+
+    Returns 0 where the folder does not tell, since what loads the adapter says what is wrong.
+    """
+    if adapter is None:
+        return getattr(config, "lora_r", 0)
+    try:
+        rank = adapter_record(adapter).get("r")
+    except UsageError:
+        return 0
+    return rank if type(rank) is int else 0
+
+
+def image_tokens(config: Any, shape: ModelShape, lengths: Lengths) -> int:
+    """Count the tokens of the largest image under the bound of the settings, where it has one."""
+    return lengths.image if shape.fixed_images else min(lengths.image, config.max_visual_tokens)
+
+
+def training_work(
+    config: Any,
+    shape: ModelShape,
+    lengths: Lengths,
+    device: torch.device,
+    rank: int,
+    plan: Plan | None,
+) -> Workload:
+    """Describe what a training run does with the model, at its largest.
+
+    rank: of the adapter. plan: of the rollouts, None in SFT.
+    """
+    image = image_tokens(config, shape, lengths)
+    return Workload(
+        element_size=base_dtype(config.bf16, device).itemsize,
+        device=device.type,
+        lora_r=rank,
+        lora_dropout=0.0 if plan else config.lora_dropout,
+        adapters=2 if plan else 1,
+        gradient_checkpointing=config.gradient_checkpointing,
+        prompt_length=lengths.text + image,
+        image_tokens=image,
+        completion_length=config.max_completion_length if plan else lengths.answer,
+        max_completion_length=config.max_completion_length,
+        micro_batch=config.per_device_train_batch_size,
+        eval_rows=config.per_device_eval_batch_size,
+        rollout_prompts=max(1, plan.prompts) if plan else 0,
+        num_generations=plan.group if plan else 1,
+        max_tokens_per_forward=config.max_tokens_per_forward,
+        sampling_copies=config.sampling_copies,
+    )
+
+
+# ---- compare with what is free -------------------------------------------------------------------
+def total(parts: Parts) -> int:
+    """Add up the parts of a phase, in bytes."""
+    return sum(parts.values())
+
+
+def certain(parts: Parts) -> int:
+    """Compute the bytes that a phase takes even where its forecast is a fifth too high."""
+    static = sum(parts.get(name, 0) for name in STATIC)
+    return static + int(CERTAIN * (total(parts) - static))
+
+
+def largest(fitting: Callable[[int], bool], limit: int) -> int:
+    """Find the largest number up to `limit` that fits, or 0 where 1 does not.
+
+    What fits grows no smaller with a larger number.
+    """
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fitting(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class Question:
+    """Ask whether a command fits, with its settings as they are or as they might be.
+
+    config: the settings. device: of the model. forecast(config): the forecast with these settings.
+    allowed(config): whether the command accepts them (batches that divide).
+    """
+
+    config: Any
+    device: torch.device
+    forecast: Callable[[Any], Forecast]
+    allowed: Callable[[Any], bool] = lambda config: True
+
+    def problems(self, free: Free) -> list[str]:
+        """Say of every phase that cannot fit what is too large and what would shrink it."""
+        found = self.forecast(self.config).phases
+        return [
+            self._problem(phase, parts, free)
+            for phase, parts in found.items()
+            if certain(parts) > free.total
+        ]
+
+    def _problem(self, phase: str, parts: Parts, free: Free) -> str:
+        listed = sorted(parts.items(), key=lambda part: -part[1])
+        said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in listed[:4] if size)
+        return (
+            f"memory: {phase} needs {total(parts) / GIB:.2f} GiB ({said}) and"
+            f" {free.total / GIB:.2f} GiB are free ({free.limit}): {self._advice(phase, free)}"
+        )
+
+    def _advice(self, phase: str, free: Free) -> str:
+        base = self.forecast(self.config).phases[phase]["base"]
+        found = list(self._remedies(phase, free))
+        if base > free.total:
+            advice = f"the base model alone takes {base / GIB:.2f} GiB; "
+        elif found:
+            return f"{' or '.join(found[:2])} would fit"
+        else:
+            advice = "no single flag makes it fit; "
+        if self._may_halve(free, phase):
+            return f"{advice}--bf16 would fit"
+        return f"{advice}take a smaller model, or free memory"
+
+    def _fits(self, config: Any, phase: str, free: Free) -> bool:
+        return total(self.forecast(config).phases[phase]) <= COMFORTABLE * free.memory
+
+    def _may_halve(self, free: Free, phase: str) -> bool:
+        """Tell whether bf16 would fit, and is not hopelessly slow there."""
+        if self.config.bf16 or not computes_bf16(self.device):
+            return False
+        return self._fits(replace(self.config, bf16=True), phase, free)
+
+    def _remedies(self, phase: str, free: Free) -> Iterator[str]:
+        for name in REMEDIES[phase]:
+            now = getattr(self.config, name, None)
+            if now is False and self._fits(replace(self.config, **{name: True}), phase, free):
+                yield f"--{name}"
+            elif type(now) is int and (value := self._largest(name, now, phase, free)):
+                yield f"--{name} {value}"
+
+    def _largest(self, name: str, now: int, phase: str, free: Free) -> int:
+        """Find the largest value below `now` that fits and is accepted, 0 where there is none."""
+
+        def changed(value: int) -> Any:
+            return replace(self.config, **{name: value})
+
+        smallest = self.config.min_visual_tokens if name == "max_visual_tokens" else 1
+        value = largest(lambda n: self._fits(changed(n), phase, free), now - 1)
+        while value >= smallest and not self.allowed(changed(value)):
+            value -= 1
+        return value if value >= smallest else 0
+
+
+def without_copies(question: Question, free: Free) -> Question | None:
+    """Return the question without the sampler's copies where these do not fit, else None."""
+    found = question.forecast(question.config)
+    copying = [parts for parts in found.phases.values() if parts.get(COPIES)]
+    if all(total(parts) <= COMFORTABLE * free.memory for parts in copying):
+        return None
+    return replace(question, config=replace(question.config, sampling_copies=False))
+
+
+def _settled(resolved: Resolved, question: Question, free: Free) -> tuple[Resolved, Question]:
+    """Sample without copies where they do not fit, and refuse what cannot fit.
+
+    Raises UsageError with a line for each phase.
+    """
+    asked, smaller = question, None
+    if resolved.origins["sampling_copies"] == "default":
+        smaller = without_copies(question, free)
+        question = smaller or question
+    problems = question.problems(free)
+    found = question.forecast(question.config)
+    if problems:
+        if getattr(question.config, "dry_run", False):
+            print(memory_table(found, question.device))
+        problems[-1] += "; --no_memory_check tries it all the same"
+        raise UsageError(problems)
+    there = f"the {free.memory / GIB:.2f} GiB that are free ({free.limit})"
+    if smaller is not None:
+        phases = asked.forecast(asked.config).phases.values()
+        copies = max(parts.get(COPIES, 0) for parts in phases)
+        resolved = resolved.with_value("sampling_copies", False, "memory forecast")
+        print(
+            f"note: copies of the weights for sampling ({copies / GIB:.2f} GiB) do not fit into"
+            f" {there}: completions are sampled without them, the same but for rounding, and more"
+            " slowly",
+            file=sys.stderr,
+        )
+    if found.peak > COMFORTABLE * free.memory:
+        print(
+            f"note: {found.peak_phase} may need {found.peak / GIB:.2f} of {there}; it is close",
+            file=sys.stderr,
+        )
+    return resolved, question
+
+
+def _loading_problem(shape: ModelShape, element_size: int, host: Free | None) -> list[str]:
+    """Say where a GPU run has too little host memory to read the weights through."""
+    needed = shape.base_parameters * element_size
+    if host is None or needed <= host.total:
+        return []
+    return [
+        f"memory: the weights are read through {needed / GIB:.2f} GiB of host memory and"
+        f" {host.total / GIB:.2f} GiB are free ({host.limit}): free some, or take a smaller model"
+    ]
+
+
+def _with_room_for_images(
+    resolved: Resolved, shape: ModelShape, lengths: Lengths, images: int, room: int | None
+) -> Resolved:
+    """Let the cache of image features be as large as the room for it, which changes no number.
+
+    images: how many there are. room: bytes on the host beside all else, None where nobody knows.
+    """
+    config = resolved.configs[0]
+    size = images * lengths.image * shape.hidden * (2 if config.bf16 else 4)
+    wanted = min(size, int(config.vision_cache_gb * GIB))
+    if room is None or wanted <= room or resolved.origins["vision_cache_gb"] != "default":
+        return resolved
+    gigabytes = round(max(0, room) / GIB, 1)
+    print(
+        f"note: {gigabytes} GB of host memory are left for image features, in place of"
+        f" --vision_cache_gb {config.vision_cache_gb:g}: others are computed anew",
+        file=sys.stderr,
+    )
+    return resolved.with_value("vision_cache_gb", gigabytes, "memory forecast")
+
+
+# ---- the commands --------------------------------------------------------------------------------
+def fitted(
+    resolved: Resolved,
+    device: torch.device,
+    train: Sequence[Example],
+    sets: Mapping[str, Sequence[Example]],
+    adapter: str | Path | None,
+    plan: Callable[[Any], Plan] | None = None,
+) -> Resolved:
+    """Compare a training run's forecast with what is free, and return settings that fit.
+
+    train, sets: the training examples, and the evaluated data sets by name.
+    adapter: the folder that the run starts from, None for a fresh one.
+    plan(config): of the rollouts, None in SFT.
+
+    Raises UsageError where a phase cannot fit.
+    """
+    config, free = resolved.configs[0], free_memory(device)
+    if not config.memory_check or free is None:
+        return resolved
+    encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
+    learned = train if plan is None else ()
+    lengths = lengths_of(encoder, config.prompt, learned, [train, *sets.values()])
+    if lengths is None:
+        return resolved
+    rank = rank_of(adapter, config)
+
+    def forecast_of(changed: Any) -> Forecast:
+        rollouts = None if plan is None else plan(changed)
+        return forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
+
+    def allowed(changed: Any) -> bool:
+        return plan is None or not plan(changed).problems()
+
+    host = free_on_host() if device.type == "cuda" else None
+    problems = _loading_problem(shape, base_dtype(config.bf16, device).itemsize, host)
+    if problems:
+        raise UsageError(problems)
+    resolved, question = _settled(resolved, Question(config, device, forecast_of, allowed), free)
+    taken = 0 if device.type == "cuda" else forecast_of(question.config).peak
+    around = free_on_host()
+    room = None if around is None else int(COMFORTABLE * around.memory) - taken
+    images = len(train) + sum(map(len, sets.values()))
+    return _with_room_for_images(resolved, shape, lengths, images, room)
+
+
+def fitted_answers(
+    resolved: Resolved, device: torch.device, sets: Mapping[str, Sequence[Example]]
+) -> Resolved:
+    """Compare an evaluation's forecast with what is free, and return settings that fit.
+
+    sets: the data sets to answer, by name.
+
+    Raises UsageError where decoding cannot fit.
+    """
+    config, free = resolved.configs[0], free_memory(device)
+    if not config.memory_check or free is None:
+        return resolved
+    shape = shape_of(config.model_name_or_path)
+    lengths = lengths_of(_encoder(config), config.prompt, (), sets.values())
+    if lengths is None:
+        return resolved
+    adapter = config.adapter_name_or_path
+    rank = rank_of(adapter, config)
+
+    def forecast_of(changed: Any) -> Forecast:
+        image = image_tokens(changed, shape, lengths)
+        work = Workload(
+            element_size=base_dtype(changed.bf16, device).itemsize,
+            device=device.type,
+            lora_r=rank,
+            lora_dropout=0.0,
+            adapters=0 if adapter is None else 1,
+            gradient_checkpointing=False,
+            prompt_length=lengths.text + image,
+            image_tokens=image,
+            completion_length=0,
+            max_completion_length=changed.max_completion_length,
+            micro_batch=1,
+            eval_rows=changed.per_device_eval_batch_size,
+            num_generations=changed.num_generations,
+            sampling_copies=changed.sampling_copies,
+        )
+        return decoding_forecast(shape, work, greedy=changed.temperature == 0)
+
+    return _settled(resolved, Question(config, device, forecast_of), free)[0]
+
+
+def _encoder(config: Any) -> Encoder:
+    return load_encoder(
+        config.model_name_or_path,
+        min_visual_tokens=config.min_visual_tokens,
+        max_visual_tokens=config.max_visual_tokens,
+    )

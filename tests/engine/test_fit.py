@@ -1,0 +1,276 @@
+"""Protect what is done with the memory forecast before weights are read.
+
+Checked: the sampler's copies are left out where they do not fit, a run that cannot fit is refused
+with a flag and a number that then does fit, and nothing is refused without need.
+
+Run: pytest tests/engine/test_fit.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import engine.base_model
+import engine.fit
+import engine.generate
+import eval.evaluate
+import run_grpo
+from engine.config import UsageError
+from engine.device import computes_bf16, slow_bf16
+from engine.fit import Lengths, Question, certain, largest, training_work
+from engine.free_memory import Free
+from engine.memory import COPIES, GIB, Forecast, ModelShape, forecast, lora_parameters
+from engine.sampling_layers import sampling_layers
+from engine.settings import SFTConfig
+from rl.plan import BatchPlan
+from rl.settings import GRPOConfig
+from tests.helpers.runs import grpo, sft
+
+CPU = torch.device("cpu")
+# Qwen2.5-VL-3B's published sizes: its weights take 3,754,622,976 x 4 bytes = 13.99 GiB in fp32.
+QWEN_3B = ModelShape(
+    3_754_622_976, 2048, 36, 16, 2, 128, 11_008, 151_936, 2, False, None, False, 1280, 3420, 4, 1176
+)
+LENGTHS = Lengths(text=300, image=256, answer=200)
+
+
+def question(config, device: torch.device = CPU, shape: ModelShape = QWEN_3B) -> Question:
+    """Ask of a run of SFT, or of GRPO with its rollouts."""
+    plan = BatchPlan.of if isinstance(config, GRPOConfig) else None
+
+    def forecast_of(changed) -> Forecast:
+        of_run = None if plan is None else plan(changed)
+        return forecast(shape, training_work(changed, shape, LENGTHS, device, 16, of_run))
+
+    def allowed(changed) -> bool:
+        return plan is None or not plan(changed).problems()
+
+    return Question(config, device, forecast_of, allowed)
+
+
+def free(gigabytes: float, swap: float = 0.0) -> Free:
+    return Free(int(gigabytes * GIB), int(swap * GIB), "the test")
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+def test_what_is_certain_of_a_phase_by_hand():
+    # what is held is exact, of the rest four fifths
+    parts = {"base": 100, "adapters": 10, "AdamW": 20, "gradients": 5, "KV cache": 50, COPIES: 50}
+    assert certain(parts) == 135 + 80
+
+
+@pytest.mark.parametrize(("most", "limit", "found"), [(7, 100, 7), (0, 100, 0), (200, 100, 100)])
+def test_the_largest_number_that_fits(most, limit, found):
+    assert largest(lambda n: n <= most, limit) == found
+
+
+def test_the_copies_of_the_3b_model_in_fp32_do_not_fit_into_24_gigabytes():
+    """36 layers x 2048 x (2 x 2048 + 2 x 256 + 3 x 11008) + a head of 151936 x 2048, 4 bytes."""
+    config = SFTConfig(bf16=False)
+    asked = question(config)
+    parts = asked.forecast(config).phases["evaluation"]
+    copies = 4 * (36 * 2048 * (2 * 2048 + 2 * 256 + 3 * 11_008) + 151_936 * 2048)
+    assert parts[COPIES] == copies and 10 * GIB < copies < 12 * GIB
+    smaller = engine.fit.without_copies(asked, free(22))
+    assert smaller is not None and smaller.config == replace(config, sampling_copies=False)
+    assert (
+        COPIES not in smaller.forecast(smaller.config).phases["evaluation"]
+        or not (smaller.forecast(smaller.config).phases["evaluation"][COPIES])
+    )
+    assert smaller.problems(free(22)) == []
+    assert engine.fit.without_copies(asked, free(40)) is None
+    assert engine.fit.without_copies(question(SFTConfig()), free(22)) is None  # bf16 copies nothing
+
+
+def test_a_phase_is_refused_only_where_it_cannot_fit():
+    config = SFTConfig(bf16=False, sampling_copies=False)
+    asked = question(config)
+    parts = asked.forecast(config).phases["update"]
+    least = certain(parts) / GIB
+    assert not [line for line in asked.problems(free(least + 0.01)) if " update " in line]
+    assert [
+        line for line in asked.problems(free(least - 0.01)) if line.startswith("memory: update")
+    ]
+    # swap keeps a process alive
+    assert not [line for line in asked.problems(free(least - 1, swap=1.01)) if " update " in line]
+
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes", "phase"),
+    [
+        (SFTConfig(bf16=False, sampling_copies=False, per_device_eval_batch_size=512), 24, "eval"),
+        (SFTConfig(gradient_checkpointing=False, per_device_train_batch_size=64), 16, "update"),
+        (GRPOConfig(per_device_train_batch_size=64, steps_per_generation=64), 16, "rollout"),
+        (GRPOConfig(per_device_train_batch_size=90, num_generations=6), 9, "rollout"),
+    ],
+)
+def test_the_flag_that_is_named_makes_the_phase_fit(config, gigabytes, phase):
+    asked, there = question(config), free(gigabytes)
+    line = next(line for line in asked.problems(there) if line.startswith(f"memory: {phase}"))
+    advice = re.findall(r"--(\w+)(?: (\d+))?", line)
+    assert advice and line.endswith(" would fit")
+    for name, number in advice:
+        changed = replace(config, **{name: int(number) if number else True})
+        full = phase if phase != "eval" else "evaluation"
+        assert sum(asked.forecast(changed).phases[full].values()) <= 0.9 * there.memory
+        assert asked.allowed(changed)
+        if number:  # and the next one that the batches allow does not fit
+            value = int(number) + 1
+            while not asked.allowed(replace(config, **{name: value})):
+                value += 1
+            larger = replace(config, **{name: value})
+            assert sum(asked.forecast(larger).phases[full].values()) > 0.9 * there.memory
+
+
+def test_a_base_that_is_too_large_is_said_to_be():
+    lines = question(SFTConfig(bf16=False)).problems(free(10))
+    assert len(lines) == 3  # one a phase
+    assert all("the base model alone takes 13.99 GiB; " in line for line in lines)
+    assert re.match(
+        r"memory: update needs \d+\.\d\d GiB \(base 13.99, .*\) and 10.00 GiB are free \(the test",
+        lines[0],
+    )
+
+
+def test_bf16_is_advised_where_the_device_computes_it(monkeypatch):
+    asked = question(SFTConfig(bf16=False))
+    monkeypatch.setattr(engine.fit, "computes_bf16", lambda device: False)
+    assert asked.problems(free(10))[0].endswith("; take a smaller model, or free memory")
+    monkeypatch.setattr(engine.fit, "computes_bf16", lambda device: True)
+    assert asked.problems(free(10))[0].endswith("; --bf16 would fit")
+
+
+def test_adapters_and_moments_are_among_what_is_exact():
+    parts = question(GRPOConfig()).forecast(GRPOConfig()).phases["update"]
+    adapter = 4 * lora_parameters(QWEN_3B, 16)
+    assert (parts["adapters"], parts["AdamW"], parts["gradients"]) == (
+        2 * adapter,
+        2 * adapter,
+        adapter,
+    )
+
+
+# ---- bf16 on a CPU -------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("processor : 0\nflags : fpu avx2 avx512f avx512_bf16\n", True),
+        ("processor : 0\nflags : fpu avx2 avx512f\n", False),
+        ("processor : 0\nFeatures : fp asimd bf16\n", True),
+        ("processor : 0\nFeatures : fp asimd\n", True),  # nothing certain: nothing is said
+    ],
+)
+def test_a_cpu_that_only_imitates_bf16_is_told_by_its_flags(text, has, tmp_path):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert computes_bf16(CPU, tmp_path / "cpuinfo") is has
+    assert computes_bf16(CPU, tmp_path / "missing") is True
+
+
+def test_bf16_on_such_a_cpu_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr("engine.device.computes_bf16", lambda device: False)
+    assert "0.3 to 9 GFLOP/s there, against 60 in float32; --no_bf16" in slow_bf16(True, CPU)
+    assert slow_bf16(False, CPU) is None and slow_bf16(True, torch.device("cuda")) is None
+
+
+# ---- whole commands ------------------------------------------------------------------------------
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
+    tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: Free(100_000, 0, "the test"))
+    monkeypatch.setattr(
+        engine.base_model.AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda *_, **__: pytest.fail("weights were read"),
+    )
+    with pytest.raises(UsageError) as error:
+        sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", "--dry_run")
+    assert [line.partition(" needs ")[0] for line in error.value.problems] == [
+        "memory: update",
+        "memory: validation",
+        "memory: evaluation",
+    ]
+    assert "; --no_memory_check tries it all the same" in error.value.problems[-1]
+    assert "forecast in GiB" in capsys.readouterr().out  # a dry run shows the table all the same
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_copies_says_so_and_resumes_so(
+    tiny_sft_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """Where memory is short, but for swap, a run does without copies, wherever it is resumed."""
+    monkeypatch.chdir(tmp_path)
+    start = tiny_sft_run("qwen2_5_vl")
+    copied, short, plenty = [], Free(1_000_000, GIB, "the test"), Free(GIB, 0, "the test")
+
+    def layers(net, *, copies):
+        copied.append(copies)
+        return sampling_layers(net, copies=copies)
+
+    monkeypatch.setattr(engine.generate, "sampling_layers", layers)
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: short)
+    flags = ("--max_steps", "3", "--save_steps", "2")  # the third step begins a rollout
+    assert grpo(start, tiny_data, tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().err
+    assert said.count("are sampled without them, the same but for rounding") == 1
+    entry = json.loads((tmp_path / "run/config.json").read_text())["settings"]["sampling_copies"]
+    assert entry == {"value": False, "origin": "memory forecast"}
+    assert copied and not any(copied)
+
+    copied.clear()
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: plenty)
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")]
+    assert run_grpo.main([*resume, "--output_dir", str(tmp_path / "resumed")]) == 0
+    assert copied and not any(copied)
+    assert adapter(tmp_path / "resumed") == adapter(tmp_path / "run")
+
+    copied.clear()
+    assert grpo(start, tiny_data, tmp_path / "other", *flags) == 0
+    assert copied and all(copied)
+
+
+def adapter(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_evaluation_is_fitted_too(tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name, data = str(tiny_checkpoint("gemma3")), f"site={tiny_data}"
+    command = ["--model_name_or_path", name, "--data_file", data, "--max_completion_length", "3"]
+    command += ["--output_dir", str(tmp_path / "out"), "--max_samples", "2", "--prompt", "demo"]
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: Free(10_000, 0, "the test"))
+    assert eval.evaluate.main(command) == 2
+    error = capsys.readouterr().err
+    assert "error: memory: evaluation needs 0.0" in error
+    assert not (tmp_path / "out").exists()
+    assert eval.evaluate.main([*command, "--no_memory_check"]) == 0
+
+
+def test_where_nothing_tells_what_is_free_nothing_is_refused(
+    tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: None)
+    assert sft(tiny_checkpoint("gemma3"), tiny_data, tmp_path / "run", "--dry_run") == 0
+    assert "memory:" not in capsys.readouterr().err
+
+
+def test_the_cache_of_image_features_takes_what_is_left(
+    tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """12 images of 4 tokens x 32 numbers x 4 bytes are 6,144 bytes, more than the 0 left here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.fit, "free_on_host", lambda: Free(1000, 0, "the test"))
+    start = sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", "--dry_run")
+    printed = capsys.readouterr()
+    assert start == 0 and "note: 0.0 GB of host memory are left for image features" in printed.err
+    assert "vision_cache_gb" in printed.out and "memory forecast" in printed.out
+    # a flag's word is not changed
+    flags = ("--dry_run", "--vision_cache_gb", "4")
+    assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", *flags) == 0
+    assert "image features" not in capsys.readouterr().err
