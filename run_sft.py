@@ -45,7 +45,7 @@ from engine.logprobs import predicted_correctly, token_logprobs
 from engine.model_files import EMBEDDED
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
 from engine.order import shuffled
-from engine.policy import Policy, policy_to_fine_tune
+from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Run, Schedule, TrainerState, opened_run
@@ -148,6 +148,7 @@ def run_command(resolved: Resolved) -> int:
     )
     if config.show_batch:
         return show_answers(config, data.train, sys.stdout)
+    encoder = encoder_for(config, data.train + data.validation)  # which checks all answers
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
     resolved = fitted(resolved, device, data.train, evaluated, adapter)
@@ -155,9 +156,10 @@ def run_command(resolved: Resolved) -> int:
     record = training_record(resolved, "sft", data, checkpoint)
 
     # policy and optimizer
-    policy = policy_to_fine_tune(config, device, resumed=checkpoint is not None)
+    resumed = checkpoint is not None
+    policy = policy_to_fine_tune(config, device, resumed=resumed, encoder=encoder)
     for example in data.train[:1] + data.validation[:1]:
-        policy.encode_answer(example)  # a wrong path or template shows now, not after an epoch
+        policy.encode_answer(example)  # a wrong image path shows now, not after an epoch
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )

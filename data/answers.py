@@ -63,7 +63,7 @@ _BLOCKS: dict[str, tuple[str, ...]] = {
 }
 ANSWER_FORMATS: tuple[str, ...] = tuple(_BLOCKS)
 
-_TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def parse_answer(
 
 
 def _parse_label_list(text: str, label_set: LabelSet) -> Answer:
-    if any(tag in text for tag in _TAGS):
+    if any(tag in text for tag in TAGS):
         return Answer(valid=False, parsed=False, problem="tagged")
     entries = read_entries(text, label_set)
     problem = _content_problem(entries)

@@ -82,11 +82,13 @@ def load_model(
     max_visual_tokens: int,
     vision_cache_gb: float = 0.0,
     vision_cache_dir: str | None = None,
+    encoder: Encoder | None = None,
 ) -> BaseModel:
     """Load and freeze a base model of one of the two families.
 
     dtype: "auto" for the one that its weights are stored in.
     vision_cache_gb, vision_cache_dir: see VisionCache.
+    encoder: its tokenizer and image processor, where they are loaded already.
 
     Raises UsageError (one line) where there is no such model at `name`.
     """
@@ -98,7 +100,7 @@ def load_model(
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )
-    encoder = load_encoder(
+    encoder = encoder or load_encoder(
         name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
     )
     try:

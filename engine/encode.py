@@ -1,13 +1,16 @@
 """Encode one example as token ids, loss mask and image tensors, for a checkpoint of either family.
 
 The mask is made together with the tokens: an answer's row is the prompt (not supervised) followed
-by the answer and its end-of-turn token (supervised). That the tokens of prompt + answer really
-begin with the tokens of the prompt is checked for every row.
+by the answer and its end-of-turn token (supervised). For every row it is checked that its tokens
+begin with the tokens of the prompt, and that the supervised ones write the answer as it is.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from data.answers import TAGS
 from data.examples import Example
-from data.files import DataError
+from data.files import DataError, first_problems
 from data.images import load_image
-from data.prompts import Prompt, build_messages
+from data.prompts import Prompt
+from engine.chat import PROBE, ChatTemplate, change_of_answer, same_but_for
+from engine.config import UsageError
 from engine.families import Family, ImageTensors, family_of
 from engine.text_length import text_length
 
+logger = logging.getLogger(__name__)
+
 IMAGE_TYPE = 1  # token type of an image placeholder; 0 is text
+# A special token of plain words, such as a label that somebody added, belongs to answers.
+_WORDS = re.compile(r"[^\W_](?:[\w ,./()'-]*\w)?")
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,12 @@ class Encoder:
 
         config: config.json of the checkpoint as written.
 
-        Raises ValueError for a tokenizer without the family's end of turn.
+        control_tokens: special tokens, which are no part of any text. tags: special tokens that an
+        answer is written with all the same, such as <think>. They are text. notes: what a user
+        should know of this checkpoint, one line each.
+
+        Raises ValueError for a tokenizer without the family's end of turn, or with a chat template
+        that cannot be used.
         """
         self.family = family
         self.tokenizer = tokenizer
@@ -86,9 +101,32 @@ class Encoder:
         self.end_of_turn_id: int = end_of_turn_id
         # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's
         # <end_of_turn>.
-        self.control_tokens = [
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        special = {
+            id: token.content
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        roles = {getattr(tokenizer, f"{role}_token", None) for role in _ROLES}
+        roles |= {family.end_of_turn, *family.image_token_names}
+        self.tags = [token for token in special.values() if _writes_answers(token, roles)]
+        self.control_tokens = [token for token in special.values() if token not in self.tags]
+        self._control_ids = {id for id, token in special.items() if token not in self.tags}
+        self.notes = (
+            [
+                f"the tokenizer marks {', '.join(self.tags)} as special tokens; they belong to"
+                " answers and stay in their text"
+            ]
+            if self.tags
+            else []
+        )
+        self.chat = ChatTemplate(tokenizer)
+        if self.chat.folds_system:
+            self.notes.append(
+                "the chat template has no system message; the system text stands at the beginning"
+                " of the user's message"
+            )
+        self._tokenize(self.chat.prompt(PROBE), 1)  # the template has a place for one image
+        self._said: set[str] = set()  # harmless differences of answers, each said once
         self._prompt_texts: dict[Prompt, str] = {}
         self._pieces: dict[int, str] = {}  # token id -> what it writes
 
@@ -149,46 +187,120 @@ class Encoder:
 
         vision: as in `encode_prompt`.
 
-        Raises DataError for an answer that holds one of the tokenizer's control tokens, or that
-        changes how the prompt is tokenised.
+        Raises DataError for an answer that holds one of the tokenizer's control tokens, that
+        changes how the prompt is tokenised, or that the chat template or the tokenizer changes.
         """
-        control = [token for token in self.control_tokens if token in answer]
-        if control:
-            raise DataError(
-                [
-                    f"example {example.id!r}: the answer holds the control token {control[0]!r};"
-                    " remove it from the text"
-                ]
-            )
         encoded = self.encode_prompt(example, prompt, vision)
-        num_image_tokens = int((encoded.token_types == IMAGE_TYPE).sum())
-        ids = self._tokenize(self._render(prompt, answer), num_image_tokens)
-        prompt_length = len(encoded.input_ids)
-        if ids[:prompt_length] != encoded.input_ids.tolist():
-            raise DataError(
-                [
-                    f"example {example.id!r}: prompt + answer does not begin with the tokens of the"
-                    " prompt, so a loss mask would be wrong; the answer or the chat template joins"
-                    " its first characters with the prompt's last"
-                ]
-            )
-        completion = ids[prompt_length:]
-        if self.end_of_turn_id not in completion:
-            raise DataError(
-                [
-                    f"example {example.id!r}: the chat template does not end the answer with"
-                    f" {self.family.end_of_turn!r}, so the model would never learn to stop"
-                ]
-            )
-        # what the template writes after its end of turn is not the answer
-        completion = completion[: completion.index(self.end_of_turn_id) + 1]
+        completion = self._completion(example, prompt, answer, encoded.input_ids.tolist())
         supervised = torch.ones(len(completion), dtype=torch.bool)
         return EncodedRow(encoded, torch.tensor(completion), supervised)
 
+    def check_answers(self, examples: Iterable[Example], prompt: Prompt) -> None:
+        """Encode every answer without its image, before a run and not after an hour of it.
+
+        Raises DataError naming all examples that `encode_answer` refuses.
+        """
+        prompt_ids = self._tokenize(self._prompt_text(prompt), 1)
+        problems: list[str] = []
+        for example in examples:
+            try:
+                self._completion(example, prompt, example.answer or "", prompt_ids)
+            except DataError as error:
+                problems += error.problems
+        if problems:
+            raise DataError(first_problems(problems, "and {} more answers"))
+
+    def _completion(
+        self, example: Example, prompt: Prompt, answer: str, prompt_ids: list[int]
+    ) -> list[int]:
+        """Tokenise an answer and its end of turn, as they follow the prompt.
+
+        prompt_ids: of the prompt with its image places.
+
+        The chat template's own text is taken where it has the answer as it is. Some templates cut,
+        change or refuse an answer, for they expect one of an earlier turn. What is sampled comes
+        straight after the prompt, so such an answer is put there as the data have it.
+
+        Raises DataError as `encode_answer` does.
+        """
+        try:
+            self._check_text(answer)
+            start = self._prompt_text(prompt)
+            try:
+                written = self.chat.with_answer(prompt, answer)
+            except ValueError as error:
+                change: str | None = str(error)
+            else:
+                completion = self._after_prompt(written, prompt_ids)
+                learnt = self._decode(completion[:-1])
+                change = change_of_answer(answer, learnt)
+            if change is not None:
+                completion = self._after_prompt(
+                    start + answer + self.family.end_of_turn, prompt_ids
+                )
+                learnt = self._decode(completion[:-1])
+                if own_change := change_of_answer(answer, learnt):
+                    raise ValueError(f"the tokenizer changes the answer: {own_change}")
+                change = (
+                    f"the chat template changes answers ({change}); they are learnt as they are"
+                )
+        except ValueError as error:
+            raise DataError([f"example {example.id!r}: {error}"]) from error
+        self._say_once(change or same_but_for(answer, learnt), example)
+        return completion
+
+    def _check_text(self, answer: str) -> None:
+        """Raise ValueError for an answer that no tokens can stand for."""
+        control = [token for token in self.control_tokens if token in answer]
+        if control:
+            raise ValueError(
+                f"the answer holds the control token {control[0]!r}; remove it from the text"
+            )
+        if not _is_text(answer):
+            raise ValueError(
+                "the answer holds half a character (a lone surrogate), which no tokenizer takes;"
+                " remove it from the text"
+            )
+
+    def _after_prompt(self, text: str, prompt_ids: list[int]) -> list[int]:
+        """Tokenise a chat with an answer -> the tokens after the prompt, up to the end of turn.
+
+        Raises ValueError where it does not begin with the prompt's tokens, or has no end of turn.
+        """
+        ids = self._tokenize(text, prompt_ids.count(self.image_token_id))
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                "prompt + answer does not begin with the tokens of the prompt, so a loss mask would"
+                " be wrong; the answer or the chat template joins its first characters with the"
+                " prompt's last"
+            )
+        completion = ids[len(prompt_ids) :]
+        if self.end_of_turn_id not in completion:
+            raise ValueError(
+                f"the chat template does not end the answer with {self.family.end_of_turn!r}, so"
+                " the model would never learn to stop"
+            )
+        # what the template writes after its end of turn is not the answer
+        return completion[: completion.index(self.end_of_turn_id) + 1]
+
+    def _say_once(self, difference: str | None, example: Example) -> None:
+        """Warn of a difference between answers and what is learnt, at the first one of its kind."""
+        kind = (difference or "").partition("(")[0]
+        if difference is not None and kind not in self._said:
+            self._said.add(kind)
+            logger.warning("%s; the first is that of example %r", difference, example.id)
+
     def decode(self, ids: Tensor) -> str:
-        """Turn the ids of one completion into text, without control tokens."""
+        """Turn the ids of one completion into text, without control tokens.
+
+        Special tokens that answers are written with stay in it (see `tags`).
+        """
+        kept = [id for id in torch.as_tensor(ids).tolist() if id not in self._control_ids]
+        return self._decode(kept)
+
+    def _decode(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)  # a list only for a batch of completions
         return text
@@ -209,17 +321,13 @@ class Encoder:
         return self._pieces[token]
 
     def _prompt_text(self, prompt: Prompt) -> str:
+        """Render a prompt. Raises UsageError where the checkpoint's template cannot."""
         if prompt not in self._prompt_texts:
-            self._prompt_texts[prompt] = self._render(prompt)
+            try:
+                self._prompt_texts[prompt] = self.chat.prompt(prompt)
+            except ValueError as error:
+                raise UsageError(f"prompt {prompt.name!r}, with this model: {error}") from error
         return self._prompt_texts[prompt]
-
-    def _render(self, prompt: Prompt, answer: str | None = None) -> str:
-        """Render the chat as text, up to the answer or with it."""
-        text = self.tokenizer.apply_chat_template(
-            build_messages(prompt, answer), tokenize=False, add_generation_prompt=answer is None
-        )
-        assert isinstance(text, str)  # ids only with tokenize=True
-        return text
 
     def _tokenize(self, text: str, num_image_tokens: int) -> list[int]:
         """Tokenise a rendered chat, its one image place expanded to `num_image_tokens`."""
@@ -227,11 +335,31 @@ class Encoder:
         # the template has already written <bos> where there is one
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if ids.count(self.image_token_id) != num_image_tokens:
-            raise ValueError(
+            raise UsageError(
                 f"the chat template gave {ids.count(self.image_token_id)} image placeholders for"
                 f" {num_image_tokens} image tokens"
             )
         return ids
+
+
+# what a special token can be to a tokenizer
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def _writes_answers(token: str, roles: set[str | None]) -> bool:
+    """Tell whether a special token is a part of answers: a tag, a piece of one, or plain words."""
+    text = token.strip().casefold()
+    if text and any(text in tag or tag in text for tag in TAGS):
+        return True
+    return token not in roles and _WORDS.fullmatch(token) is not None
+
+
+def _is_text(answer: str) -> bool:
+    try:
+        answer.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_config(path: str | Path) -> dict:

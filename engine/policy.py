@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from engine.model import (
     add_reference,
     attach_adapter,
     attach_new_adapter,
+    load_encoder,
     load_model,
     prepare_for_training,
     use_adapter,
@@ -50,17 +51,38 @@ class ModelSettings(Protocol):
     def vision_cache_dir(self) -> str | None: ...
 
 
-def load_base(
-    config: ModelSettings, device: torch.device, *, vision_cache_gb: float = 0.0
-) -> BaseModel:
-    """Load and freeze the base model that the settings name.
+def encoder_for(config: SFTConfig, examples: Sequence[Example]) -> Encoder:
+    """Load the tokenizer and image processor that the settings name, before any weights.
 
-    vision_cache_gb: host memory for image features, GB.
+    examples: those whose answers will be learnt.
+
+    Raises UsageError where the checkpoint cannot be used, DataError naming every example whose
+    answer cannot be learnt as it is.
+    """
+    encoder = load_encoder(
+        config.model_name_or_path,
+        min_visual_tokens=config.min_visual_tokens,
+        max_visual_tokens=config.max_visual_tokens,
+    )
+    encoder.check_answers(examples, PROMPTS[config.prompt])
+    return encoder
+
+
+def load_base(
+    config: ModelSettings,
+    device: torch.device,
+    *,
+    vision_cache_gb: float = 0.0,
+    encoder: Encoder | None = None,
+) -> BaseModel:
+    """Load and freeze the base model that the settings name, and say what is unusual about it.
+
+    vision_cache_gb: host memory for image features, GB. encoder: where it is loaded already.
     """
     warning = slow_bf16(config.bf16, device)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    return load_model(
+    base = load_model(
         config.model_name_or_path,
         dtype=base_dtype(config.bf16, device),
         device=device,
@@ -68,7 +90,11 @@ def load_base(
         max_visual_tokens=config.max_visual_tokens,
         vision_cache_gb=vision_cache_gb,
         vision_cache_dir=config.vision_cache_dir,
+        encoder=encoder,
     )
+    for note in base.encoder.notes:
+        print(f"note: {base.name}: {note}", file=sys.stderr)
+    return base
 
 
 @dataclass(frozen=True)
@@ -189,14 +215,17 @@ class Policy:
 
 
 # ---- the policies that the scripts train ---------------------------------------------------------
-def policy_to_fine_tune(config: SFTConfig, device: torch.device, *, resumed: bool) -> Policy:
+def policy_to_fine_tune(
+    config: SFTConfig, device: torch.device, *, resumed: bool, encoder: Encoder | None = None
+) -> Policy:
     """Load what SFT trains: a base model with a fresh LoRA adapter, or with one to go on training.
 
     resumed: the adapter's weights will come from a checkpoint, whatever the run began with.
+    encoder: of `encoder_for`.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
-    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
+    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb, encoder=encoder)
     dropout = config.lora_dropout
     if config.adapter_name_or_path and not resumed:
         net = attach_adapter(base, config.adapter_name_or_path, trainable=True, dropout=dropout)

@@ -271,7 +271,10 @@ def test_a_template_without_end_of_turn_is_refused(encoder, family, example):
 
 
 def test_a_template_without_an_image_is_refused(encoder, example):
-    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}{% for c in m['content'] %}{{ c['text'] }}"
+        "{% endfor %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="0 image placeholders for 4 image tokens"):
         encoder.encode_prompt(example, PROMPT)
 
