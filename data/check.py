@@ -2,8 +2,12 @@
 
     python -m data.check train.jsonl validation.jsonl [--image_root FOLDER]
 
-All problems are printed, one line each. The exit code is 0 where nothing is wrong, 1 where
-something is, and 2 where the command cannot be carried out.
+All problems are printed, one line each, and notes on what may be meant. The exit code is 0 where
+nothing is wrong, 1 where something is, and 2 where the command cannot be carried out.
+
+One picture under two ids is found by its pixels, in one file and across the files of the command,
+whatever the names, formats and metadata of its files. It is a problem where the two rows disagree
+on the patient or on the labels: then it is in two sets of patients, or teaches two truths.
 """
 
 from __future__ import annotations
@@ -11,35 +15,116 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from data.answers import parse_answer
+from data.answers import ANSWER_FORMATS, parse_answer
 from data.examples import Example, data_file, scan_jsonl
 from data.files import DataError
-from data.images import image_problems
+from data.images import all_image_facts
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
+from data.predictions import DEFAULT_FORMAT
+
+# What the chat templates of the model families write around turns and images. In an answer it would
+# end the turn or stand for an image, so SFT refuses it.
+CONTROL_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+)
 
 
-def check_file(spec: str, image_root: str | None = None) -> tuple[list[Example], list[str]]:
-    """Read all of a data file -> (its sound rows, problems of rows, labels, answers and images).
+@dataclass
+class Checked:
+    """Hold what was found in one data file.
+
+    name: as the command names the file.
+    examples: its sound rows.
+    problems, notes: one line each. A note is no reason to refuse the file.
+    pictures: digest of each sound example's pixels, by the example's id.
+    """
+
+    name: str
+    examples: list[Example] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+def check_file(
+    spec: str, image_root: str | None = None, answer_format: str = DEFAULT_FORMAT
+) -> Checked:
+    """Read all of a data file: its rows, labels, answers and images.
 
     spec: a JSONL file or demo:SPLIT.
     image_root: folder that image paths are relative to, or None for the data file's own.
+    answer_format: form of the answers.
 
-    Raises DataError for a missing file.
+    Raises DataError for a missing file, and for one that is no JSONL.
     """
     path = data_file(spec)
     examples, problems = scan_jsonl(path, image_root)
-    problems += [f"{path}, {problem}" for example in examples for problem in _row_problems(example)]
-    problems += [
+    checked = Checked(str(path), examples, problems)
+    checked.problems += [
         f"{path}, {problem}"
-        for problem in image_problems(examples, f"{path.name} (images)")
-        if problem
+        for example in examples
+        for problem in _row_problems(example, answer_format)
     ]
-    return examples, problems
+    facts = all_image_facts(examples, f"{path.name} (images)")
+    checked.problems += [f"{path}, {fact.problem}" for fact in facts if fact.problem]
+    checked.pictures = {
+        example.id: fact.digest
+        for example, fact in zip(examples, facts, strict=True)
+        if not fact.problem
+    }
+    without = [example.id for example in examples if example.answer is None]
+    if 0 < len(without) < len(examples):
+        checked.notes.append(
+            f"{len(without)} of {len(examples)} rows have no answer, such as {without[0]!r};"
+            " run_sft.py learns from such a file only with --prompt only_label"
+        )
+    clipped = {
+        example.id: fact.clipped
+        for example, fact in zip(examples, facts, strict=True)
+        if fact.clipped is not None
+    }
+    if clipped:
+        most = max(clipped, key=lambda name: clipped[name])
+        checked.notes.append(
+            f"images of 16 bits: {len(clipped)}; of their pixels"
+            f" {sum(clipped.values()) / len(clipped):.3%} lie beyond the range that becomes 8 bits,"
+            f" at most {clipped[most]:.3%} ({most!r})"
+        )
+    flat = [example.id for example, fact in zip(examples, facts, strict=True) if fact.flat]
+    if flat:
+        checked.notes.append(
+            f"images of nearly one grey value all over: {len(flat)}, such as {flat[0]!r}; look at"
+            " how they were made"
+        )
+    return checked
 
 
-def _row_problems(example: Example) -> list[str]:
+def _row_problems(example: Example, answer_format: str) -> list[str]:
     problems = []
     if not example.evaluated_labels:
         problems.append(
@@ -47,20 +132,85 @@ def _row_problems(example: Example) -> list[str]:
             " scored; leave the row out"
         )
     if example.answer is not None:
-        answer = parse_answer(example.answer)
-        wrong = answer.problem if not answer.valid else None
-        if not wrong and (
-            answer.unknown or answer.duplicates or set(answer.labels) != example.target.labels
-        ):
-            wrong = f"says {', '.join((*answer.labels, *answer.unknown)) or 'no label'}"
-        if wrong:
+        control = next((token for token in CONTROL_TOKENS if token in example.answer), None)
+        if control:
             problems.append(
-                f"example {example.id!r}: the answer is not its labels in the form think_solution"
-                f" ({wrong}); write it again with data.traces"
+                f"example {example.id!r}: the answer holds {control!r}, a control token of chat"
+                " templates, which run_sft.py refuses; remove it"
+            )
+        if wrong := _wrong_answer(example, example.answer, answer_format):
+            problems.append(
+                f"example {example.id!r}: the answer is not its labels in the form {answer_format}"
+                f" ({wrong}); {_remedy(example.answer, answer_format)}"
             )
     return problems
 
 
+def _wrong_answer(example: Example, text: str, answer_format: str) -> str | None:
+    answer = parse_answer(text, answer_format)
+    if not answer.valid:
+        return answer.problem
+    if answer.unknown or answer.duplicates or set(answer.labels) != example.target.labels:
+        return f"says {', '.join((*answer.labels, *answer.unknown)) or 'no label'}"
+    return None
+
+
+def _remedy(text: str, answer_format: str) -> str:
+    """Name the form that the answer has, among those that tags tell apart."""
+    fits = [
+        name
+        for name in ("think_solution", "answer_tag", "solution")
+        if name != answer_format and parse_answer(text, name).valid
+    ]
+    if fits:
+        return f"it has the form {fits[0]}: give --answer_format {fits[0]}, here and to run_sft.py"
+    return "write it again with data.traces"
+
+
+# ---- one picture in two rows ---------------------------------------------------------------------
+def same_pictures(files: Sequence[Checked]) -> tuple[list[str], list[str]]:
+    """Find pictures that several rows show, in one file and across files -> (problems, notes).
+
+    The same id in two files is one example that both hold: it is counted in a note, and is a
+    problem only where the two disagree.
+    """
+    rows: dict[str, list[tuple[str, Example]]] = {}
+    for checked in files:
+        for example in checked.examples:
+            if digest := checked.pictures.get(example.id):
+                rows.setdefault(digest, []).append((checked.name, example))
+    problems, notes = [], []
+    shared: Counter[tuple[str, str]] = Counter()
+    for same in rows.values():
+        (name, first), *others = same
+        for other_name, other in others:
+            where = f"{name}, example {first.id!r}"
+            what = f"shows the same picture as {other_name}, example {other.id!r}"
+            if differences := list(_differences(first, other)):
+                problems.append(f"{where} {what}, {' and '.join(differences)}")
+            elif first.id != other.id:
+                notes.append(f"{where} {what}, of the same patient with the same labels")
+            if name != other_name:
+                shared[name, other_name] += 1
+    notes += [
+        f"pictures of {other} that are in {name} too: {count}; training, validation and test sets"
+        " must share none"
+        for (name, other), count in shared.items()
+    ]
+    return problems, notes
+
+
+def _differences(first: Example, other: Example) -> Iterator[str]:
+    """Say in which ways two rows of one picture disagree."""
+    if first.patient_id != other.patient_id:
+        yield f"of another patient ({first.patient_id!r}, {other.patient_id!r})"
+    rated = {*first.evaluated_labels} & {*other.evaluated_labels}
+    if {*first.labels} & rated != {*other.labels} & rated:
+        listed = [", ".join(example.labels) or "none" for example in (first, other)]
+        yield f"with other labels ({listed[0]}; {listed[1]})"
+
+
+# ---- what is shown -------------------------------------------------------------------------------
 def summary(spec: str, examples: Sequence[Example]) -> str:
     """Count the sound rows of a file, their patients, answers and labels, in one line."""
     counts = Counter(label for example in examples for label in example.target.labels)
@@ -106,19 +256,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--image_root",
         help="folder that image paths are relative to (default: each data file's own folder)",
     )
+    parser.add_argument(
+        "--answer_format",
+        choices=ANSWER_FORMATS,
+        default=DEFAULT_FORMAT,
+        help=f"form of the answers, as run_sft.py's --answer_format (default: {DEFAULT_FORMAT})",
+    )
     arguments = parser.parse_args(argv)
-    found, missing = 0, False
+    files: list[Checked] = []
     for spec in arguments.files:
         try:
-            examples, problems = check_file(spec, arguments.image_root)
+            checked = check_file(spec, arguments.image_root, arguments.answer_format)
         except DataError as error:
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-            missing = True
             continue
-        found += len(problems)
-        print("\n".join([summary(spec, examples), *problems]))
+        files.append(checked)
+        notes = [f"note: {checked.name}: {note}" for note in checked.notes]
+        print("\n".join([summary(spec, checked.examples), *checked.problems, *notes]))
+    problems, notes = same_pictures(files)
+    for line in [*problems, *(f"note: {note}" for note in notes)]:
+        print(line)
+    found = len(problems) + sum(len(checked.problems) for checked in files)
     print("no problem found" if not found else f"{found} problem{'s' if found > 1 else ''} found")
-    return 2 if missing else 1 if found else 0
+    return 2 if len(files) < len(arguments.files) else 1 if found else 0
 
 
 if __name__ == "__main__":

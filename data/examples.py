@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.files import DataError, first_problems, parse_json
+from data.files import DataError, first_problems
+from data.json_rows import half_pairs, json_rows
 from data.labels import CHEXPERT, LABELS, LabelSet, Target
 
 
@@ -50,6 +51,10 @@ class Example:
 
 _REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
 _OPTIONAL = {"evaluated_labels": list, "source_labels": list, "answer": str}
+_NAMES = ("id", "patient_id", "image", "dataset")  # a blank one would name all rows alike
+# Some ten times the longest reasoning that teachers write. A longer answer is a mistake of a tool,
+# and would fill the memory in the middle of a run.
+MAX_ANSWER_CHARACTERS = 100_000
 _TYPE_NAMES = {str: "a string", list: "a list of strings"}
 
 # Who is on the image and from where: optional fields of a data file and of a predictions file.
@@ -88,22 +93,19 @@ def scan_jsonl(
     examples: list[Example] = []
     problems: list[str] = []
     line_of: dict[str, int] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row, row_problems = _parse_row(line, label_set)
-            problems += [f"{path}, line {number}: {problem}" for problem in row_problems]
-            if row_problems:
-                continue
-            if row["id"] in line_of:
-                problems.append(
-                    f"{path}, line {number}: field 'id': {row['id']!r} is also on line"
-                    f" {line_of[row['id']]}; ids must differ"
-                )
-                continue
-            line_of[row["id"]] = number
-            examples.append(_example(row, root, label_set))
+    for number, row, row_problems in json_rows(path):
+        row_problems = row_problems or _row_problems(row, label_set)
+        problems += [f"{path}, line {number}: {problem}" for problem in row_problems]
+        if row_problems:
+            continue
+        if row["id"] in line_of:
+            problems.append(
+                f"{path}, line {number}: field 'id': {row['id']!r} is also on line"
+                f" {line_of[row['id']]}; ids must differ"
+            )
+            continue
+        line_of[row["id"]] = number
+        examples.append(_example(row, root, label_set))
     if not examples and not problems:
         problems.append(f"{path}: the file holds no examples; it needs at least one")
     return examples, problems
@@ -150,12 +152,11 @@ def read_examples(
     return read_jsonl(data_file(spec), image_root, label_set)
 
 
-def _parse_row(line: bytes, label_set: LabelSet) -> tuple[dict, list[str]]:
-    row, problems = parse_json(line)
-    if problems:
-        return {}, problems
+def _row_problems(row: object, label_set: LabelSet) -> list[str]:
     if not isinstance(row, dict):
-        return {}, [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
+        return [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
+    if problems := half_pairs(row):
+        return problems
     problems = [f"field {name!r} is missing" for name in _REQUIRED if name not in row]
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         if name not in row or (name in _OPTIONAL and row[name] is None):
@@ -174,7 +175,14 @@ def _parse_row(line: bytes, label_set: LabelSet) -> tuple[dict, list[str]]:
                     f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
                     f" {', '.join(label_set.names)}"
                 )
-    return row, problems + who_problems(row)
+        elif name in _NAMES and not value.strip():
+            problems.append(f"field {name!r} is blank; every row needs one")
+        elif name == "answer" and len(value) > MAX_ANSWER_CHARACTERS:
+            problems.append(
+                f"field 'answer' has {len(value):,} characters; at most"
+                f" {MAX_ANSWER_CHARACTERS:,} are learnt from"
+            )
+    return problems + who_problems(row)
 
 
 def who_problems(row: Mapping[str, Any]) -> list[str]:

@@ -104,24 +104,6 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
     return Path(path)
 
 
-def parse_json(line: bytes | str) -> tuple[Any, list[str]]:
-    """Parse one line of a JSONL file -> (its value, what is wrong with it).
-
-    A byte order mark, which some tools put in front of a file, is passed over.
-    """
-    try:
-        text = line if isinstance(line, str) else line.decode()
-        return json.loads(text.removeprefix("\ufeff").rstrip()), []
-    except json.JSONDecodeError as error:
-        return None, [f"not valid JSON ({error.msg}, column {error.colno})"]
-    except UnicodeDecodeError as error:
-        return None, [
-            f"not UTF-8 text ({error.reason}, byte {error.start + 1}); save the file as UTF-8"
-        ]
-    except RecursionError:
-        return None, ["not valid JSON (nested too deep)"]
-
-
 def sha256_of(path: str | Path) -> str:
     """Hash a file -> its SHA-256 in hexadecimal."""
     with open(path, "rb") as file:

@@ -7,11 +7,15 @@ or leave a run but never enter it unseen.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -25,10 +29,18 @@ from data.files import DataError, first_problems
 # the largest digital radiographs have about 20 million; beyond this it is a bomb or a mistake
 MAX_PIXELS = 80_000_000
 MAX_ASPECT_RATIO = 20  # a longer strip is no radiograph, and image processors refuse or distort it
+MAX_FILE_BYTES = 2**30  # twice what MAX_PIXELS of 16-bit colour take without compression
 FORMATS = ("JPEG", "PNG")
 # Of how a file becomes pixels. Image features that are kept on a disk belong to one reading: a
 # change below that makes other pixels of a file that is read already needs the next number.
-READING = 1
+READING = 2
+# 16 bits become 8 from the first to the last of these quantiles and a margin beyond them, as a part
+# of what lies between, but never beyond what is in the picture.
+QUANTILES, MARGIN = (0.01, 0.99), 0.25
+
+# What a network drive may report of a sound file, and the seconds to wait before another try.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
+RETRY_WAITS = (0.1, 0.5, 2.0)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,6 +52,11 @@ def image_path(example: Example) -> Path:
     Raises DataError unless it is a regular file under `image_root`, symbolic links resolved, named
     by a relative path without `..`.
     """
+    return image_status(example)[0]
+
+
+def image_status(example: Example) -> tuple[Path, os.stat_result]:
+    """Find the example's image file and what the file system says of it, as `image_path` does."""
     name = f"example {example.id!r}: image {example.image!r}"
     written = PurePosixPath(example.image)
     if "://" in example.image:
@@ -52,9 +69,7 @@ def image_path(example: Example) -> Path:
         )
     try:
         root = example.image_root.resolve()
-        path = (root / example.image).resolve()
-        inside = path.is_relative_to(root)
-        mode = path.stat().st_mode if inside else 0
+        path, status = _patiently(lambda: _resolved(root, example.image))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             [f"{name}: no such file under the image root {root}; check the row or --image_root"]
@@ -64,11 +79,29 @@ def image_path(example: Example) -> Path:
         raise DataError(
             [f"{name}: not a usable path ({getattr(error, 'strerror', None) or error})"]
         ) from error
-    if not inside:
+    if status is None:
         raise DataError([f"{name} lies outside the image root {root}, through a symbolic link"])
-    if not stat.S_ISREG(mode):  # a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
         raise DataError([f"{name}: {path} is not a regular file; check the row or --image_root"])
-    return path
+    return path, status
+
+
+def _resolved(root: Path, image: str) -> tuple[Path, os.stat_result | None]:
+    """Follow a path -> (the file, its status or None where it lies outside the root)."""
+    path = (root / image).resolve()
+    return path, path.stat() if path.is_relative_to(root) else None
+
+
+def _patiently(read: Callable[[], Result]) -> Result:
+    """Call `read` until no passing fault of a network drive comes, a few times at most."""
+    for wait in RETRY_WAITS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(wait)
+    return read()
 
 
 def check_images(examples: Iterable[Example]) -> None:
@@ -86,21 +119,43 @@ def check_images(examples: Iterable[Example]) -> None:
         raise DataError(first_problems(problems, "and {} more images"))
 
 
-def image_problem(example: Example) -> str | None:
-    """Read all of the example's image and say why it cannot be used, or None for a good one."""
-    try:
-        load_image(example)
-    except DataError as error:
-        return error.problems[0]
-    return None
+@dataclass(frozen=True)
+class ImageFacts:
+    """Hold what is known of an example's image once all of it has been read.
 
-
-def image_problems(examples: Sequence[Example], description: str = "images") -> list[str | None]:
-    """Find the `image_problem` of every example, in their order.
-
-    Works in parallel, with a progress bar on stderr.
+    problem: why it cannot be used, or None.
+    digest: of its pixels as a model sees them, whatever the file's name, format and metadata.
+    clipped: share of the pixels beyond the range of `scaled_to_8_bits`, None where the file has 8
+    bits.
+    flat: all pixels have nearly one grey value, as where a window was wrong.
     """
-    return list(in_parallel(image_problem, examples, description))
+
+    problem: str | None = None
+    digest: str = ""
+    clipped: float | None = None
+    flat: bool = False
+
+
+FLAT_LEVELS = 8  # of 256: a picture with fewer shows nothing
+
+
+def image_facts(example: Example) -> ImageFacts:
+    """Read all of the example's image and note what `ImageFacts` holds."""
+    try:
+        image, clipped = _decoded(example, read_image(example))
+    except DataError as error:
+        return ImageFacts(problem=error.problems[0])
+    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    lows, highs = zip(*image.getextrema(), strict=True)
+    return ImageFacts(digest=digest, clipped=clipped, flat=max(highs) - min(lows) < FLAT_LEVELS)
+
+
+def all_image_facts(examples: Sequence[Example], description: str = "images") -> list[ImageFacts]:
+    """Read the images of all examples, in parallel -> their facts in order.
+
+    A progress bar is on stderr.
+    """
+    return list(in_parallel(image_facts, examples, description))
 
 
 def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Example], list[dict]]:
@@ -111,7 +166,8 @@ def without_bad_images(examples: Sequence[Example], name: str) -> tuple[list[Exa
 
     Raises DataError where no example is left.
     """
-    problems = image_problems(examples, f"{name} (checking images)")
+    facts = all_image_facts(examples, f"{name} (checking images)")
+    problems = [fact.problem for fact in facts]
     bad = [
         {
             "id": example.id,
@@ -155,11 +211,18 @@ def in_parallel(
 def read_image(example: Example) -> bytes:
     """Read the example's image file as it is.
 
-    Raises DataError for a file that is not there or cannot be read.
+    Raises DataError for a file that is not there, is too large, or cannot be read.
     """
-    path = image_path(example)
+    path, status = image_status(example)
+    if status.st_size > MAX_FILE_BYTES:
+        raise DataError(
+            [
+                f"example {example.id!r}: {path} has {status.st_size:,} bytes; at most"
+                f" {MAX_FILE_BYTES:,} are read"
+            ]
+        )
     try:
-        return path.read_bytes()
+        return _patiently(path.read_bytes)
     except OSError as error:
         raise _unreadable(example, path, error) from error
 
@@ -169,14 +232,19 @@ def load_image(example: Example, content: bytes | None = None) -> Image.Image:
 
     content: of the image file, where it has been read already.
 
-    16-bit greyscale is scaled to its own range, not clipped. Transparency is put on black.
+    16-bit greyscale is scaled, see `scaled_to_8_bits`. Transparency is put on black.
 
     Raises DataError for a file that is not a whole JPEG or PNG, has too many pixels or is a narrow
     strip.
     """
-    path = image_path(example)
+    return _decoded(example, read_image(example) if content is None else content)[0]
+
+
+def _decoded(example: Example, content: bytes) -> tuple[Image.Image, float | None]:
+    """Decode an image as `load_image` does -> (it, the share of pixels that scaling clipped)."""
+    path = example.image_root / example.image
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             size, shape = image.width * image.height, f"{image.width} x {image.height} pixels"
             if size > MAX_PIXELS:
                 raise DataError(
@@ -204,15 +272,35 @@ def _unreadable(example: Example, path: Path, error: Exception) -> DataError:
     return DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({reason})"])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, float | None]:
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip 16 bits at 255
-        values = np.asarray(image, dtype=np.float32)
-        low, high = float(values.min()), float(values.max())
-        scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+        scaled, clipped = scaled_to_8_bits(np.asarray(image))
+        return Image.fromarray(scaled).convert("RGB"), clipped
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert(
-            "RGB"
-        )
-    return image.convert("RGB")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image).convert("RGB"), None
+    return image.convert("RGB"), None
+
+
+def scaled_to_8_bits(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scale grey values of any range to 0..255 -> (uint8 of the same shape, share clipped).
+
+    values: of one picture, any number type.
+
+    The range runs from the 1st to the 99th hundredth of the values and a quarter of that width
+    beyond on either side, or to the smallest and largest value where they are nearer. So a picture
+    without far outliers keeps its whole range, and a hot pixel or a burned-in mark does not darken
+    the rest. Where nearly all values are one, the range is the whole one.
+    """
+    values = values.astype(np.float32)
+    lowest, highest = float(values.min()), float(values.max())
+    low, high = map(float, np.quantile(values, QUANTILES, method="nearest"))
+    margin = MARGIN * (high - low)
+    if margin > 0:
+        lowest, highest = max(lowest, low - margin), min(highest, high + margin)
+    if highest <= lowest:
+        return np.zeros(values.shape, dtype=np.uint8), 0.0
+    clipped = float(np.mean((values < lowest) | (values > highest)))
+    scaled = (np.clip(values, lowest, highest) - lowest) * (255.0 / (highest - lowest))
+    return scaled.round().astype(np.uint8), clipped

@@ -13,8 +13,9 @@ from typing import Any
 
 from data.answers import ANSWER_FORMATS
 from data.examples import WHO, Example
-from data.files import DataError, first_problems, parse_json
-from data.predictions import DEFAULT_FORMAT, Prediction
+from data.files import DataError, first_problems
+from data.json_rows import half_pairs, json_rows
+from data.predictions import DEFAULT_FORMAT, Prediction, count_problems
 
 _SHOWN_IDS = 3
 
@@ -47,24 +48,20 @@ def read_answers(
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     line_of: dict[tuple[str, int | None], int] = {}
     problems: list[str] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row, found = parse_json(line)
-            found = found or _row_problems(row)
-            if not found and row["id"] not in known:
-                found = [f"id {row['id']!r} is not in {data_file}"]
-            if not found:
-                first = line_of.setdefault((row["id"], row.get("sample")), number)
-                if first != number:
-                    found = [
-                        f"id {row['id']!r} is also on line {first}; give each image one answer, or"
-                        ' number several by "sample": 0, 1, ...'
-                    ]
-            problems += [f"{path}, line {number}: {problem}" for problem in found]
-            if "id" in (row if isinstance(row, dict) else ()):
-                rows[str(row["id"])].append(row)
+    for number, row, found in json_rows(path):
+        found = found or _row_problems(row)
+        if not found and row["id"] not in known:
+            found = [f"id {row['id']!r} is not in {data_file}"]
+        if not found:
+            first = line_of.setdefault((row["id"], row.get("sample")), number)
+            if first != number:
+                found = [
+                    f"id {row['id']!r} is also on line {first}; give each image one answer, or"
+                    ' number several by "sample": 0, 1, ...'
+                ]
+        problems += [f"{path}, line {number}: {problem}" for problem in found]
+        if "id" in (row if isinstance(row, dict) else ()):
+            rows[str(row["id"])].append(row)
     wanted = examples[:max_samples]
     # an example whose row is wrong has an answer: only its row is named
     missing = [example.id for example in wanted if example.id not in rows]
@@ -89,15 +86,13 @@ def _missing(path: Path, ids: Sequence[str], of: int, data_file: str | Path) -> 
 def _row_problems(row: object) -> list[str]:
     if not isinstance(row, dict):
         return [f"holds {type(row).__name__}, not an object with fields id, completion"]
-    problems = []
+    if problems := half_pairs(row, besides=("completion",)):  # a cut answer may end in one
+        return problems
     for name in ("id", "completion"):
         if not isinstance(row.get(name), str):
             hint = ' ("" where the model gave no answer)' if name == "completion" else ""
             problems.append(f"field {name!r} is {_shown(row, name)}; it must be a string{hint}")
-    for name in ("completion_length", "sample"):
-        value = row.get(name)
-        if value is not None and not (type(value) is int and value >= 0):
-            problems.append(f"field {name!r} is {_shown(row, name)}; it must be a number from 0 up")
+    problems += count_problems(row)
     if row.get("prompt") is not None and not isinstance(row["prompt"], str):
         problems.append(f"field 'prompt' is {_shown(row, 'prompt')}; it must be a string")
     if row.get("answer_format") not in (None, *ANSWER_FORMATS):

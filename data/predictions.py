@@ -16,7 +16,8 @@ from typing import Any
 
 from data.answers import ANSWER_FORMATS, Answer, parse_answer
 from data.examples import WHO, Example, who_of, who_problems
-from data.files import DataError, first_problems, parse_json, write_jsonl
+from data.files import DataError, first_problems, write_jsonl
+from data.json_rows import half_pairs, json_rows, parse_json
 from data.label_sets import label_lines, read_labels
 from data.labels import CHEXPERT, LABEL_MAPS, LabelSet, Target, chexpert_labels_of_nih
 
@@ -233,24 +234,21 @@ def iter_predictions(
     line_of: dict[tuple[str, int | None], int] = {}  # of the (id, sample) that may occur once
     sound = 0
     same = label_set  # of all rows: the first one's, where none is given
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row, found = parse_row(line, same)
-            same = same or (None if found else label_set_of(row))
-            if not found and not _is_of_rollout(row):
-                sample = row.get("sample")
-                first = line_of.setdefault((row["id"], sample), number)
-                if first != number:
-                    what = "" if sample is None else f", sample {sample},"
-                    counts = "each image counts once" if sample is None else "number its samples"
-                    found = [f"id {row['id']!r}{what} is also on line {first}; {counts}"]
-            problems += [f"{path}, line {number}: {problem}" for problem in found]
-            if not found:
-                sound += 1
-                if ids is None or row["id"] in ids:
-                    yield Prediction.from_row(row, answer_format, same)
+    for number, row, found in json_rows(path):
+        found = found or _row_problems(row, same)
+        same = same or (None if found else label_set_of(row))
+        if not found and not _is_of_rollout(row):
+            sample = row.get("sample")
+            first = line_of.setdefault((row["id"], sample), number)
+            if first != number:
+                what = "" if sample is None else f", sample {sample},"
+                counts = "each image counts once" if sample is None else "number its samples"
+                found = [f"id {row['id']!r}{what} is also on line {first}; {counts}"]
+        problems += [f"{path}, line {number}: {problem}" for problem in found]
+        if not found:
+            sound += 1
+            if ids is None or row["id"] in ids:
+                yield Prediction.from_row(row, answer_format, same)
     if problems or not sound:
         raise DataError(
             first_problems(problems, f"{path}: and {{}} more problems")
@@ -285,12 +283,15 @@ _REQUIRED: dict[str, type] = {
     "completion": str,
 }
 # absent or null: all labels of the set, and a length that nobody counted
-_OPTIONAL: dict[str, type] = {"evaluated_labels": list, "completion_length": int}
+_OPTIONAL: dict[str, type] = {"evaluated_labels": list}
+MAX_COUNT = 10**9  # of tokens or samples; more is a mistake that no sum should meet
 
 
 def _row_problems(row: object, wanted: LabelSet | None) -> list[str]:
     if not isinstance(row, dict):
         return [f"holds {type(row).__name__}, not an object with fields {', '.join(_REQUIRED)}"]
+    if problems := half_pairs(row, besides=("completion",)):  # a cut answer may end in one
+        return problems
     label_set, problems = _checked_label_set(row, wanted)
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         value = row.get(name)
@@ -312,16 +313,23 @@ def _row_problems(row: object, wanted: LabelSet | None) -> list[str]:
         problems.append(
             f"field 'source_labels' is {json.dumps(source)[:60]}; it must be a list of strings"
         )
-    sample = row.get("sample")
-    if sample is not None and not (type(sample) is int and sample >= 0):
-        problems.append(
-            f"field 'sample' is {json.dumps(sample)[:60]}; it must be a number from 0 up"
-        )
+    problems += count_problems(row)
     if row.get("answer_format") not in (None, *ANSWER_FORMATS):
         problems.append(
             f"field 'answer_format' is {row['answer_format']!r}; known: {', '.join(ANSWER_FORMATS)}"
         )
     return problems + who_problems(row)
+
+
+def count_problems(row: Mapping[str, Any]) -> list[str]:
+    """Check the optional whole numbers of a row -> problems, one line each."""
+    return [
+        f"field {name!r} is {json.dumps(row[name])[:60]}; it must be a number from 0 up to"
+        f" {MAX_COUNT:,}"
+        for name in ("completion_length", "sample")
+        if row.get(name) is not None
+        and not (type(row[name]) is int and 0 <= row[name] <= MAX_COUNT)
+    ]
 
 
 def _checked_label_set(

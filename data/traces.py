@@ -15,14 +15,17 @@ leaves the machine only by what a person does with the exported files.
 An answer is rejected as
 
     no_answer   the files hold none for this example
-    failed      the service reports an error, a refusal or no text
+    failed      the service reports an error, a refusal, or a tool call in place of a text
+    no_text     it is blank (detail: where the reasoning is, if there is any)
+    damaged     it holds half a character, or U+FFFD in the place of one
     cut         it stopped at the length limit
+    long        it has more characters than an answer of a data file may have
     control     it holds another tag than the form's four, as chat templates have for control
                 tokens, which SFT refuses
     form        it is not strictly in the form <think>..</think><solution>..</solution> (detail:
                 the parser's code)
     labels      its labels are not exactly the true ones
-    leak        it lets on that the labels were known (detail: the phrase, of LEAK_PHRASES)
+    leak        it lets on that the labels were known (detail: the phrase, of data/leaks.py)
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,13 +49,21 @@ from PIL import Image
 
 from data.answers import parse_answer
 from data.demo.teacher import trace_from_labels
-from data.examples import Example, data_file, read_jsonl, row_of, selection_file
+from data.examples import (
+    MAX_ANSWER_CHARACTERS,
+    Example,
+    data_file,
+    read_jsonl,
+    row_of,
+    selection_file,
+)
 from data.files import DataError, first_problems, write_jsonl
 from data.images import check_images, in_parallel, load_image
 from data.labels import LABELS
+from data.leaks import leak
 from data.prompts import PROMPTS, Prompt
+from data.teacher_answers import ANSWER_FORMAT, TeacherAnswer, read_answers
 
-ANSWER_FORMAT = "think_solution"  # of every trace
 TEACHER_PROMPTS = tuple(
     name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT
 )
@@ -62,149 +73,15 @@ FORMS = ("gemini", "openai")
 MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
 MAX_REQUESTS = 50_000
 
-# Words by which a trace lets on that its author knew the labels, or talks about the task. Compared
-# word by word, whatever the case and the punctuation: "ground truth" is also found in
-# "Ground-truth:".
-LEAK_PHRASES: tuple[str, ...] = (
-    "ground truth",
-    "reference standard",
-    "reference label",
-    "reference labels",
-    "gold standard label",
-    "gold label",
-    "gold labels",
-    "true label",
-    "true labels",
-    "correct label",
-    "correct labels",
-    "correct answer",
-    "expected answer",
-    "expected label",
-    "expected labels",
-    "target label",
-    "target labels",
-    "known label",
-    "known labels",
-    "known diagnosis",
-    "answer key",
-    "given label",
-    "given labels",
-    "the given finding",
-    "the given findings",
-    "given answer",
-    "the given diagnosis",
-    "provided label",
-    "provided labels",
-    "provided finding",
-    "provided findings",
-    "provided answer",
-    "provided diagnosis",
-    "provided list",
-    "supplied label",
-    "supplied labels",
-    "labels given",
-    "labels provided",
-    "labels supplied",
-    "label is given",
-    "label was given",
-    "label provided",
-    "label given",
-    "labels are given",
-    "labels were given",
-    "labels are provided",
-    "labels were provided",
-    "findings are given",
-    "findings were given",
-    "findings are provided",
-    "findings were provided",
-    "listed as present",
-    "labeled as",
-    "labelled as",
-    "as labeled",
-    "as labelled",
-    "annotated as",
-    "annotated with",
-    "the annotations",
-    "per the annotation",
-    "annotator",
-    "annotators",
-    "according to the label",
-    "according to the labels",
-    "per the label",
-    "per the labels",
-    "based on the label",
-    "based on the labels",
-    "match the label",
-    "match the labels",
-    "matches the label",
-    "matches the labels",
-    "matching the label",
-    "matching the labels",
-    "label says",
-    "label states",
-    "label indicates",
-    "labels say",
-    "labels state",
-    "labels indicate",
-    "labels include",
-    "consistent with the label",
-    "consistent with the labels",
-    "according to the report",
-    "per the report",
-    "the report says",
-    "the report states",
-    "the report mentions",
-    "we are told",
-    "we were told",
-    "i am told",
-    "i was told",
-    "we know that the labels",
-    "as instructed",
-    "was instructed",
-    "were instructed",
-    "am instructed",
-    "are instructed",
-    "instructions",
-    "the prompt",
-    "the user",
-    "you told",
-    "you provided",
-    "you gave",
-    "i must include",
-    "must be included",
-    "i must conclude",
-    "need to justify",
-    "have to justify",
-    "asked to justify",
-    "justify the label",
-    "justify the labels",
-    "pretend",
-    "pretending",
-    "as if i",
-    "as if independently",
-    "independently of the label",
-    "without knowing the",
-    "hindsight",
-    "metadata",
-    "dataset",
-    "data set",
-)
-
 
 # ---- checks --------------------------------------------------------------------------------------
-def leak(text: str) -> str | None:
-    """Find the first of LEAK_PHRASES in a text, or None."""
-    words = " ".join(
-        "".join(c if c.isalnum() else " " for c in text.casefold().replace("'", "")).split()
-    )
-    return next((phrase for phrase in LEAK_PHRASES if f" {phrase} " in f" {words} "), None)
-
-
 def check_trace(text: str, example: Example) -> tuple[str, str] | None:
     """Say why a teacher's answer cannot be learnt from -> (code, detail), or None for a good one.
 
     The codes are those of the module's table.
     """
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        return "long", f"more than {MAX_ANSWER_CHARACTERS:,} characters"
     if control := _foreign_tag(text):
         return "control", control
     answer = parse_answer(text, ANSWER_FORMAT)
@@ -364,110 +241,6 @@ def export(
 
 # ---- import --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class TeacherAnswer:
-    """Hold one answer of a service.
-
-    id: the example's.
-    rejected: (code, detail) of why there is no text to look at.
-    """
-
-    id: str
-    text: str = ""
-    rejected: tuple[str, str] | None = None
-
-
-def read_answers(path: str | Path) -> list[TeacherAnswer]:
-    """Read the answers of a batch output file. Each line shows by its fields which form it has.
-
-    Raises DataError with every line that is of neither form, and for a missing file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError([f"--answers {path}: no such file"])
-    answers, problems = [], []
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                answers.append(_gemini_answer(row) if "key" in row else _openai_answer(row))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                problems.append(
-                    f"{path}, line {number}: an answer of neither batch form, with 'key' (Gemini)"
-                    f" or 'custom_id' (OpenAI) and 'response' ({type(error).__name__}: {error})"
-                )
-    if problems:
-        raise DataError(first_problems(problems, f"{path}: and {{}} more lines"))
-    return answers
-
-
-def _gemini_answer(row: dict) -> TeacherAnswer:
-    """Read {"key", "response": GenerateContentResponse}.
-
-    A request that failed has "error" or "status" in place of "response".
-    """
-    if not row.get("response"):
-        return TeacherAnswer(
-            _text(row["key"]),
-            rejected=("failed", _shortened(row.get("error") or row.get("status") or "no response")),
-        )
-    candidates = row["response"].get("candidates") or []
-    if not candidates:
-        return TeacherAnswer(
-            _text(row["key"]),
-            rejected=(
-                "failed",
-                _shortened(row["response"].get("promptFeedback") or "no candidate"),
-            ),
-        )
-    parts = (candidates[0].get("content") or {}).get("parts") or []
-    # a thinking model's own notes
-    text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-    return _finished(
-        _text(row["key"]),
-        text,
-        candidates[0].get("finishReason") or "",
-        cut="MAX_TOKENS",
-        good="STOP",
-    )
-
-
-def _openai_answer(row: dict) -> TeacherAnswer:
-    """Read {"custom_id", "response": {"status_code", "body": a chat completion}, "error"}."""
-    response = row["response"]
-    if row.get("error") or not response or response.get("status_code", 200) != 200:
-        reported = row.get("error") or (response and response.get("body")) or "no response"
-        return TeacherAnswer(_text(row["custom_id"]), rejected=("failed", _shortened(reported)))
-    choice = response["body"]["choices"][0]
-    return _finished(
-        _text(row["custom_id"]),
-        choice["message"].get("content") or "",
-        choice.get("finish_reason") or "",
-        cut="length",
-        good="stop",
-    )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"the id is {value!r}, not a string")
-    return value
-
-
-def _finished(name: str, text: str, reason: str, *, cut: str, good: str) -> TeacherAnswer:
-    if reason == cut:
-        return TeacherAnswer(name, text, ("cut", reason))
-    if not text.strip() or reason not in ("", good):
-        return TeacherAnswer(name, text, ("failed", reason or "no text"))
-    return TeacherAnswer(name, text)
-
-
-def _shortened(value: object) -> str:
-    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[:200]
-
-
-@dataclass(frozen=True)
 class Imported:
     """Hold what became of a teacher's answers.
 
@@ -475,11 +248,15 @@ class Imported:
     rejected: rows with "rejected" {"code", "detail", "text"} in place of the answer. They make a
     data file, so the same examples can be asked for again.
     unknown: ids of answers that no example has.
+    joined: how many kept answers were joined with reasoning from elsewhere, by where it was.
+    unread: lines of the files that could not be read, and why.
     """
 
     kept: list[dict]
     rejected: list[dict]
     unknown: list[str]
+    joined: Counter[str] = field(default_factory=Counter)
+    unread: list[str] = field(default_factory=list)
 
 
 def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imported:
@@ -489,22 +266,28 @@ def accept(examples: Sequence[Example], answers: Iterable[TeacherAnswer]) -> Imp
     """
     by_id: dict[str, list[TeacherAnswer]] = {example.id: [] for example in examples}
     unknown: list[TeacherAnswer] = []
+    unread = []
     for answer in answers:
-        by_id.get(answer.id, unknown).append(answer)
+        if answer.rejected and answer.rejected[0] == "unread":
+            unread.append(answer.rejected[1])
+        else:
+            by_id.get(answer.id, unknown).append(answer)
     kept, rejected = [], []
+    joined: Counter[str] = Counter()
     for example in examples:
         code, detail, text = "no_answer", "", ""
         for answer in by_id[example.id]:
             problem, text = answer.rejected or check_trace(answer.text, example), answer.text
             if problem is None:
                 kept.append(_clean_row(example) | {"answer": answer.text.strip()})
+                joined.update([answer.joined] if answer.joined else [])
                 break
             code, detail = problem
         else:
             rejected.append(
                 _clean_row(example) | {"rejected": {"code": code, "detail": detail, "text": text}}
             )
-    return Imported(kept, rejected, [answer.id for answer in unknown])
+    return Imported(kept, rejected, [answer.id for answer in unknown], joined, unread)
 
 
 def _clean_row(example: Example) -> dict:
@@ -544,10 +327,14 @@ def report(imported: Imported) -> str:
             f"{detail} ({number})" for detail, number in details.most_common(5) if detail
         )
         lines.append(f"{code:<10} {count:6} {shown}{'; ...' if len(details) > 5 else ''}".rstrip())
+    if imported.joined:
+        shown = ", ".join(f"{where} ({count})" for where, count in imported.joined.most_common())
+        lines.append(f"{'joined':<10} {imported.joined.total():6} with the reasoning in {shown}")
     if imported.unknown:
         lines.append(
             f"{len(imported.unknown)} answers belong to no example, such as {imported.unknown[0]!r}"
         )
+    lines += [f"passed over: {problem}" for problem in first_problems(imported.unread)]
     return "\n".join(lines)
 
 

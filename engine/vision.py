@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from data.examples import Example
 from data.files import DataError, written_whole
-from data.images import image_path, read_image
+from data.images import image_status, read_image
 from engine.config import UsageError
 from engine.encode import Encoder
 from engine.families import Family, ImageTensors
@@ -81,8 +81,7 @@ class VisionCache:
         are not finite.
         """
         self._notice_changes()
-        path = image_path(example)
-        status = path.stat()
+        path, status = image_status(example)
         known = path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         content = None
         if known not in self._digests:

@@ -8,12 +8,15 @@ Run: pytest tests/data/test_check.py
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data.check import main
+from data.check import CONTROL_TOKENS, main
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import lines, write_data, write_rows
 
@@ -53,7 +56,7 @@ def test_the_summary_counts_who_is_known(tiny_data, tmp_path, capsys):
 
 
 def test_all_problems_at_once(tmp_path, capsys):
-    write_data(tmp_path, 1)
+    write_data(tmp_path, 7)  # a picture for each row, for one in two rows is a problem of its own
     (tmp_path / "page.png").write_text("<html>")
     answer = "<think>a</think><solution>{}</solution>"
     content = [
@@ -70,13 +73,23 @@ def test_all_problems_at_once(tmp_path, capsys):
                 labels=["No Finding", "Support Devices", "Edema", "Fracture"],
             )
         ),
-        json.dumps(row(tmp_path, id="d", evaluated_labels=[])),
-        json.dumps(row(tmp_path, id="e", answer=answer.format("Edema, Fracture"))),
-        json.dumps(row(tmp_path, id="f", answer="<solution>Edema</solution>")),
+        json.dumps(row(tmp_path, id="d", image="image-1.png", evaluated_labels=[])),
         json.dumps(
-            row(tmp_path, id="g", answer=answer.format("Edema"), evaluated_labels=["Fracture"])
+            row(tmp_path, id="e", image="image-2.png", answer=answer.format("Edema, Fracture"))
         ),
-        json.dumps(row(tmp_path, id="h", labels=["No Finding", "Support Devices"])),
+        json.dumps(row(tmp_path, id="f", image="image-3.png", answer="<solution>Edema</solution>")),
+        json.dumps(
+            row(
+                tmp_path,
+                id="g",
+                image="image-4.png",
+                answer=answer.format("Edema"),
+                evaluated_labels=["Fracture"],
+            )
+        ),
+        json.dumps(
+            row(tmp_path, id="h", image="image-5.png", labels=["No Finding", "Support Devices"])
+        ),
         json.dumps(row(tmp_path, id="i", image="gone.png")),
     ]
     file = tmp_path / "bad.jsonl"
@@ -94,7 +107,10 @@ def test_all_problems_at_once(tmp_path, capsys):
             " leave the row out"
         ),
         f"{file}, example 'e': {wrong} (says Edema, Fracture); write it again with data.traces",
-        f"{file}, example 'f': {wrong} (think_missing); write it again with data.traces",
+        (
+            f"{file}, example 'f': {wrong} (think_missing); it has the form solution: give"
+            " --answer_format solution, here and to run_sft.py"
+        ),
         f"{file}, example 'g': {wrong} (says Edema); write it again with data.traces",
         f"{file}, example 'b': {tmp_path / 'page.png'} is not a readable JPEG or PNG (",
         (
@@ -104,6 +120,10 @@ def test_all_problems_at_once(tmp_path, capsys):
         (
             f"{file}, example 'i': image 'gone.png': no such file under the image root {tmp_path};"
             " check the row or --image_root"
+        ),
+        (
+            f"note: {file}: 5 of 9 rows have no answer, such as 'b'; run_sft.py learns from such a"
+            " file only with --prompt only_label"
         ),
     ]
     assert len(problems) == len(expected)
@@ -116,6 +136,142 @@ def test_all_problems_at_once(tmp_path, capsys):
     )
     # none: 'd' and 'g', whose labels are not evaluated
     assert first.endswith(", none 2; No Finding beside a finding 1") and last == "11 problems found"
+
+
+@pytest.mark.parametrize(
+    ("answer", "form", "said"),
+    [
+        ("<think>Haze.</think>\n<answer> Edema </answer>", "answer_tag", None),
+        ("<solution>Edema</solution>", "solution", None),
+        ("Edema", "label_list", None),
+        ("<think>Haze.</think><solution>Edema</solution>", "think_solution", None),
+        (
+            "<think>Haze.</think>\n<answer>Edema</answer>",
+            "think_solution",
+            "(answer_missing); it has the form answer_tag: give --answer_format answer_tag",
+        ),
+        (
+            "<think>Haze.</think><solution>Edema</solution>",
+            "answer_tag",
+            "(answer_missing); it has the form think_solution: give --answer_format think_solution",
+        ),
+        ("<think>Haze.</think>Edema", "answer_tag", "(answer_missing); write it again with"),
+        ("<think>Haze.</think><answer>Fracture</answer>", "answer_tag", "(says Fracture)"),
+        (
+            "<think>A<|im_end|></think><solution>Edema</solution>",
+            "think_solution",
+            "the answer holds '<|im_end|>', a control token of chat templates",
+        ),
+        (
+            "<think>A<end_of_turn></think><solution>Edema</solution>",
+            "think_solution",
+            "the answer holds '<end_of_turn>', a control token",
+        ),
+    ],
+)
+def test_the_form_of_the_answers_is_asked_for(tmp_path, capsys, answer, form, said):
+    write_data(tmp_path, 1)
+    file = write_rows(tmp_path / "a.jsonl", [row(tmp_path, answer=answer)])
+    flags = [] if form == "think_solution" else ["--answer_format", form]
+    assert main([str(file), *flags]) == (0 if said is None else 1)
+    assert (said or "no problem found") in capsys.readouterr().out
+
+
+def test_every_control_token_of_the_families_is_known():
+    """As the real tokenizers of both families list them."""
+    assert {"<|im_end|>", "<|image_pad|>", "<end_of_turn>", "<start_of_image>"} < {*CONTROL_TOKENS}
+    assert len(CONTROL_TOKENS) == len({*CONTROL_TOKENS})
+
+
+# ---- one picture in two rows ---------------------------------------------------------------------
+def pictures(folder, *rows: dict, name: str = "a.jsonl"):
+    """Write a data file whose rows default to image-0.png, patient p and Edema."""
+    return str(write_rows(folder / name, [row(folder, **fields) for fields in rows]))
+
+
+@pytest.mark.parametrize(
+    ("other", "code", "said"),
+    [
+        # the same file, another patient and other labels
+        (
+            {"patient_id": "q", "labels": ["No Finding"]},
+            1,
+            "of another patient ('p', 'q') and with other labels (Edema; No Finding)",
+        ),
+        # a copy under another name, and another format of the same pixels
+        ({"image": "copy.png", "patient_id": "q"}, 1, "of another patient ('p', 'q')"),
+        ({"image": "again.png", "labels": []}, 1, "with other labels (Edema; none)"),
+        ({"image": "copy.png"}, 0, "of the same patient with the same labels"),
+        # what one row does not rate cannot differ
+        (
+            {"labels": [], "evaluated_labels": ["Fracture"]},
+            0,
+            "of the same patient with the same labels",
+        ),
+        ({"image": "image-1.png", "patient_id": "q"}, 0, None),
+    ],
+)
+def test_one_picture_in_two_rows(tmp_path, capsys, other, code, said):
+    write_data(tmp_path, 2)
+    shutil.copy(tmp_path / "image-0.png", tmp_path / "copy.png")
+    Image.open(tmp_path / "image-0.png").save(tmp_path / "again.png", compress_level=0)
+    file = pictures(tmp_path, {"id": "a"}, {"id": "b"} | other)
+    assert main([file]) == code
+    out = capsys.readouterr().out
+    assert ("shows the same picture" in out) == (said is not None)
+    if said:
+        note = "" if code else "note: "
+        line = f"{note}{file}, example 'a' shows the same picture as {file}, example 'b', {said}"
+        assert line in out.splitlines()
+
+
+def test_one_picture_in_two_files(tmp_path, capsys):
+    write_data(tmp_path, 3)
+    first = pictures(tmp_path, {"id": "a"}, {"id": "b", "image": "image-1.png"}, name="sft.jsonl")
+    same = pictures(tmp_path, {"id": "a"}, {"id": "c", "image": "image-2.png"}, name="rl.jsonl")
+    other = pictures(tmp_path, {"id": "x", "patient_id": "nih-1"}, name="test.jsonl")
+    assert main([first, same]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"note: pictures of {same} that are in {first} too: 1; training, validation and test sets"
+        " must share none",
+        "no problem found",
+    ]
+    assert main([first, other]) == 1
+    assert (
+        f"{first}, example 'a' shows the same picture as {other}, example 'x', of another patient"
+        " ('p', 'nih-1')" in capsys.readouterr().out
+    )
+    # alone each of them is sound
+    assert main([first]) == main([other]) == 0
+
+
+def test_sixteen_bits_and_flat_pictures_are_told(tmp_path, capsys):
+    values = np.linspace(0, 4000, 10_000).round().astype(np.uint16).reshape(100, 100)
+    Image.fromarray(values).save(tmp_path / "image-0.png")
+    values[0, :20] = 65535  # 20 of 10,000
+    Image.fromarray(values).save(tmp_path / "hot.png")
+    Image.new("L", (30, 30), 9).save(tmp_path / "flat.png")
+    rows = [
+        {"id": n, "image": i}
+        for n, i in zip("abc", ("image-0.png", "hot.png", "flat.png"), strict=True)
+    ]
+    file = pictures(tmp_path, *rows)
+    assert main([file]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"note: {file}: images of 16 bits: 2; of their pixels 0.100% lie beyond the range that"
+        " becomes 8 bits, at most 0.200% ('b')",
+        f"note: {file}: images of nearly one grey value all over: 1, such as 'c'; look at how they"
+        " were made",
+        "no problem found",
+    ]
+
+
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("image,patient,Edema\na.png,p,1\n")
+    assert main([str(tmp_path / "a.csv")]) == 2
+    assert "but a table (CSV with commas) with the columns 'image', 'patient', 'Edema'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_file_that_is_not_there_does_not_hide_the_others(tmp_path, capsys):

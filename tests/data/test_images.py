@@ -7,6 +7,7 @@ Run: pytest tests/data/test_images.py; with CXR_SAMPLE=<folder of real X-rays> i
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -19,7 +20,14 @@ from PIL import Image, ImageFile
 import data.images
 from data.examples import Example
 from data.files import MAX_PROBLEMS, DataError
-from data.images import check_images, image_path, image_problems, load_image, without_bad_images
+from data.images import (
+    all_image_facts,
+    check_images,
+    image_path,
+    load_image,
+    scaled_to_8_bits,
+    without_bad_images,
+)
 
 
 def example(root: Path, image: str, id: str = "e1") -> Example:
@@ -267,7 +275,7 @@ def test_good_and_bad_images_are_told_apart_in_order(tmp_path):
     examples = [example(tmp_path, f"{i}.png", id=f"e{i}") for i in range(40)] + [
         example(tmp_path, "../x.png", id="e40")
     ]
-    problems = image_problems(examples)
+    problems = [fact.problem for fact in all_image_facts(examples)]
     assert [i for i, problem in enumerate(problems) if problem] == [7, 40]
     good, bad = without_bad_images(examples, "train")
     assert [e.id for e in good] == [f"e{i}" for i in range(40) if i != 7]
@@ -315,6 +323,149 @@ def test_sixteen_bits_are_scaled_to_their_range(tmp_path):
     assert pixels(tmp_path, "a.png")[..., 0].tolist() == [[0, 1], [128, 255]]
     Image.fromarray(np.full((2, 2), 700, dtype=np.uint16)).save(tmp_path / "b.png")
     assert (pixels(tmp_path, "b.png") == 0).all()  # flat: nothing to scale, and no division by 0
+
+
+def ramp(*outliers: int) -> np.ndarray:
+    """Make 100 x 100 values: 0, 1, .., 4000 evenly, and the outliers in the place of the last."""
+    values = np.linspace(0, 4000, 10_000).round().astype(np.uint16)
+    values[len(values) - len(outliers) :] = outliers
+    return values.reshape(100, 100)
+
+
+@pytest.mark.parametrize("hot", [[], [65535], [65535] * 60])
+def test_a_hot_pixel_or_a_mark_does_not_darken_the_rest(tmp_path, hot):
+    """The hundredths are 40 and 3960, so the range ends at 3960 + 980 = 4940 at most, or at 4000.
+
+    Without that 2000 would become 8 beside a pixel of 65535.
+    """
+    Image.fromarray(ramp(*hot)).save(tmp_path / "a.png")
+    shown = pixels(tmp_path, "a.png")[..., 0]
+    last = 4940 if hot else 4000
+    assert shown[0, 0] == 0 and shown[50, 0] == round(2000 * 255 / last)
+    assert shown[-1, -1] == 255
+    assert all_image_facts([example(tmp_path, "a.png")])[0].clipped == len(hot) / 10_000
+
+
+def test_a_dark_outlier_is_clipped_too_and_the_ends_are_kept_without_one():
+    values = ramp() + 1000
+    values[0, 0] = 0  # a dead pixel; the range begins at 1040 - 980 = 60
+    scaled, clipped = scaled_to_8_bits(values)
+    assert scaled[0, 0] == 0 and clipped == 1e-4
+    # (1000 - 60) of the 4940 from 60 to 5000
+    assert scaled[0, 1] == round(940 * 255 / 4940) and scaled.max() == 255
+    # signed and 32-bit values
+    assert (scaled_to_8_bits(values.astype(np.int32) - 30_000)[0] == scaled).all()
+
+
+def test_a_picture_of_nearly_one_value_keeps_its_whole_range():
+    values = np.full((100, 100), 7, dtype=np.uint16)
+    values[0, 0] = 9
+    scaled, clipped = scaled_to_8_bits(values)
+    assert (scaled[0, 0], scaled[1, 1], clipped) == (255, 0, 0.0)
+
+
+def test_eight_bits_are_never_scaled(tmp_path):
+    """Not even beside outliers: 8 bits are what others have made of the picture."""
+    values = np.full((100, 100), 100, dtype=np.uint8)
+    values[0, :2] = 0, 255
+    values[1:50] = 120
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert (pixels(tmp_path, "a.png")[..., 0] == values).all()
+    assert all_image_facts([example(tmp_path, "a.png")])[0].clipped is None
+
+
+# Passing faults of a drive
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """Make the next reads of a file fail: `faults(errno, ...)` -> the seconds that were waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(data.images.time, "sleep", waited.append)
+
+    def plan(*numbers: int) -> list[float]:
+        left = list(numbers)
+        read = Path.read_bytes
+
+        def failing(path: Path) -> bytes:
+            if left:
+                raise OSError(left.pop(0), "a fault")
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", failing)
+        return waited
+
+    return plan
+
+
+def test_a_passing_fault_is_waited_for(tmp_path, faults):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    waited = faults(errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+    assert load_image(example(tmp_path, "a.png")).size == (20, 20)
+    assert waited == [0.1, 0.5, 2.0]
+
+
+def test_a_fault_that_stays_is_a_refusal(tmp_path, faults):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    waited = faults(*[errno.EIO] * 9)
+    assert "is not a readable JPEG or PNG ([Errno 5] a fault)" in refusal(tmp_path, "a.png")
+    assert len(waited) == 3
+
+
+def test_another_fault_is_not_waited_for(tmp_path, faults):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    waited = faults(errno.EACCES)
+    assert "is not a readable JPEG or PNG ([Errno 13]" in refusal(tmp_path, "a.png")
+    assert waited == []
+
+
+def test_a_fault_of_the_folder_is_waited_for_too(tmp_path, monkeypatch, faults):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    waited, left, stat = faults(), [errno.ESTALE, errno.ESTALE], Path.stat
+
+    def failing(path: Path, **options):
+        if left and path.name == "a.png":
+            raise OSError(left.pop(), "stale")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    assert image_path(example(tmp_path, "a.png")) == tmp_path / "a.png"
+    assert waited and waited[0] == 0.1  # Path.resolve looks at the file too
+    left += [errno.ESTALE] * 9
+    assert "image 'a.png': not a usable path (stale)" in refusal(tmp_path, "a.png")
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path, monkeypatch):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(data.images, "MAX_FILE_BYTES", 100)
+    assert "bytes; at most 100 are read" in refusal(tmp_path, "a.png")
+
+
+# The same picture
+
+
+def test_pixels_tell_a_picture_whatever_its_file(tmp_path):
+    values = noise(20, 30)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "b.png", compress_level=1, dpi=(72, 72))
+    Image.fromarray(values).convert("RGB").save(tmp_path / "rgb.png")
+    # the same bytes in another shape, and one value less
+    Image.fromarray(values.reshape(30, 20)).save(tmp_path / "turned.png")
+    values[3, 3] -= 1
+    Image.fromarray(values).save(tmp_path / "other.png")
+    names = ("a.png", "b.png", "rgb.png", "turned.png", "other.png")
+    facts = all_image_facts([example(tmp_path, name) for name in names])
+    a, b, rgb, turned, other = (fact.digest for fact in facts)
+    assert a == b == rgb and len({a, turned, other}) == 3
+
+
+def test_a_flat_picture_is_told(tmp_path):
+    for value in (0, 7, 8):
+        content = np.zeros((20, 20), dtype=np.uint8)
+        content[3, 3] = value
+        Image.fromarray(content).save(tmp_path / f"{value}.png")
+    facts = all_image_facts([example(tmp_path, f"{value}.png") for value in (0, 7, 8)])
+    assert [fact.flat for fact in facts] == [True, True, False]
 
 
 def test_transparency_is_put_on_black(tmp_path):

@@ -128,11 +128,12 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path):
         ", line 4: field 'id' is 3; it must be a string",
         ", line 5: field 'completion' is null; it must be a string (\"\" where the model gave no"
         " answer)",
-        ", line 5: field 'completion_length' is \"9\"; it must be a number from 0 up",
+        ", line 5: field 'completion_length' is \"9\"; it must be a number from 0 up to"
+        " 1,000,000,000",
         ", line 5: field 'answer_format' is \"xml\"; known: think_solution, solution, answer_tag,"
         " label_list",
         ", line 6: field 'id' is missing; it must be a string",
-        ", line 6: field 'sample' is -1; it must be a number from 0 up",
+        ", line 6: field 'sample' is -1; it must be a number from 0 up to 1,000,000,000",
         ", line 6: field 'prompt' is 3; it must be a string",
         ", line 7: holds list, not an object with fields id, completion",
         ", line 9: not valid JSON (Unterminated string starting at, column 8)",

@@ -27,18 +27,16 @@ from data.demo.teacher import reasoning_trace, trace_from_labels
 from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.labels import LABELS, NIH_NINE, chexpert_labels_of_nih
+from data.leaks import leak
 from data.prompts import PROMPTS
 from data.sets import answers_to_learn
 from data.traces import (
-    LEAK_PHRASES,
     TEACHER_PROMPTS,
     TeacherAnswer,
     accept,
     check_trace,
     export,
-    leak,
     main,
-    read_answers,
     report,
     request,
     teacher_text,
@@ -130,55 +128,6 @@ def test_labels_that_the_source_does_not_rate_are_not_learnt():
         "labels",
         "Edema, Support Devices, not Edema",
     )
-
-
-@pytest.mark.parametrize("phrase", LEAK_PHRASES)
-def test_every_phrase_is_found_in_whatever_dress(phrase):
-    for dressed in (
-        phrase,
-        phrase.upper(),
-        phrase.title().replace(" ", "-"),
-        phrase.replace(" ", " \n"),
-        phrase.replace(" ", " \u201c", 1),
-    ):
-        assert leak(f"The lungs are hazy ({dressed}).") is not None
-    first, *rest = phrase.split()
-    assert leak("The lungs: " + " ".join([f"un{first}", *rest])) != phrase  # whole words only
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        (
-            "The heart is enlarged on this AP projection. Given findings of consolidation with air"
-            " bronchograms, pneumonia is likely."
-        ),
-        (
-            "The side marker is labeled L, and the annotation PORTABLE is seen at the top. No"
-            " pneumothorax."
-        ),
-        "A right internal jugular line is provided with its tip in the superior vena cava.",
-        (
-            "12. Impression: the label Edema is supported; Pneumothorax is ruled out by visible"
-            " markings to the chest wall."
-        ),
-        "Cardiomegaly | heart wider than half of the chest | AP projection | 80",
-        (
-            "The reference point is the carina. A known pitfall is the skin fold, which is not a"
-            " true pleural line."
-        ),
-        (
-            "It is as if the left hemidiaphragm were missing behind the heart: a user of the film"
-            " must look there."
-        ),
-        (
-            "The correct position of the tube tip is above the carina. I would expect labelled"
-            " fluid levels here."
-        ),
-    ],
-)
-def test_what_a_radiologist_may_say(text):
-    assert leak(text) is None
 
 
 def test_the_demos_own_traces_pass():
@@ -343,72 +292,6 @@ def test_a_damaged_image_leaves_no_half_export(images, tmp_path):
 
 
 # ---- answers -------------------------------------------------------------------------------------
-def test_both_output_forms_are_read(tmp_path):
-    file = write_rows(
-        tmp_path / "answers.jsonl",
-        [
-            gemini("a", "one"),
-            openai("b", "two"),
-            gemini(
-                "c",
-                "",
-                parts=[{"text": "my notes", "thought": True}, {"text": "thr"}, {"text": "ee"}],
-            ),
-            gemini("d", "cut off", "MAX_TOKENS"),
-            openai("e", "cut off", "length"),
-            gemini("f", "", "SAFETY"),
-            openai("g", None, "content_filter"),
-            openai("h", None),
-            {"key": "i", "error": {"code": 13, "message": "internal"}},
-            {"key": "j", "response": {"promptFeedback": {"blockReason": "OTHER"}}},
-            openai("k", "x")
-            | {
-                "error": {"code": "batch_expired", "message": "late"},
-                "response": None,
-            },
-            openai("l", "x")
-            | {"response": {"status_code": 400, "body": {"error": {"message": "too long"}}}},
-            {"key": "m", "status": {"code": 8}},
-        ],
-    )
-    assert read_answers(file) == [
-        TeacherAnswer("a", "one"),
-        TeacherAnswer("b", "two"),
-        TeacherAnswer("c", "three"),
-        TeacherAnswer("d", "cut off", ("cut", "MAX_TOKENS")),
-        TeacherAnswer("e", "cut off", ("cut", "length")),
-        TeacherAnswer("f", "", ("failed", "SAFETY")),
-        TeacherAnswer("g", "", ("failed", "content_filter")),
-        TeacherAnswer("h", "", ("failed", "stop")),
-        TeacherAnswer("i", "", ("failed", '{"code": 13, "message": "internal"}')),
-        TeacherAnswer("j", "", ("failed", '{"blockReason": "OTHER"}')),
-        TeacherAnswer("k", "", ("failed", '{"code": "batch_expired", "message": "late"}')),
-        TeacherAnswer("l", "", ("failed", '{"error": {"message": "too long"}}')),
-        TeacherAnswer("m", "", ("failed", '{"code": 8}')),
-    ]
-
-
-def test_lines_of_no_known_form_are_all_named(tmp_path):
-    file = tmp_path / "answers.jsonl"
-    bad = [
-        "{",
-        "[1]",
-        '{"id": "a", "text": "b"}',
-        '{"key": 3, "response": {}}',
-        '{"custom_id": "a", "response": {"body": {"choices": []}}}',
-        '{"key": "a", "response": {"candidates": "none"}}',
-        "3",
-    ]
-    file.write_text("\n".join([json.dumps(gemini("a", "x")), "", *bad]))
-    with pytest.raises(DataError) as caught:
-        read_answers(file)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == [
-        f"{file}, line {number}" for number in range(3, 10)
-    ]
-    with pytest.raises(DataError, match="no such file"):
-        read_answers(tmp_path / "none.jsonl")
-
-
 def test_the_first_good_answer_counts_and_the_last_reason_is_kept():
     examples = [example("Edema", id=name, extra={"study": 7}) for name in "abcd"]
     imported = accept(

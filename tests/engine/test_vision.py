@@ -279,7 +279,8 @@ def test_an_image_file_is_read_once(family, tiny_checkpoint, tiny_images, monkey
     cache = caches(model, max_bytes=0)
     cache.look(example)
     opened.clear()
-    assert torch.equal(cache.look(example)["features"], features) and opened == [path]
+    assert torch.equal(cache.look(example)["features"], features)
+    assert opened[0] == path and [isinstance(file, BytesIO) for file in opened] == [False, True]
 
 
 def test_files_of_another_tower_or_processor_are_not_taken(tiny_checkpoint, tiny_images, tmp_path):

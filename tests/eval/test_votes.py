@@ -380,6 +380,6 @@ def test_a_file_numbers_its_samples_once(tmp_path: Path):
     file = tmp_path / "samples-a.jsonl"
     assert error.value.problems == [
         f"{file}, line 2: id 'r1', sample 0, is also on line 1; number its samples",
-        f"{file}, line 3: field 'sample' is -1; it must be a number from 0 up",
-        f"{file}, line 4: field 'sample' is true; it must be a number from 0 up",
+        f"{file}, line 3: field 'sample' is -1; it must be a number from 0 up to 1,000,000,000",
+        f"{file}, line 4: field 'sample' is true; it must be a number from 0 up to 1,000,000,000",
     ]
