@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.examples import Example
 from data.labels import DEFAULT_POLICY, LabelPolicy
+from data.layouts import SUFFIXES, folders, looked_for, relative
 from data.sources import (
     VIEWS,
     Candidate,
@@ -76,6 +77,8 @@ def load_chexpert(
     drop_missing: leave out images that are not there.
     report: filled with what was kept and dropped. Without one it is printed.
 
+    The images are found as they were unpacked or copied, see `_roots`, in PNG too.
+
     Raises DataError naming every row and column that is wrong, and for a missing file or column.
     """
     folder = source_folder(folder)
@@ -89,14 +92,20 @@ def load_chexpert(
     table = Table(find_file(folder, names))
     filled = (Report() if report is None else report).begin(f"CheXpert {part}", table.path)
     cells, who = LabelCells(table, policy), WhoCells(table, youngest=YOUNGEST)
-    locate = _locator(folder, table.path.parent, part)
+    roots = _roots(folder, table.path.parent, part)
+    locate, suffix = _locator(folder, roots), _suffix(roots)
     problems: list[str] = []
-    if table.has("Study") and not table.has("Path"):
+    if _is_study_level(table):
         candidates = _studies(table, cells, locate, folder, views, drop_missing, filled, problems)
     else:
         candidates = _images(table, cells, who, locate, views, filled, problems)
         filled.notes += who.notes()
     raise_problems(problems)
+    if suffix is None:
+        where = [relative(root, folder) for root in roots] + ["batch N (train N)/", "below them"]
+        filled.no_images = looked_for("patientN/studyN/viewN_frontal.jpg", folder, where)
+    elif not _is_study_level(table):
+        candidates = [_with_suffix(candidate, suffix) for candidate in candidates]
     if "No Finding" not in cells.labels:
         filled.notes.append("the label file has no column 'No Finding'")
     examples = choose(
@@ -248,24 +257,50 @@ def _candidate(
     )
 
 
-def _locator(folder: Path, base: Path, part: str) -> Callable[[str], str]:
-    """Find folders of images -> a function from a patient to its folder, relative to `folder`.
+def _is_study_level(table: Table) -> bool:
+    """Tell a table with one row a study, which names no images."""
+    return table.has("Study") and not table.has("Path")
+
+
+def _with_suffix(candidate: Candidate, suffix: str) -> Candidate:
+    """Give the image the suffix that the files have."""
+    return candidate._replace(image=f"{candidate.image.rpartition('.')[0]}{suffix}")
+
+
+def _roots(folder: Path, base: Path, part: str) -> list[Path]:
+    """Find the folders whose folders are a part's patients.
 
     Paths of the CSV name the release's own folder. Downloads have other ones: `val` for `valid`,
-    and `batch 2 (train 1)` and so on with the training patients directly in them. A patient that is
-    nowhere gets the first folder.
+    and `batch 2 (train 1)` and so on with the training patients directly in them.
+
+    base: folder of the label file.
     """
     around = list(dict.fromkeys([base, *places(base), *places(folder)]))
     roots = [place / name for place in around for name in PARTS[part] if (place / name).is_dir()]
     roots += [
         place for place in around if part == "train" and re.search(r"batch \d+ \(train", place.name)
     ]
-    roots = roots or [base / PARTS[part][0]]
-    relative = [root.relative_to(folder).as_posix() for root in roots]
-    if len(relative) == 1:
-        return lambda patient: relative[0]
+    if not roots:  # somewhere else: patients of another part have other numbers
+        roots = [place for place in folders(folder) if any(place.glob("patient*/study*"))]
+    return roots or [base / PARTS[part][0]]
+
+
+def _locator(folder: Path, roots: Sequence[Path]) -> Callable[[str], str]:
+    """Make a function from a patient to its root, relative to `folder`.
+
+    A patient that is nowhere gets the first root.
+    """
+    names = [relative(root, folder) for root in roots]
+    if len(names) == 1:
+        return lambda patient: names[0]
     home: dict[str, str] = {}
-    for root, name in zip(roots, relative, strict=True):
+    for root, name in zip(roots, names, strict=True):
         for entry in os.scandir(root):
             home.setdefault(entry.name, name)
-    return lambda patient: home.get(patient, relative[0])
+    return lambda patient: home.get(patient, names[0])
+
+
+def _suffix(roots: Sequence[Path]) -> str | None:
+    """Find the suffix of the image files, None where there are none: copies have PNG for JPEG."""
+    files = (file for root in roots for file in root.glob("patient*/study*/view*.*"))
+    return next((file.suffix for file in files if file.suffix.lower() in SUFFIXES), None)

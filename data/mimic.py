@@ -18,6 +18,7 @@ from pathlib import Path
 from data.examples import Example
 from data.files import DataError
 from data.labels import DEFAULT_POLICY, LabelPolicy
+from data.layouts import Layout, find_layout, folders, looked_for, relative
 from data.prompts import solution_text
 from data.sources import (
     VIEWS,
@@ -44,6 +45,15 @@ _IDS = {
     "study_id": re.compile(r"\d{8}"),
     "dicom_id": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}"),
 }
+_DICOM = _IDS["dicom_id"].pattern
+# (how an image's path goes on from its root, a glob for such files, their stem): the release's own,
+# without the groups of patients, by studies, and all images in one folder
+_SHAPES = (
+    ("p{group}/p{subject}/s{study}/{dicom}", "p[0-9][0-9]/p*/s*/*", _DICOM),
+    ("p{subject}/s{study}/{dicom}", "p*/s*/*", _DICOM),
+    ("s{study}/{dicom}", "s*/*", _DICOM),
+    ("{dicom}", "*", _DICOM),
+)
 
 
 @collector_paused()
@@ -60,7 +70,8 @@ def load_mimic(
 ) -> list[Example]:
     """Load the examples of one part of the official split, with image paths relative to `folder`.
 
-    folder: the release's folder, or the one that holds it.
+    folder: the release's folder, or the one that holds it. The images are those of the release or
+    of a copy of it: in files/p10/ and so on, all in one folder, resized, or as PNG.
     part: "train", "validate" or "test".
     labels: from the automatic labeler "chexpert" or "negbio", or "radiologist" for the reports of
     the test part that one read. They belong to studies: every image of a study has them.
@@ -90,9 +101,14 @@ def load_mimic(
     )
     studies = _label_table(Table(files[labels]), policy, problems)
     in_part = _split(Table(files["split"]), part, problems)
-    root = files["metadata"].parent.relative_to(folder) / "files"
+    home = files["metadata"].parent
+    layout = find_layout(folder, _roots(folder, home), _SHAPES)
+    if layout is None:
+        where = ["files/", "images/", "the folders of the label files", "each with p10/ or flat"]
+        filled.no_images = looked_for("images by dicom_id (.jpg, .jpeg, .png)", folder, where)
+        layout = Layout(relative(home / "files", folder), _SHAPES[0][0], ".jpg")
     candidates = _images(
-        Table(files["metadata"]), in_part, studies, root.as_posix(), views, filled, problems
+        Table(files["metadata"]), in_part, studies, layout, views, filled, problems
     )
     raise_problems(problems)
     examples = choose(
@@ -182,7 +198,7 @@ def _images(
     table: Table,
     in_part: set[str],
     studies: dict[str, tuple[str | None, Reading]],
-    root: str,
+    layout: Layout,
     views: str,
     report: Report,
     problems: list[str],
@@ -222,7 +238,7 @@ def _images(
                     f"s{study}",
                     dicom,
                     subject,
-                    f"{root}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg",
+                    layout.of(group=subject[:2], subject=subject, study=study, dicom=dicom),
                     view or None,
                     view_rank(view, frontal),
                     number,
@@ -230,6 +246,15 @@ def _images(
                 )
             )
     return candidates
+
+
+def _roots(folder: Path, home: Path) -> list[Path]:
+    """List the folders that images may lie below, the release's own first.
+
+    home: folder of the label files.
+    """
+    own = [home / "files", home, folder / "files", folder / "images"]
+    return [path for path in dict.fromkeys([*own, *folders(folder)]) if path.is_dir()]
 
 
 def _id_problems(table: Table, number: int, ids: dict[str, str]) -> list[str]:

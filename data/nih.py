@@ -11,9 +11,8 @@ unknown.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from data.examples import Example
@@ -25,6 +24,7 @@ from data.labels import (
     NO_LABEL_RULES,
     chexpert_labels_of_nih,
 )
+from data.layouts import files_by_stem, looked_for
 from data.sources import (
     Candidate,
     Reading,
@@ -35,15 +35,21 @@ from data.sources import (
     collector_paused,
     find_file,
     known,
-    places,
     raise_problems,
+    read_text,
     source_folder,
     view_rank,
 )
 
-PARTS = {"train": "train_val_list.txt", "test": "test_list.txt", "all": None}
+# {part: names of its list}: NIH's own, and those of a resized copy on Kaggle
+PARTS: dict[str, tuple[str, ...]] = {
+    "train": ("train_val_list.txt", "train_val_list_NIH.txt"),
+    "test": ("test_list.txt", "test_list_NIH.txt"),
+    "all": (),
+}
 _LABEL_FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
-_NAME = re.compile(r"(\d{8})_\d{3}\.png")
+_STEM = re.compile(r"(\d{8})_\d{3}")
+_NAME = re.compile(rf"{_STEM.pattern}\.png")
 
 
 @collector_paused()
@@ -58,7 +64,8 @@ def load_nih(
 ) -> list[Example]:
     """Load the examples of one part of NIH ChestX-ray14, with image paths relative to `folder`.
 
-    folder: that of the label file, the lists and the images.
+    folder: that of the label file, the lists and the images. The images are found in it or up to
+    four folders deeper, see layouts.py.
     part: "train" or "test" by the official lists, or "all".
     evaluated: NIH_NINE or NIH_TEN.
     no_label: an image with none of them (4,689 of the official test list under the nine) keeps its
@@ -75,13 +82,17 @@ def load_nih(
     table = Table(find_file(folder, _LABEL_FILES))
     files = [table.path]
     listed = None
-    if (list_name := PARTS[part]) is not None:
-        files.append(find_file(folder, [list_name]))
-        listed = set(files[1].read_text(encoding="utf-8-sig").split())
+    if PARTS[part]:
+        files.append(find_file(folder, PARTS[part]))
+        listed = set(read_text(files[1]).split())
     filled = (Report() if report is None else report).begin(f"NIH ChestX-ray14 {part}", *files)
     problems: list[str] = []
-    candidates = _images(table, listed, evaluated, no_label, _locator(folder), filled, problems)
+    paths = files_by_stem(folder, _STEM)
+    candidates = _images(table, listed, evaluated, no_label, paths, filled, problems)
     raise_problems(problems)
+    if not paths:
+        where = ("images*/", "images*/images/", "png/", "the folder itself and four levels below")
+        filled.no_images = looked_for("00000001_000.png and the like", folder, where)
     if listed is not None and len(listed) > filled.rows:
         filled.notes.append(
             f"{len(listed) - filled.rows:,} images of {files[1].name} are not in the label file"
@@ -105,7 +116,7 @@ def _images(
     listed: set[str] | None,
     evaluated: tuple[str, ...],
     no_label: str,
-    locate: Callable[[str], str],
+    paths: Mapping[str, str],
     report: Report,
     problems: list[str],
 ) -> list[Candidate]:
@@ -149,7 +160,7 @@ def _images(
                 image_id,
                 image_id,
                 named[1],
-                f"{locate(name)}/{name}",
+                paths.get(image_id, f"images/{name}"),
                 view or None,
                 view_rank(view, True),
                 number,
@@ -175,24 +186,3 @@ def _read(findings: str, evaluated: tuple[str, ...], no_label: str) -> Reading:
         (NO_FINDING,),
         (stated,),
     )
-
-
-def _locator(folder: Path) -> Callable[[str], str]:
-    """Find folders of images -> a function from an image's name to its folder in `folder`.
-
-    The folder is images/, or images_001/images/ and so on as some downloads unpack.
-    """
-    inner = sorted(
-        path for place in places(folder) for path in place.glob("images*") if path.is_dir()
-    )
-    roots = list(
-        dict.fromkeys(deeper if (deeper := path / "images").is_dir() else path for path in inner)
-    )
-    names = [root.relative_to(folder).as_posix() for root in roots] or ["images"]
-    if len(names) == 1:
-        return lambda image: names[0]
-    home: dict[str, str] = {}
-    for root, name in zip(roots, names, strict=True):
-        for entry in os.scandir(root):
-            home.setdefault(entry.name, name)
-    return lambda image: home.get(image, names[0])

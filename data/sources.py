@@ -24,6 +24,7 @@ from data.examples import MAX_AGE, Example
 from data.files import DataError, first_problems, sha256_of
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
 
+GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 VIEWS = ("frontal", "all")
 FRONTALS = ("pa_first", "first", "all")
 _RANKS = {"PA": 0, "AP": 1}  # at pa_first, then other frontal views, then the rest
@@ -99,6 +100,18 @@ def find_file(folder: Path, names: Sequence[str]) -> Path:
 
 def _plain_or_gz(place: Path, name: str) -> Path | None:
     return next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
+
+
+def read_text(path: Path) -> str:
+    """Read a small text file, such as a list of images, plain or compressed by gzip.
+
+    Raises DataError for one that is no UTF-8 text.
+    """
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if content[:2] == GZIP else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError([f"{path}: cannot be read ({error}); download it again"]) from error
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -205,7 +218,7 @@ class Table:
         row = 0
         try:
             with open(self.path, "rb") as file:
-                zipped = file.read(2) == b"\x1f\x8b"
+                zipped = file.read(2) == GZIP
             with (gzip.open if zipped else open)(
                 self.path, "rt", encoding="utf-8-sig", newline=""
             ) as text:
@@ -466,6 +479,7 @@ class Report:
     rows: int = 0  # images that the label file lists
     dropped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    no_images: str = ""  # where no image was found: what was looked for and where
     _kept: Counter[Reading] = field(default_factory=Counter)
     _studies: set[str] = field(default_factory=set)
     _patients: set[str] = field(default_factory=set)
@@ -533,7 +547,7 @@ class Report:
             f"  label file {file} (SHA-256 {digest[:12]})" for file, digest in self.files.items()
         ]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in content["dropped"].items()]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  note: {note}" for note in (*self.notes, self.no_images) if note]
         lines.append(
             f"  without any label {content['without_label']:,}; called No Finding by rule"
             f" {content['called_no_finding']:,}; No Finding beside a finding"

@@ -420,6 +420,7 @@ def test_the_report_counts_by_reason_and_by_label(tmp_path, capsys):
         ),
         chexpert_row(paths[0].replace("view1_frontal", "view2_lateral"), "Lateral,"),
     )
+    touch(tmp_path, "train/patient00000/study1/view1_frontal.jpg")
     load_chexpert(tmp_path, policy=LabelPolicy("ignore"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "CheXpert train: kept 5 of 6 images (5 studies, 5 patients)"
