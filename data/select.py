@@ -35,11 +35,10 @@ from data.labels import (
     NO_LABEL_RULES,
     UNCERTAIN_RULES,
     LabelPolicy,
-    canonical_label,
 )
 from data.mimic import LABEL_SOURCES, labeler_answers, load_mimic
 from data.nih import load_nih
-from data.sources import FRONTALS, VIEWS, Report
+from data.sources import FRONTALS, VIEWS, Report, uncertain_rules
 
 HOSPITALS = ("mimic", "chexpert", "nih")
 TRAINING_SETS = ("sft", "rl", "validation")
@@ -293,7 +292,7 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
             f"--validation_from valid: {flags.train_on} has no validation part of its own; use"
             " train"
         )
-    flags.uncertain, flags.uncertain_by_label = _uncertain_rules(
+    flags.uncertain, flags.uncertain_by_label = uncertain_rules(
         flags.uncertain or ["zeros"], problems
     )
     if not flags.tests and not any(getattr(flags, f"{name}_size") for name in TRAINING_SETS):
@@ -301,30 +300,6 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
     if problems:
         raise DataError(problems)
     return flags
-
-
-def _uncertain_rules(values: Sequence[str], problems: list[str]) -> tuple[str, dict[str, str]]:
-    """Read the rules for -1: ["zeros", "Edema=ones"] -> ("zeros", {"Edema": "ones"})."""
-    plain = [value for value in values if "=" not in value] or ["zeros"]
-    by_label = {}
-    for name, _, rule in (value.partition("=") for value in values if "=" in value):
-        label = canonical_label(name)
-        if label is None:
-            problems.append(
-                f"--uncertain {name}={rule}: {name!r} is no label; the labels are:"
-                f" {', '.join(LABELS)}"
-            )
-        else:
-            by_label[label] = rule
-    wrong = [rule for rule in (*plain, *by_label.values()) if rule not in UNCERTAIN_RULES]
-    problems += [
-        f"--uncertain {rule}: no such rule; known: {', '.join(UNCERTAIN_RULES)}" for rule in wrong
-    ]
-    if len(plain) > 1:
-        problems.append(
-            f"--uncertain {' '.join(plain)}: one rule for all labels, and exceptions as LABEL=RULE"
-        )
-    return plain[0], by_label
 
 
 # ---- load ----------------------------------------------------------------------------------------

@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 
 from data.examples import MAX_AGE, Example
 from data.files import DataError, first_problems, sha256_of
-from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, LabelPolicy, canonical_label
+from data.labels import (
+    CHEXPERT,
+    LABELS,
+    NO_FINDING,
+    SUPPORT_DEVICES,
+    UNCERTAIN_RULES,
+    LabelPolicy,
+    LabelSet,
+    canonical_label,
+)
 
 GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 VIEWS = ("frontal", "all")
@@ -45,6 +54,35 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def uncertain_rules(
+    values: Sequence[str], problems: list[str], label_set: LabelSet = CHEXPERT
+) -> tuple[str, dict[str, str]]:
+    """Read the values of --uncertain: ["zeros", "Edema=ones"] -> ("zeros", {"Edema": "ones"}).
+
+    problems: gets a line for each value that is no rule. label_set: the labels that there are.
+    """
+    plain = [value for value in values if "=" not in value] or ["zeros"]
+    by_label = {}
+    for name, _, rule in (value.partition("=") for value in values if "=" in value):
+        label = label_set.find(name)
+        if label is None:
+            problems.append(
+                f"--uncertain {name}={rule}: {name!r} is no label; the labels are:"
+                f" {', '.join(label_set.names)}"
+            )
+        else:
+            by_label[label] = rule
+    wrong = [rule for rule in (*plain, *by_label.values()) if rule not in UNCERTAIN_RULES]
+    problems += [
+        f"--uncertain {rule}: no such rule; known: {', '.join(UNCERTAIN_RULES)}" for rule in wrong
+    ]
+    if len(plain) > 1:
+        problems.append(
+            f"--uncertain {' '.join(plain)}: one rule for all labels, and exceptions as LABEL=RULE"
+        )
+    return plain[0], by_label
 
 
 def known(name: str, value: str, choices: Sequence[str]) -> str:
@@ -318,7 +356,9 @@ def cell_problems(table: Table, row: int, reading: Reading) -> list[str]:
 # ---- who is on the image -------------------------------------------------------------------------
 _SEX_COLUMNS = ("Sex", "Patient Gender", "Patient Sex")
 _AGE_COLUMNS = ("Age", "Patient Age")
-_SEX_CELLS = {"f": "F", "female": "F", "m": "M", "male": "M"}
+_SEX_CELLS = dict.fromkeys(("f", "female", "woman", "w", "weiblich"), "F") | dict.fromkeys(
+    ("m", "male", "man", "männlich"), "M"
+)
 _AGE_CELL = re.compile(r"(\d{1,3})(?:\.0*)?([ymwd]?)")
 _A_YEAR = {"": 1, "y": 1, "m": 12, "w": 52, "d": 365}  # 058Y, 011M: older files of NIH
 
@@ -334,8 +374,8 @@ class WhoCells:
 
     def __init__(self, table: Table, *, youngest: int = 0):
         kinds: list[tuple[str, Sequence[str], Callable[[str], Any]]] = [
-            ("sex", _SEX_COLUMNS, _sex),
-            ("age", _AGE_COLUMNS, partial(_age, youngest=youngest)),
+            ("sex", _SEX_COLUMNS, sex_of),
+            ("age", _AGE_COLUMNS, partial(age_of, youngest=youngest)),
         ]
         # (field, column, how a cell is read) of those that the table has
         self._fields = [
@@ -369,11 +409,13 @@ class WhoCells:
         return [f"taken as unknown: {', '.join(shown)}{more}"]
 
 
-def _sex(cell: str) -> str | None:
+def sex_of(cell: str) -> str | None:
+    """Read a sex -> "F" or "M", None where the cell says neither."""
     return _SEX_CELLS.get(cell.strip().casefold())
 
 
-def _age(cell: str, youngest: int) -> int | None:
+def age_of(cell: str, youngest: int = 0) -> int | None:
+    """Read an age -> whole years, None where the cell says none. youngest: less is no age."""
     found = _AGE_CELL.fullmatch(cell.strip().casefold())
     years = int(found[1]) // _A_YEAR[found[2]] if found else -1
     return years if youngest <= years <= MAX_AGE else None

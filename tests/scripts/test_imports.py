@@ -141,7 +141,7 @@ def test_a_right_import_is_not():
     assert wrong_imports(source, "engine/forward.py") == []
 
 
-@pytest.mark.parametrize("command", ["select", "check", "traces", "demo.splits"])
+@pytest.mark.parametrize("command", ["select", "check", "table", "traces", "demo.splits"])
 def test_a_command_on_data_loads_no_model_library(command):
     """--help answers in a moment; the heavy packages take seconds to import."""
     code = (
