@@ -17,7 +17,8 @@ import pytest
 
 from data.demo.splits import SPLITS, WRITTEN_SPLITS
 from data.prompts import PROMPTS
-from data.select import build_parser
+from data.select import build_parser as select_parser
+from data.table import build_parser as table_parser
 from data.traces import main as traces
 from engine.merge_settings import MergeConfig
 from engine.settings import SFTConfig
@@ -178,10 +179,9 @@ def test_every_file_of_ours_that_is_named_exists(page):
 def test_every_flag_named_is_a_flag(capsys):
     configs = (SFTConfig, GRPOConfig, ObjectiveConfig, EvalConfig, MergeConfig, *REPORTS)
     fields = {field.name for config in configs for field in dataclasses.fields(config)}
-    # of data.select
-    fields |= {fork.field for fork in FORKS.values()} | {
-        action.dest for action in build_parser()._actions
-    }
+    fields |= {fork.field for fork in FORKS.values()}
+    for parser in (select_parser(), table_parser()):
+        fields |= {action.dest for action in parser._actions}
     for command in ("export", "import"):
         with pytest.raises(SystemExit):
             traces([command, "--help"])
