@@ -51,6 +51,10 @@ class AttentionLayer(Protocol):
 class PackedMask:
     """Say what the tokens of a packed row see, in place of a mask tensor, and attend so."""
 
+    # A decoder that makes its mask itself asks a mask that it is given for these first, and then
+    # `mask_maker` below. No mask tensor has these.
+    ndim, shape = 0, (0,)
+
     def attend(
         self,
         module: AttentionLayer,
@@ -212,8 +216,17 @@ def attention(
     )
 
 
+def mask_maker(
+    attention_mask: PackedMask | Tensor | None = None, **keywords: Any
+) -> PackedMask | Tensor | None:
+    """Make a decoder's mask as for SDPA, and leave a PackedMask as it is."""
+    if isinstance(attention_mask, PackedMask):
+        return attention_mask
+    return sdpa_mask(attention_mask=attention_mask, **keywords)
+
+
 AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, mask_maker)
 
 
 def attend(

@@ -84,7 +84,7 @@ def load_model(
     vision_cache_dir: str | None = None,
     encoder: Encoder | None = None,
 ) -> BaseModel:
-    """Load and freeze a base model of one of the two families.
+    """Load and freeze a base model of one of the families.
 
     dtype: "auto" for the one that its weights are stored in.
     vision_cache_gb, vision_cache_dir: see VisionCache.

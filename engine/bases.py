@@ -84,6 +84,7 @@ class Base:
 
 
 _SIZED = 28 * 28  # pixels of a visual token: 2 x 2 patches of 14
+_SIZED_32 = 32 * 32  # 2 x 2 patches of 16
 _GOOGLE = {
     "license": "other",
     "license_name": "health-ai-developer-foundations",
@@ -130,6 +131,15 @@ BASES = (
         None,
         "no list of its training data is published",
         _SIZED,
+    ),
+    Base(
+        r"qwen3-vl-(?:2|4|8|32)b",  # the dense ones
+        "Qwen3-VL",
+        {"license": "apache-2.0"},
+        "Apache License 2.0",
+        None,
+        "no list of its training data is published",
+        _SIZED_32,
     ),
     Base("demo-gemma", "demo-gemma", _OURS, _OURS_TEXT, (), _DEMO, None, _DEMO_SEEN),
     Base("demo", "demo", _OURS, _OURS_TEXT, (), _DEMO, _SIZED, _DEMO_SEEN),

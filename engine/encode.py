@@ -1,4 +1,4 @@
-"""Encode one example as token ids, loss mask and image tensors, for a checkpoint of either family.
+"""Encode one example as token ids, loss mask and image tensors, for a checkpoint of any family.
 
 The mask is made together with the tokens: an answer's row is the prompt (not supervised) followed
 by the answer and its end-of-turn token (supervised). For every row it is checked that its tokens
@@ -125,7 +125,14 @@ class Encoder:
                 "the chat template has no system message; the system text stands at the beginning"
                 " of the user's message"
             )
-        self._tokenize(self.chat.prompt(PROBE), 1)  # the template has a place for one image
+        probe = self.chat.prompt(PROBE)
+        self._tokenize(probe, 1)  # the template has a place for one image
+        if opened := re.search(r"<\w+>(?=\s*$)", probe):
+            self.notes.append(
+                f"the chat template opens {opened[0]} itself, before the answer: a model that was"
+                " not trained here does not write it again, so its answers count as malformed;"
+                " take an edition whose template leaves the tag to the model"
+            )
         self._said: set[str] = set()  # harmless differences of answers, each said once
         self._prompt_texts: dict[Prompt, str] = {}
         self._pieces: dict[int, str] = {}  # token id -> what it writes
@@ -136,8 +143,8 @@ class Encoder:
     ) -> Encoder:
         """Load tokenizer and image processor of a checkpoint (a local folder or a hub name).
 
-        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen2.5-VL resizes
-        the image to lie between them. Gemma 3 ignores them and always has the 256
+        min_visual_tokens, max_visual_tokens: bounds on the tokens of one image. Qwen's models
+        resize it to lie between them. Gemma 3 ignores them and always has the 256
         (mm_tokens_per_image) of its configuration.
 
         Raises ValueError and OSError as `read_config` does.

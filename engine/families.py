@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.family import Family, ImageTensors, causal_mask, text_positions
 from engine.gemma3 import Gemma3
 from engine.qwen2_5_vl import PIXEL_BOUNDS, Qwen25VL
+from engine.qwen3_vl import Qwen3VL
 
 __all__ = [
     "FAMILIES",
@@ -25,6 +26,7 @@ __all__ = [
     "Gemma3",
     "ImageTensors",
     "Qwen25VL",
+    "Qwen3VL",
     "causal_mask",
     "family_of",
     "language_model",
@@ -37,7 +39,9 @@ __all__ = [
     "unwrapped",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen25VL(), Gemma3())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (Qwen25VL(), Gemma3(), Qwen3VL())
+}
 
 # The language model's attention and feed-forward projections. Anchored on `language_model`: both
 # vision towers have projections of the same names (SigLIP q/k/v_proj, Qwen's visual
@@ -55,8 +59,12 @@ def family_of(model_type: str | None) -> Family:
     """
     family = FAMILIES.get(model_type or "")
     if family is None:
+        relatives = [other.relatives.get(model_type or "") for other in FAMILIES.values()]
+        because = "".join(f", {reason}" for reason in relatives if reason)
+        *others, last = FAMILIES
         raise ValueError(
-            f"a {model_type!r} model; this engine trains {' and '.join(FAMILIES)} models"
+            f"a {model_type!r} model{because}; this engine trains {', '.join(others)} and {last}"
+            " models"
         )
     return family
 

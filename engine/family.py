@@ -45,6 +45,8 @@ class Family:
     head_norms: bool  # queries and keys have norms of their own
     sliding_layers: bool  # some layers see a window only, with masks of their own
     fixed_images: bool  # every image has the same number of tokens
+    # model types that are easily taken for this one and are not trained: what each is instead
+    relatives: Mapping[str, str] = {}
 
     # ---- processor ----
     def image_processor(
@@ -130,6 +132,10 @@ class Family:
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         """Count (the tower's patches that make one visual token, pixel values of a patch)."""
         raise TypeError("use a subclass")
+
+    def extra_features(self, config: PretrainedConfig) -> int:
+        """Count the tensors of the size of `features` that the decoder takes beside them."""
+        return 0
 
 
 def causal_mask(attention_mask: Tensor, queries: Tensor) -> Tensor:

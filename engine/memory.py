@@ -12,8 +12,9 @@ The table follows from the code. It counts bytes for each token of the packed ro
 (engine/forward.py) and each decoder layer. h hidden, q = heads x head_dim, k = kv_heads x head_dim,
 f intermediate, r rank of LoRA, e bytes of the base's dtype:
 
-    RMS norm        backward needs its fp32 input: 4h for each norm of the hidden state (2 in
-                    Qwen2.5-VL, 4 in Gemma 3), and in Gemma 3 4(q + k) for those of queries and keys
+    RMS norm        backward needs its fp32 input: 4h for each norm of the hidden state (4 in Gemma
+                    3, 2 in Qwen's models), and 4(q + k) where queries and keys have norms (Gemma 3,
+                    Qwen3-VL)
     LoRA's A        backward needs its fp32 input: 4h. q, k and v share an input, and so do gate and
                     up. In an fp32 base without dropout they also share its copy. In a bf16 base
                     each has an fp32 copy of its own. With dropout each has its own and the mask
@@ -62,6 +63,7 @@ class ModelShape:
     vision_hidden, vision_intermediate: sizes of the vision tower.
     patches_per_token: patches of the tower that make one visual token.
     pixel_values_per_patch: fp32 numbers in a patch.
+    extra_features: tensors like an image's features that the decoder takes beside them.
     """
 
     base_parameters: int
@@ -80,6 +82,7 @@ class ModelShape:
     vision_intermediate: int
     patches_per_token: int
     pixel_values_per_patch: int
+    extra_features: int = 0
 
     @property
     def query_width(self) -> int:
@@ -176,7 +179,7 @@ class Forecast:
 
 
 def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
-    """Read a model's sizes from a configuration of either family.
+    """Read a model's sizes from a configuration of any family.
 
     base_parameters: number of the base's parameters, tied ones counted once.
     """
@@ -200,6 +203,7 @@ def model_shape(config: PretrainedConfig, base_parameters: int) -> ModelShape:
         vision.intermediate_size,
         patches,
         values,
+        family.extra_features(config),
     )
 
 
@@ -313,6 +317,15 @@ def inputs(shape: ModelShape, work: Workload, tokens: int, mask_elements: int) -
     return tokens * (work.element_size * shape.hidden + 24) + mask_elements
 
 
+def extra_inputs(shape: ModelShape, work: Workload, tokens: int) -> int:
+    """Compute the bytes of `extra_features` of so many tokens.
+
+    While the decoder runs they are laid out for all tokens of the packed row, text or image. The
+    backward pass needs none of it.
+    """
+    return tokens * shape.extra_features * work.element_size * shape.hidden
+
+
 def packed_inputs(shape: ModelShape, work: Workload, row: Packed) -> int:
     """Compute the bytes of a packed row's inputs, with its masks as bool and as numbers to add.
 
@@ -365,7 +378,8 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
     gradients = {"gradients": FP32 * lora_parameters(shape, work.lora_r)}
     if not work.rollout_prompts:
         yield gradients | {"activations": vision_tower(shape, work)}
-    given = gradients | {"inputs": packed_inputs(shape, work, row)}
+    seen = extra_inputs(shape, work, row.prompts * work.image_tokens)
+    given = gradients | {"inputs": packed_inputs(shape, work, row) + seen}
     layer = kept_by_layer(shape, work, row)
     # Checkpointing keeps each layer's input. The first layer's is counted among the inputs.
     kept = (
@@ -389,7 +403,10 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
 def scoring_moments(shape: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:
     """Yield the moments of a teacher-forced forward without gradient."""
     given = {"inputs": packed_inputs(shape, work, row)}
-    yield given | {"activations": layer_temporaries(shape, work, row.tokens, row.keys)}
+    yield {
+        "inputs": given["inputs"] + extra_inputs(shape, work, row.tokens),
+        "activations": layer_temporaries(shape, work, row.tokens, row.keys),
+    }
     yield given | {
         "activations": row.tokens * work.element_size * shape.hidden,
         "logits": head_chunk(
@@ -436,11 +453,13 @@ def writing_moments(
     cache = kv_cache(shape, work, prompts, work.prompt_length) + kv_cache(
         shape, work, rows, work.max_completion_length
     )
-    features = prompts * work.image_tokens * shape.hidden * e
+    features = prompts * work.image_tokens * (1 + shape.extra_features) * shape.hidden * e
     # 20 bytes: an id (int64), a log-probability, a mass and a uniform number (fp32).
     held = rows * work.max_completion_length * 20 + features
     yield {
-        "inputs": held + packed_inputs(shape, work, together),
+        "inputs": held
+        + packed_inputs(shape, work, together)
+        + extra_inputs(shape, work, together.tokens),
         "KV cache": cache,
         "activations": layer_temporaries(shape, work, together.tokens, 0),
     }

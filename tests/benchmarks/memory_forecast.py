@@ -75,11 +75,17 @@ def compare(families: list[str], dtypes: list[str], phases: list[str]) -> None:
 
 
 # ---- the shipped recipes on real cards: arithmetic -----------------------------------------------
+FAMILY_OF = {"gemma": "gemma3", "qwen3-vl": "qwen3_vl"}  # by a part of the model's name
+
+
 def published_shape(name: str) -> ModelShape:
     """Return the published sizes of a recipe's model. Its parameters are counted on the meta
     device.
     """
-    config = REAL_CONFIGS["gemma3" if "gemma" in name else "qwen2_5_vl"]()
+    family = next(
+        (family for part, family in FAMILY_OF.items() if part in name.casefold()), "qwen2_5_vl"
+    )
+    config = REAL_CONFIGS[family]()
     with torch.device("meta"):
         base = CLASSES[config.model_type](config)
     base.tie_weights()
@@ -134,13 +140,21 @@ def most_rows(shape: ModelShape, work: Workload, field: str, phase: str, card: i
     return largest(lambda n: phase_fits(shape, replace(work, **{field: n}), phase, card), 4096)
 
 
+RECIPES = (
+    "medgemma-4b-free-reasoning",
+    "qwen2.5-vl-3b-reasoning-a",
+    "qwen2.5-vl-3b-24gb",
+    "qwen3-vl-4b-reasoning-a",
+)
+
+
 def cards() -> None:
     """Print for every shipped recipe of a real model: forecast by part, cards that hold it, and the
     largest batches that they hold.
     """
     print("Arithmetic for a GPU, not measured on one.")
     shapes: dict[str, ModelShape] = {}
-    for recipe in ("medgemma-4b-free-reasoning", "qwen2.5-vl-3b-reasoning-a", "qwen2.5-vl-3b-24gb"):
+    for recipe in RECIPES:
         for script in ("sft", "grpo"):
             name, work = recipe_work(recipe, script)
             shape = shapes[name] = shapes.get(name) or published_shape(name)

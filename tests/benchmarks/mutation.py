@@ -68,6 +68,7 @@ MODELS = (  # slow to import, and what tests with a small model need
     "peft",
     "transformers.models.gemma3.modeling_gemma3",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
 )
 # What these import, once before the forks; nothing of ours. torch._dynamo: the first optimizer.
 PRELOADED = {

@@ -27,10 +27,11 @@ from tests.helpers.runs import SFT, sft
 from tests.helpers.tiny import SAVE, examples_of
 
 FAMILIES = list(SAVE)
-END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
-START = {"qwen2_5_vl": "<|im_start|>", "gemma3": "<start_of_turn>"}
-IMAGE = {"qwen2_5_vl": "<|image_pad|>", "gemma3": "<image_soft_token>"}
-PAD = {"qwen2_5_vl": "<|endoftext|>", "gemma3": "<pad>"}
+QWENS = ("qwen2_5_vl", "qwen3_vl")
+END = dict.fromkeys(QWENS, "<|im_end|>") | {"gemma3": "<end_of_turn>"}
+START = dict.fromkeys(QWENS, "<|im_start|>") | {"gemma3": "<start_of_turn>"}
+IMAGE = dict.fromkeys(QWENS, "<|image_pad|>") | {"gemma3": "<image_soft_token>"}
+PAD = dict.fromkeys(QWENS, "<|endoftext|>") | {"gemma3": "<pad>"}
 PROMPT = Prompt("short", "Which?")
 ANSWER = "<think>Hazy bases.</think>\n<solution>Edema</solution>"
 PAIR = ("<think>", "</think>", "<solution>", "</solution>")

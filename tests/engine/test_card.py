@@ -193,6 +193,10 @@ def test_the_code_of_the_card(tmp_path):
     compile(code_of(merged), "card", "exec")
     assert "peft" not in code_of(merged) and "vllm serve PATH_OF_THIS_FOLDER" in merged
     assert front(merged)["library_name"] == "transformers" and "--enable-lora" not in merged
+    # tokens of 32 x 32 pixels
+    of_qwen3 = card_of(folder, "Qwen/Qwen3-VL-4B-Instruct")
+    assert "min_pixels=262144, max_pixels=524288" in of_qwen3
+    assert front(of_qwen3)["license"] == "apache-2.0"
     # Gemma 3 has a fixed number of tokens
     assert "pixels" not in card_of(folder, "google/medgemma-4b-it")
 
@@ -232,6 +236,8 @@ def test_a_merged_model_has_its_adapters_card(tmp_path):
         ("nvidia/NV-Reason-CXR-3B", "NV-Reason-CXR-3B"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-3B"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", None),  # another licence
+        ("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL"),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", None),  # not trained here
         ("/home/medgemma/other", None),
         ("my/demo", None),
         ("demo", "demo"),

@@ -30,8 +30,8 @@ from tests.helpers.runs import SFT
 from tests.helpers.tiny import GEMMA_TEMPLATE, QWEN_TEMPLATE, SAVE, examples_of
 
 FAMILIES = list(SAVE)
-TEMPLATES = {"qwen2_5_vl": QWEN_TEMPLATE, "gemma3": GEMMA_TEMPLATE}
-END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
+TEMPLATES = {"qwen2_5_vl": QWEN_TEMPLATE, "gemma3": GEMMA_TEMPLATE, "qwen3_vl": QWEN_TEMPLATE}
+END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "qwen3_vl": "<|im_end|>"}
 TEXT = "{{ c['text'] }}"
 PROMPT = Prompt("short", "Which Findings?")
 ANSWER = "<think>Hazy  bases, 10\u00b2 mm.\n\n\u2265 2.</think>\n<solution>Edema</solution>"
@@ -259,7 +259,7 @@ def test_a_system_text_that_is_refused_stands_in_the_users_turn(
     encoder = encoder_with(family, REFUSALS[kind] + TEMPLATES[family])
     row = encoder.encode_answer(example, PROMPT, ANSWER)
     text = encoder.tokenizer.decode(row.prompt.input_ids)
-    start = {"qwen2_5_vl": "<|im_start|>user\n", "gemma3": "<bos><start_of_turn>user\n"}[family]
+    start = "<bos><start_of_turn>user\n" if family == "gemma3" else "<|im_start|>user\n"
     assert text.startswith(f"{start}{SYSTEM_PROMPT}\n\n")
     assert text.count(SYSTEM_PROMPT) == 1 and text.count(PROMPT.text) == 1
     assert supervised(encoder, row) == ANSWER + END[family]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoImageProcessor, Gemma3Processor
+from transformers import AutoImageProcessor, Gemma3Processor, Qwen3VLProcessor
 
 from data.examples import Example
 from data.files import DataError
@@ -27,8 +27,12 @@ from engine.encode import EncodedPrompt, EncodedRow, Encoder
 from tests.helpers.tiny import SAVE, examples_of
 
 FAMILIES = list(SAVE)
-END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
-HEADER = {"qwen2_5_vl": "<|im_start|>assistant\n", "gemma3": "<start_of_turn>model\n"}
+END = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "qwen3_vl": "<|im_end|>"}
+HEADER = {
+    "qwen2_5_vl": "<|im_start|>assistant\n",
+    "gemma3": "<start_of_turn>model\n",
+    "qwen3_vl": "<|im_start|>assistant\n",
+}
 ANSWER = "<think>Größe ≥ 2 cm.\n\nNo  pneumothorax.</think>\n<solution>Edema, No Finding</solution>"
 SHORT = Prompt("short", "Which?")
 PROMPT = PROMPTS["demo"]
@@ -285,6 +289,7 @@ def test_a_template_without_an_image_is_refused(encoder, example):
         ("qwen2_5_vl", "<|im_end|>"),
         ("qwen2_5_vl", "<|image_pad|>"),
         ("qwen2_5_vl", "<|endoftext|>"),
+        ("qwen3_vl", "<|vision_start|>"),
         ("gemma3", "<end_of_turn>"),
         ("gemma3", "<start_of_turn>"),
         ("gemma3", "<image_soft_token>"),
@@ -339,6 +344,33 @@ def test_gemma_ids_are_those_of_its_own_processor(tiny_checkpoint, example):
     assert encoded.token_types.tolist() == list(official[types][0])
 
 
+class ImageProcessorOnly(Qwen3VLProcessor):
+    """Do without the video processor, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def check_argument_for_proper_class(self, name, argument) -> None:
+        if name != "video_processor":
+            super().check_argument_for_proper_class(name, argument)
+
+
+def test_qwen3_prompts_are_those_of_its_own_processor(tiny_checkpoint, tiny_images):
+    encoder = encoder_of(tiny_checkpoint("qwen3_vl"))
+    template = encoder.tokenizer.chat_template
+    processor = ImageProcessorOnly(encoder.image_processor, encoder.tokenizer, None, template)
+    text = processor.apply_chat_template(build_messages(PROMPT), add_generation_prompt=True)
+    for example in examples_of(tiny_images, 56, 84, 112):
+        image = Image.open(example.image_root / example.image).convert("RGB")
+        official = processor(text=text, images=[image], return_tensors="pt")
+        encoded = encoder.encode_prompt(example, PROMPT)
+        assert torch.equal(encoded.input_ids, official["input_ids"][0])
+        assert torch.equal(encoded.token_types, official["mm_token_type_ids"][0])
+        for name in ("pixel_values", "image_grid_thw"):
+            assert torch.equal(encoded.vision[name], official[name])
+
+
 # The image
 
 
@@ -347,8 +379,7 @@ def image_tokens(encoder, folder, height, width) -> int:
     encoded = encoder.encode_prompt(Example("e", "p", "x.png", (), "site", folder), SHORT)
     tokens = int((encoded.token_types == 1).sum())
     assert torch.equal(encoded.token_types == 1, encoded.input_ids == encoder.image_token_id)
-    if encoder.family.model_type == "qwen2_5_vl":
-        # 2 x 2 patches a token
+    if "image_grid_thw" in encoded.vision:  # 2 x 2 patches a token
         assert (
             len(encoded.vision["pixel_values"])
             == 4 * tokens
@@ -385,6 +416,39 @@ def test_qwen_image_tokens_follow_the_bounds(
     assert bounds[0] <= expected <= bounds[1]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "height", "width", "expected"),
+    [
+        # A token of Qwen3-VL is 32 x 32 pixels. 200 x 300 rounds to 6 x 9 = 54 tokens.
+        ((4, 64), 200, 300, 54),
+        # Too many for 16: scaled by 1 / sqrt(60000 / (16 * 1024)) = 1 / 1.914 to 104.5 x 156.8,
+        # rounded down to 3 x 4
+        ((4, 16), 200, 300, 12),
+        # Too few for 100: scaled by sqrt(100 * 1024 / 60000) = 1.306 to 261.3 x 391.9, rounded up
+        # to 9 x 13
+        ((100, 200), 200, 300, 117),
+        ((4, 16), 32, 32, 4),
+    ],
+)
+def test_qwen3_image_tokens_follow_the_bounds(
+    tiny_checkpoint, tmp_path, bounds, height, width, expected
+):
+    encoder = encoder_of(tiny_checkpoint("qwen3_vl"), *bounds)
+    assert image_tokens(encoder, tmp_path, height, width) == expected
+    assert bounds[0] <= expected <= bounds[1]
+
+
+def test_qwen3_has_its_think_tags_as_tokens_that_are_no_control_tokens(
+    tiny_checkpoint, tiny_images
+):
+    encoder = encoder_of(tiny_checkpoint("qwen3_vl"))
+    answer = "<think>a</think>\n<solution>Edema</solution>"
+    row = encoder.encode_answer(examples_of(tiny_images, 56)[0], SHORT, answer)
+    think, end = encoder.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert row.completion_ids[0] == think and int((row.completion_ids == end).sum()) == 1
+    assert encoder.decode(row.completion_ids) == answer
+
+
 def test_bounds_that_are_not_in_force_stop_the_run(tiny_checkpoint, monkeypatch):
     original = AutoImageProcessor.from_pretrained
 
@@ -418,7 +482,7 @@ def test_the_pixels_are_the_images(encoder, family, tmp_path):
             atol=1e-6,
         )
         assert set(vision) == (
-            {"pixel_values", "image_grid_thw"} if family == "qwen2_5_vl" else {"pixel_values"}
+            {"pixel_values"} if family == "gemma3" else {"pixel_values", "image_grid_thw"}
         )
 
 
@@ -442,6 +506,6 @@ def test_another_model_family_is_refused(tiny_checkpoint, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(
-        ValueError, match="a 'llama' model; this engine trains qwen2_5_vl and gemma3 models"
+        ValueError, match="a 'llama' model; this engine trains qwen2_5_vl, gemma3 and qwen3_vl"
     ):
         encoder_of(folder)

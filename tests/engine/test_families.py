@@ -1,4 +1,4 @@
-"""Protect what holds for both model families.
+"""Protect what holds for all model families.
 
 Checked: LoRA on the real sizes, chat templates as the real models have them, image tokens of real
 images, that no pass forgets positions, masks or token types, models of the hub, one place for
@@ -30,11 +30,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import engine.forward
 import eval.evaluate
 import run_grpo
 import run_sft
+from data.check import CONTROL_TOKENS
 from data.examples import Example
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from engine.attention import PackedMask
@@ -42,10 +44,11 @@ from engine.collate import PromptBatch, collate_prompts, collate_rows
 from engine.encode import Encoder
 from engine.families import FAMILIES, family_of, stop_ids
 from engine.forward import completion_logprobs
+from engine.memory import lora_parameters, model_shape
 from engine.model import BaseModel, attach_new_adapter
 from engine.optim import trainable_parameters
 from engine.runtime import main_guard
-from tests.helpers.real_configs import REAL_CONFIGS
+from tests.helpers.real_configs import REAL_CONFIGS, gemma_4b, qwen3_vl, qwen_3b
 from tests.helpers.repository import ROOT, product_files
 from tests.helpers.runs import (
     GRPO,
@@ -70,23 +73,34 @@ def family(request) -> str:
 
 # ---- the real sizes ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("family", "layers", "modules", "trainable", "total"),
+    ("family", "config", "layers", "modules", "trainable", "total"),
     [
         # r (in + out) a projection, r 16. Qwen2.5-VL-3B: q and o 2048 + 2048, k and v 2048 + 256,
         # gate, up and down 2048 + 11008: 16 (2 x 4096 + 2 x 2304 + 3 x 13056) = 831,488 a layer, x
         # 36 = 29,933,568. Total: the published checkpoint's 3,754,622,976.
-        ("qwen2_5_vl", 36, 252, 29_933_568, 3_754_622_976),
+        ("qwen2_5_vl", qwen_3b(), 36, 252, 29_933_568, 3_754_622_976),
         # Gemma 3 4B: q and o 2560 + 8 x 256, k and v 2560 + 4 x 256, gate, up and down 2560 +
         # 10240: 16 (2 x 4608 + 2 x 3584 + 3 x 12800) = 876,544 a layer, x 34 = 29,802,496. Total:
         # the published 4,300,079,472.
-        ("gemma3", 34, 238, 29_802_496, 4_300_079_472),
+        ("gemma3", gemma_4b(), 34, 238, 29_802_496, 4_300_079_472),
+        # Qwen3-VL: q and o hidden + 128 x heads, k and v hidden + 8 x 128, gate, up and down hidden
+        # + intermediate. Totals: the published checkpoints'. 2B: 16 (2 x 4096 + 2 x 3072 + 3 x
+        # 8192) = 622,592 a layer, x 28
+        ("qwen3_vl", qwen3_vl("2B"), 28, 196, 17_432_576, 2_127_532_032),
+        # 4B: 16 (2 x 6656 + 2 x 3584 + 3 x 12288) = 917,504, x 36
+        ("qwen3_vl", qwen3_vl("4B"), 36, 252, 33_030_144, 4_437_815_808),
+        # 8B: 16 (2 x 8192 + 2 x 5120 + 3 x 16384) = 1,212,416, x 36
+        ("qwen3_vl", qwen3_vl("8B"), 36, 252, 43_646_976, 8_767_123_696),
     ],
 )
-def test_lora_on_the_real_sizes(family, layers, modules, trainable, total):
+def test_lora_on_the_real_sizes(family, config, layers, modules, trainable, total):
+    assert config.model_type == family
     with torch.device("meta"):
-        base = AutoModelForImageTextToText.from_config(REAL_CONFIGS[family](), dtype=torch.bfloat16)
+        base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     # before adapters; the tied head counts once
     assert sum(parameter.numel() for parameter in base.parameters()) == total
+    shape = model_shape(config, total)
+    assert lora_parameters(shape, 16) == trainable and shape.layers == layers
     model = BaseModel(family, base, family_of(family), None, frozenset(), (), None)
     wrapped = attach_new_adapter(model, r=16, alpha=32, dropout=0.1)
     trained = dict(trainable_parameters(wrapped))
@@ -154,7 +168,31 @@ QWEN_AS_PUBLISHED = """{%- for turn in messages -%}
   {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-AS_PUBLISHED = {"qwen2_5_vl": QWEN_AS_PUBLISHED, "gemma3": GEMMA_AS_PUBLISHED}
+# Qwen3-VL: no default system text, images and videos by their keys, tools and calls left out here.
+QWEN3_AS_PUBLISHED = """{%- if messages[0].role == 'system' -%}
+  {{- '<|im_start|>system\\n' -}}
+  {%- if messages[0].content is string -%}{{- messages[0].content -}}{%- else -%}
+    {%- for part in messages[0].content if 'text' in part -%}{{- part.text -}}{%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for turn in messages if turn.role in ('user', 'assistant') -%}
+  {{- '<|im_start|>' + turn.role + '\\n' -}}
+  {%- if turn.content is string -%}{{- turn.content -}}{%- else -%}
+    {%- for part in turn.content -%}
+      {%- if turn.role == 'user' and (part.type == 'image' or 'image' in part) -%}
+        {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+      {%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+AS_PUBLISHED = {
+    "qwen2_5_vl": QWEN_AS_PUBLISHED,
+    "gemma3": GEMMA_AS_PUBLISHED,
+    "qwen3_vl": QWEN3_AS_PUBLISHED,
+}
 
 
 def encoder_of(folder, lowest=4, highest=16) -> Encoder:
@@ -164,20 +202,22 @@ def encoder_of(folder, lowest=4, highest=16) -> Encoder:
 def test_published_chat_templates_carry_our_system_text(family, tiny_checkpoint, tiny_images):
     encoder = encoder_of(tiny_checkpoint(family))
     encoder.tokenizer.chat_template = AS_PUBLISHED[family]
-    # A 56 x 56 image is 4 tokens in both. Gemma's processor sets its image apart by empty lines.
+    # A 56 x 56 image is 4 tokens in all. Gemma's processor sets its image apart by empty lines.
+    qwens = (
+        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + "<|image_pad|>" * 4
+        + f"<|vision_end|>{PROMPT.text}<|im_end|>\n<|im_start|>assistant\n"
+    )
     prompts = {
-        "qwen2_5_vl": (
-            f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-            + "<|image_pad|>" * 4
-            + f"<|vision_end|>{PROMPT.text}<|im_end|>\n<|im_start|>assistant\n"
-        ),
+        "qwen2_5_vl": qwens,
+        "qwen3_vl": qwens,
         "gemma3": (
             f"<bos><start_of_turn>user\n{SYSTEM_PROMPT}\n\n\n\n<start_of_image>"
             + "<image_soft_token>" * 4
             + f"<end_of_image>\n\n{PROMPT.text}<end_of_turn>\n<start_of_turn>model\n"
         ),
     }
-    ends = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>"}
+    ends = {"qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "qwen3_vl": "<|im_end|>"}
     row = encoder.encode_answer(
         examples_of(tiny_images, 56)[0], PROMPT, "<think>x</think>\n<solution>Edema</solution>"
     )
@@ -187,7 +227,30 @@ def test_published_chat_templates_carry_our_system_text(family, tiny_checkpoint,
         == "<think>x</think>\n<solution>Edema</solution>" + ends[family]
     )
     ids = torch.cat([row.prompt.input_ids, row.completion_ids])
-    assert family == "qwen2_5_vl" or (ids == encoder.tokenizer.bos_token_id).sum() == 1
+    assert family != "gemma3" or (ids == encoder.tokenizer.bos_token_id).sum() == 1
+
+
+# Of the Thinking editions: the reasoning is a part of its own, whose tag stands in the prompt.
+QWEN3_THINKING = QWEN3_AS_PUBLISHED.replace(
+    "{%- elif 'text' in part -%}{{- part.text -}}",
+    "{%- elif turn.role == 'assistant' -%}{%- set halves = part.text.split('</think>') -%}"
+    "{{- '<think>\\n' + halves[0].split('<think>')[-1].strip('\\n') + '\\n</think>\\n\\n'"
+    " + halves[-1].lstrip('\\n') -}}{%- elif 'text' in part -%}{{- part.text -}}",
+).replace("assistant\\n' -}}{%- endif -%}", "assistant\\n<think>\\n' -}}{%- endif -%}")
+
+
+def test_the_template_of_a_thinking_edition(tiny_checkpoint, tiny_images, caplog):
+    encoder = encoder_of(tiny_checkpoint("qwen3_vl"))
+    encoder.tokenizer.chat_template = QWEN3_THINKING
+    encoder = Encoder(encoder.family, encoder.tokenizer, encoder.image_processor, encoder.config)
+    answer = "<think>x</think>\n<solution>Edema</solution>"
+    row = encoder.encode_answer(examples_of(tiny_images, 56)[0], PROMPT, answer)
+    assert encoder.tokenizer.decode(row.prompt.input_ids).endswith("assistant\n<think>\n")
+    # what is learnt is the answer as the data have it
+    assert encoder.tokenizer.decode(row.completion_ids) == answer + "<|im_end|>"
+    assert "the chat template changes answers" in caplog.text
+    (note,) = encoder.notes
+    assert note.startswith("the chat template opens <think> itself, before the answer: a model")
 
 
 def test_white_space_around_an_answer_is_the_templates_affair(tiny_checkpoint, tiny_images):
@@ -200,9 +263,8 @@ def test_white_space_around_an_answer_is_the_templates_affair(tiny_checkpoint, t
 
 def test_every_template_has_both_stop_ids(family, tiny_checkpoint):
     model = load(tiny_checkpoint(family))
-    names = {"qwen2_5_vl": {"<|im_end|>", "<|endoftext|>"}, "gemma3": {"<end_of_turn>", "<eos>"}}[
-        family
-    ]
+    gemmas = {"<end_of_turn>", "<eos>"}
+    names = gemmas if family == "gemma3" else {"<|im_end|>", "<|endoftext|>"}
     expected = {model.encoder.tokenizer.convert_tokens_to_ids(name) for name in names}
     assert model.stop_ids == expected
     # A generation_config may list but one of them; the end of turn is added in any case.
@@ -345,13 +407,19 @@ def only_explicit_calls(monkeypatch) -> Counter:
                 and keywords["inputs_embeds"] is not None
             )
             assert keywords["position_ids"] is not None
-            assert all(isinstance(mask, PackedMask) for mask in keywords["attention_mask"].values())
+            masks = keywords["attention_mask"]
+            masks = masks.values() if isinstance(masks, dict) else [masks]
+            assert all(isinstance(mask, PackedMask) for mask in masks)
             calls[type(self).__name__] += 1
             return original(self, **keywords)
 
         return forward
 
-    for module, prefix in ((modeling_qwen2_5_vl, "Qwen2_5_VL"), (modeling_gemma3, "Gemma3")):
+    for module, prefix in (
+        (modeling_qwen2_5_vl, "Qwen2_5_VL"),
+        (modeling_gemma3, "Gemma3"),
+        (modeling_qwen3_vl, "Qwen3VL"),
+    ):
         for name in ("Model", "ForConditionalGeneration"):
             monkeypatch.setattr(getattr(module, prefix + name), "forward", refused)
         monkeypatch.setattr(
@@ -362,7 +430,7 @@ def only_explicit_calls(monkeypatch) -> Counter:
     return calls
 
 
-def test_the_whole_way_of_both_families(
+def test_the_whole_way_of_every_family(
     family, tiny_sft_run, tiny_checkpoint, tiny_data, tmp_path, monkeypatch, only_explicit_calls
 ):
     """SFT, its resume, GRPO from the adapter alone, its resume in the middle of a rollout, and
@@ -412,9 +480,12 @@ def test_the_whole_way_of_both_families(
         lines(tmp_path / "sft-scores/predictions-site.jsonl")
         == lines(sft_run / "predictions-site.jsonl")[:5]
     )
-    assert set(only_explicit_calls) == {
-        {"qwen2_5_vl": "Qwen2_5_VLTextModel", "gemma3": "Gemma3TextModel"}[family]
+    decoders = {
+        "qwen2_5_vl": "Qwen2_5_VLTextModel",
+        "gemma3": "Gemma3TextModel",
+        "qwen3_vl": "Qwen3VLTextModel",
     }
+    assert set(only_explicit_calls) == {decoders[family]}
 
 
 # ---- models of the hub ---------------------------------------------------------------------------
@@ -576,7 +647,7 @@ def test_offline_a_model_comes_from_the_local_cache(tiny_checkpoint, tiny_data, 
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines()[-1] == "codes 0 0 0 0 0 0 2", done.stderr
+    assert done.stdout.splitlines()[-1] == "codes" + " 0" * 9 + " 2", done.stderr
     for family in FAMILIES:
         for run in ("sft", "grpo"):
             assert (
@@ -614,11 +685,12 @@ def test_a_model_that_is_only_half_in_the_cache_is_one_line(
 # a file for each family, and the list of them
 PLACES = {"engine/families.py"} | {f"engine/{family}.py" for family in FAMILIES}
 FACTS = re.compile(
-    r"^(qwen2_5_vl|gemma3)\w*$|<\|\w+\|>|<(bos|eos|pad)>|<(start|end)_of_\w+>|<image_soft_token>|"
-    r"_grid_thw|token_type_ids|^(mm_tokens_per_image|image_token_index|min_pixels)$|merge_size"
+    r"^(qwen2_5_vl|gemma3|qwen3_vl)\w*$|<\|\w+\|>|<(bos|eos|pad)>|<(start|end)_of_\w+>|<image_soft_token>|"
+    r"_grid_thw|deepstack|token_type_ids|^(mm_tokens_per_image|image_token_index|min_pixels)$|merge_size"
 )
 NAMES = (
-    "qwen|gemma|_grid_thw|token_type_ids|mm_tokens_per_image|merge_size|^[be]oi_token$|^min_pixels$"
+    "qwen|gemma|_grid_thw|deepstack|token_type_ids|mm_tokens_per_image|merge_size|^[be]oi_token$|"
+    "^min_pixels$"
 )
 
 
@@ -661,8 +733,9 @@ def test_family_facts_have_one_place(file):
     name = file.relative_to(ROOT).as_posix()
     if name in PLACES:
         assert family_facts(file.read_text(encoding="utf-8"))
-    elif not name.startswith("data/demo/"):
-        # the demo's base is built as a Qwen2.5-VL; nothing of it runs in training
+    elif not name.startswith("data/demo/") and name != "data/check.py":
+        # The demo's base is built as a Qwen2.5-VL; nothing of it runs in training. data.check reads
+        # no model: it looks for the control tokens of all of them.
         assert family_facts(file.read_text(encoding="utf-8")) == []
 
 
@@ -681,10 +754,16 @@ def test_family_facts_have_one_place(file):
         "side = vision.spatial_merge_size",
         "begin = tokenizer.boi_token",
         "load(path, min_pixels=4)",
+        "image['deepstack']",
     ],
 )
 def test_a_family_fact_is_seen(source):
     assert family_facts(source)
+
+
+def test_data_check_knows_every_familys_control_tokens():
+    for family in FAMILIES.values():
+        assert {family.end_of_turn, *family.image_token_names} <= set(CONTROL_TOKENS)
 
 
 def test_every_family_has_a_file_of_its_own():

@@ -1,6 +1,6 @@
 """Protect the forward.
 
-Checked: both families' own positions, masks and images, equal to transformers' full forward on
+Checked: each family's own positions, masks and images, equal to transformers' full forward on
 official inputs.
 
 Random checkpoints whose prompts are longer than the sliding window, images of several sizes, ragged
@@ -65,9 +65,10 @@ def own_model(family, tiny_checkpoint) -> BaseModel:
     return load(tiny_checkpoint(family))
 
 
-@pytest.fixture
-def qwen(tiny_checkpoint) -> BaseModel:
-    return load(tiny_checkpoint("qwen2_5_vl"))
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def qwen(request, tiny_checkpoint) -> BaseModel:
+    """Load one of the families with M-RoPE."""
+    return load(tiny_checkpoint(request.param))
 
 
 @pytest.fixture
@@ -418,7 +419,7 @@ def test_completion_logprobs_are_zero_outside_the_mask(model, tiny_images):
         logprobs.shape
         == entropies.shape
         == batch.completion_mask.shape
-        == (3, len(rows[0].completion_ids))
+        == (3, max(len(row.completion_ids) for row in rows))
     )
     assert (logprobs[~batch.completion_mask] == 0).all() and (
         logprobs[batch.completion_mask] < 0
@@ -473,9 +474,7 @@ def gradients(
     wrapped.train()
     counts = {"layer": 0, "vision": 0}
     base = wrapped.get_base_model()
-    tower = (
-        base.model.visual if model.family.model_type == "qwen2_5_vl" else base.model.vision_tower
-    )
+    tower = base.model.vision_tower if model.family.model_type == "gemma3" else base.model.visual
 
     def counted(name):
         return lambda *_: counts.__setitem__(name, counts[name] + 1)
@@ -536,7 +535,7 @@ def test_the_vision_tower_has_no_graph_even_where_it_is_not_frozen(own_model, ti
         for example in examples_of(tiny_images, 56, 112, 84)
     ]
     assert [len(image) for image in features] == (
-        [4, 16, 9] if own_model.family.model_type == "qwen2_5_vl" else [4, 4, 4]
+        [4, 4, 4] if own_model.family.model_type == "gemma3" else [4, 16, 9]
     )
     assert not any(image.requires_grad for image in features)
 
@@ -580,8 +579,9 @@ def mrope_prompt(
     """Make a prompt of token types and image grid, with `lead` more text tokens in front."""
     types = torch.tensor([0] * lead + token_types)
     ids = torch.where(types == 1, model.encoder.image_token_id, 65)
+    _, values = model.family.patches(model.net.config)  # of a patch
     patches = torch.randn(
-        grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)
+        grid[0] * grid[1] * grid[2], values, generator=torch.Generator().manual_seed(0)
     )
     return with_features(
         model,
@@ -725,9 +725,18 @@ def test_families(model, family):
     assert family_of(family).model_type == family
     with pytest.raises(
         ValueError,
-        match="a 'llama' model; this engine trains qwen2_5_vl and gemma3 models",
+        match="^a 'llama' model; this engine trains qwen2_5_vl, gemma3 and qwen3_vl models$",
     ):
         family_of("llama")
+
+
+def test_a_relative_of_a_family_is_told_from_it():
+    with pytest.raises(
+        ValueError,
+        match="^a 'qwen3_vl_moe' model, a mixture of experts; of Qwen3-VL the dense models are"
+        " trained; this engine trains qwen2_5_vl, gemma3 and qwen3_vl models$",
+    ):
+        family_of("qwen3_vl_moe")
 
 
 def test_moving_a_batch_keeps_everything(model, tiny_images):

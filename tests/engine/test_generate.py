@@ -672,9 +672,8 @@ def test_each_stop_id_stops(model, prompts):
 
 def test_stop_ids_of_the_checkpoints(model, family):
     ids = model.encoder.tokenizer.convert_tokens_to_ids
-    names = {"qwen2_5_vl": ("<|im_end|>", "<|endoftext|>"), "gemma3": ("<eos>", "<end_of_turn>")}[
-        family
-    ]
+    gemmas = ("<eos>", "<end_of_turn>")
+    names = gemmas if family == "gemma3" else ("<|im_end|>", "<|endoftext|>")
     assert model.stop_ids == {ids(name) for name in names}
 
 
@@ -712,10 +711,9 @@ def test_image_tokens_are_never_sampled(family, tiny_checkpoint, tiny_images, te
 
 
 def test_suppressed_ids_are_the_image_tokens(model, family):
-    names = {
-        "qwen2_5_vl": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
-        "gemma3": ["<start_of_image>", "<end_of_image>", "<image_soft_token>"],
-    }[family]
+    qwens = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    gemmas = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    names = gemmas if family == "gemma3" else qwens
     assert sorted(model.encoder.tokenizer.convert_tokens_to_ids(names)) == list(
         model.suppressed_ids
     )

@@ -1,6 +1,6 @@
 """Protect the memory forecast.
 
-Checked: it lies within 20 % of what torch really allocates, for both families, in every phase, and
+Checked: it lies within 20 % of what torch really allocates, for every family, in every phase, and
 its parts are those of the model.
 
 Run: pytest tests/engine/test_memory.py
@@ -26,11 +26,14 @@ from engine.memory import (
     packed_inputs,
     sampler_head,
     sampling_weights,
+    scoring_moments,
     static_parts,
+    update_moments,
     writing_moments,
 )
 from engine.model import attach_new_adapter
 from tests.helpers.memory import (
+    CLASSES,
     DTYPES,
     PHASES,
     Sizes,
@@ -76,14 +79,20 @@ WORK = replace(workload("grpo", SIZES, torch.float32, CPU), lora_r=2)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", list(CLASSES))
 def test_the_forecast_is_within_a_fifth_of_what_is_allocated(family, phase):
     step, expected = prepare(family, phase, SIZES, torch.float32, CPU)
     assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
 
 
 @pytest.mark.parametrize(
-    "family, phase", [("qwen2_5_vl", "sft"), ("gemma3", "grpo-checkpointed"), ("gemma3", "rollout")]
+    "family, phase",
+    [
+        ("qwen2_5_vl", "sft"),
+        ("gemma3", "grpo-checkpointed"),
+        ("gemma3", "rollout"),
+        ("qwen3_vl", "grpo"),
+    ],
 )
 def test_also_in_bf16(family, phase):
     step, expected = prepare(family, phase, SIZES, DTYPES["bf16"], CPU)
@@ -128,7 +137,7 @@ def test_also_where_another_part_is_the_most(phase, sizes):
     assert expected == pytest.approx(allocated_peak(step, CPU), rel=0.2)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", list(CLASSES))
 def test_the_adapter_has_as_many_parameters_as_forecast(family, tiny_checkpoint):
     model = load(tiny_checkpoint(family))
     shape = model_shape(model.net.config, sum(p.numel() for p in model.net.parameters()))
@@ -255,6 +264,26 @@ def test_the_masks_of_the_sampler_by_hand():
     assert two_kinds["inputs"] - attention["inputs"] == 8 * 6 * 15 * 4
 
 
+def test_extra_features_by_hand():
+    # Two tensors of 8 numbers in fp32 beside the features: 64 bytes a token
+    more = replace(SHAPE, extra_features=2)
+    # In scoring for all of the row's 2 x 10 + 6 x 5 tokens, until the head; in the update for the
+    # images' 64 tokens of two prompts alone
+    row, work = Packed(2, 10, 6, 5), replace(WORK, image_tokens=64, micro_batch=6)
+    work = replace(work, prompt_length=10, completion_length=5, num_generations=3)
+    for moments, expected in (
+        (lambda shape: scoring_moments(shape, work, row), [50 * 64, 0]),
+        (lambda shape: update_moments(shape, work), [2 * 64 * 64] * 2),
+        # 2 prompts of a rollout: held for both, and while they are read for their 20 tokens
+        (
+            lambda shape: writing_moments(shape, work, 2, 3, greedy=False),
+            [2 * 64 * 64 + 20 * 64, 2 * 64 * 64, 2 * 64 * 64],
+        ),
+    ):
+        pairs = zip(moments(more), moments(SHAPE), strict=True)
+        assert [sum(a.values()) - sum(b.values()) for a, b in pairs] == expected
+
+
 def test_phases_of_the_two_scripts():
     grpo, sft = forecast(SHAPE, WORK), forecast(SHAPE, replace(WORK, rollout_prompts=0, adapters=1))
     assert list(grpo.phases) == ["rollout", "scoring", "update", "evaluation"]
@@ -269,11 +298,16 @@ def test_phases_of_the_two_scripts():
     assert many.phases["rollout"]["KV cache"] > 10 * grpo.phases["rollout"]["KV cache"]
 
 
-def test_the_shapes_of_the_two_families():
-    # four patches a visual token in both small models; Qwen's patch has two frames
-    qwen, gemma = (
-        model_shape(model_config(family, SIZES), 1) for family in ("qwen2_5_vl", "gemma3")
+def test_the_shapes_of_the_families():
+    # four patches a visual token in all small models; Qwen's patch has two frames
+    qwen, gemma, qwen3 = (
+        model_shape(model_config(family, SIZES), 1)
+        for family in ("qwen2_5_vl", "gemma3", "qwen3_vl")
     )
+    assert (qwen3.patches_per_token, qwen3.pixel_values_per_patch) == (4, 3 * 2 * 16 * 16)
+    assert (qwen3.layer_norms, qwen3.head_norms, qwen3.extra_features) == (2, True, 3)
+    assert (qwen.head_norms, gemma.head_norms) == (False, True)
+    assert qwen.extra_features == gemma.extra_features == 0
     assert (qwen.patches_per_token, qwen.pixel_values_per_patch) == (4, 3 * 2 * 14 * 14)
     assert (gemma.patches_per_token, gemma.pixel_values_per_patch) == (4, 3 * 14 * 14)
     assert (qwen.head_dim, qwen.kv_heads, gemma.head_dim) == (32, 2, 32)

@@ -46,12 +46,12 @@ from engine.saving import save_final_adapter
 from eval.evaluate import main as evaluate
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import lines, record, snapshot
-from tests.helpers.tiny import attach_random_adapter, policy_of
+from tests.helpers.tiny import SAVE, attach_random_adapter, policy_of
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+@pytest.fixture(scope="module", params=list(SAVE))
 def family(request) -> str:
     torch.set_num_threads(1)
     return request.param
@@ -92,7 +92,7 @@ def merged(run, tmp_path_factory):
 def official_inputs(encoder: Encoder, data: Path) -> dict[str, torch.Tensor]:
     """Gather what transformers' own forward and generate take for the first example's prompt."""
     prompt = encoder.encode_prompt(read_jsonl(data)[0], PROMPTS["demo"])
-    types = "mm_token_type_ids" if encoder.family.model_type == "qwen2_5_vl" else "token_type_ids"
+    types = "token_type_ids" if encoder.family.model_type == "gemma3" else "mm_token_type_ids"
     ids = prompt.input_ids[None]
     return {
         "input_ids": ids,
@@ -415,8 +415,8 @@ def test_a_moved_base_needs_the_flag_and_must_fit(family, run, tiny_checkpoint, 
     )
     assert record(tmp_path / "merged/merge.json")["base"] == here
 
-    # Another model in the place of the moved one: the other family has other layers ...
-    other = str(tiny_checkpoint({"qwen2_5_vl": "gemma3", "gemma3": "qwen2_5_vl"}[family]))
+    # Another model in the place of the moved one: another family has other layers ...
+    other = str(tiny_checkpoint("gemma3" if family == "qwen2_5_vl" else "qwen2_5_vl"))
     before = snapshot(tmp_path)
     capsys.readouterr()
     assert main(flags_of(adapter, tmp_path / "other", "--model_name_or_path", other)) == 2

@@ -46,7 +46,7 @@ from tests.helpers import plain as plain_forward
 from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
 
 CPU = torch.device("cpu")
-LAYERS = {"qwen2_5_vl": 2, "gemma3": 3}
+LAYERS = {"qwen2_5_vl": 2, "gemma3": 3, "qwen3_vl": 3}
 PROJECTIONS = {f"self_attn.{n}_proj" for n in "qkvo"} | {
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
 }
@@ -163,8 +163,8 @@ def test_another_model_family(tmp_path):
         said = refusal(open_model, tmp_path)
         assert (
             said
-            == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl and"
-            " gemma3 models"
+            == f"--model_name_or_path {tmp_path}: a {kind} model; this engine trains qwen2_5_vl,"
+            " gemma3 and qwen3_vl models"
         )
 
 

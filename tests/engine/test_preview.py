@@ -17,8 +17,9 @@ import engine.base_model
 from engine.policy import Policy
 from engine.preview import printable, row_text, wants_colour
 from tests.helpers.runs import grpo, lines, sft, snapshot, write_rows
+from tests.helpers.tiny import SAVE
 
-FAMILIES = ["qwen2_5_vl", "gemma3"]
+FAMILIES = list(SAVE)
 
 
 class Terminal(io.StringIO):
@@ -67,7 +68,7 @@ def test_the_batch_shown_is_the_first_one_trained_on(
         re.sub(r"(?<!\\)\|", "", text).replace("\\", "")
         for text in re.findall(r"\[\[(.*?)\]\]", shown.split("row 1", 1)[1], re.DOTALL)
     ]
-    end = "<|im_end|>".replace("|", "") if family == "qwen2_5_vl" else "<end_of_turn>"
+    end = "<end_of_turn>" if family == "gemma3" else "<|im_end|>".replace("|", "")
     assert len(marked) == 2
     for text in marked:
         assert re.fullmatch(

@@ -254,4 +254,4 @@ def test_every_recipe_of_grpo_warms_up():
     """AdamW's first steps have full size in every direction. In the demo they cost 284 nats."""
     recipes = list((ROOT / "engine" / "recipes").glob("*.toml"))
     ratios = [tomllib.loads(path.read_text())["grpo"]["warmup_ratio"] for path in recipes]
-    assert ratios == [0.05] * 5
+    assert ratios == [0.05] * 6

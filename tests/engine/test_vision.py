@@ -42,9 +42,8 @@ def towers(monkeypatch) -> Counter:
 
     def hooked(*arguments, **options):
         base, information = load_model(*arguments, **options)
-        tower = (
-            base.model.visual if base.config.model_type == "qwen2_5_vl" else base.model.vision_tower
-        )
+        gemma = base.config.model_type == "gemma3"
+        tower = base.model.vision_tower if gemma else base.model.visual
 
         def count(_, inputs, keywords):
             pixels = (

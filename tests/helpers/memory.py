@@ -1,4 +1,4 @@
-"""Measure what a phase allocates on a small model of either family, and forecast the same.
+"""Measure what a phase allocates on a small model of any family, and forecast the same.
 
 tests/benchmarks/memory_forecast.py prints both. tests/engine/test_memory.py compares them.
 """
@@ -17,6 +17,8 @@ from transformers import (
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from engine.attention import IMPLEMENTATION
@@ -33,6 +35,7 @@ from tests.helpers.tiny import policy_of
 CLASSES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "gemma3": Gemma3ForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = (
@@ -65,8 +68,8 @@ class Sizes:
 
 
 def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
-    """Make the configuration of either real class: 2 KV heads, a small vision tower with four
-    patches a visual token.
+    """Make the configuration of a real class: 2 KV heads, a small vision tower with four patches a
+    visual token.
     """
     head_dim = sizes.hidden // sizes.heads
     text = dict(
@@ -105,22 +108,26 @@ def model_config(family: str, sizes: Sizes) -> PretrainedConfig:
             eoi_token_index=7,
         )
     sections = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
-    return Qwen2_5_VLConfig(
+    is_qwen3 = family == "qwen3_vl"
+    own_text = dict(head_dim=head_dim) if is_qwen3 else dict(tie_word_embeddings=True)
+    own_vision = (
+        # as in the real ones: the first three layers get deepstack features
+        dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=[0, 1, 2])
+        if is_qwen3
+        else dict(patch_size=14, window_size=112, fullatt_block_indexes=[1])
+    )
+    return (Qwen3VLConfig if is_qwen3 else Qwen2_5_VLConfig)(
         text_config=text
-        | dict(
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
-            tie_word_embeddings=True,
-        ),
+        | own_text
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections)),
         vision_config=vision
+        | own_vision
         | dict(
-            depth=2,
+            depth=3 if is_qwen3 else 2,
             num_heads=4,
-            patch_size=14,
             spatial_merge_size=2,
             temporal_patch_size=2,
-            window_size=112,
             out_hidden_size=sizes.hidden,
-            fullatt_block_indexes=[1],
         ),
         image_token_id=IMAGE_ID,
         video_token_id=6,
@@ -164,7 +171,7 @@ def make_prompt(config: PretrainedConfig, sizes: Sizes) -> EncodedPrompt:
         vision = {"pixel_values": torch.randn(1, 3, 14 * side, 14 * side)}
     else:
         vision = {
-            "pixel_values": torch.randn(side * side, 1176),
+            "pixel_values": torch.randn(side * side, 6 * config.vision_config.patch_size**2),
             "image_grid_thw": torch.tensor([[1, side, side]]),
         }
     return EncodedPrompt(ids, (ids == IMAGE_ID).long(), vision)

@@ -6,7 +6,7 @@ masks. The image goes through the vision tower in the same call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.collate import PromptBatch
 from engine.encode import EncodedRow
-from engine.families import Family, language_model, lm_head_weight, logit_softcap, unwrapped
+from engine.families import (
+    Family,
+    ImageTensors,
+    language_model,
+    lm_head_weight,
+    logit_softcap,
+    unwrapped,
+)
 from engine.logprobs import token_logprobs
 
 
@@ -60,20 +67,31 @@ def plain_batch(rows: list[EncodedRow], pad_token_id: int) -> PlainBatch:
     )
 
 
+@torch.no_grad()
+def seen(model: nn.Module, family: Family, prompts: PromptBatch) -> list[ImageTensors]:
+    """Run the vision tower for every row that has pixels."""
+    return [
+        family.embed_image(unwrapped(model), image) if "pixel_values" in image else image
+        for image in prompts.vision
+    ]
+
+
 def embed(model: nn.Module, family: Family, prompts: PromptBatch) -> Tensor:
     """Return input embeddings [B,S,H], the vision tower run for every row that has pixels."""
-    with torch.no_grad():
-        features = [
-            (
-                family.image_features(unwrapped(model), image)
-                if "pixel_values" in image
-                else image["features"]
-            )
-            for image in prompts.vision
-        ]
+    features = [image["features"] for image in seen(model, family, prompts)]
     is_image = prompts.token_types == 1
     embeddings = unwrapped(model).get_input_embeddings()(prompts.input_ids.masked_fill(is_image, 0))
     return embeddings.masked_scatter(is_image[..., None], torch.cat(features).to(embeddings.dtype))
+
+
+def deepstack(rows: PromptBatch) -> dict:
+    """Return what a decoder with deepstack takes of rows whose images have been seen."""
+    return {
+        "visual_pos_masks": rows.token_types == 1,
+        "deepstack_visual_embeds": torch.cat([image["deepstack"] for image in rows.vision]).unbind(
+            1
+        ),
+    }
 
 
 def predicted_tokens(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,13 +102,18 @@ def predicted_tokens(loss_mask: Tensor) -> tuple[Tensor, Tensor]:
 def hidden_states(model: nn.Module, family: Family, batch: PlainBatch) -> tuple[Tensor, Tensor]:
     """Return (hidden [K,H], targets [K]) as engine.forward.completion_hidden_states does."""
     base, rows = unwrapped(model), batch.prompts
+    rows = replace(rows, vision=seen(model, family, rows))
+    masks = family.attention_masks(
+        base, rows.attention_mask, rows.token_types, torch.arange(rows.input_ids.shape[1])
+    )
+    stacked = "deepstack" in rows.vision[0]
     output = language_model(model)(
         inputs_embeds=embed(model, family, rows),
         position_ids=family.positions(base, rows),
-        attention_mask=family.attention_masks(
-            base, rows.attention_mask, rows.token_types, torch.arange(rows.input_ids.shape[1])
-        ),
+        # the decoder with deepstack has one kind of layer and takes its mask bare
+        attention_mask=masks["full_attention"] if stacked else masks,
         use_cache=False,
+        **(deepstack(rows) if stacked else {}),
     )
     at, columns = predicted_tokens(batch.loss_mask)
     return output.last_hidden_state[at, columns - 1], rows.input_ids[at, columns]

@@ -1,10 +1,10 @@
-"""Make the configurations of the two real models, with their published sizes, for tests on the meta
+"""Make the configurations of the real models, with their published sizes, for tests on the meta
 device. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-from transformers import Gemma3Config, Qwen2_5_VLConfig
+from transformers import Gemma3Config, Qwen2_5_VLConfig, Qwen3VLConfig
 
 
 def qwen_3b() -> Qwen2_5_VLConfig:
@@ -83,4 +83,57 @@ def gemma_4b() -> Gemma3Config:
     )
 
 
-REAL_CONFIGS = {"qwen2_5_vl": qwen_3b, "gemma3": gemma_4b}
+def qwen3_vl(size: str) -> Qwen3VLConfig:
+    """Describe Qwen/Qwen3-VL-2B, 4B and 8B-Instruct.
+
+    Their config.json: 2.13, 4.44 and 8.77 B parameters. The head is tied in the first two.
+    """
+    hidden, intermediate, layers, heads = {
+        "2B": (2048, 6144, 28, 16),
+        "4B": (2560, 9728, 36, 32),
+        "8B": (4096, 12_288, 36, 32),
+    }[size]
+    tower = (
+        dict(depth=27, hidden_size=1152, intermediate_size=4304, deepstack=[8, 16, 24])
+        if size == "8B"
+        else dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack=[5, 11, 17])
+    )
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=151_936,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=262_144,
+            rms_norm_eps=1e-6,
+            bos_token_id=151_643,
+            eos_token_id=151_645,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=5e6,
+                mrope_section=[24, 20, 20],
+                mrope_interleaved=True,
+            ),
+        ),
+        vision_config=dict(
+            deepstack_visual_indexes=tower.pop("deepstack"),
+            num_heads=16,
+            num_position_embeddings=2304,
+            out_hidden_size=hidden,
+            patch_size=16,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            **tower,
+        ),
+        image_token_id=151_655,
+        video_token_id=151_656,
+        vision_start_token_id=151_652,
+        vision_end_token_id=151_653,
+        tie_word_embeddings=size != "8B",
+    )
+
+
+REAL_CONFIGS = {"qwen2_5_vl": qwen_3b, "gemma3": gemma_4b, "qwen3_vl": lambda: qwen3_vl("4B")}

@@ -1,8 +1,8 @@
-"""Make small random checkpoints of the two real model classes, with tokenizer and image processor.
+"""Make small random checkpoints of the real model classes, with tokenizer and image processor.
 
 They have the real architectures: Qwen2.5-VL's M-RoPE and windowed vision, Gemma 3's sliding and
-full layers, whose window is shorter than a prompt here. They are saved as folders that the product
-loads like any checkpoint. Nothing is downloaded.
+full layers, whose window is shorter than a prompt here, Qwen3-VL's deepstack. They are saved as
+folders that the product loads like any checkpoint. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from data.examples import Example
@@ -51,6 +53,8 @@ GEMMA_SPECIALS = [
     "<end_of_image>",
     "<image_soft_token>",
 ]
+# Qwen3's tokenizer has these as tokens of their own, which are no control tokens.
+QWEN3_ADDED = ["<think>", "</think>"]
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type']"
     " == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif"
@@ -158,6 +162,98 @@ def save_qwen(
     return folder
 
 
+def save_qwen3(
+    folder: Path,
+    seed: int = 0,
+    *,
+    text: dict | None = None,
+    vision: dict | None = None,
+    tied: bool = True,
+    gain: float = 5.0,
+) -> Path:
+    """Save a random Qwen3-VL: 3 decoder layers, the first two with deepstack features, hidden 32.
+
+    The queries' width, 4 x 12, is not the hidden one. An image of 64 x 64 is 4 tokens. text,
+    vision, tied, gain: see `save_qwen`.
+    """
+    tokenizer = _byte_tokenizer(
+        QWEN_SPECIALS,
+        QWEN_TEMPLATE,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=QWEN_SPECIALS,
+    )
+    tokenizer.add_tokens(QWEN3_ADDED)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIALS}
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=4096,
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=10000.0,
+                mrope_section=[2, 2, 2],
+                mrope_interleaved=True,
+            ),
+        )
+        | (text or {}),
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=16,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=32,
+            num_position_embeddings=36,
+            deepstack_visual_indexes=[0, 2],
+        )
+        | (vision or {}),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    _multiply(model, gain)
+    # Else every token would be followed by the same one: the image's part of the states is large,
+    # and scores of queries and keys of one length hardly differ.
+    decoder = model.model.language_model
+    torch.nn.init.normal_(decoder.embed_tokens.weight, std=0.1 * gain)
+    for layer in decoder.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # as published, with the class of torchvision, which must not be needed
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            dict(
+                image_processor_type="Qwen2VLImageProcessorFast",
+                size=dict(shortest_edge=65_536, longest_edge=16_777_216),
+                patch_size=16,
+                merge_size=2,
+                temporal_patch_size=2,
+                image_mean=[0.5] * 3,
+                image_std=[0.5] * 3,
+            )
+        )
+    )
+    return folder
+
+
 def save_gemma(
     folder: Path,
     seed: int = 0,
@@ -249,7 +345,7 @@ def _multiply(model: torch.nn.Module, gain: float) -> None:
             parameter.mul_(gain)
 
 
-SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma}
+SAVE = {"qwen2_5_vl": save_qwen, "gemma3": save_gemma, "qwen3_vl": save_qwen3}
 
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> BaseModel:
