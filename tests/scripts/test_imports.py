@@ -30,7 +30,8 @@ MAY_IMPORT = {
 }
 RUN_TIME = {"torch", "transformers", "peft", "safetensors", "PIL", "numpy", "tqdm", "tensorboard"}
 WITH_TRANSFORMERS = {"tokenizers"}  # transformers requires it
-EXTRAS = {"eval/plots.py": {"matplotlib"}}  # setup.cfg's extra `plots`
+# setup.cfg's extras `plots` and `dicom`
+EXTRAS = {"eval/plots.py": {"matplotlib"}, "data/dicom.py": {"pydicom"}}
 NARROWER = {"rl/objective.py": {"torch"}}  # a fork reads and copies this file alone
 # Only the demo's base, which is built by hand, needs a model. A data set is looked at without one.
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "safetensors", "tensorboard"}
@@ -141,7 +142,7 @@ def test_a_right_import_is_not():
     assert wrong_imports(source, "engine/forward.py") == []
 
 
-@pytest.mark.parametrize("command", ["select", "check", "table", "traces", "demo.splits"])
+@pytest.mark.parametrize("command", ["select", "check", "dicom", "table", "traces", "demo.splits"])
 def test_a_command_on_data_loads_no_model_library(command):
     """--help answers in a moment; the heavy packages take seconds to import."""
     code = (

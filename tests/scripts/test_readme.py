@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from data.check import main as check
 from data.demo.splits import SPLITS, WRITTEN_SPLITS
+from data.dicom import main as dicom
 from data.prompts import PROMPTS
 from data.select import build_parser as select_parser
 from data.table import build_parser as table_parser
@@ -182,9 +184,9 @@ def test_every_flag_named_is_a_flag(capsys):
     fields |= {fork.field for fork in FORKS.values()}
     for parser in (select_parser(), table_parser()):
         fields |= {action.dest for action in parser._actions}
-    for command in ("export", "import"):
+    for run, argv in ((traces, ["export"]), (traces, ["import"]), (check, []), (dicom, [])):
         with pytest.raises(SystemExit):
-            traces([command, "--help"])
+            run([*argv, "--help"])
     fields |= set(re.findall(r"--([a-z_]+)", capsys.readouterr().out))
     lines = [line for page in PAGES for line in PAGES[page].splitlines() if not OTHERS.search(line)]
     own = [line for line in lines if not (benchmark := BENCHMARK.search(line)) or not benchmark[2]]
