@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data.answers import ANSWER_FORMATS, parse_answer
@@ -24,6 +24,7 @@ from data.files import DataError
 from data.images import all_image_facts
 from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
 from data.predictions import DEFAULT_FORMAT
+from data.same_pictures import same_pictures
 
 # What the chat templates of the model families write around turns and images. In an answer it would
 # end the turn or stand for an image, so SFT refuses it.
@@ -167,49 +168,6 @@ def _remedy(text: str, answer_format: str) -> str:
     return "write it again with data.traces"
 
 
-# ---- one picture in two rows ---------------------------------------------------------------------
-def same_pictures(files: Sequence[Checked]) -> tuple[list[str], list[str]]:
-    """Find pictures that several rows show, in one file and across files -> (problems, notes).
-
-    The same id in two files is one example that both hold: it is counted in a note, and is a
-    problem only where the two disagree.
-    """
-    rows: dict[str, list[tuple[str, Example]]] = {}
-    for checked in files:
-        for example in checked.examples:
-            if digest := checked.pictures.get(example.id):
-                rows.setdefault(digest, []).append((checked.name, example))
-    problems, notes = [], []
-    shared: Counter[tuple[str, str]] = Counter()
-    for same in rows.values():
-        (name, first), *others = same
-        for other_name, other in others:
-            where = f"{name}, example {first.id!r}"
-            what = f"shows the same picture as {other_name}, example {other.id!r}"
-            if differences := list(_differences(first, other)):
-                problems.append(f"{where} {what}, {' and '.join(differences)}")
-            elif first.id != other.id:
-                notes.append(f"{where} {what}, of the same patient with the same labels")
-            if name != other_name:
-                shared[name, other_name] += 1
-    notes += [
-        f"pictures of {other} that are in {name} too: {count}; training, validation and test sets"
-        " must share none"
-        for (name, other), count in shared.items()
-    ]
-    return problems, notes
-
-
-def _differences(first: Example, other: Example) -> Iterator[str]:
-    """Say in which ways two rows of one picture disagree."""
-    if first.patient_id != other.patient_id:
-        yield f"of another patient ({first.patient_id!r}, {other.patient_id!r})"
-    rated = {*first.evaluated_labels} & {*other.evaluated_labels}
-    if {*first.labels} & rated != {*other.labels} & rated:
-        listed = [", ".join(example.labels) or "none" for example in (first, other)]
-        yield f"with other labels ({listed[0]}; {listed[1]})"
-
-
 # ---- what is shown -------------------------------------------------------------------------------
 def summary(spec: str, examples: Sequence[Example]) -> str:
     """Count the sound rows of a file, their patients, answers and labels, in one line."""
@@ -273,7 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.append(checked)
         notes = [f"note: {checked.name}: {note}" for note in checked.notes]
         print("\n".join([summary(spec, checked.examples), *checked.problems, *notes]))
-    problems, notes = same_pictures(files)
+    problems, notes = same_pictures(
+        (checked.name, example, checked.pictures[example.id])
+        for checked in files
+        for example in checked.examples
+        if example.id in checked.pictures
+    )
     for line in [*problems, *(f"note: {note}" for note in notes)]:
         print(line)
     found = len(problems) + sum(len(checked.problems) for checked in files)

@@ -6,8 +6,9 @@
 writes sft.jsonl, rl.jsonl and validation.jsonl of one hospital (the first of mimic, chexpert and
 nih given, or --train_on), and test-<hospital>.jsonl of each. No patient is in two sets. Beside each
 NAME.jsonl lies NAME.select.json: every setting, the SHA-256 of the label files, what was dropped
-and why, and the balance. The run scripts and eval.evaluate copy it into a run's configuration. Only
-label files are read: no image is opened and nothing leaves the machine.
+and why, and the balance. The run scripts and eval.evaluate copy it into a run's configuration. No
+image is decoded: of those drawn, files of equal size are compared byte by byte, and a picture that
+is there under two names is noted. Nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data.chexpert import load_chexpert
 from data.examples import Example, row_of, selection_file
-from data.files import MAX_PROBLEMS, DataError, written_whole
+from data.files import MAX_PROBLEMS, DataError, first_problems, written_whole
 from data.labels import (
     BLANK_RULES,
     LABEL_MAPS,
@@ -38,6 +40,7 @@ from data.labels import (
 )
 from data.mimic import LABEL_SOURCES, labeler_answers, load_mimic
 from data.nih import load_nih
+from data.same_pictures import equal_files, same_pictures
 from data.sources import FRONTALS, VIEWS, Report, uncertain_rules
 
 HOSPITALS = ("mimic", "chexpert", "nih")
@@ -629,12 +632,14 @@ def run(argv: Sequence[str]) -> None:
         for name, (examples, _) in drawn.items()
     }
     check_present(sets)
+    same = [*chain(*same_pictures(equal_files(sets)))]
     contents = {}
     for name, file in files.items():
         contents[file] = "".join(
             json.dumps(row_of(example), ensure_ascii=False) + "\n" for example in sets[name]
         )
         record = _record(flags, name, sets[name], drawn[name][1], contents[file])
+        record["same_pictures"] = same
         contents[selection_file(file)] = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     if labeler_file:
         answers = labeler_answers(
@@ -649,6 +654,8 @@ def run(argv: Sequence[str]) -> None:
         f"written to {output_dir}: {', '.join(file.name for file in files.values())}, each with its"
         " .select.json; no patient is in two of them"
     )
+    for line in first_problems(same, "and {} more, which .select.json has"):
+        print(f"note: {line}")
     if labeler_file:
         print(
             f"{labeler_file.name}: what the labeler {flags.mimic_labels} says of test-mimic.jsonl;"
@@ -677,7 +684,7 @@ def _record(
 def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
     """Tabulate the positives of every set by label, with their share in the set and in its pool.
 
-    A label that none of the sets can express has no row.
+    A label that a set cannot express has no figures there, and without one in any set no row.
     """
     titles = [f"{name} ({len(examples):,})" for name, (examples, _) in sets.items()]
     lines = [
@@ -685,20 +692,24 @@ def balance_table(sets: Mapping[str, tuple[Sequence[Example], Pool]]) -> str:
         f"{'n, share (in the pool)':<28}",
     ]
     counts = [
-        (balance(examples), len(examples), balance(pool.examples), len(pool.examples))
+        (
+            balance(examples),
+            len(examples),
+            balance(pool.examples),
+            len(pool.examples),
+            {label for e in (*examples, *pool.examples) for label in e.evaluated_labels},
+        )
         for examples, pool in sets.values()
     ]
-    kinds = {
-        example.evaluated_labels
-        for examples, pool in sets.values()
-        for example in (*examples, *pool.examples)
-    }
-    for label in (label for label in LABELS if any(label in kind for kind in kinds)):
+    for label in LABELS:
         cells = [
             f"{drawn[label]:,} {drawn[label] / n:6.1%} ({natural[label] / of:6.1%})"
-            for drawn, n, natural, of in counts
+            if label in evaluated
+            else ""
+            for drawn, n, natural, of, evaluated in counts
         ]
-        lines.append(f"{label:<28}" + "".join(f"{cell:>26}" for cell in cells))
+        if any(cells):
+            lines.append(f"{label:<28}{''.join(f'{cell:>26}' for cell in cells)}".rstrip())
     return "\n".join(lines)
 
 

@@ -25,7 +25,9 @@ from data.files import DataError, write_jsonl
 from data.join import read_answers
 from data.labels import LABELS, NIH_NINE, NIH_TEN, LabelPolicy
 from data.mimic import labeler_answers
-from data.select import check_disjoint, deal_patients, draw, main
+from data.same_pictures import equal_files, same_pictures
+from data.select import Pool, balance_table, check_disjoint, deal_patients, draw, main
+from data.sources import Report
 from engine.config import UsageError, parse_config
 from engine.resume import run_record
 from eval.settings import EvalConfig
@@ -793,3 +795,56 @@ def test_the_sample_in_all_three_formats(tmp_path):
         assert all(
             (folder / example.image).is_file() for examples in sets.values() for example in examples
         )
+
+
+# ---- one picture under two names -----------------------------------------------------------------
+def test_equal_files_under_two_names_are_noted_and_kept_in_the_record(tmp_path, capsys):
+    """Two of the training images have the same bytes, and one more has as many."""
+    folder = chexpert(tmp_path / "chexpert")
+    images = sorted((folder / "train").glob("*/study1/*.jpg"))
+    for number, content in enumerate((b"the same", b"the same", b"another!")):
+        images[number].write_bytes(content)
+    sizes = ("--sft_size", "24", "--rl_size", "0", "--validation_size", "0", "--tests", "none")
+    assert run("--chexpert", folder, "--output_dir", tmp_path / "out", *sizes) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    first, second = (f"chexpert-patient0000{i}" for i in (0, 1))
+    assert f"'{first}-study1-view1_frontal'" in note and f"'{second}-study1-view1_frontal'" in note
+    assert "of another patient (" in note and "with other labels (" in note
+    record = json.loads((tmp_path / "out" / "sft.select.json").read_text())
+    assert [f"note: {line}" for line in record["same_pictures"]] == [note]
+
+
+def test_files_that_only_have_one_size_are_no_equal_files(tmp_path):
+    for name, content in (("a", b"1234"), ("b", b"5678"), ("c", b"1234"), ("d", b""), ("e", b"")):
+        (tmp_path / name).write_bytes(content)
+    sets = {
+        "one": [Example(n, "p", n, (), "s", tmp_path) for n in "abd"],
+        "two": [Example(n, "q", n, (), "s", tmp_path) for n in ("c", "e", "gone")],
+    }
+    found = [(name, example.id, digest) for name, example, digest in equal_files(sets)]
+    assert [(name, id) for name, id, _ in found] == [("one", "a"), ("one", "b"), ("two", "c")]
+    assert found[0][2] == found[2][2] != found[1][2]
+    problems, notes = same_pictures(equal_files(sets))
+    assert problems == [
+        "one, example 'a' shows the same picture as two, example 'c', of another patient ('p', 'q')"
+    ]
+    assert notes == [
+        "pictures of two that are in one too: 1; training, validation and test sets must share none"
+    ]
+
+
+def test_the_table_has_no_figures_for_what_a_hospital_cannot_express():
+    """NIH names no fracture: its column is blank there, and not 0 of 1."""
+    example = Example("a", "p", "a.png", ("Edema",), "x", Path())
+    nih_example = Example("b", "q", "b.png", (), "nih", Path(), NIH_NINE)
+    sets = {
+        "test-mimic": ([example], Pool([example], Report())),
+        "test-nih": ([nih_example], Pool([nih_example], Report())),
+    }
+    lines = balance_table(sets).splitlines()[2:]
+    rows = {line[:28].strip(): (line[28:54].strip(), line[54:].strip()) for line in lines}
+    assert rows["Edema"] == ("1 100.0% (100.0%)", "0   0.0% (  0.0%)")
+    assert rows["Fracture"] == ("0   0.0% (  0.0%)", "") and len(rows) == 14
+    only = {"test-nih": sets["test-nih"]}
+    names = [line[:28].strip() for line in balance_table(only).splitlines()[2:]]
+    assert names == list(NIH_NINE)
