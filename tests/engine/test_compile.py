@@ -170,6 +170,19 @@ def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
     assert graphs[0] > 4 and set(graphs) == {graphs[0]}  # the nine others need no compilation
 
 
+@torch.no_grad()
+def test_deepstack_features_are_added_between_compiled_parts(
+    only_traced, tiny_checkpoint, tiny_images
+):
+    model = load(tiny_checkpoint("qwen3_vl"))
+    of_batches = batches(model, tiny_images, 3)
+    expected = [logprobs_of(model.net, model, batch) for batch in of_batches]
+    compile_decoder(model.net)
+    for batch, eager in zip(of_batches, expected, strict=True):
+        torch.testing.assert_close(logprobs_of(model.net, model, batch), eager, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 4
+
+
 def test_a_compiled_run_begins_at_ratio_1(
     only_traced, tiny_sft_run, tiny_data, tmp_path, monkeypatch
 ):

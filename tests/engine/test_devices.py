@@ -1,7 +1,7 @@
 """Protect the engine's independence of the device.
 
 Checked: the training forward, the objective, their backward pass and a step of decoding run for
-both families, in bf16 and fp32, on a device that this machine does not have. They mix no devices,
+every family, in bf16 and fp32, on a device that this machine does not have. They mix no devices,
 and nowhere wait for the device.
 
 The device is a pretended one: torch's fake tensors on `meta` have shapes, dtypes and a device but

@@ -39,7 +39,7 @@ import run_sft
 from data.check import CONTROL_TOKENS
 from data.examples import Example
 from data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
-from engine.attention import PackedMask
+from engine.attention import IMPLEMENTATION, PackedMask
 from engine.collate import PromptBatch, collate_prompts, collate_rows
 from engine.encode import Encoder
 from engine.families import FAMILIES, family_of, stop_ids
@@ -99,6 +99,8 @@ def test_lora_on_the_real_sizes(family, config, layers, modules, trainable, tota
         base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     # before adapters; the tied head counts once
     assert sum(parameter.numel() for parameter in base.parameters()) == total
+    tied = base.lm_head.weight is base.get_input_embeddings().weight
+    assert tied == config.tie_word_embeddings == (total < 8e9)
     shape = model_shape(config, total)
     assert lora_parameters(shape, 16) == trainable and shape.layers == layers
     model = BaseModel(family, base, family_of(family), None, frozenset(), (), None)
@@ -112,6 +114,39 @@ def test_lora_on_the_real_sizes(family, config, layers, modules, trainable, tota
     assert all(pattern.fullmatch(name) for name in places)  # none in vision, none on the head
     assert sum(parameter.numel() for parameter in trained.values()) == trainable
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+
+
+def test_qwen3s_configuration_as_published(tiny_checkpoint, tmp_path):
+    """Written by transformers 4.57: rope_scaling, torch_dtype, a vision part that names the whole
+    model, ties in both parts.
+    """
+    folder = shutil.copytree(tiny_checkpoint("qwen3_vl"), tmp_path / "model")
+    config = record(folder / "config.json")
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {
+        "rope_theta": int(rope["rope_theta"]),
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": rope["mrope_section"],
+            "rope_type": "default",
+        },
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+    }
+    config["vision_config"] |= {"model_type": "qwen3_vl", "in_channels": 3}
+    config["vision_config"].pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.57.0"}))
+    ours, theirs = (load(path).net for path in (folder, tiny_checkpoint("qwen3_vl")))
+    found, expected = (net.config.text_config.rope_parameters for net in (ours, theirs))
+    assert {name: found[name] for name in ("rope_theta", "rope_type", "mrope_section")} == {
+        name: expected[name] for name in ("rope_theta", "rope_type", "mrope_section")
+    }
+    for net in (ours, theirs):
+        assert net.config.text_config._attn_implementation == IMPLEMENTATION
+        assert net.config.vision_config._attn_implementation == "sdpa"
+        assert net.config.vision_config.model_type == "qwen3_vl_vision"
+    weights = dict(theirs.named_parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.named_parameters())
 
 
 def test_gemmas_layers_of_the_real_size():

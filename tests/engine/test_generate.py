@@ -2,7 +2,7 @@
 
 Checked: what it draws, what it records of it, and that nothing else has a say in it.
 
-Random checkpoints of both families with ragged prompts; frequencies by chi-square with fixed seeds.
+Random checkpoints of every family with ragged prompts; frequencies by chi-square with fixed seeds.
 
 Run: pytest tests/engine/test_generate.py
 """

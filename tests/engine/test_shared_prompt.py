@@ -1,7 +1,7 @@
 """Protect the forward that shares prompts.
 
 Checked: its log-probabilities and gradients are those of the plain forward
-(tests/helpers/plain.py), in which every completion has a prompt of its own, for both families,
+(tests/helpers/plain.py), in which every completion has a prompt of its own, for every family,
 ragged lengths, with and without checkpointing; and the comparison fails where positions, masks or
 layout are wrong.
 
@@ -17,6 +17,7 @@ import torch
 
 import engine.attention
 import engine.forward
+import engine.qwen3_vl
 from data.prompts import Prompt
 from engine.attention import additive_mask
 from engine.collate import collate_rows, plan_batches
@@ -350,3 +351,23 @@ def test_control_gemmas_masks(change, tiny_checkpoint, tiny_images, monkeypatch)
         ours = shared(model.net, model, rows)
         monkeypatch.setattr(Gemma3, "attention_masks", masks)
         assert float((ours - unshared(model.net, model, rows)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("change", ["none", "of other layers", "of other tokens", "on completions"])
+def test_control_qwen3s_deepstack(change, tiny_checkpoint, tiny_images, monkeypatch):
+    of_row = engine.qwen3_vl.deepstack_of_row
+
+    def changed(prompts, places, embeddings):
+        layers = of_row(prompts, places, embeddings)
+        return {
+            "none": [torch.zeros_like(layer) for layer in layers],
+            "of other layers": layers[::-1],
+            "of other tokens": [layer.roll(1, 0) for layer in layers],
+            "on completions": [
+                torch.cat([layer[: len(places)], layer[: len(embeddings) - len(places)]])
+                for layer in layers
+            ],
+        }[change]
+
+    monkeypatch.setattr(engine.qwen3_vl, "deepstack_of_row", changed)
+    differs(tiny_checkpoint("qwen3_vl"), tiny_images, 1e-2)

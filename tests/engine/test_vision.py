@@ -29,6 +29,7 @@ from tests.helpers.runs import assert_same_run, grpo, sft, speak
 from tests.helpers.tiny import SAVE, examples_of, load
 
 FAMILIES = list(SAVE)
+GRID = "image_grid_thw"
 
 
 @pytest.fixture
@@ -198,6 +199,34 @@ def test_features_are_those_of_the_image_alone(family, tiny_checkpoint, tiny_ima
     with torch.no_grad():
         official = model.family.image_features(model.net, model.encoder.encode_image(examples[1]))
     assert torch.equal(alone[1]["features"], official) and not alone[1]["features"].requires_grad
+
+
+@torch.no_grad()
+def test_deepstack_features_are_kept_with_the_others(tiny_checkpoint, tiny_images, tmp_path):
+    model = load(tiny_checkpoint("qwen3_vl"))
+    examples = examples_of(tiny_images, 56, 112, 84)
+    pixels = [model.encoder.encode_image(example) for example in examples]
+    # transformers', of all three images at once
+    official = model.net.model.get_image_features(
+        *(torch.cat([image[name] for image in pixels]) for name in ("pixel_values", GRID))
+    )
+    layers = zip(*official.deepstack_features, strict=True)  # image by image
+    for _ in ("computed", "read from the disk"):
+        kept = caches(model, folder=tmp_path)
+        for example, features, deepstack in zip(
+            examples, official.pooler_output, layers, strict=True
+        ):
+            found = kept.look(example)
+            assert found.keys() == {"features", "deepstack", GRID}
+            assert found["deepstack"].shape == (len(features), 2, 32)
+            torch.testing.assert_close(found["features"], features, rtol=0, atol=1e-5)
+            expected = torch.stack(deepstack, 1)
+            torch.testing.assert_close(found["deepstack"], expected, rtol=1e-5, atol=1e-5)
+        layers = zip(*official.deepstack_features, strict=True)
+        # the second cache has them from its folder
+        model.net.model.visual.forward = None
+    # 4 tokens of 3 x 32 fp32 numbers; the grid
+    assert num_bytes(kept.look(examples[0])) == 4 * 3 * 32 * 4 + 3 * 8
 
 
 def test_what_was_not_used_for_longest_goes_first(tiny_checkpoint, tiny_images, monkeypatch):
