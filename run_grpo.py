@@ -46,7 +46,7 @@ from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.plan import BatchPlan
 from rl.rollout import Rollouts
-from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts
+from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts, start_of
 
 
 def train(
@@ -177,12 +177,11 @@ def run_command(resolved: Resolved) -> int:
         return show_prompts(config, data.train, plan.prompts, sys.stdout)
 
     # policy and optimizer
-    adapter = Path(config.adapter_name_or_path)
-    source = checkpoint.path.parent / "reference" if checkpoint else adapter
-    resolved = fitted(resolved, device, data.train, data.evaluated, source, BatchPlan.of)
+    start = start_of(config, checkpoint)
+    resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
     config = resolved.configs[0]
     record = training_record(resolved, "grpo", data, checkpoint)
-    policy = policy_with_reference(config, device, source, config.temperature)
+    policy = policy_with_reference(config, device, start.adapter, config.temperature)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -190,9 +189,8 @@ def run_command(resolved: Resolved) -> int:
         config.reward, config.max_completion_length, config.warn_when, config.stop_when
     )
     lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
-    about = f"{adapter} as policy and frozen reference"
     if config.dry_run:
-        print(banner("GRPO", "dry run", policy, about, lines, resolved))
+        print(banner("GRPO", "dry run", policy, start.about, lines, resolved))
         print(dry_run_report(config, policy, data.train, data.evaluated, plan))
         return 0
 
@@ -202,9 +200,9 @@ def run_command(resolved: Resolved) -> int:
         state = restore(checkpoint, policy, optimizer, {"sampler": rollouts.generator})
         restore_rollouts(checkpoint, rollouts, monitors, policy.encoder.decode)
     with opened_run(
-        "grpo", config.output_dir, checkpoint, record, data.bad_images, state, source
+        "grpo", config.output_dir, checkpoint, record, data.bad_images, state, start.keep(policy)
     ) as folder:
-        print(banner("GRPO", folder.path, policy, about, lines, resolved), flush=True)
+        print(banner("GRPO", folder.path, policy, start.about, lines, resolved), flush=True)
 
         def save() -> None:
             files = saved_rollouts(rollouts, monitors, run.step)

@@ -156,8 +156,7 @@ def run_command(resolved: Resolved) -> int:
     record = training_record(resolved, "sft", data, checkpoint)
 
     # policy and optimizer
-    resumed = checkpoint is not None
-    policy = policy_to_fine_tune(config, device, resumed=resumed, encoder=encoder)
+    policy = policy_to_fine_tune(config, device, checkpoint, encoder)
     for example in data.train[:1] + data.validation[:1]:
         policy.encode_answer(example)  # a wrong image path shows now, not after an epoch
     optimizer = build_optimizer(

@@ -16,10 +16,12 @@ from typing import Any
 
 from data.files import written_whole
 from data.prompts import PROMPTS
+from engine.adapter_files import adapter_record
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
 from engine.families import PIXEL_BOUNDS
-from engine.model_files import EMBEDDED, adapter_record
+from engine.model_files import EMBEDDED
 from engine.resume import saved_record
+from engine.settings import FRESH
 
 CARD = "README.md"
 # Ends a card that nobody has changed: the SHA-256 of all that stands before it.
@@ -71,7 +73,8 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
     facts, stage = base_facts(base), record.get("script")
     name = facts.title if facts else hub_name(base) or "an unnamed base"
     kind = "merged model" if merged else "LoRA adapter"
-    title = f"{name}, {_TITLES.get(str(stage), 'fine-tuned')}: chest X-ray labels ({kind})"
+    made = "GRPO" if _is_from_base(settings) else _TITLES.get(str(stage), "fine-tuned")
+    title = f"{name}, {made}: chest X-ray labels ({kind})"
     datasets = _datasets(record)
     front = _front_matter(title, base, facts, stage, datasets, scores, merged)
     return "\n".join(
@@ -80,7 +83,7 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
             f"# {title}",
             "",
             f"A {kind} that names the findings of a frontal chest X-ray, of CheXpert's 14 labels"
-            f"{_reasoned(settings)}. Made by {_how(record, stage)}.",
+            f"{_reasoned(settings)}. Made by {_how(record, settings)}.",
             "",
             *_base_section(base, facts),
             *_data_section(record, datasets),
@@ -129,12 +132,19 @@ def _reasoned(settings: Mapping[str, Any]) -> str:
     return "" if settings.get("answer_format") in (None, "solution") else ", after its reasoning"
 
 
-def _how(record: Mapping[str, Any], stage: str | None) -> str:
+def _is_from_base(settings: Mapping[str, Any]) -> bool:
+    """Tell whether GRPO began with a fresh adapter, without an SFT run."""
+    return settings.get("adapter_name_or_path") == FRESH
+
+
+def _how(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     methods = {
         "sft": "supervised fine-tuning on reasoning traces",
-        "grpo": "supervised fine-tuning and then GRPO against a verifiable reward",
+        "grpo": "GRPO against a verifiable reward, from the base itself"
+        if _is_from_base(settings)
+        else "supervised fine-tuning and then GRPO against a verifiable reward",
     }
-    how = methods.get(str(stage), "fine-tuning")
+    how = methods.get(str(record.get("script")), "fine-tuning")
     recipe = str(record.get("recipe") or "")
     # a recipe by path is a file of this machine
     return how + (f" (recipe `{recipe}`)" if re.fullmatch(r"[\w.-]+", recipe) else "")

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from data.examples import Example
 from data.files import DataError
 from data.prompts import PROMPTS
+from engine.adapter_files import read_adapter
 from engine.config import Resolved, UsageError
 from engine.device import base_dtype, computes_bf16
 from engine.encode import EncodedPrompt, Encoder
@@ -47,7 +48,6 @@ from engine.memory import (
 )
 from engine.memory_table import memory_table
 from engine.model import load_encoder, model_path
-from engine.model_files import adapter_record
 
 ROWS = 8  # rows of a data set whose lengths stand for all: of answers to learn the longest
 # Of what is free: above this share the sampler copies nothing, since allocators waste a part.
@@ -134,17 +134,16 @@ def lengths_of(
 
 
 def rank_of(adapter: str | Path | None, config: Any) -> int:
-    """Read the rank of the adapter in a folder, or of the fresh one that the settings describe.
+    """Read the largest rank of a folder's adapter, or of the fresh one of the settings.
 
     Returns 0 where the folder does not tell, since what loads the adapter says what is wrong.
     """
     if adapter is None:
         return getattr(config, "lora_r", 0)
     try:
-        rank = adapter_record(adapter).get("r")
+        return read_adapter(adapter).largest_rank
     except UsageError:
         return 0
-    return rank if type(rank) is int else 0
 
 
 def image_tokens(config: Any, shape: ModelShape, lengths: Lengths) -> int:

@@ -2,9 +2,11 @@
 
     python -m engine.merge --adapter_name_or_path runs/20260101-120000-grpo --output_dir merged
 
-Every projection becomes W + scaling * B A, summed in fp32 and then cast, one projection at a time,
-so that a model needs its own size in memory and little more. Tokenizer, image processor, chat
-template and generation_config are the base's files.
+Every projection becomes W + scaling * B A (with DoRA, of the adapter's magnitudes), summed in fp32
+and then cast, one projection at a time, so that a model needs its own size in memory and little
+more. Whole modules that the adapter brings take their places. Where that parts a head from the
+embedding that it was tied to, both are written and the configuration says so. Tokenizer, image
+processor, chat template and generation_config are the base's files.
 
 The saved folder is loaded again and compared with base + adapter on one image and answer. Let D be
 the root mean square over all logits of the answer's tokens of the difference to base + adapter
@@ -23,7 +25,6 @@ import sys
 
 from engine.merge_settings import (
     MergeConfig,
-    base_to_merge_into,
     check_new_folder,
     resolve_merge,
 )
@@ -43,7 +44,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ from transformers.utils import cached_file
 from data.examples import Example
 from data.files import sha256_of, write_json
 from data.prompts import PROMPTS
+from engine.adapter_files import PREFIX, base_to_use
 from engine.card import write_merged_card
 from engine.collate import collate_rows
 from engine.config import Resolved, UsageError
@@ -59,8 +62,15 @@ from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
-from engine.model import POLICY, BaseModel, attach_adapter, load_model
-from engine.model_files import adapter_record, model_path
+from engine.model import (
+    POLICY,
+    BaseModel,
+    adapter_state,
+    attach_adapter,
+    check_adapter,
+    load_model,
+)
+from engine.model_files import check_model_folder, model_path
 from engine.settings import TrainingConfig, settings_of_adapter
 
 # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
@@ -68,6 +78,7 @@ FLOAT32_BOUND = 1e-4
 # times the rounding of base + adapter itself: rounding W + delta once more costs about as much
 # again
 BFLOAT16_BOUND = 2.0
+DECODER = f"{PREFIX}model.language_model."  # in the names of an adapter's tensors
 PROBE_ANSWER = (
     "<think>Clear lungs, normal heart size, no effusion.</think><solution>No Finding</solution>"
 )
@@ -91,23 +102,70 @@ COPIED_FILES = (
 
 
 # ---- merge ---------------------------------------------------------------------------------------
+def check_can_be_folded_in(net: PeftModel | None, folder: Path) -> None:
+    """Raise UsageError where no weight of the base could hold what the adapter adds.
+
+    net: base and adapter, whose weights are not looked at. None where the base cannot be loaded.
+    folder: of the adapter.
+    """
+    for name, module in [] if net is None else net.named_modules():
+        if not isinstance(module, LoraLayer) or not module.lora_bias.get(POLICY):
+            continue
+        if getattr(module.get_base_layer(), "bias", None) is None:
+            raise UsageError(
+                f"{folder}: lora_bias cannot be folded in: {name.removeprefix(PREFIX)} of the base"
+                " has no bias to add it to; use the adapter beside its base"
+            )
+
+
 def merge_adapter(net: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """Fold the adapter `default` into its base and return the model without any adapter.
 
-    One projection at a time is in fp32. peft's own merge rounds the product B A to the base's dtype
-    before it adds it.
+    peft folds in, which knows every kind of LoRA, but in fp32 and one layer at a time: by itself it
+    would round the product B A to the base's dtype before it adds it.
 
     net: the base with its adapter, which is used up.
     dtype: of the returned weights.
     """
     for module in net.modules():
-        if isinstance(module, LoraLinear):
-            weight = module.get_base_layer().get_parameter("weight")
-            weight.data = (weight.float() + module.get_delta_weight(POLICY)).to(dtype)
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            own = dict(base.named_parameters(recurse=False))
+            for name, parameter in own.items():  # new ones: a head tied to it stays as it is
+                setattr(base, name, frozen(parameter.to(torch.float32, copy=True)))
+            module.merge(adapter_names=[POLICY])
+            for name in own:
+                setattr(base, name, frozen(base.get_parameter(name).to(dtype)))
+        elif isinstance(module, TrainableTokensWrapper):
+            module.token_adapter.merge(adapter_names=[POLICY])
     merged = net.unload()
     for parameter in merged.parameters():
         parameter.data = parameter.data.to(dtype)
+    say_whether_tied(merged)
     return merged
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Make a parameter that is not trained."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def say_whether_tied(model: PreTrainedModel) -> None:
+    """Write into the configuration whether the head still is the embedding.
+
+    Some loaders look only at the configuration, and would take the embedding for a head of its own.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings and not getattr(
+        model.config, "tie_word_embeddings", False
+    ):
+        return
+    if torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+    else:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def copy_processor(path: str, folder: Path) -> list[str]:
@@ -241,15 +299,13 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     Raises UsageError for a base or an adapter that does not fit and for an output_dir in use, and
     RuntimeError where the saved model differs from base + adapter by more than the bound.
     """
-    adapter, name = Path(config.adapter_name_or_path), base_to_merge_into(config)
+    adapter = Path(config.adapter_name_or_path)
+    name, note = base_to_use(adapter, config.model_name_or_path)
+    check_model_folder(name)
+    if note:
+        print(note, file=sys.stderr)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    named = adapter_record(adapter).get("base_model_name_or_path")
-    if name != named:
-        print(
-            f"note: {adapter} names {named or 'no model'} as its base; {name} is taken for a copy"
-            " of it",
-            file=sys.stderr,
-        )
+    check_can_be_folded_in(check_adapter(name, adapter), adapter)
     unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")
     settings = settings_of_adapter(str(adapter), (*size, "prompt"), unset)
     bounds = {key: settings.get(key, getattr(unset, key)) for key in size}
@@ -261,6 +317,10 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             name, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds
         )
         net = attach_adapter(base, adapter)
+        if any(not name.startswith(DECODER) for name in adapter_state(net)):
+            for name_of_part, part in base.net.model.named_children():
+                if name_of_part != "language_model":
+                    part.float()  # small; its own parts ask each other for their dtype
         with float32_decoder(net):
             inputs, truth = probe_logits(base, net)
         merge_adapter(net, dtype).save_pretrained(temporary)

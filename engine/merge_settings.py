@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.adapter_files import base_to_use, read_adapter
 from engine.config import Resolved, UsageError, parse_config, setting
-from engine.model_files import (
-    EMBEDDED,
-    adapter_record,
-    base_of_adapter,
-    check_model_folder,
-    looks_local,
-)
+from engine.model_files import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -47,26 +42,6 @@ def merge_problems(config: MergeConfig) -> list[str]:
     ]
 
 
-def base_to_merge_into(config: MergeConfig) -> str:
-    """Choose the base to merge into: the one that the adapter names, or a copy of it.
-
-    A folder may be a moved or downloaded copy of what the adapter names. That keys and shapes fit
-    is checked in any case. Raises UsageError where the adapter names none, where it names another
-    hub model than the flag, and where no checkpoint is there.
-    """
-    folder, given = config.adapter_name_or_path, config.model_name_or_path
-    named = adapter_record(folder).get("base_model_name_or_path")
-    base = given or base_of_adapter(folder)
-    moved = any(name not in EMBEDDED and looks_local(name) for name in (named, base) if name)
-    if named and base != named and not moved:
-        raise UsageError(
-            f"--model_name_or_path {given}: the adapter in {folder} was trained on {named}; give"
-            " that model or a copy of it"
-        )
-    check_model_folder(base)
-    return base
-
-
 def check_new_folder(output_dir: str) -> None:
     """Raise UsageError where something is at the place of the folder to be."""
     final = Path(output_dir)
@@ -93,6 +68,8 @@ def resolve_merge(argv: Sequence[str]) -> Resolved:
         ),
     )
     config: MergeConfig = resolved.configs[0]
-    base_to_merge_into(config)
+    read_adapter(config.adapter_name_or_path)
+    base, _ = base_to_use(config.adapter_name_or_path, config.model_name_or_path)
+    check_model_folder(base)
     check_new_folder(config.output_dir)
     return resolved

@@ -1,13 +1,16 @@
 """Attach LoRA adapters to a base model, and put GRPO's two adapters on one base.
 
-Adapters are fp32. GRPO loads the SFT adapter twice: `default` is trained, so that what is saved
+Adapters are fp32. GRPO has its start adapter twice: `default` is trained, so that what is saved
 loads in plain peft, and `reference` stays frozen. There is never a second base. What loads the base
 (engine/base_model.py) can be imported from here as well: a model is a base with its adapters.
+
+Trained is the LoRA of the decoder's layers alone. An adapter from elsewhere may hold more: LoRA in
+the vision tower, whole modules, biases, tokens. All that is loaded, frozen and saved again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,37 +23,49 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from engine.adapter_files import PREFIX, read_adapter
+from engine.adapter_places import PLACES, explicit_config, placed_config
 from engine.base_model import BaseModel, first_line, load_encoder, load_model
 from engine.config import UsageError
-from engine.families import LORA_TARGETS, language_model
-from engine.model_files import adapter_record, model_path
+from engine.encode import read_config
+from engine.families import LORA_TARGETS, family_of, language_model
+from engine.model_files import model_path
 
 __all__ = [
+    "NO_EFFECT",
     "POLICY",
     "REFERENCE",
     "BaseModel",
-    "adapter_config",
     "adapter_config_record",
     "adapter_state",
     "add_reference",
     "attach_adapter",
     "attach_new_adapter",
+    "check_adapter",
     "compile_decoder",
     "enable_gradient_checkpointing",
+    "frozen_parts",
+    "has_no_effect",
+    "is_decoders_lora",
     "load_adapter_state",
     "load_adapter_weights",
     "load_encoder",
     "load_model",
     "model_path",
     "prepare_for_training",
+    "trained_lora",
     "use_adapter",
 ]
 
 POLICY, REFERENCE = "default", "reference"
+NO_EFFECT = "every B matrix of the adapter is zero, so the base itself answers"
 
 
 def attach_new_adapter(base: BaseModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
@@ -76,59 +91,195 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach a saved adapter as `default`.
 
+    trainable: whether the LoRA of the decoder's layers is trained. The rest stays frozen.
     dropout: 0 for sampling, GRPO and evaluation. SFT that goes on with an adapter has its own.
 
-    Raises UsageError for a folder without an adapter, and where adapter and model do not fit: a key
-    that is missing or left over means that something else than the trained model would run.
+    Raises UsageError for a folder without an adapter that can be used, and where adapter and model
+    do not fit: a key that is missing or left over means that something else than the trained model
+    would run.
     """
-    folder = Path(folder)
-    config = adapter_config(folder)
+    saved = read_adapter(folder)
+    config = placed_config(base.net, saved)
     config.lora_dropout, config.inference_mode = dropout, not trainable
-    net = PeftModel(base.net, config, adapter_name=POLICY)
+    net = _wrapped(base.net, config, folder)
     load_adapter_weights(net, folder)
-    if trainable:
-        _finish(net, base.name)
-    else:
+    if not saved.renamed:  # what is saved again names its modules as the adapter did
+        for name in PLACES:
+            value = saved.settings.get(name, getattr(LoraConfig(), name))
+            setattr(config, name, set(value) if isinstance(value, list) else value)
+    if not trainable:
         net.requires_grad_(False)
+        return net
+    for layer in _lora_layers(net, of_decoder=False).values():
+        layer.lora_dropout[POLICY] = nn.Identity()  # frozen, and seen once an image
+    _finish(net, base.name)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise UsageError(
+            f"{folder}: the adapter has no LoRA in the language model's layers, so nothing could be"
+            " trained"
+        )
     return net
 
 
-def add_reference(net: PeftModel, folder: str | Path) -> None:
-    """Load the SFT adapter a second time, frozen, as `reference`.
+def add_reference(net: PeftModel, folder: str | Path | None = None) -> None:
+    """Add the frozen `reference`: the adapter of a folder, or a copy of `default` as it stands.
 
-    `default` stays active and trainable.
+    What neither training nor this changes (whole modules, biases) is shared. `default` stays active
+    and trainable.
+
+    folder: of an adapter that has the form of `default`, None for the copy.
     """
-    config = adapter_config(Path(folder))
-    config.lora_dropout, config.inference_mode = 0.0, True
+    layers = {
+        name.removeprefix(PREFIX): (layer.r[POLICY], layer.lora_alpha[POLICY])
+        for name, layer in _lora_layers(net).items()
+    }
+    own = net.peft_config[POLICY]
+    assert isinstance(own, LoraConfig)  # nothing else is ever attached
+    shared = ("modules_to_save", "trainable_token_indices", "task_type")
+    kinds = ("use_rslora", "use_dora", "lora_bias")
+    config = explicit_config(layers, {name: getattr(own, name) for name in (*shared, *kinds)})
+    config.inference_mode = True
     net.add_adapter(REFERENCE, config)
-    load_adapter_weights(net, folder, REFERENCE)
+    if folder is None:
+        state = adapter_state(net)
+        names = adapter_state(net, REFERENCE)
+        load_adapter_state(
+            net, {name: state[name] for name in names}, REFERENCE, source="reference"
+        )
+    else:
+        load_adapter_weights(net, folder, REFERENCE)
+    for module in net.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save[REFERENCE] = module.modules_to_save[POLICY]
     net.set_adapter(POLICY)
     _set_trainable(net)
 
 
-def adapter_config(folder: Path) -> LoraConfig:
-    """Read the LoraConfig saved in a folder. Raises UsageError where none can be read."""
-    adapter_record(folder)  # which says in one line what is missing or cannot be read
+# ---- what is trained -----------------------------------------------------------------------------
+def _lora_layers(net: nn.Module, *, of_decoder: bool | None = None) -> dict[str, LoraLayer]:
+    """Find the modules with LoRA by name: of the decoder's layers, all others, or (None) both."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, LoraLayer) and of_decoder in (None, _in_decoder(name))
+    }
+
+
+def _in_decoder(name: str) -> bool:
+    return ".language_model.layers." in f".{name}"
+
+
+def frozen_parts(net: PeftModel) -> str:
+    """Say what of the adapter is not trained, "" where that is nothing."""
+    config = net.peft_config[POLICY]
+    assert isinstance(config, LoraConfig)  # nothing else is ever attached
+    parts = []
+    if outside := list(_lora_layers(net, of_decoder=False)):
+        parts.append(f"LoRA on {len(outside)} modules such as {outside[0].removeprefix(PREFIX)}")
+    if config.modules_to_save:
+        parts.append(f"modules_to_save {', '.join(sorted(config.modules_to_save))}")
+    if config.trainable_token_indices:
+        parts.append("trainable_token_indices")
+    if config.bias != "none":
+        parts.append(f"biases (bias {config.bias!r})")
+    return "; ".join(parts)
+
+
+def is_decoders_lora(name: str) -> bool:
+    """Tell whether a parameter belongs to LoRA in the decoder's layers, of policy or reference."""
+    return _in_decoder(name) and "lora_" in name
+
+
+def trained_lora(net: PeftModel) -> tuple[int, float]:
+    """Give the largest rank of what is trained, and its dropout."""
+    layers = _lora_layers(net, of_decoder=True).values()
+    dropouts = (getattr(layer.lora_dropout[POLICY], "p", 0.0) for layer in layers)
+    return max(layer.r[POLICY] for layer in layers), max(dropouts)
+
+
+def has_no_effect(net: PeftModel) -> bool:
+    """Tell whether the LoRA of `default` is zero everywhere, as that of a fresh adapter."""
+    seconds = [
+        tensor
+        for name, tensor in adapter_state(net).items()
+        if "lora_B" in name or "lora_embedding_A" in name or "lora_magnitude" in name
+    ]
+    return not any(tensor.any() for tensor in seconds)
+
+
+def check_adapter(base_name: str, folder: str | Path) -> PeftModel | None:
+    """Check that an adapter fits a base model, by names and shapes, before any weight is read.
+
+    base_name: of the base, as the user gave it. One that cannot be loaded is left to `load_model`,
+    which says why.
+
+    Returns both without weights, None without a base. Raises UsageError as `attach_adapter` does.
+    """
+    saved = read_adapter(folder)
+    path = model_path(base_name)
     try:
-        return LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
+        family_of(read_config(path).get("model_type"))
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            net = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError):
+        return None
+    with torch.device("meta"):
+        wrapped = _wrapped(net, placed_config(net, saved), folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter_state(wrapped).items()}
+    of_base = _weights_of_base(wrapped, saved.shapes.keys() - expected.keys())
+    found = {name: shape for name, shape in saved.shapes.items() if name not in of_base}
+    _check_fit(expected, found, str(folder))
+    return wrapped
+
+
+def _wrapped(net: PreTrainedModel, config: LoraConfig, folder: str | Path) -> PeftModel:
+    """Put an adapter's modules into a base. Raises UsageError where peft cannot."""
+    try:
+        return PeftModel(net, config, adapter_name=POLICY)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UsageError(
-            f"{folder}: adapter_config.json cannot be read ({first_line(error)})"
+            f"{folder}: peft cannot attach the adapter ({first_line(error)})"
         ) from error
 
 
 def load_adapter_weights(net: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:
-    """Put a folder's weights into an attached adapter.
+    """Put a folder's weights into an attached adapter, under the names of today.
 
-    Raises UsageError where a key finds no place or is left over.
+    Raises UsageError where a key finds no place or is left over. Weights of the base itself, which
+    peft saves beside LoRA on the embedding, must be those of the base.
     """
+    stored = read_adapter(folder).stored
     try:
-        saved = load_file(Path(folder) / "adapter_model.safetensors")
-    except SafetensorError as error:
+        file = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{folder}: adapter_model.safetensors cannot be read ({first_line(error)})"
         ) from error
-    load_adapter_state(net, saved, adapter, source=str(folder))
+    tensors = {name: file[former] for name, former in stored.items()}
+    for name, own in _weights_of_base(
+        net, tensors.keys() - adapter_state(net, adapter).keys()
+    ).items():
+        saved = tensors.pop(name)
+        if own.shape != saved.shape or not torch.equal(own.detach().cpu(), saved.to(own.dtype)):
+            raise UsageError(
+                f"{folder}: {stored[name]} is a weight of the base, and not as in this base: the"
+                " adapter was trained on another model"
+            )
+    load_adapter_state(net, tensors, adapter, source=str(folder))
+
+
+def _weights_of_base(net: PeftModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Find the weights of the base among names of an adapter's file -> {name: the weight}."""
+    own = dict(net.named_parameters(remove_duplicate=False))  # a tied one has two names
+    found: dict[str, Tensor] = {}
+    for name in names:
+        module, _, weight = name.rpartition(".")
+        if place := next(
+            (at for at in (name, f"{module}.original_module.{weight}") if at in own), None
+        ):
+            found[name] = own[place]
+    return found
 
 
 def load_adapter_state(
@@ -138,9 +289,20 @@ def load_adapter_state(
 
     Raises UsageError that names `source` and the keys or shapes that do not fit.
     """
-    expected = adapter_state(net, adapter)
-    missing = sorted(expected.keys() - saved.keys())
-    unexpected = sorted(saved.keys() - expected.keys())
+    _check_fit(
+        {name: tuple(tensor.shape) for name, tensor in adapter_state(net, adapter).items()},
+        {name: tuple(tensor.shape) for name, tensor in saved.items()},
+        source,
+    )
+    set_peft_model_state_dict(net, saved, adapter_name=adapter)
+
+
+def _check_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raise UsageError where names or shapes of an adapter are not those that the model needs."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
     if missing or unexpected:
         examples = "; ".join(
             f"{kind}: {len(keys)}, such as {keys[0]}"
@@ -151,14 +313,9 @@ def load_adapter_state(
             f"{source}: the adapter does not fit the model, {examples}. It was trained on another"
             " model or by another version"
         )
-    misshapen = [name for name in expected if expected[name].shape != saved[name].shape]
-    if misshapen:
-        name = misshapen[0]
-        raise UsageError(
-            f"{source}: {name} has shape {tuple(saved[name].shape)}, the model needs"
-            f" {tuple(expected[name].shape)}"
-        )
-    set_peft_model_state_dict(net, saved, adapter_name=adapter)
+    for name, shape in expected.items():
+        if shape != found[name]:
+            raise UsageError(f"{source}: {name} has shape {found[name]}, the model needs {shape}")
 
 
 def adapter_state(net: PeftModel, adapter: str = POLICY) -> dict[str, Tensor]:
@@ -255,21 +412,9 @@ def _finish(net: PeftModel, base_name: str) -> None:
 
 
 def _set_trainable(net: PeftModel) -> None:
-    """Train the `default` adapter of the language model and nothing else.
-
-    Anything else that is trainable is a bug of the target pattern.
-    """
+    """Train the `default` adapter in the language model's layers and nothing else."""
     for name, parameter in net.named_parameters():
         if "lora_" in name:
             # also the reference: in bf16 it would not be the policy's start
             parameter.data = parameter.data.float()
-        parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
-    leaked = [
-        name
-        for name, parameter in net.named_parameters()
-        if parameter.requires_grad and "language_model." not in name
-    ]
-    if leaked:
-        raise RuntimeError(
-            f"LoRA reached outside the language model: {leaked[0]} and {len(leaked) - 1} more"
-        )
+        parameter.requires_grad_(is_decoders_lora(name) and f".{POLICY}." in name)

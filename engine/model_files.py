@@ -1,13 +1,11 @@
-"""Find base models and adapters on the disk and read what they say of themselves, loading nothing.
+"""Find base models on the disk and tell names from folders, loading nothing.
 
 Everything in it is plain Python, so a wrong folder on a command line is answered without torch.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from engine.config import UsageError
 
@@ -17,7 +15,6 @@ EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-# ---- base models ---------------------------------------------------------------------------------
 def model_path(name: str) -> str:
     """Return where transformers finds a model: the folder of an embedded one, else the name itself.
 
@@ -57,34 +54,12 @@ def check_model_folder(name: str) -> None:
         )
 
 
-# ---- adapters ------------------------------------------------------------------------------------
-def adapter_record(folder: str | Path) -> dict[str, Any]:
-    """Read adapter_config.json of an adapter's folder, as plain JSON.
+def same_base(one: str, other: str) -> bool:
+    """Tell whether two names are those of one base model, however they are spelled.
 
-    Raises UsageError where the folder holds no adapter, or a file that cannot be read.
+    A folder has many: relative or absolute, through a link, with or without a slash at its end.
     """
-    folder = Path(folder)
-    if not all((folder / name).is_file() for name in ADAPTER_FILES):
-        raise UsageError(
-            f"{folder}: no adapter there; an adapter folder holds {' and '.join(ADAPTER_FILES)}"
-        )
-    try:
-        record = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError(f"it holds a {type(record).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: adapter_config.json cannot be read ({error})") from error
-    return record
-
-
-def base_of_adapter(folder: str | Path) -> str:
-    """Return the base model that an adapter was trained on, as its adapter_config.json names it.
-
-    Raises UsageError where the folder holds no adapter, or one that names no base.
-    """
-    base = adapter_record(folder).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(
-            f"{folder}: adapter_config.json names no base model; give --model_name_or_path"
-        )
-    return str(base)
+    if one == other or not one or not other:
+        return one == other
+    paths = [Path(model_path(name)) for name in (one, other)]
+    return all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from data.examples import Example
 from data.prompts import PROMPTS, Prompt
+from engine.checkpoint import Checkpoint
 from engine.collate import Batch
 from engine.device import base_dtype, slow_bf16
 from engine.encode import EncodedPrompt, EncodedRow, Encoder
@@ -27,6 +28,7 @@ from engine.model import (
     add_reference,
     attach_adapter,
     attach_new_adapter,
+    check_adapter,
     load_encoder,
     load_model,
     prepare_for_training,
@@ -199,7 +201,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Answer as the frozen SFT reference within the block, without gradient."""
+        """Answer as the frozen reference within the block, without gradient."""
         with use_adapter(self.adapted, REFERENCE):
             yield
 
@@ -216,19 +218,23 @@ class Policy:
 
 # ---- the policies that the scripts train ---------------------------------------------------------
 def policy_to_fine_tune(
-    config: SFTConfig, device: torch.device, *, resumed: bool, encoder: Encoder | None = None
+    config: SFTConfig,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    encoder: Encoder | None = None,
 ) -> Policy:
     """Load what SFT trains: a base model with a fresh LoRA adapter, or with one to go on training.
 
-    resumed: the adapter's weights will come from a checkpoint, whatever the run began with.
+    checkpoint: one to go on from, which has the form of the run's adapter.
     encoder: of `encoder_for`.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
-    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb, encoder=encoder)
+    start = checkpoint.path if checkpoint else config.adapter_name_or_path
+    base = _base_for(config, device, start, encoder)
     dropout = config.lora_dropout
-    if config.adapter_name_or_path and not resumed:
-        net = attach_adapter(base, config.adapter_name_or_path, trainable=True, dropout=dropout)
+    if start:
+        net = attach_adapter(base, start, trainable=True, dropout=dropout)
     else:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
@@ -236,16 +242,32 @@ def policy_to_fine_tune(
 
 
 def policy_with_reference(
-    config: TrainingConfig, device: torch.device, adapter: Path, temperature: float
+    config: TrainingConfig, device: torch.device, adapter: Path | None, temperature: float
 ) -> Policy:
-    """Load what GRPO trains: an SFT adapter twice on one base, once trained and once frozen.
+    """Load what GRPO trains: an adapter twice on one base, once trained and once frozen.
 
-    adapter: its folder. temperature: of the sampler, and so of every log-probability.
+    adapter: its folder, None for a fresh one, whose frozen twin answers as the base itself.
+    temperature: of the sampler, and so of every log-probability.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
-    base = load_base(config, device, vision_cache_gb=config.vision_cache_gb)
-    net = attach_adapter(base, adapter, trainable=True)
-    add_reference(net, adapter)
+    base = _base_for(config, device, adapter)
+    if adapter is None:
+        net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=0.0)
+    else:
+        net = attach_adapter(base, adapter, trainable=True)
+    add_reference(net)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
     return Policy(net, base, PROMPTS[config.prompt], temperature, config.sampling_copies)
+
+
+def _base_for(
+    config: TrainingConfig,
+    device: torch.device,
+    adapter: str | Path | None,
+    encoder: Encoder | None = None,
+) -> BaseModel:
+    """Load the base that is trained on, once it is known that the adapter can go on it."""
+    if adapter:
+        check_adapter(config.model_name_or_path, adapter)
+    return load_base(config, device, vision_cache_gb=config.vision_cache_gb, encoder=encoder)

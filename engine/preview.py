@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from data.examples import Example
@@ -27,11 +26,18 @@ from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from engine.fit import Lengths, Plan, training_work
 from engine.memory import forecast, model_shape
 from engine.memory_table import memory_table
-from engine.model import POLICY, load_encoder
+from engine.model import (
+    NO_EFFECT,
+    frozen_parts,
+    has_no_effect,
+    is_decoders_lora,
+    load_encoder,
+    trained_lora,
+)
 from engine.order import shuffled
 from engine.policy import Policy
 from engine.runtime import environment_banner
-from engine.settings import TrainingConfig
+from engine.settings import FRESH, TrainingConfig
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
 # SGR foregrounds
@@ -60,12 +66,25 @@ def banner(
             environment_banner(policy.device),
             f"model       {policy.base.name} ({policy.family.model_type}) with {adapter}:"
             f" {total:,} parameters, {trainable:,} trainable",
+            *_adapter_lines(policy, resolved.configs[0].adapter_name_or_path),
             *lines,
             "settings that differ from the paper's or the engine's defaults:",
             describe(resolved),
             "",
         ]
     )
+
+
+def _adapter_lines(policy: Policy, named: str | None) -> list[str]:
+    """Say what of a saved adapter is not trained, and where it changes nothing.
+
+    named: the adapter that was given, or FRESH.
+    """
+    frozen = frozen_parts(policy.adapted)
+    lines = [f"frozen      loaded, not trained, saved with the result: {frozen}"] if frozen else []
+    if named and named != FRESH and has_no_effect(policy.adapted):
+        lines.append(f"warning     {NO_EFFECT}")
+    return lines
 
 
 # ---- one batch -----------------------------------------------------------------------------------
@@ -359,17 +378,16 @@ def dry_run_report(
         for examples in sets.values()
         for example in first_examples(config, examples, CHECKED_ROWS)
     ]
-    adapter = policy.adapted.peft_config[POLICY]
-    assert isinstance(adapter, LoraConfig)  # the scripts attach no other kind
-    adapters = {id(p) for name, p in policy.net.named_parameters() if "lora_" in name}
-    base = sum(p.numel() for p in policy.net.parameters() if id(p) not in adapters)
+    rank, _ = trained_lora(policy.adapted)
+    own = {id(p) for name, p in policy.net.named_parameters() if is_decoders_lora(name)}
+    base = sum(p.numel() for p in policy.net.parameters() if id(p) not in own)
     shape = model_shape(policy.base.net.config, base)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     images = [int(prompt.token_types.sum()) for prompt in prompts]
     image = max(int(prompt.token_types.sum()) for prompt in prompts + evaluated)
     text = max(len(prompt.input_ids) for prompt in prompts + evaluated) - image
     longest = Lengths(text, image, max(completions))
-    work = training_work(config, shape, longest, policy.device, adapter.r, plan)
+    work = training_work(config, shape, longest, policy.device, rank, plan)
     return "\n".join(
         [
             (

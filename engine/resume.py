@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ def saved_record(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record, {name: entry["value"] for name, entry in record.get("settings", {}).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
             " remove it"
@@ -282,15 +282,16 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
 
 
 # ---- the frozen reference of GRPO ----------------------------------------------------------------
-def keep_reference(adapter: Path, run_dir: Path) -> dict[str, str]:
-    """Copy the SFT adapter to run_dir/reference, once, and return {file: SHA-256}.
+def keep_reference(save: Callable[[Path], None], run_dir: Path) -> dict[str, str]:
+    """Keep the adapter that the run starts from in run_dir/reference -> {file: SHA-256}.
 
     With it a run folder is whole, whatever happens to the SFT run.
+
+    save: writes the adapter's files into a folder.
     """
     temporary = run_dir / ".tmp-reference"
     temporary.mkdir()
-    for name in ADAPTER_FILES:
-        shutil.copyfile(adapter / name, temporary / name)
+    save(temporary)
     os.rename(temporary, run_dir / "reference")
     return _reference_hashes(run_dir / "reference")
 
@@ -306,7 +307,7 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
     if now != before:
         changed = next(name for name in before if now.get(name) != before[name])
         raise UsageError(
-            f"{folder / changed}: not the frozen SFT adapter that the run began with (SHA-256"
+            f"{folder / changed}: not the frozen reference that the run began with (SHA-256"
             f" {now.get(changed, 'missing')[:12]}, was {before[changed][:12]}); restore it or start"
             " a new run"
         )

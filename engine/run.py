@@ -274,7 +274,7 @@ def opened_run(
     record: dict[str, Any],
     bad_images: Mapping[str, list[dict]],
     state: TrainerState,
-    reference: Path | None = None,
+    reference: Callable[[Path], None] | None = None,
 ) -> Iterator[RunFolder]:
     """Open the folder of a run, hold it for this process, and write config.json.
 
@@ -282,7 +282,7 @@ def opened_run(
     that a killed process left half-written are removed.
 
     record: the contents of config.json. bad_images: rows left out, by data set. state: where the
-    run stands. reference: the adapter that a new run keeps a copy of, as its frozen reference.
+    run stands. reference: writes the adapter that a new run keeps as its frozen reference.
     Raises UsageError where the folder is in use, not empty, or cannot be written to.
     """
     folder = run_folder(checkpoint, output_dir, script)

@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 
 from data.files import DataError
 from engine.config import UsageError
+from engine.model_files import same_base
 
 LOCK_FILE = ".lock"
 # Every line of these logs has a "step", so a resume can tell which lines it will repeat.
@@ -181,7 +182,7 @@ def newest_finished_run(
 ) -> Path | None:
     """Find the newest run of a kind below `root`, by the time in its name, that has an adapter.
 
-    base: take only runs whose adapter names this base model.
+    base: take only runs whose adapter names this base model, in any spelling.
     """
     if not Path(root).is_dir():
         return None
@@ -195,18 +196,18 @@ def newest_finished_run(
         for path, match in names.items()
         if match
         and all((path / name).is_file() for name in finished)
-        and base in (None, _adapter_base(path))
+        and (base is None or same_base(base, _adapter_base(path)))
     ]
     return max(runs)[-1] if runs else None
 
 
-def _adapter_base(run: Path) -> str | None:
-    """Read the base model that a run's adapter names, None where its file cannot be read."""
+def _adapter_base(run: Path) -> str:
+    """Read the base model that a run's adapter names, "" where it names none or cannot be read."""
     try:
         record = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
-        return record.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return None
+        return str(record.get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 # ---- facts about the run -------------------------------------------------------------------------

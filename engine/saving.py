@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.model import adapter_config_record, adapter_state, load_adapter_state
+from engine.model_files import ADAPTER_FILES
 from engine.policy import Policy
 from engine.run import TrainerState
 from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
@@ -107,6 +109,23 @@ def save_final_adapter(folder: Path, state: TrainerState, policy: Policy) -> Non
     The presence of adapter_model.safetensors there says that the run has finished.
     """
     write_json(folder / "trainer_state.json", asdict(state))
+    save_adapter(policy, folder)
+
+
+def save_start(policy: Policy, adapter: Path | None, folder: Path) -> None:
+    """Put into `folder` the adapter that a run starts from, which is its frozen reference.
+
+    adapter: the folder that it was read from, None for the policy's own fresh one.
+    """
+    if adapter is None:
+        save_adapter(policy, folder)
+        return
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, folder / name)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the policy's adapter as plain peft loads it, the weights last."""
     write_json(
         folder / "adapter_config.json", adapter_config_record(policy.adapted, policy.base.name)
     )

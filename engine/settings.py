@@ -9,6 +9,7 @@ given. Nothing here loads torch before a command line is accepted.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from data.answers import ANSWER_FORMATS
 from data.examples import check_data_file
 from data.files import named_files
 from data.prompts import PROMPTS
+from engine.adapter_files import base_to_use, read_adapter
 from engine.config import ConfigError, Resolved, UsageError, parse_config, setting
-from engine.model_files import adapter_record, base_of_adapter, check_model_folder
+from engine.model_files import check_model_folder, same_base
 from engine.resume import FREE_TO_CHANGE, inherited_settings, saved_settings
 from engine.runtime import check_output_dir
 
@@ -46,6 +48,7 @@ EVALUATED_METRICS = (
     "completion_length",
     "silenced_labels",
 )
+FRESH = "none"  # in the place of an adapter's folder: GRPO begins with a new one on the base
 _OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup", "constant"]  # transformers' names
@@ -128,6 +131,19 @@ class TrainingConfig:
         unit="tokens",
         source=PAPER_SFT,
         group="model and data",
+    )
+
+    lora_r: int = setting(
+        16,
+        "rank of the LoRA matrices of a fresh adapter; others have their own",
+        source=PAPER_SFT,
+        group="adapter",
+    )
+    lora_alpha: int = setting(
+        32,
+        "LoRA scaling of a fresh adapter: the update is multiplied by alpha / r",
+        source=PAPER_SFT,
+        group="adapter",
     )
 
     learning_rate: float = setting(
@@ -361,6 +377,13 @@ def training_problems(config: TrainingConfig) -> list[str]:
     return problems + named_files(config.validation_file, "validation_file", taken=("train",))[1]
 
 
+def lora_problems(config: TrainingConfig) -> list[str]:
+    """Name what is wrong with the settings of a fresh adapter."""
+    if config.lora_r >= 1 and config.lora_alpha >= 1:
+        return []
+    return [f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1"]
+
+
 def validation_files(config: TrainingConfig) -> dict[str, str]:
     """Read --validation_file -> {name: file, or demo:SPLIT}."""
     return named_files(config.validation_file, "validation_file")[0]
@@ -414,12 +437,12 @@ def inherit(
     config.json), the default. Some follow a rule of their own:
 
         model_name_or_path    the base that the adapter itself names, unless a flag names a copy of
-                              it. A recipe must name the same.
+                              it. A recipe must name the same, in any spelling.
         lora_r, lora_alpha    of the adapter itself
         answer_format         of the adapter's run where the prompt is that run's too, else the
                               prompt's own: another prompt asks for its own form
 
-    resolved: its first config has adapter_name_or_path, empty or None without an adapter.
+    resolved: its first config has adapter_name_or_path, empty, None or FRESH without an adapter.
     names: the settings to take over.
     binding: those that the adapter cannot do without. A recipe gives way, a flag that says
     otherwise is a mistake.
@@ -429,6 +452,7 @@ def inherit(
     with another base, and a flag that contradicts a binding setting.
     """
     folder = resolved.configs[0].adapter_name_or_path
+    folder = None if folder == FRESH else folder
     if folder and "model_name_or_path" in names:
         resolved = _with_base_of_adapter(resolved, folder)
     made_with = settings_of_adapter(folder, names, resolved.configs[0]) if folder else {}
@@ -457,10 +481,12 @@ def inherit(
 
 def _with_base_of_adapter(resolved: Resolved, folder: str) -> Resolved:
     given, origin = resolved.configs[0].model_name_or_path, resolved.origins["model_name_or_path"]
+    base, note = base_to_use(folder, given if origin == "flag" else "")
+    if note:
+        print(note, file=sys.stderr)
     if origin == "flag":
         return resolved
-    base = base_of_adapter(folder)
-    if origin != "default" and given != base:
+    if origin != "default" and not same_base(given, base):
         raise UsageError(
             f"{folder} was trained on {base}, not on {given} ({origin}); give"
             " --model_name_or_path, or another --adapter_name_or_path"
@@ -474,11 +500,12 @@ def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dic
     names: the settings to look for. Those that are missing or null there are left out.
     config: an instance of a dataclass that declares them, with the types that they must have.
 
-    Raises UsageError where the folder holds no adapter, and naming a file with a wrong value.
+    Raises UsageError where the folder holds no adapter that can be used, and naming a file with a
+    wrong value.
     """
-    record = adapter_record(folder)
+    adapter = read_adapter(folder).settings
     files = {name: "adapter_config.json" for name in _OF_ADAPTER}
-    told = saved_settings(folder) | {name: record.get(key) for name, key in _OF_ADAPTER.items()}
+    told = saved_settings(folder) | {name: adapter.get(key) for name, key in _OF_ADAPTER.items()}
     found = {name: told[name] for name in names if told.get(name) is not None}
     types = get_type_hints(type(config))
     for name, value in found.items():
@@ -527,10 +554,6 @@ class SFTConfig(TrainingConfig):
         "adapter to go on training, with its own rank and alpha",
         unset="a fresh one",
         group="model and data",
-    )
-    lora_r: int = setting(16, "rank of the LoRA matrices", source=PAPER_SFT, group="adapter")
-    lora_alpha: int = setting(
-        32, "LoRA scaling: the update is multiplied by alpha / r", source=PAPER_SFT, group="adapter"
     )
     lora_dropout: float = setting(
         0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter"
@@ -584,10 +607,7 @@ def sft_problems(config: SFTConfig) -> list[str]:
         found.append(
             "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'"
         )
-    if config.lora_r < 1 or config.lora_alpha < 1:
-        found.append(
-            f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1"
-        )
+    found += lora_problems(config)
     if not 0 <= config.lora_dropout < 1 or not 0 < config.validation_split < 1:
         found.append(
             f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split"

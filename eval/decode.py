@@ -24,7 +24,7 @@ from data.predictions import Prediction, parse_row, write_predictions
 from data.prompts import PROMPTS
 from engine.config import Resolved, UsageError
 from engine.generate import Completion, SamplingConfig, generate
-from engine.model import attach_adapter
+from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.policy import Policy, load_base
 from engine.resume import run_record
 from engine.runtime import StopRequested
@@ -110,10 +110,15 @@ def load_policy(
 
     vision_cache_gb: host memory for image features, for a model that answers several prompts.
     """
-    base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     adapter = config.adapter_name_or_path
+    if adapter is not None:
+        check_adapter(config.model_name_or_path, adapter)
+    base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
-    return Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
+    policy = Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
+    if adapter is not None and has_no_effect(policy.adapted):
+        print(f"warning: {adapter}: {NO_EFFECT}", file=sys.stderr)
+    return policy
 
 
 # ---- decode --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from data.files import DataError, write_json
 from data.labels import LABELS
 from data.predictions import read_predictions
 from engine.config import UsageError
+from engine.settings import FRESH
 from eval.end_table import METRICS, row_of
 from eval.folders import (
     START,
@@ -85,6 +86,8 @@ def _say_who_answered(place: Path, folder: Path) -> None:
     settings = record.get("settings") or {}
     of_model = ("adapter_name_or_path", "model_name_or_path", "prompt", "answer_format")
     known = {name: settings[name] for name in of_model if name in settings}
+    if known.get("adapter_name_or_path", {}).get("value") == FRESH:
+        del known["adapter_name_or_path"]  # a fresh adapter changes nothing: it was the base
     for file in place.glob("scores-*.json"):
         name = file.stem.removeprefix("scores-")
         data = {key: value for key, value in (record.get("data") or {}).items() if key == name}

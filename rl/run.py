@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.model_files import EMBEDDED
+from engine.policy import Policy
 from engine.run import Run, RunFolder, Schedule, TrainerState
-from engine.settings import validation_files
+from engine.saving import save_start
+from engine.settings import FRESH, validation_files
 from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
 from rl.rollout import Rollouts
 from rl.samples import MicroBatch, pack_samples, unpack_samples
-from rl.settings import check_watched, length_warning
+from rl.settings import GRPOConfig, check_watched, length_warning
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,32 @@ class Computed:
         detached = {name: term.detach() for name, term in terms.items()}
         loss, logprobs, entropy = loss.detach(), logprobs.detach(), entropy.detach()
         return cls(loss, logprobs, entropy, weights, detached, micro.advantages, micro.mask)
+
+
+# ---- what it begins with -------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Start:
+    """Hold what policy and reference begin as.
+
+    adapter: its folder, None for a fresh one. about: what the banner says of it.
+    """
+
+    adapter: Path | None
+    about: str
+
+    def keep(self, policy: Policy) -> Callable[[Path], None]:
+        """Give what writes the start adapter of a new run into a folder."""
+        return partial(save_start, policy, self.adapter)
+
+
+def start_of(config: GRPOConfig, checkpoint: Checkpoint | None) -> Start:
+    """Find what a run begins as. A resumed one has it in its own folder."""
+    adapter = config.adapter_name_or_path
+    fresh = f"a fresh LoRA of rank {config.lora_r} as policy, the model itself as frozen reference"
+    about = fresh if adapter == FRESH else f"{adapter} as policy and frozen reference"
+    if checkpoint is not None:
+        return Start(checkpoint.path.parent / "reference", about)
+    return Start(None if adapter == FRESH else Path(adapter), about)
 
 
 # ---- in a checkpoint -----------------------------------------------------------------------------

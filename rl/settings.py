@@ -19,6 +19,7 @@ from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
 from engine.settings import (
     EVALUATED_METRICS,
+    FRESH,
     INHERITED,
     OURS,
     PAPER_GRPO,
@@ -27,6 +28,7 @@ from engine.settings import (
     TrainingConfig,
     finished,
     inherit,
+    lora_problems,
     parse_training,
     training_problems,
     validation_files,
@@ -61,10 +63,10 @@ class GRPOConfig(TrainingConfig):
 
     adapter_name_or_path: str = setting(
         "",
-        "the SFT adapter to start from, which also is the frozen reference",
+        "the SFT adapter to start from, which also is the frozen reference; or none: a fresh one of"
+        " --lora_r and --lora_alpha on --model_name_or_path, which itself is the reference",
         unset=(
-            "the newest finished SFT run under runs/, of the recipe's base model where there is a"
-            " recipe"
+            "the newest finished SFT run under runs/, of the base model that a flag or recipe names"
         ),
         group="model and data",
     )
@@ -223,6 +225,11 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
         found.append(
             "--train_file is missing: give the JSONL file with the prompts' images and labels"
         )
+    if config.adapter_name_or_path == FRESH and not config.model_name_or_path:
+        found.append(
+            "--model_name_or_path is missing: --adapter_name_or_path none starts from a base or"
+            " merged model; give its folder, a hub name or 'demo'"
+        )
     if config.num_generations < 2:
         found.append(
             f"--num_generations is {config.num_generations}; a group needs at least 2 completions,"
@@ -242,6 +249,7 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     ):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             found.append(f"--{name} is {getattr(config, name)}; it must be positive")
+    found += lora_problems(config)
     return found + judging_problems(config) or BatchPlan.of(config).problems()
 
 
@@ -398,7 +406,12 @@ def resolve_grpo(argv: Sequence[str]) -> Resolved:
         validate=grpo_problems,
     )
     if resolved.configs[0].resume_from_checkpoint is None:
-        resolved = inherit(_from_sft_run(resolved), INHERITED, binding=("prompt", "answer_format"))
+        of_adapter = ("lora_r", "lora_alpha")
+        resolved = inherit(
+            _from_sft_run(resolved),
+            (*INHERITED, *of_adapter),
+            binding=("prompt", "answer_format", *of_adapter),
+        )
     config, objective = finished(resolved, grpo_problems(*resolved.configs), "grpo").configs
     from rl.objective import ObjectiveConfig  # the command line is accepted, so torch may be loaded
 
@@ -410,17 +423,18 @@ def resolve_grpo(argv: Sequence[str]) -> Resolved:
 
 
 def _from_sft_run(resolved: Resolved) -> Resolved:
-    """Fill in the newest finished SFT run, of the recipe's base model where there is a recipe."""
+    """Fill in the newest finished SFT run, of the base that a flag or recipe names."""
     config: GRPOConfig = resolved.configs[0]
     if config.adapter_name_or_path:
         return resolved
-    from_recipe = resolved.origins["model_name_or_path"].startswith("recipe")
-    base = config.model_name_or_path if from_recipe else None
-    of_base, recipe = (f" of {base}", f" --recipe {resolved.recipe}") if base else ("", "")
-    newest = newest_finished_run(Path("runs"), "sft", base)
+    base, origin = config.model_name_or_path, resolved.origins["model_name_or_path"]
+    of_base = f" of {base}" if base else ""
+    flags = f" --recipe {resolved.recipe}" if base and resolved.recipe else ""
+    flags += f" --model_name_or_path {base}" if origin == "flag" else ""
+    newest = newest_finished_run(Path("runs"), "sft", base or None)
     if newest is None:
         raise UsageError(
-            f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{recipe}`"
-            " first, or give --adapter_name_or_path"
+            f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{flags}`"
+            " first, or give --adapter_name_or_path (none for a fresh one)"
         )
     return resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")

@@ -17,6 +17,7 @@ import pytest
 from engine.config import ConfigError, UsageError, parse_config, setting
 from engine.settings import SFTConfig, inherit, resolve_sft, rounded_up, settings_of_adapter
 from rl.settings import GRPOConfig, resolve_grpo
+from tests.helpers.adapters import write_adapter
 from tests.helpers.repository import ROOT
 
 RUN = {
@@ -37,11 +38,7 @@ def adapter(tmp_path, monkeypatch):
     (tmp_path / "data.jsonl").write_text("{}\n")
 
     def make(settings: dict | None = RUN, base: str | None = "demo", **more) -> str:
-        folder = tmp_path / "adapter"
-        folder.mkdir()
-        facts = {"base_model_name_or_path": base, "r": 4, "lora_alpha": 8}
-        (folder / "adapter_config.json").write_text(json.dumps(facts))
-        (folder / "adapter_model.safetensors").touch()
+        folder = write_adapter(tmp_path / "adapter", base_model_name_or_path=base)
         if settings is not None:
             entries = {name: {"value": value} for name, value in (settings | more).items()}
             (folder / "config.json").write_text(json.dumps({"settings": entries}))
@@ -58,13 +55,15 @@ def recipe(**values) -> list[str]:
 
 def of(resolve, folder: str, *flags: str) -> dict[str, tuple]:
     """Resolve a command line that starts from an adapter -> {setting: (value, origin)}."""
-    flags = ("--adapter_name_or_path", folder, "--train_file", "data.jsonl", *flags)
+    data = str(Path(folder).parent / "data.jsonl")
+    flags = ("--adapter_name_or_path", folder, "--train_file", data, *flags)
     resolved = resolve(list(flags))
     config = resolved.configs[0]
     names = [
         *RUN,
         "model_name_or_path",
-        *(("lora_r", "lora_alpha") if resolve is resolve_sft else ()),
+        "lora_r",
+        "lora_alpha",
     ]
     return {name: (getattr(config, name), resolved.origins[name]) for name in names}
 
@@ -126,10 +125,19 @@ def test_grpo_keeps_the_prompt_and_form_of_the_sft_run(adapter):
         of(resolve_grpo, folder, "--prompt", "demo")
 
 
-def test_a_base_is_the_adapters_own_but_for_a_flag(adapter):
+def test_a_base_is_the_adapters_own_but_for_a_flag(adapter, monkeypatch, capsys):
     folder = adapter(base="elsewhere/model")
-    found = of(resolve_grpo, folder, "--model_name_or_path", "demo")  # a copy of it, the user says
-    assert found["model_name_or_path"] == ("demo", "flag")
+    copy = "data/demo/base"
+    monkeypatch.chdir(ROOT)  # a folder may be a copy of what the adapter names
+    found = of(resolve_grpo, folder, "--model_name_or_path", copy)
+    assert found["model_name_or_path"] == (copy, "flag")
+    assert f"{folder} names elsewhere/model as its base; {copy} is" in capsys.readouterr().err
+    with pytest.raises(
+        UsageError,
+        match=f"^--model_name_or_path demo: the adapter in {folder} was trained on elsewhere/model",
+    ):
+        of(resolve_grpo, folder, "--model_name_or_path", "demo")
+    monkeypatch.chdir(Path(folder).parent)
     assert of(resolve_grpo, folder, *recipe(model_name_or_path="elsewhere/model"))[
         "model_name_or_path"
     ] == ("elsewhere/model", "adapter")

@@ -149,12 +149,12 @@ def test_no_finished_sft_run_says_what_to_run(refused, tmp_path):
     (unfinished / "config.json").write_text("{}")
     assert refused(run_grpo.main) == [
         "no finished SFT run of demo named runs/<time>-sft; run `python run_sft.py --recipe demo`"
-        " first, or give --adapter_name_or_path"
+        " first, or give --adapter_name_or_path (none for a fresh one)"
     ]
     (tmp_path / "my.toml").write_text("")  # a recipe that leaves the base open
     assert refused(run_grpo.main, "--recipe", "my.toml", "--train_file", "x.jsonl") == [
         "no finished SFT run named runs/<time>-sft; run `python run_sft.py` first, or give"
-        " --adapter_name_or_path"
+        " --adapter_name_or_path (none for a fresh one)"
     ]
 
 

@@ -569,7 +569,7 @@ def test_a_changed_reference_is_refused(straight_grpo, tiny_sft_run, tmp_path, c
     before = snapshot(copy)
     (line,) = refused(run_grpo.main, capsys, "--resume_from_checkpoint", str(copy))
     assert line.startswith(
-        f"error: {file}: not the frozen SFT adapter that the run began with (SHA-256 "
+        f"error: {file}: not the frozen reference that the run began with (SHA-256 "
     ), line
     assert line.endswith("restore it or start a new run")
     assert snapshot(copy) == before

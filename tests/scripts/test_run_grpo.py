@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -39,6 +39,7 @@ from rl.settings import (
     GRPOConfig,
     resolve_grpo,
 )
+from tests.helpers.adapters import write_adapter
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import (
     adapter,
@@ -191,8 +192,7 @@ def test_without_an_adapter_the_newest_sft_run_of_the_recipes_base_goes_on(tmp_p
     monkeypatch.chdir(tmp_path)
     for day, base in enumerate(("demo", "demo", "elsewhere/model"), start=1):
         run = tmp_path / f"runs/2026010{day}-000000-sft"
-        LoraConfig(base_model_name_or_path=base).save_pretrained(run)
-        (run / "adapter_model.safetensors").touch()
+        write_adapter(run, base_model_name_or_path=base)
         (run / "config.json").write_text("{}")
     chosen = resolve_grpo(["--recipe", "demo"])
     assert chosen.configs[0].adapter_name_or_path == "runs/20260102-000000-sft"
