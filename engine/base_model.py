@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,7 +21,9 @@ from engine.attention import IMPLEMENTATION
 from engine.config import UsageError
 from engine.encode import EncodedPrompt, EncodedRow, Encoder, read_config
 from engine.families import Family, family_of, stop_ids, suppressed_ids
+from engine.model_checks import check_not_quantised, check_weights
 from engine.model_files import check_model_folder, looks_local, model_path
+from engine.processor_files import parsed_config
 from engine.vision import VisionCache
 
 _HUB_ADVICE = (
@@ -103,25 +105,29 @@ def load_model(
     encoder = encoder or load_encoder(
         name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
     )
+    if Path(path).is_dir():
+        check_weights(name, Path(path))
     try:
+        encoder.check_vocabulary(parsed_config(path).get_text_config().vocab_size)
         # its stubs leave the pair out that output_loading_info asks for
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below, and refused
+            trust_remote_code=False,
+            use_safetensors=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many classes: whatever a damaged file makes transformers do
         raise UsageError(_unusable(name, error)) from error
     net, loading = loaded
-    if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
-        missing = sorted(loading["missing_keys"])
-        raise UsageError(
-            f"--model_name_or_path {name}: the checkpoint lacks {len(missing)} weights of the"
-            f" model, such as {missing[0]}"
-        )
+    _check_loaded(name, loading)
     net.requires_grad_(False)
     net.to(device).eval()
+    _check_finite(name, net)
     family = family_of(net.config.model_type)
     stops = stop_ids(net, encoder.tokenizer, encoder.end_of_turn_id)
     vision = VisionCache(
@@ -132,11 +138,58 @@ def load_model(
     )
 
 
+def _check_loaded(name: str, loading: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not exactly those of the model.
+
+    loading: what transformers says of it.
+    """
+    said = f"--model_name_or_path {name}: the checkpoint"
+    if loading["mismatched_keys"]:
+        key, found, needed = min(loading["mismatched_keys"])
+        raise UsageError(
+            f"{said}'s {key} has shape {tuple(found)}, and its config.json makes a model that needs"
+            f" {tuple(needed)}; they belong to different models"
+        )
+    if loading["missing_keys"]:  # transformers would fill them with random numbers and go on
+        missing = sorted(loading["missing_keys"])
+        raise UsageError(f"{said} lacks {len(missing)} weights of the model, such as {missing[0]}")
+    strange = sorted(loading["unexpected_keys"])
+    adapted = [key for key in strange if "lora_" in key or ".base_layer." in key]
+    if adapted:
+        raise UsageError(
+            f"{said} holds an adapter's weights beside its own, such as {adapted[0]}; merge the"
+            " adapter into it first (peft's merge_and_unload), or give the base alone"
+        )
+    if strange:
+        print(
+            f"note: {name}: {len(strange)} weights of the checkpoint have no place in the model and"
+            f" are left out, such as {strange[0]}",
+            file=sys.stderr,
+        )
+
+
+def _check_finite(name: str, net: PreTrainedModel) -> None:
+    """Refuse weights that are not finite numbers: every answer would be empty or noise."""
+    for key, tensor in net.state_dict().items():
+        # a sum is NaN or infinite where one of its terms is, and needs no mask of the tensor's size
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise UsageError(
+                f"--model_name_or_path {name}: {key} holds numbers that are not finite (NaN or"
+                " infinite); the file is damaged, or the model was trained to pieces"
+            )
+
+
 def _check_checkpoint(name: str, path: str) -> None:
     """Refuse a checkpoint that cannot be run, in one line and before weights are read."""
     check_model_folder(name)
     try:
-        text = read_config(path).get("text_config") or {}
+        config = read_config(path)
+        check_not_quantised(name, Path(path), config)
+        text = config.get("text_config") or {}
+        if not isinstance(text, dict):
+            raise ValueError("its config.json has a text_config that is no object")
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"--model_name_or_path {name}: {first_line(error)}") from error
     except OSError as error:

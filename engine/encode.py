@@ -7,7 +7,6 @@ begin with the tokens of the prompt, and that the supervised ones write the answ
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from data.answers import TAGS
@@ -28,6 +28,8 @@ from data.prompts import Prompt
 from engine.chat import PROBE, ChatTemplate, change_of_answer, same_but_for
 from engine.config import UsageError
 from engine.families import Family, ImageTensors, family_of
+from engine.model_checks import read_object
+from engine.processor_files import load_tokenizer, one_line, pan_and_scan, parsed_config
 from engine.text_length import text_length
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Encoder:
     ):
         """Look up the token ids that the engine needs.
 
-        config: config.json of the checkpoint as written.
+        config: config.json of the checkpoint, with its class's defaults.
 
         control_tokens: special tokens, which are no part of any text. tags: special tokens that an
         answer is written with all the same, such as <think>. They are text. notes: what a user
@@ -91,7 +93,6 @@ class Encoder:
         self.image_processor = image_processor
         self.config = config
         self.image_token_id = family.image_token_id(config)
-        self.pad_token_id = tokenizer.pad_token_id
         end_of_turn_id = tokenizer.get_vocab().get(family.end_of_turn)
         if end_of_turn_id is None:
             raise ValueError(
@@ -99,6 +100,13 @@ class Encoder:
                 f" {family.model_type} model"
             )
         self.end_of_turn_id: int = end_of_turn_id
+        placeholders = [tokenizer.get_vocab().get(token) for token in family.image_token_names]
+        if self.image_token_id not in placeholders:
+            raise ValueError(
+                f"config.json says that token {self.image_token_id} stands for images, and its"
+                f" tokenizer has {tokenizer.convert_ids_to_tokens(self.image_token_id)!r} there,"
+                f" not {family.image_token_names[0]!r}"
+            )
         # By the special flag: `all_special_tokens` leaves out what has no role, such as Gemma's
         # <end_of_turn>.
         special = {
@@ -119,6 +127,16 @@ class Encoder:
             if self.tags
             else []
         )
+        self.pad_token_id = tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            # Padding is masked by its place, never by its id, so any token will do.
+            eos = tokenizer.eos_token_id
+            self.pad_token_id = self.end_of_turn_id if eos is None else eos
+            self.notes.append(
+                "the tokenizer has no padding token;"
+                f" {tokenizer.convert_ids_to_tokens(self.pad_token_id)} fills rows up, where masks"
+                " hide it"
+            )
         self.chat = ChatTemplate(tokenizer)
         if self.chat.folds_system:
             self.notes.append(
@@ -151,14 +169,64 @@ class Encoder:
         """
         config = read_config(path)
         family = family_of(config["model_type"])
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        parsed = parsed_config(path)
+        config = parsed.to_dict()
+        tokenizer = load_tokenizer(path)
         image_processor = family.image_processor(
             path,
             config,
             min_visual_tokens=min_visual_tokens,
             max_visual_tokens=max_visual_tokens,
         )
-        return cls(family, tokenizer, image_processor, config)
+        encoder = cls(family, tokenizer, image_processor, config)
+        encoder._check_sizes(parsed)
+        if pan_and_scan(path):
+            encoder.notes.append(
+                "its image processor cuts wide and high images into crops (do_pan_and_scan); here"
+                " every image is one, of a fixed number of tokens"
+            )
+        return encoder
+
+    def _check_sizes(self, parsed: PretrainedConfig) -> None:
+        """Try an image, and compare its pixels with what the model takes.
+
+        parsed: the model's configuration.
+
+        Raises ValueError where they do not fit.
+        """
+        try:
+            pixels = self._process(Image.new("RGB", (64, 64), "grey"))
+            count = self.family.num_image_tokens(self.config, self.image_processor, pixels)
+            patches, values = self.family.patches(parsed)
+        except Exception as error:  # of many classes: its settings can be anything
+            raise ValueError(
+                "its image processor fails on a plain image"
+                f" ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        if not torch.isfinite(pixels["pixel_values"]).all():
+            raise ValueError(
+                "its image processor makes numbers of an image that are not finite; image_mean or"
+                " image_std in its preprocessor_config.json is wrong"
+            )
+        if count * patches * values != pixels["pixel_values"].numel():
+            raise ValueError(
+                f"its image processor makes {pixels['pixel_values'].numel()} numbers of an image of"
+                f" {count} tokens, and the model takes {count * patches * values}; its"
+                " preprocessor_config.json is another model's, or was changed"
+            )
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Check that the model has an embedding for every token.
+
+        rows: of its embedding. Raises ValueError where the tokenizer has more.
+        """
+        token, highest = max(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if highest >= rows:
+            raise ValueError(
+                f"its tokenizer has a token {highest} ({token!r}), and config.json says that the"
+                f" model has {rows} (vocab_size); the tokenizer is another model's, or tokens were"
+                " added to it and not to the model"
+            )
 
     def encode_image(self, example: Example, content: bytes | None = None) -> ImageTensors:
         """Turn the example's image into the pixels that the vision tower takes.
@@ -167,8 +235,10 @@ class Encoder:
 
         Raises DataError for an image that cannot be read.
         """
-        images = [load_image(example, content)]
-        processed = self.image_processor(images=images, return_tensors="pt")
+        return self._process(load_image(example, content))
+
+    def _process(self, image: Image.Image) -> ImageTensors:
+        processed = self.image_processor(images=[image], return_tensors="pt")
         return {name: processed[name] for name in self.family.pixel_names}
 
     def encode_prompt(
@@ -380,9 +450,6 @@ def read_config(path: str | Path) -> dict:
     file = cached_file(str(path), "config.json")
     if file is None:  # the hub's answer for a repository without one
         raise OSError(f"{path} holds no config.json")
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"its config.json is not valid JSON ({error})") from error
+    config = read_object(Path(file))
     family_of(config.get("model_type"))
     return config

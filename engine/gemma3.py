@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from engine.family import Family, ImageTensors, causal_mask, text_positions
+from engine.processor_files import load_image_processor
 
 if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
     from engine.collate import PromptBatch
@@ -30,8 +32,11 @@ class Gemma3(Family):
     def image_processor(
         self, path: str | Path, config: dict, *, min_visual_tokens: int, max_visual_tokens: int
     ) -> Any:
-        """Load it. The bounds have no effect: every image has as many tokens as the config says."""
-        return AutoImageProcessor.from_pretrained(path, backend="pil")
+        """Load it, without pan and scan: an image is itself, and no crops of it.
+
+        The bounds have no effect: every image has as many tokens as the config says.
+        """
+        return load_image_processor(Gemma3ImageProcessorPil, path, do_pan_and_scan=False)
 
     def image_token_id(self, config: dict) -> int:
         name = "image_token_index" if "image_token_index" in config else "image_token_id"
@@ -41,8 +46,11 @@ class Gemma3(Family):
         return config["mm_tokens_per_image"]
 
     def expand_placeholder(self, text: str, count: int, tokenizer: Any) -> str:
-        begin, end = tokenizer.boi_token, tokenizer.eoi_token
-        placeholders = tokenizer.image_token * count
+        # older tokenizers have the tokens, but no names for them
+        names = ("image_token", "boi_token", "eoi_token")
+        published = zip(names, self.image_token_names, strict=True)
+        image, begin, end = (getattr(tokenizer, name, token) for name, token in published)
+        placeholders = image * count
         return text.replace(begin, f"\n\n{begin}{placeholders}{end}\n\n", 1)
 
     def image_features(self, net: PreTrainedModel, image: ImageTensors) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.config import UsageError
+from engine.model_checks import check_not_quantised, quantised_name, read_object, refuse_quantised
 
 # The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name
 # their base so, not by a path of this machine.
@@ -39,9 +40,15 @@ def looks_local(name: str) -> bool:
 
 
 def check_model_folder(name: str) -> None:
-    """Raise UsageError where `name` can only be a folder and none with a checkpoint is there."""
+    """Raise UsageError for a folder without a checkpoint, and for what says that it is quantised.
+
+    A hub name says so by itself, before the hub is asked for anything.
+    """
     folder = Path(model_path(name))
     if not looks_local(name):
+        method = quantised_name(name)
+        if method is not None:
+            refuse_quantised(name, method, hub_name=True)
         return
     if not folder.is_dir():
         raise UsageError(
@@ -52,6 +59,14 @@ def check_model_folder(name: str) -> None:
         raise UsageError(
             f"--model_name_or_path {name}: the folder holds no config.json, so it is no checkpoint"
         )
+    try:
+        check_not_quantised(name, folder, read_object(folder / "config.json"))
+    except OSError as error:
+        raise UsageError(f"--model_name_or_path {name}: {error}") from error
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--model_name_or_path {name}: {error}") from error
 
 
 def same_base(one: str, other: str) -> bool:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine.family import Family, ImageTensors, causal_mask, text_positions
+from engine.processor_files import load_image_processor
 
 if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
     from engine.collate import PromptBatch
@@ -48,7 +50,7 @@ class Qwen25VL(Family):
         tokens = (min_visual_tokens, max_visual_tokens)
         pixels = [count * pixels_per_token for count in tokens]
         bounds = dict(zip(PIXEL_BOUNDS, pixels, strict=True))
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **bounds)
+        image_processor = load_image_processor(Qwen2VLImageProcessorPil, path, **bounds)
         in_force = (image_processor.size["shortest_edge"], image_processor.size["longest_edge"])
         if in_force != tuple(bounds.values()):
             raise RuntimeError(

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoImageProcessor, Gemma3Processor, Qwen3VLProcessor
+from transformers import Gemma3Processor, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.examples import Example
 from data.files import DataError
@@ -450,12 +451,13 @@ def test_qwen3_has_its_think_tags_as_tokens_that_are_no_control_tokens(
 
 
 def test_bounds_that_are_not_in_force_stop_the_run(tiny_checkpoint, monkeypatch):
-    original = AutoImageProcessor.from_pretrained
+    original = Qwen2VLImageProcessorPil.from_pretrained
 
     def deaf(path, min_pixels, max_pixels, **rest):
         return original(path, **rest)
 
-    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", deaf)
+    # the family's class, which loads the file whatever name of a class it has
+    monkeypatch.setattr(Qwen2VLImageProcessorPil, "from_pretrained", deaf)
     with pytest.raises(
         RuntimeError,
         match=r"uses pixel bounds \(3136, 12845056\), not \(3136, 12544\) as asked for",

@@ -346,7 +346,10 @@ def test_gemma_has_256_tokens_on_images_of_real_sizes(tiny_checkpoint, tmp_path)
     # The published processing: 896 x 896 pixels, 64 x 64 patches, pooled to 16 x 16 tokens.
     folder = shutil.copytree(tiny_checkpoint("gemma3"), tmp_path / "model")
     for name, changes in {
-        "config.json": {"mm_tokens_per_image": 256},
+        "config.json": {
+            "mm_tokens_per_image": 256,
+            "vision_config": record(folder / "config.json")["vision_config"] | {"image_size": 896},
+        },
         "preprocessor_config.json": {
             "size": {"height": 896, "width": 896},
             "image_seq_length": 256,
@@ -586,10 +589,10 @@ def test_a_hub_model_that_cannot_be_had_is_one_line(
 def test_a_hub_repository_without_a_configuration(tiny_data, tmp_path, monkeypatch, capsys):
     # what transformers answers then
     monkeypatch.setattr("engine.encode.cached_file", lambda *_: None)
-    flags = ["--model_name_or_path", "someone/weights-gguf", "--train_file", str(tiny_data), *SFT]
+    flags = ["--model_name_or_path", "someone/weights-only", "--train_file", str(tiny_data), *SFT]
     assert main_guard(lambda: run_sft.main(flags)) == 2
     assert (
-        "no config.json could be had (someone/weights-gguf holds no config.json)"
+        "no config.json could be had (someone/weights-only holds no config.json)"
         in capsys.readouterr().err
     )
 

@@ -174,7 +174,7 @@ def test_another_model_family(tmp_path):
         ("config.json", b"{", "its config.json is not valid JSON"),
         ("tokenizer.json", None, ""),
         ("preprocessor_config.json", None, "image processor"),
-        ("model.safetensors", None, "no file named model.safetensors"),
+        ("model.safetensors", None, "the folder holds no weights (model.safetensors, or "),
         ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", ""),
     ],
 )
