@@ -275,11 +275,8 @@ def print_growth(
 def second_look(bench: Workbench, examples: Sequence[Example], sizes: Sizes) -> None:
     """Print times and tower forwards of the first and the second look at some images."""
     base, forwards = bench.model.net, []
-    tower = (
-        base.model.visual
-        if bench.model.family.model_type == "qwen2_5_vl"
-        else base.model.vision_tower
-    )
+    gemma = bench.model.family.model_type == "gemma3"
+    tower = base.model.vision_tower if gemma else base.model.visual
     hook = tower.register_forward_hook(lambda *_: forwards.append(1))
     prompt = models.make_prompt(bench.model, examples[0], sizes)
     print(f"\n  {len(examples)} images, each looked at twice:")

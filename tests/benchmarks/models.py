@@ -1,14 +1,14 @@
-"""Make the models of the benchmarks: small random checkpoints of the two real classes.
+"""Make the models of the benchmarks: small random checkpoints of the real classes.
 
 An image costs in them, beside one sequence of the language model, what it costs in the real ones.
 
     python tests/benchmarks/models.py     # their operations, and the shares measured
 
 They have 3 decoder layers of hidden size 512, prompts of 577 tokens, 256 of them an image, and 256
-new tokens. By operations one image is 29 % (Qwen2.5-VL) and 104 % (Gemma 3) of one sequence's
-forward through the language model, as in Qwen2.5-VL-3B and Gemma 3 4B: the towers' depth and width
-are chosen for that. They are saved as folders, which the product and others load like any
-checkpoint.
+new tokens. By operations one image is 29 % (Qwen2.5-VL), 104 % (Gemma 3) and 12 % (Qwen3-VL) of one
+sequence's forward through the language model, as in Qwen2.5-VL-3B, Gemma 3 4B and Qwen3-VL-4B: the
+towers' depth and width are chosen for that. They are saved as folders, which the product and others
+load like any checkpoint.
 
 Operations: a matrix product of [n,k] and [k,m] is 2nkm. A weight of w numbers costs 2w a token.
 Attention of H heads of width D costs 4HD a pair of a query and a key that it sees. Norms,
@@ -45,17 +45,19 @@ from engine.model import (
 )
 from tests.helpers import tiny
 
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "gemma3": "Gemma 3"}
+FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "gemma3": "Gemma 3", "qwen3_vl": "Qwen3-VL"}
 CPU = torch.device("cpu")
-# a side in pixels; both towers merge 2 x 2 patches (Gemma's real one 4 x 4: see `Sizes`)
+# A side in pixels; all towers merge 2 x 2 patches (Gemma's real one 4 x 4: see `Sizes`). Qwen3-VL,
+# whose patches have a side of 16, enlarges the images to as many tokens.
 PATCH, PATCHES_PER_TOKEN = 14, 4
 TOWERS = {  # chosen for the shares of the real models: see the table that this file prints
     "qwen2_5_vl": dict(hidden_size=192, intermediate_size=520, depth=3, num_heads=3),
     "gemma3": dict(
         hidden_size=400, intermediate_size=1440, num_hidden_layers=3, num_attention_heads=5
     ),
+    "qwen3_vl": dict(hidden_size=72, intermediate_size=288, depth=3, num_heads=3),
 }
-REAL_SHARES = {"qwen2_5_vl": 0.29, "gemma3": 1.04}
+REAL_SHARES = {"qwen2_5_vl": 0.29, "gemma3": 1.04, "qwen3_vl": 0.12}
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,14 @@ def save_checkpoint(family: str, folder: Path, sizes: Sizes = Sizes(), seed: int
         )
     sections = [head // 8, head * 3 // 16, head * 3 // 16]
     text |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections))
+    if family == "qwen3_vl":
+        vision = TOWERS[family] | dict(
+            out_hidden_size=sizes.hidden,
+            deepstack_visual_indexes=[0, 1, 2],
+            num_position_embeddings=2304,
+        )
+        text |= dict(head_dim=head)
+        return tiny.save_qwen3(folder, seed, text=text, vision=vision, gain=1.0)
     vision = TOWERS[family] | dict(
         window_size=112,
         out_hidden_size=sizes.hidden,
@@ -258,11 +268,16 @@ class Costs:
             seen = layers * patches
             ends = patches * 3 * PATCH**2 * width + tokens * width * out
         else:
-            layers, weights = vision.depth, 4 * width**2 + 3 * width * vision.intermediate_size
-            full, window = len(vision.fullatt_block_indexes), (vision.window_size // PATCH) ** 2
-            seen = full * patches + (layers - full) * window
+            is_qwen3 = self.config.model_type == "qwen3_vl"  # no gate, no windows, deepstack
+            matrices, layers = 2 if is_qwen3 else 3, vision.depth
+            weights = 4 * width**2 + matrices * width * vision.intermediate_size
+            if is_qwen3:
+                seen, mergers = layers * patches, 1 + len(vision.deepstack_visual_indexes)
+            else:
+                full, window = len(vision.fullatt_block_indexes), (vision.window_size // PATCH) ** 2
+                seen, mergers = full * patches + (layers - full) * window, 1
             merged = 4 * width
-            ends = patches * 3 * vision.temporal_patch_size * PATCH**2 * width + tokens * (
+            ends = patches * 6 * vision.patch_size**2 * width + tokens * mergers * (
                 merged**2 + merged * out
             )
         return Operations(2 * (layers * weights * patches + ends), 4 * width * patches * seen)
@@ -282,10 +297,10 @@ def measured_share(model: BaseModel, sizes: Sizes, pairs: int) -> float:
     if model.family.model_type == "gemma3":
         image = {"pixel_values": torch.randn(1, 3, side, side)}
     else:
-        grid = torch.tensor([[1, side // PATCH, side // PATCH]])
+        _, values = model.family.patches(model.net.config)
         image = {
-            "pixel_values": torch.randn((side // PATCH) ** 2, 6 * PATCH**2),
-            "image_grid_thw": grid,
+            "pixel_values": torch.randn((side // PATCH) ** 2, values),
+            "image_grid_thw": torch.tensor([[1, side // PATCH, side // PATCH]]),
         }
     embeddings = torch.randn(1, sizes.prompt_length + sizes.new_tokens, sizes.hidden)
 

@@ -90,6 +90,9 @@ from tests.helpers.memory import profiled_peak, resident
 PROMPTS_TOGETHER = 4  # of the sampler's second row
 
 
+COMPARED = ["qwen2_5_vl", "gemma3"]
+
+
 # ---- TRL -----------------------------------------------------------------------------------------
 class QwenProcessor(Qwen2_5_VLProcessor):
     """Do without the video processor, which needs torchvision."""
@@ -730,7 +733,10 @@ def main() -> None:
     parser.add_argument(
         "--measure", nargs=3, metavar=("SIDE", "FAMILY", "G"), help=argparse.SUPPRESS
     )
+    parser.set_defaults(families=COMPARED)
     arguments = parser.parse_args()
+    if not set(arguments.families) <= set(COMPARED):
+        parser.error(f"--families: compared with TRL are {' and '.join(COMPARED)}")
     quiet()
 
     # the head works on the completions' tokens alone

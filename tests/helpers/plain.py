@@ -69,11 +69,14 @@ def plain_batch(rows: list[EncodedRow], pad_token_id: int) -> PlainBatch:
 
 @torch.no_grad()
 def seen(model: nn.Module, family: Family, prompts: PromptBatch) -> list[ImageTensors]:
-    """Run the vision tower for every row that has pixels."""
-    return [
-        family.embed_image(unwrapped(model), image) if "pixel_values" in image else image
-        for image in prompts.vision
-    ]
+    """Run the vision tower for every row that has pixels, and put its tensors in their place."""
+    found = []
+    for image in prompts.vision:
+        rest = dict(image)
+        if rest.pop("pixel_values", None) is not None:
+            rest |= family.embed_image(unwrapped(model), image)
+        found.append(rest)
+    return found
 
 
 def embed(model: nn.Module, family: Family, prompts: PromptBatch) -> Tensor:
