@@ -169,7 +169,8 @@ def run_command(resolved: Resolved) -> int:
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
-    data = load_data_sets(data_specs(config), config.image_root, config.bad_images, begun)
+    files, root = data_specs(config), config.image_root
+    data = load_data_sets(files, root, config.bad_images, begun, config.label_set)
     rollouts = Rollouts(data.train, build_rewards(config, data.train), config)
     plan, total = rollouts.plan, rollouts.plan.total_steps(len(data.train))
     check_dump_step(resolved, len(data.train), checkpoint.step if checkpoint else 0)
@@ -185,9 +186,7 @@ def run_command(resolved: Resolved) -> int:
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
-    monitors = Monitors(
-        config.reward, config.max_completion_length, config.warn_when, config.stop_when
-    )
+    monitors = Monitors.of(config)
     lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
     if config.dry_run:
         print(banner("GRPO", "dry run", policy, start.about, lines, resolved))

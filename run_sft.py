@@ -142,7 +142,8 @@ def run_command(resolved: Resolved) -> int:
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
-    sets = load_data_sets(data_specs(config), config.image_root, config.bad_images, begun)
+    files, root = data_specs(config), config.image_root
+    sets = load_data_sets(files, root, config.bad_images, begun, config.label_set)
     data = with_answers_to_learn(
         sets, config.answer_format, validation_split=config.validation_split, seed=config.seed
     )

@@ -54,7 +54,8 @@ from typing import NamedTuple
 from data.entries import Entries, read_entries
 from data.labels import CHEXPERT, LabelSet
 
-# Blocks of each format in their order; the last one holds the labels.
+# Blocks of each format in their order; the last one holds the labels. A new form is a line here:
+# parser, flags, prompts of one's own and what is learnt without a teacher follow it.
 _BLOCKS: dict[str, tuple[str, ...]] = {
     "think_solution": ("think", "solution"),
     "solution": ("solution",),
@@ -63,7 +64,18 @@ _BLOCKS: dict[str, tuple[str, ...]] = {
 }
 ANSWER_FORMATS: tuple[str, ...] = tuple(_BLOCKS)
 
-TAGS = tuple(f"<{slash}{name}>" for name in ("think", "solution", "answer") for slash in ("", "/"))
+_NAMES = dict.fromkeys(name for names in _BLOCKS.values() for name in names)
+TAGS = tuple(f"<{slash}{name}>" for name in _NAMES for slash in ("", "/"))
+
+
+def blocks_of(answer_format: str) -> tuple[str, ...]:
+    """List the tags' names of a form's blocks in their order: the last block holds the labels."""
+    return _BLOCKS[answer_format]
+
+
+def is_labels_alone(answer_format: str) -> bool:
+    """Tell whether a form is the answer block alone, so that labels make an answer to learn."""
+    return len(_BLOCKS[answer_format]) == 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def parse_answer(
         raise ValueError(
             f"unknown answer format {answer_format!r}; known: {', '.join(ANSWER_FORMATS)}"
         )
-    if answer_format == "label_list":
+    if not _BLOCKS[answer_format]:
         return _parse_label_list(text, label_set)
 
     *preceding, answer_tag = _BLOCKS[answer_format]

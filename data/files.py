@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,66 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> Path:
                 text = json.dumps(row)
             file.write(text + "\n")
     return Path(path)
+
+
+# ---- files that are kept -------------------------------------------------------------------------
+MAX_KEPT = 1_000_000  # bytes; no list of labels and no prompt comes near it
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """Hold a small text file that a setting names, so that later commands need the file no more.
+
+    path: as it was given. text: all of it. Two are equal where their texts are, wherever they lie.
+    """
+
+    path: str = field(compare=False)
+    text: str
+
+    @classmethod
+    def read(cls, path: str) -> KeptFile:
+        """Read a file. Raises DataError, one line, where it is none of UTF-8 text."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MAX_KEPT + 1)
+            if len(content) > MAX_KEPT:
+                raise DataError([f"{path} has more than {MAX_KEPT:,} bytes; is it the right file?"])
+            return cls(path, content.decode("utf-8"))
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            if isinstance(error, UnicodeDecodeError):
+                why = f"is not UTF-8 text (byte {error.start + 1}); save it as UTF-8"
+            raise DataError([f"{path} {why}"]) from error
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> KeptFile:
+        """Read what `record` wrote. Raises DataError where it is not whole."""
+        kept = cls(str(record.get("file")), str(record.get("text")))
+        if kept.sha256 != record.get("sha256"):
+            raise DataError([f"the kept text of {kept.path} does not have its SHA-256"])
+        return kept
+
+    def record(self) -> dict[str, str]:
+        """Return what config.json keeps."""
+        return {"file": self.path, "sha256": self.sha256, "text": self.text}
+
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file, in hexadecimal."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Return the file's name without its ending."""
+        return Path(self.path).stem
+
+    def __str__(self) -> str:
+        return f"{self.path}, SHA-256 {self.sha256[:12]}"
+
+
+NameOrFile = str | KeptFile  # what a setting holds that takes a name, or a file of one's own
 
 
 def sha256_of(path: str | Path) -> str:

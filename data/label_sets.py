@@ -31,7 +31,7 @@ from data.entries import (
     labels_of_pieces,
     read_entries,
 )
-from data.files import DataError, first_problems
+from data.files import DataError, KeptFile, first_problems
 from data.labels import CHEXPERT, LabelSet, metric_name, spelling
 
 KEYWORDS = ("exclusive", "beside")
@@ -93,6 +93,14 @@ def read_labels(text: str, source: str) -> LabelSet:
             return CHEXPERT if label_set == CHEXPERT else label_set
     where = f"{source}: and {{}} more problems"
     raise DataError(first_problems([_at(source, *one) for one in sorted(problems)], where))
+
+
+def labels_of(kept: KeptFile | None) -> LabelSet:
+    """Read the labels that --label_file keeps, CHEXPERT where nobody gave one.
+
+    Raises DataError as `read_labels` does.
+    """
+    return CHEXPERT if kept is None else read_labels(kept.text, kept.path)
 
 
 def label_lines(label_set: LabelSet) -> list[str]:

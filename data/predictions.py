@@ -267,6 +267,16 @@ def parse_row(
     return (row, _row_problems(row, label_set)) if not problems else ({}, problems)
 
 
+def first_label_set(path: str | Path) -> LabelSet:
+    """Read the labels that the first row of a predictions file brings along, else the 14.
+
+    What is wrong with that row shows when the whole file is read.
+    """
+    with Path(path).open("rb") as lines:
+        row, problems = parse_row(next(filter(bytes.strip, lines), b"{}"))
+    return CHEXPERT if problems else label_set_of(row)
+
+
 def label_set_of(row: Mapping[str, Any], default: LabelSet | None = None) -> LabelSet:
     """Read the labels that a sound row brings along. default: where it brings none, or the 14."""
     lines = row.get("label_set")

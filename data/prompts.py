@@ -13,29 +13,27 @@
                            reasoning and an <answer> list
     label_list             a plain list without tags, to score a base model fairly
 
-All but the other system's state the 14 labels and the answer format, so that a base model can be
-scored before any training. Data never reaches a template engine: texts are plain strings, put
-together here.
+All but the other system's state the labels and the answer format, so that a base model can be
+scored before any training. Texts have places for the labels, which `filled` fills: {labels} for
+their names, {number} for how many there are, {rule} for what stands beside the exclusive one. {{
+and }} are braces. Data never reaches a template engine: texts are plain strings, put together here.
+A prompt of one's own is a file: prompt_files.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from data.labels import LABELS
+from data.answers import blocks_of
+from data.labels import CHEXPERT, LabelSet
 
 # Explicit for both families: a chat template's own default ("You are a helpful assistant.") differs
 # between them.
 SYSTEM_PROMPT = "You read chest X-rays."
 
-_LABEL_LIST = ", ".join(LABELS)
-
-_LABEL_RULES = (
-    "Use only these labels: "
-    + _LABEL_LIST
-    + ".\nReport No Finding only if no abnormality is present; Support Devices may accompany it.\n"
-)
+_LABEL_RULES = "Use only these labels: {labels}.\n{rule}"
 _ANSWER_RULES = (
     _LABEL_RULES + "Answer in exactly this form, with nothing before or after it:\n"
     "<think>your reasoning</think>\n"
@@ -47,6 +45,7 @@ _ANSWER_RULES = (
 class Prompt:
     """Hold one instruction variant.
 
+    text: what the model is told; of TEMPLATES, with the places that `filled` fills.
     answer_format: the parser's name for the form of answer that it asks for (`data.answers`).
     """
 
@@ -84,14 +83,13 @@ _DEFINITIONS = (
     " other device.\n"
 )
 
-PROMPTS: dict[str, Prompt] = _prompts(
+TEMPLATES: dict[str, Prompt] = _prompts(
     # Short on purpose: the embedded demo model reads it in about a hundred tokens, and was trained
     # on exactly this text.
     Prompt(
         "demo",
-        "Which findings does this chest X-ray show? Labels: "
-        + _LABEL_LIST
-        + ". Reason inside <think></think>, then list the labels inside <solution></solution>.",
+        "Which findings does this chest X-ray show? Labels: {labels}."
+        " Reason inside <think></think>, then list the labels inside <solution></solution>.",
     ),
     Prompt(
         "free_reasoning",
@@ -166,9 +164,9 @@ PROMPTS: dict[str, Prompt] = _prompts(
         "Write a report of this frontal chest X-ray in which every statement rests on evidence."
         " Inside <think>, write three parts:\nFindings: each observation with side, zone, size or"
         " extent, density and border, and how certain it is.\nLabel-confidence matrix: one line for"
-        " each of the 14 labels, as `label | evidence for | evidence against | confidence`, with"
-        " the confidence as a whole number of percent.\nImpression: what follows from the matrix. A"
-        " label with a confidence of 50 or more goes into the solution, no other does.\n"
+        " each of the {number} labels, as `label | evidence for | evidence against | confidence`,"
+        " with the confidence as a whole number of percent.\nImpression: what follows from the"
+        " matrix. A label with a confidence of 50 or more goes into the solution, no other does.\n"
         + _ANSWER_RULES,
     ),
     Prompt(
@@ -217,13 +215,66 @@ PROMPTS: dict[str, Prompt] = _prompts(
 )
 
 
-def solution_text(labels: Iterable[str]) -> str:
-    """Write an answer of the form `solution`, labels in CheXpert's order.
+# ---- the labels in a text ------------------------------------------------------------------------
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}|[{}]")
+PLACES = ("labels", "number", "rule")
+
+
+def text_problems(text: str) -> list[str]:
+    """Name the braces of a text that are no place for labels, one line each."""
+    problems = []
+    for found in _PLACE.finditer(text):
+        line = text.count("\n", 0, found.start()) + 1
+        if found[1] is not None and found[1] not in PLACES:
+            known = ", ".join(f"{{{place}}}" for place in PLACES)
+            problems.append(f"line {line}: {found[0]} is no place; there are {known}")
+        elif found[0] in ("{", "}"):
+            problems.append(f"line {line}: a lone {found[0]}; write {found[0] * 2} for a brace")
+    return problems
+
+
+def filled(template: Prompt, label_set: LabelSet = CHEXPERT) -> Prompt:
+    """Write the labels into the places of a sound template -> what the model is told."""
+    places = {
+        "labels": ", ".join(label_set.names),
+        "number": str(len(label_set.names)),
+        "rule": exclusive_rule(label_set),
+    }
+
+    def written(found: re.Match[str]) -> str:
+        return found[0][0] if found[1] is None else places[found[1]]
+
+    return replace(template, text=_PLACE.sub(written, template.text))
+
+
+def exclusive_rule(label_set: LabelSet) -> str:
+    """Tell when the exclusive label is right, and what may accompany it. "" without one."""
+    if label_set.exclusive is None:
+        return ""
+    beside = " and ".join(label_set.beside)
+    rest = f"; {beside} may accompany it" if beside else ""
+    return f"Report {label_set.exclusive} only if no abnormality is present{rest}.\n"
+
+
+PROMPTS: dict[str, Prompt] = {name: filled(template) for name, template in TEMPLATES.items()}
+
+
+def foreign_labels(name: str, label_set: LabelSet) -> tuple[str, ...]:
+    """List the chest labels that a prompt's own text names and that are none of `label_set`."""
+    found = (text.group() for text in CHEXPERT.in_text.finditer(TEMPLATES[name].text))
+    labels = dict.fromkeys(CHEXPERT.find(text) for text in found)
+    return tuple(label for label in labels if label and label not in label_set.names)
+
+
+def solution_text(
+    labels: Iterable[str], label_set: LabelSet = CHEXPERT, answer_format: str = "solution"
+) -> str:
+    """Write the answer block of a form, labels in the order of the set.
 
     For example "<solution>Edema, Fracture</solution>".
     """
-    labels = set(labels)
-    return f"<solution>{', '.join(label for label in LABELS if label in labels)}</solution>"
+    name = blocks_of(answer_format)[-1]
+    return f"<{name}>{', '.join(label_set.ordered(set(labels)))}</{name}>"
 
 
 def build_messages(prompt: Prompt, answer: str | None = None) -> list[dict]:

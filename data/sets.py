@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from data.answers import parse_answer
+from data.answers import Answer, is_labels_alone, parse_answer
 from data.examples import Example, data_file, read_jsonl, split_by_patient
 from data.files import DataError, write_jsonl
 from data.images import check_images, without_bad_images
+from data.labels import CHEXPERT, LabelSet
 from data.prompts import solution_text
 
 TRAIN = "train"  # name of the training set: in config.json and in bad-images-train.jsonl
@@ -52,6 +53,7 @@ def load_data_sets(
     image_root: str | None,
     bad_images: Literal["fail", "skip"],
     resumed: dict | None = None,
+    label_set: LabelSet = CHEXPERT,
 ) -> DataSets:
     """Read every data file of a run and look for its images.
 
@@ -59,10 +61,13 @@ def load_data_sets(
     image_root: folder that image paths are relative to, or None for each data file's own.
     bad_images: see `usable_examples`.
     resumed: config.json of the run that goes on, if one does.
+    label_set: the labels that rows may hold.
 
     Raises DataError naming every problem of a file, and as `usable_examples` does.
     """
-    files, evaluated, left_out = read_sets(specs, image_root, bad_images, resumed=resumed)
+    files, evaluated, left_out = read_sets(
+        specs, image_root, bad_images, resumed=resumed, label_set=label_set
+    )
     train = evaluated.pop(TRAIN)
     return DataSets(train, evaluated, files, left_out)
 
@@ -74,18 +79,21 @@ def read_sets(
     *,
     max_samples: int | None = None,
     resumed: dict | None = None,
+    label_set: LabelSet = CHEXPERT,
 ) -> tuple[dict[str, Path], dict[str, list[Example]], dict[str, list[dict]]]:
     """Read named data files -> (their files, the examples to use, rows of the examples left out).
 
     specs: {name: a JSONL file or demo:SPLIT}.
     image_root: folder that image paths are relative to, or None for each data file's own.
     max_samples: use only the first so many rows of each file, None for all.
-    bad_images, resumed: see `usable_examples`.
+    bad_images, resumed: see `usable_examples`. label_set: the labels that rows may hold.
 
     Raises DataError naming every problem of a file, and as `usable_examples` does.
     """
     files = {name: data_file(spec) for name, spec in specs.items()}
-    read = {name: read_jsonl(path, image_root)[:max_samples] for name, path in files.items()}
+    read = {
+        name: read_jsonl(path, image_root, label_set)[:max_samples] for name, path in files.items()
+    }
     usable, left_out = usable_examples(read, bad_images, resumed)
     return files, usable, left_out
 
@@ -95,7 +103,8 @@ def with_answers_to_learn(
 ) -> SFTDataSets:
     """Give supervised fine-tuning its answers and its validation set.
 
-    answer_format: form of the answers. With `solution` (Only Label) they are made from the labels.
+    answer_format: form of the answers. Without reasoning (Only Label) they are made from the
+    labels.
     validation_split: share of the training examples that is held out by patient where no evaluated
     set has answers for all its examples. Else the first such set is the validation set.
     seed: of the held-out patients.
@@ -108,7 +117,7 @@ def with_answers_to_learn(
     answered = (
         name
         for name, examples in sets.evaluated.items()
-        if answer_format == "solution" or all(example.answer for example in examples)
+        if is_labels_alone(answer_format) or all(example.answer for example in examples)
     )
     name = next(answered, None)
     if name is None:
@@ -124,15 +133,19 @@ def answers_to_learn(
 ) -> list[Example]:
     """Give each example the answer that SFT learns.
 
-    answer_format: form of the answers. For `solution` (Only Label) they are made from the labels,
-    for the others they are the file's own.
+    answer_format: form of the answers. Without reasoning (`solution`, Only Label) they are made
+    from the labels, for the others they are the file's own.
     file: of the examples, for messages.
 
     Raises DataError where an example has no answer, or one that is not strictly in the form.
     """
-    if answer_format == "solution":
+    if is_labels_alone(answer_format):
         return [
-            replace(example, answer=solution_text(example.target.labels)) for example in examples
+            replace(
+                example,
+                answer=solution_text(example.target.labels, example.label_set, answer_format),
+            )
+            for example in examples
         ]
     without = [example.id for example in examples if not example.answer]
     if without:
@@ -146,7 +159,7 @@ def answers_to_learn(
     problems = {
         example.id: answer.problem
         for example in examples
-        if not (answer := parse_answer(example.answer or "", answer_format)).valid
+        if not (answer := _read_answer(example, answer_format)).valid
     }
     if problems:
         name, problem = next(iter(problems.items()))
@@ -158,6 +171,10 @@ def answers_to_learn(
             ]
         )
     return list(examples)
+
+
+def _read_answer(example: Example, answer_format: str) -> Answer:
+    return parse_answer(example.answer or "", answer_format, example.label_set)
 
 
 # ---- images --------------------------------------------------------------------------------------

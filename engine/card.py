@@ -14,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.answers import ANSWER_FORMATS, blocks_of
 from data.files import written_whole
-from data.prompts import PROMPTS
+from data.label_sets import labels_of
+from data.labels import CHEXPERT, LabelSet
+from data.prompt_files import prompt_of, prompt_problems
 from engine.adapter_files import adapter_record
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
 from engine.families import PIXEL_BOUNDS
@@ -82,7 +85,7 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
             *front,
             f"# {title}",
             "",
-            f"A {kind} that names the findings of a frontal chest X-ray, of CheXpert's 14 labels"
+            f"A {kind} that names the findings of a frontal chest X-ray, of {_labels(settings)}"
             f"{_reasoned(settings)}. Made by {_how(record, settings)}.",
             "",
             *_base_section(base, facts),
@@ -96,8 +99,8 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
             "## Limits",
             "",
             "* Not a medical device. Not for diagnosis, triage or any decision on a patient.",
-            "* Frontal X-rays, English prompts, 14 labels. What it was not trained on it names"
-            " wrongly or not at all.",
+            f"* Frontal X-rays, English prompts, {len(_label_set(settings).names)} labels. What it"
+            " was not trained on it names wrongly or not at all.",
             "* Truth is what labelers or readers of the data sets say, with their errors.",
             "* A higher score on one hospital's data can go with a lower one elsewhere.",
             "* Vision-language models make things up: a fluent reading is no evidence.",
@@ -128,8 +131,22 @@ def _sources(file: Mapping[str, Any]) -> list[str]:
     return file.get("datasets") or ([str(noted)] if noted else [])
 
 
+def _label_set(settings: Mapping[str, Any]) -> LabelSet:
+    return labels_of(settings.get("label_file"))
+
+
+def _labels(settings: Mapping[str, Any]) -> str:
+    """Say which labels there are: CheXpert's, or all names of a label file."""
+    label_set = _label_set(settings)
+    if label_set == CHEXPERT:
+        return "CheXpert's 14 labels"
+    return f"{len(label_set.names)} labels ({_cell(', '.join(label_set.names))})"
+
+
 def _reasoned(settings: Mapping[str, Any]) -> str:
-    return "" if settings.get("answer_format") in (None, "solution") else ", after its reasoning"
+    form = settings.get("answer_format")
+    reasons = form in ANSWER_FORMATS and len(blocks_of(form)) > 1
+    return ", after its reasoning" if reasons else ""
 
 
 def _is_from_base(settings: Mapping[str, Any]) -> bool:
@@ -294,8 +311,11 @@ def _use_section(
     name = (hub_name(base) if base not in EMBEDDED else None) or "PATH_OF_THE_BASE"
     bounds = _pixel_bounds(facts, settings)
     pixels = "".join(f", {option}={value}" for option, value in bounds.items())
-    prompt = PROMPTS.get(str(settings.get("prompt")))
-    system, text = (prompt.system, prompt.text) if prompt else ("SYSTEM", "PROMPT")
+    prompt, label_set = settings.get("prompt") or "", _label_set(settings)
+    system, text = "SYSTEM", "PROMPT"
+    if not prompt_problems(prompt, label_set):
+        told = prompt_of(prompt, label_set)
+        system, text = told.system, told.text
     length = settings.get("max_completion_length") or 512
     load = ["model = AutoModelForImageTextToText.from_pretrained("]
     load += [f'    {"FOLDER" if merged else "BASE"}, dtype="auto", device_map="auto"', ")"]

@@ -5,9 +5,10 @@ conversion, its metadata the help text. A value is a flag's, else a recipe's, el
 default, and its origin is kept. Every problem of one command line (flags, recipe, combinations) is
 collected and reported together.
 
-Supported field types: bool, int, float, str, Literal[...], any of these `| None`, and tuple[one of
-these, ...]. None is a value like others ("no bound"). That a value was not given is told by its
-origin, "default".
+Supported field types: bool, int, float, str, Literal[...], KeptFile (a file that config.json keeps
+whole), NameOrFile (a name, or such a file where it ends in .toml), any of these `| None`, and
+tuple[one of these, ...]. None is a value like others ("no bound"). That a value was not given is
+told by its origin, "default".
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from data.files import KeptFile, NameOrFile
 
 # one table per script; keys above the first table are shared by all of them
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
@@ -106,7 +109,7 @@ class _Setting(NamedTuple):
 
     name: str
     owner: type  # the config class it is read from
-    kind: type  # bool, int, float or str; str for a Literal
+    kind: Any  # bool, int, float, str, KeptFile or NameOrFile; str for a Literal
     choices: tuple[Any, ...]
     optional: bool
     repeated: bool
@@ -117,13 +120,13 @@ class _Setting(NamedTuple):
 
 
 # ---- types ---------------------------------------------------------------------------------------
-def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
+def _take_apart(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
     """Take a field's type apart -> (kind, choices, optional, repeated).
 
     Raises TypeError for a type that no flag can express.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
+    if origin in (Union, types.UnionType) and annotation != NameOrFile:
         inner = [argument for argument in arguments if argument is not type(None)]
         if len(inner) == 1 and len(arguments) == 2:
             kind, choices, optional, repeated = _take_apart(inner[0])
@@ -135,7 +138,7 @@ def _take_apart(annotation: Any) -> tuple[type, tuple[Any, ...], bool, bool]:
             return kind, choices, False, True
     elif origin is Literal:
         return str, arguments, False, False
-    elif annotation in (bool, int, float, str):
+    elif annotation == NameOrFile or annotation in (bool, int, float, str, KeptFile):
         return annotation, (), False, False
     raise TypeError(f"a config field of type {annotation} cannot be a flag")
 
@@ -201,7 +204,14 @@ def _show(value: Any) -> str:
 
 
 # ---- values --------------------------------------------------------------------------------------
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    KeptFile: "the name of a file",
+    NameOrFile: "a name or a .toml file",
+}
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -210,6 +220,8 @@ def _one_from_text(setting: _Setting, text: str) -> Any:
         return None
     if setting.choices:
         return _choice(setting, text)
+    if setting.kind in (KeptFile, NameOrFile):
+        return _name_or_file(setting, text)
     try:
         if setting.kind is bool:
             return _TRUTH[text.lower()]
@@ -226,9 +238,17 @@ def _one_from_toml(setting: _Setting, value: Any) -> Any:
         return _choice(setting, value)
     if setting.kind is float and type(value) is int:
         value = float(value)
+    if setting.kind in (KeptFile, NameOrFile) and isinstance(value, str):
+        return _name_or_file(setting, value)
     if type(value) is not setting.kind:  # exact: a TOML true is no integer, 5.0 is not 5
         raise ValueError(f"expected {_expected(setting)}, got the {_toml_type(value)} {value!r}")
     return _not_nan(value)
+
+
+def _name_or_file(setting: _Setting, text: str) -> NameOrFile:
+    """Read the file that a setting names. A .toml file that is not there is taken for a name."""
+    is_file = text.lower().endswith(".toml") and Path(text).exists()
+    return text if setting.kind == NameOrFile and not is_file else KeptFile.read(text)
 
 
 def _choice(setting: _Setting, value: Any) -> Any:
@@ -279,6 +299,9 @@ def _nearest(name: str, names: Sequence[Any], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
+_METAVARS = {KeptFile: "FILE", NameOrFile: "NAME|FILE.toml"}
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 def _build_parser(
     settings: dict[str, _Setting], *, prog: str, description: str, recipes: list[str]
@@ -318,7 +341,7 @@ def _build_parser(
         elif setting.choices:
             options["metavar"] = "{" + ",".join(map(str, setting.choices)) + "}"
         else:
-            options["metavar"] = setting.kind.__name__.upper()
+            options["metavar"] = _METAVARS.get(setting.kind) or setting.kind.__name__.upper()
         groups[setting.group].add_argument(
             *flags, dest=setting.name, action="append", help=text, **options
         )
@@ -566,7 +589,8 @@ def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str
             " from its adapter"
         )
     return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+        name: tuple(map(from_json, value)) if isinstance(value, list) else from_json(value)
+        for name, value in saved.items()
     }
 
 
@@ -615,4 +639,11 @@ def to_json(resolved: Resolved) -> dict[str, dict[str, Any]]:
 
 
 def _json_value(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_json_value(item) for item in value]
+    return value.record() if isinstance(value, KeptFile) else value
+
+
+def from_json(value: Any) -> Any:
+    """Read one value that `to_json` wrote. Raises DataError for a kept file that is not whole."""
+    return KeptFile.from_record(value) if isinstance(value, dict) else value

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from data.examples import Example
 from data.files import DataError
-from data.prompts import PROMPTS
+from data.prompts import Prompt
 from engine.adapter_files import read_adapter
 from engine.config import Resolved, UsageError
 from engine.device import base_dtype, computes_bf16
@@ -105,11 +105,14 @@ def shape_of(name: str) -> ModelShape:
 
 
 def lengths_of(
-    encoder: Encoder, prompt: str, learned: Sequence[Example], asked: Iterable[Sequence[Example]]
+    encoder: Encoder,
+    prompt: Prompt,
+    learned: Sequence[Example],
+    asked: Iterable[Sequence[Example]],
 ) -> Lengths | None:
     """Encode the rows of `learned` with the longest answers and some of every set of `asked`.
 
-    prompt: the instruction's name. Rows that cannot be encoded are passed over, since the run
+    prompt: the instruction. Rows that cannot be encoded are passed over, since the run
     itself names them. Returns None where there is no other.
     """
     prompts: list[EncodedPrompt] = []
@@ -119,11 +122,11 @@ def lengths_of(
     for place, example in enumerate(rows):
         try:
             if place < len(longest) and example.answer is not None:
-                row = encoder.encode_answer(example, PROMPTS[prompt], example.answer)
+                row = encoder.encode_answer(example, prompt, example.answer)
                 answers.append(len(row.completion_ids))
                 prompts.append(row.prompt)
             else:
-                prompts.append(encoder.encode_prompt(example, PROMPTS[prompt]))
+                prompts.append(encoder.encode_prompt(example, prompt))
         except DataError:
             continue
     if not prompts:
@@ -379,7 +382,7 @@ def fitted(
         return resolved
     encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
-    lengths = lengths_of(encoder, config.prompt, learned, [train, *sets.values()])
+    lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
     if lengths is None:
         return resolved
     rank = rank_of(adapter, config)
@@ -416,7 +419,7 @@ def fitted_answers(
     if not config.memory_check or free is None:
         return resolved
     shape = shape_of(config.model_name_or_path)
-    lengths = lengths_of(_encoder(config), config.prompt, (), sets.values())
+    lengths = lengths_of(_encoder(config), config.instruction, (), sets.values())
     if lengths is None:
         return resolved
     adapter = config.adapter_name_or_path

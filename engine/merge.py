@@ -36,7 +36,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is l
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from data.examples import Example
-from data.files import sha256_of, write_json
+from data.files import KeptFile, sha256_of, write_json
 from data.prompts import PROMPTS
 from engine.adapter_files import PREFIX, base_to_use
 from engine.card import write_merged_card
@@ -276,6 +276,21 @@ def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
         )
 
 
+def keep_asking(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write label file and prompt of the adapter's run beside the merged model, for later commands.
+
+    Returns what merge.json says of them: their names, and of files the SHA-256.
+    """
+    found: dict[str, Any] = {"kept": {}}
+    for name in ("label_file", "prompt"):
+        found[name] = kept = settings.get(name)
+        if isinstance(kept, KeptFile):
+            found[name] = f"{kept.name}.toml" if name == "prompt" else "labels.txt"
+            (folder / found[name]).write_bytes(kept.text.encode("utf-8"))
+            found["kept"][name] = kept.sha256
+    return found
+
+
 # ---- command -------------------------------------------------------------------------------------
 def new_folder(output_dir: str) -> tuple[Path, Path]:
     """Make an empty temporary folder beside the folder to be -> (the folder to be, the temporary).
@@ -307,7 +322,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, config.dtype)
     check_can_be_folded_in(check_adapter(name, adapter), adapter)
     unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")
-    settings = settings_of_adapter(str(adapter), (*size, "prompt"), unset)
+    settings = settings_of_adapter(str(adapter), (*size, "prompt", "label_file"), unset)
     bounds = {key: settings.get(key, getattr(unset, key)) for key in size}
     device = pick_device(config.num_threads)
     final, temporary = new_folder(config.output_dir)
@@ -352,7 +367,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             "difference_of_base_and_adapter": rounding,
             "copied": copied,
             **bounds,
-            "prompt": settings.get("prompt"),
+            **keep_asking(settings, temporary),
             "versions": versions(),
         }
         write_json(temporary / "merge.json", record)
@@ -371,14 +386,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(resolved: Resolved) -> int:
     config: MergeConfig = resolved.configs[0]
     done = merge(config)
-    prompt = f" --prompt {done['prompt']}" if done["prompt"] else ""
+    asked = "".join(
+        f" --{name} {Path(config.output_dir) / done[name] if name in done['kept'] else done[name]}"
+        for name in ("label_file", "prompt")
+        if done[name]
+    )
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]
     print(
         f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in,"
         f" {done['dtype']}; its logits differ from base + adapter by {done['difference']:.1e} of"
         f" their root mean square (bound {done['bound']:.1e})\ntrained with bounds of {lowest} to"
         f" {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\nnext: python"
-        f" -m eval.evaluate --model_name_or_path {config.output_dir}{prompt} --min_visual_tokens"
+        f" -m eval.evaluate --model_name_or_path {config.output_dir}{asked} --min_visual_tokens"
         f" {lowest} --max_visual_tokens {highest} --data_file NAME=FILE"
     )
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.examples import Example
-from data.prompts import PROMPTS, Prompt
+from data.prompts import Prompt
 from engine.checkpoint import Checkpoint
 from engine.collate import Batch
 from engine.device import base_dtype, slow_bf16
@@ -66,7 +66,7 @@ def encoder_for(config: SFTConfig, examples: Sequence[Example]) -> Encoder:
         min_visual_tokens=config.min_visual_tokens,
         max_visual_tokens=config.max_visual_tokens,
     )
-    encoder.check_answers(examples, PROMPTS[config.prompt])
+    encoder.check_answers(examples, config.instruction)
     return encoder
 
 
@@ -238,7 +238,7 @@ def policy_to_fine_tune(
     else:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
+    return Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
 
 
 def policy_with_reference(
@@ -258,7 +258,7 @@ def policy_with_reference(
         net = attach_adapter(base, adapter, trainable=True)
     add_reference(net)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, PROMPTS[config.prompt], temperature, config.sampling_copies)
+    return Policy(net, base, config.instruction, temperature, config.sampling_copies)
 
 
 def _base_for(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.examples import Example
-from data.prompts import PROMPTS
+from data.prompt_files import prompt_warnings
 from engine.collate import collate_prompts
 from engine.config import Resolved, describe
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
@@ -70,6 +70,7 @@ def banner(
             *lines,
             "settings that differ from the paper's or the engine's defaults:",
             describe(resolved),
+            *(f"warning: {line}" for line in prompt_warnings(resolved.configs[0].prompt)),
             "",
         ]
     )
@@ -292,12 +293,12 @@ def _encoder(config: TrainingConfig) -> Encoder:
 def _encode_answer(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedRow:
     """Encode a training example with its answer and its image's pixels."""
     assert example.answer is not None  # run_sft.py leaves examples without one out
-    return encoder.encode_answer(example, PROMPTS[config.prompt], example.answer)
+    return encoder.encode_answer(example, config.instruction, example.answer)
 
 
 def _encode_prompt(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedPrompt:
     """Encode an example's prompt with its image's pixels."""
-    return encoder.encode_prompt(example, PROMPTS[config.prompt])
+    return encoder.encode_prompt(example, config.instruction)
 
 
 def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: TextIO) -> int:
@@ -307,7 +308,7 @@ def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: Te
     batch = [row_fields(_encode_answer(config, encoder, example)) for example in chosen]
     _write(
         stream,
-        f"first micro-batch of training, prompt {config.prompt!r}\n"
+        f"first micro-batch of training, prompt {config.instruction.name!r}\n"
         + batch_text(encoder, batch, chosen, wants_colour(stream)),
     )
     return 0
@@ -336,8 +337,8 @@ def show_prompts(
     )
     _write(
         stream,
-        f"prompts of the first rollout, prompt {config.prompt!r}, padded on the left as the sampler"
-        " takes them\n"
+        f"prompts of the first rollout, prompt {config.instruction.name!r}, padded on the left as"
+        " the sampler takes them\n"
         + batch_text(encoder, batch, chosen, wants_colour(stream))
         + "\nsupervised later: the tokens that are sampled after each prompt, stop token included;"
         " nothing of the prompt ever is",

@@ -24,7 +24,7 @@ from engine.checkpoint import (
     load_checkpoint,
     point_link,
 )
-from engine.config import Resolved, UsageError, to_json
+from engine.config import Resolved, UsageError, from_json, to_json
 from engine.model_files import ADAPTER_FILES
 from engine.runtime import STEP_LOGS, run_directory, versions
 
@@ -99,7 +99,8 @@ def saved_record(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record, {name: entry["value"] for name, entry in record.get("settings", {}).items()}
+        settings = record.get("settings", {}).items()
+        return record, {name: from_json(entry["value"]) for name, entry in settings}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from data.answers import ANSWER_FORMATS
 from data.examples import check_data_file
-from data.files import named_files
-from data.prompts import PROMPTS
+from data.files import DataError, KeptFile, NameOrFile, named_files
+from data.label_sets import labels_of
+from data.labels import LabelSet
+from data.prompt_files import answer_format_of, prompt_name, prompt_of, prompt_problems
+from data.prompts import PROMPTS, Prompt
 from engine.adapter_files import base_to_use, read_adapter
 from engine.config import ConfigError, Resolved, UsageError, parse_config, setting
 from engine.model_files import check_model_folder, same_base
@@ -31,6 +34,7 @@ TEMPERATURE, TOP_P, MAX_COMPLETION_LENGTH = 0.8, 0.95, 512
 # What training takes over from the adapter that it starts from, and from the run that made it.
 INHERITED = (
     "model_name_or_path",
+    "label_file",
     "prompt",
     "answer_format",
     "min_visual_tokens",
@@ -52,6 +56,11 @@ FRESH = "none"  # in the place of an adapter's folder: GRPO begins with a new on
 _OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup", "constant"]  # transformers' names
+LABEL_FILE_HELP = (
+    "labels of one's own in place of the 14, a text file with one a line: 'NAME | alias | alias',"
+    " the one that excludes the others as 'exclusive: NAME' (data/README.md)"
+)
+PROMPT_HELP = f"instruction: {', '.join(PROMPTS)}; or one's own, a .toml file (data/README.md)"
 PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (
     "paper 3.2.1 (SFT)",
     "paper 3.2.2 (GRPO)",
@@ -104,9 +113,15 @@ class TrainingConfig:
         source=ENGINE,
         group="model and data",
     )
-    prompt: str = setting(
+    label_file: KeptFile | None = setting(
+        None,
+        LABEL_FILE_HELP,
+        unset="CheXpert's 14 labels; GRPO: the SFT run's",
+        group="model and data",
+    )
+    prompt: NameOrFile = setting(
         "free_reasoning",
-        f"instruction variant: {', '.join(PROMPTS)}",
+        PROMPT_HELP,
         unset="free_reasoning; GRPO: the SFT run's",
         group="model and data",
     )
@@ -317,6 +332,37 @@ class TrainingConfig:
         group="run",
     )
 
+    @property
+    def label_set(self) -> LabelSet:
+        """Return the labels that there are: those of --label_file, or the 14."""
+        return labels_of(self.label_file)
+
+    @property
+    def instruction(self) -> Prompt:
+        """Return what the model is told beside an image, with the labels in it."""
+        return prompt_of(self.prompt, self.label_set)
+
+
+def asking_problems(label_file: KeptFile | None, prompts: Iterable[NameOrFile]) -> list[str]:
+    """Name what is wrong with the labels and with the instructions in them, one line each."""
+    if problems := label_problems(label_file):
+        return problems
+    label_set = labels_of(label_file)
+    return [
+        f"--prompt {problem}"
+        for prompt in prompts
+        for problem in prompt_problems(prompt, label_set)
+    ]
+
+
+def label_problems(label_file: KeptFile | None) -> list[str]:
+    """Name what is wrong with a label file, one line each."""
+    try:
+        labels_of(label_file)
+    except DataError as error:
+        return [f"--label_file {problem}" for problem in error.problems]
+    return []
+
 
 def rounded_up(number: float) -> int:
     """Round up to a whole number, but not for the noise of floats: 1.1 * 10 is 11, not 12."""
@@ -365,10 +411,7 @@ def training_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"--warmup_ratio is {config.warmup_ratio}; it must lie in [0, 1)")
     if config.weight_decay < 0:
         problems.append(f"--weight_decay is {config.weight_decay}; it must not be negative")
-    if config.prompt not in PROMPTS:
-        problems.append(
-            f"--prompt {config.prompt}: no such instruction variant; there are {', '.join(PROMPTS)}"
-        )
+    problems += asking_problems(config.label_file, [config.prompt])
     if config.answer_format not in ANSWER_FORMATS:
         problems.append(
             f"--answer_format {config.answer_format}: no such form; there are"
@@ -458,11 +501,14 @@ def inherit(
     made_with = settings_of_adapter(folder, names, resolved.configs[0]) if folder else {}
     for name in sorted(names, key="answer_format".__eq__):  # last: it follows the prompt
         given, origin = getattr(resolved.configs[0], name), resolved.origins[name]
+        if name == "label_file" and name in binding and folder and given is not None:
+            _check_trained_on_labels(folder, given, made_with.get(name))
         value, source = made_with.get(name), "adapter" if name in _OF_ADAPTER else from_run
         if name == "answer_format" and origin == "default":
             prompt = resolved.configs[0].prompt
             if value is None or prompt != made_with.get("prompt"):
-                value, source = PROMPTS[prompt].answer_format, from_prompt.format(prompt)
+                source = from_prompt.format(prompt_name(prompt))
+                value = answer_format_of(prompt)
         if value is None or (origin != "default" and (name not in binding or given == value)):
             continue
         if origin == "flag":
@@ -470,13 +516,23 @@ def inherit(
                 f"--{name} {given}: the adapter in {folder} was trained with {value}; leave the"
                 " flag out, or give another --adapter_name_or_path"
             )
-        if name == "prompt" and value not in PROMPTS:
+        if name == "prompt" and isinstance(value, str) and value not in PROMPTS:
             raise UsageError(
                 f"{Path(folder) / 'config.json'}: there is no prompt {value!r}; there are"
                 f" {', '.join(PROMPTS)}"
             )
         resolved = resolved.with_value(name, value, source)
     return resolved
+
+
+def _check_trained_on_labels(folder: str, given: KeptFile, trained_on: KeptFile | None) -> None:
+    """Refuse labels that the adapter's run did not know. A folder without a run says nothing."""
+    if given != trained_on and saved_settings(folder):
+        raise UsageError(
+            f"--label_file {given}: the adapter in {folder} was trained on"
+            f" {trained_on or 'the 14 labels of CheXpert'}; leave the flag out, or give another"
+            " --adapter_name_or_path"
+        )
 
 
 def _with_base_of_adapter(resolved: Resolved, folder: str) -> Resolved:
@@ -509,11 +565,11 @@ def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dic
     found = {name: told[name] for name in names if told.get(name) is not None}
     types = get_type_hints(type(config))
     for name, value in found.items():
-        expected = (get_args(types[name]) or (types[name],))[0]  # int of `int | None`
-        if type(value) is not expected:
+        expected = get_args(types[name]) or (types[name],)  # the first is int of `int | None`
+        if type(value) not in expected:
             raise UsageError(
                 f"{Path(folder) / files.get(name, 'config.json')}: {name} is {value!r}, expected"
-                f" {expected.__name__}; repair or remove the file"
+                f" {expected[0].__name__}; repair or remove the file"
             )
     return found
 

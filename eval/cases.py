@@ -12,9 +12,8 @@ import numpy as np
 from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.images import load_image
-from data.labels import LABELS
 from data.predictions import Prediction, iter_predictions
-from data.prompts import PROMPTS
+from data.prompt_files import prompt_name, prompt_of, prompt_problems
 from eval.contrasts import Contrast
 from eval.folders import Answers, Entry, located
 from eval.page import Case, Cases, ModelAnswer, Outcome, Picture, Strip, Turn
@@ -100,7 +99,7 @@ def sample_cases(
     picture.
     """
     cases: list[Case] = []
-    prompts: dict[str, None] = {}
+    prompts: dict[str, str] = {}
     for index, contrast in enumerate(contrasts):
         share = count // len(contrasts) + (index < count % len(contrasts))
         models = [entry for entry in entries if entry.name in contrast.answers]
@@ -114,12 +113,18 @@ def sample_cases(
         rows = {entry.name: _chosen(entry.sets[contrast.data_set], set(ids)) for entry in models}
         pictures = _pictures(models, contrast.data_set, ids, image_root)
         cases += _cases_of(contrast, rows, ids, of_step, pictures)
-        prompts |= {rows[entry.name][id].prompt: None for id in ids for entry in models}
-    unknown = "(its text is not in this version)"
-    return Cases(
-        cases,
-        [(name, PROMPTS[name].text if name in PROMPTS else unknown) for name in prompts],
-    )
+        asked = [(entry, rows[entry.name][id]) for id in ids for entry in models]
+        prompts |= {row.prompt: _text_of_prompt(entry, row) for entry, row in asked}
+    return Cases(cases, list(prompts.items()))
+
+
+def _text_of_prompt(entry: Entry, row: Prediction) -> str:
+    """Find what the model was told: the text that its run keeps, or that of a built-in prompt."""
+    kept = entry.prompt_read
+    prompt = kept if prompt_name(kept) == row.prompt else row.prompt
+    if prompt_problems(prompt, row.label_set):
+        return "(its text is not in this version)"
+    return prompt_of(prompt, row.label_set).text
 
 
 def _cases_of(
@@ -147,7 +152,7 @@ def _cases_of(
             for model, of in rows.items()
         ]
         truth = next(iter(rows.values()))[id]
-        evaluated = [label for label in LABELS if label in truth.evaluated_labels]
+        evaluated = list(truth.label_set.ordered(truth.evaluated_labels))
         turn = turned[place] if turned else ""
         cases.append(
             Case(contrast.data_set, id, truth.labels, evaluated, pictures.get(id), answers, turn)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.files import DataError
-from engine.config import UsageError, parse_config, setting
+from engine.config import UsageError, from_json, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
 from eval.contrasts import Contrast, contrast_models
@@ -28,6 +28,7 @@ from eval.folders import (
     answers_by_set,
     flag_first,
     load_entries,
+    one_label_set,
     read_log,
     read_record,
 )
@@ -129,7 +130,7 @@ def _told(entry: Entry) -> dict[str, str]:
     told: dict[str, str] = {"stage": entry.stage}
     for prefix, record in (("", trained), ("evaluation: ", evaluated)):
         told |= {
-            f"{prefix}{name}": f"{value.get('value')} ({value.get('origin')})"
+            f"{prefix}{name}": f"{from_json(value.get('value'))} ({value.get('origin')})"
             for name, value in (record.get("settings") or {}).items()
             if name not in _OF_THE_FOLDER and isinstance(value, dict)
         }
@@ -280,6 +281,7 @@ def _run(argv: Sequence[str]) -> int:
                 for entry in unknown
             ]
         )
+    one_label_set(entries)
     page = comparison_page(entries, config)
     if config.output_dir is not None:
         write_page(page, run_directory(config.output_dir, "report"))

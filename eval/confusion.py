@@ -79,7 +79,7 @@ def counts_of(contrast: Contrast, model: str) -> tuple[dict[str, int], dict[str,
 
 def silenced_in(contrast: Contrast, model: str) -> list[str]:
     """List the labels that a model hardly says on a data set, by the rule of `silenced_labels`."""
-    return silenced_labels(*counts_of(contrast, model))
+    return silenced_labels(*counts_of(contrast, model), contrast.labels)
 
 
 def silenced_table(contrasts: Sequence[Contrast]) -> Table | Text:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.examples import Example
-from data.labels import LABELS, NIH_NINE, NIH_TEN
+from data.labels import NIH_NINE, NIH_TEN, LabelSet
 from engine.config import UsageError
 from eval.folders import Answers, Entry
 from eval.metrics import failure_policies, interval, scores_of_totals
@@ -68,8 +68,13 @@ class Contrast:
 
     @property
     def is_home(self) -> bool:
-        """Tell whether the set has the training data's label scheme: it evaluates all 14 labels."""
-        return len(self.labels) == len(LABELS)
+        """Tell whether the set has the training data's label scheme: it evaluates all labels."""
+        return len(self.labels) == len(self.label_set.names)
+
+    @property
+    def label_set(self) -> LabelSet:
+        """Return the labels that there are."""
+        return self.first.label_set
 
     @property
     def first(self) -> Answers:
@@ -87,7 +92,7 @@ class Contrast:
 
     def matrices(self, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what is true, what a model says and what counts -> three [N, K] bool."""
-        columns = [LABELS.index(label) for label in self.labels]
+        columns = [self.label_set.names.index(label) for label in self.labels]
         answers = self.answers[model]
         return (
             answers.targets[:, columns],
@@ -161,10 +166,11 @@ def contrast_models(
     """
     taken = _on_the_same_images(data_set, answers)
     first = next(iter(taken.values()))
-    labels = tuple(labels or [LABELS[k] for k in first.columns])
+    names = first.label_set.names
+    labels = tuple(labels or [names[k] for k in first.columns])
     if not labels:
         raise UsageError(f"data set {data_set}: no image evaluates any label")
-    columns = [LABELS.index(label) for label in labels]
+    columns = [names.index(label) for label in labels]
     totals = {name: one.totals(columns) for name, one in taken.items()}
     targets, evaluated = first.targets[:, columns], first.evaluated[:, columns]
     resampled = shared_resamples(totals, seed=seed, resamples=resamples)

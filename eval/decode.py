@@ -21,8 +21,7 @@ import torch
 from data.examples import Example
 from data.files import sha256_of, write_json
 from data.predictions import Prediction, parse_row, write_predictions
-from data.prompts import PROMPTS
-from engine.config import Resolved, UsageError
+from engine.config import Resolved, UsageError, from_json
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.policy import Policy, load_base
@@ -115,7 +114,7 @@ def load_policy(
         check_adapter(config.model_name_or_path, adapter)
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
-    policy = Policy(net, base, PROMPTS[config.prompt], sampling_copies=config.sampling_copies)
+    policy = Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
     if adapter is not None and has_no_effect(policy.adapted):
         print(f"warning: {adapter}: {NO_EFFECT}", file=sys.stderr)
     return policy
@@ -429,7 +428,7 @@ _NO_MATTER = (
     "memory_check",
 )
 # What an earlier version did, where its record does not have the setting.
-_AS_BEFORE = {"num_generations": 1, "swap_images": False}
+_AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None}
 
 
 def evaluation_record(
@@ -463,8 +462,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         # an earlier version recorded no value for what nobody had given
         if was[name].get("value") is None and was[name].get("origin") == entry["origin"]:
             continue
-        if was[name].get("value") != entry["value"]:
-            return f"{name} ({was[name].get('value')}, now {entry['value']})"
+        had, has = from_json(was[name].get("value")), from_json(entry["value"])
+        if had != has:
+            return f"{name} ({had}, now {has})"
     for name, file in now["data"].items():
         if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
             return f"data file of {name}"

@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from data.examples import Example, data_file, read_examples, read_jsonl
-from data.files import DataError, named_files, sha256_of, write_json
+from data.files import DataError, KeptFile, named_files, sha256_of, write_json
 from data.join import read_answers
-from data.predictions import Prediction, read_predictions, relabel
+from data.label_sets import label_lines
+from data.labels import CHEXPERT
+from data.predictions import Prediction, first_label_set, read_predictions, relabel
+from data.prompt_files import prompt_warnings
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
-from engine.config import Resolved, describe, parse_config
+from engine.config import Resolved, UsageError, describe, parse_config
 from engine.resume import run_record
 from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
 from eval.end_table import stage_title
@@ -89,17 +92,47 @@ def _run(argv: Sequence[str]) -> int:
                 )
             ]
         )
-    baseline_examples = (
-        None if config.train_file is None else read_examples(config.train_file, config.image_root)
-    )
     if config.predictions:
-        return _score_again(resolved, baseline_examples)
-    return _decode_and_score(complete(resolved), baseline_examples)
+        return _score_again(_with_labels_of_rows(resolved))
+    return _decode_and_score(complete(resolved))
 
 
-def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) -> int:
+def _with_labels_of_rows(resolved: Resolved) -> Resolved:
+    """Take over the labels that the answers bring along, where no label file is given.
+
+    Raises UsageError where files of answers have other labels than the first, or than the label
+    file.
+    """
+    config: EvalConfig = resolved.configs[0]
+    named, _ = named_files(config.predictions, "predictions")
+    found = {name: first_label_set(file) for name, file in named.items() if Path(file).is_file()}
+    given = config.label_set if config.label_file or not found else next(iter(found.values()))
+    for name, label_set in found.items():
+        if label_set not in (given, CHEXPERT if config.label_file else given):
+            raise UsageError(
+                f"--predictions {name}={named[name]}: its rows have other labels than"
+                f" {'--label_file' if config.label_file else 'the first file'}; score them apart"
+            )
+    if config.label_map and given != CHEXPERT:
+        raise UsageError("--label_map: maps to CheXpert's labels, and these are other ones")
+    if config.label_file or given == CHEXPERT:
+        return resolved
+    source = next(iter(named.values()))
+    kept = KeptFile(source, "\n".join(label_lines(given)) + "\n")
+    return resolved.with_value("label_file", kept, source)
+
+
+def _baseline_examples(config: EvalConfig) -> list[Example] | None:
+    if config.train_file is None:
+        return None
+    return read_examples(config.train_file, config.image_root, config.label_set)
+
+
+def _score_again(resolved: Resolved) -> int:
     """Score kept predictions by today's parser and metrics, and write them to a new place."""
     config: EvalConfig = resolved.configs[0]
+    baseline_examples = _baseline_examples(config)
+    label_set = config.label_set if config.label_file else None
     named, _ = named_files(config.predictions, "predictions")
     answer_format = config.answer_format if is_given(resolved, "answer_format") else None
     given_k = config.num_generations if is_given(resolved, "num_generations") else None
@@ -115,7 +148,7 @@ def _score_again(resolved: Resolved, baseline_examples: list[Example] | None) ->
                 max_samples=config.max_samples,
             )
         else:
-            rows = read_predictions(file, answer_format)
+            rows = read_predictions(file, answer_format, label_set)
         if config.label_map:
             rows = relabel(rows, config.label_map, config.no_label, source=str(Path(file)))
         groups = samples_of_file(rows, given_k, source=str(Path(file)))
@@ -159,11 +192,14 @@ def _joined_sets(config: EvalConfig) -> dict[str, tuple[Path, list[Example]]]:
     """Read the data files that answers are joined with -> {name: (file, its examples)}."""
     specs, _ = joined_files(config)
     files = {spec: data_file(spec) for spec in specs.values()}
-    read = {spec: (file, read_jsonl(file, config.image_root)) for spec, file in files.items()}
+    read = {
+        spec: (file, read_jsonl(file, config.image_root, config.label_set))
+        for spec, file in files.items()
+    }
     return {name: read[spec] for name, spec in specs.items()}
 
 
-def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | None) -> int:
+def _decode_and_score(resolved: Resolved) -> int:
     """Answer every data set that is not finished yet, and score it."""
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
@@ -180,8 +216,13 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
     files, sets, bad_images = read_sets(
-        named, config.image_root, config.bad_images, max_samples=config.max_samples
+        named,
+        config.image_root,
+        config.bad_images,
+        max_samples=config.max_samples,
+        label_set=config.label_set,
     )
+    baseline_examples = _baseline_examples(config)
     if config.swap_images:  # before the model is loaded
         for examples in sets.values():
             partners_of(examples, config.seed)
@@ -203,6 +244,8 @@ def _decode_and_score(resolved: Resolved, baseline_examples: list[Example] | Non
                 read_partial(config.output_dir, name, records[name], kind)
     resolved = fitted_answers(resolved, device, todo)
     config = resolved.configs[0]
+    for line in prompt_warnings(config.prompt):
+        print(f"warning: {line}", file=sys.stderr)
     print(environment_banner(device))
     print(describe(resolved))
     counts = ", ".join(f"{name} {len(examples)}" for name, examples in sets.items())

@@ -7,8 +7,9 @@ no account of the answer.
 
 What a reasoning says of a label is read by rules that accuse late. A label is stated where its
 name, or another spelling of it, stands in a sentence without any word of negation, doubt or search.
-A label is mentioned wherever its name or a word for it stands, negated or not. No Finding is left
-out of both: normality has no fixed words.
+A label is mentioned wherever its name or a word for it stands, negated or not. Labels of one's own
+have no other words than their names and aliases. No Finding, or their exclusive label, is left out
+of both: normality has no fixed words.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import numpy as np
 from data.answers import Answer
 from data.examples import Example
 from data.files import DataError
-from data.labels import ALIASES, LABELS, NO_FINDING
+from data.labels import CHEXPERT, LabelSet
 from data.predictions import Prediction
 from eval.end_table import METRICS, clipped
 from eval.metrics import RESAMPLES, drawn_patients, known_interval, patient_totals, scores_of_totals
-from eval.scores import answer_matrices, evaluated_columns
+from eval.scores import answer_matrices, evaluated_columns, label_set_of
 
 
 # ---- another patient's image ---------------------------------------------------------------------
@@ -80,18 +81,6 @@ _CUE = re.compile(rf"\b(?:{_CUES})\b|n['\u2019]t\b|\?")
 _BULLET = re.compile(r"[-*\u2022]|\d+[.)]")
 _SENTENCE_END = re.compile(r"(?<=[.!?;]) ")
 _ELSEWHERE = r"(?<!pericardial )(?<!subcutaneous )(?<!tissue )"
-_STATED = {
-    label: re.compile(
-        rf"{_ELSEWHERE}\b(?:"
-        + "|".join(
-            re.escape(name.casefold())
-            for name in (label, *(alias for alias, of in ALIASES.items() if of == label))
-        )
-        + r")s?\b"
-    )
-    for label in LABELS
-    if label != NO_FINDING
-}
 # Words by which a reading may mean a label: it is enough to write one of them.
 _WORDS = {
     "Enlarged Cardiomediastinum": r"mediastin\w*|cardiomediastin\w*|silhouette|hilum|hilar|hila",
@@ -111,10 +100,28 @@ _WORDS = {
     "Support Devices": r"device\w*|tub(?:e|es|ing)|lines?|cathet\w*|pacemaker\w*|leads?|wires?"
     r"|clips?|port|drain\w*|valve\w*|hardware|sternotomy|picc|icd|stent\w*|implant\w*|in place",
 }
-_MENTIONED = {
-    label: re.compile(rf"\b(?:{words})\b|{_STATED[label].pattern}")
-    for label, words in _WORDS.items()
-}
+
+
+@lru_cache(maxsize=8)
+def _stated(label_set: LabelSet) -> Mapping[str, re.Pattern[str]]:
+    """Make the pattern of each label's names in a sentence of small letters."""
+    patterns = {}
+    for label in label_set.names:
+        if label != label_set.exclusive:
+            aliases = (alias for alias, of in label_set.aliases.items() if of == label)
+            names = "|".join(re.escape(name.casefold()) for name in (label, *aliases))
+            patterns[label] = re.compile(rf"{_ELSEWHERE}(?<!\w)(?:{names})s?(?!\w)")
+    return patterns
+
+
+@lru_cache(maxsize=8)
+def _mentioned(label_set: LabelSet) -> Mapping[str, re.Pattern[str]]:
+    """Make the pattern of each label's names and, for those of CheXpert, of words for them."""
+    words = _WORDS if label_set == CHEXPERT else {}
+    return {
+        label: re.compile(rf"\b(?:{words[label]})\b|{named.pattern}") if label in words else named
+        for label, named in _stated(label_set).items()
+    }
 
 
 def sentences_of(reasoning: str) -> list[str]:
@@ -130,31 +137,33 @@ def sentences_of(reasoning: str) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def stated_labels(reasoning: str) -> frozenset[str]:
+def stated_labels(reasoning: str, label_set: LabelSet = CHEXPERT) -> frozenset[str]:
     """Find the labels that a reasoning states by name, without negation or doubt."""
     sentences = [one for one in sentences_of(reasoning) if not _CUE.search(one)]
     return frozenset(
         label
-        for label, pattern in _STATED.items()
+        for label, pattern in _stated(label_set).items()
         if any(pattern.search(sentence) for sentence in sentences)
     )
 
 
 @lru_cache(maxsize=4096)
-def mentioned_labels(reasoning: str) -> frozenset[str]:
+def mentioned_labels(reasoning: str, label_set: LabelSet = CHEXPERT) -> frozenset[str]:
     """Find the labels that a reasoning mentions at all, by name or by a word for them."""
     text = " ".join(reasoning.casefold().split())
-    return frozenset(label for label, pattern in _MENTIONED.items() if pattern.search(text))
+    patterns = _mentioned(label_set)
+    return frozenset(label for label, pattern in patterns.items() if pattern.search(text))
 
 
-def stated_not_answered(answer: Answer) -> frozenset[str]:
+def stated_not_answered(answer: Answer, label_set: LabelSet = CHEXPERT) -> frozenset[str]:
     """Find the labels that an answer's reasoning states and the answer leaves out."""
-    return stated_labels(answer.think or "") - set(answer.labels)
+    return stated_labels(answer.think or "", label_set) - set(answer.labels)
 
 
-def answered_not_mentioned(answer: Answer) -> frozenset[str]:
+def answered_not_mentioned(answer: Answer, label_set: LabelSet = CHEXPERT) -> frozenset[str]:
     """Find the labels that an answer gives and its reasoning never mentions."""
-    return frozenset(answer.labels) - mentioned_labels(answer.think or "") - {NO_FINDING}
+    mentioned = mentioned_labels(answer.think or "", label_set)
+    return frozenset(answer.labels) - mentioned - {label_set.exclusive or ""}
 
 
 def has_reasoning(answer: Answer) -> bool:
@@ -252,11 +261,15 @@ def _counted(
         ],
         "reasoning_unchanged": [same_reasoning(*pair) for pair in pairs],
         "stated_not_answered": [
-            bool(stated_not_answered(one.answer)) if has_reasoning(one.answer) else None
+            bool(stated_not_answered(one.answer, one.label_set))
+            if has_reasoning(one.answer)
+            else None
             for one in own
         ],
         "answered_not_mentioned": [
-            bool(answered_not_mentioned(one.answer)) if has_reasoning(one.answer) else None
+            bool(answered_not_mentioned(one.answer, one.label_set))
+            if has_reasoning(one.answer)
+            else None
             for one in own
         ],
     }
@@ -286,13 +299,16 @@ def _same_truth(own: Sequence[Prediction], swapped: Sequence[Prediction]) -> flo
 
 
 def _by_label(
-    own: Sequence[Prediction], found: Callable[[Answer], frozenset[str]]
+    own: Sequence[Prediction], found: Callable[[Answer, LabelSet], frozenset[str]]
 ) -> dict[str, int]:
     """Count the answers with reasoning in which a label is found -> {label: count above 0}."""
     counts = Counter(
-        label for one in own if has_reasoning(one.answer) for label in found(one.answer)
+        label
+        for one in own
+        if has_reasoning(one.answer)
+        for label in found(one.answer, one.label_set)
     )
-    return {label: counts[label] for label in LABELS if counts[label]}
+    return {label: counts[label] for label in label_set_of(own).ordered(counts)}
 
 
 def _label_changes(

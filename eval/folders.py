@@ -19,17 +19,18 @@ from typing import Any, Literal
 import numpy as np
 
 from data.entries import UNKNOWN_KINDS, unknown_kind
-from data.files import DataError, write_json
+from data.files import DataError, NameOrFile, write_json
+from data.label_sets import labels_of
 from data.labels import (
-    LABELS,
+    CHEXPERT,
     NIH_TEN,
     NIH_TO_CHEXPERT,
-    NO_FINDING,
-    SUPPORT_DEVICES,
+    LabelSet,
     chexpert_labels_of_nih,
 )
-from data.predictions import Prediction, iter_predictions, write_predictions
-from engine.config import UsageError
+from data.predictions import Prediction, first_label_set, iter_predictions, write_predictions
+from data.prompt_files import prompt_name
+from engine.config import UsageError, from_json
 from engine.model_files import EMBEDDED
 from eval.metrics import jaccard_per_image, patient_totals
 from eval.names import name_by_stage
@@ -38,7 +39,6 @@ from eval.paired import fingerprint
 Stage = Literal["base", "sft", "grpo", "other"]
 START = "start"  # folder in a GRPO run's: what its start answered
 VOTE = "start-vote"  # the same start, by a vote of several samples
-_FINDINGS = [LABELS.index(label) for label in LABELS if label not in (NO_FINDING, SUPPORT_DEVICES)]
 
 
 # ---- results of an evaluation --------------------------------------------------------------------
@@ -114,8 +114,8 @@ def refuse_existing(files: Sequence[Path]) -> None:
 class Answers:
     """Hold N answers to one data set as arrays. A failed answer predicts nothing.
 
-    ids: of the examples. patients [N]. targets, predictions, evaluated [N, 14] bool, columns in the
-    order of LABELS. nih_targets [N, 14] bool: NIH's own labels mapped to ten categories, nothing
+    ids: of the examples. patients [N]. targets, predictions, evaluated [N, L] bool, columns the L
+    labels of label_set. nih_targets [N, L] bool: NIH's own labels mapped to ten categories, nothing
     where the source is not NIH's. is_nih: all of the data set has NIH's own labels.
     parsed, valid [N] bool. unknown_kinds [N, 4]: entries that are no label, columns in the order of
     UNKNOWN_KINDS. lengths [N] in tokens, NaN where unknown. texts: `fingerprint` of each
@@ -139,10 +139,11 @@ class Answers:
     problems: Counter[str]
     who: list[tuple[str | None, int | None, str | None]]
     datasets: tuple[str, ...]
+    label_set: LabelSet = CHEXPERT
 
     @cached_property
     def columns(self) -> list[int]:
-        """Return the positions in LABELS of the labels that any image evaluates."""
+        """Return the positions in label_set of the labels that any image evaluates."""
         return np.flatnonzero(self.evaluated.any(axis=0)).tolist()
 
     @cached_property
@@ -157,7 +158,7 @@ class Answers:
     def totals(self, columns: Sequence[int]) -> np.ndarray:
         """Add up the answers by patient over some labels -> `patient_totals` [P, 3K + 2].
 
-        columns [K]: positions in LABELS.
+        columns [K]: positions in label_set.
         """
         return patient_totals(
             self.targets[:, columns],
@@ -188,13 +189,21 @@ class Answers:
 
     @cached_property
     def contradictions(self) -> np.ndarray:
-        """Return [N] bool: No Finding stands beside a finding other than Support Devices."""
-        no_finding = self.predictions[:, LABELS.index(NO_FINDING)]
-        return no_finding & self.predictions[:, _FINDINGS].any(axis=1)
+        """Return [N] bool: No Finding stands beside a finding other than Support Devices.
+
+        So does the exclusive label of another set. Without one there are none.
+        """
+        names, exclusive = self.label_set.names, self.label_set.exclusive
+        if exclusive is None:
+            return np.zeros(len(self.ids), dtype=bool)
+        excluded = np.isin(names, (exclusive, *self.label_set.beside), invert=True)
+        said = self.predictions[:, names.index(exclusive)]
+        return said & self.predictions[:, excluded].any(axis=1)
 
     def label_sets(self) -> list[frozenset[str]]:
         """Return the predicted labels of each answer, also those that are not evaluated."""
-        return [frozenset(LABELS[k] for k in np.flatnonzero(row)) for row in self.predictions]
+        names = self.label_set.names
+        return [frozenset(names[k] for k in np.flatnonzero(row)) for row in self.predictions]
 
     def taken(self, ids: Sequence[str]) -> Answers:
         """Return the answers to these images, in this order."""
@@ -217,7 +226,7 @@ class Answers:
 
     def under_nih(self, labels: Sequence[str]) -> Answers:
         """Score the same answers against NIH's own labels, mapped to `labels` of the ten."""
-        shown = np.isin(np.array(LABELS), list(labels))
+        shown = np.isin(np.array(self.label_set.names), list(labels))
         return dataclasses.replace(
             self,
             targets=self.nih_targets & shown,
@@ -238,10 +247,15 @@ def load_answers(path: Path) -> Answers:
     prompts: dict[str, None] = {}
     datasets: dict[str, None] = {}
     problems: Counter[str] = Counter()
+    label_set, place = CHEXPERT, dict[str, int]()
     for prediction in iter_predictions(path):
         answer, source = prediction.answer, prediction.source_labels
+        if not place:
+            label_set = prediction.label_set
+            place = {label: k for k, label in enumerate(label_set.names)}
         nih = (
             bool(source)
+            and label_set == CHEXPERT
             and all(label in NIH_TO_CHEXPERT for label in source)
             and set(prediction.evaluated_labels) <= set(NIH_TEN)
         )
@@ -254,12 +268,12 @@ def load_answers(path: Path) -> Answers:
         person = (prediction.sex, prediction.age, prediction.view)
         who.append(same.setdefault(person, person))
         texts.append(fingerprint(prediction.completion))
-        said = Counter(map(unknown_kind, answer.unknown))
+        said = Counter(unknown_kind(entry, label_set) for entry in answer.unknown)
         kinds = [said[kind] for kind in UNKNOWN_KINDS]
         numbers.append((answer.parsed, answer.valid, kinds, prediction.completion_length))
         nih_labels = chexpert_labels_of_nih(source, NIH_TEN) if nih else ()
         sets = (prediction.labels, answer.labels, prediction.evaluated_labels, nih_labels)
-        bits.append((nih, *map(_bits, sets)))
+        bits.append((nih, *(sum(1 << place[label] for label in set(labels)) for labels in sets)))
     if len(set(ids)) < len(ids):
         raise DataError(
             [
@@ -272,10 +286,10 @@ def load_answers(path: Path) -> Answers:
     return Answers(
         ids=ids,
         patients=np.array(patients),
-        targets=_matrix(targets),
-        predictions=_matrix(predicted),
-        evaluated=_matrix(evaluated),
-        nih_targets=_matrix(nih_targets),
+        targets=_matrix(targets, len(place)),
+        predictions=_matrix(predicted, len(place)),
+        evaluated=_matrix(evaluated, len(place)),
+        nih_targets=_matrix(nih_targets, len(place)),
         is_nih=all(is_nih),
         parsed=np.array(parsed),
         valid=np.array(valid),
@@ -286,16 +300,16 @@ def load_answers(path: Path) -> Answers:
         problems=problems,
         who=who,
         datasets=tuple(datasets),
+        label_set=label_set,
     )
 
 
-def _bits(labels: Sequence[str]) -> int:
-    return sum(1 << LABELS.index(label) for label in set(labels))
-
-
-def _matrix(bits: Sequence[int]) -> np.ndarray:
-    # [N, 14]
-    return (np.array(bits, dtype=np.int64)[:, None] >> np.arange(len(LABELS)) & 1).astype(bool)
+def _matrix(rows: Sequence[int], num_labels: int) -> np.ndarray:
+    """Spread sets of labels, as the bits of integers of any size -> [N, L] bool."""
+    size = (num_labels + 7) // 8
+    packed = np.frombuffer(b"".join(row.to_bytes(size, "little") for row in rows), dtype=np.uint8)
+    spread = np.unpackbits(packed.reshape(len(rows), size), axis=1, bitorder="little")
+    return spread[:, :num_labels].astype(bool)
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -308,7 +322,8 @@ class Entry:
     where it is no longer there. sets: {data set: predictions file}. records: {data set: its scores
     record}. settings: of the run or evaluation in the folder. trained: of the run that trained the
     model. is_told: the stage is told by records, and no guess from the name. is_added: nobody named
-    the folder, it lies in that of a GRPO run that somebody named.
+    the folder, it lies in that of a GRPO run that somebody named. label_set: of its answers, else
+    of its run.
     """
 
     name: str
@@ -327,6 +342,12 @@ class Entry:
     trained: dict[str, Any] = field(default_factory=dict)
     is_told: bool = False
     is_added: bool = False
+    label_set: LabelSet = CHEXPERT
+
+    @property
+    def prompt_read(self) -> NameOrFile:
+        """Return the prompt that was asked: a built-in one's name, or a file kept whole."""
+        return self.settings.get("prompt") or self.trained.get("prompt") or ""
 
     @property
     def votes(self) -> int:
@@ -407,6 +428,25 @@ def load_entries(values: Sequence[str], flag: str, *, with_votes: bool = False) 
     if with_votes:
         entries = _among_votes(entries)
     return name_by_stage(entries, {value.partition("=")[0] for value in values if "=" in value})
+
+
+def one_label_set(entries: Sequence[Entry]) -> LabelSet:
+    """Return the labels that all entries have. Raises UsageError where two have other ones."""
+    first = entries[0].label_set if entries else CHEXPERT
+    for entry in entries:
+        if entry.label_set != first:
+            raise UsageError(
+                f"{entries[0].name} and {entry.name} have other labels ({_labels_in_brief(first)};"
+                f" {_labels_in_brief(entry.label_set)}): their scores cannot stand side by side"
+            )
+    return first
+
+
+def _labels_in_brief(label_set: LabelSet) -> str:
+    if label_set == CHEXPERT:
+        return "the 14 of CheXpert"
+    shown = ", ".join(label_set.names[:3])
+    return f"{len(label_set.names)} of a label file: {shown}" + ", ..." * (len(label_set.names) > 3)
 
 
 def _among_votes(entries: Sequence[Entry]) -> list[Entry]:
@@ -501,7 +541,7 @@ def load_entry(name: str, folder: Path) -> Entry:
         folder=folder,
         stage=stage,
         base=str(trained.get("model_name_or_path") or settings.get("model_name_or_path") or ""),
-        prompt=str(settings.get("prompt") or trained.get("prompt") or ""),
+        prompt=prompt_name(settings.get("prompt") or trained.get("prompt") or ""),
         reward=str(trained.get("reward") or "") if stage == "grpo" else "",
         step=step,
         best_step=best_step,
@@ -512,6 +552,9 @@ def load_entry(name: str, folder: Path) -> Entry:
         settings=settings,
         trained=trained,
         is_told=is_base or run.get("script") in ("sft", "grpo"),
+        label_set=next(
+            (first_label_set(path) for path in sets.values()), labels_of(trained.get("label_file"))
+        ),
     )
 
 
@@ -542,7 +585,11 @@ def _values(record: Mapping[str, Any]) -> dict[str, Any]:
     settings = record.get("settings")
     if not isinstance(settings, dict):
         return {}
-    return {name: entry.get("value") for name, entry in settings.items() if isinstance(entry, dict)}
+    return {
+        name: from_json(entry.get("value"))
+        for name, entry in settings.items()
+        if isinstance(entry, dict)
+    }
 
 
 def read_record(path: Path) -> dict[str, Any]:

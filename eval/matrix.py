@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.examples import Example, read_examples
-from data.files import DataError, named_files
+from data.files import DataError, NameOrFile, named_files
+from data.prompt_files import prompt_name
 from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
 from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard
-from engine.settings import ENGINE
+from engine.settings import ENGINE, PROMPT_HELP, settings_of_adapter
 from eval.folders import made_folder, read_record, result_files
 from eval.scores import format_scores
 from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problems, with_precision
@@ -43,7 +45,7 @@ class MatrixConfig(DecodingConfig):
         "models, each NAME=BASE (a folder, a hub name, 'demo' or 'demo-gemma') or NAME=FOLDER of an"
         " adapter",
     )
-    prompt: tuple[str, ...] = setting((), f"instructions: {', '.join(PROMPTS)}")
+    prompt: tuple[NameOrFile, ...] = setting((), f"one or more. {PROMPT_HELP}")
     output_dir: str | None = setting(
         None, "folder of the cells; one that holds some goes on", unset="it must be given"
     )
@@ -59,7 +61,7 @@ def config_problems(config: MatrixConfig) -> list[str]:
     """Check the values of one command line, beyond their types -> problems, one line each."""
     needed = {
         "model": "NAME=BASE or NAME=ADAPTER",
-        "prompt": f"one or more of {', '.join(PROMPTS)}",
+        "prompt": f"one or more of {', '.join(PROMPTS)}, or .toml files",
         "data_file": "NAME=FILE",
         "output_dir": "a folder for the cells",
     }
@@ -76,8 +78,8 @@ def config_problems(config: MatrixConfig) -> list[str]:
         )
     problems += [
         f"--prompt {name} is given twice"
-        for name in dict.fromkeys(config.prompt)
-        if config.prompt.count(name) > 1
+        for name, count in Counter(map(prompt_name, config.prompt)).items()
+        if count > 1
     ]
     return problems + decoding_problems(config, list(dict.fromkeys(config.prompt)))
 
@@ -122,7 +124,7 @@ def plan(
                 name: evaluation_record(one, name, file, bad_images[name])
                 for name, file in files.items()
             }
-            folder = Path(str(config.output_dir)) / f"{model}.{prompt}"
+            folder = Path(str(config.output_dir)) / f"{model}.{prompt_name(prompt)}"
             try:
                 finished = finished_sets(folder, records)
                 for name in files:
@@ -137,7 +139,9 @@ def plan(
     return cells
 
 
-def _evaluation(resolved: Resolved, model: str, prompt: str, device: torch.device) -> Resolved:
+def _evaluation(
+    resolved: Resolved, model: str, prompt: NameOrFile, device: torch.device
+) -> Resolved:
     """Put a cell's settings together, as the command line of a single evaluation would."""
     config: MatrixConfig = resolved.configs[0]
     is_adapter = (Path(model) / "adapter_config.json").is_file()
@@ -173,7 +177,27 @@ def _run(argv: Sequence[str]) -> int:
             "Evaluate every model with every prompt on every data set; finished cells are kept."
         ),
     )
-    return _fill(resolved)
+    return _fill(_with_labels_of_models(resolved))
+
+
+def _with_labels_of_models(resolved: Resolved) -> Resolved:
+    """Take over the label file of the adapters' runs where none is given.
+
+    Raises UsageError where two adapters were trained on other labels: one set is read for all.
+    """
+    config: MatrixConfig = resolved.configs[0]
+    if config.label_file is not None:
+        return resolved
+    known = {
+        name: settings_of_adapter(path, ("label_file",), config).get("label_file")
+        for name, path in named_files(config.model, "model")[0].items()
+        if (Path(path) / "adapter_config.json").is_file()
+    }
+    if len(set(known.values())) > 1:
+        trained = ", ".join(f"{name} on {kept or 'the 14'}" for name, kept in known.items())
+        raise UsageError(f"--model: the adapters were trained on other labels ({trained})")
+    kept = next(iter(known.values()), None)
+    return resolved if kept is None else resolved.with_value("label_file", kept, "adapter's run")
 
 
 def _fill(resolved: Resolved) -> int:
@@ -185,10 +209,16 @@ def _fill(resolved: Resolved) -> int:
     config: MatrixConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
     files, sets, bad_images = read_sets(
-        named, config.image_root, config.bad_images, max_samples=config.max_samples
+        named,
+        config.image_root,
+        config.bad_images,
+        max_samples=config.max_samples,
+        label_set=config.label_set,
     )
     baseline_examples: list[Example] | None = (
-        None if config.train_file is None else read_examples(config.train_file, config.image_root)
+        None
+        if config.train_file is None
+        else read_examples(config.train_file, config.image_root, config.label_set)
     )
     cells = plan(resolved, files, bad_images, pick_device())
     print(
@@ -213,7 +243,7 @@ def _fill(resolved: Resolved) -> int:
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
                 evaluate_sets(
-                    dataclasses.replace(policy, prompt=PROMPTS[cell.config.prompt]),
+                    dataclasses.replace(policy, prompt=cell.config.instruction),
                     {name: sets[name] for name in cell.missing},
                     Decoding.of(cell.config),
                     cell.folder,

@@ -19,6 +19,7 @@ import numpy as np
 
 from data.examples import Example, read_examples
 from data.files import DataError, sha256_of
+from data.labels import CHEXPERT
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
 from engine.settings import ENGINE
@@ -35,7 +36,7 @@ from eval.contrasts import (
 )
 from eval.faithfulness_tables import faithfulness_tables
 from eval.figures import reliability_pictures, training_pictures
-from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries
+from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries, one_label_set
 from eval.group_tables import groups_tables
 from eval.page import (
     ARROW,
@@ -77,7 +78,7 @@ class ReportConfig:
     )
     in_distribution: tuple[str, ...] = setting(
         (),
-        "data sets with the training data's label scheme; without it, those that evaluate all 14"
+        "data sets with the training data's label scheme; without it, those that evaluate all"
         " labels",
     )
     train_file: str | None = setting(
@@ -166,7 +167,7 @@ def contrast_sets(
 
 
 def home_sets(contrasts: Sequence[Contrast], named: Sequence[str]) -> list[str]:
-    """Choose the in-distribution sets: those named, else those that evaluate all 14 labels.
+    """Choose the in-distribution sets: those named, else those that evaluate all labels.
 
     Raises UsageError for a name that no model has answered.
     """
@@ -206,11 +207,11 @@ def report_page(
     step = last_step([entry.name for entry in entries], pairs)
     found = transfers(contrasts, home, pairs)
     cases = _cases(entries, contrasts, config, step)
-    # drawn images and the paper's hospitals have nothing in common that a table could compare
-    is_demo = any(entry.is_demo for entry in entries)
+    # drawn images, and other labels, have nothing in common with the paper's hospitals
+    with_paper = contrasts[0].label_set == CHEXPERT and not any(entry.is_demo for entry in entries)
     sections = [
         _first_screen(contrasts, home, found, step, cases),
-        *_transfer_sections(contrasts, home, pairs, found, with_paper=not is_demo),
+        *_transfer_sections(contrasts, home, pairs, found, with_paper=with_paper),
         _confusion_section(contrasts, step),
         _label_section(contrasts, pairs),
         _score_section(contrasts),
@@ -219,7 +220,7 @@ def report_page(
         *_faithfulness_sections(entries),
         *_training_sections(entries),
         *_case_sections(cases),
-        *([] if is_demo else [_paper_section(entries, contrasts, home, nih)]),
+        *([_paper_section(entries, contrasts, home, nih)] if with_paper else []),
         Section(
             "Sources", [Folded("Files", [_provenance(entries)]), seen_table(entries, contrasts)]
         ),
@@ -475,7 +476,10 @@ def _run(argv: Sequence[str]) -> int:
                 for entry in empty
             ]
         )
-    baseline_examples = None if config.train_file is None else read_examples(config.train_file)
+    label_set = one_label_set(entries)
+    baseline_examples = (
+        None if config.train_file is None else read_examples(config.train_file, label_set=label_set)
+    )
     page = report_page(entries, config, baseline_examples)
     folder = run_directory(config.output_dir, "report")
     write_page(page, folder)

@@ -15,7 +15,8 @@ from data.answers import Answer
 from data.entries import UNKNOWN_KINDS, unknown_kind
 from data.examples import Example
 from data.files import DataError
-from data.labels import LABELS, silenced_labels
+from data.label_sets import label_lines
+from data.labels import CHEXPERT, LabelSet, silenced_labels
 from data.predictions import Prediction
 from engine.settings import EVALUATED_METRICS
 from eval.end_table import aligned, clipped, end_table, row_of
@@ -49,13 +50,13 @@ class AnswerMatrices(NamedTuple):
 
 
 def evaluated_columns(predictions: Sequence[Prediction]) -> list[str]:
-    """List the labels that any row evaluates, in CheXpert's order.
+    """List the labels that any row evaluates, in the order of their label set.
 
     Raises DataError where there is no prediction, or none evaluates any label.
     """
     columns = [
         label
-        for label in LABELS
+        for label in label_set_of(predictions).names
         if any(label in prediction.evaluated_labels for prediction in predictions)
     ]
     if not columns:
@@ -66,6 +67,11 @@ def evaluated_columns(predictions: Sequence[Prediction]) -> list[str]:
             ]
         )
     return columns
+
+
+def label_set_of(predictions: Sequence[Prediction]) -> LabelSet:
+    """Return the labels that there are for some predictions, all of which have the same."""
+    return predictions[0].label_set if predictions else CHEXPERT
 
 
 def answer_matrices(predictions: Sequence[Prediction], columns: Sequence[str]) -> AnswerMatrices:
@@ -109,6 +115,7 @@ def score(
     Raises DataError where there is no prediction, or none evaluates any label.
     """
     columns = evaluated_columns(predictions)
+    label_set = label_set_of(predictions)
     targets, predicted, evaluated, jaccard = answer_matrices(predictions, columns)
     answers = [prediction.answer for prediction in predictions]
     parsed = np.array([answer.parsed for answer in answers])  # [N]
@@ -124,14 +131,15 @@ def score(
         "jaccard": float(jaccard.mean()),
         "fail_rate": float((~parsed).mean()),
         "invalid_rate": float((~valid).mean()),
-        **unknown_entries(answers),
+        **unknown_entries(answers, label_set),
         "problems": dict(problems.most_common()),
         "silenced_labels": silenced_labels(
-            _counts(predicted & evaluated, columns), _counts(targets & evaluated, columns)
+            _counts(predicted & evaluated, columns), _counts(targets & evaluated, columns), columns
         ),
         "n": len(predictions),
         "num_patients": len(set(patients)),
         "labels": columns,
+        **({} if label_set == CHEXPERT else {"label_set": label_lines(label_set)}),
         "failure_policies": {name: _f1(scores) for name, scores in policies.items()},
         "intervals": {name: list(bounds) for name, bounds in intervals.items()},
         "baselines": baselines(targets, evaluated, columns, baseline_examples, seed),
@@ -172,14 +180,16 @@ def _lengths(predictions: Sequence[Prediction]) -> dict[str, float | None]:
     return found | ({"unknown": unknown} if unknown else {})
 
 
-def unknown_entries(answers: Sequence[Answer]) -> dict[str, Any]:
+def unknown_entries(answers: Sequence[Answer], label_set: LabelSet = CHEXPERT) -> dict[str, Any]:
     """Count the entries that are no label, so that labels nobody can read do not pass unnoticed.
 
     "unknown_rate" is the share of answers that have one, "no_label_rate" the share that have
     nothing else, which is a part of the fail rate. "unknown_kinds" counts the entries by what they
     say, {kind of `data.entries.UNKNOWN_KINDS`: entries}.
     """
-    kinds = Counter(unknown_kind(entry) for answer in answers for entry in answer.unknown)
+    kinds = Counter(
+        unknown_kind(entry, label_set) for answer in answers for entry in answer.unknown
+    )
     return {
         "unknown_rate": float(np.mean([bool(answer.unknown) for answer in answers])),
         "no_label_rate": float(np.mean([answer.problem == "no_label" for answer in answers])),

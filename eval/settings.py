@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data.answers import ANSWER_FORMATS
-from data.files import named_files
-from data.prompts import PROMPTS
+from data.files import KeptFile, NameOrFile, named_files
+from data.label_sets import labels_of
+from data.labels import LabelSet
+from data.prompt_files import prompt_of
+from data.prompts import Prompt
 from engine.config import ConfigError, Resolved, setting
 from engine.settings import (
     CHECK_HELP,
     COPIES_HELP,
     ENGINE,
+    LABEL_FILE_HELP,
     MAX_COMPLETION_LENGTH,
     OURS,
     PAPER_GRPO,
     PAPER_SFT,
+    PROMPT_HELP,
     TEMPERATURE,
     TOP_P,
     BadImages,
     TrainingConfig,
+    asking_problems,
     inherit,
 )
 
@@ -51,6 +57,11 @@ class DecodingConfig:
         "an unreadable image stops the command; or skip: all images are read first, and the"
         " examples of bad ones are left out of the scores and listed in bad-images-<name>.jsonl",
         source=ENGINE,
+    )
+    label_file: KeptFile | None = setting(
+        None,
+        LABEL_FILE_HELP,
+        unset="the adapter's run's, or that of the predictions, else CheXpert's 14 labels",
     )
     train_file: str | None = setting(
         None,
@@ -128,6 +139,11 @@ class DecodingConfig:
     memory_check: bool = setting(True, CHECK_HELP, source=ENGINE)
     seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
 
+    @property
+    def label_set(self) -> LabelSet:
+        """Return the labels that there are: those of --label_file, or the 14."""
+        return labels_of(self.label_file)
+
 
 @dataclass(frozen=True)
 class EvalConfig(DecodingConfig):
@@ -173,9 +189,9 @@ class EvalConfig(DecodingConfig):
     output_dir: str | None = setting(
         None, "where predictions and scores go", unset="a new folder runs/<time>-eval"
     )
-    prompt: str = setting(
+    prompt: NameOrFile = setting(
         TrainingConfig.prompt,
-        f"instruction: {', '.join(PROMPTS)}",
+        PROMPT_HELP,
         unset="the adapter's run's, else free_reasoning",
         source=OURS,
     )
@@ -186,6 +202,11 @@ class EvalConfig(DecodingConfig):
         " that of each row",
         source=OURS,
     )
+
+    @property
+    def instruction(self) -> Prompt:
+        """Return what the model is told beside an image, with the labels in it."""
+        return prompt_of(self.prompt, self.label_set)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -281,13 +302,10 @@ def _threshold_problems(config: EvalConfig) -> list[str]:
     return problems
 
 
-def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[str]:
-    """Check the settings of decoding, and the names of prompts -> problems, one line each."""
-    problems = named_files(config.data_file, "data_file")[1] + [
-        f"--prompt {name}: unknown; known: {', '.join(PROMPTS)}"
-        for name in prompts
-        if name not in PROMPTS
-    ]
+def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> list[str]:
+    """Check the settings of decoding, labels and prompts included -> problems, one line each."""
+    problems = named_files(config.data_file, "data_file")[1]
+    problems += asking_problems(config.label_file, prompts)
     for name in (
         "max_samples",
         "num_generations",
@@ -312,6 +330,7 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[str]) -> list[st
 # What an evaluation takes over from the adapter, and from the run that trained it.
 INHERITED = (
     "model_name_or_path",
+    "label_file",
     "prompt",
     "answer_format",
     "max_completion_length",

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from data.files import DataError, write_json
-from data.labels import LABELS
 from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.settings import FRESH
@@ -200,7 +199,7 @@ def _scored(
     totals = {"start": start.totals(columns), "now": now.totals(columns)}
     values = {stage: scores_of_totals(rows.sum(axis=0)[None]) for stage, rows in totals.items()}
     drawn = shared_resamples(totals, seed=seed, resamples=RESAMPLES)
-    return tuple(LABELS[k] for k in columns), values, drawn
+    return tuple(now.label_set.names[k] for k in columns), values, drawn
 
 
 def _measure_gaps(moved: Sequence[Moved], found: SinceStart) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.entries import UNKNOWN_KINDS
-from data.labels import LABELS
 from eval.contrasts import Contrast
 from eval.folders import Answers
 from eval.names import BASELINE_TITLES
@@ -226,6 +225,7 @@ def marginals_table(contrast: Contrast) -> Table:
 
 def diversity_table(contrasts: Sequence[Contrast]) -> Table:
     """List length and variety of the answers."""
+    label_set = contrasts[0].label_set
     rows = [
         [model, contrast.data_set, *_diversity_cells(answers)]
         for contrast in contrasts
@@ -242,8 +242,8 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
             "Their entropy, bits",
             "Labels an answer",
             "Commonest label set",
-            "No Finding and a finding",
-            "All 14 labels",
+            f"{label_set.exclusive} and a finding" if label_set.exclusive else "Contradictions",
+            f"All {len(label_set.names)} labels",
             "With an unknown entry",
             "With no label at all",
             "Commonest problems",
@@ -251,8 +251,8 @@ def diversity_table(contrasts: Sequence[Contrast]) -> Table:
         rows,
         [
             "With an unknown entry: answers with an entry that is no label; in small print these"
-            " entries by what they say: negated (no Edema), affirmed (Edema: yes), qualified (left"
-            " Pleural Effusion) or other. With no label at all: answers whose entries are all"
+            " entries by what they say of a label L: negated (no L), affirmed (L: yes), qualified"
+            " (left L) or other. With no label at all: answers whose entries are all"
             " unknown, which count as failed."
         ],
         numbers_from=2,
@@ -266,7 +266,7 @@ def _diversity_cells(answers: Answers) -> list[Cell | str]:
         answers.label_sets(),
         answers.contradictions,
         answers.lengths,
-        len(LABELS),
+        len(answers.label_set.names),
     )
     length = Cell("unknown")
     if not np.isnan(found.length_mean):

@@ -61,10 +61,10 @@ def transfer_table(
         ["Step", "Data set", "Labels", "Before", "After", "Difference", "Relative", "p (Holm)"],
         rows,
         [
-            "In distribution: the label scheme of the training data, all 14. Across schemes: the"
-            " labels that another hospital's scheme can express. Rows with a number of labels: only"
-            " those that the named set can express too. Intervals are paired: both models on the"
-            f" same resampled patients. {holm_note(p_values)}"
+            "In distribution: the label scheme of the training data, all its labels. Across"
+            " schemes: the labels that another hospital's scheme can express. Rows with a number of"
+            " labels: only those that the named set can express too. Intervals are paired: both"
+            f" models on the same resampled patients. {holm_note(p_values)}"
         ],
         numbers_from=3,
     )

@@ -16,8 +16,8 @@ import numpy as np
 
 from data.answers import parse_answer
 from data.files import DataError, first_problems
-from data.labels import LABELS
 from data.predictions import Prediction
+from data.prompts import solution_text
 from eval.end_table import METRICS, aligned, change_with_interval, clipped, with_interval
 from eval.metrics import RESAMPLES, drawn_patients, interval, patient_totals, scores_of_totals
 from eval.scores import AnswerMatrices, answer_matrices, evaluated_columns, known_lengths
@@ -121,9 +121,9 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
     k = len(samples)
     read = [sample.answer for sample in samples if sample.answer.parsed]
     counts = Counter(label for answer in read for label in answer.labels)
-    labels = [label for label in LABELS if 2 * counts[label] >= k]
-    completion = f"<solution>{', '.join(labels)}</solution>" if 2 * len(read) >= k else ""
     first = samples[0]
+    labels = [label for label in counts if 2 * counts[label] >= k]
+    completion = solution_text(labels, first.label_set) if 2 * len(read) >= k else ""
     lengths = known_lengths(samples)
     text_lengths = [s.extra["text_length"] for s in samples if "text_length" in s.extra]
     return dataclasses.replace(
@@ -131,10 +131,10 @@ def vote(samples: Sequence[Prediction]) -> Prediction:
         completion=completion,
         completion_length=round(sum(lengths) / k) if len(lengths) == k else None,
         answer_format=VOTE_FORMAT,
-        answer=parse_answer(completion, VOTE_FORMAT),
+        answer=parse_answer(completion, VOTE_FORMAT, first.label_set),
         extra={name: first.extra[name] for name in _OF_IMAGE if name in first.extra}
         | {
-            "vote_shares": {label: counts[label] / k for label in LABELS if counts[label]},
+            "vote_shares": {label: counts[label] / k for label in first.label_set.ordered(counts)},
             "num_generations": k,
         }
         | ({"text_length": round(sum(text_lengths) / k)} if len(text_lengths) == k else {}),

@@ -10,8 +10,9 @@ last completions. A share is a share of these completions unless it says otherwi
                          have it|. By label, with its sign: label_shift/<label>
     all_labels           share that name more than half of the labels that their image is evaluated
                          on
-    contradiction        share with No Finding beside a finding
-    unknown_label        share with an entry that is none of the 14 labels
+    contradiction        share with No Finding, or the label file's exclusive label, beside a
+                         finding
+    unknown_label        share with an entry that is none of the labels
     duplicate_label      share that name a label twice
     empty_reasoning      share whose <think> block is blank
     looping_reasoning    share whose reasoning mostly repeats its own four-word sequences
@@ -55,11 +56,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.answers import Answer
-from data.labels import LABELS, Target, silenced_labels
+from data.labels import CHEXPERT, LabelSet, Target, metric_name, silenced_labels
 from rl.conditions import Watch
 
 if TYPE_CHECKING:  # at run time it would import torch, and flags are checked without it
     from rl.samples import Sample
+    from rl.settings import GRPOConfig
 
 WINDOW = 200  # completions, also of the start
 SETTLED = 50
@@ -70,15 +72,12 @@ SILENCED = "monitors/silenced_labels"
 NGRAM, LOOP_WORDS = 4, 20  # loops are not looked for in reasoning of fewer words
 SERIES = ("trained", "other", "f1")
 FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
-PER_LABEL = tuple(f"label_shift/{label.replace(' ', '_')}" for label in LABELS)
-RATIOS = tuple(f"said_ratio/{label.replace(' ', '_')}" for label in LABELS)
-NAMES = tuple(
+OF_ALL = tuple(
     f"monitors/{name}"
     for name in (
         "identical_text",
         "identical_labels",
         "label_shift",
-        *PER_LABEL,
         "all_labels",
         "contradiction",
         "unknown_label",
@@ -92,10 +91,27 @@ NAMES = tuple(
         "distinct_per_group",
         "entropy",
         "silenced_labels",
-        *RATIOS,
         *FROM_THE_START,
     )
 )
+
+
+def shift_name(label: str) -> str:
+    """Name the monitor of how far a label is said more often than it is true."""
+    return f"label_shift/{metric_name(label)}"
+
+
+def ratio_name(label: str) -> str:
+    """Name the monitor of how often a label is said for each time that it is true."""
+    return f"said_ratio/{metric_name(label)}"
+
+
+def monitor_names(label_set: LabelSet) -> tuple[str, ...]:
+    """List the monitors that a run with these labels logs, by their full names."""
+    by_label = (name(label) for name in (shift_name, ratio_name) for label in label_set.names)
+    return (*OF_ALL, *(f"monitors/{name}" for name in by_label))
+
+
 # A run of the demo stays clear of each bound by a factor of 1.3 or more, but for silenced labels:
 # it has some.
 WARN_WHEN = tuple(
@@ -130,15 +146,28 @@ class Monitors:
         max_completion_length: int,
         warn_when: Sequence[str] = (),
         stop_when: Sequence[str] = (),
+        label_set: LabelSet = CHEXPERT,
     ):
+        self.label_set = label_set
         self.trained_reward, self.max_completion_length = trained_reward, max_completion_length
         self.warnings, self.stops = Watch(warn_when), Watch(stop_when)
         self.window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
-        self.labels = LabelWindow()
+        self.labels = LabelWindow(label_set)
         self.silenced: list[str] = []  # labels found so since the last check
         self.num_seen = 0
         self.start: dict[str, tuple[float, float]] = {}  # series -> mean, standard deviation
         self.stopped: str | None = None  # the condition that ended the run
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> Monitors:
+        """Make the monitors that a run's settings ask for."""
+        return cls(
+            config.reward,
+            config.max_completion_length,
+            config.warn_when,
+            config.stop_when,
+            config.label_set,
+        )
 
     def observe(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Take in one rollout, once, and return the monitors."""
@@ -165,7 +194,7 @@ class Monitors:
         for of_image in groups.values():
             self.labels.add(of_image[0].example.target, [sample.answer for sample in of_image])
         silenced = {*self.silenced, *self.labels.silenced()}
-        self.silenced = [label for label in LABELS if label in silenced]
+        self.silenced = list(self.label_set.ordered(silenced))
 
     def check(self, metrics: Mapping[str, float | None]) -> list[str]:
         """Return lines to show for these metrics, as they were logged.
@@ -194,8 +223,8 @@ class Monitors:
             groups.setdefault(fact["group"], []).append(fact["text"])
         label_sets = Counter(tuple(fact["said"]) if fact["parsed"] else None for fact in facts)
         shifts = {
-            name: shift
-            for label, name in zip(LABELS, PER_LABEL, strict=True)
+            shift_name(label): shift
+            for label in self.label_set.names
             if (shift := _shift(facts, label)) is not None
         }
         return {
@@ -281,7 +310,8 @@ class Monitors:
 class LabelWindow:
     """Count how often each label is said and is true over the last IMAGES images."""
 
-    def __init__(self) -> None:
+    def __init__(self, label_set: LabelSet = CHEXPERT) -> None:
+        self.label_set = label_set
         # of each image: the labels that it has, and by label the share of its answers that say it
         self.images: deque[tuple[list[str], dict[str, float]]] = deque(maxlen=IMAGES)
 
@@ -295,14 +325,15 @@ class LabelWindow:
         true = target.labels & target.evaluated_labels
         self.images.append(
             (
-                [label for label in LABELS if label in true],
-                {label: said[label] / len(answers) for label in LABELS if said[label]},
+                list(self.label_set.ordered(true)),
+                {label: said[label] / len(answers) for label in self.label_set.ordered(said)},
             )
         )
 
     def counts(self) -> tuple[dict[str, float], dict[str, int]]:
         """Count, of the images in the window, {label: how often said}, {label: how often true}."""
-        said, true = dict.fromkeys(LABELS, 0.0), dict.fromkeys(LABELS, 0)
+        names = self.label_set.names
+        said, true = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
         for labels, shares in self.images:
             for label in labels:
                 true[label] += 1
@@ -312,16 +343,18 @@ class LabelWindow:
 
     def silenced(self) -> list[str]:
         """List the labels that have fallen silent. None before IMAGES_SETTLED images are seen."""
-        return silenced_labels(*self.counts()) if len(self.images) >= IMAGES_SETTLED else []
+        if len(self.images) < IMAGES_SETTLED:
+            return []
+        return silenced_labels(*self.counts(), self.label_set.names)
 
     def metrics(self) -> dict[str, float]:
         """Return silenced_labels and said_ratio/<label> once IMAGES_SETTLED images are seen."""
         if len(self.images) < IMAGES_SETTLED:
             return {}
         said, true = self.counts()
-        return {"silenced_labels": float(len(silenced_labels(said, true)))} | {
-            name: (said[label] + 1) / (true[label] + 1)
-            for label, name in zip(LABELS, RATIOS, strict=True)
+        return {"silenced_labels": float(len(self.silenced()))} | {
+            ratio_name(label): (said[label] + 1) / (true[label] + 1)
+            for label in self.label_set.names
             if said[label] or true[label]
         }
 

@@ -146,7 +146,7 @@ class NuancedReward(RewardFunction):
     false_positive_slope: float = 40.0  # additional points at frequency 1
     collapse_points: float = 50.0  # published
     # 30 is published. What counts as an 'excess repetition' is not: here, each dominant label that
-    # the answer repeats. That is at most 14 x 30, and 30 or 60 in practice.
+    # the answer repeats. Of the 14 labels that is at most 14 x 30, and 30 or 60 in practice.
     repetition_points: float = 30.0
     unknown_points: float = 100.0  # published
     duplicate_points: float = 25.0  # published
@@ -161,13 +161,14 @@ class NuancedReward(RewardFunction):
     # its group.
     floor: float = -300.0
     scale: float = 0.01  # the 100 points of a match become 1, the size of the hard reward
+    labels: tuple[str, ...] = LABELS  # those that there are
 
     def __post_init__(self) -> None:
         for label, frequency in self.label_frequency.items():
-            if label not in LABELS or not 0 <= frequency <= 1:
+            if label not in self.labels or not 0 <= frequency <= 1:
                 raise ValueError(
-                    f"label_frequency needs shares from 0 to 1 of the 14 labels, got {label!r}:"
-                    f" {frequency!r}"
+                    f"label_frequency needs shares from 0 to 1 of the {len(self.labels)} labels,"
+                    f" got {label!r}: {frequency!r}"
                 )
         if self.window < self.min_window:
             raise ValueError(

@@ -226,7 +226,7 @@ class GRPORun(Run):
         self.count_tokens(sum(prompts) + sum(completions) if new else 0)
         self.add({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate})
         if new:
-            rows = completion_rows(samples, self.config.prompt, self.config.answer_format)
+            rows = completion_rows(samples, self.config.instruction.name, self.config.answer_format)
             self.log.append_jsonl("completions.jsonl", rows, step=step)
             show_samples(self.log, samples, step)
         reward = sum(sample.reward for sample in samples) / len(samples)

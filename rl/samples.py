@@ -90,7 +90,7 @@ def build_samples(
     for group, (example, of_prompt) in enumerate(zip(examples, completions, strict=True)):
         for completion in of_prompt:
             text = decode(completion.ids)
-            answer = parse_answer(text, answer_format)
+            answer = parse_answer(text, answer_format, example.label_set)
             lengths = {
                 "text": text_length(completion.ids),
                 "completion": len(completion.ids),
@@ -222,11 +222,12 @@ def unpack_samples(
             name: Reward(total=reward["total"], parts=reward["parts"])
             for name, reward in row["rewards"].items()
         }
+        example = by_id[row["example"]]
         sample = Sample(
             group=row["group"],
-            example=by_id[row["example"]],
+            example=example,
             text=text,
-            answer=parse_answer(text, answer_format),
+            answer=parse_answer(text, answer_format, example.label_set),
             truncated=row["truncated"],
             text_length=row["text_length"],
             rewards=rewards,

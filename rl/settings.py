@@ -28,6 +28,7 @@ from engine.settings import (
     TrainingConfig,
     finished,
     inherit,
+    label_problems,
     lora_problems,
     parse_training,
     training_problems,
@@ -35,7 +36,7 @@ from engine.settings import (
 )
 from rl.conditions import parse_combination, parse_condition
 from rl.flags import objective_config
-from rl.monitors import NAMES, WARN_WHEN
+from rl.monitors import WARN_WHEN, monitor_names
 from rl.plan import BatchPlan
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from rl.objective import ObjectiveConfig
     from rl.samples import Sample
 
+# What the policy and its reference were taught: GRPO cannot change it.
+BINDING = ("label_file", "prompt", "answer_format")
 RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
 LengthOf = Literal["text", "completion"]  # the length that rewards are given
 # What an evaluation measures on each validation set.
@@ -265,6 +268,8 @@ def judging_problems(config: GRPOConfig) -> list[str]:
         else []
     )
     found = []
+    readable = not label_problems(config.label_file)
+    monitors = monitor_names(config.label_set) if readable else ()
     for flag in ("stop_when", "warn_when"):
         combinations += [(flag, text) for text in getattr(config, flag)]
     for flag, text in combinations:
@@ -284,8 +289,14 @@ def judging_problems(config: GRPOConfig) -> list[str]:
                     f"--{flag} {text}: {name} needs two sets of --validation_file or more, there"
                     f" are {len(sets)}"
                 )
-            elif prefix == "monitors" and flag != "metric_for_best_model" and name not in NAMES:
-                found.append(f"--{flag} {text}: there is no {name}; there are {', '.join(NAMES)}")
+            elif (
+                prefix == "monitors"
+                and flag != "metric_for_best_model"
+                and monitors
+                and name not in monitors
+            ):
+                known = ", ".join(monitors)
+                found.append(f"--{flag} {text}: there is no {name}; there are {known}")
             elif name not in GAPS and (
                 prefix in sets
                 and metric not in SET_METRICS
@@ -306,16 +317,17 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
     logged: the names of what it has logged.
     """
     sets = validation_files(config)
+    monitors = monitor_names(config.label_set)
     known = {
         *logged,
-        *NAMES,
+        *monitors,
         *GAPS,
         *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
     }
     missing = [
         f"--{flag} {text}: nothing of the name {name} is logged; there are"
         f" {', '.join(GAPS)}, NAME/METRIC of --validation_file, monitors/... and"
-        f" {', '.join(sorted(set(logged) - set(NAMES)))}"
+        f" {', '.join(sorted(set(logged) - set(monitors)))}"
         for flag in ("stop_when", "warn_when")
         for text in getattr(config, flag)
         for name in parse_condition(text).combination.names
@@ -380,7 +392,7 @@ def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, Rewa
     frequency = {label: positive[label] / evaluated[label] for label in evaluated}
     rewards: dict[str, RewardFunction] = {
         "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
-        "nuanced": NuancedReward(frequency),
+        "nuanced": NuancedReward(frequency, labels=config.label_set.names),
     }
     if config.reward_scale is not None:
         rewards[config.reward].scale = config.reward_scale
@@ -410,7 +422,7 @@ def resolve_grpo(argv: Sequence[str]) -> Resolved:
         resolved = inherit(
             _from_sft_run(resolved),
             (*INHERITED, *of_adapter),
-            binding=("prompt", "answer_format", *of_adapter),
+            binding=(*BINDING, *of_adapter),
         )
     config, objective = finished(resolved, grpo_problems(*resolved.configs), "grpo").configs
     from rl.objective import ObjectiveConfig  # the command line is accepted, so torch may be loaded

@@ -348,7 +348,7 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
         ([], "--model is missing"),
         (["--model", "base"], "--model base: expected NAME=FILE"),
         (["--prompt", "demo", "demo"], "--prompt demo is given twice"),
-        (["--prompt", "gone"], "--prompt gone: unknown"),
+        (["--prompt", "gone"], "--prompt gone: no such instruction variant; there are demo"),
         (["--temperature", "-1"], "--temperature -1.0: must be 0"),
         (["--data_file", "a={project}/none.jsonl"], "no such data file"),
     ],

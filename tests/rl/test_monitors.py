@@ -20,14 +20,15 @@ import torch
 import rl.monitors
 from data.answers import Answer
 from data.examples import Example
-from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES, Target
+from data.labels import CHEXPERT, LABELS, NO_FINDING, SUPPORT_DEVICES, Target
 from engine.generate import Completion
-from rl.monitors import NAMES, WARN_WHEN, LabelWindow, Monitors
+from rl.monitors import WARN_WHEN, LabelWindow, Monitors, monitor_names
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
 from rl.samples import build_samples
 from tests.helpers.repository import ROOT
 
 CPU = torch.device("cpu")
+NAMES = monitor_names(CHEXPERT)
 CAP = 60  # max_completion_length
 
 
