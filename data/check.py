@@ -18,11 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data.answers import ANSWER_FORMATS, parse_answer
+from data.answers import ANSWER_FORMATS, blocks_of, parse_answer
 from data.examples import Example, data_file, scan_jsonl
 from data.files import DataError
 from data.images import all_image_facts
-from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
+from data.label_sets import add_label_flag, labels_named
+from data.labels import CHEXPERT, LabelSet
 from data.predictions import DEFAULT_FORMAT
 from data.same_pictures import same_pictures
 
@@ -73,18 +74,21 @@ class Checked:
 
 
 def check_file(
-    spec: str, image_root: str | None = None, answer_format: str = DEFAULT_FORMAT
+    spec: str,
+    image_root: str | None = None,
+    answer_format: str = DEFAULT_FORMAT,
+    label_set: LabelSet = CHEXPERT,
 ) -> Checked:
     """Read all of a data file: its rows, labels, answers and images.
 
     spec: a JSONL file or demo:SPLIT.
     image_root: folder that image paths are relative to, or None for the data file's own.
-    answer_format: form of the answers.
+    answer_format: form of the answers. label_set: the labels that rows may hold.
 
     Raises DataError for a missing file, and for one that is no JSONL.
     """
     path = data_file(spec)
-    examples, problems = scan_jsonl(path, image_root)
+    examples, problems = scan_jsonl(path, image_root, label_set)
     checked = Checked(str(path), examples, problems)
     checked.problems += [
         f"{path}, {problem}"
@@ -148,7 +152,7 @@ def _row_problems(example: Example, answer_format: str) -> list[str]:
 
 
 def _wrong_answer(example: Example, text: str, answer_format: str) -> str | None:
-    answer = parse_answer(text, answer_format)
+    answer = parse_answer(text, answer_format, example.label_set)
     if not answer.valid:
         return answer.problem
     if answer.unknown or answer.duplicates or set(answer.labels) != example.target.labels:
@@ -160,8 +164,8 @@ def _remedy(text: str, answer_format: str) -> str:
     """Name the form that the answer has, among those that tags tell apart."""
     fits = [
         name
-        for name in ("think_solution", "answer_tag", "solution")
-        if name != answer_format and parse_answer(text, name).valid
+        for name in ANSWER_FORMATS
+        if blocks_of(name) and name != answer_format and parse_answer(text, name).valid
     ]
     if fits:
         return f"it has the form {fits[0]}: give --answer_format {fits[0]}, here and to run_sft.py"
@@ -173,17 +177,15 @@ def summary(spec: str, examples: Sequence[Example]) -> str:
     """Count the sound rows of a file, their patients, answers and labels, in one line."""
     counts = Counter(label for example in examples for label in example.target.labels)
     without = sum(not example.target.labels for example in examples)
-    contradictory = sum(
-        NO_FINDING in example.labels and bool({*example.labels} - {NO_FINDING, SUPPORT_DEVICES})
-        for example in examples
-    )
+    label_set = examples[0].label_set if examples else CHEXPERT
+    contradictory = sum(bool(label_set.contradictions(example.labels)) for example in examples)
     return (
         f"{spec}: {len(examples)} examples of {len({example.patient_id for example in examples})}"
         f" patients, {sum(example.answer is not None for example in examples)} with an answer;"
         " labels: "
-        + ", ".join(f"{label} {counts[label]}" for label in LABELS if counts[label])
+        + ", ".join(f"{label} {counts[label]}" for label in label_set.ordered(counts))
         + (f", none {without}" if without else "")
-        + (f"; {NO_FINDING} beside a finding {contradictory}" if contradictory else "")
+        + (f"; {label_set.exclusive} beside a finding {contradictory}" if contradictory else "")
         + _who_line(examples)
     )
 
@@ -220,11 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=DEFAULT_FORMAT,
         help=f"form of the answers, as run_sft.py's --answer_format (default: {DEFAULT_FORMAT})",
     )
+    add_label_flag(parser)
     arguments = parser.parse_args(argv)
     files: list[Checked] = []
+    try:
+        label_set = labels_named(arguments.label_file)
+    except DataError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
     for spec in arguments.files:
         try:
-            checked = check_file(spec, arguments.image_root, arguments.answer_format)
+            checked = check_file(spec, arguments.image_root, arguments.answer_format, label_set)
         except DataError as error:
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
             continue

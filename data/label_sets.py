@@ -18,6 +18,7 @@ A name is refused where an answer that holds it could not be read back.
 
 from __future__ import annotations
 
+import argparse
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -40,6 +41,7 @@ _FORBIDDEN = (
     (COMMAS + SEMICOLONS, "ends an entry of an answer"),
     ("<>", "belongs to tags"),
     (COLONS, "ends a heading"),
+    ("{}", "belongs to the texts of prompts"),
 )
 
 
@@ -101,6 +103,26 @@ def labels_of(kept: KeptFile | None) -> LabelSet:
     Raises DataError as `read_labels` does.
     """
     return CHEXPERT if kept is None else read_labels(kept.text, kept.path)
+
+
+def add_label_flag(parser: argparse.ArgumentParser) -> None:
+    """Give a command --label_file, whose value `labels_named` reads."""
+    parser.add_argument(
+        "--label_file",
+        metavar="FILE",
+        help="labels of one's own, one a line (default: CheXpert's 14; see data/README.md)",
+    )
+
+
+def labels_named(path: str | None) -> LabelSet:
+    """Read the file that --label_file names, CHEXPERT where it is not given.
+
+    Raises DataError with every problem of it.
+    """
+    try:
+        return labels_of(None if path is None else KeptFile.read(path))
+    except DataError as error:
+        raise DataError([f"--label_file {problem}" for problem in error.problems]) from error
 
 
 def label_lines(label_set: LabelSet) -> list[str]:

@@ -8,9 +8,10 @@ itself, as "labelled by an arrow", are in a list of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 
-from data.labels import LABELS
+from data.labels import CHEXPERT, LABELS, LabelSet
 
 _FINDINGS = ",".join(label.casefold() for label in LABELS)
 
@@ -145,21 +146,34 @@ def _phrases(lines: str) -> Iterator[tuple[str, ...]]:
                 yield words
 
 
-_LEAK_WORDS = frozenset(_phrases(_LEAKS))
+@lru_cache(maxsize=8)
+def _leak_words(label_set: LabelSet) -> frozenset[tuple[str, ...]]:
+    """Write out the phrases, with the names of these labels where a finding stands in them."""
+    findings = ",".join(_folded(label) for label in label_set.names)
+    return frozenset(_phrases(_LEAKS.replace(_FINDINGS, findings)))
+
+
+def _folded(text: str) -> str:
+    """Fold a text to its words in small letters, parted by blanks."""
+    text = text.casefold().replace("'", "").replace("\u2019", "")
+    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
 _INNOCENT_WORDS = frozenset(_phrases(_INNOCENT))
-LEAK_PHRASES: tuple[str, ...] = tuple(sorted(" ".join(words) for words in _LEAK_WORDS))
+LEAK_PHRASES: tuple[str, ...] = tuple(sorted(" ".join(words) for words in _leak_words(CHEXPERT)))
 
 
-def leak(text: str) -> str | None:
+def leak(text: str, label_set: LabelSet = CHEXPERT) -> str | None:
     """Find the first of LEAK_PHRASES in a text, the longest of those that begin there, or None.
+
+    label_set: the findings of the phrases.
 
     Compared word by word, whatever the case and the punctuation: "ground truth" is also found in
     "Ground-truth:".
     """
-    folded = text.casefold().replace("'", "").replace("\u2019", "")
-    words = "".join(c if c.isalnum() else " " for c in folded).split()
+    words = _folded(text).split()
     innocent = list(_found(words, _INNOCENT_WORDS))
-    for start, end in _found(words, _LEAK_WORDS):
+    for start, end in _found(words, _leak_words(label_set)):
         if not any(first <= start and end <= last for first, last in innocent):
             return " ".join(words[start:end])
     return None

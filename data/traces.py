@@ -47,7 +47,7 @@ from typing import Any
 
 from PIL import Image
 
-from data.answers import parse_answer
+from data.answers import blocks_of, parse_answer
 from data.demo.teacher import trace_from_labels
 from data.examples import (
     MAX_ANSWER_CHARACTERS,
@@ -57,10 +57,12 @@ from data.examples import (
     row_of,
     selection_file,
 )
-from data.files import DataError, first_problems, write_jsonl
+from data.files import DataError, KeptFile, first_problems, write_jsonl
 from data.images import check_images, in_parallel, load_image
-from data.labels import LABELS
+from data.label_sets import add_label_flag, labels_named
+from data.labels import CHEXPERT, LabelSet
 from data.leaks import leak
+from data.prompt_files import prompt_of
 from data.prompts import PROMPTS, Prompt
 from data.teacher_answers import ANSWER_FORMAT, TeacherAnswer, read_answers
 
@@ -84,16 +86,17 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
         return "long", f"more than {MAX_ANSWER_CHARACTERS:,} characters"
     if control := _foreign_tag(text):
         return "control", control
-    answer = parse_answer(text, ANSWER_FORMAT)
+    answer = parse_answer(text, ANSWER_FORMAT, example.label_set)
     if not answer.valid:
         return "form", answer.problem or ""
     if not (answer.think or "").strip():
         return "form", "empty think"
     said = {*answer.labels, *answer.unknown}
     if said != example.target.labels or answer.duplicates:
-        written = _listed((*answer.labels, *answer.unknown, *answer.duplicates))
-        return "labels", f"{written}, not {_listed(example.target.labels)}"
-    if phrase := leak(text):
+        labels = example.label_set
+        written = _listed((*answer.labels, *answer.unknown, *answer.duplicates), labels)
+        return "labels", f"{written}, not {_listed(example.target.labels, labels)}"
+    if phrase := leak(text, example.label_set):
         return "leak", phrase
     return None
 
@@ -108,16 +111,16 @@ def _foreign_tag(text: str) -> str | None:
         if (
             closed
             and name.strip("/|").replace("_", "").isalnum()
-            and name.strip("/") not in ("think", "solution")
+            and name.strip("/") not in blocks_of(ANSWER_FORMAT)
         ):
             return f"<{name}>"
     return None
 
 
-def _listed(labels: Iterable[str]) -> str:
-    """List labels in CheXpert's order, with what is no label at the end."""
-    order = {label: position for position, label in enumerate(LABELS)}
-    return ", ".join(sorted(labels, key=lambda label: order.get(label, len(LABELS)))) or "none"
+def _listed(labels: Iterable[str], label_set: LabelSet = CHEXPERT) -> str:
+    """List labels in the order of their set, with what is no label at the end."""
+    order = {label: position for position, label in enumerate(label_set.names)}
+    return ", ".join(sorted(labels, key=lambda label: order.get(label, len(order)))) or "none"
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -125,16 +128,17 @@ def teacher_text(example: Example, prompt: Prompt) -> str:
     """Write the teacher's request: the student's instruction, the truth, and how to reason."""
     truth = example.target.labels
     absent = [label for label in example.evaluated_labels if label not in truth]
-    unrated = [label for label in LABELS if label not in example.evaluated_labels]
+    labels = example.label_set
+    unrated = [label for label in labels.names if label not in example.evaluated_labels]
     return "\n".join(
         [
             prompt.text,
             "",
             "For you alone, the reference standard of this image:",
-            f"present: {_listed(truth)}",
-            f"absent: {_listed(absent)}",
+            f"present: {_listed(truth, labels)}",
+            f"absent: {_listed(absent, labels)}",
             *(
-                [f"not rated, and not to be used in <solution>: {_listed(unrated)}"]
+                [f"not rated, and not to be used in <solution>: {_listed(unrated, labels)}"]
                 if unrated
                 else []
             ),
@@ -301,7 +305,9 @@ def template_answers(examples: Sequence[Example]) -> list[TeacherAnswer]:
     return [
         TeacherAnswer(
             example.id,
-            trace_from_labels(example.target.labels, zlib.crc32(example.id.encode("utf-8"))),
+            trace_from_labels(
+                example.target.labels, zlib.crc32(example.id.encode("utf-8")), example.label_set
+            ),
         )
         for example in examples
     ]
@@ -370,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--image_root",
             help="folder that image paths are relative to (default: the data file's own folder)",
         )
+        add_label_flag(command)
     out.add_argument(
         "--form",
         required=True,
@@ -386,7 +393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument(
         "--prompt",
         default="free_reasoning",
-        help=f"the student's instruction (default free_reasoning): {', '.join(TEACHER_PROMPTS)}",
+        help=(
+            f"the student's instruction (default free_reasoning): {', '.join(TEACHER_PROMPTS)}; or"
+            " one's own, a .toml file (data/README.md)"
+        ),
     )
     out.add_argument(
         "--max_side",
@@ -424,18 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if arguments.prompt not in TEACHER_PROMPTS:
-        why = (
-            "has no reasoning; its answers are made from the labels"
-            if arguments.prompt in PROMPTS
-            else "no such instruction variant"
-        )
-        raise DataError(
-            [
-                f"--prompt {arguments.prompt}: {why}; a teacher can be asked with"
-                f" {', '.join(TEACHER_PROMPTS)}"
-            ]
-        )
+    label_set = labels_named(arguments.label_file)
+    prompt = _teacher_prompt(arguments.prompt, label_set)
     if (arguments.form == "openai") != (arguments.model is not None):
         raise DataError(
             [
@@ -445,10 +445,10 @@ def _export(arguments: argparse.Namespace) -> int:
         )
     if arguments.max_side < 1:
         raise DataError([f"--max_side {arguments.max_side}: must be at least 1"])
-    examples = read_jsonl(data_file(arguments.data_file), arguments.image_root)
+    examples = read_jsonl(data_file(arguments.data_file), arguments.image_root, label_set)
     files = export(
         examples,
-        PROMPTS[arguments.prompt],
+        prompt,
         arguments.form,
         arguments.output_dir,
         model=arguments.model,
@@ -466,6 +466,30 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _teacher_prompt(named: str, label_set: LabelSet) -> Prompt:
+    """Find the instruction that a teacher is asked with, a built-in one or one's own.
+
+    Raises DataError for one that cannot be used, and for one without reasoning.
+    """
+    is_file = named.lower().endswith(".toml") and Path(named).exists()
+    if not is_file and named not in PROMPTS:
+        why = "no such file, and no" if named.lower().endswith(".toml") else "no such"
+        why += " instruction variant"
+    else:
+        try:
+            prompt = prompt_of(KeptFile.read(named) if is_file else named, label_set)
+        except DataError as error:
+            raise DataError([f"--prompt {problem}" for problem in error.problems]) from error
+        if prompt.answer_format == ANSWER_FORMAT:
+            return prompt
+        why = "has no reasoning; its answers are made from the labels"
+        if len(blocks_of(prompt.answer_format)) != 1:
+            why = f"has the form {prompt.answer_format}, not {ANSWER_FORMAT}"
+    raise DataError(
+        [f"--prompt {named}: {why}; a teacher can be asked with {', '.join(TEACHER_PROMPTS)}"]
+    )
+
+
 def _import(arguments: argparse.Namespace) -> int:
     output = arguments.output
     rejected_file = arguments.rejected or output.with_name(f"{output.stem}-rejected.jsonl")
@@ -479,7 +503,8 @@ def _import(arguments: argparse.Namespace) -> int:
             or [f"--rejected {rejected_file} is the --output; give another"]
         )
     path = data_file(arguments.data_file)
-    examples = read_jsonl(path, arguments.image_root)
+    label_set = labels_named(arguments.label_file)
+    examples = read_jsonl(path, arguments.image_root, label_set)
     answers = (
         TEACHERS[arguments.teacher](examples)
         if arguments.teacher

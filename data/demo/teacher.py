@@ -15,7 +15,7 @@ from collections.abc import Collection
 import numpy as np
 
 from data.demo.radiographs import Radiograph
-from data.labels import LABELS, NO_FINDING, SUPPORT_DEVICES
+from data.labels import CHEXPERT, LABELS, NO_FINDING, SUPPORT_DEVICES, LabelSet
 
 # {where} is the drawn location, such as "right lower". Labels without a location do not use it.
 _WORDINGS: dict[str, tuple[str, ...]] = {
@@ -125,6 +125,7 @@ _UNPLACED_WORDINGS: dict[str, tuple[str, ...]] = {
         "support hardware is seen",
     ),
 }
+_OWN_LABEL = ("the image shows {}", "{} is seen", "signs of {} are visible")
 _NOTHING_LISTED = (
     "none of the findings in question is seen",
     "no finding of the list can be made out",
@@ -190,21 +191,24 @@ def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
     return f"<think>{reading(radiograph, rng)}</think><solution>{labels}</solution>"
 
 
-def trace_from_labels(labels: Collection[str], seed: int) -> str:
+def trace_from_labels(labels: Collection[str], seed: int, label_set: LabelSet = CHEXPERT) -> str:
     """Write the teacher's answer for an image of which only the labels are known.
 
     Form and order of the labels are those of `reasoning_trace`. The words are a function of the
-    labels and `seed`.
+    labels and `seed`. Of labels of one's own nothing is known but their names.
     """
-    ordered = [label for label in LABELS if label in labels]
-    rng = np.random.default_rng([seed, *(LABELS.index(label) for label in ordered)])
-    phrases = [
-        str(rng.choice(_ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label]))
-        for label in ordered
-    ]
+    ordered = label_set.ordered(labels)
+    rng = np.random.default_rng([seed, *(label_set.names.index(label) for label in ordered)])
+    phrases = [str(rng.choice(_wordings_of(label, label_set))) for label in ordered]
     phrases = phrases or [str(rng.choice(_NOTHING_LISTED))]
     rng.shuffle(phrases)
     return f"<think>{_sentences(phrases)}</think><solution>{', '.join(ordered)}</solution>"
+
+
+def _wordings_of(label: str, label_set: LabelSet) -> tuple[str, ...]:
+    if label_set != CHEXPERT:
+        return tuple(wording.format(label) for wording in _OWN_LABEL)
+    return _ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label]
 
 
 def _sentences(phrases: list[str]) -> str:

@@ -15,9 +15,12 @@ import pytest
 
 import run_grpo
 from data.answers import parse_answer
-from data.examples import Example
+from data.check import main as check
+from data.examples import Example, read_jsonl
 from data.label_sets import read_labels
 from data.labels import CHEXPERT
+from data.traces import check_trace
+from data.traces import main as traces
 from engine.config import ConfigError, UsageError
 from engine.encode import Encoder
 from eval.compare import main as compare
@@ -300,3 +303,61 @@ def test_a_matrix_takes_the_labels_of_the_run_and_prompts_by_file(own, tmp_path,
     assert matrix([*asked, "--output_dir", str(tmp_path / "cells")]) == 0
     (row, *_) = lines(tmp_path / "cells" / "m.second" / "predictions-clinic.jsonl")
     assert row["prompt"] == "second" and row["label_set"][0].startswith("exclusive: Unremarkable")
+
+
+# ---- files before a run --------------------------------------------------------------------------
+def test_traces_are_asked_for_and_checked_in_the_labels_and_by_the_prompt_of_the_files(
+    own, tmp_path, capsys
+):
+    (tmp_path / "labels.txt").write_text(LABEL_FILE, encoding="utf-8")
+    (tmp_path / "clinic.toml").write_text(PROMPT, encoding="utf-8")
+    given = ["--data_file", str(own / "own.jsonl"), "--label_file", str(tmp_path / "labels.txt")]
+    asked = ["--prompt", str(tmp_path / "clinic.toml"), "--output_dir", str(tmp_path / "out")]
+    assert traces(["export", *given, *asked, "--form", "openai", "--model", "m"]) == 0
+    (request, *_) = lines(tmp_path / "out" / "requests-001.jsonl")
+    told = request["body"]["messages"][0]["content"][1]["text"]
+    assert told.startswith(f"{TOLD}\n\nFor you alone") and "present: Tuberculosis\n" in told
+    assert not CHEXPERT.in_text.search(told)
+    output = tmp_path / "taught.jsonl"
+    assert traces(["import", *given, "--teacher", "template", "--output", str(output)]) == 0
+    for row in lines(output):
+        answer = parse_answer(row["answer"], label_set=read_labels(LABEL_FILE, "f"))
+        assert answer.valid and list(answer.labels) == row["labels"]
+    assert check([str(output), "--image_root", str(own), *given[2:]]) == 0
+    assert "labels: Tuberculosis 5, Silicosis 1" in capsys.readouterr().out
+    label_set = read_labels(LABEL_FILE, "f")
+    (example, *_) = read_jsonl(own / "own.jsonl", label_set=label_set)
+    for text, rejected in (
+        ("<think>It is labelled Goitre.</think><solution>TB</solution>", "leak"),
+        ("<think>Seen.</think><solution>Goitre</solution>", "labels"),
+        ("<think>Seen.</think><solution>tb</solution>", None),
+    ):
+        found = check_trace(text, example)
+        assert (found and found[0]) == rejected, text
+
+
+def test_a_prompt_without_reasoning_asks_no_teacher(own, tmp_path, capsys):
+    (tmp_path / "short.toml").write_text('text = "a"\nanswer_format = "solution"', "utf-8")
+    for prompt, why in (
+        (str(tmp_path / "short.toml"), "has no reasoning; its answers are made from the labels"),
+        (str(tmp_path / "gone.toml"), "no such file, and no instruction variant"),
+        ("gone", "no such instruction variant"),
+    ):
+        asked = ["--data_file", str(own / "own.jsonl"), "--prompt", prompt, "--form", "gemini"]
+        assert traces(["export", *asked, "--output_dir", str(tmp_path / "out")]) == 2
+        assert f"error: --prompt {prompt}: {why}; a teacher can" in capsys.readouterr().err
+
+
+def test_a_label_file_with_mistakes_is_told_by_the_commands_on_files(own, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("Goitre\nGOITRE\n", encoding="utf-8")
+    for command in (
+        [check, str(own / "own.jsonl")],
+        [traces, "import", "--data_file", str(own / "own.jsonl"), "--teacher", "template"],
+    ):
+        more = ["--output", str(tmp_path / "x.jsonl")] if command[0] is traces else []
+        main, *argv = command
+        assert main([*argv, *more, "--label_file", str(tmp_path / "labels.txt")]) == 2
+        assert capsys.readouterr().err == (
+            f"error: --label_file {tmp_path}/labels.txt, line 2: 'GOITRE' looks like 'Goitre' on"
+            " line 1; labels must differ\n"
+        )
