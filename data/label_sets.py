@@ -19,6 +19,7 @@ A name is refused where an answer that holds it could not be read back.
 from __future__ import annotations
 
 import argparse
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -144,7 +145,7 @@ def _at(source: str, line: int, problem: str) -> str:
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Give the lines that hold something, numbered from 1, without comments."""
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         line = f" {line}".partition(" #")[0].partition("\t#")[0].strip()
         if line:
             yield number, line

@@ -203,13 +203,14 @@ def _answer(model: str, prediction: Prediction, outcome: Outcome, jaccard: float
     length = prediction.completion_length
     tokens = "unknown" if length is None else f"{length:,}"
     facts = [("tokens", tokens)]
+    contradiction = f"{prediction.label_set.exclusive} with a finding"
     facts += _reward_facts(prediction.extra.get("rewards"))
     facts += [
         (name, value)
         for name, value in (
             ("problem", answer.problem),
             ("unknown entries", ", ".join(answer.unknown)),
-            ("contradiction", "No Finding with a finding" if answer.contradictions else ""),
+            ("contradiction", contradiction if answer.contradictions else ""),
         )
         if value
     ]

@@ -517,14 +517,14 @@ def load_entry(name: str, folder: Path) -> Entry:
     evaluation: dict[str, Any] = next(
         (record["run"] for record in records.values() if record.get("run")), {}
     )
-    settings = _values(own or evaluation)
+    settings = _values(own or evaluation, folder)
     if settings.get("predictions"):  # scored again without a model: no prompt was asked
         settings.pop("prompt", None)
     adapter = settings.get("adapter_name_or_path") if not own else str(folder)
     found = located(adapter, folder) if adapter else None
     training = None if found is None else _run_of(found)
     run = own or (read_record(training / "config.json") if training is not None else {})
-    trained = _values(run)
+    trained = _values(run, folder if training is None else training)
     state = read_record(training / "trainer_state.json") if training is not None else {}
     best = state.get("best_model_checkpoint")
     best_step = int(best.rpartition("-")[2]) if best else None
@@ -581,15 +581,15 @@ def _stage_of(name: str, run: Mapping[str, Any], *, is_base: bool) -> Stage:
     return next((stage for stage in stages if name.lower().startswith(stage)), "other")
 
 
-def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+def _values(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     settings = record.get("settings")
     if not isinstance(settings, dict):
         return {}
-    return {
-        name: from_json(entry.get("value"))
-        for name, entry in settings.items()
-        if isinstance(entry, dict)
-    }
+    entries = {name: entry for name, entry in settings.items() if isinstance(entry, dict)}
+    try:
+        return {name: from_json(entry.get("value")) for name, entry in entries.items()}
+    except DataError as error:
+        raise UsageError(f"{folder}: {error}; repair or remove its records") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:

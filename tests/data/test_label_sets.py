@@ -53,7 +53,8 @@ def said(solution: str, labels: LabelSet = OWN):
 # ---- the file ------------------------------------------------------------------------------------
 def test_a_label_file_holds_names_aliases_marks_and_comments():
     assert read_labels(TEXT, "labels.txt") == OWN
-    assert read_labels(TEXT.replace("\n", "\r\n"), "labels.txt") == OWN
+    for end in ("\r\n", "\r"):
+        assert read_labels(TEXT.replace("\n", end), "labels.txt") == OWN
 
 
 def test_lines_of_a_label_set_are_its_file_again():
@@ -101,6 +102,7 @@ def test_a_file_without_labels_is_refused(text):
         ("A | B\uff1a", 1, "which ends a heading"),
         ("<think>", 1, "holds '<', which belongs to tags"),
         ("Mass > 3 cm", 1, "holds '>', which belongs to tags"),
+        ("A {b}", 1, "holds '{', which belongs to the texts of prompts"),
         ("A\tB\x07", 1, "control character"),
         ("12", 1, "has no letter"),
         ("---", 1, "has no letter"),

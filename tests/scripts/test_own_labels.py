@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import run_grpo
@@ -19,12 +21,15 @@ from data.check import main as check
 from data.examples import Example, read_jsonl
 from data.label_sets import read_labels
 from data.labels import CHEXPERT
+from data.predictions import Prediction, write_predictions
 from data.traces import check_trace
 from data.traces import main as traces
 from engine.config import ConfigError, UsageError
 from engine.encode import Encoder
+from engine.merge import main as merge
 from eval.compare import main as compare
 from eval.evaluate import main as evaluate
+from eval.folders import load_answers
 from eval.matrix import main as matrix
 from eval.report import main as report
 from rl.monitors import OF_ALL, Monitors, monitor_names
@@ -361,3 +366,36 @@ def test_a_label_file_with_mistakes_is_told_by_the_commands_on_files(own, tmp_pa
             f"error: --label_file {tmp_path}/labels.txt, line 2: 'GOITRE' looks like 'Goitre' on"
             " line 1; labels must differ\n"
         )
+
+
+def test_a_merged_model_has_both_files_beside_it_and_names_them(own, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert merge(["--adapter_name_or_path", str(own / "grpo"), "--output_dir", str(merged)]) == 0
+    assert (merged / "labels.txt").read_text(encoding="utf-8") == LABEL_FILE
+    assert (merged / "clinic.toml").read_text(encoding="utf-8") == PROMPT
+    asked = f"--label_file {merged}/labels.txt --prompt {merged}/clinic.toml --min_visual_tokens 4"
+    assert asked in capsys.readouterr().out
+    kept = record(merged / "merge.json")["kept"]
+    assert kept["prompt"] == hashlib.sha256(PROMPT.encode()).hexdigest()
+
+
+# ---- many labels ---------------------------------------------------------------------------------
+def test_a_report_takes_more_labels_than_an_integer_of_the_machine_has_bits(tmp_path):
+    label_set = read_labels("\n".join(f"Finding number {i}" for i in range(70)), "f")
+    said = {"a": (0, 69), "b": (64,), "c": ()}
+    rows = [
+        Prediction.of_example(
+            Example(id, id, "x", label_set.names[i : i + 1], "d", tmp_path, label_set=label_set),
+            prompt="p",
+            completion=f"<solution>{', '.join(label_set.names[k] for k in said[id])}</solution>",
+            completion_length=3,
+            answer_format="solution",
+        )
+        for id, i in (("a", 69), ("b", 63), ("c", 0))
+    ]
+    rows = [replace(row, evaluated_labels=label_set.names) for row in rows]
+    answers = load_answers(write_predictions(tmp_path / "p.jsonl", rows))
+    assert answers.predictions.shape == (3, 70) and answers.columns == list(range(70))
+    assert [np.flatnonzero(row).tolist() for row in answers.predictions] == [[0, 69], [64], []]
+    assert [np.flatnonzero(row).tolist() for row in answers.targets] == [[69], [63], [0]]
+    assert not answers.contradictions.any()  # no label is exclusive
