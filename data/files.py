@@ -126,7 +126,9 @@ class KeptFile:
             with open(path, "rb") as file:
                 content = file.read(MAX_KEPT + 1)
             if len(content) > MAX_KEPT:
-                raise DataError([f"{path} has more than {MAX_KEPT:,} bytes; is it the right file?"])
+                raise DataError(
+                    [f"{path}: has more than {MAX_KEPT:,} bytes; is it the right file?"]
+                )
             return cls(path, content.decode("utf-8"))
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
@@ -134,7 +136,7 @@ class KeptFile:
             why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             if isinstance(error, UnicodeDecodeError):
                 why = f"is not UTF-8 text (byte {error.start + 1}); save it as UTF-8"
-            raise DataError([f"{path} {why}"]) from error
+            raise DataError([f"{path}: {why}"]) from error
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> KeptFile:

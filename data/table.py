@@ -25,16 +25,15 @@ from typing import TypeVar
 
 from data.examples import Example, row_of
 from data.files import DataError, first_problems, is_name, write_jsonl
-from data.label_sets import read_labels
+from data.label_sets import add_label_flag, labels_named
 from data.labels import (
     BLANK_RULES,
-    CHEXPERT,
     NO_LABEL_RULES,
     UNCERTAIN_RULES,
     LabelPolicy,
     LabelSet,
 )
-from data.sources import age_of, read_text, sex_of, uncertain_rules
+from data.sources import age_of, sex_of, uncertain_rules
 from data.table_labels import AUTO, Said, columns_reader, list_reader
 from data.table_reading import (
     SEPARATORS,
@@ -315,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=LABEL",
         help="label that a column or an entry means; NAME= leaves it out",
     )
-    flag("--label_file", type=Path, metavar="FILE", help="labels of one's own [default: the 14]")
+    add_label_flag(parser)
     flag(
         "--uncertain",
         nargs="+",
@@ -367,9 +366,7 @@ def convert(flags: argparse.Namespace) -> None:
         problems.append("--evaluated goes with --label_column; --labels names the columns itself")
     if not flags.table.is_file():
         problems.append(f"{flags.table}: no such file; give a CSV file with a header row")
-    label_set = CHEXPERT
-    if flags.label_file is not None:
-        label_set = read_labels(read_text(flags.label_file), str(flags.label_file))
+    label_set = labels_named(flags.label_file)
     plain, by_label = uncertain_rules(flags.uncertain, problems, label_set)
     if problems:
         raise DataError(problems)
