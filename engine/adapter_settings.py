@@ -18,15 +18,22 @@ from typing import Any
 
 LARGEST_RANK = 16_384
 LARGEST_ALPHA = 1e6
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes, as file systems have it
 PATTERN_SECONDS = 3.0  # that the regular expressions of a file may take on the model's names
 
 Check = Callable[[Any], str | None]  # of a value that is not null -> what is wrong with it
 
 
 def base_problem(value: Any) -> str | None:
-    if value is None or isinstance(value, str) and value.isprintable():
+    """Say what is wrong with the name of a base model, None where it may be one."""
+    if value is None:
         return None
-    return f"is {shown(value)}, expected printable text or null"
+    if not isinstance(value, str) or not value.isprintable():
+        return f"is {shown(value)}, expected printable text or null"
+    longest = max(len(part.encode()) for part in value.split("/"))
+    if longest > LONGEST_NAME or len(value.encode()) > LONGEST_PATH:
+        return f"is {shown(value)}, too long for a folder or a hub name"
+    return None
 
 
 def _text(value: Any) -> str | None:

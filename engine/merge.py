@@ -157,15 +157,17 @@ def say_whether_tied(model: PreTrainedModel) -> None:
     """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    if not model.config.get_text_config().tie_word_embeddings and not getattr(
-        model.config, "tie_word_embeddings", False
-    ):
-        return
-    if torch.equal(embedding.weight, head.weight):
+    flag = "tie_word_embeddings"
+    configs = [
+        config
+        for config in (model.config, model.config.get_text_config())
+        if getattr(config, flag, False)
+    ]
+    if configs and torch.equal(embedding.weight, head.weight):
         head.weight = embedding.weight
     else:
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
+        for config in configs:
+            setattr(config, flag, False)
 
 
 def copy_processor(path: str, folder: Path) -> list[str]:
