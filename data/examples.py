@@ -177,6 +177,8 @@ def _row_problems(row: object, label_set: LabelSet) -> list[str]:
                 )
         elif name in _NAMES and not value.strip():
             problems.append(f"field {name!r} is blank; every row needs one")
+        elif name in _NAMES and "\0" in value:
+            problems.append(f"field {name!r} holds a zero character; remove it")
         elif name == "answer" and len(value) > MAX_ANSWER_CHARACTERS:
             problems.append(
                 f"field 'answer' has {len(value):,} characters; at most"
@@ -199,7 +201,7 @@ def who_problems(row: Mapping[str, Any]) -> list[str]:
             f"field 'age' is {json.dumps(age)[:60]}; it must be whole years, 0 to {MAX_AGE}, and"
             " absent where unknown"
         )
-    if view is not None and (not isinstance(view, str) or not view.strip()):
+    if view is not None and (not isinstance(view, str) or not view.strip() or "\0" in view):
         problems.append(
             f"field 'view' is {json.dumps(view)[:60]}; it must be a string such as \"PA\", and"
             " absent where unknown"

@@ -292,6 +292,7 @@ _REQUIRED: dict[str, type] = {
     "labels": list,
     "completion": str,
 }
+_NAMES = ("id", "patient_id", "dataset")
 # absent or null: all labels of the set, and a length that nobody counted
 _OPTIONAL: dict[str, type] = {"evaluated_labels": list}
 MAX_COUNT = 10**9  # of tokens or samples; more is a mistake that no sum should meet
@@ -311,6 +312,10 @@ def _row_problems(row: object, wanted: LabelSet | None) -> list[str]:
             problems.append(
                 f"field {name!r} is {json.dumps(value)[:60]}; it must be {kind.__name__}"
             )
+        elif (
+            isinstance(value, str) and name in _NAMES and "\0" in value
+        ):  # arrays of names would drop it
+            problems.append(f"field {name!r} holds a zero character; remove it")
         elif isinstance(value, list):
             unknown = [label for label in value if label not in label_set.names]
             if unknown:

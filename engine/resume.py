@@ -82,7 +82,7 @@ def _selection(data_file: Path) -> dict[str, Any]:
         return {}
     try:
         return {"selection": json.loads(path.read_text(encoding="utf-8"))}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it"
         ) from error

@@ -358,7 +358,7 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         return row | {"step": int(row["step"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -601,7 +601,7 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
     if not isinstance(record, dict):
         raise UsageError(
@@ -635,7 +635,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             for line in lines:
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
                     rows.append(row)

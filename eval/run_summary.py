@@ -47,7 +47,12 @@ def sampled_reward(run: Path) -> dict[str, Any] | None:
             try:
                 row = json.loads(line)
                 rewards[row["step"]][row["patient_id"]].append(float(row["reward"]))
-            except (ValueError, KeyError, TypeError):  # torn by the end of a process
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                RecursionError,
+            ):  # torn by the end of a process
                 continue
     steps = sorted(rewards)
     if not steps:

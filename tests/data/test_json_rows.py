@@ -44,6 +44,11 @@ LINES: dict[str, tuple[bytes, str | None]] = {
         with_field("note", '"x"').encode().replace(b"x", b"\xed\xa0\xbd"),
         "not UTF-8 text (invalid",
     ),
+    "NUL in a name": (
+        json.dumps(ROW | {"patient_id": "p\0"}).encode(),
+        "field 'patient_id' holds a zero character",
+    ),
+    "NUL as the view": (with_field("view", r'"\u0000"').encode(), "field 'view' is"),
     "NUL": (with_field("note", '"\0"').encode(), "not valid JSON (Invalid control character"),
     "a block of NULs": (b"\0" * 512, "it holds zero bytes, so the file is damaged"),
     "200,000 brackets": (b"[" * 200_000, "nested too deep: at most 100"),
@@ -219,6 +224,13 @@ def test_a_completion_may_end_in_half_a_character(tmp_path):
     assert read_predictions(file)[0].completion == "cut \ud83d"
     file.write_text(json.dumps(row | {"note": "\ud83d"}))
     with pytest.raises(DataError, match=r"line 1: field 'note' holds '\\ud83d', half"):
+        read_predictions(file)
+    # an array of names would drop it, and two patients be one
+    file.write_text(json.dumps(row | {"patient_id": "p\0"}))
+    with pytest.raises(DataError, match="line 1: field 'patient_id' holds a zero character"):
+        read_predictions(file)
+    file.write_text(json.dumps(row | {"completion_length": 10**10}))
+    with pytest.raises(DataError, match="it must be a number from 0 up to 1,000,000,000"):
         read_predictions(file)
 
 

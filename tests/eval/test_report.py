@@ -687,6 +687,8 @@ def test_a_torn_log_is_read_up_to_the_tear(tmp_path):
     )
     assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     assert read_log(tmp_path / "none") == []
+    (tmp_path / "metrics.jsonl").write_text("[" * 200_000 + '\n{"step": 1}\n')
+    assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 # ---- sample cases --------------------------------------------------------------------------------
@@ -939,6 +941,7 @@ def test_one_model_on_one_set_without_images(folders, tmp_path):
         (["{tmp}/base", "--cases", "-1"], "--cases -1: must not be negative"),
         (["{tmp}/base", "--output_dir", "{tmp}/sft"], "is not empty"),
         (["{tmp}/broken"], "predictions-a.jsonl, line 1: not valid JSON"),
+        (["{tmp}/deep"], "config.json: is not valid JSON (maximum recursion depth"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -948,6 +951,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken" / "predictions-a.jsonl").write_text("{\n")
+    (tmp_path / "deep").mkdir()
+    for file in (tmp_path / "base").iterdir():
+        (tmp_path / "deep" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "deep" / "config.json").write_text("[" * 200_000)
     assert (
         main([argument.format(tmp=tmp_path) for argument in [*arguments, "--permutations", "20"]])
         == 2
