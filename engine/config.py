@@ -523,7 +523,7 @@ def parse_config(
     raw, problems = _split(parser, argv, settings)
 
     inherited = (
-        _inherited(inherit(raw[inherit_with][-1]), settings)
+        _inherited(inherit(raw[inherit_with][-1]), settings, free_to_change)
         if inherit and inherit_with in raw
         else None
     )
@@ -576,12 +576,16 @@ def parse_config(
     return Resolved(tuple(configs), origins, recipe)
 
 
-def _inherited(saved: dict[str, Any], settings: dict[str, _Setting]) -> dict[str, Any]:
+def _inherited(
+    saved: dict[str, Any], settings: dict[str, _Setting], free_to_change: Sequence[str]
+) -> dict[str, Any]:
     """Convert a saved run's settings to the types of today's dataclasses.
 
-    Raises ConfigError where the names differ.
+    free_to_change: settings that change no number. An earlier version may not have had them yet.
+
+    Raises ConfigError where the names of others differ.
     """
-    different = sorted(saved.keys() ^ settings.keys())
+    different = sorted((saved.keys() ^ settings.keys()) - (set(free_to_change) - saved.keys()))
     if different:
         raise ConfigError(
             "the run that is resumed and this version do not have the same settings"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from data.examples import Example
 from data.files import DataError
@@ -48,6 +48,7 @@ from engine.memory import (
 )
 from engine.memory_table import memory_table
 from engine.model import load_encoder, model_path
+from engine.processor_files import parsed_config
 
 ROWS = 8  # rows of a data set whose lengths stand for all: of answers to learn the longest
 # Of what is free: above this share the sampler copies nothing, since allocators waste a part.
@@ -97,7 +98,7 @@ class Lengths:
 # ---- what is known without weights ---------------------------------------------------------------
 def shape_of(name: str) -> ModelShape:
     """Read the sizes of a checkpoint from its config.json, with its parameters on no device."""
-    config = AutoConfig.from_pretrained(model_path(name))
+    config = parsed_config(model_path(name))
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config)
     net.tie_weights()

@@ -71,6 +71,7 @@ from engine.model import (
     load_model,
 )
 from engine.model_files import check_model_folder, model_path
+from engine.resume import changed_base_of
 from engine.settings import TrainingConfig, settings_of_adapter
 
 # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
@@ -321,6 +322,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     check_model_folder(name)
     if note:
         print(note, file=sys.stderr)
+    if line := changed_base_of(adapter, name):
+        print(f"warning: {line}", file=sys.stderr)
     dtype: torch.dtype = getattr(torch, config.dtype)
     check_can_be_folded_in(check_adapter(name, adapter), adapter)
     unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")

@@ -218,12 +218,3 @@ def _hash(path: Path, whole: bool) -> str:
         file.seek(max(begin, size - _SAMPLE_BYTES))
         total.update(file.read())
     return total.hexdigest()
-
-
-def changed_file(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Name a file that is not the one it was, of two `base_hashes` of one kind, or None."""
-    was, files = before.get("files", {}), now["files"]
-    for file in sorted(was.keys() | files.keys()):
-        if was.get(file) != files.get(file):
-            return file
-    return None

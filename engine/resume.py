@@ -25,7 +25,8 @@ from engine.checkpoint import (
     point_link,
 )
 from engine.config import Resolved, UsageError, from_json, to_json
-from engine.model_files import ADAPTER_FILES
+from engine.model_checks import base_hashes
+from engine.model_files import ADAPTER_FILES, model_path
 from engine.runtime import STEP_LOGS, run_directory, versions
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
@@ -46,6 +47,7 @@ FREE_TO_CHANGE = (
     "vision_cache_gb",
     "vision_cache_dir",
     "memory_check",
+    "base_hash",
 )
 
 
@@ -233,10 +235,26 @@ def training_record(
 ) -> dict[str, Any]:
     """Make config.json of a training run, new or resumed.
 
-    Raises UsageError where a data file or the frozen reference is not the one that the resumed run
-    began with.
+    Raises UsageError where a data file, the base or the frozen reference is not the one that the
+    resumed run began with, or the base not the one that the adapter was trained on.
     """
     record = run_record(resolved, script, sets.files, sets.bad_images)
+    config = resolved.configs[0]
+    saved = None if checkpoint is None else checkpoint.record("config.json").get("base")
+    how = saved["hash"] if saved else config.base_hash
+    record["base"] = base_record(config.model_name_or_path, how)
+    if saved and (line := _changed_base(saved, record["base"])):
+        raise UsageError(f"{line} than when the resumed run began; restore it or start a new run")
+    if checkpoint is None and config.adapter_name_or_path:
+        line = changed_base_of(config.adapter_name_or_path, config.model_name_or_path)
+        noted = saved_base(config.adapter_name_or_path) or {}
+        if line and noted["name"] == config.model_name_or_path:
+            raise UsageError(
+                f"{line}; restore it, or give the base that the adapter belongs to with"
+                " --model_name_or_path"
+            )
+        if line:
+            print(f"warning: {line}", file=sys.stderr)
     for name, examples in {TRAIN: sets.train, **sets.evaluated}.items():
         if name in record["data"]:  # a share of the training patients has no file of its own
             record["data"][name] |= {
@@ -250,6 +268,70 @@ def training_record(
     if "reference" in checkpoint.record("config.json"):
         record["reference"] = check_same_reference(checkpoint)
     return record
+
+
+# ---- the base model ------------------------------------------------------------------------------
+def base_record(name: str, how: Literal["sample", "full"] = "sample") -> dict[str, Any]:
+    """Hash the files of a base model -> its `base_hashes` with its name.
+
+    It is {} for a hub model that is not on this machine yet, and for a folder whose weights are not
+    whole, which loading it answers.
+    """
+    folder = Path(model_path(name))
+    if not folder.is_dir():
+        from transformers.utils import cached_file  # here: a folder needs no transformers
+
+        found = cached_file(
+            name,
+            "config.json",
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            return {}
+        folder = Path(found).parent
+    try:
+        return {"name": name} | base_hashes(folder, how)
+    except (OSError, ValueError):
+        return {}
+
+
+def saved_base(adapter: str | Path) -> dict[str, Any] | None:
+    """Read what the run of an adapter noted of its base, None for one that noted nothing."""
+    noted = saved_record(adapter)[0].get("base")
+    return noted if isinstance(noted, dict) and noted.keys() >= {"name", "hash", "files"} else None
+
+
+def changed_base_of(adapter: str | Path, name: str) -> str | None:
+    """Say which file of a base is not the one that an adapter was trained on, or None.
+
+    adapter: its folder. Only one of a run that noted its base can tell.
+    """
+    before = saved_base(adapter)
+    if before is None:
+        return None
+    now = base_record(name, before["hash"])
+    line = _changed_base(before, now)
+    return line and f"{line} than when {adapter} was trained"
+
+
+def _changed_base(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say which file of a base is not the one it was, None for none, or where that is unknown."""
+    if not now:
+        return None
+    was, files = before["files"], now["files"]
+    shards = {file for file in was.keys() | files.keys() if file.endswith(".safetensors")}
+    if any(file not in was or file not in files for file in shards):
+        return None  # saved anew in other shards, which cannot be compared
+    # a copy elsewhere may well have been described anew, by another version of transformers
+    same_place = before["name"] == now["name"]
+    compared = sorted(was.keys() | files.keys() if same_place else shards)
+    file = next((name for name in compared if was.get(name) != files.get(name)), None)
+    if file is None:
+        return None
+    sums = [of.get(file, {}).get("sha256", "missing")[:12] for of in (files, was)]
+    return f"{now['name']}: {file} is another one (SHA-256 {sums[0]}, was {sums[1]})"
 
 
 def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:

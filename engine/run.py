@@ -18,7 +18,7 @@ from data.examples import Example
 from data.files import DataError, write_json
 from data.sets import write_bad_images
 from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
-from engine.resume import bring_logs, keep_reference, run_folder
+from engine.resume import base_record, bring_logs, keep_reference, run_folder
 from engine.runtime import SignalGuard, StopRequested, lock_run
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
@@ -293,6 +293,11 @@ def opened_run(
             set_later_checkpoints_aside(folder, checkpoint.step)
         elif reference is not None:
             record["reference"] = keep_reference(reference, folder)
+        if record.get("base") == {}:  # a hub model has come with its weights only now
+            named, how = (
+                record["settings"][name]["value"] for name in ("model_name_or_path", "base_hash")
+            )
+            record["base"] = base_record(named, how)
         write_json(folder / "config.json", record)
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step

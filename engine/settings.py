@@ -234,6 +234,13 @@ class TrainingConfig:
         source=ENGINE,
         group="memory",
     )
+    base_hash: Literal["sample", "full"] = setting(
+        "sample",
+        "how the base's weights are hashed into config.json, so that others under the same path are"
+        " noticed: headers, sizes and 16 MiB of each file, or all of them (reads every byte)",
+        source=ENGINE,
+        group="memory",
+    )
     vision_cache_dir: str | None = setting(
         None,
         "folder that keeps image features across runs as well, by tower, processor and image; only"

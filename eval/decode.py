@@ -25,7 +25,7 @@ from engine.config import Resolved, UsageError, from_json
 from engine.generate import Completion, SamplingConfig, generate
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.policy import Policy, load_base
-from engine.resume import run_record
+from engine.resume import changed_base_of, run_record
 from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
 from engine.tracking import Progress
@@ -112,6 +112,8 @@ def load_policy(
     adapter = config.adapter_name_or_path
     if adapter is not None:
         check_adapter(config.model_name_or_path, adapter)
+        if line := changed_base_of(adapter, config.model_name_or_path):
+            print(f"warning: {line}", file=sys.stderr)
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
     policy = Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
