@@ -1349,7 +1349,7 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
                 "--prompt",
                 "other",
             ],
-            "--prompt other: unknown",
+            "--prompt other: no such instruction variant; there are demo",
         ),
         (
             [
