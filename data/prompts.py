@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from data.answers import blocks_of
 from data.labels import CHEXPERT, LabelSet
 
-# Explicit for both families: a chat template's own default ("You are a helpful assistant.") differs
+# Explicit for every family: a chat template's own default ("You are a helpful assistant.") differs
 # between them.
 SYSTEM_PROMPT = "You read chest X-rays."
 

@@ -6,7 +6,7 @@
 
 OLD and NEW are commits, which get a worktree each outside this repository for the time of the
 comparison, or folders. A refactor that changes no number, no random draw and no key of a file of a
-run passes: it is a proof for both scripts, both families and the evaluation, where tests look at
+run passes: it is a proof for both scripts, every family and the evaluation, where tests look at
 parts. Each checkout runs the same commands on the same small random models and X-rays:
 
     sft               2 epochs, validation on two sites, dropout, a checkpoint at every step
