@@ -6,8 +6,8 @@ All problems are printed, one line each, and notes on what may be meant. The exi
 nothing is wrong, 1 where something is, and 2 where the command cannot be carried out.
 
 One picture under two ids is found by its pixels, in one file and across the files of the command,
-whatever the names, formats and metadata of its files. It is a problem where the two rows disagree
-on the patient or on the labels: then it is in two sets of patients, or teaches two truths.
+whatever the names, formats and metadata of its files. The same id in two files is a problem where
+they disagree on the patient or on the labels, else a note: only you know which files are apart.
 """
 
 from __future__ import annotations

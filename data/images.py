@@ -263,12 +263,24 @@ def _decoded(example: Example, content: bytes) -> tuple[Image.Image, float | Non
         raise
     except Exception as error:
         # of many classes: Pillow's readers raise what a damaged file makes them stumble over
-        raise _unreadable(example, path, error) from error
+        raise _unreadable(example, path, error, content) from error
 
 
-def _unreadable(example: Example, path: Path, error: Exception) -> DataError:
+def _kind_of(content: bytes) -> str:
+    """Name what a file is that is no JPEG or PNG, as far as its first bytes tell."""
+    if content[128:132] == b"DICM":
+        return "it is DICOM: convert it with data.dicom"
+    kinds = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP", b"GIF8": "GIF", b"RIFF": "WebP"}
+    kinds |= {b"\0\0\0\x0cjP": "JPEG 2000"}
+    if content.lstrip().startswith(b"<"):
+        return "it is HTML or XML, as a page that a download asks to log in on"
+    found = next((kind for magic, kind in kinds.items() if content.startswith(magic)), None)
+    return f"it is {found}: save it as PNG" if found else "it is of another kind"
+
+
+def _unreadable(example: Example, path: Path, error: Exception, content: bytes = b"") -> DataError:
     # Pillow's own line names the path again, or the place of the file's content in memory.
-    reason = "it is of another kind" if isinstance(error, UnidentifiedImageError) else error
+    reason = _kind_of(content) if isinstance(error, UnidentifiedImageError) else error
     return DataError([f"example {example.id!r}: {path} is not a readable JPEG or PNG ({reason})"])
 
 

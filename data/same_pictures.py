@@ -18,14 +18,15 @@ def same_pictures(rows: Iterable[tuple[str, Example, str]]) -> tuple[list[str], 
 
     rows: (set, example, digest of its picture).
 
-    Two rows that disagree on the patient or on the labels are a problem. The same id in two sets is
-    one example that both hold, and is counted in a note.
+    Two ids are a problem, and so are two rows that disagree on the patient or on the labels. The
+    same id in two sets, with the same labels, is one example that both hold: counted in a note.
     """
     by_picture: dict[str, list[tuple[str, Example]]] = {}
     for name, example, digest in rows:
         by_picture.setdefault(digest, []).append((name, example))
     problems, notes = [], []
     shared: Counter[tuple[str, str]] = Counter()
+    such_as: dict[tuple[str, str], str] = {}
     for (name, first), *others in by_picture.values():
         for other_name, other in others:
             what = (
@@ -35,12 +36,13 @@ def same_pictures(rows: Iterable[tuple[str, Example, str]]) -> tuple[list[str], 
             if differences := list(_differences(first, other)):
                 problems.append(f"{what}, {' and '.join(differences)}")
             elif first.id != other.id:
-                notes.append(f"{what}, of the same patient with the same labels")
+                problems.append(f"{what}, of the same patient with the same labels")
             if name != other_name:
                 shared[name, other_name] += 1
+                such_as.setdefault((name, other_name), other.id)
     notes += [
-        f"pictures of {other} that are in {name} too: {count}; training, validation and test sets"
-        " must share none"
+        f"pictures of {other} that are in {name} too: {count}, such as {such_as[name, other]!r};"
+        " training, validation and test sets must share none"
         for (name, other), count in shared.items()
     ]
     return problems, notes

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from operator import getitem, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,8 +160,9 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 class Table:
-    """Read a CSV file (.csv or .csv.gz, UTF-8) by column name.
+    """Read a CSV file (.csv or .csv.gz) by column name.
 
+    It is UTF-8 with commas, or UTF-16, semicolons or tabs where it was saved again so.
     Names are compared without case and outer white space.
 
     Raises DataError for a file without a header or with a column twice.
@@ -256,14 +258,19 @@ class Table:
         row = 0
         try:
             with open(self.path, "rb") as file:
-                zipped = file.read(2) == GZIP
-            with (gzip.open if zipped else open)(
-                self.path, "rt", encoding="utf-8-sig", newline=""
-            ) as text:
-                for line in csv.reader(text):
+                head = file.read(100)
+            opened = gzip.open if head.startswith(GZIP) else open
+            # UTF-16 as some editors save a table again: the first letter has a zero beside it
+            marked = head[:2] + head[3:4] == b"\xff\xfe\0" or head[:3] == b"\xfe\xff\0"
+            encoding = "utf-16" if marked else "utf-8-sig"
+            with opened(self.path, "rt", encoding=encoding, newline="") as text:
+                header = text.readline()
+                # a comma, but where an office program has written the table again
+                sign = max(",;\t", key=header.count)
+                for line in csv.reader(chain([header], text), delimiter=sign):
                     row += 1
                     yield line
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
             raise DataError(
                 [f"{self.path}, after row {row}: cannot be read ({error}); download it again"]
             ) from error

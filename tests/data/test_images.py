@@ -374,6 +374,25 @@ def test_eight_bits_are_never_scaled(tmp_path):
     assert all_image_facts([example(tmp_path, "a.png")])[0].clipped is None
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\0" * 128 + b"DICM\2\0", "it is DICOM: convert it with data.dicom"),
+        (b"II*\0rest", "it is TIFF: save it as PNG"),
+        (b"BMrest", "it is BMP: save it as PNG"),
+        (b"RIFF\0\0\0\0WEBP", "it is WebP: save it as PNG"),
+        (
+            b"\n<!DOCTYPE html>",
+            "it is HTML or XML, as a page that a download asks to log in on",
+        ),
+        (b"what", "it is of another kind"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, said):
+    (tmp_path / "a.png").write_bytes(content)
+    assert refusal(tmp_path, "a.png").endswith(f"is not a readable JPEG or PNG ({said})")
+
+
 # Passing faults of a drive
 
 

@@ -829,7 +829,8 @@ def test_files_that_only_have_one_size_are_no_equal_files(tmp_path):
         "one, example 'a' shows the same picture as two, example 'c', of another patient ('p', 'q')"
     ]
     assert notes == [
-        "pictures of two that are in one too: 1; training, validation and test sets must share none"
+        "pictures of two that are in one too: 1, such as 'c'; training, validation and test sets"
+        " must share none"
     ]
 
 

@@ -232,6 +232,17 @@ def test_chexpert_label_file_variants(tmp_path, variant):
     assert found(load_chexpert(tmp_path, report=Report())) == expected(f"{outer}train")
 
 
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_label_file_that_was_saved_again(tmp_path, sign, encoding, end):
+    """As office programs write a table: other separators, encodings and line ends."""
+    text = end.join([CHEXPERT, *TRAIN_ROWS]).replace(",", sign)
+    (tmp_path / "train.csv").write_bytes(text.encode(encoding))
+    touch(tmp_path, f"train/{ONE}", f"train/{TWO}")
+    assert found(load_chexpert(tmp_path, report=Report())) == expected("train")
+
+
 def test_chexpert_batch_folders(tmp_path):
     """As downloaded: label files in batch 1, the training patients directly in batches 2 and 3."""
     batches = [
