@@ -23,7 +23,7 @@ from engine.encode import EncodedPrompt, EncodedRow, Encoder, read_config
 from engine.families import Family, family_of, stop_ids, suppressed_ids
 from engine.model_checks import check_not_quantised, check_weights
 from engine.model_files import check_model_folder, looks_local, model_path
-from engine.processor_files import parsed_config
+from engine.processor_files import one_line, parsed_config
 from engine.vision import VisionCache
 
 _HUB_ADVICE = (
@@ -73,6 +73,11 @@ def load_encoder(name: str, *, min_visual_tokens: int, max_visual_tokens: int) -
         )
     except (OSError, ValueError) as error:
         raise UsageError(_unusable(name, error)) from error
+    except Exception as error:  # of many classes: settings of a tokenizer can be anything
+        raise UsageError(
+            f"--model_name_or_path {name}: its tokenizer or image processor cannot be used"
+            f" ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def load_model(

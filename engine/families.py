@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.config import UsageError
 from engine.family import Family, ImageTensors, causal_mask, text_positions
 from engine.gemma3 import Gemma3
 from engine.qwen2_5_vl import PIXEL_BOUNDS, Qwen25VL
@@ -84,11 +85,18 @@ def stop_ids(
 
     The checkpoint's are those of generation_config.eos_token_id. This is all that is ever read from
     a generation_config: its other fields would silently change how completions are sampled.
+
+    Raises UsageError where it holds anything but numbers of tokens.
     """
     configured = net.generation_config.eos_token_id if net.generation_config is not None else None
     if configured is None:
         configured = []
-    listed = [configured] if isinstance(configured, int) else list(configured)
+    listed = list(configured) if isinstance(configured, (list, tuple)) else [configured]
+    if not all(type(token) is int for token in listed):
+        raise UsageError(
+            f"{net.name_or_path}: generation_config.json says that completions end at"
+            f" {configured!r} (eos_token_id); it takes the number of a token, or a list of them"
+        )
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return frozenset(listed + eos + [end_of_turn_id])
 

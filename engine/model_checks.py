@@ -163,7 +163,7 @@ def _header(path: Path) -> dict[str, str]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            dtypes = {name: entry["dtype"] for name, entry in header.items()}
+            dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
             end = max([entry["data_offsets"][1] for entry in header.values()], default=0)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as e:
             raise ValueError(f"{damaged} (its header cannot be read: {type(e).__name__})") from e

@@ -48,7 +48,14 @@ from engine.memory import lora_parameters, model_shape
 from engine.model import BaseModel, attach_new_adapter
 from engine.optim import trainable_parameters
 from engine.runtime import main_guard
-from tests.helpers.real_configs import REAL_CONFIGS, gemma_4b, qwen3_vl, qwen_3b
+from tests.helpers.real_configs import (
+    REAL_CONFIGS,
+    gemma3,
+    gemma_4b,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen_3b,
+)
 from tests.helpers.repository import ROOT, product_files
 from tests.helpers.runs import (
     GRPO,
@@ -79,10 +86,20 @@ def family(request) -> str:
         # gate, up and down 2048 + 11008: 16 (2 x 4096 + 2 x 2304 + 3 x 13056) = 831,488 a layer, x
         # 36 = 29,933,568. Total: the published checkpoint's 3,754,622,976.
         ("qwen2_5_vl", qwen_3b(), 36, 252, 29_933_568, 3_754_622_976),
+        # 7B: q and o 3584 + 3584, k and v 3584 + 512, gate, up and down 3584 + 18944: 16 (2 x 7168
+        # + 2 x 4096 + 3 x 22528) = 1,441,792, x 28
+        ("qwen2_5_vl", qwen2_5_vl("7B"), 28, 196, 40_370_176, 8_292_166_656),
+        # 32B: 16 (2 x 10240 + 2 x 6144 + 3 x 32768) = 2,097,152, x 64
+        ("qwen2_5_vl", qwen2_5_vl("32B"), 64, 448, 134_217_728, 33_452_718_336),
+        # 72B: 16 (2 x 16384 + 2 x 9216 + 3 x 37760) = 2,631,680, x 80
+        ("qwen2_5_vl", qwen2_5_vl("72B"), 80, 560, 210_534_400, 73_410_777_344),
         # Gemma 3 4B: q and o 2560 + 8 x 256, k and v 2560 + 4 x 256, gate, up and down 2560 +
         # 10240: 16 (2 x 4608 + 2 x 3584 + 3 x 12800) = 876,544 a layer, x 34 = 29,802,496. Total:
         # the published 4,300,079,472.
         ("gemma3", gemma_4b(), 34, 238, 29_802_496, 4_300_079_472),
+        # 27B: q and o 5376 + 32 x 128, k and v 5376 + 16 x 128: 16 (2 x 9472 + 2 x 7424 + 3 x
+        # 26880) = 1,830,912, x 62
+        ("gemma3", gemma3("27B"), 62, 434, 113_516_544, 27_432_406_640),
         # Qwen3-VL: q and o hidden + 128 x heads, k and v hidden + 8 x 128, gate, up and down hidden
         # + intermediate. Totals: the published checkpoints'. 2B: 16 (2 x 4096 + 2 x 3072 + 3 x
         # 8192) = 622,592 a layer, x 28
@@ -100,7 +117,7 @@ def test_lora_on_the_real_sizes(family, config, layers, modules, trainable, tota
     # before adapters; the tied head counts once
     assert sum(parameter.numel() for parameter in base.parameters()) == total
     tied = base.lm_head.weight is base.get_input_embeddings().weight
-    assert tied == config.tie_word_embeddings == (total < 8e9)
+    assert tied == config.tie_word_embeddings == (family == "gemma3" or total < 8e9)
     shape = model_shape(config, total)
     assert lora_parameters(shape, 16) == trainable and shape.layers == layers
     model = BaseModel(family, base, family_of(family), None, frozenset(), (), None)
@@ -114,6 +131,17 @@ def test_lora_on_the_real_sizes(family, config, layers, modules, trainable, tota
     assert all(pattern.fullmatch(name) for name in places)  # none in vision, none on the head
     assert sum(parameter.numel() for parameter in trained.values()) == trainable
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("size", ["4B", "27B"])
+def test_gemmas_positions_as_published(size):
+    """config.json on the hub divides the positions of the layers that see everything by 8."""
+    text = gemma3(size).get_text_config()
+    full, sliding = (text.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    assert (full["rope_type"], full["factor"], full["rope_theta"]) == ("linear", 8.0, 1e6)
+    assert (sliding["rope_type"], sliding["rope_theta"]) == ("default", 1e4)
+    assert text.attn_logit_softcapping is None and text.final_logit_softcapping is None
+    assert text.layer_types.count("full_attention") == {"4B": 5, "27B": 10}[size]
 
 
 def test_qwen3s_configuration_as_published(tiny_checkpoint, tmp_path):

@@ -7,19 +7,28 @@ from __future__ import annotations
 from transformers import Gemma3Config, Qwen2_5_VLConfig, Qwen3VLConfig
 
 
-def qwen_3b() -> Qwen2_5_VLConfig:
-    """Describe Qwen/Qwen2.5-VL-3B-Instruct: 3.75 B parameters, head tied to the embedding."""
+def qwen2_5_vl(size: str) -> Qwen2_5_VLConfig:
+    """Describe Qwen/Qwen2.5-VL-3B, 7B, 32B and 72B-Instruct.
+
+    Their config.json: 3.75, 8.29, 33.45 and 73.41 B parameters. The head is tied in the first only.
+    """
+    vocabulary, hidden, intermediate, layers, heads, kept = {
+        "3B": (151_936, 2048, 11_008, 36, 16, 2),
+        "7B": (152_064, 3584, 18_944, 28, 28, 4),
+        "32B": (152_064, 5120, 27_648, 64, 40, 8),
+        "72B": (152_064, 8192, 29_568, 80, 64, 8),
+    }[size]
     return Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=151_936,
-            hidden_size=2048,
-            intermediate_size=11_008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kept,
             max_position_embeddings=128_000,
             rms_norm_eps=1e-6,
-            tie_word_embeddings=True,
+            tie_word_embeddings=size == "3B",
             bos_token_id=151_643,
             eos_token_id=151_645,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
@@ -27,9 +36,9 @@ def qwen_3b() -> Qwen2_5_VLConfig:
         vision_config=dict(
             depth=32,
             hidden_size=1280,
-            intermediate_size=3420,
+            intermediate_size=3420 if size in ("3B", "7B") else 3456,
             num_heads=16,
-            out_hidden_size=2048,
+            out_hidden_size=hidden,
             patch_size=14,
             spatial_merge_size=2,
             temporal_patch_size=2,
@@ -40,28 +49,43 @@ def qwen_3b() -> Qwen2_5_VLConfig:
         video_token_id=151_656,
         vision_start_token_id=151_652,
         vision_end_token_id=151_653,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size == "3B",
     )
 
 
-def gemma_4b() -> Gemma3Config:
-    """Describe google/gemma-3-4b-it, and MedGemma-4B, which is further trained: 4.30 B parameters,
-    head tied to the embedding.
+def qwen_3b() -> Qwen2_5_VLConfig:
+    """Describe Qwen/Qwen2.5-VL-3B-Instruct."""
+    return qwen2_5_vl("3B")
+
+
+def gemma3(size: str) -> Gemma3Config:
+    """Describe google/gemma-3-4b-it and 27b-it, and MedGemma of these sizes, trained further.
+
+    4.30 and 27.43 B parameters, the head tied to the embedding. Layers that see everything have
+    their positions divided by 8 (rope_scaling linear), as in config.json on the hub.
     """
+    hidden, intermediate, layers, heads, kept, width, scalar = {
+        "4B": (2560, 10_240, 34, 8, 4, 256, 256),
+        "27B": (5376, 21_504, 62, 32, 16, 128, 168),
+    }[size]
     return Gemma3Config(
         text_config=dict(
             vocab_size=262_208,
-            hidden_size=2560,
-            intermediate_size=10_240,
-            num_hidden_layers=34,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-            query_pre_attn_scalar=256,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kept,
+            head_dim=width,
+            query_pre_attn_scalar=scalar,
             max_position_embeddings=131_072,
             sliding_window=1024,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            rope_scaling=dict(factor=8.0, rope_type="linear"),
             layer_types=[
-                "full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)
+                "full_attention" if layer % 6 == 5 else "sliding_attention"
+                for layer in range(layers)
             ],
             pad_token_id=0,
             eos_token_id=1,
@@ -81,6 +105,11 @@ def gemma_4b() -> Gemma3Config:
         boi_token_index=255_999,
         eoi_token_index=256_000,
     )
+
+
+def gemma_4b() -> Gemma3Config:
+    """Describe google/gemma-3-4b-it, and MedGemma-4B."""
+    return gemma3("4B")
 
 
 def qwen3_vl(size: str) -> Qwen3VLConfig:
