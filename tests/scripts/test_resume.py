@@ -87,7 +87,7 @@ def small_window():
         monkeypatch.setattr(
             rl.settings,
             "NuancedReward",
-            lambda frequency: NuancedReward(frequency, window=6, min_window=2, dominance=0.4),
+            partial(NuancedReward, window=6, min_window=2, dominance=0.4),
         )
         yield
 
