@@ -451,5 +451,7 @@ def read_config(path: str | Path) -> dict:
     if file is None:  # the hub's answer for a repository without one
         raise OSError(f"{path} holds no config.json")
     config = read_object(Path(file))
+    if not isinstance(config.get("model_type"), (str, type(None))):
+        raise ValueError(f"its config.json has the model_type {config['model_type']!r}, no name")
     family_of(config.get("model_type"))
     return config

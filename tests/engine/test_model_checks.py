@@ -538,6 +538,8 @@ def test_processor_settings_of_another_model_are_one_line(family, number, base):
         {"image_token_id": "x"},
         {"model_type": None},
         {"model_type": 3},
+        {"model_type": ["qwen2_5_vl"]},
+        {"model_type": {}},
         {"dtype": "no dtype"},
     ],
 )
@@ -545,6 +547,14 @@ def test_configurations_that_are_wrong_are_one_line(changes, base):
     folder = base("qwen2_5_vl")
     edit(folder / "config.json", **changes)
     refusal(model_of, folder)
+
+
+@pytest.mark.parametrize("eos", [[[1]], "x", {"a": 1}, [None]])
+def test_an_end_of_text_that_is_no_token_is_one_line(eos, base):
+    folder = base("qwen2_5_vl")
+    edit(folder / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(UsageError, match="generation_config.json says that completions end at"):
+        model_of(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '"x"', "null", "[" * 100_000, "\ud800"])
