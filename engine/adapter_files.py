@@ -197,7 +197,9 @@ def _check_not_folded_in(folder: str | Path, base: str, named: str | None) -> No
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         digest, merged_into = record["adapter_sha256"], str(record["base"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        # the base may have moved before the merge
+        names = [merged_into, str(record.get("base_of_adapter") or "")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is no record of a merge ({type(error).__name__}); restore or remove it"
         ) from error
@@ -206,7 +208,7 @@ def _check_not_folded_in(folder: str | Path, base: str, named: str | None) -> No
             f"--model_name_or_path {base}: the adapter in {folder} is folded into it already"
             f" (merge.json there); give its base {merged_into}, or the merged model alone"
         )
-    if named and same_base(named, merged_into):
+    if named and any(same_base(named, name) for name in names):
         raise UsageError(
             f"--model_name_or_path {base}: it is {merged_into} with an adapter folded in, by its"
             f" merge.json, and the adapter in {folder} was trained on {named}; give that base"

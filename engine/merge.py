@@ -54,7 +54,7 @@ from transformers.utils import cached_file
 from data.examples import Example
 from data.files import KeptFile, sha256_of, write_json
 from data.prompts import PROMPTS
-from engine.adapter_files import PREFIX, base_to_use
+from engine.adapter_files import PREFIX, adapter_record, base_to_use
 from engine.card import write_merged_card
 from engine.collate import collate_rows
 from engine.config import Resolved, UsageError
@@ -364,6 +364,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             )
         record = {
             "base": name,
+            "base_of_adapter": adapter_record(adapter).get("base_model_name_or_path"),
             "adapter": str(adapter),
             "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
             "dtype": config.dtype,

@@ -257,6 +257,10 @@ def load_adapter_weights(net: PeftModel, folder: str | Path, adapter: str = POLI
             f"{folder}: adapter_model.safetensors cannot be read ({first_line(error)})"
         ) from error
     tensors = {name: file[former] for name, former in stored.items()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            kind = "not finite" if tensor.is_floating_point() else f"of {tensor.dtype}"
+            raise UsageError(f"{folder}: {stored[name]} is {kind}; the adapter is damaged")
     for name, own in _weights_of_base(
         net, tensors.keys() - adapter_state(net, adapter).keys()
     ).items():

@@ -287,6 +287,22 @@ def test_every_command_refuses_before_it_loads_a_model(
     assert snapshot(tmp_path) == before
 
 
+def test_what_is_frozen_has_no_dropout(made, tiny_checkpoint, tiny_images):
+    """An image is seen once in a run: with dropout its features would be those of one draw."""
+    model = open_model(tiny_checkpoint("qwen2_5_vl"))
+    folder = made("qwen2_5_vl", "suffix list")
+    net = attach_adapter(model, folder, trainable=True, dropout=0.5)
+    pixels = model.encoder.encode_image(examples_of(tiny_images, 56)[0])
+    net.eval()
+    expected = model.family.image_features(model.net, pixels)
+    net.train()
+    found = model.family.image_features(model.net, pixels)
+    tensors = [found] if torch.is_tensor(found) else list(found.values())
+    before = [expected] if torch.is_tensor(expected) else list(expected.values())
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+    assert trained_lora(net) == (4, 0.5)
+
+
 # ---- whole runs ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "kind"), [("qwen2_5_vl", "unsloth"), ("gemma3", "MedGemma notebook")]
@@ -491,6 +507,22 @@ def test_an_embedding_of_another_base_is_refused(made, tiny_checkpoint, tmp_path
     save_file(tensors, folder / "adapter_model.safetensors")
     said = refusal(attach_adapter, open_model(checkpoint), folder)
     assert said.startswith(f"{folder}: {name} is a weight of the base, and not as in this base")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda tensor: tensor.fill_(float("nan")), "is not finite; the adapter is damaged"),
+        (lambda tensor: tensor.to(torch.int8), "is of torch.int8; the adapter is damaged"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(damage, said, made, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(made("qwen2_5_vl", "attention only"), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[3]
+    save_file(tensors | {name: damage(tensors[name])}, folder / "adapter_model.safetensors")
+    model = open_model(tiny_checkpoint("qwen2_5_vl"))
+    assert refusal(attach_adapter, model, folder) == f"{folder}: {name} {said}"
 
 
 def test_an_adapter_without_effect_is_said(made, tiny_checkpoint, tiny_data, tmp_path, capsys):

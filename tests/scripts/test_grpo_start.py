@@ -133,6 +133,12 @@ def test_a_merged_model_is_not_paired_with_what_is_folded_into_it(here):
         "--model_name_or_path merged: it is demo with an adapter folded in, by its merge.json, and"
         " the adapter in other was trained on demo; give that base"
     )
+    # the base may have moved before the merge
+    moved = config | {"base": "/new/place", "base_of_adapter": "demo"}
+    (here / "merged/merge.json").write_text(json.dumps(moved))
+    assert refusal("--model_name_or_path", "merged", "--adapter_name_or_path", "other").startswith(
+        "--model_name_or_path merged: it is /new/place with an adapter folded in, by its merge.json"
+    )
     # one that was trained on the merged model is in its place there, also where that has moved
     trained = write_adapter(here / "trained", base_model_name_or_path="/gone/merged")
     assert chosen("--model_name_or_path", "merged", "--adapter_name_or_path", str(trained))
@@ -171,8 +177,15 @@ def test_a_copy_of_the_base_is_taken_and_said(here, capsys):
         "note: runs/20260101-000000-sft names Qwen/Qwen2.5-VL-3B-Instruct as its base; moved is"
         " taken for a copy of it\n"
     )
-    # a mirror, or the full-precision form of a quantized base
-    chosen(*pair, "unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit")
+    chosen(*pair, "unsloth/Qwen2.5-VL-3B-Instruct")  # a mirror
+    assert "is taken for a copy of it" in capsys.readouterr().err
+    # the full-precision form of a quantised base
+    of_quantised = "unsloth/Qwen2.5-VL-3B-Instruct-unsloth-bnb-4bit"
+    quantised = write_adapter(here / "quantised", base_model_name_or_path=of_quantised)
+    chosen(
+        *("--adapter_name_or_path", str(quantised)),
+        *("--model_name_or_path", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    )
     assert "is taken for a copy of it" in capsys.readouterr().err
     for other in ("Qwen/Qwen2.5-VL-7B-Instruct", "demo"):
         assert refusal(*pair, other) == (
