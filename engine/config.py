@@ -17,16 +17,26 @@ import argparse
 import dataclasses
 import difflib
 import importlib.resources
-import math
 import tomllib
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from data.files import KeptFile, NameOrFile
+from engine.peer_flags import advice
+from engine.values import (
+    ANY,
+    Range,
+    Setting,
+    checked,
+    expected,
+    from_text,
+    from_toml,
+    show,
+    take_apart,
+)
 
 # one table per script; keys above the first table are shared by all of them
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
@@ -51,6 +61,7 @@ def setting(
     unit: str = "",
     source: str = "",
     unset: str = "",
+    within: str = "",
     aliases: tuple[str, ...] = (),
     group: str = "",
 ) -> Any:
@@ -61,6 +72,7 @@ def setting(
     unit: what the number counts.
     source: where the default comes from ("paper 3.2.1").
     unset: what --help says in place of the default, where something else decides without the flag.
+    within: the interval of a number, "[0, 1)". Every setting of a number needs one.
     aliases: further names of the flag, without dashes.
     group: the heading in --help, or empty for the name of the class.
     """
@@ -69,6 +81,7 @@ def setting(
         "unit": unit,
         "source": source,
         "unset": unset,
+        "within": within,
         "aliases": aliases,
         "group": group,
     }
@@ -104,51 +117,12 @@ def _field_names(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
-class _Setting(NamedTuple):
-    """Describe one field, with its type taken apart."""
-
-    name: str
-    owner: type  # the config class it is read from
-    kind: Any  # bool, int, float, str, KeptFile or NameOrFile; str for a Literal
-    choices: tuple[Any, ...]
-    optional: bool
-    repeated: bool
-    default: Any
-    help: str
-    group: str
-    aliases: tuple[str, ...]
-
-
-# ---- types ---------------------------------------------------------------------------------------
-def _take_apart(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
-    """Take a field's type apart -> (kind, choices, optional, repeated).
-
-    Raises TypeError for a type that no flag can express.
-    """
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType) and annotation != NameOrFile:
-        inner = [argument for argument in arguments if argument is not type(None)]
-        if len(inner) == 1 and len(arguments) == 2:
-            kind, choices, optional, repeated = _take_apart(inner[0])
-            if not repeated:
-                return kind, choices, True, False
-    elif origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        kind, choices, optional, repeated = _take_apart(arguments[0])
-        if not optional and not repeated and kind is not bool:
-            return kind, choices, False, True
-    elif origin is Literal:
-        return str, arguments, False, False
-    elif annotation == NameOrFile or annotation in (bool, int, float, str, KeptFile):
-        return annotation, (), False, False
-    raise TypeError(f"a config field of type {annotation} cannot be a flag")
-
-
-def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
+def _settings(config_classes: Sequence[type]) -> dict[str, Setting]:
     """Gather every field of every class, by name.
 
     Raises TypeError where a class cannot be turned into flags.
     """
-    found: dict[str, _Setting] = {}
+    found: dict[str, Setting] = {}
     for owner in config_classes:
         hints = get_type_hints(owner)
         for field in dataclasses.fields(owner):
@@ -161,16 +135,49 @@ def _settings(config_classes: Sequence[type]) -> dict[str, _Setting]:
                 raise TypeError(
                     f"{owner.__name__}.{field.name} needs a default that is not a factory"
                 )
-            found[field.name] = _Setting(
+            kind, choices, optional, repeated = take_apart(hints[field.name])
+            found[field.name] = Setting(
                 field.name,
                 owner,
-                *_take_apart(hints[field.name]),
+                kind,
+                choices,
+                optional,
+                repeated,
                 field.default,
                 _help_text(field),
                 field.metadata.get("group") or _group_of(owner, field.name),
                 tuple(field.metadata.get("aliases", ())),
+                _range_of(field, kind),
             )
     return found
+
+
+def _range_of(field: dataclasses.Field, kind: type) -> Range | None:
+    """Read the interval that a field of a number declares.
+
+    A plain dataclass field without one has any finite number. Raises TypeError where `setting`
+    declares a number without an interval.
+    """
+    if kind not in ANY:
+        return None
+    if field.metadata.get("within") == "":
+        raise TypeError(
+            f"{field.name} is a number and needs its interval: setting(within='[0, 1)')"
+        )
+    return Range.of(field.metadata.get("within", ANY[kind]))
+
+
+def range_problems(config: Any) -> list[str]:
+    """Name the values of a config that are not in their range, wherever they came from."""
+    problems = []
+    for name, setting in _settings([type(config)]).items():
+        value = getattr(config, name)
+        if setting.range is not None and value is not None:
+            try:
+                checked(setting, value)
+            except ValueError as error:
+                problems.append(f"--{name}: {error}")
+    return problems
 
 
 def _group_of(owner: type, name: str) -> str:
@@ -183,7 +190,7 @@ def _group_of(owner: type, name: str) -> str:
 
 def _help_text(field: dataclasses.Field) -> str:
     unit, source = field.metadata.get("unit", ""), field.metadata.get("source", "")
-    facts = [f"default {field.metadata.get('unset') or _show(field.default)}"]
+    facts = [f"default {field.metadata.get('unset') or show(field.default)}"]
     if unit:
         facts = (
             [f"{facts[0]} {unit}"]
@@ -193,105 +200,6 @@ def _help_text(field: dataclasses.Field) -> str:
     if source:
         facts.append(source)
     return f"{field.metadata.get('help', '')} [{'; '.join(facts)}]".strip()
-
-
-def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "empty"
-    return str(value) or "''"
-
-
-# ---- values --------------------------------------------------------------------------------------
-_EXPECTED = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    KeptFile: "the name of a file",
-    NameOrFile: "a name or a .toml file",
-}
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _one_from_text(setting: _Setting, text: str) -> Any:
-    if setting.optional and text.lower() == "none":
-        return None
-    if setting.choices:
-        return _choice(setting, text)
-    if setting.kind in (KeptFile, NameOrFile):
-        return _name_or_file(setting, text)
-    try:
-        if setting.kind is bool:
-            return _TRUTH[text.lower()]
-        value = setting.kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"expected {_expected(setting)}, got {text!r}") from None
-    return _not_nan(value)
-
-
-def _one_from_toml(setting: _Setting, value: Any) -> Any:
-    if setting.optional and value == "none":  # TOML has no null
-        return None
-    if setting.choices and isinstance(value, (str, int)):
-        return _choice(setting, value)
-    if setting.kind is float and type(value) is int:
-        value = float(value)
-    if setting.kind in (KeptFile, NameOrFile) and isinstance(value, str):
-        return _name_or_file(setting, value)
-    if type(value) is not setting.kind:  # exact: a TOML true is no integer, 5.0 is not 5
-        raise ValueError(f"expected {_expected(setting)}, got the {_toml_type(value)} {value!r}")
-    return _not_nan(value)
-
-
-def _name_or_file(setting: _Setting, text: str) -> NameOrFile:
-    """Read the file that a setting names. A .toml file that is not there is taken for a name."""
-    is_file = text.lower().endswith(".toml") and Path(text).exists()
-    return text if setting.kind == NameOrFile and not is_file else KeptFile.read(text)
-
-
-def _choice(setting: _Setting, value: Any) -> Any:
-    for choice in setting.choices:
-        if str(choice) == str(value):
-            return choice
-    raise ValueError(f"{value!r} is not one of {', '.join(map(str, setting.choices))}")
-
-
-def _not_nan(value: Any) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError("nan is not a value")
-    return value
-
-
-def _expected(setting: _Setting) -> str:
-    return _EXPECTED[setting.kind] + (" or none" if setting.optional else "")
-
-
-def _toml_type(value: Any) -> str:
-    names = {
-        bool: "boolean",
-        int: "integer",
-        float: "float",
-        str: "string",
-        list: "array",
-        dict: "table",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _from_text(setting: _Setting, texts: list[str]) -> Any:
-    if not setting.repeated:
-        return _one_from_text(setting, texts[-1])  # a flag given twice: the last one counts
-    return tuple(_one_from_text(setting, text) for text in texts)
-
-
-def _from_toml(setting: _Setting, value: Any) -> Any:
-    if not setting.repeated:
-        return _one_from_toml(setting, value)
-    if not isinstance(value, list):
-        raise ValueError(f"expected an array, got the {_toml_type(value)} {value!r}")
-    return tuple(_one_from_toml(setting, item) for item in value)
 
 
 def _nearest(name: str, names: Sequence[Any], prefix: str = "") -> str:
@@ -304,7 +212,7 @@ _METAVARS = {KeptFile: "FILE", NameOrFile: "NAME|FILE.toml"}
 
 # ---- flags ---------------------------------------------------------------------------------------
 def _build_parser(
-    settings: dict[str, _Setting], *, prog: str, description: str, recipes: list[str]
+    settings: dict[str, Setting], *, prog: str, description: str, recipes: list[str]
 ) -> argparse.ArgumentParser:
     """Make a parser that only splits into raw strings, so that no conversion stops at one error."""
     parser = argparse.ArgumentParser(
@@ -348,7 +256,7 @@ def _build_parser(
     return parser
 
 
-def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list[str], list[str]]:
+def _normalise(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], list[str]]:
     """Rewrite argv in the one spelling that argparse cannot stumble over -> (tokens, problems).
 
     --a-b becomes --a_b, --no_x of a bool becomes --x=false, and --x value becomes --x=value, so
@@ -364,10 +272,10 @@ def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list
         for flag, setting in by_flag.items()
         if setting.kind is bool
     }
-    expected = {
-        flag: _expected(setting) for flag, setting in by_flag.items() if setting.kind is not bool
+    needed = {
+        flag: expected(setting) for flag, setting in by_flag.items() if setting.kind is not bool
     }
-    expected |= dict.fromkeys(("--recipe", "--config"), "a name or a .toml file")
+    needed |= dict.fromkeys(("--recipe", "--config"), "a name or a .toml file")
     tokens, problems, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
@@ -375,9 +283,9 @@ def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list
             flag, equals, value = token.partition("=")
             flag = "--" + flag[2:].replace("-", "_")
             token = off.get(flag + equals, flag + equals + value)
-            if flag in expected and not equals:
+            if flag in needed and not equals:
                 if not rest or rest[0].startswith("--"):
-                    problems.append(f"{flag}: expected {expected[flag]}, got nothing")
+                    problems.append(f"{flag}: expected {needed[flag]}, got nothing")
                     continue
                 if flag not in by_flag or not by_flag[flag].repeated:
                     token = f"{flag}={rest.pop(0)}"
@@ -386,13 +294,16 @@ def _normalise(argv: Sequence[str], settings: dict[str, _Setting]) -> tuple[list
 
 
 def _split(
-    parser: argparse.ArgumentParser, argv: Sequence[str], settings: dict[str, _Setting]
+    parser: argparse.ArgumentParser, argv: Sequence[str], settings: dict[str, Setting]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Split argv -> ({field: its raw values in order}, problems)."""
     tokens, problems = _normalise(argv, settings)
     namespace, extras = parser.parse_known_args(tokens)
     raw: dict[str, list[str]] = {}
     for name, occurrences in vars(namespace).items():
+        is_repeated = name != "recipe" and settings[name].repeated
+        if len(occurrences or []) > 1 and not is_repeated:
+            problems.append(f"--{name} is given {len(occurrences)} times; give it once")
         for occurrence in occurrences or []:
             raw.setdefault(name, []).extend(
                 occurrence if isinstance(occurrence, list) else [occurrence]
@@ -405,8 +316,10 @@ def _split(
     for extra in extras:
         is_flag = extra.startswith("-") and not extra[1:2].isdigit()
         if is_flag:
-            name = extra.partition("=")[0]
-            problems.append(f"unknown flag {name}" + _nearest(name.lstrip("-"), known, prefix="--"))
+            flag = extra.partition("=")[0]
+            said = advice(flag)
+            hint = f": {said}" if said else _nearest(flag.lstrip("-"), known, prefix="--")
+            problems.append(f"unknown flag {flag}{hint}")
         elif not after_unknown:  # the value of an unknown flag is not a second problem
             problems.append(f"unexpected argument {extra!r}: every value needs a flag in front")
         after_unknown = is_flag
@@ -446,7 +359,7 @@ def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
 
 
 def _recipe_values(
-    recipe: str, content: dict[str, Any], settings: dict[str, _Setting], script: str
+    recipe: str, content: dict[str, Any], settings: dict[str, Setting], script: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Read the shared keys and this script's table, which wins -> ({field: value}, problems)."""
     names = {
@@ -476,7 +389,7 @@ def _recipe_values(
                 problems.append(f"{recipe}: {name} is given twice{where}, once as an alias")
             seen.add(name)
             try:
-                values[name] = _from_toml(settings[name], value)
+                values[name] = from_toml(settings[name], value)
             except ValueError as error:
                 problems.append(f"{recipe}: {key}{where}: {error}")
     return values, problems
@@ -556,13 +469,13 @@ def parse_config(
         origins |= dict.fromkeys(changed, "resumed run")
     for name, texts in raw.items():
         try:
-            values[name] = _from_text(settings[name], texts)
+            values[name] = from_text(settings[name], texts)
             origins[name] = "flag"
         except ValueError as error:
             problems.append(f"--{name}: {error}")
 
     problems += [
-        f"--{name}: the resumed run has {_show(before)}, not {_show(values[name])}"
+        f"--{name}: the resumed run has {show(before)}, not {show(values[name])}"
         f" ({origins[name]}); a resumed run keeps its settings: leave it out, or start a new run"
         for name, before in (inherited or {}).items()
         if values[name] != before and name not in free_to_change
@@ -577,7 +490,7 @@ def parse_config(
 
 
 def _inherited(
-    saved: dict[str, Any], settings: dict[str, _Setting], free_to_change: Sequence[str]
+    saved: dict[str, Any], settings: dict[str, Setting], free_to_change: Sequence[str]
 ) -> dict[str, Any]:
     """Convert a saved run's settings to the types of today's dataclasses.
 
@@ -617,7 +530,7 @@ def _instances(
 def describe(resolved: Resolved) -> str:
     """List the values that differ from the dataclass defaults, one a line with their origin."""
     rows = [
-        (field.name, _show(getattr(config, field.name)), resolved.origins[field.name])
+        (field.name, show(getattr(config, field.name)), resolved.origins[field.name])
         for config in resolved.configs
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default

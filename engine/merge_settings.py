@@ -10,6 +10,7 @@ from typing import Literal
 from engine.adapter_files import base_to_use, read_adapter
 from engine.config import Resolved, UsageError, parse_config, setting
 from engine.model_files import check_model_folder
+from engine.settings import THREADS
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class MergeConfig:
         "bfloat16", "of the merged weights; the sum itself is always in float32"
     )
     num_threads: int | None = setting(
-        None, "CPU threads of torch", unset="torch's own choice", unit="threads"
+        None,
+        "CPU threads of torch",
+        unset="torch's own choice",
+        unit="threads",
+        within=THREADS,
     )
 
 

@@ -24,7 +24,14 @@ from data.labels import LabelSet
 from data.prompt_files import answer_format_of, prompt_name, prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
 from engine.adapter_files import base_to_use, read_adapter
-from engine.config import ConfigError, Resolved, UsageError, parse_config, setting
+from engine.config import (
+    ConfigError,
+    Resolved,
+    UsageError,
+    parse_config,
+    range_problems,
+    setting,
+)
 from engine.model_files import check_model_folder, same_base
 from engine.resume import FREE_TO_CHANGE, inherited_settings, saved_settings
 from engine.runtime import check_output_dir
@@ -67,6 +74,9 @@ PAPER_SFT, PAPER_GRPO, OURS, ENGINE = (
     "not published",
     "no part of the method",
 )
+# Intervals of numbers. Counts end where nothing larger makes sense, so that a slip is told.
+POSITIVE, COUNT, ROWS, SIZE = "(0, inf)", "[1, 1000000000]", "[1, 65536]", "[1, 1000000]"
+SEED, THREADS = "[0, 4294967295]", "[1, 4096]"  # numpy's seeds have 32 bits
 COPIES_HELP = (
     "sample from copies of the decoder's weights with the adapter added, in float32 only, on a CPU"
     " laid out for faster products; without them the adapter stays beside: slower, the same"
@@ -138,6 +148,7 @@ class TrainingConfig:
         unit="tokens",
         source=PAPER_SFT,
         group="model and data",
+        within=SIZE,
     )
     max_visual_tokens: int = setting(
         512,
@@ -146,6 +157,7 @@ class TrainingConfig:
         unit="tokens",
         source=PAPER_SFT,
         group="model and data",
+        within=SIZE,
     )
 
     lora_r: int = setting(
@@ -153,19 +165,30 @@ class TrainingConfig:
         "rank of the LoRA matrices of a fresh adapter; others have their own",
         source=PAPER_SFT,
         group="adapter",
+        within=ROWS,
     )
     lora_alpha: int = setting(
         32,
         "LoRA scaling of a fresh adapter: the update is multiplied by alpha / r",
         source=PAPER_SFT,
         group="adapter",
+        within=COUNT,
     )
 
     learning_rate: float = setting(
-        5e-5, "peak learning rate of AdamW", source=PAPER_SFT, group="optimization"
+        5e-5,
+        "peak learning rate of AdamW",
+        source=PAPER_SFT,
+        group="optimization",
+        within=POSITIVE,
     )
     num_train_epochs: float = setting(
-        6.0, "passes over the training data", unit="epochs", source=PAPER_SFT, group="optimization"
+        6.0,
+        "passes over the training data",
+        unit="epochs",
+        source=PAPER_SFT,
+        group="optimization",
+        within="(0, 1000000]",
     )
     max_steps: int | None = setting(
         None,
@@ -173,6 +196,7 @@ class TrainingConfig:
         unset="by epochs",
         unit="optimizer steps",
         group="optimization",
+        within=COUNT,
     )
     per_device_train_batch_size: int = setting(
         1,
@@ -180,6 +204,7 @@ class TrainingConfig:
         unit="sequences",
         source=PAPER_SFT,
         group="optimization",
+        within=ROWS,
     )
     per_device_eval_batch_size: int = setting(
         8,
@@ -187,6 +212,7 @@ class TrainingConfig:
         unit="sequences",
         source=ENGINE,
         group="optimization",
+        within=ROWS,
     )
     gradient_accumulation_steps: int = setting(
         8,
@@ -194,6 +220,7 @@ class TrainingConfig:
         unit="micro-batches",
         source=PAPER_SFT,
         group="optimization",
+        within=ROWS,
     )
     lr_scheduler_type: Scheduler = setting(
         "cosine",
@@ -207,15 +234,28 @@ class TrainingConfig:
         "share of all steps with rising learning rate, before --lr_scheduler_type",
         source=PAPER_SFT,
         group="optimization",
+        within="[0, 1)",
     )
     weight_decay: float = setting(
-        0.01, "AdamW's decoupled weight decay", source=PAPER_SFT, group="optimization"
+        0.01,
+        "AdamW's decoupled weight decay",
+        source=PAPER_SFT,
+        group="optimization",
+        within="[0, inf)",
     )
     max_grad_norm: float = setting(
-        5.0, "global L2 norm at which gradients are clipped", source=PAPER_SFT, group="optimization"
+        5.0,
+        "global L2 norm at which gradients are clipped",
+        source=PAPER_SFT,
+        group="optimization",
+        within=POSITIVE,
     )
     seed: int = setting(
-        42, "seed of data order, dropout and sampling", source=OURS, group="optimization"
+        42,
+        "seed of data order, dropout and sampling",
+        source=OURS,
+        group="optimization",
+        within=SEED,
     )
 
     max_tokens_per_forward: int | None = setting(
@@ -225,6 +265,7 @@ class TrainingConfig:
         unit="tokens",
         source=ENGINE,
         group="memory",
+        within=COUNT,
     )
     vision_cache_gb: float = setting(
         4.0,
@@ -233,6 +274,7 @@ class TrainingConfig:
         unit="GB",
         source=ENGINE,
         group="memory",
+        within="[0, 1000000]",
     )
     base_hash: Literal["sample", "full"] = setting(
         "sample",
@@ -284,6 +326,7 @@ class TrainingConfig:
         unit="tokens",
         source=OURS,
         group="decoding",
+        within=SIZE,
     )
 
     show_batch: bool = setting(
@@ -306,6 +349,7 @@ class TrainingConfig:
         unset="torch's own choice",
         unit="threads",
         group="run",
+        within=THREADS,
     )
     output_dir: str | None = setting(
         None, "run folder", unset="runs/<time>-sft or -grpo under the current folder", group="run"
@@ -316,6 +360,7 @@ class TrainingConfig:
         unit="optimizer steps",
         source=ENGINE,
         group="run",
+        within=COUNT,
     )
     save_steps: int | None = setting(
         None,
@@ -323,6 +368,7 @@ class TrainingConfig:
         unset="only those",
         unit="optimizer steps",
         group="run",
+        within=COUNT,
     )
     save_total_limit: int | None = setting(
         3,
@@ -330,6 +376,7 @@ class TrainingConfig:
         unit="checkpoints",
         source=ENGINE,
         group="run",
+        within=COUNT,
     )
     resume_from_checkpoint: str | None = setting(
         None,
@@ -378,46 +425,9 @@ def rounded_up(number: float) -> int:
 
 def training_problems(config: TrainingConfig) -> list[str]:
     """Name what is wrong with the shared settings, one line each: ranges, unknown names."""
-    positive = (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "max_completion_length",
-        "logging_steps",
-        "learning_rate",
-        "max_grad_norm",
-        "num_train_epochs",
-        "min_visual_tokens",
-        "max_visual_tokens",
-    )
-    optional = (
-        "max_steps",
-        "save_steps",
-        "save_total_limit",
-        "num_threads",
-        "max_tokens_per_forward",
-    )
-    problems = [
-        f"--{name} is {getattr(config, name)}; it must be positive"
-        for name in positive
-        if not getattr(config, name) > 0
-    ]
-    problems += [
-        f"--{name} is {getattr(config, name)}; it must be positive"
-        for name in optional
-        if getattr(config, name) is not None and not getattr(config, name) > 0
-    ]
-    if not config.vision_cache_gb >= 0:
-        problems.append(
-            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps"
-            " nothing)"
-        )
+    problems = range_problems(config)
     if config.show_batch and config.dry_run:
         problems.append("--show_batch and --dry_run each stop the run; give one of them")
-    if not 0 <= config.warmup_ratio < 1:
-        problems.append(f"--warmup_ratio is {config.warmup_ratio}; it must lie in [0, 1)")
-    if config.weight_decay < 0:
-        problems.append(f"--weight_decay is {config.weight_decay}; it must not be negative")
     problems += asking_problems(config.label_file, [config.prompt])
     if config.answer_format not in ANSWER_FORMATS:
         problems.append(
@@ -425,13 +435,6 @@ def training_problems(config: TrainingConfig) -> list[str]:
             f" {', '.join(ANSWER_FORMATS)}"
         )
     return problems + named_files(config.validation_file, "validation_file", taken=("train",))[1]
-
-
-def lora_problems(config: TrainingConfig) -> list[str]:
-    """Name what is wrong with the settings of a fresh adapter."""
-    if config.lora_r >= 1 and config.lora_alpha >= 1:
-        return []
-    return [f"--lora_r {config.lora_r} and --lora_alpha {config.lora_alpha} must be at least 1"]
 
 
 def validation_files(config: TrainingConfig) -> dict[str, str]:
@@ -619,7 +622,11 @@ class SFTConfig(TrainingConfig):
         group="model and data",
     )
     lora_dropout: float = setting(
-        0.1, "dropout on the adapter's input", source=PAPER_SFT, group="adapter"
+        0.1,
+        "dropout on the adapter's input",
+        source=PAPER_SFT,
+        group="adapter",
+        within="[0, 1)",
     )
     validation_split: float = setting(
         0.1,
@@ -627,6 +634,7 @@ class SFTConfig(TrainingConfig):
         " --validation_file has answers",
         source=PAPER_SFT,
         group="model and data",
+        within="(0, 1)",
     )
     early_stopping_patience: int = setting(
         2,
@@ -634,6 +642,7 @@ class SFTConfig(TrainingConfig):
         unit="epochs",
         source=PAPER_SFT,
         group="optimization",
+        within=COUNT,
     )
 
     @property
@@ -669,16 +678,6 @@ def sft_problems(config: SFTConfig) -> list[str]:
     if not config.model_name_or_path and not config.adapter_name_or_path:
         found.append(
             "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'"
-        )
-    found += lora_problems(config)
-    if not 0 <= config.lora_dropout < 1 or not 0 < config.validation_split < 1:
-        found.append(
-            f"--lora_dropout {config.lora_dropout} must lie in [0, 1), --validation_split"
-            f" {config.validation_split} in (0, 1)"
-        )
-    if config.early_stopping_patience < 1:
-        found.append(
-            f"--early_stopping_patience is {config.early_stopping_patience}; it must be at least 1"
         )
     return found
 

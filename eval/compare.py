@@ -19,7 +19,7 @@ from typing import Any
 from data.files import DataError
 from engine.config import UsageError, from_json, parse_config, setting
 from engine.runtime import main_guard, run_directory
-from engine.settings import ENGINE
+from engine.settings import ENGINE, SEED
 from eval.contrasts import Contrast, contrast_models
 from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
 from eval.folders import (
@@ -36,7 +36,7 @@ from eval.names import SCORE_TITLES, heading
 from eval.page import Block, Cell, Folded, Page, Picture, Section, Table, Text
 from eval.page_files import write_page
 from eval.page_text import to_text
-from eval.paired import PERMUTATIONS, RESAMPLES
+from eval.paired import DRAWS, PERMUTATIONS, RESAMPLES
 from eval.pictures import dumbbell_picture, labels_picture
 from eval.plots import MISSING, available, draw_training
 from eval.tables import change_cells, holm_note, p_cells, scores_table
@@ -57,26 +57,32 @@ class CompareConfig:
         None, "new folder for report.html and report.md", unset="tables on the console only"
     )
     resamples: int = setting(
-        RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE
+        RESAMPLES,
+        "bootstrap resamples of the patients",
+        unit="resamples",
+        source=ENGINE,
+        within=DRAWS,
     )
     permutations: int = setting(
-        PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE
+        PERMUTATIONS,
+        "of the permutation test",
+        unit="permutations",
+        source=ENGINE,
+        within=DRAWS,
     )
     seed: int = setting(
-        0, "of the intervals, the permutation test and the random baseline", source=ENGINE
+        0,
+        "of the intervals, the permutation test and the random baseline",
+        source=ENGINE,
+        within=SEED,
     )
 
 
 def config_problems(config: CompareConfig) -> list[str]:
     """Check the values of one command line, beyond their types -> problems, one line each."""
-    problems = [
-        f"--{name} {getattr(config, name)}: must be at least 1"
-        for name in ("resamples", "permutations")
-        if getattr(config, name) < 1
-    ]
-    if len(config.run) < 2:
-        problems.append(f"--run: two runs or more are compared, got {len(config.run)}")
-    return problems
+    if len(config.run) >= 2:
+        return []
+    return [f"--run: two runs or more are compared, got {len(config.run)}"]
 
 
 def settings_blocks(entries: Sequence[Entry]) -> list[Block]:

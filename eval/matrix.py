@@ -54,6 +54,7 @@ class MatrixConfig(DecodingConfig):
         "host memory for image features: a model's second prompt needs no second look at an image",
         unit="GB",
         source=ENGINE,
+        within="[0, 1000000]",
     )
 
 
@@ -71,11 +72,6 @@ def config_problems(config: MatrixConfig) -> list[str]:
         if not getattr(config, name)
     ]
     problems += named_files(config.model, "model")[1]
-    if not config.vision_cache_gb >= 0:
-        problems.append(
-            f"--vision_cache_gb is {config.vision_cache_gb}; it must not be negative (0 keeps"
-            " nothing)"
-        )
     problems += [
         f"--prompt {name} is given twice"
         for name, count in Counter(map(prompt_name, config.prompt)).items()

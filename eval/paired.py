@@ -20,6 +20,7 @@ from eval.metrics import interval, resampled_totals, scores_of_totals
 
 RESAMPLES = 10_000
 PERMUTATIONS = 10_000
+DRAWS = "[1, 10000000]"  # the interval of both as settings
 FEW_PATIENTS = 20  # with fewer a bootstrap of patients is no interval
 NO_CLEAR_CHANGE = "no clear change"
 _TESTED = ("micro_f1", "macro_f1", "jaccard", "label_f1")

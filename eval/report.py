@@ -22,7 +22,7 @@ from data.files import DataError, sha256_of
 from data.labels import CHEXPERT
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import main_guard, run_directory
-from engine.settings import ENGINE
+from engine.settings import ENGINE, SEED
 from eval.cases import case_strip, sample_cases
 from eval.confusion import DEFINITION, heat_map, silenced_table
 from eval.context_tables import readers_table, seen_table
@@ -53,7 +53,7 @@ from eval.page import (
 )
 from eval.page_files import write_page
 from eval.page_text import console_lines
-from eval.paired import PERMUTATIONS, RESAMPLES, Change
+from eval.paired import DRAWS, PERMUTATIONS, RESAMPLES, Change
 from eval.paper_tables import paper_tables
 from eval.pictures import dumbbell_picture, labels_picture
 from eval.plots import MISSING, available
@@ -92,31 +92,32 @@ class ReportConfig:
         unset="as in the evaluation, else the data file's folder",
     )
     cases: int = setting(
-        12, "sample cases, with their images; 0 for none", unit="images", source=ENGINE
+        12,
+        "sample cases, with their images; 0 for none",
+        unit="images",
+        source=ENGINE,
+        within="[0, 100000]",
     )
     resamples: int = setting(
-        RESAMPLES, "bootstrap resamples of the patients", unit="resamples", source=ENGINE
+        RESAMPLES,
+        "bootstrap resamples of the patients",
+        unit="resamples",
+        source=ENGINE,
+        within=DRAWS,
     )
     permutations: int = setting(
-        PERMUTATIONS, "of the permutation test", unit="permutations", source=ENGINE
+        PERMUTATIONS,
+        "of the permutation test",
+        unit="permutations",
+        source=ENGINE,
+        within=DRAWS,
     )
     seed: int = setting(
         0,
         "of the intervals, the permutation test, the random baseline and the choice of cases",
         source=ENGINE,
+        within=SEED,
     )
-
-
-def config_problems(config: ReportConfig) -> list[str]:
-    """Check the values of one command line, beyond their types -> problems, one line each."""
-    problems = [
-        f"--{name} {getattr(config, name)}: must be at least 1"
-        for name in ("resamples", "permutations")
-        if getattr(config, name) < 1
-    ]
-    if config.cases < 0:
-        problems.append(f"--cases {config.cases}: must not be negative")
-    return problems
 
 
 # ---- gather --------------------------------------------------------------------------------------
@@ -462,7 +463,6 @@ def _run(argv: Sequence[str]) -> int:
         flag_first(argv, "run"),
         script="eval",
         prog="python -m eval.report",
-        validate=config_problems,
         description="Tables, figures and sample cases from runs or kept predictions.",
     )
     config: ReportConfig = resolved.configs[0]

@@ -16,10 +16,11 @@ from data.label_sets import labels_of
 from data.labels import LabelSet
 from data.prompt_files import prompt_of
 from data.prompts import Prompt
-from engine.config import ConfigError, Resolved, setting
+from engine.config import ConfigError, Resolved, range_problems, setting
 from engine.settings import (
     CHECK_HELP,
     COPIES_HELP,
+    COUNT,
     ENGINE,
     LABEL_FILE_HELP,
     MAX_COMPLETION_LENGTH,
@@ -27,7 +28,11 @@ from engine.settings import (
     PAPER_GRPO,
     PAPER_SFT,
     PROMPT_HELP,
+    ROWS,
+    SEED,
+    SIZE,
     TEMPERATURE,
+    THREADS,
     TOP_P,
     BadImages,
     TrainingConfig,
@@ -69,7 +74,11 @@ class DecodingConfig:
         unset="each data set's own frequencies",
     )
     max_samples: int | None = setting(
-        None, "use only the first so many rows of each data set", unset="all", unit="rows"
+        None,
+        "use only the first so many rows of each data set",
+        unset="all",
+        unit="rows",
+        within=COUNT,
     )
     num_generations: int = setting(
         1,
@@ -77,15 +86,20 @@ class DecodingConfig:
         " say it, and its share is its probability",
         unit="completions",
         source=OURS,
+        within=ROWS,
     )
     temperature: float = setting(
         0.0,
         f"of the sampler; 0 is greedy decoding; with --num_generations above 1, {TEMPERATURE:g} as"
         " in rollouts where it is not given",
         source=OURS,
+        within="[0, 100]",
     )
     top_p: float = setting(
-        TOP_P, "nucleus of the sampler; no effect at temperature 0", source=PAPER_GRPO
+        TOP_P,
+        "nucleus of the sampler; no effect at temperature 0",
+        source=PAPER_GRPO,
+        within="(0, 1]",
     )
     max_completion_length: int = setting(
         MAX_COMPLETION_LENGTH,
@@ -93,12 +107,14 @@ class DecodingConfig:
         unset="the adapter's run's, else 512",
         unit="tokens",
         source=OURS,
+        within=SIZE,
     )
     per_device_eval_batch_size: int = setting(
         8,
         "completions decoded together, at least those of one image; changes no answer",
         unit="completions",
         source=ENGINE,
+        within=ROWS,
     )
     min_visual_tokens: int = setting(
         TrainingConfig.min_visual_tokens,
@@ -106,6 +122,7 @@ class DecodingConfig:
         unset="the adapter's run's, else 256",
         unit="tokens",
         source=PAPER_SFT,
+        within=SIZE,
     )
     max_visual_tokens: int = setting(
         TrainingConfig.max_visual_tokens,
@@ -113,6 +130,7 @@ class DecodingConfig:
         unset="the adapter's run's, else 512",
         unit="tokens",
         source=PAPER_SFT,
+        within=SIZE,
     )
     vision_cache_dir: str | None = setting(
         None,
@@ -126,6 +144,7 @@ class DecodingConfig:
         "CPU threads of torch",
         unset="the adapter's run's, else torch's own choice",
         unit="threads",
+        within=THREADS,
     )
     bf16: bool = setting(
         True,
@@ -137,7 +156,12 @@ class DecodingConfig:
         True, COPIES_HELP, unset="where they fit into memory", source=ENGINE
     )
     memory_check: bool = setting(True, CHECK_HELP, source=ENGINE)
-    seed: int = setting(0, "of the sampler, the intervals and the random baseline", source=ENGINE)
+    seed: int = setting(
+        0,
+        "of the sampler, the intervals and the random baseline",
+        source=ENGINE,
+        within=SEED,
+    )
 
     @property
     def label_set(self) -> LabelSet:
@@ -304,25 +328,8 @@ def _threshold_problems(config: EvalConfig) -> list[str]:
 
 def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> list[str]:
     """Check the settings of decoding, labels and prompts included -> problems, one line each."""
-    problems = named_files(config.data_file, "data_file")[1]
+    problems = range_problems(config) + named_files(config.data_file, "data_file")[1]
     problems += asking_problems(config.label_file, prompts)
-    for name in (
-        "max_samples",
-        "num_generations",
-        "max_completion_length",
-        "per_device_eval_batch_size",
-        "min_visual_tokens",
-        "max_visual_tokens",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name} {value}: must be at least 1")
-    if not 0 <= config.temperature < float("inf"):
-        problems.append(
-            f"--temperature {config.temperature}: must be 0 (greedy) or a positive number"
-        )
-    if not 0 < config.top_p <= 1:
-        problems.append(f"--top_p {config.top_p}: must be above 0 and at most 1")
     return problems
 
 

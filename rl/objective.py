@@ -62,7 +62,7 @@ class ObjectiveConfig:
         metadata={
             "help": "lower clip: the ratio is held above 1 - epsilon_low",
             "source": "paper 3.2.2",
-            "aliases": ("epsilon",),
+            "within": "[0, 1)",
         },
     )
     epsilon_high: float = field(

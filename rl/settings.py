@@ -18,18 +18,20 @@ from data.examples import Example
 from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.runtime import newest_finished_run
 from engine.settings import (
+    COUNT,
     EVALUATED_METRICS,
     FRESH,
     INHERITED,
     OURS,
     PAPER_GRPO,
+    POSITIVE,
+    ROWS,
     TEMPERATURE,
     TOP_P,
     TrainingConfig,
     finished,
     inherit,
     label_problems,
-    lora_problems,
     parse_training,
     training_problems,
     validation_files,
@@ -74,7 +76,11 @@ class GRPOConfig(TrainingConfig):
         group="model and data",
     )
     learning_rate: float = setting(
-        1e-5, "peak learning rate of AdamW", source=OURS, group="optimization"
+        1e-5,
+        "peak learning rate of AdamW",
+        source=OURS,
+        group="optimization",
+        within=POSITIVE,
     )
     num_train_epochs: float = setting(
         1.0,
@@ -82,18 +88,28 @@ class GRPOConfig(TrainingConfig):
         unit="epochs",
         source=OURS,
         group="optimization",
+        within="(0, 1000000]",
     )
     warmup_ratio: float = setting(
         0.0,
         "share of all steps with rising learning rate, before --lr_scheduler_type",
         source=OURS,
         group="optimization",
+        within="[0, 1)",
     )
     weight_decay: float = setting(
-        0.0, "AdamW's decoupled weight decay", source=OURS, group="optimization"
+        0.0,
+        "AdamW's decoupled weight decay",
+        source=OURS,
+        group="optimization",
+        within="[0, inf)",
     )
     max_grad_norm: float = setting(
-        1.0, "global L2 norm at which gradients are clipped", source=OURS, group="optimization"
+        1.0,
+        "global L2 norm at which gradients are clipped",
+        source=OURS,
+        group="optimization",
+        within=POSITIVE,
     )
 
     per_device_train_batch_size: int = setting(
@@ -102,6 +118,7 @@ class GRPOConfig(TrainingConfig):
         unit="completions",
         source=OURS,
         group="optimization",
+        within=ROWS,
     )
     gradient_accumulation_steps: int = setting(
         1,
@@ -109,19 +126,30 @@ class GRPOConfig(TrainingConfig):
         unit="micro-batches",
         source=OURS,
         group="optimization",
+        within=ROWS,
     )
 
     num_generations: int = setting(
-        4, "G, the size of a prompt's group", unit="completions", source=PAPER_GRPO, group="rollout"
+        4,
+        "G, the size of a prompt's group; of one completion every advantage would be 0",
+        unit="completions",
+        source=PAPER_GRPO,
+        group="rollout",
+        within="[2, 65536]",
     )
     temperature: float = setting(
         TEMPERATURE,
         "sampling temperature, also of every log-probability",
         source=PAPER_GRPO,
         group="rollout",
+        within="(0, 100]",
     )
     top_p: float = setting(
-        TOP_P, "mass of the nucleus that is sampled from", source=PAPER_GRPO, group="rollout"
+        TOP_P,
+        "mass of the nucleus that is sampled from",
+        source=PAPER_GRPO,
+        group="rollout",
+        within="(0, 1]",
     )
     steps_per_generation: int | None = setting(
         None,
@@ -130,9 +158,15 @@ class GRPOConfig(TrainingConfig):
         unit="micro-batches",
         source=OURS,
         group="rollout",
+        within=ROWS,
     )
     num_iterations: int = setting(
-        1, "how often each rollout is gone through", unit="passes", source=OURS, group="rollout"
+        1,
+        "how often each rollout is gone through",
+        unit="passes",
+        source=OURS,
+        group="rollout",
+        within=ROWS,
     )
     mask_truncated_completions: bool = setting(
         False,
@@ -153,14 +187,22 @@ class GRPOConfig(TrainingConfig):
         unset="1 for hard, 0.01 for nuanced",
         source=OURS,
         group="reward",
+        within=POSITIVE,
     )
-    length_penalty: float = setting(0.1, "lambda_len of Eq. 3", source=OURS, group="reward")
+    length_penalty: float = setting(
+        0.1,
+        "lambda_len of Eq. 3",
+        source=OURS,
+        group="reward",
+        within="[0, inf)",
+    )
     min_length: int = setting(
         250,
         "shorter valid answers get the length penalty of Eq. 3",
         unit="tokens (the paper names no unit)",
         source=PAPER_GRPO,
         group="reward",
+        within="[0, 1000000]",
     )
     length_of: LengthOf = setting(
         "text",
@@ -176,6 +218,7 @@ class GRPOConfig(TrainingConfig):
         unit="optimizer steps",
         source=OURS,
         group="evaluation",
+        within=COUNT,
     )
     vote_baseline: bool = setting(
         True,
@@ -218,6 +261,7 @@ class GRPOConfig(TrainingConfig):
         unset="none is written",
         unit="optimizer step",
         group="run",
+        within=COUNT,
     )
 
 
@@ -233,26 +277,6 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
             "--model_name_or_path is missing: --adapter_name_or_path none starts from a base or"
             " merged model; give its folder, a hub name or 'demo'"
         )
-    if config.num_generations < 2:
-        found.append(
-            f"--num_generations is {config.num_generations}; a group needs at least 2 completions,"
-            " or every advantage is 0"
-        )
-    if not config.temperature > 0 or not 0 < config.top_p <= 1:
-        found.append(
-            f"--temperature {config.temperature} must be positive and --top_p {config.top_p} in"
-            " (0, 1]"
-        )
-    for name in (
-        "num_iterations",
-        "steps_per_generation",
-        "eval_steps",
-        "reward_scale",
-        "dump_step",
-    ):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            found.append(f"--{name} is {getattr(config, name)}; it must be positive")
-    found += lora_problems(config)
     return found + judging_problems(config) or BatchPlan.of(config).problems()
 
 

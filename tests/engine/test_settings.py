@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from engine.config import ConfigError, UsageError, parse_config, setting
-from engine.settings import SFTConfig, inherit, resolve_sft, rounded_up, settings_of_adapter
+from engine.settings import (
+    SIZE,
+    THREADS,
+    SFTConfig,
+    inherit,
+    resolve_sft,
+    rounded_up,
+    settings_of_adapter,
+)
 from rl.settings import GRPOConfig, resolve_grpo
 from tests.helpers.adapters import write_adapter
 from tests.helpers.repository import ROOT
@@ -188,11 +196,11 @@ class Evaluation:
     adapter_name_or_path: str | None = setting(None, "adapter")
     prompt: str = setting("free_reasoning", "prompt")
     answer_format: str = setting("think_solution", "form")
-    min_visual_tokens: int = setting(256, "least")
-    max_visual_tokens: int = setting(512, "most")
-    max_completion_length: int = setting(512, "longest")
+    min_visual_tokens: int = setting(256, "least", within=SIZE)
+    max_visual_tokens: int = setting(512, "most", within=SIZE)
+    max_completion_length: int = setting(512, "longest", within=SIZE)
     bf16: bool | None = setting(None, "precision", unset="by device")
-    num_threads: int | None = setting(None, "threads", unset="torch's choice")
+    num_threads: int | None = setting(None, "threads", unset="torch's choice", within=THREADS)
 
 
 def test_the_names_types_and_origins_are_the_callers(adapter):

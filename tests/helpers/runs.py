@@ -91,6 +91,18 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def overriding(argv: Sequence[str]) -> list[str]:
+    """Keep the last of two flags of one name, which a command line may not give twice."""
+    given: dict[str, list[str]] = {}
+    for token in argv:
+        if token.startswith("--"):
+            name = token.partition("=")[0].removeprefix("--").removeprefix("no_")
+            given.pop(name, None)
+            given[name] = []
+        given[name].append(token)
+    return [token for tokens in given.values() for token in tokens]
+
+
 def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
     """Return the exit code of run_sft.py. The last of two flags of one name counts."""
     files = [
@@ -101,7 +113,7 @@ def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[s
         "--output_dir",
         str(output_dir),
     ]
-    return run_sft.main([*files, *SFT, *flags, *more])
+    return run_sft.main(overriding([*files, *SFT, *flags, *more]))
 
 
 def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
@@ -114,7 +126,7 @@ def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequenc
         "--output_dir",
         str(output_dir),
     ]
-    return run_grpo.main([*files, *GRPO, *flags, *more])
+    return run_grpo.main(overriding([*files, *GRPO, *flags, *more]))
 
 
 def speak(monkeypatch) -> None:
