@@ -28,7 +28,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from data.examples import Example
-from data.files import DataError
 from data.prompts import Prompt
 from engine.adapter_files import read_adapter
 from engine.config import Resolved, UsageError
@@ -96,13 +95,19 @@ class Lengths:
 
 
 # ---- what is known without weights ---------------------------------------------------------------
-def shape_of(name: str) -> ModelShape:
-    """Read the sizes of a checkpoint from its config.json, with its parameters on no device."""
-    config = parsed_config(model_path(name))
-    with torch.device("meta"):
-        net = AutoModelForImageTextToText.from_config(config)
-    net.tie_weights()
-    return model_shape(config, sum(parameter.numel() for parameter in net.parameters()))
+def shape_of(name: str) -> ModelShape | None:
+    """Read the sizes of a checkpoint from its config.json, with its parameters on no device.
+
+    Returns None for a configuration that no model can be made of: what loads it says so.
+    """
+    try:
+        config = parsed_config(model_path(name))
+        with torch.device("meta"):
+            net = AutoModelForImageTextToText.from_config(config)
+        net.tie_weights()
+        return model_shape(config, sum(parameter.numel() for parameter in net.parameters()))
+    except Exception:  # transformers raises errors of any kind on a damaged configuration
+        return None
 
 
 def lengths_of(
@@ -128,7 +133,7 @@ def lengths_of(
                 prompts.append(row.prompt)
             else:
                 prompts.append(encoder.encode_prompt(example, prompt))
-        except DataError:
+        except ValueError:  # a DataError, or a chat template without a place for the image
             continue
     if not prompts:
         return None
@@ -384,7 +389,7 @@ def fitted(
     encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
     lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
-    if lengths is None:
+    if shape is None or lengths is None:
         return resolved
     rank = rank_of(adapter, config)
 
@@ -419,9 +424,9 @@ def fitted_answers(
     config, free = resolved.configs[0], free_memory(device)
     if not config.memory_check or free is None:
         return resolved
-    shape = shape_of(config.model_name_or_path)
-    lengths = lengths_of(_encoder(config), config.instruction, (), sets.values())
-    if lengths is None:
+    encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
+    lengths = lengths_of(encoder, config.instruction, (), sets.values())
+    if shape is None or lengths is None:
         return resolved
     adapter = config.adapter_name_or_path
     rank = rank_of(adapter, config)

@@ -26,6 +26,7 @@ import sys
 from engine.merge_settings import (
     MergeConfig,
     check_new_folder,
+    merging_folder,
     resolve_merge,
 )
 from engine.runtime import accepted, main_guard, versions
@@ -302,7 +303,7 @@ def new_folder(output_dir: str) -> tuple[Path, Path]:
     """
     check_new_folder(output_dir)
     final = Path(output_dir).absolute()
-    temporary = final.with_name(f".tmp-{final.name}")
+    temporary = merging_folder(final)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
         temporary.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 from engine.adapter_files import base_to_use, read_adapter
 from engine.config import Resolved, UsageError, parse_config, setting
 from engine.model_files import check_model_folder
+from engine.runtime import check_writable
 from engine.settings import THREADS
 
 
@@ -48,13 +50,20 @@ def merge_problems(config: MergeConfig) -> list[str]:
 
 
 def check_new_folder(output_dir: str) -> None:
-    """Raise UsageError where something is at the place of the folder to be."""
+    """Raise UsageError where something is at the place of the folder to be, or none can be made."""
     final = Path(output_dir)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    if os.path.lexists(final) and (not final.is_dir() or any(final.iterdir())):
         kind = "is not empty" if final.is_dir() else "is a file"
         raise UsageError(
             f"--output_dir {output_dir} {kind} and nothing is overwritten: name another folder"
         )
+    check_writable(final)
+    check_writable(merging_folder(final))
+
+
+def merging_folder(final: Path) -> Path:
+    """Name the folder beside the one to be, in which a merge writes until it is verified."""
+    return final.absolute().with_name(f".tmp-{final.absolute().name}")
 
 
 def resolve_merge(argv: Sequence[str]) -> Resolved:

@@ -178,6 +178,18 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
     }
 
 
+def resumed_folder(named: str | None, output_dir: str | None) -> Path | None:
+    """Find the folder in which a resumed run goes on, None where that is a new one.
+
+    named: the value of --resume_from_checkpoint, None for a new run.
+    """
+    if named is None:
+        return None
+    path = Path(named).resolve()  # `last` and `best` are links
+    folder = path.parent if path.name.startswith("checkpoint-") else path
+    return folder if output_dir is None or Path(output_dir).resolve() == folder else None
+
+
 def run_folder(
     checkpoint: Checkpoint | None, output_dir: str | None, kind: Literal["sft", "grpo"]
 ) -> Path:

@@ -112,13 +112,54 @@ def run_directory(
     return directory
 
 
-def check_output_dir(output_dir: str, kind: RunKind) -> None:
-    """Raise UsageError where `run_directory` would, without creating anything."""
+def check_output_dir(output_dir: str | None, kind: RunKind, *, root: Path = Path("runs")) -> None:
+    """Raise UsageError where `run_directory` or `lock_run` would, and leave no trace."""
+    if output_dir is None:
+        check_writable(root)
+        return
+    check_writable(output_dir)
+    folder = Path(output_dir)
+    if folder.exists():
+        _refuse_content(folder, kind)
+        check_lock(folder)
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """Raise UsageError where no folder can be made and written to there, and leave no trace.
+
+    It is tried: what a name, a file in the way, permissions, a quota or a read-only disk forbid
+    shows at once, before a model is loaded.
+    """
+    folder = Path(output_dir)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    made: list[Path] = []
     try:
-        if Path(output_dir).exists():
-            _refuse_content(Path(output_dir), kind)
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir}: cannot be used: {error.strerror}") from error
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        # of the length of the files that a run keeps there
+        probe = folder / f".tmp-{os.getpid()}-{'x' * 60}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"--output_dir {_cut(folder)}: cannot be used: {reason}") from error
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another process has begun to write there
+                path.rmdir()
+
+
+def _cut(path: Path, most: int = 200) -> str:
+    text = str(path)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def check_lock(run_dir: Path) -> None:
+    """Raise UsageError where another process holds a folder, as `lock_run` does."""
+    if (run_dir / LOCK_FILE).exists():
+        with lock_run(run_dir):
+            pass
 
 
 def _refuse_content(directory: Path, kind: RunKind) -> None:

@@ -33,8 +33,8 @@ from engine.config import (
     setting,
 )
 from engine.model_files import check_model_folder, same_base
-from engine.resume import FREE_TO_CHANGE, inherited_settings, saved_settings
-from engine.runtime import check_output_dir
+from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder, saved_settings
+from engine.runtime import check_lock, check_output_dir, check_writable
 
 # Sampling as in the rollouts of the paper; its greatest length is not published.
 TEMPERATURE, TOP_P, MAX_COMPLETION_LENGTH = 0.8, 0.95, 512
@@ -605,8 +605,13 @@ def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grp
         check_data_file(file)
     check_model_folder(config.model_name_or_path)
     writes = not (config.dry_run or config.show_batch)
-    if config.output_dir is not None and config.resume_from_checkpoint is None and writes:
-        check_output_dir(config.output_dir, kind)
+    if writes:
+        resumed = resumed_folder(config.resume_from_checkpoint, config.output_dir)
+        if resumed is None:
+            check_output_dir(config.output_dir, kind)
+        else:
+            check_writable(resumed)
+            check_lock(resumed)
     return resolved
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from data.files import DataError
 from engine.config import UsageError, from_json, parse_config, setting
-from engine.runtime import main_guard, run_directory
+from engine.runtime import check_output_dir, main_guard, run_directory
 from engine.settings import ENGINE, SEED
 from eval.contrasts import Contrast, contrast_models
 from eval.curves import FIGURE_1, Panel, reward_panels, smoothing_note
@@ -277,6 +277,8 @@ def _run(argv: Sequence[str]) -> int:
         description="Compare runs: settings, scores with paired intervals, curves.",
     )
     config: CompareConfig = resolved.configs[0]
+    if config.output_dir is not None:
+        check_output_dir(config.output_dir, "report")
     entries = load_entries(config.run, "run", with_votes=True)
     unknown = [entry for entry in entries if not entry.sets and entry.training is None]
     if unknown:

@@ -32,7 +32,13 @@ from data.prompt_files import prompt_warnings
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config
 from engine.resume import run_record
-from engine.runtime import SignalGuard, environment_banner, main_guard, run_directory
+from engine.runtime import (
+    SignalGuard,
+    check_writable,
+    environment_banner,
+    main_guard,
+    run_directory,
+)
 from eval.end_table import stage_title
 from eval.faithfulness import format_faithfulness, partners_of
 from eval.folders import (
@@ -80,6 +86,7 @@ def _run(argv: Sequence[str]) -> int:
         ),
     )
     config: EvalConfig = resolved.configs[0]
+    check_writable("runs" if config.output_dir is None else config.output_dir)
     if config.output_dir is not None:
         names = named_files(config.predictions, "predictions")[0]
         refuse_existing(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UsageError, parse_config, setting
-from engine.runtime import main_guard
+from engine.runtime import check_writable, main_guard
 from eval.curves import (
     FIGURE_1,
     HACKING,
@@ -219,6 +219,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Draw what runs have learned and what transferred, from their logs.",
     )
     config: FiguresConfig = resolved.configs[0]
+    check_writable(str(config.output_dir))
     entries = load_entries(config.run, "run")
     _, problems = training_runs(entries)
     pictures = [

@@ -26,7 +26,14 @@ from data.prompt_files import prompt_name
 from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
-from engine.runtime import SignalGuard, environment_banner, lock_run, main_guard
+from engine.runtime import (
+    SignalGuard,
+    check_lock,
+    check_writable,
+    environment_banner,
+    lock_run,
+    main_guard,
+)
 from engine.settings import ENGINE, PROMPT_HELP, settings_of_adapter
 from eval.folders import made_folder, read_record, result_files
 from eval.scores import format_scores
@@ -173,6 +180,9 @@ def _run(argv: Sequence[str]) -> int:
             "Evaluate every model with every prompt on every data set; finished cells are kept."
         ),
     )
+    folder = Path(str(resolved.configs[0].output_dir))
+    check_writable(folder)
+    check_lock(folder)
     return _fill(_with_labels_of_models(resolved))
 
 
@@ -200,6 +210,7 @@ def _fill(resolved: Resolved) -> int:
     """Evaluate what is missing of every cell, one model in memory at a time."""
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
+    from engine.fit import fitted_answers
     from eval.decode import Decoding, evaluate_sets, load_policy
 
     config: MatrixConfig = resolved.configs[0]
@@ -234,7 +245,8 @@ def _fill(resolved: Resolved) -> int:
                 policy = None  # before the next is loaded: two would not fit
                 device = pick_device(cell.config.num_threads)
                 print(environment_banner(device), flush=True)
-                policy = load_policy(cell.config, device, vision_cache_gb=config.vision_cache_gb)
+                fitting = fitted_answers(cell.resolved, device, sets).configs[0]
+                policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
                 loaded = cell.model
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:

@@ -21,7 +21,7 @@ from data.examples import Example, read_examples
 from data.files import DataError, sha256_of
 from data.labels import CHEXPERT
 from engine.config import UsageError, parse_config, setting
-from engine.runtime import main_guard, run_directory
+from engine.runtime import check_output_dir, main_guard, run_directory
 from engine.settings import ENGINE, SEED
 from eval.cases import case_strip, sample_cases
 from eval.confusion import DEFINITION, heat_map, silenced_table
@@ -466,6 +466,7 @@ def _run(argv: Sequence[str]) -> int:
         description="Tables, figures and sample cases from runs or kept predictions.",
     )
     config: ReportConfig = resolved.configs[0]
+    check_output_dir(config.output_dir, "report")
     entries = load_entries(config.run, "run", with_votes=True)
     empty = [entry for entry in entries if not entry.sets]
     if empty:

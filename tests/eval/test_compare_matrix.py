@@ -31,7 +31,7 @@ from eval.folders import write_results
 from eval.matrix import main as matrix_main
 from eval.scores import score
 from tests.helpers.reports import AFTER, BEFORE, FEW, NIH_BEFORE, save, training_run
-from tests.helpers.runs import lines, record
+from tests.helpers.runs import lines, overriding, record
 from tests.helpers.tiny import SAVE, load, save_images
 
 
@@ -226,7 +226,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def matrix(project: Path, out: Path, *more: str, prompts=("demo", "free_reasoning")) -> int:
-    return matrix_main(
+    command = overriding(
         [
             "--model",
             f"base={project / 'base'}",
@@ -242,6 +242,7 @@ def matrix(project: Path, out: Path, *more: str, prompts=("demo", "free_reasonin
             *more,
         ]
     )
+    return matrix_main(command)
 
 
 def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
         (["--model", "base"], "--model base: expected NAME=FILE"),
         (["--prompt", "demo", "demo"], "--prompt demo is given twice"),
         (["--prompt", "gone"], "--prompt gone: no such instruction variant; there are demo"),
-        (["--temperature", "-1"], "--temperature -1.0: must be 0"),
+        (["--temperature", "-1"], "--temperature: expected a number from 0 to 100, got '-1'"),
         (["--data_file", "a={project}/none.jsonl"], "no such data file"),
     ],
 )

@@ -42,6 +42,7 @@ from eval.scores import format_scores, score
 from eval.votes import sample_scores, vote_predictions
 from rl.rewards import HardReward
 from tests.helpers.reports import ABC, parsed, row
+from tests.helpers.runs import overriding
 from tests.helpers.tiny import SAVE, save_images
 
 SHORT = Prompt("short", "Which?")
@@ -1013,12 +1014,19 @@ def test_signal_keeps_finished_answers(project, tmp_path, monkeypatch, capsys, s
         "was begun with another temperature (0.0, now 0.5); finish that evaluation"
         in capsys.readouterr().err
     )
-    assert main([*arguments, "--per_device_eval_batch_size", "2"]) == 0  # which changes no answer
+    assert (
+        main(overriding([*arguments, "--per_device_eval_batch_size", "2"])) == 0
+    )  # which changes no answer
     assert len(kept) == 3 == len(set(kept))
     assert not partial.exists() and not partial.with_suffix(".json").exists()
     monkeypatch.undo()
     assert (
-        main([*arguments[:-1], str(tmp_path / "whole"), "--per_device_eval_batch_size", "2"]) == 0
+        main(
+            overriding(
+                [*arguments[:-1], str(tmp_path / "whole"), "--per_device_eval_batch_size", "2"]
+            )
+        )
+        == 0
     )
     for name in ("predictions-site.jsonl", "scores-site.json"):
         straight = (
@@ -1050,7 +1058,7 @@ def test_a_sampled_evaluation_goes_on_as_if_it_had_never_stopped(project, tmp_pa
     kept = stop_after(monkeypatch, 4, signal.SIGINT)
     command = [*common, "--output_dir", str(tmp_path / "stopped")]
     assert main(command) == 130
-    assert main([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"]) == 2
+    assert main(overriding([*command[:-1], str(tmp_path / "stopped"), "--seed", "4"])) == 2
     assert main(command) == 0 and len(kept) == 2 * 3
     for name in ("one", "two"):
         assert read_predictions(tmp_path / f"stopped/predictions-{name}.jsonl") == read_predictions(
@@ -1084,7 +1092,7 @@ def test_votes_go_on_where_they_were_stopped(project, tmp_path, monkeypatch, cap
     # an image is written whole: a cut before that loses it, a process that ends may cut it
     lines = partial.read_text().splitlines(keepends=True)
     partial.write_text("".join(lines[:5]))
-    assert main([*command, "--num_generations", "4"]) == 2
+    assert main(overriding([*command, "--num_generations", "4"])) == 2
     assert "was begun with another num_generations (3, now 4)" in capsys.readouterr().err
     assert main(command) == 0
     assert len(kept) == 6 + 6  # the first image was whole, the others are answered again
@@ -1175,7 +1183,7 @@ def test_a_swap_goes_on_where_it_was_stopped(project, tmp_path, monkeypatch, cap
         for form in ("json", "jsonl")
     ]
     # the seed decides on the swap, also where decoding is greedy
-    assert main([*command, "--seed", "4"]) == 2
+    assert main(overriding([*command, "--seed", "4"])) == 2
     assert "was begun with another seed (3, now 4)" in capsys.readouterr().err
     assert main(command) == 0 and len(kept) == 6
     assert sorted(path.name for path in stopped.iterdir()) == files
@@ -1381,7 +1389,7 @@ def test_one_call_decodes_a_window(model, examples, monkeypatch):
         ),
         (
             ["--predictions", "a={project}/none.jsonl", "--num_generations", "0"],
-            "--num_generations 0: must be at least 1",
+            "--num_generations: expected an integer from 1 to 65536, got '0'",
         ),
         (
             [
@@ -1464,9 +1472,9 @@ def test_all_mistakes_of_a_command_line_are_named_at_once(capsys):
     for problem in (
         "the name a is taken",
         "no model",
-        "--temperature -1.0",
-        "--top_p 0.0",
-        "--max_samples 0",
+        "--temperature: expected a number from 0 to 100, got '-1'",
+        "--top_p: expected a number above 0 and at most 1, got '0'",
+        "--max_samples: expected an integer from 1 to 1000000000 or none, got '0'",
     ):
         assert problem in errors
 

@@ -93,7 +93,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def overriding(argv: Sequence[str]) -> list[str]:
     """Keep the last of two flags of one name, which a command line may not give twice."""
-    given: dict[str, list[str]] = {}
+    given: dict[str, list[str]]
+    name, given = "", {"": []}  # what stands before the first flag
     for token in argv:
         if token.startswith("--"):
             name = token.partition("=")[0].removeprefix("--").removeprefix("no_")

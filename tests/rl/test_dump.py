@@ -352,7 +352,7 @@ def test_a_resumed_run_dumps_what_the_whole_run_does(tiny_sft_run, tiny_data, tm
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("0", "--dump_step is 0; it must be positive"),
+        ("0", "--dump_step: expected an integer from 1 to"),
         ("5", "--dump_step 5: the run ends with step 4; name one of its steps"),
     ],
 )

@@ -30,7 +30,7 @@ from engine.runtime import main_guard
 from rl.objective import ObjectiveConfig
 from rl.settings import resolve_grpo
 from tests.helpers.repository import ROOT
-from tests.helpers.runs import GRPO, SFT, lines, record, sft, snapshot, write_rows
+from tests.helpers.runs import GRPO, SFT, lines, overriding, record, sft, snapshot, write_rows
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         before = snapshot(tmp_path)
         capsys.readouterr()
-        assert main_guard(lambda: main(list(flags)), errors=(DataError,)) == 2
+        assert main_guard(lambda: main(overriding(flags)), errors=(DataError,)) == 2
         found = [
             line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
         ]
@@ -360,7 +360,7 @@ def test_one_patient_cannot_be_split(refused, sft_flags, tiny_data, tmp_path):
 # ---- settings ------------------------------------------------------------------------------------
 def test_group_of_one(refused, grpo_flags):
     assert refused(run_grpo.main, *grpo_flags, "--num_generations", "1") == [
-        "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0"
+        "--num_generations: expected an integer from 2 to 65536, got '1'"
     ]
 
 
@@ -393,7 +393,7 @@ def test_completions_that_do_not_divide_into_groups(
         f" {', '.join(map(str, nearest))}"
     )
     for size in nearest:
-        resolve_grpo([*flags, "--per_device_train_batch_size", str(size)])
+        resolve_grpo(overriding([*flags, "--per_device_train_batch_size", str(size)]))
     closer = [
         size
         for size in range(1, micro + group)
@@ -440,18 +440,18 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "3",
     ) == [
         "unknown flag --seeed; did you mean --seed?",
+        "--learning_rate: expected a number above 0, got '-1'",
+        "--num_generations: expected an integer from 2 to 65536, got '1'",
+        "--temperature: expected a number above 0 and at most 100, got '0'",
         "--beta: expected a number, got 'x'",
-        "--learning_rate is -1.0; it must be positive",
         "--validation_file no-name.jsonl: expected NAME=FILE, with a name of letters, digits, -"
         " and _",
-        "--num_generations is 1; a group needs at least 2 completions, or every advantage is 0",
-        "--temperature 0.0 must be positive and --top_p 1.0 in (0, 1]",
     ]
     assert refused(
         run_grpo.main, *grpo_flags, "--max_tokens_per_forward", "0", "--vision_cache_gb", "-1"
     ) == [
-        "--max_tokens_per_forward is 0; it must be positive",
-        "--vision_cache_gb is -1.0; it must not be negative (0 keeps nothing)",
+        "--max_tokens_per_forward: expected an integer from 1 to 1000000000 or none, got '0'",
+        "--vision_cache_gb: expected a number from 0 to 1000000, got '-1'",
     ]
     assert refused(
         run_sft.main,
@@ -464,10 +464,10 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "--prompt",
         "free",
     ) == [
+        "--lora_r: expected an integer from 1 to 65536, got '0'",
+        "--lora_dropout: expected a number at least 0 and below 1, got '1'",
         "--prompt free: no such instruction variant; there are " + ", ".join(PROMPTS),
         "--model_name_or_path is missing: give a checkpoint's folder, a hub name or 'demo'",
-        "--lora_r 0 and --lora_alpha 32 must be at least 1",
-        "--lora_dropout 1.0 must lie in [0, 1), --validation_split 0.1 in (0, 1)",
     ]
 
 
@@ -484,7 +484,7 @@ def test_unknown_recipe_and_unknown_flag(refused, sft_flags):
 
 def test_objective_out_of_range(refused, grpo_flags):
     assert refused(run_grpo.main, *grpo_flags, "--beta", "-1", "--epsilon_low", "1") == [
-        "epsilon_low is 1.0; it must lie in [0, 1), or the ratio's lower bound is not positive",
+        "--epsilon_low: expected a number at least 0 and below 1, got '1'",
         "beta is -1.0; it must not be negative",
     ]
 

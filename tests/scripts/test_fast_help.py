@@ -39,8 +39,8 @@ else:
 TRAINING = [
     (["--help"], 0, ""),
     (["--lerning_rate", "1"], 2, "unknown flag --lerning_rate; did you mean --learning_rate?"),
-    (["--learning_rate", "fast"], 2, "--learning_rate: expected a number, got 'fast'"),
-    (["--warmup_ratio", "1"], 2, "--warmup_ratio is 1.0; it must lie in [0, 1)"),
+    (["--learning_rate", "fast"], 2, "--learning_rate: expected a number above 0, got 'fast'"),
+    (["--warmup_ratio", "1"], 2, "--warmup_ratio: expected a number at least 0 and below 1, g"),
     (["--recipe", "demu"], 2, "--recipe demu: no such recipe; did you mean demo?"),
     (["--recipe", "no.toml"], 2, "--recipe no.toml: cannot be read: No such file or directory"),
     (["--resume_from_checkpoint", "no"], 2, "--resume_from_checkpoint no: no such folder"),
@@ -68,7 +68,7 @@ SFT = [
 ]
 GRPO = [
     *TRAINING,
-    (["--epsilon", "x"], 2, "--epsilon_low: expected a number, got 'x'"),
+    (["--epsilon_low", "x"], 2, "--epsilon_low: expected a number at least 0 and below 1, got 'x'"),
     (["--beta", "-1"], 2, "beta is -1.0; it must not be negative"),
     (["--num_generations", "3"], 2, "does not divide into groups of --num_generations 3"),
     (["--recipe", "demo-gemma"], 2, "no finished SFT run of demo-gemma named runs/<time>-sft"),
