@@ -12,13 +12,13 @@ they disagree on the patient or on the labels, else a note: only you know which 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data.answers import ANSWER_FORMATS, blocks_of, parse_answer
+from data.command_line import Parser
 from data.examples import Example, data_file, scan_jsonl
 from data.files import DataError
 from data.images import all_image_facts
@@ -208,7 +208,7 @@ def _who_line(examples: Sequence[Example]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.check", description="Check every row and every image of data files."
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL data files, or demo:SPLIT")

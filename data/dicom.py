@@ -19,7 +19,6 @@ Marks that are burned into the pixels stay. Nothing is sent anywhere.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import shutil
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from data.command_line import Parser, plain_integer
 from data.files import MAX_PROBLEMS, DataError
 from data.images import FLAT_LEVELS, MAX_ASPECT_RATIO, MAX_PIXELS, in_parallel, scaled_to_8_bits
 
@@ -351,7 +351,7 @@ def reasons(converted: Sequence[Converted]) -> list[str]:
 # ---- command -------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code: 0 done, 1 damaged files, 2 no picture."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.dicom",
         description="Turn DICOM files into PNG pictures and a table of their tags.",
         epilog="Nothing is sent anywhere. The pictures hold no tags; what is burned in stays.",
@@ -364,7 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"new folder for the pictures and {TABLE}",
     )
     parser.add_argument(
-        "--frame", type=int, metavar="N", help="frame to take of files with several, from 1"
+        "--frame",
+        type=plain_integer,
+        metavar="N",
+        help="frame to take of files with several, from 1",
     )
     parser.add_argument(
         "--modality",

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.chexpert import load_chexpert
+from data.command_line import LARGEST_SEED, Parser, plain_integer
 from data.examples import Example, row_of, selection_file
 from data.files import MAX_PROBLEMS, DataError, first_problems, written_whole
 from data.labels import (
@@ -52,7 +53,7 @@ _VALIDATION_PARTS = {"mimic": "validate", "chexpert": "valid"}
 
 
 # ---- command line --------------------------------------------------------------------------------
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise DataError([message])
 
@@ -62,7 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m data.select",
         description="Draw the training and test sets from downloaded hospitals' data.",
-        allow_abbrev=False,
     )
 
     def group(title: str) -> Callable[..., None]:
@@ -115,21 +115,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "--sft_size",
-        type=int,
+        type=plain_integer,
         default=2000,
         metavar="N",
         help="images of sft.jsonl; 0: no such file; the paper's number",
     )
     flag(
         "--rl_size",
-        type=int,
+        type=plain_integer,
         default=1000,
         metavar="N",
         help="images of rl.jsonl; 0: no such file; the paper's number",
     )
     flag(
         "--validation_size",
-        type=int,
+        type=plain_integer,
         default=500,
         metavar="N",
         help=(
@@ -163,11 +163,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "--max_samples",
-        type=int,
+        type=plain_integer,
         metavar="N",
         help="images a test set at most, drawn with --seed [default: all]",
     )
-    flag("--seed", type=int, default=0, help="of every draw")
+    flag("--seed", type=plain_integer, default=0, help="of every draw")
     flag(
         "--sampling",
         choices=SAMPLINGS,
@@ -280,6 +280,8 @@ def settings_of(argv: Sequence[str]) -> argparse.Namespace:
             problems.append(f"--{name} {getattr(flags, name)}: must be 0 or more")
     if flags.max_samples is not None and flags.max_samples < 1:
         problems.append(f"--max_samples {flags.max_samples}: must be at least 1")
+    if not 0 <= flags.seed <= LARGEST_SEED:
+        problems.append(f"--seed {flags.seed}: must be from 0 to {LARGEST_SEED}")
     flags.tests = (
         given if flags.tests is None else [name for name in HOSPITALS if name in flags.tests]
     )

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
+from data.command_line import Parser
 from data.examples import Example, row_of
 from data.files import DataError, first_problems, is_name, write_jsonl
 from data.label_sets import add_label_flag, labels_named
@@ -277,10 +278,9 @@ def report(converter: Converter, examples: Sequence[Example]) -> str:
 # ---- command -------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """Declare the flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.table",
         description="Make a data file (JSONL) of a hospital's own table (CSV).",
-        allow_abbrev=False,
     )
     flag = parser.add_argument
     flag("table", type=Path, metavar="TABLE.csv", help="CSV with a header row, also .csv.gz")

@@ -48,6 +48,7 @@ from typing import Any
 from PIL import Image
 
 from data.answers import blocks_of, parse_answer
+from data.command_line import Parser, plain_integer
 from data.demo.teacher import trace_from_labels
 from data.examples import (
     MAX_ANSWER_CHARACTERS,
@@ -74,6 +75,7 @@ FORMS = ("gemini", "openai")
 # server of one's own has none.
 MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
 MAX_REQUESTS = 50_000
+LARGEST_SIDE = 65_536  # pixels of an image that is sent
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ _PRIVACY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code: 0 done, 1 no answer is good, 2 usage or data."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.traces",
         description="Teacher traces: requests out (export), answers in, with checks (import).",
         epilog=_PRIVACY,
@@ -400,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     out.add_argument(
         "--max_side",
-        type=int,
+        type=plain_integer,
         default=1024,
         help="images are reduced to this many pixels a side (default 1024)",
     )
@@ -443,8 +445,10 @@ def _export(arguments: argparse.Namespace) -> int:
                 " when the job is made"
             ]
         )
-    if arguments.max_side < 1:
-        raise DataError([f"--max_side {arguments.max_side}: must be at least 1"])
+    if not 1 <= arguments.max_side <= LARGEST_SIDE:
+        raise DataError(
+            [f"--max_side {arguments.max_side}: must be at least 1 and at most {LARGEST_SIDE}"]
+        )
     examples = read_jsonl(data_file(arguments.data_file), arguments.image_root, label_set)
     files = export(
         examples,

@@ -61,17 +61,18 @@ def write_data(folder: Path) -> None:
         (folder / file).write_text("\n".join(lines) + "\n")
 
 
-def command_of(stage: str, folder: Path, bf16: bool, tokens: int) -> list[str]:
+def command_of(stage: str, folder: Path, bf16: bool, tokens: int, prompt: str) -> list[str]:
     """Give the command line of a stage, in `folder` with the model and the data.
 
-    tokens: of an image, where the model lets one choose.
+    tokens: of an image, where the model lets one choose. prompt: the instruction.
     """
     size = ["--min_visual_tokens", str(tokens), "--max_visual_tokens", str(tokens)]
     short = ["--max_completion_length", "16", "--per_device_eval_batch_size", "1"]
     precision = ["--bf16" if bf16 else "--no_bf16"]
     test = f"noise={folder / 'test.jsonl'}"
     train = ["--train_file", str(folder / "train.jsonl"), "--validation_file", test]
-    train += [*size, *short, *precision, "--warmup_ratio", "0", "--learning_rate", "1e-3"]
+    train += [*size, *short, *precision, "--prompt", prompt]
+    train += ["--warmup_ratio", "0", "--learning_rate", "1e-3"]
     sft = ["--model_name_or_path", str(folder / "model"), *train, "--max_steps", "1"]
     sft += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
     grpo = ["--adapter_name_or_path", str(folder / "sft"), *train, "--max_steps", "2"]
@@ -239,16 +240,18 @@ def same_adapter(first: Path, second: Path) -> bool:
     return (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def rehearse(name: str, folder: Path, scale: int, bf16: bool, tokens: int, only: list[str]) -> int:
+def rehearse(arguments: argparse.Namespace) -> int:
     """Make the folder, run every stage, print the table, and return the exit code."""
+    name, folder, scale = arguments.model, arguments.folder, arguments.scale
     began = time.perf_counter()
-    size = make_hub_folder(name, folder / "model", scale)
-    write_data(folder)
-    print(f"{name}, scale {scale}: {size / GIB:.2f} GiB of bf16 weights in {folder / 'model'}")
-    print(f"made in {time.perf_counter() - began:.0f} s", flush=True)
+    if not (folder / "model").is_dir():
+        size = make_hub_folder(name, folder / "model", scale)
+        write_data(folder)
+        print(f"{name}, scale {scale}: {size / GIB:.2f} GiB of bf16 weights in {folder / 'model'}")
+        print(f"made in {time.perf_counter() - began:.0f} s", flush=True)
     measured: dict[str, dict[str, Any]] = {}
-    for stage in only:
-        argv = command_of(stage, folder, bf16, tokens)
+    for stage in arguments.stages:
+        argv = command_of(stage, folder, arguments.bf16, arguments.visual_tokens, arguments.prompt)
         print(f"\n--- {stage}: {' '.join(argv)}", flush=True)
         out = folder / f"{stage}.json"
         code = subprocess.run(
@@ -270,10 +273,13 @@ def rehearse(name: str, folder: Path, scale: int, bf16: bool, tokens: int, only:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), default="qwen2.5-vl-3b")
-    parser.add_argument("--folder", type=Path, default=Path("full_size"), help="a new folder")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("full_size"), help="a new one, or one kept"
+    )
     parser.add_argument("--scale", type=int, default=1, help="divides widths, heads and layers")
     parser.add_argument("--bf16", action="store_true", help="the base in bfloat16, on a GPU")
     parser.add_argument("--visual_tokens", type=int, default=256, help="of an image (Qwen2.5-VL)")
+    parser.add_argument("--prompt", default="free_reasoning", help="a short one is faster: demo")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--keep", action="store_true", help="remove nothing")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -285,17 +291,10 @@ def main() -> int:
         return code
     if argv:
         parser.error(f"unknown arguments {' '.join(argv)}")
-    if arguments.folder.exists():
-        parser.error(f"--folder {arguments.folder} is there already; name a new one")
+    if arguments.folder.exists() and not (arguments.folder / "model").is_dir():
+        parser.error(f"--folder {arguments.folder} is there, without a model; name a new one")
     try:
-        return rehearse(
-            arguments.model,
-            arguments.folder,
-            arguments.scale,
-            arguments.bf16,
-            arguments.visual_tokens,
-            arguments.stages,
-        )
+        return rehearse(arguments)
     finally:
         if not arguments.keep:
             shutil.rmtree(arguments.folder, ignore_errors=True)

@@ -541,7 +541,7 @@ def test_a_missing_image_is_an_error_or_is_not_drawn(tmp_path, capsys):
             ],
         ),
         ("--nih x --sft_size 0 --rl_size 0 --validation_size 0 --tests none", ["nothing to write"]),
-        ("--nih x --seed y", ["argument --seed: invalid int value: 'y'"]),
+        ("--nih x --seed y", ["argument --seed: expected an integer, got 'y'"]),
         ("--nih x --sed 1", ["unrecognized arguments: --sed 1"]),
         # each source says what is wrong with it
         ("--nih x --chexpert y", ["y: no such folder", "x: no such folder"]),

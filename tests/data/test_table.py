@@ -22,7 +22,7 @@ from data.examples import read_jsonl
 from data.labels import LABELS
 from data.table import main
 from data.table_reading import parts_of, value_of
-from tests.helpers.runs import lines
+from tests.helpers.runs import lines, overriding
 
 HEADER = ["path", "pid", "Edema", "Pneumonia", "Fracture"]
 ROWS = [["a.png", "1", "1", "0", ""], ["b.png", "2", "-1", "1", "0"]]
@@ -45,7 +45,7 @@ def convert(tmp_path, capsys):
         out = tmp_path / "out.jsonl"
         given = ["--image", "path", "--patient", "pid", "--output", str(out)]
         given += ["--labels", "Edema,Pneumonia,Fracture"] if labels else []
-        code = main([str(tmp_path / name), *given, *flags])
+        code = main(overriding([str(tmp_path / name), *given, *flags]))
         said = capsys.readouterr()
         return code, said.out, said.err, lines(out) if out.exists() else []
 

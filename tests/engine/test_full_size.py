@@ -83,7 +83,7 @@ def test_a_small_one_goes_through_a_dry_run(tmp_path, monkeypatch, capsys, full_
     assert {name: vocabulary[name] for name in CONTROL["qwen2_5_vl"]} == CONTROL["qwen2_5_vl"]
     assert len(encoder.tokenizer) == 151_657  # the last control token of ours is 151,656
 
-    argv = full_size.command_of("dry_run", tmp_path, bf16=False, tokens=16)
+    argv = full_size.command_of("dry_run", tmp_path, bf16=False, tokens=16, prompt="demo")
     code, measured = full_size.run_stage("dry_run", argv)
     assert code == 0 and measured["forecast"].keys() == {"update", "validation", "evaluation"}
     # 20.5 M parameters in fp32

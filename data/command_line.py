@@ -1,0 +1,62 @@
+"""Read the command lines of data's commands: no flag twice, none abbreviated, plain numbers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+LARGEST_SEED = 2**32 - 1  # of every command here, as numpy's
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse as argparse does, but take no abbreviation, and no flag that is given twice.
+
+    argparse itself would keep the last of two and say nothing of the first.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+        self.given: set[str] = set()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Begin to count anew: a parser may read several command lines."""
+        self.given = set()
+        return super().parse_known_args(args, namespace)
+
+
+class _Once(argparse.Action):
+    """Store the value of a flag, once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, Parser)  # no other registers this action
+        if option_string is not None:
+            if self.dest in parser.given:
+                more = ", with all its values" if self.nargs == "+" else ""
+                raise argparse.ArgumentError(self, f"is given twice; give it once{more}")
+            parser.given.add(self.dest)
+        if isinstance(values, str) and not values:
+            raise argparse.ArgumentError(self, "expected text, got ''")
+        setattr(namespace, self.dest, values)
+
+
+def plain_integer(text: str) -> int:
+    """Read the plain digits of a flag: the `type` of an integer. Its command checks the range.
+
+    `int` alone would also take 1_000 and blanks.
+
+    Raises ArgumentTypeError for anything else.
+    """
+    if re.fullmatch(r"[+-]?[0-9]{1,20}", text):
+        return int(text)
+    shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
+    raise argparse.ArgumentTypeError(f"expected an integer, got {shown}")
