@@ -152,7 +152,7 @@ def run_command(resolved: Resolved) -> int:
     encoder = encoder_for(config, data.train + data.validation)  # which checks all answers
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
-    resolved = fitted(resolved, device, data.train, evaluated, adapter)
+    resolved = fitted(resolved, device, data.train, evaluated, adapter, encoder=encoder)
     config = resolved.configs[0]
     record = training_record(resolved, "sft", data, checkpoint)
 

@@ -374,19 +374,21 @@ def fitted(
     sets: Mapping[str, Sequence[Example]],
     adapter: str | Path | None,
     plan: Callable[[Any], Plan] | None = None,
+    encoder: Encoder | None = None,
 ) -> Resolved:
     """Compare a training run's forecast with what is free, and return settings that fit.
 
     train, sets: the training examples, and the evaluated data sets by name.
     adapter: the folder that the run starts from, None for a fresh one.
     plan(config): of the rollouts, None in SFT.
+    encoder: the model's, where it is loaded already.
 
     Raises UsageError where a phase cannot fit.
     """
     config, free = resolved.configs[0], free_memory(device)
     if not config.memory_check or free is None:
         return resolved
-    encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
+    encoder, shape = encoder or _encoder(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
     lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
     if shape is None or lengths is None:
