@@ -8,7 +8,6 @@ Run: pytest tests/scripts/test_ranges.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import get_type_hints
@@ -19,9 +18,9 @@ import eval.compare
 import eval.figures
 import eval.matrix
 import eval.report
-from engine.config import ConfigError, parse_config, setting
+from engine.config import ConfigError, parse_config, range_problems, setting
 from engine.merge_settings import MergeConfig
-from engine.settings import SFTConfig, resolve_sft
+from engine.settings import SFTConfig, sft_problems
 from engine.values import Range, take_apart
 from eval.settings import EvalConfig
 from rl.objective import ObjectiveConfig
@@ -131,17 +130,14 @@ def test_a_recipe_obeys_the_same_ranges(tmp_path):
     assert found[3].endswith("expected an integer from 1 to 65536, got 0")
 
 
-def test_what_an_adapters_run_noted_is_checked_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "demo", "r": 4, "lora_alpha": 8})
-    )
-    (tmp_path / "adapter_model.safetensors").touch()
-    saved = {"settings": {"min_visual_tokens": {"value": -3}}}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    (tmp_path / "data.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="^--min_visual_tokens: expected an integer from 1 to"):
-        resolve_sft(["--adapter_name_or_path", ".", "--train_file", "data.jsonl"])
+def test_what_an_adapters_run_noted_is_checked_too():
+    """The settings are looked at again once they are complete, wherever a value came from."""
+    config = SFTConfig(min_visual_tokens=-3, lora_dropout=math.nan, max_steps=None)
+    assert range_problems(config) == [
+        "--min_visual_tokens: expected an integer from 1 to 1000000, got -3",
+        "--lora_dropout: expected a number at least 0 and below 1, got nan",
+    ]
+    assert set(range_problems(config)) <= set(sft_problems(config))
 
 
 # ---- the mechanism -------------------------------------------------------------------------------
