@@ -169,7 +169,7 @@ def test_files_that_cannot_be_read_are_named_with_all_other_problems(tmp_path):
     folder = str(tmp_path)
     assert refused("--prompt", f"{folder}/latin.toml", "--lora_r", "0")[:2] == [
         f"--prompt: {folder}/latin.toml: is not UTF-8 text (byte 10); save it as UTF-8",
-        "--lora_r 0 and --lora_alpha 32 must be at least 1",
+        "--lora_r: expected an integer from 1 to 65536, got '0'",
     ]
     for name, problem in (
         ("gone.txt", "cannot be read: No such file or directory"),

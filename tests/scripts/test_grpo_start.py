@@ -205,7 +205,7 @@ def test_a_fresh_adapter_needs_a_base_and_takes_prompt_and_rank_from_the_flags(h
     assert (config.lora_r, config.lora_alpha) == (8, 32)
     assert (config.prompt, config.answer_format) == ("only_label", "solution")
     assert resolved.origins["answer_format"] == "prompt"
-    with pytest.raises(UsageError, match="--lora_r 0 and --lora_alpha 32 must be at least 1"):
+    with pytest.raises(UsageError, match="--lora_r: expected an integer from 1 to 65536, got .0."):
         resolve_grpo([*flags, "--lora_r", "0"])
     (here / "mine.toml").write_text('model_name_or_path = "demo"\nlora_alpha = 4\n')
     config = resolve_grpo([*flags[:4], "--recipe", "mine.toml"]).configs[0]

@@ -30,9 +30,8 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fail where a model is loaded."""
+def no_weights(monkeypatch) -> None:
+    """Fail where a model is loaded from now on."""
     monkeypatch.setattr(
         engine.base_model.AutoModelForImageTextToText,
         "from_pretrained",
@@ -100,25 +99,22 @@ def test_a_folder_in_use_is_refused_before_the_start():
 
 @pytest.mark.parametrize("place", ["file", "file/below", "n" * 300, "/proc/nowhere"])
 def test_no_command_loads_a_model_for_a_folder_that_cannot_be(
-    place, tiny_checkpoint, tiny_data, no_weights, capsys
+    place, tiny_checkpoint, tiny_sft_run, tiny_data, monkeypatch, capsys
 ):
     wrong_places()
     model, data = str(tiny_checkpoint("qwen2_5_vl")), str(tiny_data)
+    run = str(tiny_sft_run("qwen2_5_vl"))
+    no_weights(monkeypatch)
     capsys.readouterr()
-    (Path("adapter")).mkdir()
-    Path("adapter/adapter_config.json").write_text(
-        f'{{"base_model_name_or_path": "{model}", "r": 4, "lora_alpha": 8}}'
-    )
-    Path("adapter/adapter_model.safetensors").touch()
     base = ["--model_name_or_path", model]
-    adapter = ["--adapter_name_or_path", "adapter"]
+    adapter = ["--adapter_name_or_path", run]
     commands = {
         resolve_sft: [*base, "--train_file", data],
         resolve_grpo: [*adapter, "--train_file", data],
         eval.evaluate.main: [*base, "--data_file", f"a={data}"],
         eval.matrix.main: ["--model", f"a={model}", "--prompt", "demo", "--data_file", f"a={data}"],
-        eval.report.main: ["adapter"],
-        eval.figures.main: ["adapter"],
+        eval.report.main: [run],
+        eval.figures.main: [run],
         engine.merge.main: adapter,
     }
     for main, flags in commands.items():
