@@ -26,7 +26,6 @@ embedding frozen. A base without these tokens answers well greedily and falls ap
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.command_line import Parser, plain_integer
 from data.demo.base_families import BASE_FAMILIES, HIDDEN_SIZE, VISUAL_TOKENS, BaseFamily
 from data.demo.radiographs import Radiograph
 from data.demo.splits import draw_split
@@ -410,7 +410,7 @@ def save(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.demo.build_base", description="Train a base checkpoint of the demo."
     )
     parser.add_argument(
@@ -425,7 +425,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="folder to write (default: the shipped checkpoint's, data/demo/base or base_gemma)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="torch's CPU threads (default: %(default)s)"
+        "--threads",
+        type=plain_integer,
+        default=1,
+        help="torch's CPU threads (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     family = BASE_FAMILIES[options.family]

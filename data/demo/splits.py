@@ -9,7 +9,6 @@ checkpoint learned.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.command_line import Parser
 from data.demo.radiographs import GENERATOR_VERSION, Radiograph, SiteName, draw
 from data.demo.teacher import reasoning_trace
 from data.files import write_jsonl
@@ -135,7 +135,7 @@ def _is_complete(data_file: Path, count: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.demo.splits", description="Draw the demo's synthetic data sets."
     )
     parser.add_argument(

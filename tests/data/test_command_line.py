@@ -10,6 +10,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 import data.check
+import data.demo.build_base
 import data.dicom
 import data.select
 import data.table
@@ -27,6 +28,7 @@ COMMANDS = {
         "--rejected",
     ),
     "table": (data.table.main, ["x.csv", "--output", "y"], "--image"),
+    "demo": (data.demo.build_base.main, [], "--output"),
     "dicom": (data.dicom.main, ["folder", "--output_dir", "y"], "--frame"),
 }
 

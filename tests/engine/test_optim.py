@@ -8,17 +8,22 @@ cases P17 and P23 are in test_objective.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from engine.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate_at,
+    scheduled_rate,
     set_learning_rate,
     trainable_parameters,
 )
+from engine.settings import TrainingConfig
 
 
 def model_of(**values: float) -> nn.Module:
@@ -90,6 +95,38 @@ def test_learning_rate_of_nothing_but_warmup():
     # beyond the end.
     assert learning_rate_at(4, base=2.0, warmup_steps=4, total_steps=4) == 2.0
     assert learning_rate_at(5, base=2.0, warmup_steps=4, total_steps=4) == 0.0
+
+
+def test_other_schedules_by_hand():
+    # 4 steps of warm-up from 0 to 2, then 8 more: linear falls by 2/8 = 0.25 a step, constant does
+    # not fall, and "constant" without its warm-up does not rise either
+    by_step = {
+        "linear": {0: 0.0, 3: 1.5, 4: 2.0, 5: 1.75, 8: 1.0, 11: 0.25, 12: 0.0, 20: 0.0},
+        "constant_with_warmup": {0: 0.0, 1: 0.5, 3: 1.5, 4: 2.0, 11: 2.0, 20: 2.0},
+        "constant": {0: 2.0, 3: 2.0, 4: 2.0, 11: 2.0, 20: 2.0},
+    }
+    for kind, rates in by_step.items():
+        for step, expected in rates.items():
+            rate = learning_rate_at(step, base=2.0, warmup_steps=4, total_steps=12, kind=kind)
+            assert rate == pytest.approx(expected, abs=1e-12), (kind, step)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup", "constant"])
+def test_schedules_are_those_of_transformers(kind):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=11)
+    for step in range(11):
+        ours = learning_rate_at(step, base=0.3, warmup_steps=3, total_steps=11, kind=kind)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_settings_choose_the_schedule():
+    # 10 steps, a warm-up of a fifth: at step 6 half of the linear fall is done, 0.4 / 2
+    config = TrainingConfig(learning_rate=0.4, warmup_ratio=0.2, lr_scheduler_type="linear")
+    assert scheduled_rate(config, 6, 10) == pytest.approx(0.2)
+    assert scheduled_rate(replace(config, lr_scheduler_type="constant"), 0, 10) == 0.4
 
 
 def test_learning_rate_is_set_in_every_group():
