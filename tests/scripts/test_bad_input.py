@@ -113,8 +113,8 @@ def test_another_model_family(refused, tiny_data, tmp_path):
     )
     assert (
         line
-        == "--model_name_or_path ./llama: a 'llama' model; this engine trains qwen2_5_vl and gemma3"
-        " models"
+        == "--model_name_or_path ./llama: a 'llama' model; this engine trains qwen2_5_vl, gemma3"
+        " and qwen3_vl models"
     )
 
 
