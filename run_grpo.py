@@ -243,7 +243,8 @@ def finish(
             return run.signals.exit_code or 130
     write_run_card(run.folder)
     summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
-    print(f"\n{summary}\n\nnext: {next_command(recipe, run.folder)}")
+    command = next_command(recipe, run.folder, rollouts.config.train_file)
+    print(f"\n{summary}\n\nnext: {command}")
     return 0
 
 

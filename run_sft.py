@@ -206,7 +206,9 @@ def run_command(resolved: Resolved) -> int:
             print(f"stopped early: {run.stopped}", file=sys.stderr)
         recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipe and by_flag else None
-        return finish(run, policy, data, config, next_command(recipe, folder.path, model))
+        own_data = not config.train_file.startswith("demo:")
+        command = next_command(recipe, folder.path, model, own_data=own_data)
+        return finish(run, policy, data, config, command)
 
 
 def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, command: str) -> int:
@@ -239,15 +241,20 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     return 0
 
 
-def next_command(recipe: str | None, folder: Path, model: str | None = None) -> str:
+def next_command(
+    recipe: str | None, folder: Path, model: str | None = None, *, own_data: bool = False
+) -> str:
     """Write the command that goes on with GRPO, with FILE for the user to fill in.
 
-    model: one that a flag has put in the place of the recipe's.
+    model: one that a flag has put in the place of the recipe's. own_data: the run was not trained
+    on the demo's data, so that GRPO should not be either.
     """
     command = "python run_grpo.py" + (f" --recipe {recipe}" if recipe else "")
     command += f" --model_name_or_path {model}" if model else ""
     command += f" --adapter_name_or_path {folder}"
-    return command if recipe in EMBEDDED else f"{command} --train_file FILE"
+    if recipe not in EMBEDDED:
+        return f"{command} --train_file FILE"
+    return f"{command} --train_file FILE --validation_file NAME=FILE" if own_data else command
 
 
 def main(argv: list[str] | None = None) -> int:

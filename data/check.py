@@ -87,7 +87,7 @@ def check_file(
 
     Raises DataError for a missing file, and for one that is no JSONL.
     """
-    path = data_file(spec)
+    path = data_file(spec, label_set)
     examples, problems = scan_jsonl(path, image_root, label_set)
     checked = Checked(str(path), examples, problems)
     checked.problems += [

@@ -111,23 +111,24 @@ def scan_jsonl(
     return examples, problems
 
 
-def data_file(spec: str | Path) -> Path:
+def data_file(spec: str | Path, label_set: LabelSet = CHEXPERT) -> Path:
     """Find the JSONL file that a `--train_file` or the like names.
 
     spec: a path, or `demo:SPLIT` for a split of the embedded demo, whose images are drawn under
     ./demo-data the first time.
+    label_set: the labels that its rows are to have. The demo has CheXpert's alone.
 
-    Raises DataError for an unknown split.
+    Raises DataError for an unknown split, and for the demo where other labels are wanted.
     """
     if not str(spec).startswith("demo:"):
         return Path(spec)
-    check_data_file(spec)
+    check_data_file(spec, label_set)
     from data.demo.splits import write_split  # here: most runs never draw anything
 
     return write_split(str(spec).removeprefix("demo:"), None, Path("demo-data"))
 
 
-def check_data_file(spec: str | Path) -> None:
+def check_data_file(spec: str | Path, label_set: LabelSet = CHEXPERT) -> None:
     """Raise DataError where `data_file` finds no file or no split, without drawing anything."""
     if not str(spec).startswith("demo:"):
         return _check_exists(Path(spec))
@@ -137,6 +138,14 @@ def check_data_file(spec: str | Path) -> None:
     if name not in WRITTEN_SPLITS:
         raise DataError(
             [f"{spec}: the demo has no split {name!r}; it has {', '.join(WRITTEN_SPLITS)}"]
+        )
+    if label_set != CHEXPERT:
+        raise DataError(
+            [
+                f"{spec}: the demo's images have CheXpert's 14 labels, not those of the label file;"
+                " give files of your own, for training (--train_file) and for scores"
+                " (--validation_file, --data_file)"
+            ]
         )
 
 
@@ -149,7 +158,7 @@ def read_examples(
     spec: str | Path, image_root: str | Path | None = None, label_set: LabelSet = CHEXPERT
 ) -> list[Example]:
     """Read the examples of a path or demo:SPLIT, as `data_file` and `read_jsonl` do."""
-    return read_jsonl(data_file(spec), image_root, label_set)
+    return read_jsonl(data_file(spec, label_set), image_root, label_set)
 
 
 def _row_problems(row: object, label_set: LabelSet) -> list[str]:
@@ -174,6 +183,7 @@ def _row_problems(row: object, label_set: LabelSet) -> list[str]:
                 problems.append(
                     f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
                     f" {', '.join(label_set.names)}"
+                    + ("; labels of your own need --label_file" if label_set == CHEXPERT else "")
                 )
         elif name in _NAMES and not value.strip():
             problems.append(f"field {name!r} is blank; every row needs one")

@@ -90,7 +90,7 @@ def read_sets(
 
     Raises DataError naming every problem of a file, and as `usable_examples` does.
     """
-    files = {name: data_file(spec) for name, spec in specs.items()}
+    files = {name: data_file(spec, label_set) for name, spec in specs.items()}
     read = {
         name: read_jsonl(path, image_root, label_set)[:max_samples] for name, path in files.items()
     }

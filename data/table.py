@@ -387,7 +387,8 @@ def convert(flags: argparse.Namespace) -> None:
     print(report(converter, examples))
     print(f"written: {flags.output}; next: python -m data.check {flags.output}", end="")
     apart = flags.image_root.resolve() != flags.output.parent.resolve()
-    print(f" --image_root {flags.image_root}" if apart else "")
+    print(f" --image_root {flags.image_root}" if apart else "", end="")
+    print(f" --label_file {flags.label_file}" if flags.label_file else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

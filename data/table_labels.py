@@ -47,7 +47,10 @@ def columns_reader(
     if wanted.strip() == AUTO:
         names = [name for name in table.columns if label_of(name, renames, label_set)]
         if not names:
-            problems.append(f"{table.path}: no column spells a label; name them with --labels")
+            problems.append(
+                f"{table.path}: no column spells a label; name them with --labels,"
+                " and labels of your own with --label_file"
+            )
     columns: dict[str, tuple[str, int]] = {}
     for name in names:
         try:

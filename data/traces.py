@@ -449,7 +449,9 @@ def _export(arguments: argparse.Namespace) -> int:
         raise DataError(
             [f"--max_side {arguments.max_side}: must be at least 1 and at most {LARGEST_SIDE}"]
         )
-    examples = read_jsonl(data_file(arguments.data_file), arguments.image_root, label_set)
+    examples = read_jsonl(
+        data_file(arguments.data_file, label_set), arguments.image_root, label_set
+    )
     files = export(
         examples,
         prompt,
@@ -506,8 +508,8 @@ def _import(arguments: argparse.Namespace) -> int:
             ]
             or [f"--rejected {rejected_file} is the --output; give another"]
         )
-    path = data_file(arguments.data_file)
     label_set = labels_named(arguments.label_file)
+    path = data_file(arguments.data_file, label_set)
     examples = read_jsonl(path, arguments.image_root, label_set)
     answers = (
         TEACHERS[arguments.teacher](examples)

@@ -602,7 +602,7 @@ def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grp
     if problems:
         raise ConfigError(problems)
     for file in data_specs(config).values():
-        check_data_file(file)
+        check_data_file(file, config.label_set)
     check_model_folder(config.model_name_or_path)
     writes = not (config.dry_run or config.show_batch)
     if writes:

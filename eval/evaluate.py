@@ -198,7 +198,7 @@ def _score_again(resolved: Resolved) -> int:
 def _joined_sets(config: EvalConfig) -> dict[str, tuple[Path, list[Example]]]:
     """Read the data files that answers are joined with -> {name: (file, its examples)}."""
     specs, _ = joined_files(config)
-    files = {spec: data_file(spec) for spec in specs.values()}
+    files = {spec: data_file(spec, config.label_set) for spec in specs.values()}
     read = {
         spec: (file, read_jsonl(file, config.image_root, config.label_set))
         for spec, file in files.items()

@@ -256,9 +256,9 @@ class GRPORun(Run):
             self.log.warn(line, self.step)
 
 
-def next_command(recipe: str | None, folder: Path) -> str:
+def next_command(recipe: str | None, folder: Path, train_file: str) -> str:
     """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
     files = "--data_file NAME=FILE"
-    if recipe in EMBEDDED:  # their data is the demo's
+    if recipe in EMBEDDED and train_file.startswith("demo:"):
         files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
     return f"python -m eval.evaluate --adapter_name_or_path {folder} {files}"

@@ -23,7 +23,7 @@ from data.examples import (
     split_by_patient,
 )
 from data.files import MAX_PROBLEMS, DataError, write_jsonl
-from data.labels import LABELS, NIH_NINE, Target
+from data.labels import LABELS, NIH_NINE, LabelSet, Target
 
 ROW = {"id": "a", "patient_id": "p1", "image": "a.png", "labels": ["Edema"], "dataset": "nih"}
 
@@ -164,6 +164,8 @@ def test_image_root_and_names(tmp_path):
         DataError, match="demo:nothing: the demo has no split 'nothing'; it has .*train"
     ):
         data_file("demo:nothing")
+    with pytest.raises(DataError, match="^demo:test-a: the demo's images have CheXpert's 14 label"):
+        data_file("demo:test-a", LabelSet(("Tuberculosis",)))
 
 
 # Refusals
@@ -228,12 +230,14 @@ def test_another_encoding(tmp_path):
         (
             "labels",
             ["Edema", "edema", "Mass"],
-            "field 'labels' holds 'edema', 'Mass'; the labels are: " + ", ".join(LABELS),
+            f"field 'labels' holds 'edema', 'Mass'; the labels are: {', '.join(LABELS)};"
+            " labels of your own need --label_file",
         ),
         (
             "evaluated_labels",
             ["Nodule"],
-            "field 'evaluated_labels' holds 'Nodule'; the labels are: " + ", ".join(LABELS),
+            f"field 'evaluated_labels' holds 'Nodule'; the labels are: {', '.join(LABELS)};"
+            " labels of your own need --label_file",
         ),
     ],
 )

@@ -325,6 +325,9 @@ def test_labels_of_ones_own(convert, tmp_path):
     assert code == 0 and [row["labels"] for row in rows] == [["Tuberculosis"], ["Normal"]]
     assert rows[1]["evaluated_labels"] == ["Normal", "Tuberculosis", "Silicosis"]
     assert "called Normal by rule 1" in out
+    command = out.splitlines()[-1].partition("next: python -m data.check ")[2]
+    assert data.check.main(command.split()) == 1  # the two images are not there
+    assert command.endswith(f"out.jsonl --label_file {tmp_path / 'labels.txt'}")
 
 
 # ---- image, ids, who -----------------------------------------------------------------------------

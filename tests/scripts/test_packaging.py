@@ -14,6 +14,7 @@ import pytest
 
 from engine.config import parse_config
 from rl.objective import ObjectiveConfig
+from rl.run import next_command as next_command_of_grpo
 from rl.settings import GRPOConfig, grpo_problems
 from run_sft import next_command
 from tests.helpers.repository import ROOT
@@ -85,3 +86,12 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_pat
 def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
     command = next_command("medgemma-4b-free-reasoning", tmp_path, "my-gemma")
     assert "--recipe medgemma-4b-free-reasoning --model_name_or_path my-gemma --adapter" in command
+
+
+def test_the_next_commands_of_a_run_on_own_data_name_no_data_of_the_demo(tmp_path):
+    command = next_command("demo", tmp_path, own_data=True)
+    assert command.endswith(f"{tmp_path} --train_file FILE --validation_file NAME=FILE")
+    evaluate = f"python -m eval.evaluate --adapter_name_or_path {tmp_path} --data_file"
+    assert next_command_of_grpo("demo", tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
+    demo = next_command_of_grpo("demo", tmp_path, "demo:rl-train")
+    assert demo == f"{evaluate} test-a=demo:test-a --data_file test-b=demo:test-b"
