@@ -248,12 +248,11 @@ def _pictures(
         root = image_root or entry.settings.get("image_root")
         if file is not None:
             try:
-                examples = {
-                    example.id: example
-                    for example in read_jsonl(file, located(root, entry.folder) if root else None)
-                }
+                folder = located(root, entry.folder) if root else None
+                rows = read_jsonl(file, folder, entry.label_set)
             except DataError:
                 continue
+            examples = {example.id: example for example in rows}
             return {
                 id: picture for id in ids if id in examples and (picture := _picture(examples[id]))
             }

@@ -201,6 +201,11 @@ def test_the_model_is_told_the_text_of_the_file_with_the_labels_in_it(own):
     assert "All 20 labels" in page and "Unremarkable and a finding" in page
 
 
+def test_the_cases_of_a_report_show_their_images(own):
+    page = (own / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") > 0
+
+
 def test_monitors_are_named_by_the_labels_of_the_file():
     labels = read_labels(LABEL_FILE, "labels.txt")
     names = monitor_names(labels)
