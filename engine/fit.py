@@ -46,7 +46,8 @@ from engine.memory import (
     model_shape,
 )
 from engine.memory_table import memory_table
-from engine.model import load_encoder, model_path
+from engine.model_files import model_path
+from engine.policy import encoder_of
 from engine.processor_files import parsed_config
 
 ROWS = 8  # rows of a data set whose lengths stand for all: of answers to learn the longest
@@ -353,7 +354,8 @@ def _with_room_for_images(
     images: how many there are. room: bytes on the host beside all else, None where nobody knows.
     """
     config = resolved.configs[0]
-    size = images * lengths.image * shape.hidden * (2 if config.bf16 else 4)
+    of_token = (1 + shape.extra_features) * shape.hidden * (2 if config.bf16 else 4)
+    size = images * lengths.image * of_token
     wanted = min(size, int(config.vision_cache_gb * GIB))
     if room is None or wanted <= room or resolved.origins["vision_cache_gb"] != "default":
         return resolved
@@ -388,7 +390,7 @@ def fitted(
     config, free = resolved.configs[0], free_memory(device)
     if not config.memory_check or free is None:
         return resolved
-    encoder, shape = encoder or _encoder(config), shape_of(config.model_name_or_path)
+    encoder, shape = encoder or encoder_of(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
     lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
     if shape is None or lengths is None:
@@ -397,7 +399,10 @@ def fitted(
 
     def forecast_of(changed: Any) -> Forecast:
         rollouts = None if plan is None else plan(changed)
-        return forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
+        found = forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
+        if not sets:  # then nothing is ever evaluated
+            del found.phases["evaluation"]
+        return found
 
     def allowed(changed: Any) -> bool:
         return plan is None or not plan(changed).problems()
@@ -426,7 +431,7 @@ def fitted_answers(
     config, free = resolved.configs[0], free_memory(device)
     if not config.memory_check or free is None:
         return resolved
-    encoder, shape = _encoder(config), shape_of(config.model_name_or_path)
+    encoder, shape = encoder_of(config), shape_of(config.model_name_or_path)
     lengths = lengths_of(encoder, config.instruction, (), sets.values())
     if shape is None or lengths is None:
         return resolved
@@ -454,11 +459,3 @@ def fitted_answers(
         return decoding_forecast(shape, work, greedy=changed.temperature == 0)
 
     return _settled(resolved, Question(config, device, forecast_of), free)[0]
-
-
-def _encoder(config: Any) -> Encoder:
-    return load_encoder(
-        config.model_name_or_path,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-    )

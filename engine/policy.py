@@ -53,19 +53,27 @@ class ModelSettings(Protocol):
     def vision_cache_dir(self) -> str | None: ...
 
 
+def encoder_of(config: ModelSettings) -> Encoder:
+    """Load the tokenizer and image processor that the settings name, without any weights.
+
+    Raises UsageError where the checkpoint cannot be used.
+    """
+    return load_encoder(
+        config.model_name_or_path,
+        min_visual_tokens=config.min_visual_tokens,
+        max_visual_tokens=config.max_visual_tokens,
+    )
+
+
 def encoder_for(config: SFTConfig, examples: Sequence[Example]) -> Encoder:
-    """Load the tokenizer and image processor that the settings name, before any weights.
+    """Load what encodes the examples, and check all their answers before any weights are read.
 
     examples: those whose answers will be learnt.
 
     Raises UsageError where the checkpoint cannot be used, DataError naming every example whose
     answer cannot be learnt as it is.
     """
-    encoder = load_encoder(
-        config.model_name_or_path,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-    )
+    encoder = encoder_of(config)
     encoder.check_answers(examples, config.instruction)
     return encoder
 

@@ -31,11 +31,10 @@ from engine.model import (
     frozen_parts,
     has_no_effect,
     is_decoders_lora,
-    load_encoder,
     trained_lora,
 )
 from engine.order import shuffled
-from engine.policy import Policy
+from engine.policy import Policy, encoder_of
 from engine.runtime import environment_banner
 from engine.settings import FRESH, TrainingConfig
 
@@ -282,14 +281,6 @@ def first_examples(
     return [examples[i] for i in shuffled(len(examples), 0, config.seed)[:count]]
 
 
-def _encoder(config: TrainingConfig) -> Encoder:
-    return load_encoder(
-        config.model_name_or_path,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-    )
-
-
 def _encode_answer(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedRow:
     """Encode a training example with its answer and its image's pixels."""
     assert example.answer is not None  # run_sft.py leaves examples without one out
@@ -303,7 +294,7 @@ def _encode_prompt(config: TrainingConfig, encoder: Encoder, example: Example) -
 
 def show_answers(config: TrainingConfig, examples: Sequence[Example], stream: TextIO) -> int:
     """Show the first micro-batch: --show_batch of run_sft.py. Returns the exit code 0."""
-    encoder = _encoder(config)
+    encoder = encoder_of(config)
     chosen = first_examples(config, examples, config.per_device_train_batch_size)
     batch = [row_fields(_encode_answer(config, encoder, example)) for example in chosen]
     _write(
@@ -321,7 +312,7 @@ def show_prompts(
 
     count: prompts of a rollout. Returns the exit code 0.
     """
-    encoder = _encoder(config)
+    encoder = encoder_of(config)
     chosen = first_examples(config, examples, count)
     prompts = collate_prompts(
         [_encode_prompt(config, encoder, example) for example in chosen], encoder.pad_token_id

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ import engine.fit
 import engine.generate
 import eval.evaluate
 import run_grpo
-from engine.config import UsageError
+from engine.config import Resolved, UsageError
 from engine.device import computes_bf16, slow_bf16
 from engine.fit import Lengths, Question, certain, largest, training_work
 from engine.free_memory import Free
@@ -234,6 +234,21 @@ def test_a_run_without_copies_says_so_and_resumes_so(
     assert copied and all(copied)
 
 
+def test_a_run_without_evaluated_sets_is_not_measured_by_an_evaluation(
+    tiny_sft_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """4096 rows at a time would take 1.2 GiB, and a run that never evaluates takes none of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: Free(GIB // 2, 0, "the test"))
+    start, flags = tiny_sft_run("qwen2_5_vl"), ("--per_device_eval_batch_size", "4096", "--dry_run")
+    flags = (*flags, "--max_completion_length", "512")
+    assert grpo(start, tiny_data, tmp_path / "run", *flags) == 0
+    capsys.readouterr()
+    evaluated = (*flags, "--validation_file", f"site={tiny_data}")
+    with pytest.raises(UsageError, match="memory: evaluation needs"):
+        grpo(start, tiny_data, tmp_path / "run", *evaluated)
+
+
 def adapter(folder) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
@@ -249,6 +264,22 @@ def test_an_evaluation_is_fitted_too(tiny_checkpoint, tiny_data, tmp_path, monke
     assert "error: memory: evaluation needs 0.0" in error
     assert not (tmp_path / "out").exists()
     assert eval.evaluate.main([*command, "--no_memory_check"]) == 0
+
+
+def test_the_cache_is_counted_with_the_deepstack_features_of_qwen3_vl():
+    """10 images of 256 tokens x 2048 numbers x 2 bytes are 10 MiB, with 3 x as much deepstack 40.
+
+    There is room for 20 MiB.
+    """
+    origins = dict.fromkeys((field.name for field in fields(SFTConfig)), "default")
+    resolved = Resolved((SFTConfig(),), origins, None)
+
+    def kept(shape: ModelShape) -> float:
+        fitting = engine.fit._with_room_for_images(resolved, shape, LENGTHS, 10, 20 * 2**20)
+        return fitting.configs[0].vision_cache_gb
+
+    assert kept(QWEN_3B) == 4.0
+    assert kept(replace(QWEN_3B, extra_features=3)) == 0.0
 
 
 def test_where_nothing_tells_what_is_free_nothing_is_refused(
