@@ -283,9 +283,9 @@ def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
 def keep_asking(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write label file and prompt of the adapter's run beside the merged model, for later commands.
 
-    Returns what merge.json says of them: their names, and of files the SHA-256.
+    Returns what merge.json says of them and of the answer's form: names, and of files the SHA-256.
     """
-    found: dict[str, Any] = {"kept": {}}
+    found: dict[str, Any] = {"kept": {}, "answer_format": settings.get("answer_format")}
     for name in ("label_file", "prompt"):
         found[name] = kept = settings.get(name)
         if isinstance(kept, KeptFile):
@@ -328,7 +328,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, config.dtype)
     check_can_be_folded_in(check_adapter(name, adapter), adapter)
     unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")
-    settings = settings_of_adapter(str(adapter), (*size, "prompt", "label_file"), unset)
+    asking = ("answer_format", "label_file", "prompt")
+    settings = settings_of_adapter(str(adapter), (*size, *asking), unset)
     bounds = {key: settings.get(key, getattr(unset, key)) for key in size}
     device = pick_device(config.num_threads)
     final, temporary = new_folder(config.output_dir)
@@ -395,7 +396,7 @@ def _run(resolved: Resolved) -> int:
     done = merge(config)
     asked = "".join(
         f" --{name} {Path(config.output_dir) / done[name] if name in done['kept'] else done[name]}"
-        for name in ("label_file", "prompt")
+        for name in ("answer_format", "label_file", "prompt")
         if done[name]
     )
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]

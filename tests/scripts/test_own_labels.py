@@ -378,7 +378,8 @@ def test_a_merged_model_has_both_files_beside_it_and_names_them(own, tmp_path, c
     assert merge(["--adapter_name_or_path", str(own / "grpo"), "--output_dir", str(merged)]) == 0
     assert (merged / "labels.txt").read_text(encoding="utf-8") == LABEL_FILE
     assert (merged / "clinic.toml").read_text(encoding="utf-8") == PROMPT
-    asked = f"--label_file {merged}/labels.txt --prompt {merged}/clinic.toml --min_visual_tokens 4"
+    asked = f"--answer_format think_solution --label_file {merged}/labels.txt"
+    asked += f" --prompt {merged}/clinic.toml --min_visual_tokens 4"
     assert asked in capsys.readouterr().out
     kept = record(merged / "merge.json")["kept"]
     assert kept["prompt"] == hashlib.sha256(PROMPT.encode()).hexdigest()
