@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,18 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     if problems:
         raise UsageError(problems)
     if unknown := unknown_settings(record):
-        print(
+        _say_once(
             f"note: {where} has settings that are not known here and left out:"
-            f" {', '.join(unknown[:8])}",
-            file=sys.stderr,
+            f" {', '.join(unknown[:8])}"
         )
     base = record.get("base_model_name_or_path") or None
     return SavedAdapter(folder, base, settings, shapes, stored, renamed)
+
+
+@lru_cache
+def _say_once(note: str) -> None:
+    """Print a note, which a command would repeat each time that it reads an adapter."""
+    print(note, file=sys.stderr)
 
 
 def adapter_record(folder: str | Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from engine.checkpoint import (
 )
 from engine.config import Resolved, UsageError, from_json, to_json
 from engine.model_checks import base_hashes
-from engine.model_files import ADAPTER_FILES, model_path
+from engine.model_files import ADAPTER_FILES, model_path, same_base
 from engine.runtime import STEP_LOGS, run_directory, versions
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
@@ -260,7 +260,7 @@ def training_record(
     if checkpoint is None and config.adapter_name_or_path:
         line = changed_base_of(config.adapter_name_or_path, config.model_name_or_path)
         noted = saved_base(config.adapter_name_or_path) or {}
-        if line and noted["name"] == config.model_name_or_path:
+        if line and same_base(noted["name"], config.model_name_or_path):
             raise UsageError(
                 f"{line}; restore it, or give the base that the adapter belongs to with"
                 " --model_name_or_path"
@@ -337,7 +337,7 @@ def _changed_base(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     if any(file not in was or file not in files for file in shards):
         return None  # saved anew in other shards, which cannot be compared
     # a copy elsewhere may well have been described anew, by another version of transformers
-    same_place = before["name"] == now["name"]
+    same_place = same_base(before["name"], now["name"])
     compared = sorted(was.keys() | files.keys() if same_place else shards)
     file = next((name for name in compared if was.get(name) != files.get(name)), None)
     if file is None:

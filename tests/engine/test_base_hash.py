@@ -140,9 +140,14 @@ def test_grpo_and_sft_do_not_go_on_from_another_base(restored, tiny_data, capsys
     change_weights(base)
     argv = ["--adapter_name_or_path", run, "--train_file", tiny_data]
     argv += ["--output_dir", tmp_path / "on"]
-    for main, flags in ((run_grpo.main, GRPO), (run_sft.main, SFT)):
+    spelled = f"{base}/."  # the same place
+    for main, name, flags in (
+        (run_grpo.main, str(base), GRPO),
+        (run_sft.main, str(base), SFT),
+        (run_sft.main, spelled, [*SFT, "--model_name_or_path", spelled]),
+    ):
         (line,) = errors(main, [*argv, *flags], capsys)
-        assert line.startswith(f"error: {base}: model.safetensors is another one (SHA-256 ")
+        assert line.startswith(f"error: {name}: model.safetensors is another one (SHA-256 ")
         assert f"than when {run} was trained; restore it, or give the base" in line
 
 
