@@ -34,7 +34,7 @@ _LORA = (
     "LoRA is on all projections of the language model's attention and MLP; its rank is --lora_r,"
     " its scaling --lora_alpha, its dropout --lora_dropout (run_sft.py)"
 )
-_FULL = "LoRA alone is trained, always; its rank is --lora_r (run_sft.py)"
+_FULL = "LoRA alone is trained, always; its rank is --lora_r"
 _WHEN = (
     "run_sft.py evaluates and saves at every epoch, run_grpo.py every --eval_steps; further saves:"
     " --save_steps"
@@ -178,7 +178,7 @@ PEERS: dict[str, str] = {
         " additional_target",
         _LORA,
     ),
-    **_each("lora_rank", "here it is --lora_r (run_sft.py)"),
+    **_each("lora_rank", "here it is --lora_r"),
     **_each(
         "use_peft use_lora finetuning_type tuner_type freeze_vision_tower freeze_vit freeze_llm"
         " freeze_aligner",
