@@ -198,11 +198,14 @@ def trained_lora(net: PeftModel) -> tuple[int, float]:
 
 
 def has_no_effect(net: PeftModel) -> bool:
-    """Tell whether the LoRA of `default` is zero everywhere, as that of a fresh adapter."""
+    """Tell whether `default` is nothing but LoRA that is zero everywhere, as a fresh adapter is."""
     seconds = [
         tensor
         for name, tensor in adapter_state(net).items()
-        if "lora_B" in name or "lora_embedding_A" in name or "lora_magnitude" in name
+        if "lora_" not in name  # a whole module, a bias, a token
+        or "lora_B" in name
+        or "lora_embedding_A" in name
+        or "lora_magnitude" in name
     ]
     return not any(tensor.any() for tensor in seconds)
 

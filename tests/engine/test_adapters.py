@@ -39,6 +39,7 @@ from engine.model import (
     attach_adapter,
     check_adapter,
     frozen_parts,
+    has_no_effect,
     load_model,
     trained_lora,
     use_adapter,
@@ -545,3 +546,16 @@ def test_an_adapter_without_effect_is_said(made, tiny_checkpoint, tiny_data, tmp
     assert evaluate([*flags, "--max_completion_length", "2"]) == 0
     assert f"warning: {folder}: {NO_EFFECT}" in capsys.readouterr().err
     assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save lm_head", "trainable tokens"])
+def test_an_adapter_without_lora_but_with_a_module_of_its_own_has_an_effect(
+    kind, made, tiny_checkpoint
+):
+    net = attach_adapter(
+        open_model(tiny_checkpoint("qwen2_5_vl")), made("qwen2_5_vl", kind), trainable=True
+    )
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert not has_no_effect(net)
