@@ -180,7 +180,7 @@ _NO_MATTER = (
     "base_model_name_or_path",
     "corda_config",
     "eva_config",
-    "fan_in_fan_out",  # of Conv1D layers, which neither family has
+    "fan_in_fan_out",  # of Conv1D layers, which no family has
     "inference_mode",
     "init_lora_weights",
     "loftq_config",
