@@ -39,7 +39,9 @@ READING = 2
 QUANTILES, MARGIN = (0.01, 0.99), 0.25
 
 # What a network drive may report of a sound file, and the seconds to wait before another try.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
+# Not every system has all of the names.
+_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EREMOTEIO")
+_PASSING = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 RETRY_WAITS = (0.1, 0.5, 2.0)
 
 Item = TypeVar("Item")

@@ -28,12 +28,14 @@ def folders(top: Path) -> Iterator[Path]:
             count += 1
             if count > MAX_FOLDERS:
                 return
+            try:
+                inside = sorted(folder.iterdir())
+            except PermissionError:  # such as lost+found of a disk
+                continue
             yield folder
-            below += sorted(
-                path
-                for path in folder.iterdir()
-                if path.is_dir() and not _PATIENTS.fullmatch(path.name)
-            )
+            below += [
+                path for path in inside if path.is_dir() and not _PATIENTS.fullmatch(path.name)
+            ]
         level = below
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.chexpert import load_chexpert
+from data.layouts import folders
 from data.mimic import load_mimic
 from data.nih import load_nih
 from data.select import main
@@ -176,6 +177,20 @@ def test_where_no_image_is_one_line_says_what_was_looked_for(tmp_path, capsys):
     assert main([*flags, *sizes]) == 2
     out, err = capsys.readouterr()
     assert said[0] in out and "no such image" in err
+
+
+def test_a_folder_that_nobody_may_read_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "png").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "lost+found":
+            raise PermissionError
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert list(folders(tmp_path)) == [tmp_path, tmp_path / "png"]
 
 
 def test_a_folder_of_many_folders_is_not_searched_for_ever(tmp_path):
