@@ -61,20 +61,26 @@ def prompt_problems(prompt: NameOrFile, label_set: LabelSet = CHEXPERT) -> list[
     return []
 
 
-def prompt_warnings(prompt: NameOrFile) -> list[str]:
+def prompt_warnings(prompt: NameOrFile, label_set: LabelSet = CHEXPERT) -> list[str]:
     """Name what a sound prompt of one's own may have forgotten, one line each."""
     if isinstance(prompt, str):
         return []
-    found = _template(prompt)
+    found = prompt_of(prompt, label_set)
     told = found.system + found.text
-    blocks = blocks_of(found.answer_format)
-    missing = [f"<{name}>" for name in blocks if f"<{name}>" not in told]
-    if not missing:
-        return []
-    return [
-        f"{prompt.path}: the text does not mention {' and '.join(missing)}, the tags of"
-        f" {found.answer_format}: only a model that knows the form already will keep to it"
-    ]
+    warnings = []
+    tags = [f"<{name}>" for name in blocks_of(found.answer_format)]
+    if missing := [tag for tag in tags if tag not in told]:
+        warnings.append(
+            f"{prompt.path}: the text does not mention {' and '.join(missing)}, the tags of"
+            f" {found.answer_format}: only a model that knows the form already will keep to it"
+        )
+    if unnamed := [name for name in label_set.names if name.casefold() not in told.casefold()]:
+        shown = ", ".join(unnamed[:3]) + (", ..." if unnamed[3:] else "")
+        warnings.append(
+            f"{prompt.path}: the text does not name {shown}: write {{labels}} where the labels"
+            " belong, or only a model that knows them already will use them"
+        )
+    return warnings
 
 
 def _file_problems(kept: KeptFile) -> list[str]:

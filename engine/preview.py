@@ -57,6 +57,7 @@ def banner(
     title: "SFT" or "GRPO". folder: the run's. adapter: what the policy begins as.
     lines: what the script knows of its data and batches.
     """
+    config: TrainingConfig = resolved.configs[0]
     trainable = sum(parameter.numel() for parameter in policy.parameters)
     total = sum(parameter.numel() for parameter in policy.net.parameters())
     return "\n".join(
@@ -69,7 +70,7 @@ def banner(
             *lines,
             "settings that differ from the paper's or the engine's defaults:",
             describe(resolved),
-            *(f"warning: {line}" for line in prompt_warnings(resolved.configs[0].prompt)),
+            *(f"warning: {line}" for line in prompt_warnings(config.prompt, config.label_set)),
             "",
         ]
     )

@@ -251,7 +251,7 @@ def _decode_and_score(resolved: Resolved) -> int:
                 read_partial(config.output_dir, name, records[name], kind)
     resolved = fitted_answers(resolved, device, todo)
     config = resolved.configs[0]
-    for line in prompt_warnings(config.prompt):
+    for line in prompt_warnings(config.prompt, config.label_set):
         print(f"warning: {line}", file=sys.stderr)
     print(environment_banner(device))
     print(describe(resolved))

@@ -111,8 +111,16 @@ def test_a_file_cannot_have_the_name_of_a_built_in_prompt():
     assert "'only_label' is the name of a built-in prompt; name the file otherwise" in problem
 
 
+def test_a_text_that_forgets_the_labels_is_warned_of():
+    labels = LabelSet(("Tuberculosis", "Silicosis", "Mass", "Goitre", "Hernia"))
+    asked = 'text = "Is it {} or a mass?"\nanswer_format = "label_list"'
+    (line,) = prompt_warnings(kept(asked.format("tuberculosis")), labels)
+    assert "the text does not name Silicosis, Goitre, Hernia: write {labels} where" in line
+    assert prompt_warnings(kept(asked.format("{labels}")), labels) == []
+
+
 def test_a_text_that_forgets_the_tags_of_its_form_is_warned_of():
-    (line,) = prompt_warnings(kept('text = "in <think>"'))
+    (line,) = prompt_warnings(kept('text = "in <think> {labels}"'))
     assert line.startswith(
         "../prompts/mine.toml: the text does not mention <solution>, the tags of"
     )
@@ -120,8 +128,8 @@ def test_a_text_that_forgets_the_tags_of_its_form_is_warned_of():
         "<think> and <answer>"
         in prompt_warnings(kept('text = "a"\nanswer_format = "answer_tag"'))[0]
     )
-    assert prompt_warnings(kept('text = "a"\nanswer_format = "label_list"')) == []
-    assert prompt_warnings(kept(f'text = "a"\nsystem = "{FORM}"')) == []
+    assert prompt_warnings(kept('text = "{labels}"\nanswer_format = "label_list"')) == []
+    assert prompt_warnings(kept(f'text = "{{labels}}"\nsystem = "{FORM}"')) == []
     assert prompt_warnings("nv_reason") == []  # another system's own question
 
 
