@@ -248,8 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in [*problems, *(f"note: {note}" for note in notes)]:
         print(line)
     found = len(problems) + sum(len(checked.problems) for checked in files)
-    print("no problem found" if not found else f"{found} problem{'s' if found > 1 else ''} found")
-    return 2 if len(files) < len(arguments.files) else 1 if found else 0
+    if unread := len(arguments.files) - len(files):
+        print(f"not checked: {unread} of {len(arguments.files)} files", file=sys.stderr)
+    if found or not unread:
+        several = "s" if found > 1 else ""
+        print(f"{found} problem{several} found" if found else "no problem found")
+    return 2 if unread else 1 if found else 0
 
 
 if __name__ == "__main__":

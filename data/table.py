@@ -325,7 +325,12 @@ def build_parser() -> argparse.ArgumentParser:
             " exceptions, as in: zeros Edema=ones [default: zeros]"
         ),
     )
-    flag("--blank", choices=BLANK_RULES, default="zeros", help="what a blank cell becomes")
+    flag(
+        "--blank",
+        choices=BLANK_RULES,
+        default="zeros",
+        help="what a blank cell becomes: absent, or unknown for this image [default: zeros]",
+    )
     flag(
         "--no_label",
         choices=NO_LABEL_RULES,
@@ -336,8 +341,9 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     flag("--id", metavar="COLUMN", help="[default: made from the image's path]")
-    for name in ("sex", "age", "view"):
-        flag(f"--{name}", metavar="COLUMN")
+    flag("--sex", metavar="COLUMN", help="cells such as F, M, female, male [default: unknown]")
+    flag("--age", metavar="COLUMN", help="in years, or as 063Y [default: unknown]")
+    flag("--view", metavar="COLUMN", help="cells such as PA, AP [default: unknown]")
     flag("--dataset", metavar="NAME", help="name of the source [default: the table's name]")
     flag(
         "--image_root",
@@ -346,7 +352,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that image paths are relative to [default: the table's]",
     )
     flag("--separator", choices=SEPARATORS, help="[default: what the header has most of]")
-    flag("--encoding", help="of the text [default: UTF-8, or UTF-16 where the file shows it]")
+    flag(
+        "--encoding",
+        help="of the text, such as cp1252 [default: UTF-8, or UTF-16 where the file shows it]",
+    )
     return parser
 
 

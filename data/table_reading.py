@@ -30,7 +30,7 @@ VALUES: dict[str, int | None] = (
     dict.fromkeys(("", "nan", "na", "n/a", "null", "none", "<na>", "#n/a"))
     | dict.fromkeys(("1", "yes", "y", "true", "t", "positive", "pos", "present", "x", "ja"), 1)
     | dict.fromkeys(("0", "no", "n", "false", "f", "negative", "neg", "absent", "nein"), 0)
-    | dict.fromkeys(("-1", "uncertain", "u", "unsure", "possible", "maybe", "?"), -1)
+    | dict.fromkeys(("-1", "uncertain", "u", "unsure", "possible", "maybe", "fraglich", "?"), -1)
 )
 _NUMBER = re.compile(r"([+-]?)0*(\d+)(?:[.,]0*)?")
 

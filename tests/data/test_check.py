@@ -283,6 +283,9 @@ def test_a_file_that_is_not_there_does_not_hide_the_others(tmp_path, capsys):
         and "none.jsonl" in err
         and "the demo has no split 'none'" in err
     )
+    assert err.endswith("not checked: 2 of 3 files\n")
+    assert main([str(tmp_path / "none.jsonl")]) == 2
+    assert "no problem" not in capsys.readouterr().out
 
 
 def test_more_problems_than_an_error_of_a_run_lists(tmp_path, capsys):

@@ -160,7 +160,7 @@ def test_every_form_says_the_same(convert, form):
     [
         (("1", "1.0", "1,0", "1.", "01", "+1", "yes", "Y", "TRUE", "t", "Positive", "x", "ja"), 1),
         (("0", "0.0", "0,0", "-0", "00", "no", "N", "False", "negative", "absent", "nein"), 0),
-        (("-1", "-1.0", "-1,0", "uncertain", "U", "?", "possible", "Maybe"), -1),
+        (("-1", "-1.0", "-1,0", "uncertain", "U", "?", "possible", "Maybe", "Fraglich"), -1),
         (("", " ", "nan", "NaN", "NA", "n/a", "NULL", "None", "<NA>"), None),
     ],
 )
