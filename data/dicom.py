@@ -259,9 +259,7 @@ def convert(
         Exception
     ) as error:  # of many classes, for tags that are damaged or contradict each other
         return Converted(file, reason=f"its tags cannot be used ({_line(error)})", damaged=True)
-    inside = file.relative_to(folder)
-    image = inside.with_suffix("") if inside.suffix.lower() in (".dcm", ".dicom") else inside
-    image = image.with_name(f"{image.name}.png")
+    image = _image_of(file.relative_to(folder))
     target = output / image
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
@@ -269,6 +267,12 @@ def convert(
     lows, highs = zip(*_extrema(picture), strict=True)
     flat = max(highs) - min(lows) < FLAT_LEVELS
     return Converted(file, {"image": image.as_posix()} | row, flat=flat)
+
+
+def _image_of(file: Path) -> Path:
+    """Name the picture of a file: .png takes the place of a suffix of DICOM, else it is added."""
+    bare = file.with_suffix("") if file.suffix.lower() in (".dcm", ".dicom") else file
+    return bare.with_name(f"{bare.name}.png")
 
 
 def _extrema(picture: Image.Image) -> list[tuple[int, int]]:
@@ -306,12 +310,15 @@ def convert_folder(
             [f"--output_dir {output} exists and nothing is overwritten; name another folder"]
         )
     files = files_of(folder)
-    stems = Counter(
-        file.with_suffix("") if file.suffix.lower() == ".dcm" else file for file in files
-    )
-    twice = [str(stem) for stem, count in stems.items() if count > 1]
+    sources: dict[Path, list[str]] = {}
+    for source in files:
+        sources.setdefault(_image_of(source), []).append(str(source))
+    twice = {image: names for image, names in sources.items() if len(names) > 1}
     if twice:
-        raise DataError([f"{stem} and {stem}.dcm would both become {stem}.png" for stem in twice])
+        raise DataError(
+            f"{' and '.join(names)} would {'both' if len(names) == 2 else 'all'} become {image}"
+            for image, names in twice.items()
+        )
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

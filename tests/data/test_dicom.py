@@ -359,6 +359,11 @@ def test_nothing_to_convert(tmp_path, capsys):
             [],
             "would both become",
         ),
+        (
+            lambda folder: [save(dataset(), folder / name) for name in ("a.DICOM", "a.dcm")],
+            [],
+            "would both become",
+        ),
     ],
 )
 def test_refusals(tmp_path, capsys, prepare, flags, said):
