@@ -43,6 +43,7 @@ from tests.helpers.hospitals import (
     touch,
     write,
 )
+from tests.helpers.runs import overriding
 
 SIZES = ("--sft_size", "6", "--rl_size", "3", "--validation_size", "2")
 
@@ -76,7 +77,8 @@ def chexpert(folder: Path, patients: int = 12) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+    """Return the exit code of a command line. The last of two flags of one name counts."""
+    return main(overriding([str(argument) for argument in arguments]))
 
 
 def errors(capsys) -> list[str]:

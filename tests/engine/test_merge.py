@@ -45,7 +45,7 @@ from engine.run import TrainerState
 from engine.saving import save_final_adapter
 from eval.evaluate import main as evaluate
 from tests.helpers.repository import ROOT
-from tests.helpers.runs import lines, record, snapshot
+from tests.helpers.runs import lines, overriding, record, snapshot
 from tests.helpers.tiny import SAVE, attach_random_adapter, policy_of
 
 CPU = torch.device("cpu")
@@ -480,5 +480,7 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     ]
     said = refusal(capsys, *flags_of(tmp_path / "none", tmp_path / "merged"))
     assert said.startswith(f"{tmp_path / 'none'}: no adapter there")
-    said = refusal(capsys, *flags_of(tmp_path, tmp_path / "merged"), "--dtype", "int4")
+    said = refusal(
+        capsys, *overriding([*flags_of(tmp_path, tmp_path / "merged"), "--dtype", "int4"])
+    )
     assert said == "--dtype: 'int4' is not one of bfloat16, float32"

@@ -311,7 +311,10 @@ def test_a_finished_cell_is_never_mixed_with_other_settings(project, tmp_path, c
     )
     for file in ("a.jsonl", "run/adapter_model.safetensors"):
         content = (project / file).read_bytes()
-        (project / file).write_bytes(content + b"\n")
+        # a blank line, another last weight: whole files both
+        changed = content + b"\n" if file == "a.jsonl" else content[:-1] + b"\x3e"
+        assert changed != content
+        (project / file).write_bytes(changed)
         assert matrix(project, out, prompts=("demo",)) == 2
         assert (
             "another data file of a" if file == "a.jsonl" else "another adapter of the same name"

@@ -544,8 +544,8 @@ def test_every_field_documents_itself(objective):
     }
     assert all(entry["help"] and entry["source"] for entry in metadata.values())
     ours = {name: metadata[name] for name in FIELDS}
-    assert {name: entry["aliases"] for name, entry in ours.items() if "aliases" in entry} == {
-        "epsilon_low": ("epsilon",)
+    assert {name: entry["within"] for name, entry in ours.items() if "within" in entry} == {
+        "epsilon_low": "[0, 1)"
     }
     assert {name: entry["unit"] for name, entry in ours.items() if "unit" in entry} == {
         "beta": "reward per nat"
