@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from data.files import DataError
 from data.labels import LabelSet
-from data.table_reading import HospitalTable, parts_of, value_of
+from data.table_reading import HospitalTable, folded_name, parts_of, value_of
 
 AUTO = "auto"  # --labels: every column that spells a label
 
@@ -29,7 +29,7 @@ def label_of(name: str, renames: Mapping[str, str], label_set: LabelSet) -> str 
 
     Returns "" for one that is to be left out, and None for one that is no label.
     """
-    renamed = renames.get(name.strip().casefold())
+    renamed = renames.get(folded_name(name))
     return renamed if renamed == "" else label_set.find(name if renamed is None else renamed)
 
 

@@ -12,6 +12,7 @@ import difflib
 import gzip
 import io
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,14 @@ VALUES: dict[str, int | None] = (
 _NUMBER = re.compile(r"([+-]?)0*(\d+)(?:[.,]0*)?")
 
 
+def folded_name(name: str) -> str:
+    """Fold the name of a column for comparing: outer white space, case, marks beside a letter.
+
+    Some systems write an umlaut as a letter and a mark, others as one character.
+    """
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
 @dataclass(frozen=True)
 class HospitalTable:
     """Hold the rows of a table.
@@ -49,10 +58,10 @@ class HospitalTable:
 
     def index(self, column: str) -> int:
         """Find a column by its name, whatever the case. Raises DataError where it is not one."""
-        names = [name.casefold() for name in self.columns]
-        count = names.count(column.strip().casefold())
+        names = [folded_name(name) for name in self.columns]
+        count = names.count(folded_name(column))
         if count == 1:
-            return names.index(column.strip().casefold())
+            return names.index(folded_name(column))
         if count > 1:
             raise DataError([f"{self.path}: column {column!r} is there {count} times"])
         close = difflib.get_close_matches(column, self.columns, 1)
@@ -170,13 +179,13 @@ def parts_of(cell: str, separator: str | None) -> list[str]:
 def renames_of(values: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Read "Herz=Cardiomegaly" and "Other=" (left out) -> ({name: label}, problems).
 
-    Names are in small letters.
+    Names are as `folded_name` writes them.
     """
     renames: dict[str, str] = {}
     problems = []
     for value in values:
         name, sign, label = value.rpartition("=")
-        key = name.strip().casefold()
+        key = folded_name(name)
         if not sign or not key:
             problems.append(f"--rename {value}: expected NAME=LABEL, or NAME= to leave it out")
         elif key in renames:

@@ -242,6 +242,14 @@ def test_columns_of_other_names_are_mapped(convert):
     assert "Edema" in row["evaluated_labels"] and "Kyphose=1" not in row["source_labels"]
 
 
+def test_a_letter_and_its_mark_may_be_written_as_two_characters(convert):
+    # "Ö" as O and U+0308, as some systems write names, against one character on the command line
+    table = [["path", "pid", "O\u0308dem"], ["a.png", "1", "1"]]
+    flags = ["--labels", "\u00d6dem", "--rename", "\u00f6dem=Edema"]
+    code, _, _, (row,) = convert(table, *flags, labels=False)
+    assert code == 0 and row["labels"] == ["Edema"]
+
+
 # ---- one column that lists labels ----------------------------------------------------------------
 @pytest.mark.parametrize(
     ("cell", "separator", "parts"),
