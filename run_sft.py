@@ -22,7 +22,6 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is l
     RESOLVED = accepted(resolve_sft)
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -42,13 +41,12 @@ from engine.collate import collate_rows, plan_batches
 from engine.device import pick_device, seed_everything
 from engine.fit import fitted
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model_files import EMBEDDED
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.resume import checkpoint_to_resume, training_record
-from engine.run import Run, Schedule, TrainerState, opened_run
+from engine.run import Run, Schedule, TrainerState, next_command, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from engine.tracking import MetricAccumulator
 from eval.decode import Decoding, evaluate_sets
@@ -239,22 +237,6 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     run.log_scores({name: evaluated_metrics(of_set) for name, of_set in scores.items()})
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
     return 0
-
-
-def next_command(
-    recipe: str | None, folder: Path, model: str | None = None, *, own_data: bool = False
-) -> str:
-    """Write the command that goes on with GRPO, with FILE for the user to fill in.
-
-    model: one that a flag has put in the place of the recipe's. own_data: the run was not trained
-    on the demo's data, so that GRPO should not be either.
-    """
-    command = "python run_grpo.py" + (f" --recipe {recipe}" if recipe else "")
-    command += f" --model_name_or_path {model}" if model else ""
-    command += f" --adapter_name_or_path {folder}"
-    if recipe not in EMBEDDED:
-        return f"{command} --train_file FILE"
-    return f"{command} --train_file FILE --validation_file NAME=FILE" if own_data else command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from data.examples import Example
 from data.files import DataError, write_json
 from data.sets import write_bad_images
 from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
+from engine.model_files import EMBEDDED
 from engine.resume import base_record, bring_logs, keep_reference, run_folder
 from engine.runtime import SignalGuard, StopRequested, lock_run
 from engine.state_tensors import load_rng, rng_to_tensors
@@ -303,3 +304,20 @@ def opened_run(
         resume_step = None if checkpoint is None else checkpoint.step
         with RunLogger(folder, resume_step=resume_step, log_history=state.log_history) as log:
             yield RunFolder(folder, log, signals)
+
+
+# ---- after it ------------------------------------------------------------------------------------
+def next_command(
+    recipe: str | None, folder: Path, model: str | None = None, *, own_data: bool = False
+) -> str:
+    """Write the command that goes on from SFT with GRPO, with FILE for the user to fill in.
+
+    model: one that a flag has put in the place of the recipe's. own_data: the run was not trained
+    on the demo's data, so that GRPO should not be either.
+    """
+    command = "python run_grpo.py" + (f" --recipe {recipe}" if recipe else "")
+    command += f" --model_name_or_path {model}" if model else ""
+    command += f" --adapter_name_or_path {folder}"
+    if recipe not in EMBEDDED:
+        return f"{command} --train_file FILE"
+    return f"{command} --train_file FILE --validation_file NAME=FILE" if own_data else command

@@ -13,10 +13,10 @@ import fnmatch
 import pytest
 
 from engine.config import parse_config
+from engine.run import next_command
 from rl.objective import ObjectiveConfig
 from rl.run import next_command as next_command_of_grpo
 from rl.settings import GRPOConfig, grpo_problems
-from run_sft import next_command
 from tests.helpers.repository import ROOT
 
 
