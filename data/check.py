@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data.answers import ANSWER_FORMATS, blocks_of, parse_answer
-from data.command_line import Parser
+from data.command_line import Parser, exit_code
 from data.examples import Example, data_file, scan_jsonl
 from data.files import DataError
 from data.images import all_image_facts
@@ -257,7 +257,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_code(main))

@@ -1,10 +1,16 @@
-"""Read the command lines of data's commands: no flag twice, none abbreviated, plain numbers."""
+"""Read the command lines of data's commands: no flag twice, none abbreviated, plain numbers.
+
+`exit_code` ends every command of the project, those of `engine` and `eval` too.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+import select
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # of every command here, as numpy's
@@ -60,3 +66,40 @@ def plain_integer(text: str) -> int:
         return int(text)
     shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
     raise argparse.ArgumentTypeError(f"expected an integer, got {shown}")
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Call a command's main and return the process's exit code, where main does not decide it.
+
+    main: returns its own code (None is 0).
+
+    As a shell counts: 130 after Ctrl-C, 141 where nobody reads what is printed any more (`| head`).
+    """
+    try:
+        try:
+            code = main()
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # else a closed pipe is noticed when Python ends, with a traceback
+        return code or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        if not _unread_output():
+            raise  # of something else
+        return 141
+
+
+def _unread_output() -> bool:
+    """Tell whether a stream of output is closed at its other end. What it holds is let go."""
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        ends = select.poll()
+        ends.register(stream, 0)  # nothing but errors, such as that nobody reads
+        if ends.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            unread = True
+    return unread

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from data.command_line import Parser, plain_integer
+from data.command_line import Parser, exit_code, plain_integer
 from data.files import MAX_PROBLEMS, DataError
 from data.images import FLAT_LEVELS, MAX_ASPECT_RATIO, MAX_PIXELS, in_parallel, scaled_to_8_bits
 
@@ -415,7 +415,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_code(main))

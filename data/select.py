@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.chexpert import load_chexpert
-from data.command_line import LARGEST_SEED, Parser, plain_integer
+from data.command_line import LARGEST_SEED, Parser, exit_code, plain_integer
 from data.examples import Example, row_of, selection_file
 from data.files import MAX_PROBLEMS, DataError, first_problems, written_whole
 from data.labels import (
@@ -727,4 +727,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-from data.command_line import Parser
+from data.command_line import Parser, exit_code
 from data.examples import Example, row_of
 from data.files import DataError, first_problems, is_name, write_jsonl
 from data.label_sets import add_label_flag, labels_named
@@ -411,4 +411,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

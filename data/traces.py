@@ -48,7 +48,7 @@ from typing import Any
 from PIL import Image
 
 from data.answers import blocks_of, parse_answer
-from data.command_line import Parser, plain_integer
+from data.command_line import Parser, exit_code, plain_integer
 from data.demo.teacher import trace_from_labels
 from data.examples import (
     MAX_ANSWER_CHARACTERS,
@@ -532,7 +532,4 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_code(main))

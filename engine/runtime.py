@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+from data.command_line import exit_code
 from data.files import DataError
 from engine.config import UsageError
 from engine.model_files import same_base
@@ -282,21 +283,26 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
     errors: exception classes beside UsageError that the user can correct. They become 'error: '
     lines on stderr, from `.problems` where the exception has them, and code 2.
 
-    KeyboardInterrupt becomes 130. Anything else is a fault of ours and propagates with its
-    traceback, which Python makes 1.
+    KeyboardInterrupt becomes 130, and output that nobody reads any more 141. Anything else is a
+    fault of ours and propagates with its traceback, which Python makes 1.
     """
     correctable: tuple[type[Exception], ...] = (UsageError, *errors)
-    try:
-        return main() or 0
-    except correctable as error:
-        for problem in getattr(error, "problems", None) or [str(error)]:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "stopped at once; what was done since the last checkpoint is not saved", file=sys.stderr
-        )
-        return 130
+
+    def told() -> int | None:
+        try:
+            return main()
+        except correctable as error:
+            for problem in getattr(error, "problems", None) or [str(error)]:
+                print(f"error: {problem}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(
+                "stopped at once; what was done since the last checkpoint is not saved",
+                file=sys.stderr,
+            )
+            return 130
+
+    return exit_code(told)
 
 
 def accepted(resolve: Callable[[Sequence[str]], Answer]) -> Answer:

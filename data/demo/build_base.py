@@ -27,6 +27,7 @@ embedding frozen. A base without these tokens answers well greedily and falls ap
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.command_line import Parser, plain_integer
+from data.command_line import Parser, exit_code, plain_integer
 from data.demo.base_families import BASE_FAMILIES, HIDDEN_SIZE, VISUAL_TOKENS, BaseFamily
 from data.demo.radiographs import Radiograph
 from data.demo.splits import draw_split
@@ -468,4 +469,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,13 +10,14 @@ checkpoint learned.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from data.command_line import Parser
+from data.command_line import Parser, exit_code
 from data.demo.radiographs import GENERATOR_VERSION, Radiograph, SiteName, draw
 from data.demo.teacher import reasoning_trace
 from data.files import write_jsonl
@@ -148,4 +149,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

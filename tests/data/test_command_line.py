@@ -1,11 +1,17 @@
 """Protect the command lines of data's commands: a flag once, in full, and numbers in range.
 
+Also how every command ends where nobody reads what it prints.
+
 Run: pytest tests/data/test_command_line.py
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +21,7 @@ import data.dicom
 import data.select
 import data.table
 import data.traces
-from data.command_line import Parser, plain_integer
+from data.command_line import Parser, exit_code, plain_integer
 
 EXPORT = ["export", "--data_file", "x", "--form", "openai", "--output_dir", "y"]
 COMMANDS = {
@@ -100,3 +106,67 @@ def test_an_empty_text_is_no_value(capsys):
     assert "argument --image_root: expected text, got ''" in refusal(
         data.check.main, ["x.jsonl", "--image_root", ""], capsys
     )
+
+
+# ---- the end -------------------------------------------------------------------------------------
+ROOT = Path(__file__).parents[2]
+PRINTING = {
+    "check": ["-m", "data.check", "--help"],
+    "select": ["-m", "data.select", "--help"],
+    "traces": ["-m", "data.traces", "export", "--help"],
+    "table": ["-m", "data.table", "--help"],
+    "dicom": ["-m", "data.dicom", "--help"],
+    "splits": ["-m", "data.demo.splits", "--help"],
+    "sft": [str(ROOT / "run_sft.py"), "--help"],
+    "grpo": [str(ROOT / "run_grpo.py"), "--help"],
+    "evaluate": ["-m", "eval.evaluate", "--help"],
+    "report": ["-m", "eval.report", "--help"],
+    "merge": ["-m", "engine.merge", "--help"],
+}
+
+
+def unread(arguments: list[str], folder: Path, stream: str, unbuffered: str = "") -> tuple:
+    """Run a command whose stdout or stderr nobody reads -> (exit code, what the other one says)."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write_end}
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        **streams,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write_end)
+    return ended.returncode, ended.stderr if stream == "stdout" else ended.stdout
+
+
+@pytest.mark.parametrize("command", list(PRINTING))
+def test_a_closed_pipe_ends_a_command_quietly(command, tmp_path):
+    """As `| head` does. 141 is 128 + SIGPIPE, what a shell shows for other programs.
+
+    A help text beyond the stream's buffer ends with 0: argparse passes over that by itself.
+    """
+    code, said = unread(PRINTING[command], tmp_path, "stdout")
+    assert said == "" and code == (0 if command in ("sft", "grpo") else 141)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_the_work_too(unbuffered, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
+    check = ["-m", "data.check", "bad.jsonl", "missing.jsonl"]
+    code, said = unread(check, tmp_path, "stdout", unbuffered)
+    assert code == 141 and "Traceback" not in said and "Exception" not in said
+    assert unread(check[:2] + check[3:], tmp_path, "stderr", unbuffered) == (141, "")
+
+
+def test_exit_codes():
+    def raising(error: BaseException):
+        raise error
+
+    assert exit_code(lambda: None) == 0 and exit_code(lambda: 1) == 1
+    assert exit_code(lambda: raising(KeyboardInterrupt())) == 130
+    with pytest.raises(BrokenPipeError):  # of a socket, say: our output is read
+        exit_code(lambda: raising(BrokenPipeError()))
+    with pytest.raises(SystemExit):
+        exit_code(lambda: raising(SystemExit(2)))
