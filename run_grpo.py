@@ -35,7 +35,7 @@ from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_le
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
-from engine.run import Schedule, TrainerState, opened_run
+from engine.run import Schedule, TrainerState, opened_run, resume_command
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
@@ -222,7 +222,7 @@ def run_command(resolved: Resolved) -> int:
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
         if run.should_stop():
-            print(f"stopped; go on with: python run_grpo.py --resume_from_checkpoint {folder.path}")
+            print(f"stopped; go on with: {resume_command('run_grpo.py', folder.path)}")
             return folder.signals.exit_code
         return finish(run, policy, data, rollouts, record["recipe"])
 

@@ -46,7 +46,7 @@ from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.resume import checkpoint_to_resume, training_record
-from engine.run import Run, Schedule, TrainerState, next_command, opened_run
+from engine.run import Run, Schedule, TrainerState, next_command, opened_run, resume_command
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from engine.tracking import MetricAccumulator
 from eval.decode import Decoding, evaluate_sets
@@ -198,7 +198,7 @@ def run_command(resolved: Resolved) -> int:
         with run:
             train(run, policy, optimizer, data.train, config)
         if run.should_stop():
-            print(f"stopped; go on with: python run_sft.py --resume_from_checkpoint {folder.path}")
+            print(f"stopped; go on with: {resume_command('run_sft.py', folder.path)}")
             return folder.signals.exit_code
         if run.stopped:
             print(f"stopped early: {run.stopped}", file=sys.stderr)

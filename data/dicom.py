@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -410,7 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             " window fit its values?"
         )
     table = arguments.output_dir / TABLE
-    print(f"written: {table}; add labels to it, then: python -m data.table {table} --help")
+    command = shlex.join(["python", "-m", "data.table", str(table), "--help"])
+    print(f"written: {table}; add labels to it, then: {command}")
     return 1 if any(result.damaged for result in converted) else 0
 
 

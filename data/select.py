@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -659,13 +660,17 @@ def run(argv: Sequence[str]) -> None:
     for line in first_problems(same, "and {} more, which .select.json has"):
         print(f"note: {line}")
     if labeler_file:
+        command = ["python", "-m", "eval.evaluate", "--predictions", f"labeler={labeler_file}"]
+        command += ["--data_file", f"radiologist={files['test-mimic']}"]
         print(
             f"{labeler_file.name}: what the labeler {flags.mimic_labels} says of test-mimic.jsonl;"
-            f" score it: python -m eval.evaluate --predictions labeler={labeler_file} --data_file"
-            f" radiologist={files['test-mimic']}"
+            f" score it: {shlex.join(command)}"
         )
     if root != output_dir.resolve():
-        print(f"image paths are relative to {root}: give the other commands --image_root {root}")
+        print(
+            f"image paths are relative to {root}: give the other commands --image_root"
+            f" {shlex.quote(str(root))}"
+        )
 
 
 def _record(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -394,10 +395,11 @@ def convert(flags: argparse.Namespace) -> None:
     except OSError as error:
         raise DataError([f"--output {flags.output}: cannot be written ({error})"]) from error
     print(report(converter, examples))
-    print(f"written: {flags.output}; next: python -m data.check {flags.output}", end="")
+    command = ["python", "-m", "data.check", str(flags.output)]
     apart = flags.image_root.resolve() != flags.output.parent.resolve()
-    print(f" --image_root {flags.image_root}" if apart else "", end="")
-    print(f" --label_file {flags.label_file}" if flags.label_file else "")
+    command += ["--image_root", str(flags.image_root)] if apart else []
+    command += ["--label_file", flags.label_file] if flags.label_file else []
+    print(f"written: {flags.output}; next: {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

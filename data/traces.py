@@ -35,6 +35,7 @@ import base64
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import zlib
@@ -527,7 +528,7 @@ def _import(arguments: argparse.Namespace) -> int:
         shutil.copyfile(selection_file(path), selection_file(output))
     root = Path(arguments.image_root) if arguments.image_root else path.parent
     if root.resolve() != output.parent.resolve():
-        print(f"image paths stay relative to {root}: give --image_root {root}")
+        print(f"image paths stay relative to {root}: give --image_root {shlex.quote(str(root))}")
     return 0 if imported.kept else 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -355,7 +356,7 @@ def _use_section(
 
 def _serve_lines(base: str, bounds: Mapping[str, int], rank: int | None) -> list[str]:
     """Write how vLLM serves it. rank: of the adapter, None for a merged model."""
-    served = "PATH_OF_THIS_FOLDER" if rank is None else base
+    served = "PATH_OF_THIS_FOLDER" if rank is None else shlex.quote(base)
     command = f"vllm serve {served} --host 127.0.0.1 --generation-config vllm"
     if rank is not None:
         command += f" \\\n    --enable-lora --max-lora-rank {rank}"

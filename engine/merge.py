@@ -21,6 +21,7 @@ finished. Its reader needs no peft.
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from engine.merge_settings import (
@@ -394,19 +395,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(resolved: Resolved) -> int:
     config: MergeConfig = resolved.configs[0]
     done = merge(config)
-    asked = "".join(
-        f" --{name} {Path(config.output_dir) / done[name] if name in done['kept'] else done[name]}"
-        for name in ("answer_format", "label_file", "prompt")
-        if done[name]
-    )
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]
+    command = ["python", "-m", "eval.evaluate", "--model_name_or_path", config.output_dir]
+    for name in ("answer_format", "label_file", "prompt"):
+        if asked := done[name]:
+            kept = Path(config.output_dir) / asked if name in done["kept"] else asked
+            command += [f"--{name}", str(kept)]
+    command += ["--min_visual_tokens", str(lowest), "--max_visual_tokens", str(highest)]
+    command += ["--data_file", "NAME=FILE"]
     print(
         f"{config.output_dir}: {done['base']} with {config.adapter_name_or_path} folded in,"
         f" {done['dtype']}; its logits differ from base + adapter by {done['difference']:.1e} of"
         f" their root mean square (bound {done['bound']:.1e})\ntrained with bounds of {lowest} to"
-        f" {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\nnext: python"
-        f" -m eval.evaluate --model_name_or_path {config.output_dir}{asked} --min_visual_tokens"
-        f" {lowest} --max_visual_tokens {highest} --data_file NAME=FILE"
+        f" {highest} visual tokens an image (Gemma 3 ignores them): serve it so too\nnext:"
+        f" {shlex.join(command)}"
     )
     return 0
 

@@ -5,6 +5,7 @@ Nothing here touches a gradient.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -315,9 +316,17 @@ def next_command(
     model: one that a flag has put in the place of the recipe's. own_data: the run was not trained
     on the demo's data, so that GRPO should not be either.
     """
-    command = "python run_grpo.py" + (f" --recipe {recipe}" if recipe else "")
-    command += f" --model_name_or_path {model}" if model else ""
-    command += f" --adapter_name_or_path {folder}"
+    command = ["python", "run_grpo.py"]
+    command += ["--recipe", recipe] if recipe else []
+    command += ["--model_name_or_path", model] if model else []
+    command += ["--adapter_name_or_path", str(folder)]
     if recipe not in EMBEDDED:
-        return f"{command} --train_file FILE"
-    return f"{command} --train_file FILE --validation_file NAME=FILE" if own_data else command
+        command += ["--train_file", "FILE"]
+    elif own_data:
+        command += ["--train_file", "FILE", "--validation_file", "NAME=FILE"]
+    return shlex.join(command)
+
+
+def resume_command(script: str, folder: Path) -> str:
+    """Write the command that goes on with a stopped run of a script."""
+    return shlex.join(["python", script, "--resume_from_checkpoint", str(folder)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -400,10 +401,11 @@ def _kept(
             yield keep
         except BaseException:
             if file.tell():
+                command = ["python", "-m", "eval.evaluate", "--predictions", f"{name}={answers}"]
                 how = (
                     "the same command goes on from there"
                     if record is not None
-                    else f"to score them: python -m eval.evaluate --predictions {name}={answers}"
+                    else f"to score them: {shlex.join(command)}"
                 )
                 print(f"the answers so far are kept in {answers}: {how}", file=sys.stderr)
             else:

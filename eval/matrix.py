@@ -13,6 +13,7 @@ goes on after the last finished data set of a cell.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -273,8 +274,9 @@ def _show(cells: Sequence[MatrixCell], names: Sequence[str]) -> None:
     for cell in cells:
         results = {name: read_record(result_files(cell.folder, name)[1]) for name in names}
         print(f"\n{cell.folder}\n{format_scores(results)}")
-    folders = " ".join(f"{cell.folder.name}={cell.folder}" for cell in cells)
-    print(f"\nnext: python -m eval.report {folders} --output_dir FOLDER")
+    folders = [f"{cell.folder.name}={cell.folder}" for cell in cells]
+    command = ["python", "-m", "eval.report", *folders, "--output_dir", "FOLDER"]
+    print(f"\nnext: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,8 @@ class GRPORun(Run):
 
 def next_command(recipe: str | None, folder: Path, train_file: str) -> str:
     """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
-    files = "--data_file NAME=FILE"
+    files = ["--data_file", "NAME=FILE"]
     if recipe in EMBEDDED and train_file.startswith("demo:"):
-        files = "--data_file test-a=demo:test-a --data_file test-b=demo:test-b"
-    return f"python -m eval.evaluate --adapter_name_or_path {folder} {files}"
+        files = ["--data_file", "test-a=demo:test-a", "--data_file", "test-b=demo:test-b"]
+    command = ["python", "-m", "eval.evaluate", "--adapter_name_or_path", str(folder), *files]
+    return shlex.join(command)

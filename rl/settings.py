@@ -8,6 +8,7 @@ Nothing here loads torch before a command line is accepted.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -465,12 +466,13 @@ def _from_sft_run(resolved: Resolved) -> Resolved:
         return resolved
     base, origin = config.model_name_or_path, resolved.origins["model_name_or_path"]
     of_base = f" of {base}" if base else ""
-    flags = f" --recipe {resolved.recipe}" if base and resolved.recipe else ""
-    flags += f" --model_name_or_path {base}" if origin == "flag" else ""
+    command = ["python", "run_sft.py"]
+    command += ["--recipe", resolved.recipe] if base and resolved.recipe else []
+    command += ["--model_name_or_path", base] if origin == "flag" else []
     newest = newest_finished_run(Path("runs"), "sft", base or None)
     if newest is None:
         raise UsageError(
-            f"no finished SFT run{of_base} named runs/<time>-sft; run `python run_sft.py{flags}`"
-            " first, or give --adapter_name_or_path (none for a fresh one)"
+            f"no finished SFT run{of_base} named runs/<time>-sft; run"
+            f" `{shlex.join(command)}` first, or give --adapter_name_or_path (none for a fresh one)"
         )
     return resolved.with_value("adapter_name_or_path", str(newest), f"newest SFT run{of_base}")

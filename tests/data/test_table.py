@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -325,17 +326,18 @@ def test_an_entry_that_is_no_label_is_named_by_row(convert):
 
 
 def test_labels_of_ones_own(convert, tmp_path):
-    (tmp_path / "labels.txt").write_text("exclusive: Normal\nTuberculosis | TB\nSilicosis\n")
+    label_file = tmp_path / "labels of ours.txt"
+    label_file.write_text("exclusive: Normal\nTuberculosis | TB\nSilicosis\n")
     table = [["path", "pid", "TB", "silicosis"], ["a.png", "1", "1", "0"], ["b.png", "2", "0", "0"]]
-    flags = ["--labels", "auto", "--label_file", str(tmp_path / "labels.txt")]
+    flags = ["--labels", "auto", "--label_file", str(label_file)]
     code, out, _, rows = convert(table, *flags, labels=False)
     # all findings were looked for, so the second is normal
     assert code == 0 and [row["labels"] for row in rows] == [["Tuberculosis"], ["Normal"]]
     assert rows[1]["evaluated_labels"] == ["Normal", "Tuberculosis", "Silicosis"]
     assert "called Normal by rule 1" in out
     command = out.splitlines()[-1].partition("next: python -m data.check ")[2]
-    assert data.check.main(command.split()) == 1  # the two images are not there
-    assert command.endswith(f"out.jsonl --label_file {tmp_path / 'labels.txt'}")
+    assert data.check.main(shlex.split(command)) == 1  # the two images are not there
+    assert command.endswith(f"out.jsonl --label_file '{label_file}'")
 
 
 # ---- image, ids, who -----------------------------------------------------------------------------

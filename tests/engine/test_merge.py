@@ -236,18 +236,18 @@ def test_the_demo_base(tmp_path, capsys):
                 "--adapter_name_or_path",
                 str(tmp_path / "run"),
                 "--output_dir",
-                str(tmp_path / "merged"),
+                str(tmp_path / "merged model"),
             ]
         )
         == 0
     )
     saved, base = (
         load_file(Path(folder) / "model.safetensors")
-        for folder in (tmp_path / "merged", model_path("demo"))
+        for folder in (tmp_path / "merged model", model_path("demo"))
     )
     assert saved.keys() == base.keys()
-    assert (
-        f"next: python -m eval.evaluate --model_name_or_path {tmp_path / 'merged'} "
+    assert (  # a shell takes it as it is printed
+        f"next: python -m eval.evaluate --model_name_or_path '{tmp_path / 'merged model'}' "
         in capsys.readouterr().out
     )
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import shlex
 
 import pytest
 
 from engine.config import parse_config
-from engine.run import next_command
+from engine.run import next_command, resume_command
 from rl.objective import ObjectiveConfig
 from rl.run import next_command as next_command_of_grpo
 from rl.settings import GRPOConfig, grpo_problems
@@ -69,7 +70,8 @@ def test_every_other_file_of_a_package_is_package_data(setup):
     "recipe", [path.stem for path in (ROOT / "engine" / "recipes").glob("*.toml")]
 )
 def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_path):
-    words = next_command(recipe, tmp_path).split()
+    folder = tmp_path / "my runs"  # a shell takes the command as it is printed
+    words = shlex.split(next_command(recipe, folder))
     assert words[:2] == ["python", "run_grpo.py"]
     resolved = parse_config(
         [GRPOConfig, ObjectiveConfig],
@@ -79,7 +81,7 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_pat
         validate=grpo_problems,
     )
     assert (
-        resolved.configs[0].adapter_name_or_path == str(tmp_path) and resolved.configs[0].train_file
+        resolved.configs[0].adapter_name_or_path == str(folder) and resolved.configs[0].train_file
     )
 
 
@@ -95,3 +97,14 @@ def test_the_next_commands_of_a_run_on_own_data_name_no_data_of_the_demo(tmp_pat
     assert next_command_of_grpo("demo", tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
     demo = next_command_of_grpo("demo", tmp_path, "demo:rl-train")
     assert demo == f"{evaluate} test-a=demo:test-a --data_file test-b=demo:test-b"
+
+
+def test_commands_that_are_printed_keep_a_path_with_blanks_whole(tmp_path):
+    folder = tmp_path / "Anna's runs"
+    printed = [
+        next_command(None, folder, "my models/base"),
+        next_command_of_grpo("demo", folder, "own.jsonl"),
+        resume_command("run_sft.py", folder),
+    ]
+    assert all(str(folder) in shlex.split(command) for command in printed)
+    assert "my models/base" in shlex.split(printed[0])
