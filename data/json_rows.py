@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.csv_text import HEAD, SEPARATORS, separator_of, wide_encoding
 from data.files import DataError
 
 MAX_DEPTH = 100  # of brackets in brackets; data files have 2
 MAX_DIGITS = 300  # of one number; a longer one fits no float
-_HEAD = 65_536  # bytes of a file that show its kind
 
 # One half of a surrogate pair. JSON can escape it; a file in UTF-8 cannot hold it.
 _HALF = re.compile("[\ud800-\udfff]")
@@ -57,7 +57,7 @@ def json_rows(path: str | Path, *, strict: bool = True) -> Iterator[tuple[int, A
     path = Path(path)
     try:
         with path.open("rb") as file:
-            if kind := other_kind(file.read(_HEAD)):
+            if kind := other_kind(file.read(HEAD)):
                 raise DataError([f"{path}: is no JSONL file of one object a line, but {kind}"])
             file.seek(0)
             number = 0
@@ -92,38 +92,20 @@ def other_kind(head: bytes) -> str | None:
     return _table(lines)
 
 
-def wide_encoding(head: bytes) -> str | None:
-    """Tell UTF-16 or UTF-32 by its byte order mark or by the zero bytes between letters."""
-    for mark, name in (
-        (b"\xff\xfe\0\0", "UTF-32LE"),
-        (b"\0\0\xfe\xff", "UTF-32BE"),
-        (b"\xff\xfe", "UTF-16LE"),
-        (b"\xfe\xff", "UTF-16BE"),
-    ):
-        if head.startswith(mark):
-            return name
-    even, odd = head[0:400:2], head[1:400:2]
-    if len(odd) > 1 and not any(odd) and all(even):
-        return "UTF-16LE"
-    if len(odd) > 1 and not any(even) and all(odd):
-        return "UTF-16BE"
-    return None
-
-
 def _table(lines: list[bytes]) -> str | None:
     """Name a CSV file by its first lines, or None: two lines with as many separators."""
     if lines[0][:1] in b"{[" or len(lines) < 2:
         return None
-    separators = {";": "semicolons", "\t": "tabs", ",": "commas"}
-    counts = {sign: lines[0].count(sign.encode()) for sign in separators}
-    sign = max(counts, key=lambda sign: counts[sign])
-    if not counts[sign] or sign.encode() not in lines[1]:
+    header = lines[0].decode(errors="replace")
+    sign = separator_of(header)
+    if sign not in header or sign.encode() not in lines[1]:
         return None
-    columns = lines[0].decode(errors="replace").split(sign)
+    columns = header.split(sign)
+    signs = next(f"{name}s" for name, one in SEPARATORS.items() if one == sign)
     shown = ", ".join(repr(column.strip().strip('"')) for column in columns[:8])
     more = ", ..." if len(columns) > 8 else ""
     return (
-        f"a table (CSV with {separators[sign]}) with the columns {shown}{more}: convert it with"
+        f"a table (CSV with {signs}) with the columns {shown}{more}: convert it with"
         " python -m data.table FILE --help"
     )
 

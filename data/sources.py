@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import csv
 import gc
-import gzip
+import io
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from operator import getitem, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.csv_text import HEAD, UNREADABLE, length_problem, opened, separator_of, wide_encoding
 from data.examples import MAX_AGE, Example
 from data.files import DataError, first_problems, sha256_of
 from data.labels import (
@@ -34,7 +34,6 @@ from data.labels import (
     canonical_label,
 )
 
-GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 VIEWS = ("frontal", "all")
 FRONTALS = ("pa_first", "first", "all")
 _RANKS = {"PA": 0, "AP": 1}  # at pa_first, then other frontal views, then the rest
@@ -147,9 +146,9 @@ def read_text(path: Path) -> str:
     Raises DataError for one that is no UTF-8 text.
     """
     try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if content[:2] == GZIP else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with opened(path) as file:
+            return file.read().decode("utf-8-sig")
+    except (*UNREADABLE, UnicodeDecodeError) as error:
         raise DataError([f"{path}: cannot be read ({error}); download it again"]) from error
 
 
@@ -248,29 +247,22 @@ class Table:
                 if not row:
                     continue
                 if len(row) < width or any(row[width:]):
-                    problems.append(
-                        f"{self.path}, row {number}: has {len(row)} fields, the header has {width}"
-                    )
+                    problems.append(length_problem(self.path, number, len(row), width))
                     continue
             yield number, pick_first(row), pick_second(row)
 
     def _lines(self) -> Iterator[list[str]]:
         row = 0
         try:
-            with open(self.path, "rb") as file:
-                head = file.read(100)
-            opened = gzip.open if head.startswith(GZIP) else open
-            # UTF-16 as some editors save a table again: the first letter has a zero beside it
-            marked = head[:2] + head[3:4] == b"\xff\xfe\0" or head[:3] == b"\xfe\xff\0"
-            encoding = "utf-16" if marked else "utf-8-sig"
-            with opened(self.path, "rt", encoding=encoding, newline="") as text:
-                header = text.readline()
-                # a comma, but where an office program has written the table again
-                sign = max(",;\t", key=header.count)
-                for line in csv.reader(chain([header], text), delimiter=sign):
+            with opened(self.path) as file:
+                encoding = wide_encoding(file.read(HEAD)) or "utf-8-sig"
+                file.seek(0)
+                text = io.TextIOWrapper(file, encoding=encoding, newline="")
+                header = text.readline().removeprefix("\ufeff")
+                for line in csv.reader(chain([header], text), delimiter=separator_of(header)):
                     row += 1
                     yield line
-        except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
+        except (*UNREADABLE, UnicodeError, csv.Error) as error:
             raise DataError(
                 [f"{self.path}, after row {row}: cannot be read ({error}); download it again"]
             ) from error

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 from data.command_line import Parser, exit_code
+from data.csv_text import SEPARATORS
 from data.examples import Example, row_of
 from data.files import DataError, first_problems, is_name, write_jsonl
 from data.label_sets import add_label_flag, labels_named
@@ -38,7 +39,6 @@ from data.labels import (
 from data.sources import age_of, sex_of, uncertain_rules
 from data.table_labels import AUTO, Said, columns_reader, list_reader
 from data.table_reading import (
-    SEPARATORS,
     HospitalTable,
     read_table,
     renames_of,

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import io
 import re
 import unicodedata
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.csv_text import (
+    HEAD,
+    SEPARATORS,
+    UNREADABLE,
+    length_problem,
+    opened,
+    separator_of,
+    wide_encoding,
+)
 from data.files import DataError
-from data.json_rows import other_kind, wide_encoding
-from data.sources import GZIP
+from data.json_rows import other_kind
 
-SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 MAX_CELL = 10_000_000  # characters: a whole report is far below, a quote that never closes is not
 
 # What a cell of a label says, in small letters. A decimal comma is read as a point first.
@@ -84,7 +88,7 @@ def read_table(
     first = next((line for line in text.splitlines() if line.strip()), "")
     if not first:
         raise DataError([f"{path}: holds no header row"])
-    sign = SEPARATORS[separator] if separator else _sniffed(first)
+    sign = SEPARATORS[separator] if separator else separator_of(first)
     csv.field_size_limit(MAX_CELL)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
     numbered: list[tuple[int, list[str]]] = []
@@ -106,9 +110,7 @@ def read_table(
     sound, problems = [], []
     for number, row in rows:
         if len(row) < len(columns) or any(cell.strip() for cell in row[len(columns) :]):
-            problems.append(
-                f"{path}, row {number}: has {len(row)} fields, the header has {len(columns)}"
-            )
+            problems.append(length_problem(path, number, len(row), len(columns)))
         else:
             sound.append((number, row))
     return HospitalTable(path, columns, sound), problems
@@ -116,12 +118,11 @@ def read_table(
 
 def _text(path: Path, encoding: str | None) -> str:
     try:
-        content = path.read_bytes()
-        if content.startswith(GZIP):
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        with opened(path) as file:
+            content = file.read()
+    except UNREADABLE as error:
         raise DataError([f"{path}: cannot be read ({error})"]) from error
-    head = content[:65_536]
+    head = content[:HEAD]
     wide = wide_encoding(head)
     kind = None if wide or encoding else other_kind(head)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[{")):
@@ -129,9 +130,7 @@ def _text(path: Path, encoding: str | None) -> str:
     if kind and "a table (CSV" not in kind:
         raise DataError([f"{path}: is no table, but {kind}"])
     try:
-        # utf-16 and utf-32 by name take the byte order mark away
-        text = content.decode(encoding or (wide or "utf-8-sig"))
-        return text.removeprefix("\ufeff")
+        return content.decode(encoding or wide or "utf-8-sig").removeprefix("\ufeff")
     except LookupError as error:
         raise DataError([f"--encoding {encoding}: no such encoding"]) from error
     except UnicodeDecodeError as error:
@@ -143,13 +142,6 @@ def _text(path: Path, encoding: str | None) -> str:
                 " as UTF-8"
             ]
         ) from error
-
-
-def _sniffed(header: str) -> str:
-    """Choose the separator that the header has most of, outside of quotes."""
-    bare = re.sub(r'"[^"]*"', "", header)
-    counts = Counter({sign: bare.count(sign) for sign in SEPARATORS.values()})
-    return max(SEPARATORS.values(), key=lambda sign: counts[sign])
 
 
 # ---- cells ---------------------------------------------------------------------------------------

@@ -169,6 +169,8 @@ FILES: dict[str, tuple[bytes, str | None]] = {
     "CSV with a mark": (b"\xef\xbb\xbfimage,patient\na.png,p\n", "columns 'image', 'patient'"),
     "CSV with semicolons": (b"image;patient\na.png;p\n", "a table (CSV with semicolons)"),
     "CSV with tabs": (b"image\tpatient\na.png\tp\n", "a table (CSV with tabs)"),
+    "CSV with pipes": (b"image|patient\na.png|p\n", "a table (CSV with pipes)"),
+    "CSV with commas in a name": (b'"a,b,c";d\n1;2\n', "a table (CSV with semicolons)"),
     "CSV with quotes": (b'"image","patient"\n"a.png","p"\n', "columns 'image', 'patient'"),
     "CSV of nine columns": (b"a,b,c,d,e,f,g,h,i\n1,2,3,4,5,6,7,8,9\n", "'g', 'h', ...: convert"),
     "CSV, Latin-1": ("Bild;Größe\na;1\n".encode("latin-1"), "a table (CSV with semicolons)"),

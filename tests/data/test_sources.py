@@ -12,6 +12,7 @@ Run: pytest tests/data/test_sources.py
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import tracemalloc
@@ -232,13 +233,14 @@ def test_chexpert_label_file_variants(tmp_path, variant):
     assert found(load_chexpert(tmp_path, report=Report())) == expected(f"{outer}train")
 
 
-@pytest.mark.parametrize("sign", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("sign", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_label_file_that_was_saved_again(tmp_path, sign, encoding, end):
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_a_label_file_that_was_saved_again(tmp_path, sign, encoding, end, packed):
     """As office programs write a table: other separators, encodings and line ends."""
     text = end.join([CHEXPERT, *TRAIN_ROWS]).replace(",", sign)
-    (tmp_path / "train.csv").write_bytes(text.encode(encoding))
+    (tmp_path / "train.csv").write_bytes(packed(text.encode(encoding)))
     touch(tmp_path, f"train/{ONE}", f"train/{TWO}")
     assert found(load_chexpert(tmp_path, report=Report())) == expected("train")
 
@@ -542,7 +544,8 @@ def test_files_that_cannot_be_read(tmp_path):
         " file there, or give the folder above that holds it"
     ]
     whole = write(tmp_path / "train.csv.gz", CHEXPERT, *TRAIN_ROWS).read_bytes()
-    for content in (whole[:-9], whole[:40] + b"\0\0\0\0" + whole[44:], b"\xff\xfe\0a,b"):
+    # the last is neither UTF-8 nor marked as UTF-16
+    for content in (whole[:-9], whole[:40] + b"\0\0\0\0" + whole[44:], b"\xff\xfd\0a,b"):
         (tmp_path / "train.csv.gz").write_bytes(content)
         [problem] = refusal(load_chexpert, tmp_path)
         assert (
