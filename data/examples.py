@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ _NAMES = ("id", "patient_id", "image", "dataset")  # a blank one would name all 
 # Some ten times the longest reasoning that teachers write. A longer answer is a mistake of a tool,
 # and would fill the memory in the middle of a run.
 MAX_ANSWER_CHARACTERS = 100_000
+_SHOWN_LABELS = 5  # of a field that holds others than there are
 _TYPE_NAMES = {str: "a string", list: "a list of strings"}
 
 # Who is on the image and from where: optional fields of a data file and of a predictions file.
@@ -108,7 +109,7 @@ def scan_jsonl(
         examples.append(_example(row, root, label_set))
     if not examples and not problems:
         problems.append(f"{path}: the file holds no examples; it needs at least one")
-    return examples, problems
+    return examples, label_set.listed_once(problems)
 
 
 def data_file(spec: str | Path, label_set: LabelSet = CHEXPERT) -> Path:
@@ -178,13 +179,7 @@ def _row_problems(row: object, label_set: LabelSet) -> list[str]:
                 f"field {name!r} is {json.dumps(value)[:60]}; it must be {_TYPE_NAMES[kind]}"
             )
         elif name in ("labels", "evaluated_labels"):
-            unknown = [item for item in value if item not in label_set.names]
-            if unknown:
-                problems.append(
-                    f"field {name!r} holds {', '.join(map(repr, unknown))}; the labels are:"
-                    f" {', '.join(label_set.names)}"
-                    + ("; labels of your own need --label_file" if label_set == CHEXPERT else "")
-                )
+            problems += label_problems(name, value, label_set)
         elif name in _NAMES and not value.strip():
             problems.append(f"field {name!r} is blank; every row needs one")
         elif name in _NAMES and "\0" in value:
@@ -195,6 +190,16 @@ def _row_problems(row: object, label_set: LabelSet) -> list[str]:
                 f" {MAX_ANSWER_CHARACTERS:,} are learnt from"
             )
     return problems + who_problems(row)
+
+
+def label_problems(name: str, values: Sequence[Any], label_set: LabelSet) -> list[str]:
+    """Check the labels that a field of a row lists -> [one line] where some are none of the set."""
+    unknown = [repr(value)[:60] for value in values if value not in label_set.names]
+    if not unknown:
+        return []
+    shown = ", ".join(unknown[:_SHOWN_LABELS]) + (", ..." if unknown[_SHOWN_LABELS:] else "")
+    hint = "; labels of your own need --label_file" if label_set == CHEXPERT else ""
+    return [f"field {name!r} holds {shown}{label_set.listing}{hint}"]
 
 
 def who_problems(row: Mapping[str, Any]) -> list[str]:

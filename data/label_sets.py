@@ -13,7 +13,9 @@ marks the one label that excludes the others, as No Finding does, and `beside:` 
 stand beside it all the same, as Support Devices may. Both are optional. A `#` at the beginning of a
 line or after a blank begins a comment. Case, blanks and hyphens of a name do not matter in answers.
 
-A name is refused where an answer that holds it could not be read back.
+A name is refused where an answer that holds it could not be read back, and where a reader could
+not tell it from another: the letters of a word are of one script (Latin, Cyrillic or Greek), and no
+two names look the same in letters of two scripts.
 """
 
 from __future__ import annotations
@@ -43,6 +45,13 @@ _FORBIDDEN = (
     ("<>", "belongs to tags"),
     (COLONS, "ends a heading"),
     ("{}", "belongs to the texts of prompts"),
+)
+SCRIPTS = ("LATIN", "CYRILLIC", "GREEK")  # whose letters look alike
+# Small and capital letters of the other two that look like a Latin one, in small letters.
+_LOOK_ALIKE = str.maketrans(
+    "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458"
+    "\u03b1\u03b2\u03b5\u03b6\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7",
+    "abekmhopctyxsij" + "abezhikmnoptyx",
 )
 
 
@@ -174,12 +183,36 @@ def _problem_of(text: str) -> str | None:
         return f"{text[:30]!r}... has {len(text)} characters, at most {MAX_ENTRY_LENGTH} are read"
     if control := [c for c in text if unicodedata.category(c) == "Cc"]:
         return f"{text!r} holds the control character {control[0]!r}"
+    for word in re.findall(r"[^\W\d_]+", text):
+        if len(scripts := _scripts(word)) > 1:
+            return (
+                f"{text!r} mixes letters of {' and '.join(scripts)} in one word, where some look"
+                " alike; write it in one script"
+            )
     if not any(c.isalpha() for c in text):
         return f"{text!r} has no letter, so no answer could be read as this label"
     folded = unicodedata.normalize("NFKC", text).casefold()
     if (kept := _letters(spelling(text))) != _letters(folded):
         return f"{text!r} cannot be read back: a part of it counts as markup, which leaves {kept!r}"
     return None
+
+
+def _scripts(text: str) -> list[str]:
+    """List the scripts of SCRIPTS that a text has letters of, as Latin, Cyrillic, Greek."""
+    begun = {unicodedata.name(c, "").partition(" ")[0] for c in text if c.isalpha()}
+    return [script.title() for script in SCRIPTS if script in begun]
+
+
+def _looks(text: str) -> str:
+    """Fold two spellings that look the same to one text: also in letters of another script."""
+    return unicodedata.normalize("NFD", spelling(text)).translate(_LOOK_ALIKE)
+
+
+def _in_letters(one: _Spelling, other: _Spelling) -> str:
+    """Say of two spellings that look the same in which letters the first is, where they differ."""
+    if spelling(one.text) == spelling(other.text):
+        return ""
+    return f", in {' and '.join(_scripts(one.text))} letters"
 
 
 def _letters(text: str) -> str:
@@ -201,23 +234,25 @@ def _repeated(names: list[_Spelling], aliases: list[_Spelling]) -> Iterator[tupl
     first: dict[str, _Spelling] = {}
     metrics: dict[str, _Spelling] = {}
     for name in names:
-        earlier = first.setdefault(spelling(name.text), name)
+        earlier = first.setdefault(_looks(name.text), name)
         same_metric = metrics.setdefault(metric_name(name.text).casefold(), name)
         if earlier is not name:
             also = "is also" if earlier.text == name.text else f"looks like {earlier.text!r}"
-            yield name.line, f"{name.text!r} {also} on line {earlier.line}; labels must differ"
+            also += f" on line {earlier.line}{_in_letters(name, earlier)}"
+            yield name.line, f"{name.text!r} {also}; labels must differ"
         elif same_metric is not name:
             differs = f"differs from {same_metric.text!r} on line {same_metric.line} only by marks"
             yield name.line, f"{name.text!r} {differs}; labels must differ by letters"
     labels = set(first)
     for alias in aliases:
-        earlier = first.setdefault(spelling(alias.text), alias)
+        earlier = first.setdefault(_looks(alias.text), alias)
         if earlier.label == alias.label:
             continue
-        what = "the label" if spelling(alias.text) in labels else f"an alias of {earlier.label!r}"
+        what = "the label" if _looks(alias.text) in labels else f"an alias of {earlier.label!r}"
         yield (
             alias.line,
-            f"the alias {alias.text!r} of {alias.label!r} is {what} on line {earlier.line}",
+            f"the alias {alias.text!r} of {alias.label!r} is {what} on line {earlier.line}"
+            + _in_letters(alias, earlier),
         )
 
 

@@ -145,6 +145,21 @@ class LabelSet:
         return tuple(label for label in labels if label not in (self.exclusive, *self.beside))
 
     @cached_property
+    def listing(self) -> str:
+        """Return the end of a line on something that is no label: which labels there are."""
+        return f"; the labels are: {', '.join(self.names)}"
+
+    def listed_once(self, problems: Iterable[str]) -> list[str]:
+        """Leave `listing` to the first of the problems that has it: it is long."""
+        shorter: list[str] = []
+        told = False
+        for problem in problems:
+            before, listing, behind = problem.partition(self.listing)
+            shorter.append(before if listing and told else problem)
+            told = told or bool(listing)
+        return shorter
+
+    @cached_property
     def by_spelling(self) -> Mapping[str, str]:
         """Return {`spelling` of a label or an alias: the label}."""
         spelled = {spelling(alias): label for alias, label in self.aliases.items()}
@@ -263,12 +278,10 @@ class LabelPolicy:
         ):
             if rule not in rules:
                 raise ValueError(f"{name}: {rule!r} is no rule; known: {', '.join(rules)}")
-        names = self.label_set.names
-        unknown = [label for label in self.uncertain_by_label if label not in names]
+        unknown = [label for label in self.uncertain_by_label if label not in self.label_set.names]
         if unknown:
             raise ValueError(
-                f"uncertain: {', '.join(map(repr, unknown))} is no label; the labels are:"
-                f" {', '.join(names)}"
+                f"uncertain: {', '.join(map(repr, unknown))} is no label{self.label_set.listing}"
             )
 
     def meaning(self, label: str, value: int | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.answers import ANSWER_FORMATS, Answer, parse_answer
-from data.examples import WHO, Example, who_of, who_problems
+from data.examples import WHO, Example, label_problems, who_of, who_problems
 from data.files import DataError, first_problems, write_jsonl
 from data.json_rows import half_pairs, json_rows, parse_json
 from data.label_sets import label_lines, read_labels
@@ -250,6 +250,7 @@ def iter_predictions(
             if ids is None or row["id"] in ids:
                 yield Prediction.from_row(row, answer_format, same)
     if problems or not sound:
+        problems = (same or CHEXPERT).listed_once(problems)
         raise DataError(
             first_problems(problems, f"{path}: and {{}} more problems")
             or [f"{path}: the file holds no predictions"]
@@ -317,10 +318,7 @@ def _row_problems(row: object, wanted: LabelSet | None) -> list[str]:
         ):  # arrays of names would drop it
             problems.append(f"field {name!r} holds a zero character; remove it")
         elif isinstance(value, list):
-            unknown = [label for label in value if label not in label_set.names]
-            if unknown:
-                labels = ", ".join(label_set.names)
-                problems.append(f"field {name!r} holds {unknown[0]!r}; the labels are: {labels}")
+            problems += label_problems(name, value, label_set)
     source = row.get("source_labels")
     if source is not None and not (
         isinstance(source, list) and all(isinstance(label, str) for label in source)

@@ -68,10 +68,7 @@ def uncertain_rules(
     for name, _, rule in (value.partition("=") for value in values if "=" in value):
         label = label_set.find(name)
         if label is None:
-            problems.append(
-                f"--uncertain {name}={rule}: {name!r} is no label; the labels are:"
-                f" {', '.join(label_set.names)}"
-            )
+            problems.append(f"--uncertain {name}={rule}: {name!r} is no label{label_set.listing}")
         else:
             by_label[label] = rule
     wrong = [rule for rule in (*plain, *by_label.values()) if rule not in UNCERTAIN_RULES]

@@ -78,8 +78,7 @@ class Converter:
         renames, problems = renames_of(flags.rename)
         label_set = policy.label_set
         problems += [
-            f"--rename {name}={label}: {label!r} is no label; the labels are:"
-            f" {', '.join(label_set.names)}"
+            f"--rename {name}={label}: {label!r} is no label{label_set.listing}"
             for name, label in renames.items()
             if label and label_set.find(label) is None
         ]
@@ -110,7 +109,7 @@ class Converter:
         except DataError as error:
             problems += error.problems
         if problems:
-            raise DataError(problems)
+            raise DataError(label_set.listed_once(problems))
 
     def _find(self, name: str, column: str, problems: list[str]) -> None:
         try:
@@ -124,7 +123,7 @@ class Converter:
             return None
         names = [name.strip() for name in given.split(",") if name.strip()]
         problems += [
-            f"--evaluated {name}: is no label; the labels are: {', '.join(label_set.names)}"
+            f"--evaluated {name}: is no label{label_set.listing}"
             for name in names
             if label_set.find(name) is None
         ]

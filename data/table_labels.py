@@ -61,8 +61,8 @@ def columns_reader(
         label = label_of(name, renames, label_set)
         if label is None:
             problems.append(
-                f"--labels {name}: is no label; say which it is, as --rename '{name}=LABEL'; the"
-                f" labels are: {', '.join(label_set.names)}"
+                f"--labels {name}: is no label; say which it is, as --rename '{name}=LABEL'"
+                f"{label_set.listing}"
             )
         elif label in columns:
             problems.append(f"--labels {name}: {columns[label][0]!r} is {label} already")

@@ -24,7 +24,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from data.files import KeptFile, NameOrFile
+from data.files import DataError, KeptFile, NameOrFile
 from engine.peer_flags import advice
 from engine.values import (
     ANY,
@@ -471,6 +471,8 @@ def parse_config(
         try:
             values[name] = from_text(settings[name], texts)
             origins[name] = "flag"
+        except DataError as error:  # of a file, which it names
+            problems += [f"--{name} {problem}" for problem in error.problems]
         except ValueError as error:
             problems.append(f"--{name}: {error}")
 

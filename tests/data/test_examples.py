@@ -246,6 +246,23 @@ def test_wrong_types_and_labels(tmp_path, field, value, said):
     assert refusal(path) == [f"{path}, line 2: {said}"]
 
 
+def test_a_forgotten_label_file_is_told_with_the_list_of_all_labels_once(tmp_path):
+    own = [f"Finding {letter}" for letter in "ABCDEFG"]
+    rows = [ROW | {"id": str(i), "labels": own[:1], "evaluated_labels": own} for i in range(3)]
+    first, *others = refusal(write(tmp_path / "d.jsonl", *rows))
+    assert first.endswith(
+        f"; the labels are: {', '.join(LABELS)}; labels of your own need --label_file"
+    )
+    shown = ", ".join(map(repr, own[:5]))
+    assert [line.partition("d.jsonl, ")[2] for line in others] == [
+        f"line 1: field 'evaluated_labels' holds {shown}, ...",
+        "line 2: field 'labels' holds 'Finding A'",
+        f"line 2: field 'evaluated_labels' holds {shown}, ...",
+        "line 3: field 'labels' holds 'Finding A'",
+        f"line 3: field 'evaluated_labels' holds {shown}, ...",
+    ]
+
+
 @pytest.mark.parametrize("field", ROW)
 def test_missing_fields(tmp_path, field):
     path = write(

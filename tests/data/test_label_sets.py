@@ -88,6 +88,12 @@ def test_a_file_without_labels_is_refused(text):
         ("Lung_Mass\nLung Mass", 2, "looks like 'Lung_Mass'"),
         ("\uff25dema\nEdema", 2, "looks like"),  # a full-width letter
         ("A/B\nA+B", 2, "only by marks"),
+        # a Cyrillic E, a Greek O; then whole words in Cyrillic or Greek letters
+        ("\u0415dema\nMass", 1, "mixes letters of Latin and Cyrillic in one word"),
+        ("COPD | C\u039fPD", 1, "mixes letters of Latin and Greek in one word"),
+        ("TB\n\u0422\u0412", 2, "looks like 'TB' on line 1, in Cyrillic letters; labels must"),
+        ("\u03a4\u0392\ntb", 2, "looks like '\u03a4\u0392' on line 1, in Latin letters"),
+        ("Ex\n\u0401\u0445 | \u0395\u03a7", 2, "is the label on line 1, in Greek letters"),
         ("TB | Silicosis\nSilicosis", 1, "the alias 'Silicosis' of 'TB' is the label on line 2"),
         ("A | x\nB | X", 2, "the alias 'X' of 'B' is an alias of 'A' on line 1"),
         ("exclusive: A\nexclusive: B", 2, "'B' cannot be exclusive as well"),
@@ -129,6 +135,17 @@ def test_names_that_are_words_of_the_parser_are_still_labels():
     names = ("Absent", "None", "No Edema", "Edema", "Possible", "Findings", "Not seen")
     labels = read_labels("\n".join(names), "f")
     assert said(", ".join(names), labels).labels == names
+
+
+def test_names_of_another_script_and_of_letters_beside_words_are_labels():
+    names = (
+        "\u041d\u043e\u0440\u043c\u0430",
+        "\u03b11-Defizit",
+        "\u03b2 Thal",
+        "X-Kontrast",
+        "\u80ba\u708eX",
+    )
+    assert read_labels("\n".join(names), "f").names == names
 
 
 def test_hundreds_of_labels_are_read_in_a_moment():
@@ -242,9 +259,11 @@ def test_rows_of_other_labels_are_named(tmp_path):
         list(iter_predictions(path))
     assert [problem.partition(": ")[2] for problem in error.value.problems] == [
         "field 'label_set' is 3; it must be a list of strings",
-        "field 'labels' holds 'Tuberculosis'; the labels are: " + ", ".join(CHEXPERT.names),
+        "field 'labels' holds 'Tuberculosis'; the labels are: "
+        + ", ".join(CHEXPERT.names)
+        + "; labels of your own need --label_file",
         "field 'label_set', line 1: 'A, B' holds ',', which ends an entry of an answer",
-        "field 'labels' holds 'Tuberculosis'; the labels are: " + ", ".join(CHEXPERT.names),
+        "field 'labels' holds 'Tuberculosis'",  # which labels there are is said once
         "field 'labels' holds 'Edema'; the labels are: A",
     ]
 

@@ -197,5 +197,5 @@ def test_labels_of_a_row_must_be_known(tmp_path):
         read_predictions(file)
     assert caught.value.problems == [
         f"{file}, line 1: field 'evaluated_labels' holds 'Oedema'; the labels are:"
-        f" {', '.join(LABELS)}"
+        f" {', '.join(LABELS)}; labels of your own need --label_file"
     ]

@@ -176,7 +176,7 @@ def test_files_that_cannot_be_read_are_named_with_all_other_problems(tmp_path):
     (tmp_path / "large.txt").write_bytes(b"x" * 1_000_001)
     folder = str(tmp_path)
     assert refused("--prompt", f"{folder}/latin.toml", "--lora_r", "0")[:2] == [
-        f"--prompt: {folder}/latin.toml: is not UTF-8 text (byte 10); save it as UTF-8",
+        f"--prompt {folder}/latin.toml: is not UTF-8 text (byte 10); save it as UTF-8",
         "--lora_r: expected an integer from 1 to 65536, got '0'",
     ]
     for name, problem in (
@@ -186,7 +186,7 @@ def test_files_that_cannot_be_read_are_named_with_all_other_problems(tmp_path):
         ("large.txt", "has more than 1,000,000 bytes; is it the right file?"),
     ):
         assert refused("--label_file", f"{folder}/{name}") == [
-            f"--label_file: {folder}/{name}: {problem}"
+            f"--label_file {folder}/{name}: {problem}"
         ]
 
 

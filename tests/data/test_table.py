@@ -438,7 +438,7 @@ def test_every_bad_row_is_named_at_once_and_nothing_is_written(convert, tmp_path
         (["--encoding", "klingon"], "--encoding klingon: no such encoding"),
         (["--evaluated", "Edema"], "--evaluated goes with --label_column"),
         (["--id", "Edema"], "row 2, id '1' is also in row"),
-        (["--label_file", "none.txt"], "none.txt: cannot be read"),
+        (["--label_file", "none.txt"], "--label_file none.txt: cannot be read: No such file"),
     ],
 )
 def test_wrong_flags_and_columns(convert, flags, said):
