@@ -18,26 +18,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.examples import Example
+from data.label_tables import (
+    LabelCells,
+    Reading,
+    Table,
+    cell_problems,
+    find_file,
+    places,
+    raise_problems,
+    source_folder,
+)
 from data.labels import DEFAULT_POLICY, LabelPolicy
 from data.layouts import SUFFIXES, folders, looked_for, relative
 from data.sources import (
     VIEWS,
     Candidate,
-    LabelCells,
-    Reading,
     Report,
-    Table,
-    WhoCells,
-    cell_problems,
     choose,
     collector_paused,
-    find_file,
     known,
-    places,
-    raise_problems,
-    source_folder,
     view_rank,
 )
+from data.who import WhoCells
 
 # {part: names of its folder of images}
 PARTS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}

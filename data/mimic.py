@@ -17,23 +17,25 @@ from pathlib import Path
 
 from data.examples import Example
 from data.files import DataError
+from data.label_tables import (
+    LabelCells,
+    Reading,
+    Table,
+    cell_problems,
+    find_file,
+    raise_problems,
+    source_folder,
+)
 from data.labels import DEFAULT_POLICY, LabelPolicy
 from data.layouts import Layout, find_layout, folders, looked_for, relative
 from data.prompts import solution_text
 from data.sources import (
     VIEWS,
     Candidate,
-    LabelCells,
-    Reading,
     Report,
-    Table,
-    cell_problems,
     choose,
     collector_paused,
-    find_file,
     known,
-    raise_problems,
-    source_folder,
     view_rank,
 )
 

@@ -16,6 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.examples import Example
+from data.label_tables import (
+    Reading,
+    Table,
+    find_file,
+    raise_problems,
+    read_text,
+    source_folder,
+)
 from data.labels import (
     LABELS,
     NIH_NINE,
@@ -27,19 +35,13 @@ from data.labels import (
 from data.layouts import files_by_stem, looked_for
 from data.sources import (
     Candidate,
-    Reading,
     Report,
-    Table,
-    WhoCells,
     choose,
     collector_paused,
-    find_file,
     known,
-    raise_problems,
-    read_text,
-    source_folder,
     view_rank,
 )
+from data.who import WhoCells
 
 # {part: names of its list}: NIH's own, and those of a resized copy on Kaggle
 PARTS: dict[str, tuple[str, ...]] = {

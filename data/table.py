@@ -36,7 +36,7 @@ from data.labels import (
     LabelPolicy,
     LabelSet,
 )
-from data.sources import age_of, sex_of, uncertain_rules
+from data.sources import uncertain_rules
 from data.table_labels import AUTO, Said, columns_reader, list_reader
 from data.table_reading import (
     HospitalTable,
@@ -44,9 +44,9 @@ from data.table_reading import (
     renames_of,
     template_fields,
 )
+from data.who import age_of, sex_of, unknown_notes
 
 Value = TypeVar("Value")
-_SHOWN = 5  # values that a note lists
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -247,10 +247,7 @@ def report(converter: Converter, examples: Sequence[Example]) -> str:
     ]
     if counts.dropped:
         lines.append(f"  dropped {counts.dropped:,}: no label is true")
-    if counts.unread:
-        shown = [f"{cell} ({number:,})" for cell, number in counts.unread.most_common(_SHOWN)]
-        more = f" and {len(counts.unread) - _SHOWN} others" if len(counts.unread) > _SHOWN else ""
-        lines.append(f"  note: taken as unknown: {', '.join(shown)}{more}")
+    lines += [f"  note: {note}" for note in unknown_notes(counts.unread)]
     missing = [e.image for e in examples if not (e.image_root / e.image).is_file()]
     if missing:
         lines.append(
@@ -292,6 +289,28 @@ def build_parser() -> argparse.ArgumentParser:
         help="column of the image's path, or a path with columns in it: 'png/{accession}.png'",
     )
     flag("--patient", required=True, metavar="COLUMN", help="splits are by patient")
+    _label_flags(parser)
+    flag("--id", metavar="COLUMN", help="[default: made from the image's path]")
+    flag("--sex", metavar="COLUMN", help="cells such as F, M, female, male [default: unknown]")
+    flag("--age", metavar="COLUMN", help="in years, or as 063Y [default: unknown]")
+    flag("--view", metavar="COLUMN", help="cells such as PA, AP [default: unknown]")
+    flag("--dataset", metavar="NAME", help="name of the source [default: the table's name]")
+    flag(
+        "--image_root",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that image paths are relative to [default: the table's]",
+    )
+    flag("--separator", choices=SEPARATORS, help="[default: what the header has most of]")
+    flag(
+        "--encoding",
+        help="of the text, such as cp1252 [default: UTF-8, or UTF-16 where the file shows it]",
+    )
+    return parser
+
+
+def _label_flags(parser: Parser) -> None:
+    flag = parser.add_argument
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument(
         "--labels",
@@ -340,23 +359,6 @@ def build_parser() -> argparse.ArgumentParser:
             " keeps its empty set, or is left out [default: no_finding]"
         ),
     )
-    flag("--id", metavar="COLUMN", help="[default: made from the image's path]")
-    flag("--sex", metavar="COLUMN", help="cells such as F, M, female, male [default: unknown]")
-    flag("--age", metavar="COLUMN", help="in years, or as 063Y [default: unknown]")
-    flag("--view", metavar="COLUMN", help="cells such as PA, AP [default: unknown]")
-    flag("--dataset", metavar="NAME", help="name of the source [default: the table's name]")
-    flag(
-        "--image_root",
-        type=Path,
-        metavar="FOLDER",
-        help="folder that image paths are relative to [default: the table's]",
-    )
-    flag("--separator", choices=SEPARATORS, help="[default: what the header has most of]")
-    flag(
-        "--encoding",
-        help="of the text, such as cp1252 [default: UTF-8, or UTF-16 where the file shows it]",
-    )
-    return parser
 
 
 def convert(flags: argparse.Namespace) -> None:

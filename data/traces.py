@@ -31,10 +31,6 @@ An answer is rejected as
 from __future__ import annotations
 
 import argparse
-import base64
-import io
-import json
-import os
 import shlex
 import shutil
 import sys
@@ -42,11 +38,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from data.answers import blocks_of, parse_answer
 from data.command_line import Parser, exit_code, plain_integer
@@ -59,23 +51,18 @@ from data.examples import (
     row_of,
     selection_file,
 )
-from data.files import DataError, KeptFile, first_problems, write_jsonl
-from data.images import check_images, in_parallel, load_image
+from data.files import DataError, KeptFile, NameOrFile, first_problems, write_jsonl
 from data.label_sets import add_label_flag, labels_named
-from data.labels import CHEXPERT, LabelSet
+from data.labels import LabelSet
 from data.leaks import leak
-from data.prompt_files import prompt_of
-from data.prompts import PROMPTS, Prompt
+from data.prompt_files import prompt_of, prompt_warnings
+from data.prompts import PROMPTS
 from data.teacher_answers import ANSWER_FORMAT, TeacherAnswer, read_answers
+from data.teacher_requests import FORMS, export, listed
 
 TEACHER_PROMPTS = tuple(
     name for name, prompt in PROMPTS.items() if prompt.answer_format == ANSWER_FORMAT
 )
-FORMS = ("gemini", "openai")
-# Limits on one input file: Gemini's Batch API takes 2 GB, OpenAI's 200 MB and 50,000 requests. A
-# server of one's own has none.
-MAX_BYTES = {"gemini": 2_000_000_000, "openai": 200_000_000}
-MAX_REQUESTS = 50_000
 LARGEST_SIDE = 65_536  # pixels of an image that is sent
 
 
@@ -97,8 +84,8 @@ def check_trace(text: str, example: Example) -> tuple[str, str] | None:
     said = {*answer.labels, *answer.unknown}
     if said != example.target.labels or answer.duplicates:
         labels = example.label_set
-        written = _listed((*answer.labels, *answer.unknown, *answer.duplicates), labels)
-        return "labels", f"{written}, not {_listed(example.target.labels, labels)}"
+        written = listed((*answer.labels, *answer.unknown, *answer.duplicates), labels)
+        return "labels", f"{written}, not {listed(example.target.labels, labels)}"
     if phrase := leak(text, example.label_set):
         return "leak", phrase
     return None
@@ -118,132 +105,6 @@ def _foreign_tag(text: str) -> str | None:
         ):
             return f"<{name}>"
     return None
-
-
-def _listed(labels: Iterable[str], label_set: LabelSet = CHEXPERT) -> str:
-    """List labels in the order of their set, with what is no label at the end."""
-    order = {label: position for position, label in enumerate(label_set.names)}
-    return ", ".join(sorted(labels, key=lambda label: order.get(label, len(order)))) or "none"
-
-
-# ---- export --------------------------------------------------------------------------------------
-def teacher_text(example: Example, prompt: Prompt) -> str:
-    """Write the teacher's request: the student's instruction, the truth, and how to reason."""
-    truth = example.target.labels
-    absent = [label for label in example.evaluated_labels if label not in truth]
-    labels = example.label_set
-    unrated = [label for label in labels.names if label not in example.evaluated_labels]
-    return "\n".join(
-        [
-            prompt.text,
-            "",
-            "For you alone, the reference standard of this image:",
-            f"present: {_listed(truth, labels)}",
-            f"absent: {_listed(absent, labels)}",
-            *(
-                [f"not rated, and not to be used in <solution>: {_listed(unrated, labels)}"]
-                if unrated
-                else []
-            ),
-            "",
-            "Write the answer of a radiologist who sees nothing but the image and reasons"
-            " independently from what is visible to exactly the labels that are present"
-            + ("" if truth else ": here none, so <solution></solution> stays empty")
-            + ". Support each of them by the signs that can be seen, with side and zone where you"
-            " can tell, and say where the appearance is subtle or uncertain. Do not invent"
-            " measurements, earlier images, symptoms or history. Nothing may show that the labels"
-            " were known: mention no labels, reference, report, data set or instructions that you"
-            " were given.",
-        ]
-    )
-
-
-def jpeg(example: Example, max_side: int) -> bytes:
-    """Encode the example's image for a request, without the file's metadata.
-
-    max_side: pixels of the longer side at most.
-    """
-    image = load_image(example)
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
-
-
-def request(
-    example: Example, prompt: Prompt, form: str, *, model: str | None, max_side: int
-) -> str:
-    """Write one line of a batch file.
-
-    form: "gemini", the Gemini API's batch form, or "openai", which other servers take too.
-    model: name of the model on the server, for "openai".
-    """
-    data = base64.b64encode(jpeg(example, max_side)).decode("ascii")
-    text = teacher_text(example, prompt)
-    row: dict[str, Any]
-    if form == "gemini":
-        parts = [{"inline_data": {"mime_type": "image/jpeg", "data": data}}, {"text": text}]
-        row = {"key": example.id, "request": {"contents": [{"role": "user", "parts": parts}]}}
-    else:
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
-            {"type": "text", "text": text},
-        ]
-        row = {
-            "custom_id": example.id,
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {"model": model, "messages": [{"role": "user", "content": content}]},
-        }
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def export(
-    examples: Sequence[Example],
-    prompt: Prompt,
-    form: str,
-    output_dir: Path,
-    *,
-    model: str | None = None,
-    max_side: int = 1024,
-    max_bytes: int | None = None,
-) -> list[Path]:
-    """Write the requests of all examples to output_dir/requests-001.jsonl and so on -> the files.
-
-    The folder is written whole or not at all.
-
-    model, max_side: see `request`.
-    max_bytes: of one file, or None for what the form's service takes.
-
-    Raises DataError for an image that cannot be read, and where output_dir exists.
-    """
-    if output_dir.exists():
-        raise DataError(
-            [f"--output_dir {output_dir} exists and nothing is overwritten; name another folder"]
-        )
-    check_images(examples)
-    max_bytes = max_bytes or MAX_BYTES[form]
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        names: list[str] = []
-        size = count = max_bytes  # the first request opens the first file
-        for line in in_parallel(
-            partial(request, prompt=prompt, form=form, model=model, max_side=max_side),
-            examples,
-            "requests",
-        ):
-            encoded = line.encode("utf-8")
-            if size + len(encoded) > max_bytes or count >= MAX_REQUESTS:
-                names.append(f"requests-{len(names) + 1:03}.jsonl")
-                size = count = 0
-            with (temporary / names[-1]).open("ab") as file:
-                file.write(encoded)
-            size, count = size + len(encoded), count + 1
-        os.rename(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return [output_dir / name for name in names]
 
 
 # ---- import --------------------------------------------------------------------------------------
@@ -355,8 +216,8 @@ _PRIVACY = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code: 0 done, 1 no answer is good, 2 usage or data."""
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags of both commands."""
     parser = Parser(
         prog="python -m data.traces",
         description="Teacher traces: requests out (export), answers in, with checks (import).",
@@ -380,6 +241,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             help="folder that image paths are relative to (default: the data file's own folder)",
         )
         add_label_flag(command)
+    _export_flags(out)
+    _import_flags(back)
+    return parser
+
+
+def _export_flags(out: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--form",
         required=True,
@@ -410,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument(
         "--output_dir", required=True, type=Path, help="new folder for requests-001.jsonl and so on"
     )
+
+
+def _import_flags(back: argparse.ArgumentParser) -> None:
     source = back.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--answers",
@@ -428,7 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="where the rejected examples go, with reasons (default: <output>-rejected.jsonl)",
     )
-    arguments = parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code: 0 done, 1 no answer is good, 2 usage or data."""
+    arguments = build_parser().parse_args(argv)
     try:
         return _export(arguments) if arguments.command == "export" else _import(arguments)
     except DataError as error:
@@ -438,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     label_set = labels_named(arguments.label_file)
-    prompt = _teacher_prompt(arguments.prompt, label_set)
+    asked = _teacher_prompt(arguments.prompt, label_set)
     if (arguments.form == "openai") != (arguments.model is not None):
         raise DataError(
             [
@@ -453,9 +327,11 @@ def _export(arguments: argparse.Namespace) -> int:
     examples = read_jsonl(
         data_file(arguments.data_file, label_set), arguments.image_root, label_set
     )
+    for line in prompt_warnings(asked, label_set):
+        print(f"warning: --prompt {line}", file=sys.stderr)
     files = export(
         examples,
-        prompt,
+        prompt_of(asked, label_set),
         arguments.form,
         arguments.output_dir,
         model=arguments.model,
@@ -473,7 +349,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _teacher_prompt(named: str, label_set: LabelSet) -> Prompt:
+def _teacher_prompt(named: str, label_set: LabelSet) -> NameOrFile:
     """Find the instruction that a teacher is asked with, a built-in one or one's own.
 
     Raises DataError for one that cannot be used, and for one without reasoning.
@@ -484,11 +360,12 @@ def _teacher_prompt(named: str, label_set: LabelSet) -> Prompt:
         why += " instruction variant"
     else:
         try:
-            prompt = prompt_of(KeptFile.read(named) if is_file else named, label_set)
+            asked = KeptFile.read(named) if is_file else named
+            prompt = prompt_of(asked, label_set)
         except DataError as error:
             raise DataError([f"--prompt {problem}" for problem in error.problems]) from error
         if prompt.answer_format == ANSWER_FORMAT:
-            return prompt
+            return asked
         why = "has no reasoning; its answers are made from the labels"
         if len(blocks_of(prompt.answer_format)) != 1:
             why = f"has the form {prompt.answer_format}, not {ANSWER_FORMAT}"

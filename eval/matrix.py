@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.examples import Example, read_examples
 from data.files import DataError, NameOrFile, named_files
-from data.prompt_files import prompt_name
+from data.prompt_files import prompt_name, prompt_warnings
 from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
@@ -234,6 +234,11 @@ def _fill(resolved: Resolved) -> int:
         f" do{bad_images_line(bad_images)}\n{describe(resolved)}",
         flush=True,
     )
+    warnings = (
+        line for cell in cells for line in prompt_warnings(cell.config.prompt, config.label_set)
+    )
+    for line in dict.fromkeys(warnings):
+        print(f"warning: {line}", file=sys.stderr)
     output_dir = made_folder(str(config.output_dir))
     left_out = bad_image_counts(sets, bad_images)
     with lock_run(output_dir), SignalGuard() as guard:

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 
 import data.select
+from data.draw import check_disjoint, deal_patients, draw
 from data.examples import Example, read_jsonl, row_of, selection_file
 from data.files import DataError, write_jsonl
 from data.join import read_answers
 from data.labels import LABELS, NIH_NINE, NIH_TEN, LabelPolicy
 from data.mimic import labeler_answers
 from data.same_pictures import equal_files, same_pictures
-from data.select import Pool, balance_table, check_disjoint, deal_patients, draw, main
+from data.select import Pool, balance_table, main
 from data.sources import Report
 from engine.config import UsageError, parse_config
 from engine.resume import run_record

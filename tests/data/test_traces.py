@@ -30,16 +30,14 @@ from data.labels import LABELS, NIH_NINE, chexpert_labels_of_nih
 from data.leaks import leak
 from data.prompts import PROMPTS
 from data.sets import answers_to_learn
+from data.teacher_requests import export, request, teacher_text
 from data.traces import (
     TEACHER_PROMPTS,
     TeacherAnswer,
     accept,
     check_trace,
-    export,
     main,
     report,
-    request,
-    teacher_text,
     template_answers,
 )
 from tests.helpers.repository import ROOT

@@ -19,7 +19,7 @@ from data.check import main as check
 from data.demo.splits import SPLITS, WRITTEN_SPLITS
 from data.dicom import main as dicom
 from data.prompts import PROMPTS
-from data.select import build_parser as select_parser
+from data.select_flags import build_parser as select_parser
 from data.table import build_parser as table_parser
 from data.traces import main as traces
 from engine.merge_settings import MergeConfig
