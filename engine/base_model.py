@@ -6,7 +6,6 @@ The base is frozen and in bf16 (fp32 on a CPU run).
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,11 +101,6 @@ def load_model(
     path = model_path(name)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of reading weights; in a log file it is one long line
-    # peft 0.21 asks transformers 5.24 by a name that is on its way out; nothing a user could do
-    # about it.
-    warnings.filterwarnings(
-        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-    )
     encoder = encoder or load_encoder(
         name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
     )

@@ -23,9 +23,9 @@ from data.prompt_files import prompt_of, prompt_problems
 from engine.adapter_files import adapter_record
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
 from engine.families import PIXEL_BOUNDS
+from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.resume import saved_record
-from engine.settings import FRESH
 
 CARD = "README.md"
 # Ends a card that nobody has changed: the SHA-256 of all that stands before it.

@@ -64,6 +64,7 @@ from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
+from engine.inherited import settings_of_adapter
 from engine.model import (
     POLICY,
     BaseModel,
@@ -74,7 +75,7 @@ from engine.model import (
 )
 from engine.model_files import check_model_folder, model_path
 from engine.resume import changed_base_of
-from engine.settings import TrainingConfig, settings_of_adapter
+from engine.settings import TrainingConfig
 
 # of D: fp32 arithmetic in another order gives about 1e-6, a projection left out far more
 FLOAT32_BOUND = 1e-4

@@ -10,6 +10,7 @@ the vision tower, whole modules, biases, tokens. All that is loaded, frozen and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +82,8 @@ def attach_new_adapter(base: BaseModel, *, r: int, alpha: int, dropout: float) -
         bias="none",
         task_type="CAUSAL_LM",
     )
-    net = get_peft_model(base.net, config)
+    with _without_peft_notice():
+        net = get_peft_model(base.net, config)
     _finish(net, base.name)
     return net
 
@@ -239,11 +241,20 @@ def check_adapter(base_name: str, folder: str | Path) -> PeftModel | None:
 def _wrapped(net: PreTrainedModel, config: LoraConfig, folder: str | Path) -> PeftModel:
     """Put an adapter's modules into a base. Raises UsageError where peft cannot."""
     try:
-        return PeftModel(net, config, adapter_name=POLICY)
+        with _without_peft_notice():
+            return PeftModel(net, config, adapter_name=POLICY)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UsageError(
             f"{folder}: peft cannot attach the adapter ({first_line(error)})"
         ) from error
+
+
+@contextmanager
+def _without_peft_notice() -> Iterator[None]:
+    """Leave out that peft 0.21 asks transformers 5.24 by a name that is on its way out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def load_adapter_weights(net: PeftModel, folder: str | Path, adapter: str = POLICY) -> None:

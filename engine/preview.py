@@ -24,6 +24,7 @@ from engine.collate import collate_prompts
 from engine.config import Resolved, describe
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
 from engine.fit import Lengths, Plan, training_work
+from engine.inherited import FRESH
 from engine.memory import forecast, model_shape
 from engine.memory_table import memory_table
 from engine.model import (
@@ -36,7 +37,7 @@ from engine.model import (
 from engine.order import shuffled
 from engine.policy import Policy, encoder_of
 from engine.runtime import environment_banner
-from engine.settings import FRESH, TrainingConfig
+from engine.settings import TrainingConfig
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
 # SGR foregrounds

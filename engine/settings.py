@@ -9,44 +9,26 @@ given. Nothing here loads torch before a command line is accepted.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 from data.answers import ANSWER_FORMATS
 from data.examples import check_data_file
 from data.files import DataError, KeptFile, NameOrFile, named_files
 from data.label_sets import labels_of
 from data.labels import LabelSet
-from data.prompt_files import answer_format_of, prompt_name, prompt_of, prompt_problems
+from data.prompt_files import prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
-from engine.adapter_files import base_to_use, read_adapter
-from engine.config import (
-    ConfigError,
-    Resolved,
-    UsageError,
-    parse_config,
-    range_problems,
-    setting,
-)
-from engine.model_files import check_model_folder, same_base
-from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder, saved_settings
+from engine.config import ConfigError, Resolved, parse_config, range_problems, setting
+from engine.inherited import INHERITED, inherit
+from engine.model_files import check_model_folder
+from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder
 from engine.runtime import check_lock, check_output_dir, check_writable
 
 # Sampling as in the rollouts of the paper; its greatest length is not published.
 TEMPERATURE, TOP_P, MAX_COMPLETION_LENGTH = 0.8, 0.95, 512
-# What training takes over from the adapter that it starts from, and from the run that made it.
-INHERITED = (
-    "model_name_or_path",
-    "label_file",
-    "prompt",
-    "answer_format",
-    "min_visual_tokens",
-    "max_visual_tokens",
-)
 # What an evaluation measures on each validation set, as a run logs it (eval/scores.py).
 EVALUATED_METRICS = (
     "macro_f1",
@@ -59,8 +41,6 @@ EVALUATED_METRICS = (
     "completion_length",
     "silenced_labels",
 )
-FRESH = "none"  # in the place of an adapter's folder: GRPO begins with a new one on the base
-_OF_ADAPTER = {"lora_r": "r", "lora_alpha": "lora_alpha"}  # keys of adapter_config.json
 BadImages = Literal["fail", "skip"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup", "constant"]  # transformers' names
 LABEL_FILE_HELP = (
@@ -473,115 +453,6 @@ def parse_training(
         inherit=partial(inherited_settings, script=script),
         free_to_change=FREE_TO_CHANGE,
     )
-
-
-# ---- settings of the adapter's run ---------------------------------------------------------------
-def inherit(
-    resolved: Resolved,
-    names: Collection[str] = INHERITED,
-    *,
-    binding: Collection[str] = (),
-    from_run: str = "adapter's run",
-    from_prompt: str = "prompt",
-) -> Resolved:
-    """Take over what the adapter was made with, where the command line leaves it open.
-
-    A setting is, in this order: a flag's value, a recipe's, that of the adapter's run (its
-    config.json), the default. Some follow a rule of their own:
-
-        model_name_or_path    the base that the adapter itself names, unless a flag names a copy of
-                              it. A recipe must name the same, in any spelling.
-        lora_r, lora_alpha    of the adapter itself
-        answer_format         of the adapter's run where the prompt is that run's too, else the
-                              prompt's own: another prompt asks for its own form
-
-    resolved: its first config has adapter_name_or_path, empty, None or FRESH without an adapter.
-    names: the settings to take over.
-    binding: those that the adapter cannot do without. A recipe gives way, a flag that says
-    otherwise is a mistake.
-    from_run, from_prompt: origins of what config.json and the prompt decided, {} for its name.
-
-    Raises UsageError for a folder without an adapter, a config.json that cannot be used, a recipe
-    with another base, and a flag that contradicts a binding setting.
-    """
-    folder = resolved.configs[0].adapter_name_or_path
-    folder = None if folder == FRESH else folder
-    if folder and "model_name_or_path" in names:
-        resolved = _with_base_of_adapter(resolved, folder)
-    made_with = settings_of_adapter(folder, names, resolved.configs[0]) if folder else {}
-    for name in sorted(names, key="answer_format".__eq__):  # last: it follows the prompt
-        given, origin = getattr(resolved.configs[0], name), resolved.origins[name]
-        if name == "label_file" and name in binding and folder and given is not None:
-            _check_trained_on_labels(folder, given, made_with.get(name))
-        value, source = made_with.get(name), "adapter" if name in _OF_ADAPTER else from_run
-        if name == "answer_format" and origin == "default":
-            prompt = resolved.configs[0].prompt
-            if value is None or prompt != made_with.get("prompt"):
-                source = from_prompt.format(prompt_name(prompt))
-                value = answer_format_of(prompt)
-        if value is None or (origin != "default" and (name not in binding or given == value)):
-            continue
-        if origin == "flag":
-            raise UsageError(
-                f"--{name} {given}: the adapter in {folder} was trained with {value}; leave the"
-                " flag out, or give another --adapter_name_or_path"
-            )
-        if name == "prompt" and isinstance(value, str) and value not in PROMPTS:
-            raise UsageError(
-                f"{Path(folder) / 'config.json'}: there is no prompt {value!r}; there are"
-                f" {', '.join(PROMPTS)}"
-            )
-        resolved = resolved.with_value(name, value, source)
-    return resolved
-
-
-def _check_trained_on_labels(folder: str, given: KeptFile, trained_on: KeptFile | None) -> None:
-    """Refuse labels that the adapter's run did not know. A folder without a run says nothing."""
-    if given != trained_on and saved_settings(folder):
-        raise UsageError(
-            f"--label_file {given}: the adapter in {folder} was trained on"
-            f" {trained_on or 'the 14 labels of CheXpert'}; leave the flag out, or give another"
-            " --adapter_name_or_path"
-        )
-
-
-def _with_base_of_adapter(resolved: Resolved, folder: str) -> Resolved:
-    given, origin = resolved.configs[0].model_name_or_path, resolved.origins["model_name_or_path"]
-    base, note = base_to_use(folder, given if origin == "flag" else "")
-    if note:
-        print(note, file=sys.stderr)
-    if origin == "flag":
-        return resolved
-    if origin != "default" and not same_base(given, base):
-        raise UsageError(
-            f"{folder} was trained on {base}, not on {given} ({origin}); give"
-            " --model_name_or_path, or another --adapter_name_or_path"
-        )
-    return resolved.with_value("model_name_or_path", base, "adapter")
-
-
-def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dict[str, Any]:
-    """Read what an adapter was made with, from it and its run's config.json -> {name: value}.
-
-    names: the settings to look for. Those that are missing or null there are left out.
-    config: an instance of a dataclass that declares them, with the types that they must have.
-
-    Raises UsageError where the folder holds no adapter that can be used, and naming a file with a
-    wrong value.
-    """
-    adapter = read_adapter(folder).settings
-    files = {name: "adapter_config.json" for name in _OF_ADAPTER}
-    told = saved_settings(folder) | {name: adapter.get(key) for name, key in _OF_ADAPTER.items()}
-    found = {name: told[name] for name in names if told.get(name) is not None}
-    types = get_type_hints(type(config))
-    for name, value in found.items():
-        expected = get_args(types[name]) or (types[name],)  # the first is int of `int | None`
-        if type(value) not in expected:
-            raise UsageError(
-                f"{Path(folder) / files.get(name, 'config.json')}: {name} is {value!r}, expected"
-                f" {expected[0].__name__}; repair or remove the file"
-            )
-    return found
 
 
 def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:

@@ -24,6 +24,7 @@ from data.files import sha256_of, write_json
 from data.predictions import Prediction, parse_row, write_predictions
 from engine.config import Resolved, UsageError, from_json
 from engine.generate import Completion, SamplingConfig, generate
+from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.policy import Policy, load_base
 from engine.resume import changed_base_of, run_record
@@ -32,11 +33,9 @@ from engine.settings import TrainingConfig
 from engine.tracking import Progress
 from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import result_files, write_results
-from eval.groups import group_scores
-from eval.probabilities import probability_scores
-from eval.scores import score
+from eval.record import scores_record
 from eval.settings import EvalConfig
-from eval.votes import sample_scores, vote_predictions
+from eval.votes import vote_predictions
 
 WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
 
@@ -115,6 +114,8 @@ def load_policy(
         check_adapter(config.model_name_or_path, adapter)
         if line := changed_base_of(adapter, config.model_name_or_path):
             print(f"warning: {line}", file=sys.stderr)
+        if line := other_labels(adapter, config.label_file):
+            print(f"warning: {line}, and is asked for others", file=sys.stderr)
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
     policy = Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
@@ -253,11 +254,12 @@ def evaluate_sets(
             annotations: dict[str, Any] = {}
             if annotate is not None:
                 predictions, annotations = annotate(predictions)
-            scores = score(predictions, baseline_examples=baseline_examples, seed=decoding.seed)
-            scores |= group_scores(predictions, seed=decoding.seed)
-            if k > 1:
-                scores["samples"] = sample_scores(answers, seed=decoding.seed)
-                scores["probabilities"] = probability_scores(predictions, seed=decoding.seed)
+            scores = scores_record(
+                predictions,
+                more.get("samples", ()),
+                baseline_examples=baseline_examples,
+                seed=decoding.seed,
+            )
             if decoding.swap_images:
                 scores["faithfulness"] = faithfulness_scores(
                     predictions, more["swapped"], seed=decoding.seed

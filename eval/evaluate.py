@@ -50,14 +50,9 @@ from eval.folders import (
     write_results,
 )
 from eval.group_tables import format_groups
-from eval.groups import group_scores
-from eval.probabilities import (
-    format_probabilities,
-    has_shares,
-    operating_points,
-    probability_scores,
-)
-from eval.scores import format_scores, score
+from eval.probabilities import format_probabilities, operating_points
+from eval.record import scores_record
+from eval.scores import format_scores
 from eval.settings import (
     EvalConfig,
     complete,
@@ -66,7 +61,7 @@ from eval.settings import (
     joined_files,
     with_precision,
 )
-from eval.votes import format_samples, sample_scores, samples_of_file, vote, vote_predictions
+from eval.votes import format_samples, samples_of_file, vote, vote_predictions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,17 +160,15 @@ def _score_again(resolved: Resolved) -> int:
             samples[name] = [row for group in groups[: config.max_samples] for row in group]
             predictions[name] = vote_predictions(samples[name])
     results = {
-        name: score(predictions[name], baseline_examples=baseline_examples, seed=config.seed)
-        | group_scores(predictions[name], seed=config.seed)
-        for name in named
+        name: scores_record(
+            predictions[name],
+            samples.get(name, ()),
+            baseline_examples=baseline_examples,
+            seed=config.seed,
+            source=file,
+        )
+        for name, file in named.items()
     }
-    for name, rows in samples.items():
-        results[name]["samples"] = sample_scores(rows, seed=config.seed)
-    for name, votes in predictions.items():
-        if any(map(has_shares, votes)):
-            results[name]["probabilities"] = probability_scores(
-                votes, seed=config.seed, source=named[name]
-            )
     if config.thresholds_from is not None:
         _add_operating_points(results, predictions, config.thresholds_from, config.seed)
     output_dir = _output_directory(config)

@@ -436,8 +436,9 @@ def one_label_set(entries: Sequence[Entry]) -> LabelSet:
     for entry in entries:
         if entry.label_set != first:
             raise UsageError(
-                f"{entries[0].name} and {entry.name} have other labels ({_labels_in_brief(first)};"
-                f" {_labels_in_brief(entry.label_set)}): their scores cannot stand side by side"
+                f"{entries[0].name} ({entries[0].folder}) and {entry.name} ({entry.folder}) have"
+                f" other labels ({_labels_in_brief(first)}; {_labels_in_brief(entry.label_set)}):"
+                " their scores cannot stand side by side"
             )
     return first
 

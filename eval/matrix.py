@@ -27,6 +27,7 @@ from data.prompt_files import prompt_name, prompt_warnings
 from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
+from engine.inherited import settings_of_adapter
 from engine.runtime import (
     SignalGuard,
     check_lock,
@@ -35,7 +36,7 @@ from engine.runtime import (
     lock_run,
     main_guard,
 )
-from engine.settings import ENGINE, PROMPT_HELP, settings_of_adapter
+from engine.settings import ENGINE, PROMPT_HELP
 from eval.folders import made_folder, read_record, result_files
 from eval.scores import format_scores
 from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problems, with_precision

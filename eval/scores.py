@@ -1,6 +1,7 @@
 """Score predictions, and print the scores as text tables.
 
-`score` makes everything that scores-<name>.json holds. The arithmetic is in eval/metrics.py.
+`score` makes what scores-<name>.json holds in any case (eval/record.py has all of it). The
+arithmetic is in eval/metrics.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from data.labels import LabelSet
 from data.prompt_files import prompt_of
 from data.prompts import Prompt
 from engine.config import ConfigError, Resolved, range_problems, setting
+from engine.inherited import inherit
 from engine.settings import (
     CHECK_HELP,
     COPIES_HELP,
@@ -37,7 +38,6 @@ from engine.settings import (
     BadImages,
     TrainingConfig,
     asking_problems,
-    inherit,
 )
 
 if TYPE_CHECKING:  # at run time flags are checked without torch

@@ -20,7 +20,7 @@ import numpy as np
 from data.files import DataError, write_json
 from data.predictions import read_predictions
 from engine.config import UsageError
-from engine.settings import FRESH
+from engine.inherited import FRESH
 from eval.end_table import METRICS, row_of
 from eval.folders import (
     START,

@@ -34,6 +34,7 @@ nothing. Everything is computed in the dtype of `logprobs` (fp32 in training).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -70,6 +71,7 @@ class ObjectiveConfig:
         metadata={
             "help": "upper clip: the ratio is held below 1 + epsilon_high",
             "source": "paper 3.2.2",
+            "within": "[0, inf)",
         },
     )
     beta: float = field(
@@ -78,6 +80,7 @@ class ObjectiveConfig:
             "help": "weight of the KL term against the reference, the frozen SFT adapter",
             "unit": "reward per nat",
             "source": "paper 3.2.2",
+            "within": "[0, inf)",
         },
     )
     kl_estimator: Literal["k1", "k2", "k3"] = field(
@@ -118,14 +121,11 @@ class ObjectiveConfig:
             if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices)
         ]
         if not 0 <= self.epsilon_low < 1:
-            problems.append(
-                f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1), or the ratio's lower"
-                " bound is not positive"
-            )
-        if not self.epsilon_high >= 0:
-            problems.append(f"epsilon_high is {self.epsilon_high}; it must not be negative")
-        if not self.beta >= 0:
-            problems.append(f"beta is {self.beta}; it must not be negative")
+            problems.append(f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1)")
+        if not 0 <= self.epsilon_high < math.inf:
+            problems.append(f"epsilon_high is {self.epsilon_high}; it must lie in [0, inf)")
+        if not 0 <= self.beta < math.inf:
+            problems.append(f"beta is {self.beta}; it must lie in [0, inf)")
         if problems:
             raise ValueError("\n".join(problems))
 

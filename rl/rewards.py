@@ -47,7 +47,7 @@ class RewardFunction:
         target: the image's labels.
         completion_length: in tokens, with the stop token. The caller counts them, by --length_of.
         """
-        raise NotImplementedError
+        raise TypeError("use a subclass")
 
     def scaled(self, reward: Reward) -> float:
         """Return the number that advantages are computed from."""

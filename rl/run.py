@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointError
+from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.policy import Policy
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.saving import save_start
-from engine.settings import FRESH, validation_files
+from engine.settings import validation_files
 from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from data.examples import Example
 from engine.config import ConfigError, Resolved, UsageError, setting
+from engine.inherited import FRESH, INHERITED, inherit
 from engine.runtime import newest_finished_run
 from engine.settings import (
     COUNT,
     EVALUATED_METRICS,
-    FRESH,
-    INHERITED,
     OURS,
     PAPER_GRPO,
     POSITIVE,
@@ -31,7 +30,6 @@ from engine.settings import (
     TOP_P,
     TrainingConfig,
     finished,
-    inherit,
     label_problems,
     parse_training,
     training_problems,

@@ -16,7 +16,8 @@ import pytest
 from data.prompts import PROMPTS
 from engine.adapter_files import adapter_record, base_of_adapter, read_adapter, todays_name
 from engine.config import UsageError
-from engine.settings import SFTConfig, settings_of_adapter
+from engine.inherited import settings_of_adapter
+from engine.settings import SFTConfig
 from rl.settings import resolve_grpo
 from tests.helpers.adapters import write_adapter
 

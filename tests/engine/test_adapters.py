@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from engine.model import (
     BaseModel,
     add_reference,
     attach_adapter,
+    attach_new_adapter,
     check_adapter,
     frozen_parts,
     has_no_effect,
@@ -524,6 +526,17 @@ def test_weights_that_are_no_numbers_are_refused(damage, said, made, tiny_checkp
     save_file(tensors | {name: damage(tensors[name])}, folder / "adapter_model.safetensors")
     model = open_model(tiny_checkpoint("qwen2_5_vl"))
     assert refusal(attach_adapter, model, folder) == f"{folder}: {name} {said}"
+
+
+def test_no_notice_of_peft_is_shown(made, tiny_checkpoint):
+    """Neither where an adapter is only checked, before any weight is read, nor later."""
+    checkpoint, folder = tiny_checkpoint("qwen2_5_vl"), made("qwen2_5_vl", "decoder")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        check_adapter(str(checkpoint), folder)
+        add_reference(attach_adapter(open_model(checkpoint), folder, trainable=True), folder)
+        attach_new_adapter(open_model(checkpoint), r=2, alpha=4, dropout=0)
+    assert not [one for one in shown if "checkpointing" in str(one.message)]
 
 
 def test_an_adapter_without_effect_is_said(made, tiny_checkpoint, tiny_data, tmp_path, capsys):

@@ -15,15 +15,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import ConfigError, UsageError, parse_config, setting
-from engine.settings import (
-    SIZE,
-    THREADS,
-    SFTConfig,
-    inherit,
-    resolve_sft,
-    rounded_up,
-    settings_of_adapter,
-)
+from engine.inherited import inherit, settings_of_adapter
+from engine.settings import SIZE, THREADS, SFTConfig, resolve_sft, rounded_up
 from rl.settings import GRPOConfig, resolve_grpo
 from tests.helpers.adapters import write_adapter
 from tests.helpers.repository import ROOT

@@ -443,7 +443,7 @@ def test_several_problems_are_listed_at_once(refused, grpo_flags):
         "--learning_rate: expected a number above 0, got '-1'",
         "--num_generations: expected an integer from 2 to 65536, got '1'",
         "--temperature: expected a number above 0 and at most 100, got '0'",
-        "--beta: expected a number, got 'x'",
+        "--beta: expected a number at least 0, got 'x'",
         "--validation_file no-name.jsonl: expected NAME=FILE, with a name of letters, digits, -"
         " and _",
     ]
@@ -485,7 +485,7 @@ def test_unknown_recipe_and_unknown_flag(refused, sft_flags):
 def test_objective_out_of_range(refused, grpo_flags):
     assert refused(run_grpo.main, *grpo_flags, "--beta", "-1", "--epsilon_low", "1") == [
         "--epsilon_low: expected a number at least 0 and below 1, got '1'",
-        "beta is -1.0; it must not be negative",
+        "--beta: expected a number at least 0, got '-1'",
     ]
 
 
@@ -505,7 +505,7 @@ def test_what_only_the_real_objective_can_check_is_refused_the_same_way(
     )
     monkeypatch.setattr(rl.settings, "objective_config", lambda: unchecked)
     assert refused(run_grpo.main, *grpo_flags, "--beta", "-1") == [
-        "beta is -1.0; it must not be negative"
+        "beta is -1.0; it must lie in [0, inf)"
     ]
 
 

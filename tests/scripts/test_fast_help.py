@@ -69,7 +69,7 @@ SFT = [
 GRPO = [
     *TRAINING,
     (["--epsilon_low", "x"], 2, "--epsilon_low: expected a number at least 0 and below 1, got 'x'"),
-    (["--beta", "-1"], 2, "beta is -1.0; it must not be negative"),
+    (["--beta", "-1"], 2, "--beta: expected a number at least 0"),
     (["--num_generations", "3"], 2, "does not divide into groups of --num_generations 3"),
     (["--recipe", "demo-gemma"], 2, "no finished SFT run of demo-gemma named runs/<time>-sft"),
 ]

@@ -292,13 +292,15 @@ def test_answers_of_another_model_are_joined_in_the_labels_of_the_flag(own, tmp_
 def test_runs_of_other_labels_are_refused_side_by_side_in_one_line(
     own, tiny_sft_run, tmp_path, capsys
 ):
-    runs = [f"own={own / 'sft'}", f"chest={tiny_sft_run('gemma3')}"]
+    chest = tiny_sft_run("gemma3")
+    runs = [f"own={own / 'sft'}", f"chest={chest}"]
     for command in (compare, report):
         assert command([*runs, "--output_dir", str(tmp_path / "out")]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line == (
-            "error: own and chest have other labels (20 of a label file: Unremarkable, Surgical"
-            " Clips, Tuberculosis, ...; the 14 of CheXpert): their scores cannot stand side by side"
+            f"error: own ({own / 'sft'}) and chest ({chest}) have other labels (20 of a label file:"
+            " Unremarkable, Surgical Clips, Tuberculosis, ...; the 14 of CheXpert): their scores"
+            " cannot stand side by side"
         )
     assert not (tmp_path / "out").exists()
     assert compare([f"a={own / 'sft'}", f"b={own / 'grpo'}", "--resamples", "20"]) == 0
@@ -316,6 +318,29 @@ def test_a_matrix_takes_the_labels_of_the_run_and_prompts_by_file(own, tmp_path,
 
 
 # ---- files before a run --------------------------------------------------------------------------
+def test_labels_that_an_adapter_does_not_know_are_warned_of(own, tmp_path, capsys):
+    """By each command that answers, once for a model. Another comment makes no other labels."""
+    for name, text in (("same", f"# again\n{LABEL_FILE}"), ("other", f"{LABEL_FILE}\nShunt")):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    few = ["--data_file", f"clinic={own / 'own.jsonl'}", "--max_samples", "1"]
+    few += ["--max_completion_length", "2"]
+    asked = ["--adapter_name_or_path", str(own / "sft"), *few, "--output_dir"]
+    warning = re.compile(
+        rf"^warning: --label_file {tmp_path}/other.txt, SHA-256 \w+: the adapter in {own}/sft was"
+        rf" trained on {own}/labels.txt, SHA-256 \w+, and is asked for others$",
+        re.MULTILINE,
+    )
+    for name, count in (("same", 0), ("other", 1)):
+        label_file = ["--label_file", str(tmp_path / f"{name}.txt")]
+        assert evaluate([*asked, str(tmp_path / name), *label_file]) == 0
+        shown = capsys.readouterr().err
+        assert (len(warning.findall(shown)), shown.count("was trained on")) == (count, count)
+    models = ["--model", f"sft={own / 'sft'}", "--prompt", "only_label", "free_reasoning"]
+    cells = str(tmp_path / "cells")
+    assert matrix([*models, *few, *label_file, "--output_dir", cells]) == 0  # of the other ones
+    assert len(warning.findall(capsys.readouterr().err)) == 1
+
+
 def test_traces_are_asked_for_and_checked_in_the_labels_and_by_the_prompt_of_the_files(
     own, tmp_path, capsys
 ):
