@@ -21,7 +21,7 @@ from data.sets import write_bad_images
 from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
 from engine.model_files import EMBEDDED
 from engine.resume import base_record, bring_logs, keep_reference, run_folder
-from engine.runtime import SignalGuard, StopRequested, lock_run
+from engine.runtime import SignalGuard, StepFailed, StopRequested, lock_run
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 
@@ -61,10 +61,6 @@ class TrainerState:
 
 
 # ---- the books -----------------------------------------------------------------------------------
-class StepFailed(RuntimeError):
-    """Report a step that must not reach the weights. The state before it is saved."""
-
-
 class Stateful(Protocol):
     """Describe what a run puts back when a step fails: a reward's window, the monitors."""
 

@@ -44,6 +44,13 @@ class StopRequested(KeyboardInterrupt):
     """Leave sampling or evaluation because a signal asked to: the state so far is to be saved."""
 
 
+class StepFailed(RuntimeError):
+    """Report a step that must not reach the weights, such as a reward that is no number.
+
+    The text is one line. In training the state before the step is saved.
+    """
+
+
 class SignalGuard:
     """Hold back SIGINT and SIGTERM within the block, so that a loop can finish a step and save.
 
@@ -283,6 +290,8 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
     errors: exception classes beside UsageError that the user can correct. They become 'error: '
     lines on stderr, from `.problems` where the exception has them, and code 2.
 
+    StepFailed is such a line too, and code 1: the run is at fault, or its model or its reward.
+
     KeyboardInterrupt becomes 130, and output that nobody reads any more 141. Anything else is a
     fault of ours and propagates with its traceback, which Python makes 1.
     """
@@ -295,6 +304,9 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
             for problem in getattr(error, "problems", None) or [str(error)]:
                 print(f"error: {problem}", file=sys.stderr)
             return 2
+        except StepFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print(
                 "stopped at once; what was done since the last checkpoint is not saved",

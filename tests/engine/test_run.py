@@ -21,8 +21,8 @@ import torch
 
 import run_sft
 from data.files import DataError
-from engine.run import Run, RunFolder, Schedule, StepFailed, TrainerState
-from engine.runtime import SignalGuard, StopRequested
+from engine.run import Run, RunFolder, Schedule, TrainerState
+from engine.runtime import SignalGuard, StepFailed, StopRequested
 from engine.tracking import RunLogger
 from tests.helpers.books import held_by
 from tests.helpers.repository import ROOT

@@ -26,6 +26,7 @@ from engine.config import ConfigError, UsageError
 from engine.device import seed_everything
 from engine.runtime import (
     SignalGuard,
+    StepFailed,
     environment_banner,
     lock_run,
     main_guard,
@@ -262,6 +263,8 @@ def test_exit_codes_and_messages(capsys):
     assert capsys.readouterr().err == "error: row 1\nerror: row 2\n"
     assert main_guard(raising(FileNotFoundError("no x")), errors=(OSError,)) == 2
     assert capsys.readouterr().err == "error: no x\n"
+    assert main_guard(raising(StepFailed("the reward of e1 is NaN"))) == 1
+    assert capsys.readouterr().err == "error: the reward of e1 is NaN\n"
     assert main_guard(raising(KeyboardInterrupt())) == 130
 
 
