@@ -73,6 +73,7 @@ from engine.model import (
     check_adapter,
     load_model,
 )
+from engine.model_checks import DESCRIPTIONS
 from engine.model_files import check_model_folder, model_path
 from engine.resume import changed_base_of
 from engine.settings import TrainingConfig
@@ -89,19 +90,8 @@ PROBE_ANSWER = (
 # What a tokenizer, an image processor or `generate` of transformers reads beside weights and
 # config.json.
 COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *(name for name in DESCRIPTIONS if name != "config.json"),
     "video_preprocessor_config.json",
-    "generation_config.json",
 )
 
 

@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import UsageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files beside the weights that decide what a model is.
+# Files beside the weights that decide what a model is. A tokenizer is in tokenizer.json or in the
+# files of a slow one, and special tokens may stand in files of their own.
 DESCRIPTIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
@@ -40,6 +47,10 @@ _OTHER_FORMATS = {
     "*.h5": "TensorFlow's format",
     "*.msgpack": "Flax's format",
 }
+# What trainers leave in a model's folder under such names: settings, their own state, an adapter.
+_NO_WEIGHTS = re.compile(
+    r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)[._]"
+)
 # Element types of quantised weights. Plain checkpoints have floats, old ones position ids in I64.
 _QUANTISED_DTYPE = re.compile(r"[UI]8|[UI]4|F[468]_?\w*(?<!F64)|C64")
 _PACKED_NAME = re.compile(r"(?:qweight|qzeros|weight_packed|_blocks|quant_state[\w.]*)$")
@@ -128,11 +139,12 @@ def weight_files(folder: Path) -> list[str]:
         )
     if shards:
         return shards
+    names = sorted(path.name for path in folder.iterdir() if not _NO_WEIGHTS.match(path.name))
     for pattern, what in _OTHER_FORMATS.items():
-        found = sorted(folder.glob(pattern))
+        found = [name for name in names if fnmatch(name, pattern)]
         if found:
             raise ValueError(
-                f"its weights are in {found[0].name} ({what}), and only .safetensors are read; save"
+                f"its weights are in {found[0]} ({what}), and only .safetensors are read; save"
                 " it anew with transformers' save_pretrained, or download the .safetensors files"
             )
     raise ValueError(f"the folder holds no weights ({SINGLE}, or {INDEX} and its shards)")

@@ -99,6 +99,16 @@ def test_all_of_a_small_file_is_hashed_and_samples_of_a_large_one(tmp_path, monk
     )
 
 
+@pytest.mark.parametrize(
+    "file", ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
+)
+def test_the_files_of_a_slow_tokenizer_are_hashed(file, tmp_path):
+    save_file({"x": torch.zeros(4)}, tmp_path / "model.safetensors")
+    (tmp_path / file).write_text("as it was")
+    noted = base_hashes(tmp_path, "sample")["files"][file]
+    assert noted == {"bytes": 9, "sha256": hashlib.sha256(b"as it was").hexdigest()}
+
+
 @pytest.mark.parametrize("what", ["weights", "template"])
 def test_a_resumed_run_refuses_another_base(what, restored, tmp_path, capsys):
     base, run = restored

@@ -291,6 +291,19 @@ def test_a_folder_of_pickles_is_one_line_and_nothing_is_unpickled(base, tmp_path
     assert "save_pretrained" in line and not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "left",
+    ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "adapter_model.bin"],
+)
+def test_what_a_trainer_leaves_is_not_taken_for_weights(left, base):
+    folder = base("qwen2_5_vl")
+    (folder / "model.safetensors").unlink()
+    (folder / left).write_bytes(b"")
+    assert "the folder holds no weights (model.safetensors, or" in refusal(model_of, folder)
+    (folder / "z.bin").write_bytes(b"")
+    assert "its weights are in z.bin (" in refusal(model_of, folder)
+
+
 def test_no_code_of_a_checkpoint_runs_and_none_is_asked_about(base, tmp_path, monkeypatch):
     folder = base("qwen2_5_vl")
     marker = tmp_path / "marker"
