@@ -125,9 +125,22 @@ class Family:
         return decoder(
             inputs_embeds=embeddings[None],
             position_ids=positions,
-            attention_mask=masks,
             use_cache=False,
+            **self.decoder_inputs(embeddings, masks, prompts, places),
         ).last_hidden_state[0]
+
+    def decoder_inputs(
+        self,
+        embeddings: Tensor,
+        masks: Mapping[str, PackedMask],
+        prompts: PromptBatch | None,
+        places: Tensor | None,
+    ) -> dict[str, Any]:
+        """Name what the decoder takes beside embeddings and positions: its masks, and more.
+
+        Arguments as those of `run_decoder`.
+        """
+        return {"attention_mask": masks}
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         """Count (the tower's patches that make one visual token, pixel values of a patch)."""

@@ -13,10 +13,10 @@ hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -46,32 +46,22 @@ class Qwen3VL(Qwen25VL):
             "deepstack": torch.stack(layers, 1),
         }
 
-    def run_decoder(
+    def decoder_inputs(
         self,
-        decoder: nn.Module,
         embeddings: Tensor,
-        positions: Tensor,
         masks: Mapping[str, PackedMask],
-        prompts: PromptBatch | None = None,
-        places: Tensor | None = None,
-    ) -> Tensor:
-        """Run it with the prompts' deepstack features, where there are prompts."""
-        deepstack = {}
+        prompts: PromptBatch | None,
+        places: Tensor | None,
+    ) -> dict[str, Any]:
+        """Add the prompts' deepstack features, where there are prompts."""
+        given: dict[str, Any] = {"attention_mask": masks["full_attention"]}  # its only kind
         if prompts is not None and places is not None:
             # A boolean mask of the image's tokens would make a GPU wait: transformers adds what it
             # selects. Index 0 selects the one row as a whole, so every token gets something: 0, or
             # its features.
-            deepstack = {
-                "visual_pos_masks": torch.zeros(1, dtype=torch.long, device=embeddings.device),
-                "deepstack_visual_embeds": deepstack_of_row(prompts, places, embeddings),
-            }
-        return decoder(
-            inputs_embeds=embeddings[None],
-            position_ids=positions,
-            attention_mask=masks["full_attention"],  # its only kind of layer
-            use_cache=False,
-            **deepstack,
-        ).last_hidden_state[0]
+            given["visual_pos_masks"] = torch.zeros(1, dtype=torch.long, device=embeddings.device)
+            given["deepstack_visual_embeds"] = deepstack_of_row(prompts, places, embeddings)
+        return given
 
     def extra_features(self, config: PretrainedConfig) -> int:
         return len(config.vision_config.deepstack_visual_indexes)
