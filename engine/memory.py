@@ -302,7 +302,7 @@ def head_chunk(
     return min(scored, CHUNK_SIZE) * shape.vocabulary * copies + states
 
 
-def sampler_head(shape: ModelShape, work: Workload, rows: int, *, greedy: bool) -> int:
+def sampler_head(shape: ModelShape, rows: int, *, greedy: bool) -> int:
     """Compute the bytes of one sampled token for all rows, see engine/generate.py.
 
     Greedy decoding holds [rows,V] logits and log-probabilities. Sampling then holds log-
@@ -475,7 +475,7 @@ def writing_moments(
     yield {
         "inputs": held,
         "KV cache": cache,
-        "logits": sampler_head(shape, work, rows, greedy=greedy),
+        "logits": sampler_head(shape, rows, greedy=greedy),
     }
 
 

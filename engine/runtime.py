@@ -11,7 +11,6 @@ import errno
 import fcntl
 import importlib.metadata
 import itertools
-import json
 import logging
 import os
 import platform
@@ -26,8 +25,9 @@ from typing import Any, Literal, TypeVar
 
 from data.command_line import exit_code
 from data.files import DataError
+from engine.adapter_files import base_of_adapter
 from engine.config import UsageError
-from engine.model_files import same_base
+from engine.model_files import ADAPTER_FILES, same_base
 
 LOCK_FILE = ".lock"
 # Every line of these logs has a "step", so a resume can tell which lines it will repeat.
@@ -239,24 +239,23 @@ def newest_finished_run(
         path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name)
         for path in Path(root).iterdir()
     }
-    finished = ("config.json", "adapter_config.json", "adapter_model.safetensors")
+    finished = ("config.json", *ADAPTER_FILES)
     runs = [
         (match[1], int(match[2] or 1), path)
         for path, match in names.items()
         if match
         and all((path / name).is_file() for name in finished)
-        and (base is None or same_base(base, _adapter_base(path)))
+        and (base is None or _is_adapter_of(path, base))
     ]
     return max(runs)[-1] if runs else None
 
 
-def _adapter_base(run: Path) -> str:
-    """Read the base model that a run's adapter names, "" where it names none or cannot be read."""
+def _is_adapter_of(run: Path, base: str) -> bool:
+    """Tell whether a run's adapter names a base model, in any spelling. A broken one names none."""
     try:
-        record = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(record.get("base_model_name_or_path") or "")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+        return same_base(base, base_of_adapter(run))
+    except UsageError:
+        return False
 
 
 # ---- facts about the run -------------------------------------------------------------------------

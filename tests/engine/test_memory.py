@@ -249,8 +249,8 @@ def test_the_copies_of_the_sampler_by_hand():
     assert sampling_weights(SHAPE, replace(WORK, element_size=2)) == 0
     # Logits and log-probabilities of 6 rows; drawn, what the nucleus needs beside the
     # log-probabilities as well
-    assert sampler_head(SHAPE, WORK, 6, greedy=True) == 6 * 100 * 4 * 2
-    assert sampler_head(SHAPE, WORK, 6, greedy=False) == 6 * 100 * 4 * 5
+    assert sampler_head(SHAPE, 6, greedy=True) == 6 * 100 * 4 * 2
+    assert sampler_head(SHAPE, 6, greedy=False) == 6 * 100 * 4 * 5
 
 
 def test_the_masks_of_the_sampler_by_hand():
