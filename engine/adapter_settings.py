@@ -200,10 +200,14 @@ def accepted_settings(record: dict[str, Any]) -> dict[str, Any]:
     settings = {name: record[name] for name in _CHECKS if record.get(name) is not None}
     if isinstance(settings.get("modules_to_save"), str):
         settings["modules_to_save"] = [settings["modules_to_save"]]
-    alpha = settings.get("lora_alpha")
-    if isinstance(alpha, float) and alpha.is_integer():
-        settings["lora_alpha"] = int(alpha)
+    if "lora_alpha" in settings:
+        settings["lora_alpha"] = alpha_of_peft(settings["lora_alpha"])
     return settings
+
+
+def alpha_of_peft(alpha: float) -> Any:
+    """Give an alpha as peft writes it: a whole one is no float, whatever a file or flag has."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def unknown_settings(record: dict[str, Any]) -> list[str]:

@@ -130,21 +130,24 @@ def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dic
     """Read what an adapter was made with, from it and its run's config.json -> {name: value}.
 
     names: the settings to look for. Those that are missing or null there are left out.
-    config: an instance of a dataclass that declares them, with the types that they must have.
+    config: an instance of a dataclass that declares them, with the types that they must have in
+    config.json. What the adapter itself says is checked by `read_adapter`.
 
-    Raises UsageError where the folder holds no adapter that can be used, and naming a file with a
+    Raises UsageError where the folder holds no adapter that can be used, or a config.json with a
     wrong value.
     """
-    adapter = read_adapter(folder).settings
-    files = {name: "adapter_config.json" for name in _OF_ADAPTER}
-    told = saved_settings(folder) | {name: adapter.get(key) for name, key in _OF_ADAPTER.items()}
-    found = {name: told[name] for name in names if told.get(name) is not None}
+    adapter, run = read_adapter(folder).settings, saved_settings(folder)
     types = get_type_hints(type(config))
-    for name, value in found.items():
+    found = {}
+    for name in names:
+        value = adapter.get(_OF_ADAPTER[name]) if name in _OF_ADAPTER else run.get(name)
+        if value is None:
+            continue
         expected = get_args(types[name]) or (types[name],)  # the first is int of `int | None`
-        if type(value) not in expected:
+        if name not in _OF_ADAPTER and type(value) not in expected:
             raise UsageError(
-                f"{Path(folder) / files.get(name, 'config.json')}: {name} is {value!r}, expected"
+                f"{Path(folder) / 'config.json'}: {name} is {value!r}, expected"
                 f" {expected[0].__name__}; repair or remove the file"
             )
+        found[name] = value
     return found

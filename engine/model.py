@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from engine.adapter_files import PREFIX, read_adapter
 from engine.adapter_places import PLACES, explicit_config, placed_config
+from engine.adapter_settings import alpha_of_peft
 from engine.base_model import BaseModel, first_line, load_encoder, load_model
 from engine.config import UsageError
 from engine.encode import read_config
@@ -69,14 +70,14 @@ POLICY, REFERENCE = "default", "reference"
 NO_EFFECT = "every B matrix of the adapter is zero, so the base itself answers"
 
 
-def attach_new_adapter(base: BaseModel, *, r: int, alpha: int, dropout: float) -> PeftModel:
+def attach_new_adapter(base: BaseModel, *, r: int, alpha: float, dropout: float) -> PeftModel:
     """Attach a fresh, trainable LoRA adapter to the language model's projections.
 
     B is zero, so the model's outputs are unchanged.
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha_of_peft(alpha),
         lora_dropout=dropout,
         target_modules=LORA_TARGETS,
         bias="none",

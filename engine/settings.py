@@ -147,12 +147,12 @@ class TrainingConfig:
         group="adapter",
         within=ROWS,
     )
-    lora_alpha: int = setting(
-        32,
+    lora_alpha: float = setting(
+        32.0,
         "LoRA scaling of a fresh adapter: the update is multiplied by alpha / r",
         source=PAPER_SFT,
         group="adapter",
-        within=COUNT,
+        within="(0, 1000000]",
     )
 
     learning_rate: float = setting(

@@ -17,7 +17,7 @@ from data.prompts import PROMPTS
 from engine.adapter_files import adapter_record, base_of_adapter, read_adapter, todays_name
 from engine.config import UsageError
 from engine.inherited import settings_of_adapter
-from engine.settings import SFTConfig
+from engine.settings import SFTConfig, resolve_sft
 from rl.settings import resolve_grpo
 from tests.helpers.adapters import write_adapter
 
@@ -215,8 +215,23 @@ def test_what_does_not_matter_never_reaches_peft(tmp_path, capsys):
 def test_a_whole_alpha_may_be_a_float(tmp_path):
     folder = write_adapter(tmp_path / "whole", lora_alpha=16.0)
     assert settings_of_adapter(str(folder), ["lora_alpha"], SFTConfig()) == {"lora_alpha": 16}
-    folder = write_adapter(tmp_path / "half", lora_alpha=0.5)  # peft takes it, a flag does not
-    assert read_adapter(folder).settings["lora_alpha"] == 0.5
+    assert type(read_adapter(folder).settings["lora_alpha"]) is int  # as peft writes it
+
+
+@pytest.mark.parametrize("resolve", [resolve_sft, resolve_grpo])
+def test_an_alpha_may_be_a_fraction_as_peft_has_it(resolve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    flags = ["--train_file", "data.jsonl", "--adapter_name_or_path"]
+    folder = str(write_adapter(tmp_path / "half", lora_alpha=12.5))
+    assert read_adapter(folder).settings["lora_alpha"] == 12.5
+    resolved = resolve([*flags, folder])
+    assert (resolved.configs[0].lora_alpha, resolved.origins["lora_alpha"]) == (12.5, "adapter")
+    assert resolve([*flags, folder, "--lora_alpha", "12.5"]).configs[0].lora_alpha == 12.5
+    with pytest.raises(
+        UsageError, match=r"--lora_alpha 12\.0: the adapter in .* with 12\.5; leave"
+    ):
+        resolve([*flags, folder, "--lora_alpha", "12"])
 
 
 @pytest.mark.parametrize(
