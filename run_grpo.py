@@ -35,7 +35,7 @@ from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_le
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
-from engine.run import Schedule, TrainerState, opened_run, resume_command
+from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
@@ -69,7 +69,7 @@ def train(
 
         # 1 take prompts: their tokens, and the frozen vision tower's features of their images.
         #   Later updates have them already, but for the first step after a resume
-        rollouts.take(run.step, policy)
+        rollouts.take(run.step, policy, run.should_stop)
 
         if update == 0:
             # 2 sample G completions of each prompt
@@ -78,7 +78,8 @@ def train(
             rollouts.reward(completions, policy)
             # 4 log pi_ref of all, and log pi_old of what later updates train on: the first update
             #   computes its own below
-            rollouts.score(policy, with_reference=objective.beta > 0)
+            with_reference = objective.beta > 0
+            rollouts.score(policy, with_reference=with_reference, should_stop=run.should_stop)
             # 5 advantages A_i, within each prompt's group; kl and config are for forks
             rewards, groups, kl = rollouts.rewards, rollouts.groups, rollouts.kl  # [R]
             advantages = group_advantages(
@@ -93,7 +94,7 @@ def train(
         totals = rollouts.totals(micro_batches)  # completions, tokens, max_completion_length
         policy.net.train()  # for gradient checkpointing; dropout is 0
         computed = []
-        for rows in micro_batches:
+        for rows in run.polled(micro_batches):  # until a signal asks to leave the step
             micro = rollouts.micro_batch(rows, policy)
             logprobs, entropy = policy.logprobs_and_entropy(micro.batch)  # [N,T]
             # in the first update the policy is still the one that sampled
@@ -221,31 +222,25 @@ def run_command(resolved: Resolved) -> int:
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
-        if run.should_stop():
-            print(f"stopped; go on with: {resume_command('run_grpo.py', folder.path)}")
-            return folder.signals.exit_code
-        return finish(run, policy, data, rollouts, record["recipe"])
+            if run.finished:
+                finish(run, policy, data, rollouts, record["recipe"])
+        return run.exit_code
 
 
 def finish(
     run: GRPORun, policy: Policy, data: DataSets, rollouts: Rollouts, recipe: str | None
-) -> int:
+) -> None:
     """Save the final adapter, see that the folder's scores are its own, and show them."""
     state, choose = run.state, rollouts.config.load_best_model_at_end
     best = load_best_adapter(run.folder, state, policy) if choose else None
     save_final_adapter(run.folder, state, policy)
     if best not in (None, f"checkpoint-{run.step}"):
-        try:
-            step = int(best.rpartition("-")[2])
-            evaluate_policy(policy, data, rollouts, run.folder, run.should_stop, step)
-        except KeyboardInterrupt:
-            print(f"stopped while scoring; training is finished and saved in {run.folder}")
-            return run.signals.exit_code or 130
+        step = int(best.rpartition("-")[2])
+        evaluate_policy(policy, data, rollouts, run.folder, run.should_stop, step)
     write_run_card(run.folder)
     summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
     command = next_command(recipe, run.folder, rollouts.config.train_file)
     print(f"\n{summary}\n\nnext: {command}")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,7 +46,7 @@ from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.resume import checkpoint_to_resume, training_record
-from engine.run import Run, Schedule, TrainerState, next_command, opened_run, resume_command
+from engine.run import Run, Schedule, TrainerState, next_command, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
 from engine.tracking import MetricAccumulator
 from eval.decode import Decoding, evaluate_sets
@@ -71,7 +71,7 @@ def train(
         epoch, place = divmod(run.step, steps_per_epoch)
         order = shuffled(len(examples), epoch, config.seed)
         chosen = [examples[i] for i in order[place * step_size : (place + 1) * step_size]]
-        rows = [policy.encode_answer(example) for example in chosen]
+        rows = [policy.encode_answer(example) for example in run.polled(chosen)]
 
         # 2 one optimizer step: its total, then forward and backward of each micro-batch
         supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
@@ -80,7 +80,7 @@ def train(
         )
         policy.net.train()  # with dropout, and for gradient checkpointing
         losses = []
-        for indices in micro_batches:
+        for indices in run.polled(micro_batches):  # until a signal asks to leave the step
             micro = [rows[i] for i in indices]
             batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
             hidden, targets = policy.hidden_states(batch)  # [K,H], [K]
@@ -195,22 +195,21 @@ def run_command(resolved: Resolved) -> int:
         )
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
-        with run:
-            train(run, policy, optimizer, data.train, config)
-        if run.should_stop():
-            print(f"stopped; go on with: {resume_command('run_sft.py', folder.path)}")
-            return folder.signals.exit_code
-        if run.stopped:
-            print(f"stopped early: {run.stopped}", file=sys.stderr)
         recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipe and by_flag else None
         own_data = not config.train_file.startswith("demo:")
         command = next_command(recipe, folder.path, model, own_data=own_data)
-        return finish(run, policy, data, config, command)
+        with run:
+            train(run, policy, optimizer, data.train, config)
+            if run.finished:
+                finish(run, policy, data, config, command)
+        return run.exit_code
 
 
-def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, command: str) -> int:
+def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, command: str) -> None:
     """Save the best epoch's adapter as the final one, score it, and say what to run next."""
+    if run.stopped:
+        print(f"stopped early: {run.stopped}", file=sys.stderr)
     best = load_best_adapter(run.folder, run.state, policy)
     save_final_adapter(run.folder, run.state, policy)
     print(
@@ -220,23 +219,18 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     )
     stage = f"SFT ({best.rpartition('-')[2] if best else run.step})"
     left_out = bad_image_counts(data.evaluated, data.bad_images)
-    try:
-        scores = evaluate_sets(
-            policy,
-            data.evaluated,
-            Decoding.greedy(config),
-            run.folder,
-            baseline_examples=data.train,
-            notes={name: note | {"stage": stage} for name, note in left_out.items()},
-            should_stop=run.should_stop,
-        )
-    except KeyboardInterrupt:
-        print(f"stopped while scoring; training is finished and saved in {run.folder}")
-        return run.signals.exit_code or 130
+    scores = evaluate_sets(
+        policy,
+        data.evaluated,
+        Decoding.greedy(config),
+        run.folder,
+        baseline_examples=data.train,
+        notes={name: note | {"stage": stage} for name, note in left_out.items()},
+        should_stop=run.should_stop,
+    )
     write_run_card(run.folder)
     run.log_scores({name: evaluated_metrics(of_set) for name, of_set in scores.items()})
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,18 +5,19 @@ Nothing here touches a gradient.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from data.examples import Example
-from data.files import DataError, write_json
+from data.files import write_json
 from data.sets import write_bad_images
 from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
 from engine.model_files import EMBEDDED
@@ -69,6 +70,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
+Part = TypeVar("Part")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Say when a run logs, evaluates, saves and ends. All numbers are optimizer steps.
@@ -94,15 +98,18 @@ class RunFolder:
     path: Path
     log: RunLogger
     signals: SignalGuard
+    script: Literal["sft", "grpo"]
 
 
 class Run:
     """Keep the books of a training run: where it stands, what is due, what is logged and saved.
 
     It has no model, no optimizer and no gradient: without it the same model is trained. The loop
-    asks `goes_on()` before every step and calls `step_done()` after it. The caller wraps the loop
-    in `with run:`, so that a signal, a damaged image or a gradient that is not finite leaves the
-    state of the last finished step on disk.
+    asks `goes_on()` before every step and calls `step_done()` after it. The caller wraps the loop,
+    and what comes after it, in `with run:`. Then a signal or an error of any kind leaves the state
+    of the last whole step on disk, and a line says how to go on.
+
+    exit_code: the process's, once the block has ended without an error.
     """
 
     def __init__(
@@ -130,8 +137,13 @@ class Run:
         self.metrics = MetricAccumulator(state.unlogged_metrics)
         self.bar = Progress(schedule.total, initial=state.global_step, description=title)
         self.state.log_history = self.log.log_history
+        self._resume = resume_command(f"run_{folder.script}.py", folder.path)
         self._first, self._began = state.global_step, time.perf_counter()
-        self._before: tuple[Any, dict[str, Any]] | None = None  # of the step that is being made
+        self._before: _Before | None = None  # of the step or evaluation that is being made
+        self._saved = False  # whether the state as it is now is on disk
+        self._not_saved: Exception | None = None  # why the last save failed
+        self.finished = False  # whether the loop has come to its end, with all that was due
+        self.exit_code = 0
 
     # ---- where the run stands --------------------------------------------------------------------
     @property
@@ -160,11 +172,22 @@ class Run:
         """Evaluate and save what is due, then tell whether there is one more step."""
         self._evaluate_or_save()
         if self.step >= self.total or self.should_stop() or self.stopped is not None:
+            self.finished = not self.should_stop()
+            self.bar.close()
             return False
-        states = {name: part.state_dict() for name, part in self.stateful.items()}
-        self._before = rng_to_tensors(self.generators), states
+        self._begin()
         self._began = time.perf_counter()
         return True
+
+    def polled(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """Go through the parts of a step, and leave it once a signal asks to.
+
+        So what a signal waits for is one of them. Raises StopRequested.
+        """
+        for part in parts:
+            if self.should_stop():
+                raise StopRequested
+            yield part
 
     def _evaluate_or_save(self) -> None:
         schedule = self.schedule
@@ -174,15 +197,26 @@ class Run:
             end = self.step >= self.total or self.stopped is not None
             due = end or self._at(schedule.eval_steps)
         if due and self.state.evaluated_step != self.step and not self.should_stop():
-            self.save()  # first: an evaluation can be long, and can meet a damaged image
+            self._save()  # first: an evaluation can be long, and can meet a damaged image
+            self._begin()
             try:
                 self.evaluate()
             except StopRequested:
-                return  # it is made again when the run is resumed
+                self._undo()  # it is made again when the run is resumed
+                return
             self.state.evaluated_step = self.step
-            self.save()
+            self._before = None
+            self._save()
         elif self.step > self._first and self._at(schedule.save_steps):
+            self._save()
+
+    def _save(self) -> None:
+        try:
             self.save()
+        except Exception as error:
+            self._not_saved = error
+            raise
+        self._saved = True
 
     def _at(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -209,7 +243,6 @@ class Run:
 
         epoch: passes over the data so far. shown: values for the progress bar.
         """
-        self._before = None
         self.state.global_step += 1
         self.state.epoch = epoch
         self.metrics.add("step_time", time.perf_counter() - self._began)
@@ -219,6 +252,7 @@ class Run:
             self.watch(logged)
         self.bar.update(shown)
         self.state.unlogged_metrics = self.metrics.state_dict()
+        self._before = None  # last: until here the step can be undone
 
     def count_tokens(self, number: int) -> None:
         """Add to the tokens of prompts and completions seen so far, and log their number."""
@@ -246,25 +280,93 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
-        """Save where the loop ended: after the last step, or as if the failed one had not begun."""
-        polled = kind is not None and issubclass(kind, StopRequested)
-        if polled or kind is not None and issubclass(kind, (DataError, StepFailed)):
-            self._undo_step()
-            self.save()
-        elif kind is None and self.should_stop():
-            self.save()
+        """Save the state of the last whole step, whatever ended the loop, and say how to go on.
+
+        The step or evaluation that was cut short is as if it had not begun. Nothing is saved after
+        a second Ctrl-C, which waits for nothing. Returns True, and so lets nothing out of the
+        block, where a signal ended it.
+        """
         self.bar.close()
+        if self.finished:
+            return self._left_after_the_end(error)
+        polled = isinstance(error, StopRequested)
+        stopped = polled or (error is None and self.should_stop())
+        if error is None and not stopped:
+            return False
+        at_once = isinstance(error, KeyboardInterrupt) and not polled
+        saved = not at_once and self._save_last_step(error)
+        self.exit_code = self.signals.exit_code if stopped and saved else 1
+        done = "stopped; " if stopped else f"saved after step {self.step}; "
+        _say(f"{done if saved else ''}go on with: {self._resume}", failed=not (stopped and saved))
         return polled
 
-    def _undo_step(self) -> None:
-        if self._before is not None:
-            (tensors, record), states = self._before
-            load_rng(tensors, record, self.generators)
-            for name, part in self.stateful.items():
-                part.load_state_dict(states[name])
+    def _left_after_the_end(self, error: object) -> bool:
+        """Say how to go on where something after training was cut short. No step is lost by it."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped:
+            self.exit_code = self.signals.exit_code or 130
+            _say(f"stopped while scoring; training is finished and saved in {self.folder}")
+        if error is not None and not isinstance(error, BrokenPipeError):
+            _say(f"go on with: {self._resume}", failed=not stopped)
+        return stopped
+
+    def _save_last_step(self, error: object) -> bool:
+        """Undo what was cut short and save, unless that is saved. Returns whether it is."""
+        try:
+            self._undo()
+            if not self._saved and (error is None or error is not self._not_saved):
+                self._save()
+        except Exception as failure:  # the first error must not be hidden by it
+            self._not_saved = failure
+            text = " ".join(str(failure).split()) or type(failure).__name__
+            _say(f"error: the state after step {self.step} is not saved: {text}", failed=True)
+        return self._saved
+
+    def _begin(self) -> None:
+        """Note what a step or an evaluation that is cut short must not have changed."""
+        state = {field.name: getattr(self.state, field.name) for field in fields(self.state)}
+        parts = {name: part.state_dict() for name, part in self.stateful.items()}
+        random, logged = rng_to_tensors(self.generators), len(self.state.log_history)
+        self._before = _Before(random, parts, state, logged, self._saved)
+        self._saved = False
+
+    def _undo(self) -> None:
+        if self._before is None:
+            return
+        before, self._before = self._before, None
+        load_rng(*before.random, self.generators)
+        for name, part in self.stateful.items():
+            part.load_state_dict(before.parts[name])
+        for name, value in before.state.items():
+            setattr(self.state, name, value)
+        del self.state.log_history[before.log_length :]
+        self.metrics = MetricAccumulator(self.state.unlogged_metrics)
+        self._saved = before.saved
 
 
-@contextmanager
+@dataclass(frozen=True)
+class _Before:
+    """Hold what was before a step or an evaluation.
+
+    random: as `rng_to_tensors` gives it. parts: of what is stateful, by name. state: the fields of
+    TrainerState. log_length: of its log_history, which only grows. saved: whether all of it is on
+    disk.
+    """
+
+    random: tuple[dict[str, torch.Tensor], dict[str, Any]]
+    parts: dict[str, Any]
+    state: dict[str, Any]
+    log_length: int
+    saved: bool
+
+
+def _say(line: str, *, failed: bool = False) -> None:
+    """Print a line, on stderr where something failed. A terminal that is gone changes nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr if failed else sys.stdout, flush=True)
+
+
+@contextlib.contextmanager
 def opened_run(
     script: Literal["sft", "grpo"],
     output_dir: str | None,
@@ -300,7 +402,7 @@ def opened_run(
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step
         with RunLogger(folder, resume_step=resume_step, log_history=state.log_history) as log:
-            yield RunFolder(folder, log, signals)
+            yield RunFolder(folder, log, signals, script)
 
 
 # ---- after it ------------------------------------------------------------------------------------

@@ -35,6 +35,17 @@ STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "warning
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
 RunKind = Literal["sft", "grpo", "eval", "report", "matrix"]
 Answer = TypeVar("Answer")
+# What a disk says that is full, over its quota, broken, gone or read-only.
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.ESTALE,
+    errno.ENODEV,
+)
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +62,22 @@ class StepFailed(RuntimeError):
     """
 
 
-class SignalGuard:
-    """Hold back SIGINT and SIGTERM within the block, so that a loop can finish a step and save.
+# A user's, a batch system's, a terminal's that closes, and two that a batch system may be told to
+# send some time before its limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-    Both only set `stop`, which loops poll. A SIGINT after any first signal raises KeyboardInterrupt
-    at once, and further SIGTERMs change nothing. The earlier handlers come back at the end of the
+
+class SignalGuard:
+    """Hold back SIGNALS within the block, so that a loop can finish its step and save.
+
+    They only set `stop`, which loops poll. A SIGINT after any first signal raises KeyboardInterrupt
+    at once, and the others change nothing then. The earlier handlers come back at the end of the
     block. Poll inside sampling and evaluation too: a step may be long, and the time between SIGTERM
     and SIGKILL short.
     """
 
     def __init__(self) -> None:
         self.stop: int | None = None  # number of the first signal received
-        self._owner = os.getpid()
         self._earlier: dict[int, Any] = {}
 
     @property
@@ -71,32 +86,69 @@ class SignalGuard:
         return 0 if self.stop is None else 128 + self.stop
 
     def __enter__(self) -> SignalGuard:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._earlier[number] = signal.signal(number, self._handle)
+        self._earlier = _handle_signals(self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # a forked worker inherits the handler, and must die quietly when told to
-        if os.getpid() != self._owner:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
+    def _handle(self, number: int) -> None:
         if self.stop is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.stop = int(number)
-        notice = (
-            f"\n{signal.Signals(number).name}: stopping at the next safe point and saving; Ctrl-C"
-            " stops at once\n"
-        )
-        # not print: it is not safe to call while another print is interrupted
-        with contextlib.suppress(OSError):
-            os.write(2, notice.encode())
+        _notice(number, "stopping at the next safe point and saving; Ctrl-C stops at once")
+
+
+def leave_at_signals() -> None:
+    """End the process at one of SIGNALS with its exit code, wherever no SignalGuard holds it back.
+
+    For the time before training begins, in which libraries, data and weights are read: nothing is
+    lost by it, and whatever is open is closed.
+    """
+    told = False
+
+    def leave(number: int) -> None:
+        nonlocal told
+        if told and number != signal.SIGINT:
+            return  # it is leaving
+        told = True
+        _notice(number, "stopped")
+        raise SystemExit(128 + number)
+
+    _handle_signals(leave)
+
+
+def _handle_signals(handle: Callable[[int], None]) -> dict[int, Any]:
+    """Let a function take SIGNALS in this process -> {number: the handler before}.
+
+    A SIGHUP that is ignored already stays so: nohup asks for it. A forked worker inherits the
+    handlers, and dies quietly by the signal.
+    """
+    owner, earlier = os.getpid(), {}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handle(number)
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    for number in SIGNALS:
+        before = signal.getsignal(number)
+        if number != signal.SIGHUP or before is not signal.SIG_IGN:
+            signal.signal(number, handler)
+            # None: set by something that is not Python, which cannot be put back from here
+            earlier[int(number)] = signal.SIG_DFL if before is None else before
+    return earlier
+
+
+def _notice(number: int, text: str) -> None:
+    # not print: it is not safe to call while another print is interrupted
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
 
 
 # ---- run folder ----------------------------------------------------------------------------------
@@ -289,10 +341,10 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
     errors: exception classes beside UsageError that the user can correct. They become 'error: '
     lines on stderr, from `.problems` where the exception has them, and code 2.
 
-    StepFailed is such a line too, and code 1: the run is at fault, or its model or its reward.
-
-    KeyboardInterrupt becomes 130, and output that nobody reads any more 141. Anything else is a
-    fault of ours and propagates with its traceback, which Python makes 1.
+    StepFailed is such a line too, and code 1: the run is at fault, or its model or its reward. So
+    is a disk that is full or fails. KeyboardInterrupt becomes 130, and output that nobody reads any
+    more 141. Anything else is a fault of ours and propagates with its traceback, which Python makes
+    1.
     """
     correctable: tuple[type[Exception], ...] = (UsageError, *errors)
 
@@ -306,6 +358,11 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
         except StepFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            print(f"error: {disk_line(error)}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print(
                 "stopped at once; what was done since the last checkpoint is not saved",
@@ -316,11 +373,19 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
     return exit_code(told)
 
 
+def disk_line(error: OSError) -> str:
+    """Write an OSError in one line, with the file that it is about."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror or error}"
+
+
 def accepted(resolve: Callable[[Sequence[str]], Answer]) -> Answer:
     """Read the command line by `resolve(argv)`, or end the process with its errors and exit code 2.
 
     A script calls it before its slow imports, so that --help and mistakes are answered at once.
+    From here on a signal ends the process with its exit code, until a SignalGuard holds it back.
     """
+    leave_at_signals()
     answers: list[Answer] = []
     code = main_guard(lambda: answers.append(resolve(sys.argv[1:])), errors=(DataError,))
     if not answers:

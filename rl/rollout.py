@@ -19,6 +19,7 @@ from engine.encode import EncodedPrompt
 from engine.generate import Completion, SamplingConfig, generate
 from engine.order import shuffled
 from engine.policy import Policy
+from engine.runtime import StopRequested
 from rl.plan import BatchPlan
 from rl.rewards import RewardFunction
 from rl.samples import MicroBatch, Sample, build_samples, collate_samples
@@ -70,10 +71,13 @@ class Rollouts:
         done = rollout_index + (update + 1) / self.plan.updates
         return done * self.plan.prompts / len(self.data)
 
-    def take(self, step: int, policy: Policy) -> None:
+    def take(
+        self, step: int, policy: Policy, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
         """Take the prompts of the rollout that `step` belongs to: a stream of shuffled epochs.
 
-        Does nothing where they are at hand already. Raises DataError for an unreadable image.
+        Does nothing where they are at hand already. Raises DataError for an unreadable image,
+        StopRequested once should_stop says so.
         """
         if self.prompts and self.update_of(step) > 0:
             return
@@ -81,8 +85,12 @@ class Rollouts:
         first = step // self.plan.updates * count
         places = [divmod(position, size) for position in range(first, first + count)]
         orders = {epoch: shuffled(size, epoch, self.config.seed) for epoch, _ in places}
-        self.examples = [self.data[orders[epoch][index]] for epoch, index in places]
-        self.prompts = [policy.encode(example) for example in self.examples]
+        examples, prompts = [self.data[orders[epoch][index]] for epoch, index in places], []
+        for example in examples:
+            if should_stop():
+                raise StopRequested
+            prompts.append(policy.encode(example))
+        self.examples, self.prompts = examples, prompts
 
     # ---- the rollout, in the order of the loop ---------------------------------------------------
     def sample(self, policy: Policy, should_stop: Callable[[], bool]) -> list[list[Completion]]:
@@ -123,17 +131,25 @@ class Rollouts:
             )
 
     @torch.no_grad()
-    def score(self, policy: Policy, *, with_reference: bool) -> None:
+    def score(
+        self,
+        policy: Policy,
+        *,
+        with_reference: bool,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Compute log pi_ref of every sample, and log pi_old beyond the first update.
 
         Once a rollout, in eval() mode, on the micro-batches of the updates to come. The first
         update finds its own old log-probabilities: nothing has changed when it runs (`keep_old`).
         Without the reference (beta 0) the sampler's log-probabilities stand for log pi_ref, so that
-        `kl` is 0.
+        `kl` is 0. Raises StopRequested once should_stop says so.
         """
         with policy.evaluating():
             for update, micro_batches in enumerate(self._passes()):
                 for rows in micro_batches:
+                    if should_stop():
+                        raise StopRequested
                     batch = self.micro_batch(rows, policy).batch
                     if update > 0:
                         self.keep_old([rows], [policy.logprobs(batch)])

@@ -9,6 +9,7 @@ Run: pytest tests/engine/test_run.py
 from __future__ import annotations
 
 import ast
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,7 +166,7 @@ def run_of(tmp_path) -> Iterator[Callable[..., Run]]:
         log = RunLogger(tmp_path, log_history=state.log_history)
         logs.append(log)
         return Run(
-            RunFolder(tmp_path, log, SignalGuard()),
+            RunFolder(tmp_path, log, SignalGuard(), "sft"),
             state,
             schedule or Schedule(total=4, logging_steps=1, eval_steps=None, save_steps=None),
             title="test",
@@ -303,7 +304,7 @@ def test_a_run_that_stops_by_itself_evaluates_its_last_step(run_of):
 
     made = run_of(Schedule(9, 1, eval_steps=5, save_steps=None))
     run = Stopping(
-        RunFolder(made.folder, made.log, made.signals),
+        RunFolder(made.folder, made.log, made.signals, "grpo"),
         TrainerState(),
         made.schedule,
         title="test",
@@ -504,18 +505,175 @@ def test_a_step_that_fails_is_as_if_it_had_not_begun(run_of, error, swallowed):
     assert draws() == before
 
 
-def test_a_fault_of_ours_leaves_no_checkpoint_of_half_a_step(run_of):
+def test_a_fault_of_ours_leaves_the_last_whole_step(run_of, capsys):
     saved, window = [], Window()
-    run = run_of(save=lambda: saved.append(run.step), stateful={"window": window})
+    run = run_of(
+        save=lambda: saved.append((run.step, list(window.seen), run.state.num_tokens)),
+        stateful={"window": window},
+    )
     with pytest.raises(RuntimeError, match="a bug"), run:
         assert run.goes_on()
         window.seen.append(1.0)
+        run.count_tokens(7)
+        done(run)
+        assert run.goes_on()
+        window.seen.append(2.0)
+        run.count_tokens(9)
         raise RuntimeError("a bug")
-    assert saved == []
-    with pytest.raises(KeyboardInterrupt), run:  # nor does the second Ctrl-C wait for one
+    assert saved == [(1, [1.0], 7)]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"saved after step 1; go on with: python run_sft.py --resume_from_checkpoint {run.folder}"
+    )
+
+
+def test_a_step_that_fails_while_it_is_logged_is_undone_whole(run_of, monkeypatch):
+    """The step is counted by then, and its line is in the history."""
+
+    def watch(run: Run, logged: object) -> None:
+        if run.step == 2:
+            raise ZeroDivisionError
+
+    saved = []
+    monkeypatch.setattr(Run, "watch", watch)
+    run = run_of(
+        Schedule(9, logging_steps=1, eval_steps=None, save_steps=None),
+        save=lambda: saved.append((run.step, run.state.epoch, list(run.state.log_history))),
+    )
+    with pytest.raises(ZeroDivisionError), run:
+        while run.goes_on():
+            done(run, loss=float(run.step))
+    ((step, epoch, history),) = saved
+    assert (step, epoch, [line["loss"] for line in history]) == (1, 0.1, [0.0])
+    assert run.metrics.state_dict() == {}
+
+
+def test_an_evaluation_that_fails_while_it_is_logged_leaves_nothing(run_of):
+    """Neither at the very start: the resumed run makes it again, and must not find its scores."""
+    saved, window = [], Window()
+
+    def evaluate() -> None:
+        run.log.scalars(run.step, {"loss": 1.0}, split="eval")
+        window.seen.append(torch.rand(()).item())
+        run.state.record_evaluation(1.0, greater_is_better=False)
+        raise ZeroDivisionError
+
+    def save() -> None:
+        best = run.state.best_model_checkpoint
+        saved.append((list(window.seen), list(run.state.log_history), best, torch.get_rng_state()))
+
+    run = run_of(
+        Schedule(9, 1, eval_steps=None, save_steps=None, eval_at_start=True),
+        save=save,
+        evaluate=evaluate,
+        stateful={"window": window},
+    )
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), run:
+        run.goes_on()
+    ((seen, history, best, drawn),) = saved  # before it; what is undone needs no second save
+    assert (seen, history, best) == ([], [], None) and torch.equal(drawn, before)
+    assert (window.seen, run.state.log_history, run.state.best_metric) == ([], [], None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stop", [None, 15])
+def test_a_state_that_cannot_be_saved_hides_no_error(run_of, capsys, stop):
+    def save() -> None:
+        raise OSError(28, "checkpoint x was not saved: No space left; it needs 7 bytes")
+
+    run = run_of(save=save)
+    with contextlib.ExitStack() as stack:
+        if stop is None:
+            stack.enter_context(pytest.raises(ZeroDivisionError))
+        stack.enter_context(run)
+        assert run.goes_on()
+        run.signals.stop = stop
+        raise ZeroDivisionError if stop is None else StopRequested
+    assert run.exit_code == 1
+    error, how = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: the state after step 0 is not saved: ")
+    assert error.endswith("checkpoint x was not saved: No space left; it needs 7 bytes")
+    assert how == f"go on with: python run_sft.py --resume_from_checkpoint {run.folder}"
+
+
+def test_a_save_that_fails_is_not_tried_at_once_again(run_of, capsys):
+    tried = []
+
+    def save() -> None:
+        tried.append(run.step)
+        raise ZeroDivisionError
+
+    run = run_of(Schedule(9, 1, eval_steps=None, save_steps=1), save=save)
+    with pytest.raises(ZeroDivisionError), run:
+        while run.goes_on():
+            done(run)
+    assert tried == [1]
+    assert "go on with: " in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_waits_for_no_save(run_of, capsys):
+    saved = []
+    run = run_of(save=lambda: saved.append(run.step))
+    with pytest.raises(KeyboardInterrupt), run:
         assert run.goes_on()
         raise KeyboardInterrupt
     assert saved == []
+    assert capsys.readouterr().err.splitlines()[-1].startswith("go on with: ")
+
+
+def test_a_signal_ends_a_step_between_its_parts(run_of):
+    saved, made = [], []
+    run = run_of(save=lambda: saved.append(run.step))
+    with run:
+        assert run.goes_on()
+        for part in run.polled(range(9)):
+            made.append(part)
+            run.signals.stop = 10 if part == 2 else None
+    assert (made, saved, run.exit_code) == ([0, 1, 2], [0], 138)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(None, 130), (1, 129)])
+def test_what_comes_after_training_is_cut_short_without_a_save(run_of, capsys, stop, code):
+    """The policy may be that of the best checkpoint by then."""
+    saved = []
+    run = run_of(Schedule(1, 1, None, None), save=lambda: saved.append(run.step))
+    with run:
+        while run.goes_on():
+            done(run)
+        assert run.finished
+        del saved[:]
+        run.signals.stop = stop
+        raise StopRequested if stop else KeyboardInterrupt
+    assert (saved, run.exit_code) == ([], code)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"stopped while scoring; training is finished and saved in {run.folder}"
+    assert second.startswith("go on with: ")
+    with pytest.raises(ZeroDivisionError), run:
+        raise ZeroDivisionError
+    assert saved == [] and capsys.readouterr().err.startswith("go on with: ")
+
+
+def test_a_closed_terminal_hides_no_exit_code(run_of, monkeypatch):
+    class Closed:
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return False
+
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    monkeypatch.setattr("sys.stderr", Closed())
+    saved = []
+    run = run_of(save=lambda: saved.append(run.step))
+    with run:
+        assert run.goes_on()
+        run.signals.stop = 1
+        raise StopRequested
+    assert (saved, run.exit_code) == ([0], 129)
 
 
 def test_a_damaged_image_in_an_evaluation_undoes_no_step(run_of):

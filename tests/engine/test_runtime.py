@@ -8,6 +8,7 @@ Run: python -m pytest tests/engine/test_runtime.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -43,9 +44,18 @@ def kill_self(number: int) -> None:
 
 
 # ---- signals -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+EXIT_CODES = {
+    signal.SIGHUP: 129,
+    signal.SIGINT: 130,
+    signal.SIGUSR1: 138,
+    signal.SIGUSR2: 140,
+    signal.SIGTERM: 143,
+}
+
+
+@pytest.mark.parametrize(("number", "exit_code"), EXIT_CODES.items())
 def test_a_signal_only_sets_the_flag_and_the_handlers_come_back(number, exit_code, capfd):
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.getsignal(name) for name in EXIT_CODES}
     with SignalGuard() as guard:
         assert guard.stop is None and guard.exit_code == 0
         kill_self(number)
@@ -61,7 +71,7 @@ def test_the_handlers_come_back_after_an_error_too():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", EXIT_CODES)
 def test_an_interrupt_after_a_first_signal_stops_at_once(first):
     with SignalGuard() as guard:
         kill_self(first)
@@ -78,16 +88,89 @@ def test_further_termination_signals_do_not_enter_again(capfd):
     assert capfd.readouterr().err.count("SIGTERM") == 1
 
 
-def test_a_forked_worker_dies_by_the_signal_and_leaves_the_guard_alone(capfd):
+@pytest.mark.parametrize("first", EXIT_CODES)
+@pytest.mark.parametrize("second", [name for name in EXIT_CODES if name != signal.SIGINT])
+def test_a_second_signal_of_another_kind_changes_nothing(first, second, capfd):
+    with SignalGuard() as guard:
+        kill_self(first)
+        kill_self(second)
+        assert guard.stop == first
+    assert capfd.readouterr().err.count("SIG") == 1
+
+
+def test_what_was_ignored_at_the_start_stays_ignored():
+    """As nohup has it: the run goes on where its terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalGuard() as guard:
+            kill_self(signal.SIGHUP)
+            assert guard.stop is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_a_forked_worker_dies_by_the_signal_and_leaves_the_guard_alone(number, capfd):
     with SignalGuard() as guard:
         child = os.fork()
         if child == 0:
-            kill_self(signal.SIGTERM)
+            kill_self(number)
             os._exit(0)  # reached only if the inherited handler swallowed the signal
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
         assert guard.stop is None
     assert capfd.readouterr().err == ""
+
+
+# A process that begins as a script does, and waits where libraries and weights are read.
+LOADING = """
+import sys
+from engine.runtime import SignalGuard, accepted, main_guard
+sys.argv = ["run"]
+accepted(lambda argv: True)
+def wait(text):
+    print(text, flush=True)
+    sys.stdin.read()
+def main():
+    try:
+        wait("weights")
+    finally:
+        print("closed", flush=True)
+if sys.stdin.readline() == "libraries\\n":
+    wait("libraries")
+sys.exit(main_guard(main))
+"""
+
+
+def stopped_while_loading(place: str, *numbers: signal.Signals, nohup: bool = False):
+    """Start that process, send it the signals at a place -> (exit code, its stdout, its stderr)."""
+    with subprocess.Popen(
+        [*(["nohup"] if nohup else []), sys.executable, "-c", LOADING],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdin.write(f"{place}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{place}\n"
+        for number in numbers:
+            process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("number", "code"), EXIT_CODES.items())
+def test_a_signal_before_training_ends_the_process_at_once(number, code):
+    place = "libraries" if number == signal.SIGTERM else "weights"
+    closed = "" if place == "libraries" else "closed\n"
+    assert stopped_while_loading(place, number) == (code, closed, f"\n{number.name}: stopped\n")
+
+
+def test_nohup_holds_before_training_too():
+    assert stopped_while_loading("weights", signal.SIGHUP, nohup=True)[:2] == (0, "closed\n")
 
 
 # ---- run directory -------------------------------------------------------------------------------
@@ -266,6 +349,17 @@ def test_exit_codes_and_messages(capsys):
     assert main_guard(raising(StepFailed("the reward of e1 is NaN"))) == 1
     assert capsys.readouterr().err == "error: the reward of e1 is NaN\n"
     assert main_guard(raising(KeyboardInterrupt())) == 130
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_is_one_line(number, capsys):
+    reason = os.strerror(number)
+    assert main_guard(raising(OSError(number, reason, "runs/a/scores.json"))) == 1
+    assert capsys.readouterr().err == f"error: runs/a/scores.json: {reason}\n"
+    assert main_guard(raising(OSError(number, "checkpoint x was not saved"))) == 1
+    assert capsys.readouterr().err == "error: checkpoint x was not saved\n"
+    with pytest.raises(FileNotFoundError):  # a fault of ours
+        main_guard(raising(FileNotFoundError(errno.ENOENT, "no x")))
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

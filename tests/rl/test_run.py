@@ -98,7 +98,7 @@ def opened(tmp_path) -> Iterator[Callable[..., tuple[GRPORun, Rollouts, list[dic
         log, saved = RunLogger(tmp_path), []
         logs.append(log)
         run = GRPORun(
-            RunFolder(tmp_path, log, SignalGuard()),
+            RunFolder(tmp_path, log, SignalGuard(), "grpo"),
             TrainerState(),
             Schedule(4, config.logging_steps, None, None),
             rollouts,

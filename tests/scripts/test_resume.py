@@ -342,8 +342,8 @@ def test_sft_stopped_while_scoring_is_finished(
         ((engine.generate, "draw"), 2, signal.SIGINT, 130, 0),  # while the first rollout is sampled
         # the second rollout: its random numbers are drawn anew
         ((engine.generate, "draw"), 9, signal.SIGTERM, 143, 2),
-        # before its update, which is still made
-        ((Rollouts, "score"), 2, signal.SIGTERM, 143, 3),
+        # in its scoring, which is left between two micro-batches: the step is made anew
+        ((Rollouts, "score"), 2, signal.SIGTERM, 143, 2),
         # between the two updates of a rollout
         ((run_grpo, "clip_gradients"), 1, signal.SIGINT, 130, 1),
         # an evaluation is due and left to the resumed run
