@@ -72,13 +72,15 @@ def named_files(
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it when the block ends without an error.
 
-    So a reader sees the old file or the new one, never a part of it. Missing parent folders are
-    made. After an error nothing is left behind.
+    So a reader sees the old file or the new one, never a part of it, and a link at `path` is
+    replaced, not followed. Missing parent folders are made. After an error nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.unlink(missing_ok=True)  # it may be a link that waits there for what is written
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         yield temporary
         os.replace(temporary, path)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -19,15 +20,18 @@ from data.answers import ANSWER_FORMATS, blocks_of
 from data.files import written_whole
 from data.label_sets import labels_of
 from data.labels import CHEXPERT, LabelSet
+from data.plain_files import is_plain, parse_record, read_plain
 from data.prompt_files import prompt_of, prompt_problems
 from engine.adapter_files import adapter_record
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
+from engine.config import UsageError
 from engine.families import PIXEL_BOUNDS
 from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.resume import saved_record
 
 CARD = "README.md"
+_LARGEST = 2**20  # bytes of a card; one of ours has some 5,000
 # Ends a card that nobody has changed: the SHA-256 of all that stands before it.
 _MARK = "\n<!-- card {} -->\n"
 _METRICS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard index"}
@@ -50,11 +54,18 @@ def write_merged_card(folder: Path, adapter: Path, base: str) -> None:
 
 def _write(folder: Path, text: str) -> None:
     path = folder / CARD
-    if path.exists() and not _is_unchanged(path.read_text(encoding="utf-8", errors="replace")):
+    if os.path.lexists(path) and not (is_plain(path) and _is_unchanged(_text_of(path))):
         print(f"note: {path} was changed by hand and stays as it is", file=sys.stderr)
         return
     with written_whole(path) as temporary:
         temporary.write_text(text + _MARK.format(_digest(text)), encoding="utf-8")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_plain(path, _LARGEST).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_unchanged(text: str) -> bool:
@@ -112,10 +123,15 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
 
 
 def _scores_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.stem.removeprefix("scores-"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("scores-*.json"))
-    }
+    found = {}
+    for path in sorted(folder.glob("scores-*.json")):
+        try:
+            record = parse_record(read_plain(path))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be read ({error}); repair or remove it") from error
+        if isinstance(record, dict):
+            found[path.stem.removeprefix("scores-")] = record
+    return found
 
 
 def _datasets(record: Mapping[str, Any]) -> list[str]:

@@ -15,24 +15,27 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from data.files import sha256_of
+from data.plain_files import is_checkpoint_name, is_plain, open_plain, parse_record, read_plain
 from engine.config import UsageError
+from engine.free_memory import free_on_host
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".tmp-"  # incomplete or being deleted: never read, removed by clean_leftovers
 _REPLACED = ".old-"  # complete, aside while a checkpoint of the same step takes its place
 _SUFFIXES = (".safetensors", ".json")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(?:safetensors|json)")
+_LARGEST_MANIFEST = 16 * 2**20  # bytes; one of a run has some 2,000
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ def save_checkpoint(
 
 
 def _is_plain(name: str) -> bool:
-    return PurePath(name).name == name and name.endswith(_SUFFIXES) and name != MANIFEST
+    return _FILE.fullmatch(name) is not None and name != MANIFEST
 
 
 def _to_json(record: Any) -> bytes:
@@ -195,7 +198,7 @@ class Checkpoint:
     def record(self, name: str) -> Any:
         """Read the JSON file `name`. Raises CheckpointError where the checkpoint has none."""
         try:
-            return json.loads(self._read(name))
+            return parse_record(self._read(name))
         except ValueError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -207,13 +210,42 @@ class Checkpoint:
     def _read(self, name: str) -> bytes:
         if name not in self:
             raise CheckpointError(f"{self.path}: this checkpoint holds no {name}")
-        return (self.path / name).read_bytes()
+        size = self.manifest["files"][name]["size"]
+        free = free_on_host()
+        if free is not None and size > free.total:
+            raise CheckpointError(
+                f"{self.path / name}: has {size:,} bytes, and {free.total:,} bytes of memory are"
+                " free"
+            )
+        try:
+            return read_plain(self.path / name, size)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name}: cannot be read: {error.strerror}"
+            ) from error
+
+
+@contextmanager
+def fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn whatever a checkpoint's content makes the block raise into one CheckpointError.
+
+    Its files are whole, but may have been written by anybody.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # of many classes: values can be anything
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{checkpoint.path}: its content does not fit this run ({type(error).__name__}: {said})"
+        ) from error
 
 
 def verify_checkpoint(path: Path) -> list[str]:
     """Check every listed file's size and SHA-256, and return what is wrong, one line a file."""
     try:
-        manifest = json.loads((Path(path) / MANIFEST).read_bytes())
+        manifest = parse_record(read_plain(Path(path) / MANIFEST, _LARGEST_MANIFEST))
         files = {
             name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
         }
@@ -226,6 +258,9 @@ def verify_checkpoint(path: Path) -> list[str]:
         return [f"{MANIFEST}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: is not a checkpoint's manifest ({type(error).__name__}: {error})"]
+    named = Path(path).resolve().name
+    if is_checkpoint_name(named) and named != f"checkpoint-{manifest['step']}":
+        return [f"{MANIFEST}: is of step {manifest['step']:,}, so the folder is not {named}"]
     problems = (
         _file_problem(Path(path), name, size, sha256) for name, (size, sha256) in files.items()
     )
@@ -234,13 +269,19 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | None:
     if not _is_plain(name):
-        return f"{name}: is not a plain name ending in {' or '.join(_SUFFIXES)}, so it is not read"
+        said = ascii(name)[1:-1][:80]
+        return f"{said}: is not a plain name ending in {' or '.join(_SUFFIXES)}, so it is not read"
     path = directory / name
-    if not path.is_file():
-        return f"{name}: is missing"
+    if not is_plain(path):
+        return f"{name}: is a link" if path.is_symlink() else f"{name}: is missing"
     if path.stat().st_size != size:
         return f"{name}: has {path.stat().st_size:,} bytes, the manifest says {size:,}"
-    if sha256_of(path) != sha256:
+    try:
+        with open_plain(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror}"
+    if found != sha256:
         return f"{name}: its content was altered (SHA-256 differs from the manifest)"
     return None
 
@@ -256,7 +297,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     problems = verify_checkpoint(path)
     if problems:
         raise CheckpointError([f"{path}: {problem}" for problem in problems])
-    manifest = json.loads((path / MANIFEST).read_bytes())
+    manifest = parse_record(read_plain(path / MANIFEST, _LARGEST_MANIFEST))
     return Checkpoint(path.resolve(), manifest["step"], manifest)
 
 
@@ -268,7 +309,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     if not Path(run_dir).is_dir():
         return []
     found = [
-        path for path in Path(run_dir).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
+        path
+        for path in Path(run_dir).iterdir()
+        if is_checkpoint_name(path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(found, key=_step_of)
 
@@ -344,7 +387,8 @@ def clean_leftovers(run_dir: Path) -> list[Path]:
     removed = []
     for path in sorted(Path(run_dir).iterdir()):
         final = path.with_name(path.name.removeprefix(_REPLACED))
-        if path.name.startswith(_REPLACED) and _NAME.fullmatch(final.name) and not final.exists():
+        replaced = path.name.startswith(_REPLACED) and is_checkpoint_name(final.name)
+        if replaced and not final.exists():
             os.rename(path, final)
         elif path.name.startswith((_TEMPORARY, _REPLACED)):
             (

@@ -5,7 +5,6 @@ Everything in it is plain Python, so a wrong run on a command line is answered w
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from data.examples import selection_file
 from data.files import sha256_of
+from data.plain_files import is_plain, parse_record, read_plain
 from data.sets import TRAIN, DataSets
 from engine.charts import FOLDER
 from engine.checkpoint import (
@@ -27,7 +27,8 @@ from engine.checkpoint import (
 from engine.config import Resolved, UsageError, from_json, to_json
 from engine.model_checks import base_hashes
 from engine.model_files import ADAPTER_FILES, model_path, same_base
-from engine.runtime import STEP_LOGS, run_directory, versions
+from engine.runtime import STEP_LOGS, check_plain_folder, run_directory, versions
+from engine.saved_records import checked
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
 # SHA-256.
@@ -83,8 +84,8 @@ def _selection(data_file: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return {"selection": json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, RecursionError) as error:
+        return {"selection": parse_record(path.read_bytes())}
+    except ValueError as error:
         raise UsageError(
             f"{path}: is not valid JSON ({error}); data.select wrote it: restore or remove it"
         ) from error
@@ -97,12 +98,14 @@ def saved_record(run_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config.json that cannot be read.
     """
     path = Path(run_dir) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}, {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_record(read_plain(path))
         settings = record.get("settings", {}).items()
         return record, {name: from_json(entry["value"]) for name, entry in settings}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not a run's configuration ({type(error).__name__}: {error}); repair or"
@@ -131,9 +134,10 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
     resolved = path.resolve()  # `last` and `best` are links
     if resolved.name.startswith("checkpoint-"):
         here = Path.cwd()
-        return load_checkpoint(
+        found = load_checkpoint(
             resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
-        ), []
+        )
+        return checked(found), []
     newest, rejected = latest_valid_checkpoint(path)
     if newest is None:
         raise CheckpointError(
@@ -142,7 +146,7 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
                 *rejected,
             ]
         )
-    return load_checkpoint(newest), rejected
+    return checked(load_checkpoint(newest)), rejected
 
 
 def checkpoint_to_resume(named: str | None) -> Checkpoint | None:
@@ -350,19 +354,22 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
     """Copy an earlier run's logs and results into the folder where it goes on, so that it is whole.
 
     This checkpoint and the best one come along. Nothing is done where the folder stays the same.
+    Raises UsageError where there is something in the earlier folder that no run leaves: a link, a
+    pipe.
     """
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
         return
+    check_plain_folder(source)
     events = ("events.out.tfevents.*", f"{FOLDER}/*/events.out.tfevents.*")
     for pattern in (*STEP_LOGS, *events, "predictions-*.jsonl", "scores-*.json"):
         for path in source.glob(pattern):
             copy = run_dir / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            shutil.copyfile(path, copy, follow_symlinks=False)
     for name in ("reference", "start", "start-vote"):  # what GRPO began with
         if (source / name).is_dir():
-            shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True)
+            shutil.copytree(source / name, run_dir / name, symlinks=True, dirs_exist_ok=True)
     for link, name in (
         ("last", checkpoint.path.name),
         ("best", checkpoint.record("trainer_state.json")["best_model_checkpoint"]),
@@ -371,7 +378,7 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
             continue
         if not (run_dir / name).exists():
             temporary = run_dir / f".tmp-{name}"
-            shutil.copytree(source / name, temporary)
+            shutil.copytree(source / name, temporary, symlinks=True)
             os.rename(temporary, run_dir / name)
         point_link(run_dir, link, run_dir / name)
 
@@ -410,4 +417,4 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _reference_hashes(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
+    return {name: sha256_of(folder / name) for name in ADAPTER_FILES if is_plain(folder / name)}

@@ -25,11 +25,14 @@ from typing import Any, Literal, TypeVar
 
 from data.command_line import exit_code
 from data.files import DataError
+from data.plain_files import open_plain, strange_entries
 from engine.adapter_files import base_of_adapter
 from engine.config import UsageError
 from engine.model_files import ADAPTER_FILES, same_base
 
 LOCK_FILE = ".lock"
+# Links to a checkpoint, and what a kill leaves of one that is being set.
+_LINKS = ("best", "last", ".tmp-best", ".tmp-last")
 # Every line of these logs has a "step", so a resume can tell which lines it will repeat.
 STEP_LOGS = ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "warnings.jsonl")
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
@@ -217,7 +220,7 @@ def _cut(path: Path, most: int = 200) -> str:
 
 def check_lock(run_dir: Path) -> None:
     """Raise UsageError where another process holds a folder, as `lock_run` does."""
-    if (run_dir / LOCK_FILE).exists():
+    if os.path.lexists(run_dir / LOCK_FILE):
         with lock_run(run_dir):
             pass
 
@@ -250,19 +253,22 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     """Hold a run folder for this process, so that no second one writes there.
 
     The kernel lets go when the process ends, however it ends. Raises UsageError, naming the other
-    process, where another one holds it, or where the folder is read-only.
+    process, where another one holds it, where the folder is read-only, and where there is something
+    in it that no run leaves there: a link, a pipe.
     """
+    path = Path(run_dir) / LOCK_FILE
     try:
-        file = (Path(run_dir) / LOCK_FILE).open("a+", encoding="ascii")
+        file = open_plain(path, "r+b")
     except OSError as error:
-        raise UsageError(f"{run_dir} cannot be written to: {error.strerror}") from error
+        where = "" if error.filename is None else f" ({error.filename})"
+        raise UsageError(f"{run_dir} cannot be written to: {error.strerror}{where}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
+                holder = file.read(20).decode("ascii", "replace").strip() or "unknown"
                 raise UsageError(
                     f"{run_dir} is in use by another run (process {holder})"
                 ) from error
@@ -271,11 +277,25 @@ def lock_run(run_dir: Path) -> Iterator[None]:
                 run_dir,
                 error.strerror,
             )
+        check_plain_folder(run_dir)
         file.seek(0)
         file.truncate()
-        file.write(str(os.getpid()))
+        file.write(str(os.getpid()).encode())
         file.flush()
         yield
+
+
+def check_plain_folder(run_dir: Path) -> None:
+    """Raise UsageError where a run's folder holds what no run leaves there: a link, a pipe."""
+    try:
+        strange = next(strange_entries(run_dir, _LINKS), None)
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be read: {error.strerror}") from error
+    if strange is not None:
+        raise UsageError(
+            f"{run_dir}: {strange}; in the folder of a run nothing but its own files is read or"
+            " written: remove it, or put the file itself there"
+        )
 
 
 def newest_finished_run(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from data.files import write_json, written_whole
 from engine.checkpoint import (
     Checkpoint,
+    fitting,
     load_checkpoint,
     point_link,
     rotate_checkpoints,
@@ -86,14 +87,16 @@ def restore(
     """Put adapter, optimizer and random numbers back, and return where the run stood.
 
     generators: as they were given to `save_training_checkpoint`. Raises UsageError where the
-    adapter does not fit the model, CheckpointError where the optimizer's state does not.
+    adapter does not fit the model, CheckpointError where the rest of the checkpoint does not fit.
     """
     load_adapter_state(
         policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
     )
-    load_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.record("optimizer.json"))
-    load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
-    state = TrainerState(**checkpoint.record("trainer_state.json"))
+    saved = checkpoint.record("optimizer.json")
+    with fitting(checkpoint):
+        load_optimizer(optimizer, checkpoint.tensors("optimizer"), saved)
+        load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
+        state = TrainerState(**checkpoint.record("trainer_state.json"))
     best = state.best_model_checkpoint
     if best is not None and not (checkpoint.path.parent / best).is_dir():
         logger.warning(

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import written_whole
+from data.plain_files import LARGEST_LOG_LINE, open_plain
 from engine.charts import Chart, ChartWriters, layout
 from engine.runtime import STEP_LOGS
 
@@ -262,10 +263,8 @@ class RunLogger:
         with self._degrading(filename):
             separator = "\n" if filename in self._torn else ""
             self._torn.add(filename)
-            with open(
-                self.run_dir / filename, "a", encoding="utf-8", errors="backslashreplace"
-            ) as file:
-                file.write(separator + text)
+            with open_plain(self.run_dir / filename, "ab") as file:
+                file.write((separator + text).encode(errors="backslashreplace"))
             self._torn.remove(filename)
 
     def _to_tensorboard(self, method: str, *arguments: Any, **options: Any) -> None:
@@ -324,18 +323,18 @@ def set_later_lines_aside(
     The lines are appended there first and then taken out of `path` by an atomic replace, so none is
     lost. Returns how many moved.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0
     aside = path.with_name(f"{path.stem}.after-{step}.jsonl")
     moved = 0
     with (
         written_whole(path) as temporary,
-        open(path, "rb") as source,
+        open_plain(path) as source,
         open(temporary, "wb") as kept,
         contextlib.ExitStack() as stack,
     ):
         later = None
-        for line in source:
+        while line := source.readline(LARGEST_LOG_LINE):
             # The last line may be torn exactly before its newline.
             line = line.rstrip(b"\n") + b"\n"
             row = _row_of(line)
@@ -344,7 +343,7 @@ def set_later_lines_aside(
             ):
                 kept.write(line)
                 continue
-            later = later or stack.enter_context(open(aside, "ab"))
+            later = later or stack.enter_context(open_plain(aside, "ab"))
             later.write(line)
             moved += 1
         for file in filter(None, (later, kept)):

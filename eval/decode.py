@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections import defaultdict
@@ -21,6 +22,7 @@ import torch
 
 from data.examples import Example
 from data.files import sha256_of, write_json
+from data.plain_files import is_plain, open_plain, plain_lines
 from data.predictions import Prediction, parse_row, write_predictions
 from engine.config import Resolved, UsageError, from_json
 from engine.generate import Completion, SamplingConfig, generate
@@ -32,7 +34,7 @@ from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
 from engine.tracking import Progress
 from eval.faithfulness import faithfulness_scores, partners_of
-from eval.folders import result_files, write_results
+from eval.folders import read_record, result_files, write_results
 from eval.record import scores_record
 from eval.settings import EvalConfig
 from eval.votes import vote_predictions
@@ -353,22 +355,21 @@ def read_partial(
     where they are of another evaluation.
     """
     answers, about = _partial_files(output_dir, name, kind)
-    if not answers.is_file():
+    if not os.path.lexists(answers):
         return []
-    if not about.is_file():
+    if not is_plain(about):
         raise UsageError(
             f"{answers} was left there by another command; score it with --predictions, remove it,"
             " or give another --output_dir"
         )
-    another = difference(json.loads(about.read_text(encoding="utf-8")), record)
+    another = difference(read_record(about), record)
     if another:
         raise UsageError(
             f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
             " or give another --output_dir"
         )
     predictions = []
-    # not splitlines(): a completion may hold other characters that end a line
-    for line in answers.read_text(encoding="utf-8").split("\n"):
+    for line in plain_lines(answers):
         row, problems = parse_row(line)
         if problems:  # torn by the end of the process
             break
@@ -393,10 +394,11 @@ def _kept(
     if record is not None:
         write_json(about, record)
     write_predictions(answers, done)  # without a torn line
-    with answers.open("a", encoding="utf-8") as file:
+    with open_plain(answers, "ab") as file:
 
         def keep(prediction: Prediction) -> None:
-            file.write(json.dumps(prediction.to_row(), ensure_ascii=False) + "\n")
+            row = json.dumps(prediction.to_row(), ensure_ascii=False) + "\n"
+            file.write(row.encode(errors="backslashreplace"))
             file.flush()
 
         try:
@@ -492,9 +494,7 @@ def finished_sets(output_dir: str | Path, records: Mapping[str, Mapping[str, Any
         predictions, scores = result_files(output_dir, name)
         if not (predictions.is_file() and scores.is_file()):
             continue
-        another = difference(
-            json.loads(scores.read_text(encoding="utf-8")).get("run") or {}, record
-        )
+        another = difference(read_record(scores).get("run") or {}, record)
         if another:
             problems.append(
                 f"{predictions} is finished, but with another {another}; give another --output_dir"

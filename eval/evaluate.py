@@ -16,7 +16,6 @@ rows {"id", "completion"}, are joined with the data file that they answer.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from eval.folders import (
     load_entry,
     made_folder,
     more_files,
+    read_record,
     refuse_existing,
     result_files,
     write_results,
@@ -268,10 +268,7 @@ def _decode_and_score(resolved: Resolved) -> int:
             )
         except KeyboardInterrupt:
             return guard.exit_code or 130
-    results = {
-        name: json.loads(result_files(output_dir, name)[1].read_text(encoding="utf-8"))
-        for name in sets
-    }
+    results = {name: read_record(result_files(output_dir, name)[1]) for name in sets}
     if config.thresholds_from is not None:
         votes = {name: read_predictions(result_files(output_dir, name)[0]) for name in sets}
         _add_operating_points(results, votes, config.thresholds_from, config.seed)

@@ -8,7 +8,7 @@ some hundred bytes an image.
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +28,16 @@ from data.labels import (
     LabelSet,
     chexpert_labels_of_nih,
 )
+from data.plain_files import (
+    is_checkpoint_name,
+    is_plain,
+    parse_record,
+    plain_lines,
+    read_plain,
+)
 from data.predictions import Prediction, first_label_set, iter_predictions, write_predictions
 from data.prompt_files import prompt_name
+from engine.adapter_settings import shown
 from engine.config import UsageError, from_json
 from engine.model_files import EMBEDDED
 from eval.metrics import jaccard_per_image, patient_totals
@@ -508,11 +516,7 @@ def load_entry(name: str, folder: Path) -> Entry:
     Where it says nothing (predictions from elsewhere), the stage is taken from the name's
     beginning. Raises UsageError for a record that is not JSON.
     """
-    sets = {
-        path.stem.removeprefix("predictions-"): path
-        for path in sorted(folder.glob("predictions-*.jsonl"))
-        if not path.name.endswith(".partial.jsonl")
-    }
+    sets = _sets_of(folder)
     records = {data_set: read_record(result_files(folder, data_set)[1]) for data_set in sets}
     own = read_record(folder / "config.json")
     evaluation: dict[str, Any] = next(
@@ -526,10 +530,7 @@ def load_entry(name: str, folder: Path) -> Entry:
     training = None if found is None else _run_of(found)
     run = own or (read_record(training / "config.json") if training is not None else {})
     trained = _values(run, folder if training is None else training)
-    state = read_record(training / "trainer_state.json") if training is not None else {}
-    best = state.get("best_model_checkpoint")
-    best_step = int(best.rpartition("-")[2]) if best else None
-    last_step = state.get("global_step")
+    best_step, last_step = _best_and_last(training)
     step = next((record["step"] for record in records.values() if "step" in record), None)
     if step is None and found is not None:
         chosen = trained.get("load_best_model_at_end") or run.get("script") == "sft"
@@ -557,6 +558,39 @@ def load_entry(name: str, folder: Path) -> Entry:
             (first_label_set(path) for path in sets.values()), labels_of(trained.get("label_file"))
         ),
     )
+
+
+def _sets_of(folder: Path) -> dict[str, Path]:
+    """Find the predictions of a folder, by data set.
+
+    Raises UsageError for a file that is a link or a pipe, or has a name that cannot be printed.
+    """
+    sets = {}
+    for path in sorted(folder.glob("predictions-*.jsonl")):
+        if path.name.endswith(".partial.jsonl"):
+            continue
+        name = path.stem.removeprefix("predictions-")
+        if not (is_plain(path) and name.isprintable()):
+            raise UsageError(
+                f"{folder}: {path.name!r} is not a regular file with a printable name; put the file"
+                " itself there, or remove it"
+            )
+        sets[name] = path
+    return sets
+
+
+def _best_and_last(training: Path | None) -> tuple[int | None, int | None]:
+    """Read the steps of a run's best checkpoint and of its last, None where it has none."""
+    path = Path() if training is None else training / "trainer_state.json"
+    state = {} if training is None else read_record(path)
+    best, last = state.get("best_model_checkpoint"), state.get("global_step")
+    for name, value, sound in (
+        ("best_model_checkpoint", best, best is None or is_checkpoint_name(best)),
+        ("global_step", last, last is None or type(last) is int),
+    ):
+        if not sound:
+            raise UsageError(f"{path}: {name} is {shown(value)}; repair or remove it")
+    return (int(best.rpartition("-")[2]) if best else None), last
 
 
 def _run_of(adapter: Path) -> Path:
@@ -598,11 +632,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises UsageError for a file that is not a JSON object.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        record = parse_record(read_plain(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise UsageError(f"{path}: is not valid JSON ({error}); repair or remove it") from error
     if not isinstance(record, dict):
         raise UsageError(
@@ -631,15 +667,16 @@ def located(named: str, folder: Path) -> Path | None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a metrics.jsonl, none where there is no such file."""
     rows = []
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
+    try:
+        for line in plain_lines(path) if os.path.lexists(path) else ():
+            try:
+                row = parse_record(line)
+            except ValueError:  # torn by the end of a process
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     return rows
 
 

@@ -7,7 +7,6 @@ is called that.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.files import write_json
+from data.plain_files import is_plain, parse_record, plain_lines
 from eval.end_table import end_table, stage_title
 from eval.folders import START, VOTE, load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
@@ -40,20 +40,14 @@ def sampled_reward(run: Path) -> dict[str, Any] | None:
     """
     rewards: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     path = run / "completions.jsonl"
-    if not path.is_file():
+    if not is_plain(path):
         return None
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-                rewards[row["step"]][row["patient_id"]].append(float(row["reward"]))
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                RecursionError,
-            ):  # torn by the end of a process
-                continue
+    for line in plain_lines(path):
+        try:
+            row = parse_record(line)
+            rewards[row["step"]][row["patient_id"]].append(float(row["reward"]))
+        except (ValueError, KeyError, TypeError):  # torn by the end of a process
+            continue
     steps = sorted(rewards)
     if not steps:
         return None

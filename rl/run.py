@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, CheckpointError
+from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.policy import Policy
@@ -114,22 +114,19 @@ def restore_rollouts(
     remembered completions without their images: the run would not go on as it had begun.
     """
     rollout, watched = checkpoint.record("rollout.json"), checkpoint.record("monitors.json")
-    if "labels" not in watched:
+    if isinstance(watched, dict) and "labels" not in watched:
         raise CheckpointError(
             f"{checkpoint.path}: saved by an earlier version, whose GRPO runs this one cannot go on"
             " with; start a new run from its adapter"
         )
-    saved = checkpoint.record("rewards.json")
-    for name, function in rollouts.reward_functions.items():
-        function.load_state_dict(saved[name])
-    monitors.load_state_dict(watched)
-    rollouts.samples = unpack_samples(
-        checkpoint.tensors("rollout"),
-        rollout,
-        rollouts.data,
-        decode,
-        rollouts.config.answer_format,
-    )
+    saved, tensors = checkpoint.record("rewards.json"), checkpoint.tensors("rollout")
+    with fitting(checkpoint):
+        for name, function in rollouts.reward_functions.items():
+            function.load_state_dict(saved[name])
+        monitors.load_state_dict(watched)
+        rollouts.samples = unpack_samples(
+            tensors, rollout, rollouts.data, decode, rollouts.config.answer_format
+        )
 
 
 # ---- the books -----------------------------------------------------------------------------------

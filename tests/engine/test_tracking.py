@@ -235,13 +235,13 @@ def test_a_full_disk_is_one_warning_and_the_log_goes_on_when_there_is_room(
     log = RunLogger(tmp_path)
     log.scalars(1, {"loss": 1.0})
 
-    class FullDisk(io.StringIO):
-        def write(self, text: str) -> int:
-            with open(tmp_path / "metrics.jsonl", "a") as file:
+    class FullDisk(io.BytesIO):
+        def write(self, text: bytes) -> int:
+            with open(tmp_path / "metrics.jsonl", "ab") as file:
                 file.write(text.lstrip()[:8])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "open", lambda *arguments, **options: FullDisk(), raising=False)
+    monkeypatch.setattr(module, "open_plain", lambda *arguments: FullDisk())
     log.scalars(2, {"loss": 2.0})
     log.scalars(3, {"loss": 3.0})
     monkeypatch.undo()

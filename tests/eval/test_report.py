@@ -941,7 +941,7 @@ def test_one_model_on_one_set_without_images(folders, tmp_path):
         (["{tmp}/base", "--cases", "-1"], "--cases: expected an integer from 0 to"),
         (["{tmp}/base", "--output_dir", "{tmp}/sft"], "is not empty"),
         (["{tmp}/broken"], "predictions-a.jsonl, line 1: not valid JSON"),
-        (["{tmp}/deep"], "config.json: is not valid JSON (maximum recursion depth"),
+        (["{tmp}/deep"], "config.json: is not valid JSON (nested too deep)"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
