@@ -37,6 +37,7 @@ from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
+from engine.time_limit import end_process
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
 from eval.scores import evaluated_metrics
@@ -75,7 +76,7 @@ def train(
             # 2 sample G completions of each prompt
             completions = rollouts.sample(policy, run.should_stop)
             # 3 decode, parse and reward them: all rewards are logged, one is trained on
-            rollouts.reward(completions, policy)
+            rollouts.reward(completions, policy, run.should_stop)
             # 4 log pi_ref of all, and log pi_old of what later updates train on: the first update
             #   computes its own below
             with_reference = objective.beta > 0
@@ -147,7 +148,7 @@ def evaluate_policy(
         policy,
         data.evaluated,
         baseline_examples=data.train,
-        annotate=rewards_of(config, rollouts.reward_functions),
+        annotate=rewards_of(config, rollouts.reward_functions, should_stop),
         notes={name: {"step": step} | note for name, note in notes.items()},
         should_stop=should_stop,
     )
@@ -249,4 +250,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: run_command(RESOLVED), errors=(DataError,)))
+    end_process(main_guard(lambda: run_command(RESOLVED), errors=(DataError,)))

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = (
     "vision_cache_dir",
     "memory_check",
     "base_hash",
+    "reward_timeout",
 )
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from data.predictions import Prediction
 from engine.run import TrainerState
+from engine.time_limit import TimeLimit
 from engine.tracking import RunLogger
 from rl.conditions import parse_combination
-from rl.rewards import Reward, RewardFunction, rewards_record
+from rl.reward_checks import UNLIMITED, Completed, all_rewards, trained_number
+from rl.rewards import RewardFunction, rewards_record
 from rl.settings import GAPS, GRPOConfig
 
 # of the evaluated metrics
@@ -29,56 +31,55 @@ def with_rewards(
     reward_functions: Mapping[str, RewardFunction],
     trained_reward: str,
     length_of: str,
+    limit: TimeLimit = UNLIMITED,
 ) -> tuple[list[Prediction], dict[str, float]]:
     """Give a data set's predictions their rewards -> (the predictions, the rewards' means).
 
-    Each prediction gets "rewards" as completions.jsonl has them: {name: {"total", its parts}}.
+    Each prediction gets "rewards" as completions.jsonl has them: {name: {"total", its parts}}. Of
+    the means, `rewards/<name>/mean` is in the reward's own units, `reward` as it is trained on.
     Nothing is observed: the windows stay those of the rollouts.
 
     trained_reward: name of the reward that is trained on.
     length_of: the length that rewards are given, a value of --length_of. For "text" each prediction
     has "text_length" among its fields, as `eval.decode` notes it.
+    limit: of each call of a reward.
+
+    Raises RewardFailed for a reward that is no finite number.
     """
+    trained, number = reward_functions[trained_reward], len(predictions)
     rewarded = []
+    means: dict[str, float] = defaultdict(float)
     for prediction in predictions:
         length = prediction.completion_length or 0  # never unknown: the sampler has counted
         if length_of == "text":
             length = prediction.extra["text_length"]
-        rewards = {
-            name: function(prediction.answer, prediction.target, length)
-            for name, function in reward_functions.items()
-        }
+        which = Completed(prediction.id, prediction.completion)
+        rewards = all_rewards(
+            reward_functions, prediction.answer, prediction.target, length, which, limit
+        )
+        for name, reward in rewards.items():
+            means[f"rewards/{name}/mean"] += reward.total / number
+        scaled = trained_number(trained_reward, trained, rewards[trained_reward], which, limit)
+        means["reward"] += scaled / number
         rewarded.append(prediction.with_extra(rewards=rewards_record(rewards)))
-    return rewarded, mean_rewards(rewarded, trained_reward, reward_functions[trained_reward])
+    return rewarded, dict(means)
 
 
 def rewards_of(
-    config: GRPOConfig, reward_functions: Mapping[str, RewardFunction]
+    config: GRPOConfig,
+    reward_functions: Mapping[str, RewardFunction],
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Callable[[list[Prediction]], tuple[list[Prediction], dict[str, Any]]]:
-    """Make the function that gives an evaluation its rewards, as `with_rewards` does."""
+    """Make the function that gives an evaluation its rewards, as `with_rewards` does.
+
+    should_stop: a reward that hangs is ended once it says so.
+    """
 
     def annotate(predictions: list[Prediction]) -> tuple[list[Prediction], dict[str, Any]]:
-        return with_rewards(predictions, reward_functions, config.reward, config.length_of)
+        limit = TimeLimit(config.reward_timeout, should_stop)
+        return with_rewards(predictions, reward_functions, config.reward, config.length_of, limit)
 
     return annotate
-
-
-def mean_rewards(
-    predictions: Sequence[Prediction], trained_reward: str, function: RewardFunction
-) -> dict[str, float]:
-    """Average the rewards of `with_rewards` over a data set.
-
-    `rewards/<name>/mean` is in the reward's own units, `reward` as it is trained on.
-    trained_reward, function: the name and the function of the reward that is trained on.
-    """
-    means: dict[str, float] = defaultdict(float)
-    for prediction in predictions:
-        rewards = prediction.extra["rewards"]
-        for name, reward in rewards.items():
-            means[f"rewards/{name}/mean"] += reward["total"] / len(predictions)
-        trained = Reward(rewards[trained_reward]["total"], {})
-        means["reward"] += function.scaled(trained) / len(predictions)
-    return dict(means)
 
 
 def record_evaluation(

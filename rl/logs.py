@@ -65,9 +65,9 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
             [sample.rewards[name].total for sample in samples], dtype=torch.float64
         )
         metrics |= {f"rewards/{name}/mean": totals.mean(), f"rewards/{name}/std": totals.std()}
-        for part in samples[0].rewards[name].parts:
+        for part in dict.fromkeys(p for sample in samples for p in sample.rewards[name].parts):
             metrics[f"rewards/{name}/{part}"] = sum(
-                sample.rewards[name].parts[part] for sample in samples
+                sample.rewards[name].parts.get(part, 0.0) for sample in samples
             ) / len(samples)
     return {name: float(value) for name, value in metrics.items()}
 

@@ -20,7 +20,9 @@ from engine.generate import Completion, SamplingConfig, generate
 from engine.order import shuffled
 from engine.policy import Policy
 from engine.runtime import StopRequested
+from engine.time_limit import TimeLimit
 from rl.plan import BatchPlan
+from rl.reward_checks import observe
 from rl.rewards import RewardFunction
 from rl.samples import MicroBatch, Sample, build_samples, collate_samples
 from rl.settings import GRPOConfig
@@ -108,11 +110,20 @@ class Rollouts:
             should_stop=should_stop,
         )
 
-    def reward(self, completions: Sequence[Sequence[Completion]], policy: Policy) -> None:
+    def reward(
+        self,
+        completions: Sequence[Sequence[Completion]],
+        policy: Policy,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Parse and reward the completions. All rewards are computed, one is trained on.
 
         What the rewards remember of earlier completions changes after all are computed.
+
+        Raises RewardFailed for a reward that is no finite number, raises or hangs, and
+        StopRequested for one that hangs once should_stop says so.
         """
+        limit = TimeLimit(self.config.reward_timeout, should_stop)
         self.samples = build_samples(
             self.examples,
             completions,
@@ -123,12 +134,10 @@ class Rollouts:
             mask_truncated_completions=self.config.mask_truncated_completions,
             text_length=policy.encoder.text_length,
             length_of=self.config.length_of,
+            limit=limit,
         )
-        for function in self.reward_functions.values():
-            function.observe(
-                [sample.answer for sample in self.samples],
-                [sample.group for sample in self.samples],
-            )
+        answers = [sample.answer for sample in self.samples]
+        observe(self.reward_functions, answers, [sample.group for sample in self.samples], limit)
 
     @torch.no_grad()
     def score(

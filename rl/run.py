@@ -23,6 +23,7 @@ from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
+from rl.reward_checks import kept_problem, take_over
 from rl.rollout import Rollouts
 from rl.samples import MicroBatch, pack_samples, unpack_samples
 from rl.settings import GRPOConfig, check_watched, length_warning
@@ -122,11 +123,23 @@ def restore_rollouts(
     saved, tensors = checkpoint.record("rewards.json"), checkpoint.tensors("rollout")
     with fitting(checkpoint):
         for name, function in rollouts.reward_functions.items():
-            function.load_state_dict(saved[name])
+            if name not in saved:
+                raise CheckpointError(
+                    f"{checkpoint.path}: rewards.json has no {name!r}, a reward that was added"
+                    " since; start a new run from its adapter, or take the reward out again"
+                )
+            take_over(name, function, saved[name])
         monitors.load_state_dict(watched)
         rollouts.samples = unpack_samples(
             tensors, rollout, rollouts.data, decode, rollouts.config.answer_format
         )
+    for sample in rollouts.samples:
+        problem = kept_problem(sample.reward, sample.advantage, sample.rewards)
+        if problem is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: rollout.json, example {sample.example.id!r}: {problem}; no"
+                " step can learn from it: go on from an earlier checkpoint of the run"
+            )
 
 
 # ---- the books -----------------------------------------------------------------------------------

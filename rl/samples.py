@@ -17,6 +17,8 @@ from data.examples import Example
 from engine.collate import Batch, collate_rows
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.generate import Completion
+from engine.time_limit import TimeLimit
+from rl.reward_checks import UNLIMITED, Completed, all_rewards, trained_number
 from rl.rewards import Reward, RewardFunction
 
 # Fields of a sample with one value a token: a checkpoint packs them, --dump_step writes them.
@@ -74,6 +76,7 @@ def build_samples(
     mask_truncated_completions: bool,
     text_length: Callable[[Tensor], int],
     length_of: str,
+    limit: TimeLimit = UNLIMITED,
 ) -> list[Sample]:
     """Parse and reward every completion, in the prompts' order and those of one prompt together.
 
@@ -85,20 +88,24 @@ def build_samples(
     trained_reward: the name among `reward_functions` whose scaled value becomes `reward`.
     text_length: counts the tokens of ids [C] that are neither blank nor filler.
     length_of: the length that rewards are given, a value of --length_of.
+    limit: of each call of a reward.
+
+    Raises RewardFailed for a reward that is no finite number.
     """
+    trained = reward_functions[trained_reward]
     samples = []
     for group, (example, of_prompt) in enumerate(zip(examples, completions, strict=True)):
-        for completion in of_prompt:
+        for number, completion in enumerate(of_prompt, 1):
             text = decode(completion.ids)
             answer = parse_answer(text, answer_format, example.label_set)
             lengths = {
                 "text": text_length(completion.ids),
                 "completion": len(completion.ids),
             }
-            rewards = {
-                name: function(answer, example.target, lengths[length_of])
-                for name, function in reward_functions.items()
-            }
+            which = Completed(example.id, text, number, len(of_prompt))
+            rewards = all_rewards(
+                reward_functions, answer, example.target, lengths[length_of], which, limit
+            )
             in_loss = not (completion.truncated and mask_truncated_completions)
             sample = Sample(
                 group=group,
@@ -112,7 +119,9 @@ def build_samples(
                 sampling_logprobs=completion.logprobs,
                 top_p_mass=completion.top_p_mass,
                 rewards=rewards,
-                reward=reward_functions[trained_reward].scaled(rewards[trained_reward]),
+                reward=trained_number(
+                    trained_reward, trained, rewards[trained_reward], which, limit
+                ),
             )
             samples.append(sample)
     return samples

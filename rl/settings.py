@@ -39,6 +39,7 @@ from rl.conditions import parse_combination, parse_condition
 from rl.flags import objective_config
 from rl.monitors import WARN_WHEN, monitor_names
 from rl.plan import BatchPlan
+from rl.reward_checks import check_memory
 from rl.rewards import HardReward, NuancedReward, RewardFunction
 
 if TYPE_CHECKING:
@@ -209,6 +210,16 @@ class GRPOConfig(TrainingConfig):
         " (nonsense that does not repeat counts); or completion, all tokens",
         source=OURS,
         group="reward",
+    )
+
+    reward_timeout: float = setting(
+        60.0,
+        "end the run, its state saved, where a reward takes longer for one completion; 0 for no"
+        " limit",
+        unit="seconds",
+        source=OURS,
+        group="reward",
+        within="[0, 86400]",
     )
 
     eval_steps: int | None = setting(
@@ -409,7 +420,10 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
 
 
 def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
-    """Make both rewards, with the label frequencies of the training data for Eq. 4."""
+    """Make both rewards, with the label frequencies of the training data for Eq. 4.
+
+    Raises UsageError for one whose memory no checkpoint could hold.
+    """
     evaluated = Counter(label for example in examples for label in example.evaluated_labels)
     positive = Counter(label for example in examples for label in example.target.labels)
     frequency = {label: positive[label] / evaluated[label] for label in evaluated}
@@ -419,6 +433,7 @@ def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, Rewa
     }
     if config.reward_scale is not None:
         rewards[config.reward].scale = config.reward_scale
+    check_memory(rewards)
     return rewards
 
 
