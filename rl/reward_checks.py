@@ -196,6 +196,25 @@ def check_memory(functions: Mapping[str, RewardFunction]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Note what a reward remembers, and give it back, for a step that may have to be undone.
+
+    It is noted as text: a reward may return the very dictionary that it goes on changing.
+    """
+
+    name: str
+    function: RewardFunction
+
+    def state_dict(self) -> str:
+        """Return the state as JSON."""
+        return _state(self.name, self.function, UNLIMITED)
+
+    def load_state_dict(self, state: str) -> None:
+        """Give the reward a state back."""
+        take_over(self.name, self.function, json.loads(state))
+
+
 def take_over(name: str, function: RewardFunction, state: Any) -> None:
     """Give a reward the state of a checkpoint. Raises RewardFailed where it does not take it."""
     _called(function.load_state_dict, (state,), f"load_state_dict() of reward {name!r}", UNLIMITED)

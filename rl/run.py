@@ -23,7 +23,7 @@ from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
-from rl.reward_checks import kept_problem, take_over
+from rl.reward_checks import Memory, kept_problem, take_over
 from rl.rollout import Rollouts
 from rl.samples import MicroBatch, pack_samples, unpack_samples
 from rl.settings import GRPOConfig, check_watched, length_warning
@@ -166,7 +166,8 @@ class GRPORun(Run):
             save=save,
             evaluate=evaluate,
             generators={"sampler": rollouts.generator},
-            stateful=rollouts.reward_functions | {"monitors": monitors},
+            stateful={"monitors": monitors}
+            | {name: Memory(name, one) for name, one in rollouts.reward_functions.items()},
         )
         self.config, self.monitors = rollouts.config, monitors
         self.log.charts("GRPO", grpo_charts(list(validation_files(self.config))))

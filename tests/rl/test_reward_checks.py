@@ -31,6 +31,7 @@ from rl.evaluation import with_rewards
 from rl.logs import rollout_metrics
 from rl.reward_checks import (
     Completed,
+    Memory,
     RewardFailed,
     all_rewards,
     check_memory,
@@ -306,6 +307,23 @@ def test_what_a_rollout_adds_to_a_memory_is_checked_in_its_step():
     failing.observe = raises
     with pytest.raises(RewardFailed, match=r"observe\(\) of reward 'mine': raised ZeroDivisionErr"):
         observe({"mine": failing}, [ANSWER], [0])
+
+
+def test_a_memory_that_is_noted_does_not_change_with_the_reward():
+    class Counting(RewardFunction):
+        counts = {"a": 1}
+
+        def state_dict(self):
+            return self.counts
+
+        def load_state_dict(self, state):
+            self.counts = state
+
+    function = Counting()
+    noted = Memory("mine", function).state_dict()
+    function.counts["a"] += 1
+    Memory("mine", function).load_state_dict(noted)
+    assert function.counts == {"a": 1}
 
 
 # ---- what a checkpoint brings, and what is logged ------------------------------------------------
