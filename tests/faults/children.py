@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import subprocess
@@ -120,6 +121,7 @@ def _be_child(
     try:
         signal.setitimer(signal.ITIMER_REAL, 0)  # of pytest-timeout
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        logging.getLogger().handlers.clear()  # pytest's, so that warnings reach stderr
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, stream in zip((1, 2), streams, strict=True):
             if stream is None:

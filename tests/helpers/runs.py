@@ -104,8 +104,10 @@ def overriding(argv: Sequence[str]) -> list[str]:
     return [token for tokens in given.values() for token in tokens]
 
 
-def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
-    """Return the exit code of run_sft.py. The last of two flags of one name counts."""
+def sft_flags(
+    model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()
+) -> list[str]:
+    """Write the command line of a small run of run_sft.py. The last of two flags counts."""
     files = [
         "--model_name_or_path",
         str(model),
@@ -114,11 +116,13 @@ def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[s
         "--output_dir",
         str(output_dir),
     ]
-    return run_sft.main(overriding([*files, *SFT, *flags, *more]))
+    return overriding([*files, *SFT, *flags, *more])
 
 
-def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
-    """Return the exit code of run_grpo.py, from an SFT run."""
+def grpo_flags(
+    adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()
+) -> list[str]:
+    """Write the command line of a small run of run_grpo.py, from an SFT run."""
     files = [
         "--adapter_name_or_path",
         str(adapter),
@@ -127,7 +131,17 @@ def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequenc
         "--output_dir",
         str(output_dir),
     ]
-    return run_grpo.main(overriding([*files, *GRPO, *flags, *more]))
+    return overriding([*files, *GRPO, *flags, *more])
+
+
+def sft(model: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Return the exit code of run_sft.py. The last of two flags of one name counts."""
+    return run_sft.main(sft_flags(model, data, output_dir, *more, flags=flags))
+
+
+def grpo(adapter: Path, data: Path, output_dir: Path, *more: str, flags: Sequence[str] = ()) -> int:
+    """Return the exit code of run_grpo.py, from an SFT run."""
+    return run_grpo.main(grpo_flags(adapter, data, output_dir, *more, flags=flags))
 
 
 def speak(monkeypatch) -> None:
