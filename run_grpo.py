@@ -90,13 +90,12 @@ def train(
             run.log_rollout(rollouts)
 
         # 6 one optimizer step: forward and backward of each micro-batch, whose weights come from
-        #   totals of the whole step
-        micro_batches = rollouts.micro_batches(update)  # rows of the rollout, in each
-        totals = rollouts.totals(micro_batches)  # completions, tokens, max_completion_length
+        #   totals of the whole step. Where memory runs out, all of it again in smaller ones
+        totals = rollouts.totals(rollouts.micro_batches(update))
         policy.net.train()  # for gradient checkpointing; dropout is 0
-        computed = []
-        for rows in run.polled(micro_batches):  # until a signal asks to leave the step
-            micro = rollouts.micro_batch(rows, policy)
+
+        def backward(rows: list[int]) -> Computed:
+            micro = rollouts.micro_batch(rows, policy)  # rows of the rollout
             logprobs, entropy = policy.logprobs_and_entropy(micro.batch)  # [N,T]
             # in the first update the policy is still the one that sampled
             old_logprobs = logprobs.detach() if update == 0 else micro.old_logprobs  # [N,T]
@@ -113,7 +112,11 @@ def train(
                 entropy=entropy,
             )
             loss.backward()
-            computed.append(Computed.of(loss, logprobs, entropy, weights, terms, micro))
+            return Computed.of(loss, logprobs, entropy, weights, terms, micro)
+
+        step, stop = rollouts.rows(update), run.should_stop
+        undo = [run.mark(), optimizer.zero_grad, lambda: rollouts.score_again(update, policy)]
+        micro_batches, computed = policy.limits.each("update", step, backward, undo, stop)
         if update == 0:  # for the logs, and for a second pass over the rollout
             rollouts.keep_old(micro_batches, [done.logprobs for done in computed])
         run.log_update(computed, micro_batches, rollouts, objective)
@@ -184,7 +187,8 @@ def run_command(resolved: Resolved) -> int:
     resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
     config = resolved.configs[0]
     record = training_record(resolved, "grpo", data, checkpoint)
-    policy = policy_with_reference(config, device, start.adapter, config.temperature)
+    temperature, limits = config.temperature, rollouts.limits
+    policy = policy_with_reference(config, device, start.adapter, temperature, limits)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )

@@ -37,7 +37,7 @@ from data.sets import (
 )
 from engine.card import write_run_card
 from engine.charts import sft_charts
-from engine.collate import collate_rows, plan_batches
+from engine.collate import Rows, collate_rows
 from engine.device import pick_device, seed_everything
 from engine.fit import fitted
 from engine.logprobs import predicted_correctly, token_logprobs
@@ -73,24 +73,25 @@ def train(
         chosen = [examples[i] for i in order[place * step_size : (place + 1) * step_size]]
         rows = [policy.encode_answer(example) for example in run.polled(chosen)]
 
-        # 2 one optimizer step: its total, then forward and backward of each micro-batch
+        # 2 one optimizer step: its total, then forward and backward of each micro-batch. Where
+        #   memory runs out, all of it again in smaller ones
         supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
-        micro_batches = plan_batches(
-            rows, config.per_device_train_batch_size, config.max_tokens_per_forward
-        )
         policy.net.train()  # with dropout, and for gradient checkpointing
-        losses = []
-        for indices in run.polled(micro_batches):  # until a signal asks to leave the step
+
+        def backward(indices: list[int]) -> torch.Tensor:
             micro = [rows[i] for i in indices]
             batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
             hidden, targets = policy.hidden_states(batch)  # [K,H], [K]
             logprobs, _ = token_logprobs(hidden, policy.head, targets, softcap=policy.softcap)
             loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's
             loss.backward()
-            losses.append(loss.detach())
             correct = predicted_correctly(hidden, policy.head, targets).float()
             run.metrics.add("mean_token_accuracy", correct.mean(), weight=len(targets))
+            return loss.detach()
 
+        undo = [run.mark(), optimizer.zero_grad]
+        step = Rows(rows, config.per_device_train_batch_size)
+        _, losses = policy.limits.each("update", step, backward, undo, run.should_stop)
         step_loss = sum(float(loss) for loss in losses)  # only now: to read is to wait for the GPU
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         run.check_gradient(grad_norm, chosen)
@@ -120,7 +121,8 @@ def validation_metrics(
         if should_stop():
             raise StopRequested
         rows = [policy.encode_answer(example) for example in chunk]
-        for indices in plan_batches(rows, len(rows), config.max_tokens_per_forward):
+
+        def measure(indices: list[int]) -> None:
             micro = [rows[i] for i in indices]
             batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
             hidden, targets = policy.hidden_states(batch)  # [K,H], [K]
@@ -128,6 +130,8 @@ def validation_metrics(
             metrics.add("loss", -logprobs.mean(), weight=len(targets))
             correct = predicted_correctly(hidden, policy.head, targets).float()
             metrics.add("mean_token_accuracy", correct.mean(), weight=len(targets))
+
+        policy.limits.each("validation", Rows(rows, len(rows)), measure, [metrics.mark()])
     return metrics.collect()
 
 
@@ -194,6 +198,7 @@ def run_command(resolved: Resolved) -> int:
             patience=config.early_stopping_patience,
         )
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
+        policy.limits.report = run.note_cut
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
         recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipe and by_flag else None

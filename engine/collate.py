@@ -10,6 +10,7 @@ A place is the index of a token in a padded tensor laid flat: of [B,S] for promp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -178,6 +179,36 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> PromptBa
         vision=[prompt.vision for prompt in prompts],
         alike=all(torch.equal(prompt.token_types, prompts[0].token_types) for prompt in prompts),
     )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hold rows that are run in micro-batches, such as those of one optimizer step.
+
+    rows: encoded. size: of a micro-batch, at most. first: the index of the first of them.
+    per_step: rows of an optimizer step, where there are those of several. No micro-batch has rows
+    of two steps.
+    """
+
+    rows: list[EncodedRow]
+    size: int
+    first: int = 0
+    per_step: int | None = None
+
+    def micro_batches(self, max_tokens: int | None) -> list[list[int]]:
+        """Cut the rows -> the indices of each micro-batch's rows, as `plan_batches` does."""
+        step = self.per_step or max(1, len(self.rows))
+        return [
+            [self.first + start + i for i in indices]
+            for start in range(0, len(self.rows), step)
+            for indices in plan_batches(self.rows[start : start + step], self.size, max_tokens)
+        ]
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Count the tokens of a micro-batch as `plan_batches` does, each prompt once."""
+        rows = [self.rows[i - self.first] for i in indices]
+        prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
+        return sum(prompts.values()) + sum(len(row.completion_ids) for row in rows)
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:

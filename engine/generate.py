@@ -150,6 +150,7 @@ def generate(
     *,
     num_generations: int = 1,
     max_rows: int | None = None,
+    whole_groups: bool = True,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_finished: Callable[[int, list[Completion]], None] = lambda prompt, completions: None,
@@ -158,8 +159,10 @@ def generate(
 
     policy: its active adapter answers, or the base model where it has none.
     num_generations: completions of each prompt.
-    max_rows: completions decoded at a time, at least those of one prompt (None: all). Where a
-        prompt's completions have finished, the next prompt takes their place, the longest first.
+    max_rows: completions decoded at a time (None: all). Where a prompt's completions have finished,
+        the next prompt takes their place, the longest first.
+    whole_groups: decode at least the completions of one prompt at a time. Else they are parted
+        where they are more than max_rows, and each part reads the prompt anew.
     generator: CPU generators, one for all prompts or one for each. Needed unless greedy.
     should_stop(): asked before every token. Once it returns True, StopRequested is raised, and the
         caller discards what is not finished.
@@ -172,17 +175,39 @@ def generate(
         raise ValueError(
             "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
         )
-    finished: dict[int, list[Completion]] = {}
+    parts = 1 if whole_groups or max_rows is None else _parts(num_generations, max_rows)
+    if isinstance(generator, torch.Generator):
+        generator = [generator] * len(prompts)
+    if parts > 1:
+        prompts = [prompt for prompt in prompts for _ in range(parts)]
+        generator = generator and [own for own in generator for _ in range(parts)]
+    written: dict[int, list[Completion]] = {}  # by part
+    finished: dict[int, list[Completion]] = {}  # by prompt
     layers = sampling_layers(policy.net, copies=policy.sampling_copies)
     with policy.evaluating(), layers as head:
-        writing = _Writing(policy, head, prompts, sampling, num_generations, max_rows, generator)
+        writing = _Writing(
+            policy, head, prompts, sampling, num_generations // parts, max_rows, generator
+        )
         while writing.goes_on:
             if should_stop():
                 raise StopRequested
-            for prompt, completions in writing.write_token():
-                finished[prompt] = completions
-                on_finished(prompt, completions)
-    return [finished[i] for i in range(len(prompts))]
+            for part, completions in writing.write_token():
+                written[part] = completions
+                prompt = part // parts
+                of_prompt = range(prompt * parts, (prompt + 1) * parts)
+                if all(i in written for i in of_prompt):
+                    finished[prompt] = [one for i in of_prompt for one in written[i]]
+                    on_finished(prompt, finished[prompt])
+    return [finished[i] for i in range(len(prompts) // parts)]
+
+
+def _parts(generations: int, max_rows: int) -> int:
+    """Find into how many equal parts a prompt's completions fall, none larger than max_rows."""
+    return next(
+        n
+        for n in range(1, generations + 1)
+        if generations % n == 0 and generations // n <= max(1, max_rows)
+    )
 
 
 @dataclass
@@ -210,7 +235,7 @@ class _Writing:
         sampling: SamplingConfig,
         generations: int,
         max_rows: int | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
+        generators: Sequence[torch.Generator] | None,
     ):
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
         self.head, self.softcap, self.generations = head, policy.softcap, generations
@@ -223,10 +248,7 @@ class _Writing:
         self.logprobs = torch.zeros(shape, device=self.device)
         self.masses = torch.ones(shape, device=self.device)
         if sampling.temperature > 0:
-            assert generator is not None, "generate() asks for one"
-            generators = (
-                [generator] * len(prompts) if isinstance(generator, torch.Generator) else generator
-            )
+            assert generators is not None, "generate() asks for one"
             self.uniform = torch.cat(
                 [torch.rand(generations, shape[1], generator=own) for own in generators]
             ).to(self.device)  # [N,T]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +35,7 @@ from engine.model import (
     use_adapter,
 )
 from engine.optim import trainable_parameters
+from engine.out_of_memory import Limits
 from engine.settings import SFTConfig, TrainingConfig
 
 
@@ -116,6 +117,7 @@ class Policy:
     prompt: the instruction that goes with every image.
     temperature: divides the logits of every log-probability that this policy gives.
     sampling_copies: whether the sampler may copy weights (engine/sampling_layers.py).
+    limits: how much is run at once.
     """
 
     net: PreTrainedModel | PeftModel
@@ -123,6 +125,7 @@ class Policy:
     prompt: Prompt
     temperature: float = 1.0
     sampling_copies: bool = True
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def adapted(self) -> PeftModel:
@@ -165,18 +168,24 @@ class Policy:
     def encode(self, example: Example) -> EncodedPrompt:
         """Turn an example into the prompt's tokens, with the frozen vision tower's features.
 
-        Raises DataError where its image cannot be read.
+        Raises DataError where its image cannot be read, DoesNotFit where memory runs out.
         """
-        return self.base.encode_prompt(example, self.prompt)
+        return self.limits.once_more(
+            "vision tower", lambda: self.base.encode_prompt(example, self.prompt)
+        )
 
     def encode_answer(self, example: Example) -> EncodedRow:
         """Turn an example into its prompt followed by its own answer, which is supervised.
 
-        Raises DataError where its image cannot be read, ValueError where it has no answer.
+        Raises DataError where its image cannot be read, ValueError where it has no answer,
+        DoesNotFit where memory runs out.
         """
-        if example.answer is None:
+        answer = example.answer
+        if answer is None:
             raise ValueError(f"{example.id} has no answer to learn")
-        return self.base.encode_answer(example, self.prompt, example.answer)
+        return self.limits.once_more(
+            "vision tower", lambda: self.base.encode_answer(example, self.prompt, answer)
+        )
 
     # ---- forward passes --------------------------------------------------------------------------
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -246,16 +255,22 @@ def policy_to_fine_tune(
     else:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
+    prompt, copies, limits = config.instruction, config.sampling_copies, Limits(config)
+    return Policy(net, base, prompt, sampling_copies=copies, limits=limits)
 
 
 def policy_with_reference(
-    config: TrainingConfig, device: torch.device, adapter: Path | None, temperature: float
+    config: TrainingConfig,
+    device: torch.device,
+    adapter: Path | None,
+    temperature: float,
+    limits: Limits,
 ) -> Policy:
     """Load what GRPO trains: an adapter twice on one base, once trained and once frozen.
 
     adapter: its folder, None for a fresh one, whose frozen twin answers as the base itself.
     temperature: of the sampler, and so of every log-probability.
+    limits: those of the rollouts.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
@@ -266,7 +281,7 @@ def policy_with_reference(
         net = attach_adapter(base, adapter, trainable=True)
     add_reference(net)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, config.instruction, temperature, config.sampling_copies)
+    return Policy(net, base, config.instruction, temperature, config.sampling_copies, limits)
 
 
 def _base_for(

@@ -50,7 +50,17 @@ FREE_TO_CHANGE = (
     "memory_check",
     "base_hash",
     "reward_timeout",
+    # how much is run at once: numbers change by rounding alone
+    "max_tokens_per_forward",
+    "sampling_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "sampling_copies",
 )
+
+
+# The origin of a value that memory cut while a run was going on.
+OUT_OF_MEMORY = "out of memory"
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -178,9 +188,37 @@ def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, 
             f"--resume_from_checkpoint {named}: a checkpoint of run_{record['script']}.py; resume"
             " it with that script"
         )
-    return {name: entry["value"] for name, entry in record["settings"].items()} | {
-        "output_dir": None
+    cuts = {name: entry["value"] for name, entry in memory_cuts(checkpoint).items()}
+    settings = {name: entry["value"] for name, entry in record["settings"].items()}
+    return settings | cuts | {"output_dir": None}
+
+
+def memory_cuts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Find what memory has cut in a run -> {setting: its entry in config.json}.
+
+    The run's folder may know of cuts since the checkpoint.
+    """
+    records = [checkpoint.record("config.json"), saved_record(checkpoint.path.parent)[0]]
+    return {
+        name: entry
+        for record in records
+        for name, entry in record.get("settings", {}).items()
+        if entry.get("origin") == OUT_OF_MEMORY
     }
+
+
+def with_memory_cuts(resolved: Resolved) -> Resolved:
+    """Keep what memory cut in the resumed run, unless a flag gives it another value than at first.
+
+    So the command that began the run also goes on with it.
+    """
+    named = resolved.configs[0].resume_from_checkpoint
+    if named is None:
+        return resolved
+    for name, entry in memory_cuts(find_checkpoint(named)[0]).items():
+        if resolved.origins[name] != "flag" or getattr(resolved.configs[0], name) == entry["was"]:
+            resolved = resolved.with_value(name, entry["value"], OUT_OF_MEMORY)
+    return resolved
 
 
 def resumed_folder(named: str | None, output_dir: str | None) -> Path | None:
@@ -241,6 +279,9 @@ def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str
         )
         for name, entry in record["settings"].items()
     }  # a value that did not change keeps its origin
+    for name, entry in memory_cuts(checkpoint).items():
+        if settings[name]["value"] == entry["value"]:
+            settings[name] = entry
     return record | {"recipe": saved["recipe"], "settings": settings}
 
 

@@ -21,7 +21,8 @@ from data.files import write_json
 from data.sets import write_bad_images
 from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
 from engine.model_files import EMBEDDED
-from engine.resume import base_record, bring_logs, keep_reference, run_folder
+from engine.out_of_memory import Cut
+from engine.resume import OUT_OF_MEMORY, base_record, bring_logs, keep_reference, run_folder
 from engine.runtime import SignalGuard, StepFailed, StopRequested, lock_run
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
@@ -93,12 +94,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Hold a run's folder, which is this process's alone, with its log and the signals to heed."""
+    """Hold a run's folder, which is this process's alone, with its log and the signals to heed.
+
+    record: the contents of config.json.
+    """
 
     path: Path
     log: RunLogger
     signals: SignalGuard
     script: Literal["sft", "grpo"]
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -132,6 +137,7 @@ class Run:
         and Python's own random numbers.
         """
         self.folder, self.log, self.signals = folder.path, folder.log, folder.signals
+        self.record, self._cuts = folder.record, 0  # how often memory ran out since the last step
         self.state, self.schedule, self.save, self.evaluate = state, schedule, save, evaluate
         self.generators, self.stateful = dict(generators or {}), dict(stateful or {})
         self.metrics = MetricAccumulator(state.unlogged_metrics)
@@ -246,6 +252,9 @@ class Run:
         self.state.global_step += 1
         self.state.epoch = epoch
         self.metrics.add("step_time", time.perf_counter() - self._began)
+        if self._cuts:
+            self.metrics.add("memory_cuts", self._cuts, reduction="sum")
+            self._cuts = 0
         if self.step % self.schedule.logging_steps == 0 or self.step == self.total:
             logged = self.metrics.collect()
             self.log.scalars(self.step, logged, epoch=epoch)
@@ -253,6 +262,33 @@ class Run:
         self.bar.update(shown)
         self.state.unlogged_metrics = self.metrics.state_dict()
         self._before = None  # last: until here the step can be undone
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that puts random numbers and metrics back, for work that is done again.
+
+        Until then nothing but these may have changed.
+        """
+        (tensors, record), metrics = rng_to_tensors(self.generators), self.metrics.mark()
+
+        def back() -> None:
+            load_rng(tensors, record, self.generators)
+            metrics()
+
+        return back
+
+    def note_cut(self, cut: Cut) -> None:
+        """Say that memory ran out, count it, and keep the smaller value in config.json.
+
+        Later checkpoints have it as well, and with them a resumed run.
+        """
+        self.write(f"warning: {cut.line()}")
+        self.log.warn(cut.line(), self.step)
+        self._cuts += 1
+        settings = self.record.setdefault("settings", {})
+        first = settings.get(cut.setting, {}).get("was", cut.before)  # as the user had it
+        settings[cut.setting] = {"value": cut.after, "origin": OUT_OF_MEMORY, "was": first}
+        with contextlib.suppress(OSError):  # of a full disk: the next checkpoint has it too
+            write_json(self.folder / "config.json", self.record)
 
     def count_tokens(self, number: int) -> None:
         """Add to the tokens of prompts and completions seen so far, and log their number."""
@@ -402,7 +438,7 @@ def opened_run(
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step
         with RunLogger(folder, resume_step=resume_step, log_history=state.log_history) as log:
-            yield RunFolder(folder, log, signals, script)
+            yield RunFolder(folder, log, signals, script, record)
 
 
 # ---- after it ------------------------------------------------------------------------------------

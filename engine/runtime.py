@@ -65,6 +65,10 @@ class StepFailed(RuntimeError):
     """
 
 
+class DoesNotFit(StepFailed):
+    """Report work of which not even a single row fits into memory, with the setting to lower."""
+
+
 # A user's, a batch system's, a terminal's that closes, and two that a batch system may be told to
 # send some time before its limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

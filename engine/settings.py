@@ -24,7 +24,7 @@ from data.prompts import PROMPTS, Prompt
 from engine.config import ConfigError, Resolved, parse_config, range_problems, setting
 from engine.inherited import INHERITED, inherit
 from engine.model_files import check_model_folder
-from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder
+from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder, with_memory_cuts
 from engine.runtime import check_lock, check_output_dir, check_writable
 
 # Sampling as in the rollouts of the paper; its greatest length is not published.
@@ -188,7 +188,8 @@ class TrainingConfig:
     )
     per_device_eval_batch_size: int = setting(
         8,
-        "sequences decoded or scored together in evaluation; changes no result",
+        "sequences decoded or scored together in evaluation; changes no result; halved where memory"
+        " runs out",
         unit="sequences",
         source=ENGINE,
         group="optimization",
@@ -241,7 +242,8 @@ class TrainingConfig:
     max_tokens_per_forward: int | None = setting(
         8192,
         "most tokens that one forward of training or scoring runs, each prompt counted once;"
-        " micro-batches that cost more are cut, which changes no gradient; none for no bound",
+        " micro-batches that cost more are cut, which changes no gradient; none for no bound; where"
+        " memory runs out it is halved for the rest of the run, down to a row at a time",
         unit="tokens",
         source=ENGINE,
         group="memory",
@@ -440,7 +442,7 @@ def parse_training(
 
     Without a model, an adapter or data on the command line, the recipe of the demo applies.
     """
-    return parse_config(
+    resolved = parse_config(
         config_classes,
         argv,
         script=script,
@@ -453,6 +455,7 @@ def parse_training(
         inherit=partial(inherited_settings, script=script),
         free_to_change=FREE_TO_CHANGE,
     )
+    return with_memory_cuts(resolved)
 
 
 def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:

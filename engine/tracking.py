@@ -86,6 +86,19 @@ class MetricAccumulator:
         for name, metric in metrics.items():
             self.add(name, metric.value, metric.weight, metric.reduction)
 
+    def mark(self) -> Callable[[], None]:
+        """Return a function that drops what is added from here on, for work that is done again."""
+        counts = {name: len(entries) for name, entries in self._entries.items()}
+
+        def back() -> None:
+            for name in list(self._entries):
+                if name in counts:
+                    del self._entries[name][counts[name] :]
+                else:
+                    del self._entries[name], self._reductions[name]
+
+        return back
+
     def state_dict(self) -> dict[str, Any]:
         """Return what has been added since the last `collect`, as JSON can hold it."""
         return {

@@ -28,6 +28,7 @@ from engine.config import Resolved, UsageError, from_json
 from engine.generate import Completion, SamplingConfig, generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
+from engine.out_of_memory import EVALUATION, Limits
 from engine.policy import Policy, load_base
 from engine.resume import changed_base_of, run_record
 from engine.runtime import StopRequested
@@ -120,7 +121,8 @@ def load_policy(
             print(f"warning: {line}, and is asked for others", file=sys.stderr)
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
-    policy = Policy(net, base, config.instruction, sampling_copies=config.sampling_copies)
+    prompt, copies = config.instruction, config.sampling_copies
+    policy = Policy(net, base, prompt, sampling_copies=copies, limits=Limits(config))
     if adapter is not None and has_no_effect(policy.adapted):
         print(f"warning: {adapter}: {NO_EFFECT}", file=sys.stderr)
     return policy
@@ -198,25 +200,39 @@ def _decode_window(
     should_stop: Callable[[], bool],
     keep: Callable[[Example, Sequence[Completion]], None],
 ) -> None:
-    """Answer the examples at `positions` by one call of the sampler."""
-    encoded = []
+    """Answer the examples at `positions` by one call of the sampler.
+
+    Where memory runs out, those without an answer are asked again, fewer of them together.
+    """
+    encoded = {}
     for i in positions:
         if should_stop():
             raise StopRequested
-        encoded.append(policy.encode(examples[i]))
-    if encoded:
+        encoded[i] = policy.encode(examples[i])
+    k, limits = decoding.num_generations, policy.limits
+
+    def decode(max_rows: int | None) -> None:
+        asked = list(encoded)
+
+        def answered(place: int, completions: Sequence[Completion]) -> None:
+            keep(examples[asked[place]], completions)
+            del encoded[asked[place]]
+
         generate(
             policy,
-            encoded,
+            list(encoded.values()),
             decoding.sampling,
-            num_generations=decoding.num_generations,
-            max_rows=decoding.batch_size,
+            num_generations=k,
+            max_rows=max_rows,
+            whole_groups=EVALUATION not in limits.halved,
             should_stop=should_stop,
-            generator=[
-                torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in positions
-            ],
-            on_finished=lambda i, completions: keep(examples[positions[i]], completions),
+            generator=[torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in asked],
+            on_finished=answered,
         )
+
+    if encoded:
+        rows = decoding.batch_size
+        limits.decoded("evaluation", EVALUATION, rows, lambda: k * len(encoded), decode, group=k)
 
 
 def evaluate_sets(

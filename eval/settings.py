@@ -111,7 +111,8 @@ class DecodingConfig:
     )
     per_device_eval_batch_size: int = setting(
         8,
-        "completions decoded together, at least those of one image; changes no answer",
+        "completions decoded together, at least those of one image; changes no answer; halved where"
+        " memory runs out, down to one",
         unit="completions",
         source=ENGINE,
         within=ROWS,

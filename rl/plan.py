@@ -50,6 +50,11 @@ class BatchPlan:
         return self.micro_batch * self.micro_batches
 
     @property
+    def per_step(self) -> int:
+        """Count the completions of an optimizer step."""
+        return self.micro_batch * self.accumulation
+
+    @property
     def prompts(self) -> int:
         """Count the prompts of a rollout."""
         return self.completions // self.group

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.examples import Example
-from engine.collate import plan_batches
+from engine.collate import Rows
 from engine.encode import EncodedPrompt
 from engine.generate import Completion, SamplingConfig, generate
 from engine.order import shuffled
+from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
 from engine.runtime import StopRequested
 from engine.time_limit import TimeLimit
@@ -44,6 +45,7 @@ class Rollouts:
 
     plan: how many prompts, completions and steps belong together.
     generator: the CPU generator of all completions.
+    limits: how much is run at once.
     examples, prompts: those of the rollout at hand, the prompts encoded.
     samples: its completions, those of one prompt together. [] before the first rollout.
     """
@@ -58,6 +60,8 @@ class Rollouts:
         self.data, self.reward_functions, self.config = data, reward_functions, config
         self.plan = BatchPlan.of(config)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.limits = Limits(config)
+        self._with_reference = False  # when the rollout was scored
         self.examples: list[Example] = []
         self.prompts: list[EncodedPrompt] = []
         self.samples: list[Sample] = []
@@ -98,16 +102,30 @@ class Rollouts:
     def sample(self, policy: Policy, should_stop: Callable[[], bool]) -> list[list[Completion]]:
         """Sample G completions of each prompt at hand.
 
+        Where memory runs out, the same completions are sampled again, fewer of them together.
         Raises StopRequested once should_stop says so.
         """
-        config = self.config
-        return generate(
-            policy,
-            self.prompts,
-            SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
-            num_generations=config.num_generations,
-            generator=self.generator,
-            should_stop=should_stop,
+        config, before = self.config, self.generator.get_state()
+
+        def decode(max_rows: int | None) -> list[list[Completion]]:
+            return generate(
+                policy,
+                self.prompts,
+                SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
+                num_generations=config.num_generations,
+                max_rows=max_rows,
+                whole_groups=False,
+                generator=self.generator,
+                should_stop=should_stop,
+            )
+
+        return self.limits.decoded(
+            "rollout",
+            SAMPLING,
+            config.sampling_batch_size,
+            lambda: self.plan.completions,
+            decode,
+            [lambda: self.generator.set_state(before)],
         )
 
     def reward(
@@ -139,7 +157,6 @@ class Rollouts:
         answers = [sample.answer for sample in self.samples]
         observe(self.reward_functions, answers, [sample.group for sample in self.samples], limit)
 
-    @torch.no_grad()
     def score(
         self,
         policy: Policy,
@@ -152,26 +169,38 @@ class Rollouts:
         Once a rollout, in eval() mode, on the micro-batches of the updates to come. The first
         update finds its own old log-probabilities: nothing has changed when it runs (`keep_old`).
         Without the reference (beta 0) the sampler's log-probabilities stand for log pi_ref, so that
-        `kl` is 0. Raises StopRequested once should_stop says so.
+        `kl` is 0. Where memory runs out, all are scored again in smaller micro-batches. Raises
+        StopRequested once should_stop says so.
         """
+
+        @torch.no_grad()
+        def score(rows: list[int]) -> None:
+            batch = self.micro_batch(rows, policy).batch
+            if rows[0] >= self.plan.per_step:
+                self.keep_old([rows], [policy.logprobs(batch)])
+            if with_reference:
+                with policy.reference():
+                    reference = policy.logprobs(batch).cpu()  # [N,T]
+            for place, row in enumerate(rows):
+                sample = self.samples[row]
+                sample.ref_logprobs = (
+                    reference[place, : len(sample.ids)]
+                    if with_reference
+                    else sample.sampling_logprobs
+                )
+
+        self._with_reference = with_reference
         with policy.evaluating():
-            for update, micro_batches in enumerate(self._passes()):
-                for rows in micro_batches:
-                    if should_stop():
-                        raise StopRequested
-                    batch = self.micro_batch(rows, policy).batch
-                    if update > 0:
-                        self.keep_old([rows], [policy.logprobs(batch)])
-                    if with_reference:
-                        with policy.reference():
-                            reference = policy.logprobs(batch).cpu()  # [N,T]
-                    for place, row in enumerate(rows):
-                        sample = self.samples[row]
-                        sample.ref_logprobs = (
-                            reference[place, : len(sample.ids)]
-                            if with_reference
-                            else sample.sampling_logprobs
-                        )
+            self.limits.each("scoring", self.rows(), score, (), should_stop)
+
+    def score_again(self, update: int, policy: Policy) -> None:
+        """Score in smaller micro-batches, once memory has run out in an update.
+
+        Only in the first update, in which the policy is still the one that sampled. It is then
+        compared with a reference that ran in the same micro-batches, so its KL stays exactly 0.
+        """
+        if update == 0:
+            self.score(policy, with_reference=self._with_reference)
 
     def set_advantages(self, advantages: Tensor) -> None:
         """Give every sample its A_i. advantages [R]: in the samples' order."""
@@ -212,23 +241,18 @@ class Rollouts:
         )
 
     # ---- micro-batches ---------------------------------------------------------------------------
-    def _passes(self) -> list[list[list[int]]]:
-        """List the micro-batches of every optimizer step of one pass over the rollout.
+    def rows(self, update: int | None = None) -> Rows:
+        """Return what an update learns from, or None for the whole rollout, to be cut.
 
         A micro-batch that costs more than max_tokens_per_forward is cut. Where a cut parts a group,
-        its prompt is in both halves.
+        its prompt is in both halves. The same rows serve every pass over the rollout.
         """
+        size, per_step = self.plan.micro_batch, self.plan.per_step
         rows = [sample.row(self.prompts) for sample in self.samples]
-        size, per_step = self.plan.micro_batch, self.plan.micro_batch * self.plan.accumulation
-        return [
-            [
-                [start + i for i in indices]
-                for indices in plan_batches(
-                    rows[start : start + per_step], size, self.config.max_tokens_per_forward
-                )
-            ]
-            for start in range(0, len(rows), per_step)
-        ]
+        if update is None:
+            return Rows(rows, size, per_step=per_step)
+        first = update % -(-len(rows) // per_step) * per_step
+        return Rows(rows[first : first + per_step], size, first)
 
     def micro_batches(self, update: int) -> list[list[int]]:
         """List the rows of each micro-batch of an update.
@@ -236,8 +260,7 @@ class Rollouts:
         The same micro-batches serve every pass over the rollout, so that the ratio is exactly 1 at
         first.
         """
-        passes = self._passes()
-        return passes[update % len(passes)]
+        return self.rows(update).micro_batches(self.limits.max_tokens)
 
     def totals(self, micro_batches: Sequence[Sequence[int]]) -> StepTotals:
         """Count the completions and tokens of a WHOLE optimizer step, as its weights need them."""

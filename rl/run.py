@@ -172,6 +172,7 @@ class GRPORun(Run):
         self.config, self.monitors = rollouts.config, monitors
         self.log.charts("GRPO", grpo_charts(list(validation_files(self.config))))
         self._noted: set[str] = set()
+        rollouts.limits.report = self.note_cut
 
     @property
     def stopped(self) -> str | None:

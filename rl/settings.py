@@ -160,6 +160,16 @@ class GRPOConfig(TrainingConfig):
         group="rollout",
         within=ROWS,
     )
+    sampling_batch_size: int | None = setting(
+        None,
+        "completions of a rollout that are decoded together; changes no completion; halved where"
+        " memory runs out",
+        unset="all",
+        unit="completions",
+        source=OURS,
+        group="memory",
+        within=ROWS,
+    )
     num_iterations: int = setting(
         1,
         "how often each rollout is gone through",
