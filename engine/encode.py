@@ -47,11 +47,13 @@ class EncodedPrompt:
     token_types [P] int64: 1 on the image's placeholders, else 0.
     vision: tensors of the image (see ImageTensors). A loaded model puts its features here, which
     the decoder needs. An Encoder alone has no vision tower and puts its pixels here.
+    example: id of the image's example, for messages.
     """
 
     input_ids: Tensor
     token_types: Tensor
     vision: ImageTensors
+    example: str = ""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ class Encoder:
         count = self.family.num_image_tokens(self.config, self.image_processor, vision)
         input_ids = torch.tensor(self._tokenize(self._prompt_text(prompt), count))  # [P]
         token_types = (input_ids == self.image_token_id).long() * IMAGE_TYPE
-        return EncodedPrompt(input_ids, token_types, vision)
+        return EncodedPrompt(input_ids, token_types, vision, example.id)
 
     def encode_answer(
         self, example: Example, prompt: Prompt, answer: str, vision: ImageTensors | None = None

@@ -28,7 +28,7 @@ from engine.encode import EncodedPrompt
 from engine.forward import decoding_masks, read_prompts, read_tokens
 from engine.logprobs import scaled_logits
 from engine.policy import Policy
-from engine.runtime import StopRequested
+from engine.runtime import StepFailed, StopRequested
 from engine.sampling_layers import sampling_layers
 from engine.settings import MAX_COMPLETION_LENGTH, TEMPERATURE, TOP_P
 
@@ -169,7 +169,7 @@ def generate(
     on_finished(i, completions): called as soon as prompt i has all its completions.
 
     Runs in eval() mode and restores the mode that it found. Raises ValueError where a generator is
-    needed and none is given.
+    needed and none is given, StepFailed where logits are not finite numbers.
     """
     if sampling.temperature > 0 and generator is None:
         raise ValueError(
@@ -338,8 +338,11 @@ class _Writing:
         else:
             tokens = tempered.argmax(1)
         self.ids[at] = tokens
-        self.logprobs[at] = tempered.gather(1, tokens[:, None])[:, 0].float()
+        chosen = tempered.gather(1, tokens[:, None])[:, 0].float()
+        self.logprobs[at] = chosen
         self.stopped |= torch.isin(tokens, self.stops)
+        # one NaN or infinity among a row's logits makes all its log-probabilities NaN
+        self.broken |= chosen.isnan()
         return tokens
 
     def _take_finished_out(
@@ -351,7 +354,9 @@ class _Writing:
         Returns (the tokens of the rows that go on, the prompts that have finished with their
         completions).
         """
-        stopped = self.stopped.tolist()
+        stopped, broken = torch.stack([self.stopped, self.broken]).tolist()
+        if any(broken):
+            raise self._not_finite(self.rows[broken.index(True)])
         over = [
             stop or self.written - row.since == self.sampling.max_completion_length
             for row, stop in zip(self.rows, stopped, strict=True)
@@ -371,6 +376,16 @@ class _Writing:
         self.rows = [row for row, done in zip(self.rows, over, strict=True) if not done]
         self._arrange()
         return tokens[going_on], finished
+
+    def _not_finite(self, row: _Row) -> StepFailed:
+        """Name the first token of a completion whose logits are not finite."""
+        place = self.logprobs[row.completion].isnan().tolist().index(True)
+        prompt = self.prompts[row.completion // self.generations]
+        return StepFailed(
+            f"example {prompt.example!r}: the model's logits are not finite numbers at token"
+            f" {place + 1} of its answer; the weights of the model or of its adapter are damaged,"
+            f" or too large for {str(self.hidden.dtype).removeprefix('torch.')}"
+        )
 
     def _completions(self, prompt: int) -> list[Completion]:
         rows = slice(prompt * self.generations, (prompt + 1) * self.generations)
@@ -473,6 +488,7 @@ class _Writing:
         self.row_places = tensor([row.place for row in self.rows])  # [n]
         self.since = tensor([row.since for row in self.rows])  # [n]
         self.stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        self.broken = torch.zeros_like(self.stopped)
         prompts = self.row_places // self.cache.generations
         longest = max(
             (len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0

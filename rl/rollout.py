@@ -7,7 +7,7 @@ KL exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 import torch
@@ -20,7 +20,7 @@ from engine.generate import Completion, SamplingConfig, generate
 from engine.order import shuffled
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
-from engine.runtime import StopRequested
+from engine.runtime import StepFailed, StopRequested
 from engine.time_limit import TimeLimit
 from rl.plan import BatchPlan
 from rl.reward_checks import observe
@@ -170,7 +170,8 @@ class Rollouts:
         update finds its own old log-probabilities: nothing has changed when it runs (`keep_old`).
         Without the reference (beta 0) the sampler's log-probabilities stand for log pi_ref, so that
         `kl` is 0. Where memory runs out, all are scored again in smaller micro-batches. Raises
-        StopRequested once should_stop says so.
+        StopRequested once should_stop says so, StepFailed for a log-probability that is no finite
+        number.
         """
 
         @torch.no_grad()
@@ -178,9 +179,11 @@ class Rollouts:
             batch = self.micro_batch(rows, policy).batch
             if rows[0] >= self.plan.per_step:
                 self.keep_old([rows], [policy.logprobs(batch)])
+                self._check(rows, [self.samples[row].old_logprobs for row in rows], "old")
             if with_reference:
                 with policy.reference():
                     reference = policy.logprobs(batch).cpu()  # [N,T]
+                self._check(rows, reference, "reference")
             for place, row in enumerate(rows):
                 sample = self.samples[row]
                 sample.ref_logprobs = (
@@ -201,6 +204,16 @@ class Rollouts:
         """
         if update == 0:
             self.score(policy, with_reference=self._with_reference)
+
+    def _check(self, rows: Sequence[int], logprobs: Iterable[Tensor], whose: str) -> None:
+        """Raise StepFailed for log-probabilities that are not finite. Each row's are on the CPU."""
+        for row, values in zip(rows, logprobs, strict=True):
+            if not torch.isfinite(values).all():
+                raise StepFailed(
+                    f"example {self.samples[row].example.id!r}: the {whose} log-probabilities of a"
+                    " completion are not finite numbers; the weights of the model or of its"
+                    " adapter are damaged, or too large for their precision"
+                )
 
     def set_advantages(self, advantages: Tensor) -> None:
         """Give every sample its A_i. advantages [R]: in the samples' order."""

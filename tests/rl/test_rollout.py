@@ -28,7 +28,7 @@ from engine.forward import completion_logprobs
 from engine.generate import Completion
 from engine.model import add_reference, attach_adapter, load_model
 from engine.policy import Policy
-from engine.runtime import StopRequested
+from engine.runtime import StepFailed, StopRequested
 from rl.logs import completion_rows, mismatch_metrics, rollout_metrics
 from rl.objective import ObjectiveConfig
 from rl.rewards import HardReward, NuancedReward, Reward
@@ -362,6 +362,27 @@ def score_all(rollouts: Rollouts, policy: Policy) -> None:
     with torch.no_grad(), policy.evaluating():
         batches = [rollouts.micro_batch(rows, policy).batch for rows in micro_batches]
         rollouts.keep_old(micro_batches, [policy.logprobs(batch) for batch in batches])
+
+
+@pytest.mark.parametrize(("whose", "call"), [("old", 2), ("reference", 3)])
+def test_a_log_probability_that_is_not_finite_stops_the_scoring(rollout, monkeypatch, whose, call):
+    policy, rollouts = rollout
+    # updates of two completions: the passes are reference 0, old 1, reference 1, old 2, reference 2
+    twos = fresh(rollouts, per_device_train_batch_size=2, steps_per_generation=3)
+    logprobs, calls = type(policy).logprobs, []
+
+    def poisoned(self, batch):
+        values = logprobs(self, batch)
+        calls.append(1)
+        if len(calls) == call:
+            values[1, 0] = float("nan")
+        return values
+
+    monkeypatch.setattr(type(policy), "logprobs", poisoned)
+    broken = twos.samples[3].example.id
+    match = f"example '{broken}': the {whose} log-probabilities of a completion are not finite"
+    with pytest.raises(StepFailed, match=match):
+        twos.score(policy, with_reference=True)
 
 
 def test_old_and_reference_log_probabilities_are_of_the_right_adapter(rollout):
