@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from data.answers import ANSWER_FORMATS, blocks_of, parse_answer
 from data.command_line import Parser, exit_code
+from data.console import print_errors
 from data.examples import Example, data_file, scan_jsonl
 from data.files import DataError
 from data.images import all_image_facts
@@ -228,13 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         label_set = labels_named(arguments.label_file)
     except DataError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print_errors(error.problems)
         return 2
     for spec in arguments.files:
         try:
             checked = check_file(spec, arguments.image_root, arguments.answer_format, label_set)
         except DataError as error:
-            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+            print_errors(error.problems)
             continue
         files.append(checked)
         notes = [f"note: {checked.name}: {note}" for note in checked.notes]

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import re
 import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from data.console import STDOUT, guard_console, let_go, print_errors
 
 LARGEST_SEED = 2**32 - 1  # of every command here, as numpy's
 
@@ -73,8 +75,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
     main: returns its own code (None is 0).
 
-    As a shell counts: 130 after Ctrl-C, 141 where nobody reads what is printed any more (`| head`).
+    As a shell counts: 130 after Ctrl-C, 141 where nobody reads what is printed any more (`| head`),
+    1 where it cannot be written (a full disk). What is printed is made safe for the console first.
     """
+    guard_console()
     try:
         try:
             code = main()
@@ -89,6 +93,13 @@ def exit_code(main: Callable[[], int | None]) -> int:
         if not _unread_output():
             raise  # of something else
         return 141
+    except OSError as error:
+        if error.filename != STDOUT:
+            raise  # of something else
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()  # which says so, too
+        print_errors([f"{STDOUT}: {error.strerror}"])
+        return 1
 
 
 def _unread_output() -> bool:
@@ -98,8 +109,6 @@ def _unread_output() -> bool:
         ends = select.poll()
         ends.register(stream, 0)  # nothing but errors, such as that nobody reads
         if ends.poll(0):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            let_go(stream)
             unread = True
     return unread

@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from data.command_line import Parser, exit_code, plain_integer
+from data.console import print_errors
 from data.files import MAX_PROBLEMS, DataError
 from data.images import FLAT_LEVELS, MAX_ASPECT_RATIO, MAX_PIXELS, in_parallel, scaled_to_8_bits
 
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import pydicom  # noqa: F401 - an extra, which --help does not need
     except ImportError:
-        print(f"error: {MISSING}", file=sys.stderr)
+        print_errors([MISSING])
         return 2
     try:
         if arguments.frame is not None and arguments.frame < 1:
@@ -400,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             modalities=arguments.modality,
         )
     except DataError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print_errors(error.problems)
         return 2
     done = [result for result in converted if result.row is not None]
     print(f"converted {len(done):,} of {len(converted):,} files")

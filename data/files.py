@@ -91,6 +91,10 @@ def write_json(path: str | Path, record: Any) -> None:
     """Write a JSON file whole or not at all, indented for a reader."""
     with written_whole(path) as temporary:
         text = json.dumps(record, indent=2, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a path that is not text in this locale: escaped, it stays
+            text = json.dumps(record, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 

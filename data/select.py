@@ -29,6 +29,7 @@ from typing import Any
 
 from data.chexpert import load_chexpert
 from data.command_line import exit_code
+from data.console import print_errors
 from data.draw import balance, check_disjoint, deal_patients, draw
 from data.examples import Example, row_of, selection_file
 from data.files import MAX_PROBLEMS, DataError, first_problems, written_whole
@@ -392,8 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except DataError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        print_errors(error.problems)
         return 2
     return 0
 

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
 from data.command_line import Parser, exit_code
+from data.console import print_errors
 from data.csv_text import SEPARATORS
 from data.examples import Example, row_of
 from data.files import DataError, first_problems, is_name, write_jsonl
@@ -408,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(build_parser().parse_args(argv))
     except DataError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print_errors(error.problems)
         return 2
     return 0
 

@@ -42,6 +42,7 @@ from pathlib import Path
 
 from data.answers import blocks_of, parse_answer
 from data.command_line import Parser, exit_code, plain_integer
+from data.console import print_errors
 from data.demo.teacher import trace_from_labels
 from data.examples import (
     MAX_ANSWER_CHARACTERS,
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _export(arguments) if arguments.command == "export" else _import(arguments)
     except DataError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print_errors(error.problems)
         return 2
 
 

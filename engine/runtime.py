@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from data.command_line import exit_code
+from data.console import STDOUT, print_errors
 from data.files import DataError
 from data.plain_files import open_plain, strange_entries
 from engine.adapter_files import base_of_adapter
@@ -376,16 +377,15 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
         try:
             return main()
         except correctable as error:
-            for problem in getattr(error, "problems", None) or [str(error)]:
-                print(f"error: {problem}", file=sys.stderr)
+            print_errors(getattr(error, "problems", None) or [str(error)])
             return 2
         except StepFailed as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_errors([str(error)])
             return 1
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
+            if error.errno not in DISK_ERRORS or error.filename == STDOUT:
                 raise
-            print(f"error: {disk_line(error)}", file=sys.stderr)
+            print_errors([disk_line(error)])
             return 1
         except KeyboardInterrupt:
             print(

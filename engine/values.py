@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -149,7 +150,10 @@ def checked(setting: Setting, value: Any) -> Any:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"expected UTF-8 text, got {_shown(value)}") from None
+            hint = ""
+            if sys.getfilesystemencoding() != "utf-8":
+                hint = " (this locale is not UTF-8: set PYTHONUTF8=1)"
+            raise ValueError(f"expected UTF-8 text, got {_shown(value)}{hint}") from None
     return value
 
 
