@@ -213,7 +213,7 @@ def run_command(resolved: Resolved) -> int:
             files = saved_rollouts(rollouts, monitors, run.step)
             limit, generators = config.save_total_limit, run.generators
             save_training_checkpoint(
-                folder.path, state, policy, optimizer, record, limit, generators, **files
+                folder, state, policy, optimizer, record, limit, generators, **files
             )
 
         def evaluate() -> None:

@@ -188,7 +188,7 @@ def run_command(resolved: Resolved) -> int:
 
         def save() -> None:
             limit = config.save_total_limit
-            save_training_checkpoint(folder.path, state, policy, optimizer, record, limit)
+            save_training_checkpoint(folder, state, policy, optimizer, record, limit)
 
         schedule = Schedule(
             config.total_steps(len(data.train)),

@@ -5,16 +5,21 @@ Everything in it is plain Python: commands that only read files need neither tor
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+REPLACED = ".old-"  # begins the name of what is complete and aside while it is replaced
 MAX_PROBLEMS = 20  # a message that lists more of them helps nobody
 _NAME = re.compile(r"[^\W_][\w-]*")  # names become parts of file names and of metrics
 
@@ -72,7 +77,8 @@ def named_files(
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it when the block ends without an error.
 
-    So a reader sees the old file or the new one, never a part of it, and a link at `path` is
+    So a reader sees the old file or the new one, never a part of it, also after a power cut: the
+    file is flushed to the disk before it is renamed, and its folder after. A link at `path` is
     replaced, not followed. Missing parent folders are made. After an error nothing is left behind.
     """
     path = Path(path)
@@ -82,9 +88,99 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         yield temporary
+        flush_to_disk(temporary)
         os.replace(temporary, path)
+        flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(path: str | Path) -> Iterator[Path]:
+    """Give an empty folder beside `path`, which takes its place when the block ends without error.
+
+    As `written_whole` does for a file. A folder that is there already is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for inner in temporary.rglob("*"):
+            flush_to_disk(inner)
+        flush_to_disk(temporary)
+        replace_folder(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Rename a complete folder into its place, and remove the one that was there.
+
+    The two are exchanged in one step. Where the file system cannot, the old one has another name,
+    that begins with REPLACED, between two renames, because a folder that is not empty cannot be
+    replaced in one call.
+    """
+    aside = path.with_name(REPLACED + path.name)
+    if os.path.lexists(path) and exchange(temporary, path):
+        flush_to_disk(path.parent)
+        remove(temporary)  # which holds the old one now
+        return
+    if os.path.lexists(path):
+        remove(aside)
+        os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(path):
+            os.rename(aside, path)
+        raise
+    flush_to_disk(path.parent)
+    remove(aside)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file or a folder to the disk, so that what is there survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap what two names stand for in one step, which no end of a process can part.
+
+    Returns False, and changes nothing, where the system or the file system cannot, and where one of
+    the two is not there. Python has no function for it, so Linux's own is called.
+    """
+    call = _renameat2()
+    if call is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+
+
+@lru_cache
+def _renameat2() -> Any:
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
 
 
 def write_json(path: str | Path, record: Any) -> None:

@@ -28,6 +28,7 @@ _MODES = {
 }
 # How the hub's cache shows a file: all of a snapshot are links to the files beside it, by hash.
 _HUB_LINK = re.compile(r"\.\./\.\./blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
+_CHECKPOINT = re.compile(r"checkpoint-(?:0|[1-9][0-9]{0,11})")
 _DEEPEST = 20  # folders in folders; a run has two
 
 
@@ -141,6 +142,5 @@ def strange_entries(
 
 
 def is_checkpoint_name(name: Any) -> bool:
-    """Check that a name is checkpoint-<step>, in plain digits."""
-    digits = name.removeprefix("checkpoint-") if isinstance(name, str) else ""
-    return digits.isascii() and digits.isdigit() and len(digits) <= 12 and name != digits
+    """Check that a name is checkpoint-<step>, in plain digits, so that no two are of one step."""
+    return isinstance(name, str) and _CHECKPOINT.fullmatch(name) is not None

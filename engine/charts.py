@@ -92,6 +92,12 @@ class ChartWriters:
             for curve, tag, value in chart.points(logged):
                 self._writer(curve).add_scalar(tag, value, step)
 
+    def flush(self) -> None:
+        """Write what is waiting. The run's own writer is not flushed."""
+        for name, writer in self._writers.items():
+            if name != ITSELF:
+                writer.flush()
+
     def close(self) -> None:
         """Close the curves' writers. The run's own stays open."""
         for name, writer in self._writers.items():

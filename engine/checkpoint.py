@@ -3,7 +3,9 @@
 A checkpoint is a directory `checkpoint-<step>/` of safetensors and JSON files (nothing is ever
 unpickled), with a `manifest.json` of their sizes and SHA-256. It is written under a name that
 starts with `.tmp-`, flushed to the disk and renamed last. So a run that dies at any point leaves
-its earlier checkpoints as they were.
+its earlier checkpoints as they were. A checkpoint of the same step is exchanged for the new one in
+one step. Where the file system cannot, it is `.old-checkpoint-<step>` between two renames, and
+counts as the checkpoint while that is missing.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from data.files import REPLACED, flush_to_disk, remove, replace_folder
 from data.plain_files import is_checkpoint_name, is_plain, open_plain, parse_record, read_plain
 from engine.config import UsageError
 from engine.free_memory import free_on_host
@@ -32,10 +35,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"  # incomplete or being deleted: never read, removed by clean_leftovers
-_REPLACED = ".old-"  # complete, aside while a checkpoint of the same step takes its place
 _SUFFIXES = (".safetensors", ".json")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(?:safetensors|json)")
 _LARGEST_MANIFEST = 16 * 2**20  # bytes; one of a run has some 2,000
+RUN_ID = "run_id"  # in config.json and in the notes of a manifest
+OTHER_RUN = "is of another run"
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +48,27 @@ class CheckpointError(UsageError):
     """Report a checkpoint that is missing, damaged, or does not fit what it is loaded into."""
 
 
+def checkpoint_step(name: str) -> int | None:
+    """Read the step in the name of a checkpoint's folder, None for a name that is none."""
+    return int(name.removeprefix("checkpoint-")) if is_checkpoint_name(name) else None
+
+
+def standing_place(path: Path) -> Path:
+    """Find the folder that holds a checkpoint's files: its own, or the one that it is aside in.
+
+    path: of the checkpoint, or of a link to it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path
+    own = path.resolve()
+    aside = own.with_name(REPLACED + own.name)
+    return aside if checkpoint_step(own.name) is not None and aside.is_dir() else path
+
+
 # ---- save ----------------------------------------------------------------------------------------
-# This file does not use data.files.written_whole: a checkpoint is a directory, and its files and
-# the rename itself are flushed to the disk (fsync), so that it also survives a power cut.
+# This file does not use data.files.written_folder: the hashes are taken from memory, not from what
+# the disk gives back.
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -96,8 +118,8 @@ def save_checkpoint(
         manifest = {"step": step, "files": entries, "notes": dict(notes or {})}
         # The manifest is written last, so where it is, all other files are complete.
         _write(temporary / MANIFEST, _to_json(manifest))
-        _sync_directory(temporary)
-        _publish(temporary, final)
+        flush_to_disk(temporary)
+        replace_folder(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
@@ -144,37 +166,6 @@ def _write(path: Path, payload: bytes) -> dict[str, Any]:
     return {"size": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a directory.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename a complete checkpoint into place.
-
-    A directory that is not empty cannot be replaced in one call, so an old one steps aside first.
-    """
-    replaced = final.with_name(_REPLACED + final.name)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    try:
-        os.rename(temporary, final)
-    except BaseException:
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        raise
-    _sync_directory(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 # ---- load ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Checkpoint:
@@ -183,6 +174,11 @@ class Checkpoint:
     path: Path
     step: int
     manifest: dict[str, Any]
+
+    @property
+    def place(self) -> Path:
+        """Return the folder that holds the files now, also while another one replaces it."""
+        return standing_place(self.path)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read `<name>.safetensors`. Raises CheckpointError where the checkpoint has none."""
@@ -218,7 +214,7 @@ class Checkpoint:
                 " free"
             )
         try:
-            return read_plain(self.path / name, size)
+            return read_plain(self.place / name, size)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path / name}: cannot be read: {error.strerror}"
@@ -243,28 +239,57 @@ def fitting(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """Check every listed file's size and SHA-256, and return what is wrong, one line a file."""
+    """Check a checkpoint's files, step and run, and return what is wrong, one line a problem."""
+    place = standing_place(path)
     try:
-        manifest = parse_record(read_plain(Path(path) / MANIFEST, _LARGEST_MANIFEST))
-        files = {
-            name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
-        }
-        if any(
-            type(number) is not int
-            for number in (manifest["step"], *(size for size, _ in files.values()))
-        ):
-            raise TypeError("the step and every size must be integers")
+        manifest = _read_manifest(place)
     except OSError as error:
         return [f"{MANIFEST}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: is not a checkpoint's manifest ({type(error).__name__}: {error})"]
-    named = Path(path).resolve().name
+    named = _own_path(place).name
     if is_checkpoint_name(named) and named != f"checkpoint-{manifest['step']}":
         return [f"{MANIFEST}: is of step {manifest['step']:,}, so the folder is not {named}"]
+    own = run_id(place.parent)
+    if own is not None and (manifest["notes"].get(RUN_ID) or "") != own:
+        return [f"{MANIFEST}: {OTHER_RUN} than config.json beside it"]
     problems = (
-        _file_problem(Path(path), name, size, sha256) for name, (size, sha256) in files.items()
+        _file_problem(place, name, entry["size"], entry["sha256"])
+        for name, entry in manifest["files"].items()
     )
     return [problem for problem in problems if problem]
+
+
+def _read_manifest(place: Path) -> dict[str, Any]:
+    """Read a manifest and check its form. Raises any of the errors that a damaged one can cause."""
+    found = parse_record(read_plain(place / MANIFEST, _LARGEST_MANIFEST))
+    manifest = {"notes": {}} | found
+    sizes = [entry["size"] for entry in manifest["files"].values()]
+    if any(type(number) is not int for number in (manifest["step"], *sizes)):
+        raise TypeError("the step and every size must be integers")
+    if not all(isinstance(entry["sha256"], str) for entry in manifest["files"].values()):
+        raise TypeError("every SHA-256 must be text")
+    if not isinstance(manifest["notes"], dict):
+        raise TypeError("the notes must be an object")
+    return manifest
+
+
+def _own_path(place: Path) -> Path:
+    """Return the path that a checkpoint has or had, whether or not it stands aside."""
+    place = place.resolve()
+    return place.with_name(place.name.removeprefix(REPLACED))
+
+
+def run_id(run_dir: Path) -> str | None:
+    """Read which run a folder belongs to, from its config.json.
+
+    "" for a run of an earlier version, which has no id, and None where nothing tells.
+    """
+    try:
+        record = parse_record(read_plain(Path(run_dir) / "config.json"))
+        return str(record.get(RUN_ID) or "")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | None:
@@ -272,11 +297,11 @@ def _file_problem(directory: Path, name: str, size: int, sha256: str) -> str | N
         said = ascii(name)[1:-1][:80]
         return f"{said}: is not a plain name ending in {' or '.join(_SUFFIXES)}, so it is not read"
     path = directory / name
-    if not is_plain(path):
-        return f"{name}: is a link" if path.is_symlink() else f"{name}: is missing"
-    if path.stat().st_size != size:
-        return f"{name}: has {path.stat().st_size:,} bytes, the manifest says {size:,}"
     try:
+        if not is_plain(path):
+            return f"{name}: is a link" if path.is_symlink() else f"{name}: is missing"
+        if path.stat().st_size != size:
+            return f"{name}: has {path.stat().st_size:,} bytes, the manifest says {size:,}"
         with open_plain(path) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -291,33 +316,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError with one line for each file that is missing, truncated or altered.
     """
-    path = Path(path)
-    if not path.is_dir():
+    place = standing_place(path)
+    if not place.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
-    problems = verify_checkpoint(path)
+    problems = verify_checkpoint(place)
     if problems:
         raise CheckpointError([f"{path}: {problem}" for problem in problems])
-    manifest = parse_record(read_plain(path / MANIFEST, _LARGEST_MANIFEST))
-    return Checkpoint(path.resolve(), manifest["step"], manifest)
+    manifest = _read_manifest(place)
+    return Checkpoint(_own_path(place), manifest["step"], manifest)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List a run's checkpoint directories, valid or not, lowest step first.
 
-    The list is empty where there is no run.
+    One that stands aside while it is replaced is listed by its own name. Links and files are not
+    listed. The list is empty where there is no run.
     """
     if not Path(run_dir).is_dir():
         return []
-    found = [
-        path
+    found = {
+        path.with_name(name)
         for path in Path(run_dir).iterdir()
-        if is_checkpoint_name(path.name) and path.is_dir() and not path.is_symlink()
-    ]
+        if checkpoint_step(name := path.name.removeprefix(REPLACED)) is not None
+        and path.is_dir()
+        and not path.is_symlink()
+        and (name == path.name or not os.path.lexists(path.with_name(name)))
+    }
     return sorted(found, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
+    step = checkpoint_step(path.name)
+    assert step is not None, path
+    return step
 
 
 def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -382,22 +413,35 @@ def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:
 def clean_leftovers(run_dir: Path) -> list[Path]:
     """Remove what a killed run left half-written, and return what was removed.
 
-    A checkpoint that was being replaced is put back.
+    What was being replaced is put back.
     """
     removed = []
     for path in sorted(Path(run_dir).iterdir()):
-        final = path.with_name(path.name.removeprefix(_REPLACED))
-        replaced = path.name.startswith(_REPLACED) and is_checkpoint_name(final.name)
-        if replaced and not final.exists():
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if path.name.startswith(REPLACED) and not os.path.lexists(final):
             os.rename(path, final)
-        elif path.name.startswith((_TEMPORARY, _REPLACED)):
-            (
-                shutil.rmtree(path, ignore_errors=True)
-                if path.is_dir() and not path.is_symlink()
-                else path.unlink()
-            )
+        elif path.name.startswith((_TEMPORARY, REPLACED)):
+            remove(path)
             removed.append(path)
     return removed
+
+
+def settle_checkpoints(run_dir: Path, last: Path, best: str | None, limit: int | None) -> None:
+    """Point the links `last` and `best`, and delete old checkpoints beyond `limit`.
+
+    last: the checkpoint at which the run stands. best: the name of the best one, None for none.
+    """
+    point_link(run_dir, "last", last)
+    point_best(run_dir, best)
+    rotate_checkpoints(run_dir, limit, keep={last} | ({run_dir / best} if best else set()))
+
+
+def point_best(run_dir: Path, best: str | None) -> None:
+    """Point the link `best` to the checkpoint of that name, or remove it where there is none."""
+    if best is not None and (run_dir / best).is_dir():
+        point_link(run_dir, "best", run_dir / best)
+    elif (run_dir / "best").is_symlink():
+        (run_dir / "best").unlink()
 
 
 def point_link(run_dir: Path, name: str, target: Path) -> None:

@@ -247,7 +247,7 @@ def policy_to_fine_tune(
 
     Raises UsageError where the model or the adapter cannot be used.
     """
-    start = checkpoint.path if checkpoint else config.adapter_name_or_path
+    start = checkpoint.place if checkpoint else config.adapter_name_or_path
     base = _base_for(config, device, start, encoder)
     dropout = config.lora_dropout
     if start:

@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from data.examples import selection_file
-from data.files import sha256_of
+from data.files import sha256_of, written_folder, written_whole
 from data.plain_files import is_plain, parse_record, read_plain
 from data.sets import TRAIN, DataSets
 from engine.charts import FOLDER
 from engine.checkpoint import (
+    OTHER_RUN,
+    RUN_ID,
     Checkpoint,
     CheckpointError,
+    checkpoint_step,
     latest_valid_checkpoint,
     load_checkpoint,
-    point_link,
+    standing_place,
 )
 from engine.config import Resolved, UsageError, from_json, to_json
 from engine.model_checks import base_hashes
@@ -140,10 +144,12 @@ def find_checkpoint(named: str) -> tuple[Checkpoint, list[str]]:
     Raises CheckpointError naming the damaged file.
     """
     path = Path(named)
-    if not path.is_dir():
+    if not standing_place(path).is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {named}: no such folder")
+    if path.is_symlink() and checkpoint_step(path.name) is not None:
+        raise CheckpointError(f"--resume_from_checkpoint {named}: is a link, so it is not read")
     resolved = path.resolve()  # `last` and `best` are links
-    if resolved.name.startswith("checkpoint-"):
+    if checkpoint_step(resolved.name) is not None:
         here = Path.cwd()
         found = load_checkpoint(
             resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
@@ -171,7 +177,8 @@ def checkpoint_to_resume(named: str | None) -> Checkpoint | None:
         return None
     checkpoint, rejected = find_checkpoint(named)
     for line in rejected:
-        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+        kind = "a checkpoint" if OTHER_RUN in line else "a damaged checkpoint"
+        print(f"passed over {kind}: {line}", file=sys.stderr)
     return checkpoint
 
 
@@ -229,7 +236,7 @@ def resumed_folder(named: str | None, output_dir: str | None) -> Path | None:
     if named is None:
         return None
     path = Path(named).resolve()  # `last` and `best` are links
-    folder = path.parent if path.name.startswith("checkpoint-") else path
+    folder = path if checkpoint_step(path.name) is None else path.parent
     return folder if output_dir is None or Path(output_dir).resolve() == folder else None
 
 
@@ -282,7 +289,8 @@ def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str
     for name, entry in memory_cuts(checkpoint).items():
         if settings[name]["value"] == entry["value"]:
             settings[name] = entry
-    return record | {"recipe": saved["recipe"], "settings": settings}
+    of_run = {name: saved[name] for name in ("recipe", RUN_ID) if name in saved}
+    return record | of_run | {"settings": settings}
 
 
 def training_record(
@@ -321,7 +329,7 @@ def training_record(
                 "patients": len({example.patient_id for example in examples}),
             }
     if checkpoint is None:
-        return record
+        return record | {RUN_ID: uuid.uuid4().hex}
     record = continued_record(checkpoint, record)
     if "reference" in checkpoint.record("config.json"):
         record["reference"] = check_same_reference(checkpoint)
@@ -392,12 +400,12 @@ def _changed_base(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     return f"{now['name']}: {file} is another one (SHA-256 {sums[0]}, was {sums[1]})"
 
 
-def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
+def bring_logs(checkpoint: Checkpoint, run_dir: Path, best: str | None) -> None:
     """Copy an earlier run's logs and results into the folder where it goes on, so that it is whole.
 
-    This checkpoint and the best one come along. Nothing is done where the folder stays the same.
-    Raises UsageError where there is something in the earlier folder that no run leaves: a link, a
-    pipe.
+    This checkpoint comes along, and the one of the name `best`. Nothing is done where the folder
+    stays the same. Raises UsageError where there is something in the earlier folder that no run
+    leaves: a link, a pipe.
     """
     source = checkpoint.path.parent
     if source.resolve() == run_dir.resolve():
@@ -406,23 +414,15 @@ def bring_logs(checkpoint: Checkpoint, run_dir: Path) -> None:
     events = ("events.out.tfevents.*", f"{FOLDER}/*/events.out.tfevents.*")
     for pattern in (*STEP_LOGS, *events, "predictions-*.jsonl", "scores-*.json"):
         for path in source.glob(pattern):
-            copy = run_dir / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy, follow_symlinks=False)
-    for name in ("reference", "start", "start-vote"):  # what GRPO began with
-        if (source / name).is_dir():
-            shutil.copytree(source / name, run_dir / name, symlinks=True, dirs_exist_ok=True)
-    for link, name in (
-        ("last", checkpoint.path.name),
-        ("best", checkpoint.record("trainer_state.json")["best_model_checkpoint"]),
-    ):
-        if name is None or not (source / name).is_dir():
-            continue
-        if not (run_dir / name).exists():
-            temporary = run_dir / f".tmp-{name}"
-            shutil.copytree(source / name, temporary, symlinks=True)
-            os.rename(temporary, run_dir / name)
-        point_link(run_dir, link, run_dir / name)
+            with written_whole(run_dir / path.relative_to(source)) as copy:
+                shutil.copyfile(path, copy, follow_symlinks=False)
+    # what GRPO began with, the best checkpoint, and last the one that the run goes on from
+    names = ("reference", "start", "start-vote", best or "", checkpoint.path.name)
+    for name in filter(None, names):
+        place = standing_place(source / name)
+        if place.is_dir():
+            with written_folder(run_dir / name) as copy:
+                shutil.copytree(place, copy, symlinks=True, dirs_exist_ok=True)
 
 
 # ---- the frozen reference of GRPO ----------------------------------------------------------------
@@ -433,10 +433,8 @@ def keep_reference(save: Callable[[Path], None], run_dir: Path) -> dict[str, str
 
     save: writes the adapter's files into a folder.
     """
-    temporary = run_dir / ".tmp-reference"
-    temporary.mkdir()
-    save(temporary)
-    os.rename(temporary, run_dir / "reference")
+    with written_folder(run_dir / "reference") as temporary:
+        save(temporary)
     return _reference_hashes(run_dir / "reference")
 
 

@@ -6,6 +6,7 @@ Nothing here touches a gradient.
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -19,7 +20,12 @@ import torch
 from data.examples import Example
 from data.files import write_json
 from data.sets import write_bad_images
-from engine.checkpoint import Checkpoint, clean_leftovers, set_later_checkpoints_aside
+from engine.checkpoint import (
+    Checkpoint,
+    clean_leftovers,
+    set_later_checkpoints_aside,
+    settle_checkpoints,
+)
 from engine.model_files import EMBEDDED
 from engine.out_of_memory import Cut
 from engine.resume import OUT_OF_MEMORY, base_record, bring_logs, keep_reference, run_folder
@@ -39,6 +45,9 @@ class TrainerState:
     evaluations_without_improvement: int = 0
     num_tokens: int = 0  # of prompts and completions so far
     evaluated_step: int = -1  # the last step whose evaluation was finished
+    # {checkpoint: what the best is chosen by}, of the evaluations that measured it
+    evaluations: dict[str, float] = field(default_factory=dict)
+    greater_is_better: bool = True
     log_history: list[dict[str, Any]] = field(default_factory=list)
     # of the steps since the last log, where logging_steps > 1
     unlogged_metrics: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +57,10 @@ class TrainerState:
 
         metric: what the best checkpoint is chosen by. None (not measured) and NaN never are best.
         """
+        self.greater_is_better = greater_is_better
+        if metric is not None and math.isfinite(metric):
+            # anew, so that a copy of the state keeps what it had
+            self.evaluations = self.evaluations | {f"checkpoint-{self.global_step}": metric}
         if metric is None or metric != metric:
             better = False
         elif self.best_metric is None:
@@ -364,6 +377,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in self.stateful.items()}
         random, logged = rng_to_tensors(self.generators), len(self.state.log_history)
         self._before = _Before(random, parts, state, logged, self._saved)
+        self.log.begin()
         self._saved = False
 
     def _undo(self) -> None:
@@ -376,6 +390,7 @@ class Run:
         for name, value in before.state.items():
             setattr(self.state, name, value)
         del self.state.log_history[before.log_length :]
+        self.log.undo()
         self.metrics = MetricAccumulator(self.state.unlogged_metrics)
         self._saved = before.saved
 
@@ -425,8 +440,12 @@ def opened_run(
     with lock_run(folder), SignalGuard() as signals:
         clean_leftovers(folder)
         if checkpoint is not None:
-            bring_logs(checkpoint, folder)
+            bring_logs(checkpoint, folder, state.best_model_checkpoint)
             set_later_checkpoints_aside(folder, checkpoint.step)
+            limit = record["settings"]["save_total_limit"]["value"]
+            # again, because the earlier process may have ended before it came to it
+            last, best = folder / checkpoint.path.name, state.best_model_checkpoint
+            settle_checkpoints(folder, last, best, limit)
         elif reference is not None:
             record["reference"] = keep_reference(reference, folder)
         if record.get("base") == {}:  # a hub model has come with its weights only now
@@ -437,7 +456,10 @@ def opened_run(
         write_json(folder / "config.json", record)
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step
-        with RunLogger(folder, resume_step=resume_step, log_history=state.log_history) as log:
+        marks = None if checkpoint is None else checkpoint.manifest["notes"].get("logs")
+        with RunLogger(
+            folder, resume_step=resume_step, log_history=state.log_history, marks=marks
+        ) as log:
             yield RunFolder(folder, log, signals, script, record)
 
 

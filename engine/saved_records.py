@@ -19,6 +19,7 @@ from engine.checkpoint import Checkpoint, CheckpointError
 from engine.model_files import ADAPTER_FILES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _BASE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _LARGEST_COUNT = 10**15  # of steps, tokens or bytes
 
@@ -107,6 +108,9 @@ _CONFIG: dict[str, Check] = {
     "data": _mapped(is_name, _object({"file": lambda v: isinstance(v, str), "sha256": _sum})),
     "bad_images": _optional(_mapped(is_name, _listed(lambda row: isinstance(row, dict)))),
     "reference": _optional(_mapped(lambda name: name in ADAPTER_FILES, _sum)),
+    "run_id": _optional(
+        lambda value: isinstance(value, str) and _RUN_ID.fullmatch(value) is not None
+    ),
     "base": lambda value: value in (None, {}) or _object(_BASE)(value),
 }
 _BASE: dict[str, Check] = {
@@ -122,6 +126,8 @@ _NEW_STATE = {
     "evaluations_without_improvement": 0,
     "num_tokens": 0,
     "evaluated_step": -1,
+    "evaluations": {},
+    "greater_is_better": True,
     "log_history": [],
     "unlogged_metrics": {},
 }
@@ -133,6 +139,8 @@ _STATE: dict[str, Check] = {
     "evaluations_without_improvement": _count,
     "num_tokens": _count,
     "evaluated_step": lambda value: value == -1 or _count(value),
+    "evaluations": _mapped(is_checkpoint_name, _number),
+    "greater_is_better": lambda value: isinstance(value, bool),
     "log_history": _listed(lambda row: isinstance(row, dict) and _count(row.get("step"))),
     "unlogged_metrics": _mapped(lambda name: True, _metric),
 }

@@ -14,24 +14,26 @@ from safetensors.torch import save_file
 
 from data.files import write_json, written_whole
 from engine.checkpoint import (
+    RUN_ID,
     Checkpoint,
+    CheckpointError,
     fitting,
     load_checkpoint,
-    point_link,
-    rotate_checkpoints,
+    point_best,
     save_checkpoint,
+    settle_checkpoints,
 )
 from engine.model import adapter_config_record, adapter_state, load_adapter_state
 from engine.model_files import ADAPTER_FILES
 from engine.policy import Policy
-from engine.run import TrainerState
+from engine.run import RunFolder, TrainerState
 from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
 
 logger = logging.getLogger(__name__)
 
 
 def save_training_checkpoint(
-    folder: Path,
+    folder: RunFolder,
     state: TrainerState,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -52,8 +54,9 @@ def save_training_checkpoint(
     """
     optimizer_tensors, optimizer_record = optimizer_to_tensors(optimizer)
     rng_tensors, rng_record = rng_to_tensors(generators)
+    notes = {name: config_record[name] for name in ("reference", RUN_ID) if name in config_record}
     path = save_checkpoint(
-        folder,
+        folder.path,
         state.global_step,
         tensors={
             "adapter_model": adapter_state(policy.adapted),
@@ -69,13 +72,9 @@ def save_training_checkpoint(
             "config.json": config_record,
             **(records or {}),
         },
-        notes={"reference": config_record["reference"]} if "reference" in config_record else None,
+        notes=notes | {"logs": folder.log.marks()},
     )
-    point_link(folder, "last", path)
-    best = folder / state.best_model_checkpoint if state.best_model_checkpoint else None
-    if best is not None and best.is_dir():
-        point_link(folder, "best", best)
-    rotate_checkpoints(folder, limit, keep={path} | ({best} if best else set()))
+    settle_checkpoints(folder.path, path, state.best_model_checkpoint, limit)
 
 
 def restore(
@@ -97,20 +96,17 @@ def restore(
         load_optimizer(optimizer, checkpoint.tensors("optimizer"), saved)
         load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
         state = TrainerState(**checkpoint.record("trainer_state.json"))
-    best = state.best_model_checkpoint
-    if best is not None and not (checkpoint.path.parent / best).is_dir():
-        logger.warning(
-            "the best checkpoint so far, %s, is gone: the best is chosen among later ones", best
-        )
-        state.best_metric = state.best_model_checkpoint = None
+    sound_best(checkpoint.path.parent, state)
     return state
 
 
 def save_final_adapter(folder: Path, state: TrainerState, policy: Policy) -> None:
     """Write the run's result at the top of its folder, as plain peft loads it.
 
-    The presence of adapter_model.safetensors there says that the run has finished.
+    The presence of adapter_model.safetensors there says that the training has finished.
     """
+    sound_best(folder, state)
+    point_best(folder, state.best_model_checkpoint)
     write_json(folder / "trainer_state.json", asdict(state))
     save_adapter(policy, folder)
 
@@ -140,14 +136,49 @@ def save_adapter(policy: Policy, folder: Path) -> None:
         save_file(tensors, temporary, {"format": "pt"})
 
 
-def load_best_adapter(folder: Path, state: TrainerState, policy: Policy) -> str | None:
-    """Put the best checkpoint's adapter into the policy.
+def sound_best(folder: Path, state: TrainerState) -> Checkpoint | None:
+    """Find the best checkpoint of a run, or where it is damaged or gone the next best that is not.
 
-    Returns the checkpoint's name, or None where no evaluation chose one.
+    Then it says so in a warning, and `state` names the one that was found. Returns None where no
+    evaluation chose one, or no checkpoint that was evaluated is left.
     """
-    if state.best_model_checkpoint is None:
+    best = state.best_model_checkpoint
+    if best is None:
         return None
-    checkpoint = load_checkpoint(folder / state.best_model_checkpoint)
+    others = sorted(state.evaluations, key=state.evaluations.__getitem__)
+    problem = ""
+    for name in dict.fromkeys([best, *(reversed(others) if state.greater_is_better else others)]):
+        try:
+            found = load_checkpoint(folder / name)
+        except CheckpointError as error:
+            problem = problem or error.problems[0]
+            continue
+        if name != best:
+            state.best_model_checkpoint, state.best_metric = name, state.evaluations[name]
+            logger.warning(
+                "the best checkpoint, %s, cannot be used (%s): the next best, %s, takes its place",
+                best,
+                problem,
+                name,
+            )
+        return found
+    logger.warning(
+        "the best checkpoint, %s, cannot be used (%s), and no other that was evaluated is there",
+        best,
+        problem,
+    )
+    state.best_metric = state.best_model_checkpoint = None
+    return None
+
+
+def load_best_adapter(folder: Path, state: TrainerState, policy: Policy) -> str | None:
+    """Put the best checkpoint's adapter into the policy, by `sound_best`.
+
+    Returns the checkpoint's name. It is None, and the policy stays as it is, where there is none.
+    """
+    checkpoint = sound_best(folder, state)
+    if checkpoint is None:
+        return None
     load_adapter_state(
         policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
     )

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.files import written_whole
 from data.plain_files import LARGEST_LOG_LINE, open_plain
-from engine.charts import Chart, ChartWriters, layout
+from engine.charts import FOLDER, Chart, ChartWriters, layout
 from engine.runtime import STEP_LOGS
 
 logger = logging.getLogger(__name__)
@@ -142,10 +142,10 @@ def _combine(weighted: list[tuple[float, float]], reduction: str) -> float:
 class RunLogger:
     """Write one run's metrics to `metrics.jsonl`, TensorBoard and `log_history`.
 
-    `log_history` is the list in HF's trainer_state.json. With `resume_step`, lines of later steps
-    are first moved to `<name>.after-<step>.jsonl`, with evaluations of that step that the history
-    does not have: they are made again. TensorBoard is told to drop its points after that step. So
-    no step appears twice and nothing is lost.
+    `log_history` is the list in HF's trainer_state.json. A checkpoint keeps how long the logs were
+    (`marks`). With `resume_step`, what was logged after that is taken out first: lines go to
+    `<name>.after-<step>.jsonl`, points of TensorBoard are cut off. So what a resumed run does again
+    is logged once, wherever the earlier process ended.
     """
 
     def __init__(
@@ -154,18 +154,29 @@ class RunLogger:
         *,
         resume_step: int | None = None,
         log_history: Sequence[Mapping[str, Any]] = (),
+        marks: Mapping[str, Any] | None = None,
     ):
+        """Open the logs of a new run, or of one that goes on.
+
+        resume_step: the step that the run goes on from. log_history: what it had logged by then.
+        marks: `marks` of then, None where a checkpoint of an earlier version has none. Then lines
+        of later steps alone are taken out, and TensorBoard drops its later points itself.
+        """
         self.run_dir = Path(run_dir)
         self.log_history = [dict(entry) for entry in log_history]
         self._warned: set[str] = set()
-        # Evaluations that were logged before and are made again: TensorBoard has their points.
-        self._repeated: set[tuple[int, str | None]] = set()
         # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
+        self._begun: dict[str, int] = {}
+        self._is_undone = False
         if resume_step is not None:
             for name in STEP_LOGS:
                 with self._degrading(name):
-                    set_later_lines_aside(self.run_dir / name, resume_step, self._to_repeat)
+                    size = None if marks is None else marks.get(name, 0)
+                    set_later_lines_aside(self.run_dir / name, resume_step, size)
+            if marks is not None:
+                with self._degrading("TensorBoard"):
+                    cut_events(self.run_dir, marks)
         self._resumed = resume_step is not None
         # A new run marks its start too, because TensorBoard takes only a second mark for a restart
         # and drops nothing at the first.
@@ -201,8 +212,6 @@ class RunLogger:
         prefix = _history_prefix(split, dataset)
         entry = {f"{prefix}{name}": value for name, value in finite.items()} | {"step": step}
         self.log_history.append(entry if epoch is None else entry | {"epoch": epoch})
-        if split == "eval" and (step, dataset) in self._repeated:
-            return
         folder = f"{split}/{dataset}" if dataset else split
         tagged = {
             name if name.startswith("monitors/") else f"{folder}/{name}": value
@@ -213,18 +222,6 @@ class RunLogger:
         if self._charts is not None and self._tensorboard is not None:
             with self._into_tensorboard():
                 self._charts.write(tagged, step)
-
-    def _to_repeat(self, line: Mapping[str, Any]) -> bool:
-        """Tell whether a line is of an evaluation that the history does not have."""
-        if line.get("split") != "eval":
-            return False
-        names = {_history_prefix("eval", line.get("dataset")) + name for name in line}
-        if any(
-            entry["step"] == line["step"] and names & entry.keys() for entry in self.log_history
-        ):
-            return False
-        self._repeated.add((line["step"], line.get("dataset")))
-        return True
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Log Markdown to TensorBoard.
@@ -256,6 +253,33 @@ class RunLogger:
     def append_jsonl(self, filename: str, rows: Iterable[Mapping[str, Any]], step: int) -> None:
         """Append rows to a file of the run, each as {"step": step, **row}."""
         self._append(filename, [{"step": step} | dict(row) for row in rows])
+
+    def begin(self) -> None:
+        """Note where the logs stand, before a step or an evaluation that may be undone."""
+        self._begun, self._is_undone = self._measured(), False
+
+    def undo(self) -> None:
+        """Let the next checkpoint keep nothing that was logged since `begin`."""
+        self._is_undone = True
+
+    def marks(self) -> dict[str, int]:
+        """Tell how long the logs are -> {file: bytes}, without what was undone.
+
+        A checkpoint keeps it.
+        """
+        return self._begun if self._is_undone else self._measured()
+
+    def _measured(self) -> dict[str, int]:
+        self._to_tensorboard("flush")
+        if self._charts is not None and self._tensorboard is not None:
+            with self._into_tensorboard():
+                self._charts.flush()
+        files = [self.run_dir / name for name in STEP_LOGS] + event_files(self.run_dir)
+        return {
+            str(path.relative_to(self.run_dir)): path.stat().st_size
+            for path in files
+            if path.is_file()
+        }
 
     def close(self) -> None:
         """Flush and close TensorBoard's files."""
@@ -326,12 +350,30 @@ def _history_prefix(split: str, dataset: str | None) -> str:
     return "" if split == "train" else f"{split}_{dataset}_" if dataset else f"{split}_"
 
 
-def set_later_lines_aside(
-    path: Path, step: int, to_repeat: Callable[[Mapping[str, Any]], bool] = lambda line: False
-) -> int:
+def event_files(run_dir: Path) -> list[Path]:
+    """List TensorBoard's files of a run, those of its charts too."""
+    events = "events.out.tfevents.*"
+    return [*run_dir.glob(events), *run_dir.glob(f"{FOLDER}/*/{events}")]
+
+
+def cut_events(run_dir: Path, marks: Mapping[str, Any]) -> None:
+    """Cut off what TensorBoard's files got after `marks` were taken, and remove later files."""
+    for path in event_files(run_dir):
+        size = marks.get(str(path.relative_to(run_dir)))
+        if type(size) is not int or size <= 0:
+            path.unlink()
+        elif path.stat().st_size > size:
+            os.truncate(path, size)
+    for folder in run_dir.glob(f"{FOLDER}/*/"):
+        with contextlib.suppress(OSError):  # it still has points
+            folder.rmdir()
+
+
+def set_later_lines_aside(path: Path, step: int, size: Any = None) -> int:
     """Move the lines of later steps, and torn lines, of a JSONL log to `<name>.after-<step>.jsonl`.
 
-    step: the last step whose lines stay. to_repeat: tells which of its lines go all the same.
+    step: the last step whose lines stay. size: the bytes after which no line stays, None where that
+    is not known. A size at which no line ends, as of a file that was edited, is not used.
 
     The lines are appended there first and then taken out of `path` by an atomic replace, so none is
     lost. Returns how many moved.
@@ -339,7 +381,8 @@ def set_later_lines_aside(
     if not os.path.lexists(path):
         return 0
     aside = path.with_name(f"{path.stem}.after-{step}.jsonl")
-    moved = 0
+    end = size if size is not None and _ends_a_line(path, size) else math.inf
+    moved = place = 0
     with (
         written_whole(path) as temporary,
         open_plain(path) as source,
@@ -348,12 +391,11 @@ def set_later_lines_aside(
     ):
         later = None
         while line := source.readline(LARGEST_LOG_LINE):
+            place += len(line)
             # The last line may be torn exactly before its newline.
             line = line.rstrip(b"\n") + b"\n"
             row = _row_of(line)
-            if row is not None and (
-                row["step"] < step or row["step"] == step and not to_repeat(row)
-            ):
+            if row is not None and row["step"] <= step and place <= end:
                 kept.write(line)
                 continue
             later = later or stack.enter_context(open_plain(aside, "ab"))
@@ -363,6 +405,15 @@ def set_later_lines_aside(
             file.flush()
             os.fsync(file.fileno())
     return moved
+
+
+def _ends_a_line(path: Path, size: Any) -> bool:
+    """Tell whether a line of a file ends after `size` bytes."""
+    with open_plain(path) as file:
+        if type(size) is not int or not 0 <= size <= os.fstat(file.fileno()).st_size:
+            return False
+        file.seek(max(0, size - 1))
+        return size == 0 or bool(file.read(1) == b"\n")
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:

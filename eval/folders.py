@@ -38,6 +38,7 @@ from data.plain_files import (
 from data.predictions import Prediction, first_label_set, iter_predictions, write_predictions
 from data.prompt_files import prompt_name
 from engine.adapter_settings import shown
+from engine.checkpoint import checkpoint_step
 from engine.config import UsageError, from_json
 from engine.model_files import EMBEDDED
 from eval.metrics import jaccard_per_image, patient_totals
@@ -596,13 +597,13 @@ def _best_and_last(training: Path | None) -> tuple[int | None, int | None]:
 def _run_of(adapter: Path) -> Path:
     """Return the run's folder of an adapter, which may be one of its checkpoints."""
     resolved = adapter.resolve()
-    return resolved.parent if resolved.name.startswith("checkpoint-") else adapter
+    return adapter if checkpoint_step(resolved.name) is None else resolved.parent
 
 
 def _step_of(adapter: Path, final: int | None) -> int | None:
     """Return the step of an adapter: its checkpoint's, or `final` at the top of a run's folder."""
-    name = adapter.resolve().name
-    return int(name.rpartition("-")[2]) if name.startswith("checkpoint-") else final
+    step = checkpoint_step(adapter.resolve().name)
+    return final if step is None else step
 
 
 def _stage_of(name: str, run: Mapping[str, Any], *, is_base: bool) -> Stage:

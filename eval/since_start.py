@@ -7,17 +7,14 @@ run reads them back: they are all the memory that this needs.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.files import DataError, write_json
+from data.files import DataError, write_json, written_folder
 from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.inherited import FRESH
@@ -52,7 +49,7 @@ def keep_start(
     """
     if not names:
         return
-    with _replaced(folder / START) as temporary:
+    with written_folder(folder / START) as temporary:
         for name in names:
             predictions_file, scores_file = result_files(folder, name)
             scores = read_record(scores_file)
@@ -60,20 +57,9 @@ def keep_start(
             write_results(temporary, name, read_predictions(predictions_file), scores)
         _say_who_answered(temporary, folder)
     if vote is not None and not (folder / VOTE).is_dir():  # once, also where step 0 is the best
-        with _replaced(folder / VOTE) as temporary:
+        with written_folder(folder / VOTE) as temporary:
             vote(temporary)
             _say_who_answered(temporary, folder)
-
-
-@contextmanager
-def _replaced(place: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of another one once it is complete."""
-    temporary = place.with_name(f".tmp-{place.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(temporary, place)
 
 
 def _say_who_answered(place: Path, folder: Path) -> None:

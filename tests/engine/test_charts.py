@@ -130,7 +130,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_charts_along(tmp_path):
     evaluated(first, [1, 2])
     records = {"trainer_state.json": {"best_model_checkpoint": None}}
     save_checkpoint(first, 1, tensors={}, records=records)
-    bring_logs(load_checkpoint(first / "checkpoint-1"), second)
+    bring_logs(load_checkpoint(first / "checkpoint-1"), second, None)
     evaluated(second, [2], resume_step=1)
     curve = points(second / "charts/a", "charts/macro_f1")
     assert [step for step, _ in curve] == [1, 2]

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+import data.files
 from engine import checkpoint as module
 from engine.checkpoint import (
     CheckpointError,
@@ -147,17 +148,34 @@ class Fault:
         error: Callable[[], BaseException],
         *,
         kill: bool,
+        replacing: str | None = None,
     ):
+        """replacing: how a step takes the place of an older save of it, "exchange" or "renames"."""
         self.calls, self.at, self.error, self.kill = 0, at, error, kill
         for name in ("mkdir", "rename", "fsync"):
             monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+        if replacing == "renames":
+            monkeypatch.setattr(data.files, "exchange", lambda one, other: False)
+        else:
+            monkeypatch.setattr(data.files, "exchange", self.wrap(data.files.exchange))
         if kill:
-            monkeypatch.setattr(shutil, "rmtree", self.wrap(shutil.rmtree))
+            monkeypatch.setattr(data.files, "remove", self.wrap(data.files.remove))
+            monkeypatch.setattr(shutil, "rmtree", self.dead(shutil.rmtree))
         monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def due(self) -> bool:
         self.calls += 1
         return self.calls > self.at if self.kill else self.calls == self.at + 1
+
+    def dead(self, function):
+        """Let a call fail after the kill. It is none of those that are counted."""
+
+        def wrapped(*arguments, **options):
+            if self.calls > self.at:
+                raise self.error()
+            return function(*arguments, **options)
+
+        return wrapped
 
     def wrap(self, function):
         def wrapped(*arguments, **options):
@@ -194,23 +212,29 @@ class HalfWriting:
         self.file.close()
 
 
-# mkdir; 4 files, each opened, written and synced (12); sync of the directory, rename, sync of the
-# parent: 16. In the kill also the rmtree at the end: 17. Replacing an existing step adds a rename
-# and, in the kill, the rmtree before it.
-def faults(kill: bool, replacing: bool) -> int:
-    return 16 + replacing + kill * (1 + replacing)
+# mkdir; 4 files, each opened, written and synced (12); sync of the directory, rename or exchange,
+# sync of the parent: 16. In the kill also the removal at the end: 17. Where a step is replaced by
+# two renames there is one more, and in the kill the removal before them.
+def faults(kill: bool, replacing: str | None) -> int:
+    renames = replacing == "renames"
+    return 16 + renames + kill * (1 + renames)
 
 
-@pytest.mark.parametrize("replacing", [False, True])
+WAYS = (None, "exchange", "renames")
+KILLS = [(way, at) for way in WAYS[1:] for at in range(faults(kill=True, replacing=way))]
+ERRORS = [(way, at) for way in WAYS for at in range(faults(kill=False, replacing=way))]
+
+
+@pytest.mark.parametrize("replacing", WAYS)
 @pytest.mark.parametrize("kill", [False, True])
 def test_the_number_of_points_at_which_a_save_can_fail(tmp_path, monkeypatch, kill, replacing):
     save(tmp_path, 1)
-    fault = Fault(monkeypatch, 1000, Killed, kill=kill)
+    fault = Fault(monkeypatch, 1000, Killed, kill=kill, replacing=replacing)
     save(tmp_path, 1 if replacing else 2)
     assert fault.calls == faults(kill, replacing)
 
 
-@pytest.mark.parametrize("at", range(faults(kill=True, replacing=False)))
+@pytest.mark.parametrize("at", range(faults(kill=True, replacing=None)))
 def test_a_kill_at_any_point_leaves_the_previous_checkpoint_and_no_half_one(tmp_path, at):
     save(tmp_path, 1, value=1.0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -226,28 +250,36 @@ def test_a_kill_at_any_point_leaves_the_previous_checkpoint_and_no_half_one(tmp_
     assert value_of(save(tmp_path, 2, value=3.0)) == 3.0
 
 
-@pytest.mark.parametrize("at", range(faults(kill=True, replacing=True)))
-def test_a_kill_while_a_step_is_replaced_leaves_the_old_or_the_new_one(tmp_path, at):
-    save(tmp_path, 1, value=1.0)
+@pytest.mark.parametrize(("replacing", "at"), KILLS)
+def test_a_kill_while_a_step_is_replaced_leaves_the_old_or_the_new_one(tmp_path, replacing, at):
+    """The only checkpoint of the run: it is seen at every point, also through the link to it."""
+    point_link(tmp_path, "last", save(tmp_path, 1, value=1.0))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        Fault(patch, at, Killed, kill=True)
+        Fault(patch, at, Killed, kill=True, replacing=replacing)
         save(tmp_path, 1, value=2.0)
+    # mkdir, 12 of the files, sync of the directory: the 15th call exchanges the two. By renames,
+    # a removal and the rename aside come first: the 17th call brings the new one in.
+    value = 1.0 if at < (15 if replacing == "exchange" else 17) else 2.0
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+    newest, rejected = latest_valid_checkpoint(tmp_path)
+    assert newest == tmp_path / "checkpoint-1" and rejected == []
+    assert value_of(newest) == value_of(tmp_path / "last") == value
+    held = load_checkpoint(tmp_path / "last")
     clean_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    # mkdir, 12 of the files, sync of the directory, rmtree, rename aside: the 17th call brings the
-    # new one in
-    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 17 else 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "last"]
+    assert value_of(tmp_path / "checkpoint-1") == value
+    assert held.record("trainer_state.json") == {"value": value}  # read after it was put back
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-@pytest.mark.parametrize("at", range(16))
+@pytest.mark.parametrize(("replacing", "at"), ERRORS)
 def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(
-    tmp_path, at, replacing
+    tmp_path, replacing, at
 ):
     step = 1 if replacing else 2
     save(tmp_path, 1, value=1.0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
-        Fault(patch, at, lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), kill=False)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        Fault(patch, at, lambda: full, kill=False, replacing=replacing)
         save(tmp_path, step, value=2.0)
     assert caught.value.errno == errno.ENOSPC
     # 6 floats of 4 bytes, 4 integers of 8, and the 19 bytes of '{\n  "value": 2.0\n}\n' make 75
@@ -257,19 +289,22 @@ def test_a_full_disk_at_any_point_names_path_and_bytes_and_the_run_can_go_on(
     )
     assert not list(tmp_path.glob(".tmp-*"))
     assert all(verify_checkpoint(path) == [] for path in list_checkpoints(tmp_path))
-    assert value_of(tmp_path / "checkpoint-1") == 1.0
+    # an error after the exchange, in the flush of the folder, leaves the new one
+    replaced = replacing is not None and at == faults(kill=False, replacing=replacing) - 1
+    assert value_of(tmp_path / "checkpoint-1") == (2.0 if replaced else 1.0)
     assert value_of(save(tmp_path, 2, value=3.0)) == 3.0
 
 
-@pytest.mark.parametrize("at", range(17))
-def test_an_interrupt_at_any_point_is_passed_on_and_cleans_up(tmp_path, at):
+@pytest.mark.parametrize(("replacing", "at"), [case for case in ERRORS if case[0]])
+def test_an_interrupt_at_any_point_is_passed_on_and_cleans_up(tmp_path, replacing, at):
     save(tmp_path, 1, value=1.0)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        Fault(patch, at, KeyboardInterrupt, kill=False)
+        Fault(patch, at, KeyboardInterrupt, kill=False, replacing=replacing)
         save(tmp_path, 1, value=2.0)
     assert not list(tmp_path.glob(".tmp-*"))
     # the last call is after the rename
-    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < 16 else 2.0)
+    last = faults(kill=False, replacing=replacing) - 1
+    assert value_of(tmp_path / "checkpoint-1") == (1.0 if at < last else 2.0)
 
 
 def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
@@ -283,6 +318,16 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypa
 def test_a_vanished_run_directory_is_an_error_that_names_it(tmp_path):
     with pytest.raises(OSError, match="gone/checkpoint-1 was not saved: No such file or directory"):
         save(tmp_path / "gone", 1)
+
+
+def test_the_system_can_exchange_two_folders(tmp_path):
+    """Else a kill between two renames leaves `last` without its target until the next start."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert data.files.exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one/other").exists() and (tmp_path / "other/one").exists()
+    assert not data.files.exchange(tmp_path / "one", tmp_path / "nothing")
 
 
 # ---- damage found while loading ------------------------------------------------------------------
@@ -343,6 +388,63 @@ def test_a_manifest_that_is_none_is_a_named_problem(tmp_path, manifest):
     assert [problem.split(":")[0] for problem in verify_checkpoint(path)] == ["manifest.json"]
     (path / "manifest.json").unlink()
     assert verify_checkpoint(path) == ["manifest.json: No such file or directory"]
+
+
+def test_a_manifest_of_another_step_is_a_named_problem(tmp_path):
+    """A copy of a checkpoint under another name: its hashes are right."""
+    shutil.copytree(save(tmp_path, 2), tmp_path / "checkpoint-4")
+    assert verify_checkpoint(tmp_path / "checkpoint-4") == [
+        "manifest.json: is of step 2, so the folder is not checkpoint-4"
+    ]
+    newest, rejected = latest_valid_checkpoint(tmp_path)
+    assert newest == tmp_path / "checkpoint-2" and len(rejected) == 1
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_checkpoint", "sound"),
+    [
+        ({"run_id": "a"}, {"run_id": "a"}, True),
+        ({"run_id": "a"}, {"run_id": "b"}, False),
+        ({"run_id": "a"}, {}, False),
+        ({}, {}, True),  # both of an earlier version
+        ({}, {"run_id": "b"}, False),
+        (None, {"run_id": "b"}, True),  # nothing tells which run the folder is of
+        ([], {"run_id": "b"}, True),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path, of_run, of_checkpoint, sound):
+    if of_run is not None:
+        (tmp_path / "config.json").write_text(json.dumps(of_run))
+    save(tmp_path, 2, notes=of_checkpoint)
+    newest, rejected = latest_valid_checkpoint(tmp_path)
+    assert (newest is not None) == sound
+    assert rejected == (
+        []
+        if sound
+        else [
+            f"{tmp_path}/checkpoint-2: manifest.json: is of another run than config.json beside it"
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-007", "checkpoint-+4", "checkpoint-\uff14", "checkpoint-" + "9" * 40]
+)
+def test_no_other_name_is_taken_for_a_checkpoint(tmp_path, name):
+    save(tmp_path, 2)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    (tmp_path / "checkpoint-5").write_text("a file")
+    (tmp_path / "checkpoint-6").symlink_to("checkpoint-2")
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+    assert set_later_checkpoints_aside(tmp_path, 0) == [tmp_path / "after-0-checkpoint-2"]
+    assert (tmp_path / name).is_dir() and (tmp_path / "checkpoint-5").is_file()
+
+
+def test_a_link_in_a_checkpoint_is_not_followed(tmp_path):
+    path = save(tmp_path, 1)
+    os.rename(path / "trainer_state.json", tmp_path / "elsewhere.json")
+    (path / "trainer_state.json").symlink_to(tmp_path / "elsewhere.json")
+    assert verify_checkpoint(path) == ["trainer_state.json: is a link"]
 
 
 def test_the_newest_valid_checkpoint_is_found_behind_damaged_ones_and_they_are_listed(tmp_path):

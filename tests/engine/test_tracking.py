@@ -193,10 +193,10 @@ def test_an_evaluation_that_the_history_does_not_have_is_made_again_and_stands_o
     with RunLogger(tmp_path) as log:
         log.scalars(2, {"loss": 2.0})
         log.scalars(2, {"loss": 0.5}, split="eval")
-        known = list(log.log_history)  # what the checkpoint of step 2 knows
+        known, marks = list(log.log_history), log.marks()  # what the checkpoint of step 2 knows
         log.scalars(2, {"macro_f1": 0.4}, split="eval", dataset="site")
         log.scalars(2, {"gap": 0.1}, split="eval")
-    with RunLogger(tmp_path, resume_step=2, log_history=known) as log:
+    with RunLogger(tmp_path, resume_step=2, log_history=known, marks=marks) as log:
         log.scalars(2, {"macro_f1": 0.4}, split="eval", dataset="site")
     found = [
         (row["split"], row.get("dataset"), set(row) - {"step", "split", "dataset"})
