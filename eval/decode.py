@@ -6,36 +6,31 @@ This file needs torch and transformers. Commands import it once their command li
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from data.examples import Example
-from data.files import sha256_of, write_json
-from data.plain_files import is_plain, open_plain, plain_lines
-from data.predictions import Prediction, parse_row, write_predictions
-from engine.config import Resolved, UsageError, from_json
+from data.predictions import Prediction
 from engine.generate import Completion, SamplingConfig, generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.out_of_memory import EVALUATION, Limits
 from engine.policy import Policy, load_base
-from engine.resume import changed_base_of, run_record
+from engine.resume import changed_base_of
 from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
 from engine.tracking import Progress
 from eval.faithfulness import faithfulness_scores, partners_of
-from eval.folders import read_record, result_files, write_results
+from eval.folders import write_results
+from eval.go_on import Kind, kept, not_written, read_partial
 from eval.record import scores_record
 from eval.settings import EvalConfig
 from eval.votes import vote_predictions
@@ -251,13 +246,15 @@ def evaluate_sets(
 
     Results of these names in output_dir are replaced. Until a data set is finished, its answers so
     far are in predictions-<name>.partial.jsonl. An interrupt (StopRequested, once should_stop
-    says so) or an error leaves that file there and says so.
+    says so) or an error leaves that file there and says so. Where it cannot be written, the
+    evaluation goes on without it.
 
     baseline_examples: see `score`. annotate: called with a set's predictions, returns them with
     fields of the caller's own, and more keys for their scores. With num_generations above 1 these
     are the votes, and the samples are kept beside them. notes: {name: keys to add to the scores}.
     records: {name: `evaluation_record`}. With them, answers that an earlier call with the same
-    records left behind are taken. Raises UsageError where those are of another evaluation.
+    records left behind are taken. Raises UsageError where those are of another evaluation,
+    StepFailed where the results cannot be written, which says where the answers are.
     """
     results, k = {}, decoding.num_generations
     for name, examples in sets.items():
@@ -283,7 +280,12 @@ def evaluate_sets(
                     predictions, more["swapped"], seed=decoding.seed
                 )
             results[name] = scores | annotations | dict((notes or {}).get(name, {}))
-            write_results(output_dir, name, predictions, results[name], more=more, overwrite=True)
+            try:
+                write_results(
+                    output_dir, name, predictions, results[name], more=more, overwrite=True
+                )
+            except OSError as error:
+                raise not_written(output_dir, name, answers, error) from error
     return results
 
 
@@ -305,7 +307,7 @@ def _answers(
     k = decoding.num_generations
     done = [] if record is None else read_partial(output_dir, name, record, kind)
     done = [answer for found in whole_images(done, k).values() for answer in found]
-    keep = partial_files.enter_context(_kept(output_dir, name, done, record, kind))
+    keep = partial_files.enter_context(kept(output_dir, name, done, record, kind))
     what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
     description = f"{name} ({what})"
     with Progress(
@@ -350,173 +352,3 @@ def _shown(progress: Progress, keep: Callable[[Prediction], None]) -> Callable[[
         progress.update({"failed": failed})
 
     return on_prediction
-
-
-# ---- the answers so far --------------------------------------------------------------------------
-Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
-
-
-def _partial_files(output_dir: str | Path, name: str, kind: Kind) -> tuple[Path, Path]:
-    """Return (file of the answers so far, file of their evaluation's record)."""
-    stem = Path(output_dir) / f"{kind}-{name}.partial"
-    return Path(f"{stem}.jsonl"), Path(f"{stem}.json")
-
-
-def read_partial(
-    output_dir: str | Path, name: str, record: Mapping[str, Any], kind: Kind = "predictions"
-) -> list[Prediction]:
-    """Read the answers that an interrupted evaluation left, so that the same one goes on.
-
-    record: `evaluation_record` of the evaluation that asks. kind: of the answers. Raises UsageError
-    where they are of another evaluation.
-    """
-    answers, about = _partial_files(output_dir, name, kind)
-    if not os.path.lexists(answers):
-        return []
-    if not is_plain(about):
-        raise UsageError(
-            f"{answers} was left there by another command; score it with --predictions, remove it,"
-            " or give another --output_dir"
-        )
-    another = difference(read_record(about), record)
-    if another:
-        raise UsageError(
-            f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
-            " or give another --output_dir"
-        )
-    predictions = []
-    for line in plain_lines(answers):
-        row, problems = parse_row(line)
-        if problems:  # torn by the end of the process
-            break
-        predictions.append(Prediction.from_row(row))
-    return predictions
-
-
-@contextmanager
-def _kept(
-    output_dir: str | Path,
-    name: str,
-    done: Sequence[Prediction],
-    record: Mapping[str, Any] | None,
-    kind: Kind,
-) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that appends a prediction to the file of partial answers at once.
-
-    The file goes when the block ends well. Else it stays and is named.
-    """
-    answers, about = _partial_files(output_dir, name, kind)
-    answers.parent.mkdir(parents=True, exist_ok=True)
-    if record is not None:
-        write_json(about, record)
-    write_predictions(answers, done)  # without a torn line
-    with open_plain(answers, "ab") as file:
-
-        def keep(prediction: Prediction) -> None:
-            row = json.dumps(prediction.to_row(), ensure_ascii=False) + "\n"
-            file.write(row.encode(errors="backslashreplace"))
-            file.flush()
-
-        try:
-            yield keep
-        except BaseException:
-            if file.tell():
-                command = ["python", "-m", "eval.evaluate", "--predictions", f"{name}={answers}"]
-                how = (
-                    "the same command goes on from there"
-                    if record is not None
-                    else f"to score them: {shlex.join(command)}"
-                )
-                print(f"the answers so far are kept in {answers}: {how}", file=sys.stderr)
-            else:
-                answers.unlink()
-                about.unlink(missing_ok=True)
-            raise
-    answers.unlink()
-    about.unlink(missing_ok=True)
-
-
-# ---- whether two evaluations are the same --------------------------------------------------------
-# Settings that may differ where an evaluation goes on: they change no answer.
-_NO_MATTER = (
-    "output_dir",
-    "data_file",
-    "predictions",
-    "train_file",
-    "num_threads",
-    "image_root",
-    "vision_cache_dir",
-    "per_device_eval_batch_size",
-    "thresholds_from",
-    "sampling_copies",
-    "memory_check",
-)
-# What an earlier version did, where its record does not have the setting.
-_AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None}
-
-
-def evaluation_record(
-    resolved: Resolved, name: str, file: Path, bad_images: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Say how a data set is evaluated, which becomes "run" of its scores."""
-    config: EvalConfig = resolved.configs[0]
-    adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
-    return run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
-        "adapter_sha256": (
-            sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
-        )
-    }
-
-
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the first setting or data in which two evaluations differ, "" where in none.
-
-    before, now: `evaluation_record` of what was done and of what is asked for.
-    """
-    was = before.get("settings") or {}
-    swap = now["settings"].get("swap_images", {}).get("value", False)  # by the seed
-    greedy = now["settings"]["temperature"]["value"] == 0 and not swap
-    for name, entry in now["settings"].items():
-        if name in _NO_MATTER or (greedy and name == "seed"):
-            continue
-        if name not in was:  # an earlier version did not have it, and cannot differ but in these
-            if name in _AS_BEFORE and entry["value"] != _AS_BEFORE[name]:
-                return f"{name} ({_AS_BEFORE[name]}, now {entry['value']})"
-            continue
-        # an earlier version recorded no value for what nobody had given
-        if was[name].get("value") is None and was[name].get("origin") == entry["origin"]:
-            continue
-        had, has = from_json(was[name].get("value")), from_json(entry["value"])
-        if had != has:
-            return f"{name} ({had}, now {has})"
-    for name, file in now["data"].items():
-        if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
-            return f"data file of {name}"
-    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
-        return "list of unreadable images"
-    return (
-        "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
-    )
-
-
-def finished_sets(output_dir: str | Path, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """List the data sets whose results are in output_dir already.
-
-    records: {name: `evaluation_record`} of the evaluation that asks. Raises UsageError for a set
-    that was evaluated otherwise.
-    """
-    finished, problems = [], []
-    for name, record in records.items():
-        predictions, scores = result_files(output_dir, name)
-        if not (predictions.is_file() and scores.is_file()):
-            continue
-        another = difference(read_record(scores).get("run") or {}, record)
-        if another:
-            problems.append(
-                f"{predictions} is finished, but with another {another}; give another --output_dir"
-                " or NAME"
-            )
-        finished.append(name)
-    if problems:
-        raise UsageError(problems)
-    return finished

@@ -49,6 +49,7 @@ from eval.folders import (
     result_files,
     write_results,
 )
+from eval.go_on import evaluation_record, finished_sets, read_partial
 from eval.group_tables import format_groups
 from eval.probabilities import format_probabilities, operating_points
 from eval.record import scores_record
@@ -204,14 +205,7 @@ def _decode_and_score(resolved: Resolved) -> int:
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
     from engine.fit import fitted_answers
-    from eval.decode import (
-        Decoding,
-        evaluate_sets,
-        evaluation_record,
-        finished_sets,
-        load_policy,
-        read_partial,
-    )
+    from eval.decode import Decoding, evaluate_sets, load_policy
 
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")

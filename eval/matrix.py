@@ -38,6 +38,7 @@ from engine.runtime import (
 )
 from engine.settings import ENGINE, PROMPT_HELP
 from eval.folders import made_folder, read_record, result_files
+from eval.go_on import evaluation_record, finished_sets, read_partial
 from eval.scores import format_scores
 from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problems, with_precision
 
@@ -117,9 +118,6 @@ def plan(
 
     Raises UsageError for a finished cell that was made with other settings or other data.
     """
-    # heavy, so not before the command line is accepted
-    from eval.decode import evaluation_record, finished_sets, read_partial
-
     config: MatrixConfig = resolved.configs[0]
     cells, problems = [], []
     for model, path in named_files(config.model, "model")[0].items():

@@ -33,10 +33,11 @@ from engine.model import BaseModel, attach_new_adapter, load_model
 from engine.policy import Policy
 from engine.run import TrainerState
 from engine.saving import save_final_adapter
-from eval.decode import Decoding, difference, evaluate_sets, predict, read_partial
+from eval.decode import Decoding, evaluate_sets, predict
 from eval.evaluate import main
 from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import load_answers, write_results
+from eval.go_on import difference, read_partial
 from eval.probabilities import operating_points, probability_scores
 from eval.scores import format_scores, score
 from eval.votes import sample_scores, vote_predictions

@@ -1,0 +1,278 @@
+"""Keep the answers of an evaluation as they come, and go on where one was cut short.
+
+The file of partial answers is a help and not a result: where it cannot be written, the evaluation
+goes on without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from data.files import sha256_of, write_json
+from data.plain_files import is_plain, open_plain, plain_lines
+from data.predictions import Prediction, parse_row, write_predictions
+from engine.config import Resolved, UsageError, from_json
+from engine.resume import run_record
+from engine.runtime import StepFailed, disk_line
+from eval.folders import read_record, result_files
+from eval.settings import EvalConfig
+
+Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
+
+
+def _partial_files(output_dir: str | Path, name: str, kind: Kind) -> tuple[Path, Path]:
+    """Return (file of the answers so far, file of their evaluation's record)."""
+    stem = Path(output_dir) / f"{kind}-{name}.partial"
+    return Path(f"{stem}.jsonl"), Path(f"{stem}.json")
+
+
+def read_partial(
+    output_dir: str | Path, name: str, record: Mapping[str, Any], kind: Kind = "predictions"
+) -> list[Prediction]:
+    """Read the answers that an interrupted evaluation left, so that the same one goes on.
+
+    record: `evaluation_record` of the evaluation that asks. kind: of the answers. Raises UsageError
+    where they are of another evaluation.
+    """
+    answers, about = _partial_files(output_dir, name, kind)
+    if not os.path.lexists(answers):
+        return []
+    if not is_plain(about):
+        raise UsageError(
+            f"{answers} was left there by another command; score it with --predictions, remove it,"
+            " or give another --output_dir"
+        )
+    another = difference(read_record(about), record)
+    if another:
+        raise UsageError(
+            f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
+            " or give another --output_dir"
+        )
+    predictions = []
+    for line in plain_lines(answers):
+        row, problems = parse_row(line)
+        if problems:  # torn by the end of the process
+            break
+        predictions.append(Prediction.from_row(row))
+    return predictions
+
+
+@contextlib.contextmanager
+def kept(
+    output_dir: str | Path,
+    name: str,
+    done: Sequence[Prediction],
+    record: Mapping[str, Any] | None,
+    kind: Kind,
+) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that appends a prediction to the file of partial answers at once.
+
+    done: answers of an earlier call, which the file holds first. record: of the evaluation, None
+    where it does not go on from there. The file goes when the block ends well. Else it stays and is
+    named. Where it cannot be written, one warning says so and nothing more is kept.
+    """
+    answers, about = _partial_files(output_dir, name, kind)
+    file = _PartialFile(answers)
+    with file.failing():
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        if record is not None:
+            write_json(about, record)
+        write_predictions(answers, done)  # without a torn line
+        file.opened = open_plain(answers, "ab")
+    try:
+        yield file.keep
+    except BaseException:
+        file.close()
+        if _size(answers):
+            how = (
+                "the same command goes on from there"
+                if record is not None
+                else f"to score them: {_score_command(name, answers)}"
+            )
+            print(f"the answers so far are kept in {answers}: {how}", file=sys.stderr)
+        else:
+            _remove(answers, about)
+        raise
+    file.close()
+    _remove(answers, about)
+
+
+class _PartialFile:
+    """Hold the file of partial answers, as long as it can be written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.opened: IO[bytes] | None = None
+
+    def keep(self, prediction: Prediction) -> None:
+        """Append a prediction, where the file is still written."""
+        if self.opened is None:
+            return
+        row = json.dumps(prediction.to_row(), ensure_ascii=False) + "\n"
+        with self.failing():
+            self.opened.write(row.encode(errors="backslashreplace"))
+            self.opened.flush()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turn an error of the disk within the block into a warning, and give the file up."""
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            print(
+                f"warning: the answers so far cannot be kept ({self.path}:"
+                f" {error.strerror or error}); the evaluation goes on, but answers from now on are"
+                " lost if it is interrupted",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Close the file, whatever is left to be written."""
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            with contextlib.suppress(OSError):
+                opened.close()
+
+
+def not_written(
+    output_dir: str | Path, name: str, answers: Sequence[Prediction], error: OSError
+) -> StepFailed:
+    """Say that a data set's results cannot be written, and where its answers are kept.
+
+    That is the file of partial answers, or a new folder for temporary files where it lacks some.
+    """
+    file: Path | None = _partial_files(output_dir, name, "predictions")[0]
+    if file is None or _rows(file) < len(answers):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="answers-"))
+            file = write_predictions(folder / f"predictions-{name}.jsonl", answers)
+        except OSError:
+            file = None
+    where = (
+        "they can be kept nowhere else either"
+        if file is None
+        else f"they are kept in {file}; to score them: {_score_command(name, file)}"
+    )
+    return StepFailed(
+        f"{name} is answered, but its results cannot be written ({disk_line(error)}). Its"
+        f" {len(answers)} answers: {where}"
+    )
+
+
+def _score_command(name: str, file: Path) -> str:
+    return shlex.join(["python", "-m", "eval.evaluate", "--predictions", f"{name}={file}"])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def _rows(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n") if is_plain(path) else 0
+    except OSError:
+        return 0
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+# ---- whether two evaluations are the same --------------------------------------------------------
+# Settings that may differ where an evaluation goes on: they change no answer.
+_NO_MATTER = (
+    "output_dir",
+    "data_file",
+    "predictions",
+    "train_file",
+    "num_threads",
+    "image_root",
+    "vision_cache_dir",
+    "per_device_eval_batch_size",
+    "thresholds_from",
+    "sampling_copies",
+    "memory_check",
+)
+# What an earlier version did, where its record does not have the setting.
+_AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None}
+
+
+def evaluation_record(
+    resolved: Resolved, name: str, file: Path, bad_images: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Say how a data set is evaluated, which becomes "run" of its scores."""
+    config: EvalConfig = resolved.configs[0]
+    adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
+    return run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
+        "adapter_sha256": (
+            sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
+        )
+    }
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name the first setting or data in which two evaluations differ, "" where in none.
+
+    before, now: `evaluation_record` of what was done and of what is asked for.
+    """
+    was = before.get("settings") or {}
+    swap = now["settings"].get("swap_images", {}).get("value", False)  # by the seed
+    greedy = now["settings"]["temperature"]["value"] == 0 and not swap
+    for name, entry in now["settings"].items():
+        if name in _NO_MATTER or (greedy and name == "seed"):
+            continue
+        if name not in was:  # an earlier version did not have it, and cannot differ but in these
+            if name in _AS_BEFORE and entry["value"] != _AS_BEFORE[name]:
+                return f"{name} ({_AS_BEFORE[name]}, now {entry['value']})"
+            continue
+        # an earlier version recorded no value for what nobody had given
+        if was[name].get("value") is None and was[name].get("origin") == entry["origin"]:
+            continue
+        had, has = from_json(was[name].get("value")), from_json(entry["value"])
+        if had != has:
+            return f"{name} ({had}, now {has})"
+    for name, file in now["data"].items():
+        if (before.get("data") or {}).get(name, {}).get("sha256") != file["sha256"]:
+            return f"data file of {name}"
+    if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
+        return "list of unreadable images"
+    return (
+        "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
+    )
+
+
+def finished_sets(output_dir: str | Path, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """List the data sets whose results are in output_dir already.
+
+    records: {name: `evaluation_record`} of the evaluation that asks. Raises UsageError for a set
+    that was evaluated otherwise.
+    """
+    finished, problems = [], []
+    for name, record in records.items():
+        predictions, scores = result_files(output_dir, name)
+        if not (predictions.is_file() and scores.is_file()):
+            continue
+        another = difference(read_record(scores).get("run") or {}, record)
+        if another:
+            problems.append(
+                f"{predictions} is finished, but with another {another}; give another --output_dir"
+                " or NAME"
+            )
+        finished.append(name)
+    if problems:
+        raise UsageError(problems)
+    return finished
