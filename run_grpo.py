@@ -31,7 +31,7 @@ from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
 from engine.fit import fitted
-from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
+from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
 from engine.resume import checkpoint_to_resume, training_record
@@ -79,8 +79,7 @@ def train(
             rollouts.reward(completions, policy, run.should_stop)
             # 4 log pi_ref of all, and log pi_old of what later updates train on: the first update
             #   computes its own below
-            with_reference = objective.beta > 0
-            rollouts.score(policy, with_reference=with_reference, should_stop=run.should_stop)
+            rollouts.score(policy, run.should_stop, with_reference=objective.beta > 0)
             # 5 advantages A_i, within each prompt's group; kl and config are for forks
             rewards, groups, kl = rollouts.rewards, rollouts.groups, rollouts.kl  # [R]
             advantages = group_advantages(
@@ -122,14 +121,15 @@ def train(
         run.log_update(computed, micro_batches, rollouts, objective)
 
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
-        run.check_gradient(grad_norm, rollouts.examples)
         learning_rate = scheduled_rate(config, run.step, run.total)
-        set_learning_rate(optimizer, learning_rate)
-        optimizer.step()
+        step_loss = sum(float(done.loss) for done in computed)
+        if run.accepts(grad_norm, step_loss, rollouts.examples):  # both are finite
+            take_back = whole_step(optimizer, learning_rate, run.step + 1)
+            run.can_take_back(take_back)
         optimizer.zero_grad()
 
         # 7 log, write completions
-        run.finish_step(rollouts, computed, grad_norm, learning_rate)
+        run.finish_step(rollouts, step_loss, grad_norm, learning_rate)
 
 
 def evaluate_policy(
@@ -223,7 +223,7 @@ def run_command(resolved: Resolved) -> int:
             run.note_evaluation(since.rows, since.notes)
             run.warn(monitors.check(record_evaluation(metrics, since.gaps, run.log, state, chosen)))
 
-        schedule = Schedule(total, config.logging_steps, config.eval_steps, config.save_steps, True)
+        schedule = Schedule.of(config, total, config.eval_steps, eval_at_start=True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)

@@ -41,7 +41,7 @@ from engine.collate import Rows, collate_rows
 from engine.device import pick_device, seed_everything
 from engine.fit import fitted
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.optim import build_optimizer, clip_gradients, scheduled_rate, set_learning_rate
+from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
@@ -94,10 +94,10 @@ def train(
         _, losses = policy.limits.each("update", step, backward, undo, run.should_stop)
         step_loss = sum(float(loss) for loss in losses)  # only now: to read is to wait for the GPU
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
-        run.check_gradient(grad_norm, chosen)
         learning_rate = scheduled_rate(config, run.step, run.total)
-        set_learning_rate(optimizer, learning_rate)
-        optimizer.step()
+        if run.accepts(grad_norm, step_loss, chosen):  # both are finite
+            take_back = whole_step(optimizer, learning_rate, run.step + 1)
+            run.can_take_back(take_back)
         optimizer.zero_grad()
 
         # 3 log
@@ -190,13 +190,12 @@ def run_command(resolved: Resolved) -> int:
             limit = config.save_total_limit
             save_training_checkpoint(folder, state, policy, optimizer, record, limit)
 
-        schedule = Schedule(
+        steps, in_epoch = (
             config.total_steps(len(data.train)),
-            config.logging_steps,
             config.steps_per_epoch(len(data.train)),
-            config.save_steps,
-            patience=config.early_stopping_patience,
         )
+        patience = config.early_stopping_patience
+        schedule = Schedule.of(config, steps, eval_steps=in_epoch, patience=patience)
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
         policy.limits.report = run.note_cut
         run.log.charts("SFT", sft_charts(list(data.evaluated)))

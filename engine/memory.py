@@ -372,10 +372,12 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
     """Yield the moments of one micro-batch with gradient.
 
     They are the head over all that the layers keep, and the backward pass of one layer. In SFT the
-    vision tower runs before them.
+    vision tower runs before them. After the last micro-batch comes the optimizer step, which has
+    copies of the adapter and of AdamW's two moments, and on a GPU the moments' roots.
     """
     row, e, h = work.packed(work.micro_batch), work.element_size, shape.hidden
-    gradients = {"gradients": FP32 * lora_parameters(shape, work.lora_r)}
+    adapter = FP32 * lora_parameters(shape, work.lora_r)
+    gradients = {"gradients": adapter}
     if not work.rollout_prompts:
         yield gradients | {"activations": vision_tower(shape, work)}
     seen = extra_inputs(shape, work, row.prompts * work.image_tokens)
@@ -398,6 +400,7 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
         "activations": kept + recomputed + row.tokens * backward_temporaries(shape, work),
         "logits": scored * h * e,
     }
+    yield gradients | {"copies": adapter * (4 if work.device == "cuda" else 3)}
 
 
 def scoring_moments(shape: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:

@@ -1,13 +1,15 @@
-"""Build AdamW, compute the learning rate of a step and clip the gradients."""
+"""Build AdamW, compute the learning rate of a step, clip the gradients, make the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.runtime import StepFailed
 from engine.settings import Scheduler, TrainingConfig, rounded_up
 
 
@@ -83,3 +85,58 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     scalar tensor.
     """
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def whole_step(
+    optimizer: torch.optim.Optimizer, learning_rate: float, step: int
+) -> Callable[[], None]:
+    """Make an optimizer step wholly or not at all, so that an error leaves no half-changed weights.
+
+    Parameters and the optimizer's state are copied first, and put back where anything raises in the
+    middle: memory that runs out, a fault of the device.
+
+    learning_rate: of this step. step: its number, for a message.
+
+    Returns what takes the step back. It holds the copies, so it is to be let go once the step is
+    counted. Raises StepFailed where the step would make a parameter infinite or NaN.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = [parameter.detach().clone() for parameter in parameters]
+    states = [_copied(optimizer.state.get(parameter)) for parameter in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def take_back() -> None:
+        for parameter, value, state in zip(parameters, values, states, strict=True):
+            parameter.copy_(value)
+            if state is None:  # before its first step
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = state
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    try:
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        largest = torch.nn.utils.get_total_norm(
+            [parameter.detach() for parameter in parameters], norm_type=math.inf
+        )
+        if not torch.isfinite(largest):
+            raise StepFailed(
+                f"step {step} would make weights of the adapter infinite or NaN (learning rate"
+                f" {learning_rate:g}), and was not made"
+            )
+    except BaseException:
+        take_back()
+        raise
+    return take_back
+
+
+def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Copy one parameter's state, None where it has none yet."""
+    if state is None:
+        return None
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+    }

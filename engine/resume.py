@@ -39,6 +39,7 @@ from engine.saved_records import checked
 FREE_TO_CHANGE = (
     "output_dir",
     "resume_from_checkpoint",
+    "max_bad_steps",
     "save_steps",
     "save_total_limit",
     "train_file",

@@ -10,10 +10,10 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -30,8 +30,10 @@ from engine.model_files import EMBEDDED
 from engine.out_of_memory import Cut
 from engine.resume import OUT_OF_MEMORY, base_record, bring_logs, keep_reference, run_folder
 from engine.runtime import SignalGuard, StepFailed, StopRequested, lock_run
+from engine.settings import TrainingConfig
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
+from engine.undo import Before, Stateful
 
 
 @dataclass
@@ -48,6 +50,8 @@ class TrainerState:
     # {checkpoint: what the best is chosen by}, of the evaluations that measured it
     evaluations: dict[str, float] = field(default_factory=dict)
     greater_is_better: bool = True
+    bad_steps: int = 0  # that were skipped: their gradient or loss was not finite
+    bad_steps_in_a_row: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     # of the steps since the last log, where logging_steps > 1
     unlogged_metrics: dict[str, Any] = field(default_factory=dict)
@@ -76,14 +80,6 @@ class TrainerState:
 
 
 # ---- the books -----------------------------------------------------------------------------------
-class Stateful(Protocol):
-    """Describe what a run puts back when a step fails: a reward's window, the monitors."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
 Part = TypeVar("Part")
 
 
@@ -95,6 +91,7 @@ class Schedule:
     eval_at_start: evaluate before the first step too.
     save_steps: save every so many, beside the saves at every evaluation. None for those alone.
     patience: end after so many evaluations in a row without a better one. None for never.
+    max_bad_steps: skip up to so many steps in a row whose gradient or loss is not finite.
     """
 
     total: int
@@ -103,6 +100,28 @@ class Schedule:
     save_steps: int | None
     eval_at_start: bool = False
     patience: int | None = None
+    max_bad_steps: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        total: int,
+        eval_steps: int | None,
+        *,
+        eval_at_start: bool = False,
+        patience: int | None = None,
+    ) -> Schedule:
+        """Take from the settings what both scripts have there."""
+        return cls(
+            total,
+            config.logging_steps,
+            eval_steps,
+            config.save_steps,
+            eval_at_start=eval_at_start,
+            patience=patience,
+            max_bad_steps=config.max_bad_steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,8 @@ class Run:
         self.state.log_history = self.log.log_history
         self._resume = resume_command(f"run_{folder.script}.py", folder.path)
         self._first, self._began = state.global_step, time.perf_counter()
-        self._before: _Before | None = None  # of the step or evaluation that is being made
+        self._before: Before | None = None  # of the step or evaluation that is being made
+        self._take_back: Callable[[], None] | None = None  # of its optimizer step, once it is made
         self._saved = False  # whether the state as it is now is on disk
         self._not_saved: Exception | None = None  # why the last save failed
         self.finished = False  # whether the loop has come to its end, with all that was due
@@ -246,16 +266,32 @@ class Run:
         for name, value in metrics.items():
             self.metrics.add(name, value)
 
-    def check_gradient(self, norm: torch.Tensor, examples: Iterable[Example]) -> None:
-        """Refuse a gradient that is not finite before it reaches the weights.
+    def accepts(self, norm: torch.Tensor, loss: float, examples: Iterable[Example]) -> bool:
+        """Tell whether a step may reach the weights: its gradient and its loss are finite.
 
-        norm: scalar, of the whole gradient. Raises StepFailed naming the examples.
+        Else it is skipped: it counts, its random numbers are drawn and its completions seen, but
+        weights and optimizer stay as they are.
+
+        norm: scalar, of the whole gradient. Raises StepFailed naming the examples where it is one
+        more in a row than --max_bad_steps allows.
         """
-        if not torch.isfinite(norm):
-            raise StepFailed(
-                f"the gradient of step {self.step + 1} is not finite; the state before it was"
-                f" saved. Examples: {', '.join(example.id for example in examples)}"
-            )
+        finite = {"gradient": bool(torch.isfinite(norm)), "loss": math.isfinite(loss)}
+        if all(finite.values()):
+            self.state.bad_steps_in_a_row = 0
+            return True
+        wrong = " and the ".join(name for name, is_finite in finite.items() if not is_finite)
+        line = f"the {wrong} of step {self.step + 1} {'are' if ' ' in wrong else 'is'} not finite"
+        ids = f"Examples: {', '.join(example.id for example in examples)}"
+        if self.state.bad_steps_in_a_row >= self.schedule.max_bad_steps:
+            raise StepFailed(f"{line}; the state before it was saved. {ids}")
+        self.state.bad_steps += 1
+        self.state.bad_steps_in_a_row += 1
+        self.warn([f"warning: {line}: it is skipped. {ids}"], self.step + 1)
+        return False
+
+    def can_take_back(self, take_back: Callable[[], None]) -> None:
+        """Keep what takes the optimizer step back until the step is done."""
+        self._take_back = take_back
 
     def step_done(self, *, epoch: float, shown: Mapping[str, float]) -> None:
         """Count an optimizer step and log it where that is due.
@@ -268,23 +304,27 @@ class Run:
         if self._cuts:
             self.metrics.add("memory_cuts", self._cuts, reduction="sum")
             self._cuts = 0
+        if self.schedule.max_bad_steps:
+            self.metrics.add("bad_steps", self.state.bad_steps, reduction="max")
         if self.step % self.schedule.logging_steps == 0 or self.step == self.total:
+            if self.state.bad_steps:
+                self.metrics.leave_out_not_finite()
             logged = self.metrics.collect()
             self.log.scalars(self.step, logged, epoch=epoch)
             self.watch(logged)
         self.bar.update(shown)
         self.state.unlogged_metrics = self.metrics.state_dict()
-        self._before = None  # last: until here the step can be undone
+        self._before = self._take_back = None  # last: until here the step can be undone
 
     def mark(self) -> Callable[[], None]:
         """Return a function that puts random numbers and metrics back, for work that is done again.
 
         Until then nothing but these may have changed.
         """
-        (tensors, record), metrics = rng_to_tensors(self.generators), self.metrics.mark()
+        random, metrics = rng_to_tensors(self.generators), self.metrics.mark()
 
         def back() -> None:
-            load_rng(tensors, record, self.generators)
+            load_rng(*random, self.generators)
             metrics()
 
         return back
@@ -323,6 +363,12 @@ class Run:
     def write(self, line: str) -> None:
         """Print a line beside the progress bar."""
         self.bar.write(line)
+
+    def warn(self, lines: Sequence[str], step: int | None = None) -> None:
+        """Print warnings and keep them in warnings.jsonl. step: theirs, where it is not done."""
+        for line in lines:
+            self.write(line)
+            self.log.warn(line, self.step if step is None else step)
 
     # ---- what cuts a step short ------------------------------------------------------------------
     def __enter__(self) -> Run:
@@ -373,42 +419,20 @@ class Run:
 
     def _begin(self) -> None:
         """Note what a step or an evaluation that is cut short must not have changed."""
-        state = {field.name: getattr(self.state, field.name) for field in fields(self.state)}
-        parts = {name: part.state_dict() for name, part in self.stateful.items()}
-        random, logged = rng_to_tensors(self.generators), len(self.state.log_history)
-        self._before = _Before(random, parts, state, logged, self._saved)
+        self._before = Before.of(self.state, self.stateful, self.generators, saved=self._saved)
         self.log.begin()
         self._saved = False
 
     def _undo(self) -> None:
         if self._before is None:
             return
-        before, self._before = self._before, None
-        load_rng(*before.random, self.generators)
-        for name, part in self.stateful.items():
-            part.load_state_dict(before.parts[name])
-        for name, value in before.state.items():
-            setattr(self.state, name, value)
-        del self.state.log_history[before.log_length :]
+        if self._take_back is not None:
+            self._take_back()
+        self._before.put_back(self.state, self.stateful, self.generators)
         self.log.undo()
         self.metrics = MetricAccumulator(self.state.unlogged_metrics)
-        self._saved = before.saved
-
-
-@dataclass(frozen=True)
-class _Before:
-    """Hold what was before a step or an evaluation.
-
-    random: as `rng_to_tensors` gives it. parts: of what is stateful, by name. state: the fields of
-    TrainerState. log_length: of its log_history, which only grows. saved: whether all of it is on
-    disk.
-    """
-
-    random: tuple[dict[str, torch.Tensor], dict[str, Any]]
-    parts: dict[str, Any]
-    state: dict[str, Any]
-    log_length: int
-    saved: bool
+        self._saved = self._before.saved
+        self._before = self._take_back = None
 
 
 def _say(line: str, *, failed: bool = False) -> None:

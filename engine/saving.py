@@ -27,6 +27,7 @@ from engine.model import adapter_config_record, adapter_state, load_adapter_stat
 from engine.model_files import ADAPTER_FILES
 from engine.policy import Policy
 from engine.run import RunFolder, TrainerState
+from engine.runtime import StepFailed
 from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
 
 logger = logging.getLogger(__name__)
@@ -51,15 +52,22 @@ def save_training_checkpoint(
     config_record: the contents of config.json. limit: checkpoints to keep, None for all.
     generators: those besides torch's, numpy's and Python's own. tensors, records: files of the
     caller's own, by name.
+
+    Raises StepFailed where the adapter or the optimizer's state is not finite: no step could follow
+    from that. Raises OSError where the disk refuses. Both leave earlier checkpoints as they are.
     """
+    adapter = adapter_state(policy.adapted)
     optimizer_tensors, optimizer_record = optimizer_to_tensors(optimizer)
+    name = f"checkpoint-{state.global_step}"
+    check_finite(adapter, f"{name} is not saved: the adapter")
+    check_finite(optimizer_tensors, f"{name} is not saved: the optimizer's state")
     rng_tensors, rng_record = rng_to_tensors(generators)
     notes = {name: config_record[name] for name in ("reference", RUN_ID) if name in config_record}
     path = save_checkpoint(
         folder.path,
         state.global_step,
         tensors={
-            "adapter_model": adapter_state(policy.adapted),
+            "adapter_model": adapter,
             "optimizer": optimizer_tensors,
             "rng": rng_tensors,
             **(tensors or {}),
@@ -77,6 +85,17 @@ def save_training_checkpoint(
     settle_checkpoints(folder.path, path, state.best_model_checkpoint, limit)
 
 
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse tensors that hold infinity or NaN, and name the first.
+
+    what: whose they are, for the message. Raises StepFailed.
+    """
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise StepFailed(f"{what} holds infinite numbers or NaN ({wrong[0]}{more})")
+
+
 def restore(
     checkpoint: Checkpoint,
     policy: Policy,
@@ -88,12 +107,19 @@ def restore(
     generators: as they were given to `save_training_checkpoint`. Raises UsageError where the
     adapter does not fit the model, CheckpointError where the rest of the checkpoint does not fit.
     """
-    load_adapter_state(
-        policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
-    )
+    adapter, moments = checkpoint.tensors("adapter_model"), checkpoint.tensors("optimizer")
+    try:
+        check_finite(adapter, "the adapter")
+        check_finite(moments, "the optimizer's state")
+    except StepFailed as error:  # of an earlier version, which saved whatever there was
+        raise CheckpointError(
+            f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"
+            " checkpoint-<step>"
+        ) from error
+    load_adapter_state(policy.adapted, adapter, source=str(checkpoint.path))
     saved = checkpoint.record("optimizer.json")
     with fitting(checkpoint):
-        load_optimizer(optimizer, checkpoint.tensors("optimizer"), saved)
+        load_optimizer(optimizer, moments, saved)
         load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
         state = TrainerState(**checkpoint.record("trainer_state.json"))
     sound_best(checkpoint.path.parent, state)
@@ -103,8 +129,10 @@ def restore(
 def save_final_adapter(folder: Path, state: TrainerState, policy: Policy) -> None:
     """Write the run's result at the top of its folder, as plain peft loads it.
 
-    The presence of adapter_model.safetensors there says that the training has finished.
+    The presence of adapter_model.safetensors there says that the training has finished. Raises
+    StepFailed where the adapter is not finite: nothing is written then.
     """
+    check_finite(adapter_state(policy.adapted), "nothing is published: the final adapter")
     sound_best(folder, state)
     point_best(folder, state.best_model_checkpoint)
     write_json(folder / "trainer_state.json", asdict(state))

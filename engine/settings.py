@@ -231,6 +231,15 @@ class TrainingConfig:
         group="optimization",
         within=POSITIVE,
     )
+    max_bad_steps: int = setting(
+        0,
+        "skip up to so many steps in a row whose gradient or loss is not finite; the next one ends"
+        " the run. A skipped step counts as a step and changes no weights",
+        unit="optimizer steps",
+        source=ENGINE,
+        group="optimization",
+        within="[0, 1000000000]",
+    )
     seed: int = setting(
         42,
         "seed of data order, dropout and sampling",

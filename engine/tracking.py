@@ -109,6 +109,12 @@ class MetricAccumulator:
             for name, entries in self._entries.items()
         }
 
+    def leave_out_not_finite(self) -> None:
+        """Drop infinities and NaN of the metrics that have other values: a skipped step's."""
+        for name, entries in self._entries.items():
+            finite = [entry for entry in entries if math.isfinite(float(entry[0]))]
+            self._entries[name] = finite or entries
+
     def collect(self) -> dict[str, float]:
         """Combine the metrics, in the order in which their names first came, and start afresh."""
         combined = {}

@@ -160,9 +160,9 @@ class Rollouts:
     def score(
         self,
         policy: Policy,
+        should_stop: Callable[[], bool] = lambda: False,
         *,
         with_reference: bool,
-        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Compute log pi_ref of every sample, and log pi_old beyond the first update.
 
@@ -216,9 +216,28 @@ class Rollouts:
                 )
 
     def set_advantages(self, advantages: Tensor) -> None:
-        """Give every sample its A_i. advantages [R]: in the samples' order."""
+        """Give every sample its A_i. advantages [R]: in the samples' order.
+
+        The rollout is whole then. Raises StepFailed where one of its numbers is not finite: saved,
+        it would end every run that goes on from it.
+        """
         for sample, advantage in zip(self.samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
+        self.check_finite("old_logprobs")
+
+    def check_finite(self, *more: str) -> None:
+        """Refuse a rollout to learn from that holds infinity or NaN, and name the example.
+
+        more: fields of Sample to look at beside those that every rollout has. Raises StepFailed.
+        """
+        for sample in self.samples:
+            for name in ("advantage", "sampling_logprobs", "ref_logprobs", *more):
+                values = getattr(sample, name)
+                if values is not None and not torch.as_tensor(values).isfinite().all():
+                    shown = values if name == "advantage" else "not finite"
+                    raise StepFailed(
+                        f"example {sample.example.id}: {name} of a completion is {shown}"
+                    )
 
     def keep_old(self, micro_batches: Sequence[Sequence[int]], logprobs: Sequence[Tensor]) -> None:
         """Keep the log-probabilities of micro-batches, [N,T] each, as their samples' old ones.

@@ -17,6 +17,7 @@ from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.policy import Policy
 from engine.run import Run, RunFolder, Schedule, TrainerState
+from engine.runtime import StepFailed
 from engine.saving import save_start
 from engine.settings import validation_files
 from rl.dump import step_tensors, write_step
@@ -112,7 +113,8 @@ def restore_rollouts(
     """Put back what `saved_rollouts` made. decode: turns ids [C] into text.
 
     Raises CheckpointError for a checkpoint of an earlier version, whose monitors and rewards
-    remembered completions without their images: the run would not go on as it had begun.
+    remembered completions without their images: the run would not go on as it had begun. Also for
+    one whose rollout holds a number that is not finite.
     """
     rollout, watched = checkpoint.record("rollout.json"), checkpoint.record("monitors.json")
     if isinstance(watched, dict) and "labels" not in watched:
@@ -140,6 +142,13 @@ def restore_rollouts(
                 f"{checkpoint.path}: rollout.json, example {sample.example.id!r}: {problem}; no"
                 " step can learn from it: go on from an earlier checkpoint of the run"
             )
+    try:
+        rollouts.check_finite()
+    except StepFailed as error:  # of an earlier version, which saved whatever there was
+        raise CheckpointError(
+            f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"
+            " checkpoint-<step>"
+        ) from error
 
 
 # ---- the books -----------------------------------------------------------------------------------
@@ -227,14 +236,13 @@ class GRPORun(Run):
     def finish_step(
         self,
         rollouts: Rollouts,
-        computed: Sequence[Computed],
+        loss: float,
         grad_norm: Tensor,
         learning_rate: float,
     ) -> None:
         """Log an optimizer step, and the completions of a new rollout in completions.jsonl."""
         samples, step = rollouts.samples, self.step + 1
         new = rollouts.update_of(self.step) == 0
-        loss = sum(float(micro.loss) for micro in computed)
         prompts = [len(rollouts.prompts[sample.group].input_ids) for sample in samples]
         completions = [len(sample.ids) for sample in samples]
         self.count_tokens(sum(prompts) + sum(completions) if new else 0)
@@ -262,12 +270,6 @@ class GRPORun(Run):
             if note not in self._noted:
                 self._noted.add(note)
                 self.write(note)
-
-    def warn(self, lines: Sequence[str]) -> None:
-        """Print warnings and keep them in warnings.jsonl."""
-        for line in lines:
-            self.write(line)
-            self.log.warn(line, self.step)
 
 
 def next_command(recipe: str | None, folder: Path, train_file: str) -> str:

@@ -268,12 +268,12 @@ def test_extra_features_by_hand():
     # Two tensors of 8 numbers in fp32 beside the features: 64 bytes a token
     more = replace(SHAPE, extra_features=2)
     # In scoring for all of the row's 2 x 10 + 6 x 5 tokens, until the head; in the update for the
-    # images' 64 tokens of two prompts alone
+    # images' 64 tokens of two prompts alone, until the optimizer step
     row, work = Packed(2, 10, 6, 5), replace(WORK, image_tokens=64, micro_batch=6)
     work = replace(work, prompt_length=10, completion_length=5, num_generations=3)
     for moments, expected in (
         (lambda shape: scoring_moments(shape, work, row), [50 * 64, 0]),
-        (lambda shape: update_moments(shape, work), [2 * 64 * 64] * 2),
+        (lambda shape: update_moments(shape, work), [2 * 64 * 64, 2 * 64 * 64, 0]),
         # 2 prompts of a rollout: held for both, and while they are read for their 20 tokens
         (
             lambda shape: writing_moments(shape, work, 2, 3, greedy=False),

@@ -8,6 +8,8 @@ cases P17 and P23 are in test_objective.py.
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,7 +24,9 @@ from engine.optim import (
     scheduled_rate,
     set_learning_rate,
     trainable_parameters,
+    whole_step,
 )
+from engine.runtime import StepFailed
 from engine.settings import TrainingConfig
 
 
@@ -149,3 +153,76 @@ def test_gradients_are_scaled_together_and_only_when_too_long():
     assert clip_gradients(model.parameters(), 1.0).item() == pytest.approx(5)  # the norm before
     # coefficient 1 / (5 + 1e-6)
     assert (model.a.grad.item(), model.b.grad.item()) == pytest.approx((0.6, 0.8), abs=1e-6)
+
+
+# ---- a step wholly or not at all -----------------------------------------------------------------
+def stepped(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Make a model of three parameters and its optimizer after so many steps, with gradients."""
+    model = model_of(a=1.0, b=2.0, c=3.0)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.02)
+    for number in range(steps + 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.tensor([0.5 + number], dtype=torch.float64)
+        if number < steps:
+            optimizer.step()
+    return model, optimizer
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def test_a_whole_step_is_the_optimizers_own():
+    (one, ours), (other, theirs) = stepped(2), stepped(2)
+    whole_step(ours, 0.3, 3)
+    set_learning_rate(theirs, 0.3)
+    theirs.step()
+    assert everything(one, ours) == everything(other, theirs)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_step_that_fails_in_the_middle_changes_nothing(monkeypatch, steps, place):
+    model, optimizer = stepped(steps)
+    before, calls = everything(model, optimizer), []
+    update = torch.Tensor.addcdiv_  # of one parameter: the last thing that AdamW does to it
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == place:
+            raise torch.OutOfMemoryError
+        return update(*arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(torch.Tensor, "addcdiv_", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            whole_step(optimizer, 0.3, steps + 1)
+    assert len(calls) == place and everything(model, optimizer) == before
+    # and the step can be made after all, as if nothing had been
+    whole_step(optimizer, 0.3, steps + 1)
+    other, theirs = stepped(steps)
+    whole_step(theirs, 0.3, steps + 1)
+    assert everything(model, optimizer) == everything(other, theirs)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_is_taken_back(steps):
+    model, optimizer = stepped(steps)
+    before = everything(model, optimizer)
+    take_back = whole_step(optimizer, 0.3, steps + 1)
+    assert everything(model, optimizer) != before
+    take_back()
+    assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("rate", [1e308, math.nan])
+def test_a_step_that_would_make_weights_that_are_no_numbers_is_not_made(rate):
+    model, optimizer = stepped(1)
+    before = everything(model, optimizer)
+    with pytest.raises(
+        StepFailed, match="step 2 would make weights of the adapter infinite or NaN"
+    ):
+        for _ in range(9):  # 1e308 more each time
+            whole_step(optimizer, rate, 2)
+            before = everything(model, optimizer)
+    assert everything(model, optimizer) == before

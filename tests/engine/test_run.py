@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,9 @@ def test_a_model_or_an_optimizer_in_a_run_is_found(run_of):
     assert sorted(held_by(run)) == ["own", "state.log_history", "stateful"]
 
 
+TRAINS = {"backward", "clip_gradients", "optimizer.step", "whole_step", "zero_grad"}
+
+
 def calls(path: Path) -> set[str]:
     """Name what a file calls of all that trains: `optimizer.step` with its object, else the last
     name.
@@ -73,7 +77,7 @@ def calls(path: Path) -> set[str]:
                 found.add(f"{name}.{node.func.attr}")
         elif isinstance(node.func, ast.Name):
             found.add(node.func.id)
-    return found & {"backward", "clip_gradients", "optimizer.step", "zero_grad"}
+    return found & TRAINS
 
 
 def test_what_trains_stands_in_the_scripts_alone():
@@ -81,7 +85,8 @@ def test_what_trains_stands_in_the_scripts_alone():
     found = {name: calls(ROOT / name) for name in files}
     # it made the demo's base model, once, and no run imports it
     assert found.pop("data/demo/build_base.py") >= {"backward", "optimizer.step"}
-    everything = {"backward", "clip_gradients", "optimizer.step", "zero_grad"}
+    assert found.pop("engine/optim.py") == {"optimizer.step"}  # in `whole_step`
+    everything = TRAINS - {"optimizer.step"}
     assert {name: words for name, words in found.items() if words} == dict.fromkeys(
         SCRIPTS, everything
     )
@@ -699,10 +704,56 @@ def test_a_damaged_image_in_an_evaluation_undoes_no_step(run_of):
     assert torch.equal(torch.get_rng_state(), after[1]) and run.state.evaluated_step == -1
 
 
+def test_an_optimizer_step_is_taken_back_until_the_step_is_done(run_of, monkeypatch):
+    monkeypatch.setattr(Run, "watch", lambda run, logged: 1 / (3 - run.step))
+    taken, saved = [], []
+    run = run_of(save=lambda: saved.append((run.step, list(taken))))
+    with pytest.raises(ZeroDivisionError), run:
+        while run.goes_on():
+            number = run.step + 1
+            run.can_take_back(lambda number=number: taken.append(number))
+            done(run)
+    assert saved == [(2, [3])]  # the third alone, and before the save
+
+
+def test_bad_steps_are_skipped_and_counted_up_to_so_many_in_a_row(run_of):
+    schedule = Schedule(9, logging_steps=2, eval_steps=None, save_steps=None, max_bad_steps=2)
+    run, accepted, saved = run_of(schedule), [], []
+    run.save = lambda: saved.append((run.step, run.state.bad_steps, run.state.bad_steps_in_a_row))
+    losses = iter([1.0, math.nan, math.inf, 3.0, -math.inf, math.nan, math.nan])
+    examples = [SimpleNamespace(id="e1"), SimpleNamespace(id="e7")]
+    with pytest.raises(StepFailed, match="the loss of step 7 is not finite"), run:
+        while run.goes_on():
+            loss = next(losses)
+            accepted.append(run.accepts(torch.tensor(1.0), loss, examples))
+            done(run, loss=loss)
+    assert accepted == [True, False, False, True, False, False]
+    assert saved == [(6, 4, 2)]
+    found = [(line["loss"], line["bad_steps"]) for line in lines(run.folder / "metrics.jsonl")]
+    # of steps 1 and 2 the first alone; of 5 and 6 neither is a number
+    assert found == [(1.0, 1), (3.0, 2), (None, 4)]
+    warned = [(line["step"], line["warning"]) for line in lines(run.folder / "warnings.jsonl")]
+    assert [step for step, _ in warned] == [2, 3, 5, 6]
+    assert warned[0][1] == (
+        "warning: the loss of step 2 is not finite: it is skipped. Examples: e1, e7"
+    )
+
+
+def test_without_bad_steps_nothing_is_logged_of_them(run_of):
+    run = run_of()
+    assert run.goes_on() and run.accepts(torch.tensor(1.0), 1.0, [])
+    done(run)
+    assert "bad_steps" not in lines(run.folder / "metrics.jsonl")[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_gradient_that_is_not_finite_is_refused(run_of, value):
     run = run_of(state=TrainerState(global_step=4))
     examples = [SimpleNamespace(id="e1"), SimpleNamespace(id="e7")]
     with pytest.raises(StepFailed, match=r"step 5 is not finite; .* was saved. Examples: e1, e7$"):
-        run.check_gradient(torch.tensor(value), examples)
-    run.check_gradient(torch.tensor(3e38), examples)
+        run.accepts(torch.tensor(value), 1.0, examples)
+    with pytest.raises(StepFailed, match=r"the loss of step 5 is not finite; .* Examples: e1, e7$"):
+        run.accepts(torch.tensor(1.0), value, examples)
+    with pytest.raises(StepFailed, match="the gradient and the loss of step 5 are not finite; "):
+        run.accepts(torch.tensor(value), value, examples)
+    assert run.accepts(torch.tensor(3e38), 1e308, examples)

@@ -5,6 +5,7 @@ tests/benchmarks/memory_forecast.py prints both. tests/engine/test_memory.py com
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.generate import SamplingConfig, generate
 from engine.logprobs import token_logprobs
 from engine.memory import ModelShape, Workload, forecast, model_shape
 from engine.model import BaseModel, attach_new_adapter, enable_gradient_checkpointing
+from engine.optim import build_optimizer, whole_step
 from engine.policy import Policy
 from tests.helpers.tiny import policy_of
 
@@ -248,16 +250,24 @@ def phase_step(
         ]
         return collate_rows(rows, 0).to(device)
 
+    optimizer = build_optimizer(policy.net, learning_rate=1e-3, weight_decay=0.0)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # its moments stand there before the phase begins
+    optimizer.zero_grad()
+
     def sft() -> None:
         held = batch(1)  # to the end of the step, as in the loop
         hidden, targets = policy.hidden_states(held)
         logprobs, _ = token_logprobs(hidden, policy.head, targets, softcap=policy.softcap)
         (-logprobs.sum()).backward()
+        whole_step(optimizer, 1e-3, 1)
 
     def grpo() -> None:
         held = batch(sizes.generations)
         logprobs, _ = policy.logprobs_and_entropy(held)
         logprobs.sum().backward()
+        whole_step(optimizer, 1e-3, 1)
 
     @torch.no_grad()
     def scoring() -> None:
@@ -303,6 +313,7 @@ def allocated_peak(step: Callable[[], None], device: torch.device) -> int:
     """Measure the bytes of tensors and kernels' buffers that `step` holds at most at once, over
     what is there before it.
     """
+    gc.collect()  # what earlier measurements left must not be freed within this one
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

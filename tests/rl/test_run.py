@@ -208,10 +208,10 @@ def test_a_step_is_logged_over_its_micro_batches(opened, monkeypatch):
         for rows, loss, entropy in zip(micro_batches, (0.25, 0.5), (1.0, 4.0), strict=True)
     ]
     run.log_update(parts, micro_batches, rollouts, ObjectiveConfig())
-    run.finish_step(rollouts, parts, torch.tensor(3.0), 1e-3)
+    run.finish_step(rollouts, 0.75, torch.tensor(3.0), 1e-3)
     assert run.goes_on()
     run.log_update(parts[:1], micro_batches[:1], rollouts, ObjectiveConfig())
-    run.finish_step(rollouts, parts[:1], torch.tensor(2.0), 1e-3)
+    run.finish_step(rollouts, 0.25, torch.tensor(2.0), 1e-3)
     first, second = lines(run.folder / "metrics.jsonl")
     assert (first["step"], first["loss"], first["grad_norm"]) == (1, 0.75, 3.0)
     assert first["entropy"] == pytest.approx((4 * 1.0 + 2 * 4.0) / 6)  # over tokens in the loss
