@@ -275,12 +275,12 @@ class Run:
         norm: scalar, of the whole gradient. Raises StepFailed naming the examples where it is one
         more in a row than --max_bad_steps allows.
         """
-        finite = {"gradient": bool(torch.isfinite(norm)), "loss": math.isfinite(loss)}
-        if all(finite.values()):
+        finite = bool(torch.isfinite(norm))
+        if finite and math.isfinite(loss):
             self.state.bad_steps_in_a_row = 0
             return True
-        wrong = " and the ".join(name for name, is_finite in finite.items() if not is_finite)
-        line = f"the {wrong} of step {self.step + 1} {'are' if ' ' in wrong else 'is'} not finite"
+        wrong = "loss" if finite else "gradient"
+        line = f"the {wrong} of step {self.step + 1} is not finite"
         ids = f"Examples: {', '.join(example.id for example in examples)}"
         if self.state.bad_steps_in_a_row >= self.schedule.max_bad_steps:
             raise StepFailed(f"{line}; the state before it was saved. {ids}")

@@ -754,6 +754,4 @@ def test_a_gradient_that_is_not_finite_is_refused(run_of, value):
         run.accepts(torch.tensor(value), 1.0, examples)
     with pytest.raises(StepFailed, match=r"the loss of step 5 is not finite; .* Examples: e1, e7$"):
         run.accepts(torch.tensor(1.0), value, examples)
-    with pytest.raises(StepFailed, match="the gradient and the loss of step 5 are not finite; "):
-        run.accepts(torch.tensor(value), value, examples)
     assert run.accepts(torch.tensor(3e38), 1e308, examples)
