@@ -38,9 +38,14 @@ READING = 2
 # of what lies between, but never beyond what is in the picture.
 QUANTILES, MARGIN = (0.01, 0.99), 0.25
 
-# What a network drive may report of a sound file, and the seconds to wait before another try.
-# Not every system has all of the names.
-_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EREMOTEIO")
+# What a network drive may report of a sound file, and the seconds to wait before another try: the
+# server does not answer, is overloaded or has restarted, or the connection to it is lost. A file
+# that is not there (ENOENT) is told at once: waiting for every file of a wrong folder would take
+# hours. Not every system has all of the names.
+_NAMES = (
+    *("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EREMOTEIO", "EHOSTDOWN", "EHOSTUNREACH"),
+    *("ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNRESET", "ECONNABORTED", "ENOTCONN"),
+)
 _PASSING = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 RETRY_WAITS = (0.1, 0.5, 2.0)
 

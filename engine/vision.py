@@ -71,23 +71,39 @@ class VisionCache:
         self._kept: OrderedDict[str, ImageTensors] = OrderedDict()
         self._kept_bytes = 0
         self._digests: dict[tuple, str] = {}
+        self._last: dict[tuple, str] = {}  # of each image, by where the example says that it lies
+        self._warned = False
 
     def look(self, example: Example) -> ImageTensors:
         """Find or compute the image's `features` [tokens,H] and what places them, on the CPU.
 
         The image file is read at most once, and not at all where it is known and has not changed.
 
-        Raises DataError for an image that cannot be read, unless it is known, and for features that
-        are not finite.
+        Raises DataError for an image that cannot be read, and for features that are not finite. An
+        image whose file or drive is gone, but whose features are in memory, is only warned of.
         """
         self._notice_changes()
-        path, status = image_status(example)
+        place = example.image_root, example.image
+        try:
+            path, status = image_status(example)
+        except DataError as error:
+            image = None
+            if isinstance(error.__cause__, OSError) and place in self._last:
+                image = self._kept.get(self._last[place]) or self._read(self._last[place])
+            if image is None:
+                raise
+            if not self._warned:
+                logger.warning("%s; its features are kept, and serve on", error)
+            self._warned = True
+            return image
+        self._last.pop(place, None)
         known = path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         content = None
         if known not in self._digests:
             content = read_image(example)
             self._digests[known] = hashlib.sha256(content).hexdigest()
         digest = self._digests[known]
+        self._last[place] = digest
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]

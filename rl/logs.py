@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.files import DataError
 from data.images import load_image
 from data.predictions import Prediction
 from engine.charts import ITSELF, SHARE, Chart, macro_f1_chart
@@ -195,15 +197,17 @@ def show_samples(
     """Show one group of a rollout in TensorBoard: the X-ray, its completions, their rewards.
 
     It is the group with the largest spread of rewards, from which the policy learns most. The
-    model's text is escaped. There is no table, whose narrow columns would break words.
+    model's text is escaped. There is no table, whose narrow columns would break words. An image
+    that can no longer be read is left out: the step is made.
 
     samples: the whole rollout. max_side: of the picture, pixels.
     """
     group, why = largest_spread(samples)
     example = group[0].example
-    image = load_image(example).convert("L")
-    image.thumbnail((max_side, max_side))
-    log.image("completions/image", np.asarray(image), step)
+    with contextlib.suppress(DataError):
+        image = load_image(example).convert("L")
+        image.thumbnail((max_side, max_side))
+        log.image("completions/image", np.asarray(image), step)
     lines = [
         f"**{escape_markdown(example.id)}**, true labels:"
         f" **{escape_markdown(', '.join(sorted(example.target.labels)) or '(none)')}**",

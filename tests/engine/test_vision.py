@@ -8,9 +8,11 @@ Run: pytest tests/engine/test_vision.py
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections import Counter
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +284,40 @@ def test_the_same_picture_under_two_names_is_one_and_a_changed_file_another(
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match="no such file"):
         cache.look(second)
+
+
+@pytest.mark.parametrize("drive", ["away", "failing"])
+def test_an_image_whose_drive_is_gone_is_known_from_memory(
+    tiny_checkpoint, tiny_images, tmp_path, monkeypatch, caplog, drive
+):
+    for i, name in enumerate(("a.png", "b.png", "c.png")):
+        shutil.copyfile(tiny_images / f"56/image-{i}.png", tmp_path / name)
+    known, dropped, new = (
+        Example(name, "p", name, (), "site", tmp_path) for name in ("a.png", "b.png", "c.png")
+    )
+    cache = caches(load(tiny_checkpoint("qwen2_5_vl")))
+    before = cache.look(known)
+    cache.look(dropped)
+    cache._kept.popitem()  # as where memory has no room for it
+    if drive == "away":
+        tmp_path.rename(tmp_path.with_name("unmounted"))
+    else:
+        stat, waited = Path.stat, []
+
+        def failing(path, **options):
+            if path.suffix == ".png":
+                raise OSError(errno.EIO, "Input/output error")
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", failing)
+        monkeypatch.setattr("data.images.time.sleep", waited.append)
+    assert cache.look(known) is before and cache.look(known) is before
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("example 'a.png': image 'a.png': ")
+    assert warning.endswith("; its features are kept, and serve on")
+    for example in (dropped, new):
+        with pytest.raises(DataError, match=f"example '{example.id}': image"):
+            cache.look(example)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import rl.logs
+from data.files import DataError
 from data.labels import Target
 from rl.logs import grpo_charts, largest_spread, show_samples
 from rl.rewards import Reward
@@ -105,6 +106,16 @@ def test_a_group_is_shown_as_a_list_without_markup_of_the_model(monkeypatch):
         "",
         "    &ldquo;Edema&rdquo;",
     ]
+
+
+def test_an_image_that_is_gone_ends_no_step_that_is_made(monkeypatch):
+    def gone(example):
+        raise DataError([f"example {example.id!r}: no such file"])
+
+    monkeypatch.setattr(rl.logs, "load_image", gone)
+    log = Log()
+    show_samples(log, [sample(0, 0.5, "Edema"), sample(0, 1.0, "Edema")], 7)
+    assert log.images == [] and len(log.texts) == 1
 
 
 def test_a_page_of_six_charts():
