@@ -45,7 +45,7 @@ from eval.since_start import keep_start, since_start
 from rl.evaluation import record_evaluation, rewards_of
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
-from rl.plan import BatchPlan
+from rl.plan import BatchPlan, total_steps
 from rl.rollout import Rollouts
 from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts, start_of
 
@@ -186,7 +186,7 @@ def run_command(resolved: Resolved) -> int:
     start = start_of(config, checkpoint)
     resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
     config = resolved.configs[0]
-    record = training_record(resolved, "grpo", data, checkpoint)
+    record = training_record(resolved, "grpo", data, checkpoint, total_steps)
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits)
     optimizer = build_optimizer(

@@ -156,7 +156,7 @@ def run_command(resolved: Resolved) -> int:
     adapter = None if checkpoint else config.adapter_name_or_path
     resolved = fitted(resolved, device, data.train, evaluated, adapter, encoder=encoder)
     config = resolved.configs[0]
-    record = training_record(resolved, "sft", data, checkpoint)
+    record = training_record(resolved, "sft", data, checkpoint, SFTConfig.total_steps)
 
     # policy and optimizer
     policy = policy_to_fine_tune(config, device, checkpoint, encoder)

@@ -408,8 +408,9 @@ def parse_config(
     default_recipe_unless: Sequence[str] = (),
     validate: Callable[..., list[str]] | None = None,
     inherit_with: str | None = None,
-    inherit: Callable[[str], dict[str, Any]] | None = None,
+    inherit: Callable[[str], dict[str, Any] | None] | None = None,
     free_to_change: Sequence[str] = (),
+    resume: str | None = None,
 ) -> Resolved:
     """Read one command line into one instance of each class.
 
@@ -421,8 +422,9 @@ def parse_config(
     default or recipe value in place of one that could not be read.
     inherit_with: the flag that resumes a run.
     inherit: `inherit(value of that flag)` gives the settings of that run. They stand in for the
-    defaults, and a recipe or a flag that would change one is a problem.
+    defaults, and a recipe or a flag that would change one is a problem. None for a new run.
     free_to_change: settings that a resumed run may change.
+    resume: the value of inherit_with, whatever the flag says.
 
     Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse
     does.
@@ -435,11 +437,9 @@ def parse_config(
     )
     raw, problems = _split(parser, argv, settings)
 
-    inherited = (
-        _inherited(inherit(raw[inherit_with][-1]), settings, free_to_change)
-        if inherit and inherit_with in raw
-        else None
-    )
+    named = resume or (raw[inherit_with][-1] if inherit_with in raw else None)
+    saved = inherit(named) if inherit and named else None
+    inherited = None if saved is None else _inherited(saved, settings, free_to_change)
     recipe = (
         default_recipe
         if inherited is None and not any(name in raw for name in default_recipe_unless)
@@ -475,6 +475,8 @@ def parse_config(
             problems += [f"--{name} {problem}" for problem in error.problems]
         except ValueError as error:
             problems.append(f"--{name}: {error}")
+    if resume is not None and inherit_with is not None:
+        values[inherit_with], origins[inherit_with] = resume, "unfinished run"
 
     problems += [
         f"--{name}: the resumed run has {show(before)}, not {show(values[name])}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.examples import selection_file
-from data.files import sha256_of, written_folder, written_whole
+from data.files import remove, sha256_of, written_folder, written_whole
 from data.plain_files import is_plain, parse_record, read_plain
 from data.sets import TRAIN, DataSets
 from engine.charts import FOLDER
@@ -25,13 +25,22 @@ from engine.checkpoint import (
     CheckpointError,
     checkpoint_step,
     latest_valid_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     standing_place,
 )
 from engine.config import Resolved, UsageError, from_json, to_json
+from engine.longer import EXTENDED, LENGTHS, extension
 from engine.model_checks import base_hashes
 from engine.model_files import ADAPTER_FILES, model_path, same_base
-from engine.runtime import STEP_LOGS, check_plain_folder, run_directory, versions
+from engine.runtime import (
+    STEP_LOGS,
+    check_plain_folder,
+    is_finished,
+    refuse_content,
+    run_directory,
+    versions,
+)
 from engine.saved_records import checked
 
 # What may differ in a resumed run. Data files may have moved: their contents are compared by
@@ -64,6 +73,8 @@ FREE_TO_CHANGE = (
 )
 
 
+# A value of --resume_from_checkpoint: go on with this command's run, if there is one.
+AUTO = "auto"
 # The origin of a value that memory cut while a run was going on.
 OUT_OF_MEMORY = "out of memory"
 
@@ -183,22 +194,46 @@ def checkpoint_to_resume(named: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, Any]:
+def inherited_settings(named: str, script: Literal["sft", "grpo"]) -> dict[str, Any] | None:
     """Read the settings of the run that --resume_from_checkpoint names, for `parse_config`.
 
     Its output_dir is left out: a run goes on where its checkpoint lies now, which may be a copy or
-    a renamed folder. Raises UsageError for a checkpoint of the other script.
+    a renamed folder. A run that was ended before its first checkpoint has them in its config.json.
+    None for AUTO, which names no run. Raises UsageError for a checkpoint of the other script.
     """
-    checkpoint, _ = find_checkpoint(named)
-    record = checkpoint.record("config.json")
+    if named == AUTO:
+        return None
+    begun = begun_record(named)
+    checkpoint = None if begun else find_checkpoint(named)[0]
+    record = begun if checkpoint is None else checkpoint.record("config.json")
+    assert record is not None
     if record["script"] != script:
         raise UsageError(
             f"--resume_from_checkpoint {named}: a checkpoint of run_{record['script']}.py; resume"
             " it with that script"
         )
-    cuts = {name: entry["value"] for name, entry in memory_cuts(checkpoint).items()}
     settings = {name: entry["value"] for name, entry in record["settings"].items()}
+    if checkpoint is None:
+        return settings | {"output_dir": None}
+    whole = saved_record(named)[0]
+    if whole.get(RUN_ID) and whole[RUN_ID] == record.get(RUN_ID):
+        # the run may have been made longer since its newest checkpoint
+        settings |= {name: whole["settings"][name]["value"] for name in LENGTHS}
+    cuts = {name: entry["value"] for name, entry in memory_cuts(checkpoint).items()}
     return settings | cuts | {"output_dir": None}
+
+
+def begun_record(named: str | Path) -> dict[str, Any] | None:
+    """Read config.json of a run that was ended before its first checkpoint.
+
+    named: its folder. None for any other one, and for a checkpoint's.
+    """
+    folder = Path(named)
+    if not folder.is_dir() or checkpoint_step(folder.resolve().name) is not None:
+        return None
+    record = saved_record(folder)[0]
+    begun = RUN_ID in record and not list_checkpoints(folder) and not is_finished(folder, record)
+    return record if begun else None
 
 
 def memory_cuts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -255,6 +290,16 @@ def run_folder(
     return run_directory(output_dir, kind)
 
 
+def begin_again(folder: Path, kind: Literal["sft", "grpo"]) -> None:
+    """Make the folder of a new run ready, in which one may have been ended before it got on.
+
+    Raises UsageError where there is more in it by now than that, as of another process.
+    """
+    refuse_content(folder, kind)
+    for name in ("start", "start-vote"):
+        remove(folder / name)
+
+
 def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
     """Complete config.json of a resumed run with what only its beginning knows: recipe and origins.
 
@@ -290,7 +335,7 @@ def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str
     for name, entry in memory_cuts(checkpoint).items():
         if settings[name]["value"] == entry["value"]:
             settings[name] = entry
-    of_run = {name: saved[name] for name in ("recipe", RUN_ID) if name in saved}
+    of_run = {name: saved[name] for name in ("recipe", RUN_ID, EXTENDED) if name in saved}
     return record | of_run | {"settings": settings}
 
 
@@ -299,8 +344,11 @@ def training_record(
     script: Literal["sft", "grpo"],
     sets: DataSets,
     checkpoint: Checkpoint | None,
+    count: Callable[[Any, int], int],
 ) -> dict[str, Any]:
     """Make config.json of a training run, new or resumed.
+
+    count: the optimizer steps of a whole run, from its settings and the number of examples.
 
     Raises UsageError where a data file, the base or the frozen reference is not the one that the
     resumed run began with, or the base not the one that the adapter was trained on.
@@ -331,7 +379,10 @@ def training_record(
             }
     if checkpoint is None:
         return record | {RUN_ID: uuid.uuid4().hex}
+    longer = extension(checkpoint, config, len(sets.train), count)
     record = continued_record(checkpoint, record)
+    if longer is not None:
+        record[EXTENDED] = [*record.get(EXTENDED, []), longer]
     if "reference" in checkpoint.record("config.json"):
         record["reference"] = check_same_reference(checkpoint)
     return record

@@ -26,10 +26,18 @@ from engine.checkpoint import (
     set_later_checkpoints_aside,
     settle_checkpoints,
 )
+from engine.longer import extension_line, is_extended, keep_result
 from engine.model_files import EMBEDDED
 from engine.out_of_memory import Cut
-from engine.resume import OUT_OF_MEMORY, base_record, bring_logs, keep_reference, run_folder
-from engine.runtime import SignalGuard, StepFailed, StopRequested, lock_run
+from engine.resume import (
+    OUT_OF_MEMORY,
+    base_record,
+    begin_again,
+    bring_logs,
+    keep_reference,
+    run_folder,
+)
+from engine.runtime import FINISHED, SignalGuard, StepFailed, StopRequested, lock_run
 from engine.settings import TrainingConfig
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
@@ -128,7 +136,7 @@ class Schedule:
 class RunFolder:
     """Hold a run's folder, which is this process's alone, with its log and the signals to heed.
 
-    record: the contents of config.json.
+    record: the contents of config.json. longer: whether the run is made longer than it was.
     """
 
     path: Path
@@ -136,6 +144,7 @@ class RunFolder:
     signals: SignalGuard
     script: Literal["sft", "grpo"]
     record: dict[str, Any] = field(default_factory=dict)
+    longer: bool = False
 
 
 class Run:
@@ -382,6 +391,9 @@ class Run:
         block, where a signal ended it.
         """
         self.bar.close()
+        if self.finished and error is None:
+            write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
+            return False
         if self.finished:
             return self._left_after_the_end(error)
         polled = isinstance(error, StopRequested)
@@ -463,6 +475,21 @@ def opened_run(
     folder = run_folder(checkpoint, output_dir, script)
     with lock_run(folder), SignalGuard() as signals:
         clean_leftovers(folder)
+        longer = checkpoint is not None and is_extended(record, checkpoint)
+        if longer:
+            print(extension_line(record), file=sys.stderr)
+            keep_result(folder)
+            state.evaluations_without_improvement = 0  # the end of patience was that of the run
+        if checkpoint is None:
+            begin_again(folder, script)
+            if reference is not None:
+                record["reference"] = keep_reference(reference, folder)
+        if record.get("base") == {}:  # a hub model has come with its weights only now
+            named, how = (
+                record["settings"][name]["value"] for name in ("model_name_or_path", "base_hash")
+            )
+            record["base"] = base_record(named, how)
+        write_json(folder / "config.json", record)  # first: it says which run the rest is of
         if checkpoint is not None:
             bring_logs(checkpoint, folder, state.best_model_checkpoint)
             set_later_checkpoints_aside(folder, checkpoint.step)
@@ -470,21 +497,13 @@ def opened_run(
             # again, because the earlier process may have ended before it came to it
             last, best = folder / checkpoint.path.name, state.best_model_checkpoint
             settle_checkpoints(folder, last, best, limit)
-        elif reference is not None:
-            record["reference"] = keep_reference(reference, folder)
-        if record.get("base") == {}:  # a hub model has come with its weights only now
-            named, how = (
-                record["settings"][name]["value"] for name in ("model_name_or_path", "base_hash")
-            )
-            record["base"] = base_record(named, how)
-        write_json(folder / "config.json", record)
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step
         marks = None if checkpoint is None else checkpoint.manifest["notes"].get("logs")
         with RunLogger(
             folder, resume_step=resume_step, log_history=state.log_history, marks=marks
         ) as log:
-            yield RunFolder(folder, log, signals, script, record)
+            yield RunFolder(folder, log, signals, script, record, longer)
 
 
 # ---- after it ------------------------------------------------------------------------------------

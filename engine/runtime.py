@@ -18,20 +18,31 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+from safetensors import SafetensorError, safe_open
+
 from data.command_line import exit_code
 from data.console import STDOUT, print_errors
-from data.files import DataError
-from data.plain_files import open_plain, strange_entries
-from engine.adapter_files import base_of_adapter
+from data.files import REPLACED, DataError
+from data.plain_files import (
+    is_checkpoint_name,
+    is_plain,
+    open_plain,
+    parse_record,
+    read_plain,
+    strange_entries,
+)
+from engine.adapter_files import adapter_record
+from engine.checkpoint import RUN_ID
 from engine.config import UsageError
 from engine.model_files import ADAPTER_FILES, same_base
 
 LOCK_FILE = ".lock"
+FINISHED = "finished"  # in config.json, once all is done: final adapter, scores, card
 # Links to a checkpoint, and what a kill leaves of one that is being set.
 _LINKS = ("best", "last", ".tmp-best", ".tmp-last")
 # Every line of these logs has a "step", so a resume can tell which lines it will repeat.
@@ -174,7 +185,7 @@ def run_directory(
         directory.mkdir(parents=True, exist_ok=True)
         if output_dir is None:
             return _new_directory(directory, f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
-        _refuse_content(directory, kind)
+        refuse_content(directory, kind)
     except OSError as error:
         raise UsageError(f"--output_dir {directory}: cannot be used: {error.strerror}") from error
     return directory
@@ -188,7 +199,7 @@ def check_output_dir(output_dir: str | None, kind: RunKind, *, root: Path = Path
     check_writable(output_dir)
     folder = Path(output_dir)
     if folder.exists():
-        _refuse_content(folder, kind)
+        refuse_content(folder, kind)
         check_lock(folder)
 
 
@@ -230,9 +241,13 @@ def check_lock(run_dir: Path) -> None:
             pass
 
 
-def _refuse_content(directory: Path, kind: RunKind) -> None:
+def refuse_content(directory: Path, kind: RunKind) -> None:
+    """Raise UsageError where a folder holds anything, but for what a run left before it got on.
+
+    That is what a run of this kind leaves that was ended before its first checkpoint.
+    """
     content = sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
-    if content:
+    if content and not (kind in ("sft", "grpo") and _only_begun(directory, content, kind)):
         raise UsageError(
             f"--output_dir {directory} is not empty (it holds {content[0]}) and nothing is"
             " overwritten: "
@@ -242,6 +257,47 @@ def _refuse_content(directory: Path, kind: RunKind) -> None:
                 else "name another folder"
             )
         )
+
+
+def _only_begun(directory: Path, content: Sequence[str], kind: RunKind) -> bool:
+    """Tell whether a run of a kind was ended in this folder before its first checkpoint."""
+    if any(is_checkpoint_name(name.removeprefix(REPLACED)) for name in content):
+        return False
+    try:
+        record = parse_record(read_plain(directory / "config.json"))
+    except FileNotFoundError:  # not even begun
+        half = (".tmp-", REPLACED)
+        inner = directory / "reference"  # what GRPO writes before config.json
+        files = {path.name for path in inner.iterdir()} if inner.is_dir() else set()
+        return files <= set(ADAPTER_FILES) and all(
+            name.startswith(half) or name == inner.name for name in content
+        )
+    except (OSError, ValueError):
+        return False
+    begun = isinstance(record, dict) and record.get("script") == kind and RUN_ID in record
+    return begun and not is_finished(directory, record) and ADAPTER_FILES[1] not in content
+
+
+def is_finished(run_dir: Path, record: Mapping[str, Any]) -> bool:
+    """Tell whether a run has come to its end, with its scores and its card.
+
+    record: its config.json. A run of an earlier version says it by its final adapter.
+    """
+    if RUN_ID not in record:
+        return all(is_plain(run_dir / name) for name in ADAPTER_FILES)
+    return FINISHED in record
+
+
+def runs_of(root: Path, kind: Literal["sft", "grpo"]) -> list[Path]:
+    """List the run folders of a kind below `root` by the time in their names, the newest first."""
+    if not Path(root).is_dir():
+        return []
+    names = {
+        path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name)
+        for path in Path(root).iterdir()
+    }
+    found = [(match[1], int(match[2] or 1), path) for path, match in names.items() if match]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def _new_directory(root: Path, name: str) -> Path:
@@ -310,28 +366,22 @@ def newest_finished_run(
 
     base: take only runs whose adapter names this base model, in any spelling.
     """
-    if not Path(root).is_dir():
-        return None
-    names = {
-        path: re.fullmatch(rf"(\d{{8}}-\d{{6}})-{kind}(?:-(\d+))?", path.name)
-        for path in Path(root).iterdir()
-    }
-    finished = ("config.json", *ADAPTER_FILES)
-    runs = [
-        (match[1], int(match[2] or 1), path)
-        for path, match in names.items()
-        if match
-        and all((path / name).is_file() for name in finished)
-        and (base is None or _is_adapter_of(path, base))
-    ]
-    return max(runs)[-1] if runs else None
+    for run in runs_of(root, kind):
+        if (run / "config.json").is_file() and _is_adapter_of(run, base):
+            return run
+    return None
 
 
-def _is_adapter_of(run: Path, base: str) -> bool:
-    """Tell whether a run's adapter names a base model, in any spelling. A broken one names none."""
+def _is_adapter_of(run: Path, base: str | None) -> bool:
+    """Tell whether a run has an adapter of a base model, in any spelling. None: of any.
+
+    A damaged one is none.
+    """
     try:
-        return same_base(base, base_of_adapter(run))
-    except UsageError:
+        named = str(adapter_record(run).get("base_model_name_or_path") or "")
+        with safe_open(run / ADAPTER_FILES[1], "numpy"):  # its header fits its size
+            return base is None or same_base(base, named)
+    except (UsageError, SafetensorError, OSError):
         return False
 
 

@@ -9,6 +9,7 @@ given. Nothing here loads torch before a command line is accepted.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,11 @@ from data.prompt_files import prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
 from engine.config import ConfigError, Resolved, parse_config, range_problems, setting
 from engine.inherited import INHERITED, inherit
+from engine.longer import LENGTHS
 from engine.model_files import check_model_folder
 from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder, with_memory_cuts
 from engine.runtime import check_lock, check_output_dir, check_writable
+from engine.unfinished import placed, unfinished_run
 
 # Sampling as in the rollouts of the paper; its greatest length is not published.
 TEMPERATURE, TOP_P, MAX_COMPLETION_LENGTH = 0.8, 0.95, 512
@@ -372,8 +375,10 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = setting(
         None,
         "a checkpoint-<step> folder, or a run folder for its newest sound checkpoint; settings that"
-        " are not given as flags are those of that run",
-        unset="a new run",
+        " are not given as flags are those of that run, and a larger --max_steps or"
+        " --num_train_epochs makes it longer; auto: go on with the unfinished run of this very"
+        " command, in --output_dir or the newest under runs/, else begin one",
+        unset="a new run, or the unfinished one of this very command in --output_dir",
         group="run",
     )
 
@@ -449,9 +454,11 @@ def parse_training(
 ) -> Resolved:
     """Read flags, recipe and a resumed run's settings of either script, by `parse_config`.
 
-    Without a model, an adapter or data on the command line, the recipe of the demo applies.
+    Without a model, an adapter or data on the command line, the recipe of the demo applies. The
+    command of an unfinished run goes on with it (engine/unfinished.py).
     """
-    resolved = parse_config(
+    read = partial(
+        parse_config,
         config_classes,
         argv,
         script=script,
@@ -462,9 +469,14 @@ def parse_training(
         default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
         inherit_with="resume_from_checkpoint",
         inherit=partial(inherited_settings, script=script),
-        free_to_change=FREE_TO_CHANGE,
+        free_to_change=(*FREE_TO_CHANGE, *LENGTHS),
     )
-    return with_memory_cuts(resolved)
+    resolved = read()
+    unfinished = unfinished_run(resolved, data_specs(resolved.configs[0]), script)
+    if unfinished is not None:
+        resolved = read(resume=str(unfinished))
+        print(f"{unfinished}: goes on with the run that is there", file=sys.stderr)
+    return with_memory_cuts(placed(resolved))
 
 
 def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:

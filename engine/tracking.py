@@ -175,14 +175,15 @@ class RunLogger:
         self._torn: set[str] = set()
         self._begun: dict[str, int] = {}
         self._is_undone = False
-        if resume_step is not None:
-            for name in STEP_LOGS:
-                with self._degrading(name):
-                    size = None if marks is None else marks.get(name, 0)
-                    set_later_lines_aside(self.run_dir / name, resume_step, size)
-            if marks is not None:
-                with self._degrading("TensorBoard"):
-                    cut_events(self.run_dir, marks)
+        if resume_step is None:  # what is there is of a run that begins again
+            marks = {}
+        for name in STEP_LOGS:
+            with self._degrading(name):
+                size = None if marks is None else marks.get(name, 0)
+                set_later_lines_aside(self.run_dir / name, resume_step or 0, size)
+        if marks is not None:
+            with self._degrading("TensorBoard"):
+                cut_events(self.run_dir, marks)
         self._resumed = resume_step is not None
         # A new run marks its start too, because TensorBoard takes only a second mark for a restart
         # and drops nothing at the first.

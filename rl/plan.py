@@ -118,3 +118,8 @@ class BatchPlan:
             f" ({epochs}) = {completions} completions; trained on the"
             f" {trained_on} reward",
         ]
+
+
+def total_steps(config: GRPOConfig, num_examples: int) -> int:
+    """Count the optimizer steps of a whole run, from its settings."""
+    return BatchPlan.of(config).total_steps(num_examples)

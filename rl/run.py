@@ -166,7 +166,12 @@ class GRPORun(Run):
         save: Callable[[], object],
         evaluate: Callable[[], object],
     ) -> None:
-        """Open the books as `Run` does. monitors: watch every rollout and every logged number."""
+        """Open the books as `Run` does. monitors: watch every rollout and every logged number.
+
+        A run that is made longer goes on, whatever condition of --stop_when had ended it.
+        """
+        if folder.longer:
+            monitors.stopped = None
         super().__init__(
             folder,
             state,

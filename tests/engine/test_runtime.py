@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from data.files import sha256_of
 from engine import runtime
@@ -261,8 +262,9 @@ def test_a_directory_that_cannot_hold_a_lock_is_refused(tmp_path):
 
 def finish(run: Path) -> None:
     run.mkdir()
-    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
-        (run / name).touch()
+    for name in ("config.json", "adapter_config.json"):
+        (run / name).write_text("{}")
+    save_file({"lora": np.zeros(2)}, run / "adapter_model.safetensors")
 
 
 def test_the_newest_finished_run_of_a_kind(tmp_path):
@@ -288,12 +290,22 @@ def test_the_newest_finished_run_of_a_base(tmp_path):
     for day, base in enumerate(("one", "one", "other", None), start=1):
         run = tmp_path / f"2025010{day}-000000-sft"
         finish(run)
-        if base:  # the newest cannot be read, so it is of no known base
-            (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        named = json.dumps({"base_model_name_or_path": base})
+        (run / "adapter_config.json").write_text(named if base else "")  # the newest is damaged
     assert newest_finished_run(tmp_path, "sft", "one") == tmp_path / "20250102-000000-sft"
     assert newest_finished_run(tmp_path, "sft", "other") == tmp_path / "20250103-000000-sft"
     assert newest_finished_run(tmp_path, "sft", "third") is None
-    assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250104-000000-sft"
+    assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250103-000000-sft"
+
+
+@pytest.mark.parametrize("size", [0, 20, -1])
+def test_a_run_whose_adapter_is_damaged_is_not_the_newest(tmp_path, size):
+    """As a power cut can leave it: an older run is whole."""
+    for day in (1, 2):
+        finish(tmp_path / f"2025010{day}-000000-sft")
+    weights = tmp_path / "20250102-000000-sft/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    assert newest_finished_run(tmp_path, "sft") == tmp_path / "20250101-000000-sft"
 
 
 # ---- facts about the run -------------------------------------------------------------------------

@@ -8,6 +8,9 @@ Run: pytest tests/scripts/test_way_back.py
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,18 +18,24 @@ from pathlib import Path
 import pytest
 
 import engine.checkpoint
+import engine.run
 import engine.saving
 import run_grpo
 import run_sft
+from engine.config import UsageError
+from engine.run import Run
+from engine.settings import resolve_sft
 from engine.tracking import RunLogger
 from tests.helpers.kills import killed_at
 from tests.helpers.runs import (
+    SFT,
     assert_same_run,
     equal_tensors,
     grpo,
     lines,
     record,
     sft,
+    snapshot,
     speak,
     tensorboard,
     without_times,
@@ -243,3 +252,144 @@ def test_grpo_names_no_damaged_best_at_its_end(straight_grpo, tmp_path, caplog, 
     now = record(run / "trainer_state.json")["best_model_checkpoint"]
     assert now != best and (run / "best").readlink().name == now
     assert f"best ({now[-1]})" in capsys.readouterr().out
+
+
+# ---- the same command again ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "after"),
+    [
+        (os, "replace", 1, False),  # config.json is half there, under its temporary name
+        (engine.saving, "save_checkpoint", 1, False),  # config.json and logs, no checkpoint
+        (engine.saving, "save_checkpoint", 2, False),
+        (run_sft, "load_best_adapter", 1, False),  # after the last step
+        (run_sft, "save_final_adapter", 1, True),
+        (run_sft, "write_run_card", 1, False),
+        (Run, "log_scores", 1, True),
+    ],
+)
+def test_sft_goes_on_by_the_same_command(
+    straight_sft, start_sft, tmp_path, owner, name, number, after
+):
+    run = tmp_path / "run"
+    killed_at(owner, name, number, lambda: start_sft(run), after=after)
+    assert start_sft(run) == 0
+    assert_same_end(straight_sft, run)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "after"),
+    [
+        (engine.run, "keep_reference", 1, True),  # the reference is there, config.json is not
+        (run_grpo, "save_training_checkpoint", 1, False),
+        (run_grpo, "keep_start", 1, False),
+        (run_grpo, "save_final_adapter", 1, False),
+        (run_grpo, "write_run_card", 1, False),
+        (run_grpo, "end_of_run", 1, False),
+    ],
+)
+def test_grpo_goes_on_by_the_same_command(
+    straight_grpo, start_grpo, tmp_path, owner, name, number, after
+):
+    run = tmp_path / "run"
+    killed_at(owner, name, number, lambda: start_grpo(run), after=after)
+    assert start_grpo(run, "--resume_from_checkpoint", "auto") == 0
+    assert_same_end(straight_grpo, run)
+
+
+def test_lines_of_a_run_that_begins_again_are_kept_aside(straight_sft, start_sft, tmp_path):
+    """Killed before its first checkpoint, after two steps were logged."""
+    run = tmp_path / "run"
+    killed_at(engine.saving, "save_checkpoint", 1, lambda: start_sft(run))
+    logged = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2]
+    assert resume(run_sft.main, run) == 0  # also by the name of the folder
+    assert lines(run / "metrics.after-0.jsonl") == logged
+    (run / "metrics.after-0.jsonl").unlink()
+    assert_same_end(straight_sft, run)
+
+
+def refusal(start, *arguments) -> list[str]:
+    with pytest.raises(UsageError) as error:
+        start(*arguments)
+    return error.value.problems
+
+
+def test_a_finished_run_is_not_begun_again(straight_sft, start_sft, capsys):
+    assert record(straight_sft / "config.json")["finished"] == {"step": 4}
+    before = snapshot(straight_sft)
+    assert "is not empty" in refusal(start_sft, straight_sft)[0]
+    with pytest.raises(SystemExit) as end:
+        start_sft(straight_sft, "--resume_from_checkpoint", "auto")
+    assert end.value.code == 0
+    assert "the run is finished (step 4); nothing is left to do" in capsys.readouterr().out
+    assert snapshot(straight_sft) == before
+
+
+def test_other_settings_are_refused_with_the_differences(
+    straight_sft, start_sft, tiny_data, few, tmp_path
+):
+    run = shutil.copytree(straight_sft, tmp_path / "run", symlinks=True)
+    config = record(run / "config.json")
+    del config["finished"]
+    (run / "config.json").write_text(json.dumps(config))
+    before = snapshot(run)
+    first, *found = refusal(start_sft, run, "--seed", "7", "--lora_r", "4")
+    assert first.startswith(f"--output_dir {run} holds an unfinished run with other settings")
+    assert found == [
+        "--lora_r: the run has 16, the command 4 (flag)",
+        "--seed: the run has 42, the command 7 (flag)",
+    ]
+    # a value that the run's command gave and this one does not
+    config["settings"]["weight_decay"] = {"value": 0.5, "origin": "flag"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert refusal(start_sft, run)[1:] == [
+        "--weight_decay: the run has 0.5, the command 0.01 (default)"
+    ]
+    config["settings"]["weight_decay"] = {"value": 0.01, "origin": "default"}
+    (run / "config.json").write_text(json.dumps(config))
+    other = write_rows(tiny_data.with_name("other-way-back.jsonl"), lines(tiny_data)[:2])
+    changed = refusal(start_sft, run, "--validation_file", f"a={other}")[1:]
+    assert changed == [f"a: {other} is another file than the run began with (SHA-256)"]
+    renamed = refusal(start_sft, run, "--validation_file", f"b={few}")[1:]
+    assert renamed == [
+        "a: the command has no data of this name",
+        "b: the run has no data of this name",
+    ]
+    shorter = refusal(start_sft, run, "--num_train_epochs", "1")[1:]
+    assert len(shorter) == 1 and shorter[0].startswith("--num_train_epochs: the run has 2.0")
+    assert snapshot(run) | {"config.json": b""} == before | {"config.json": b""}
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_command(
+    straight_sft, tiny_checkpoint, tiny_data, few, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    finished, unfinished, other = (Path("runs") / f"2026010{day}-000000-sft" for day in (4, 2, 3))
+    for folder in (finished, unfinished, other):
+        shutil.copytree(straight_sft, folder, symlinks=True)
+    for folder, lr in ((unfinished, 1e-2), (other, 0.5)):
+        config = record(folder / "config.json")
+        del config["finished"]
+        config["settings"]["learning_rate"]["value"] = lr
+        (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--model_name_or_path", str(tiny_checkpoint("qwen2_5_vl")), "--train_file"]
+    flags += [str(tiny_data), *SFT, "--validation_file", f"a={few}", *SFT_FLAGS]
+    auto = resolve_sft([*flags, "--resume_from_checkpoint", "auto"]).configs[0]
+    assert auto.resume_from_checkpoint == str(unfinished) and auto.output_dir is None
+    new = resolve_sft([*flags, "--resume_from_checkpoint", "auto", "--seed", "9"]).configs[0]
+    assert new.resume_from_checkpoint is None and new.output_dir is None and new.seed == 9
+    with (unfinished / ".lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert (
+            "is in use by another run"
+            in refusal(resolve_sft, [*flags, "--resume_from_checkpoint", "auto"])[0]
+        )
+
+
+@pytest.mark.parametrize("number", [1, 3])  # of the files that are brought along
+def test_a_run_that_was_killed_while_it_was_brought_elsewhere(straight_sft, tmp_path, number):
+    run, flags = tmp_path / "elsewhere", ["--resume_from_checkpoint"]
+    flags += [str(straight_sft / "checkpoint-2"), "--output_dir", str(run)]
+    killed_at(shutil, "copyfile", number, lambda: run_sft.main(flags))
+    assert run_sft.main(flags) == 0
+    assert_same_run(straight_sft, run)
