@@ -19,20 +19,18 @@ known exactly. Where nothing tells what is free, nothing is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from data.examples import Example
-from data.prompts import Prompt
-from engine.adapter_files import read_adapter
 from engine.config import Resolved, UsageError
 from engine.device import base_dtype, computes_bf16
-from engine.encode import EncodedPrompt, Encoder
+from engine.encode import Encoder
 from engine.free_memory import Free, free_memory, free_on_host
 from engine.memory import (
     COPIES,
@@ -43,23 +41,40 @@ from engine.memory import (
     Workload,
     decoding_forecast,
     forecast,
-    model_shape,
 )
 from engine.memory_table import memory_table
-from engine.model_files import model_path
+from engine.out_of_memory import EVALUATION, SAMPLING, TOKENS, Limits
 from engine.policy import encoder_of
-from engine.processor_files import parsed_config
+from engine.workload import (
+    Lengths,
+    Plan,
+    image_tokens,
+    lengths_of,
+    rank_of,
+    shape_of,
+    training_work,
+)
 
-ROWS = 8  # rows of a data set whose lengths stand for all: of answers to learn the longest
 # Of what is free: above this share the sampler copies nothing, since allocators waste a part.
 COMFORTABLE = 0.9
 # The forecast lies within a fifth of what torch allocates. So much of it is certain.
 CERTAIN = 0.8
 # What is held all the time, whose bytes are exact.
-STATIC = ("base", "adapters", "AdamW", "gradients")
+HELD = ("base", "adapters", "AdamW")
+STATIC = (*HELD, "gradients")
+# What may shrink a phase that runs a single row already: switches with their better position, and
+# sizes to lower.
+SWITCHES = {"gradient_checkpointing": True, "sampling_copies": False, "bf16": True}
+MOST_ROWS = 65536
+SIZES = ("max_visual_tokens", "max_completion_length")
 # Settings that shrink a phase, the one that costs least first.
 REMEDIES = {
-    "rollout": ("per_device_train_batch_size", "steps_per_generation", "max_completion_length"),
+    "rollout": (
+        SAMPLING,
+        "per_device_train_batch_size",
+        "steps_per_generation",
+        "max_completion_length",
+    ),
     "scoring": ("per_device_train_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
     "update": (
         "gradient_checkpointing",
@@ -71,127 +86,6 @@ REMEDIES = {
     "validation": ("per_device_eval_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
     "evaluation": ("per_device_eval_batch_size", "max_completion_length", "max_visual_tokens"),
 }
-
-
-class Plan(Protocol):
-    """Describe how the completions of a rollout relate, which engine does not know."""
-
-    @property
-    def prompts(self) -> int: ...
-    @property
-    def group(self) -> int: ...
-    def problems(self) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Hold the lengths, in tokens, of the longest rows that were looked at.
-
-    text: of a prompt without its image. image: of an image. answer: of an answer to learn.
-    """
-
-    text: int
-    image: int
-    answer: int
-
-
-# ---- what is known without weights ---------------------------------------------------------------
-def shape_of(name: str) -> ModelShape | None:
-    """Read the sizes of a checkpoint from its config.json, with its parameters on no device.
-
-    Returns None for a configuration that no model can be made of: what loads it says so.
-    """
-    try:
-        config = parsed_config(model_path(name))
-        with torch.device("meta"):
-            net = AutoModelForImageTextToText.from_config(config)
-        net.tie_weights()
-        return model_shape(config, sum(parameter.numel() for parameter in net.parameters()))
-    except Exception:  # transformers raises errors of any kind on a damaged configuration
-        return None
-
-
-def lengths_of(
-    encoder: Encoder,
-    prompt: Prompt,
-    learned: Sequence[Example],
-    asked: Iterable[Sequence[Example]],
-) -> Lengths | None:
-    """Encode the rows of `learned` with the longest answers and some of every set of `asked`.
-
-    prompt: the instruction. Rows that cannot be encoded are passed over, since the run
-    itself names them. Returns None where there is no other.
-    """
-    prompts: list[EncodedPrompt] = []
-    answers = [0]
-    longest = sorted(learned, key=lambda example: -len(example.answer or ""))[:ROWS]
-    rows = [*longest, *(example for examples in asked for example in examples[:ROWS])]
-    for place, example in enumerate(rows):
-        try:
-            if place < len(longest) and example.answer is not None:
-                row = encoder.encode_answer(example, prompt, example.answer)
-                answers.append(len(row.completion_ids))
-                prompts.append(row.prompt)
-            else:
-                prompts.append(encoder.encode_prompt(example, prompt))
-        except ValueError:  # a DataError, or a chat template without a place for the image
-            continue
-    if not prompts:
-        return None
-    images = [int(encoded.token_types.sum()) for encoded in prompts]
-    texts = [len(encoded.input_ids) - image for encoded, image in zip(prompts, images, strict=True)]
-    return Lengths(max(texts), max(images), max(answers))
-
-
-def rank_of(adapter: str | Path | None, config: Any) -> int:
-    """Read the largest rank of a folder's adapter, or of the fresh one of the settings.
-
-    Returns 0 where the folder does not tell, since what loads the adapter says what is wrong.
-    """
-    if adapter is None:
-        return getattr(config, "lora_r", 0)
-    try:
-        return read_adapter(adapter).largest_rank
-    except UsageError:
-        return 0
-
-
-def image_tokens(config: Any, shape: ModelShape, lengths: Lengths) -> int:
-    """Count the tokens of the largest image under the bound of the settings, where it has one."""
-    return lengths.image if shape.fixed_images else min(lengths.image, config.max_visual_tokens)
-
-
-def training_work(
-    config: Any,
-    shape: ModelShape,
-    lengths: Lengths,
-    device: torch.device,
-    rank: int,
-    plan: Plan | None,
-) -> Workload:
-    """Describe what a training run does with the model, at its largest.
-
-    rank: of the adapter. plan: of the rollouts, None in SFT.
-    """
-    image = image_tokens(config, shape, lengths)
-    return Workload(
-        element_size=base_dtype(config.bf16, device).itemsize,
-        device=device.type,
-        lora_r=rank,
-        lora_dropout=0.0 if plan else config.lora_dropout,
-        adapters=2 if plan else 1,
-        gradient_checkpointing=config.gradient_checkpointing,
-        prompt_length=lengths.text + image,
-        image_tokens=image,
-        completion_length=config.max_completion_length if plan else lengths.answer,
-        max_completion_length=config.max_completion_length,
-        micro_batch=config.per_device_train_batch_size,
-        eval_rows=config.per_device_eval_batch_size,
-        rollout_prompts=max(1, plan.prompts) if plan else 0,
-        num_generations=plan.group if plan else 1,
-        max_tokens_per_forward=config.max_tokens_per_forward,
-        sampling_copies=config.sampling_copies,
-    )
 
 
 # ---- compare with what is free -------------------------------------------------------------------
@@ -261,6 +155,49 @@ class Question:
             return f"{advice}--bf16 would fit"
         return f"{advice}take a smaller model, or free memory"
 
+    def last_advice(self, work: str) -> str:
+        """Say what to lower where not even a single row fitted, with what it would need then.
+
+        work: what failed: a phase of the forecast, or a part of several.
+        """
+        config = _at_its_smallest(self.config)
+        found, free = self.forecast(config).phases, free_memory(self.device)
+        phase = work if work in found else max(found, key=lambda name: total(found[name]))
+        needed = total(found[phase])
+        # It failed, so it needs more than is there, whatever the forecast says.
+        most, there = int(CERTAIN * needed), ""
+        if free is not None:
+            room = free.memory + sum(found[phase].get(name, 0) for name in HELD)
+            most = min(most, int(COMFORTABLE * room))
+            there = f" of the {room / GIB:.2f} GiB that are free ({free.limit})"
+        said = list(self._smaller(config, phase, most))
+        if said:
+            return f"{' or '.join(said)}{there}"
+        return (
+            f"the forecast for a single row is {needed / GIB:.2f} GiB{there}; take a smaller model,"
+            " or free memory"
+        )
+
+    def _smaller(self, config: Any, phase: str, most: int) -> Iterator[str]:
+        """Name each setting that alone brings a phase below so many bytes, with what it needs."""
+
+        def needs(name: str, value: Any) -> int:
+            return total(self.forecast(replace(config, **{name: value})).phases[phase])
+
+        def fits(name: str, value: Any) -> bool:
+            return needs(name, value) <= most
+
+        for name, better in SWITCHES.items():
+            known = name != "bf16" or computes_bf16(self.device)
+            if known and getattr(config, name, better) != better and fits(name, better):
+                flag = f"--{name}" if better else f"--no_{name}"
+                yield f"{flag} would need {needs(name, better) / GIB:.2f} GiB"
+        for name in SIZES:
+            least = config.min_visual_tokens if name == "max_visual_tokens" else 1
+            value = max(least, largest(partial(fits, name), getattr(config, name) - 1))
+            if fits(name, value):
+                yield f"--{name} {value} would need {needs(name, value) / GIB:.2f} GiB"
+
     def _fits(self, config: Any, phase: str, free: Free) -> bool:
         return total(self.forecast(config).phases[phase]) <= COMFORTABLE * free.memory
 
@@ -273,6 +210,8 @@ class Question:
     def _remedies(self, phase: str, free: Free) -> Iterator[str]:
         for name in REMEDIES[phase]:
             now = getattr(self.config, name, None)
+            if name == SAMPLING and now is None:  # all of them, which is no more than
+                now = MOST_ROWS
             if now is False and self._fits(replace(self.config, **{name: True}), phase, free):
                 yield f"--{name}"
             elif type(now) is int and (value := self._largest(name, now, phase, free)):
@@ -289,6 +228,14 @@ class Question:
         while value >= smallest and not self.allowed(changed(value)):
             value -= 1
         return value if value >= smallest else 0
+
+
+def _at_its_smallest(config: Any) -> Any:
+    """Return the settings with a single row at a time, as memory cuts them."""
+    single: dict[str, Any] = {TOKENS: 1, SAMPLING: 1, EVALUATION: 1}
+    if not hasattr(config, TOKENS):  # an evaluation's answers to one image are parted as well
+        single["num_generations"] = 1
+    return replace(config, **{name: 1 for name in single if hasattr(config, name)})
 
 
 def without_copies(question: Question, free: Free) -> Question | None:
@@ -369,6 +316,44 @@ def _with_room_for_images(
 
 
 # ---- the commands --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Known:
+    """Hold what is known of a command without weights: its forecast, and what that is made of."""
+
+    question: Question
+    shape: ModelShape
+    lengths: Lengths
+
+
+def _of_training(
+    config: Any,
+    device: torch.device,
+    train: Sequence[Example],
+    sets: Mapping[str, Sequence[Example]],
+    adapter: str | Path | None,
+    plan: Callable[[Any], Plan] | None,
+    encoder: Encoder | None,
+) -> Known | None:
+    encoder, shape = encoder or encoder_of(config), shape_of(config.model_name_or_path)
+    learned = train if plan is None else ()
+    lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
+    if shape is None or lengths is None:
+        return None
+    rank = rank_of(adapter, config)
+
+    def forecast_of(changed: Any) -> Forecast:
+        rollouts = None if plan is None else plan(changed)
+        found = forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
+        if not sets:  # then nothing is ever evaluated
+            del found.phases["evaluation"]
+        return found
+
+    def allowed(changed: Any) -> bool:
+        return plan is None or not plan(changed).problems()
+
+    return Known(Question(config, device, forecast_of, allowed), shape, lengths)
+
+
 def fitted(
     resolved: Resolved,
     device: torch.device,
@@ -390,51 +375,53 @@ def fitted(
     config, free = resolved.configs[0], free_memory(device)
     if not config.memory_check or free is None:
         return resolved
-    encoder, shape = encoder or encoder_of(config), shape_of(config.model_name_or_path)
-    learned = train if plan is None else ()
-    lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
-    if shape is None or lengths is None:
+    known = _of_training(config, device, train, sets, adapter, plan, encoder)
+    if known is None:
         return resolved
-    rank = rank_of(adapter, config)
-
-    def forecast_of(changed: Any) -> Forecast:
-        rollouts = None if plan is None else plan(changed)
-        found = forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
-        if not sets:  # then nothing is ever evaluated
-            del found.phases["evaluation"]
-        return found
-
-    def allowed(changed: Any) -> bool:
-        return plan is None or not plan(changed).problems()
-
+    shape = known.shape
     host = free_on_host() if device.type == "cuda" else None
     problems = _loading_problem(shape, base_dtype(config.bf16, device).itemsize, host)
     if problems:
         raise UsageError(problems)
-    resolved, question = _settled(resolved, Question(config, device, forecast_of, allowed), free)
-    taken = 0 if device.type == "cuda" else forecast_of(question.config).peak
+    resolved, question = _settled(resolved, known.question, free)
+    taken = 0 if device.type == "cuda" else question.forecast(question.config).peak
     around = free_on_host()
     room = None if around is None else int(COMFORTABLE * around.memory) - taken
     images = len(train) + sum(map(len, sets.values()))
-    return _with_room_for_images(resolved, shape, lengths, images, room)
+    return _with_room_for_images(resolved, shape, known.lengths, images, room)
 
 
-def fitted_answers(
-    resolved: Resolved, device: torch.device, sets: Mapping[str, Sequence[Example]]
-) -> Resolved:
-    """Compare an evaluation's forecast with what is free, and return settings that fit.
+def advise_training(
+    limits: Limits,
+    config: Any,
+    device: torch.device,
+    train: Sequence[Example],
+    sets: Mapping[str, Sequence[Example]],
+    adapter: str | Path | None,
+    plan: Callable[[Any], Plan] | None = None,
+) -> None:
+    """Let a run that no cut makes fit say what to lower. The arguments are those of `fitted`."""
+    limits.advise = lambda work: _advice(
+        work, lambda: _of_training(config, device, train, sets, adapter, plan, None)
+    )
 
-    sets: the data sets to answer, by name.
 
-    Raises UsageError where decoding cannot fit.
-    """
-    config, free = resolved.configs[0], free_memory(device)
-    if not config.memory_check or free is None:
-        return resolved
+def _advice(work: str, known: Callable[[], Known | None]) -> str:
+    """Say what to lower, or "" where nothing tells: the error itself must not be hidden."""
+    try:
+        found = known()
+        return "" if found is None else found.question.last_advice(work)
+    except Exception:  # memory is short, so anything may fail
+        return ""
+
+
+def _of_answers(
+    config: Any, device: torch.device, sets: Mapping[str, Sequence[Example]]
+) -> Known | None:
     encoder, shape = encoder_of(config), shape_of(config.model_name_or_path)
     lengths = lengths_of(encoder, config.instruction, (), sets.values())
     if shape is None or lengths is None:
-        return resolved
+        return None
     adapter = config.adapter_name_or_path
     rank = rank_of(adapter, config)
 
@@ -458,4 +445,27 @@ def fitted_answers(
         )
         return decoding_forecast(shape, work, greedy=changed.temperature == 0)
 
-    return _settled(resolved, Question(config, device, forecast_of), free)[0]
+    return Known(Question(config, device, forecast_of), shape, lengths)
+
+
+def fitted_answers(
+    resolved: Resolved, device: torch.device, sets: Mapping[str, Sequence[Example]]
+) -> Resolved:
+    """Compare an evaluation's forecast with what is free, and return settings that fit.
+
+    sets: the data sets to answer, by name.
+
+    Raises UsageError where decoding cannot fit.
+    """
+    config, free = resolved.configs[0], free_memory(device)
+    if not config.memory_check or free is None:
+        return resolved
+    known = _of_answers(config, device, sets)
+    return resolved if known is None else _settled(resolved, known.question, free)[0]
+
+
+def advise_answers(
+    limits: Limits, config: Any, device: torch.device, sets: Mapping[str, Sequence[Example]]
+) -> None:
+    """Let an evaluation that no cut makes fit say what to lower, as `advise_training` does."""
+    limits.advise = lambda work: _advice(work, lambda: _of_answers(config, device, sets))

@@ -175,7 +175,7 @@ def generate(
         raise ValueError(
             "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
         )
-    parts = 1 if whole_groups or max_rows is None else _parts(num_generations, max_rows)
+    parts = 1 if whole_groups or max_rows is None else parts_of_group(num_generations, max_rows)
     if isinstance(generator, torch.Generator):
         generator = [generator] * len(prompts)
     if parts > 1:
@@ -201,7 +201,7 @@ def generate(
     return [finished[i] for i in range(len(prompts) // parts)]
 
 
-def _parts(generations: int, max_rows: int) -> int:
+def parts_of_group(generations: int, max_rows: int) -> int:
     """Find into how many equal parts a prompt's completions fall, none larger than max_rows."""
     return next(
         n

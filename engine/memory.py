@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from engine.families import family_of
-from engine.generate import MASKS_AHEAD, READ_TOKENS
+from engine.generate import MASKS_AHEAD, READ_TOKENS, parts_of_group
 from engine.logprobs import CHUNK_SIZE
 
 FP32 = 4
@@ -109,6 +109,7 @@ class Workload:
     rollout_prompts: prompts of a rollout, 0 in SFT. rollout_prompts x num_generations rows are
         sampled together.
     sampling_copies: whether the sampler copies weights (engine/sampling_layers.py).
+    sampling_rows: of them that are sampled together at most, None for all.
     """
 
     element_size: int
@@ -127,6 +128,15 @@ class Workload:
     num_generations: int = 1
     max_tokens_per_forward: int | None = None
     sampling_copies: bool = True
+    sampling_rows: int | None = None
+
+    def sampled(self) -> tuple[int, int]:
+        """Return (prompts, completions of each) of a rollout that are decoded together."""
+        prompts, group, rows = self.rollout_prompts, self.num_generations, self.sampling_rows
+        if rows is None:
+            return prompts, group
+        parts = parts_of_group(group, rows)
+        return min(prompts * parts, max(1, rows * parts // group)), group // parts
 
     def packed(self, completions: int) -> Packed:
         """Return the largest forward of so many completions, cut as engine/collate.py does."""
@@ -490,9 +500,7 @@ def forecast(shape: ModelShape, work: Workload) -> Forecast:
         "evaluation": decoding_moments(shape, work, work.eval_rows, 1, greedy=True),
     }
     if work.rollout_prompts:
-        moments["rollout"] = decoding_moments(
-            shape, work, work.rollout_prompts, work.num_generations, greedy=False
-        )
+        moments["rollout"] = decoding_moments(shape, work, *work.sampled(), greedy=False)
         moments["scoring"] = scoring_moments(shape, work, work.packed(work.micro_batch))
     else:
         moments["validation"] = scoring_moments(shape, work, work.packed(work.eval_rows))
