@@ -30,7 +30,7 @@ from data.files import DataError
 from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
-from engine.fit import fitted
+from engine.fit import advise_training, fitted
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
@@ -124,7 +124,7 @@ def train(
         learning_rate = scheduled_rate(config, run.step, run.total)
         step_loss = sum(float(done.loss) for done in computed)
         if run.accepts(grad_norm, step_loss, rollouts.examples):  # both are finite
-            take_back = whole_step(optimizer, learning_rate, run.step + 1)
+            take_back = whole_step(optimizer, learning_rate, run.step + 1, policy.limits)
             run.can_take_back(take_back)
         optimizer.zero_grad()
 
@@ -189,6 +189,7 @@ def run_command(resolved: Resolved) -> int:
     record = training_record(resolved, "grpo", data, checkpoint, total_steps)
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits)
+    advise_training(limits, config, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )

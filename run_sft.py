@@ -39,7 +39,7 @@ from engine.card import write_run_card
 from engine.charts import sft_charts
 from engine.collate import Rows, collate_rows
 from engine.device import pick_device, seed_everything
-from engine.fit import fitted
+from engine.fit import advise_training, fitted
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.order import shuffled
@@ -96,7 +96,7 @@ def train(
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         learning_rate = scheduled_rate(config, run.step, run.total)
         if run.accepts(grad_norm, step_loss, chosen):  # both are finite
-            take_back = whole_step(optimizer, learning_rate, run.step + 1)
+            take_back = whole_step(optimizer, learning_rate, run.step + 1, policy.limits)
             run.can_take_back(take_back)
         optimizer.zero_grad()
 
@@ -160,6 +160,7 @@ def run_command(resolved: Resolved) -> int:
 
     # policy and optimizer
     policy = policy_to_fine_tune(config, device, checkpoint, encoder)
+    advise_training(policy.limits, config, device, data.train, evaluated, adapter)
     for example in data.train[:1] + data.validation[:1]:
         policy.encode_answer(example)  # a wrong image path shows now, not after an epoch
     optimizer = build_optimizer(

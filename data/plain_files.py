@@ -87,8 +87,10 @@ def read_plain(path: str | Path, most: int = LARGEST_RECORD) -> bytes:
     Raises OSError where it is none, and where it has more than `most` bytes.
     """
     with open_plain(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        # no more is asked for than the file has: memory for all of it is taken at once
+        size = min(most, os.fstat(file.fileno()).st_size)
+        content = file.read(size + 1)
+    if len(content) > size:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content
 

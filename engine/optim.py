@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.out_of_memory import Limits
 from engine.runtime import StepFailed
 from engine.settings import Scheduler, TrainingConfig, rounded_up
 
@@ -88,18 +90,26 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def whole_step(
-    optimizer: torch.optim.Optimizer, learning_rate: float, step: int
+    optimizer: torch.optim.Optimizer, learning_rate: float, step: int, limits: Limits | None = None
 ) -> Callable[[], None]:
     """Make an optimizer step wholly or not at all, so that an error leaves no half-changed weights.
 
     Parameters and the optimizer's state are copied first, and put back where anything raises in the
     middle: memory that runs out, a fault of the device.
 
-    learning_rate: of this step. step: its number, for a message.
+    learning_rate: of this step. step: its number, for a message. limits: those of the run. Nothing
+    of a step can be halved, so where memory runs out it is made once more, with the allocator's
+    cache freed.
 
     Returns what takes the step back. It holds the copies, so it is to be let go once the step is
-    counted. Raises StepFailed where the step would make a parameter infinite or NaN.
+    counted. Raises StepFailed where the step would make a parameter infinite or NaN, or where
+    memory runs out twice.
     """
+    step_once = partial(_step, optimizer, learning_rate, step)
+    return (limits or Limits()).once_more("optimizer step", step_once)
+
+
+def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> Callable[[], None]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = [parameter.detach().clone() for parameter in parameters]
     states = [_copied(optimizer.state.get(parameter)) for parameter in parameters]

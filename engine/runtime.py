@@ -432,6 +432,15 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
         except StepFailed as error:
             print_errors([str(error)])
             return 1
+        except (RuntimeError, MemoryError) as error:
+            from engine.out_of_memory import is_out_of_memory, said_by  # here: it needs torch
+
+            if not is_out_of_memory(error):
+                raise
+            print_errors(
+                [f"out of memory ({said_by(error)}): take a smaller model, or free memory"]
+            )
+            return 1
         except OSError as error:
             if error.errno not in DISK_ERRORS or error.filename == STDOUT:
                 raise

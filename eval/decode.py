@@ -22,9 +22,9 @@ from data.predictions import Prediction
 from engine.generate import Completion, SamplingConfig, generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
-from engine.out_of_memory import EVALUATION, Limits
+from engine.out_of_memory import EVALUATION, Cut, Limits
 from engine.policy import Policy, load_base
-from engine.resume import changed_base_of
+from engine.resume import OUT_OF_MEMORY, changed_base_of
 from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
 from engine.tracking import Progress
@@ -121,6 +121,26 @@ def load_policy(
     if adapter is not None and has_no_effect(policy.adapted):
         print(f"warning: {adapter}: {NO_EFFECT}", file=sys.stderr)
     return policy
+
+
+def note_cuts(limits: Limits, records: Mapping[str, dict[str, Any]]) -> None:
+    """Let the records of evaluations, which their scores keep, say what memory has cut so far.
+
+    records: {name: `evaluation_record`}.
+    """
+
+    def note(setting: str) -> None:
+        for record in records.values():
+            value = {"value": limits.values[setting], "origin": OUT_OF_MEMORY}
+            record["settings"][setting] = value
+
+    def report(cut: Cut) -> None:
+        print(f"warning: {cut.line()}", file=sys.stderr)
+        note(cut.setting)
+
+    limits.report = report
+    for setting in limits.halved:
+        note(setting)
 
 
 # ---- decode --------------------------------------------------------------------------------------

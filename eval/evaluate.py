@@ -204,8 +204,8 @@ def _decode_and_score(resolved: Resolved) -> int:
     """Answer every data set that is not finished yet, and score it."""
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
-    from engine.fit import fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy
+    from engine.fit import advise_answers, fitted_answers
+    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
 
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
@@ -245,6 +245,8 @@ def _decode_and_score(resolved: Resolved) -> int:
     counts = ", ".join(f"{name} {len(examples)}" for name, examples in sets.items())
     print(f"images: {counts}{bad_images_line(bad_images)}", flush=True)
     policy = load_policy(config, device)
+    advise_answers(policy.limits, config, device, todo)
+    note_cuts(policy.limits, records)
     output_dir = _output_directory(config)
     write_bad_images(output_dir, bad_images)
     left_out = bad_image_counts(sets, bad_images)

@@ -210,8 +210,8 @@ def _fill(resolved: Resolved) -> int:
     """Evaluate what is missing of every cell, one model in memory at a time."""
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.device import pick_device
-    from engine.fit import fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy
+    from engine.fit import advise_answers, fitted_answers
+    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
 
     config: MatrixConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
@@ -252,7 +252,9 @@ def _fill(resolved: Resolved) -> int:
                 print(environment_banner(device), flush=True)
                 fitting = fitted_answers(cell.resolved, device, sets).configs[0]
                 policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
+                advise_answers(policy.limits, fitting, device, sets)
                 loaded = cell.model
+            note_cuts(policy.limits, cell.records)
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
                 evaluate_sets(

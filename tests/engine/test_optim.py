@@ -26,8 +26,10 @@ from engine.optim import (
     trainable_parameters,
     whole_step,
 )
-from engine.runtime import StepFailed
+from engine.runtime import DoesNotFit, StepFailed
 from engine.settings import TrainingConfig
+from tests.faults.acts import raises
+from tests.faults.inject import at_calls
 
 
 def model_of(**values: float) -> nn.Module:
@@ -180,29 +182,45 @@ def test_a_whole_step_is_the_optimizers_own():
     assert everything(one, ours) == everything(other, theirs)
 
 
+# Memory that runs out twice is DoesNotFit: nothing of a step can be halved.
+@pytest.mark.parametrize(
+    ("error", "calls_each", "raised"),
+    [(RuntimeError("device lost"), 1, RuntimeError), (torch.OutOfMemoryError(), 2, DoesNotFit)],
+)
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_a_step_that_fails_in_the_middle_changes_nothing(monkeypatch, steps, place):
+def test_a_step_that_fails_in_the_middle_changes_nothing(
+    monkeypatch, steps, place, error, calls_each, raised
+):
     model, optimizer = stepped(steps)
     before, calls = everything(model, optimizer), []
     update = torch.Tensor.addcdiv_  # of one parameter: the last thing that AdamW does to it
 
     def failing(*arguments, **options):
         calls.append(1)
-        if len(calls) == place:
-            raise torch.OutOfMemoryError
+        if len(calls) % place == 0:
+            raise error
         return update(*arguments, **options)
 
     with monkeypatch.context() as context:
         context.setattr(torch.Tensor, "addcdiv_", failing)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(raised):
             whole_step(optimizer, 0.3, steps + 1)
-    assert len(calls) == place and everything(model, optimizer) == before
+    assert len(calls) == calls_each * place and everything(model, optimizer) == before
     # and the step can be made after all, as if nothing had been
     whole_step(optimizer, 0.3, steps + 1)
     other, theirs = stepped(steps)
     whole_step(theirs, 0.3, steps + 1)
     assert everything(model, optimizer) == everything(other, theirs)
+
+
+def test_a_step_in_which_memory_runs_out_once_is_made():
+    (one, ours), (other, theirs) = stepped(2), stepped(2)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with at_calls("torch.Tensor.addcdiv_", 2, raises(error)):
+        whole_step(ours, 0.3, 3)
+    whole_step(theirs, 0.3, 3)
+    assert everything(one, ours) == everything(other, theirs)
 
 
 @pytest.mark.parametrize("steps", [0, 2])

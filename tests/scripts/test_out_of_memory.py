@@ -1,0 +1,252 @@
+"""Protect runs in which memory runs out: errors at every call, and a real limit of the process.
+
+Each run must end where the undisturbed one ends: the same completions and the same adapter, to the
+last bit where a cut does not change what lies in a micro-batch together.
+
+Run: pytest tests/scripts/test_out_of_memory.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import engine.generate
+import engine.policy
+import run_grpo
+import run_sft
+from engine.resume import find_checkpoint
+from tests.faults.acts import raises
+from tests.faults.children import forked
+from tests.faults.inject import at_calls
+from tests.helpers.runs import (
+    adapter,
+    assert_same_run,
+    grpo,
+    largest_difference,
+    lines,
+    record,
+    sft,
+    sft_flags,
+    speak,
+    train_log,
+)
+
+FAMILY = "qwen2_5_vl"
+GIB = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+# Two steps of two micro-batches of four rows. The scores at the end are greedy answers.
+SFT_RUN = ["--max_steps", "2", "--per_device_train_batch_size", "4"]
+SFT_RUN += ["--gradient_accumulation_steps", "2", "--lora_dropout", "0", "--learning_rate", "1e-3"]
+# One rollout of four prompts with four completions each: two updates of two micro-batches.
+GRPO_RUN = ["--max_steps", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"]
+
+
+def runs_out(name: str, number: int, times: int | None = 1):
+    """Let memory run out at the n-th call of a function."""
+    return at_calls(name, number, raises(torch.OutOfMemoryError(GIB)), times=times)
+
+
+def cuts(run) -> dict:
+    """Read what config.json says that memory has cut: {setting: (value, as it was)}."""
+    settings = record(run / "config.json")["settings"].items()
+    return {
+        name: (entry["value"], entry["was"])
+        for name, entry in settings
+        if entry["origin"] == "out of memory"
+    }
+
+
+@pytest.fixture(scope="module")
+def straight_sft(tmp_path_factory, tiny_checkpoint, tiny_data):
+    run = tmp_path_factory.mktemp("sft") / "run"
+    assert sft(tiny_checkpoint(FAMILY), tiny_data, run, *SFT_RUN) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight_grpo(tmp_path_factory, tiny_sft_run, tiny_data):
+    run = tmp_path_factory.mktemp("grpo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        speak(patch)
+        assert grpo(tiny_sft_run(FAMILY), tiny_data, run, *GRPO_RUN) == 0
+    return run
+
+
+# The calls of a run are counted: the first micro-batch has the first call of a forward pass.
+@pytest.mark.parametrize(
+    ("name", "number", "cut"),
+    [
+        ("engine.vision.VisionCache._compute", 2, None),
+        ("engine.policy.completion_hidden_states", 1, "max_tokens_per_forward"),
+        ("engine.policy.completion_hidden_states", 2, "max_tokens_per_forward"),
+        ("torch.Tensor.backward", 1, "max_tokens_per_forward"),
+        ("torch.Tensor.backward", 3, "max_tokens_per_forward"),
+        ("run_sft.token_logprobs", 3, "max_tokens_per_forward"),
+        ("torch.optim.AdamW.step", 2, None),
+        ("run_sft.token_logprobs", 4, "max_tokens_per_forward"),  # validation
+        ("engine.generate.read_prompts", 1, "per_device_eval_batch_size"),  # the final scores
+        ("engine.generate.read_tokens", 3, "per_device_eval_batch_size"),
+    ],
+)
+def test_sft_ends_where_it_would_have(
+    straight_sft, tiny_checkpoint, tiny_data, tmp_path, capsys, name, number, cut
+):
+    with runs_out(name, number) as seen:
+        assert sft(tiny_checkpoint(FAMILY), tiny_data, tmp_path / "run", *SFT_RUN) == 0
+    assert len(seen) > number
+    found = cuts(tmp_path / "run")
+    assert list(found) == ([cut] if cut else [])
+    difference = largest_difference(adapter(straight_sft), adapter(tmp_path / "run"))
+    assert difference <= (1e-6 if cut == "max_tokens_per_forward" else 0)
+    answers = "predictions-validation.jsonl"
+    assert lines(tmp_path / "run" / answers) == lines(straight_sft / answers)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "cut"),
+    [
+        ("engine.vision.VisionCache._compute", 1, None),
+        ("engine.generate.read_prompts", 1, "sampling_batch_size"),
+        ("engine.generate.read_tokens", 1, "sampling_batch_size"),
+        ("engine.generate.read_tokens", 4, "sampling_batch_size"),
+        ("engine.generate.scaled_logits", 2, "sampling_batch_size"),
+        ("engine.policy.completion_logprobs", 1, "max_tokens_per_forward"),  # reference
+        ("engine.policy.completion_logprobs", 3, "max_tokens_per_forward"),  # old
+        ("engine.policy.completion_logprobs", 7, "max_tokens_per_forward"),  # update 0
+        ("engine.policy.completion_logprobs", 10, "max_tokens_per_forward"),  # update 1
+        ("engine.forward.token_logprobs", 8, "max_tokens_per_forward"),
+        ("torch.Tensor.backward", 1, "max_tokens_per_forward"),
+        ("torch.Tensor.backward", 2, "max_tokens_per_forward"),
+        ("torch.optim.AdamW.step", 1, None),
+    ],
+)
+def test_grpo_ends_where_it_would_have(
+    straight_grpo, tiny_sft_run, tiny_data, tmp_path, monkeypatch, name, number, cut
+):
+    speak(monkeypatch)
+    with runs_out(name, number) as seen:
+        assert grpo(tiny_sft_run(FAMILY), tiny_data, tmp_path / "run", *GRPO_RUN) == 0
+    assert len(seen) > number
+    found = cuts(tmp_path / "run")
+    assert list(found) == ([cut] if cut else [])
+    difference = largest_difference(adapter(straight_grpo), adapter(tmp_path / "run"))
+    assert difference <= (1e-6 if cut else 0)
+    for one, other in zip(
+        lines(straight_grpo / "completions.jsonl"),
+        lines(tmp_path / "run" / "completions.jsonl"),
+        strict=True,
+    ):
+        assert one["completion"] == other["completion"] and one["reward"] == other["reward"]
+    # the policy that sampled and its reference ran in the same micro-batches, cut or not
+    assert train_log(tmp_path / "run")[0]["kl"] == 0
+    assert train_log(tmp_path / "run")[0]["ratio/mean"] == 1
+
+
+def test_random_numbers_are_put_back(tiny_checkpoint, tiny_data, tmp_path):
+    """Rows that are run one by one are not cut, so their dropout is the same to the last bit."""
+    one_by_one = [*SFT_RUN, "--lora_dropout", "0.3", "--max_tokens_per_forward", "1"]
+    model = tiny_checkpoint(FAMILY)
+    assert sft(model, tiny_data, tmp_path / "straight", *one_by_one) == 0
+    with runs_out("torch.Tensor.backward", 5):
+        assert sft(model, tiny_data, tmp_path / "run", *one_by_one) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+# ---- down to a row -----------------------------------------------------------------------------
+@contextmanager
+def room_for(rows: int, prompts: int) -> Iterator[None]:
+    """Let memory run out in every forward of more completions, and in every reading of more."""
+    forward, decode = engine.policy.completion_logprobs, engine.generate.read_tokens
+
+    def limited(net, family, batch, **options):
+        if len(batch.completion_ids) > rows:
+            raise torch.OutOfMemoryError(GIB)
+        return forward(net, family, batch, **options)
+
+    def decoding(net, family, tokens, *more):
+        if len(tokens) > prompts:
+            raise torch.OutOfMemoryError(GIB)
+        return decode(net, family, tokens, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.policy, "completion_logprobs", limited)
+        patch.setattr(engine.generate, "read_tokens", decoding)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cut_grpo(tmp_path_factory, tiny_sft_run, tiny_data):
+    """Make a run of two rollouts, in which nothing but single rows fits."""
+    run, start = tmp_path_factory.mktemp("cut") / "run", tiny_sft_run(FAMILY)
+    flags = [*GRPO_RUN, "--max_steps", "4", "--save_steps", "1", "--seed", "3"]
+    with pytest.MonkeyPatch.context() as patch, room_for(rows=1, prompts=1):
+        speak(patch)
+        assert grpo(start, tiny_data, run, *flags) == 0
+    return run
+
+
+def test_every_size_is_tried_down_to_a_row(cut_grpo):
+    found = cuts(cut_grpo)
+    assert found["sampling_batch_size"] == (1, None)
+    value, before = found["max_tokens_per_forward"]
+    assert before == 8192 and value < 8192
+    said = [line for line in lines(cut_grpo / "warnings.jsonl") if "out of memory" in str(line)]
+    # 16 completions: 8, 4, 2, 1; half of a micro-batch of four rows is less than a prompt
+    assert [line["step"] for line in said] == [0] * 5
+    assert said[0]["warning"] == (
+        "out of memory in rollout (tried to allocate 2.00 GiB): done again with"
+        " --sampling_batch_size 8 (was none), which stays"
+    )
+    assert said[4]["warning"].startswith("out of memory in scoring")
+    counted = [line.get("memory_cuts") for line in train_log(cut_grpo)]
+    assert counted == [5, None, None, None]  # and nothing is tried again that had failed
+
+
+@pytest.mark.parametrize("flags", [[], ["--max_tokens_per_forward", "8192"]])
+def test_a_resumed_run_begins_with_what_memory_had_cut(
+    cut_grpo, tmp_path, monkeypatch, capsys, flags
+):
+    """The flag of the beginning changes nothing, as where the same command is given again."""
+    speak(monkeypatch)
+    resumed = ["--resume_from_checkpoint", str(cut_grpo / "checkpoint-1")]
+    with room_for(rows=1, prompts=1):
+        assert run_grpo.main([*resumed, "--output_dir", str(tmp_path / "run"), *flags]) == 0
+    assert_same_run(cut_grpo, tmp_path / "run")
+    assert cuts(tmp_path / "run") == cuts(cut_grpo)
+    shown = capsys.readouterr().out
+    assert any(
+        line.split() == ["sampling_batch_size", "1", "out", "of", "memory"]
+        for line in shown.splitlines()
+    )
+
+
+def test_cuts_after_the_last_checkpoint_are_known_from_the_folder(cut_grpo, tmp_path):
+    """A run that is killed in the step of its first cut has it in config.json alone."""
+    checkpoint = find_checkpoint(str(cut_grpo / "checkpoint-1"))[0]
+    assert record(checkpoint.path / "config.json") == record(cut_grpo / "config.json")
+
+
+# ---- where a row does not fit ------------------------------------------------------------------
+def test_a_row_that_does_not_fit_ends_the_run_with_the_setting_to_lower(
+    straight_sft, tiny_checkpoint, tiny_data, tmp_path
+):
+    argv = sft_flags(tiny_checkpoint(FAMILY), tiny_data, tmp_path / "run", *SFT_RUN)
+    fault = runs_out("torch.Tensor.backward", 3, times=None)
+    end = forked(run_sft.main, argv, faults=[fault])
+    assert end.code == 1 and "Traceback" not in end.err
+    told = [line for line in end.err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "error: out of memory in update (tried to allocate 2.00 GiB), with nothing left to cut:"
+        " --gradient_checkpointing would need 0."
+    )
+    assert "GiB of the " in told[0]
+    goes_on = [line for line in (end.out + end.err).splitlines() if "go on with: " in line]
+    assert len(goes_on) == 1
+    # the advice is taken, and the run ends where it would have
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "run"), "--gradient_checkpointing"]
+    assert run_sft.main(resumed) == 0
+    assert largest_difference(adapter(straight_sft), adapter(tmp_path / "run")) <= 1e-6
