@@ -17,6 +17,7 @@ from typing import Any
 from data.csv_text import HEAD, SEPARATORS, separator_of, wide_encoding
 from data.files import DataError
 
+MAX_LINE = 16 * 2**20  # bytes; the longest answers that are read have 100,000 characters
 MAX_DEPTH = 100  # of brackets in brackets; data files have 2
 MAX_DIGITS = 300  # of one number; a longer one fits no float
 
@@ -61,7 +62,14 @@ def json_rows(path: str | Path, *, strict: bool = True) -> Iterator[tuple[int, A
                 raise DataError([f"{path}: is no JSONL file of one object a line, but {kind}"])
             file.seek(0)
             number = 0
-            for chunk in file:
+            while chunk := file.readline(MAX_LINE + 1):
+                if len(chunk) > MAX_LINE:
+                    raise DataError(
+                        [
+                            f"{path}, line {number + 1}: has more than {MAX_LINE:,} bytes; write"
+                            " one object a line"
+                        ]
+                    )
                 for line in chunk.splitlines():
                     number += 1
                     if line.strip():

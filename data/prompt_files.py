@@ -86,7 +86,7 @@ def prompt_warnings(prompt: NameOrFile, label_set: LabelSet = CHEXPERT) -> list[
 def _file_problems(kept: KeptFile) -> list[str]:
     try:
         content = _content(kept)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with 5,000 digits
         return [f"is not valid TOML: {error}"]
     problems = [
         f"unknown key {key!r}; known: {', '.join(KEYS)}" for key in content if key not in KEYS

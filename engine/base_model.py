@@ -20,7 +20,12 @@ from engine.attention import IMPLEMENTATION
 from engine.config import UsageError
 from engine.encode import EncodedPrompt, EncodedRow, Encoder, read_config
 from engine.families import Family, family_of, stop_ids, suppressed_ids
-from engine.model_checks import check_not_quantised, check_weights
+from engine.model_checks import (
+    check_enough_weights,
+    check_not_quantised,
+    check_sizes,
+    check_weights,
+)
 from engine.model_files import check_model_folder, looks_local, model_path
 from engine.processor_files import one_line, parsed_config
 from engine.vision import VisionCache
@@ -107,7 +112,10 @@ def load_model(
     if Path(path).is_dir():
         check_weights(name, Path(path))
     try:
-        encoder.check_vocabulary(parsed_config(path).get_text_config().vocab_size)
+        text = parsed_config(path).get_text_config()
+        encoder.check_vocabulary(text.vocab_size)
+        if Path(path).is_dir():
+            check_enough_weights(Path(path), text)
         # its stubs leave the pair out that output_loading_info asks for
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -183,6 +191,7 @@ def _check_checkpoint(name: str, path: str) -> None:
     check_model_folder(name)
     try:
         config = read_config(path)
+        check_sizes(config)
         check_not_quantised(name, Path(path), config)
         text = config.get("text_config") or {}
         if not isinstance(text, dict):

@@ -9,15 +9,26 @@ word, so what a template makes of a prompt and of every answer is compared with 
 from __future__ import annotations
 
 import unicodedata
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from data.prompts import Prompt, build_messages
+from engine.free_memory import memory_limit
+from engine.time_limit import TimedOut, TimeLimit
 
 # A date that the template writes becomes this character, by a macro that hides transformers' own.
 _DATE = "\ue000"
+# What one rendering may take. Templates of models take milliseconds and write some 10,000
+# characters beside the texts of the chat.
+_SECONDS, _MEMORY, _CHARACTERS = 2.0, 2**29, 2_000_000
+_LARGEST = 1_000_000  # characters of a template; published ones have up to 20,000
 _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{_DATE}{{%- endmacro -%}}"
 PROBE = Prompt("probe", "Probe of the Instruction.", system="Probe of the System text.")
+
+
+class TemplateHangs(ValueError):
+    """Report a template that takes more time or memory than any of a model does."""
 
 
 class ChatTemplate:
@@ -36,6 +47,8 @@ class ChatTemplate:
         self.folds_system = False
         try:
             refusal = self._problem_of_prompt(PROBE)
+        except TemplateHangs:
+            raise
         except ValueError as error:
             refusal = str(error)
         if refusal is not None:
@@ -90,12 +103,21 @@ class ChatTemplate:
     ) -> str:
         try:
             template = self.tokenizer.get_chat_template()
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=_FIXED_DATE + template if fixed_date else None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            if len(template) > _LARGEST:
+                raise ValueError(f"it has {len(template):,} characters")
+            with memory_limit(_MEMORY):
+                text = TimeLimit(_SECONDS).call(
+                    partial(
+                        self.tokenizer.apply_chat_template,
+                        messages,
+                        chat_template=_FIXED_DATE + template if fixed_date else None,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                    )
+                )
+        except (TimedOut, MemoryError) as error:
+            what = f"{_SECONDS:.0f} s" if isinstance(error, TimedOut) else "half a GB of memory"
+            raise TemplateHangs(f"its chat template takes more than {what} for one chat") from None
         except Exception as error:  # whatever a program that came with the checkpoint may raise
             if not self.tokenizer.chat_template:
                 raise ValueError(
@@ -105,6 +127,8 @@ class ChatTemplate:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"its chat template fails: {lines[0]}") from error
         assert isinstance(text, str)  # ids only with tokenize=True
+        if len(text) > _CHARACTERS:
+            raise TemplateHangs(f"its chat template writes {len(text):,} characters for one chat")
         return text
 
 

@@ -40,6 +40,7 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(?:safetensors|json)")
 _LARGEST_MANIFEST = 16 * 2**20  # bytes; one of a run has some 2,000
 RUN_ID = "run_id"  # in config.json and in the notes of a manifest
 OTHER_RUN = "is of another run"
+_LARGEST_HEADER = 25_000_000  # bytes; one of 10,000 tensors has 1,500,000
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +185,14 @@ class Checkpoint:
         """Read `<name>.safetensors`. Raises CheckpointError where the checkpoint has none."""
         from safetensors.torch import load  # here: a checkpoint is verified without torch
 
+        content = self._read(f"{name}.safetensors")
+        if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
+            raise CheckpointError(
+                f"{self.path / name}.safetensors: its header has more than {_LARGEST_HEADER:,}"
+                " bytes, so it is none of a run's"
+            )
         try:
-            return load(self._read(f"{name}.safetensors"))
+            return load(content)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.path / name}.safetensors: is not a safetensors file: {error}"

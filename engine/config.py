@@ -39,6 +39,7 @@ from engine.values import (
 )
 
 # one table per script; keys above the first table are shared by all of them
+_LARGEST_RECIPE = 1_000_000  # bytes; shipped ones have 1,500
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 
 
@@ -351,10 +352,14 @@ def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
             )
         source = importlib.resources.files(package) / f"{recipe}.toml"
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
+        with source.open("rb") as file:
+            content = file.read(_LARGEST_RECIPE + 1)
+        if len(content) > _LARGEST_RECIPE:
+            raise ValueError(f"it has more than {_LARGEST_RECIPE:,} bytes")
+        return tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--recipe {recipe}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with 5,000 digits
         raise ConfigError(f"--recipe {recipe}: is not valid TOML: {error}") from error
 
 

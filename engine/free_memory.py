@@ -8,6 +8,7 @@ Linux's /proc, and then nothing is said.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,6 +147,32 @@ def _numbers(path: Path) -> dict[str, int]:
             if len(words) > 1 and words[1].isdigit():
                 found[words[0]] = int(words[1])
     return found
+
+
+@contextlib.contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Let the block take so many bytes more than there are, and raise MemoryError beyond them.
+
+    The limit is of the address space, which new threads take a lot of: it is for Python alone, and
+    for nothing that computes. Without Linux's /proc there is none.
+    """
+    pages = _number_of_pages(Path("/proc/self/statm"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = 0 if pages is None else pages * os.sysconf("SC_PAGE_SIZE") + more
+    if pages is None or soft != resource.RLIM_INFINITY and soft <= limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _number_of_pages(statm: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(statm.read_text().split()[0])
+    return None
 
 
 def _number(path: Path) -> int | None:

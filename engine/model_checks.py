@@ -54,7 +54,8 @@ _NO_WEIGHTS = re.compile(
 # Element types of quantised weights. Plain checkpoints have floats, old ones position ids in I64.
 _QUANTISED_DTYPE = re.compile(r"[UI]8|[UI]4|F[468]_?\w*(?<!F64)|C64")
 _PACKED_NAME = re.compile(r"(?:qweight|qzeros|weight_packed|_blocks|quant_state[\w.]*)$")
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_HEADER = 25_000_000  # bytes; one of 10,000 tensors has 1,500,000
+MAX_OBJECT = 64 * 2**20  # bytes of a JSON file that is read here
 _SAMPLES, _SAMPLE_BYTES = 256, 65_536  # of a weights file: 16 MiB, spread over it
 
 
@@ -184,8 +185,63 @@ def _header(path: Path) -> dict[str, str]:
     return dtypes
 
 
+# Sizes in config.json and what the largest model of today is far from. Memory is asked for by them.
+_LARGEST = {
+    "num_hidden_layers": 1_000,
+    "depth": 1_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 1_000_000,
+    "out_hidden_size": 1_000_000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "num_heads": 10_000,
+    "head_dim": 100_000,
+    "vocab_size": 10_000_000,
+    "num_position_embeddings": 10_000_000,
+    "image_size": 100_000,
+    "patch_size": 1_000,
+    "spatial_patch_size": 1_000,
+    "spatial_merge_size": 1_000,
+    "temporal_patch_size": 1_000,
+    "num_channels": 1_000,
+    "in_channels": 1_000,
+    "in_chans": 1_000,
+    "mm_tokens_per_image": 100_000,
+}
+
+
+def check_sizes(config: dict[str, Any]) -> None:
+    """Raise ValueError for a size in config.json that no model has, before memory is asked for."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for name, largest in _LARGEST.items():
+            value: Any = part.get(name) if isinstance(part, dict) else None
+            if type(value) in (int, float) and not 1 <= value <= largest:
+                shown = f"{value:,}" if abs(value) < 1e30 else "a number without end"
+                raise ValueError(
+                    f"its config.json says {name} {shown}, expected a number from 1 to {largest:,}"
+                )
+
+
+def check_enough_weights(folder: Path, text: Any) -> None:
+    """Raise ValueError where config.json makes a model that is larger than its weights files.
+
+    text: the text_config, as its class reads it. Only the embedding and the feed-forward layers are
+    counted, which every family has.
+    """
+    needed = text.vocab_size * text.hidden_size
+    needed += 3 * text.num_hidden_layers * text.hidden_size * text.intermediate_size
+    held = sum((folder / file).stat().st_size for file in weight_files(folder))
+    if needed > held:  # a number has a byte at least
+        raise ValueError(
+            f"its config.json makes a model of at least {needed:,} numbers, and its weights files"
+            f" have {held:,} bytes; they belong to different models"
+        )
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises ValueError naming one that does not."""
+    if path.stat().st_size > MAX_OBJECT:
+        raise ValueError(f"its {path.name} has {path.stat().st_size:,} bytes")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

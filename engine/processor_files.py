@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from engine.model_checks import read_object
 
+_PATCHES = ("patch_size", "merge_size", "temporal_patch_size")
 _REMEDY = "Put the tokenizer.json of the model that it was made from beside them"
 
 
@@ -47,6 +48,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Raises ValueError where it cannot be loaded, OSError where the hub gives none.
     """
+    _check_file_sizes(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except OSError:
@@ -69,6 +71,33 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+# Files that libraries read whole, with the bytes that the largest of today are far from.
+_LARGEST = {
+    "tokenizer.json": 200_000_000,
+    "vocab.json": 200_000_000,
+    "merges.txt": 200_000_000,
+    "tokenizer.model": 200_000_000,
+    "added_tokens.json": 20_000_000,
+    "special_tokens_map.json": 20_000_000,
+    "tokenizer_config.json": 20_000_000,
+    "preprocessor_config.json": 1_000_000,
+    "processor_config.json": 1_000_000,
+    "video_preprocessor_config.json": 1_000_000,
+    "generation_config.json": 1_000_000,
+    "chat_template.jinja": 1_000_000,
+    "chat_template.json": 1_000_000,
+}
+
+
+def _check_file_sizes(path: str | Path) -> None:
+    for name, largest in _LARGEST.items():
+        file = _has(path, name) if Path(path).is_dir() else None
+        if file is not None and Path(file).stat().st_size > largest:
+            raise ValueError(
+                f"its {name} has {Path(file).stat().st_size:,} bytes, at most {largest:,} are read"
+            )
 
 
 def _unusable_tokenizer(path: str | Path, error: BaseException) -> str:
@@ -122,7 +151,7 @@ def load_image_processor(kind: type, path: str | Path, **options: Any) -> Any:
     """
     loader: Any = kind
     try:
-        return loader.from_pretrained(path, **options)
+        return _of_possible_sizes(loader.from_pretrained(path, **options))
     except OSError as error:
         if not Path(path).is_dir():
             raise
@@ -134,6 +163,20 @@ def load_image_processor(kind: type, path: str | Path, **options: Any) -> Any:
         raise ValueError(
             f"its image processor cannot be loaded ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def _of_possible_sizes(image_processor: Any) -> Any:
+    """Return an image processor that makes images of a possible size. Raises ValueError else."""
+    sizes: dict[str, Any] = {name: getattr(image_processor, name, None) for name in _PATCHES}
+    largest = dict.fromkeys(_PATCHES, 1_000)
+    for name in ("size", "crop_size"):
+        for side in ("height", "width"):
+            value = getattr(getattr(image_processor, name, None), side, None)
+            sizes[f"{name}[{side}]"], largest[f"{name}[{side}]"] = value, 8_192
+    for name, value in sizes.items():
+        if type(value) in (int, float) and not 1 <= value <= largest[name]:
+            raise ValueError(f"{name} is {value:,}, expected 1 to {largest[name]:,}")
+    return image_processor
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
