@@ -188,8 +188,8 @@ class Checkpoint:
         content = self._read(f"{name}.safetensors")
         if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
             raise CheckpointError(
-                f"{self.path / name}.safetensors: its header has more than {_LARGEST_HEADER:,}"
-                " bytes, so it is none of a run's"
+                f"{self.path / name}.safetensors: is not a safetensors file: its header"
+                f" has more than {_LARGEST_HEADER:,} bytes"
             )
         try:
             return load(content)

@@ -164,10 +164,10 @@ def test_nothing_leaves_or_enters_a_run_that_goes_on_elsewhere(run, victim, tmp_
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(UsageError, match="'start'/'predictions-val.jsonl' is a link"):
-        bring_logs(load_checkpoint(run / "checkpoint-4"), target)
+        bring_logs(load_checkpoint(run / "checkpoint-4"), target, "checkpoint-2")
     assert list(target.iterdir()) == []
     (run / "start" / "predictions-val.jsonl").unlink()
-    bring_logs(load_checkpoint(run / "checkpoint-4"), target)
+    bring_logs(load_checkpoint(run / "checkpoint-4"), target, "checkpoint-2")
     assert os.readlink(target / "best") == "checkpoint-2"
 
 

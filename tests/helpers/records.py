@@ -7,7 +7,10 @@ from typing import Any
 CONFIG: dict[str, Any] = {
     "script": "grpo",
     "recipe": None,
-    "settings": {"seed": {"value": 1, "origin": "default"}},
+    "settings": {
+        "seed": {"value": 1, "origin": "default"},
+        "save_total_limit": {"value": None, "origin": "default"},
+    },
     "data": {"train": {"file": "a.jsonl", "sha256": "0" * 64, "images": 3}},
     "bad_images": {"val": [{"id": "1"}]},
     "reference": {"adapter_model.safetensors": "1" * 64},
