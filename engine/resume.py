@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from data.examples import selection_file
 from data.files import remove, sha256_of, written_folder, written_whole
 from data.plain_files import is_plain, parse_record, read_plain
@@ -506,6 +508,51 @@ def check_same_reference(checkpoint: Checkpoint) -> dict[str, str]:
             " a new run"
         )
     return now
+
+
+def heal_reference(checkpoint: Checkpoint, adapter: str | None) -> None:
+    """Copy a reference that is lost or damaged again from where its files still are, by SHA-256.
+
+    They may be in the SFT run or in a checkpoint. Another whole adapter in its place is not
+    touched: `check_same_reference` refuses it. adapter: that which the run began with.
+    """
+    run_dir = checkpoint.path.parent
+    folder, before = run_dir / "reference", checkpoint.record("config.json")["reference"]
+    if _reference_hashes(folder) == before or not any(map(_is_damaged, _files_of(folder))):
+        return
+    places = [folder, *([Path(adapter)] if adapter else []), *list_checkpoints(run_dir)]
+    found: dict[str, Path] = {}
+    for name, expected in before.items():
+        for file in (place / name for place in places):
+            if file.is_file() and sha256_of(file) == expected:
+                found.setdefault(name, file)
+    if found.keys() != before.keys():
+        return
+    try:
+        with written_folder(folder) as copy:
+            for name, file in found.items():
+                shutil.copyfile(file, copy / name)
+    except OSError:  # as in a folder that is only read: the check says what is wrong
+        return
+    weights = found.get(ADAPTER_FILES[1], folder)
+    print(f"{folder}: was damaged, copied again from {weights.parent}", file=sys.stderr)
+
+
+def _files_of(adapter: Path) -> list[Path]:
+    return [adapter / name for name in ADAPTER_FILES]
+
+
+def _is_damaged(file: Path) -> bool:
+    """Tell whether an adapter's file is missing or cut, and not merely another one."""
+    try:
+        if file.suffix == ".json":
+            parse_record(read_plain(file))
+        else:
+            with safe_open(file, "numpy"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return True
+    return False
 
 
 def _reference_hashes(folder: Path) -> dict[str, str]:

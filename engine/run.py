@@ -26,6 +26,7 @@ from engine.checkpoint import (
     set_later_checkpoints_aside,
     settle_checkpoints,
 )
+from engine.kept_files import KeptFiles
 from engine.longer import extension_line, is_extended, keep_result
 from engine.model_files import EMBEDDED
 from engine.out_of_memory import Cut
@@ -136,7 +137,8 @@ class Schedule:
 class RunFolder:
     """Hold a run's folder, which is this process's alone, with its log and the signals to heed.
 
-    record: the contents of config.json. longer: whether the run is made longer than it was.
+    record: the contents of config.json. longer: whether the run is made longer than it was. kept:
+    the files with which a folder that is deleted under the run is made again.
     """
 
     path: Path
@@ -145,6 +147,15 @@ class RunFolder:
     script: Literal["sft", "grpo"]
     record: dict[str, Any] = field(default_factory=dict)
     longer: bool = False
+    kept: KeptFiles | None = None
+
+    def bring_back(self, step: int) -> None:
+        """Make the folder again where it was deleted under the run, with its logs open again.
+
+        step: at which the run stands.
+        """
+        if self.kept is not None and self.kept.bring_back(self.record):
+            self.log.reopen(step)
 
 
 class Run:
@@ -500,10 +511,13 @@ def opened_run(
         write_bad_images(folder, bad_images)
         resume_step = None if checkpoint is None else checkpoint.step
         marks = None if checkpoint is None else checkpoint.manifest["notes"].get("logs")
-        with RunLogger(
-            folder, resume_step=resume_step, log_history=state.log_history, marks=marks
-        ) as log:
-            yield RunFolder(folder, log, signals, script, record, longer)
+        with (
+            RunLogger(
+                folder, resume_step=resume_step, log_history=state.log_history, marks=marks
+            ) as log,
+            contextlib.closing(KeptFiles(folder)) as kept,
+        ):
+            yield RunFolder(folder, log, signals, script, record, longer, kept)
 
 
 # ---- after it ------------------------------------------------------------------------------------

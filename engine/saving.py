@@ -61,6 +61,7 @@ def save_training_checkpoint(
     name = f"checkpoint-{state.global_step}"
     check_finite(adapter, f"{name} is not saved: the adapter")
     check_finite(optimizer_tensors, f"{name} is not saved: the optimizer's state")
+    folder.bring_back(state.global_step)
     rng_tensors, rng_record = rng_to_tensors(generators)
     notes = {name: config_record[name] for name in ("reference", RUN_ID) if name in config_record}
     path = save_checkpoint(
@@ -83,6 +84,8 @@ def save_training_checkpoint(
         notes=notes | {"logs": folder.log.marks()},
     )
     settle_checkpoints(folder.path, path, state.best_model_checkpoint, limit)
+    if folder.kept is not None:
+        folder.kept.hold()
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:

@@ -173,6 +173,7 @@ class RunLogger:
         self._warned: set[str] = set()
         # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
+        self._waiting: dict[str, str] = {}  # lines for files whose folder is gone
         self._begun: dict[str, int] = {}
         self._is_undone = False
         if resume_step is None:  # what is there is of a run that begins again
@@ -253,6 +254,28 @@ class RunLogger:
             with self._into_tensorboard():
                 self._charts = ChartWriters(self.run_dir, charts, self._writer, self._tensorboard)
 
+    def reopen(self, step: int) -> None:
+        """Write the lines that waited and begin new TensorBoard files, in a folder made again.
+
+        step: at which the run stands.
+        """
+        for filename in list(self._waiting):
+            self._append(filename, [])
+        charts, self._charts = self._charts, None
+        with contextlib.suppress(Exception):  # their files are gone
+            if charts is not None:
+                charts.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        self._purge_step, self._tensorboard, self._is_undone = step + 1, None, False
+        with self._degrading("TensorBoard"):
+            self._tensorboard = self._writer(self.run_dir)
+        if charts is not None and self._tensorboard is not None:
+            with self._into_tensorboard():
+                self._charts = ChartWriters(
+                    self.run_dir, charts.charts, self._writer, self._tensorboard
+                )
+
     def warn(self, line: str, step: int) -> None:
         """Keep a warning of the run in warnings.jsonl."""
         self._append("warnings.jsonl", [{"step": step, "warning": line}])
@@ -305,11 +328,15 @@ class RunLogger:
     def _append(self, filename: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with self._degrading(filename):
+            if not self.run_dir.is_dir():  # deleted under the run, which makes it again
+                self._waiting[filename] = self._waiting.get(filename, "") + text
+            text = self._waiting.get(filename, text)
             separator = "\n" if filename in self._torn else ""
-            self._torn.add(filename)
             with open_plain(self.run_dir / filename, "ab") as file:
+                self._torn.add(filename)
                 file.write((separator + text).encode(errors="backslashreplace"))
-            self._torn.remove(filename)
+            self._torn.discard(filename)
+            self._waiting.pop(filename, None)
 
     def _to_tensorboard(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._tensorboard is None:

@@ -7,6 +7,7 @@ the command. Everything in it is plain Python, so it is answered without torch.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -199,10 +200,22 @@ def placed(resolved: Resolved) -> Resolved:
     if named == AUTO:
         return resolved.with_value("resume_from_checkpoint", None, "default")
     folder = Path(named)
-    if begun_record(folder) is not None:
+    begun = begun_record(folder)
+    if begun is not None:
         print(f"{folder}: was ended before its first checkpoint, begins again", file=sys.stderr)
-        again = resolved.with_value("resume_from_checkpoint", None, "default")
+        again = _with_origins(resolved, begun)
+        again = again.with_value("resume_from_checkpoint", None, "default")
         if again.configs[0].output_dir is None:
             return again.with_value("output_dir", str(folder), "resumed run")
         return again
     return resolved
+
+
+def _with_origins(resolved: Resolved, begun: Mapping[str, Any]) -> Resolved:
+    """Say of values and recipe where they came from when the run began. begun: its config.json."""
+    origins = {
+        name: begun["settings"][name]["origin"] if origin == "resumed run" else origin
+        for name, origin in resolved.origins.items()
+    }
+    recipe = begun.get("recipe")
+    return dataclasses.replace(resolved, origins=origins, recipe=recipe)

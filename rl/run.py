@@ -16,6 +16,7 @@ from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
 from engine.policy import Policy
+from engine.resume import heal_reference, resumed_folder
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import StepFailed
 from engine.saving import save_start
@@ -83,6 +84,9 @@ def start_of(config: GRPOConfig, checkpoint: Checkpoint | None) -> Start:
     fresh = f"a fresh LoRA of rank {config.lora_r} as policy, the model itself as frozen reference"
     about = fresh if adapter == FRESH else f"{adapter} as policy and frozen reference"
     if checkpoint is not None:
+        in_place = resumed_folder(config.resume_from_checkpoint, config.output_dir) is not None
+        if in_place and not config.dry_run:
+            heal_reference(checkpoint, None if adapter == FRESH else adapter)
         return Start(checkpoint.path.parent / "reference", about)
     return Start(None if adapter == FRESH else Path(adapter), about)
 

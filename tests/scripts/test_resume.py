@@ -9,6 +9,8 @@ Run: pytest tests/scripts/test_resume.py
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import runpy
 import shutil
@@ -556,23 +558,57 @@ def test_a_changed_data_file_is_refused(tiny_checkpoint, tiny_data, tmp_path, ca
     assert snapshot(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("damage", ["another", "truncated", "missing"])
-def test_a_changed_reference_is_refused(straight_grpo, tiny_sft_run, tmp_path, capsys, damage):
+DAMAGES = {
+    "another": lambda file: shutil.copyfile(file.parents[1] / file.name, file),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "missing": Path.unlink,
+    "all gone": lambda file: shutil.rmtree(file.parent),
+}
+
+
+def with_other_adapter(run: Path, adapter: str) -> None:
+    """Let a run's checkpoints say that it began with another adapter's folder."""
+    for checkpoint in run.glob("checkpoint-*"):
+        config, manifest = checkpoint / "config.json", checkpoint / "manifest.json"
+        changed = record(config)
+        changed["settings"]["adapter_name_or_path"]["value"] = adapter
+        config.write_text(json.dumps(changed))
+        listed = record(manifest)
+        content = config.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        listed["files"]["config.json"] = {"size": len(content), "sha256": sha256}
+        manifest.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_changed_reference_is_refused(straight_grpo, tmp_path, capsys, damage):
+    """Where its files are nowhere else, or a whole adapter has taken its place."""
     copy = shutil.copytree(straight_grpo, tmp_path / "copy", symlinks=True)
     file = copy / "reference/adapter_model.safetensors"
-    if damage == "another":
-        shutil.copyfile(copy / "adapter_model.safetensors", file)
-    elif damage == "truncated":
-        file.write_bytes(file.read_bytes()[:100])
-    else:
-        file.unlink()
+    if damage != "another":
+        with_other_adapter(copy, str(tmp_path / "gone"))
+        for weights in copy.glob("checkpoint-0/adapter_model.safetensors"):
+            shutil.rmtree(weights.parent)  # its weights are the reference's
+    DAMAGES[damage](file)
     before = snapshot(copy)
     (line,) = refused(run_grpo.main, capsys, "--resume_from_checkpoint", str(copy))
+    if damage == "all gone":
+        file = file.with_name("adapter_config.json")
     assert line.startswith(
         f"error: {file}: not the frozen reference that the run began with (SHA-256 "
     ), line
     assert line.endswith("restore it or start a new run")
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "all gone"])
+def test_a_lost_reference_is_copied_again(straight_grpo, tmp_path, capsys, damage):
+    copy = shutil.copytree(straight_grpo, tmp_path / "copy", symlinks=True)
+    DAMAGES[damage](copy / "reference/adapter_model.safetensors")
+    assert resume(run_grpo.main, copy / "checkpoint-4") == 0
+    assert "reference: was damaged, copied again from " in capsys.readouterr().err
+    assert snapshot(copy / "reference") == snapshot(straight_grpo / "reference")
+    assert_same_run(straight_grpo, copy)
 
 
 def test_the_sft_run_is_not_needed_to_resume(tiny_sft_run, tiny_data, tmp_path):

@@ -393,3 +393,41 @@ def test_a_run_that_was_killed_while_it_was_brought_elsewhere(straight_sft, tmp_
     killed_at(shutil, "copyfile", number, lambda: run_sft.main(flags))
     assert run_sft.main(flags) == 0
     assert_same_run(straight_sft, run)
+
+
+# ---- a folder that is deleted under the run ------------------------------------------------------
+@pytest.mark.parametrize("script", [run_sft, run_grpo])
+def test_a_folder_that_is_deleted_is_made_again(
+    straight_sft, straight_grpo, start_sft, start_grpo, tmp_path, monkeypatch, caplog, script
+):
+    """In the third step: a later save can be resumed, logs are whole, the result is the same."""
+    straight, start = (
+        (straight_sft, start_sft) if script is run_sft else (straight_grpo, start_grpo)
+    )
+    run, clip, calls = tmp_path / "run", script.clip_gradients, []
+
+    def deleting(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(run)
+        return clip(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(script, "clip_gradients", deleting)
+        assert start(run) == 0
+    assert caplog.text.count("was deleted under the run: it is made again") == 1
+    assert equal_tensors(run / "adapter_model.safetensors", straight / "adapter_model.safetensors")
+    names = {path.name for path in straight.iterdir() if not path.name.startswith("events.")}
+    names -= {path.name for path in straight.glob("checkpoint-*")} - {
+        (run / "last").readlink().name
+    }
+    assert names - {path.name for path in run.iterdir()} <= {"best"}
+    for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
+        if (straight / name).exists():
+            assert without_times(lines(run / name)) == without_times(lines(straight / name)), name
+    for name in ("reference", "start"):
+        if (straight / name).exists():
+            assert snapshot(run / name).keys() == snapshot(straight / name).keys()
+    before = (run / "adapter_model.safetensors").read_bytes()
+    assert resume(script.main, run) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == before
