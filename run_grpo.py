@@ -124,8 +124,7 @@ def train(
         learning_rate = scheduled_rate(config, run.step, run.total)
         step_loss = sum(float(done.loss) for done in computed)
         if run.accepts(grad_norm, step_loss, rollouts.examples):  # both are finite
-            take_back = whole_step(optimizer, learning_rate, run.step + 1, policy.limits)
-            run.can_take_back(take_back)
+            whole_step(optimizer, learning_rate, run.step + 1, run.can_take_back, policy.limits)
         optimizer.zero_grad()
 
         # 7 log, write completions
@@ -210,8 +209,8 @@ def run_command(resolved: Resolved) -> int:
     ) as folder:
         print(banner("GRPO", folder.path, policy, start.about, lines, resolved), flush=True)
 
-        def save() -> None:
-            files = saved_rollouts(rollouts, monitors, run.step)
+        def save(timed: bool = False) -> None:
+            files = saved_rollouts(rollouts, monitors, run.step) | {"timed": timed}
             limit, generators = config.save_total_limit, run.generators
             save_training_checkpoint(
                 folder, state, policy, optimizer, record, limit, generators, **files

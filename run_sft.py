@@ -96,8 +96,7 @@ def train(
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         learning_rate = scheduled_rate(config, run.step, run.total)
         if run.accepts(grad_norm, step_loss, chosen):  # both are finite
-            take_back = whole_step(optimizer, learning_rate, run.step + 1, policy.limits)
-            run.can_take_back(take_back)
+            whole_step(optimizer, learning_rate, run.step + 1, run.can_take_back, policy.limits)
         optimizer.zero_grad()
 
         # 3 log
@@ -187,14 +186,12 @@ def run_command(resolved: Resolved) -> int:
                 f" {scores['mean_token_accuracy']:.3f}" + (" (best so far)" if better else "")
             )
 
-        def save() -> None:
+        def save(timed: bool = False) -> None:
             limit = config.save_total_limit
-            save_training_checkpoint(folder, state, policy, optimizer, record, limit)
+            save_training_checkpoint(folder, state, policy, optimizer, record, limit, timed=timed)
 
-        steps, in_epoch = (
-            config.total_steps(len(data.train)),
-            config.steps_per_epoch(len(data.train)),
-        )
+        size = len(data.train)
+        steps, in_epoch = config.total_steps(size), config.steps_per_epoch(size)
         patience = config.early_stopping_patience
         schedule = Schedule.of(config, steps, eval_steps=in_epoch, patience=patience)
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+TIMED = "timed"  # a note in the manifest
 _TEMPORARY = ".tmp-"  # incomplete or being deleted: never read, removed by clean_leftovers
 _SUFFIXES = (".safetensors", ".json")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(?:safetensors|json)")
@@ -371,21 +372,25 @@ def latest_valid_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 # ---- housekeeping --------------------------------------------------------------------------------
 def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit` in all, and return them.
+    """Delete the oldest checkpoints beyond `limit` in all, and earlier timed ones, and return them.
 
-    limit: None keeps every checkpoint.
-    keep: checkpoints that stay even beyond the limit, such as the best (links are followed).
+    limit: None keeps every checkpoint that is not timed: one that only the clock asked for goes
+        once there is a later one.
+    keep: checkpoints that stay in any case, such as the best (links are followed).
 
     The newest checkpoint always stays. A deletion that fails is only a warning, because training
     matters more than disk space.
     """
     checkpoints = list_checkpoints(run_dir)
-    if limit is None or not checkpoints:
+    if not checkpoints:
         return []
     kept = {Path(path).resolve() for path in keep} | {checkpoints[-1].resolve()}
     deletable = [path for path in checkpoints if path.resolve() not in kept]
+    chosen = [path for path in deletable if _is_timed(path)]
+    beyond = 0 if limit is None else max(0, len(checkpoints) - len(chosen) - limit)
+    chosen += [path for path in deletable if path not in chosen][:beyond]
     deleted = []
-    for path in deletable[: max(0, len(checkpoints) - limit)]:
+    for path in chosen:
         # Renamed first, so that half a checkpoint is never visible.
         doomed = path.with_name(f"{_TEMPORARY}{path.name}-deleted")
         try:
@@ -396,6 +401,14 @@ def rotate_checkpoints(run_dir: Path, limit: int | None, keep: Collection[Path] 
             continue
         deleted.append(path)
     return deleted
+
+
+def _is_timed(path: Path) -> bool:
+    """Tell whether a checkpoint was written only because of the time since the one before."""
+    try:
+        return _read_manifest(path)["notes"].get(TIMED) is True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def set_later_checkpoints_aside(run_dir: Path, step: int) -> list[Path]:

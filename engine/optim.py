@@ -14,6 +14,8 @@ from engine.out_of_memory import Limits
 from engine.runtime import StepFailed
 from engine.settings import Scheduler, TrainingConfig, rounded_up
 
+Keep = Callable[[Callable[[], None]], object]
+
 
 def trainable_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return names and parameters that are trained, in the model's order.
@@ -90,26 +92,30 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def whole_step(
-    optimizer: torch.optim.Optimizer, learning_rate: float, step: int, limits: Limits | None = None
-) -> Callable[[], None]:
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    step: int,
+    keep: Keep = lambda take_back: None,
+    limits: Limits | None = None,
+) -> None:
     """Make an optimizer step wholly or not at all, so that an error leaves no half-changed weights.
 
     Parameters and the optimizer's state are copied first, and put back where anything raises in the
     middle: memory that runs out, a fault of the device.
 
-    learning_rate: of this step. step: its number, for a message. limits: those of the run. Nothing
-    of a step can be halved, so where memory runs out it is made once more, with the allocator's
-    cache freed.
+    learning_rate: of this step. step: its number, for a message. keep: is given a function that
+    takes the step back, before it is made. That holds the copies, so it is to be let go once the
+    step is counted. limits: those of the run. Nothing of a step can be halved, so where memory runs
+    out it is made once more, with the allocator's cache freed.
 
-    Returns what takes the step back. It holds the copies, so it is to be let go once the step is
-    counted. Raises StepFailed where the step would make a parameter infinite or NaN, or where
-    memory runs out twice.
+    Raises StepFailed where the step would make a parameter infinite or NaN, or where memory runs
+    out twice.
     """
-    step_once = partial(_step, optimizer, learning_rate, step)
-    return (limits or Limits()).once_more("optimizer step", step_once)
+    step_once = partial(_step, optimizer, learning_rate, step, keep)
+    (limits or Limits()).once_more("optimizer step", step_once)
 
 
-def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> Callable[[], None]:
+def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int, keep: Keep) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = [parameter.detach().clone() for parameter in parameters]
     states = [_copied(optimizer.state.get(parameter)) for parameter in parameters]
@@ -126,6 +132,7 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> 
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    keep(take_back)
     try:
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
@@ -133,14 +140,17 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> 
             [parameter.detach() for parameter in parameters], norm_type=math.inf
         )
         if not torch.isfinite(largest):
+            raise OverflowError
+    except BaseException as error:
+        take_back()
+        keep(lambda: None)  # the copies are not held while it is made once more
+        # torch's own words for a factor that is infinite in the weights' dtype
+        if isinstance(error, OverflowError) or "without overflow" in str(error):
             raise StepFailed(
                 f"step {step} would make weights of the adapter infinite or NaN (learning rate"
                 f" {learning_rate:g}), and was not made"
-            )
-    except BaseException:
-        take_back()
+            ) from error
         raise
-    return take_back
 
 
 def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -52,6 +52,7 @@ FREE_TO_CHANGE = (
     "resume_from_checkpoint",
     "max_bad_steps",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "train_file",
     "validation_file",

@@ -38,99 +38,21 @@ from engine.resume import (
     keep_reference,
     run_folder,
 )
-from engine.runtime import FINISHED, SignalGuard, StepFailed, StopRequested, lock_run
-from engine.settings import TrainingConfig
+from engine.run_state import Schedule, TrainerState
+from engine.runtime import (
+    FINISHED,
+    SignalGuard,
+    StepFailed,
+    StopRequested,
+    disk_line,
+    lock_run,
+)
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, Progress, RunLogger
 from engine.undo import Before, Stateful
 
-
-@dataclass
-class TrainerState:
-    """Hold where a run stands: trainer_state.json, in the form that HF's tools read."""
-
-    global_step: int = 0
-    epoch: float = 0.0
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None  # a folder's name in the run's folder
-    evaluations_without_improvement: int = 0
-    num_tokens: int = 0  # of prompts and completions so far
-    evaluated_step: int = -1  # the last step whose evaluation was finished
-    # {checkpoint: what the best is chosen by}, of the evaluations that measured it
-    evaluations: dict[str, float] = field(default_factory=dict)
-    greater_is_better: bool = True
-    bad_steps: int = 0  # that were skipped: their gradient or loss was not finite
-    bad_steps_in_a_row: int = 0
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    # of the steps since the last log, where logging_steps > 1
-    unlogged_metrics: dict[str, Any] = field(default_factory=dict)
-
-    def record_evaluation(self, metric: float | None, *, greater_is_better: bool) -> bool:
-        """Note an evaluation at this step and return whether it is the best so far.
-
-        metric: what the best checkpoint is chosen by. None (not measured) and NaN never are best.
-        """
-        self.greater_is_better = greater_is_better
-        if metric is not None and math.isfinite(metric):
-            # anew, so that a copy of the state keeps what it had
-            self.evaluations = self.evaluations | {f"checkpoint-{self.global_step}": metric}
-        if metric is None or metric != metric:
-            better = False
-        elif self.best_metric is None:
-            better = True
-        else:
-            better = metric > self.best_metric if greater_is_better else metric < self.best_metric
-        if better:
-            self.best_metric, self.best_model_checkpoint = metric, f"checkpoint-{self.global_step}"
-        self.evaluations_without_improvement = (
-            0 if better else self.evaluations_without_improvement + 1
-        )
-        return better
-
-
 # ---- the books -----------------------------------------------------------------------------------
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Say when a run logs, evaluates, saves and ends. All numbers are optimizer steps.
-
-    eval_steps: evaluate every so many, and at the end. None for the end alone.
-    eval_at_start: evaluate before the first step too.
-    save_steps: save every so many, beside the saves at every evaluation. None for those alone.
-    patience: end after so many evaluations in a row without a better one. None for never.
-    max_bad_steps: skip up to so many steps in a row whose gradient or loss is not finite.
-    """
-
-    total: int
-    logging_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    eval_at_start: bool = False
-    patience: int | None = None
-    max_bad_steps: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        config: TrainingConfig,
-        total: int,
-        eval_steps: int | None,
-        *,
-        eval_at_start: bool = False,
-        patience: int | None = None,
-    ) -> Schedule:
-        """Take from the settings what both scripts have there."""
-        return cls(
-            total,
-            config.logging_steps,
-            eval_steps,
-            config.save_steps,
-            eval_at_start=eval_at_start,
-            patience=patience,
-            max_bad_steps=config.max_bad_steps,
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +98,7 @@ class Run:
         schedule: Schedule,
         *,
         title: str,
-        save: Callable[[], object],
+        save: Callable[..., object],
         evaluate: Callable[[], object],
         generators: Mapping[str, torch.Generator] | None = None,
         stateful: Mapping[str, Stateful] | None = None,
@@ -184,7 +106,8 @@ class Run:
         """Open the books.
 
         state: where the run stands. It changes with every step. title: shown before the bar.
-        save: writes a checkpoint of the state as it is. evaluate: evaluates and logs the scores.
+        save: writes a checkpoint of the state as it is, with timed=True where only --save_minutes
+        asks for it. evaluate: evaluates and logs the scores.
         generators, stateful: what a step that fails must not have changed, beside torch's, numpy's
         and Python's own random numbers.
         """
@@ -199,6 +122,7 @@ class Run:
         self._first, self._began = state.global_step, time.perf_counter()
         self._before: Before | None = None  # of the step or evaluation that is being made
         self._take_back: Callable[[], None] | None = None  # of its optimizer step, once it is made
+        self._saved_at = time.monotonic()  # when a save was tried last
         self._saved = False  # whether the state as it is now is on disk
         self._not_saved: Exception | None = None  # why the last save failed
         self.finished = False  # whether the loop has come to its end, with all that was due
@@ -256,7 +180,7 @@ class Run:
             end = self.step >= self.total or self.stopped is not None
             due = end or self._at(schedule.eval_steps)
         if due and self.state.evaluated_step != self.step and not self.should_stop():
-            self._save()  # first: an evaluation can be long, and can meet a damaged image
+            self._save_due()  # first: an evaluation can be long, and can meet a damaged image
             self._begin()
             try:
                 self.evaluate()
@@ -265,13 +189,34 @@ class Run:
                 return
             self.state.evaluated_step = self.step
             self._before = None
-            self._save()
+            self._save_due()
         elif self.step > self._first and self._at(schedule.save_steps):
-            self._save()
+            self._save_due()
+        elif self.step > self._first and self._overdue():
+            self._save_due(timed=True)
 
-    def _save(self) -> None:
+    def _overdue(self) -> bool:
+        minutes = self.schedule.save_minutes or math.inf
+        return time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _save_due(self, *, timed: bool = False) -> None:
+        """Save. Where the disk refuses in the middle of training, the run goes on and says so.
+
+        What is in memory would be lost if it ended there. The next save that is due tries again,
+        and the last one must succeed. Before the first step there is nothing to lose.
+        """
         try:
-            self.save()
+            self._save(timed=timed)
+        except OSError as error:
+            ends = self.step >= self.total or self.stopped is not None or self.should_stop()
+            if ends or self.step == self._first:
+                raise
+            self.warn([f"warning: {disk_line(error)}; training goes on, the next save tries again"])
+
+    def _save(self, *, timed: bool = False) -> None:
+        self._saved_at = time.monotonic()
+        try:
+            self.save(timed=True) if timed else self.save()
         except Exception as error:
             self._not_saved = error
             raise

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from data.files import write_json, written_whole
 from engine.checkpoint import (
     RUN_ID,
+    TIMED,
     Checkpoint,
     CheckpointError,
     fitting,
@@ -42,6 +43,7 @@ def save_training_checkpoint(
     limit: int | None,
     generators: Mapping[str, torch.Generator] | None = None,
     *,
+    timed: bool = False,
     tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     records: Mapping[str, Any] | None = None,
 ) -> None:
@@ -50,8 +52,8 @@ def save_training_checkpoint(
     Then point the links `last` and `best`, and delete old checkpoints.
 
     config_record: the contents of config.json. limit: checkpoints to keep, None for all.
-    generators: those besides torch's, numpy's and Python's own. tensors, records: files of the
-    caller's own, by name.
+    generators: those besides torch's, numpy's and Python's own. timed: the next checkpoint takes
+    the place of this one. tensors, records: files of the caller's own, by name.
 
     Raises StepFailed where the adapter or the optimizer's state is not finite: no step could follow
     from that. Raises OSError where the disk refuses. Both leave earlier checkpoints as they are.
@@ -81,7 +83,7 @@ def save_training_checkpoint(
             "config.json": config_record,
             **(records or {}),
         },
-        notes=notes | {"logs": folder.log.marks()},
+        notes=notes | {"logs": folder.log.marks()} | ({TIMED: True} if timed else {}),
     )
     settle_checkpoints(folder.path, path, state.best_model_checkpoint, limit)
     if folder.kept is not None:
@@ -110,16 +112,17 @@ def restore(
     generators: as they were given to `save_training_checkpoint`. Raises UsageError where the
     adapter does not fit the model, CheckpointError where the rest of the checkpoint does not fit.
     """
-    adapter, moments = checkpoint.tensors("adapter_model"), checkpoint.tensors("optimizer")
+    moments = checkpoint.tensors("optimizer")
     try:
-        check_finite(adapter, "the adapter")
         check_finite(moments, "the optimizer's state")
     except StepFailed as error:  # of an earlier version, which saved whatever there was
         raise CheckpointError(
             f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"
             " checkpoint-<step>"
         ) from error
-    load_adapter_state(policy.adapted, adapter, source=str(checkpoint.path))
+    load_adapter_state(
+        policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
+    )
     saved = checkpoint.record("optimizer.json")
     with fitting(checkpoint):
         load_optimizer(optimizer, moments, saved)

@@ -364,6 +364,15 @@ class TrainingConfig:
         group="run",
         within=COUNT,
     )
+    save_minutes: float | None = setting(
+        20.0,
+        "a checkpoint after the first step that ends so long after the last one; the next one takes"
+        " its place. none or 0: only the others",
+        unit="minutes",
+        source=ENGINE,
+        group="run",
+        within="[0, 525600]",
+    )
     save_total_limit: int | None = setting(
         3,
         "checkpoints to keep, or none for all; the best and the last are never deleted",

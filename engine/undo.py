@@ -1,6 +1,6 @@
 """Note what a step or an evaluation may change beside the weights, and put it back.
 
-The weights are put back by what `engine.optim.whole_step` returns.
+The weights are put back by what `engine.optim.whole_step` gives for it.
 """
 
 from __future__ import annotations

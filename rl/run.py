@@ -167,7 +167,7 @@ class GRPORun(Run):
         rollouts: Rollouts,
         monitors: Monitors,
         *,
-        save: Callable[[], object],
+        save: Callable[..., object],
         evaluate: Callable[[], object],
     ) -> None:
         """Open the books as `Run` does. monitors: watch every rollout and every logged number.

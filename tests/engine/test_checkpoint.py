@@ -28,6 +28,7 @@ import torch
 import data.files
 from engine import checkpoint as module
 from engine.checkpoint import (
+    TIMED,
     CheckpointError,
     clean_leftovers,
     latest_valid_checkpoint,
@@ -529,6 +530,17 @@ def test_rotation_deletes_the_oldest_but_keeps_the_best_and_the_last(tmp_path):
     ]
     rotate_checkpoints(tmp_path, 1, keep={tmp_path / "best"})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(None, [1, 3, 4, 7]), (3, [1, 4, 7]), (4, [1, 3, 4, 7]), (1, [1, 7])]
+)
+def test_a_checkpoint_that_the_clock_asked_for_goes_with_the_next(tmp_path, limit, left):
+    """They neither pile up without a limit nor push others out. The best stays in any case."""
+    for step in (1, 2, 3, 4, 5, 6, 7):
+        save(tmp_path, step, notes={TIMED: True} if step in (1, 2, 5, 6, 7) else None)
+    rotate_checkpoints(tmp_path, limit, keep={tmp_path / "checkpoint-1"})
+    assert list_checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in left]
 
 
 def test_a_failed_delete_is_a_warning_and_the_others_go_on(tmp_path, monkeypatch, caplog):

@@ -227,9 +227,13 @@ def test_a_step_in_which_memory_runs_out_once_is_made():
 def test_a_step_is_taken_back(steps):
     model, optimizer = stepped(steps)
     before = everything(model, optimizer)
-    take_back = whole_step(optimizer, 0.3, steps + 1)
+    kept: list = []
+    whole_step(optimizer, 0.3, steps + 1, kept.append)
     assert everything(model, optimizer) != before
+    (take_back,) = kept
     take_back()
+    assert everything(model, optimizer) == before
+    take_back()  # as after an error in the middle, which has put it back already
     assert everything(model, optimizer) == before
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -163,7 +164,7 @@ def run_of(tmp_path) -> Iterator[Callable[..., Run]]:
         schedule: Schedule | None = None,
         state: TrainerState | None = None,
         *,
-        save: Callable[[], object] = lambda: None,
+        save: Callable[..., object] = lambda: None,
         evaluate: Callable[[], object] = lambda: None,
         **parts: Any,
     ) -> Run:
@@ -365,6 +366,72 @@ def test_a_ctrl_c_that_is_to_stop_at_once_does(run_of, first):
         done(run)
         run.goes_on()
     assert run.state.evaluated_step == -1
+
+
+# ---- saves by the clock, and a disk that refuses -------------------------------------------------
+@pytest.mark.parametrize(
+    ("minutes", "save_steps", "expected"),
+    [
+        # steps take a minute; the clock begins with the run and at every save
+        (2.0, None, "2t, 4t, 6t, 7, 7"),
+        (2.5, None, "3t, 6t, 7, 7"),
+        (2.0, 3, "2t, 3, 5t, 6, 7, 7"),  # a step that is due anyway is not the clock's
+        (0.0, None, "7, 7"),
+        (None, 3, "3, 6, 7, 7"),
+    ],
+)
+def test_saves_by_the_clock(run_of, monkeypatch, minutes, save_steps, expected):
+    now, saved = [1e6], []
+    monkeypatch.setattr("engine.run.time.monotonic", lambda: now[0])
+    schedule = Schedule(7, 1, None, save_steps, save_minutes=minutes)
+    run = run_of(
+        schedule, save=lambda timed=False: saved.append(f"{run.step}{'t' if timed else ''}")
+    )
+    with run:
+        while run.goes_on():
+            now[0] += 60
+            done(run)
+    assert saved == words(expected)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_refuses_a_save_ends_no_training(run_of, number, capsys):
+    tried, saved = [], []
+
+    def save() -> None:
+        tried.append(run.step)
+        if len(tried) in (2, 3):
+            raise OSError(number, f"checkpoint-{run.step} was not saved: full; it needs 7 bytes")
+        saved.append(run.step)
+
+    run = run_of(Schedule(5, 1, eval_steps=None, save_steps=1), save=save)
+    with run:
+        while run.goes_on():
+            done(run)
+    assert (tried, saved) == ([1, 2, 3, 4, 5, 5], [1, 4, 5, 5])
+    found = [line["warning"] for line in lines(run.folder / "warnings.jsonl")]
+    assert found == [
+        f"warning: checkpoint-{step} was not saved: full; it needs 7 bytes; training goes on, the"
+        " next save tries again"
+        for step in (2, 3)
+    ]
+    assert found[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("start", "refused"), [(0, 0), (0, 3), (2, 2)])
+def test_a_disk_that_refuses_the_first_or_the_last_save_ends_the_run(run_of, start, refused):
+    """At the first nothing is lost, and at the last nothing is left to wait for."""
+
+    def save() -> None:
+        if run.step == refused:
+            raise OSError(errno.ENOSPC, "full")
+
+    schedule = Schedule(3, 1, eval_steps=2, save_steps=None, eval_at_start=True)
+    run = run_of(schedule, TrainerState(global_step=start), save=save)
+    with pytest.raises(OSError, match="full"), run:
+        while run.goes_on():
+            done(run)
+    assert run.step == refused and not run.finished
 
 
 # ---- the log -------------------------------------------------------------------------------------
