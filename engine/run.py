@@ -348,8 +348,7 @@ class Run:
         """
         self.bar.close()
         if self.finished and error is None:
-            write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
-            return False
+            return self._note_end()
         if self.finished:
             return self._left_after_the_end(error)
         polled = isinstance(error, StopRequested)
@@ -362,6 +361,16 @@ class Run:
         done = "stopped; " if stopped else f"saved after step {self.step}; "
         _say(f"{done if saved else ''}go on with: {self._resume}", failed=not (stopped and saved))
         return polled
+
+    def _note_end(self) -> bool:
+        """Note in config.json that all is done, so that the same command is refused."""
+        try:
+            write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
+        except OSError as failure:
+            self.exit_code = 1
+            _say(f"error: the end is not noted in config.json: {failure}", failed=True)
+            _say(f"go on with: {self._resume}", failed=True)
+        return False
 
     def _left_after_the_end(self, error: object) -> bool:
         """Say how to go on where something after training was cut short. No step is lost by it."""

@@ -24,7 +24,12 @@ from engine.checkpoint import (
     save_checkpoint,
     settle_checkpoints,
 )
-from engine.model import adapter_config_record, adapter_state, load_adapter_state
+from engine.model import (
+    adapter_config_record,
+    adapter_state,
+    has_no_effect,
+    load_adapter_state,
+)
 from engine.model_files import ADAPTER_FILES
 from engine.policy import Policy
 from engine.run import RunFolder, TrainerState
@@ -153,6 +158,8 @@ def save_start(policy: Policy, adapter: Path | None, folder: Path) -> None:
     if adapter is None:
         save_adapter(policy, folder)
         return
+    if has_no_effect(policy.adapted):
+        logger.warning("%s: every lora_B is 0, so the adapter answers as its base does", adapter)
     for name in ADAPTER_FILES:
         shutil.copyfile(adapter / name, folder / name)
 

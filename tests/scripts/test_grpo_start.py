@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ import run_grpo
 import run_sft
 from engine.config import UsageError
 from engine.merge import main as merge
+from engine.model import attach_new_adapter
+from engine.saving import save_adapter, save_start
 from eval.evaluate import main as evaluate
 from eval.folders import load_entry
 from rl.settings import resolve_grpo
+from tests.helpers import tiny
 from tests.helpers.adapters import change_settings, write_adapter
 from tests.helpers.runs import (
     GRPO,
@@ -298,3 +302,19 @@ def test_what_it_trained_merges_and_starts_another_run(fresh_run, tiny_data, tmp
     assert run_grpo.main([*flags, "--output_dir", str(tmp_path / "next")]) == 0
     assert "with a fresh LoRA of rank 2" in capsys.readouterr().out
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_start_adapter_that_changes_nothing_is_told(tiny_checkpoint, tmp_path, caplog, zero):
+    """As where all its second matrices are 0: the SFT run has trained nothing, or saved nothing."""
+    base = tiny.load(tiny_checkpoint("qwen2_5_vl"))
+    attach = tiny.attach_random_adapter if not zero else partial(attach_new_adapter, r=4, alpha=8)
+    policy = tiny.policy_of(attach(base) if not zero else attach(base, dropout=0.0), base)
+    for folder in ("sft", "reference"):
+        (tmp_path / folder).mkdir()
+    save_adapter(policy, tmp_path / "sft")
+    save_start(policy, tmp_path / "sft", tmp_path / "reference")
+    assert ("every lora_B is 0" in caplog.text) == zero
+    caplog.clear()
+    save_start(policy, None, tmp_path / "reference")  # a fresh one has to be so
+    assert caplog.text == ""

@@ -9,6 +9,7 @@ Run: pytest tests/scripts/test_way_back.py
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import engine.run
 import engine.saving
 import run_grpo
 import run_sft
+from engine.checkpoint import verify_checkpoint
 from engine.config import UsageError
 from engine.run import Run
 from engine.settings import resolve_sft
@@ -431,3 +433,38 @@ def test_a_folder_that_is_deleted_is_made_again(
     before = (run / "adapter_model.safetensors").read_bytes()
     assert resume(script.main, run) == 0
     assert (run / "adapter_model.safetensors").read_bytes() == before
+
+
+# ---- runs of an earlier version ------------------------------------------------------------------
+def as_before(run: Path) -> None:
+    """Take out of a run what an earlier version did not write: ids, marks, evaluations, the end."""
+    for folder in (run, *run.glob("checkpoint-*")):
+        config, state = record(folder / "config.json"), record(folder / "trainer_state.json")
+        for name in ("run_id", "finished"):
+            config.pop(name, None)
+        for name in ("evaluations", "greater_is_better"):
+            state.pop(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        if (folder / "manifest.json").is_file():
+            manifest = record(folder / "manifest.json") | {"notes": {}}
+            for name in ("config.json", "trainer_state.json"):
+                content = (folder / name).read_bytes()
+                sha256 = hashlib.sha256(content).hexdigest()
+                manifest["files"][name] = {"size": len(content), "sha256": sha256}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_earlier_version_goes_on(straight_sft, start_sft, tmp_path):
+    run = shutil.copytree(straight_sft, tmp_path / "run", symlinks=True)
+    as_before(run)
+    assert "is not empty" in refusal(start_sft, run)[0]  # finished: it has its adapter
+    (run / "adapter_model.safetensors").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    assert start_sft(run) == 0
+    assert equal_tensors(
+        run / "adapter_model.safetensors", straight_sft / "adapter_model.safetensors"
+    )
+    assert lines(run / "metrics.jsonl")[-1]["step"] == 4
+    assert "run_id" not in record(run / "config.json")
+    assert verify_checkpoint(run / "checkpoint-4") == []
