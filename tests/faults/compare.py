@@ -3,8 +3,9 @@
     problems = differences(straight, killed)         # {} where they are equal to the last bit
     problems = {"state": [...], "logs": [...], "links": [...], "TensorBoard": [...]}
 
-Left out by name are wall-clock times, versions, the places of the run, and what a process leaves of
-its own (`OWN`). A log of a killed run may have lines set aside, which a resumed one wrote again.
+Left out by name are wall-clock times (`TIMES`), the places, versions and random name of the run
+(`OTHERS`), and what a process leaves of its own (`OWN`). A log of a killed run may have lines set
+aside, which a resumed one wrote again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from engine.checkpoint import verify_checkpoint
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every restart
 
-# Values that are times or places, by their key in JSON, wherever it stands.
+# Values that are times, by their key in JSON, wherever it stands.
 TIMES = re.compile(r"step_time|time/.*|eval_.*time.*|seconds|.*_seconds|train/(step_time|time/.*)")
-PLACES = ("output_dir", "resume_from_checkpoint")  # settings of config.json
-VERSIONS = ("versions",)
+# The places of a run, in the settings of config.json, its versions, and its random name.
+OTHERS = ("output_dir", "resume_from_checkpoint", "versions", "run_id")
 # Files that belong to one process, or whose bytes hold times: events are compared as shown.
 OWN = (".lock", "events.out.tfevents.")
 ASIDE = re.compile(r"(\w+)\.after-\d+\.jsonl")
@@ -53,7 +54,10 @@ def differences(straight: Path, other: Path) -> dict[str, list[str]]:
         problem = _problem(name, straight, other)
         if problem:
             found.setdefault(_kind(name, straight, other), []).append(f"{name}: {problem}")
-    shown = [{**tensorboard_of(folder)} for folder in (straight, other)]
+    run_ids = {json.loads(path.read_bytes()).get("run_id") for path in other.rglob("config.json")}
+    if len(run_ids) > 1:
+        found.setdefault("state", []).append(f"checkpoints of {len(run_ids)} runs: {run_ids}")
+    shown = [tensorboard_of(folder) for folder in (straight, other)]
     for tag in sorted(shown[0].keys() | shown[1].keys()):
         one, two = (of.get(tag, []) for of in shown)
         if one != two:
@@ -122,7 +126,7 @@ def masked(value: Any) -> Any:
         return {
             key: masked(item)
             for key, item in value.items()
-            if not TIMES.fullmatch(key) and key not in PLACES + VERSIONS
+            if not TIMES.fullmatch(key) and key not in OTHERS
         }
     return [masked(item) for item in value] if isinstance(value, list) else value
 
@@ -142,8 +146,9 @@ def _lost_lines(aside: Path, log: Path) -> str | None:
 
 def _manifest_problem(one: Path, two: Path) -> str | None:
     """Compare manifests without the hashes of files that hold times, and verify the second."""
-    records = [json.loads((folder / "manifest.json").read_bytes()) for folder in (one, two)]
+    records = [masked(json.loads((at / "manifest.json").read_bytes())) for at in (one, two)]
     for record in records:
+        record.get("notes", {}).pop("logs", None)  # their sizes, which hold times
         record["files"] = {
             name: entry if name.endswith(".safetensors") else None
             for name, entry in record["files"].items()

@@ -16,9 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_sft
 from data.prompts import PROMPTS
+from engine.config import UsageError
+from engine.device import base_dtype
 from engine.encode import Encoder
 from tests.faults.acts import fails, hangs, sends
 from tests.faults.children import Ended, forked
@@ -185,6 +188,18 @@ def test_labels_ids_and_answers_never_reach_the_prompt(family, tiny_checkpoint, 
     for prompt in PROMPTS.values():
         ids = [encoder.encode_prompt(example, prompt).input_ids for example in (one, other)]
         assert ids[0].equal(ids[1])
+
+
+# ---- 37: a GPU without bf16 ----------------------------------------------------------------------
+def test_bf16_on_a_gpu_without_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(UsageError) as error:
+        base_dtype(True, gpu)
+    assert str(error.value) == "--bf16: Tesla T4 has no bfloat16; use --no_bf16 for float32"
+    assert base_dtype(False, gpu) == torch.float32
+    assert base_dtype(True, torch.device("cpu")) == torch.bfloat16
 
 
 # ---- 43: a clock that jumps ----------------------------------------------------------------------
