@@ -106,7 +106,7 @@ class Result:
 
 
 # ---- the undisturbed runs ------------------------------------------------------------------------
-def straight_runs(root: Path, family: str, scripts: Sequence[str]) -> Iterator[Straight]:
+def straight_runs(root: Path, family: str, settings: argparse.Namespace) -> Iterator[Straight]:
     """Make the undisturbed runs of a family, one for each script and variant."""
     model = SAVE[family](root / family)
     data = write_data(root / "data", 8)
@@ -125,7 +125,8 @@ def straight_runs(root: Path, family: str, scripts: Sequence[str]) -> Iterator[S
     grpo += ["--no_vote_baseline"]
     for script, argv in (("sft", sft), ("grpo", grpo)):
         for number, more in enumerate(VARIANTS[script]):
-            if script in scripts or (script, number) == ("sft", 0):  # GRPO begins with the first
+            wanted = script in settings.scripts and number in settings.variants
+            if wanted or (script, number) == ("sft", 0):  # GRPO begins with the first
                 yield _straight(root / f"{family}-{script}-{number}", script, argv + more)
 
 
@@ -229,8 +230,9 @@ def run_campaign(
         speak(patch)
         straight: dict[str, list[Straight]] = {}
         for family in settings.families:
-            for run in straight_runs(root, family, settings.scripts):
-                if run.script in settings.scripts:
+            for run in straight_runs(root, family, settings):
+                number = int(run.folder.rpartition("-")[2])
+                if run.script in settings.scripts and number in settings.variants:
                     straight.setdefault(f"{family}-{run.script}", []).append(run)
         if settings.only:
             group = settings.only.rpartition("-")[0]
@@ -326,9 +328,11 @@ def report(results: Sequence[Result], settings: argparse.Namespace) -> str:
             for kind, of in result.problems.items():
                 told += [f"    {kind}: {line}" for line in of[:4]]
                 told += [f"    {kind}: and {len(of) - 4} more"] if len(of) > 4 else []
+            chosen = {"variants": settings.variants, "ways": settings.ways, "mode": [settings.mode]}
+            flags = "".join(f" --{name} {' '.join(map(str, of))}" for name, of in chosen.items())
             told.append(
-                f"    again: python tests/benchmarks/fault_campaign.py --seed {settings.seed}"
-                f" --mode {settings.mode} --ways {' '.join(settings.ways)}"
+                "    again: python tests/benchmarks/fault_campaign.py"
+                f" --seed {settings.seed}{flags}"
                 f" --families {result.name.partition('-')[0]} --only {result.name} --keep DIR"
             )
     kills = sum(len(result.kills) for result in results)
@@ -348,6 +352,9 @@ def settings_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES[:2])
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
+    parser.add_argument(
+        "--variants", nargs="+", type=int, default=[0, 1, 2], help="settings of the runs, from 0"
+    )
     parser.add_argument("--mode", choices=("files", "times", "both"), default="both")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=WAYS, help="how it is given again"

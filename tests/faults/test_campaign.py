@@ -19,6 +19,19 @@ def campaign():
         yield importlib.import_module("fault_campaign")
 
 
+def test_killed_runs_that_are_given_again_end_as_if_nothing_had_been(campaign, tmp_path):
+    """Four kills of SFT and four of GRPO, at file operations and at times."""
+    results = []
+    for family, script, variant in (("qwen2_5_vl", "sft", "1"), ("gemma3", "grpo", "2")):
+        flags = ["--kills", "4", "--families", family, "--scripts", script]
+        settings = campaign.settings_of([*flags, "--variants", variant, "--processes", "1"])
+        folder = tmp_path / family
+        folder.mkdir()
+        results += campaign.run_campaign(folder, settings, lambda line: None)
+    assert not any(result.problems for result in results), campaign.report(results, settings)
+    assert sum(len(result.kills) for result in results) >= 8
+
+
 def test_a_failure_is_told_with_the_command_that_repeats_it(campaign):
     settings = campaign.settings_of(["--seed", "3"])
     results = [
