@@ -76,13 +76,16 @@ def exit_code(main: Callable[[], int | None]) -> int:
     main: returns its own code (None is 0).
 
     As a shell counts: 130 after Ctrl-C, 141 where nobody reads what is printed any more (`| head`),
-    1 where it cannot be written (a full disk). What is printed is made safe for the console first.
+    1 where it cannot be written (a full disk). The code of a signal, above 128, stays. What is
+    printed is made safe for the console first.
     """
     guard_console()
+    code: int | None = None
     try:
         try:
             code = main()
-        except SystemExit:  # of --help
+        except SystemExit as end:  # of --help, or of a signal, which has a code of its own
+            code = end.code if isinstance(end.code, int) else None
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # else a closed pipe is noticed when Python ends, with a traceback
@@ -92,14 +95,14 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         if not _unread_output():
             raise  # of something else
-        return 141
+        return code if code is not None and code > 128 else 141
     except OSError as error:
         if error.filename != STDOUT:
             raise  # of something else
         with contextlib.suppress(OSError):
             sys.stdout.flush()  # which says so, too
         print_errors([f"{STDOUT}: {error.strerror}"])
-        return 1
+        return code if code is not None and code > 128 else 1
 
 
 def _unread_output() -> bool:

@@ -224,7 +224,9 @@ def _build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "Flags may be written with - in place of _. A flag overrides the recipe, the recipe the"
-            " default."
+            " default.\n\nExit codes: 0 done, 1 failed, 2 what you can correct, 141 where nobody"
+            " reads the output,\nafter a signal 129 (HUP), 130 (Ctrl-C), 138 (USR1), 140 (USR2) or"
+            " 143 (TERM)."
         ),
     )
     parser.add_argument(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.out_of_memory import Limits
 from engine.runtime import StepFailed
 from engine.settings import Scheduler, TrainingConfig, rounded_up
+from engine.state_tensors import not_finite
 
 Keep = Callable[[Callable[[], None]], object]
 
@@ -136,10 +137,7 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int, kee
     try:
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
-        largest = torch.nn.utils.get_total_norm(
-            [parameter.detach() for parameter in parameters], norm_type=math.inf
-        )
-        if not torch.isfinite(largest):
+        if not_finite({str(place): parameter for place, parameter in enumerate(parameters)}):
             raise OverflowError
     except BaseException as error:
         take_back()

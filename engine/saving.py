@@ -34,7 +34,13 @@ from engine.model_files import ADAPTER_FILES
 from engine.policy import Policy
 from engine.run import RunFolder, TrainerState
 from engine.runtime import StepFailed
-from engine.state_tensors import load_optimizer, load_rng, optimizer_to_tensors, rng_to_tensors
+from engine.state_tensors import (
+    load_optimizer,
+    load_rng,
+    not_finite,
+    optimizer_to_tensors,
+    rng_to_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +106,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
     what: whose they are, for the message. Raises StepFailed.
     """
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    wrong = not_finite(tensors)
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise StepFailed(f"{what} holds infinite numbers or NaN ({wrong[0]}{more})")

@@ -18,6 +18,26 @@ from engine.checkpoint import CheckpointError
 logger = logging.getLogger(__name__)
 
 
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Name the tensors that hold infinity or NaN, with one read from each device.
+
+    The smallest and the largest number tell: NaN is both.
+    """
+    ends: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            of_device = ends.setdefault(tensor.device, {})
+            of_device[name] = torch.stack(torch.aminmax(tensor.detach())).double()
+    return [
+        name
+        for of_device in ends.values()
+        for name, finite in zip(
+            of_device, torch.stack([*of_device.values()]).isfinite().all(1).tolist(), strict=True
+        )
+        if not finite
+    ]
+
+
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

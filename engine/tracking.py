@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -347,6 +348,7 @@ class RunLogger:
     def _writer(self, folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # late: importing takes a second
 
+        _silence_writer_threads()
         return SummaryWriter(str(folder), purge_step=self._purge_step)
 
     @contextlib.contextmanager
@@ -377,6 +379,22 @@ class RunLogger:
                     type(error).__name__,
                     error,
                 )
+
+
+def _silence_writer_threads() -> None:
+    """Print no traceback where a thread of TensorBoard dies: the next call raises what it died of.
+
+    That becomes one warning.
+    """
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "of_others":
+        return
+
+    def of_others(died: threading.ExceptHookArgs) -> None:
+        if not type(died.thread).__module__.startswith("tensorboard."):
+            before(died)
+
+    threading.excepthook = of_others
 
 
 def _history_prefix(split: str, dataset: str | None) -> str:

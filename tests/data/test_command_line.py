@@ -148,7 +148,7 @@ def test_a_closed_pipe_ends_a_command_quietly(command, tmp_path):
     A help text beyond the stream's buffer ends with 0: argparse passes over that by itself.
     """
     code, said = unread(PRINTING[command], tmp_path, "stdout")
-    assert said == "" and code == (0 if command in ("sft", "grpo") else 141)
+    assert said == "" and code == (0 if command in ("sft", "grpo", "evaluate") else 141)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -171,3 +171,33 @@ def test_exit_codes():
         exit_code(lambda: raising(BrokenPipeError()))
     with pytest.raises(SystemExit):
         exit_code(lambda: raising(SystemExit(2)))
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [("return 143", 143), ("sys.exit(129)", 129), ("return 0", 141), ("return 2", 141)],
+)
+def test_a_closed_pipe_hides_no_exit_code(ends, code):
+    """What a signal has ended ends with the signal's code, also where its terminal is gone."""
+    source = f"""
+import sys
+from data.command_line import exit_code
+def main():
+    print("unread")
+    {ends}
+sys.stdin.readline()
+sys.exit(exit_code(main))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", source],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait(timeout=30)) == ("", code)

@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import math
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -425,3 +426,18 @@ def test_a_stream_that_cannot_say_whether_it_is_a_terminal_gets_plain_lines(monk
     progress = Progress(1)
     progress.update()
     assert capsys.readouterr().out == ""
+
+
+def test_a_thread_of_tensorboard_that_dies_prints_no_traceback(tmp_path, monkeypatch, capsys):
+    """What it died of is raised by the next call, and is one warning then."""
+    seen: list = []
+    monkeypatch.setattr(threading, "excepthook", lambda died: seen.append(died.exc_type))
+    log = RunLogger(tmp_path)
+    log.close()
+    writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})
+    for thread in (writer(target=lambda: 1 / 0), threading.Thread(target=lambda: 1 / 0)):
+        thread.start()
+        thread.join()
+    assert seen == [ZeroDivisionError]  # of the other thread
+    RunLogger(tmp_path).close()
+    assert threading.excepthook.__name__ == "of_others"
