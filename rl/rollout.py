@@ -7,6 +7,7 @@ KL exactly 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 

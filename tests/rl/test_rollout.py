@@ -158,6 +158,15 @@ def test_every_prompt_needs_its_completions():
         )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_advantage_that_is_not_finite_is_not_kept(value):
+    """As a fork's `group_advantages` might make one: the next update would fail on it."""
+    rollouts = rollouts_of([sample(0, 1.0), sample(1, 0.25)])
+    match = rf"example 'e1': the advantage of a completion is {value}, .* its reward is 0.25"
+    with pytest.raises(StepFailed, match=match):
+        rollouts.set_advantages(torch.tensor([0.5, value]))
+
+
 def test_advantages_are_centred_within_each_prompt():
     samples = [
         sample(0, 1.0),
