@@ -147,16 +147,14 @@ def _number(value: Any) -> float:
     return number
 
 
-def kept_problem(reward: float, advantage: float, rewards: Mapping[str, Reward]) -> str | None:
-    """Say what is wrong with the numbers of a completion in a checkpoint, None if nothing is."""
+def check_kept(example: str, scaled: float, rewards: Mapping[str, Reward]) -> None:
+    """Look at the rewards of a completion that a checkpoint holds. Raises RewardFailed."""
     try:
-        _named("reward", reward)
-        _named("advantage", advantage)
-        for kept in rewards.values():
-            _checked(kept)
+        _named("scaled reward", scaled)
+        for reward in rewards.values():
+            _checked(reward)
     except ValueError as error:
-        return str(error)
-    return None
+        raise RewardFailed(f"the reward of example {example!r}: {error}") from None
 
 
 # ---- what rewards remember -----------------------------------------------------------------------

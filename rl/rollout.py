@@ -7,8 +7,7 @@ KL exactly 0.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -171,8 +170,7 @@ class Rollouts:
         update finds its own old log-probabilities: nothing has changed when it runs (`keep_old`).
         Without the reference (beta 0) the sampler's log-probabilities stand for log pi_ref, so that
         `kl` is 0. Where memory runs out, all are scored again in smaller micro-batches. Raises
-        StopRequested once should_stop says so, StepFailed for a log-probability that is no finite
-        number.
+        StopRequested once should_stop says so.
         """
 
         @torch.no_grad()
@@ -180,11 +178,9 @@ class Rollouts:
             batch = self.micro_batch(rows, policy).batch
             if rows[0] >= self.plan.per_step:
                 self.keep_old([rows], [policy.logprobs(batch)])
-                self._check(rows, [self.samples[row].old_logprobs for row in rows], "old")
             if with_reference:
                 with policy.reference():
                     reference = policy.logprobs(batch).cpu()  # [N,T]
-                self._check(rows, reference, "reference")
             for place, row in enumerate(rows):
                 sample = self.samples[row]
                 sample.ref_logprobs = (
@@ -206,16 +202,6 @@ class Rollouts:
         if update == 0:
             self.score(policy, with_reference=self._with_reference)
 
-    def _check(self, rows: Sequence[int], logprobs: Iterable[Tensor], whose: str) -> None:
-        """Raise StepFailed for log-probabilities that are not finite. Each row's are on the CPU."""
-        for row, values in zip(rows, logprobs, strict=True):
-            if not torch.isfinite(values).all():
-                raise StepFailed(
-                    f"example {self.samples[row].example.id!r}: the {whose} log-probabilities of a"
-                    " completion are not finite numbers; the weights of the model or of its"
-                    " adapter are damaged, or too large for their precision"
-                )
-
     def set_advantages(self, advantages: Tensor) -> None:
         """Give every sample its A_i. advantages [R]: in the samples' order.
 
@@ -232,12 +218,13 @@ class Rollouts:
         more: fields of Sample to look at beside those that every rollout has. Raises StepFailed.
         """
         for sample in self.samples:
-            for name in ("advantage", "sampling_logprobs", "ref_logprobs", *more):
-                values = getattr(sample, name)
-                if values is not None and not torch.as_tensor(values).isfinite().all():
-                    shown = values if name == "advantage" else "not finite"
+            for name in ("sampling_logprobs", *more, "ref_logprobs", "advantage"):
+                values = torch.as_tensor(getattr(sample, name))
+                if not values.isfinite().all():
+                    shown = values.item() if name == "advantage" else "not finite"
                     raise StepFailed(
-                        f"example {sample.example.id}: {name} of a completion is {shown}"
+                        f"example {sample.example.id!r}: {name} of a completion is {shown}; what"
+                        " computes it, the model's weights or the adapter's are damaged"
                     )
 
     def keep_old(self, micro_batches: Sequence[Sequence[int]], logprobs: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
-from rl.reward_checks import Memory, kept_problem, take_over
+from rl.reward_checks import Memory, check_kept, take_over
 from rl.rollout import Rollouts
 from rl.samples import MicroBatch, pack_samples, unpack_samples
 from rl.settings import GRPOConfig, check_watched, length_warning
@@ -139,15 +139,10 @@ def restore_rollouts(
         rollouts.samples = unpack_samples(
             tensors, rollout, rollouts.data, decode, rollouts.config.answer_format
         )
-    for sample in rollouts.samples:
-        problem = kept_problem(sample.reward, sample.advantage, sample.rewards)
-        if problem is not None:
-            raise CheckpointError(
-                f"{checkpoint.path}: rollout.json, example {sample.example.id!r}: {problem}; no"
-                " step can learn from it: go on from an earlier checkpoint of the run"
-            )
     try:
         rollouts.check_finite()
+        for sample in rollouts.samples:
+            check_kept(sample.example.id, sample.reward, sample.rewards)
     except StepFailed as error:  # of an earlier version, which saved whatever there was
         raise CheckpointError(
             f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"

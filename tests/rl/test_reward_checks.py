@@ -34,8 +34,8 @@ from rl.reward_checks import (
     Memory,
     RewardFailed,
     all_rewards,
+    check_kept,
     check_memory,
-    kept_problem,
     observe,
     trained_number,
 )
@@ -328,11 +328,11 @@ def test_a_memory_that_is_noted_does_not_change_with_the_reward():
 
 # ---- what a checkpoint brings, and what is logged ------------------------------------------------
 def test_a_kept_rollout_is_looked_at():
-    sound = {"mine": Reward(1.0, {"a": 1.0})}
-    assert kept_problem(1.0, -0.5, sound) is None
-    assert kept_problem(1.0, math.inf, sound) == "its advantage is inf (float), not a finite number"
-    assert kept_problem(math.nan, 0.0, sound) == "its reward is nan (float), not a finite number"
-    assert kept_problem(1.0, 0.0, {"mine": Reward(math.inf, {})}).startswith("its total is inf")
+    check_kept("e1", 1.0, {"mine": Reward(1.0, {"a": 1.0})})
+    with pytest.raises(RewardFailed, match=r"example 'e1': its scaled reward is nan \(float\)"):
+        check_kept("e1", math.nan, {})
+    with pytest.raises(RewardFailed, match=r"example 'e1': its total is inf \(float\)"):
+        check_kept("e1", 1.0, {"mine": Reward(math.inf, {})})
 
 
 def test_a_part_that_some_completions_lack_counts_as_nothing_there():
