@@ -139,15 +139,15 @@ def restore_rollouts(
         rollouts.samples = unpack_samples(
             tensors, rollout, rollouts.data, decode, rollouts.config.answer_format
         )
-    try:
-        rollouts.check_finite()
-        for sample in rollouts.samples:
-            check_kept(sample.example.id, sample.reward, sample.rewards)
-    except StepFailed as error:  # of an earlier version, which saved whatever there was
-        raise CheckpointError(
-            f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"
-            " checkpoint-<step>"
-        ) from error
+        try:
+            rollouts.check_finite()
+            for sample in rollouts.samples:
+                check_kept(sample.example.id, sample.reward, sample.rewards)
+        except StepFailed as error:  # of an earlier version, which saved whatever there was
+            raise CheckpointError(
+                f"{checkpoint.path}: {error}, so no step can follow from it; go on from an earlier"
+                " checkpoint-<step>"
+            ) from error
 
 
 # ---- the books -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +76,15 @@ class Look:
 
 
 def looks_of(
-    script: str, family: str, steps: int, every: int, folder: Path, often: int
+    script: str,
+    family: str,
+    steps: int,
+    every: int,
+    folder: Path,
+    often: int,
+    show: Callable[[Look], object] = lambda look: None,
 ) -> list[Look]:
-    """Train, look every so many steps, and evaluate and save `often`."""
+    """Train, look every so many steps and show it, and evaluate and save `often`."""
     model, data = SAVE[family](folder / "model"), write_data(folder)
     looks, began = [], [time.perf_counter()]
     step_done = Run.step_done
@@ -87,6 +93,7 @@ def looks_of(
         step_done(run, **arguments)
         if run.step % every == 0:
             looks.append(Look.at(run.step, (time.perf_counter() - began[0]) / every))
+            show(looks[-1])
             began[0] = time.perf_counter()
 
     validation = ["--validation_file", f"site={data}", "--save_total_limit", "2"]
@@ -130,15 +137,15 @@ def growth(looks: Sequence[Look]) -> list[str]:
     return found
 
 
-def table(script: str, looks: Sequence[Look]) -> str:
-    """Write the looks as a table in Markdown."""
-    rows = [
+HEAD = "| script | step | tensors | their bytes | open files | threads | MB | ms a step |"
+
+
+def row(script: str, look: Look) -> str:
+    """Write a look as a row of a table in Markdown."""
+    return (
         f"| {script} | {look.step} | {look.tensors:,} | {look.tensor_bytes:,} | {look.files} |"
         f" {look.threads} | {look.memory:.1f} | {1000 * look.seconds:.0f} |"
-        for look in looks
-    ]
-    head = "| script | step | tensors | their bytes | open files | threads | MB | ms a step |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,10 +164,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return max(codes)
     [script] = arguments.scripts
     every = max(1, arguments.steps // arguments.looks)
+    out = sys.stdout  # what the run prints goes nowhere
+    print(f"{HEAD}\n|---|---|---|---|---|---|---|---|", file=out, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        often = max(1, arguments.steps // 20)
-        looks = looks_of(script, arguments.family, arguments.steps, every, Path(folder), often)
-    print(table(script, looks), flush=True)
+        looks = looks_of(
+            script,
+            arguments.family,
+            arguments.steps,
+            every,
+            Path(folder),
+            often=max(1, arguments.steps // 20),
+            show=lambda look: print(row(script, look), file=out, flush=True),
+        )
     grown = growth(looks)
     for line in grown:
         print(f"error: {script}: {line}", file=sys.stderr)
