@@ -56,12 +56,14 @@ VARIANTS: dict[str, list[list[str]]] = {
     "sft": [
         ["--save_steps", "1"],
         ["--save_total_limit", "2", "--logging_steps", "2", "--lora_dropout", "0.3"],
+        ["--save_minutes", "0.0001"],  # so that every step is due
     ],
     "grpo": [
         ["--save_steps", "1"],
         ["--save_total_limit", "2", "--load_best_model_at_end", "--logging_steps", "2"],
         ["--save_steps", "1", "--save_total_limit", "2", "--reward", "nuanced"]
         + ["--num_iterations", "2"],
+        ["--save_minutes", "0.0001", "--beta", "0.0"],
     ],
 }
 ACTS: dict[str, Act] = {"before": kill, "after": then_kill, "half": half_then_kill}
@@ -353,7 +355,7 @@ def settings_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES[:2])
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument(
-        "--variants", nargs="+", type=int, default=[0, 1, 2], help="settings of the runs, from 0"
+        "--variants", nargs="+", type=int, default=[0, 1, 2, 3], help="settings of the runs, from 0"
     )
     parser.add_argument("--mode", choices=("files", "times", "both"), default="both")
     parser.add_argument(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import run_sft
+from data.files import write_json
 from data.prompts import PROMPTS
 from engine.config import UsageError
 from engine.device import base_dtype
@@ -28,7 +29,7 @@ from tests.faults.children import Ended, forked
 from tests.faults.compare import differences
 from tests.faults.inject import at_calls, at_files
 from tests.helpers.repository import ROOT, product_files
-from tests.helpers.runs import lines, sft_flags, write_rows
+from tests.helpers.runs import lines, record, sft_flags, write_rows
 from tests.helpers.tiny import SAVE, examples_of
 
 # 8 rows, 4 a step: 2 epochs of 2 steps, a checkpoint at every step, the oldest deleted
@@ -58,6 +59,35 @@ def straight(command, tmp_path_factory) -> Path:
 
 def resumed(folder: Path) -> Ended:
     return forked(run_sft.main, ["--resume_from_checkpoint", str(folder)])
+
+
+# ---- 2: a power cut ------------------------------------------------------------------------------
+def test_every_result_is_on_the_disk_before_it_gets_its_name(command, tmp_path):
+    """A rename may reach the disk before the blocks of the file do, so both are flushed in turn."""
+    run, report = tmp_path / "run", tmp_path / "operations.json"
+
+    def watched(argv):
+        with at_files(run, main_thread=True) as seen:
+            code = run_sft.main(argv)
+        write_json(report, [(point.kind, point.name) for point in seen])
+        return code
+
+    assert forked(watched, command(run)).code == 0
+    seen = [tuple(point) for point in record(report)]
+    results = ("config.json", "trainer_state.json", "adapter_config.json")
+    for name in (*results, "adapter_model.safetensors"):
+        for place in (i for i, (kind, of) in enumerate(seen) if kind == "replace" and of == name):
+            before = [(kind, of) for kind, of in seen[:place] if of.endswith(f"-{name}")]
+            flushed = max((i for i, (kind, _) in enumerate(before) if kind == "fsync"), default=-1)
+            assert flushed >= 0, f"{name} is not flushed"
+            assert "write" not in [kind for kind, _ in before[flushed:]], name
+            assert ("fsync", ".") in seen[place:], name
+        assert ("replace", name) in seen, name
+    for name in ("checkpoint-2", "checkpoint-4"):
+        place = seen.index(("rename", name))
+        assert ("fsync", f".tmp-{name}") in [
+            (kind, of.rpartition("-")[0]) for kind, of in seen[:place]
+        ]
 
 
 # ---- 5: what cannot be deleted -------------------------------------------------------------------
