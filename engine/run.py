@@ -397,7 +397,6 @@ class Run:
     def _begin(self) -> None:
         """Note what a step or an evaluation that is cut short must not have changed."""
         self._before = Before.of(self.state, self.stateful, self.generators, saved=self._saved)
-        self.log.begin()
         self._saved = False
 
     def _undo(self) -> None:
@@ -406,7 +405,6 @@ class Run:
         if self._take_back is not None:
             self._take_back()
         self._before.put_back(self.state, self.stateful, self.generators)
-        self.log.undo()
         self.metrics = MetricAccumulator(self.state.unlogged_metrics)
         self._saved = self._before.saved
         self._before = self._take_back = None

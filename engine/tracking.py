@@ -175,8 +175,6 @@ class RunLogger:
         # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
         self._waiting: dict[str, str] = {}  # lines for files whose folder is gone
-        self._begun: dict[str, int] = {}
-        self._is_undone = False
         if resume_step is None:  # what is there is of a run that begins again
             marks = {}
         for name in STEP_LOGS:
@@ -268,7 +266,7 @@ class RunLogger:
                 charts.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
-        self._purge_step, self._tensorboard, self._is_undone = step + 1, None, False
+        self._purge_step, self._tensorboard = step + 1, None
         with self._degrading("TensorBoard"):
             self._tensorboard = self._writer(self.run_dir)
         if charts is not None and self._tensorboard is not None:
@@ -285,22 +283,8 @@ class RunLogger:
         """Append rows to a file of the run, each as {"step": step, **row}."""
         self._append(filename, [{"step": step} | dict(row) for row in rows])
 
-    def begin(self) -> None:
-        """Note where the logs stand, before a step or an evaluation that may be undone."""
-        self._begun, self._is_undone = self._measured(), False
-
-    def undo(self) -> None:
-        """Let the next checkpoint keep nothing that was logged since `begin`."""
-        self._is_undone = True
-
     def marks(self) -> dict[str, int]:
-        """Tell how long the logs are -> {file: bytes}, without what was undone.
-
-        A checkpoint keeps it.
-        """
-        return self._begun if self._is_undone else self._measured()
-
-    def _measured(self) -> dict[str, int]:
+        """Measure how long the logs are -> {file: bytes}. A checkpoint keeps it."""
         self._to_tensorboard("flush")
         if self._charts is not None and self._tensorboard is not None:
             with self._into_tensorboard():
