@@ -165,7 +165,7 @@ class Question:
         phase = work if work in found else max(found, key=lambda name: total(found[name]))
         needed = total(found[phase])
         # It failed, so it needs more than is there, whatever the forecast says.
-        most, there = int(CERTAIN * needed), ""
+        most, there = certain(found[phase]), ""
         if free is not None:
             room = free.memory + sum(found[phase].get(name, 0) for name in HELD)
             most = min(most, int(COMFORTABLE * room))

@@ -31,11 +31,13 @@ TOKENS = "max_tokens_per_forward"
 SAMPLING = "sampling_batch_size"
 EVALUATION = "per_device_eval_batch_size"
 
-# What torch says in a RuntimeError of its own class, on a CPU and in CUDA's libraries.
+# What torch says in a plain RuntimeError, of a CPU, of oneDNN, which cannot say more, and of CUDA's
+# libraries.
 _SAID = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",
+    "could not create a primitive",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",

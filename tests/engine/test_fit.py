@@ -24,7 +24,15 @@ from engine.config import Resolved, UsageError
 from engine.device import computes_bf16, slow_bf16
 from engine.fit import Lengths, Question, certain, largest, training_work
 from engine.free_memory import Free
-from engine.memory import COPIES, GIB, Forecast, ModelShape, forecast, lora_parameters
+from engine.memory import (
+    COPIES,
+    GIB,
+    Forecast,
+    ModelShape,
+    Workload,
+    forecast,
+    lora_parameters,
+)
 from engine.sampling_layers import sampling_layers
 from engine.settings import SFTConfig
 from rl.plan import BatchPlan
@@ -305,3 +313,83 @@ def test_the_cache_of_image_features_takes_what_is_left(
     flags = ("--dry_run", "--vision_cache_gb", "4")
     assert sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", *flags) == 0
     assert "image features" not in capsys.readouterr().err
+
+
+# ---- where no cut makes a row fit ----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("config", "work", "flags"),
+    [
+        (
+            SFTConfig(gradient_checkpointing=False),
+            "update",
+            ["gradient_checkpointing", "max_visual_tokens"],
+        ),
+        (GRPOConfig(max_completion_length=8192), "update", ["max_completion_length"]),
+        (SFTConfig(bf16=False), "evaluation", ["no_sampling_copies", "bf16"]),
+    ],
+)
+def test_the_last_advice_names_what_a_single_row_would_need(monkeypatch, config, work, flags):
+    monkeypatch.setattr(engine.fit, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: free(5))
+    asked = question(config)
+    line = asked.last_advice(work)
+    single = {"max_tokens_per_forward": 1, "per_device_eval_batch_size": 1}
+    if isinstance(config, GRPOConfig):
+        single["sampling_batch_size"] = 1
+    alone = replace(config, **single)
+    parts = asked.forecast(alone).phases[work]
+    room = 5 * GIB + sum(parts[name] for name in ("base", "adapters", "AdamW"))
+    found = re.findall(r"--(\w+)(?: (\d+))? would need (\d+\.\d\d) GiB", line)
+    assert set(flags) <= {name for name, _, _ in found}
+    assert line.endswith(f" of the {room / GIB:.2f} GiB that are free (the test)")
+    for name, number, gigabytes in found:
+        value = int(number) if number else not name.startswith("no_")
+        needed = total_of(asked, replace(alone, **{name.removeprefix("no_"): value}), work)
+        assert gigabytes == f"{needed / GIB:.2f}"
+        assert needed <= min(0.9 * room, certain(parts))
+
+
+def total_of(asked: Question, config, phase: str) -> int:
+    return sum(asked.forecast(config).phases[phase].values())
+
+
+def test_the_last_advice_without_a_setting_to_lower(monkeypatch):
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: None)
+    asked = question(SFTConfig())
+    assert re.fullmatch(
+        r"the forecast for a single row is \d+\.\d\d GiB; take a smaller model, or free memory",
+        asked.last_advice("vision tower"),
+    )
+
+
+def test_the_last_advice_never_hides_the_error():
+    def fails():
+        raise MemoryError
+
+    assert engine.fit._advice("update", fails) == "" == engine.fit._advice("update", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "together"),
+    [(None, (4, 6)), (24, (4, 6)), (12, (2, 6)), (5, (1, 3)), (2, (1, 2)), (1, (1, 1))],
+)
+def test_a_rollout_is_sampled_in_whole_groups_while_they_fit(rows, together):
+    """4 prompts of 6 completions: 5 rows are parts of 3, since 6 falls into 3 and 3."""
+    work = Workload(
+        element_size=4,
+        device="cpu",
+        lora_r=4,
+        lora_dropout=0.0,
+        adapters=2,
+        gradient_checkpointing=False,
+        prompt_length=10,
+        image_tokens=4,
+        completion_length=5,
+        max_completion_length=5,
+        micro_batch=2,
+        eval_rows=2,
+        rollout_prompts=4,
+        num_generations=6,
+        sampling_rows=rows,
+    )
+    assert work.sampled() == together

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from engine.collate import Rows
+from engine.collate import Rows, collate_rows
 from engine.encode import EncodedPrompt, EncodedRow
+from engine.logprobs import token_logprobs
 from engine.out_of_memory import (
     EVALUATION,
     SAMPLING,
@@ -27,6 +28,9 @@ from engine.runtime import DoesNotFit, StopRequested, main_guard
 from engine.settings import SFTConfig
 from engine.tracking import MetricAccumulator
 from rl.settings import GRPOConfig
+from tests.faults.acts import raises
+from tests.faults.inject import at_calls
+from tests.helpers.tiny import attach_random_adapter, examples_of, load, policy_of
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of"
@@ -52,6 +56,7 @@ def out_of_memory() -> torch.OutOfMemoryError:
             " memory)"
         ),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),  # of oneDNN, in the sampler
         RuntimeError(
             "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."  # Windows
         ),
@@ -363,3 +368,43 @@ def test_a_command_says_in_one_line_that_it_does_not_fit(capsys):
     assert capsys.readouterr().err == (
         "error: out of memory in evaluation: --max_completion_length 128 would fit\n"
     )
+
+
+# ---- the gradient of a cut step ----------------------------------------------------------------
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_cut_step_has_the_gradient_of_the_uncut_one(
+    tiny_checkpoint, tiny_images, dtype, bound, number
+):
+    """Eq. 1 of six rows in two micro-batches. Memory runs out in the backward pass of one."""
+    base = load(tiny_checkpoint("qwen2_5_vl"), dtype=dtype)
+    policy = policy_of(attach_random_adapter(base), base)
+    policy.net.to(dtype)
+    examples = [
+        replace(example, answer=f"<think>{'x' * i}</think><solution>Edema</solution>")
+        for i, example in enumerate(examples_of(tiny_images, 56, 84, 56, 84, 112, 56))
+    ]
+    rows = [policy.encode_answer(example) for example in examples]
+    supervised = sum(int(row.completion_mask.sum()) for row in rows)
+
+    def backward(indices: list[int]) -> None:
+        batch = collate_rows([rows[i] for i in indices], base.encoder.pad_token_id)
+        hidden, targets = policy.hidden_states(batch)
+        logprobs, _ = token_logprobs(hidden, policy.head, targets)
+        (-logprobs.sum() / supervised).backward()
+
+    def gradient() -> torch.Tensor:
+        found = torch.cat([one.grad.flatten() for one in policy.parameters])
+        clear()
+        return found
+
+    def clear() -> None:
+        for parameter in policy.parameters:
+            parameter.grad = None
+
+    policy.limits.each("update", Rows(rows, 3), backward)
+    whole, found = gradient(), said(policy.limits)
+    with at_calls("torch.Tensor.backward", number, raises(out_of_memory())):
+        micro_batches, _ = policy.limits.each("update", Rows(rows, 3), backward, [clear])
+    assert len(found) == 1 and len(micro_batches) > 2
+    assert ((gradient() - whole).norm() / whole.norm()).item() <= bound

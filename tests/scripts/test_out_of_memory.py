@@ -8,8 +8,12 @@ Run: pytest tests/scripts/test_out_of_memory.py
 
 from __future__ import annotations
 
+import ctypes
+import json
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ import engine.policy
 import run_grpo
 import run_sft
 from engine.resume import find_checkpoint
+from eval.evaluate import main as evaluate
+from eval.matrix import main as fill_matrix
 from tests.faults.acts import raises
 from tests.faults.children import forked
 from tests.faults.inject import at_calls
@@ -26,6 +32,7 @@ from tests.helpers.runs import (
     adapter,
     assert_same_run,
     grpo,
+    grpo_flags,
     largest_difference,
     lines,
     record,
@@ -33,9 +40,12 @@ from tests.helpers.runs import (
     sft_flags,
     speak,
     train_log,
+    write_data,
+    write_rows,
 )
 
 FAMILY = "qwen2_5_vl"
+M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 GIB = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 # Two steps of two micro-batches of four rows. The scores at the end are greedy answers.
 SFT_RUN = ["--max_steps", "2", "--per_device_train_batch_size", "4"]
@@ -250,3 +260,132 @@ def test_a_row_that_does_not_fit_ends_the_run_with_the_setting_to_lower(
     resumed = ["--resume_from_checkpoint", str(tmp_path / "run"), "--gradient_checkpointing"]
     assert run_sft.main(resumed) == 0
     assert largest_difference(adapter(straight_sft), adapter(tmp_path / "run")) <= 1e-6
+
+
+# ---- a real limit of the process ---------------------------------------------------------------
+def address_space_used() -> int:
+    fields = Path("/proc/self/status").read_text().split()
+    return 1024 * int(fields[fields.index("VmSize:") + 1])
+
+
+@contextmanager
+def address_space(script, megabytes: int) -> Iterator[None]:
+    """Leave a run so many megabytes beyond what the process has when training begins.
+
+    First all is taken that malloc still has, in the arenas of other threads too. Larger blocks then
+    come from the system alone. To be used in a child.
+    """
+    train, libc = script.train, ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+
+    def limited(*arguments) -> None:
+        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (address_space_used(), most))
+        for size in (2**22, 2**20, 2**18, 2**16):
+            while libc.malloc(ctypes.c_size_t(size)):
+                pass
+        limit = address_space_used() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+        train(*arguments)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "train", limited)
+        yield
+
+
+@pytest.fixture(scope="module")
+def long_data(tmp_path_factory) -> Path:
+    """Write rows whose answers are of 500 tokens."""
+    data = write_data(tmp_path_factory.mktemp("long"))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["answer"] = f"<think>{'x' * 460}</think><solution>Edema</solution>"
+    return write_rows(data, rows)
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_a_run_under_a_limit_of_the_address_space(
+    tiny_checkpoint, tiny_sft_run, tiny_data, long_data, tmp_path, monkeypatch, script
+):
+    """The limit holds the update of single rows, not that of a micro-batch, nor TensorBoard."""
+    speak(monkeypatch)
+    if script == "sft":
+        main, flags, start, data, room = run_sft, sft_flags, tiny_checkpoint, long_data, 30
+        more = [*SFT_RUN, "--per_device_train_batch_size", "8"]
+    else:
+        main, flags, start, data, room = run_grpo, grpo_flags, tiny_sft_run, tiny_data, 25
+        more = [*GRPO_RUN, "--per_device_train_batch_size", "16", "--no_sampling_copies"]
+        more += ["--gradient_accumulation_steps", "1", "--max_completion_length", "48"]
+    more += ["--max_steps", "1", "--learning_rate", "1e-4"]
+    assert main.main(flags(start(FAMILY), data, tmp_path / "straight", *more)) == 0
+    argv = flags(start(FAMILY), data, tmp_path / "run", *more)
+    end = forked(main.main, argv, faults=[address_space(main, room)])
+    assert end.code == 0, end.err
+    assert list(cuts(tmp_path / "run")) == ["max_tokens_per_forward"]
+    assert "out of memory in update (tried to allocate " in end.err
+    difference = largest_difference(adapter(tmp_path / "straight"), adapter(tmp_path / "run"))
+    assert difference <= 1e-6
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("votes", [[], ["--num_generations", "4", "--temperature", "1"]])
+def test_finished_answers_are_kept_where_an_evaluation_is_cut(
+    tiny_sft_run, tiny_data, tmp_path, votes
+):
+    argv = ["--adapter_name_or_path", str(tiny_sft_run(FAMILY)), "--data_file", f"a={tiny_data}"]
+    argv += ["--per_device_eval_batch_size", "4", "--max_completion_length", "8", *votes]
+    assert evaluate([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
+    # the first prompts of 4 rows have finished after 8 tokens
+    with (
+        runs_out("engine.generate.read_tokens", 12),
+        at_calls("engine.generate._Writing._completions") as seen,
+    ):
+        assert evaluate([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    answers = "samples-a.jsonl" if votes else "predictions-a.jsonl"
+    assert lines(tmp_path / "run" / answers) == lines(tmp_path / "straight" / answers)
+    rows = 2 if votes else 1  # of two parts of an image, where its completions are parted
+    assert len(seen) <= 12 * rows
+    settings = record(tmp_path / "run/scores-a.json")["run"]["settings"]
+    assert settings["per_device_eval_batch_size"] == {"value": 2, "origin": "out of memory"}
+
+
+def test_a_matrix_goes_on_with_less_at_once(tiny_sft_run, tiny_data, tmp_path, capsys):
+    argv = ["--model", f"sft={tiny_sft_run(FAMILY)}", "--prompt", "demo", "--data_file"]
+    argv += [f"a={tiny_data}", f"b={tiny_data}", "--max_completion_length", "8"]
+    assert fill_matrix([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
+    with runs_out("engine.generate.read_prompts", 1):
+        assert fill_matrix([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    cell, straight = tmp_path / "run/sft.demo", tmp_path / "straight/sft.demo"
+    for name in ("a", "b"):
+        assert lines(cell / f"predictions-{name}.jsonl") == lines(
+            straight / f"predictions-{name}.jsonl"
+        )
+        settings = record(cell / f"scores-{name}.json")["run"]["settings"]
+        assert settings["per_device_eval_batch_size"] == {"value": 4, "origin": "out of memory"}
+    assert capsys.readouterr().err.count("out of memory in evaluation") == 1
+
+
+def test_an_evaluation_that_does_not_fit_says_what_to_lower(tiny_sft_run, tiny_data, tmp_path):
+    argv = ["--adapter_name_or_path", str(tiny_sft_run(FAMILY)), "--data_file", f"a={tiny_data}"]
+    argv += ["--output_dir", str(tmp_path / "run")]
+    end = forked(evaluate, argv, faults=[runs_out("engine.generate.read_tokens", 1, times=None)])
+    assert end.code == 1 and "Traceback" not in end.err
+    told = [line for line in end.err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(
+        "error: out of memory in evaluation (tried to allocate 2.00 GiB), with nothing left to cut:"
+        " the forecast for a single row is 0."
+    )
+
+
+def test_evaluations_during_training_are_cut_too(
+    straight_grpo, tiny_sft_run, tiny_data, tmp_path, monkeypatch
+):
+    """Evaluation and vote at the start, evaluation at the end: nothing of training changes."""
+    speak(monkeypatch)
+    flags = [*GRPO_RUN, "--validation_file", f"a={tiny_data}"]
+    with runs_out("engine.generate.read_tokens", 2):
+        assert grpo(tiny_sft_run(FAMILY), tiny_data, tmp_path / "run", *flags) == 0
+    assert cuts(tmp_path / "run") == {"per_device_eval_batch_size": (4, 8)}
+    assert largest_difference(adapter(straight_grpo), adapter(tmp_path / "run")) == 0
