@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ import run_sft
 from engine.resume import find_checkpoint
 from eval.evaluate import main as evaluate
 from eval.matrix import main as fill_matrix
-from tests.faults.acts import raises
+from tests.faults.acts import kill, raises
 from tests.faults.children import forked
 from tests.faults.inject import at_calls
 from tests.helpers.runs import (
@@ -389,3 +390,27 @@ def test_evaluations_during_training_are_cut_too(
         assert grpo(tiny_sft_run(FAMILY), tiny_data, tmp_path / "run", *flags) == 0
     assert cuts(tmp_path / "run") == {"per_device_eval_batch_size": (4, 8)}
     assert largest_difference(adapter(straight_grpo), adapter(tmp_path / "run")) == 0
+
+
+# ---- the same command again ----------------------------------------------------------------------
+@pytest.mark.parametrize("place", [1, 3])
+def test_the_same_command_goes_on_with_what_memory_had_cut(
+    tiny_checkpoint, tiny_data, tmp_path, place
+):
+    """Memory runs out in the first update. The run is killed in its first or its third one."""
+    more = [*SFT_RUN, "--max_tokens_per_forward", "8000", "--save_steps", "1"]
+    more += ["--num_train_epochs", "2", "--max_steps", "3"]
+    for name in ("straight", "run"):
+        argv = sft_flags(tiny_checkpoint(FAMILY), tiny_data, tmp_path / name, *more)
+        faults = [runs_out("torch.Tensor.backward", 1)]
+        if name == "run":
+            faults.append(at_calls("run_sft.clip_gradients", place, kill))
+        end = forked(run_sft.main, argv, faults=faults)
+        assert end.code == 0 if name == "straight" else end.signal == signal.SIGKILL
+    found = cuts(tmp_path / "run")
+    assert found == cuts(tmp_path / "straight") and found["max_tokens_per_forward"][1] == 8000
+    # begun anew where there was no checkpoint, and so without the first cut
+    again = [runs_out("torch.Tensor.backward", 1)] if place == 1 else []
+    end = forked(run_sft.main, argv, faults=again)
+    assert end.code == 0, end.err
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
