@@ -11,7 +11,7 @@ compiled kernels). The exit code is 1 where something grows.
 
 Tensors, files and threads may not grow by one. The bytes of the tensors may by LARGEST_GROWTH of
 them: rollouts differ in length. What a run keeps of its history (log_history of trainer_state.json)
-grows by design, about two kilobytes a step. Resident memory may grow by that and LARGEST_GROWTH.
+grows by design, by some kilobytes a step. Resident memory may grow by that and LARGEST_GROWTH.
 """
 
 from __future__ import annotations
