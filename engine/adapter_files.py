@@ -28,6 +28,7 @@ from engine.adapter_settings import (
     unknown_settings,
 )
 from engine.config import UsageError
+from engine.model_checks import MAX_HEADER
 from engine.model_files import ADAPTER_FILES, EMBEDDED, looks_local, model_path, same_base
 
 PREFIX = "base_model.model."  # of every name in an adapter's file, as peft writes it
@@ -243,8 +244,13 @@ def _tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, str] = {}
     problems, renamed = [], False
+    path = folder / "adapter_model.safetensors"
     try:
-        with safe_open(folder / "adapter_model.safetensors", "numpy") as file:
+        with path.open("rb") as beginning:
+            header = int.from_bytes(beginning.read(8), "little")
+        if header > MAX_HEADER:
+            raise SafetensorError(f"a header of {header:,} bytes, at most {MAX_HEADER:,} are read")
+        with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118  it is no mapping
                 today = todays_name(name)
                 renamed |= PREFIX + _plain_name(name) != today

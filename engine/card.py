@@ -6,13 +6,14 @@ patient: data sets appear by name, size and SHA-256.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ _TITLES = {"sft": "SFT", "grpo": "SFT and GRPO"}
 def write_run_card(folder: Path) -> None:
     """Write the card of a finished run beside its adapter. A card that a person changed stays."""
     base = str(adapter_record(folder).get("base_model_name_or_path") or "")
-    _write(folder, card_of(folder, base))
+    with _of_a_run(folder):
+        text = card_of(folder, base)
+    _write(folder, text)
 
 
 def write_merged_card(folder: Path, adapter: Path, base: str) -> None:
@@ -49,7 +52,21 @@ def write_merged_card(folder: Path, adapter: Path, base: str) -> None:
 
     folder: of the merged model. adapter: a run's folder, or a checkpoint's. base: its base model.
     """
-    _write(folder, card_of(adapter, base, merged=True))
+    with _of_a_run(adapter):
+        text = card_of(adapter, base, merged=True)
+    _write(folder, text)
+
+
+@contextlib.contextmanager
+def _of_a_run(folder: Path) -> Iterator[None]:
+    """Turn what records of another shape than a run's make the block raise into one UsageError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise UsageError(
+            f"{folder}: config.json or scores-*.json is not as a run writes it"
+            f" ({type(error).__name__}: {error}), so no card can be made; repair or remove it"
+        ) from error
 
 
 def _write(folder: Path, text: str) -> None:

@@ -54,7 +54,7 @@ _NO_WEIGHTS = re.compile(
 # Element types of quantised weights. Plain checkpoints have floats, old ones position ids in I64.
 _QUANTISED_DTYPE = re.compile(r"[UI]8|[UI]4|F[468]_?\w*(?<!F64)|C64")
 _PACKED_NAME = re.compile(r"(?:qweight|qzeros|weight_packed|_blocks|quant_state[\w.]*)$")
-_MAX_HEADER = 25_000_000  # bytes; one of 10,000 tensors has 1,500,000
+MAX_HEADER = 25_000_000  # bytes; one of 10,000 tensors has 1,500,000
 MAX_OBJECT = 64 * 2**20  # bytes of a JSON file that is read here
 _SAMPLES, _SAMPLE_BYTES = 256, 65_536  # of a weights file: 16 MiB, spread over it
 
@@ -171,7 +171,7 @@ def _header(path: Path) -> dict[str, str]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if size < 8 or length > min(size - 8, MAX_HEADER):
             raise ValueError(f"{damaged} (its header has {length:,} bytes, the file {size:,})")
         try:
             header = json.loads(file.read(length))
@@ -277,7 +277,7 @@ def _hash(path: Path, whole: bool) -> str:
     total = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        total.update(file.read(min(length, _MAX_HEADER)))
+        total.update(file.read(min(length, MAX_HEADER)))
         begin = file.tell()
         step = max(_SAMPLE_BYTES, (size - begin) // _SAMPLES)
         for place in range(begin, size, step):

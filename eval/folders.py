@@ -7,6 +7,7 @@ some hundred bytes an image.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
@@ -518,7 +519,7 @@ def load_entry(name: str, folder: Path) -> Entry:
     beginning. Raises UsageError for a record that is not JSON.
     """
     sets = _sets_of(folder)
-    records = {data_set: read_record(result_files(folder, data_set)[1]) for data_set in sets}
+    records = {data_set: _scores_of(result_files(folder, data_set)[1]) for data_set in sets}
     own = read_record(folder / "config.json")
     evaluation: dict[str, Any] = next(
         (record["run"] for record in records.values() if record.get("run")), {}
@@ -527,7 +528,7 @@ def load_entry(name: str, folder: Path) -> Entry:
     if settings.get("predictions"):  # scored again without a model: no prompt was asked
         settings.pop("prompt", None)
     adapter = settings.get("adapter_name_or_path") if not own else str(folder)
-    found = located(adapter, folder) if adapter else None
+    found = located(adapter, folder) if isinstance(adapter, str) and adapter else None
     training = None if found is None else _run_of(found)
     run = own or (read_record(training / "config.json") if training is not None else {})
     trained = _values(run, folder if training is None else training)
@@ -578,6 +579,43 @@ def _sets_of(folder: Path) -> dict[str, Path]:
             )
         sets[name] = path
     return sets
+
+
+# Parts of a record of scores that are objects, and those that are numbers.
+_OBJECTS = (
+    "run",
+    "micro",
+    "macro",
+    "per_label",
+    "baselines",
+    "intervals",
+    "probabilities",
+    "samples",
+    "groups",
+    "faithfulness",
+)
+_NUMBERS = ("n", "num_patients", "fail_rate", "jaccard", "bad_images")
+
+
+def _scores_of(path: Path) -> dict[str, Any]:
+    """Read scores-<name>.json. Raises UsageError naming a part that is of another type."""
+    record = read_record(path)
+    run = record.get("run")
+    parts: dict[str, tuple[Any, Any]] = {name: (record.get(name), dict) for name in _OBJECTS}
+    parts |= {name: (record.get(name), (int, float)) for name in _NUMBERS}
+    parts |= {"stage": (record.get("stage"), str), "step": (record.get("step"), int)}
+    if isinstance(run, dict):
+        for name in ("settings", "data"):
+            parts[f"run, {name}"] = run.get(name), dict
+            inner = run[name] if isinstance(run.get(name), dict) else {}
+            parts |= {f"run, {name}, {key!a}": (value, dict) for key, value in inner.items()}
+    for name, (value, kind) in parts.items():
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(
+                f"{path}: {name} is {shown(value)}, which no evaluation writes; score the"
+                " predictions again with eval.evaluate, or remove it"
+            )
+    return record
 
 
 def _best_and_last(training: Path | None) -> tuple[int | None, int | None]:
@@ -659,9 +697,10 @@ def located(named: str, folder: Path) -> Path | None:
 
     That is the current folder, or one above `folder`. None where the path is in none of them.
     """
-    for start in (Path(), *folder.resolve().parents):
-        if (start / named).exists():
-            return start / named
+    with contextlib.suppress(OSError, ValueError):  # no name of a file can be so long, or hold NUL
+        for start in (Path(), *folder.resolve().parents):
+            if (start / named).exists():
+                return start / named
     return None
 
 
