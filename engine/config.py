@@ -40,6 +40,7 @@ from engine.values import (
 
 # one table per script; keys above the first table are shared by all of them
 _LARGEST_RECIPE = 1_000_000  # bytes; shipped ones have 1,500
+_MOST_KEYS = 1_000
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 
 
@@ -358,7 +359,11 @@ def _read_recipe(recipe: str, package: str) -> dict[str, Any]:
             content = file.read(_LARGEST_RECIPE + 1)
         if len(content) > _LARGEST_RECIPE:
             raise ValueError(f"it has more than {_LARGEST_RECIPE:,} bytes")
-        return tomllib.loads(content.decode("utf-8"))
+        found = tomllib.loads(content.decode("utf-8"))
+        keys = len(found) + sum(len(part) for part in found.values() if isinstance(part, dict))
+        if keys > _MOST_KEYS:
+            raise ValueError(f"it has {keys:,} keys, and there are not so many settings")
+        return found
     except OSError as error:
         raise ConfigError(f"--recipe {recipe}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # also of a number with 5,000 digits
