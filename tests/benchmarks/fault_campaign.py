@@ -9,8 +9,9 @@ case is: the command is given, the process is ended by SIGKILL at a random file 
 run's folder (before it, after it, or with half of a write done) or after a random time, and the
 command is given again. There are one to three kills a case, so resumes are killed too. At the end
 every file, every link and what TensorBoard shows must be as the undisturbed run left them.
-tests/faults/compare.py says what is left out. A run that does not reach exit code 0 by its command
-alone is stuck.
+tests/faults/compare.py says what is left out. A run that does not reach its end by its command
+alone is stuck. The end is exit code 0, or the refusal of a finished run, where the kill fell after
+the last thing that it writes.
 
 A table by the place of the kills is printed, and for each failure what differs and the command that
 repeats the case. Kills at file operations of the main thread repeat exactly, those at times nearly.
@@ -170,12 +171,18 @@ def run_case(name: str, straight: Straight, folder: Path, settings: argparse.Nam
         if ended[-1].code is not None and ended[-1].code == (ended[-2].code or -1):
             break  # twice the same refusal
     result.commands = len(ended)
-    if ended[-1].code != 0:
+    if ended[-1].code != 0 and not _finished(folder):
         said = (ended[-1].err.strip().splitlines() or ["no word"])[-1]
         result.problems["stuck"] = [f"exit code {ended[-1].code}: {said}"]
     else:
         result.problems |= differences(Path(straight.folder), folder)
     return result
+
+
+def _finished(folder: Path) -> bool:
+    """Tell whether a run has noted its end, after which its command is refused, and rightly so."""
+    config = folder / "config.json"
+    return config.exists() and "finished" in json.loads(config.read_bytes())
 
 
 def _command(straight: Straight, folder: Path, way: str) -> list[str]:
