@@ -79,7 +79,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     So a reader sees the old file or the new one, never a part of it, also after a power cut: the
     file is flushed to the disk before it is renamed, and its folder after. A link at `path` is
-    replaced, not followed. Missing parent folders are made. After an error nothing is left behind.
+    replaced, not followed. It can be read by whom the umask says, also where a library put a file
+    of its own in the temporary's place. Missing parent folders are made. After an error nothing is
+    left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)  # it may be a link that waits there for what is written
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(mode)  # safetensors writes files that nobody but their owner may read
         flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)

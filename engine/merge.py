@@ -338,6 +338,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         with float32_decoder(net):
             inputs, truth = probe_logits(base, net)
         merge_adapter(net, dtype).save_pretrained(temporary)
+        for shard in temporary.glob("*.safetensors"):  # which only their owner may read
+            shard.chmod((temporary / "config.json").stat().st_mode & 0o777)
         copied = copy_processor(model_path(name), temporary)
         del base, net  # one model in memory at a time
 

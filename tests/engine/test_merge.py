@@ -246,6 +246,11 @@ def test_the_demo_base(tmp_path, capsys):
         for folder in (tmp_path / "merged model", model_path("demo"))
     )
     assert saved.keys() == base.keys()
+    for weights, beside in (
+        (tmp_path / "merged model/model.safetensors", "config.json"),
+        (tmp_path / "run/adapter_model.safetensors", "adapter_config.json"),
+    ):  # of the umask: safetensors itself writes files that only their owner may read
+        assert weights.stat().st_mode == weights.with_name(beside).stat().st_mode
     assert (  # a shell takes it as it is printed
         f"next: python -m eval.evaluate --model_name_or_path '{tmp_path / 'merged model'}' "
         in capsys.readouterr().out
