@@ -47,7 +47,7 @@ class Range(NamedTuple):
     def holds(self, value: float) -> bool:
         """Tell whether a number lies in the interval and is finite."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an int can be too large for a float
             and (self.low < value or (value == self.low and not self.low_open))
             and (value < self.high or (value == self.high and not self.high_open))
         )

@@ -595,6 +595,8 @@ _OBJECTS = (
     "faithfulness",
 )
 _NUMBERS = ("n", "num_patients", "fail_rate", "jaccard", "bad_images")
+# What the probabilities of a vote have in any case.
+_OF_PROBABILITIES = ("per_label", "left_out", "ece", "macro_auroc", "macro_auprc")
 
 
 def _scores_of(path: Path) -> dict[str, Any]:
@@ -609,6 +611,13 @@ def _scores_of(path: Path) -> dict[str, Any]:
             parts[f"run, {name}"] = run.get(name), dict
             inner = run[name] if isinstance(run.get(name), dict) else {}
             parts |= {f"run, {name}, {key!a}": (value, dict) for key, value in inner.items()}
+    for name in ("micro", "macro"):
+        numbers = record.get(name)
+        for key, value in numbers.items() if isinstance(numbers, dict) else ():
+            parts[f"{name}, {key!a}"] = value, (int, float)
+    probabilities = record.get("probabilities")
+    if isinstance(probabilities, dict) and not probabilities.keys() >= set(_OF_PROBABILITIES):
+        parts["probabilities"] = sorted(probabilities), type(None)
     for name, (value, kind) in parts.items():
         if value is not None and not isinstance(value, kind):
             raise UsageError(
