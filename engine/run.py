@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import sys
 import time
@@ -363,9 +364,16 @@ class Run:
         return polled
 
     def _note_end(self) -> bool:
-        """Note in config.json that all is done, so that the same command is refused."""
+        """Note in config.json that all is done, so that the same command is refused.
+
+        That is the last thing that is done in the folder: what is killed before goes on by the same
+        command, and then nothing is left that a kill could cut short.
+        """
+        self.log.close()
+        noted = self.folder / ".tmp-finished.json"
         try:
-            write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
+            write_json(noted, self.record | {FINISHED: {"step": self.step}})
+            os.replace(noted, self.folder / "config.json")
         except OSError as failure:
             self.exit_code = 1
             _say(f"error: the end is not noted in config.json: {failure}", failed=True)
