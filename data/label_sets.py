@@ -39,6 +39,7 @@ from data.files import DataError, KeptFile, first_problems
 from data.labels import CHEXPERT, LabelSet, metric_name, spelling
 
 KEYWORDS = ("exclusive", "beside")
+MAX_SPELLINGS = 10_000  # of labels and aliases, which are read in 4 seconds
 # What a name cannot hold, and why.
 _FORBIDDEN = (
     (COMMAS + SEMICOLONS, "ends an entry of an answer"),
@@ -89,6 +90,11 @@ def read_labels(text: str, source: str) -> LabelSet:
         aliases += others
         if keyword:
             marked[keyword].append(name)
+    if len(names) + len(aliases) > MAX_SPELLINGS:  # before they are compared with each other
+        count = f"{len(names) + len(aliases):,}"
+        raise DataError(
+            [f"{source}: holds {count} labels and aliases, at most {MAX_SPELLINGS:,} are read"]
+        )
     problems += _marking_problems(marked["exclusive"], marked["beside"])
     problems += _repeated(names, aliases)
     if not names and not problems:

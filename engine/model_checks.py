@@ -200,22 +200,21 @@ _LARGEST = {
     "num_position_embeddings": 10_000_000,
     "image_size": 100_000,
     "patch_size": 1_000,
-    "spatial_patch_size": 1_000,
-    "spatial_merge_size": 1_000,
-    "temporal_patch_size": 1_000,
     "num_channels": 1_000,
     "in_channels": 1_000,
     "in_chans": 1_000,
-    "mm_tokens_per_image": 100_000,
 }
+# And of others that end so, which differ by family: patches, windows, what is merged, tokens.
+_LARGEST_OF_END = {"_size": 10_000, "_tokens_per_image": 100_000}
 
 
 def check_sizes(config: dict[str, Any]) -> None:
     """Raise ValueError for a size in config.json that no model has, before memory is asked for."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        for name, largest in _LARGEST.items():
-            value: Any = part.get(name) if isinstance(part, dict) else None
-            if type(value) in (int, float) and not 1 <= value <= largest:
+        for name, value in part.items() if isinstance(part, dict) else ():
+            ends = (bound for end, bound in _LARGEST_OF_END.items() if name.endswith(end))
+            largest = _LARGEST.get(name) or next(ends, None)
+            if largest and type(value) in (int, float) and not 1 <= value <= largest:
                 shown = f"{value:,}" if abs(value) < 1e30 else "a number without end"
                 raise ValueError(
                     f"its config.json says {name} {shown}, expected a number from 1 to {largest:,}"

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from engine.model_checks import read_object
 
-_PATCHES = ("patch_size", "merge_size", "temporal_patch_size")
+_LARGEST_SIZE, _LARGEST_SIDE = 1_000, 8_192  # of patches and what is merged, and of an image
 _REMEDY = "Put the tokenizer.json of the model that it was made from beside them"
 
 
@@ -167,12 +167,14 @@ def load_image_processor(kind: type, path: str | Path, **options: Any) -> Any:
 
 def _of_possible_sizes(image_processor: Any) -> Any:
     """Return an image processor that makes images of a possible size. Raises ValueError else."""
-    sizes: dict[str, Any] = {name: getattr(image_processor, name, None) for name in _PATCHES}
-    largest = dict.fromkeys(_PATCHES, 1_000)
+    sizes: dict[str, Any] = {
+        name: value for name, value in vars(image_processor).items() if name.endswith("_size")
+    }
+    largest = dict.fromkeys(sizes, _LARGEST_SIZE)
     for name in ("size", "crop_size"):
         for side in ("height", "width"):
             value = getattr(getattr(image_processor, name, None), side, None)
-            sizes[f"{name}[{side}]"], largest[f"{name}[{side}]"] = value, 8_192
+            sizes[f"{name}[{side}]"], largest[f"{name}[{side}]"] = value, _LARGEST_SIDE
     for name, value in sizes.items():
         if type(value) in (int, float) and not 1 <= value <= largest[name]:
             raise ValueError(f"{name} is {value:,}, expected 1 to {largest[name]:,}")

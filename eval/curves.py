@@ -138,7 +138,9 @@ def _drawn(run: TrainingRun) -> bool:
 
 # ---- what a log has ------------------------------------------------------------------------------
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 10**300  # a larger one is no float
+    return isinstance(value, float)
 
 
 def series(

@@ -287,3 +287,9 @@ def test_a_policy_treats_the_exclusive_label_as_it_treats_no_finding():
 def test_a_label_is_a_part_of_a_metrics_name():
     assert metric_name("Enlarged Cardiomediastinum") == "Enlarged_Cardiomediastinum"
     assert metric_name("Mass/Nodule > 3") == "Mass_Nodule___3" and metric_name("肺炎") == "肺炎"
+
+
+def test_a_list_without_end_is_refused_at_once():
+    text = "\n".join(f"L{number}" for number in range(10_001))
+    with pytest.raises(DataError, match="^x: holds 10,001 labels and aliases, at most 10,000"):
+        read_labels(text, "x")

@@ -54,6 +54,14 @@ EXIT_CODES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heeded():
+    """Undo what `nohup` did to the whole test run: there SIGHUP would stay ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "exit_code"), EXIT_CODES.items())
 def test_a_signal_only_sets_the_flag_and_the_handlers_come_back(number, exit_code, capfd):
     before = {name: signal.getsignal(name) for name in EXIT_CODES}
