@@ -366,10 +366,9 @@ class Run:
     def _note_end(self) -> bool:
         """Note in config.json that all is done, so that the same command is refused.
 
-        That is the last thing that is done in the folder: what is killed before goes on by the same
-        command, and then nothing is left that a kill could cut short.
+        That is the last result written in the folder: what is killed before goes on by the same
+        command, and then no result is left that a kill could cut short.
         """
-        self.log.close()
         noted = self.folder / ".tmp-finished.json"
         try:
             write_json(noted, self.record | {FINISHED: {"step": self.step}})

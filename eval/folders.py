@@ -595,8 +595,6 @@ _OBJECTS = (
     "faithfulness",
 )
 _NUMBERS = ("n", "num_patients", "fail_rate", "jaccard", "bad_images")
-# What the probabilities of a vote have in any case.
-_OF_PROBABILITIES = ("per_label", "left_out", "ece", "macro_auroc", "macro_auprc")
 
 
 def _scores_of(path: Path) -> dict[str, Any]:
@@ -615,9 +613,6 @@ def _scores_of(path: Path) -> dict[str, Any]:
         numbers = record.get(name)
         for key, value in numbers.items() if isinstance(numbers, dict) else ():
             parts[f"{name}, {key!a}"] = value, (int, float)
-    probabilities = record.get("probabilities")
-    if isinstance(probabilities, dict) and not probabilities.keys() >= set(_OF_PROBABILITIES):
-        parts["probabilities"] = sorted(probabilities), type(None)
     for name, (value, kind) in parts.items():
         if value is not None and not isinstance(value, kind):
             raise UsageError(

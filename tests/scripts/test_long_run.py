@@ -31,7 +31,9 @@ def test_tensors_files_and_threads_do_not_grow(script, benchmark, tmp_path):
     looks = benchmark.looks_of(script, "qwen2_5_vl", 12, 2, tmp_path, often=6)
     assert [look.step for look in looks] == list(range(2, 14, 2))
     assert looks[0].tensors > 100 and looks[0].tensor_bytes > 100_000 and looks[0].files > 2
-    assert [line for line in benchmark.growth(looks) if not line.startswith("memory")] == []
+    grew = [line for line in benchmark.growth(looks) if not line.startswith(("memory", "files"))]
+    assert grew == []
+    assert looks[-1].files <= looks[0].files + 2  # an event file may be open at one look
 
 
 def test_what_does_not_grow_is_not_told(benchmark, flat):
