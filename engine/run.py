@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shlex
 import sys
 import time
@@ -366,13 +365,12 @@ class Run:
     def _note_end(self) -> bool:
         """Note in config.json that all is done, so that the same command is refused.
 
-        That is the last result written in the folder: what is killed before goes on by the same
-        command, and then no result is left that a kill could cut short.
+        That is the last thing written in the folder: what is killed before goes on by the same
+        command, and then nothing is left that a kill could cut short.
         """
-        noted = self.folder / ".tmp-finished.json"
+        self.log.close()
         try:
-            write_json(noted, self.record | {FINISHED: {"step": self.step}})
-            os.replace(noted, self.folder / "config.json")
+            write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
         except OSError as failure:
             self.exit_code = 1
             _say(f"error: the end is not noted in config.json: {failure}", failed=True)

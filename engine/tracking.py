@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -191,6 +192,7 @@ class RunLogger:
         self._tensorboard = None
         self._charts: ChartWriters | None = None
         with self._degrading("TensorBoard"):
+            wait_for_later_second(self.run_dir)
             self._tensorboard = self._writer(self.run_dir)
 
     def scalars(
@@ -390,6 +392,18 @@ def event_files(run_dir: Path) -> list[Path]:
     """List TensorBoard's files of a run, those of its charts too."""
     events = "events.out.tfevents.*"
     return [*run_dir.glob(events), *run_dir.glob(f"{FOLDER}/*/{events}")]
+
+
+def wait_for_later_second(run_dir: Path) -> None:
+    """Wait until a new file of TensorBoard sorts after those that are there, a second at most.
+
+    Their names begin with the second in which they were made, then comes the process. TensorBoard
+    reads them in the order of their names, and what a resume drops must come first.
+    """
+    names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in event_files(run_dir))
+    newest = max((int(match[1]) for match in names if match), default=0)
+    while int(time.time()) == newest:
+        time.sleep(0.02)
 
 
 def cut_events(run_dir: Path, marks: Mapping[str, Any]) -> None:

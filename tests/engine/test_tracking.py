@@ -441,3 +441,12 @@ def test_a_thread_of_tensorboard_that_dies_prints_no_traceback(tmp_path, monkeyp
     assert seen == [ZeroDivisionError]  # of the other thread
     RunLogger(tmp_path).close()
     assert threading.excepthook.__name__ == "of_others"
+
+
+def test_files_of_a_run_that_goes_on_at_once_sort_after_the_earlier_ones(tmp_path):
+    """TensorBoard reads them by name: the second, then the process, which may be a smaller one."""
+    for step in (None, 1):
+        with RunLogger(tmp_path, resume_step=step) as log:
+            log.scalars(1, {"loss": 1.0})
+    seconds = [path.name.split(".")[3] for path in tmp_path.glob("events.out.tfevents.*")]
+    assert len(seconds) == len(set(seconds))
