@@ -42,7 +42,7 @@ from eval.curves import (
     smoothing_note,
     training_runs,
 )
-from eval.folders import Entry, flag_first, load_entries
+from eval.folders import Entry, flag_first, load_entries, part_of
 from eval.page import Picture, picture_file
 from eval.plots import draw_by_run, draw_macro_f1, draw_reliability, draw_training
 
@@ -173,7 +173,7 @@ def reliability_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pi
     voted: dict[str, dict[str, Any]] = {}
     for entry in entries:
         for data_set, record in entry.records.items():
-            if record.get("probabilities"):
+            if part_of(record, "probabilities").get("reliability"):
                 voted.setdefault(data_set, {})[entry.name] = record["probabilities"]
     return [draw_reliability(data_set, models, form) for data_set, models in voted.items()]
 

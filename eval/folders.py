@@ -609,6 +609,12 @@ def _scores_of(path: Path) -> dict[str, Any]:
             parts[f"run, {name}"] = run.get(name), dict
             inner = run[name] if isinstance(run.get(name), dict) else {}
             parts |= {f"run, {name}, {key!a}": (value, dict) for key, value in inner.items()}
+    bins = part_of(record, "probabilities").get("reliability")
+    parts["probabilities, reliability"] = bins, list
+    for place, one in enumerate(bins if isinstance(bins, list) else ()):
+        for key in ("confidence", "observed", "n"):
+            number = one.get(key) if isinstance(one, dict) else one
+            parts[f"probabilities, reliability {place}, {key}"] = number, (int, float)
     for name in ("micro", "macro"):
         numbers = record.get(name)
         for key, value in numbers.items() if isinstance(numbers, dict) else ():

@@ -348,7 +348,7 @@ def format_probabilities(results: Mapping[str, dict[str, Any]]) -> str:
     """
     lines: list[str] = []
     for name, scores in results.items():
-        if "per_label" in scores.get("probabilities", {}):
+        if "probabilities" in scores:
             lines += ["", *_ranking_lines(name, scores["probabilities"])]
             if "operating_points" in scores["probabilities"]:
                 lines += ["", *_operating_lines(name, scores["probabilities"]["operating_points"])]

@@ -90,10 +90,14 @@ def _gain_table(rows: Sequence[Sequence[Cell | str]]) -> Table:
 
 def _label_table(data_set: str, of: Mapping[str, Mapping[str, Any]]) -> Table:
     """List AUROC and AUPRC of each label, with the share of images where it is true."""
-    labels = dict.fromkeys(label for record in of.values() for label in record["per_label"])
+    labels = dict.fromkeys(
+        label for record in of.values() for label in part_of(record, "per_label")
+    )
     rows: list[list[Cell | str]] = []
     for label in labels:
-        found = {model: record["per_label"].get(label, {}) for model, record in of.items()}
+        found = {
+            model: part_of(part_of(record, "per_label"), label) for model, record in of.items()
+        }
         true = next((its["prevalence"] for its in found.values() if "prevalence" in its), None)
         row: list[Cell | str] = [label, "-" if true is None else f"{100 * true:.1f} %"]
         for its in found.values():

@@ -78,6 +78,8 @@ def test_a_series_has_gaps_where_a_null_was_logged_and_nothing_where_nothing_was
         {"step": 4, "split": "train", "loss": 1},
         {"step": 5, "split": "train", "loss": math.inf},
         {"step": 6, "split": "train", "loss": True},
+        {"step": 7, "split": "train", "loss": 10**400},  # too large for a float
+        {"step": 10**400, "split": "train", "loss": 1.0},
     ]
     steps, values = series(log, "loss")
     assert steps == [1, 2, 4, 5] and values[0] == 2.0 and values[2] == 1.0

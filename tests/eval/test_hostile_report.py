@@ -6,6 +6,7 @@ Run: pytest tests/eval/test_hostile_report.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,26 @@ def test_a_browser_runs_nothing_of_them_and_asks_nobody(report):
     assert hit is None and dialogs == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert "<script>window.hit=1</script>" in shown  # as text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"micro": {"f1": "x"}}, "micro, 'f1' is 'x', which no evaluation writes"),
+        ({"macro": {"recall": [1]}}, "macro, 'recall' is [1], which no evaluation writes"),
+        ({"probabilities": 3}, "probabilities is 3, which no evaluation writes"),
+        ({"probabilities": {"reliability": 3}}, "probabilities, reliability is 3, which no"),
+        ({"probabilities": {"reliability": ["x"]}}, "reliability 0, confidence is 'x', which no"),
+        ({"probabilities": {"a": {"b": 1}}}, None),  # nothing that is shown
+    ],
+)
+def test_a_part_of_the_scores_of_another_type_is_told(change, told, evaluation, tmp_path, capsys):
+    folder = shutil.copytree(evaluation, tmp_path / "evaluation")
+    scores = json.loads((folder / "scores-site.json").read_text())
+    (folder / "scores-site.json").write_text(json.dumps(scores | change))
+    code = eval.report.main([str(folder), "--output_dir", str(tmp_path / "report")])
+    assert code == (2 if told else 0)
+    assert told is None or told in capsys.readouterr().err
 
 
 def test_legends_of_plots_are_text_and_no_formula(evaluation, tmp_path):
