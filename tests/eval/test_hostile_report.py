@@ -84,7 +84,7 @@ def test_the_page_holds_no_element_and_no_attribute_of_a_text(report):
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium")
 def test_a_browser_runs_nothing_of_them_and_asks_nobody(report):
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     asked, dialogs = [], []
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
