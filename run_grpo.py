@@ -13,12 +13,13 @@ from __future__ import annotations
 import sys
 
 from engine.config import Resolved
-from engine.runtime import accepted, main_guard
+from engine.launch import Launch
+from engine.runtime import accepted_by_first, main_guard
 from engine.settings import data_specs
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
-    RESOLVED = accepted(resolve_grpo)
+    RESOLVED = accepted_by_first(resolve_grpo)
 
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,7 @@ from engine.fit import advise_training, fitted
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
+from engine.ranks import Ranks
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
@@ -161,7 +163,7 @@ def evaluate_policy(
     return {name: evaluated_metrics(of_set) for name, of_set in scores.items()}
 
 
-def run_command(resolved: Resolved) -> int:
+def run_command(resolved: Resolved, ranks: Ranks) -> int:
     """Make, resume or preview the run that the settings describe, and return the exit code."""
     config: GRPOConfig = resolved.configs[0]
     objective: ObjectiveConfig = resolved.configs[1]
@@ -248,10 +250,17 @@ def finish(
     print(f"\n{summary}\n\nnext: {command}")
 
 
+def start(resolved: Resolved | None) -> int:
+    """Run settings that rank 0 has read, on this rank, and return the exit code."""
+    with Ranks(Launch.of()) as ranks, ranks.silent_but_first():
+        return run_command(ranks.resolved(resolved, GRPOConfig, ObjectiveConfig), ranks)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
-    return run_command(resolve_grpo(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    return start(resolve_grpo(given) if Launch.of().first else None)
 
 
 if __name__ == "__main__":
-    end_process(main_guard(lambda: run_command(RESOLVED), errors=(DataError,)))
+    end_process(main_guard(lambda: start(RESOLVED), errors=(DataError,)))

@@ -15,11 +15,12 @@ from __future__ import annotations
 import sys
 
 from engine.config import Resolved
-from engine.runtime import StopRequested, accepted, main_guard
+from engine.launch import Launch
+from engine.runtime import StopRequested, accepted_by_first, main_guard
 from engine.settings import SFTConfig, data_specs, resolve_sft
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
-    RESOLVED = accepted(resolve_sft)
+    RESOLVED = accepted_by_first(resolve_sft)
 
 from collections.abc import Callable
 
@@ -45,6 +46,7 @@ from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
+from engine.ranks import Ranks
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Run, Schedule, TrainerState, next_command, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
@@ -134,7 +136,7 @@ def validation_metrics(
     return metrics.collect()
 
 
-def run_command(resolved: Resolved) -> int:
+def run_command(resolved: Resolved, ranks: Ranks) -> int:
     """Make, resume or preview the run that the settings describe, and return the exit code."""
     config: SFTConfig = resolved.configs[0]
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint)
@@ -235,10 +237,17 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
 
 
+def start(resolved: Resolved | None) -> int:
+    """Run settings that rank 0 has read, on this rank, and return the exit code."""
+    with Ranks(Launch.of()) as ranks, ranks.silent_but_first():
+        return run_command(ranks.resolved(resolved, SFTConfig), ranks)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
-    return run_command(resolve_sft(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    return start(resolve_sft(given) if Launch.of().first else None)
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: run_command(RESOLVED), errors=(DataError,)))
+    sys.exit(main_guard(lambda: start(RESOLVED), errors=(DataError,)))

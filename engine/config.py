@@ -114,6 +114,22 @@ class Resolved:
         )
         return dataclasses.replace(self, configs=configs, origins=self.origins | {name: origin})
 
+    def record(self) -> dict[str, Any]:
+        """Write it all in values that JSON keeps, for another process (`of_record`)."""
+        return {"settings": to_json(self), "recipe": self.recipe}
+
+    @classmethod
+    def of_record(cls, config_classes: Sequence[type], record: dict[str, Any]) -> Resolved:
+        """Make again what `record` wrote. config_classes: those of its configs, in their order."""
+        settings = record["settings"]
+        values = {name: _from_list(entry["value"]) for name, entry in settings.items()}
+        configs = tuple(
+            config_class(**{name: values[name] for name in _field_names(config_class)})
+            for config_class in config_classes
+        )
+        origins = {name: entry["origin"] for name, entry in settings.items()}
+        return cls(configs, origins, record["recipe"])
+
 
 def _field_names(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
@@ -521,10 +537,7 @@ def _inherited(
             f" ({', '.join(different)} differ), so it cannot go on bit for bit; start a new run"
             " from its adapter"
         )
-    return {
-        name: tuple(map(from_json, value)) if isinstance(value, list) else from_json(value)
-        for name, value in saved.items()
-    }
+    return {name: _from_list(value) for name, value in saved.items()}
 
 
 def _instances(
@@ -575,6 +588,11 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_json_value(item) for item in value]
     return value.record() if isinstance(value, KeptFile) else value
+
+
+def _from_list(value: Any) -> Any:
+    """Read the value of a setting that JSON holds: a list was a tuple."""
+    return tuple(map(from_json, value)) if isinstance(value, list) else from_json(value)
 
 
 def from_json(value: Any) -> Any:

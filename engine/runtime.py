@@ -39,9 +39,13 @@ from data.plain_files import (
 from engine.adapter_files import adapter_record
 from engine.checkpoint import RUN_ID
 from engine.config import UsageError
+from engine.launch import Launch
 from engine.model_files import ADAPTER_FILES, same_base
 
 LOCK_FILE = ".lock"
+# Seconds for which a rank waits before it ends because of another: torchrun takes the process that
+# ends first for the cause.
+AFTER_THE_CAUSE = 5.0
 FINISHED = "finished"  # in config.json, once all is done: final adapter, scores, card
 # Links to a checkpoint, and what a kill leaves of one that is being set.
 _LINKS = ("best", "last", ".tmp-best", ".tmp-last")
@@ -81,6 +85,10 @@ class DoesNotFit(StepFailed):
     """Report work of which not even a single row fits into memory, with the setting to lower."""
 
 
+class PeerError(RuntimeError):
+    """Report that another rank has failed. Its own error says why."""
+
+
 # A user's, a batch system's, a terminal's that closes, and two that a batch system may be told to
 # send some time before its limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -93,16 +101,30 @@ class SignalGuard:
     at once, and the others change nothing then. The earlier handlers come back at the end of the
     block. Poll inside sampling and evaluation too: a step may be long, and the time between SIGTERM
     and SIGKILL short.
+
+    stop: number of the first signal that this process received. agreed: of the first that all ranks
+    know of (`agree`). What all ranks do together is decided by that one.
     """
 
     def __init__(self) -> None:
-        self.stop: int | None = None  # number of the first signal received
+        self.stop: int | None = None
+        self.agreed: int | None = None
         self._earlier: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
         """Return 128 + the signal's number (130 after SIGINT, 143 after SIGTERM), 0 without one."""
-        return 0 if self.stop is None else 128 + self.stop
+        number = self.agreed if self.stop is None else self.stop
+        return 0 if number is None else 128 + number
+
+    def agree(self, gather: Callable[[int | None], list[int | None]]) -> int | None:
+        """Make every rank's signal known to all, at the same point of their work -> `agreed`.
+
+        gather: gives every rank's value to all, in the ranks' order.
+        """
+        if self.agreed is None:
+            self.agreed = next((one for one in gather(self.stop) if one is not None), None)
+        return self.agreed
 
     def __enter__(self) -> SignalGuard:
         self._earlier = _handle_signals(self._handle)
@@ -417,9 +439,9 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
     lines on stderr, from `.problems` where the exception has them, and code 2.
 
     StepFailed is such a line too, and code 1: the run is at fault, or its model or its reward. So
-    is a disk that is full or fails. KeyboardInterrupt becomes 130, and output that nobody reads any
-    more 141. Anything else is a fault of ours and propagates with its traceback, which Python makes
-    1.
+    is a disk that is full or fails. PeerError is code 1 as well, and a line of rank 0 alone.
+    KeyboardInterrupt becomes 130, and output that nobody reads any more 141. Anything else is a
+    fault of ours and propagates with its traceback, which Python makes 1.
     """
     correctable: tuple[type[Exception], ...] = (UsageError, *errors)
 
@@ -431,6 +453,11 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
             return 2
         except StepFailed as error:
             print_errors([str(error)])
+            return 1
+        except PeerError as error:
+            if Launch.of().first:
+                print_errors([str(error)])
+            time.sleep(AFTER_THE_CAUSE)
             return 1
         except (RuntimeError, MemoryError) as error:
             from engine.out_of_memory import is_out_of_memory, said_by  # here: it needs torch
@@ -467,10 +494,38 @@ def accepted(resolve: Callable[[Sequence[str]], Answer]) -> Answer:
 
     A script calls it before its slow imports, so that --help and mistakes are answered at once.
     From here on a signal ends the process with its exit code, until a SignalGuard holds it back.
+    The script is one of a single process.
     """
+    return _accepted(lambda argv: resolve(single_process(argv)))
+
+
+def accepted_by_first(resolve: Callable[[Sequence[str]], Answer]) -> Answer | None:
+    """Read the command line as `accepted` does, of a script that several ranks may run.
+
+    Rank 0 alone reads. The others return None, and are told by it (`Ranks.resolved`).
+    """
+
+    def read(argv: Sequence[str]) -> Answer | None:
+        if Launch.of().first:
+            return resolve(argv)
+        if {"-h", "--help"} & set(argv):  # which rank 0 answers, and ends
+            sys.exit(0)
+        return None
+
+    return _accepted(read)
+
+
+def single_process(argv: Sequence[str]) -> Sequence[str]:
+    """Return a command line as it is. Raises UsageError where several ranks were started."""
+    if Launch.of().size > 1:
+        raise UsageError("this command is one process: start it without torchrun")
+    return argv
+
+
+def _accepted(read: Callable[[Sequence[str]], Answer]) -> Answer:
     leave_at_signals()
     answers: list[Answer] = []
-    code = main_guard(lambda: answers.append(resolve(sys.argv[1:])), errors=(DataError,))
+    code = main_guard(lambda: answers.append(read(sys.argv[1:])), errors=(DataError,))
     if not answers:
         sys.exit(code)
     return answers[0]
