@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,10 @@ Value = TypeVar("Value")
 # How long a rank waits for the others. It must exceed what one rank does alone between two
 # exchanges: hashing a base, saving, the longest of the ranks' rollouts less the shortest.
 TIMEOUT = timedelta(minutes=30)
-# What a block ends with that is no failure of this rank.
-_STOPPED, _INTERRUPTED, _TOLD = "stopped", "interrupted", "told"
+# The first byte of a message: what an exchange is of. Ranks that are out of step notice by it.
+_VALUE, _STATUS = b"v", b"s"
+# How a block ended where this rank has not failed in it. Any other status says what failed.
+_WELL, _STOPPED, _INTERRUPTED, _TOLD = "well", "stopped", "interrupted", "told"
 
 
 class Ranks:
@@ -89,20 +91,21 @@ class Ranks:
         """Give every rank's value to all, in the ranks' order. value: what JSON holds."""
         if self.size == 1:
             return [value]
-        return [json.loads(data) for data in self._all(json.dumps(value).encode())]
+        return [json.loads(data) for data in self._values(json.dumps(value).encode())]
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Give every rank's named tensors to all, on the CPU, in the ranks' order."""
         if self.size == 1:
             return [dict(tensors)]
         packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return [load(data) for data in self._all(save(packed))]
+        return [load(data) for data in self._values(save(packed))]
 
     def from_first(self, value: Value) -> Value:
         """Give rank 0's value to all. value: what JSON holds; the other ranks' is not looked at."""
         if self.size == 1:
             return value
-        return json.loads(self._all(json.dumps(value if self.first else None).encode())[0])
+        data = json.dumps(value if self.first else None).encode()
+        return json.loads(self._values(data)[0])
 
     def on_first(self, function: Callable[[], Value]) -> Value:
         """Call a function on rank 0 alone -> what it returned, on all. It returns what JSON holds.
@@ -124,14 +127,25 @@ class Ranks:
         record = self.on_first(lambda: resolved.record() if resolved else {})
         return Resolved.of_record(config_classes, record)
 
-    def _all(self, data: bytes) -> list[bytes]:
-        """Exchange bytes of any length."""
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._messages)
-        longest = int(torch.stack(sizes).max())
-        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self._messages)
+    def _values(self, data: bytes) -> list[bytes]:
+        """Exchange values. Raises what another rank tells where it is at the end of a block."""
+        said = self._exchange(_VALUE + data)
+        for rank, message in enumerate(said):
+            if message.startswith(_STATUS):
+                _raise_told(rank, message[1:].decode())
+        return [message[1:] for message in said]
+
+    def _exchange(self, data: bytes) -> list[bytes]:
+        """Give every rank's bytes to all. Raises PeerError where a rank has ended."""
+        try:
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=self._messages)
+            longest = int(torch.stack(sizes).max())
+            padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self._messages)
+        except RuntimeError as broken:
+            raise PeerError(f"a rank has ended, or does not answer ({_line(broken)})") from broken
         return [
             part.numpy().tobytes()[: int(size)] for part, size in zip(parts, sizes, strict=True)
         ]
@@ -148,7 +162,10 @@ class Ranks:
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
         )
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as broken:
+            raise PeerError(f"a rank has ended, or does not answer ({_line(broken)})") from broken
         sizes = [parameter.numel() for parameter in parameters]
         for parameter, part in zip(parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -160,7 +177,7 @@ class Ranks:
 
         The lowest rank that failed raises its own exception, the others PeerError. Where ranks only
         stop, as a signal asks, all raise StopRequested, or KeyboardInterrupt after a second Ctrl-C.
-        Nothing in the block may communicate, but in a `together` or an exchange that all come to.
+        Blocks and exchanges may lie within: a rank that waits in one is told there.
         """
         error: BaseException | None = None
         try:
@@ -168,21 +185,30 @@ class Ranks:
         except BaseException as caught:  # told to the others, then raised again
             error = caught
         if self.size > 1:
-            try:
-                said = self.gather(_status(error))
-            except RuntimeError as broken:
-                # a rank is gone, or waits elsewhere: an error of one's own is the one to see
-                raise error or PeerError(f"a rank has ended: {_line(broken)}") from broken
-            no_failure = (None, _STOPPED, _INTERRUPTED, _TOLD)
-            failed = [rank for rank, text in enumerate(said) if text not in no_failure]
-            if failed and failed[0] != self.rank:
-                raise PeerError(f"rank {failed[0]} failed: {said[failed[0]]}") from error
-            if not failed and _INTERRUPTED in said and not isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt
-            if not failed and _STOPPED in said and error is None:
-                raise StopRequested
+            self._end_block(error)
         if error is not None:
             raise error
+
+    def _end_block(self, error: BaseException | None) -> None:
+        """Tell all how a block ended here, and raise what they tell where that comes first."""
+        try:
+            said = self._exchange(_STATUS + _status(error).encode())
+        except PeerError:
+            if error is None:
+                raise
+            return  # an error of one's own is the one to see
+        # who waits in an exchange of values is told there, and has not failed
+        told = [message[1:].decode() if message.startswith(_STATUS) else _WELL for message in said]
+        failed = [
+            rank
+            for rank, how in enumerate(told)
+            if how not in (_WELL, _STOPPED, _INTERRUPTED, _TOLD)
+        ]
+        if failed and failed[0] != self.rank:
+            _raise_told(failed[0], told[failed[0]])
+        for how in (_INTERRUPTED, _STOPPED):
+            if how in told and error is None:
+                _raise_told(told.index(how), how)
 
     @contextlib.contextmanager
     def silent_but_first(self) -> Iterator[None]:
@@ -201,17 +227,33 @@ class Ranks:
             yield
 
 
-def _status(error: BaseException | None) -> str | None:
-    """Say in one line how a block ended, None where it ended well."""
+def _status(error: BaseException | None) -> str:
+    """Say in one line how a block ended."""
+    if error is None:
+        return _WELL
     if isinstance(error, PeerError):  # of an inner block: who failed raises it here once more
         return _TOLD
     if isinstance(error, StopRequested):
         return _STOPPED
-    if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED
-    return None if error is None else _line(error)
+    return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _line(error)
+
+
+def _raise_told(rank: int, told: str) -> NoReturn:
+    """Raise what a rank has told of the end of its block."""
+    if told == _STOPPED:
+        raise StopRequested
+    if told == _INTERRUPTED:
+        raise KeyboardInterrupt
+    if told == _TOLD:
+        raise PeerError(f"rank {rank} has left, as another did")
+    if told == _WELL:
+        raise RuntimeError(f"rank {rank} has come to the end of a block, and this one has not")
+    raise PeerError(f"rank {rank} failed: {told}")
 
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:500]}"
+
+
+ALONE = Ranks()  # of a process that was not started by torchrun, or takes no part
