@@ -179,7 +179,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     data = load_data_sets(files, root, config.bad_images, begun, config.label_set)
     rollouts = Rollouts(data.train, build_rewards(config, data.train), config)
     plan, total = rollouts.plan, rollouts.plan.total_steps(len(data.train))
-    check_dump_step(resolved, len(data.train), checkpoint.step if checkpoint else 0)
+    check_dump_step(resolved, total, checkpoint.step if checkpoint else 0)
     if config.show_batch:
         return show_prompts(config, data.train, plan.prompts, sys.stdout)
 

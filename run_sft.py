@@ -67,7 +67,7 @@ def train(
     Lines that begin with `run.` are book-keeping: without them the same model is trained.
     """
     steps_per_epoch = config.steps_per_epoch(len(examples))
-    step_size = config.step_size
+    step_size = config.step_size()
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
         epoch, place = divmod(run.step, steps_per_epoch)

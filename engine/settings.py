@@ -428,6 +428,11 @@ def rounded_up(number: float) -> int:
     return math.ceil(round(number, 6))
 
 
+def by_ranks(ranks: int) -> str:
+    """Say in a product of counts that it is taken once for each rank, "" for a single one."""
+    return f" x {ranks} ranks" if ranks > 1 else ""
+
+
 def training_problems(config: TrainingConfig) -> list[str]:
     """Name what is wrong with the shared settings, one line each: ranges, unknown names."""
     problems = range_problems(config)
@@ -554,27 +559,27 @@ class SFTConfig(TrainingConfig):
         within=COUNT,
     )
 
-    @property
-    def step_size(self) -> int:
-        """Count the examples of an optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    def step_size(self, ranks: int = 1) -> int:
+        """Count the examples of an optimizer step, of all ranks. ranks: how many there are."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
 
-    def steps_per_epoch(self, num_examples: int) -> int:
+    def steps_per_epoch(self, num_examples: int, ranks: int = 1) -> int:
         """Count the optimizer steps of an epoch. The last step may have fewer examples."""
-        return math.ceil(num_examples / self.step_size)
+        return math.ceil(num_examples / self.step_size(ranks))
 
-    def total_steps(self, num_examples: int) -> int:
+    def total_steps(self, num_examples: int, ranks: int = 1) -> int:
         """Count the optimizer steps of the whole run, unless it stops early."""
-        by_epochs = rounded_up(self.num_train_epochs * self.steps_per_epoch(num_examples))
+        by_epochs = rounded_up(self.num_train_epochs * self.steps_per_epoch(num_examples, ranks))
         return self.max_steps or by_epochs
 
-    def batch_line(self, num_examples: int) -> str:
+    def batch_line(self, num_examples: int, ranks: int = 1) -> str:
         """Say in a banner's line how sequences, steps and epochs relate."""
         micro, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         return (
-            f"batch       {micro} sequences x {accumulation} accumulated = {self.step_size} an"
-            f" optimizer step; {self.steps_per_epoch(num_examples)} steps an epoch,"
-            f" {self.total_steps(num_examples)} steps in all, early stop after"
+            f"batch       {micro} sequences x {accumulation} accumulated{by_ranks(ranks)} ="
+            f" {self.step_size(ranks)} an optimizer step;"
+            f" {self.steps_per_epoch(num_examples, ranks)} steps an epoch,"
+            f" {self.total_steps(num_examples, ranks)} steps in all, early stop after"
             f" {self.early_stopping_patience} epochs without a better loss"
         )
 

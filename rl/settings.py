@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from data.examples import Example
 from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.inherited import FRESH, INHERITED, inherit
+from engine.launch import Launch
 from engine.runtime import newest_finished_run
 from engine.settings import (
     COUNT,
@@ -297,7 +298,7 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
             "--model_name_or_path is missing: --adapter_name_or_path none starts from a base or"
             " merged model; give its folder, a hub name or 'demo'"
         )
-    return found + judging_problems(config) or BatchPlan.of(config).problems()
+    return found + judging_problems(config) or BatchPlan.of(config, Launch.of().size).problems()
 
 
 def judging_problems(config: GRPOConfig) -> list[str]:
@@ -392,14 +393,14 @@ def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     return found
 
 
-def check_dump_step(resolved: Resolved, num_examples: int, done: int) -> None:
+def check_dump_step(resolved: Resolved, steps: int, done: int) -> None:
     """Raise UsageError where the step to dump is not among those that this run will make.
 
-    num_examples: prompts of the training data.
+    steps: optimizer steps of the whole run.
     done: optimizer steps that are made already. A step that a resumed run inherits may be done.
     """
     config: GRPOConfig = resolved.configs[0]
-    step, steps = config.dump_step, BatchPlan.of(config).total_steps(num_examples)
+    step = config.dump_step
     if step is not None and step > steps:
         raise UsageError(
             f"--dump_step {step}: the run ends with step {steps}; name one of its steps"

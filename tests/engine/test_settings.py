@@ -254,6 +254,19 @@ def test_steps_of_fine_tuning_are_whole():
     assert config.steps_per_epoch(81) == 11 and config.total_steps(81) == 13  # 1.1 x 11 = 12.1
 
 
+def test_steps_of_fine_tuning_with_ranks_by_hand():
+    config = SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1.1
+    )
+    assert (config.step_size(), config.step_size(4)) == (8, 32)
+    assert config.steps_per_epoch(80, 4) == 3 and config.total_steps(80, 4) == 4  # 1.1 x 3 = 3.3
+    assert config.batch_line(80, 4) == (
+        "batch       2 sequences x 4 accumulated x 4 ranks = 32 an optimizer step; 3 steps an"
+        " epoch, 4 steps in all, early stop after 2 epochs without a better loss"
+    )
+    assert "2 sequences x 4 accumulated = 8 an optimizer step; 10 steps" in config.batch_line(80)
+
+
 def test_weight_decay_is_the_papers_in_fine_tuning_and_none_in_grpo():
     """Decay of the adapter pulls a policy towards the base, not towards the SFT adapter."""
     assert (SFTConfig().weight_decay, GRPOConfig().weight_decay) == (0.01, 0.0)
