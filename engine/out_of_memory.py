@@ -16,7 +16,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -134,6 +134,7 @@ class Limits:
             f"warning: {cut.line()}", file=sys.stderr
         )
         self.advise: Callable[[str], str] = lambda phase: ""
+        self._to_tell: list[Cut] = []  # cuts that other ranks do not know of
 
     @property
     def max_tokens(self) -> int | None:
@@ -254,4 +255,17 @@ class Limits:
     def _cut(self, cut: Cut) -> None:
         self.values[cut.setting] = cut.after
         self.halved.add(cut.setting)
+        self._to_tell.append(cut)
         self.report(cut)
+
+    def tell_cuts(self, gather: Callable[[list[dict]], list[list[dict]]], rank: int) -> None:
+        """Report on every rank what memory has cut on the others since the last call.
+
+        The smaller value stays that of the rank whose memory ran out.
+
+        gather: gives every rank's value to all, in the ranks' order. rank: this one.
+        """
+        cuts, self._to_tell = [asdict(cut) for cut in self._to_tell], []
+        for other, of_rank in enumerate(gather(cuts)):
+            for cut in of_rank if other != rank else ():
+                self.report(Cut(**cut))

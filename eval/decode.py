@@ -24,6 +24,7 @@ from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.out_of_memory import EVALUATION, Cut, Limits
 from engine.policy import Policy, load_base
+from engine.ranks import ALONE, Ranks
 from engine.resume import OUT_OF_MEMORY, changed_base_of
 from engine.runtime import StopRequested
 from engine.settings import TrainingConfig
@@ -152,13 +153,15 @@ def predict(
     done: Sequence[Prediction] = (),
     should_stop: Callable[[], bool] = lambda: False,
     on_prediction: Callable[[Prediction], None] = lambda prediction: None,
+    ranks: Ranks = ALONE,
 ) -> list[Prediction]:
     """Answer every example, by the sampler that rollouts use too.
 
     policy: the model with its active adapter, or the base. done: predictions of an earlier call
-    with the same arguments that was cut short. They are taken, not made again.
-    on_prediction: called with each new prediction as soon as it is there. should_stop: once it says
-    so, StopRequested is raised, and what is being written is lost.
+    with the same arguments that was cut short, the same on all ranks. They are taken, not made
+    again. on_prediction: called with each new prediction of this rank as soon as it is there.
+    should_stop: once it says so on any rank, all raise StopRequested, and what is being written is
+    lost. ranks: share what is to be answered. All get all predictions.
 
     Returns the predictions in the examples' order. With num_generations k above 1 each example has
     k in a row, whose "sample" says which it is. Its prompt is read once for all of them.
@@ -170,10 +173,12 @@ def predict(
     """
     k = decoding.num_generations
     predictions = whole_images(done, k)
-    kept = set(predictions)
+    missing = [i for i, example in enumerate(examples) if example.id not in predictions]
+    own = missing[ranks.rank :: ranks.size]
+    new: dict[str, list[Prediction]] = {}
 
     def keep(example: Example, completions: Sequence[Completion]) -> None:
-        predictions[example.id] = [
+        new[example.id] = [
             Prediction.of_example(
                 example,
                 prompt=policy.prompt.name,
@@ -185,16 +190,27 @@ def predict(
             )
             for number, completion in enumerate(completions)
         ]
-        for prediction in predictions[example.id]:
+        for prediction in new[example.id]:
             on_prediction(prediction)
 
     size = WINDOW * max(1, decoding.batch_size // k)
-    for start in range(0, len(examples), size):
-        positions = [
-            i for i in range(start, min(start + size, len(examples))) if examples[i].id not in kept
-        ]
-        _decode_window(policy, examples, positions, decoding, should_stop, keep)
+    # as many windows on every rank: all leave after the one in which one of them stops or fails
+    for start in range(0, len(missing[:: ranks.size]), size):
+        with ranks.together():
+            window = own[start : start + size]
+            _decode_window(policy, examples, window, decoding, should_stop, keep)
+    policy.limits.tell_cuts(ranks.gather, ranks.rank)
+    answers = [answer for of_image in new.values() for answer in of_image]
+    predictions |= whole_images(of_all_ranks(answers, ranks), k)
     return [prediction for example in examples for prediction in predictions[example.id]]
+
+
+def of_all_ranks(predictions: Sequence[Prediction], ranks: Ranks) -> list[Prediction]:
+    """Give the predictions of every rank to all, in the ranks' order."""
+    if ranks.size == 1:
+        return list(predictions)
+    rows = ranks.gather([prediction.to_row() for prediction in predictions])
+    return [Prediction.from_row(row) for of_rank in rows for row in of_rank]
 
 
 def whole_images(
@@ -261,52 +277,69 @@ def evaluate_sets(
     notes: Mapping[str, dict[str, Any]] | None = None,
     records: Mapping[str, dict[str, Any]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Decode and score every data set, with a progress bar, and keep both -> {name: scores}.
 
     Results of these names in output_dir are replaced. Until a data set is finished, its answers so
-    far are in predictions-<name>.partial.jsonl. An interrupt (StopRequested, once should_stop
-    says so) or an error leaves that file there and says so. Where it cannot be written, the
-    evaluation goes on without it.
+    far are in predictions-<name>.partial.jsonl, those of rank r in predictions-<name>.partial-r
+    .jsonl. An interrupt (StopRequested, once should_stop says so on any rank) or an error leaves
+    them there and says so. Where one cannot be written, the evaluation goes on without it.
 
     baseline_examples: see `score`. annotate: called with a set's predictions, returns them with
     fields of the caller's own, and more keys for their scores. With num_generations above 1 these
     are the votes, and the samples are kept beside them. notes: {name: keys to add to the scores}.
     records: {name: `evaluation_record`}. With them, answers that an earlier call with the same
-    records left behind are taken. Raises UsageError where those are of another evaluation,
-    StepFailed where the results cannot be written, which says where the answers are.
+    records left behind are taken, whatever the number of its ranks. ranks: share the images. Rank 0
+    alone scores and writes, and tells the scores. Raises UsageError where what was left behind is
+    of another evaluation, StepFailed where the results cannot be written, which says where the
+    answers are.
     """
-    results, k = {}, decoding.num_generations
+    results: dict[str, dict[str, Any]] = {}
     for name, examples in sets.items():
         record = None if records is None else records[name]
         with ExitStack() as partial_files:
             ask = partial(_answers, partial_files, policy, name, decoding, output_dir, record)
-            answers = ask(examples, should_stop)
-            predictions = answers if k == 1 else vote_predictions(answers)
-            more = {"samples": answers} if k > 1 else {}
+            answers, swapped = ask(examples, should_stop, ranks), None
             if decoding.swap_images:
-                more["swapped"] = _swapped(examples, decoding.seed, ask, should_stop)
-            annotations: dict[str, Any] = {}
-            if annotate is not None:
-                predictions, annotations = annotate(predictions)
-            scores = scores_record(
-                predictions,
-                more.get("samples", ()),
-                baseline_examples=baseline_examples,
-                seed=decoding.seed,
-            )
-            if decoding.swap_images:
-                scores["faithfulness"] = faithfulness_scores(
-                    predictions, more["swapped"], seed=decoding.seed
-                )
-            results[name] = scores | annotations | dict((notes or {}).get(name, {}))
-            try:
-                write_results(
-                    output_dir, name, predictions, results[name], more=more, overwrite=True
-                )
-            except OSError as error:
-                raise not_written(output_dir, name, answers, error) from error
+                swapped = _swapped(examples, decoding.seed, ask, should_stop, ranks)
+            note = dict((notes or {}).get(name, {}))
+            score = partial(_scored, output_dir, name, answers, swapped, decoding)
+            results[name] = ranks.on_first(partial(score, baseline_examples, annotate, note))
     return results
+
+
+def _scored(
+    output_dir: str | Path,
+    name: str,
+    answers: list[Prediction],
+    swapped: list[Prediction] | None,
+    decoding: Decoding,
+    baseline_examples: Sequence[Example] | None,
+    annotate: Callable[[list[Prediction]], tuple[list[Prediction], dict[str, Any]]] | None,
+    note: dict[str, Any],
+) -> dict[str, Any]:
+    """Score the answers to a data set and write all of its results -> its scores.
+
+    swapped: the answers from other patients' images. note: keys to add to the scores.
+    """
+    votes = decoding.num_generations > 1
+    predictions = vote_predictions(answers) if votes else answers
+    annotations: dict[str, Any] = {}
+    if annotate is not None:
+        predictions, annotations = annotate(predictions)
+    samples, seed = answers if votes else [], decoding.seed
+    scores = scores_record(predictions, samples, baseline_examples=baseline_examples, seed=seed)
+    more = {"samples": samples} if votes else {}
+    if swapped is not None:
+        more["swapped"] = swapped
+        scores["faithfulness"] = faithfulness_scores(predictions, swapped, seed=seed)
+    scores |= annotations | note
+    try:
+        write_results(output_dir, name, predictions, scores, more=more, overwrite=True)
+    except OSError as error:
+        raise not_written(output_dir, name, answers, error) from error
+    return scores
 
 
 def _answers(
@@ -318,20 +351,31 @@ def _answers(
     record: Mapping[str, Any] | None,
     examples: Sequence[Example],
     should_stop: Callable[[], bool],
+    ranks: Ranks,
     kind: Kind = "predictions",
 ) -> list[Prediction]:
-    """Answer a data set with a progress bar, and keep what is there in a file until the stack ends.
+    """Answer a data set with a progress bar, and keep what is there in files until the stack ends.
 
-    kind: "swapped" where the examples have another patient's images.
+    Rank 0 shows the bar of its share, and reads what an earlier call left. kind: "swapped" where
+    the examples have another patient's images.
     """
     k = decoding.num_generations
-    done = [] if record is None else read_partial(output_dir, name, record, kind)
-    done = [answer for found in whole_images(done, k).values() for answer in found]
-    keep = partial_files.enter_context(kept(output_dir, name, done, record, kind))
+    done: list[Prediction] = []
+    with ranks.together():
+        if record is not None and ranks.first:
+            done = read_partial(output_dir, name, record, kind)
+            done = [answer for found in whole_images(done, k).values() for answer in found]
+    done = of_all_ranks(done, ranks)
+    keep = partial_files.enter_context(kept(output_dir, name, done, record, kind, ranks))
     what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
-    description = f"{name} ({what})"
+    share = f", share of rank {ranks.rank}" if ranks.size > 1 else ""
+    images = len(examples) - len(done) // k
+    before, own = (len(range(ranks.rank, count, ranks.size)) for count in (len(done), images))
     with Progress(
-        k * len(examples), initial=len(done), description=description, show_first=False
+        before + k * own,
+        initial=before,
+        description=f"{name} ({what}{share})",
+        show_first=False,
     ) as progress:
         return predict(
             policy,
@@ -340,6 +384,7 @@ def _answers(
             done=done,
             should_stop=should_stop,
             on_prediction=_shown(progress, keep),
+            ranks=ranks,
         )
 
 
@@ -348,6 +393,7 @@ def _swapped(
     seed: int,
     ask: Callable[..., list[Prediction]],
     should_stop: Callable[[], bool],
+    ranks: Ranks,
 ) -> list[Prediction]:
     """Answer every example from another patient's image, and note whose image it was."""
     partners = partners_of(examples, seed)
@@ -355,9 +401,10 @@ def _swapped(
         dataclasses.replace(example, image=partner.image, image_root=partner.image_root)
         for example, partner in zip(examples, partners, strict=True)
     ]
+    answers = ask(swapped, should_stop, ranks, "swapped")
     return [
         answer.with_extra(image_of=partner.id)
-        for answer, partner in zip(ask(swapped, should_stop, "swapped"), partners, strict=True)
+        for answer, partner in zip(answers, partners, strict=True)
     ]
 
 

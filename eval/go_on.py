@@ -1,7 +1,8 @@
 """Keep the answers of an evaluation as they come, and go on where one was cut short.
 
 The file of partial answers is a help and not a result: where it cannot be written, the evaluation
-goes on without it.
+goes on without it. Of several ranks each keeps its own answers in a file of its own. Whatever their
+number is when the evaluation goes on, all these files are read.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from data.files import sha256_of, write_json
 from data.plain_files import is_plain, open_plain, plain_lines
@@ -25,13 +27,29 @@ from engine.runtime import StepFailed, disk_line
 from eval.folders import read_record, result_files
 from eval.settings import EvalConfig
 
+if TYPE_CHECKING:  # a command reads what was left before it loads torch
+    from engine.ranks import Ranks
+
 Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
 
 
-def _partial_files(output_dir: str | Path, name: str, kind: Kind) -> tuple[Path, Path]:
-    """Return (file of the answers so far, file of their evaluation's record)."""
+def _partial_files(
+    output_dir: str | Path, name: str, kind: Kind, rank: int = 0
+) -> tuple[Path, Path]:
+    """Return (file of a rank's answers so far, file of their evaluation's record)."""
     stem = Path(output_dir) / f"{kind}-{name}.partial"
-    return Path(f"{stem}.jsonl"), Path(f"{stem}.json")
+    return Path(f"{stem}{f'-{rank}' if rank else ''}.jsonl"), Path(f"{stem}.json")
+
+
+def _left(output_dir: str | Path, name: str, kind: Kind) -> list[Path]:
+    """List the files of partial answers that there are, of all ranks, in their order."""
+    first, _ = _partial_files(output_dir, name, kind)
+    numbers = {
+        path: re.fullmatch(r"-([1-9][0-9]*)\.jsonl", path.name.removeprefix(first.stem))
+        for path in Path(output_dir).glob(f"{first.stem}-*.jsonl")
+    }
+    others = sorted((int(number[1]), path) for path, number in numbers.items() if number)
+    return [first] * os.path.lexists(first) + [path for _, path in others]
 
 
 def read_partial(
@@ -39,30 +57,33 @@ def read_partial(
 ) -> list[Prediction]:
     """Read the answers that an interrupted evaluation left, so that the same one goes on.
 
-    record: `evaluation_record` of the evaluation that asks. kind: of the answers. Raises UsageError
-    where they are of another evaluation.
+    They are those of all its ranks, each answer once. record: `evaluation_record` of the evaluation
+    that asks. kind: of the answers. Raises UsageError where they are of another evaluation.
     """
-    answers, about = _partial_files(output_dir, name, kind)
-    if not os.path.lexists(answers):
+    _, about = _partial_files(output_dir, name, kind)
+    files = _left(output_dir, name, kind)
+    if not files:
         return []
     if not is_plain(about):
         raise UsageError(
-            f"{answers} was left there by another command; score it with --predictions, remove it,"
+            f"{files[0]} was left there by another command; score it with --predictions, remove it,"
             " or give another --output_dir"
         )
     another = difference(read_record(about), record)
     if another:
         raise UsageError(
-            f"{answers} was begun with another {another}; finish that evaluation, remove the file,"
+            f"{files[0]} was begun with another {another}; finish that evaluation, remove the file,"
             " or give another --output_dir"
         )
-    predictions = []
-    for line in plain_lines(answers):
-        row, problems = parse_row(line)
-        if problems:  # torn by the end of the process
-            break
-        predictions.append(Prediction.from_row(row))
-    return predictions
+    found: dict[tuple[str, Any], Prediction] = {}  # twice where files were being put together
+    for file in files:
+        for line in plain_lines(file):
+            row, problems = parse_row(line)
+            if problems:  # torn by the end of the process
+                break
+            answer = Prediction.from_row(row)
+            found.setdefault((answer.id, answer.extra.get("sample")), answer)
+    return list(found.values())
 
 
 @contextlib.contextmanager
@@ -72,37 +93,64 @@ def kept(
     done: Sequence[Prediction],
     record: Mapping[str, Any] | None,
     kind: Kind,
+    ranks: Ranks | None = None,
 ) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that appends a prediction to the file of partial answers at once.
+    """Give a function that appends a prediction to this rank's file of partial answers at once.
 
-    done: answers of an earlier call, which the file holds first. record: of the evaluation, None
-    where it does not go on from there. The file goes when the block ends well. Else it stays and is
-    named. Where it cannot be written, one warning says so and nothing more is kept.
+    done: answers of an earlier call, which rank 0's file holds first. record: of the evaluation,
+    None where it does not go on from there. ranks: all of them enter the block, None for one
+    process. The files go when the block ends well. Else they stay, and rank 0 names them. Where one
+    cannot be written, a warning says so and nothing more is kept.
     """
-    answers, about = _partial_files(output_dir, name, kind)
+    rank = 0 if ranks is None else ranks.rank
+    answers, about = _partial_files(output_dir, name, kind, rank)
     file = _PartialFile(answers)
-    with file.failing():
-        answers.parent.mkdir(parents=True, exist_ok=True)
-        if record is not None:
-            write_json(about, record)
-        write_predictions(answers, done)  # without a torn line
-        file.opened = open_plain(answers, "ab")
+
+    def begin() -> None:
+        with file.failing():
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            if rank == 0 and record is not None:
+                write_json(about, record)
+            write_predictions(answers, done if rank == 0 else [])  # without a torn line
+            if rank == 0:  # what these hold is in `done`
+                _remove(*(path for path in _left(output_dir, name, kind) if path != answers))
+            file.opened = open_plain(answers, "ab")
+
     try:
+        if rank == 0:
+            begin()
+        # no other rank begins before its file of an earlier call is in rank 0's
+        if ranks is not None and ranks.from_first(file.opened is not None) and rank > 0:
+            begin()
         yield file.keep
     except BaseException:
         file.close()
-        if _size(answers):
-            how = (
-                "the same command goes on from there"
-                if record is not None
-                else f"to score them: {_score_command(name, answers)}"
-            )
-            print(f"the answers so far are kept in {answers}: {how}", file=sys.stderr)
-        else:
-            _remove(answers, about)
+        if rank == 0:
+            _name_what_is_left(output_dir, name, kind, record)
+        elif not _size(answers):
+            _remove(answers)
         raise
     file.close()
-    _remove(answers, about)
+    _remove(answers)
+    if rank == 0:
+        _remove(*_left(output_dir, name, kind), about)
+
+
+def _name_what_is_left(
+    output_dir: str | Path, name: str, kind: Kind, record: Mapping[str, Any] | None
+) -> None:
+    """Say where the answers so far are, or remove the files where these hold none."""
+    left = _left(output_dir, name, kind)
+    files = [path for path in left if _size(path)]
+    if not files:
+        _remove(*left, _partial_files(output_dir, name, kind)[1])
+        return
+    how = (
+        "the same command goes on from there"
+        if record is not None
+        else f"to score them: {_score_command(name, files)}"
+    )
+    print(f"the answers so far are kept in {_listed(files)}: {how}", file=sys.stderr)
 
 
 class _PartialFile:
@@ -148,19 +196,20 @@ def not_written(
 ) -> StepFailed:
     """Say that a data set's results cannot be written, and where its answers are kept.
 
-    That is the file of partial answers, or a new folder for temporary files where it lacks some.
+    Those are the files of partial answers, or a new folder for temporary files where they lack
+    some.
     """
-    file: Path | None = _partial_files(output_dir, name, "predictions")[0]
-    if file is None or _rows(file) < len(answers):
+    files = _left(output_dir, name, "predictions")
+    if sum(map(_rows, files)) < len(answers):
         try:
             folder = Path(tempfile.mkdtemp(prefix="answers-"))
-            file = write_predictions(folder / f"predictions-{name}.jsonl", answers)
+            files = [write_predictions(folder / f"predictions-{name}.jsonl", answers)]
         except OSError:
-            file = None
+            files = []
     where = (
-        "they can be kept nowhere else either"
-        if file is None
-        else f"they are kept in {file}; to score them: {_score_command(name, file)}"
+        f"they are kept in {_listed(files)}; to score them: {_score_command(name, files)}"
+        if files
+        else "they can be kept nowhere else either"
     )
     return StepFailed(
         f"{name} is answered, but its results cannot be written ({disk_line(error)}). Its"
@@ -168,8 +217,18 @@ def not_written(
     )
 
 
-def _score_command(name: str, file: Path) -> str:
-    return shlex.join(["python", "-m", "eval.evaluate", "--predictions", f"{name}={file}"])
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
+
+
+def _score_command(name: str, files: Sequence[Path]) -> str:
+    """Write the command that scores answers, of several ranks once they are in one file."""
+    command = ["python", "-m", "eval.evaluate", "--predictions"]
+    if len(files) == 1:
+        return shlex.join([*command, f"{name}={files[0]}"])
+    whole = f"{name}.jsonl"
+    together = f"{shlex.join(['cat', *map(str, files)])} > {whole}"
+    return f"{together}; {shlex.join([*command, f'{name}={whole}'])}"
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,7 @@ run reads them back: they are all the memory that this needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data.files import DataError, write_json, written_folder
 from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.inherited import FRESH
+from engine.ranks import ALONE, Ranks
 from eval.end_table import METRICS, row_of
 from eval.folders import (
     START,
@@ -37,7 +39,10 @@ EVALUATIONS = "evaluations.jsonl"  # a row a data set and evaluation
 
 # ---- keep ----------------------------------------------------------------------------------------
 def keep_start(
-    folder: Path, names: Sequence[str], vote: Callable[[Path], object] | None = None
+    folder: Path,
+    names: Sequence[str],
+    vote: Callable[[Path], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Copy the results of the evaluation before the first step to <run>/start.
 
@@ -45,10 +50,31 @@ def keep_start(
     so it is what GRPO has to beat.
 
     folder: the run's, with the results in it. names: the data sets. vote: decodes all of them with
-    a vote, into the folder that it is given. None for no such baseline.
+    a vote, into the folder that it is given. None for no such baseline. ranks: all of them decode
+    the vote, rank 0 alone writes.
     """
     if not names:
         return
+    ranks.on_first(lambda: _copy_results(folder, names))
+    # once, also where step 0 is the best
+    if vote is None or ranks.on_first(lambda: (folder / VOTE).is_dir()):
+        return
+    with ExitStack() as written:
+
+        def begin() -> str:
+            return str(written.enter_context(written_folder(folder / VOTE)))
+
+        def finish(temporary: Path) -> None:
+            _say_who_answered(temporary, folder)
+            written.close()  # the folder takes its place
+
+        temporary = Path(ranks.on_first(begin))
+        vote(temporary)
+        ranks.on_first(lambda: finish(temporary))
+
+
+def _copy_results(folder: Path, names: Sequence[str]) -> None:
+    """Copy the results in a run's folder to <run>/start."""
     with written_folder(folder / START) as temporary:
         for name in names:
             predictions_file, scores_file = result_files(folder, name)
@@ -56,10 +82,6 @@ def keep_start(
             scores.pop("step", None)  # of this run, while the folder is about the one before
             write_results(temporary, name, read_predictions(predictions_file), scores)
         _say_who_answered(temporary, folder)
-    if vote is not None and not (folder / VOTE).is_dir():  # once, also where step 0 is the best
-        with written_folder(folder / VOTE) as temporary:
-            vote(temporary)
-            _say_who_answered(temporary, folder)
 
 
 def _say_who_answered(place: Path, folder: Path) -> None:

@@ -39,7 +39,7 @@ ANSWERS = [
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def answered(policy, examples, decoding, *, done, should_stop, on_prediction):
+def answered(policy, examples, decoding, *, done, should_stop, on_prediction, ranks):
     for answer in ANSWERS:
         on_prediction(answer)
     return ANSWERS
