@@ -204,7 +204,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     # run
     state = TrainerState()
     if checkpoint is not None:
-        state = restore(checkpoint, policy, optimizer, {"sampler": rollouts.generator})
+        state = restore(checkpoint, policy, optimizer)
         restore_rollouts(checkpoint, rollouts, monitors, policy.encoder.decode)
     with opened_run(
         "grpo", config.output_dir, checkpoint, record, data.bad_images, state, start.keep(policy)
@@ -213,10 +213,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
 
         def save(timed: bool = False) -> None:
             files = saved_rollouts(rollouts, monitors, run.step) | {"timed": timed}
-            limit, generators = config.save_total_limit, run.generators
-            save_training_checkpoint(
-                folder, state, policy, optimizer, record, limit, generators, **files
-            )
+            limit = config.save_total_limit
+            save_training_checkpoint(folder, state, policy, optimizer, record, limit, **files)
 
         def evaluate() -> None:
             chosen, stop = config.metric_for_best_model, run.should_stop

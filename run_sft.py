@@ -46,6 +46,7 @@ from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
+from engine.random_numbers import dropout_numbers
 from engine.ranks import Ranks
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Run, Schedule, TrainerState, next_command, opened_run
@@ -81,6 +82,7 @@ def train(
         policy.net.train()  # with dropout, and for gradient checkpointing
 
         def backward(indices: list[int]) -> torch.Tensor:
+            dropout_numbers(config.seed, run.step, indices[0])
             micro = [rows[i] for i in indices]
             batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
             hidden, targets = policy.hidden_states(batch)  # [K,H], [K]

@@ -40,6 +40,7 @@ _SUFFIXES = (".safetensors", ".json")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(?:safetensors|json)")
 _LARGEST_MANIFEST = 16 * 2**20  # bytes; one of a run has some 2,000
 RUN_ID = "run_id"  # in config.json and in the notes of a manifest
+BY_PLACE = "numbers_by_place"  # in the notes of a manifest: see engine/random_numbers.py
 OTHER_RUN = "is of another run"
 _LARGEST_HEADER = 25_000_000  # bytes; one of 10,000 tensors has 1,500,000
 

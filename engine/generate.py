@@ -6,8 +6,8 @@ model's generation_config are used (see engine/families.py). Suppressed ids (ima
 probability 0, here as in every log-probability.
 
 Each prompt is prefilled once and its completions share its KV cache (engine/cache.py). The uniform
-numbers of a completion are drawn before its first token. So a completion depends neither on which
-others are decoded beside it nor on padding.
+numbers of a completion are given (engine/random_numbers.py). So a completion depends neither on
+which others are decoded beside it nor on padding.
 
 Shapes: N completions, n of them being decoded, T length of the longest, B prompts of S tokens,
 H hidden, V vocabulary.
@@ -151,7 +151,7 @@ def generate(
     num_generations: int = 1,
     max_rows: int | None = None,
     whole_groups: bool = True,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    uniform: Sequence[Tensor] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_finished: Callable[[int, list[Completion]], None] = lambda prompt, completions: None,
 ) -> list[list[Completion]]:
@@ -163,30 +163,26 @@ def generate(
         the next prompt takes their place, the longest first.
     whole_groups: decode at least the completions of one prompt at a time. Else they are parted
         where they are more than max_rows, and each part reads the prompt anew.
-    generator: CPU generators, one for all prompts or one for each. Needed unless greedy.
+    uniform: for each prompt the numbers that decide its completions, [G,T] fp32 in [0, 1), with T
+        the max_completion_length. Needed unless greedy.
     should_stop(): asked before every token. Once it returns True, StopRequested is raised, and the
         caller discards what is not finished.
     on_finished(i, completions): called as soon as prompt i has all its completions.
 
-    Runs in eval() mode and restores the mode that it found. Raises ValueError where a generator is
-    needed and none is given, StepFailed where logits are not finite numbers.
+    Runs in eval() mode and restores the mode that it found. Raises ValueError where numbers
+    are needed and not there, StepFailed where logits are not finite numbers.
     """
-    if sampling.temperature > 0 and generator is None:
-        raise ValueError(
-            "sampling needs a torch.Generator; give one, or temperature 0 for greedy decoding"
-        )
+    if sampling.temperature > 0:
+        _check_uniform(uniform, len(prompts), (num_generations, sampling.max_completion_length))
     parts = 1 if whole_groups or max_rows is None else parts_of_group(num_generations, max_rows)
-    if isinstance(generator, torch.Generator):
-        generator = [generator] * len(prompts)
-    if parts > 1:
+    if parts > 1:  # the numbers of a prompt's parts lie one after another, as its completions do
         prompts = [prompt for prompt in prompts for _ in range(parts)]
-        generator = generator and [own for own in generator for _ in range(parts)]
     written: dict[int, list[Completion]] = {}  # by part
     finished: dict[int, list[Completion]] = {}  # by prompt
     layers = sampling_layers(policy.net, copies=policy.sampling_copies)
     with policy.evaluating(), layers as head:
         writing = _Writing(
-            policy, head, prompts, sampling, num_generations // parts, max_rows, generator
+            policy, head, prompts, sampling, num_generations // parts, max_rows, uniform
         )
         while writing.goes_on:
             if should_stop():
@@ -199,6 +195,19 @@ def generate(
                     finished[prompt] = [one for i in of_prompt for one in written[i]]
                     on_finished(prompt, finished[prompt])
     return [finished[i] for i in range(len(prompts) // parts)]
+
+
+def _check_uniform(uniform: Sequence[Tensor] | None, prompts: int, shape: tuple[int, int]) -> None:
+    """Refuse numbers that would not be one for each token of each completion."""
+    if uniform is None:
+        raise ValueError(
+            "sampling needs uniform numbers; give them, or temperature 0 for greedy decoding"
+        )
+    shapes = [tuple(own.shape) for own in uniform]
+    if shapes != [shape] * prompts:
+        raise ValueError(
+            f"uniform numbers need shape {shape} for each of {prompts} prompts: {shapes}"
+        )
 
 
 def parts_of_group(generations: int, max_rows: int) -> int:
@@ -235,7 +244,7 @@ class _Writing:
         sampling: SamplingConfig,
         generations: int,
         max_rows: int | None,
-        generators: Sequence[torch.Generator] | None,
+        uniform: Sequence[Tensor] | None,
     ):
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
         self.head, self.softcap, self.generations = head, policy.softcap, generations
@@ -248,10 +257,8 @@ class _Writing:
         self.logprobs = torch.zeros(shape, device=self.device)
         self.masses = torch.ones(shape, device=self.device)
         if sampling.temperature > 0:
-            assert generators is not None, "generate() asks for one"
-            self.uniform = torch.cat(
-                [torch.rand(generations, shape[1], generator=own) for own in generators]
-            ).to(self.device)  # [N,T]
+            assert uniform is not None, "generate() asks for them"
+            self.uniform = torch.cat(list(uniform)).to(self.device)  # [N,T]
 
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # Prompts are taken from the end, so the longest come first.

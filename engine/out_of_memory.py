@@ -5,8 +5,8 @@
     limits.decoded("rollout", SAMPLING, count, ...) completions that are decoded together
     limits.once_more("vision tower", work)          nothing to halve: the allocator's cache is freed
 
-A piece of work that fails is undone by its caller: gradients, random numbers and metrics are as
-they were before it. Everything that it held is let go before it is done again. Sums run over the
+A piece of work that fails is undone by its caller: gradients, metrics and what a fork draws from are
+as they were before it. Everything that it held is let go before it is done again. Sums run over the
 whole optimizer step, so that a cut changes its gradient by rounding only.
 """
 
@@ -183,7 +183,6 @@ class Limits:
         together: int | None,
         left: Callable[[], int],
         work: Callable[[int | None], Result],
-        undo: Undo = (),
         *,
         group: int = 1,
     ) -> Result:
@@ -205,7 +204,7 @@ class Limits:
                 rows = min(rows, bound if setting in self.halved else max(bound, group))
             return rows // 2 or None
 
-        return self._again(phase, lambda: work(most()), setting, smaller, undo)
+        return self._again(phase, lambda: work(most()), setting, smaller, ())
 
     def once_more(self, phase: str, work: Callable[[], Result], undo: Undo = ()) -> Result:
         """Do work of which nothing can be halved, and once more with the allocator's cache freed.

@@ -100,7 +100,6 @@ class Run:
         title: str,
         save: Callable[..., object],
         evaluate: Callable[[], object],
-        generators: Mapping[str, torch.Generator] | None = None,
         stateful: Mapping[str, Stateful] | None = None,
     ):
         """Open the books.
@@ -108,13 +107,13 @@ class Run:
         state: where the run stands. It changes with every step. title: shown before the bar.
         save: writes a checkpoint of the state as it is, with timed=True where only --save_minutes
         asks for it. evaluate: evaluates and logs the scores.
-        generators, stateful: what a step that fails must not have changed, beside torch's, numpy's
-        and Python's own random numbers.
+        stateful: what a step that fails must not have changed, beside torch's, numpy's and
+        Python's own random numbers, from which a fork may draw.
         """
         self.folder, self.log, self.signals = folder.path, folder.log, folder.signals
         self.record, self._cuts = folder.record, 0  # how often memory ran out since the last step
         self.state, self.schedule, self.save, self.evaluate = state, schedule, save, evaluate
-        self.generators, self.stateful = dict(generators or {}), dict(stateful or {})
+        self.stateful = dict(stateful or {})
         self.metrics = MetricAccumulator(state.unlogged_metrics)
         self.bar = Progress(schedule.total, initial=state.global_step, description=title)
         self.state.log_history = self.log.log_history
@@ -286,10 +285,10 @@ class Run:
 
         Until then nothing but these may have changed.
         """
-        random, metrics = rng_to_tensors(self.generators), self.metrics.mark()
+        random, metrics = rng_to_tensors(), self.metrics.mark()
 
         def back() -> None:
-            load_rng(*random, self.generators)
+            load_rng(*random)
             metrics()
 
         return back
@@ -401,7 +400,7 @@ class Run:
 
     def _begin(self) -> None:
         """Note what a step or an evaluation that is cut short must not have changed."""
-        self._before = Before.of(self.state, self.stateful, self.generators, saved=self._saved)
+        self._before = Before.of(self.state, self.stateful, saved=self._saved)
         self._saved = False
 
     def _undo(self) -> None:
@@ -409,7 +408,7 @@ class Run:
             return
         if self._take_back is not None:
             self._take_back()
-        self._before.put_back(self.state, self.stateful, self.generators)
+        self._before.put_back(self.state, self.stateful)
         self.metrics = MetricAccumulator(self.state.unlogged_metrics)
         self._saved = self._before.saved
         self._before = self._take_back = None

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from data.files import write_json, written_whole
 from engine.checkpoint import (
+    BY_PLACE,
     RUN_ID,
     TIMED,
     Checkpoint,
@@ -52,7 +53,6 @@ def save_training_checkpoint(
     optimizer: torch.optim.Optimizer,
     config_record: dict[str, Any],
     limit: int | None,
-    generators: Mapping[str, torch.Generator] | None = None,
     *,
     timed: bool = False,
     tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
@@ -63,8 +63,8 @@ def save_training_checkpoint(
     Then point the links `last` and `best`, and delete old checkpoints.
 
     config_record: the contents of config.json. limit: checkpoints to keep, None for all.
-    generators: those besides torch's, numpy's and Python's own. timed: the next checkpoint takes
-    the place of this one. tensors, records: files of the caller's own, by name.
+    timed: the next checkpoint takes the place of this one. tensors, records: files of the caller's
+    own, by name.
 
     Raises StepFailed where the adapter or the optimizer's state is not finite: no step could follow
     from that. Raises OSError where the disk refuses. Both leave earlier checkpoints as they are.
@@ -75,7 +75,7 @@ def save_training_checkpoint(
     check_finite(adapter, f"{name} is not saved: the adapter")
     check_finite(optimizer_tensors, f"{name} is not saved: the optimizer's state")
     folder.bring_back(state.global_step)
-    rng_tensors, rng_record = rng_to_tensors(generators)
+    rng_tensors, rng_record = rng_to_tensors()
     notes = {name: config_record[name] for name in ("reference", RUN_ID) if name in config_record}
     path = save_checkpoint(
         folder.path,
@@ -94,7 +94,9 @@ def save_training_checkpoint(
             "config.json": config_record,
             **(records or {}),
         },
-        notes=notes | {"logs": folder.log.marks()} | ({TIMED: True} if timed else {}),
+        notes=notes
+        | {"logs": folder.log.marks(), BY_PLACE: True}
+        | ({TIMED: True} if timed else {}),
     )
     settle_checkpoints(folder.path, path, state.best_model_checkpoint, limit)
     if folder.kept is not None:
@@ -113,15 +115,13 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 
 def restore(
-    checkpoint: Checkpoint,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator] | None = None,
+    checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> TrainerState:
     """Put adapter, optimizer and random numbers back, and return where the run stood.
 
-    generators: as they were given to `save_training_checkpoint`. Raises UsageError where the
-    adapter does not fit the model, CheckpointError where the rest of the checkpoint does not fit.
+    A checkpoint of an earlier version that drew from generators is taken, with a warning. Raises
+    UsageError where the adapter does not fit the model, CheckpointError where the rest of the
+    checkpoint does not fit.
     """
     moments = checkpoint.tensors("optimizer")
     try:
@@ -134,10 +134,17 @@ def restore(
     load_adapter_state(
         policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
     )
-    saved = checkpoint.record("optimizer.json")
+    saved, random = checkpoint.record("optimizer.json"), checkpoint.tensors("rng")
+    drew = "generator.sampler" in random or checkpoint.record("adapter_config.json")["lora_dropout"]
+    if drew and not checkpoint.manifest["notes"].get(BY_PLACE):
+        logger.warning(
+            "%s: saved by an earlier version, which drew random numbers in another order; the run"
+            " goes on with other completions or dropout than it would have had",
+            checkpoint.path,
+        )
     with fitting(checkpoint):
         load_optimizer(optimizer, moments, saved)
-        load_rng(checkpoint.tensors("rng"), checkpoint.record("rng.json"), generators)
+        load_rng(random, checkpoint.record("rng.json"))
         state = TrainerState(**checkpoint.record("trainer_state.json"))
     sound_best(checkpoint.path.parent, state)
     return state

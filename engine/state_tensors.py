@@ -114,21 +114,17 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def rng_to_tensors(
-    generators: Mapping[str, torch.Generator] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def rng_to_tensors() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Save every source of randomness as (tensors, JSON record).
 
-    The sources are torch on CPU and CUDA, Python, numpy's global state, and the named generators.
+    The sources are torch on CPU and CUDA, Python, and numpy's global state. The loops need none of
+    them (engine/random_numbers.py): they are for what a fork draws.
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {
             f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
         }
-    tensors |= {
-        f"generator.{name}": generator.get_state() for name, generator in (generators or {}).items()
-    }
     numpy_state = np.random.get_state()
     assert isinstance(numpy_state, tuple)  # it is a dict only where legacy=False asks for one
     algorithm, key, position, has_gauss, gauss = numpy_state
@@ -141,16 +137,11 @@ def rng_to_tensors(
     return tensors, record
 
 
-def load_rng(
-    tensors: Mapping[str, torch.Tensor],
-    record: dict[str, Any],
-    generators: Mapping[str, torch.Generator] | None = None,
-) -> None:
+def load_rng(tensors: Mapping[str, torch.Tensor], record: dict[str, Any]) -> None:
     """Restore what `rng_to_tensors` gave, so that every source continues with the same draws.
 
-    Raises CheckpointError for a generator without saved state and for the state of another kind of
-    device. Another number of CUDA devices is only a warning: the run can continue, but not bit for
-    bit.
+    Raises CheckpointError for the state of another kind of device. Another number of CUDA devices
+    is only a warning: what a fork draws differs then.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved_devices = sum(name.startswith("cuda.") for name in tensors)
@@ -164,8 +155,6 @@ def load_rng(
         torch.set_rng_state(tensors["torch"])
         for index in range(min(devices, saved_devices)):
             torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-        for name, generator in (generators or {}).items():
-            generator.set_state(tensors[f"generator.{name}"])
         algorithm, position, has_gauss, gauss = record["numpy"]
         np.random.set_state(
             (algorithm, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)

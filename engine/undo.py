@@ -41,31 +41,19 @@ class Before:
     saved: bool
 
     @classmethod
-    def of(
-        cls,
-        state: TrainerState,
-        stateful: Mapping[str, Stateful],
-        generators: Mapping[str, torch.Generator],
-        *,
-        saved: bool,
-    ) -> Before:
+    def of(cls, state: TrainerState, stateful: Mapping[str, Stateful], *, saved: bool) -> Before:
         """Note everything as it is now. Its arguments are those of `put_back`."""
         return cls(
-            rng_to_tensors(generators),
+            rng_to_tensors(),
             {name: part.state_dict() for name, part in stateful.items()},
             {field.name: getattr(state, field.name) for field in fields(state)},
             len(state.log_history),
             saved,
         )
 
-    def put_back(
-        self,
-        state: TrainerState,
-        stateful: Mapping[str, Stateful],
-        generators: Mapping[str, torch.Generator],
-    ) -> None:
+    def put_back(self, state: TrainerState, stateful: Mapping[str, Stateful]) -> None:
         """Make everything as it was, in the objects that there are."""
-        load_rng(*self.random, generators)
+        load_rng(*self.random)
         for name, part in stateful.items():
             part.load_state_dict(self.parts[name])
         for name, value in self.state.items():

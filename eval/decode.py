@@ -24,6 +24,7 @@ from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.out_of_memory import EVALUATION, Cut, Limits
 from engine.policy import Policy, load_base
+from engine.random_numbers import uniform_numbers
 from engine.ranks import ALONE, Ranks
 from engine.resume import OUT_OF_MEMORY, changed_base_of
 from engine.runtime import StopRequested
@@ -167,7 +168,8 @@ def predict(
     k in a row, whose "sample" says which it is. Its prompt is read once for all of them.
 
     A finished completion makes room for the next, and images are looked at window by window. Every
-    example has random numbers of its own, made from the seed and its position, so completions
+    example has random numbers of its own, made from the seed and its position, also where it has
+    another patient's image, so completions
     depend on batch_size and on done only by rounding. They come sample by sample, so the first ones
     do not depend on k either. Raises DataError for an image that cannot be read.
     """
@@ -240,10 +242,13 @@ def _decode_window(
         if should_stop():
             raise StopRequested
         encoded[i] = policy.encode(examples[i])
-    k, limits = decoding.num_generations, policy.limits
+    k, limits, sampling = decoding.num_generations, policy.limits, decoding.sampling
 
     def decode(max_rows: int | None) -> None:
-        asked = list(encoded)
+        asked, uniform = list(encoded), None
+        if sampling.temperature > 0:
+            numbers = partial(uniform_numbers, "evaluation", decoding.seed)
+            uniform = [numbers(i, k, sampling.max_completion_length) for i in asked]
 
         def answered(place: int, completions: Sequence[Completion]) -> None:
             keep(examples[asked[place]], completions)
@@ -252,12 +257,12 @@ def _decode_window(
         generate(
             policy,
             list(encoded.values()),
-            decoding.sampling,
+            sampling,
             num_generations=k,
             max_rows=max_rows,
             whole_groups=EVALUATION not in limits.halved,
             should_stop=should_stop,
-            generator=[torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in asked],
+            uniform=uniform,
             on_finished=answered,
         )
 

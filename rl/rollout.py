@@ -20,6 +20,7 @@ from engine.generate import Completion, SamplingConfig, generate
 from engine.order import shuffled
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
+from engine.random_numbers import uniform_numbers
 from engine.runtime import StepFailed, StopRequested
 from engine.time_limit import TimeLimit
 from rl.plan import BatchPlan
@@ -44,9 +45,9 @@ class Rollouts:
     this order: `take`, `reward`, `score`, `set_advantages`, `keep_old`.
 
     plan: how many prompts, completions and steps belong together.
-    generator: the CPU generator of all completions.
     limits: how much is run at once.
     examples, prompts: those of the rollout at hand, the prompts encoded.
+    first: the position in the run of its first prompt.
     samples: its completions, those of one prompt together. [] before the first rollout.
     """
 
@@ -59,11 +60,11 @@ class Rollouts:
         """Begin the stream. data: the training examples, each a prompt."""
         self.data, self.reward_functions, self.config = data, reward_functions, config
         self.plan = BatchPlan.of(config)
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.limits = Limits(config)
         self._with_reference = False  # when the rollout was scored
         self.examples: list[Example] = []
         self.prompts: list[EncodedPrompt] = []
+        self.first = 0
         self.samples: list[Sample] = []
 
     # ---- the stream of prompts -------------------------------------------------------------------
@@ -96,16 +97,21 @@ class Rollouts:
             if should_stop():
                 raise StopRequested
             prompts.append(policy.encode(example))
-        self.examples, self.prompts = examples, prompts
+        self.examples, self.prompts, self.first = examples, prompts, first
 
     # ---- the rollout, in the order of the loop ---------------------------------------------------
     def sample(self, policy: Policy, should_stop: Callable[[], bool]) -> list[list[Completion]]:
-        """Sample G completions of each prompt at hand.
+        """Sample G completions of each prompt at hand, by the numbers of its position in the run.
 
         Where memory runs out, the same completions are sampled again, fewer of them together.
         Raises StopRequested once should_stop says so.
         """
-        config, before = self.config, self.generator.get_state()
+        config = self.config
+        shape = config.num_generations, config.max_completion_length
+        uniform = [
+            uniform_numbers("rollout", config.seed, self.first + i, *shape)
+            for i in range(len(self.prompts))
+        ]
 
         def decode(max_rows: int | None) -> list[list[Completion]]:
             return generate(
@@ -115,7 +121,7 @@ class Rollouts:
                 num_generations=config.num_generations,
                 max_rows=max_rows,
                 whole_groups=False,
-                generator=self.generator,
+                uniform=uniform,
                 should_stop=should_stop,
             )
 
@@ -125,7 +131,6 @@ class Rollouts:
             config.sampling_batch_size,
             lambda: self.plan.completions,
             decode,
-            [lambda: self.generator.set_state(before)],
         )
 
     def reward(

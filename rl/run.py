@@ -178,7 +178,6 @@ class GRPORun(Run):
             title="GRPO",
             save=save,
             evaluate=evaluate,
-            generators={"sampler": rollouts.generator},
             stateful={"monitors": monitors}
             | {name: Memory(name, one) for name, one in rollouts.reward_functions.items()},
         )

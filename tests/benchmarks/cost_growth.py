@@ -51,7 +51,7 @@ from tests.benchmarks import models
 from tests.benchmarks.models import FAMILIES, Costs, Sizes
 from tests.benchmarks.steps import machine, quiet
 from tests.helpers.memory import allocated_peak
-from tests.helpers.tiny import policy_of
+from tests.helpers.tiny import policy_of, uniform_for
 
 PARTS = ("sampler", "old + reference", "policy")
 PIECES = "policy in pieces"
@@ -133,7 +133,7 @@ class Workbench:
                 prompts,
                 SamplingConfig(0.8, 0.95, length),
                 num_generations=point.generations,
-                generator=torch.Generator().manual_seed(0),
+                uniform=uniform_for(len(prompts), point.generations, length),
             )
 
         @torch.no_grad()

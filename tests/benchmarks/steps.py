@@ -67,6 +67,7 @@ from rl.settings import GRPOConfig
 from tests.benchmarks import models
 from tests.benchmarks.models import FAMILIES, Costs, Sizes
 from tests.helpers import plain
+from tests.helpers.tiny import uniform_for
 
 OBJECTIVE = ObjectiveConfig()
 TEMPERATURE, TOP_P, MAX_GRAD_NORM = 0.8, 0.95, 1.0
@@ -234,7 +235,7 @@ class Product:
             prompts,
             sampling,
             num_generations=generations,
-            generator=torch.Generator().manual_seed(0),
+            uniform=uniform_for(len(prompts), generations, sampling.max_completion_length),
         )
 
     def look(self, examples: Sequence[Example], prompt: Prompt) -> list[EncodedPrompt]:

@@ -16,7 +16,7 @@ from engine.base_model import BaseModel
 from engine.encode import EncodedPrompt
 from engine.generate import SamplingConfig, generate
 from engine.runtime import StepFailed
-from tests.helpers.tiny import SHORT, examples_of, load, policy_of, with_features
+from tests.helpers.tiny import SHORT, examples_of, load, policy_of, uniform_for, with_features
 
 LENGTH = 6
 
@@ -54,7 +54,7 @@ def written(model, prompts, temperature: float = 1.0, generations: int = 2, **mo
         prompts,
         SamplingConfig(temperature, 0.95, LENGTH),
         num_generations=generations,
-        generator=torch.Generator().manual_seed(0),
+        uniform=uniform_for(len(prompts), generations, LENGTH),
         **more,
     )
 

@@ -42,6 +42,7 @@ from tests.helpers.tiny import (
     load,
     pixel_inputs,
     policy_of,
+    uniform_for,
     with_features,
 )
 
@@ -236,7 +237,7 @@ def test_the_sampler_applies_soft_capping(tmp_path, tiny_images):
         [prompt],
         SamplingConfig(0.8, 0.95, 12),
         num_generations=3,
-        generator=torch.Generator().manual_seed(0),
+        uniform=uniform_for(1, 3, 12),
     )
     rows = [
         EncodedRow(prompt, completion.ids, torch.ones(len(completion.ids), dtype=torch.bool))

@@ -46,6 +46,7 @@ from tests.helpers.tiny import (
     load,
     pixel_inputs,
     policy_of,
+    uniform_for,
     with_features,
 )
 
@@ -95,7 +96,7 @@ def sample(
         prompts,
         config,
         num_generations=num_generations,
-        generator=seeded(seed),
+        uniform=uniform_for(len(prompts), num_generations, config.max_completion_length, seed),
     )
 
 
@@ -538,7 +539,7 @@ def test_finished_rows_make_room_for_the_next_prompts(
         SamplingConfig(max_completion_length=20),
         num_generations=num_generations,
         max_rows=max_rows,
-        generator=seeded(),
+        uniform=uniform_for(7, num_generations, 20),
         on_finished=lambda i, group: told.append((i, group)),
     )
     same_completions(refilled, together)
@@ -582,7 +583,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(model, prompts, mo
             SamplingConfig(max_completion_length=20),
             num_generations=3,
             max_rows=4,
-            generator=seeded(),
+            uniform=uniform_for(3, 3, 20),
         ),
         expected,
     )
@@ -616,7 +617,7 @@ def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, promp
         return attend(self, module, *arguments)
 
     monkeypatch.setattr(DecodingMask, "attend", watched)
-    sample(model, prompts, num_generations=8, stop_ids=ragged(model, prompts, 8))
+    sample(model, prompts, num_generations=8, stop_ids=ragged(model, prompts, 8), seed=1)
     sizes = sizes[19:]  # after those of finding the stop ids
     assert sizes[0][:2] == (3, 24)
     assert sizes[-1][0] < 3 and len({rows for _, rows, _ in sizes}) > 3
@@ -646,14 +647,16 @@ def test_of_equally_probable_tokens_no_more_than_needed_are_kept():
     assert mass.tolist() == pytest.approx([0.6, 0.5])
 
 
-def test_prompts_can_have_generators_of_their_own(model, prompts):
+def test_a_prompt_has_the_same_completions_beside_any_others(model, prompts):
+    numbers = uniform_for(3, 2, 6)
+
     def each(chosen: list[int]) -> dict[int, list[list[int]]]:
         groups = generate(
             policy_of(model.net, model),
             [prompts[i] for i in chosen],
             SamplingConfig(max_completion_length=6),
             num_generations=2,
-            generator=[seeded(i) for i in chosen],
+            uniform=[numbers[i] for i in chosen],
         )
         return dict(zip(chosen, ids_of(groups), strict=True))
 
@@ -732,7 +735,24 @@ def test_a_seed_gives_the_same_completions_again(model, prompts):
     assert all(group[0] != group[1] for group in first)
 
 
-def test_greedy_needs_no_generator_and_sampling_does(model, prompts):
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 5])
+def test_parts_of_a_group_have_the_numbers_of_the_whole(model, prompts, max_rows):
+    """A cut by memory changes no completion: part p has its own rows of the same numbers."""
+    stops = ragged(model, prompts, 6)
+    whole = sample(model, prompts, num_generations=6, stop_ids=stops)
+    parted = generate(
+        policy_of(model.net, dataclasses.replace(model, stop_ids=frozenset(stops))),
+        prompts,
+        SamplingConfig(max_completion_length=20),
+        num_generations=6,
+        max_rows=max_rows,
+        whole_groups=False,
+        uniform=uniform_for(3, 6, 20),
+    )
+    same_completions(parted, whole)
+
+
+def test_greedy_needs_no_numbers_and_sampling_does(model, prompts):
     greedy = generate(
         policy_of(model.net, model),
         prompts,
@@ -740,9 +760,22 @@ def test_greedy_needs_no_generator_and_sampling_does(model, prompts):
     )
     assert [len(group) for group in greedy] == [1, 1, 1]
     with pytest.raises(
-        ValueError, match="sampling needs a torch.Generator; give one, or temperature 0"
+        ValueError, match="sampling needs uniform numbers; give them, or temperature 0"
     ):
         generate(policy_of(model.net, model), prompts, SamplingConfig(temperature=0.8))
+
+
+@pytest.mark.parametrize("wrong", [(2, 2, 5), (3, 1, 5), (3, 2, 6)])
+def test_numbers_of_another_shape_are_refused(model, prompts, wrong):
+    """Prompts, completions and tokens: each too few or too many."""
+    with pytest.raises(ValueError, match=r"need shape \(2, 5\) for each of 3 prompts"):
+        generate(
+            policy_of(model.net, model),
+            prompts,
+            SamplingConfig(max_completion_length=5),
+            num_generations=2,
+            uniform=uniform_for(*wrong),
+        )
 
 
 @pytest.mark.parametrize("training", [True, False])

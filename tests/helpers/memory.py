@@ -32,7 +32,7 @@ from engine.memory import ModelShape, Workload, forecast, model_shape
 from engine.model import BaseModel, attach_new_adapter, enable_gradient_checkpointing
 from engine.optim import build_optimizer, whole_step
 from engine.policy import Policy
-from tests.helpers.tiny import policy_of
+from tests.helpers.tiny import policy_of, uniform_for
 
 CLASSES = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -280,7 +280,7 @@ def phase_step(
             [look(make_prompt(config, sizes)) for _ in range(sizes.rows)],
             sampling,
             num_generations=generations,
-            generator=torch.Generator().manual_seed(0),
+            uniform=uniform_for(sizes.rows, generations, sizes.new_tokens),
         )
 
     policy.net.train(phase.startswith(("sft", "grpo")))

@@ -32,6 +32,7 @@ from data.prompts import Prompt
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.model import BaseModel, attach_new_adapter, load_model
 from engine.policy import Policy
+from engine.random_numbers import uniform_numbers
 
 SHORT = Prompt("short", "Which?")
 QWEN_SPECIALS = [
@@ -428,3 +429,11 @@ def policy_of(
 ) -> Policy:
     """Make a policy of a model with or without an adapter."""
     return Policy(net, base, prompt, temperature)
+
+
+def uniform_for(prompts: int, generations: int, length: int, seed: int = 0) -> list[torch.Tensor]:
+    """Make the numbers with which so many prompts are sampled, [G,T] each."""
+    return [
+        uniform_numbers("rollout", seed, position, generations, length)
+        for position in range(prompts)
+    ]

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 
 import engine.policy
+import rl.rollout
 from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.labels import LABELS
@@ -28,6 +29,7 @@ from engine.forward import completion_logprobs
 from engine.generate import Completion
 from engine.model import add_reference, attach_adapter, load_model
 from engine.policy import Policy
+from engine.random_numbers import uniform_numbers
 from engine.runtime import StepFailed, StopRequested
 from rl.logs import completion_rows, mismatch_metrics, rollout_metrics
 from rl.objective import ObjectiveConfig
@@ -706,6 +708,22 @@ def test_prompts_are_a_stream_of_shuffled_epochs():
     again, other = stream(), Encoding()
     again.take(8, other)  # a rollout across the border of two epochs, taken without those before
     assert [one.id for one in again.examples] == taken[4:6]
+
+
+@pytest.mark.parametrize("step", [0, 4, 8, 40])
+def test_completions_have_the_numbers_of_their_prompts_positions(monkeypatch, step):
+    """2 prompts a rollout of 4 steps. No rollout before it is needed, and none moves it."""
+    given = []
+    monkeypatch.setattr(rl.rollout, "generate", lambda *_, uniform, **__: given.append(uniform))
+    rollouts = stream()
+    rollouts.take(step, Encoding())
+    for _ in range(2):  # as after a cut by memory
+        rollouts.sample(None, lambda: False)  # type: ignore[arg-type]  # nothing asks it
+    shape = 2, rollouts.config.max_completion_length
+    expected = [uniform_numbers("rollout", 7, step // 2 + i, *shape) for i in range(2)]
+    for uniform in given:
+        assert all(torch.equal(one, other) for one, other in zip(uniform, expected, strict=True))
+    assert len(given) == 2
 
 
 def test_nothing_is_done_in_the_middle_of_a_rollout():

@@ -20,9 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import engine.generate
 import engine.optim
+import engine.saving
 import eval.decode
 import rl.settings
 import run_grpo
@@ -218,6 +220,24 @@ def test_grpo_goes_on_bit_for_bit(straight_grpo, tmp_path, step, place):
         assert snapshot(tmp_path / "elsewhere/reference") == snapshot(straight_grpo / "reference")
         assert snapshot(copy) == before
     assert snapshot(straight_grpo) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "step"), [(run_sft, 3), (run_grpo, 3), (run_grpo, 4)], ids=["sft", "middle", "next"]
+)
+def test_a_resume_needs_no_random_state(
+    straight_sft, straight_grpo, tmp_path, monkeypatch, caplog, script, step
+):
+    """Completions and dropout are functions of their place: here all generators are others."""
+    straight = straight_sft if script is run_sft else straight_grpo
+    copy = shutil.copytree(straight, tmp_path / "copy", symlinks=True)
+    monkeypatch.setattr(engine.saving, "load_rng", lambda *state: torch.manual_seed(999))
+    assert resume(script.main, copy / f"checkpoint-{step}") == 0
+    for name in ("adapter_model.safetensors", f"checkpoint-{step + 1}/optimizer.safetensors"):
+        assert (copy / name).read_bytes() == (straight / name).read_bytes()
+    if script is run_grpo:
+        assert lines(copy / "completions.jsonl") == lines(straight / "completions.jsonl")
+    assert "earlier version" not in caplog.text
 
 
 def test_grpo_of_the_other_family_goes_on_in_the_middle_of_a_rollout(

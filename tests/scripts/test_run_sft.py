@@ -270,12 +270,14 @@ def test_micro_batches_do_not_change_the_step(
     family, tiny_checkpoint, tiny_data, tmp_path, monkeypatch
 ):
     gradients, clip = [], run_sft.clip_gradients
+    seeded: list[tuple[int, ...]] = []  # for dropout: (seed, step, first row) of each micro-batch
 
     def recording(parameters, max_norm):
         gradients.append({str(i): parameter.grad.clone() for i, parameter in enumerate(parameters)})
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(run_sft, "clip_gradients", recording)
+    monkeypatch.setattr(run_sft, "dropout_numbers", lambda *place: seeded.append(place))
     monkeypatch.setattr(run_sft, "evaluate_sets", lambda *_, **__: {})
     monkeypatch.setattr(run_sft, "format_scores", lambda scores: "")
     # the last one is 6 rows: other rows, another gradient
@@ -295,6 +297,7 @@ def test_micro_batches_do_not_change_the_step(
             "--learning_rate",
             "1e-4",
         )
+    assert seeded == [(42, 0, row) for row in (0, *(0, 2), *(0, 1, 2, 3), *(0, 3))]
     size = max(gradient.abs().max().item() for gradient in gradients[0].values())
     assert largest_difference(gradients[0], gradients[1]) < 1e-5 * size
     assert largest_difference(gradients[0], gradients[2]) < 1e-5 * size

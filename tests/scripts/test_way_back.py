@@ -455,13 +455,15 @@ def as_before(run: Path) -> None:
             (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_run_of_an_earlier_version_goes_on(straight_sft, start_sft, tmp_path):
+def test_a_run_of_an_earlier_version_goes_on(straight_sft, start_sft, tmp_path, caplog):
     run = shutil.copytree(straight_sft, tmp_path / "run", symlinks=True)
     as_before(run)
     assert "is not empty" in refusal(start_sft, run)[0]  # finished: it has its adapter
     (run / "adapter_model.safetensors").unlink()
     shutil.rmtree(run / "checkpoint-4")
     assert start_sft(run) == 0
+    # that version drew dropout from a stream, so it would have gone on with other numbers
+    assert caplog.text.count("which drew random numbers in another order; the run goes on") == 1
     assert equal_tensors(
         run / "adapter_model.safetensors", straight_sft / "adapter_model.safetensors"
     )
