@@ -5,9 +5,9 @@
     limits.decoded("rollout", SAMPLING, count, ...) completions that are decoded together
     limits.once_more("vision tower", work)          nothing to halve: the allocator's cache is freed
 
-A piece of work that fails is undone by its caller: gradients, metrics and what a fork draws from are
-as they were before it. Everything that it held is let go before it is done again. Sums run over the
-whole optimizer step, so that a cut changes its gradient by rounding only.
+A piece of work that fails is undone by its caller: gradients, metrics and the random state of forks
+are as they were before it. Everything that it held is let go before it is done again. Sums run over
+the whole optimizer step, so that a cut changes its gradient by rounding only.
 """
 
 from __future__ import annotations
