@@ -42,6 +42,7 @@ from engine.values import (
 _LARGEST_RECIPE = 1_000_000  # bytes; shipped ones have 1,500
 _MOST_KEYS = 1_000
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
+Changes = dict[str, tuple[Any, str]]  # the value and the origin of settings, by name
 
 
 class UsageError(ValueError):
@@ -438,6 +439,7 @@ def parse_config(
     inherit_with: str | None = None,
     inherit: Callable[[str], dict[str, Any] | None] | None = None,
     free_to_change: Sequence[str] = (),
+    settle: Callable[[str, dict[str, Any], dict[str, str]], Changes] | None = None,
     resume: str | None = None,
 ) -> Resolved:
     """Read one command line into one instance of each class.
@@ -452,6 +454,8 @@ def parse_config(
     inherit: `inherit(value of that flag)` gives the settings of that run. They stand in for the
     defaults, and a recipe or a flag that would change one is a problem. None for a new run.
     free_to_change: settings that a resumed run may change.
+    settle: `settle(value of that flag, values, origins)` returns values of these that the resumed
+    run takes instead, with their origins. It raises UsageError for values that it cannot take.
     resume: the value of inherit_with, whatever the flag says.
 
     Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse
@@ -512,13 +516,31 @@ def parse_config(
         for name, before in (inherited or {}).items()
         if values[name] != before and name not in free_to_change
     ]
-    configs, found = _instances(config_classes, values)
+    found = _settle(settle, named, values, origins) if settle and named and inherited else []
+    configs, refused = _instances(config_classes, values)
+    found += refused
     problems += found
     if validate is not None and not found:
         problems += validate(*configs)
     if problems:
         raise ConfigError(problems)
     return Resolved(tuple(configs), origins, recipe)
+
+
+def _settle(
+    settle: Callable[[str, dict[str, Any], dict[str, str]], Changes],
+    named: str,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> list[str]:
+    """Take over what `settle` changes, in place -> its problems."""
+    try:
+        changes = settle(named, values, origins)
+    except UsageError as error:
+        return error.problems
+    for name, (value, origin) in changes.items():
+        values[name], origins[name] = value, origin
+    return []
 
 
 def _inherited(

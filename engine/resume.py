@@ -35,6 +35,7 @@ from engine.config import Resolved, UsageError, from_json, to_json
 from engine.longer import EXTENDED, LENGTHS, extension
 from engine.model_checks import base_hashes
 from engine.model_files import ADAPTER_FILES, model_path, same_base
+from engine.run_batch import BATCH, RunBatch
 from engine.runtime import (
     STEP_LOGS,
     check_plain_folder,
@@ -239,6 +240,11 @@ def begun_record(named: str | Path) -> dict[str, Any] | None:
     return record if begun else None
 
 
+def record_of(named: str) -> dict[str, Any]:
+    """Read config.json of the run that --resume_from_checkpoint names: its checkpoint's, if any."""
+    return begun_record(named) or find_checkpoint(named)[0].record("config.json")
+
+
 def memory_cuts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Find what memory has cut in a run -> {setting: its entry in config.json}.
 
@@ -347,17 +353,20 @@ def training_record(
     script: Literal["sft", "grpo"],
     sets: DataSets,
     checkpoint: Checkpoint | None,
-    count: Callable[[Any, int], int],
+    count: Callable[[Any, int, int], int],
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Make config.json of a training run, new or resumed.
 
-    count: the optimizer steps of a whole run, from its settings and the number of examples.
+    count: the optimizer steps of a whole run, from its settings, the number of examples and ranks.
+    ranks: how many there are.
 
     Raises UsageError where a data file, the base or the frozen reference is not the one that the
     resumed run began with, or the base not the one that the adapter was trained on.
     """
     record = run_record(resolved, script, sets.files, sets.bad_images)
     config = resolved.configs[0]
+    record[BATCH] = _batch_record(record, checkpoint, config.output_dir, ranks)
     saved = None if checkpoint is None else checkpoint.record("config.json").get("base")
     how = saved["hash"] if saved else config.base_hash
     record["base"] = base_record(config.model_name_or_path, how)
@@ -382,13 +391,32 @@ def training_record(
             }
     if checkpoint is None:
         return record | {RUN_ID: uuid.uuid4().hex}
-    longer = extension(checkpoint, config, len(sets.train), count)
+    longer = extension(
+        checkpoint, config, len(sets.train), lambda of, examples: count(of, examples, ranks)
+    )
     record = continued_record(checkpoint, record)
     if longer is not None:
         record[EXTENDED] = [*record.get(EXTENDED, []), longer]
     if "reference" in checkpoint.record("config.json"):
         record["reference"] = check_same_reference(checkpoint)
     return record
+
+
+def _batch_record(
+    record: Mapping[str, Any], checkpoint: Checkpoint | None, output_dir: str | None, ranks: int
+) -> dict[str, Any]:
+    """Note the batch of a run: what it began with stays, also where it begins again.
+
+    record: what config.json will hold. output_dir: of the run, None for a new one.
+    """
+    before = None if output_dir is None else begun_record(output_dir)
+    if checkpoint is not None:
+        before = checkpoint.record("config.json")
+    settings = {name: entry["value"] for name, entry in record["settings"].items()}
+    batch = None if before is None else RunBatch.saved_in(before)
+    if batch is None or not batch.is_made_by(settings, ranks):
+        batch = RunBatch.of(settings, ranks)
+    return batch.record(ranks)
 
 
 # ---- the base model ------------------------------------------------------------------------------

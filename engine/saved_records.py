@@ -17,6 +17,7 @@ from data.plain_files import is_checkpoint_name
 from engine.adapter_settings import shown
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.model_files import ADAPTER_FILES
+from engine.run_batch import BATCH_SETTINGS
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -111,7 +112,14 @@ _CONFIG: dict[str, Check] = {
     "run_id": _optional(
         lambda value: isinstance(value, str) and _RUN_ID.fullmatch(value) is not None
     ),
+    "batch": lambda value: value is None or _object(_BATCH)(value),
     "base": lambda value: value in (None, {}) or _object(_BASE)(value),
+}
+_BATCH: dict[str, Check] = {
+    "step": lambda value: _count(value) and value > 0,
+    "rollout": lambda value: value is None or _count(value) and value > 0,
+    "ranks": lambda value: _count(value) and value > 0,
+    "begun": _mapped(lambda name: name in BATCH_SETTINGS, _optional(_count)),
 }
 _BASE: dict[str, Check] = {
     "name": lambda value: isinstance(value, str),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from data.answers import ANSWER_FORMATS
 from data.examples import check_data_file
@@ -22,11 +22,19 @@ from data.label_sets import labels_of
 from data.labels import LabelSet
 from data.prompt_files import prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
-from engine.config import ConfigError, Resolved, parse_config, range_problems, setting
+from engine.config import Changes, ConfigError, Resolved, parse_config, range_problems, setting
 from engine.inherited import INHERITED, inherit
+from engine.launch import Launch
 from engine.longer import LENGTHS
 from engine.model_files import check_model_folder
-from engine.resume import FREE_TO_CHANGE, inherited_settings, resumed_folder, with_memory_cuts
+from engine.resume import (
+    FREE_TO_CHANGE,
+    inherited_settings,
+    record_of,
+    resumed_folder,
+    with_memory_cuts,
+)
+from engine.run_batch import BATCH_SETTINGS, recomputed_line, settled_batch
 from engine.runtime import check_lock, check_output_dir, check_writable
 from engine.unfinished import placed, unfinished_run
 
@@ -483,14 +491,22 @@ def parse_training(
         default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
         inherit_with="resume_from_checkpoint",
         inherit=partial(inherited_settings, script=script),
-        free_to_change=(*FREE_TO_CHANGE, *LENGTHS),
+        free_to_change=(*FREE_TO_CHANGE, *LENGTHS, *BATCH_SETTINGS),
+        settle=_batch_of_run,
     )
     resolved = read()
     unfinished = unfinished_run(resolved, data_specs(resolved.configs[0]), script)
     if unfinished is not None:
         resolved = read(resume=str(unfinished))
         print(f"{unfinished}: goes on with the run that is there", file=sys.stderr)
+    if line := recomputed_line(resolved, Launch.of().size):
+        print(line, file=sys.stderr)
     return with_memory_cuts(placed(resolved))
+
+
+def _batch_of_run(named: str, values: dict[str, Any], origins: dict[str, str]) -> Changes:
+    """Let the batch of a resumed run stay what it is, by `settled_batch` on the ranks of today."""
+    return settled_batch(record_of(named), values, origins, Launch.of().size)
 
 
 def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from data.files import sha256_of
 from engine.checkpoint import RUN_ID, latest_valid_checkpoint, list_checkpoints, load_checkpoint
 from engine.config import Resolved, UsageError, from_json
+from engine.launch import Launch
 from engine.longer import LENGTHS, is_shorter
 from engine.model_files import same_base
 from engine.resume import (
@@ -27,6 +28,7 @@ from engine.resume import (
     resumed_folder,
     saved_record,
 )
+from engine.run_batch import BATCH_SETTINGS, RunBatch
 from engine.runtime import FINISHED, is_finished, runs_of
 from engine.values import show
 
@@ -131,7 +133,8 @@ def differences(
     """Compare a command with the config.json of a run -> what differs, one line each.
 
     By value: what the command leaves open and the run did not get from its command either (the base
-    of its adapter, the newest SFT run) is the run's. A run can be longer than it was.
+    of its adapter, the newest SFT run) is the run's. A run can be longer than it was, and its batch
+    can be divided among other ranks.
     """
     values = {
         name: getattr(config, name)
@@ -139,9 +142,12 @@ def differences(
         for name in resolved.origins
         if hasattr(config, name)
     }
-    found = []
+    batch, found = RunBatch.saved_in(record), []
+    same_batch = batch is not None and batch.is_made_by(values, Launch.of().size)
     for name, entry in record["settings"].items():
         if name in FREE_TO_CHANGE or name in LENGTHS or name not in values:
+            continue
+        if name in BATCH_SETTINGS and (same_batch or batch and batch.has_given(name, values[name])):
             continue
         before, now = _value(entry.get("value")), values[name]
         derived = resolved.origins[name] == "default" and not _given(entry.get("origin"))
