@@ -56,7 +56,9 @@ class Launch:
             f"{name} is {found.get(name) or 'not set'}: torchrun sets it; start with torchrun, or"
             " unset RANK and WORLD_SIZE for a single process"
             for name in _TORCHRUN
-            if not found.get(name) or not name.startswith("MASTER_A") and not found[name].isdigit()
+            if not found.get(name)
+            or not name.startswith("MASTER_A")
+            and not found[name].isdecimal()
         ]
         if problems:
             raise UsageError(problems)

@@ -15,17 +15,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from engine.config import Resolved
+from engine.config import Resolved, UsageError
 from engine.launch import Launch
 from engine.runtime import PeerError, StopRequested
 
@@ -37,7 +39,7 @@ TIMEOUT = timedelta(minutes=30)
 # The first byte of a message: what an exchange is of. Ranks that are out of step notice by it.
 _VALUE, _STATUS = b"v", b"s"
 # How a block ended where this rank has not failed in it. Any other status says what failed.
-_WELL, _STOPPED, _INTERRUPTED, _TOLD = "well", "stopped", "interrupted", "told"
+_NO_FAILURE = _WELL, _STOPPED, _INTERRUPTED, _TOLD = "well", "stopped", "interrupted", "told"
 
 
 class Ranks:
@@ -52,14 +54,21 @@ class Ranks:
     """
 
     def __init__(self, launch: Launch | None = None):
-        """Take part as `launch` says, alone without one. Several ranks wait here for each other."""
+        """Take part as `launch` says, alone without one. Several ranks wait here for each other.
+
+        Raises UsageError where a node has fewer GPUs than ranks: a GPU is never shared.
+        """
         launch = launch or Launch()
         self.rank, self.size, self.first = launch.rank, launch.size, launch.first
         self.local_rank, self.local_size = launch.local_rank, launch.local_size
+        self._messages: dist.ProcessGroup | None = None
+        # How many blocks lie around what runs (`together`), and the outermost of them that others
+        # have left already, from 1.
+        self._depth, self._left = 0, sys.maxsize
         if self.size > 1:
             on_gpus = torch.cuda.is_available()
             if on_gpus:
-                torch.cuda.set_device(self.local_rank)
+                self._take_gpu(torch.cuda.device_count())
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
             # Of its own: where ranks fall out of step, another exchange's sizes would make gloo
             # end the process.
@@ -78,8 +87,17 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the others, on every way out: gloo ends a process whose peer left without it."""
+        self._messages = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _take_gpu(self, count: int) -> None:
+        if self.local_size > count:
+            problem = f"{self.local_size} processes on a node with {count} GPUs"
+            if self.local_rank == 0:  # one of them says it
+                raise UsageError(f"{problem}: give torchrun --nproc_per_node {count}")
+            raise PeerError(problem)
+        torch.cuda.set_device(self.local_rank)
 
     # ---- divide ----------------------------------------------------------------------------------
     def share(self, count: int) -> range:
@@ -94,7 +112,10 @@ class Ranks:
         return [json.loads(data) for data in self._values(json.dumps(value).encode())]
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Give every rank's named tensors to all, on the CPU, in the ranks' order."""
+        """Give every rank's named tensors to all, in the ranks' order.
+
+        They are copies on the CPU. With one rank they are the tensors themselves.
+        """
         if self.size == 1:
             return [dict(tensors)]
         packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -128,27 +149,47 @@ class Ranks:
         return Resolved.of_record(config_classes, record)
 
     def _values(self, data: bytes) -> list[bytes]:
-        """Exchange values. Raises what another rank tells where it is at the end of a block."""
+        """Exchange values. Raises what another rank tells that is at the end of a block."""
         said = self._exchange(_VALUE + data)
-        for rank, message in enumerate(said):
-            if message.startswith(_STATUS):
-                _raise_told(rank, message[1:].decode())
+        if any(message.startswith(_STATUS) for message in said):
+            error = self._of_all(said, None)
+            assert error is not None, "nobody has failed, but some wait and others do not"
+            raise error
         return [message[1:] for message in said]
 
     def _exchange(self, data: bytes) -> list[bytes]:
         """Give every rank's bytes to all. Raises PeerError where a rank has ended."""
-        try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._connected():
             dist.all_gather(sizes, torch.tensor([len(data)]), group=self._messages)
-            longest = int(torch.stack(sizes).max())
-            padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded, group=self._messages)
-        except RuntimeError as broken:
-            raise PeerError(f"a rank has ended, or does not answer ({_line(broken)})") from broken
+        padded = bytearray(int(torch.stack(sizes).max()))
+        padded[: len(data)] = data
+        mine = torch.frombuffer(padded, dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._connected():
+            dist.all_gather(parts, mine, group=self._messages)
         return [
-            part.numpy().tobytes()[: int(size)] for part, size in zip(parts, sizes, strict=True)
+            part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Raise PeerError in place of what gloo says of a rank that has ended or waits elsewhere.
+
+        This rank leaves the others then, so that those that wait for it are told at once: gloo
+        notices only the end of neighbours.
+        """
+        told = "a rank has ended: torchrun names it as the root cause"
+        if not dist.is_initialized():
+            raise PeerError(told)
+        try:
+            yield
+        except RuntimeError as broken:
+            traceback.clear_frames(broken.__traceback__)  # they hold the connections
+            self.close()
+            if "timed out" in str(broken).lower():
+                told = f"a rank has not come to the others for {TIMEOUT.seconds // 60} minutes"
+            raise PeerError(told) from broken
 
     # ---- add up ----------------------------------------------------------------------------------
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -162,10 +203,8 @@ class Ranks:
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
         )
-        try:
+        with self._connected():
             dist.all_reduce(flat)
-        except RuntimeError as broken:
-            raise PeerError(f"a rank has ended, or does not answer ({_line(broken)})") from broken
         sizes = [parameter.numel() for parameter in parameters]
         for parameter, part in zip(parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -180,35 +219,55 @@ class Ranks:
         Blocks and exchanges may lie within: a rank that waits in one is told there.
         """
         error: BaseException | None = None
+        self._depth += 1
+        depth = self._depth
         try:
             yield
         except BaseException as caught:  # told to the others, then raised again
             error = caught
-        if self.size > 1:
-            self._end_block(error)
+        self._depth = depth - 1
+        if self._left <= depth:  # the others have left this block before
+            self._left = sys.maxsize if self._left == depth else self._left
+        elif self.size > 1:
+            try:
+                said = self._exchange(_STATUS + json.dumps([depth, _status(error)]).encode())
+                error = self._of_all(said, error)
+            except PeerError as broken:  # an error of one's own is the one to see
+                error = error or broken
         if error is not None:
             raise error
 
-    def _end_block(self, error: BaseException | None) -> None:
-        """Tell all how a block ended here, and raise what they tell where that comes first."""
-        try:
-            said = self._exchange(_STATUS + _status(error).encode())
-        except PeerError:
-            if error is None:
-                raise
-            return  # an error of one's own is the one to see
-        # who waits in an exchange of values is told there, and has not failed
-        told = [message[1:].decode() if message.startswith(_STATUS) else _WELL for message in said]
-        failed = [
-            rank
-            for rank, how in enumerate(told)
-            if how not in (_WELL, _STOPPED, _INTERRUPTED, _TOLD)
-        ]
+    def _of_all(self, said: Sequence[bytes], error: BaseException | None) -> BaseException | None:
+        """Read how a block has ended on each rank -> what this rank is to raise.
+
+        said: the ranks' messages. A rank that waits in an exchange of values has not failed. error:
+        what this rank raises itself.
+        """
+        ends = {
+            rank: json.loads(message[1:])
+            for rank, message in enumerate(said)
+            if message.startswith(_STATUS)
+        }
+        depths = [depth for depth, _ in ends.values()]
+        if min(depths) <= self._depth:
+            self._left = min(depths)
+        told = [ends[rank][1] if rank in ends else _WELL for rank in range(self.size)]
+        failed = [rank for rank, how in enumerate(told) if how not in _NO_FAILURE]
+        other: BaseException | None = None
         if failed and failed[0] != self.rank:
-            _raise_told(failed[0], told[failed[0]])
-        for how in (_INTERRUPTED, _STOPPED):
-            if how in told and error is None:
-                _raise_told(told.index(how), how)
+            other = PeerError(f"rank {failed[0]} failed: {told[failed[0]]}")
+        elif not failed and _INTERRUPTED in told and _status(error) in (_WELL, _STOPPED):
+            other = KeyboardInterrupt()
+        elif not failed and _STOPPED in told and error is None:
+            other = StopRequested()
+        elif not failed and _TOLD in told and error is None:
+            other = PeerError(f"rank {told.index(_TOLD)} has left, as another did")
+        elif set(told) == {_WELL} and depths != [depths[0]] * self.size:
+            other = RuntimeError("the ranks are out of step")
+        if other is None:
+            return error
+        other.__cause__ = error
+        return other
 
     @contextlib.contextmanager
     def silent_but_first(self) -> Iterator[None]:
@@ -236,19 +295,6 @@ def _status(error: BaseException | None) -> str:
     if isinstance(error, StopRequested):
         return _STOPPED
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _line(error)
-
-
-def _raise_told(rank: int, told: str) -> NoReturn:
-    """Raise what a rank has told of the end of its block."""
-    if told == _STOPPED:
-        raise StopRequested
-    if told == _INTERRUPTED:
-        raise KeyboardInterrupt
-    if told == _TOLD:
-        raise PeerError(f"rank {rank} has left, as another did")
-    if told == _WELL:
-        raise RuntimeError(f"rank {rank} has come to the end of a block, and this one has not")
-    raise PeerError(f"rank {rank} failed: {told}")
 
 
 def _line(error: BaseException) -> str:
