@@ -261,4 +261,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main_guard(lambda: start(RESOLVED), errors=(DataError,)))
+    end_process(main_guard(lambda: start(RESOLVED), errors=(DataError,), of_ranks=True))

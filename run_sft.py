@@ -252,4 +252,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: start(RESOLVED), errors=(DataError,)))
+    sys.exit(main_guard(lambda: start(RESOLVED), errors=(DataError,), of_ranks=True))

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import select
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.console import STDOUT, guard_console, let_go, print_errors
 
 LARGEST_SEED = 2**32 - 1  # of every command here, as numpy's
+# What a launcher tells each process that it starts: how many there are, and its own number.
+LAUNCHERS = {
+    "torchrun": ("WORLD_SIZE", "RANK"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+}
+# Seconds for which a process waits before it ends because of another: torchrun takes the one that
+# ends first for the cause, and ends the others.
+AFTER_THE_CAUSE = 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,16 +82,20 @@ def plain_integer(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected an integer, got {shown}")
 
 
-def exit_code(main: Callable[[], int | None]) -> int:
+def exit_code(main: Callable[[], int | None], *, of_ranks: bool = False) -> int:
     """Call a command's main and return the process's exit code, where main does not decide it.
 
-    main: returns its own code (None is 0).
+    main: returns its own code (None is 0). of_ranks: whether several processes of a launcher may
+    share the command's work. Any other command is not called where a launcher has started several,
+    which would all do the same: the first says so, and the code is 2.
 
     As a shell counts: 130 after Ctrl-C, 141 where nobody reads what is printed any more (`| head`),
     1 where it cannot be written (a full disk). The code of a signal, above 128, stays. What is
     printed is made safe for the console first.
     """
     guard_console()
+    if not of_ranks and _is_a_copy():
+        return 2
     code: int | None = None
     try:
         try:
@@ -103,6 +119,25 @@ def exit_code(main: Callable[[], int | None]) -> int:
             sys.stdout.flush()  # which says so, too
         print_errors([f"{STDOUT}: {error.strerror}"])
         return code if code is not None and code > 128 else 1
+
+
+def _is_a_copy() -> bool:
+    """Tell whether a launcher has started several of this process. The first of them says so."""
+    for launcher, (count, number) in LAUNCHERS.items():
+        started = os.environ.get(count, "")
+        if started in ("", "0", "1"):
+            continue
+        if os.environ.get(number, "0") == "0":
+            print_errors(
+                [
+                    f"this command is one process, and {launcher} has started {started}: start it"
+                    f" without {launcher}"
+                ]
+            )
+        else:
+            time.sleep(AFTER_THE_CAUSE)
+        return True
+    return False
 
 
 def _unread_output() -> bool:

@@ -36,7 +36,7 @@ from PIL import Image
 
 from data.command_line import Parser, exit_code, plain_integer
 from data.console import print_errors
-from data.files import MAX_PROBLEMS, DataError
+from data.files import MAX_PROBLEMS, DataError, process_mark
 from data.images import FLAT_LEVELS, MAX_ASPECT_RATIO, MAX_PIXELS, in_parallel, scaled_to_8_bits
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def convert_folder(
             f"{' and '.join(names)} would {'both' if len(names) == 2 else 'all'} become {image}"
             for image, names in twice.items()
         )
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = output.with_name(f".{output.name}.{process_mark()}.tmp")
     try:
         temporary.mkdir(parents=True)
         work = partial(convert, folder=folder, output=temporary, frame=frame, modalities=modalities)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,15 @@ def named_files(
 
 
 # ---- write whole or not at all -------------------------------------------------------------------
+def process_mark() -> str:
+    """Name this process in temporary files: no other that shares the file system has this name.
+
+    Processes of two nodes can have equal numbers. The host's name is hashed, since it can be long.
+    """
+    host = hashlib.sha256(os.fsencode(socket.gethostname())).hexdigest()[:8]
+    return f"{host}-{os.getpid()}"
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it when the block ends without an error.
@@ -85,7 +95,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{process_mark()}-{path.name}")
     temporary.unlink(missing_ok=True)  # it may be a link that waits there for what is written
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))

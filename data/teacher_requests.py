@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from data.examples import Example
-from data.files import DataError
+from data.files import DataError, process_mark
 from data.images import check_images, in_parallel, load_image
 from data.labels import LabelSet
 from data.prompts import Prompt
@@ -132,7 +132,7 @@ def export(
         )
     check_images(examples)
     max_bytes = max_bytes or MAX_BYTES[form]
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    temporary = output_dir.with_name(f".{output_dir.name}.{process_mark()}.tmp")
     temporary.mkdir(parents=True)
     try:
         names: list[str] = []

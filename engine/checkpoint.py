@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from data.files import REPLACED, flush_to_disk, remove, replace_folder
+from data.files import REPLACED, flush_to_disk, process_mark, remove, replace_folder
 from data.plain_files import is_checkpoint_name, is_plain, open_plain, parse_record, read_plain
 from engine.config import UsageError
 from engine.free_memory import free_on_host
@@ -96,7 +96,7 @@ def save_checkpoint(
 
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
-    temporary = run_dir / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    temporary = run_dir / f"{_TEMPORARY}{final.name}-{process_mark()}"
     encoded = {name: _to_json(record) for name, record in records.items()}
     names = [*(f"{stem}.safetensors" for stem in tensors), *encoded]
     refused = [name for name in names if not _is_plain(name)]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from engine.config import UsageError
+from engine.ranks import ALONE, Ranks
 
 
 def seed_everything(seed: int) -> None:
@@ -18,14 +19,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device(num_threads: int | None = None) -> torch.device:
+def pick_device(num_threads: int | None = None, ranks: Ranks = ALONE) -> torch.device:
     """Choose the first CUDA device where there is one, else the CPU.
 
-    num_threads: CPU threads for torch's own work there, or None for torch's choice.
+    num_threads: CPU threads for torch's own work there, or None for torch's choice. ranks: each of
+    a node's has a CUDA device of its own.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if ranks.size == 1 else torch.device("cuda", ranks.local_rank)
 
 
 def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:

@@ -9,14 +9,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from data.command_line import LAUNCHERS
 from engine.config import UsageError
 
-# What launchers other than torchrun tell each process: how many there are of them.
-_OTHER_LAUNCHERS = {
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-}
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,7 +39,7 @@ class Launch:
         """
         found = os.environ if environment is None else environment
         if "RANK" not in found and "WORLD_SIZE" not in found:
-            for name, launcher in _OTHER_LAUNCHERS.items():
+            for launcher, (name, _) in LAUNCHERS.items():
                 if found.get(name, "1") not in ("0", "1"):
                     raise UsageError(
                         f"{launcher} has started {found[name]} processes, which know nothing of"

@@ -25,9 +25,9 @@ from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from data.command_line import exit_code
+from data.command_line import AFTER_THE_CAUSE, exit_code
 from data.console import STDOUT, print_errors
-from data.files import REPLACED, DataError
+from data.files import REPLACED, DataError, process_mark
 from data.plain_files import (
     is_checkpoint_name,
     is_plain,
@@ -43,9 +43,6 @@ from engine.launch import Launch
 from engine.model_files import ADAPTER_FILES, same_base
 
 LOCK_FILE = ".lock"
-# Seconds for which a rank waits before it ends because of another: torchrun takes the process that
-# ends first for the cause.
-AFTER_THE_CAUSE = 5.0
 FINISHED = "finished"  # in config.json, once all is done: final adapter, scores, card
 # Links to a checkpoint, and what a kill leaves of one that is being set.
 _LINKS = ("best", "last", ".tmp-best", ".tmp-last")
@@ -125,6 +122,17 @@ class SignalGuard:
         if self.agreed is None:
             self.agreed = next((one for one in gather(self.stop) if one is not None), None)
         return self.agreed
+
+    def exit_code_after(
+        self, stop: KeyboardInterrupt, gather: Callable[[int | None], list[int | None]]
+    ) -> int:
+        """Return the exit code where an interrupt has ended the work: that of any rank's signal.
+
+        stop: StopRequested is what all ranks raise, any other can be of this one alone.
+        """
+        if isinstance(stop, StopRequested):
+            self.agree(gather)
+        return self.exit_code or 130
 
     def __enter__(self) -> SignalGuard:
         self._earlier = _handle_signals(self._handle)
@@ -239,7 +247,7 @@ def check_writable(output_dir: str | Path) -> None:
             path.mkdir()
             made.append(path)
         # of the length of the files that a run keeps there
-        probe = folder / f".tmp-{os.getpid()}-{'x' * 60}"
+        probe = folder / f".tmp-{process_mark()}-{'x' * 60}"
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
@@ -431,12 +439,18 @@ def environment_banner(device: object) -> str:
 
 
 # ---- command line and exit codes -----------------------------------------------------------------
-def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception], ...] = ()) -> int:
+def main_guard(
+    main: Callable[[], int | None],
+    *,
+    errors: tuple[type[Exception], ...] = (),
+    of_ranks: bool = False,
+) -> int:
     """Call a script's main and return the process's exit code.
 
     main: returns its own code (None is 0, SignalGuard.exit_code after a stop).
     errors: exception classes beside UsageError that the user can correct. They become 'error: '
     lines on stderr, from `.problems` where the exception has them, and code 2.
+    of_ranks: whether torchrun may start several processes of the script (see `exit_code`).
 
     StepFailed is such a line too, and code 1: the run is at fault, or its model or its reward. So
     is a disk that is full or fails. PeerError is code 1 as well, and a line of rank 0 alone.
@@ -480,7 +494,7 @@ def main_guard(main: Callable[[], int | None], *, errors: tuple[type[Exception],
             )
             return 130
 
-    return exit_code(told)
+    return exit_code(told, of_ranks=of_ranks)
 
 
 def disk_line(error: OSError) -> str:
@@ -494,9 +508,8 @@ def accepted(resolve: Callable[[Sequence[str]], Answer]) -> Answer:
 
     A script calls it before its slow imports, so that --help and mistakes are answered at once.
     From here on a signal ends the process with its exit code, until a SignalGuard holds it back.
-    The script is one of a single process.
     """
-    return _accepted(lambda argv: resolve(single_process(argv)))
+    return _accepted(resolve)
 
 
 def accepted_by_first(resolve: Callable[[Sequence[str]], Answer]) -> Answer | None:
@@ -504,28 +517,26 @@ def accepted_by_first(resolve: Callable[[Sequence[str]], Answer]) -> Answer | No
 
     Rank 0 alone reads. The others return None, and are told by it (`Ranks.resolved`).
     """
-
-    def read(argv: Sequence[str]) -> Answer | None:
-        if Launch.of().first:
-            return resolve(argv)
-        if {"-h", "--help"} & set(argv):  # which rank 0 answers, and ends
-            sys.exit(0)
-        return None
-
-    return _accepted(read)
+    return _accepted(lambda argv: read_by_first(resolve, argv), of_ranks=True)
 
 
-def single_process(argv: Sequence[str]) -> Sequence[str]:
-    """Return a command line as it is. Raises UsageError where several ranks were started."""
-    if Launch.of().size > 1:
-        raise UsageError("this command is one process: start it without torchrun")
-    return argv
+def read_by_first(resolve: Callable[[Sequence[str]], Answer], argv: Sequence[str]) -> Answer | None:
+    """Read a command line on rank 0 alone. The others return None, and end where it asks for help.
+
+    Raises UsageError where the processes were not started as ranks (`Launch.of`).
+    """
+    if Launch.of().first:
+        return resolve(argv)
+    if {"-h", "--help"} & set(argv):  # which rank 0 answers, and ends
+        sys.exit(0)
+    return None
 
 
-def _accepted(read: Callable[[Sequence[str]], Answer]) -> Answer:
+def _accepted(read: Callable[[Sequence[str]], Answer], *, of_ranks: bool = False) -> Answer:
     leave_at_signals()
     answers: list[Answer] = []
-    code = main_guard(lambda: answers.append(read(sys.argv[1:])), errors=(DataError,))
+    errors = (DataError,)
+    code = main_guard(lambda: answers.append(read(sys.argv[1:])), errors=errors, of_ranks=of_ranks)
     if not answers:
         sys.exit(code)
     return answers[0]

@@ -6,12 +6,14 @@
         --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
     python -m eval.evaluate --predictions rollouts=runs/20260101-120000-grpo/completions.jsonl
     python -m eval.evaluate --predictions nih=answers.jsonl --data_file nih=nih/test.jsonl
+    torchrun --standalone --nproc_per_node 8 -m eval.evaluate --adapter_name_or_path ...
 
 The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and
 scores-nih.json. Rows read back from a file are parsed anew, so a changed parser or metric applies
 to old predictions too. --label_map takes the truth anew from their source_labels. The rows of a
 run's rollouts are scored like any others: each completion counts once. Answers of any other model,
-rows {"id", "completion"}, are joined with the data file that they answer.
+rows {"id", "completion"}, are joined with the data file that they answer. Several ranks of torchrun
+share the images that are decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.examples import Example, data_file, read_examples, read_jsonl
 from data.files import DataError, KeptFile, named_files, sha256_of, write_json
@@ -30,12 +32,14 @@ from data.predictions import Prediction, first_label_set, read_predictions, rela
 from data.prompt_files import prompt_warnings
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config
+from engine.launch import Launch
 from engine.resume import run_record
 from engine.runtime import (
     SignalGuard,
     check_writable,
     environment_banner,
     main_guard,
+    read_by_first,
     run_directory,
 )
 from eval.end_table import stage_title
@@ -64,13 +68,29 @@ from eval.settings import (
 )
 from eval.votes import format_samples, samples_of_file, vote, vote_predictions
 
+if TYPE_CHECKING:
+    from engine.ranks import Ranks
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 2 usage or data, 130 or 143 a signal."""
-    return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
+    given = sys.argv[1:] if argv is None else argv
+    return main_guard(lambda: _run(given), errors=(DataError,), of_ranks=True)
 
 
 def _run(argv: Sequence[str]) -> int:
+    resolved = read_by_first(_resolve, argv)
+    if resolved is not None and resolved.configs[0].predictions:
+        return _score_again(resolved)
+    # torch and transformers take seconds to import: not before the command line is accepted
+    from engine.ranks import Ranks
+
+    with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
+        return _decode_and_score(ranks.resolved(resolved, EvalConfig), ranks)
+
+
+def _resolve(argv: Sequence[str]) -> Resolved:
+    """Read the command line, and check what can be known of it without a model."""
     resolved = parse_config(
         [EvalConfig],
         argv,
@@ -95,9 +115,13 @@ def _run(argv: Sequence[str]) -> int:
                 )
             ]
         )
-    if config.predictions:
-        return _score_again(_with_labels_of_rows(resolved))
-    return _decode_and_score(complete(resolved))
+    if not config.predictions:
+        return complete(resolved)
+    if Launch.of().size > 1:
+        raise UsageError(
+            "--predictions: kept answers are scored by one process; start it without torchrun"
+        )
+    return _with_labels_of_rows(resolved)
 
 
 def _with_labels_of_rows(resolved: Resolved) -> Resolved:
@@ -200,9 +224,11 @@ def _joined_sets(config: EvalConfig) -> dict[str, tuple[Path, list[Example]]]:
     return {name: read[spec] for name, spec in specs.items()}
 
 
-def _decode_and_score(resolved: Resolved) -> int:
-    """Answer every data set that is not finished yet, and score it."""
-    # torch and transformers take seconds to import: not before the command line is accepted
+def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
+    """Answer every data set that is not finished yet, and score it.
+
+    Rank 0 alone looks at what is there, writes and shows.
+    """
     from engine.device import pick_device
     from engine.fit import advise_answers, fitted_answers
     from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
@@ -220,23 +246,14 @@ def _decode_and_score(resolved: Resolved) -> int:
     if config.swap_images:  # before the model is loaded
         for examples in sets.values():
             partners_of(examples, config.seed)
-    device = pick_device(config.num_threads)
+    device = pick_device(config.num_threads, ranks)
     resolved = with_precision(resolved, device)
     config = resolved.configs[0]
-    records = {
-        name: evaluation_record(resolved, name, file, bad_images[name])
-        for name, file in files.items()
-    }
-    todo = dict(sets)
-    if config.output_dir is not None:
-        finished = finished_sets(config.output_dir, records)
-        todo = {name: examples for name, examples in sets.items() if name not in finished}
-        if not todo:
-            refuse_existing([result_files(config.output_dir, name)[0] for name in finished])
-        for name in todo:  # before the model is loaded
-            for kind in ("predictions", "swapped"):
-                read_partial(config.output_dir, name, records[name], kind)
-    resolved = fitted_answers(resolved, device, todo)
+    records = ranks.on_first(lambda: _records(resolved, files, bad_images))
+    missing = ranks.on_first(lambda: _missing(config, records))
+    todo = {name: sets[name] for name in missing}
+    fitting = fitted_answers(resolved, device, todo) if ranks.first else None
+    resolved = ranks.resolved(fitting, EvalConfig)  # as rank 0's memory allows, for all
     config = resolved.configs[0]
     for line in prompt_warnings(config.prompt, config.label_set):
         print(f"warning: {line}", file=sys.stderr)
@@ -247,8 +264,7 @@ def _decode_and_score(resolved: Resolved) -> int:
     policy = load_policy(config, device)
     advise_answers(policy.limits, config, device, todo)
     note_cuts(policy.limits, records)
-    output_dir = _output_directory(config)
-    write_bad_images(output_dir, bad_images)
+    output_dir = Path(ranks.on_first(lambda: str(_begun(config, bad_images))))
     left_out = bad_image_counts(sets, bad_images)
     with SignalGuard() as guard:
         try:
@@ -261,12 +277,51 @@ def _decode_and_score(resolved: Resolved) -> int:
                 notes={name: {"run": records[name]} | left_out[name] for name in todo},
                 records=records,
                 should_stop=lambda: guard.stop is not None,
+                ranks=ranks,
             )
-        except KeyboardInterrupt:
-            return guard.exit_code or 130
-    results = {name: read_record(result_files(output_dir, name)[1]) for name in sets}
+        except KeyboardInterrupt as stop:
+            return guard.exit_code_after(stop, ranks.gather)
+    return ranks.on_first(lambda: _finish(config, list(sets), output_dir))
+
+
+def _records(
+    resolved: Resolved, files: dict[str, Path], bad_images: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: evaluation_record(resolved, name, file, bad_images[name])
+        for name, file in files.items()
+    }
+
+
+def _missing(config: EvalConfig, records: dict[str, dict[str, Any]]) -> list[str]:
+    """List the data sets that are not finished yet.
+
+    Raises UsageError where all are, and where something was begun otherwise.
+    """
+    if config.output_dir is None:
+        return list(records)
+    finished = finished_sets(config.output_dir, records)
+    missing = [name for name in records if name not in finished]
+    if not missing:
+        refuse_existing([result_files(config.output_dir, name)[0] for name in finished])
+    for name in missing:
+        for kind in ("predictions", "swapped"):
+            read_partial(config.output_dir, name, records[name], kind)
+    return missing
+
+
+def _begun(config: EvalConfig, bad_images: dict[str, list[dict[str, Any]]]) -> Path:
+    """Make the folder of the results, with the list of unreadable images."""
+    output_dir = _output_directory(config)
+    write_bad_images(output_dir, bad_images)
+    return output_dir
+
+
+def _finish(config: EvalConfig, names: Sequence[str], output_dir: Path) -> int:
+    """Add what the data sets have in common to their scores, and show them."""
+    results = {name: read_record(result_files(output_dir, name)[1]) for name in names}
     if config.thresholds_from is not None:
-        votes = {name: read_predictions(result_files(output_dir, name)[0]) for name in sets}
+        votes = {name: read_predictions(result_files(output_dir, name)[0]) for name in names}
         _add_operating_points(results, votes, config.thresholds_from, config.seed)
         for name, scores in results.items():
             write_json(result_files(output_dir, name)[1], scores)

@@ -7,11 +7,12 @@ A model is a base (a folder or hub name) or the folder of an adapter, whose base
 then its run's. The cell of a model and a prompt is <output_dir>/<model>.<prompt>/ with
 predictions-<set>.jsonl and scores-<set>.json, as `python -m eval.evaluate` writes them, so a report
 takes the cells as they are: python -m eval.report matrix/*. Started again with the same command, it
-goes on after the last finished data set of a cell.
+goes on after the last finished data set of a cell. Several ranks of torchrun share the images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -28,6 +29,7 @@ from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
 from engine.inherited import settings_of_adapter
+from engine.launch import Launch
 from engine.runtime import (
     SignalGuard,
     check_lock,
@@ -35,6 +37,7 @@ from engine.runtime import (
     environment_banner,
     lock_run,
     main_guard,
+    read_by_first,
 )
 from engine.settings import ENGINE, PROMPT_HELP
 from eval.folders import made_folder, read_record, result_files
@@ -44,6 +47,8 @@ from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problem
 
 if TYPE_CHECKING:
     import torch
+
+    from engine.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,18 @@ class MatrixCell:
     def config(self) -> EvalConfig:
         """Return the cell's settings, as those of a single evaluation."""
         return self.resolved.configs[0]
+
+    def record(self) -> dict[str, Any]:
+        """Write it all in values that JSON keeps, for another rank (`of_record`)."""
+        shared = {"model": self.model, "folder": str(self.folder), "records": dict(self.records)}
+        return shared | {"resolved": self.resolved.record(), "missing": self.missing}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> MatrixCell:
+        """Make again what `record` wrote."""
+        resolved = Resolved.of_record([EvalConfig], record["resolved"])
+        folder, missing = Path(record["folder"]), tuple(record["missing"])
+        return cls(record["model"], folder, resolved, record["records"], missing)
 
 
 def plan(
@@ -166,10 +183,21 @@ def _evaluation(
 # ---- run -----------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 2 usage or data, 130 or 143 a signal."""
-    return main_guard(lambda: _run(sys.argv[1:] if argv is None else argv), errors=(DataError,))
+    given = sys.argv[1:] if argv is None else argv
+    return main_guard(lambda: _run(given), errors=(DataError,), of_ranks=True)
 
 
 def _run(argv: Sequence[str]) -> int:
+    resolved = read_by_first(_resolve, argv)
+    # torch and transformers take seconds to import: not before the command line is accepted
+    from engine.ranks import Ranks
+
+    with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
+        return _fill(ranks.resolved(resolved, MatrixConfig), ranks)
+
+
+def _resolve(argv: Sequence[str]) -> Resolved:
+    """Read the command line, and check what can be known of it without a model."""
     resolved = parse_config(
         [MatrixConfig],
         argv,
@@ -183,7 +211,7 @@ def _run(argv: Sequence[str]) -> int:
     folder = Path(str(resolved.configs[0].output_dir))
     check_writable(folder)
     check_lock(folder)
-    return _fill(_with_labels_of_models(resolved))
+    return _with_labels_of_models(resolved)
 
 
 def _with_labels_of_models(resolved: Resolved) -> Resolved:
@@ -206,9 +234,11 @@ def _with_labels_of_models(resolved: Resolved) -> Resolved:
     return resolved if kept is None else resolved.with_value("label_file", kept, "adapter's run")
 
 
-def _fill(resolved: Resolved) -> int:
-    """Evaluate what is missing of every cell, one model in memory at a time."""
-    # torch and transformers take seconds to import: not before the command line is accepted
+def _fill(resolved: Resolved, ranks: Ranks) -> int:
+    """Evaluate what is missing of every cell, one model in memory at a time.
+
+    Rank 0 alone looks at what is there, writes and shows.
+    """
     from engine.device import pick_device
     from engine.fit import advise_answers, fitted_answers
     from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
@@ -227,7 +257,8 @@ def _fill(resolved: Resolved) -> int:
         if config.train_file is None
         else read_examples(config.train_file, config.image_root, config.label_set)
     )
-    cells = plan(resolved, files, bad_images, pick_device())
+    device = pick_device(ranks=ranks)
+    cells = _told(plan(resolved, files, bad_images, device) if ranks.first else [], ranks)
     print(
         f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to"
         f" do{bad_images_line(bad_images)}\n{describe(resolved)}",
@@ -238,19 +269,22 @@ def _fill(resolved: Resolved) -> int:
     )
     for line in dict.fromkeys(warnings):
         print(f"warning: {line}", file=sys.stderr)
-    output_dir = made_folder(str(config.output_dir))
     left_out = bad_image_counts(sets, bad_images)
-    with lock_run(output_dir), SignalGuard() as guard:
-        write_bad_images(output_dir, bad_images)
+    with contextlib.ExitStack() as held, SignalGuard() as guard:
+        if ranks.first:
+            output_dir = made_folder(str(config.output_dir))
+            held.enter_context(lock_run(output_dir))
+            write_bad_images(output_dir, bad_images)
         policy, loaded = None, ""
         for cell in cells:
             if not cell.missing:
                 continue
             if policy is None or loaded != cell.model:
                 policy = None  # before the next is loaded: two would not fit
-                device = pick_device(cell.config.num_threads)
+                device = pick_device(cell.config.num_threads, ranks)
                 print(environment_banner(device), flush=True)
-                fitting = fitted_answers(cell.resolved, device, sets).configs[0]
+                fitted = fitted_answers(cell.resolved, device, sets) if ranks.first else None
+                fitting: EvalConfig = ranks.resolved(fitted, EvalConfig).configs[0]
                 policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
                 advise_answers(policy.limits, fitting, device, sets)
                 loaded = cell.model
@@ -268,12 +302,21 @@ def _fill(resolved: Resolved) -> int:
                     },
                     records=cell.records,
                     should_stop=lambda: guard.stop is not None,
+                    ranks=ranks,
                 )
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 print("stopped; the same command goes on")
-                return guard.exit_code or 130
-    _show(cells, list(sets))
+                return guard.exit_code_after(stop, ranks.gather)
+    ranks.on_first(lambda: _show(cells, list(sets)))
     return 0
+
+
+def _told(cells: Sequence[MatrixCell], ranks: Ranks) -> Sequence[MatrixCell]:
+    """Give the cells that rank 0 has planned to all."""
+    if ranks.size == 1:
+        return cells
+    records = ranks.from_first([cell.record() for cell in cells])
+    return [MatrixCell.of_record(record) for record in records]
 
 
 def _show(cells: Sequence[MatrixCell], names: Sequence[str]) -> None:
