@@ -121,7 +121,8 @@ class Limits:
     """Hold how much is run at once, and halve it where memory runs out.
 
     values: by the settings' names, those that the config has.
-    halved: the settings that memory has cut in this process.
+    halved: the settings that memory has cut in this process. smallest: {setting: the smallest value
+    to which memory has cut it on any rank}, as far as told (`tell_cuts`).
     report: called with every cut. advise(phase): which setting to lower, with a number.
     """
 
@@ -134,6 +135,7 @@ class Limits:
             f"warning: {cut.line()}", file=sys.stderr
         )
         self.advise: Callable[[str], str] = lambda phase: ""
+        self.smallest: dict[str, int] = {}
         self._to_tell: list[Cut] = []  # cuts that other ranks do not know of
 
     @property
@@ -255,7 +257,7 @@ class Limits:
         self.values[cut.setting] = cut.after
         self.halved.add(cut.setting)
         self._to_tell.append(cut)
-        self.report(cut)
+        self._note(cut)
 
     def tell_cuts(self, gather: Callable[[list[dict]], list[list[dict]]], rank: int) -> None:
         """Report on every rank what memory has cut on the others since the last call.
@@ -267,4 +269,9 @@ class Limits:
         cuts, self._to_tell = [asdict(cut) for cut in self._to_tell], []
         for other, of_rank in enumerate(gather(cuts)):
             for cut in of_rank if other != rank else ():
-                self.report(Cut(**cut))
+                self._note(Cut(**cut))
+
+    def _note(self, cut: Cut) -> None:
+        smallest = self.smallest.get(cut.setting, cut.after)
+        self.smallest[cut.setting] = min(smallest, cut.after)
+        self.report(cut)

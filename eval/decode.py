@@ -128,12 +128,12 @@ def load_policy(
 def note_cuts(limits: Limits, records: Mapping[str, dict[str, Any]]) -> None:
     """Let the records of evaluations, which their scores keep, say what memory has cut so far.
 
-    records: {name: `evaluation_record`}.
+    Of several ranks they have the smallest value. records: {name: `evaluation_record`}.
     """
 
     def note(setting: str) -> None:
         for record in records.values():
-            value = {"value": limits.values[setting], "origin": OUT_OF_MEMORY}
+            value = {"value": limits.smallest[setting], "origin": OUT_OF_MEMORY}
             record["settings"][setting] = value
 
     def report(cut: Cut) -> None:
@@ -141,7 +141,7 @@ def note_cuts(limits: Limits, records: Mapping[str, dict[str, Any]]) -> None:
         note(cut.setting)
 
     limits.report = report
-    for setting in limits.halved:
+    for setting in limits.smallest:
         note(setting)
 
 

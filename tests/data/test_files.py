@@ -6,6 +6,8 @@ Run: pytest tests/data/test_files.py
 from __future__ import annotations
 
 import json
+import os
+import socket
 
 import pytest
 
@@ -13,6 +15,7 @@ from data.files import (
     MAX_PROBLEMS,
     first_problems,
     named_files,
+    process_mark,
     sha256_of,
     write_json,
     write_jsonl,
@@ -60,6 +63,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_jsonl(path, [{"a": 1}, {"a": object()}])
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+
+
+def test_two_nodes_do_not_write_one_temporary_file(tmp_path, monkeypatch):
+    """Of processes of one number, which share a file system and write the same file."""
+    names = []
+    for host in ("node-1", "node-2.cluster.example.org", "n" * 64):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        names.append(process_mark())
+        with written_whole(tmp_path / "a") as temporary:
+            assert temporary.name == f".tmp-{names[-1]}-a"
+    assert len(set(names)) == 3
+    assert {name.rpartition("-")[2] for name in names} == {str(os.getpid())}
+    assert max(map(len, names)) <= 8 + 1 + 10  # names of files have a limit
 
 
 def test_rows_and_hashes(tmp_path):

@@ -5,7 +5,9 @@ Run: pytest tests/data/test_plain_files.py
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 
 import pytest
 
@@ -92,7 +94,8 @@ def test_a_line_without_an_end_is_passed_over(tmp_path):
 
 def test_a_whole_write_follows_no_link_that_waits_for_it(tmp_path, victim):
     """Neither at the name nor at the one that it has before."""
-    for name in ("a.json", f".tmp-{os.getpid()}-a.json"):
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    for name in ("a.json", f".tmp-{host}-{os.getpid()}-a.json"):
         (tmp_path / name).symlink_to(victim)
     write_json(tmp_path / "a.json", {"a": 1})
     assert victim.read_text() == "mine"

@@ -36,12 +36,14 @@ from data.prompts import Prompt
 from engine.attention import spread
 from engine.cache import SamplingCache
 from engine.collate import Batch, collate_rows
+from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import Qwen25VL
 from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
 from engine.generate import draw
 from engine.logprobs import scaled_logits
 from engine.model import BaseModel, enable_gradient_checkpointing
+from engine.ranks import Ranks
 from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
 from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
@@ -260,3 +262,15 @@ def test_control_something_is_left_behind(leave, error, tiny_checkpoint, tiny_im
     leave(monkeypatch)
     with pytest.raises(error):
         update(tiny_checkpoint("qwen2_5_vl"), tiny_images, torch.bfloat16)
+
+
+# ---- which device a rank takes -------------------------------------------------------------------
+def test_each_rank_of_a_node_computes_on_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device() == torch.device("cuda")  # one process: whichever GPU is the first
+    ranks = Ranks()
+    for rank, local_rank in ((0, 0), (3, 3), (8, 0), (13, 5)):
+        ranks.rank, ranks.size, ranks.local_rank = rank, 16, local_rank
+        assert pick_device(None, ranks) == torch.device("cuda", local_rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None, ranks) == pick_device() == torch.device("cpu")

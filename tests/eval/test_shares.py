@@ -220,7 +220,14 @@ def test_answers_without_a_record_are_named_with_what_scores_them(tmp_path, caps
         "--predictions",
         "site=site.jsonl",
     ]
-    assert {row.id for row in read_predictions("site.jsonl")} == {"e0", "e2", "e1", "e3"}
+    assert {row.id for row in read_predictions("site.jsonl")} == {
+        "e0",
+        "e1",
+        "e2",
+        "e3",
+        "e5",
+        "e7",
+    }
 
 
 def test_what_other_ranks_left_is_of_the_same_evaluation_or_refused(tmp_path):
@@ -317,8 +324,9 @@ def test_a_disk_that_rank_0_cannot_write_to_keeps_nothing_and_loses_nothing(tmp_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(eval.go_on, "write_predictions", full)
-    ends, _ = evaluated(2, tmp_path, images(8), **options, **stopped_on(0, 1))
-    assert [type(end) for end in ends] == [StopRequested] * 2 and contents(tmp_path) == before
+    ends, asked = evaluated(2, tmp_path, images(8), **options, **stopped_on(0, 0))
+    assert [type(end) for end in ends] == [StopRequested] * 2 and asked == [[], ["e6"]]
+    assert contents(tmp_path) == before
     monkeypatch.setattr(eval.go_on, "write_predictions", write)
     evaluated(1, tmp_path, images(8), **options)
     assert sorted(contents(tmp_path)) == ["predictions-site.jsonl", "scores-site.json"]
