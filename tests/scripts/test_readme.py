@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from data.check import main as check
 from data.demo.splits import SPLITS, WRITTEN_SPLITS
@@ -188,6 +189,7 @@ def test_every_flag_named_is_a_flag(capsys):
         with pytest.raises(SystemExit):
             run([*argv, "--help"])
     fields |= set(re.findall(r"--([a-z_]+)", capsys.readouterr().out))
+    fields |= set(re.findall(r"--([a-z_]+)", get_args_parser().format_help()))  # torchrun's
     lines = [line for page in PAGES for line in PAGES[page].splitlines() if not OTHERS.search(line)]
     own = [line for line in lines if not (benchmark := BENCHMARK.search(line)) or not benchmark[2]]
     named = set(re.findall(r"--([a-z_]+)", "\n".join(own))) - {"help"}
