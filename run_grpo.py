@@ -35,7 +35,7 @@ from engine.fit import advise_training, fitted
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
 from engine.preview import banner, dry_run_report, show_prompts
-from engine.ranks import Ranks
+from engine.ranks import Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
@@ -43,7 +43,7 @@ from engine.time_limit import end_process
 from eval.decode import Decoding, evaluate_sets
 from eval.run_summary import end_of_run
 from eval.scores import evaluated_metrics
-from eval.since_start import keep_start, since_start
+from eval.since_start import keep_start, since_start_on_all
 from rl.evaluation import record_evaluation, rewards_of
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
@@ -67,6 +67,7 @@ def train(
     R completions of a rollout, N of a micro-batch, T completion tokens (padded). Lines that begin
     with `run.` are book-keeping: without them the same model is trained.
     """
+    ranks = run.ranks
     while run.goes_on():  # 8 evaluates and saves what is due; False at the end or at a signal
         update = rollouts.update_of(run.step)  # 0 begins a new rollout, the next learn from it too
 
@@ -90,9 +91,9 @@ def train(
             rollouts.set_advantages(advantages)
             run.log_rollout(rollouts)
 
-        # 6 one optimizer step: forward and backward of each micro-batch, whose weights come from
+        # 6 one optimizer step: forward and backward of each micro-batch of this rank, weighted by
         #   totals of the whole step. Where memory runs out, all of it again in smaller ones
-        totals = rollouts.totals(rollouts.micro_batches(update))
+        totals = rollouts.totals(update)
         policy.net.train()  # for gradient checkpointing; dropout is 0
 
         def backward(rows: list[int]) -> Computed:
@@ -117,14 +118,14 @@ def train(
 
         step, stop = rollouts.rows(update), run.should_stop
         undo = [run.mark(), optimizer.zero_grad, lambda: rollouts.score_again(update, policy)]
-        micro_batches, computed = policy.limits.each("update", step, backward, undo, stop)
+        with ranks.together():  # what one rank raises all raise, before gradients are summed
+            micro_batches, computed = policy.limits.each("update", step, backward, undo, stop)
         if update == 0:  # for the logs, and for a second pass over the rollout
             rollouts.keep_old(micro_batches, [done.logprobs for done in computed])
-        run.log_update(computed, micro_batches, rollouts, objective)
-
+        step_loss = run.log_update(computed, micro_batches, rollouts, objective)
+        ranks.sum_gradients(policy.parameters)
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         learning_rate = scheduled_rate(config, run.step, run.total)
-        step_loss = sum(float(done.loss) for done in computed)
         if run.accepts(grad_norm, step_loss, rollouts.examples):  # both are finite
             whole_step(optimizer, learning_rate, run.step + 1, run.can_take_back, policy.limits)
         optimizer.zero_grad()
@@ -155,11 +156,12 @@ def evaluate_policy(
         annotate=rewards_of(config, rollouts.reward_functions, should_stop),
         notes={name: {"step": step} | note for name, note in notes.items()},
         should_stop=should_stop,
+        ranks=rollouts.ranks,
     )
     scores = decode(Decoding.greedy(config), folder)
     if step == 0:
         vote = partial(decode, Decoding.greedy(config).voting(config))
-        keep_start(folder, names, vote if config.vote_baseline else None)
+        keep_start(folder, names, vote if config.vote_baseline else None, rollouts.ranks)
     return {name: evaluated_metrics(of_set) for name, of_set in scores.items()}
 
 
@@ -171,26 +173,32 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     for line in warnings(config, objective):
         print(f"warning: {line}", file=sys.stderr)
     seed_everything(config.seed)
-    device = pick_device(config.num_threads)
+    device = pick_device(config.num_threads, ranks)
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
     files, root = data_specs(config), config.image_root
-    data = load_data_sets(files, root, config.bad_images, begun, config.label_set)
-    rollouts = Rollouts(data.train, build_rewards(config, data.train), config)
+    load = partial(load_data_sets, files, root, config.bad_images, begun, config.label_set)
+    data = ranks.first_then_others(load)  # the demo's are drawn first
+    rollouts = Rollouts(data.train, build_rewards(config, data.train), config, ranks)
     plan, total = rollouts.plan, rollouts.plan.total_steps(len(data.train))
     check_dump_step(resolved, total, checkpoint.step if checkpoint else 0)
     if config.show_batch:
         return show_prompts(config, data.train, plan.prompts, sys.stdout)
 
     # policy and optimizer
-    start = start_of(config, checkpoint)
-    resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
+    batches = partial(BatchPlan.of, ranks=ranks.size)
+    start = ranks.first_then_others(lambda: start_of(config, checkpoint))
+    resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, batches)
+    resolved = ranks.resolved(resolved, GRPOConfig, ObjectiveConfig)
     config = resolved.configs[0]
-    record = training_record(resolved, "grpo", data, checkpoint, total_steps)
+    count, size = total_steps, ranks.size
+    record = ranks.on_first(
+        lambda: training_record(resolved, "grpo", data, checkpoint, count, size)
+    )
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits)
-    advise_training(limits, config, device, data.train, data.evaluated, start.adapter, BatchPlan.of)
+    advise_training(limits, config, device, data.train, data.evaluated, start.adapter, batches)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -207,7 +215,14 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         state = restore(checkpoint, policy, optimizer)
         restore_rollouts(checkpoint, rollouts, monitors, policy.encoder.decode)
     with opened_run(
-        "grpo", config.output_dir, checkpoint, record, data.bad_images, state, start.keep(policy)
+        "grpo",
+        config.output_dir,
+        checkpoint,
+        record,
+        data.bad_images,
+        state,
+        start.keep(policy),
+        ranks,
     ) as folder:
         print(banner("GRPO", folder.path, policy, start.about, lines, resolved), flush=True)
 
@@ -219,12 +234,13 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         def evaluate() -> None:
             chosen, stop = config.metric_for_best_model, run.should_stop
             metrics = evaluate_policy(policy, data, rollouts, folder.path, stop, run.step)
-            since = since_start(folder.path, list(metrics))
+            since = since_start_on_all(ranks, folder.path, list(metrics))
             run.note_evaluation(since.rows, since.notes)
             run.warn(monitors.check(record_evaluation(metrics, since.gaps, run.log, state, chosen)))
 
         schedule = Schedule.of(config, total, config.eval_steps, eval_at_start=True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
+        run.watch_over(policy.limits, policy.digest)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
             if run.finished:
@@ -236,29 +252,32 @@ def finish(
     run: GRPORun, policy: Policy, data: DataSets, rollouts: Rollouts, recipe: str | None
 ) -> None:
     """Save the final adapter, see that the folder's scores are its own, and show them."""
-    state, choose = run.state, rollouts.config.load_best_model_at_end
+    ranks, state, choose = run.ranks, run.state, rollouts.config.load_best_model_at_end
     best = load_best_adapter(run.folder, state, policy) if choose else None
-    save_final_adapter(run.folder, state, policy)
+    ranks.on_first(lambda: save_final_adapter(run.folder, state, policy))
     if best not in (None, f"checkpoint-{run.step}"):
         step = int(best.rpartition("-")[2])
         evaluate_policy(policy, data, rollouts, run.folder, run.should_stop, step)
-    write_run_card(run.folder)
-    summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
-    command = next_command(recipe, run.folder, rollouts.config.train_file)
-    print(f"\n{summary}\n\nnext: {command}")
+
+    def show() -> None:
+        write_run_card(run.folder)
+        summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
+        command = next_command(recipe, run.folder, rollouts.config.train_file)
+        print(f"\n{summary}\n\nnext: {command}")
+
+    ranks.on_first(show)
 
 
-def start(resolved: Resolved | None) -> int:
-    """Run settings that rank 0 has read, on this rank, and return the exit code."""
-    with Ranks(Launch.of()) as ranks, ranks.silent_but_first():
-        return run_command(ranks.resolved(resolved, GRPOConfig, ObjectiveConfig), ranks)
+def take_part(resolved: Resolved | None) -> int:
+    """Run what rank 0 has read, which the others are told, and return the exit code."""
+    return on_this_rank(run_command, resolved, GRPOConfig, ObjectiveConfig)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return start(resolve_grpo(given) if Launch.of().first else None)
+    return take_part(resolve_grpo(given) if Launch.of().first else None)
 
 
 if __name__ == "__main__":
-    end_process(main_guard(lambda: start(RESOLVED), errors=(DataError,), of_ranks=True))
+    end_process(main_guard(lambda: take_part(RESOLVED), errors=(DataError,), of_ranks=True))

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is l
     RESOLVED = accepted_by_first(resolve_sft)
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -47,7 +48,7 @@ from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, show_answers
 from engine.random_numbers import dropout_numbers
-from engine.ranks import Ranks
+from engine.ranks import ALONE, Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Run, Schedule, TrainerState, next_command, opened_run
 from engine.saving import load_best_adapter, restore, save_final_adapter, save_training_checkpoint
@@ -67,22 +68,26 @@ def train(
 
     Lines that begin with `run.` are book-keeping: without them the same model is trained.
     """
-    steps_per_epoch = config.steps_per_epoch(len(examples))
-    step_size = config.step_size()
+    ranks = run.ranks
+    steps_per_epoch = config.steps_per_epoch(len(examples), ranks.size)
+    step_size = config.step_size(ranks.size)
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
         epoch, place = divmod(run.step, steps_per_epoch)
         order = shuffled(len(examples), epoch, config.seed)
         chosen = [examples[i] for i in order[place * step_size : (place + 1) * step_size]]
-        rows = [policy.encode_answer(example) for example in run.polled(chosen)]
+        own = ranks.share(len(chosen))  # of several ranks each has a share of every step
+        with ranks.together():
+            rows = [policy.encode_answer(chosen[i]) for i in run.polled(own)]
 
         # 2 one optimizer step: its total, then forward and backward of each micro-batch. Where
-        #   memory runs out, all of it again in smaller ones
-        supervised_tokens = sum(int(row.completion_mask.sum()) for row in rows)
+        #   memory runs out, all of it again in smaller ones. The ranks' gradients are added up
+        tokens = ranks.gather(sum(int(row.completion_mask.sum()) for row in rows))
+        supervised_tokens, measured = sum(tokens), MetricAccumulator()
         policy.net.train()  # with dropout, and for gradient checkpointing
 
         def backward(indices: list[int]) -> torch.Tensor:
-            dropout_numbers(config.seed, run.step, indices[0])
+            dropout_numbers(config.seed, run.step, own.start + indices[0])
             micro = [rows[i] for i in indices]
             batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
             hidden, targets = policy.hidden_states(batch)  # [K,H], [K]
@@ -90,13 +95,17 @@ def train(
             loss = -logprobs.sum() / supervised_tokens  # Eq. 1; micro-batches add up to the step's
             loss.backward()
             correct = predicted_correctly(hidden, policy.head, targets).float()
-            run.metrics.add("mean_token_accuracy", correct.mean(), weight=len(targets))
+            measured.add("mean_token_accuracy", correct.mean(), weight=len(targets))
             return loss.detach()
 
-        undo = [run.mark(), optimizer.zero_grad]
+        undo = [run.mark(), measured.mark(), optimizer.zero_grad]
         step = Rows(rows, config.per_device_train_batch_size)
-        _, losses = policy.limits.each("update", step, backward, undo, run.should_stop)
-        step_loss = sum(float(loss) for loss in losses)  # only now: to read is to wait for the GPU
+        with ranks.together():  # what one rank raises all raise, before gradients are added up
+            _, losses = policy.limits.each("update", step, backward, undo, run.should_stop)
+        run.merge(measured)
+        step_loss = run.total_loss(losses)
+
+        ranks.sum_gradients(policy.parameters)
         grad_norm = clip_gradients(policy.parameters, config.max_grad_norm)
         learning_rate = scheduled_rate(config, run.step, run.total)
         if run.accepts(grad_norm, step_loss, chosen):  # both are finite
@@ -106,36 +115,41 @@ def train(
         # 3 log
         run.metrics.add("loss", step_loss, weight=supervised_tokens)
         run.add({"grad_norm": grad_norm, "learning_rate": learning_rate})
-        run.count_tokens(sum(len(row.prompt.input_ids) + len(row.completion_ids) for row in rows))
+        read = sum(len(row.prompt.input_ids) + len(row.completion_ids) for row in rows)
+        run.count_tokens(sum(ranks.gather(read)))
         run.step_done(epoch=(run.step + 1) / steps_per_epoch, shown={"loss": step_loss})
 
 
 @torch.no_grad()
 def validation_metrics(
-    policy: Policy, examples: list[Example], config: SFTConfig, should_stop: Callable[[], bool]
+    policy: Policy,
+    examples: list[Example],
+    config: SFTConfig,
+    should_stop: Callable[[], bool],
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Measure loss (nats a token) and token accuracy on the validation set, without dropout.
 
     Both are over all supervised tokens. Raises StopRequested once should_stop says so.
     """
     policy.net.eval()
-    metrics = MetricAccumulator()
-    for chunk in in_chunks(examples, config.per_device_eval_batch_size):
-        if should_stop():
-            raise StopRequested
-        rows = [policy.encode_answer(example) for example in chunk]
+    metrics, own = MetricAccumulator(), [examples[i] for i in ranks.share(len(examples))]
+    with ranks.together():
+        for chunk in in_chunks(own, config.per_device_eval_batch_size):
+            if should_stop():
+                raise StopRequested
+            rows = [policy.encode_answer(example) for example in chunk]
 
-        def measure(indices: list[int]) -> None:
-            micro = [rows[i] for i in indices]
-            batch = collate_rows(micro, policy.encoder.pad_token_id).to(policy.device)
-            hidden, targets = policy.hidden_states(batch)  # [K,H], [K]
-            logprobs, _ = token_logprobs(hidden, policy.head, targets, softcap=policy.softcap)
-            metrics.add("loss", -logprobs.mean(), weight=len(targets))
-            correct = predicted_correctly(hidden, policy.head, targets).float()
-            metrics.add("mean_token_accuracy", correct.mean(), weight=len(targets))
+            def measure(indices: list[int]) -> None:
+                batch = collate_rows([rows[i] for i in indices], policy.encoder.pad_token_id)
+                hidden, targets = policy.hidden_states(batch.to(policy.device))  # [K,H], [K]
+                logprobs, _ = token_logprobs(hidden, policy.head, targets, softcap=policy.softcap)
+                metrics.add("loss", -logprobs.mean(), weight=len(targets))
+                correct = predicted_correctly(hidden, policy.head, targets).float()
+                metrics.add("mean_token_accuracy", correct.mean(), weight=len(targets))
 
-        policy.limits.each("validation", Rows(rows, len(rows)), measure, [metrics.mark()])
-    return metrics.collect()
+            policy.limits.each("validation", Rows(rows, len(rows)), measure, [metrics.mark()])
+    return metrics.collect_all(ranks.gather)
 
 
 def run_command(resolved: Resolved, ranks: Ranks) -> int:
@@ -143,12 +157,13 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     config: SFTConfig = resolved.configs[0]
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint)
     seed_everything(config.seed)
-    device = pick_device(config.num_threads)
+    device = pick_device(config.num_threads, ranks)
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None
     files, root = data_specs(config), config.image_root
-    sets = load_data_sets(files, root, config.bad_images, begun, config.label_set)
+    load = partial(load_data_sets, files, root, config.bad_images, begun, config.label_set)
+    sets = ranks.first_then_others(load)  # the demo's are drawn first
     data = with_answers_to_learn(
         sets, config.answer_format, validation_split=config.validation_split, seed=config.seed
     )
@@ -158,8 +173,10 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
     resolved = fitted(resolved, device, data.train, evaluated, adapter, encoder=encoder)
+    resolved = ranks.resolved(resolved, SFTConfig)
     config = resolved.configs[0]
-    record = training_record(resolved, "sft", data, checkpoint, SFTConfig.total_steps)
+    count, size = SFTConfig.total_steps, ranks.size
+    record = ranks.on_first(lambda: training_record(resolved, "sft", data, checkpoint, count, size))
 
     # policy and optimizer
     policy = policy_to_fine_tune(config, device, checkpoint, encoder)
@@ -169,7 +186,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
-    lines = [data_line(data), config.batch_line(len(data.train))]
+    lines = [data_line(data), config.batch_line(len(data.train), ranks.size)]
     about = f"LoRA of rank {config.lora_r}"
     if config.dry_run:
         print(banner("SFT", "dry run", policy, about, lines, resolved))
@@ -178,11 +195,14 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
 
     # run
     state = TrainerState() if checkpoint is None else restore(checkpoint, policy, optimizer)
-    with opened_run("sft", config.output_dir, checkpoint, record, data.bad_images, state) as folder:
+    with opened_run(
+        "sft", config.output_dir, checkpoint, record, data.bad_images, state, ranks=ranks
+    ) as folder:
         print(banner("SFT", folder.path, policy, about, lines, resolved), flush=True)
 
         def validate() -> None:
-            scores = validation_metrics(policy, data.validation, config, run.should_stop)
+            stop = run.should_stop
+            scores = validation_metrics(policy, data.validation, config, stop, ranks)
             run.log.scalars(run.step, scores, split="eval", epoch=state.epoch)
             better = state.record_evaluation(scores["loss"], greater_is_better=False)
             run.write(
@@ -195,11 +215,12 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
             save_training_checkpoint(folder, state, policy, optimizer, record, limit, timed=timed)
 
         size = len(data.train)
-        steps, in_epoch = config.total_steps(size), config.steps_per_epoch(size)
+        steps = config.total_steps(size, ranks.size)
+        in_epoch = config.steps_per_epoch(size, ranks.size)
         patience = config.early_stopping_patience
         schedule = Schedule.of(config, steps, eval_steps=in_epoch, patience=patience)
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
-        policy.limits.report = run.note_cut
+        run.watch_over(policy.limits, policy.digest)
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
         recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipe and by_flag else None
@@ -217,7 +238,7 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
     if run.stopped:
         print(f"stopped early: {run.stopped}", file=sys.stderr)
     best = load_best_adapter(run.folder, run.state, policy)
-    save_final_adapter(run.folder, run.state, policy)
+    run.ranks.on_first(lambda: save_final_adapter(run.folder, run.state, policy))
     print(
         f"final adapter: that of {best}, validation loss {run.state.best_metric:.4f}"
         if best
@@ -233,23 +254,23 @@ def finish(run: Run, policy: Policy, data: SFTDataSets, config: SFTConfig, comma
         baseline_examples=data.train,
         notes={name: note | {"stage": stage} for name, note in left_out.items()},
         should_stop=run.should_stop,
+        ranks=run.ranks,
     )
-    write_run_card(run.folder)
+    run.ranks.on_first(lambda: write_run_card(run.folder))
     run.log_scores({name: evaluated_metrics(of_set) for name, of_set in scores.items()})
     print(f"\n{format_scores(scores)}\n\nnext: {command}")
 
 
-def start(resolved: Resolved | None) -> int:
-    """Run settings that rank 0 has read, on this rank, and return the exit code."""
-    with Ranks(Launch.of()) as ranks, ranks.silent_but_first():
-        return run_command(ranks.resolved(resolved, SFTConfig), ranks)
+def take_part(resolved: Resolved | None) -> int:
+    """Run what rank 0 has read, which the others are told, and return the exit code."""
+    return on_this_rank(run_command, resolved, SFTConfig)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    return start(resolve_sft(given) if Launch.of().first else None)
+    return take_part(resolve_sft(given) if Launch.of().first else None)
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(lambda: start(RESOLVED), errors=(DataError,), of_ranks=True))
+    sys.exit(main_guard(lambda: take_part(RESOLVED), errors=(DataError,), of_ranks=True))

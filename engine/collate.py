@@ -185,30 +185,35 @@ def collate_prompts(prompts: list[EncodedPrompt], pad_token_id: int) -> PromptBa
 class Rows:
     """Hold rows that are run in micro-batches, such as those of one optimizer step.
 
-    rows: encoded. size: of a micro-batch, at most. first: the index of the first of them.
+    rows: encoded. size: of a micro-batch, at most. indices: of the rows, None for 0, 1, 2 ...
     per_step: rows of an optimizer step, where there are those of several. No micro-batch has rows
     of two steps.
     """
 
     rows: list[EncodedRow]
     size: int
-    first: int = 0
+    indices: Sequence[int] | None = None
     per_step: int | None = None
 
     def micro_batches(self, max_tokens: int | None) -> list[list[int]]:
         """Cut the rows -> the indices of each micro-batch's rows, as `plan_batches` does."""
-        step = self.per_step or max(1, len(self.rows))
+        step, indices = self.per_step or max(1, len(self.rows)), self._indices
         return [
-            [self.first + start + i for i in indices]
+            [indices[start + i] for i in batch]
             for start in range(0, len(self.rows), step)
-            for indices in plan_batches(self.rows[start : start + step], self.size, max_tokens)
+            for batch in plan_batches(self.rows[start : start + step], self.size, max_tokens)
         ]
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Count the tokens of a micro-batch as `plan_batches` does, each prompt once."""
-        rows = [self.rows[i - self.first] for i in indices]
+        row_of = dict(zip(self._indices, self.rows, strict=True))
+        rows = [row_of[i] for i in indices]
         prompts = {id(row.prompt): len(row.prompt.input_ids) for row in rows}
         return sum(prompts.values()) + sum(len(row.completion_ids) for row in rows)
+
+    @property
+    def _indices(self) -> Sequence[int]:
+        return range(len(self.rows)) if self.indices is None else self.indices
 
 
 def plan_batches(rows: list[EncodedRow], size: int, max_tokens: int | None) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -163,6 +164,14 @@ class Policy:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that are trained, in the order of the optimizer's state."""
         return [parameter for _, parameter in trainable_parameters(self.net)]
+
+    def digest(self) -> str:
+        """Hash what is trained, to compare it between ranks."""
+        found = hashlib.sha256()
+        for parameter in self.parameters:
+            flat = parameter.detach().cpu().contiguous().flatten()
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     # ---- examples --------------------------------------------------------------------------------
     def encode(self, example: Example) -> EncodedPrompt:

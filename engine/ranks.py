@@ -137,6 +137,15 @@ class Ranks:
             value = function() if self.first else None
         return self.from_first(value)  # type: ignore[return-value]
 
+    def first_then_others(self, function: Callable[[], Value]) -> Value:
+        """Call a function on rank 0, then on the others: it finds or makes files that all read."""
+        values: list[Value] = []
+        for turn in (True, False)[: self.size]:
+            with self.together():
+                if self.first is turn:
+                    values.append(function())
+        return values[0]
+
     def resolved(self, resolved: Resolved | None, *config_classes: type) -> Resolved:
         """Give the settings that rank 0 has read to all.
 
@@ -284,6 +293,17 @@ class Ranks:
             contextlib.redirect_stderr(nowhere),
         ):
             yield
+
+
+def on_this_rank(
+    run: Callable[[Resolved, Ranks], int], resolved: Resolved | None, *config_classes: type
+) -> int:
+    """Take part in what torchrun has started, or run alone -> the exit code.
+
+    run: what all ranks do, with rank 0's settings. resolved, config_classes: see `Ranks.resolved`.
+    """
+    with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
+        return run(ranks.resolved(resolved, *config_classes), ranks)
 
 
 def _status(error: BaseException | None) -> str:

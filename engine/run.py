@@ -29,7 +29,8 @@ from engine.checkpoint import (
 from engine.kept_files import KeptFiles
 from engine.longer import extension_line, is_extended, keep_result
 from engine.model_files import EMBEDDED
-from engine.out_of_memory import Cut
+from engine.out_of_memory import Cut, Limits
+from engine.ranks import ALONE, Ranks
 from engine.resume import (
     OUT_OF_MEMORY,
     base_record,
@@ -57,10 +58,11 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Hold a run's folder, which is this process's alone, with its log and the signals to heed.
+    """Hold a run's folder, which is this run's alone, with its log and the signals to heed.
 
     record: the contents of config.json. longer: whether the run is made longer than it was. kept:
-    the files with which a folder that is deleted under the run is made again.
+    the files with which a folder that is deleted under the run is made again. ranks: those of the
+    run, the first of which writes.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class RunFolder:
     record: dict[str, Any] = field(default_factory=dict)
     longer: bool = False
     kept: KeptFiles | None = None
+    ranks: Ranks = ALONE
 
     def bring_back(self, step: int) -> None:
         """Make the folder again where it was deleted under the run, with its logs open again.
@@ -87,6 +90,9 @@ class Run:
     asks `goes_on()` before every step and calls `step_done()` after it. The caller wraps the loop,
     and what comes after it, in `with run:`. Then a signal or an error of any kind leaves the state
     of the last whole step on disk, and a line says how to go on.
+
+    With several ranks each keeps the same books. The first of them writes and shows, and what one
+    alone knows (its clock, its signals) is told to all before they decide by it.
 
     exit_code: the process's, once the block has ended without an error.
     """
@@ -111,7 +117,9 @@ class Run:
         Python's own random numbers, from which a fork may draw.
         """
         self.folder, self.log, self.signals = folder.path, folder.log, folder.signals
-        self.record, self._cuts = folder.record, 0  # how often memory ran out since the last step
+        self.ranks = folder.ranks
+        self.record = folder.record
+        self._cuts = 0  # how often memory ran out since the last step
         self.state, self.schedule, self.save, self.evaluate = state, schedule, save, evaluate
         self.stateful = dict(stateful or {})
         self.metrics = MetricAccumulator(state.unlogged_metrics)
@@ -124,8 +132,18 @@ class Run:
         self._saved_at = time.monotonic()  # when a save was tried last
         self._saved = False  # whether the state as it is now is on disk
         self._not_saved: Exception | None = None  # why the last save failed
+        self._limits: Limits | None = None
+        self._digest: Callable[[], str] | None = None
         self.finished = False  # whether the loop has come to its end, with all that was due
         self.exit_code = 0
+
+    def watch_over(self, limits: Limits, digest: Callable[[], str]) -> None:
+        """Note cuts by memory, and see at every save that all ranks have the same adapter.
+
+        limits: how much is run at once. digest: hashes what is trained.
+        """
+        self._limits, self._digest = limits, digest
+        limits.report = self.note_cut
 
     # ---- where the run stands --------------------------------------------------------------------
     @property
@@ -147,14 +165,19 @@ class Run:
         return f"{patience} evaluations in a row were no better than the best"
 
     def should_stop(self) -> bool:
-        """Tell whether a signal asks to save and leave."""
+        """Tell whether a signal asks this process to save and leave, for work of its own."""
         return self.signals.stop is not None
+
+    def _all_stop(self) -> bool:
+        """Tell whether a signal to any rank asks to save and leave. All ranks come here."""
+        return self.signals.agree(self.ranks.gather) is not None
 
     def goes_on(self) -> bool:
         """Evaluate and save what is due, then tell whether there is one more step."""
         self._evaluate_or_save()
-        if self.step >= self.total or self.should_stop() or self.stopped is not None:
-            self.finished = not self.should_stop()
+        stop = self._all_stop()
+        if self.step >= self.total or stop or self.stopped is not None:
+            self.finished = not stop
             self.bar.close()
             return False
         self._begin()
@@ -172,13 +195,13 @@ class Run:
             yield part
 
     def _evaluate_or_save(self) -> None:
-        schedule = self.schedule
+        schedule, stop = self.schedule, self._all_stop()
         if self.step == 0:
             due = schedule.eval_at_start
         else:
             end = self.step >= self.total or self.stopped is not None
             due = end or self._at(schedule.eval_steps)
-        if due and self.state.evaluated_step != self.step and not self.should_stop():
+        if due and self.state.evaluated_step != self.step and not stop:
             self._save_due()  # first: an evaluation can be long, and can meet a damaged image
             self._begin()
             try:
@@ -191,7 +214,7 @@ class Run:
             self._save_due()
         elif self.step > self._first and self._at(schedule.save_steps):
             self._save_due()
-        elif self.step > self._first and self._overdue():
+        elif self.step > self._first and self.ranks.from_first(self._overdue()):
             self._save_due(timed=True)
 
     def _overdue(self) -> bool:
@@ -204,18 +227,42 @@ class Run:
         What is in memory would be lost if it ended there. The next save that is due tries again,
         and the last one must succeed. Before the first step there is nothing to lose.
         """
-        try:
-            self._save(timed=timed)
-        except OSError as error:
-            ends = self.step >= self.total or self.stopped is not None or self.should_stop()
-            if ends or self.step == self._first:
-                raise
-            self.warn([f"warning: {disk_line(error)}; training goes on, the next save tries again"])
+        with self.ranks.together():
+            self._check_same()
+            try:
+                self._save(timed=timed)
+            except OSError as error:
+                stop = self.signals.agreed is not None
+                ends = self.step >= self.total or self.stopped is not None or stop
+                if ends or self.step == self._first:
+                    raise
+                line = f"warning: {disk_line(error)}; training goes on, the next save tries again"
+                self.warn([line])
+
+    def _check_same(self) -> None:
+        """Refuse to save what is not the same on all ranks. All ranks come here.
+
+        Raises StepFailed naming those that differ from the first.
+        """
+        if self.ranks.size == 1 or self._digest is None:
+            return
+        digests = self.ranks.gather(self._digest())
+        others = [str(rank) for rank, one in enumerate(digests) if one != digests[0]]
+        if others:
+            self._not_saved = StepFailed(
+                f"the adapter after step {self.step} is not the same on all ranks: that of rank"
+                f" {', '.join(others)} differs from rank 0's. It is not saved; go on from the last"
+                " checkpoint, and look for a device that computes wrongly, or for code that takes"
+                " another branch on one rank"
+            )
+            raise self._not_saved
 
     def _save(self, *, timed: bool = False) -> None:
+        """Write a checkpoint on the first rank, without an exchange: others may have left."""
         self._saved_at = time.monotonic()
         try:
-            self.save(timed=True) if timed else self.save()
+            if self.ranks.first:
+                self.save(timed=True) if timed else self.save()
         except Exception as error:
             self._not_saved = error
             raise
@@ -262,6 +309,8 @@ class Run:
 
         epoch: passes over the data so far. shown: values for the progress bar.
         """
+        if self._limits is not None:
+            self._limits.tell_cuts(self.ranks.gather, self.ranks.rank)
         self.state.global_step += 1
         self.state.epoch = epoch
         self.metrics.add("step_time", time.perf_counter() - self._began)
@@ -273,12 +322,22 @@ class Run:
         if self.step % self.schedule.logging_steps == 0 or self.step == self.total:
             if self.state.bad_steps:
                 self.metrics.leave_out_not_finite()
-            logged = self.metrics.collect()
+            logged = self.ranks.from_first(self.metrics.collect())  # times differ by rank
             self.log.scalars(self.step, logged, epoch=epoch)
             self.watch(logged)
         self.bar.update(shown)
         self.state.unlogged_metrics = self.metrics.state_dict()
         self._before = self._take_back = None  # last: until here the step can be undone
+
+    def merge(self, measured: MetricAccumulator) -> None:
+        """Add what every rank has measured of its share of the step."""
+        for of_rank in self.ranks.gather(measured.state_dict()):
+            self.metrics.merge(of_rank)
+
+    def total_loss(self, losses: Sequence[torch.Tensor]) -> float:
+        """Add up the losses of every rank's micro-batches. To read them is to wait for the GPU."""
+        told = self.ranks.gather([float(loss) for loss in losses])
+        return sum(loss for of_rank in told for loss in of_rank)
 
     def mark(self) -> Callable[[], None]:
         """Return a function that puts random numbers and metrics back, for work that is done again.
@@ -304,8 +363,9 @@ class Run:
         settings = self.record.setdefault("settings", {})
         first = settings.get(cut.setting, {}).get("was", cut.before)  # as the user had it
         settings[cut.setting] = {"value": cut.after, "origin": OUT_OF_MEMORY, "was": first}
-        with contextlib.suppress(OSError):  # of a full disk: the next checkpoint has it too
-            write_json(self.folder / "config.json", self.record)
+        if self.ranks.first:
+            with contextlib.suppress(OSError):  # of a full disk: the next checkpoint has it too
+                write_json(self.folder / "config.json", self.record)
 
     def count_tokens(self, number: int) -> None:
         """Add to the tokens of prompts and completions seen so far, and log their number."""
@@ -319,7 +379,8 @@ class Run:
         """
         for name, of_set in metrics.items():
             self.log.scalars(self.step, of_set, split="eval", dataset=name, epoch=self.state.epoch)
-        write_json(self.folder / "trainer_state.json", asdict(self.state))
+        if self.ranks.first:
+            write_json(self.folder / "trainer_state.json", asdict(self.state))
 
     def watch(self, logged: Mapping[str, float]) -> None:
         """Look at what was just logged. GRPO has conditions on it."""
@@ -351,7 +412,9 @@ class Run:
         if self.finished:
             return self._left_after_the_end(error)
         polled = isinstance(error, StopRequested)
-        stopped = polled or (error is None and self.should_stop())
+        if polled:
+            self._all_stop()  # whichever rank the signal came to
+        stopped = polled or (error is None and self.signals.agreed is not None)
         if error is None and not stopped:
             return False
         at_once = isinstance(error, KeyboardInterrupt) and not polled
@@ -368,6 +431,8 @@ class Run:
         command, and then nothing is left that a kill could cut short.
         """
         self.log.close()
+        if not self.ranks.first:
+            return False
         try:
             write_json(self.folder / "config.json", self.record | {FINISHED: {"step": self.step}})
         except OSError as failure:
@@ -429,51 +494,74 @@ def opened_run(
     bad_images: Mapping[str, list[dict]],
     state: TrainerState,
     reference: Callable[[Path], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[RunFolder]:
-    """Open the folder of a run, hold it for this process, and write config.json.
+    """Open the folder of a run, hold it for this run, and write config.json.
 
     A resumed run goes on in its checkpoint's folder, or takes its logs along to a new one. Files
-    that a killed process left half-written are removed.
+    that a killed process left half-written are removed. Rank 0 alone holds and writes.
 
     record: the contents of config.json. bad_images: rows left out, by data set. state: where the
     run stands. reference: writes the adapter that a new run keeps as its frozen reference.
     Raises UsageError where the folder is in use, not empty, or cannot be written to.
     """
-    folder = run_folder(checkpoint, output_dir, script)
-    with lock_run(folder), SignalGuard() as signals:
-        clean_leftovers(folder)
-        longer = checkpoint is not None and is_extended(record, checkpoint)
+    with contextlib.ExitStack() as held, SignalGuard() as signals:
+
+        def open_folder() -> tuple[str, bool]:
+            folder = run_folder(checkpoint, output_dir, script)
+            held.enter_context(lock_run(folder))
+            longer = _prepare(folder, script, checkpoint, record, state, reference)
+            write_bad_images(folder, bad_images)
+            return str(folder), longer
+
+        named, longer = ranks.on_first(open_folder)
         if longer:
-            print(extension_line(record), file=sys.stderr)
-            keep_result(folder)
             state.evaluations_without_improvement = 0  # the end of patience was that of the run
-        if checkpoint is None:
-            begin_again(folder, script)
-            if reference is not None:
-                record["reference"] = keep_reference(reference, folder)
-        if record.get("base") == {}:  # a hub model has come with its weights only now
-            named, how = (
-                record["settings"][name]["value"] for name in ("model_name_or_path", "base_hash")
-            )
-            record["base"] = base_record(named, how)
-        write_json(folder / "config.json", record)  # first: it says which run the rest is of
-        if checkpoint is not None:
-            bring_logs(checkpoint, folder, state.best_model_checkpoint)
-            set_later_checkpoints_aside(folder, checkpoint.step)
-            limit = record["settings"]["save_total_limit"]["value"]
-            # again, because the earlier process may have ended before it came to it
-            last, best = folder / checkpoint.path.name, state.best_model_checkpoint
-            settle_checkpoints(folder, last, best, limit)
-        write_bad_images(folder, bad_images)
-        resume_step = None if checkpoint is None else checkpoint.step
-        marks = None if checkpoint is None else checkpoint.manifest["notes"].get("logs")
-        with (
-            RunLogger(
-                folder, resume_step=resume_step, log_history=state.log_history, marks=marks
-            ) as log,
-            contextlib.closing(KeptFiles(folder)) as kept,
-        ):
-            yield RunFolder(folder, log, signals, script, record, longer, kept)
+        folder = Path(named)
+        log = RunLogger(
+            folder,
+            resume_step=None if checkpoint is None else checkpoint.step,
+            log_history=state.log_history,
+            marks=None if checkpoint is None else checkpoint.manifest["notes"].get("logs"),
+            writes=ranks.first,
+        )
+        kept = KeptFiles(folder) if ranks.first else None
+        with log, contextlib.nullcontext() if kept is None else contextlib.closing(kept):
+            yield RunFolder(folder, log, signals, script, record, longer, kept, ranks)
+
+
+def _prepare(
+    folder: Path,
+    script: Literal["sft", "grpo"],
+    checkpoint: Checkpoint | None,
+    record: dict[str, Any],
+    state: TrainerState,
+    reference: Callable[[Path], None] | None,
+) -> bool:
+    """Make a run's folder ready, and tell whether the run is made longer than it was."""
+    clean_leftovers(folder)
+    longer = checkpoint is not None and is_extended(record, checkpoint)
+    if longer:
+        print(extension_line(record), file=sys.stderr)
+        keep_result(folder)
+    if checkpoint is None:
+        begin_again(folder, script)
+        if reference is not None:
+            record["reference"] = keep_reference(reference, folder)
+    if record.get("base") == {}:  # a hub model has come with its weights only now
+        named, how = (
+            record["settings"][name]["value"] for name in ("model_name_or_path", "base_hash")
+        )
+        record["base"] = base_record(named, how)
+    write_json(folder / "config.json", record)  # first: it says which run the rest is of
+    if checkpoint is not None:
+        bring_logs(checkpoint, folder, state.best_model_checkpoint)
+        set_later_checkpoints_aside(folder, checkpoint.step)
+        limit = record["settings"]["save_total_limit"]["value"]
+        # again, because the earlier process may have ended before it came to it
+        last, best = folder / checkpoint.path.name, state.best_model_checkpoint
+        settle_checkpoints(folder, last, best, limit)
+    return longer
 
 
 # ---- after it ------------------------------------------------------------------------------------

@@ -88,6 +88,19 @@ class MetricAccumulator:
         for name, metric in metrics.items():
             self.add(name, metric.value, metric.weight, metric.reduction)
 
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add what another accumulator holds. state: its `state_dict`."""
+        for name, (reduction, entries) in state.items():
+            for value, weight in entries:
+                self.add(name, value, weight, reduction)
+
+    def collect_all(self, gather: Callable[[dict], list[dict]]) -> dict[str, float]:
+        """Combine what every rank has added. gather: gives every rank's value to all."""
+        of_all = MetricAccumulator()
+        for of_rank in gather(self.state_dict()):
+            of_all.merge(of_rank)
+        return of_all.collect()
+
     def mark(self) -> Callable[[], None]:
         """Return a function that drops what is added from here on, for work that is done again."""
         counts = {name: len(entries) for name, entries in self._entries.items()}
@@ -163,19 +176,29 @@ class RunLogger:
         resume_step: int | None = None,
         log_history: Sequence[Mapping[str, Any]] = (),
         marks: Mapping[str, Any] | None = None,
+        writes: bool = True,
     ):
         """Open the logs of a new run, or of one that goes on.
 
         resume_step: the step that the run goes on from. log_history: what it had logged by then.
         marks: `marks` of then, None where a checkpoint of an earlier version has none. Then lines
         of later steps alone are taken out, and TensorBoard drops its later points itself.
+        writes: False for a rank that only keeps `log_history`.
         """
-        self.run_dir = Path(run_dir)
+        self.run_dir, self.writes = Path(run_dir), writes
         self.log_history = [dict(entry) for entry in log_history]
         self._warned: set[str] = set()
         # Files whose last write failed, perhaps in the middle of a line.
         self._torn: set[str] = set()
         self._waiting: dict[str, str] = {}  # lines for files whose folder is gone
+        self._resumed = resume_step is not None
+        # A new run marks its start too, because TensorBoard takes only a second mark for a restart
+        # and drops nothing at the first.
+        self._purge_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = None
+        self._charts: ChartWriters | None = None
+        if not writes:
+            return
         if resume_step is None:  # what is there is of a run that begins again
             marks = {}
         for name in STEP_LOGS:
@@ -185,12 +208,6 @@ class RunLogger:
         if marks is not None:
             with self._degrading("TensorBoard"):
                 cut_events(self.run_dir, marks)
-        self._resumed = resume_step is not None
-        # A new run marks its start too, because TensorBoard takes only a second mark for a restart
-        # and drops nothing at the first.
-        self._purge_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = None
-        self._charts: ChartWriters | None = None
         with self._degrading("TensorBoard"):
             wait_for_later_second(self.run_dir)
             self._tensorboard = self._writer(self.run_dir)
@@ -313,6 +330,8 @@ class RunLogger:
         self.close()
 
     def _append(self, filename: str, rows: list[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with self._degrading(filename):
             if not self.run_dir.is_dir():  # deleted under the run, which makes it again

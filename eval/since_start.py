@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,11 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
             " gap_shared_se are not measured"
         )
     return found
+
+
+def since_start_on_all(ranks: Ranks, folder: Path, names: Sequence[str]) -> SinceStart:
+    """Compare as `since_start` does, on rank 0, whose files they are, and tell all ranks."""
+    return SinceStart(**ranks.on_first(lambda: asdict(since_start(folder, names))))
 
 
 def _answers(before: Path, after: Path, name: str) -> tuple[Answers, Answers]:

@@ -71,9 +71,14 @@ class BatchPlan:
         return self.completions // self.group
 
     @property
+    def steps(self) -> int:
+        """Count the optimizer steps of one pass over a rollout."""
+        return self.micro_batches // self.accumulation
+
+    @property
     def updates(self) -> int:
         """Count the optimizer steps that learn from one rollout."""
-        return self.micro_batches // self.accumulation * self.iterations
+        return self.steps * self.iterations
 
     def own(self, update: int, rank: int) -> range:
         """Return the completions of a rollout that a rank learns from in one of its updates.
@@ -81,8 +86,7 @@ class BatchPlan:
         Those of a step lie together, each rank's in the order of the ranks. With several ranks a
         rank has whole groups. Every pass over the rollout takes the same.
         """
-        step = update % (self.micro_batches // self.accumulation)
-        first = step * self.per_step + rank * self.per_rank
+        first = update % self.steps * self.per_step + rank * self.per_rank
         return range(first, first + self.per_rank)
 
     def total_steps(self, num_examples: int) -> int:

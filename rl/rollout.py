@@ -3,6 +3,9 @@
 The micro-batches follow from the rollout's lengths alone. The old, reference and policy passes run
 the same rows laid out in the same way, so before the first update the ratio is exactly 1 and the
 KL exactly 0.
+
+Of several ranks each encodes, samples, rewards and scores whole groups of every optimizer step.
+Then all have all samples, in the order of the prompts, so what follows is the same on all.
 """
 
 from __future__ import annotations
@@ -21,12 +24,20 @@ from engine.order import shuffled
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
+from engine.ranks import ALONE, Ranks
 from engine.runtime import StepFailed, StopRequested
 from engine.time_limit import TimeLimit
 from rl.plan import BatchPlan
 from rl.reward_checks import observe
 from rl.rewards import RewardFunction
-from rl.samples import MicroBatch, Sample, build_samples, collate_samples
+from rl.samples import (
+    MicroBatch,
+    Sample,
+    build_samples,
+    collate_samples,
+    pack_samples,
+    unpack_samples,
+)
 from rl.settings import GRPOConfig
 
 
@@ -46,7 +57,8 @@ class Rollouts:
 
     plan: how many prompts, completions and steps belong together.
     limits: how much is run at once.
-    examples, prompts: those of the rollout at hand, the prompts encoded.
+    examples, prompts: those of the rollout at hand, the prompts encoded. Prompts of other ranks
+    have their tokens alone, without the features of their images.
     first: the position in the run of its first prompt.
     samples: its completions, those of one prompt together. [] before the first rollout.
     """
@@ -56,12 +68,15 @@ class Rollouts:
         data: Sequence[Example],
         reward_functions: dict[str, RewardFunction],
         config: GRPOConfig,
+        ranks: Ranks = ALONE,
     ):
         """Begin the stream. data: the training examples, each a prompt."""
         self.data, self.reward_functions, self.config = data, reward_functions, config
-        self.plan = BatchPlan.of(config)
+        self.ranks = ranks
+        self.plan = BatchPlan.of(config, ranks.size)
         self.limits = Limits(config)
         self._with_reference = False  # when the rollout was scored
+        self._scored_again = False  # in smaller micro-batches, which other ranks do not know yet
         self.examples: list[Example] = []
         self.prompts: list[EncodedPrompt] = []
         self.first = 0
@@ -92,31 +107,53 @@ class Rollouts:
         first = step // self.plan.updates * count
         places = [divmod(position, size) for position in range(first, first + count)]
         orders = {epoch: shuffled(size, epoch, self.config.seed) for epoch, _ in places}
-        examples, prompts = [self.data[orders[epoch][index]] for epoch, index in places], []
-        for example in examples:
-            if should_stop():
-                raise StopRequested
-            prompts.append(policy.encode(example))
-        self.examples, self.prompts, self.first = examples, prompts, first
+        examples = [self.data[orders[epoch][index]] for epoch, index in places]
+        own: list[EncodedPrompt] = []
+        with self.ranks.together():
+            for group in self._own_groups():
+                if should_stop():
+                    raise StopRequested
+                own.append(policy.encode(examples[group]))
+        self.examples, self.prompts, self.first = examples, self._all_prompts(own), first
+
+    def _own_groups(self) -> list[int]:
+        """List this rank's prompts: whole groups of each optimizer step of a pass."""
+        rows = self._rows_of(self.ranks.rank, range(self.plan.steps))
+        return list(dict.fromkeys(row // self.plan.group for row in rows))
+
+    def _rows_of(self, rank: int, updates: Sequence[int]) -> list[int]:
+        """List what a rank learns from in some updates, by their place in the rollout."""
+        return [row for update in updates for row in self.plan.own(update, rank)]
+
+    def _all_prompts(self, own: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+        """Put the prompts of all ranks in order. own: this rank's."""
+        if self.ranks.size == 1:
+            return list(own)
+        prompts = dict(zip(self._own_groups(), own, strict=True))
+        tokens = {str(group): prompt.input_ids for group, prompt in prompts.items()}
+        for of_rank in self.ranks.gather_tensors(tokens):
+            for group, ids in of_rank.items():
+                prompts.setdefault(int(group), EncodedPrompt(ids, torch.zeros_like(ids), {}))
+        return [prompts[group] for group in range(len(prompts))]
 
     # ---- the rollout, in the order of the loop ---------------------------------------------------
     def sample(self, policy: Policy, should_stop: Callable[[], bool]) -> list[list[Completion]]:
         """Sample G completions of each prompt at hand, by the numbers of its position in the run.
 
-        Where memory runs out, the same completions are sampled again, fewer of them together.
-        Raises StopRequested once should_stop says so.
+        Of several ranks each samples those of its own prompts. Where memory runs out, the same
+        completions are sampled again, fewer of them together. Raises StopRequested once should_stop
+        says so.
         """
-        config = self.config
+        config, groups = self.config, self._own_groups()
         shape = config.num_generations, config.max_completion_length
         uniform = [
-            uniform_numbers("rollout", config.seed, self.first + i, *shape)
-            for i in range(len(self.prompts))
+            uniform_numbers("rollout", config.seed, self.first + group, *shape) for group in groups
         ]
 
         def decode(max_rows: int | None) -> list[list[Completion]]:
             return generate(
                 policy,
-                self.prompts,
+                [self.prompts[group] for group in groups],
                 SamplingConfig(config.temperature, config.top_p, config.max_completion_length),
                 num_generations=config.num_generations,
                 max_rows=max_rows,
@@ -125,13 +162,14 @@ class Rollouts:
                 should_stop=should_stop,
             )
 
-        return self.limits.decoded(
-            "rollout",
-            SAMPLING,
-            config.sampling_batch_size,
-            lambda: self.plan.completions,
-            decode,
-        )
+        with self.ranks.together():
+            return self.limits.decoded(
+                "rollout",
+                SAMPLING,
+                config.sampling_batch_size,
+                lambda: len(groups) * self.plan.group,
+                decode,
+            )
 
     def reward(
         self,
@@ -146,21 +184,45 @@ class Rollouts:
         Raises RewardFailed for a reward that is no finite number, raises or hangs, and
         StopRequested for one that hangs once should_stop says so.
         """
-        limit = TimeLimit(self.config.reward_timeout, should_stop)
-        self.samples = build_samples(
-            self.examples,
-            completions,
-            policy.encoder.decode,
-            self.reward_functions,
-            self.config.reward,
-            answer_format=self.config.answer_format,
-            mask_truncated_completions=self.config.mask_truncated_completions,
-            text_length=policy.encoder.text_length,
-            length_of=self.config.length_of,
-            limit=limit,
-        )
+        limit, groups = TimeLimit(self.config.reward_timeout, should_stop), self._own_groups()
+        with self.ranks.together():
+            own = build_samples(
+                [self.examples[group] for group in groups],
+                completions,
+                policy.encoder.decode,
+                self.reward_functions,
+                self.config.reward,
+                answer_format=self.config.answer_format,
+                mask_truncated_completions=self.config.mask_truncated_completions,
+                text_length=policy.encoder.text_length,
+                length_of=self.config.length_of,
+                limit=limit,
+            )
+        self.samples = self._all_samples(own, groups, policy)
         answers = [sample.answer for sample in self.samples]
-        observe(self.reward_functions, answers, [sample.group for sample in self.samples], limit)
+        with self.ranks.together():
+            observe(self.reward_functions, answers, [one.group for one in self.samples], limit)
+
+    def _all_samples(
+        self, own: list[Sample], groups: Sequence[int], policy: Policy
+    ) -> list[Sample]:
+        """Put the samples of all ranks in the order of the prompts.
+
+        own: this rank's, of the prompts `groups`.
+        """
+        if self.ranks.size == 1:
+            return own
+        for sample in own:
+            sample.group = groups[sample.group]
+        tensors, record = pack_samples(own)
+        decode, answer_format = policy.encoder.decode, self.config.answer_format
+        told = zip(self.ranks.gather_tensors(tensors), self.ranks.gather(record), strict=True)
+        samples = [
+            sample
+            for of_rank in told
+            for sample in unpack_samples(*of_rank, self.examples, decode, answer_format)
+        ]
+        return sorted(samples, key=lambda sample: sample.group)
 
     def score(
         self,
@@ -178,23 +240,31 @@ class Rollouts:
         StopRequested once should_stop says so.
         """
 
+        self._with_reference = with_reference
+        with self.ranks.together():
+            self._score(policy, should_stop)
+        self._tell("ref_logprobs", range(self.plan.steps))
+        self._tell("old_logprobs", range(1, self.plan.steps))
+
+    def _score(self, policy: Policy, should_stop: Callable[[], bool]) -> None:
+        """Score this rank's samples."""
+
         @torch.no_grad()
         def score(rows: list[int]) -> None:
             batch = self.micro_batch(rows, policy).batch
             if rows[0] >= self.plan.per_step:
-                self.keep_old([rows], [policy.logprobs(batch)])
-            if with_reference:
+                self._keep_old([rows], [policy.logprobs(batch)])
+            if self._with_reference:
                 with policy.reference():
                     reference = policy.logprobs(batch).cpu()  # [N,T]
             for place, row in enumerate(rows):
                 sample = self.samples[row]
                 sample.ref_logprobs = (
                     reference[place, : len(sample.ids)]
-                    if with_reference
+                    if self._with_reference
                     else sample.sampling_logprobs
                 )
 
-        self._with_reference = with_reference
         with policy.evaluating():
             self.limits.each("scoring", self.rows(), score, (), should_stop)
 
@@ -203,9 +273,25 @@ class Rollouts:
 
         Only in the first update, in which the policy is still the one that sampled. It is then
         compared with a reference that ran in the same micro-batches, so its KL stays exactly 0.
+        Other ranks learn of it in `keep_old`.
         """
         if update == 0:
-            self.score(policy, with_reference=self._with_reference)
+            self._score(policy, lambda: False)
+            self._scored_again = True
+
+    def _tell(self, name: str, updates: Sequence[int]) -> None:
+        """Give all ranks what each has computed of its own samples.
+
+        name: a field of Sample with a value a token. updates: whose samples have it.
+        """
+        if self.ranks.size == 1 or not updates:
+            return
+        rows = [self._rows_of(rank, updates) for rank in range(self.ranks.size)]
+        own = torch.cat([getattr(self.samples[row], name) for row in rows[self.ranks.rank]])
+        for of_rank, told in zip(rows, self.ranks.gather_tensors({name: own}), strict=True):
+            pieces = told[name].split([len(self.samples[row].ids) for row in of_rank])
+            for row, values in zip(of_rank, pieces, strict=True):
+                setattr(self.samples[row], name, values)
 
     def set_advantages(self, advantages: Tensor) -> None:
         """Give every sample its A_i. advantages [R]: in the samples' order.
@@ -233,10 +319,19 @@ class Rollouts:
                     )
 
     def keep_old(self, micro_batches: Sequence[Sequence[int]], logprobs: Sequence[Tensor]) -> None:
-        """Keep the log-probabilities of micro-batches, [N,T] each, as their samples' old ones.
+        """Keep the log-probabilities of the first update, [N,T] a micro-batch, as the old ones.
 
-        To copy them from the GPU is to wait for it, so the loop calls this once a step.
+        All ranks keep those of all. To copy them from the GPU is to wait for it, so the loop calls
+        this once a step.
         """
+        self._keep_old(micro_batches, logprobs)
+        self._tell("old_logprobs", [0])
+        if any(self.ranks.gather(self._scored_again)):  # by a rank whose memory ran out
+            self._tell("ref_logprobs", range(self.plan.steps))
+            self._tell("old_logprobs", range(1, self.plan.steps))
+        self._scored_again = False
+
+    def _keep_old(self, micro_batches: Sequence[Sequence[int]], logprobs: Sequence[Tensor]) -> None:
         for rows, of_rows in zip(micro_batches, logprobs, strict=True):
             for row, values in zip(rows, of_rows.detach().cpu(), strict=True):
                 self.samples[row].old_logprobs = values[: len(self.samples[row].ids)]
@@ -267,29 +362,27 @@ class Rollouts:
 
     # ---- micro-batches ---------------------------------------------------------------------------
     def rows(self, update: int | None = None) -> Rows:
-        """Return what an update learns from, or None for the whole rollout, to be cut.
+        """Return what this rank learns from in an update, None for all of a pass, to be cut.
 
         A micro-batch that costs more than max_tokens_per_forward is cut. Where a cut parts a group,
         its prompt is in both halves. The same rows serve every pass over the rollout.
         """
-        size, per_step = self.plan.micro_batch, self.plan.per_step
-        rows = [sample.row(self.prompts) for sample in self.samples]
-        if update is None:
-            return Rows(rows, size, per_step=per_step)
-        first = update % -(-len(rows) // per_step) * per_step
-        return Rows(rows[first : first + per_step], size, first)
+        updates = range(self.plan.steps) if update is None else [update]
+        of_rank = self._rows_of(self.ranks.rank, updates)
+        rows = [self.samples[row].row(self.prompts) for row in of_rank]
+        return Rows(rows, self.plan.micro_batch, of_rank, self.plan.per_rank)
 
     def micro_batches(self, update: int) -> list[list[int]]:
-        """List the rows of each micro-batch of an update.
+        """List the rows of each of this rank's micro-batches of an update.
 
         The same micro-batches serve every pass over the rollout, so that the ratio is exactly 1 at
         first.
         """
         return self.rows(update).micro_batches(self.limits.max_tokens)
 
-    def totals(self, micro_batches: Sequence[Sequence[int]]) -> StepTotals:
-        """Count the completions and tokens of a WHOLE optimizer step, as its weights need them."""
-        rows = [row for micro_batch in micro_batches for row in micro_batch]
+    def totals(self, update: int) -> StepTotals:
+        """Count completions and tokens of a WHOLE optimizer step, all ranks', for its weights."""
+        rows = [row for rank in range(self.ranks.size) for row in self._rows_of(rank, [update])]
         return {
             "num_completions": len(rows),
             "num_tokens": sum(int(self.samples[row].mask.sum()) for row in rows),

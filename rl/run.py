@@ -21,6 +21,7 @@ from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import StepFailed
 from engine.saving import save_start
 from engine.settings import validation_files
+from engine.tracking import MetricAccumulator
 from rl.dump import step_tensors, write_step
 from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
 from rl.monitors import Monitors
@@ -184,7 +185,6 @@ class GRPORun(Run):
         self.config, self.monitors = rollouts.config, monitors
         self.log.charts("GRPO", grpo_charts(list(validation_files(self.config))))
         self._noted: set[str] = set()
-        rollouts.limits.report = self.note_cut
 
     @property
     def stopped(self) -> str | None:
@@ -205,36 +205,65 @@ class GRPORun(Run):
         micro_batches: Sequence[Sequence[int]],
         rollouts: Rollouts,
         objective: ObjectiveConfig,
-    ) -> None:
+    ) -> float:
         """Add the metrics of one update's micro-batches, and dump them where --dump_step asks.
+
+        Those of all ranks: each comes with its own. Returns the loss of the whole step.
 
         Called once a step and after all passes: to read a number is to wait for the GPU. A dump is
         written before the gradient is looked at, so that a step that fails can be seen too.
         """
+        measured = MetricAccumulator()
         for micro in computed:
-            self.metrics.add_all(
+            measured.add_all(
                 objective_metrics(micro.terms, micro.advantages, micro.mask, objective)
             )
             if micro.mask.any():
                 entropy, tokens = micro.entropy[micro.mask].mean(), int(micro.mask.sum())
-                self.metrics.add("entropy", entropy, weight=tokens)
+                measured.add("entropy", entropy, weight=tokens)
+        self.merge(measured)
         if rollouts.update_of(self.step) == 0:
             self.add(mismatch_metrics(rollouts.samples))
         if self.step + 1 == self.config.dump_step:
-            tensors = [
-                step_tensors(micro.loss, micro.logprobs, micro.entropy, micro.weights, micro.terms)
-                for micro in computed
-            ]
-            write_step(
-                self.folder,
-                self.step + 1,
-                tensors,
-                micro_batches,
-                rollouts.samples,
-                rollouts.prompts,
-                self.config,
-                objective,
-            )
+            self._dump(computed, micro_batches, rollouts, objective)
+        return self.total_loss([done.loss for done in computed])
+
+    def _dump(
+        self,
+        computed: Sequence[Computed],
+        micro_batches: Sequence[Sequence[int]],
+        rollouts: Rollouts,
+        objective: ObjectiveConfig,
+    ) -> None:
+        """Write the tensors of all ranks' micro-batches."""
+        ranks = self.ranks
+        parts = [
+            step_tensors(micro.loss, micro.logprobs, micro.entropy, micro.weights, micro.terms)
+            for micro in computed
+        ]
+        flat = {f"{i}/{name}": one for i, part in enumerate(parts) for name, one in part.items()}
+        told = zip(ranks.gather_tensors(flat), ranks.gather(list(micro_batches)), strict=True)
+        tensors: list[dict[str, Tensor]] = []
+        rows: list[Sequence[int]] = []
+        for of_rank, its_rows in told:
+            rows += its_rows
+            tensors += [{} for _ in its_rows]
+            first = len(tensors) - len(its_rows)
+            for name, tensor in of_rank.items():
+                number, _, field = name.partition("/")
+                tensors[first + int(number)][field] = tensor
+        with ranks.together():
+            if ranks.first:
+                write_step(
+                    self.folder,
+                    self.step + 1,
+                    tensors,
+                    rows,
+                    rollouts.samples,
+                    rollouts.prompts,
+                    self.config,
+                    objective,
+                )
 
     def finish_step(
         self,
@@ -253,7 +282,8 @@ class GRPORun(Run):
         if new:
             rows = completion_rows(samples, self.config.instruction.name, self.config.answer_format)
             self.log.append_jsonl("completions.jsonl", rows, step=step)
-            show_samples(self.log, samples, step)
+            if self.ranks.first:
+                show_samples(self.log, samples, step)
         reward = sum(sample.reward for sample in samples) / len(samples)
         self.step_done(epoch=rollouts.epoch_after(step), shown={"reward": reward, "loss": loss})
 

@@ -179,11 +179,11 @@ def collate_samples(
     )
 
 
-# ---- in a checkpoint -----------------------------------------------------------------------------
+# ---- in a checkpoint, and to other ranks ---------------------------------------------------------
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Turn a rollout in the middle of its updates into (tensors, record) for a checkpoint.
+    """Turn a rollout into (tensors, record), for a checkpoint or for other ranks.
 
-    tensors: each field of PER_TOKEN, all completions one after the other.
+    tensors: each field of PER_TOKEN that is known by now, all completions one after the other.
     record: the rest as JSON. Python writes numbers that it reads back bit for bit.
 
     Text and answer follow from the ids, and are not packed.
@@ -207,7 +207,8 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
     if not samples:
         return {}, record
     tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in PER_TOKEN}
-    return tensors, record
+    known = len(tensors["ids"])
+    return {name: tensor for name, tensor in tensors.items() if len(tensor) == known}, record
 
 
 def unpack_samples(
@@ -242,7 +243,7 @@ def unpack_samples(
             rewards=rewards,
             reward=row["reward"],
             advantage=row["advantage"],
-            **{name: pieces[name][i] for name in PER_TOKEN},
+            **{name: piece[i] for name, piece in pieces.items()},
         )
         samples.append(sample)
     return samples

@@ -279,7 +279,7 @@ class Product:
             )
             rollouts.set_advantages(advantages)
             micro_batches = rollouts.micro_batches(0)
-            totals = rollouts.totals(micro_batches)
+            totals = rollouts.totals(0)
             self.net.train()
             total, old = 0.0, []
             for rows in micro_batches:

@@ -144,7 +144,7 @@ def test_the_tokens_of_a_micro_batch_count_each_prompt_once():
     rows = rows_of(1, 2, 3)
     assert rows.tokens([0, 1, 2]) == 10 + 1 + 2 + 10 + 3
     assert rows.tokens([1, 2]) == 10 + 2 + 10 + 3
-    behind = Rows(rows.rows[1:], 8, first=1)
+    behind = Rows(rows.rows[1:], 8, range(1, len(rows.rows)))
     assert behind.tokens([2]) == 13 and behind.micro_batches(None) == [[1, 2]]
 
 

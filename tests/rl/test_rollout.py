@@ -256,8 +256,13 @@ def test_micro_batches_are_planned_in_order():
 def test_totals_are_of_the_whole_step():
     masked = torch.tensor([True, False, True])
     samples = [sample(0, 0.0, length=3, mask=masked), sample(0, 0.0, length=5), sample(1, 0.0)]
-    rollouts = rollouts_of(samples, max_completion_length=7)
-    assert rollouts.totals([[0], [2, 1]]) == {
+    rollouts = rollouts_of(
+        samples,
+        max_completion_length=7,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+    )
+    assert rollouts.totals(0) == {
         "num_completions": 3,
         "num_tokens": 2 + 2 + 5,
         "max_completion_length": 7,
@@ -403,18 +408,18 @@ def test_old_and_reference_log_probabilities_are_of_the_right_adapter(rollout):
     net, samples = policy.net, rollouts.samples
     flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     net.train()
-    # updates of one completion, and of four and two: the pass makes all old ones but the first's
+    # updates of one completion, and of two: the pass makes all old ones but the first's
     alone = fresh(rollouts, per_device_train_batch_size=1, steps_per_generation=6)
-    fours = fresh(rollouts, per_device_train_batch_size=4, steps_per_generation=2)
+    twos = fresh(rollouts, per_device_train_batch_size=2, steps_per_generation=3)
     alone.score(policy, with_reference=True)
-    score_all(fours, policy)
+    score_all(twos, policy)
     assert net.training and net.active_adapter == "default"
     assert flags == {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     net.eval()
     by_hand = reference_by_hand(policy, samples, rollouts.prompts)
     assert len(alone.samples[0].old_logprobs) == 0  # left to the first update
-    alone.samples[0].old_logprobs = fours.samples[0].old_logprobs
-    for scored in (alone.samples, fours.samples):
+    alone.samples[0].old_logprobs = twos.samples[0].old_logprobs
+    for scored in (alone.samples, twos.samples):
         for before, after, reference in zip(samples, scored, by_hand, strict=True):
             assert (
                 torch.equal(before.ids, after.ids)
@@ -479,7 +484,12 @@ def reference_by_hand(
 
 def test_without_a_reference_pass_the_reference_is_the_policy(rollout):
     policy, rollouts = rollout
-    scored = fresh(rollouts, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    scored = fresh(
+        rollouts,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        steps_per_generation=2,
+    )
     scored.score(policy, with_reference=False)
     assert all(torch.equal(s.ref_logprobs, s.sampling_logprobs) for s in scored.samples)
 
@@ -757,7 +767,8 @@ def test_what_later_steps_still_learn_from():
 def test_windows_change_after_all_rewards_are_computed():
     """The completions of a rollout are all rated by the windows as they stood before it."""
     rewards = {"nuanced": NuancedReward({}, window=2, min_window=1), "hard": HardReward()}
-    rollouts = Rollouts([example()], rewards, GRPOConfig())
+    of_two = GRPOConfig(per_device_train_batch_size=4, num_generations=2, steps_per_generation=1)
+    rollouts = Rollouts([example()], rewards, of_two)
     rollouts.examples = [example("e1"), example("e2")]
     policy = SimpleNamespace(encoder=SimpleNamespace(decode=decode, text_length=len))
     groups = [[completion(1), completion(2)], [completion(1), completion(4)]]
