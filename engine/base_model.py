@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,11 @@ from engine.model_checks import (
 )
 from engine.model_files import check_model_folder, looks_local, model_path
 from engine.processor_files import one_line, parsed_config
+from engine.ranks import ALONE, Ranks
+from engine.shard import ShardedBase, load_sharded
 from engine.vision import VisionCache
 
+_ATTENTION = {"": "sdpa", "text_config": IMPLEMENTATION}
 _HUB_ADVICE = (
     "A hub model must exist and be reachable, or with HF_HUB_OFFLINE lie in the local cache; for a"
     " gated one accept its licence at https://huggingface.co/{} and run `hf auth login`"
@@ -45,6 +49,7 @@ class BaseModel:
     stop_ids: tokens that end a completion.
     suppressed_ids: tokens that are never sampled, left out of every log-probability.
     vision: features of images by the frozen vision tower, which runs once for each.
+    sharded: keeps the ranks in step where the base is sharded among them.
     """
 
     name: str
@@ -54,6 +59,7 @@ class BaseModel:
     stop_ids: frozenset[int]
     suppressed_ids: tuple[int, ...]
     vision: VisionCache
+    sharded: ShardedBase | None = None
 
     def encode_prompt(self, example: Example, prompt: Prompt) -> EncodedPrompt:
         """Turn an example into the prompt's tokens and the image's features."""
@@ -94,12 +100,14 @@ def load_model(
     vision_cache_gb: float = 0.0,
     vision_cache_dir: str | None = None,
     encoder: Encoder | None = None,
+    shard_among: Ranks | None = None,
 ) -> BaseModel:
     """Load and freeze a base model of one of the families.
 
     dtype: "auto" for the one that its weights are stored in.
     vision_cache_gb, vision_cache_dir: see VisionCache.
     encoder: its tokenizer and image processor, where they are loaded already.
+    shard_among: ranks to shard it among (engine/shard.py), of which rank 0 alone reads it.
 
     Raises UsageError (one line) where there is no such model at `name`.
     """
@@ -109,6 +117,31 @@ def load_model(
     encoder = encoder or load_encoder(
         name, min_visual_tokens=min_visual_tokens, max_visual_tokens=max_visual_tokens
     )
+    whole = partial(_whole, name, path, dtype, encoder)
+    if shard_among is None:
+        net, sharded = whole(device), None
+    else:
+        net = load_sharded(whole, partial(_empty, path), device, shard_among)
+        sharded = ShardedBase(net, shard_among)
+    family = family_of(net.config.model_type)
+    # the checkpoint's own, which only who has read it knows
+    ranks = shard_among or ALONE
+    stops = ranks.on_first(lambda: sorted(stop_ids(net, encoder.tokenizer, encoder.end_of_turn_id)))
+    vision = VisionCache(
+        net, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
+    )
+    suppressed = suppressed_ids(family, encoder.tokenizer)
+    return BaseModel(name, net, family, encoder, frozenset(stops), suppressed, vision, sharded)
+
+
+def _whole(
+    name: str,
+    path: str,
+    dtype: torch.dtype | Literal["auto"],
+    encoder: Encoder,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Read a base with its weights, check them and freeze them."""
     if Path(path).is_dir():
         check_weights(name, Path(path))
     try:
@@ -120,7 +153,7 @@ def load_model(
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
+            attn_implementation=_ATTENTION,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below, and refused
             trust_remote_code=False,
@@ -135,13 +168,14 @@ def load_model(
     net.requires_grad_(False)
     net.to(device).eval()
     _check_finite(name, net)
-    family = family_of(net.config.model_type)
-    stops = stop_ids(net, encoder.tokenizer, encoder.end_of_turn_id)
-    vision = VisionCache(
-        net, family, encoder, max_bytes=int(vision_cache_gb * 2**30), folder=vision_cache_dir
-    )
-    return BaseModel(
-        name, net, family, encoder, stops, suppressed_ids(family, encoder.tokenizer), vision
+    return net
+
+
+def _empty(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a base without reading its weights, for a rank that gets them from rank 0."""
+    config = parsed_config(path)
+    return AutoModelForImageTextToText.from_config(
+        config, dtype=dtype, attn_implementation=_ATTENTION
     )
 
 

@@ -180,7 +180,7 @@ def generate(
     written: dict[int, list[Completion]] = {}  # by part
     finished: dict[int, list[Completion]] = {}  # by prompt
     layers = sampling_layers(policy.net, copies=policy.sampling_copies)
-    with policy.evaluating(), layers as head:
+    with policy.evaluating(), policy.gathered(), layers as head:
         writing = _Writing(
             policy, head, prompts, sampling, num_generations // parts, max_rows, uniform
         )

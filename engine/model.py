@@ -213,11 +213,12 @@ def has_no_effect(net: PeftModel) -> bool:
     return not any(tensor.any() for tensor in seconds)
 
 
-def check_adapter(base_name: str, folder: str | Path) -> PeftModel | None:
+def check_adapter(base_name: str, folder: str | Path, *, sharded: bool = False) -> PeftModel | None:
     """Check that an adapter fits a base model, by names and shapes, before any weight is read.
 
     base_name: of the base, as the user gave it. One that cannot be loaded is left to `load_model`,
-    which says why.
+    which says why. sharded: whether its layers are sharded among ranks, so that only plain LoRA can
+    be in them.
 
     Returns both without weights, None without a base. Raises UsageError as `attach_adapter` does.
     """
@@ -236,6 +237,12 @@ def check_adapter(base_name: str, folder: str | Path) -> PeftModel | None:
     of_base = _weights_of_base(wrapped, saved.shapes.keys() - expected.keys())
     found = {name: shape for name, shape in saved.shapes.items() if name not in of_base}
     _check_fit(expected, found, str(folder))
+    for name in expected if sharded else ():
+        if _in_decoder(name) and "lora_A." not in name and "lora_B." not in name:
+            raise UsageError(
+                f"{folder}: --shard_base shards the decoder's layers among ranks, and the adapter"
+                f" has more in them than plain LoRA, such as {name}: train it without --shard_base"
+            )
     return wrapped
 
 

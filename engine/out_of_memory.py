@@ -123,6 +123,8 @@ class Limits:
     values: by the settings' names, those that the config has.
     halved: the settings that memory has cut in this process. smallest: {setting: the smallest value
     to which memory has cut it on any rank}, as far as told (`tell_cuts`).
+    alone: whether forwards and backwards of this process are no other's business. Where the base is
+        sharded among ranks, all run them together, and none can do them again.
     report: called with every cut. advise(phase): which setting to lower, with a number.
     """
 
@@ -131,6 +133,7 @@ class Limits:
         names = (TOKENS, SAMPLING, EVALUATION)
         self.values: dict[str, int | None] = {name: getattr(config, name, None) for name in names}
         self.halved: set[str] = set()
+        self.alone = True
         self.report: Callable[[Cut], object] = lambda cut: print(
             f"warning: {cut.line()}", file=sys.stderr
         )
@@ -160,7 +163,8 @@ class Limits:
         with it. undo: put back what the failed work has changed. should_stop(): asked before every
         micro-batch.
 
-        Raises DoesNotFit where a single row is too large, StopRequested once should_stop says so.
+        Raises DoesNotFit where a single row is too large, or ranks run it together (`alone`).
+        Raises StopRequested once should_stop says so.
         """
         at: list[int] = []  # the micro-batch that is run
 
@@ -240,6 +244,13 @@ class Limits:
             # outside of the block: inside, the exception itself is held
             free_memory()
             after = smaller()
+            if setting == TOKENS and not self.alone:
+                raise DoesNotFit(
+                    f"out of memory in {phase} ({reason}): with --shard_base all ranks run a"
+                    " forward together, and none can do it again in smaller micro-batches. Go on"
+                    " from the last checkpoint "
+                    + (f"with --{TOKENS} {after}" if after else "with more ranks on a node")
+                )
             if after is None and tried:
                 advice = self.advise(phase)
                 raise DoesNotFit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,7 @@ from engine.model import (
 )
 from engine.optim import trainable_parameters
 from engine.out_of_memory import Limits
+from engine.ranks import ALONE, Ranks
 from engine.settings import SFTConfig, TrainingConfig
 
 
@@ -86,10 +87,12 @@ def load_base(
     *,
     vision_cache_gb: float = 0.0,
     encoder: Encoder | None = None,
+    shard_among: Ranks | None = None,
 ) -> BaseModel:
     """Load and freeze the base model that the settings name, and say what is unusual about it.
 
     vision_cache_gb: host memory for image features, GB. encoder: where it is loaded already.
+    shard_among: ranks to shard it among.
     """
     warning = slow_bf16(config.bf16, device)
     if warning is not None:
@@ -103,6 +106,7 @@ def load_base(
         vision_cache_gb=vision_cache_gb,
         vision_cache_dir=config.vision_cache_dir,
         encoder=encoder,
+        shard_among=shard_among,
     )
     for note in base.encoder.notes:
         print(f"note: {base.name}: {note}", file=sys.stderr)
@@ -127,6 +131,10 @@ class Policy:
     temperature: float = 1.0
     sampling_copies: bool = True
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Let nothing be done again by this rank alone that others compute with it."""
+        self.limits.alone = self.base.sharded is None
 
     @property
     def adapted(self) -> PeftModel:
@@ -241,6 +249,15 @@ class Policy:
         finally:
             self.net.train(was_training)
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the whole base within the block, where it is sharded among ranks, for the sampler.
+
+        All ranks enter it, or come to the end of their `Ranks.together`. It may be nested.
+        """
+        with self.base.sharded.gathered() if self.base.sharded else nullcontext():
+            yield
+
 
 # ---- the policies that the scripts train ---------------------------------------------------------
 def policy_to_fine_tune(
@@ -248,16 +265,17 @@ def policy_to_fine_tune(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
     encoder: Encoder | None = None,
+    ranks: Ranks = ALONE,
 ) -> Policy:
     """Load what SFT trains: a base model with a fresh LoRA adapter, or with one to go on training.
 
     checkpoint: one to go on from, which has the form of the run's adapter.
-    encoder: of `encoder_for`.
+    encoder: of `encoder_for`. ranks: that train it.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
     start = checkpoint.place if checkpoint else config.adapter_name_or_path
-    base = _base_for(config, device, start, encoder)
+    base = _base_for(config, device, start, ranks, encoder)
     dropout = config.lora_dropout
     if start:
         net = attach_adapter(base, start, trainable=True, dropout=dropout)
@@ -274,16 +292,17 @@ def policy_with_reference(
     adapter: Path | None,
     temperature: float,
     limits: Limits,
+    ranks: Ranks = ALONE,
 ) -> Policy:
     """Load what GRPO trains: an adapter twice on one base, once trained and once frozen.
 
     adapter: its folder, None for a fresh one, whose frozen twin answers as the base itself.
     temperature: of the sampler, and so of every log-probability.
-    limits: those of the rollouts.
+    limits: those of the rollouts. ranks: that train it.
 
     Raises UsageError where the model or the adapter cannot be used.
     """
-    base = _base_for(config, device, adapter)
+    base = _base_for(config, device, adapter, ranks)
     if adapter is None:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=0.0)
     else:
@@ -297,9 +316,12 @@ def _base_for(
     config: TrainingConfig,
     device: torch.device,
     adapter: str | Path | None,
+    ranks: Ranks,
     encoder: Encoder | None = None,
 ) -> BaseModel:
     """Load the base that is trained on, once it is known that the adapter can go on it."""
+    among = ranks if config.shard_base else None
     if adapter:
-        check_adapter(config.model_name_or_path, adapter)
-    return load_base(config, device, vision_cache_gb=config.vision_cache_gb, encoder=encoder)
+        check_adapter(config.model_name_or_path, adapter, sharded=config.shard_base)
+    gb = config.vision_cache_gb
+    return load_base(config, device, vision_cache_gb=gb, encoder=encoder, shard_among=among)

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 # exchanges: hashing a base, saving, the longest of the ranks' rollouts less the shortest.
 TIMEOUT = timedelta(minutes=30)
 # The first byte of a message: what an exchange is of. Ranks that are out of step notice by it.
-_VALUE, _STATUS = b"v", b"s"
+_VALUE, _STATUS, _WORK = b"v", b"s", b"w"
 # How a block ended where this rank has not failed in it. Any other status says what failed.
 _NO_FAILURE = _WELL, _STOPPED, _INTERRUPTED, _TOLD = "well", "stopped", "interrupted", "told"
 
@@ -73,6 +73,8 @@ class Ranks:
             # Of its own: where ranks fall out of step, another exchange's sizes would make gloo
             # end the process.
             self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        # What this rank does of the others' work once it has come to the end of a block (`meet`).
+        self.parts: dict[str, Callable[[], object]] = {}
 
     def __enter__(self) -> Ranks:
         return self
@@ -160,10 +162,8 @@ class Ranks:
     def _values(self, data: bytes) -> list[bytes]:
         """Exchange values. Raises what another rank tells that is at the end of a block."""
         said = self._exchange(_VALUE + data)
-        if any(message.startswith(_STATUS) for message in said):
-            error = self._of_all(said, None)
-            assert error is not None, "nobody has failed, but some wait and others do not"
-            raise error
+        if not all(message.startswith(_VALUE) for message in said):
+            self._raise_told(said)
         return [message[1:] for message in said]
 
     def _exchange(self, data: bytes) -> list[bytes]:
@@ -199,6 +199,23 @@ class Ranks:
             if "timed out" in str(broken).lower():
                 told = f"a rank has not come to the others for {TIMEOUT.seconds // 60} minutes"
             raise PeerError(told) from broken
+
+    def meet(self, work: str) -> None:
+        """Wait until all ranks come to a piece of work that each does a part of.
+
+        Ranks at the end of their block do it as `parts[work]` says, until nobody has any left.
+        Raises what another rank tells where it has failed or stopped.
+        """
+        own = _WORK + work.encode()
+        said = self._exchange(own)
+        if not all(message == own or _is_well(message) for message in said):
+            self._raise_told(said)
+
+    def _raise_told(self, said: Sequence[bytes]) -> NoReturn:
+        """Raise what ranks at the end of a block tell to this one, which is not there."""
+        ends = any(message.startswith(_STATUS) for message in said)
+        error = self._of_all(said, None) if ends else None
+        raise error or RuntimeError("the ranks are out of step")
 
     # ---- add up ----------------------------------------------------------------------------------
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -238,19 +255,36 @@ class Ranks:
         if self._left <= depth:  # the others have left this block before
             self._left = sys.maxsize if self._left == depth else self._left
         elif self.size > 1:
-            try:
-                said = self._exchange(_STATUS + json.dumps([depth, _status(error)]).encode())
-                error = self._of_all(said, error)
-            except PeerError as broken:  # an error of one's own is the one to see
-                error = error or broken
+            said, error = self._ends(depth, error)
+            error = self._of_all(said, error)
         if error is not None:
             raise error
+
+    def _ends(
+        self, depth: int, error: BaseException | None
+    ) -> tuple[list[bytes], BaseException | None]:
+        """Exchange how a block has ended, and do this rank's part of what others still do in it.
+
+        Returns the ranks' messages, and what this rank raises, its part's error included.
+        """
+        while True:
+            try:
+                said = self._exchange(_STATUS + json.dumps([depth, _status(error)]).encode())
+            except PeerError as broken:
+                raise error or broken  # noqa: B904 (an error of one's own is the one to see)
+            works = {message for message in said if message.startswith(_WORK)}
+            if len(works) != 1 or not all(m in works or _is_well(m) for m in said):
+                return said, error
+            try:
+                self.parts[works.pop()[1:].decode()]()
+            except BaseException as caught:  # told in the next exchange
+                error = caught
 
     def _of_all(self, said: Sequence[bytes], error: BaseException | None) -> BaseException | None:
         """Read how a block has ended on each rank -> what this rank is to raise.
 
-        said: the ranks' messages. A rank that waits in an exchange of values has not failed. error:
-        what this rank raises itself.
+        said: the ranks' messages. A rank that waits elsewhere has not failed. error: what this rank
+        raises itself.
         """
         ends = {
             rank: json.loads(message[1:])
@@ -315,6 +349,11 @@ def _status(error: BaseException | None) -> str:
     if isinstance(error, StopRequested):
         return _STOPPED
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _line(error)
+
+
+def _is_well(message: bytes) -> bool:
+    """Tell whether a rank is at the end of a block in which it has not failed."""
+    return message.startswith(_STATUS) and json.loads(message[1:])[1] == _WELL
 
 
 def _line(error: BaseException) -> str:

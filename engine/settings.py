@@ -322,6 +322,15 @@ class TrainingConfig:
         group="memory",
     )
 
+    shard_base: bool = setting(
+        False,
+        "shard the base's decoder layers among the ranks of a node (FSDP2), for a base that does"
+        " not fit on each GPU while it trains; same numbers; rollouts and evaluations gather all of"
+        " it on every GPU",
+        source=ENGINE,
+        group="memory",
+    )
+
     max_completion_length: int = setting(
         MAX_COMPLETION_LENGTH,
         "longest completion that is sampled or decoded",
@@ -446,6 +455,13 @@ def training_problems(config: TrainingConfig) -> list[str]:
     problems = range_problems(config)
     if config.show_batch and config.dry_run:
         problems.append("--show_batch and --dry_run each stop the run; give one of them")
+    if config.shard_base and Launch.of().local_size == 1:
+        problems.append(
+            "--shard_base shards the base among the ranks of a node, and there is one: start with"
+            " torchrun and --nproc_per_node, or leave it out"
+        )
+    if config.shard_base and config.compile:
+        problems.append("--shard_base and --compile do not go together; leave out one of them")
     problems += asking_problems(config.label_file, [config.prompt])
     if config.answer_format not in ANSWER_FORMATS:
         problems.append(

@@ -197,10 +197,11 @@ def predict(
 
     size = WINDOW * max(1, decoding.batch_size // k)
     # as many windows on every rank: all leave after the one in which one of them stops or fails
-    for start in range(0, len(missing[:: ranks.size]), size):
-        with ranks.together():
-            window = own[start : start + size]
-            _decode_window(policy, examples, window, decoding, should_stop, keep)
+    with ranks.together(), policy.gathered():  # once, where the base is sharded
+        for start in range(0, len(missing[:: ranks.size]), size):
+            with ranks.together():
+                window = own[start : start + size]
+                _decode_window(policy, examples, window, decoding, should_stop, keep)
     policy.limits.tell_cuts(ranks.gather, ranks.rank)
     answers = [answer for of_image in new.values() for answer in of_image]
     predictions |= whole_images(of_all_ranks(answers, ranks), k)

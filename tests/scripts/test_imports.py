@@ -36,6 +36,8 @@ NARROWER = {"rl/objective.py": {"torch"}}  # a fork reads and copies this file a
 # Only the demo's base, which is built by hand, needs a model. A data set is looked at without one.
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "safetensors", "tensorboard"}
 BUILDS_THE_BASE = {"data/demo/build_base.py", "data/demo/base_families.py"}
+# What moves between processes is named in these two files alone.
+DISTRIBUTED = {"engine/ranks.py", "engine/shard.py"}
 PICKLES = {"pickle", "cPickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
 
 
@@ -68,6 +70,23 @@ def wrong_imports(source: str, path: str) -> list[str]:
     ]
 
 
+def names_distributed(source: str) -> bool:
+    """Tell whether a source names torch.distributed, in an import or as torch's attribute."""
+    return any(
+        isinstance(node, ast.Import)
+        and any(alias.name.startswith("torch.distributed") for alias in node.names)
+        or isinstance(node, ast.ImportFrom)
+        and (
+            (node.module or "").startswith("torch.distributed")
+            or node.module == "torch"
+            and any(alias.name == "distributed" for alias in node.names)
+        )
+        or isinstance(node, ast.Attribute)
+        and ast.unparse(node) == "torch.distributed"
+        for node in ast.walk(ast.parse(source))
+    )
+
+
 def unsafe_loads(source: str, path: str) -> list[str]:
     """List calls that let a file run code.
 
@@ -88,6 +107,7 @@ def test_a_file_imports_what_it_may(file):
     path, source = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
     assert wrong_imports(source, path) == []
     assert unsafe_loads(source, path) == []
+    assert names_distributed(source) == (path in DISTRIBUTED)
     if file.name == "__init__.py":
         assert source == "", f"{path} must be empty"
 
@@ -135,6 +155,20 @@ def test_the_run_time_packages_are_those_of_setup_cfg():
 )
 def test_a_wrong_import_is_seen(path, source):
     assert len(wrong_imports(source, path)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist",
+        "def late():\n    from torch.distributed.fsdp import fully_shard",
+        "from torch import Tensor, distributed",
+        "import torch\ntorch.distributed.barrier()",
+    ],
+)
+def test_a_use_of_torch_distributed_is_seen(source):
+    assert names_distributed(source)
+    assert not names_distributed(source.replace("distributed", "distributions"))
 
 
 def test_a_right_import_is_not():
