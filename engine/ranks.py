@@ -270,8 +270,10 @@ class Ranks:
         while True:
             try:
                 said = self._exchange(_STATUS + json.dumps([depth, _status(error)]).encode())
-            except PeerError as broken:
-                raise error or broken  # noqa: B904 (an error of one's own is the one to see)
+            except PeerError:
+                if error is None:
+                    raise
+                raise error from None  # one's own is the one to see
             works = {message for message in said if message.startswith(_WORK)}
             if len(works) != 1 or not all(m in works or _is_well(m) for m in said):
                 return said, error

@@ -41,7 +41,7 @@ from engine.optim import build_optimizer, clip_gradients
 from engine.policy import Policy
 from engine.ranks import Ranks
 from engine.runtime import StopRequested
-from tests.helpers.tiny import attach_random_adapter, examples_of
+from tests.helpers.tiny import attach_random_adapter, examples_of, uniform_for
 
 LOGPROBS = Policy.logprobs
 # family, dtype, gradient checkpointing, whether the head is the embedding
@@ -142,7 +142,7 @@ def sample(
             prompts,
             SamplingConfig(0.8, 0.95, most),
             num_generations=3,
-            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+            uniform=uniform_for(len(prompts), 3, most),
             should_stop=should_stop,
         )
     return [part for group in groups for one in group for part in (one.ids, one.logprobs)]
