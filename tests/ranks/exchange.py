@@ -28,7 +28,7 @@ def exchange(then: str) -> None:
     then: "raise" or "kill", see below.
     """
     with SignalGuard() as guard:  # torchrun ends the others by SIGTERM, and they are to tell more
-        sys.exit(main_guard(lambda: _checked(then, guard)))
+        sys.exit(main_guard(lambda: _checked(then, guard), of_ranks=True))
 
 
 def _checked(then: str, guard: SignalGuard) -> int:
