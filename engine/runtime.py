@@ -195,6 +195,8 @@ def _handle_signals(handle: Callable[[int], None]) -> dict[int, Any]:
 
 
 def _notice(number: int, text: str) -> None:
+    if os.environ.get("RANK", "0") != "0":  # rank 0 has it too, or says at the end that it stopped
+        return
     # not print: it is not safe to call while another print is interrupted
     with contextlib.suppress(OSError):
         os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
