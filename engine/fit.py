@@ -14,13 +14,16 @@ known without weights. It is compared with what is free on the GPU, or on the ho
 A refusal must be no false alarm. A phase is refused only where it would not fit with its forecast a
 fifth too high (tests hold the forecast to that) and with all swap. Base, adapters and AdamW are
 known exactly. Where nothing tells what is free, nothing is refused.
+
+Several ranks decide as one: by what is free to the rank that has least. Rank 0 compares, and the
+others take what it has found.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from engine.memory import (
 from engine.memory_table import memory_table
 from engine.out_of_memory import EVALUATION, SAMPLING, TOKENS, Limits
 from engine.policy import encoder_of
+from engine.ranks import ALONE, Ranks
 from engine.workload import (
     Lengths,
     Plan,
@@ -52,6 +56,7 @@ from engine.workload import (
     lengths_of,
     rank_of,
     shape_of,
+    shards_of,
     training_work,
 )
 
@@ -75,15 +80,26 @@ REMEDIES = {
         "steps_per_generation",
         "max_completion_length",
     ),
-    "scoring": ("per_device_train_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
+    "scoring": (
+        "per_device_train_batch_size",
+        "max_tokens_per_forward",
+        "max_visual_tokens",
+        "shard_base",
+    ),
     "update": (
         "gradient_checkpointing",
         "per_device_train_batch_size",
         "max_tokens_per_forward",
         "max_visual_tokens",
         "max_completion_length",
+        "shard_base",
     ),
-    "validation": ("per_device_eval_batch_size", "max_tokens_per_forward", "max_visual_tokens"),
+    "validation": (
+        "per_device_eval_batch_size",
+        "max_tokens_per_forward",
+        "max_visual_tokens",
+        "shard_base",
+    ),
     "evaluation": ("per_device_eval_batch_size", "max_completion_length", "max_visual_tokens"),
 }
 
@@ -145,10 +161,10 @@ class Question:
     def _advice(self, phase: str, free: Free) -> str:
         base = self.forecast(self.config).phases[phase]["base"]
         found = list(self._remedies(phase, free))
+        if found:
+            return f"{' or '.join(found[:2])} would fit"
         if base > free.total:
             advice = f"the base model alone takes {base / GIB:.2f} GiB; "
-        elif found:
-            return f"{' or '.join(found[:2])} would fit"
         else:
             advice = "no single flag makes it fit; "
         if self._may_halve(free, phase):
@@ -323,6 +339,7 @@ class Known:
     question: Question
     shape: ModelShape
     lengths: Lengths
+    images: int
 
 
 def _of_training(
@@ -333,6 +350,7 @@ def _of_training(
     adapter: str | Path | None,
     plan: Callable[[Any], Plan] | None,
     encoder: Encoder | None,
+    local_size: int,
 ) -> Known | None:
     encoder, shape = encoder or encoder_of(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
@@ -343,15 +361,18 @@ def _of_training(
 
     def forecast_of(changed: Any) -> Forecast:
         rollouts = None if plan is None else plan(changed)
-        found = forecast(shape, training_work(changed, shape, lengths, device, rank, rollouts))
-        if not sets:  # then nothing is ever evaluated
+        shards = shards_of(changed, local_size)
+        work = training_work(changed, shape, lengths, device, rank, rollouts, shards)
+        found = forecast(shape, work)
+        if not config.validation_file:  # then no answers are written
             del found.phases["evaluation"]
         return found
 
     def allowed(changed: Any) -> bool:
         return plan is None or not plan(changed).problems()
 
-    return Known(Question(config, device, forecast_of, allowed), shape, lengths)
+    images = len(train) + sum(map(len, sets.values()))
+    return Known(Question(config, device, forecast_of, allowed), shape, lengths, images)
 
 
 def fitted(
@@ -362,6 +383,7 @@ def fitted(
     adapter: str | Path | None,
     plan: Callable[[Any], Plan] | None = None,
     encoder: Encoder | None = None,
+    ranks: Ranks = ALONE,
 ) -> Resolved:
     """Compare a training run's forecast with what is free, and return settings that fit.
 
@@ -369,26 +391,76 @@ def fitted(
     adapter: the folder that the run starts from, None for a fresh one.
     plan(config): of the rollouts, None in SFT.
     encoder: the model's, where it is loaded already.
+    ranks: all of them call this, and get the same settings.
 
-    Raises UsageError where a phase cannot fit.
+    Raises UsageError where a phase cannot fit, PeerError on the other ranks.
     """
-    config, free = resolved.configs[0], free_memory(device)
-    if not config.memory_check or free is None:
+    if not resolved.configs[0].memory_check:
         return resolved
-    known = _of_training(config, device, train, sets, adapter, plan, encoder)
-    if known is None:
-        return resolved
-    shape = known.shape
+    free = _least_free(device, ranks)
+
+    def found() -> Resolved:
+        args = (resolved.configs[0], device, train, sets, adapter, plan, encoder)
+        known = None if free is None else _of_training(*args, ranks.local_size)
+        if free is None or known is None:
+            return resolved
+        return _training_that_fits(resolved, device, known, free, ranks.local_size)
+
+    return _from_first(resolved, found, ranks)
+
+
+def _training_that_fits(
+    resolved: Resolved, device: torch.device, known: Known, free: Free, local_size: int
+) -> Resolved:
+    # Ranks of a node map the same files, so their pages are there once.
     host = free_on_host() if device.type == "cuda" else None
-    problems = _loading_problem(shape, base_dtype(config.bf16, device).itemsize, host)
+    element_size = base_dtype(resolved.configs[0].bf16, device).itemsize
+    problems = _loading_problem(known.shape, element_size, host)
     if problems:
         raise UsageError(problems)
     resolved, question = _settled(resolved, known.question, free)
     taken = 0 if device.type == "cuda" else question.forecast(question.config).peak
-    around = free_on_host()
+    around = _shared(free_on_host(), local_size)
     room = None if around is None else int(COMFORTABLE * around.memory) - taken
-    images = len(train) + sum(map(len, sets.values()))
-    return _with_room_for_images(resolved, shape, known.lengths, images, room)
+    return _with_room_for_images(resolved, known.shape, known.lengths, known.images, room)
+
+
+def _least_free(device: torch.device, ranks: Ranks) -> Free | None:
+    """Find what is free to the rank that has least, None where one cannot tell.
+
+    Ranks on the CPUs of a node share what is free there.
+    """
+    own = free_memory(device)
+    if device.type != "cuda":
+        own = _shared(own, ranks.local_size)
+    told = ranks.gather({} if own is None else asdict(own))
+    if not all(told):
+        return None
+    return min((Free(**free) for free in told), key=lambda free: free.total)
+
+
+def _shared(free: Free | None, processes: int) -> Free | None:
+    """Divide what is free on a host among processes."""
+    if free is None or processes == 1:
+        return free
+    limit = f"{free.limit}, a share of {processes} ranks"
+    return Free(free.memory // processes, free.swap // processes, limit)
+
+
+def _from_first(resolved: Resolved, found: Callable[[], Resolved], ranks: Ranks) -> Resolved:
+    """Let rank 0 find settings that fit, and take over on all what it changed."""
+
+    def changes() -> list[list[Any]]:
+        fitting = found()
+        return [
+            [name, getattr(fitting.configs[0], name), origin]
+            for name, origin in fitting.origins.items()
+            if origin != resolved.origins[name]
+        ]
+
+    for name, value, origin in ranks.on_first(changes):
+        resolved = resolved.with_value(name, value, origin)
+    return resolved
 
 
 def advise_training(
@@ -399,11 +471,11 @@ def advise_training(
     sets: Mapping[str, Sequence[Example]],
     adapter: str | Path | None,
     plan: Callable[[Any], Plan] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Let a run that no cut makes fit say what to lower. The arguments are those of `fitted`."""
-    limits.advise = lambda work: _advice(
-        work, lambda: _of_training(config, device, train, sets, adapter, plan, None)
-    )
+    args = (config, device, train, sets, adapter, plan, None, ranks.local_size)
+    limits.advise = lambda work: _advice(work, lambda: _of_training(*args))
 
 
 def _advice(work: str, known: Callable[[], Known | None]) -> str:
@@ -445,23 +517,33 @@ def _of_answers(
         )
         return decoding_forecast(shape, work, greedy=changed.temperature == 0)
 
-    return Known(Question(config, device, forecast_of), shape, lengths)
+    images = sum(map(len, sets.values()))
+    return Known(Question(config, device, forecast_of), shape, lengths, images)
 
 
 def fitted_answers(
-    resolved: Resolved, device: torch.device, sets: Mapping[str, Sequence[Example]]
+    resolved: Resolved,
+    device: torch.device,
+    sets: Mapping[str, Sequence[Example]],
+    ranks: Ranks = ALONE,
 ) -> Resolved:
     """Compare an evaluation's forecast with what is free, and return settings that fit.
 
-    sets: the data sets to answer, by name.
+    sets: the data sets to answer, by name. ranks: all of them call this, and get the same settings.
 
-    Raises UsageError where decoding cannot fit.
+    Raises UsageError where decoding cannot fit, PeerError on the other ranks.
     """
-    config, free = resolved.configs[0], free_memory(device)
-    if not config.memory_check or free is None:
+    if not resolved.configs[0].memory_check:
         return resolved
-    known = _of_answers(config, device, sets)
-    return resolved if known is None else _settled(resolved, known.question, free)[0]
+    free = _least_free(device, ranks)
+
+    def found() -> Resolved:
+        known = None if free is None else _of_answers(resolved.configs[0], device, sets)
+        if free is None or known is None:
+            return resolved
+        return _settled(resolved, known.question, free)[0]
+
+    return _from_first(resolved, found, ranks)
 
 
 def advise_answers(

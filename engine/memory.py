@@ -49,7 +49,12 @@ from engine.logprobs import CHUNK_SIZE
 FP32 = 4
 GIB = 2**30
 COPIES = "sampling weights"  # the part that `Workload.sampling_copies` adds
+# Of a sharded base a GPU holds, beside its shards: the layer that runs, the next one, which is on
+# its way, and the buffer in which it arrives.
+GATHERED_LAYERS = 3
 Parts = dict[str, int]  # bytes by part
+PHASES = ("rollout", "scoring", "update", "validation", "evaluation")
+SAMPLING_PHASES = ("rollout", "evaluation")  # those that write completions
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Workload:
         sampled together.
     sampling_copies: whether the sampler copies weights (engine/sampling_layers.py).
     sampling_rows: of them that are sampled together at most, None for all.
+    shards: GPUs of a node that share the frozen weights of decoder layers (engine/shard.py), 1
+        where each has the whole base. All rows are those of one GPU.
     """
 
     element_size: int
@@ -129,6 +136,7 @@ class Workload:
     max_tokens_per_forward: int | None = None
     sampling_copies: bool = True
     sampling_rows: int | None = None
+    shards: int = 1
 
     def sampled(self) -> tuple[int, int]:
         """Return (prompts, completions of each) of a rollout that are decoded together."""
@@ -223,18 +231,35 @@ def lora_parameters(shape: ModelShape, r: int) -> int:
     return shape.layers * r * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
 
 
+def layer_parameters(shape: ModelShape) -> int:
+    """Count the parameters of a decoder layer's seven projections, which are nearly all it has."""
+    h, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    return h * (2 * q + 2 * k + 3 * f)
+
+
 # ---- held all the time ---------------------------------------------------------------------------
 def static_parts(shape: ModelShape, work: Workload) -> Parts:
     """Compute what is held all the time: base, adapters and AdamW's two moments.
 
-    The base is in its own dtype. Adapters and moments are fp32, and only the policy has moments.
+    The base is in its own dtype, its decoder layers divided by `shards`. Adapters and moments are
+    fp32, and only the policy has moments.
     """
     adapter = FP32 * lora_parameters(shape, work.lora_r)
+    layers = shape.layers * layer_parameters(shape)
+    base = shape.base_parameters - layers + -(-layers // work.shards)
     return {
-        "base": shape.base_parameters * work.element_size,
+        "base": base * work.element_size,
         "adapters": work.adapters * adapter,
         "AdamW": 2 * adapter,
     }
+
+
+def gathered_parts(shape: ModelShape, work: Workload, *, sampling: bool) -> Parts:
+    """Compute what a GPU holds of other GPUs' shards: a few layers, while sampling all of them."""
+    if work.shards == 1:
+        return {}
+    layers = shape.layers if sampling else min(shape.layers, GATHERED_LAYERS)
+    return {"gathered": layers * layer_parameters(shape) * work.element_size}
 
 
 # ---- one decoder layer ---------------------------------------------------------------------------
@@ -433,10 +458,9 @@ def sampling_weights(shape: ModelShape, work: Workload) -> int:
 
     They are the seven projections with the adapter, on a CPU the head as well.
     """
-    h, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
-    head = shape.vocabulary * h if work.device == "cpu" else 0
+    head = shape.vocabulary * shape.hidden if work.device == "cpu" else 0
     return (
-        (shape.layers * h * (2 * q + 2 * k + 3 * f) + head) * FP32
+        (shape.layers * layer_parameters(shape) + head) * FP32
         if work.element_size == FP32 and work.sampling_copies
         else 0
     )
@@ -504,11 +528,12 @@ def forecast(shape: ModelShape, work: Workload) -> Forecast:
         moments["scoring"] = scoring_moments(shape, work, work.packed(work.micro_batch))
     else:
         moments["validation"] = scoring_moments(shape, work, work.packed(work.eval_rows))
-    order = ("rollout", "scoring", "update", "validation", "evaluation")
     return Forecast(
         {
-            phase: static | max(moments[phase], key=lambda parts: sum(parts.values()))
-            for phase in order
+            phase: static
+            | gathered_parts(shape, work, sampling=phase in SAMPLING_PHASES)
+            | max(moments[phase], key=lambda parts: sum(parts.values()))
+            for phase in PHASES
             if phase in moments
         }
     )

@@ -6,7 +6,7 @@ import torch
 
 from engine.memory import GIB, Forecast
 
-CARDS = (24, 40, 80)  # GB
+CARDS = (24, 40, 80, 141)  # GB
 # of a card: the rest is a guess at CUDA's context and at what the caching allocator cannot reuse
 USABLE = 0.9
 

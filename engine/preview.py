@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -21,11 +22,10 @@ from torch import Tensor
 from data.examples import Example
 from data.prompt_files import prompt_warnings
 from engine.collate import collate_prompts
-from engine.config import Resolved, describe
+from engine.config import Resolved, UsageError, describe
 from engine.encode import IMAGE_TYPE, EncodedPrompt, EncodedRow, Encoder
-from engine.fit import Lengths, Plan, training_work
 from engine.inherited import FRESH
-from engine.memory import forecast, model_shape
+from engine.memory import forecast, lora_parameters, model_shape
 from engine.memory_table import memory_table
 from engine.model import (
     NO_EFFECT,
@@ -34,10 +34,15 @@ from engine.model import (
     is_decoders_lora,
     trained_lora,
 )
+from engine.model_checks import lacks_weights
+from engine.model_files import model_path
 from engine.order import shuffled
 from engine.policy import Policy, encoder_of
+from engine.ranks import ALONE, Ranks
+from engine.ranks_forecast import ranks_table
 from engine.runtime import environment_banner
 from engine.settings import TrainingConfig
+from engine.workload import Lengths, Plan, rank_of, shape_of, shards_of, training_work
 
 CHECKED_ROWS = 64  # examples of a data set that a dry run encodes, images included
 # SGR foregrounds
@@ -351,6 +356,7 @@ def dry_run_report(
     train: Sequence[Example],
     sets: Mapping[str, Sequence[Example]],
     plan: Plan | None = None,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Report the token lengths of the first rows of every data set, and the memory forecast.
 
@@ -358,7 +364,85 @@ def dry_run_report(
 
     Raises DataError where one of these rows cannot be encoded.
     """
-    sft, encoder = plan is None, policy.encoder
+    rank, _ = trained_lora(policy.adapted)
+    own = {id(p) for name, p in policy.net.named_parameters() if is_decoders_lora(name)}
+    base = sum(p.numel() for p in policy.net.parameters() if id(p) not in own)
+    shape = model_shape(policy.base.net.config, base)
+    lines, longest = _checked_rows(config, policy.encoder, train, sets, plan)
+    shards = shards_of(config, ranks.local_size)
+    work = training_work(config, shape, longest, policy.device, rank, plan, shards)
+    return "\n".join(
+        [
+            *lines,
+            memory_table(forecast(shape, work), policy.device),
+            ranks_table(shape, work, _per_rank(config), evaluates=bool(config.validation_file)),
+            "dry run: nothing was trained, no run folder was made",
+        ]
+    )
+
+
+def is_only_described(config: TrainingConfig) -> bool:
+    """Tell whether a dry run is asked for of a model whose folder holds no weights."""
+    return config.dry_run and lacks_weights(Path(model_path(config.model_name_or_path)))
+
+
+def dry_run_without_weights(
+    config: TrainingConfig,
+    adapter: str | Path | None,
+    train: Sequence[Example],
+    sets: Mapping[str, Sequence[Example]],
+    lines: Sequence[str],
+    plan: Plan | None = None,
+) -> int:
+    """Print what can be told of a model whose weights are not there: --dry_run. Returns 0.
+
+    adapter: the folder that the run starts from, None for a fresh one. The others are as in
+    `dry_run_report`, lines as in `banner`.
+
+    Raises UsageError where no model can be made of its config.json, DataError as `dry_run_report`.
+    """
+    name = config.model_name_or_path
+    shape, rank = shape_of(name), rank_of(adapter, config)
+    if shape is None:
+        raise UsageError(f"--model_name_or_path {name}: no model can be made of its config.json")
+    checked, longest = _checked_rows(config, encoder_of(config), train, sets, plan)
+    gpu = torch.device("cuda")
+    work = training_work(config, shape, longest, torch.device("cpu"), rank, plan)
+    found = forecast(shape, replace(work, device=gpu.type))
+    if not config.validation_file:  # then nothing is written
+        del found.phases["evaluation"]
+    print(
+        "\n".join(
+            [
+                f"dry run of {name}, whose folder holds no weights: all of this is arithmetic from"
+                " its config.json, and nothing was tried",
+                f"model       {shape.base_parameters:,} parameters,"
+                f" {lora_parameters(shape, rank):,} trainable in LoRA of rank {rank}",
+                *lines,
+                *checked,
+                memory_table(found, gpu),
+                ranks_table(shape, work, _per_rank(config), evaluates=bool(config.validation_file)),
+                "dry run: nothing was trained, no run folder was made",
+            ]
+        )
+    )
+    return 0
+
+
+def _per_rank(config: TrainingConfig) -> int:
+    """Count the completions (SFT: rows) of a step that one rank learns from."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def _checked_rows(
+    config: TrainingConfig,
+    encoder: Encoder,
+    train: Sequence[Example],
+    sets: Mapping[str, Sequence[Example]],
+    plan: Plan | None,
+) -> tuple[list[str], Lengths]:
+    """Encode the first rows of every data set -> (lines about them, the longest of each kind)."""
+    sft = plan is None
     checked = first_examples(config, train, CHECKED_ROWS)
     if sft:
         rows = [_encode_answer(config, encoder, example) for example in checked]
@@ -372,32 +456,21 @@ def dry_run_report(
         for examples in sets.values()
         for example in first_examples(config, examples, CHECKED_ROWS)
     ]
-    rank, _ = trained_lora(policy.adapted)
-    own = {id(p) for name, p in policy.net.named_parameters() if is_decoders_lora(name)}
-    base = sum(p.numel() for p in policy.net.parameters() if id(p) not in own)
-    shape = model_shape(policy.base.net.config, base)
     lengths = [len(prompt.input_ids) for prompt in prompts]
     images = [int(prompt.token_types.sum()) for prompt in prompts]
     image = max(int(prompt.token_types.sum()) for prompt in prompts + evaluated)
     text = max(len(prompt.input_ids) for prompt in prompts + evaluated) - image
-    longest = Lengths(text, image, max(completions))
-    work = training_work(config, shape, longest, policy.device, rank, plan)
-    return "\n".join(
-        [
-            (
-                f"checked     {len(checked)} of {len(train)} training rows and {len(evaluated)} of"
-                f" {sum(map(len, sets.values()))} to evaluate, images included"
-            ),
-            f"tokens      prompt {_spread(lengths)}, of them image {_spread(images)}; "
-            + (
-                f"answer {_spread(completions)}"
-                if sft
-                else f"completion up to {config.max_completion_length}"
-            ),
-            memory_table(forecast(shape, work), policy.device),
-            "dry run: nothing was trained, no run folder was made",
-        ]
-    )
+    lines = [
+        f"checked     {len(checked)} of {len(train)} training rows and {len(evaluated)} of"
+        f" {sum(map(len, sets.values()))} to evaluate, images included",
+        f"tokens      prompt {_spread(lengths)}, of them image {_spread(images)}; "
+        + (
+            f"answer {_spread(completions)}"
+            if sft
+            else f"completion up to {config.max_completion_length}"
+        ),
+    ]
+    return lines, Lengths(text, image, max(completions))
 
 
 def _spread(lengths: Sequence[int]) -> str:

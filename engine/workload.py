@@ -28,7 +28,7 @@ class Plan(Protocol):
     """Describe how the completions of a rollout relate, which engine does not know."""
 
     @property
-    def prompts(self) -> int: ...
+    def own_prompts(self) -> int: ...
     @property
     def group(self) -> int: ...
     def problems(self) -> list[str]: ...
@@ -118,10 +118,11 @@ def training_work(
     device: torch.device,
     rank: int,
     plan: Plan | None,
+    shards: int = 1,
 ) -> Workload:
-    """Describe what a training run does with the model, at its largest.
+    """Describe what a training run does with the model on one GPU, at its largest.
 
-    rank: of the adapter. plan: of the rollouts, None in SFT.
+    rank: of the adapter. plan: of the rollouts, None in SFT. shards: GPUs that share the base.
     """
     image = image_tokens(config, shape, lengths)
     return Workload(
@@ -137,9 +138,15 @@ def training_work(
         max_completion_length=config.max_completion_length,
         micro_batch=config.per_device_train_batch_size,
         eval_rows=config.per_device_eval_batch_size,
-        rollout_prompts=max(1, plan.prompts) if plan else 0,
+        rollout_prompts=max(1, plan.own_prompts) if plan else 0,
         num_generations=plan.group if plan else 1,
         max_tokens_per_forward=config.max_tokens_per_forward,
         sampling_copies=config.sampling_copies,
         sampling_rows=getattr(config, SAMPLING, None),
+        shards=shards,
     )
+
+
+def shards_of(config: Any, local_size: int) -> int:
+    """Count the ranks that share the base, 1 where each has all of it. local_size: of a node."""
+    return local_size if getattr(config, "shard_base", False) else 1

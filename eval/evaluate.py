@@ -252,8 +252,7 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
     records = ranks.on_first(lambda: _records(resolved, files, bad_images))
     missing = ranks.on_first(lambda: _missing(config, records))
     todo = {name: sets[name] for name in missing}
-    fitting = fitted_answers(resolved, device, todo) if ranks.first else None
-    resolved = ranks.resolved(fitting, EvalConfig)  # as rank 0's memory allows, for all
+    resolved = fitted_answers(resolved, device, todo, ranks)
     config = resolved.configs[0]
     for line in prompt_warnings(config.prompt, config.label_set):
         print(f"warning: {line}", file=sys.stderr)

@@ -283,8 +283,7 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
                 policy = None  # before the next is loaded: two would not fit
                 device = pick_device(cell.config.num_threads, ranks)
                 print(environment_banner(device), flush=True)
-                fitted = fitted_answers(cell.resolved, device, sets) if ranks.first else None
-                fitting: EvalConfig = ranks.resolved(fitted, EvalConfig).configs[0]
+                fitting: EvalConfig = fitted_answers(cell.resolved, device, sets, ranks).configs[0]
                 policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
                 advise_answers(policy.limits, fitting, device, sets)
                 loaded = cell.model

@@ -76,6 +76,11 @@ class BatchPlan:
         return self.micro_batches // self.accumulation
 
     @property
+    def own_prompts(self) -> int:
+        """Count the prompts of a rollout that one rank samples for."""
+        return self.prompts // self.ranks
+
+    @property
     def updates(self) -> int:
         """Count the optimizer steps that learn from one rollout."""
         return self.steps * self.iterations

@@ -2,7 +2,7 @@
 recipes.
 
     python tests/benchmarks/memory_forecast.py             # each case in a process of its own
-    python tests/benchmarks/memory_forecast.py --cards     # the shipped recipes on 24, 40 and 80 GB
+    python tests/benchmarks/memory_forecast.py --cards     # the shipped recipes on 24 to 141 GB
 
 --cards is arithmetic and measures nothing. Measured is what a phase allocates over the loaded
 model, with its adapters. On a CPU these are every allocation of torch, from its profiler (exact,
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--cards",
         action="store_true",
-        help="forecast the shipped recipes on 24, 40 and 80 GB instead",
+        help="forecast the shipped recipes on cards of 24 to 141 GB instead",
     )
     parser.add_argument("--families", nargs="+", choices=list(CLASSES), default=list(CLASSES))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from engine.memory import (
     forecast,
     lora_parameters,
 )
+from engine.ranks import Ranks
 from engine.sampling_layers import sampling_layers
 from engine.settings import SFTConfig
 from rl.plan import BatchPlan
@@ -196,13 +197,12 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
         "from_pretrained",
         lambda *_, **__: pytest.fail("weights were read"),
     )
-    with pytest.raises(UsageError) as error:
-        sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", "--dry_run")
-    assert [line.partition(" needs ")[0] for line in error.value.problems] == [
-        "memory: update",
-        "memory: validation",
-        "memory: evaluation",
-    ]
+    # answers are written of sets of --validation_file alone, not of a share of the training data
+    phases = ["memory: update", "memory: validation", "memory: evaluation"]
+    for sets, expected in (((), phases[:2]), (("--validation_file", f"a={tiny_data}"), phases)):
+        with pytest.raises(UsageError) as error:
+            sft(tiny_checkpoint("qwen2_5_vl"), tiny_data, tmp_path / "run", "--dry_run", *sets)
+        assert [line.partition(" needs ")[0] for line in error.value.problems] == expected
     assert "; --no_memory_check tries it all the same" in error.value.problems[-1]
     assert "forecast in GiB" in capsys.readouterr().out  # a dry run shows the table all the same
     assert not (tmp_path / "run").exists()
@@ -393,3 +393,54 @@ def test_a_rollout_is_sampled_in_whole_groups_while_they_fit(rows, together):
         sampling_rows=rows,
     )
     assert work.sampled() == together
+
+
+# ---- several ranks -------------------------------------------------------------------------------
+class TwoRanks(Ranks):
+    """Stand for one of two ranks of a node. others: what the other has free."""
+
+    def __init__(self, rank: int, other: Free | None, told: list):
+        super().__init__()
+        self.rank, self.size, self.first, self.local_size = rank, 2, rank == 0, 2
+        self.other, self.told = other, told
+
+    def gather(self, value):
+        other = {} if self.other is None else asdict(self.other)
+        return [value, other] if self.first else [other, value]
+
+    def on_first(self, function):
+        if self.first:
+            self.told[:] = json.loads(json.dumps(function()))
+        return self.told
+
+
+def test_all_ranks_decide_by_the_one_that_has_least_free(monkeypatch):
+    """The copies take 11.1 GiB. They fit into 40 GiB of one GPU, not into 22 of the other."""
+    origins = dict.fromkeys((field.name for field in fields(SFTConfig)), "default")
+    config = SFTConfig(bf16=False, validation_file=("a=b",))
+    resolved, gpu, told = Resolved((config,), origins, None), torch.device("cuda"), []
+    known = engine.fit.Known(question(config, CPU), QWEN_3B, LENGTHS, 10)
+    asked = []
+    monkeypatch.setattr(
+        engine.fit, "_of_training", lambda *arguments: asked.append(arguments) or known
+    )
+    monkeypatch.setattr(engine.fit, "base_dtype", lambda bf16, device: torch.float32)
+
+    def settled(rank: int, own: float, other: float | None, device=gpu) -> Resolved:
+        monkeypatch.setattr(engine.fit, "free_memory", lambda device: free(own))
+        ranks = TwoRanks(rank, None if other is None else free(other), told)
+        return engine.fit.fitted(resolved, device, [], {}, None, ranks=ranks)
+
+    for own, other in ((40, 22), (22, 40)):
+        first = settled(0, own, other)
+        assert first.configs[0].sampling_copies is False
+        assert first.origins["sampling_copies"] == "memory forecast"
+        assert settled(1, other, own) == first
+    # rank 0 alone computes the forecast, for the two ranks of this node
+    assert len(asked) == 2 and {arguments[-1] for arguments in asked} == {2}
+    assert settled(0, 40, 40) == settled(1, 40, 40) == resolved
+    # where one of them cannot tell, nothing is said
+    assert settled(0, 22, None) == resolved
+    # processes on the CPUs of a node share what is free there: 22 of 44 GiB
+    assert settled(0, 80, 80, CPU).configs[0].sampling_copies is True
+    assert settled(0, 44, 80, CPU).configs[0].sampling_copies is False
