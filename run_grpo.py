@@ -32,9 +32,10 @@ from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
 from engine.fit import advise_training, fitted
+from engine.model_files import lacks_weights
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
-from engine.preview import banner, dry_run_report, show_prompts
+from engine.preview import banner, dry_run_report, dry_run_without_weights, show_prompts
 from engine.ranks import Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
@@ -189,8 +190,11 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     # policy and optimizer
     batches = partial(BatchPlan.of, ranks=ranks.size)
     start = ranks.first_then_others(lambda: start_of(config, checkpoint))
-    resolved = fitted(resolved, device, data.train, data.evaluated, start.adapter, batches)
-    resolved = ranks.resolved(resolved, GRPOConfig, ObjectiveConfig)
+    lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
+    sets = data.train, data.evaluated
+    if config.dry_run and lacks_weights(config.model_name_or_path):
+        return dry_run_without_weights(config, start.adapter, *sets, lines, plan)
+    resolved = fitted(resolved, device, *sets, start.adapter, batches, ranks=ranks)
     config = resolved.configs[0]
     count, size = total_steps, ranks.size
     record = ranks.on_first(
@@ -198,15 +202,14 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     )
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits)
-    advise_training(limits, config, device, data.train, data.evaluated, start.adapter, batches)
+    advise_training(limits, config, device, *sets, start.adapter, batches, ranks)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
     monitors = Monitors.of(config)
-    lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
     if config.dry_run:
         print(banner("GRPO", "dry run", policy, start.about, lines, resolved))
-        print(dry_run_report(config, policy, data.train, data.evaluated, plan))
+        print(dry_run_report(config, policy, *sets, plan, ranks))
         return 0
 
     # run

@@ -43,10 +43,11 @@ from engine.collate import Rows, collate_rows
 from engine.device import pick_device, seed_everything
 from engine.fit import advise_training, fitted
 from engine.logprobs import predicted_correctly, token_logprobs
+from engine.model_files import lacks_weights
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
-from engine.preview import banner, dry_run_report, show_answers
+from engine.preview import banner, dry_run_report, dry_run_without_weights, show_answers
 from engine.random_numbers import dropout_numbers
 from engine.ranks import ALONE, Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
@@ -172,25 +173,26 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     encoder = encoder_for(config, data.train + data.validation)  # which checks all answers
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
-    resolved = fitted(resolved, device, data.train, evaluated, adapter, encoder=encoder)
-    resolved = ranks.resolved(resolved, SFTConfig)
+    lines = [data_line(data), config.batch_line(len(data.train), ranks.size)]
+    if config.dry_run and lacks_weights(config.model_name_or_path):
+        return dry_run_without_weights(config, adapter, data.train, evaluated, lines)
+    resolved = fitted(resolved, device, data.train, evaluated, adapter, None, encoder, ranks)
     config = resolved.configs[0]
     count, size = SFTConfig.total_steps, ranks.size
     record = ranks.on_first(lambda: training_record(resolved, "sft", data, checkpoint, count, size))
 
     # policy and optimizer
     policy = policy_to_fine_tune(config, device, checkpoint, encoder)
-    advise_training(policy.limits, config, device, data.train, evaluated, adapter)
+    advise_training(policy.limits, config, device, data.train, evaluated, adapter, ranks=ranks)
     for example in data.train[:1] + data.validation[:1]:
         policy.encode_answer(example)  # a wrong image path shows now, not after an epoch
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay
     )
-    lines = [data_line(data), config.batch_line(len(data.train), ranks.size)]
     about = f"LoRA of rank {config.lora_r}"
     if config.dry_run:
         print(banner("SFT", "dry run", policy, about, lines, resolved))
-        print(dry_run_report(config, policy, data.train, evaluated))
+        print(dry_run_report(config, policy, data.train, evaluated, ranks=ranks))
         return 0
 
     # run

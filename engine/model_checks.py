@@ -121,13 +121,11 @@ def check_weights(name: str, folder: Path) -> None:
         raise UsageError(f"--model_name_or_path {name}: {reason}") from error
 
 
-def lacks_weights(folder: Path) -> bool:
-    """Tell whether there is a folder that holds no weights, in any format."""
-    if not folder.is_dir():
-        return False
+def holds_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights, in any format."""
     names = [path.name for path in folder.iterdir() if not _NO_WEIGHTS.match(path.name)]
     formats = ("*.safetensors", *_OTHER_FORMATS)
-    return not any(fnmatch(name, pattern) for name in names for pattern in formats)
+    return any(fnmatch(name, pattern) for name in names for pattern in formats)
 
 
 def weight_files(folder: Path) -> list[str]:

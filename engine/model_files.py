@@ -8,7 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.config import UsageError
-from engine.model_checks import check_not_quantised, quantised_name, read_object, refuse_quantised
+from engine.model_checks import (
+    check_not_quantised,
+    holds_weights,
+    quantised_name,
+    read_object,
+    refuse_quantised,
+)
 
 # The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name
 # their base so, not by a path of this machine.
@@ -67,6 +73,12 @@ def check_model_folder(name: str) -> None:
         raise
     except ValueError as error:
         raise UsageError(f"--model_name_or_path {name}: {error}") from error
+
+
+def lacks_weights(name: str) -> bool:
+    """Tell whether a model is a folder that only describes it: its weights are elsewhere."""
+    folder = Path(model_path(name))
+    return folder.is_dir() and not holds_weights(folder)
 
 
 def same_base(one: str, other: str) -> bool:

@@ -34,8 +34,6 @@ from engine.model import (
     is_decoders_lora,
     trained_lora,
 )
-from engine.model_checks import lacks_weights
-from engine.model_files import model_path
 from engine.order import shuffled
 from engine.policy import Policy, encoder_of
 from engine.ranks import ALONE, Ranks
@@ -379,11 +377,6 @@ def dry_run_report(
             "dry run: nothing was trained, no run folder was made",
         ]
     )
-
-
-def is_only_described(config: TrainingConfig) -> bool:
-    """Tell whether a dry run is asked for of a model whose folder holds no weights."""
-    return config.dry_run and lacks_weights(Path(model_path(config.model_name_or_path)))
 
 
 def dry_run_without_weights(

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,7 @@ from engine.ranks_forecast import gathered_bytes, ranks_table, summed_bytes
 from engine.workload import shape_of
 from tests.helpers.hub_folder import hub_config
 from tests.helpers.real_configs import gemma3, qwen2_5_vl
+from tests.helpers.runs import grpo_flags, sft_flags, snapshot
 
 CONFIGS = {
     "MedGemma-4B": lambda: gemma3("4B"),
@@ -191,3 +194,53 @@ def test_only_a_72b_needs_shards_and_more_to_sample():
 def test_sizes_are_read_from_config_json_alone(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hub_config(CONFIGS[name]())))
     assert shape_of(str(tmp_path)) == shape(name)
+
+
+def described(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint without its weights."""
+    return Path(shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_dry_run_without_weights(family, tiny_checkpoint, tiny_data, tmp_path, capsys):
+    import run_grpo
+    import run_sft
+
+    model = described(tiny_checkpoint(family), tmp_path / "model")
+    before = snapshot(tmp_path)
+    assert run_sft.main(sft_flags(model, tiny_data, tmp_path / "run", "--dry_run")) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^  \s+update\s+validation$", shown, re.MULTILINE)  # nothing is written
+    assert [row[-7] for row in rows(shown)[-5:]] == ["-"] * 5
+    sets = ("--validation_file", f"site={tiny_data}", "--dry_run")
+    assert run_sft.main(sft_flags(model, tiny_data, tmp_path / "run", *sets)) == 0
+    shown = capsys.readouterr().out
+    assert f"dry run of {model}, whose folder holds no weights: all of this is arithmetic" in shown
+    assert "1 sequences x 8 accumulated = 8 an optimizer step" in shown
+    assert "checked     12 of 12 training rows and 24 of 24 to evaluate" in shown
+    assert [row[:2] for row in rows(shown)[-5:]] == [
+        ["1", "whole"],
+        ["8", "whole"],
+        ["8", "8"],
+        ["64", "whole"],
+        ["64", "8"],
+    ]
+    fresh = ("--model_name_or_path", str(model), "--prompt", "demo", *sets)
+    argv = grpo_flags(Path("none"), tiny_data, tmp_path / "run", *fresh)
+    assert run_grpo.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "2 prompts x 4 completions = 8 completions" in shown and "holds no weights" in shown
+    assert re.search(r"^  \s+rollout\s+scoring\s+update\s+evaluation$", shown, re.MULTILINE)
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_that_are_not_whole_are_no_description(tiny_checkpoint, tiny_data, tmp_path):
+    """A folder that lost its weights is refused as ever, and a damaged one in a dry run too."""
+    import run_sft
+
+    model = described(tiny_checkpoint("qwen2_5_vl"), tmp_path / "model")
+    with pytest.raises(ValueError, match="the folder holds no weights"):
+        run_sft.main(sft_flags(model, tiny_data, tmp_path / "run"))
+    (model / "model-00002-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="the folder holds no weights"):
+        run_sft.main(sft_flags(model, tiny_data, tmp_path / "run", "--dry_run"))
