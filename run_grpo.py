@@ -32,10 +32,9 @@ from data.sets import DataSets, bad_image_counts, data_line, load_data_sets
 from engine.card import write_run_card
 from engine.device import pick_device, seed_everything
 from engine.fit import advise_training, fitted
-from engine.model_files import lacks_weights
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.policy import Policy, policy_with_reference
-from engine.preview import banner, dry_run_report, dry_run_without_weights, show_prompts
+from engine.preview import banner, dry_run_report, only_described, show_prompts
 from engine.ranks import Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
 from engine.run import Schedule, TrainerState, opened_run
@@ -192,8 +191,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     start = ranks.first_then_others(lambda: start_of(config, checkpoint))
     lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
     sets = data.train, data.evaluated
-    if config.dry_run and lacks_weights(config.model_name_or_path):
-        return dry_run_without_weights(config, start.adapter, *sets, lines, plan)
+    if only_described(config, start.adapter, *sets, lines, plan):
+        return 0
     resolved = fitted(resolved, device, *sets, start.adapter, batches, ranks=ranks)
     config = resolved.configs[0]
     count, size = total_steps, ranks.size
@@ -201,7 +200,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         lambda: training_record(resolved, "grpo", data, checkpoint, count, size)
     )
     temperature, limits = config.temperature, rollouts.limits
-    policy = policy_with_reference(config, device, start.adapter, temperature, limits)
+    policy = policy_with_reference(config, device, start.adapter, temperature, limits, ranks)
     advise_training(limits, config, device, *sets, start.adapter, batches, ranks)
     optimizer = build_optimizer(
         policy.net, learning_rate=config.learning_rate, weight_decay=config.weight_decay

@@ -43,11 +43,10 @@ from engine.collate import Rows, collate_rows
 from engine.device import pick_device, seed_everything
 from engine.fit import advise_training, fitted
 from engine.logprobs import predicted_correctly, token_logprobs
-from engine.model_files import lacks_weights
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
 from engine.order import shuffled
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
-from engine.preview import banner, dry_run_report, dry_run_without_weights, show_answers
+from engine.preview import banner, dry_run_report, only_described, show_answers
 from engine.random_numbers import dropout_numbers
 from engine.ranks import ALONE, Ranks, on_this_rank
 from engine.resume import checkpoint_to_resume, training_record
@@ -174,15 +173,15 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
     lines = [data_line(data), config.batch_line(len(data.train), ranks.size)]
-    if config.dry_run and lacks_weights(config.model_name_or_path):
-        return dry_run_without_weights(config, adapter, data.train, evaluated, lines)
+    if only_described(config, adapter, data.train, evaluated, lines):
+        return 0
     resolved = fitted(resolved, device, data.train, evaluated, adapter, None, encoder, ranks)
     config = resolved.configs[0]
     count, size = SFTConfig.total_steps, ranks.size
     record = ranks.on_first(lambda: training_record(resolved, "sft", data, checkpoint, count, size))
 
     # policy and optimizer
-    policy = policy_to_fine_tune(config, device, checkpoint, encoder)
+    policy = policy_to_fine_tune(config, device, checkpoint, encoder, ranks)
     advise_training(policy.limits, config, device, data.train, evaluated, adapter, ranks=ranks)
     for example in data.train[:1] + data.validation[:1]:
         policy.encode_answer(example)  # a wrong image path shows now, not after an epoch

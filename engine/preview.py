@@ -34,6 +34,7 @@ from engine.model import (
     is_decoders_lora,
     trained_lora,
 )
+from engine.model_files import lacks_weights
 from engine.order import shuffled
 from engine.policy import Policy, encoder_of
 from engine.ranks import ALONE, Ranks
@@ -379,15 +380,15 @@ def dry_run_report(
     )
 
 
-def dry_run_without_weights(
+def only_described(
     config: TrainingConfig,
     adapter: str | Path | None,
     train: Sequence[Example],
     sets: Mapping[str, Sequence[Example]],
     lines: Sequence[str],
     plan: Plan | None = None,
-) -> int:
-    """Print what can be told of a model whose weights are not there: --dry_run. Returns 0.
+) -> bool:
+    """Print the forecast of a dry run whose model's folder holds no weights -> whether it is one.
 
     adapter: the folder that the run starts from, None for a fresh one. The others are as in
     `dry_run_report`, lines as in `banner`.
@@ -395,6 +396,8 @@ def dry_run_without_weights(
     Raises UsageError where no model can be made of its config.json, DataError as `dry_run_report`.
     """
     name = config.model_name_or_path
+    if not config.dry_run or not lacks_weights(name):
+        return False
     shape, rank = shape_of(name), rank_of(adapter, config)
     if shape is None:
         raise UsageError(f"--model_name_or_path {name}: no model can be made of its config.json")
@@ -419,7 +422,7 @@ def dry_run_without_weights(
             ]
         )
     )
-    return 0
+    return True
 
 
 def _per_rank(config: TrainingConfig) -> int:
