@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,7 @@ def policy_of(asked: Asked, limits: Limits | None = None) -> Any:
     return SimpleNamespace(
         asked=asked,
         encode=lambda example: example,
+        gathered=nullcontext,
         prompt=SimpleNamespace(name="short"),
         encoder=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)), text_length=len),
         limits=limits or Limits(),
@@ -198,6 +200,18 @@ def test_what_is_left_is_shared_evenly(tmp_path):
     assert asked == [["e0", "e2"], []]
     _, asked = evaluated(2, tmp_path, images(8), records={"site": RECORD})
     assert asked == [["e1", "e4", "e6"], ["e3", "e5", "e7"]]
+
+
+def test_answers_outlive_a_second_stop(tmp_path):
+    """They are in rank 0's file then, and each other rank's begins anew."""
+    options = {"records": {"site": RECORD}}
+    evaluated(3, tmp_path, images(12), **options, **stopped_on(1, 3))
+    _, asked = evaluated(2, tmp_path, images(12), **options, **stopped_on(0, 0))
+    assert asked == [[], []]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["predictions-site.partial.json", "predictions-site.partial.jsonl"]
+    _, asked = evaluated(2, tmp_path, images(12), **options)
+    assert asked == [["e10"], []]
 
 
 def test_all_leave_after_the_window_in_which_one_stops(tmp_path):
@@ -321,14 +335,16 @@ def test_a_disk_that_rank_0_cannot_write_to_keeps_nothing_and_loses_nothing(tmp_
     write = eval.go_on.write_predictions
 
     def full(path, rows):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if path.name == "predictions-site.partial.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, rows)
 
     monkeypatch.setattr(eval.go_on, "write_predictions", full)
     ends, asked = evaluated(2, tmp_path, images(8), **options, **stopped_on(0, 0))
     assert [type(end) for end in ends] == [StopRequested] * 2 and asked == [[], ["e6"]]
     assert contents(tmp_path) == before
-    monkeypatch.setattr(eval.go_on, "write_predictions", write)
-    evaluated(1, tmp_path, images(8), **options)
+    _, asked = evaluated(1, tmp_path, images(8), **options)
+    assert asked == [["e4", "e6"]]
     assert sorted(contents(tmp_path)) == ["predictions-site.jsonl", "scores-site.json"]
 
 
