@@ -44,7 +44,8 @@ class Launch:
                     raise UsageError(
                         f"{launcher} has started {found[name]} processes, which know nothing of"
                         " each other; let it start one `torchrun` on each node, which starts a"
-                        " process for each GPU (README, 'Several GPUs')"
+                        " process for each GPU (engine/README.md,"
+                        " 'Several GPUs, several machines')"
                     )
             return cls()
         problems = [

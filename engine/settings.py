@@ -208,7 +208,7 @@ class TrainingConfig:
     )
     gradient_accumulation_steps: int = setting(
         8,
-        "micro-batches in an optimizer step",
+        "micro-batches in an optimizer step, of each rank where there are several",
         unit="micro-batches",
         source=PAPER_SFT,
         group="optimization",

@@ -123,7 +123,7 @@ class GRPOConfig(TrainingConfig):
     )
     gradient_accumulation_steps: int = setting(
         1,
-        "micro-batches in an optimizer step",
+        "micro-batches in an optimizer step, of each rank where there are several",
         unit="micro-batches",
         source=OURS,
         group="optimization",
@@ -154,7 +154,7 @@ class GRPOConfig(TrainingConfig):
     )
     steps_per_generation: int | None = setting(
         None,
-        "micro-batches in a rollout",
+        "micro-batches in a rollout, of each rank where there are several",
         unset="2 x gradient_accumulation_steps, so two optimizer steps use one rollout",
         unit="micro-batches",
         source=OURS,

@@ -198,7 +198,7 @@ def test_every_flag_named_is_a_flag(capsys):
 
 
 # Commands of others, with flags of their own.
-OTHERS = re.compile(r"^ *(?:pip install|ruff|git|pre-commit) .*--")
+OTHERS = re.compile(r"^ *`?(?:pip install|ruff|git|pre-commit|#SBATCH|sbatch|trap) .*--")
 BENCHMARK = re.compile(
     rf"\b({'|'.join(path.stem for path in BENCHMARKS.glob('*.py'))})\.py\b(.*--.*)?"
 )
