@@ -701,7 +701,7 @@ def scripted_run(
         return SinceStart(gaps={"gap": (a - start_a) - (b - start_b)})
 
     monkeypatch.setattr(run_grpo, "evaluate_policy", scripted)
-    monkeypatch.setattr(run_grpo, "since_start", gap_of)
+    monkeypatch.setattr(run_grpo, "since_start_on_all", gap_of)
     assert (
         grpo(
             tiny_sft_run("qwen2_5_vl"),
@@ -789,7 +789,9 @@ def test_a_condition_on_an_evaluation_ends_the_run(
 ):
     # the evaluation at step 4 never comes
     gaps = iter([0.0, 0.25])
-    monkeypatch.setattr(run_grpo, "since_start", lambda *_: SinceStart(gaps={"gap": next(gaps)}))
+    monkeypatch.setattr(
+        run_grpo, "since_start_on_all", lambda *_: SinceStart(gaps={"gap": next(gaps)})
+    )
     monkeypatch.setattr(
         run_grpo,
         "evaluate_policy",
@@ -833,7 +835,7 @@ def test_a_condition_on_an_evaluation_ends_the_run(
         "evaluate_policy",
         lambda policy, data, *_: {name: dict.fromkeys(SET_METRICS, 0.0) for name in data.evaluated},
     )
-    monkeypatch.setattr(run_grpo, "since_start", lambda *_: SinceStart(gaps={"gap": 0.0}))
+    monkeypatch.setattr(run_grpo, "since_start_on_all", lambda *_: SinceStart(gaps={"gap": 0.0}))
     assert run_grpo.main([*again, "--stop_when", "gap>5"]) == 0 and len(train_log(run)) == 4
 
 
