@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from engine.config import Resolved, UsageError
 from engine.launch import Launch
-from engine.runtime import PeerError, StopRequested
+from engine.runtime import SIGNALS, PeerError, StopRequested
 
 Value = TypeVar("Value")
 
@@ -69,10 +70,12 @@ class Ranks:
             on_gpus = torch.cuda.is_available()
             if on_gpus:
                 self._take_gpu(torch.cuda.device_count())
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
-            # Of its own: where ranks fall out of step, another exchange's sizes would make gloo
-            # end the process.
-            self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+            with _ended_by_signals():
+                dist.init_process_group(backend, timeout=TIMEOUT)
+                # Of its own: where ranks fall out of step, another exchange's sizes would make
+                # gloo end the process.
+                self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT)
         # What this rank does of the others' work once it has come to the end of a block (`meet`).
         self.parts: dict[str, Callable[[], object]] = {}
 
@@ -340,6 +343,25 @@ def on_this_rank(
     """
     with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
         return run(ranks.resolved(resolved, *config_classes), ranks)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end this process within the block, in which it waits for the other ranks.
+
+    A rank that was refused its command line never comes. torchrun ends the others then, and
+    Python's own handlers would wait as well.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def _status(error: BaseException | None) -> str:
