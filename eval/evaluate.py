@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,9 @@ def _run(argv: Sequence[str]) -> int:
     if resolved is not None and resolved.configs[0].predictions:
         return _score_again(resolved)
     # torch and transformers take seconds to import: not before the command line is accepted
-    from engine.ranks import Ranks
+    from engine.ranks import on_this_rank
 
-    with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
-        return _decode_and_score(ranks.resolved(resolved, EvalConfig), ranks)
+    return on_this_rank(_decode_and_score, resolved, EvalConfig)
 
 
 def _resolve(argv: Sequence[str]) -> Resolved:
@@ -235,13 +235,15 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
 
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
-    files, sets, bad_images = read_sets(
+    read = partial(
+        read_sets,
         named,
         config.image_root,
         config.bad_images,
         max_samples=config.max_samples,
         label_set=config.label_set,
     )
+    files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
     baseline_examples = _baseline_examples(config)
     if config.swap_images:  # before the model is loaded
         for examples in sets.values():

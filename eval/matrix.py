@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ from data.prompts import PROMPTS
 from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
 from engine.config import Resolved, UsageError, describe, parse_config, setting
 from engine.inherited import settings_of_adapter
-from engine.launch import Launch
 from engine.runtime import (
     SignalGuard,
     check_lock,
@@ -190,10 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     resolved = read_by_first(_resolve, argv)
     # torch and transformers take seconds to import: not before the command line is accepted
-    from engine.ranks import Ranks
+    from engine.ranks import on_this_rank
 
-    with Ranks(Launch.of()) as ranks, ranks.silent_but_first(), ranks.together():
-        return _fill(ranks.resolved(resolved, MatrixConfig), ranks)
+    return on_this_rank(_fill, resolved, MatrixConfig)
 
 
 def _resolve(argv: Sequence[str]) -> Resolved:
@@ -245,13 +244,15 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
 
     config: MatrixConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
-    files, sets, bad_images = read_sets(
+    read = partial(
+        read_sets,
         named,
         config.image_root,
         config.bad_images,
         max_samples=config.max_samples,
         label_set=config.label_set,
     )
+    files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
     baseline_examples: list[Example] | None = (
         None
         if config.train_file is None

@@ -52,15 +52,14 @@ def test_all_ended_as_they_should(ended):
     codes = [(name, 0) for name in NAMES] + [("matrix", 0), ("stopped", 128 + signal.SIGTERM)]
     shown = end.out[0].splitlines()
     told = [tuple(json.loads(line)) for line in shown if line.startswith('["')]
-    assert told == [*codes, ("killed", 1)], end.told()
+    # torchrun ends rank 0 soon after rank 1 is killed: it may or may not come to tell so
+    assert told in (codes, [*codes, ("killed", 1)]), end.told()
     # rank 1 shows nothing, and was killed in the last of them
     assert end.out[1] == "".join(json.dumps(one) + "\n" for one in codes), end.told()
     assert end.root_cause == (1, -signal.SIGKILL) and end.code == 1, end.told()
     assert end.tracebacks == [] and not end.timed_out and not end.left, end.told()
-    notes = [line for line in end.err[1].splitlines() if line]
-    assert notes == ["SIGTERM: stopping at the next safe point and saving; Ctrl-C stops at once"]
+    assert end.err[1] == "", end.told()
     assert end.err[0].count("the answers so far are kept in") == 2, end.told()
-    assert "error: a rank has ended" in end.err[0], end.told()
 
 
 @pytest.mark.parametrize("name", [*NAMES, "matrix"])
