@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 import data.command_line
+import eval.evaluate
 from data.command_line import LAUNCHERS, exit_code
 from engine.runtime import SIGNALS, main_guard
 from tests.helpers.repository import ROOT, product_files
@@ -78,3 +79,16 @@ def test_copies_of_any_launcher_are_refused(launcher, monkeypatch, capsys):
 def test_a_command_of_ranks_is_called(monkeypatch):
     started(monkeypatch, 1)
     assert exit_code(lambda: 7, of_ranks=True) == main_guard(lambda: 7, of_ranks=True) == 7
+
+
+def test_kept_answers_are_scored_by_one_process(monkeypatch, capsys, tmp_path):
+    """Though the same command decodes with several."""
+    launch = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (launch | {"MASTER_ADDR": "here", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / "answers.jsonl").write_text("")
+    files = ["--predictions", f"a={tmp_path / 'answers.jsonl'}", "--output_dir", str(tmp_path)]
+    assert eval.evaluate.main(files) == 2
+    line = "error: --predictions: kept answers are scored by one process; start it without torchrun"
+    assert capsys.readouterr().err == f"{line}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
