@@ -374,7 +374,7 @@ def dry_run_report(
         [
             *lines,
             memory_table(forecast(shape, work), policy.device),
-            ranks_table(shape, work, _per_rank(config), evaluates=bool(config.validation_file)),
+            ranks_table(shape, work, _per_rank(config), evaluates=bool(sets)),
             "dry run: nothing was trained, no run folder was made",
         ]
     )
@@ -405,7 +405,7 @@ def only_described(
     gpu = torch.device("cuda")
     work = training_work(config, shape, longest, torch.device("cpu"), rank, plan)
     found = forecast(shape, replace(work, device=gpu.type))
-    if not config.validation_file:  # then nothing is written
+    if not sets:  # then nothing is ever evaluated
         del found.phases["evaluation"]
     print(
         "\n".join(
@@ -417,7 +417,7 @@ def only_described(
                 *lines,
                 *checked,
                 memory_table(found, gpu),
-                ranks_table(shape, work, _per_rank(config), evaluates=bool(config.validation_file)),
+                ranks_table(shape, work, _per_rank(config), evaluates=bool(sets)),
                 "dry run: nothing was trained, no run folder was made",
             ]
         )

@@ -24,9 +24,9 @@ import torch
 
 from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.config import parse_config
-from engine.fit import largest
 from engine.memory import GIB, ModelShape, Workload, forecast, model_shape
 from engine.memory_table import CARDS, USABLE, memory_table
+from engine.remedies import largest
 from engine.settings import SFTConfig
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan

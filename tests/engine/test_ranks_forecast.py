@@ -179,7 +179,7 @@ def test_only_a_72b_needs_shards_and_more_to_sample():
     no = ["no"] * 4
     grpo = fits("Qwen2.5-VL-72B")
     assert grpo["8 whole"] == grpo["8 8 shards"] == no
-    # SFT without evaluated sets writes nothing
+    # what learns alone, as SFT does until it scores its result
     sft = fits("Qwen2.5-VL-72B", rollout_prompts=0, adapters=1, micro_batch=1, eval_rows=1)
     assert sft["64 whole"] == no and sft["64 8 shards"] == ["no", "yes", "yes", "yes"]
     assert fits("Qwen2.5-VL-32B")["8 whole"] == ["no", "no", "no", "yes"]
@@ -208,10 +208,6 @@ def test_a_dry_run_without_weights(family, tiny_checkpoint, tiny_data, tmp_path,
 
     model = described(tiny_checkpoint(family), tmp_path / "model")
     before = snapshot(tmp_path)
-    assert run_sft.main(sft_flags(model, tiny_data, tmp_path / "run", "--dry_run")) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^  \s+update\s+validation$", shown, re.MULTILINE)  # nothing is written
-    assert [row[-7] for row in rows(shown)[-5:]] == ["-"] * 5
     sets = ("--validation_file", f"site={tiny_data}", "--dry_run")
     assert run_sft.main(sft_flags(model, tiny_data, tmp_path / "run", *sets)) == 0
     shown = capsys.readouterr().out
@@ -231,6 +227,10 @@ def test_a_dry_run_without_weights(family, tiny_checkpoint, tiny_data, tmp_path,
     shown = capsys.readouterr().out
     assert "2 prompts x 4 completions = 8 completions" in shown and "holds no weights" in shown
     assert re.search(r"^  \s+rollout\s+scoring\s+update\s+evaluation$", shown, re.MULTILINE)
+    # without sets nothing is evaluated
+    assert run_grpo.main([*argv[: argv.index("--validation_file")], "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^  \s+rollout\s+scoring\s+update$", shown, re.MULTILINE)
     assert snapshot(tmp_path) == before
 
 
