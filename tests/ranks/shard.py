@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
+import run_grpo
+import run_sft
 from data.prompts import PROMPTS
 from engine import shard
 from engine.collate import Batch, Rows, collate_rows
@@ -41,7 +44,10 @@ from engine.optim import build_optimizer, clip_gradients
 from engine.policy import Policy
 from engine.ranks import Ranks
 from engine.runtime import StopRequested
+from engine.shard import ShardedBase
+from tests.helpers.runs import grpo_flags, sft_flags, speak
 from tests.helpers.tiny import attach_random_adapter, examples_of, uniform_for
+from tests.helpers.torchrun import meet_again
 
 LOGPROBS = Policy.logprobs
 # family, dtype, gradient checkpointing, whether the head is the embedding
@@ -211,6 +217,7 @@ def two_ranks(folder: str) -> None:
             tell("exact", exact(Path(folder), ranks, *case))
         tell("wrong", wrong_ways(Path(folder), ranks))
         tell("faults", faults(Path(folder), ranks))
+    tell("runs", runs(Path(folder)))
 
 
 def two_nodes(folder: str) -> None:
@@ -299,6 +306,42 @@ def wrong_ways(folder: Path, ranks: Ranks) -> dict[str, Any]:
         "adapters inside": reached(adapters_inside),
         "embedding inside": refused(lambda: reached(embedding_inside)),
     }
+
+
+def runs(folder: Path) -> dict[str, list[int]]:
+    """Run both scripts with a whole and a sharded base -> {script: the empty forwards of each run}.
+
+    A step's last rows are fewer than the ranks, validation has 1 and 2 images a rank, and rows are
+    cut into other numbers of forwards on each rank.
+    """
+    model, data = folder / "gemma3-tied", folder / "data" / "data.jsonl"
+    common = ["--validation_file", f"site={folder / 'three' / 'data.jsonl'}"]
+    common += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    common += ["--per_device_eval_batch_size", "1", "--gradient_checkpointing"]
+    sft = [*common, "--num_train_epochs", "1", "--lora_dropout", "0.3"]
+    grpo = [*common, "--per_device_train_batch_size", "2", "--max_tokens_per_forward", "62"]
+    grpo += ["--max_steps", "4", "--steps_per_generation", "4", "--num_iterations", "1"]
+    jobs = [
+        ("sft", run_sft.main, sft_flags, model, sft),
+        ("grpo", run_grpo.main, grpo_flags, folder / "sft-whole", grpo),
+    ]
+    empty: dict[str, list[int]] = {}
+    for name, main, flags, start, more in jobs:
+        for kind in ("whole", "sharded"):
+            meet_again()
+            argv = flags(start, data, folder / f"{name}-{kind}", *more)
+            argv += ["--shard_base"] * (kind == "sharded")
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                mock.patch.object(
+                    ShardedBase, "_idle", autospec=True, side_effect=ShardedBase._idle
+                ) as idle,
+            ):
+                if name == "grpo":
+                    speak(patch)
+                assert main(argv) == 0
+            empty.setdefault(name, []).append(idle.call_count)
+    return empty
 
 
 def faults(folder: Path, ranks: Ranks) -> dict[str, str]:

@@ -8,6 +8,13 @@ from typing import Any
 
 import pytest
 
+from engine.config import ConfigError, UsageError
+from engine.launch import Launch
+from engine.model import check_adapter
+from engine.resume import FREE_TO_CHANGE
+from engine.settings import resolve_sft
+from tests.helpers.adapters import KINDS, make_adapter
+from tests.helpers.runs import sft_flags, write_data
 from tests.helpers.tiny import SAVE, save_images
 from tests.helpers.torchrun import Ended, torchrun
 
@@ -23,6 +30,8 @@ def folder(tmp_path_factory) -> Path:
             save(path / f"{family}-{name}", tied=tied)
     for size in (56, 112):
         save_images(path / str(size), 3, size)
+    write_data(path / "data", 9)
+    write_data(path / "three", 3)
     return path
 
 
@@ -51,6 +60,17 @@ def test_what_a_sharded_base_computes_is_what_the_whole_one_does(two_ranks):
         assert len(found) == 5
         for case in found:
             check_exact(case)
+
+
+def test_a_run_with_a_sharded_base_is_the_run_with_the_whole_one(two_ranks, folder):
+    for name, logs in {"sft": [], "grpo": ["completions.jsonl"]}.items():
+        for file in ("adapter_model.safetensors", "predictions-site.jsonl", *logs):
+            paths = [folder / f"{name}-{kind}" / file for kind in ("whole", "sharded")]
+            assert paths[0].read_bytes() == paths[1].read_bytes(), paths
+        # ranks had other numbers of forwards to make, which only the sharded base evens out
+        empty = [dict(of_rank)["runs"][name] for of_rank in two_ranks]
+        assert [whole for whole, _ in empty] == [0, 0]
+        assert max(sharded for _, sharded in empty) > 0
 
 
 def test_of_two_nodes_each_holds_a_copy(folder):
@@ -92,3 +112,29 @@ def test_a_rank_that_fails_within_a_forward_is_waited_for_until_the_timeout(two_
     first, other = (dict(of_rank)["faults"]["within a forward"] for of_rank in two_ranks)
     assert other.startswith("TypeError: ") or other.startswith("PeerError: rank 0 failed"), other
     assert first.startswith("RuntimeError: "), first
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+def test_a_base_is_sharded_among_two_ranks_at_least(folder, tmp_path, monkeypatch):
+    flags = sft_flags(folder / "gemma3-tied", folder / "data/data.jsonl", tmp_path / "run")
+    with pytest.raises(ConfigError, match="--shard_base shards .* there is one: start with tor"):
+        resolve_sft([*flags, "--shard_base"])
+    monkeypatch.setattr(Launch, "of", classmethod(lambda cls: Launch(0, 4, 0, 2)))
+    assert resolve_sft([*flags, "--shard_base"]).configs[0].shard_base
+    with pytest.raises(ConfigError, match="--shard_base and --compile do not go together"):
+        resolve_sft([*flags, "--shard_base", "--compile"])
+    assert not (tmp_path / "run").exists()
+    assert "shard_base" in FREE_TO_CHANGE
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "bias all", "decoder", "modules_to_save embed_tokens"])
+def test_adapters_whose_place_in_a_layer_would_be_sharded_are_refused(kind, folder, tmp_path):
+    base = folder / "qwen2_5_vl-tied"
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
+    assert check_adapter(str(base), adapter) is not None
+    if kind in ("decoder", "modules_to_save embed_tokens"):
+        assert check_adapter(str(base), adapter, sharded=True) is not None
+        return
+    what = {"DoRA": "lora_magnitude_vector", "bias all": "bias"}[kind]
+    with pytest.raises(UsageError, match=f"plain LoRA, such as .*layers.*{what}.*without --shard"):
+        check_adapter(str(base), adapter, sharded=True)
