@@ -56,7 +56,6 @@ CASES = [
     ("qwen2_5_vl", torch.bfloat16, True, False),
     ("gemma3", torch.float32, True, False),
     ("gemma3", torch.bfloat16, False, True),
-    ("qwen3_vl", torch.bfloat16, True, True),
 ]
 CPU = torch.device("cpu")
 
@@ -137,7 +136,7 @@ def sample(
     policy: Policy,
     rows: list[EncodedRow],
     ranks: Ranks,
-    most: int = 8,
+    most: int = 5,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Tensor]:
     """Sample three completions of each prompt -> their tokens and log-probabilities."""
@@ -168,7 +167,7 @@ def everything(policy: Policy, rows: list[EncodedRow], ranks: Ranks) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
     # one rank writes more tokens than the other, and with an empty share nothing at all
-    found["after"] = sample(policy, rows, ranks, 3 + 4 * ranks.rank)
+    found["after"] = sample(policy, rows, ranks, 2 + 3 * ranks.rank)
     found["ragged"] = sample(policy, rows, ranks) if ranks.first else nothing(ranks)
     found["rest"] = nothing(ranks) if ranks.first else update(policy, own, ranks)
     found["adapter"] = list(adapter_state(policy.adapted).values())
@@ -230,7 +229,7 @@ def two_nodes(folder: str) -> None:
 
 
 def tell(what: str, found: object) -> None:
-    print(json.dumps([what, found]), flush=True)
+    print(f"told {json.dumps([what, found])}", flush=True)
 
 
 def exact(
@@ -311,15 +310,15 @@ def wrong_ways(folder: Path, ranks: Ranks) -> dict[str, Any]:
 def runs(folder: Path) -> dict[str, list[int]]:
     """Run both scripts with a whole and a sharded base -> {script: the empty forwards of each run}.
 
-    A step's last rows are fewer than the ranks, validation has 1 and 2 images a rank, and rows are
-    cut into other numbers of forwards on each rank.
+    A step's last rows are fewer than the ranks, validation has 1 and 2 images a rank. A GRPO prompt
+    has 389 tokens: two of its completions fit into a forward where they have 11 tokens at most.
     """
     model, data = folder / "gemma3-tied", folder / "data" / "data.jsonl"
     common = ["--validation_file", f"site={folder / 'three' / 'data.jsonl'}"]
     common += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     common += ["--per_device_eval_batch_size", "1", "--gradient_checkpointing"]
     sft = [*common, "--num_train_epochs", "1", "--lora_dropout", "0.3"]
-    grpo = [*common, "--per_device_train_batch_size", "2", "--max_tokens_per_forward", "62"]
+    grpo = [*common, "--per_device_train_batch_size", "2", "--max_tokens_per_forward", "400"]
     grpo += ["--max_steps", "4", "--steps_per_generation", "4", "--num_iterations", "1"]
     jobs = [
         ("sft", run_sft.main, sft_flags, model, sft),
