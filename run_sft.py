@@ -76,7 +76,8 @@ def train(
         epoch, place = divmod(run.step, steps_per_epoch)
         order = shuffled(len(examples), epoch, config.seed)
         chosen = [examples[i] for i in order[place * step_size : (place + 1) * step_size]]
-        own = ranks.share(len(chosen))  # of several ranks each has a share of every step
+        # of several ranks each has a share of every step, in whole micro-batches
+        own = ranks.share(len(chosen), config.per_device_train_batch_size)
         with ranks.together():
             rows = [policy.encode_answer(chosen[i]) for i in run.polled(own)]
 

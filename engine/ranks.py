@@ -105,9 +105,15 @@ class Ranks:
         torch.cuda.set_device(self.local_rank)
 
     # ---- divide ----------------------------------------------------------------------------------
-    def share(self, count: int) -> range:
-        """Return this rank's part of `count` things, in their order; sizes differ by at most 1."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count: int, together: int = 1) -> range:
+        """Return this rank's part of `count` things, in their order.
+
+        together: things that are not parted, such as the rows of a micro-batch. The parts differ by
+        so many at most, and the last may be smaller.
+        """
+        units = -(-count // together)
+        first, end = (rank * units // self.size * together for rank in (self.rank, self.rank + 1))
+        return range(min(first, count), min(end, count))
 
     # ---- exchange --------------------------------------------------------------------------------
     def gather(self, value: Value) -> list[Value]:

@@ -105,6 +105,26 @@ def test_shares_are_all_in_order_and_differ_by_one_at_most(count, size):
     assert max(lengths) - min(lengths) <= 1
 
 
+@given(st.integers(0, 60), st.integers(1, 8), st.integers(1, 5))
+def test_shares_of_micro_batches_part_none(count, size, together):
+    found = []
+    for rank in range(size):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, size
+        share = ranks.share(count, together)
+        assert share.start % together == 0 or not share
+        found += list(share)
+    assert found == list(range(count))
+
+
+def test_five_rows_in_micro_batches_of_two_are_one_and_two_micro_batches():
+    ranks = Ranks()
+    ranks.size = 2
+    assert ranks.share(5, 2) == range(0, 2)  # of micro-batches [0 1] [2 3] [4]
+    ranks.rank = 1
+    assert ranks.share(5, 2) == range(2, 5)
+
+
 # ---- the only rank -------------------------------------------------------------------------------
 def test_the_only_rank_initialises_nothing_and_copies_nothing():
     with Ranks() as ranks, Ranks(Launch()) as same:
