@@ -87,6 +87,7 @@ def test_what_trains_stands_in_the_scripts_alone():
     # it made the demo's base model, once, and no run imports it
     assert found.pop("data/demo/build_base.py") >= {"backward", "optimizer.step"}
     assert found.pop("engine/optim.py") == {"optimizer.step"}  # in `whole_step`
+    assert found.pop("engine/shard.py") == {"backward"}  # of weight 0, beside that of another rank
     everything = TRAINS - {"optimizer.step"}
     assert {name: words for name, words in found.items() if words} == dict.fromkeys(
         SCRIPTS, everything
