@@ -207,8 +207,10 @@ def _from_first(module: nn.Module, device: torch.device, ranks: Ranks) -> None:
         if isinstance(module, PreTrainedModel):
             module.tie_weights()  # which to_empty has parted
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    own = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()]
-    if (told := ranks.gather(own)) != [own] * ranks.size:  # else ranks would wait for ever
-        raise RuntimeError(f"the ranks make different models of the base: {told}")
+    own = [f"{name} {list(t.shape)} {t.dtype}" for name, t in tensors.items()]
+    told = [set(of_rank) for of_rank in ranks.gather(own)]
+    odd = {one for of_rank in told for one in of_rank if any(one not in other for other in told)}
+    if odd:  # a rank would wait for ever for what is not sent
+        raise RuntimeError(f"the ranks make different models of the base, such as {min(odd)}")
     for tensor in tensors.values():
         dist.broadcast(tensor.data, 0)
