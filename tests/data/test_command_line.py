@@ -145,10 +145,11 @@ def unread(arguments: list[str], folder: Path, stream: str, unbuffered: str = ""
 def test_a_closed_pipe_ends_a_command_quietly(command, tmp_path):
     """As `| head` does. 141 is 128 + SIGPIPE, what a shell shows for other programs.
 
-    A help text beyond the stream's buffer ends with 0: argparse passes over that by itself.
+    A help text beyond the stream's buffer may end with 0: argparse of later Pythons passes over
+    that by itself.
     """
     code, said = unread(PRINTING[command], tmp_path, "stdout")
-    assert said == "" and code == (0 if command in ("sft", "grpo", "evaluate") else 141)
+    assert said == "" and code in ({0, 141} if command in ("sft", "grpo", "evaluate") else {141})
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -231,7 +231,7 @@ def test_a_run_that_begins_again_is_the_same(again, stopped, capsys):
     for path in stopped.glob("*"):
         if path.name not in ("config.json", ".lock"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert run_sft.start(resolved) == 0
+    assert run_sft.take_part(resolved) == 0
     assert record(stopped / "config.json")["batch"] == before | {"ranks": 1}
 
 
