@@ -38,7 +38,7 @@ from tests.helpers.runs import (
 from tests.helpers.torchrun import Ended, torchrun
 from tests.ranks.runs import readable
 
-FAMILY = "qwen2_5_vl"
+GRPO_FAMILY, SFT_FAMILY = "qwen2_5_vl", "gemma3"
 # A step has 16 completions of 4 prompts, a rollout two steps: 2 ranks x 2 micro-batches of 4.
 # Nothing is saved before the end but where a run is broken off.
 GRPO = ["--max_steps", "4", "--save_steps", "4", "--eval_steps", "4", "--logging_steps", "1"]
@@ -83,7 +83,7 @@ def data(folder) -> Path:
 def start(tiny_checkpoint, data, folder) -> Path:
     """Train what GRPO begins with."""
     flags = ["--num_train_epochs", "1", "--validation_file", f"site={data}"]
-    assert sft(tiny_checkpoint(FAMILY), data, folder / "start", *flags) == 0
+    assert sft(tiny_checkpoint(GRPO_FAMILY), data, folder / "start", *flags) == 0
     return folder / "start"
 
 
@@ -139,7 +139,7 @@ def runs(folder, data, grpo_job, as_script, tiny_checkpoint) -> Runs:
     def sft_job(name: str) -> dict:
         sites = ["--validation_file", f"site={data}"]
         flags = [*sites, "--gradient_accumulation_steps", "1"]
-        argv = sft_flags(tiny_checkpoint(FAMILY), data, folder / name, *flags, flags=SFT)
+        argv = sft_flags(tiny_checkpoint(SFT_FAMILY), data, folder / name, *flags, flags=SFT)
         return job(name, argv, script="sft")
 
     jobs = [
@@ -339,7 +339,7 @@ def test_sft_with_dropout_is_equal_to_one_rank_with_twice_the_accumulation(
     runs, folder, data, tiny_checkpoint
 ):
     flags = ["--validation_file", f"site={data}", "--gradient_accumulation_steps", "2"]
-    assert sft(tiny_checkpoint(FAMILY), data, folder / "sft-alone", *flags, flags=SFT) == 0
+    assert sft(tiny_checkpoint(SFT_FAMILY), data, folder / "sft-alone", *flags, flags=SFT) == 0
     assert runs.ends["sft"] == [0, 0], runs.end.told()
     one, two = folder / "sft-alone", runs["sft"]
     assert largest_difference(adapter(one), adapter(two)) == 0
