@@ -444,8 +444,8 @@ class Run:
     def _left_after_the_end(self, error: object) -> bool:
         """Say how to go on where something after training was cut short. No step is lost by it."""
         stopped = isinstance(error, KeyboardInterrupt)
-        if stopped:
-            self.exit_code = self.signals.exit_code or 130
+        if isinstance(error, KeyboardInterrupt):
+            self.exit_code = self.signals.exit_code_after(error, self.ranks.gather)
             _say(f"stopped while scoring; training is finished and saved in {self.folder}")
         if error is not None and not isinstance(error, BrokenPipeError):
             _say(f"go on with: {self._resume}", failed=not stopped)

@@ -169,9 +169,9 @@ def predict(
 
     A finished completion makes room for the next, and images are looked at window by window. Every
     example has random numbers of its own, made from the seed and its position, also where it has
-    another patient's image, so completions
-    depend on batch_size and on done only by rounding. They come sample by sample, so the first ones
-    do not depend on k either. Raises DataError for an image that cannot be read.
+    another patient's image. So completions depend on batch_size, done and ranks only by rounding.
+    They come sample by sample, so the first ones do not depend on k either. Raises DataError for an
+    image that cannot be read.
     """
     k = decoding.num_generations
     predictions = whole_images(done, k)
@@ -288,9 +288,10 @@ def evaluate_sets(
     """Decode and score every data set, with a progress bar, and keep both -> {name: scores}.
 
     Results of these names in output_dir are replaced. Until a data set is finished, its answers so
-    far are in predictions-<name>.partial.jsonl, those of rank r in predictions-<name>.partial-r
-    .jsonl. An interrupt (StopRequested, once should_stop says so on any rank) or an error leaves
-    them there and says so. Where one cannot be written, the evaluation goes on without it.
+    far are in predictions-<name>.partial.jsonl, and those of rank 1 and higher in
+    predictions-<name>.partial-<rank>.jsonl. An interrupt (StopRequested, once should_stop says so
+    on any rank) or an error leaves them there and says so. Where one cannot be written, the
+    evaluation goes on without it.
 
     baseline_examples: see `score`. annotate: called with a set's predictions, returns them with
     fields of the caller's own, and more keys for their scores. With num_generations above 1 these

@@ -24,12 +24,14 @@ import torch
 
 import run_sft
 from data.files import DataError
+from engine.ranks import Ranks
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import SignalGuard, StepFailed, StopRequested
 from engine.tracking import RunLogger
 from tests.helpers.books import held_by
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import lines, sft
+from tests.helpers.threads import in_threads
 
 SCRIPTS = ("run_sft.py", "run_grpo.py")
 
@@ -817,3 +819,26 @@ def test_a_gradient_that_is_not_finite_is_refused(run_of, value):
     with pytest.raises(StepFailed, match=r"the loss of step 5 is not finite; .* Examples: e1, e7$"):
         run.accepts(torch.tensor(1.0), value, examples)
     assert run.accepts(torch.tensor(3e38), 1e308, examples)
+
+
+def test_a_signal_to_one_rank_while_scoring_is_the_exit_code_of_all(tmp_path):
+    def scoring(ranks: Ranks) -> int:
+        signals, log = SignalGuard(), RunLogger(tmp_path, writes=False)
+        folder = RunFolder(tmp_path, log, signals, "sft", ranks=ranks)
+        schedule = Schedule(total=1, logging_steps=1, eval_steps=None, save_steps=None)
+        run = Run(
+            folder,
+            TrainerState(),
+            schedule,
+            title="test",
+            save=lambda: None,
+            evaluate=lambda: None,
+        )
+        signals.stop = 15 if ranks.rank == 1 else None
+        with run, ranks.together():
+            run.finished = True
+            if signals.stop is not None:
+                raise StopRequested
+        return run.exit_code
+
+    assert in_threads(3, scoring) == [143, 143, 143]
