@@ -13,8 +13,7 @@ from __future__ import annotations
 import sys
 
 from engine.config import Resolved
-from engine.launch import Launch
-from engine.runtime import accepted_by_first, main_guard
+from engine.runtime import accepted_by_first, main_guard, read_by_first
 from engine.settings import data_specs
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
 
@@ -195,10 +194,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         return 0
     resolved = fitted(resolved, device, *sets, start.adapter, batches, ranks=ranks)
     config = resolved.configs[0]
-    count, size = total_steps, ranks.size
-    record = ranks.on_first(
-        lambda: training_record(resolved, "grpo", data, checkpoint, count, size)
-    )
+    note = partial(training_record, resolved, "grpo", data, checkpoint, total_steps, ranks.size)
+    record = ranks.on_first(note)
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits, ranks)
     advise_training(limits, config, device, *sets, start.adapter, batches, ranks)
@@ -216,16 +213,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     if checkpoint is not None:
         state = restore(checkpoint, policy, optimizer)
         restore_rollouts(checkpoint, rollouts, monitors, policy.encoder.decode)
-    with opened_run(
-        "grpo",
-        config.output_dir,
-        checkpoint,
-        record,
-        data.bad_images,
-        state,
-        start.keep(policy),
-        ranks,
-    ) as folder:
+    where = config.output_dir, checkpoint, record, data.bad_images, state
+    with opened_run("grpo", *where, start.keep(policy), ranks) as folder:
         print(banner("GRPO", folder.path, policy, start.about, lines, resolved), flush=True)
 
         def save(timed: bool = False) -> None:
@@ -277,8 +266,7 @@ def take_part(resolved: Resolved | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    return take_part(resolve_grpo(given) if Launch.of().first else None)
+    return take_part(read_by_first(resolve_grpo, sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

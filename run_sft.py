@@ -15,8 +15,7 @@ from __future__ import annotations
 import sys
 
 from engine.config import Resolved
-from engine.launch import Launch
-from engine.runtime import StopRequested, accepted_by_first, main_guard
+from engine.runtime import StopRequested, accepted_by_first, main_guard, read_by_first
 from engine.settings import SFTConfig, data_specs, resolve_sft
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
@@ -178,8 +177,9 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         return 0
     resolved = fitted(resolved, device, data.train, evaluated, adapter, None, encoder, ranks)
     config = resolved.configs[0]
-    count, size = SFTConfig.total_steps, ranks.size
-    record = ranks.on_first(lambda: training_record(resolved, "sft", data, checkpoint, count, size))
+    count = SFTConfig.total_steps
+    note = partial(training_record, resolved, "sft", data, checkpoint, count, ranks.size)
+    record = ranks.on_first(note)
 
     # policy and optimizer
     policy = policy_to_fine_tune(config, device, checkpoint, encoder, ranks)
@@ -197,9 +197,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
 
     # run
     state = TrainerState() if checkpoint is None else restore(checkpoint, policy, optimizer)
-    with opened_run(
-        "sft", config.output_dir, checkpoint, record, data.bad_images, state, ranks=ranks
-    ) as folder:
+    where = config.output_dir, checkpoint, record, data.bad_images, state
+    with opened_run("sft", *where, ranks=ranks) as folder:
         print(banner("SFT", folder.path, policy, about, lines, resolved), flush=True)
 
         def validate() -> None:
@@ -270,8 +269,7 @@ def take_part(resolved: Resolved | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    return take_part(resolve_sft(given) if Launch.of().first else None)
+    return take_part(read_by_first(resolve_sft, sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
