@@ -135,7 +135,8 @@ def restore(
         policy.adapted, checkpoint.tensors("adapter_model"), source=str(checkpoint.path)
     )
     saved, random = checkpoint.record("optimizer.json"), checkpoint.tensors("rng")
-    drew = "generator.sampler" in random or checkpoint.record("adapter_config.json")["lora_dropout"]
+    dropout = checkpoint.record("adapter_config.json").get("lora_dropout")
+    drew = "generator.sampler" in random or dropout
     if drew and not checkpoint.manifest["notes"].get(BY_PLACE):
         logger.warning(
             "%s: saved by an earlier version, which drew random numbers in another order; the run"

@@ -147,7 +147,8 @@ def load_rng(tensors: Mapping[str, torch.Tensor], record: dict[str, Any]) -> Non
     saved_devices = sum(name.startswith("cuda.") for name in tensors)
     if devices != saved_devices:
         logger.warning(
-            "random state of %d CUDA devices was saved, %d are here: draws will differ",
+            "random state of %d CUDA devices was saved, %d are here: what a fork draws there"
+            " differs",
             saved_devices,
             devices,
         )

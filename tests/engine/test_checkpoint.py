@@ -742,8 +742,8 @@ def test_another_number_of_gpus_is_said_and_the_common_ones_go_on(two_gpus, capl
     load_rng(tensors, record)
     assert sorted(two_gpus) == [0]
     assert caplog.messages == [
-        "random state of 3 CUDA devices was saved, 2 are here: draws will differ",
-        "random state of 1 CUDA devices was saved, 2 are here: draws will differ",
+        "random state of 3 CUDA devices was saved, 2 are here: what a fork draws there differs",
+        "random state of 1 CUDA devices was saved, 2 are here: what a fork draws there differs",
     ]
 
 
