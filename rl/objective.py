@@ -74,6 +74,7 @@ class ObjectiveConfig:
             "within": "[0, inf)",
         },
     )
+    # the KL term
     beta: float = field(
         default=0.15,
         metadata={
@@ -295,6 +296,7 @@ def grpo_loss(
     old_logprobs = torch.where(mask, old_logprobs, zero)
     ref_logprobs = None if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)
     advantage = advantages[:, None]  # [N,1]
+    terms: dict[str, Tensor] = {}  # [N,T] each; a fork adds here what it wants logged
 
     log_ratio = logprobs - old_logprobs  # [N,T]
     ratio = log_ratio.exp()  # [N,T] r_ij
@@ -314,7 +316,7 @@ def grpo_loss(
     per_token_loss = torch.where(mask, per_token_loss, zero)
     loss = (weights * per_token_loss).sum()
 
-    terms = {
+    terms |= {
         "log_ratio": log_ratio,
         "ratio": ratio,
         "clipped_ratio": clipped_ratio,

@@ -34,6 +34,7 @@ FORKS = {
     "tis": Fork("tis_cap", 2.0, "tis_weight"),
     "kl_in_reward": Fork("kl_in_reward", True, None),
     "rloo": Fork("baseline", "leave_one_out", None),
+    "entropy_bonus": Fork("entropy_bonus", 0.01, "entropy_bonus"),
 }
 
 

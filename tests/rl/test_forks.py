@@ -1,8 +1,9 @@
 """Protect the objective as a file to fork.
 
-Checked: six published variants are few-line diffs of rl/objective.py alone, whose flags and metrics
-appear by themselves. Each is applied to a copy and checked against its worked case; switched off it
-changes nothing, switched on only what it means to change; and it runs in the whole of run_grpo.py.
+Checked: seven published variants are few-line diffs of rl/objective.py alone, whose flags and
+metrics appear by themselves. Each is applied to a copy and checked against its worked case;
+switched off it changes nothing, switched on only what it means to change; and it runs in the whole
+of run_grpo.py.
 
 Run: pytest tests/rl/test_forks.py
 """
@@ -59,6 +60,7 @@ CHANGED = {
     "cispo": TOY_NUMBERS | {"test_p03_clip", "test_p05_full_loss"},
     "dual_clip": A_NEW_TERM,  # no ratio of the cases reaches 3
     "tis": A_NEW_TERM,  # the sampler agrees with pi_old
+    "entropy_bonus": A_NEW_TERM,  # the checks give no entropy
     # P08 makes its losses of the KL term; one row of the last has advantage 0, so nothing is left
     # of its loss
     "kl_in_reward": {
@@ -90,7 +92,7 @@ def fork(monkeypatch):
 def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
     """Switch the variant on in every call of the module, as the checks make them.
 
-    They give no KL and no log-probabilities of the sampler: 0, and those of pi_old.
+    They give no KL, no entropy and no log-probabilities of the sampler: 0, 0, and those of pi_old.
     """
     config = partial(module.ObjectiveConfig, **settings)
 
@@ -99,11 +101,10 @@ def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
             rewards, group_ids, scale_rewards, kl=torch.zeros_like(rewards), config=config()
         )
 
-    def grpo_loss(logprobs, old_logprobs, *rest, sampling_logprobs=None, **more):
-        sampling_logprobs = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        return module.grpo_loss(
-            logprobs, old_logprobs, *rest, sampling_logprobs=sampling_logprobs, **more
-        )
+    def grpo_loss(logprobs, old_logprobs, *rest, sampling_logprobs=None, entropy=None, **more):
+        more["sampling_logprobs"] = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        more["entropy"] = torch.zeros_like(logprobs) if entropy is None else entropy
+        return module.grpo_loss(logprobs, old_logprobs, *rest, **more)
 
     changed = {
         "ObjectiveConfig": config,
@@ -129,7 +130,8 @@ def test_every_patch_is_known():
         for reason in NOT_IN_THE_PRODUCT.values()
         for name in re.findall(r"tests/forks/(\w+)\.patch", reason)
     ]
-    assert sorted(named) == sorted(FORKS)  # each worked case that the product leaves to a fork
+    # each worked case that the product leaves to a fork; there is none with an entropy bonus
+    assert sorted(named) == sorted(FORKS.keys() - {"entropy_bonus"})
 
 
 @pytest.mark.parametrize("name", FORKS)
@@ -164,7 +166,6 @@ def test_the_new_term_is_logged_by_itself(name, fork):
     fork.
     """
     module, batch = fork(name), random_batch(seed=0)
-    del batch["entropy"]
     found = {}
     for switch in ({}, {FORKS[name].field: FORKS[name].on}):
         config = module.ObjectiveConfig(**switch)
@@ -182,10 +183,12 @@ def test_the_new_term_is_logged_by_itself(name, fork):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dual_clip", 1.0), ("dual_clip", math.nan), ("tis_cap", 0.0)]
+    ("name", "value"),
+    [("dual_clip", 1.0), ("dual_clip", math.nan), ("tis_cap", 0.0)]
+    + [("entropy_bonus", -0.1), ("entropy_bonus", math.inf), ("entropy_bonus", math.nan)],
 )
 def test_a_value_that_makes_no_sense_is_refused(name, value, fork):
-    with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must (be|lie)"):
         fork(name.removesuffix("_cap")).ObjectiveConfig(**{name: value})
 
 
@@ -404,6 +407,22 @@ def test_p13_cispo(fork):
             p13.close(f"grad_{name}", logprobs.grad[:, 0])
 
 
+def test_the_entropy_bonus_by_hand(fork):
+    # Two tokens of entropy 1 and 2 and a masked slot with NaN, weights 1/2, coefficient 0.1: J has
+    # 0.1 x (1 + 2) / 2 = 0.15 more, so the loss 0.15 less. Ratio 1 and A = 2 give -2 of its own.
+    # d loss / d entropy = -0.1 / 2 for each token, and 0 in the masked slot.
+    module, mask = fork("entropy_bonus"), torch.tensor([[True, True, False]])
+    logprobs, weights = f64([[-1, -2, math.nan]]), weights_of(module, mask, "grpo")
+    entropy = f64([[1, 2, math.nan]]).requires_grad_()
+    config = module.ObjectiveConfig(entropy_bonus=0.1, beta=0)
+    given = logprobs, logprobs, None, f64([2]), mask, weights, config
+    loss, terms = module.grpo_loss(*given, entropy=entropy)
+    loss.backward()
+    close(loss, -2.15)
+    close(terms["entropy_bonus"][mask], [0.1, 0.2])
+    close(entropy.grad, [[-0.05, -0.05, 0]])
+
+
 def test_p21_kl_in_reward(fork):
     """Through `Rollouts`, which makes the KL of each completion."""
     module = fork("kl_in_reward")
@@ -527,19 +546,23 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
         )
 
 
-def test_a_patched_copy_of_the_project_is_all_that_gspo_needs(tiny_sft_run, tiny_data, tmp_path):
-    """As a researcher does it: copy, patch, run the script."""
+def test_a_patched_copy_of_the_project_is_all_that_gspo_with_tis_needs(
+    tiny_sft_run, tiny_data, tmp_path
+):
+    """As a researcher does it: copy, patch twice, run the script."""
     tree, run = tmp_path / "tree", tmp_path / "run"
     for package in ("data", "engine", "eval", "rl"):
         shutil.copytree(
             ROOT / package, tree / package, ignore=shutil.ignore_patterns("base", "__pycache__")
         )
     shutil.copy(ROOT / "run_grpo.py", tree)
-    (tree / "rl" / "objective.py").write_text(patched("gspo"), encoding="utf-8")
+    both = patched("tis", patched("gspo"))
+    (tree / "rl" / "objective.py").write_text(both, encoding="utf-8")
     command = [
         sys.executable,
         "run_grpo.py",
         *grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "gspo"),
+        *("--tis_cap", "2"),
     ]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -548,4 +571,5 @@ def test_a_patched_copy_of_the_project_is_all_that_gspo_needs(tiny_sft_run, tiny
     assert done.returncode == 0, done.stderr
     # in the banner
     assert re.search(r"^importance_sampling_level +sequence +flag$", done.stdout, re.MULTILINE)
-    assert all({"ratio/mean", "token_ratio"} <= line.keys() for line in train_log(run))
+    logged = {"ratio/mean", "token_ratio", "tis_weight"}
+    assert all(logged <= line.keys() for line in train_log(run))
