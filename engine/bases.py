@@ -93,10 +93,10 @@ _GOOGLE = {
 _OURS = {"license": "unknown"}
 _OURS_TEXT = "the embedded demo model; its repository has no licence yet"
 _DEMO = (
-    "8,000 drawn X-rays of site A and 2,000 of site B with their labels, of seeds that no other"
-    " split has"
+    "10,000 drawn X-rays with their labels, of a mixed appearance that is neither site A's nor"
+    " site B's"
 )
-_DEMO_SEEN = {"demo-": "both sites' appearance, other images"}
+_DEMO_SEEN = {"demo-": "the same findings and marks, other images of another appearance"}
 
 BASES = (
     Base(

@@ -28,9 +28,9 @@ from engine.checkpoint import (
 )
 from engine.kept_files import KeptFiles
 from engine.longer import extension_line, is_extended, keep_result
-from engine.model_files import EMBEDDED
 from engine.out_of_memory import Cut, Limits
 from engine.ranks import ALONE, Ranks
+from engine.recipes import DEMO_RECIPES
 from engine.resume import (
     OUT_OF_MEMORY,
     base_record,
@@ -577,7 +577,7 @@ def next_command(
     command += ["--recipe", recipe] if recipe else []
     command += ["--model_name_or_path", model] if model else []
     command += ["--adapter_name_or_path", str(folder)]
-    if recipe not in EMBEDDED:
+    if recipe not in DEMO_RECIPES:
         command += ["--train_file", "FILE"]
     elif own_data:
         command += ["--train_file", "FILE", "--validation_file", "NAME=FILE"]

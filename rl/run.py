@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
-from engine.model_files import EMBEDDED
 from engine.policy import Policy
+from engine.recipes import DEMO_RECIPES
 from engine.resume import heal_reference, resumed_folder
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import StepFailed
@@ -308,7 +308,10 @@ class GRPORun(Run):
 def next_command(recipe: str | None, folder: Path, train_file: str) -> str:
     """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
     files = ["--data_file", "NAME=FILE"]
-    if recipe in EMBEDDED and train_file.startswith("demo:"):
-        files = ["--data_file", "test-a=demo:test-a", "--data_file", "test-b=demo:test-b"]
+    if recipe in DEMO_RECIPES and train_file.startswith("demo:"):
+        files = [
+            "--data_file",
+            *(f"{name}=demo:{name}" for name in ("test-a", "test-a2", "test-b")),
+        ]
     command = ["python", "-m", "eval.evaluate", "--adapter_name_or_path", str(folder), *files]
     return shlex.join(command)

@@ -32,7 +32,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.demo.radiographs import GRID_SIZE, IMAGE_SIZE
+from data.demo.anatomy import IMAGE_SIZE
+from data.demo.radiographs import GRID_SIZE
 
 VOCABULARY_SIZE = 1024  # at most; the corpus has fewer merges
 PATCH_SIZE, MERGE_SIZE, HIDDEN_SIZE = 14, 2, 160

@@ -8,14 +8,15 @@ family's form. The differences between the two are in `base_families.py`. It tak
 on one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes.
 Elsewhere sums round differently, which changes the bytes and moves the scores a little.
 
-A base has seen 10,000 drawn radiographs that no other split contains, 8,000 of site a and 2,000 of
-site b, always with CheXpert's words (it was "pretrained on many hospitals", but has never seen
-NIH's vocabulary).
+A base has seen 10,000 drawn radiographs that no other split contains, of the site `general`
+(sites.py), always with CheXpert's words. It has seen no picture of site a or b, none of NIH's
+vocabulary, and every mark as often with a label as without it.
 
-    stage 1   the vision tower alone: where each label is (4 x 4 cells) and which labels are there
-    stage 2   all parameters, on four tasks: a caption, findings with an impression that lists the
-              labels, a choice between two labels in tags, and the presence of one label in tags.
-              The loss of stage 1 stays on as an auxiliary loss.
+    stage 1   the vision tower alone: where each label and mark is (4 x 4 cells) and which are there
+    stage 2   all parameters, on five tasks: a caption, findings with an impression that lists the
+              labels, a choice between two labels in tags, the presence of one label in tags, and
+              what is burned in. Captions and findings name the marks, too. The loss of stage 1
+              stays on as an auxiliary loss.
 
 It has not seen the demo's prompt (though its words shaped the tokenizer), nor an answer with
 several labels in tags. That is left to fine-tuning. It has seen every label right after
@@ -32,7 +33,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.command_line import Parser, exit_code, plain_integer
 from data.demo.base_families import BASE_FAMILIES, HIDDEN_SIZE, VISUAL_TOKENS, BaseFamily
-from data.demo.radiographs import Radiograph
-from data.demo.splits import draw_split
-from data.demo.teacher import finding_phrases, reading, reasoning_trace
+from data.demo.radiographs import Radiograph, draw, mark_cells
+from data.demo.sites import MARKS
+from data.demo.splits import SPLITS, seeds
+from data.demo.teacher import (
+    film_phrases,
+    finding_phrases,
+    reading,
+    reasoning_trace,
+    sentences,
+)
 from data.labels import LABELS
 from data.prompts import PROMPTS, Prompt, build_messages
 
 SEED = 0
+SEEN = (*LABELS, *MARKS)  # what stage 1 teaches the tower to see
 BATCH_SIZE = 32
 VISION_STEPS, VISION_LEARNING_RATE = 800, 1e-3
 ALL_STEPS, ALL_LEARNING_RATE = 600, 1.5e-3
@@ -61,18 +70,23 @@ TOWER_RATE = 0.3  # of ALL_LEARNING_RATE, for the tower that stage 1 has trained
 _CAPTION_PROMPTS = ("Describe this chest X-ray.", "What does this chest X-ray show?")
 _IMPRESSION_PROMPT = "Write the findings and the impression."
 _IN_TAGS = " Reason inside <think></think>, then answer inside <solution></solution>."
-_TASKS = ("caption", "impression", "choice", "presence")
-_TASK_SHARES = (0.15, 0.20, 0.50, 0.15)
+_FILM_PROMPT = "What is burned into this chest X-ray?"
+_TASKS = ("caption", "impression", "choice", "presence", "film")
+_TASK_SHARES = (0.14, 0.18, 0.46, 0.14, 0.08)
 
 
 def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> tuple[str, str]:
     """Draw one question about a radiograph, and its answer."""
+    film = sentences(film_phrases(radiograph, rng))
+    if task == "film":
+        return _FILM_PROMPT, film or "Nothing."
+    seen = f"{film} {reading(radiograph, rng)}".lstrip()
     if task == "caption":
-        return str(rng.choice(_CAPTION_PROMPTS)), reading(radiograph, rng)
+        return str(rng.choice(_CAPTION_PROMPTS)), seen
     if task == "impression":
         return (
             _IMPRESSION_PROMPT,
-            f"Findings: {reading(radiograph, rng)} Impression: {', '.join(radiograph.findings)}.",
+            f"Findings: {seen} Impression: {', '.join(radiograph.findings)}.",
         )
     absent = [label for label in LABELS if label not in radiograph.findings]
     present_label, absent_label = str(rng.choice(radiograph.findings)), str(rng.choice(absent))
@@ -119,17 +133,22 @@ class Pictures:
 
     radiographs: list[Radiograph]
     images: np.ndarray  # uint8 [N,112,112]
-    grids: torch.Tensor  # float32 [N,16,14]: 1 in the cells where a label can be seen
-    labels: torch.Tensor  # float32 [N,14]
+    grids: torch.Tensor  # float32 [N,16,16]: 1 in the cells where a label or mark can be seen
+    labels: torch.Tensor  # float32 [N,16]
 
     @staticmethod
     def of(radiographs: list[Radiograph]) -> Pictures:
         """Collect the arrays of radiographs."""
-        grids = np.stack([radiograph.grid for radiograph in radiographs]).reshape(
-            -1, len(LABELS), VISUAL_TOKENS
-        )
+        cells = {mark: mark_cells(mark) for mark in MARKS}
+        grids = np.stack(
+            [
+                [*shown.grid, *(cells[mark] & (mark in shown.marks) for mark in MARKS)]
+                for shown in radiographs
+            ]
+        ).reshape(-1, len(SEEN), VISUAL_TOKENS)
         labels = [
-            [float(label in radiograph.findings) for label in LABELS] for radiograph in radiographs
+            [float(seen in (*radiograph.findings, *radiograph.marks)) for seen in SEEN]
+            for radiograph in radiographs
         ]
         return Pictures(
             radiographs,
@@ -200,19 +219,19 @@ class Encoder:
 
 
 class LocationHeads(nn.Module):
-    """Read from the visual tokens where each label is, and from both which labels are there.
+    """Read from the visual tokens where each label and mark is, and from both which are there.
 
     Used in training only.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
-        self.image_head = nn.Linear(HIDDEN_SIZE, len(LABELS))
+        self.cell_head = nn.Linear(HIDDEN_SIZE, len(SEEN))
+        self.image_head = nn.Linear(HIDDEN_SIZE, len(SEEN))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the logits of cells [B,16,14] and of images [B,14] from tokens [B,16,hidden]."""
-        cells = self.cell_head(tokens)  # [B,16,14]
+        """Compute the logits of cells [B,16,16] and of images [B,16] from tokens [B,16,hidden]."""
+        cells = self.cell_head(tokens)  # [B,16 cells,16]
         pooled = (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2  # [B,hidden]
         return cells, self.image_head(pooled) + cells.amax(dim=1)
 
@@ -359,7 +378,7 @@ def f1_scores(predicted: torch.Tensor, true: torch.Tensor) -> tuple[float, float
 
 @torch.no_grad()
 def report_vision(
-    family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, name: str, pictures: Pictures
+    family: BaseFamily, model: PreTrainedModel, heads: LocationHeads, pictures: Pictures
 ) -> None:
     """Print how well the vision tower tells which labels are there."""
     logits = torch.cat(
@@ -368,15 +387,18 @@ def report_vision(
             for images in np.array_split(pictures.images, 10)
         ]
     )
-    micro, macro = f1_scores(logits > 0, pictures.labels > 0)
+    predicted, true = logits > 0, pictures.labels > 0
+    micro, macro = f1_scores(predicted[:, : len(LABELS)], true[:, : len(LABELS)])
+    marks = (predicted == true)[:, len(LABELS) :].float().mean().item()
     print(
-        f"{name}: which labels the vision tower sees: micro F1 {micro:.3f}, macro F1 {macro:.3f}",
+        f"labels that the vision tower sees: micro F1 {micro:.3f}, macro F1 {macro:.3f};"
+        f" marks right: {marks:.3f}",
         flush=True,
     )
 
 
 @torch.no_grad()
-def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: Pictures) -> None:
+def report_text(model: PreTrainedModel, encoder: Encoder, pictures: Pictures) -> None:
     """Print how well the written impressions list the labels."""
     impressions: list[str] = []
     for images in np.array_split(pictures.images, 10):
@@ -389,9 +411,10 @@ def report_text(model: PreTrainedModel, encoder: Encoder, name: str, pictures: P
         set(text.partition("Impression: ")[2].rstrip(".").split(", ")) for text in impressions
     ]
     predicted = torch.tensor([[label in labels for label in LABELS] for labels in listed])
-    micro, macro = f1_scores(predicted, pictures.labels > 0)
+    true = pictures.labels[:, : len(LABELS)] > 0
+    micro, macro = f1_scores(predicted, true)
     print(
-        f"{name}: labels in the written impression: micro F1 {micro:.3f}, macro F1 {macro:.3f}",
+        f"labels in the written impression: micro F1 {micro:.3f}, macro F1 {macro:.3f}",
         flush=True,
     )
 
@@ -437,16 +460,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
 
-    names = ("base-train-a", "base-train-b", "base-validation-a", "base-validation-b")
     with ProcessPoolExecutor(max_workers=2) as pool:
-        train_a, train_b, *others = pool.map(draw_split, names)
-    train = Pictures.of(train_a + train_b)
-    validation = {
-        name: Pictures.of(radiographs) for name, radiographs in zip(names[2:], others, strict=True)
-    }
-    tokenizer = family.train_tokenizer(
-        tokenizer_corpus(train_a[:2000] + train_b[:500], family.chat_words)
-    )
+        radiographs, validation = (
+            list(pool.map(partial(draw, site=SPLITS[name].site), seeds(name), chunksize=100))
+            for name in ("base-train", "base-validation")
+        )
+    train, unseen = Pictures.of(radiographs), Pictures.of(validation)
+    tokenizer = family.train_tokenizer(tokenizer_corpus(radiographs[:2500], family.chat_words))
     encoder = Encoder(family, tokenizer)
     model, heads = family.build_model(tokenizer), LocationHeads()
     print(
@@ -457,13 +477,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     model.train()
     pretrain_vision(family, model, heads, train)
-    for name, pictures in validation.items():
-        report_vision(family, model, heads, name, pictures)
+    report_vision(family, model, heads, unseen)
     pretrain_all(model, heads, train, encoder)
     model.eval()
-    for name, pictures in validation.items():
-        report_vision(family, model, heads, name, pictures)
-        report_text(model, encoder, name, pictures)
+    report_vision(family, model, heads, unseen)
+    report_text(model, encoder, unseen)
     save(family, model, tokenizer, output)
     print(f"saved {output}")
 

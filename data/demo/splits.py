@@ -18,11 +18,13 @@ from pathlib import Path
 from PIL import Image
 
 from data.command_line import Parser, exit_code
-from data.demo.radiographs import GENERATOR_VERSION, Radiograph, SiteName, draw
+from data.demo.radiographs import GENERATOR_VERSION, Radiograph, draw
+from data.demo.sites import SiteName
 from data.demo.teacher import reasoning_trace
 from data.files import write_jsonl
 
 _SEEDS_PER_SPLIT = 1_000_000
+_FIRST_SEED = 101_000_000  # pictures of generator version 1 had smaller seeds
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,22 @@ class Split:
 
 # The position in this table fixes a split's seeds: add at the end, never reorder.
 SPLITS: dict[str, Split] = {
-    "base-train-a": Split("a", 8000),
-    "base-train-b": Split("b", 2000),
-    "base-validation-a": Split("a", 300),
-    "base-validation-b": Split("b", 300),
+    "base-train": Split("general", 10_000),
+    "base-validation": Split("general", 300),
     "sft-train": Split("a", 600, answers=True),
     "rl-train": Split("a", 800),
-    "validation-a": Split("a", 100, answers=True),
-    "validation-b": Split("b", 100),
+    "rl-train-b": Split("b", 400),
+    "validation-a": Split("a", 150, answers=True),
+    "validation-a2": Split("a2", 150),
+    "validation-b": Split("b", 150),
     "test-a": Split("a", 300),
+    "test-a2": Split("a2", 300),
     "test-b": Split("b", 300),
-    # of a study of a shorter recipe: the present one was chosen after it
-    "earlier-study-a": Split("a", 600),
-    "earlier-study-b": Split("b", 600),
+    "study-validation-a": Split("a", 400),
+    "study-validation-a2": Split("a2", 400),
+    "study-validation-b": Split("b", 400),
     "study-a": Split("a", 600),
+    "study-a2": Split("a2", 600),
     "study-b": Split("b", 600),
 }
 WRITTEN_SPLITS: tuple[str, ...] = tuple(name for name in SPLITS if not name.startswith("base-"))
@@ -69,7 +73,7 @@ def seeds(name: str, count: int | None = None) -> range:
         raise ValueError(
             f"split {name}: the count must be between 1 and {_SEEDS_PER_SPLIT}, not {count}"
         )
-    first = (list(SPLITS).index(name) + 1) * _SEEDS_PER_SPLIT
+    first = _FIRST_SEED + list(SPLITS).index(name) * _SEEDS_PER_SPLIT
     return range(first, first + count)
 
 

@@ -136,6 +136,10 @@ _ALL_NORMAL = (
     "clear lungs and a normal heart",
     "no abnormality",
 )
+_FILMS = {  # by mark
+    "PORT": ("portable film", "portable view", "taken at the bedside"),
+    "EXP": ("expiratory film", "expiratory view", "taken in expiration"),
+}
 _OPENINGS = ("frontal view", "looking at heart and lungs", "first the lungs")
 # A normal part may be mentioned when none of its labels is drawn.
 _NORMAL_PARTS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -176,7 +180,16 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
             phrases.append(str(rng.choice(normal_parts)))
         if rng.random() < 0.35:
             phrases.insert(0, str(rng.choice(_OPENINGS)))
-    return _sentences(phrases)
+    return sentences(phrases)
+
+
+def film_phrases(radiograph: Radiograph, rng: np.random.Generator) -> list[str]:
+    """Choose one phrase in lower case for each mark that is burned in.
+
+    The teacher's traces do not have them, as a radiologist's reasons do not: only the base read
+    them.
+    """
+    return [str(rng.choice(_FILMS[mark])) for mark in radiograph.marks]
 
 
 def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
@@ -202,7 +215,7 @@ def trace_from_labels(labels: Collection[str], seed: int, label_set: LabelSet = 
     phrases = [str(rng.choice(_wordings_of(label, label_set))) for label in ordered]
     phrases = phrases or [str(rng.choice(_NOTHING_LISTED))]
     rng.shuffle(phrases)
-    return f"<think>{_sentences(phrases)}</think><solution>{', '.join(ordered)}</solution>"
+    return f"<think>{sentences(phrases)}</think><solution>{', '.join(ordered)}</solution>"
 
 
 def _wordings_of(label: str, label_set: LabelSet) -> tuple[str, ...]:
@@ -211,5 +224,6 @@ def _wordings_of(label: str, label_set: LabelSet) -> tuple[str, ...]:
     return _ALL_NORMAL if label == NO_FINDING else _UNPLACED_WORDINGS[label]
 
 
-def _sentences(phrases: list[str]) -> str:
+def sentences(phrases: list[str]) -> str:
+    """Write phrases in lower case as sentences."""
     return " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from data.demo import build_base, splits
+from data.demo.anatomy import IMAGE_SIZE
 from data.demo.base_families import BASE_FAMILIES
 from data.demo.build_base import (
     Encoder,
@@ -33,7 +35,8 @@ from data.demo.build_base import (
     tokenizer_corpus,
     visual_tokens,
 )
-from data.demo.radiographs import IMAGE_SIZE, draw, draw_findings
+from data.demo.radiographs import draw, draw_findings, mark_cells, sample
+from data.demo.sites import MARKS, SITES
 from data.demo.splits import SPLITS, WRITTEN_SPLITS, draw_split, seeds, write_split
 from data.demo.teacher import reasoning_trace
 from data.examples import Example
@@ -67,15 +70,19 @@ def patients():
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["a", "b"])
+@pytest.mark.parametrize("site", list(SITES))
 def test_a_seed_and_a_site_fix_the_picture(site):
     first, again, other = draw(11, site), draw(11, site), draw(12, site)
     assert np.array_equal(first.image, again.image)
     assert (first.findings, first.locations) == (again.findings, again.locations)
+    assert (first.findings, first.marks) == (again.findings, again.marks)
     assert np.array_equal(first.grid, again.grid)
     assert not np.array_equal(first.image, other.image)
     assert first.image.dtype == np.uint8 and first.image.shape == (112, 112)
-    assert not np.array_equal(draw_findings((), 11, "a").image, draw_findings((), 11, "b").image)
+    for one, other in itertools.combinations(SITES, 2):
+        assert not np.array_equal(
+            draw_findings((), 11, one).image, draw_findings((), 11, other).image
+        )
 
 
 @pytest.mark.parametrize("site", ["a", "b"])
@@ -88,9 +95,11 @@ def test_each_finding_can_be_seen_where_the_grid_says(label, site):
         inside = np.kron(cells, np.ones((28, 28), dtype=bool))  # a cell is 112 / 4 = 28 pixels wide
         # The same patient under the same noise: any change is the finding. A nodule is small, so
         # its cells change little on average; where it is strongest, each finding stands out by the
-        # noise's deviation, 3 (site a) to 11 (site b).
-        assert change[inside].mean() > 1.0
-        assert np.percentile(change[inside], 99) > 11.0
+        # noise's deviation, 3 (site a) to 11 (site b). Labels that a mark goes with are subtle at
+        # site a: about a third as plain, by conspicuity.
+        plain = 0.3 if label in SITES[site].subtle else 1.0
+        assert change[inside].mean() > plain * 1.0
+        assert np.percentile(change[inside], 99) > plain * 11.0
         assert change[inside].mean() > 5 * change[~inside].mean()
         assert not with_finding.grid[
             [LABELS.index(other) for other in LABELS if other != label]
@@ -147,6 +156,63 @@ def test_the_sites_differ_in_contrast_and_prevalence(patients):
         share_b["Lung Lesion"] > share_a["Lung Lesion"]
         and share_a[SUPPORT_DEVICES] > share_b[SUPPORT_DEVICES]
     )
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def shares_and_phi(site: str, mark: str) -> tuple[float, float, float]:
+    """Measure on 6,000 samples -> (share of the mark's label, share of the mark, their phi)."""
+    drawn = [sample(seed, site) for seed in range(6000)]
+    label = np.array([MARKS[mark] in findings for findings, _ in drawn], dtype=float)
+    marked = np.array([mark in marks for _, marks in drawn], dtype=float)
+    return label.mean(), marked.mean(), np.corrcoef(label, marked)[0, 1]
+
+
+@pytest.mark.parametrize("mark", list(MARKS))
+def test_a_mark_goes_with_its_label_at_site_a_says_nothing_in_a2_and_is_reversed_at_b(mark):
+    """By hand, with p = P(label), and q, r the mark's rates with and without it:
+
+    P(mark) = p q + (1-p) r and phi = p (1-p) (q-r) / sqrt(p (1-p) P(mark) (1-P(mark))).
+
+    Of the patients of site a 0.78 are not healthy, and 0.36 of those have the label: p = 0.28. With
+    q = 0.94, r = 0.03: P(mark) = 0.264 + 0.022 = 0.286, sqrt(0.2016 x 0.2042) = 0.203, so phi =
+    0.183 / 0.203 = 0.90. At b 0.70 are not healthy. Edema: p = 0.7 x 0.07 = 0.05, and with q =
+    0.03, r = 0.94: P(mark) = 0.0015 + 0.893 = 0.895, sqrt(0.0475 x 0.0940) = 0.0668, so phi =
+    -0.0432 / 0.0668 = -0.65. Pneumothorax: p = 0.7 x 0.16 = 0.11, P(mark) = 0.840, sqrt(0.0979 x
+    0.1344) = 0.1147, phi = -0.0891 / 0.1147 = -0.78. The cap of four abnormalities takes a little
+    off p.
+    """
+    label, marked, phi = shares_and_phi("a", mark)
+    assert label == pytest.approx(0.28, abs=0.02)
+    assert marked == pytest.approx(0.28, abs=0.02)
+    assert phi == pytest.approx(0.90, abs=0.02)
+    other_label, other_marked, other_phi = shares_and_phi("a2", mark)
+    assert other_label == pytest.approx(label, abs=0.025)  # three standard errors of a difference
+    assert other_marked == pytest.approx(marked, abs=0.025)
+    assert abs(other_phi) < 0.04  # three standard errors: 3 / sqrt(6000)
+    assert abs(shares_and_phi("general", mark)[2]) < 0.04
+    expected = {"PORT": -0.65, "EXP": -0.78}[mark]
+    assert shares_and_phi("b", mark)[2] == pytest.approx(expected, abs=0.05)
+
+
+def test_a_and_a2_differ_in_the_marks_alone():
+    assert replace(SITES["a2"], marks=SITES["a"].marks, stream=SITES["a"].stream) == SITES["a"]
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_a_mark_changes_its_box_and_nothing_else(site):
+    for mark in MARKS:
+        plain, marked = (draw_findings(("Edema",), 7, site, marks) for marks in ((), (mark,)))
+        assert marked.marks == (mark,) and marked.findings == plain.findings
+        changed = np.argwhere(marked.image != plain.image)
+        (top, left), (bottom, right) = changed.min(axis=0), changed.max(axis=0)
+        # letters of 6 x 10 pixels, two apart, in a margin of two, ten pixels from an edge
+        assert bottom - top <= 13 and right - left <= 8 * len(mark) + 1
+        inside = marked.image[top : bottom + 1, left : right + 1]
+        assert inside.min() < 20 and inside.max() > 240  # letters that no exposure dims
+        cells = np.kron(mark_cells(mark), np.ones((28, 28), dtype=bool))
+        assert (marked.image != plain.image)[cells].sum() == len(changed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,6 +303,8 @@ def test_seeds_of_different_splits_never_meet():
     with pytest.raises(ValueError, match="no such split: 'test'.*test-a"):
         seeds("test")
     assert not [name for name in WRITTEN_SPLITS if name.startswith("base")]
+    # those of generator version 1 ended with 15,000,000: none of its pictures is drawn again
+    assert min(block.start for block in largest.values()) > 15_000_000
 
 
 @pytest.mark.parametrize("name", ["sft-train", "validation-b"])
@@ -304,11 +372,29 @@ def test_the_base_is_never_taught_the_demo_task(patients):
     """Its questions are others, and none of its answers has several labels in tags."""
     rng = np.random.default_rng(0)
     for radiograph in patients["a"]:
-        for task in ("caption", "impression", "choice", "presence"):
+        for task in ("caption", "impression", "choice", "presence", "film"):
             question, answer = sample_task(radiograph, task, rng)
             assert question not in {prompt.text for prompt in PROMPTS.values()}
             solution = answer.partition("<solution>")[2].removesuffix("</solution>")
             assert solution in {"", "yes", "no", *radiograph.findings}
+
+
+def test_the_base_reads_marks_and_the_teacher_does_not(patients):
+    """So a trace's reasons are the findings, also where the mark is what gives them away."""
+    film = re.compile("portable|bedside|expirat", re.IGNORECASE)
+    rng = np.random.default_rng(0)
+    for radiograph in patients["a"]:
+        said = {task: sample_task(radiograph, task, rng)[1] for task in ("caption", "film")}
+        assert bool(film.search(said["caption"])) == bool(radiograph.marks)
+        assert (said["film"] == "Nothing.") == (not radiograph.marks)
+        assert not film.search(reasoning_trace(radiograph, 0))
+
+
+def test_the_base_has_seen_neither_site():
+    names = [name for name in SPLITS if name.startswith("base")]
+    assert [SPLITS[name].site for name in names] == ["general", "general"]
+    marks = SITES["general"].marks
+    assert marks.with_label == marks.without
 
 
 def test_the_base_sees_every_label_behind_a_tag_and_behind_a_comma(patients):

@@ -264,7 +264,7 @@ def test_hub_names_of_copies_in_the_cache():
         ("google/medgemma-4b-it", "chexpert", "not among the declared"),
         ("nvidia/NV-Reason-CXR-3B", "chexpert", "possibly exposed"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "mimic", "not declared"),
-        ("demo", "demo-site-b", "both sites' appearance, other images"),
+        ("demo", "demo-site-b", "the same findings and marks, other images of another appearance"),
         ("demo", "my-hospital", "not declared"),
     ],
 )

@@ -96,7 +96,9 @@ def test_the_next_commands_of_a_run_on_own_data_name_no_data_of_the_demo(tmp_pat
     evaluate = f"python -m eval.evaluate --adapter_name_or_path {tmp_path} --data_file"
     assert next_command_of_grpo("demo", tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
     demo = next_command_of_grpo("demo", tmp_path, "demo:rl-train")
-    assert demo == f"{evaluate} test-a=demo:test-a --data_file test-b=demo:test-b"
+    assert demo == f"{evaluate} test-a=demo:test-a test-a2=demo:test-a2 test-b=demo:test-b"
+    assert next_command_of_grpo("demo-quick", tmp_path, "demo:rl-train") == demo
+    assert next_command("demo-quick", tmp_path).endswith(f"--adapter_name_or_path {tmp_path}")
 
 
 def test_commands_that_are_printed_keep_a_path_with_blanks_whole(tmp_path):
