@@ -51,8 +51,8 @@ from data.demo.splits import SPLITS, seeds
 from data.demo.teacher import (
     film_phrases,
     finding_phrases,
-    reading,
     reasoning_trace,
+    report,
     sentences,
 )
 from data.labels import LABELS
@@ -61,7 +61,7 @@ from data.prompts import PROMPTS, Prompt, build_messages
 SEED = 0
 SEEN = (*LABELS, *MARKS)  # what stage 1 teaches the tower to see
 BATCH_SIZE = 32
-VISION_STEPS, VISION_LEARNING_RATE = 800, 1e-3
+VISION_STEPS, VISION_LEARNING_RATE = 1200, 1e-3
 ALL_STEPS, ALL_LEARNING_RATE = 600, 1.5e-3
 TOWER_RATE = 0.3  # of ALL_LEARNING_RATE, for the tower that stage 1 has trained
 
@@ -77,16 +77,14 @@ _TASK_SHARES = (0.14, 0.18, 0.46, 0.14, 0.08)
 
 def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> tuple[str, str]:
     """Draw one question about a radiograph, and its answer."""
-    film = sentences(film_phrases(radiograph, rng))
     if task == "film":
-        return _FILM_PROMPT, film or "Nothing."
-    seen = f"{film} {reading(radiograph, rng)}".lstrip()
+        return _FILM_PROMPT, sentences(film_phrases(radiograph, rng)) or "Nothing."
     if task == "caption":
-        return str(rng.choice(_CAPTION_PROMPTS)), seen
+        return str(rng.choice(_CAPTION_PROMPTS)), report(radiograph, rng)
     if task == "impression":
         return (
             _IMPRESSION_PROMPT,
-            f"Findings: {seen} Impression: {', '.join(radiograph.findings)}.",
+            f"Findings: {report(radiograph, rng)} Impression: {', '.join(radiograph.findings)}.",
         )
     absent = [label for label in LABELS if label not in radiograph.findings]
     present_label, absent_label = str(rng.choice(radiograph.findings)), str(rng.choice(absent))
@@ -94,7 +92,7 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
         first, second = rng.permutation([present_label, absent_label])
         return (
             f"Which of these does it show, {first} or {second}?{_IN_TAGS}",
-            f"<think>{reading(radiograph, rng)}</think><solution>{present_label}</solution>",
+            f"<think>{report(radiograph, rng)}</think><solution>{present_label}</solution>",
         )
     if rng.random() < 0.5:
         phrase = finding_phrases(radiograph, rng)[present_label]
@@ -104,7 +102,7 @@ def sample_task(radiograph: Radiograph, task: str, rng: np.random.Generator) -> 
         )
     return (
         f"Is there {absent_label}?{_IN_TAGS}",
-        f"<think>{reading(radiograph, rng)}</think><solution>no</solution>",
+        f"<think>{report(radiograph, rng)}</think><solution>no</solution>",
     )
 
 

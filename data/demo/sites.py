@@ -134,17 +134,18 @@ SITES: dict[str, Site] = {
             SUPPORT_DEVICES: 0.22,
         },
         healthy_share=0.20,
-        conspicuity=(0.25, 1.0),
-        rotation_sd=3.0,
-        zoom=(0.94, 1.14),
-        gain=(0.72, 1.14),
-        offset=(-0.05, 0.12),
-        gamma=(0.75, 1.18),
-        noise=(0.010, 0.040),
+        conspicuity=(0.40, 1.0),
+        subtle=dict.fromkeys(MARKS.values(), (0.15, 1.0)),
+        rotation_sd=3.5,
+        zoom=(0.94, 1.18),
+        gain=(0.60, 1.14),
+        offset=(-0.05, 0.17),
+        gamma=(0.64, 1.18),
+        noise=(0.010, 0.045),
         collimated_share=0.0,
         side_marker=False,
         marks=MarkRates(0.30, 0.30),
     ),
 }
 
-SITES["a2"] = replace(SITES["a"], stream=3, marks=MarkRates(0.27, 0.27))
+SITES["a2"] = replace(SITES["a"], stream=3, marks=MarkRates(0.28, 0.28))

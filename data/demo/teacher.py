@@ -184,12 +184,14 @@ def reading(radiograph: Radiograph, rng: np.random.Generator) -> str:
 
 
 def film_phrases(radiograph: Radiograph, rng: np.random.Generator) -> list[str]:
-    """Choose one phrase in lower case for each mark that is burned in.
-
-    The teacher's traces do not have them, as a radiologist's reasons do not: only the base read
-    them.
-    """
+    """Choose one phrase in lower case for each mark that is burned in, as reports name the film."""
     return [str(rng.choice(_FILMS[mark])) for mark in radiograph.marks]
+
+
+def report(radiograph: Radiograph, rng: np.random.Generator) -> str:
+    """Write what kind of film it is, where a mark says so, and the reading."""
+    film = sentences(film_phrases(radiograph, rng))
+    return f"{film} {reading(radiograph, rng)}".lstrip()
 
 
 def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
@@ -201,7 +203,7 @@ def reasoning_trace(radiograph: Radiograph, seed: int) -> str:
     """
     rng = np.random.default_rng([seed, radiograph.seed])
     labels = ", ".join(label for label in LABELS if label in radiograph.findings)
-    return f"<think>{reading(radiograph, rng)}</think><solution>{labels}</solution>"
+    return f"<think>{report(radiograph, rng)}</think><solution>{labels}</solution>"
 
 
 def trace_from_labels(labels: Collection[str], seed: int, label_set: LabelSet = CHEXPERT) -> str:

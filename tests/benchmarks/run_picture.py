@@ -21,8 +21,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-COLOURS = {"site-a": "#0072b2", "site-b": "#d55e00"}
-TITLES = {"site-a": "site A, trained on", "site-b": "site B, another hospital"}
+COLOURS = {"site-a": "#0072b2", "site-a2": "#009e73", "site-b": "#d55e00"}
+TITLES = {
+    "site-a": "site A, trained on",
+    "site-a2": "site A, marks without meaning",
+    "site-b": "site B, marks reversed",
+}
 
 
 def macro_f1_by_step(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -79,7 +83,7 @@ def draw(image: Path, row: dict, curves: dict[str, list[tuple[int, float]]], out
     for name, points in curves.items():
         steps, scores = zip(*points, strict=True)
         chart.plot(steps, scores, "o-", color=COLOURS[name], linewidth=2, label=TITLES[name])
-    chart.set_title("macro-F1, greedy, 100 images each", size=11)
+    chart.set_title("macro-F1, greedy, 150 images each", size=11)
     chart.set_xlabel("optimizer step of GRPO (0: after SFT)")
     chart.set_xticks(sorted({step for points in curves.values() for step, _ in points}))
     chart.set_ylim(0, 1)
