@@ -40,7 +40,7 @@ class Split:
 SPLITS: dict[str, Split] = {
     "base-train": Split("general", 10_000),
     "base-validation": Split("general", 300),
-    "sft-train": Split("a", 600, answers=True),
+    "sft-train": Split("a", 1000, answers=True),
     "rl-train": Split("a", 800),
     "rl-train-b": Split("b", 400),
     "validation-a": Split("a", 150, answers=True),

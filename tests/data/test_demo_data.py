@@ -96,8 +96,8 @@ def test_each_finding_can_be_seen_where_the_grid_says(label, site):
         # The same patient under the same noise: any change is the finding. A nodule is small, so
         # its cells change little on average; where it is strongest, each finding stands out by the
         # noise's deviation, 3 (site a) to 11 (site b). Labels that a mark goes with are subtle at
-        # site a: about a third as plain, by conspicuity.
-        plain = 0.3 if label in SITES[site].subtle else 1.0
+        # site a: 0.1 to 0.35 of what is drawn.
+        plain = 0.2 if label in SITES[site].subtle else 1.0
         assert change[inside].mean() > plain * 1.0
         assert np.percentile(change[inside], 99) > plain * 11.0
         assert change[inside].mean() > 5 * change[~inside].mean()
