@@ -19,6 +19,7 @@ from engine.model_checks import (
 # The embedded checkpoints, by name, with their folders in data/demo. Adapters trained on one name
 # their base so, not by a path of this machine.
 EMBEDDED = {"demo": "base", "demo-gemma": "base_gemma"}
+DEMO_RECIPES = ("demo", "demo-quick", "demo-gemma")  # those that name their model and data
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

@@ -28,9 +28,9 @@ from engine.checkpoint import (
 )
 from engine.kept_files import KeptFiles
 from engine.longer import extension_line, is_extended, keep_result
+from engine.model_files import DEMO_RECIPES
 from engine.out_of_memory import Cut, Limits
 from engine.ranks import ALONE, Ranks
-from engine.recipes import DEMO_RECIPES
 from engine.resume import (
     OUT_OF_MEMORY,
     base_record,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
+from engine.model_files import DEMO_RECIPES
 from engine.policy import Policy
-from engine.recipes import DEMO_RECIPES
 from engine.resume import heal_reference, resumed_folder
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import StepFailed

@@ -4,7 +4,7 @@
 
 Each checkpoint is of the real class, Qwen2_5_VLForConditionalGeneration or
 Gemma3ForConditionalGeneration, with a little over 2 M parameters and a BPE tokenizer of its
-family's form. The differences between the two are in `base_families.py`. It takes about 11 minutes
+family's form. The differences between the two are in `base_families.py`. It takes about 15 minutes
 on one core. Seeds and step counts are fixed: the same machine and thread count give the same bytes.
 Elsewhere sums round differently, which changes the bytes and moves the scores a little.
 
