@@ -37,6 +37,9 @@ _LARGEST = 2**20  # bytes of a card; one of ours has some 5,000
 _MARK = "\n<!-- card {} -->\n"
 _METRICS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard index"}
 _TITLES = {"sft": "SFT", "grpo": "SFT and GRPO"}
+# "script" of config.json where engine/interpolate.py wrote the adapter, and the key of what it says
+INTERPOLATION = "interpolation"
+TRAINED_BEFORE = "train (before)"  # in the data of such a record: what the first of the two saw
 
 
 def write_run_card(folder: Path) -> None:
@@ -106,6 +109,8 @@ def card_of(folder: Path, base: str, *, merged: bool = False) -> str:
     name = facts.title if facts else hub_name(base) or "an unnamed base"
     kind = "merged model" if merged else "LoRA adapter"
     made = "GRPO" if _is_from_base(settings) else _TITLES.get(str(stage), "fine-tuned")
+    if stage == INTERPOLATION:
+        made = _between(record)
     title = f"{name}, {made}: chest X-ray labels ({kind})"
     datasets = _datasets(record)
     front = _front_matter(title, base, facts, stage, datasets, scores, merged)
@@ -195,10 +200,20 @@ def _how(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         if _is_from_base(settings)
         else "supervised fine-tuning and then GRPO against a verifiable reward",
     }
+    if record.get("script") == INTERPOLATION:
+        return f"interpolating the weights of two adapters, {_between(record)}"
     how = methods.get(str(record.get("script")), "fine-tuning")
     recipe = str(record.get("recipe") or "")
     # a recipe by path is a file of this machine
     return how + (f" (recipe `{recipe}`)" if re.fullmatch(r"[\w.-]+", recipe) else "")
+
+
+def _between(record: Mapping[str, Any]) -> str:
+    """Say how much of which adapter's change an interpolated one has."""
+    source = record[INTERPOLATION]
+    shares = (1 - source["alpha"], source["alpha"])
+    first, second = (_TITLES.get(str(script), "an adapter") for script in source["scripts"])
+    return f"{shares[0]:.6g} of {first} and {shares[1]:.6g} of {second}"
 
 
 # ---- front matter --------------------------------------------------------------------------------
@@ -276,7 +291,7 @@ def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[st
         return [*lines, "Not known: the folder has no config.json of a run.", ""]
     lines += ["| data | source | images | patients | SHA-256 |", "|---|---|---|---|---|"]
     for name, file in files.items():
-        role = "trained on" if name == "train" else f"evaluated: {name}"
+        role = "trained on" if name in ("train", TRAINED_BEFORE) else f"evaluated: {name}"
         cells = (titles_of(_sources(file)), file.get("images"), file.get("patients"))
         shown = [_cell(f"{cell:,}" if isinstance(cell, int) else cell or "-") for cell in cells]
         lines.append(

@@ -1,6 +1,8 @@
 """Fold a trained adapter into its base and write a folder that plain transformers loads.
 
     python -m engine.merge --adapter_name_or_path runs/20260101-120000-grpo --output_dir merged
+    python -m engine.merge --interpolate runs/...-sft runs/...-grpo --alpha 0 0.25 0.5 0.75 1 \\
+                           --output_dir between    # adapters instead: engine/interpolate.py
 
 Every projection becomes W + scaling * B A (with DoRA, of the adapter's magnitudes), summed in fp32
 and then cast, one projection at a time, so that a model needs its own size in memory and little
@@ -26,8 +28,8 @@ import sys
 
 from engine.merge_settings import (
     MergeConfig,
-    check_new_folder,
-    merging_folder,
+    keep_asking,
+    new_folder,
     resolve_merge,
 )
 from engine.runtime import accepted, main_guard, versions
@@ -35,10 +37,9 @@ from engine.runtime import accepted, main_guard, versions
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted(resolve_merge)
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from data.examples import Example
-from data.files import KeptFile, sha256_of, write_json
+from data.files import sha256_of, write_json
 from data.prompts import PROMPTS
 from engine.adapter_files import PREFIX, adapter_record, base_to_use
 from engine.card import write_merged_card
@@ -65,6 +66,7 @@ from engine.encode import EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
 from engine.inherited import settings_of_adapter
+from engine.interpolate import interpolate
 from engine.model import (
     POLICY,
     BaseModel,
@@ -272,38 +274,7 @@ def check_same_inputs(merged: EncodedRow, base: EncodedRow) -> None:
         )
 
 
-def keep_asking(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write label file and prompt of the adapter's run beside the merged model, for later commands.
-
-    Returns what merge.json says of them and of the answer's form: names, and of files the SHA-256.
-    """
-    found: dict[str, Any] = {"kept": {}, "answer_format": settings.get("answer_format")}
-    for name in ("label_file", "prompt"):
-        found[name] = kept = settings.get(name)
-        if isinstance(kept, KeptFile):
-            found[name] = f"{kept.name}.toml" if name == "prompt" else "labels.txt"
-            (folder / found[name]).write_bytes(kept.text.encode("utf-8"))
-            found["kept"][name] = kept.sha256
-    return found
-
-
 # ---- command -------------------------------------------------------------------------------------
-def new_folder(output_dir: str) -> tuple[Path, Path]:
-    """Make an empty temporary folder beside the folder to be -> (the folder to be, the temporary).
-
-    Raises UsageError where something is there already.
-    """
-    check_new_folder(output_dir)
-    final = Path(output_dir).absolute()
-    temporary = merging_folder(final)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir}: cannot be used: {error.strerror}") from error
-    return final, temporary
-
-
 def merge(config: MergeConfig) -> dict[str, Any]:
     """Merge, save, verify, give the folder its name, and return what merge.json holds.
 
@@ -317,15 +288,14 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         print(note, file=sys.stderr)
     if line := changed_base_of(adapter, name):
         print(f"warning: {line}", file=sys.stderr)
-    dtype: torch.dtype = getattr(torch, config.dtype)
+    dtype: torch.dtype = getattr(torch, config.precision)
     check_can_be_folded_in(check_adapter(name, adapter), adapter)
     unset, size = TrainingConfig(), ("min_visual_tokens", "max_visual_tokens")
     asking = ("answer_format", "label_file", "prompt")
     settings = settings_of_adapter(str(adapter), (*size, *asking), unset)
     bounds = {key: settings.get(key, getattr(unset, key)) for key in size}
     device = pick_device(config.num_threads)
-    final, temporary = new_folder(config.output_dir)
-    try:
+    with new_folder(config.output_dir) as temporary:
         # The truth: base + adapter in fp32. Then the merge itself, in place.
         base = load_model(
             name, dtype="auto" if dtype != torch.float32 else dtype, device=device, **bounds
@@ -363,7 +333,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             "base_of_adapter": adapter_record(adapter).get("base_model_name_or_path"),
             "adapter": str(adapter),
             "adapter_sha256": sha256_of(adapter / "adapter_model.safetensors"),
-            "dtype": config.dtype,
+            "dtype": config.precision,
             "difference": difference,
             "bound": bound,
             "difference_of_base_and_adapter": rounding,
@@ -374,9 +344,6 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         }
         write_json(temporary / "merge.json", record)
         write_merged_card(temporary, adapter, name)
-        os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 
@@ -387,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(resolved: Resolved) -> int:
     config: MergeConfig = resolved.configs[0]
+    if config.interpolate:
+        print(interpolate(config))
+        return 0
     done = merge(config)
     lowest, highest = done["min_visual_tokens"], done["max_visual_tokens"]
     command = ["python", "-m", "eval.evaluate", "--model_name_or_path", config.output_dir]
