@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from engine.config import Resolved
+from engine.config import Resolved, recipes_of
 from engine.runtime import accepted_by_first, main_guard, read_by_first
 from engine.settings import data_specs
 from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
@@ -20,7 +20,7 @@ from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted_by_first(resolve_grpo)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -235,12 +235,12 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
             if run.finished:
-                finish(run, policy, data, rollouts, record["recipe"])
+                finish(run, policy, data, rollouts, recipes_of(record))
         return run.exit_code
 
 
 def finish(
-    run: GRPORun, policy: Policy, data: DataSets, rollouts: Rollouts, recipe: str | None
+    run: GRPORun, policy: Policy, data: DataSets, rollouts: Rollouts, recipes: Sequence[str]
 ) -> None:
     """Save the final adapter, see that the folder's scores are its own, and show them."""
     ranks, state, choose = run.ranks, run.state, rollouts.config.load_best_model_at_end
@@ -253,7 +253,7 @@ def finish(
     def show() -> None:
         write_run_card(run.folder)
         summary = end_of_run(run.folder, list(data.evaluated), state.best_model_checkpoint)
-        command = next_command(recipe, run.folder, rollouts.config.train_file)
+        command = next_command(recipes, run.folder, rollouts.config.train_file)
         print(f"\n{summary}\n\nnext: {command}")
 
     ranks.on_first(show)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from engine.config import Resolved
+from engine.config import Resolved, recipes_of
 from engine.runtime import StopRequested, accepted_by_first, main_guard, read_by_first
 from engine.settings import SFTConfig, data_specs, resolve_sft
 
@@ -223,10 +223,10 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
         run.watch_over(policy.limits, policy.digest)
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
-        recipe, by_flag = record["recipe"], resolved.origins["model_name_or_path"] == "flag"
-        model = config.model_name_or_path if recipe and by_flag else None
+        recipes, by_flag = recipes_of(record), resolved.origins["model_name_or_path"] == "flag"
+        model = config.model_name_or_path if recipes and by_flag else None
         own_data = not config.train_file.startswith("demo:")
-        command = next_command(recipe, folder.path, model, own_data=own_data)
+        command = next_command(recipes, folder.path, model, own_data=own_data)
         with run:
             train(run, policy, optimizer, data.train, config)
             if run.finished:

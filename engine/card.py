@@ -25,7 +25,7 @@ from data.plain_files import is_plain, parse_record, read_plain
 from data.prompt_files import prompt_of, prompt_problems
 from engine.adapter_files import adapter_record
 from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, titles_of
-from engine.config import UsageError
+from engine.config import UsageError, recipes_of
 from engine.families import PIXEL_BOUNDS
 from engine.inherited import FRESH
 from engine.model_files import EMBEDDED
@@ -203,9 +203,10 @@ def _how(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if record.get("script") == INTERPOLATION:
         return f"interpolating the weights of two adapters, {_between(record)}"
     how = methods.get(str(record.get("script")), "fine-tuning")
-    recipe = str(record.get("recipe") or "")
     # a recipe by path is a file of this machine
-    return how + (f" (recipe `{recipe}`)" if re.fullmatch(r"[\w.-]+", recipe) else "")
+    named = [f"`{one}`" for one in recipes_of(record) if re.fullmatch(r"[\w.-]+", one)]
+    word = "recipe" if len(named) == 1 else "recipes"
+    return how + (f" ({word} {', '.join(named)})" if named else "")
 
 
 def _between(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ import dataclasses
 import difflib
 import importlib.resources
 import tomllib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -100,7 +101,7 @@ class Resolved:
 
     configs: tuple[Any, ...]
     origins: dict[str, str]  # by setting: "default", "recipe NAME", "flag", "resumed run", ...
-    recipe: str | None  # name or file
+    recipes: tuple[str, ...] = ()  # names or files, in the order in which they apply
 
     def with_value(self, name: str, value: Any, origin: str) -> Resolved:
         """Copy it all with one value that a script found itself, such as the newest adapter.
@@ -117,7 +118,7 @@ class Resolved:
 
     def record(self) -> dict[str, Any]:
         """Write it all in values that JSON keeps, for another process (`of_record`)."""
-        return {"settings": to_json(self), "recipe": self.recipe}
+        return {"settings": to_json(self), "recipes": list(self.recipes)}
 
     @classmethod
     def of_record(cls, config_classes: Sequence[type], record: dict[str, Any]) -> Resolved:
@@ -129,7 +130,7 @@ class Resolved:
             for config_class in config_classes
         )
         origins = {name: entry["origin"] for name, entry in settings.items()}
-        return cls(configs, origins, record["recipe"])
+        return cls(configs, origins, tuple(record["recipes"]))
 
 
 def _field_names(config: Any) -> list[str]:
@@ -236,15 +237,15 @@ def _build_parser(
     """Make a parser that only splits into raw strings, so that no conversion stops at one error."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s [--recipe NAME|FILE.toml] [--flag value ...]",
+        usage="%(prog)s [--recipe NAME|FILE.toml ...] [--flag value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Flags may be written with - in place of _. A flag overrides the recipe, the recipe the"
-            " default.\n\nExit codes: 0 done, 1 failed, 2 what you can correct, 141 where nobody"
-            " reads the output,\nafter a signal 129 (HUP), 130 (Ctrl-C), 138 (USR1), 140 (USR2) or"
-            " 143 (TERM)."
+            "Flags may be written with - in place of _. A flag overrides the recipes, a later"
+            " recipe\nthe earlier ones, a recipe the default.\n\nExit codes: 0 done, 1 failed,"
+            " 2 what you can correct, 141 where nobody reads the output,\nafter a signal 129"
+            " (HUP), 130 (Ctrl-C), 138 (USR1), 140 (USR2) or 143 (TERM)."
         ),
     )
     parser.add_argument(
@@ -254,7 +255,8 @@ def _build_parser(
         action="append",
         metavar="NAME|FILE.toml",
         help=(
-            f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'})"
+            f"values from a TOML file or a shipped recipe ({', '.join(recipes) or 'none shipped'});"
+            " repeatable, later ones win"
         ),
     )
     # in the order of first appearance
@@ -322,9 +324,16 @@ def _split(
     namespace, extras = parser.parse_known_args(tokens)
     raw: dict[str, list[str]] = {}
     for name, occurrences in vars(namespace).items():
-        is_repeated = name != "recipe" and settings[name].repeated
+        is_repeated = name == "recipe" or settings[name].repeated
         if len(occurrences or []) > 1 and not is_repeated:
             problems.append(f"--{name} is given {len(occurrences)} times; give it once")
+        if name == "recipe":
+            times = Counter(occurrences or [])
+            problems += [
+                f"--recipe {one} is given {times[one]} times; give it once"
+                for one in times
+                if times[one] > 1
+            ]
         for occurrence in occurrences or []:
             raw.setdefault(name, []).extend(
                 occurrence if isinstance(occurrence, list) else [occurrence]
@@ -447,7 +456,8 @@ def parse_config(
     script: the recipe table that applies.
     prog, description: for --help.
     recipes_package: the package whose .toml files are the shipped recipes.
-    default_recipe: applies when neither --recipe nor a field of default_recipe_unless is given.
+    default_recipe: applies when neither --recipe nor a field of default_recipe_unless is given. Of
+    several recipes later ones win.
     validate: `validate(*configs)` returns the problems of values that do not combine. It sees the
     default or recipe value in place of one that could not be read.
     inherit_with: the flag that resumes a run.
@@ -472,16 +482,13 @@ def parse_config(
     named = resume or (raw[inherit_with][-1] if inherit_with in raw else None)
     saved = inherit(named) if inherit and named else None
     inherited = None if saved is None else _inherited(saved, settings, free_to_change)
-    recipe = (
-        default_recipe
-        if inherited is None and not any(name in raw for name in default_recipe_unless)
-        else None
-    )
-    if "recipe" in raw:
-        recipe = raw.pop("recipe")[-1]
+    recipes: tuple[str, ...] = tuple(dict.fromkeys(raw.pop("recipe", ())))
+    by_default = inherited is None and not any(name in raw for name in default_recipe_unless)
+    if not recipes and default_recipe is not None and by_default:
+        recipes = (default_recipe,)
     values = {name: setting.default for name, setting in settings.items()}
     origins = dict.fromkeys(values, "default")
-    if recipe is not None:
+    for recipe in recipes:
         try:
             chosen, found = _recipe_values(
                 recipe, _read_recipe(recipe, recipes_package), settings, script
@@ -524,7 +531,7 @@ def parse_config(
         problems += validate(*configs)
     if problems:
         raise ConfigError(problems)
-    return Resolved(tuple(configs), origins, recipe)
+    return Resolved(tuple(configs), origins, recipes)
 
 
 def _settle(
@@ -576,6 +583,17 @@ def _instances(
         except ValueError as error:
             problems += str(error).splitlines()
     return configs, problems
+
+
+def recipe_entry(recipes: Sequence[str]) -> str | list[str] | None:
+    """Write recipes as config.json has them: null for none, the name of one, a list of several."""
+    return list(recipes) if len(recipes) > 1 else next(iter(recipes), None)
+
+
+def recipes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Read the recipes of a run out of its config.json, as `recipe_entry` wrote them."""
+    recipe = record.get("recipe")
+    return tuple(recipe) if isinstance(recipe, list) else (recipe,) if recipe else ()
 
 
 def describe(resolved: Resolved) -> str:

@@ -31,7 +31,7 @@ from engine.checkpoint import (
     load_checkpoint,
     standing_place,
 )
-from engine.config import Resolved, UsageError, from_json, to_json
+from engine.config import Resolved, UsageError, from_json, recipe_entry, to_json
 from engine.longer import EXTENDED, LENGTHS, extension
 from engine.model_checks import base_hashes
 from engine.model_files import ADAPTER_FILES, model_path, same_base
@@ -102,7 +102,7 @@ def run_record(
     }
     return {
         "script": script,
-        "recipe": resolved.recipe,
+        "recipe": recipe_entry(resolved.recipes),
         "settings": to_json(resolved),
         "data": data,
         "bad_images": dict(bad_images),

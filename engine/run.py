@@ -566,18 +566,18 @@ def _prepare(
 
 # ---- after it ------------------------------------------------------------------------------------
 def next_command(
-    recipe: str | None, folder: Path, model: str | None = None, *, own_data: bool = False
+    recipes: Sequence[str], folder: Path, model: str | None = None, *, own_data: bool = False
 ) -> str:
     """Write the command that goes on from SFT with GRPO, with FILE for the user to fill in.
 
-    model: one that a flag has put in the place of the recipe's. own_data: the run was not trained
-    on the demo's data, so that GRPO should not be either.
+    recipes: of the run. model: one that a flag has put in the place of theirs. own_data: the run
+    was not trained on the demo's data, so that GRPO should not be either.
     """
     command = ["python", "run_grpo.py"]
-    command += ["--recipe", recipe] if recipe else []
+    command += [word for recipe in recipes for word in ("--recipe", recipe)]
     command += ["--model_name_or_path", model] if model else []
     command += ["--adapter_name_or_path", str(folder)]
-    if recipe not in DEMO_RECIPES:
+    if not set(recipes) & set(DEMO_RECIPES):
         command += ["--train_file", "FILE"]
     elif own_data:
         command += ["--train_file", "FILE", "--validation_file", "NAME=FILE"]

@@ -104,7 +104,7 @@ def _metric(value: Any) -> bool:
 
 _CONFIG: dict[str, Check] = {
     "script": lambda value: value in ("sft", "grpo"),
-    "recipe": _optional(_line),
+    "recipe": lambda value: value is None or _line(value) or _listed(_line)(value),
     "settings": _mapped(str.isidentifier, _object({"value": lambda value: True, "origin": _line})),
     "data": _mapped(is_name, _object({"file": lambda v: isinstance(v, str), "sha256": _sum})),
     "bad_images": _optional(_mapped(is_name, _listed(lambda row: isinstance(row, dict)))),

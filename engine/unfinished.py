@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from data.files import sha256_of
 from engine.checkpoint import RUN_ID, latest_valid_checkpoint, list_checkpoints, load_checkpoint
-from engine.config import Resolved, UsageError, from_json
+from engine.config import Resolved, UsageError, from_json, recipes_of
 from engine.launch import Launch
 from engine.longer import LENGTHS, is_shorter
 from engine.model_files import same_base
@@ -218,10 +218,9 @@ def placed(resolved: Resolved) -> Resolved:
 
 
 def _with_origins(resolved: Resolved, begun: Mapping[str, Any]) -> Resolved:
-    """Say of values and recipe where they came from when the run began. begun: its config.json."""
+    """Say of values and recipes where they came from when the run began. begun: its config.json."""
     origins = {
         name: begun["settings"][name]["origin"] if origin == "resumed run" else origin
         for name, origin in resolved.origins.items()
     }
-    recipe = begun.get("recipe")
-    return dataclasses.replace(resolved, origins=origins, recipe=recipe)
+    return dataclasses.replace(resolved, origins=origins, recipes=recipes_of(begun))

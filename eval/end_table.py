@@ -2,7 +2,8 @@
 
 A block of lines is a data set, a line in it a stage: the start, the best and the last step of a
 run, the vote of several answers, one finished model. A score has its 95 % interval, or, where the
-stage is compared with a run's start, its paired change with that change's interval below.
+stage is compared with a run's start, its paired change with that change's interval below. A data
+set with labels that the others lack has the change of macro-F1 on the shared ones below that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from eval.folders import Entry
 from eval.names import BASELINE_TITLES, SCORE_TITLES, STAGE_TITLES
 
 METRICS = {score: SCORE_TITLES[score] for score in ("jaccard", "micro_f1", "macro_f1")}
+SHARED = "macro_f1_shared"  # change of macro-F1 on the labels that the other side can express
 WIDTH = 100  # columns of a console
 # beside "empty", the line of the stage
 _POLICIES = {"dropped": "failed left out", "all_wrong": "failed all wrong"}
@@ -88,7 +90,14 @@ def _stage_lines(title: str, row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rates = [row.get("fail_rate"), row.get("unknown_rate")]
     shown = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
     lines = [(f"  {title}", str(row["n"]), *cells, *shown)]
-    return [*lines, ("    95 %", "", *below, "", "")] if below else lines
+    if below:
+        lines.append(("    95 %", "", *below, "", ""))
+    if change := changes.get(SHARED):
+        low, high = change["interval"]
+        count = " to ".join(dict.fromkeys(map(str, row["shared_labels"])))
+        lines.append((f"    {count} shared", "", "", "", f"{change['difference']:+.3f}", "", ""))
+        lines.append(("    95 %", "", "", "", f"{low:+.3f} to {high:+.3f}", "", ""))
+    return lines
 
 
 def _bound(value: float) -> str:

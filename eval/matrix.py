@@ -176,7 +176,7 @@ def _evaluation(
         field.name: resolved.origins[field.name] if field.name in shared else "default"
         for field in dataclasses.fields(EvalConfig)
     }
-    one = Resolved((EvalConfig(**shared, **given),), origins | dict.fromkeys(given, "flag"), None)
+    one = Resolved((EvalConfig(**shared, **given),), origins | dict.fromkeys(given, "flag"))
     return with_precision(complete(one), device)
 
 

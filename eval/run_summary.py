@@ -1,14 +1,18 @@
-"""Say in one sentence and one table what GRPO has changed, at the end of a run.
+"""Say in one sentence and one table what GRPO has changed, at the end of a run: what rose and fell.
 
-The sentence is about the reward of sampled answers, which the run was trained on, and about the
-scores of greedy answers, which decide. Both have 95 % intervals, so that a change within the noise
-is called that.
+The sentence is about the reward of sampled answers, which the run was trained on, and about
+macro-F1 of greedy answers on each data set, which decides. Both have 95 % intervals: what lies
+beyond its interval rose or fell, all else is no clear change.
+
+Data sets differ in their labels. One with fewer is scored on its own, and home also on those that
+the others share, so that a fall abroad can be told from a fall of the labels that are left.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,10 @@ import numpy as np
 
 from data.files import write_json
 from data.plain_files import is_plain, parse_record, plain_lines
-from eval.end_table import end_table, stage_title
+from eval.end_table import SHARED, WIDTH, clipped, end_table, stage_title
 from eval.folders import START, VOTE, load_entry, read_log, read_record, result_files
 from eval.metrics import interval, resampled_totals
-from eval.paired import NO_CLEAR_CHANGE, clear_change
+from eval.paired import FEW_PATIENTS, NO_CLEAR_CHANGE, clear_change
 from eval.since_start import EVALUATIONS, since_start
 
 SUMMARY = "summary.json"
@@ -31,8 +35,8 @@ def sampled_reward(run: Path) -> dict[str, Any] | None:
     """Compare the reward of the run's first rollouts with that of its last -> a record, or None.
 
     The first and the last quarter of the rollouts in completions.jsonl, at least one each. The
-    record has "first", "last", "difference", its 95 % "interval" and the number of "rollouts" in a
-    quarter. With a single rollout it has "first" alone.
+    record has "first", "last", "difference", its 95 % "interval", the number of "rollouts" in a
+    quarter and of "patients" in both. With a single rollout it has "first" alone.
 
     Completions of one prompt and images of one patient resemble each other, and in a run of
     several epochs an image is in both quarters. So whole patients are drawn, with all of their
@@ -69,6 +73,7 @@ def sampled_reward(run: Path) -> dict[str, Any] | None:
         "difference": float(last[0] - first[0]),
         "interval": list(interval(drawn)),
         "rollouts": quarter,
+        "patients": len(totals),
     }
 
 
@@ -79,48 +84,101 @@ def _means(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # ---- sentence ------------------------------------------------------------------------------------
 def plain_sentence(
-    reward: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], silenced: Mapping[str, Any]
+    reward: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    silenced: Mapping[str, Any],
+    kept: tuple[int, int] | None = None,
 ) -> str:
     """Say what a run has changed, in one line.
 
-    reward: `sampled_reward`. rows: of the final answers, as evaluations.jsonl has them.
-    silenced: {data set: labels that the start still said and the final answers do not}.
+    reward: `sampled_reward`. rows: of the final answers, as evaluations.jsonl has them, home first.
+    silenced: {data set: labels that the start still said and the final answers do not}. kept: the
+    step of the final adapter and the last step, where the run has gone back to an earlier one.
     """
-    parts = []
-    if reward is not None and "last" not in reward:
-        parts.append(f"sampled reward {reward['first']:.3f} (one rollout)")
-    elif reward is not None:
-        low, high = reward["interval"]
-        parts.append(
-            f"sampled reward {reward['first']:.3f} -> {reward['last']:.3f} (first against last"
-            f" quarter, {reward['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
-        )
+    parts = [_reward_words(reward)] if reward is not None else []
+    if kept is not None:
+        start = " (the start: nothing was better)" if kept[0] == 0 else ""
+        parts.append(f"kept: step {kept[0]} of {kept[1]}{start}")
     compared = [row for row in rows if row.get("since_start")]
     if compared:
-        shown = ", ".join(
-            f"{row['dataset']} {change['difference']:+.3f} ({change['interval'][0]:+.3f} to"
-            f" {change['interval'][1]:+.3f})"
-            for row in compared
-            for change in [row["since_start"]["macro_f1"]]
-        )
-        parts.append(f"greedy macro-F1 {shown}: {_verdict(compared)}")
+        parts.append(f"greedy macro-F1{_macro_words(compared, compared[0] is rows[0])}")
         named = [f"{', '.join(labels)} ({name})" for name, labels in silenced.items() if labels]
         parts.append(f"silenced: {'; '.join(named) or 'no label'}")
     return "; ".join(parts)
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say where macro-F1 has clearly changed, by the rule of a report's verdict."""
-    verdicts: dict[str, list[str]] = defaultdict(list)
+def _reward_words(reward: Mapping[str, Any]) -> str:
+    if "last" not in reward:
+        return f"sampled reward {reward['first']:.3f} (one rollout)"
+    word = _VERBS[clear_change(reward["interval"], reward["patients"])]
+    low, high = reward["interval"]
+    return (
+        f"sampled reward {'' if word == NO_CLEAR_CHANGE else f'{word} '}{reward['first']:.3f} ->"
+        f" {reward['last']:.3f}{f', {word}' if word == NO_CLEAR_CHANGE else ''} (first against last"
+        f" quarter, {reward['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
+    )
+
+
+_VERBS = {"gain": "rose", "loss": "fell", "": NO_CLEAR_CHANGE}
+_TOO_FEW = f"too few patients to tell (under {FEW_PATIENTS})"
+_MOST_WITH_NUMBERS = 3  # places without a clear change: of more, the table alone has the numbers
+
+
+def _macro_words(rows: Sequence[Mapping[str, Any]], knows_home: bool) -> str:
+    """Say where macro-F1 has risen, fallen or not clearly changed.
+
+    rows: those that are compared with their start. knows_home: the first is of the home hospital.
+    """
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
+        word: [] for word in ("fell", "rose", NO_CLEAR_CHANGE, _TOO_FEW)
+    }
     for row in rows:
-        interval_of = row["since_start"]["macro_f1"]["interval"]
-        change = clear_change(interval_of, row.get("num_patients", row["n"]))
-        verdicts[f"clear {change}" if change else NO_CLEAR_CHANGE].append(row["dataset"])
+        patients = row.get("num_patients", row["n"])
+        is_home = knows_home and len(rows) > 1 and row is rows[0]
+        for place, change in _places(row, rows[0], is_home=is_home):
+            word = _VERBS[clear_change(change["interval"], patients)]
+            found[_TOO_FEW if patients < FEW_PATIENTS else word].append((place, change))
+    parts = []
+    for word, places in found.items():
+        with_numbers = word in ("fell", "rose") or len(places) <= _MOST_WITH_NUMBERS
+        shown = [
+            f"{place} {_numbers(change)}" if with_numbers else place for place, change in places
+        ]
+        parts += [f"{word} {', '.join(shown)}"] if shown else []
     numbers = " and ".join(dict.fromkeys(f"{row['n']:,}" for row in rows))
-    if len(verdicts) == 1:
-        return f"{next(iter(verdicts))} at n = {numbers}"
-    words = "; ".join(f"{word} on {' and '.join(sets)}" for word, sets in verdicts.items())
-    return f"{words}, at n = {numbers}"
+    begin = " " if found["fell"] or found["rose"] else ": "
+    return f"{begin}{', '.join(parts)}, n = {numbers}"
+
+
+def _places(
+    row: Mapping[str, Any], home: Mapping[str, Any], *, is_home: bool
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Give the places where one data set is compared with its start -> (words for it, change).
+
+    A set with other labels than home tells their number. Home is a second place on the labels that
+    it shares with the others, where those are fewer.
+    """
+    changes, name = row["since_start"], clipped(row["dataset"])
+    if is_home:
+        yield f"at home ({name})", changes["macro_f1"]
+        if SHARED in changes:
+            yield f"at home on {_shared(row)}", changes[SHARED]
+    elif SHARED in changes:
+        yield f"on {name}, {_shared(row)}", changes[SHARED]
+    else:
+        count = row.get("num_labels")
+        labels = "" if count == home.get("num_labels") else f", {count} labels"
+        yield f"on {name}{labels}", changes["macro_f1"]
+
+
+def _shared(row: Mapping[str, Any]) -> str:
+    counts = dict.fromkeys(row["shared_labels"])
+    return f"{' to '.join(map(str, counts))} shared labels"
+
+
+def _numbers(change: Mapping[str, Any]) -> str:
+    low, high = change["interval"]
+    return f"{change['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 # ---- at the end ----------------------------------------------------------------------------------
@@ -142,8 +200,12 @@ def summarize(run: Path, names: Sequence[str]) -> dict[str, Any]:
             if label not in before.get("silenced_labels", ())
         ]
     reward = sampled_reward(run)
+    steps = {read_record(result_files(run, row["dataset"])[1]).get("step") for row in since.rows}
+    last = max((row["step"] for row in read_log(run / EVALUATIONS)), default=None)
+    final = steps.pop() if len(steps) == 1 else None
+    kept = None if final is None or last in (None, final) else (int(final), int(last))
     summary = {
-        "sentence": plain_sentence(reward, since.rows, silenced),
+        "sentence": plain_sentence(reward, since.rows, silenced, kept),
         "sampled_reward": reward,
         "rows": since.rows,
         "gaps": since.gaps,
@@ -156,13 +218,17 @@ def summarize(run: Path, names: Sequence[str]) -> dict[str, Any]:
 def end_of_run(run: Path, names: Sequence[str], best: str | None) -> str:
     """Write summary.json of a finished GRPO run, and lay out its sentence and its end table.
 
-    The table has the start, a vote of its answers, the best and the last evaluation of each data
-    set.
+    The table has what the sampled reward has won, and of each data set the start, a vote of its
+    answers, the best and the last evaluation. Its lines and the sentence's have at most 100
+    columns.
 
     run: its folder. names: the data sets, that of the home hospital first. best: the best
     checkpoint's folder name, checkpoint-<step>, or None.
     """
-    sentence = summarize(run, names)["sentence"]
+    summary = summarize(run, names)
+    sentence = textwrap.fill(
+        summary["sentence"], WIDTH, break_on_hyphens=False, break_long_words=False
+    )
     rows = {(row["dataset"], row["step"]): row for row in read_log(run / EVALUATIONS)}
     best_step = int(best.rpartition("-")[2]) if best else -1
     stages: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -188,4 +254,15 @@ def end_of_run(run: Path, names: Sequence[str], best: str | None) -> str:
         "(95 % interval by patient; after the start, the change since then and its interval, of the"
         " same\npatients; failed answers count as empty, answers not in the format have Jaccard 0)"
     )
-    return "\n".join([sentence, "", *end_table(stages, baselines), notes])
+    header, *table = end_table(stages, baselines)
+    return "\n".join([sentence, "", header, *_reward_row(summary["sampled_reward"]), *table, notes])
+
+
+def _reward_row(reward: Mapping[str, Any] | None) -> list[str]:
+    """Lay out what the reward of the rollouts has won, a line of the table that spans it."""
+    if reward is None or "last" not in reward:
+        return []
+    return [
+        f"rollouts, sampled reward: {reward['first']:.3f} -> {reward['last']:.3f}"
+        f" {_numbers(reward)}, first and last quarter"
+    ]

@@ -20,7 +20,7 @@ from data.predictions import read_predictions
 from engine.config import UsageError
 from engine.inherited import FRESH
 from engine.ranks import ALONE, Ranks
-from eval.end_table import METRICS, row_of
+from eval.end_table import METRICS, SHARED, row_of
 from eval.folders import (
     START,
     VOTE,
@@ -32,9 +32,16 @@ from eval.folders import (
 )
 from eval.metrics import RESAMPLES, interval, scores_of_totals
 from eval.paired import shared_resamples
-from eval.transfer import Moved, gap_on_all_labels, gap_on_shared_labels
+from eval.transfer import (
+    Moved,
+    gap_on_all_labels,
+    gap_on_shared_labels,
+    mean_macro,
+    shared_labels,
+)
 
 EVALUATIONS = "evaluations.jsonl"  # a row a data set and evaluation
+_ERRORS = ("gap_se", "gap_shared_se", "gain_shared_se")
 
 
 # ---- keep ----------------------------------------------------------------------------------------
@@ -107,8 +114,9 @@ def _say_who_answered(place: Path, folder: Path) -> None:
 class SinceStart:
     """Hold what an evaluation says beside its scores.
 
-    rows: one a data set, for evaluations.jsonl. gaps: gap, gap_se, gap_shared and gap_shared_se,
-    those that can be measured. notes: why others cannot, a line each.
+    rows: one a data set, for evaluations.jsonl. gaps: gap, gap_se, gap_shared, gap_shared_se,
+    gain_shared and gain_shared_se, those that can be measured. notes: why others cannot, a line
+    each.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -123,7 +131,13 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
     have on average, each over its own labels. Above 0, part of the gain does not transfer, or lies
     in labels that the others cannot express. gap_se: its standard error, from resamples of
     patients, of the same patients before and after. gap_shared, gap_shared_se: the same on the
-    labels that the first set and each other can express. All are 0 in the evaluation of the start.
+    labels that the first set and each other can express. gain_shared, gain_shared_se: the mean of
+    what both sides have gained on those labels. All are 0 in the evaluation of the start.
+
+    A row has the change of each metric and "num_labels", those that the set can express. Where the
+    other side cannot express all of them, it also has macro_f1_shared, the change of macro-F1 on
+    the rest, and the number of these as "shared_labels": the smallest and the largest over the sets
+    of the other side.
 
     folder: the run's. names: the data sets, that of the home hospital first. now: the folder whose
     results are compared with the start, None for the run's own.
@@ -163,16 +177,18 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
                 }
                 for metric in METRICS
             }
-        found.rows.append({"dataset": name} | row_of(scores) | {"since_start": changes})
+        row = {"dataset": name} | row_of(scores) | {"since_start": changes}
+        found.rows.append(row | ({"num_labels": len(moved[-1].labels)} if changes else {}))
     if len(moved) == len(names) > 1:
         _measure_gaps(moved, found)
+        _measure_shared(moved, found)
     if found.gaps and of_one_patient:
         # each resample is the set itself, and 0 would read as certainty
-        for gap in ("gap_se", "gap_shared_se"):
+        for gap in _ERRORS:
             found.gaps.pop(gap, None)
         found.notes.append(
-            f"{', '.join(of_one_patient)}: all images are of one patient, so gap_se and"
-            " gap_shared_se are not measured"
+            f"{', '.join(of_one_patient)}: all images are of one patient, so"
+            f" {', '.join(_ERRORS)} are not measured"
         )
     return found
 
@@ -223,9 +239,26 @@ def _measure_gaps(moved: Sequence[Moved], found: SinceStart) -> None:
     if whole is not None:
         found.gaps.update(gap=whole.value, gap_se=whole.standard_error)
     if shared is not None:
+        gain, error = shared.gain
         found.gaps.update(gap_shared=shared.value, gap_shared_se=shared.standard_error)
+        found.gaps.update(gain_shared=gain, gain_shared_se=error)
     else:
         found.notes.append(
             f"{home[0].data_set} shares no label with {', '.join(one.data_set for one in away)}, so"
-            " gap_shared and gap_shared_se are not measured"
+            " gap_shared, gain_shared and their errors are not measured"
         )
+
+
+def _measure_shared(moved: Sequence[Moved], found: SinceStart) -> None:
+    """Add to the rows the change of macro-F1 on the labels that the other side can express."""
+    home, away = moved[0], moved[1:]
+    for row, one in zip(found.rows, moved, strict=True):
+        others = away if one is home else [home]
+        labels = [shared_labels(one.labels, other.labels) for other in others]
+        labels = [some for some in labels if some]
+        if labels and any(some != one.labels for some in labels):
+            macro = mean_macro([one.macro(some) for some in labels])
+            change = {"difference": macro.difference, "interval": list(interval(macro.drawn))}
+            counts = sorted({len(some) for some in labels})
+            row["since_start"][SHARED] = change
+            row["shared_labels"] = [counts[0], counts[-1]]

@@ -106,6 +106,12 @@ class Gap:
         return float(self.drawn.std())
 
     @property
+    def gain(self) -> tuple[float, float]:
+        """Return the mean of both sides' differences, and its standard error."""
+        drawn = (self.home.drawn + self.away.drawn) / 2
+        return (self.home.difference + self.away.difference) / 2, float(drawn.std())
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Return the 95 % percentile interval."""
         return interval(self.drawn)

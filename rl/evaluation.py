@@ -13,11 +13,11 @@ from engine.tracking import RunLogger
 from rl.conditions import parse_combination
 from rl.reward_checks import UNLIMITED, Completed, all_rewards, trained_number
 from rl.rewards import RewardFunction, rewards_record
-from rl.settings import GAPS, GRPOConfig
+from rl.settings import GAPS, HOME, GRPOConfig
 
 # of the evaluated metrics
 LOWER_IS_BETTER = (
-    *GAPS,
+    *(name for name in GAPS if name != "gain_shared"),
     "fail_rate",
     "invalid_rate",
     "unknown_rate",
@@ -93,12 +93,13 @@ def record_evaluation(
 
     metrics: {set: its metrics}. gaps: those of GAPS that were measured, by `eval.since_start`.
     chosen: what the best is chosen by (--metric_for_best_model), None for the first set's macro_f1.
-    Returns all metrics by NAME/METRIC, and the gaps.
+    Returns all metrics by NAME/METRIC, those of the first set by HOME too, and the gaps.
     """
     names = list(metrics)
     for name in names:
         log.scalars(state.global_step, metrics[name], split="eval", dataset=name, epoch=state.epoch)
-    flat = {f"{name}/{key}": value for name in names for key, value in metrics[name].items()}
+    named = ({HOME: metrics[names[0]]} if names else {}) | dict(metrics)
+    flat = {f"{name}/{key}": value for name in named for key, value in named[name].items()}
     if gaps:
         log.scalars(state.global_step, gaps, split="eval", epoch=state.epoch)
     flat |= gaps

@@ -305,10 +305,10 @@ class GRPORun(Run):
                 self.write(note)
 
 
-def next_command(recipe: str | None, folder: Path, train_file: str) -> str:
+def next_command(recipes: Sequence[str], folder: Path, train_file: str) -> str:
     """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
     files = ["--data_file", "NAME=FILE"]
-    if recipe in DEMO_RECIPES and train_file.startswith("demo:"):
+    if set(recipes) & set(DEMO_RECIPES) and train_file.startswith("demo:"):
         files = [
             "--data_file",
             *(f"{name}=demo:{name}" for name in ("test-a", "test-a2", "test-b")),

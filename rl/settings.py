@@ -59,8 +59,20 @@ SET_METRICS = (
 )
 
 # What an evaluation of two sets or more says of them together (rl/evaluation.py): the first set's
-# gain less the others', on all labels and on those that both can express, with standard errors
-GAPS = ("gap", "gap_se", "gap_shared", "gap_shared_se")
+# gain less the others', on all labels and on those that both can express, and the mean of both
+# sides' gain on the latter, with standard errors
+GAPS = ("gap", "gap_se", "gap_shared", "gap_shared_se", "gain_shared", "gain_shared_se")
+
+
+# NAME of the first validation set, that of the home hospital, in conditions and in what chooses the
+# best: recipes do not know the names of the sets. A set of this very name is meant before it.
+HOME = "home"
+
+
+def set_names(config: TrainingConfig) -> list[str]:
+    """List the names that a metric NAME/METRIC may have: those of the sets, and HOME."""
+    sets = list(validation_files(config))
+    return [*sets, HOME] if sets and HOME not in sets else sets
 
 
 @dataclass(frozen=True)
@@ -253,7 +265,7 @@ class GRPOConfig(TrainingConfig):
         None,
         "what chooses the best checkpoint: NAME/METRIC, with METRIC one of"
         f" {', '.join(SET_METRICS)}; {', '.join(GAPS)}; or a trade-off to be made large, such as"
-        " 'a/macro_f1 - 0.5*gap_shared'",
+        f" 'gain_shared - gain_shared_se'. NAME {HOME} is the first set",
         unset="the first set's macro_f1",
         group="evaluation",
     )
@@ -306,7 +318,7 @@ def judging_problems(config: GRPOConfig) -> list[str]:
 
     Names of training metrics can only be checked once they are logged (`check_watched`).
     """
-    sets = list(validation_files(config))
+    files, sets = validation_files(config), set_names(config)
     combinations = (
         [("metric_for_best_model", config.metric_for_best_model)]
         if config.metric_for_best_model
@@ -329,10 +341,10 @@ def judging_problems(config: GRPOConfig) -> list[str]:
             continue
         for name in names:
             prefix, _, metric = name.partition("/")
-            if name in GAPS and len(sets) < 2:
+            if name in GAPS and len(files) < 2:
                 found.append(
                     f"--{flag} {text}: {name} needs two sets of --validation_file or more, there"
-                    f" are {len(sets)}"
+                    f" are {len(files)}"
                 )
             elif (
                 prefix == "monitors"
@@ -350,7 +362,8 @@ def judging_problems(config: GRPOConfig) -> list[str]:
             ):
                 found.append(
                     f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file"
-                    f" ({', '.join(sets) or 'none given'}) and a METRIC of"
+                    f" ({', '.join(files) or 'none given'}), or {HOME} for the first of them, and"
+                    " a METRIC of"
                     f" {', '.join(SET_METRICS)}; or {', '.join(GAPS)}"
                 )
     return found
@@ -361,7 +374,7 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
 
     logged: the names of what it has logged.
     """
-    sets = validation_files(config)
+    sets = set_names(config)
     monitors = monitor_names(config.label_set)
     known = {
         *logged,
@@ -491,7 +504,8 @@ def _from_sft_run(resolved: Resolved) -> Resolved:
     base, origin = config.model_name_or_path, resolved.origins["model_name_or_path"]
     of_base = f" of {base}" if base else ""
     command = ["python", "run_sft.py"]
-    command += ["--recipe", resolved.recipe] if base and resolved.recipe else []
+    if base:
+        command += [word for recipe in resolved.recipes for word in ("--recipe", recipe)]
     command += ["--model_name_or_path", base] if origin == "flag" else []
     newest = newest_finished_run(Path("runs"), "sft", base or None)
     if newest is None:

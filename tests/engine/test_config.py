@@ -21,6 +21,8 @@ from engine.config import (
     UsageError,
     describe,
     parse_config,
+    recipe_entry,
+    recipes_of,
     setting,
     to_json,
 )
@@ -94,7 +96,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_without_flags_every_value_is_the_default():
     resolved = parse()
     assert resolved.configs == (TrainConfig(), LossConfig())
-    assert set(resolved.origins.values()) == {"default"} and resolved.recipe is None
+    assert set(resolved.origins.values()) == {"default"} and resolved.recipes == ()
     assert describe(resolved) == "every setting has its default value"
 
 
@@ -232,6 +234,39 @@ def test_precedence_is_default_then_recipe_shared_then_recipe_table_then_flag(re
     }
 
 
+def test_of_several_recipes_later_ones_win(recipe, tmp_path):
+    first = recipe("learning_rate = 0.5\n[sft]\nmax_steps = 9\nwarmup_steps = 4\n")
+    (tmp_path / "second.toml").write_text("warmup_steps = 6\n[sft]\nmax_steps = 7\n")
+    second = str(tmp_path / "second.toml")
+    resolved = parse("--recipe", first, "--recipe", second, "--warmup_steps", "8")
+    assert resolved.recipes == (first, second)
+    config = resolved.configs[0]
+    assert (config.learning_rate, config.max_steps, config.warmup_steps) == (0.5, 7, 8)
+    # each value says which recipe gave it
+    origins = {name: resolved.origins[name] for name in ("learning_rate", "max_steps")}
+    assert origins == {"learning_rate": f"recipe {first}", "max_steps": f"recipe {second}"}
+    assert parse("--recipe", second, "--recipe", first).configs[0].max_steps == 9
+    # in the other order: a shared key of a later recipe wins over a table of an earlier one
+    assert parse("--recipe", first, "--recipe", second).configs[0].warmup_steps == 6
+    (tmp_path / "third.toml").write_text("nothing = 1\n")
+    found = problems("--recipe", first, "--recipe", first, "--recipe", str(tmp_path / "third.toml"))
+    assert found == [
+        f"--recipe {first} is given 2 times; give it once",
+        f"{tmp_path / 'third.toml'}: unknown key 'nothing'",
+    ]
+    again = Resolved.of_record([type(one) for one in resolved.configs], resolved.record())
+    assert again == resolved
+
+
+@pytest.mark.parametrize(
+    ("recipes", "entry"), [((), None), (("a",), "a"), (("a", "b.toml"), ["a", "b.toml"])]
+)
+def test_config_json_keeps_one_recipe_as_before_and_lists_several(recipes, entry):
+    assert recipe_entry(recipes) == entry
+    assert recipes_of(json.loads(json.dumps({"recipe": entry}))) == recipes
+    assert recipes_of({}) == ()
+
+
 @pytest.mark.parametrize(
     ("toml", "expected"),
     [
@@ -286,10 +321,10 @@ def test_the_default_recipe_applies_only_without_the_named_flags(shipped, recipe
     }
     resolved = parse("--warmup_steps", "2", **demo)
     assert (
-        resolved.recipe,
+        resolved.recipes,
         resolved.configs[0].model_name_or_path,
         resolved.configs[0].max_steps,
-    ) == ("demo", "tiny", 3)
+    ) == (("demo",), "tiny", 3)
     assert resolved.origins["max_steps"] == "recipe demo"
     for argv in (
         ("--model-name-or-path", "m"),
@@ -401,7 +436,7 @@ def test_a_resumed_run_has_the_settings_of_the_run(shipped):
         "epsilon_low": "default",
         "estimator": "resumed run",
     }
-    assert resolved.recipe is None
+    assert resolved.recipes == ()
 
 
 def test_a_resumed_run_refuses_every_changed_setting_at_once(recipe):

@@ -283,7 +283,7 @@ def test_the_cache_is_counted_with_the_deepstack_features_of_qwen3_vl():
     There is room for 20 MiB.
     """
     origins = dict.fromkeys((field.name for field in fields(SFTConfig)), "default")
-    resolved = Resolved((SFTConfig(),), origins, None)
+    resolved = Resolved((SFTConfig(),), origins)
 
     def kept(shape: ModelShape) -> float:
         fitting = engine.fit._with_room_for_images(resolved, shape, LENGTHS, 10, 20 * 2**20)
@@ -421,7 +421,7 @@ def test_all_ranks_decide_by_the_one_that_has_least_free(monkeypatch):
     """The copies take 11.1 GiB. They fit into 40 GiB of one GPU, not into 22 of the other."""
     origins = dict.fromkeys((field.name for field in fields(SFTConfig)), "default")
     config = SFTConfig(bf16=False, validation_file=("a=b",))
-    resolved, gpu, told = Resolved((config,), origins, None), torch.device("cuda"), []
+    resolved, gpu, told = Resolved((config,), origins), torch.device("cuda"), []
     known = engine.fit.Known(question(config, CPU), QWEN_3B, LENGTHS, 10)
     asked = []
     monkeypatch.setattr(

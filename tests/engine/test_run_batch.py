@@ -210,7 +210,7 @@ def test_settings_that_are_no_counts_are_left_to_their_own_check():
 def test_the_line_at_the_start():
     def line(config, ranks: int, **changed) -> str | None:
         origins = {name: "default" for name in vars(config)}
-        resolved = Resolved((config,), origins, None)
+        resolved = Resolved((config,), origins)
         for name, value in changed.items():
             resolved = resolved.with_value(name, value, f"recomputed for {ranks} ranks")
         return recomputed_line(resolved, ranks)

@@ -63,6 +63,7 @@ def test_the_first_quarter_against_the_last_by_hand(tmp_path):
     assert found["rollouts"] == 2
     assert (found["first"], found["last"]) == (pytest.approx(1 / 3), 0.75)
     assert found["difference"] == pytest.approx(0.75 - 1 / 3)
+    assert found["patients"] == 4  # a, b, c and d: m is in neither quarter
 
 
 def test_its_interval_is_by_patient_not_by_completion(tmp_path):
@@ -102,49 +103,119 @@ def test_runs_with_less_than_two_rollouts(tmp_path):
 
 
 # ---- sentence ------------------------------------------------------------------------------------
-REWARD = {"first": 0.658, "last": 0.692, "difference": 0.034, "interval": [0.012, 0.056]}
+REWARD = {"first": 0.658, "last": 0.692, "difference": 0.034, "interval": [0.012, 0.056]} | {
+    "patients": 64
+}
 
 
 def moved(
-    name: str, difference: float, low: float, high: float, n: int = 100, patients: int = 100
+    name: str,
+    difference: float,
+    low: float,
+    high: float,
+    n: int = 100,
+    patients: int = 100,
+    labels: int = 14,
+    shared: tuple[float, float, float] | None = None,
 ) -> dict:
-    change = {"difference": difference, "interval": [low, high]}
-    return {"dataset": name, "n": n, "num_patients": patients, "since_start": {"macro_f1": change}}
+    """Make a row of evaluations.jsonl. shared: change, low and high on nine shared labels."""
+    changes = {"macro_f1": {"difference": difference, "interval": [low, high]}}
+    row = {"dataset": name, "n": n, "num_patients": patients, "num_labels": labels}
+    if shared:
+        changes["macro_f1_shared"] = {"difference": shared[0], "interval": list(shared[1:])}
+        row["shared_labels"] = [9, 9]
+    return row | {"since_start": changes}
 
 
 def test_the_sentence_of_a_run_without_a_clear_change():
     rows = [moved("site-a", -0.014, -0.056, 0.026), moved("site-b", 0.029, -0.01, 0.068)]
     silenced = {"site-a": ["Pleural Other", "Fracture"], "site-b": []}
     assert plain_sentence(REWARD, rows, silenced) == (
-        "sampled reward 0.658 -> 0.692 (first against last quarter, +0.034, 95 % +0.012 to +0.056);"
-        " greedy macro-F1 site-a -0.014 (-0.056 to +0.026), site-b +0.029 (-0.010 to +0.068): no"
-        " clear change at n = 100; silenced: Pleural Other, Fracture (site-a)"
+        "sampled reward rose 0.658 -> 0.692 (first against last quarter, +0.034, 95 % +0.012 to"
+        " +0.056); greedy macro-F1: no clear change at home (site-a) -0.014 (-0.056 to +0.026), on"
+        " site-b +0.029 (-0.010 to +0.068), n = 100; silenced: Pleural Other, Fracture (site-a)"
     )
+
+
+def test_the_sentence_of_a_run_that_lost_at_home_and_abroad():
+    """What fell comes first, home before the others, nine labels told from fourteen."""
+    rows = [
+        moved("site-a", -0.041, -0.073, -0.009, shared=(-0.03, -0.07, 0.01)),
+        moved("site-a2", 0.002, -0.04, 0.05),
+        moved("site-b", -0.06, -0.102, -0.018, labels=9),
+    ]
+    assert plain_sentence(REWARD, rows, {}).split("; ")[1] == (
+        "greedy macro-F1 fell at home (site-a) -0.041 (-0.073 to -0.009), on site-b, 9 labels"
+        " -0.060 (-0.102 to -0.018), no clear change at home on 9 shared labels -0.030 (-0.070 to"
+        " +0.010), on site-a2 +0.002 (-0.040 to +0.050), n = 100"
+    )
+
+
+def test_a_gain_abroad_beside_a_loss_at_home_and_a_reward_within_its_noise():
+    rows = [moved("a", -0.05, -0.09, -0.01), moved("b", 0.05, 0.01, 0.09, n=80)]
+    reward = REWARD | {"interval": [-0.01, 0.08]}
+    assert plain_sentence(reward, rows, {}) == (
+        "sampled reward 0.658 -> 0.692, no clear change (first against last quarter, +0.034, 95 %"
+        " -0.010 to +0.080); greedy macro-F1 fell at home (a) -0.050 (-0.090 to -0.010), rose on b"
+        " +0.050 (+0.010 to +0.090), n = 100 and 80; silenced: no label"
+    )
+    fell = plain_sentence(REWARD | {"interval": [-0.08, -0.01]}, [], {})
+    assert fell.startswith("sampled reward fell 0.658 -> 0.692 (first")
+    # a reward of under 20 patients has no interval to be trusted either
+    few = plain_sentence(REWARD | {"patients": 19}, [], {})
+    assert few.startswith("sampled reward 0.658 -> 0.692, no clear change (")
+
+
+def test_a_run_that_has_gone_back_says_which_step_is_kept(run):
+    rows = [moved("a", 0.0, 0.0, 0.0)]
+    words = "; greedy macro-F1: no clear change on a +0.000 (+0.000 to +0.000), n = 100; silenced:"
+    start = plain_sentence(None, rows, {}, (0, 400))
+    assert start.startswith(f"kept: step 0 of 400 (the start: nothing was better){words}")
+    assert plain_sentence(None, rows, {}, (200, 400)).startswith(f"kept: step 200 of 400{words}")
+    # the scores of the folder tell the step that answered, evaluations.jsonl the last one
+    for name, answers in (("home", AFTER), ("nih", NIH_AFTER)):
+        write_results(run, name, answers, score(answers) | {"step": 4}, overwrite=True)
+    assert "; kept: step 4 of 8; " in summarize(run, ["home", "nih"])["sentence"]
+
+
+def test_of_many_sets_only_what_moved_has_its_numbers():
+    rows = [moved(f"s{i}", 0.01, -0.01, 0.03) for i in range(5)]
+    rows.insert(3, moved("lost", -0.05, -0.09, -0.01))
+    assert plain_sentence(None, rows, {}) == (
+        "greedy macro-F1 fell on lost -0.050 (-0.090 to -0.010), no clear change at home (s0), on"
+        " s1, on s2, on s3, on s4, n = 100; silenced: no label"
+    )
+
+
+def test_one_set_is_not_called_home():
+    assert plain_sentence(None, [moved("val", 0.05, 0.01, 0.09)], {}) == (
+        "greedy macro-F1 rose on val +0.050 (+0.010 to +0.090), n = 100; silenced: no label"
+    )
+    # the home set could not be compared with its start: what is left is abroad
+    rows = [moved("a", 0.0, 0.0, 0.0) | {"since_start": {}}, moved("b", 0.05, 0.01, 0.09)]
+    assert " rose on b +0.050" in plain_sentence(None, rows, {})
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ([(0.01, 0.05, 100)], "clear gain at n = 100"),
-        ([(-0.05, -0.01, 100), (-0.09, -0.01, 80)], "clear loss at n = 100 and 80"),
-        (
-            [(0.01, 0.05, 100), (-0.05, 0.01, 100), (-0.05, -0.01, 100)],
-            "clear gain on s0; no clear change on s1; clear loss on s2, at n = 100",
-        ),
-        ([(0.0, 0.05, 25596)], "no clear change at n = 25,596"),  # an interval that touches 0
+        ([(0.01, 0.05, 100)], " rose on s0 +0.000 (+0.010 to +0.050), n = 100"),
+        ([(0.0, 0.05, 25596)], ": no clear change on s0 +0.000 (+0.000 to +0.050), n = 25,596"),
         # by patients, not by images: 100 images of 19 are too few, of 20 enough
-        ([(0.01, 0.05, 100, 19)], "no clear change at n = 100"),
+        (
+            [(0.01, 0.05, 100, 19)],
+            ": too few patients to tell (under 20) on s0 +0.000 (+0.010 to +0.050), n = 100",
+        ),
         (
             [(0.01, 0.05, 100, 20), (-0.05, -0.01, 100, 20)],
-            "clear gain on s0; clear loss on s1, at n = 100",
+            " fell on s1 +0.000 (-0.050 to -0.010), rose at home (s0) +0.000 (+0.010 to +0.050),"
+            " n = 100",
         ),
     ],
 )
 def test_a_change_is_clear_where_its_interval_leaves_zero_out(changes, words):
     rows = [moved(f"s{i}", 0.0, *change) for i, change in enumerate(changes)]
-    sentence = plain_sentence(None, rows, {})
-    assert sentence.startswith("greedy macro-F1 s0 +0.000 (")
-    assert sentence.endswith(f": {words}; silenced: no label")
+    assert plain_sentence(None, rows, {}) == f"greedy macro-F1{words}; silenced: no label"
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -166,24 +237,36 @@ def run(tmp_path) -> Path:
 
 
 def test_the_end_of_a_run_is_a_sentence_and_a_table(run):
-    text = end_of_run(run, ["home", "nih"], "checkpoint-4").splitlines()
-    # Macro-F1 by hand: home 4/3 / 14 = 0.095 to 37/15 / 14 = 0.176; nih 2/9 to 2/27.
-    assert text[0].startswith(
-        "sampled reward 0.250 -> 0.750 (first against last quarter, +0.500, 95 % +0.500 to +0.500);"
-        " greedy macro-F1 home +0.081 ("
+    text = end_of_run(run, ["home", "nih"], "checkpoint-4")
+    assert max(map(len, text.splitlines())) <= 100
+    sentence, _, table = text.partition("\n\n")
+    # Macro-F1 by hand: home 4/3 / 14 = 0.095 to 37/15 / 14 = 0.176, on NIH's nine 2/27 to 1/5, nih
+    # 2/9 to 2/27.
+    sentence = " ".join(sentence.splitlines())
+    assert sentence.startswith(
+        "sampled reward 0.250 -> 0.750, no clear change (first against last quarter, +0.500, 95 %"
+        " +0.500 to +0.500); greedy macro-F1: too few patients to tell (under 20) at home (home)"
+        " +0.081 ("
     )
-    assert "nih -0.148 (" in text[0] and "at n = 4 and 3" in text[0] and text[1] == ""
-    columns = "data set / stage n Jaccard micro-F1 macro-F1 fail unknown"
-    assert " ".join(text[2].split()) == columns
-    assert [line.split("  ")[1] for line in text if line.startswith("  ") and "(" in line] == [
+    assert "at home on 9 shared labels +0.126 (" in sentence
+    assert "on nih, 9 labels -0.148 (" in sentence and "n = 4 and 3" in sentence
+    lines = table.splitlines()
+    assert " ".join(lines[0].split()) == "data set / stage n Jaccard micro-F1 macro-F1 fail unknown"
+    assert lines[1] == (
+        "rollouts, sampled reward: 0.250 -> 0.750 +0.500 (+0.500 to +0.500), first and last quarter"
+    )
+    assert [line.split("  ")[1] for line in lines if line.startswith("  ") and "(" in line] == [
         *("start (0)", "best (4)", "last (8)") * 2
     ]
-    last = next(line for line in text if line.startswith("  last (8)"))
+    last = next(line for line in lines if line.startswith("  last (8)"))
     assert last.split()[2:8] == ["4", "0.750", "+0.375", "0.800", "+0.356", "0.176"]
-    assert text[text.index(last) + 1].startswith("    95 %")
-    start = next(line for line in text if line.startswith("  start (0)"))
+    below = lines[lines.index(last) + 1 :]
+    assert below[0].startswith("    95 %")
+    # the shared labels stand in the column of macro-F1
+    assert below[1].split() == ["9", "shared", "+0.126"]
+    assert below[1].index("+0.126") == last.index("0.176") and below[2].startswith("    95 %")
+    start = next(line for line in lines if line.startswith("  start (0)"))
     assert start.split()[2:4] == ["4", "0.375"] and start.split()[4].startswith("(.")
-    assert max(map(len, text[1:])) <= 100
 
 
 def test_a_vote_of_the_start_is_a_row_beside_grpo(run):
@@ -205,16 +288,20 @@ def test_a_vote_of_the_start_is_a_row_beside_grpo(run):
     ]
     assert nih.count("+0.000") == 3
     assert "start (0)" in text[text.index(home) - 1]
-    assert "greedy macro-F1 home +0.000" in text[0]  # GRPO's own answers, not the vote's
+    # GRPO's own answers, not the vote's
+    assert "at home (home) +0.000" in " ".join(text)
 
 
 def test_the_sentence_is_kept_for_other_commands(run):
-    printed = end_of_run(run, ["home", "nih"], None).splitlines()[0]
+    printed = " ".join(end_of_run(run, ["home", "nih"], None).partition("\n\n")[0].splitlines())
     kept = json.loads((run / "summary.json").read_text())
     assert kept["sentence"] == printed and kept == summarize(run, ["home", "nih"])
     assert kept["sampled_reward"]["difference"] == 0.5
     assert kept["rows"][0]["since_start"]["macro_f1"]["difference"] == pytest.approx(17 / 15 / 14)
-    assert set(kept["gaps"]) == {"gap", "gap_se", "gap_shared", "gap_shared_se"}
+    # gain_shared and its error: what both sides have gained, for --metric_for_best_model
+    assert set(kept["gaps"]) == {
+        *("gap", "gap_se", "gap_shared", "gap_shared_se", "gain_shared", "gain_shared_se")
+    }
     assert kept["silenced"] == {"home": [], "nih": []}
 
 
@@ -235,21 +322,25 @@ def test_only_what_the_run_has_silenced_is_in_the_sentence(tmp_path):
     summary = summarize(run, ["home"])
     assert summary["silenced"] == {"home": ["Edema"]}
     # all answers got worse, and yet 12 patients are too few for a verdict
-    assert summary["sentence"].endswith(": no clear change at n = 12; silenced: Edema (home)")
+    assert summary["sentence"].startswith(
+        "greedy macro-F1: too few patients to tell (under 20) on home -0."
+    )
+    assert summary["sentence"].endswith(", n = 12; silenced: Edema (home)")
 
 
 def test_a_run_of_an_earlier_version_has_a_sentence_of_what_it_kept(run):
     (run / "start/predictions-nih.jsonl").unlink()
     (run / "evaluations.jsonl").unlink()
     text = end_of_run(run, ["home", "nih"], "checkpoint-4")
-    assert "\n" not in text and "home +0.081" in text and "nih" not in text
-    assert end_of_run(run, [], None).endswith("+0.500 to +0.500)")
+    words = " ".join(text.splitlines())
+    assert "data set" not in text and "on home +0.081" in words and "nih" not in words
+    assert end_of_run(run, [], None).endswith("+0.500 to\n+0.500)")
 
 
 # ---- the same columns everywhere -----------------------------------------------------------------
 def test_all_commands_print_the_same_columns(run):
     scores = score(AFTER) | {"stage": "SFT (114)"}
-    grpo = end_of_run(run, ["home", "nih"], None).splitlines()[2]
+    grpo = end_of_run(run, ["home", "nih"], None).partition("\n\n")[2].splitlines()[0]
     assert format_scores({"home": scores}).splitlines()[0].split() == grpo.split()
     assert format_scores({"home": scores}).splitlines()[2].startswith("  SFT (114)")
 

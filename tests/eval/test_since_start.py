@@ -58,6 +58,11 @@ def test_changes_and_gaps_by_hand(tmp_path):
     assert found.gaps["gap"] == pytest.approx(17 / 15 / 14 + 4 / 27)
     assert found.gaps["gap_shared"] == pytest.approx(1 / 5 - 2 / 27 + 4 / 27)
     assert found.gaps["gap_se"] > 0 and found.gaps["gap_shared_se"] > 0 and not found.notes
+    # both sides on NIH's nine: the mean of +17/135 and -4/27
+    assert found.gaps["gain_shared"] == pytest.approx((1 / 5 - 2 / 27 - 4 / 27) / 2)
+    assert home["since_start"]["macro_f1_shared"]["difference"] == pytest.approx(1 / 5 - 2 / 27)
+    assert (home["shared_labels"], home["num_labels"], nih["num_labels"]) == ([9, 9], 14, 9)
+    assert "shared_labels" not in nih  # home can express all of its labels
 
 
 def rows_of(site: str, evaluated, said: list[str]) -> list[Prediction]:
@@ -99,13 +104,17 @@ def test_the_two_sites_are_drawn_apart(tmp_path):
     found = since_start(run_of(tmp_path, start, now), ["home", "away"])
     share = np.random.default_rng(3).binomial(40, 0.5, size=(2, 20_000)) / 40
     home, away = 2 * share / (1 + share)
+    assert found.gaps["gain_shared"] == pytest.approx(2 / 3)  # both gain from 0 to F1 of f = 1/2
+    error = found.gaps["gain_shared_se"]
+    assert error == pytest.approx(((home + away) / 2).std(), rel=0.1)
     assert found.gaps["gap_shared"] == 0
     assert found.gaps["gap_se"] == pytest.approx((home - away).std(), rel=0.1)
 
 
 def test_at_the_start_nothing_has_changed(tmp_path):
     found = since_start(run_of(tmp_path, BOTH, {}), ["home", "nih"])
-    assert found.gaps == {"gap": 0.0, "gap_se": 0.0, "gap_shared": 0.0, "gap_shared_se": 0.0}
+    of_all = ("gap", "gap_se", "gap_shared", "gap_shared_se", "gain_shared", "gain_shared_se")
+    assert found.gaps == dict.fromkeys(of_all, 0.0)
     for line in found.rows:
         for change in line["since_start"].values():
             assert change == {"difference": 0.0, "interval": [0.0, 0.0]}
@@ -142,9 +151,11 @@ def test_a_set_of_one_patient_has_no_standard_error_and_says_so(tmp_path):
     assert found.gaps == {
         "gap": 0.0,
         "gap_shared": 0.0,
+        "gain_shared": 0.0,
     }  # a condition on gap_shared_se cannot come true
     assert found.notes == [
-        "home: all images are of one patient, so gap_se and gap_shared_se are not measured"
+        "home: all images are of one patient, so gap_se, gap_shared_se, gain_shared_se are not"
+        " measured"
     ]
 
 
@@ -156,7 +167,8 @@ def test_sets_that_share_no_label_have_no_shared_gap_and_say_so(tmp_path):
     found = since_start(run_of(tmp_path, start, {}), ["home", "away"])
     assert set(found.gaps) == {"gap", "gap_se"}
     assert found.notes == [
-        "home shares no label with away, so gap_shared and gap_shared_se are not measured"
+        "home shares no label with away, so gap_shared, gain_shared and their errors are not"
+        " measured"
     ]
 
 

@@ -13,7 +13,7 @@ from engine.tracking import RunLogger
 from eval.scores import evaluated_metrics
 from rl.evaluation import record_evaluation, with_rewards
 from rl.rewards import HardReward
-from rl.settings import SET_METRICS
+from rl.settings import GAPS, SET_METRICS
 
 SCORES = {
     "macro": {"f1": 0.4},
@@ -63,7 +63,7 @@ def test_eq_3_counts_the_tokens_of_the_setting_in_evaluation_too(length_of, tota
 
 
 FAULTS = ("fail_rate", "invalid_rate", "unknown_rate", "no_label_rate", "silenced_labels")
-OF_ALL_SETS = ("gap", "gap_se", "gap_shared", "gap_shared_se")
+OF_ALL_SETS = ("gap", "gap_se", "gap_shared", "gap_shared_se", "gain_shared_se")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,7 @@ OF_ALL_SETS = ("gap", "gap_se", "gap_shared", "gap_shared_se")
         *((f"site/{metric}", (0.1, "checkpoint-2")) for metric in FAULTS),
         *((gap, (0.1, "checkpoint-2")) for gap in OF_ALL_SETS),
         ("site/macro_f1", (0.3, "checkpoint-1")),
+        ("gain_shared", (0.3, "checkpoint-1")),
         ("site/macro_f1 - gap", (0.0, "checkpoint-1")),  # a trade-off is made large: all are 0
     ],
 )
@@ -79,6 +80,6 @@ def test_less_of_a_fault_or_of_a_gap_is_better_and_more_of_a_score(tmp_path, cho
     state, log = TrainerState(), RunLogger(tmp_path)
     for state.global_step, value in ((1, 0.3), (2, 0.1), (3, 0.2)):
         metrics = {"site": dict.fromkeys(SET_METRICS, value)}
-        record_evaluation(metrics, dict.fromkeys(OF_ALL_SETS, value), log, state, chosen)
+        record_evaluation(metrics, dict.fromkeys(GAPS, value), log, state, chosen)
     log.close()
     assert (state.best_metric, state.best_model_checkpoint) == best

@@ -66,12 +66,17 @@ def test_every_other_file_of_a_package_is_package_data(setup):
         )
 
 
-@pytest.mark.parametrize(
-    "recipe", [path.stem for path in (ROOT / "engine" / "recipes").glob("*.toml")]
-)
-def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_path):
+# each shipped recipe, `robust` after one that has a model and data
+RECIPES = [
+    ("demo", path.stem) if path.stem == "robust" else (path.stem,)
+    for path in (ROOT / "engine" / "recipes").glob("*.toml")
+]
+
+
+@pytest.mark.parametrize("recipes", RECIPES, ids=" ".join)
+def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipes, tmp_path):
     folder = tmp_path / "my runs"  # a shell takes the command as it is printed
-    words = shlex.split(next_command(recipe, folder))
+    words = shlex.split(next_command(recipes, folder))
     assert words[:2] == ["python", "run_grpo.py"]
     resolved = parse_config(
         [GRPOConfig, ObjectiveConfig],
@@ -83,29 +88,30 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipe, tmp_pat
     assert (
         resolved.configs[0].adapter_name_or_path == str(folder) and resolved.configs[0].train_file
     )
+    assert resolved.recipes == recipes
 
 
 def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
-    command = next_command("medgemma-4b-free-reasoning", tmp_path, "my-gemma")
+    command = next_command(["medgemma-4b-free-reasoning"], tmp_path, "my-gemma")
     assert "--recipe medgemma-4b-free-reasoning --model_name_or_path my-gemma --adapter" in command
 
 
 def test_the_next_commands_of_a_run_on_own_data_name_no_data_of_the_demo(tmp_path):
-    command = next_command("demo", tmp_path, own_data=True)
+    command = next_command(["demo"], tmp_path, own_data=True)
     assert command.endswith(f"{tmp_path} --train_file FILE --validation_file NAME=FILE")
     evaluate = f"python -m eval.evaluate --adapter_name_or_path {tmp_path} --data_file"
-    assert next_command_of_grpo("demo", tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
-    demo = next_command_of_grpo("demo", tmp_path, "demo:rl-train")
+    assert next_command_of_grpo(["demo"], tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
+    demo = next_command_of_grpo(["demo"], tmp_path, "demo:rl-train")
     assert demo == f"{evaluate} test-a=demo:test-a test-a2=demo:test-a2 test-b=demo:test-b"
-    assert next_command_of_grpo("demo-quick", tmp_path, "demo:rl-train") == demo
-    assert next_command("demo-quick", tmp_path).endswith(f"--adapter_name_or_path {tmp_path}")
+    assert next_command_of_grpo(["demo-quick"], tmp_path, "demo:rl-train") == demo
+    assert next_command(["demo-quick"], tmp_path).endswith(f"--adapter_name_or_path {tmp_path}")
 
 
 def test_commands_that_are_printed_keep_a_path_with_blanks_whole(tmp_path):
     folder = tmp_path / "Anna's runs"
     printed = [
-        next_command(None, folder, "my models/base"),
-        next_command_of_grpo("demo", folder, "own.jsonl"),
+        next_command([], folder, "my models/base"),
+        next_command_of_grpo(["demo"], folder, "own.jsonl"),
         resume_command("run_sft.py", folder),
     ]
     assert all(str(folder) in shlex.split(command) for command in printed)
