@@ -11,11 +11,13 @@ cell needs (the SFT run of its seed) is then made anew. About an hour of CPU tim
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +28,7 @@ from typing import Any
 
 import checkout  # noqa: F401  this checkout before an installed one
 from transfer_cells import PLACE, cell_file, pack, read_cell, write_truth
-from transfer_tables import ARMS, BASE, GRPO, SETS, SFT, Study, tables, whole_seeds
+from transfer_tables import ARMS, BASE, GRPO, SETS, SFT, VOTE, Study, tables, whole_seeds
 
 from data.demo.radiographs import GENERATOR_VERSION, draw
 from data.demo.splits import seeds, write_split
@@ -37,6 +39,9 @@ from data.labels import NIH_NINE
 from data.predictions import read_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+).stdout.strip()
 SAMPLES, TEMPERATURE = 4, 0.8
 CHOSEN_ON = {"a": "study-validation-a", "b": "study-validation-b"}  # the alpha of interpolation
 USED = ("sft-train", "rl-train", "rl-train-b", "validation-a", "validation-a2", "validation-b")
@@ -63,6 +68,7 @@ GRPO_ARMS: dict[str, tuple[str, ...]] = {
         "--no_vote_baseline",
     ),
 }
+OWN_ARMS = tuple(arm for arm in ARMS if arm != VOTE)  # the vote is made of SFT's samples
 
 
 @dataclass
@@ -151,7 +157,7 @@ class Workshop:
             "seed": seed,
             **facts,
             "cpu_seconds": round(facts.get("cpu_seconds", 0) + seconds),
-            "made_with": made_with() | {"adapter": _sha256(model) if model else None},
+            "made_with": made_with() | {"adapter": model and _sha256(model), "commit": COMMIT},
             "answers": answers,
         }
         write_json(cell_file(arm, seed), record)
@@ -241,8 +247,10 @@ class Workshop:
         self.write_cell("interpolated", seed, self.folder / name / f"alpha-{alpha}", facts)
 
     # ---- all of it -------------------------------------------------------------------------------
-    def submit(self, pool: ThreadPoolExecutor, study_seeds: Sequence[int]) -> list[Future]:
-        """Hand all missing cells to the pool, what others need before them."""
+    def submit(
+        self, pool: ThreadPoolExecutor, study_seeds: Sequence[int], arms: Sequence[str]
+    ) -> list[Future]:
+        """Hand the missing cells of these arms to the pool, what others need before them."""
         jobs: list[tuple[str, int | None, Callable[[], None]]] = [(BASE, None, self.base)]
         for pair in (study_seeds[i : i + 2] for i in range(0, len(study_seeds), 2)):
             jobs += [(SFT, seed, lambda seed=seed: self.sft(seed)) for seed in pair]
@@ -263,17 +271,19 @@ def _shared_macro_f1(scores_file: Path) -> float:
 
 
 def made_with() -> dict[str, str]:
-    """Say what the demo was when a cell was made."""
+    """Say what the demo was when a cell was made, whatever the comments of its recipe."""
+    with open(ROOT / "engine/recipes/demo.toml", "rb") as file:
+        recipe = tomllib.load(file)
     return {
         "generator_version": GENERATOR_VERSION,
         "base": sha256_of(ROOT / "data/demo/base/model.safetensors"),
-        "recipe": sha256_of(ROOT / "engine/recipes/demo.toml"),
+        "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
     }
 
 
 def check_cells(study_seeds: Sequence[int]) -> None:
     """Refuse to add to cells that were made with another demo."""
-    arms = [(BASE, None), *((arm, seed) for arm in ARMS for seed in study_seeds)]
+    arms = [(BASE, None), *((arm, seed) for arm in OWN_ARMS for seed in study_seeds)]
     for arm, seed in arms:
         cell = read_cell(arm, seed)
         if cell and not made_with().items() <= cell["made_with"].items():
@@ -289,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the runs go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--arms", nargs="+", choices=OWN_ARMS, default=list(OWN_ARMS))
     options = parser.parse_args(arguments)
     check_cells(options.seeds)
     folder = options.folder.resolve()
@@ -297,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_split(split, None, folder / "demo-data")
     write_truth({one: read_jsonl(folder / f"demo-data/{one}.jsonl") for one in SETS})
     with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = Workshop(folder).submit(pool, options.seeds)
+        jobs = Workshop(folder).submit(pool, options.seeds, options.arms)
         try:
             for job in jobs:
                 job.result()
