@@ -1,9 +1,10 @@
-"""Draw the README's picture of a GRPO run: one X-ray with the answer, and macro-F1 by step.
+"""Draw the README's picture of a GRPO run: one X-ray with the answer, and Jaccard by step.
 
     python tests/benchmarks/run_picture.py runs/...-grpo --output .github/pictures/demo_run.png
 
 Reads the run's last predictions and its metrics, so it needs a finished run of the demo and the
-images in demo-data/. Needs the extra `plots`. The example is named and not chosen by its score.
+images in demo-data/. Needs the extra `plots`. The example shows the shortcut: a burned-in word, and
+a sign that the model only claims.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ TITLES = {
 }
 
 
-def macro_f1_by_step(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read each validation set's (step, macro-F1) from metrics.jsonl."""
+def jaccard_by_step(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read each validation set's (step, Jaccard index) from metrics.jsonl."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if "macro_f1" in row:
-            found.setdefault(row["dataset"], []).append((row["step"], row["macro_f1"]))
+        if "jaccard" in row:
+            found.setdefault(row["dataset"], []).append((row["step"], row["jaccard"]))
     return found
 
 
@@ -83,13 +84,13 @@ def draw(image: Path, row: dict, curves: dict[str, list[tuple[int, float]]], out
     for name, points in curves.items():
         steps, scores = zip(*points, strict=True)
         chart.plot(steps, scores, "o-", color=COLOURS[name], linewidth=2, label=TITLES[name])
-    chart.set_title("macro-F1, greedy, 150 images each", size=11)
+    chart.set_title("Jaccard index, greedy, 150 images each", size=11)
     chart.set_xlabel("optimizer step of GRPO (0: after SFT)")
     chart.set_xticks(sorted({step for points in curves.values() for step, _ in points}))
     chart.set_ylim(0, 1)
     chart.grid(alpha=0.3)
     chart.spines[["top", "right"]].set_visible(False)
-    chart.legend(frameon=False, loc="lower right")
+    chart.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.46))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
@@ -102,14 +103,14 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="folder of a finished GRPO run of the demo")
     parser.add_argument("--data_folder", type=Path, default=Path("demo-data"))
-    parser.add_argument("--example", default="validation-a-00000", help="id of an image of site-a")
+    parser.add_argument("--example", default="validation-a2-00001", help="id of a validation image")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     arguments = parser.parse_args()
     split = arguments.example.rpartition("-")[0]
     draw(
         arguments.data_folder / split / f"{arguments.example}.png",
-        answer_of(arguments.run, "site-a", arguments.example),
-        macro_f1_by_step(arguments.run),
+        answer_of(arguments.run, split.replace("validation", "site"), arguments.example),
+        jaccard_by_step(arguments.run),
         arguments.output,
     )
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e3:.0f} kB")
