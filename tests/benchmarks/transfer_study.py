@@ -258,7 +258,11 @@ class Workshop:
                 jobs += [(arm, s, lambda arm=arm, s=s: self.grpo(arm, s)) for s in pair]
             jobs += [("more-sft", seed, lambda seed=seed: self.more_sft(seed)) for seed in pair]
             jobs += [("interpolated", s, lambda s=s: self.interpolated(s)) for s in pair]
-        return [pool.submit(job) for arm, seed, job in jobs if read_cell(arm, seed) is None]
+        return [
+            pool.submit(job)
+            for arm, seed, job in jobs
+            if arm in arms and read_cell(arm, seed) is None
+        ]
 
 
 def _sha256(adapter: Path) -> str:
@@ -279,6 +283,20 @@ def made_with() -> dict[str, str]:
         "base": sha256_of(ROOT / "data/demo/base/model.safetensors"),
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
     }
+
+
+def claim(folder: Path) -> None:
+    """Say in the folder which demo its runs are of, and refuse one with other runs.
+
+    Raises SystemExit where there are files of another demo, or of something else.
+    """
+    note = folder / "study.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_with():
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} holds runs of another demo, or other files: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, made_with())
 
 
 def check_cells(study_seeds: Sequence[int]) -> None:
@@ -303,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_cells(options.seeds)
     folder = options.folder.resolve()
+    claim(folder)
     used = (*USED, *CHOSEN_ON.values(), *SETS)
     for split in used:  # drawn here once, so that no two runs draw them at the same time
         write_split(split, None, folder / "demo-data")
