@@ -14,10 +14,13 @@ import shlex
 import pytest
 
 from engine.config import parse_config
+from engine.model_files import DEMO_RECIPES
+from engine.optim import scheduled_rate
 from engine.run import next_command, resume_command
+from engine.settings import resolve_sft, validation_files
 from rl.objective import ObjectiveConfig
 from rl.run import next_command as next_command_of_grpo
-from rl.settings import GRPOConfig, grpo_problems
+from rl.settings import GRPOConfig, grpo_problems, resolve_grpo
 from tests.helpers.repository import ROOT
 
 
@@ -89,6 +92,24 @@ def test_the_next_command_that_sft_prints_is_one_that_grpo_takes(recipes, tmp_pa
         resolved.configs[0].adapter_name_or_path == str(folder) and resolved.configs[0].train_file
     )
     assert resolved.recipes == recipes
+
+
+@pytest.mark.parametrize("recipe", DEMO_RECIPES)
+def test_each_recipe_of_the_demo_watches_home_the_marks_without_meaning_and_the_other_site(recipe):
+    for resolve, argv in ((resolve_sft, []), (resolve_grpo, ["--adapter_name_or_path", "none"])):
+        config = resolve(["--recipe", recipe, *argv]).configs[0]
+        sets = {f"site-{name}": f"demo:validation-{name}" for name in ("a", "a2", "b")}
+        assert validation_files(config) == sets and config.train_file.startswith("demo:")
+
+
+def test_the_quick_recipe_never_takes_a_step_at_the_demos_rate():
+    """Forty steps, of which eight (0.2 x 40) warm up to 3e-4: the first steps have 0, 3.75e-5,
+    7.5e-5. A first step at 1e-3, full size in every direction under AdamW, ruins the model.
+    """
+    config = resolve_grpo(["--recipe", "demo-quick", "--adapter_name_or_path", "none"]).configs[0]
+    rates = [scheduled_rate(config, step, config.max_steps) for step in range(40)]
+    assert rates[:3] == pytest.approx([0.0, 3.75e-5, 7.5e-5])
+    assert max(rates) == pytest.approx(3e-4)
 
 
 def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
