@@ -275,7 +275,7 @@ def _told(config: MergeConfig, asking: Mapping[str, Any], ranks: Sequence[int]) 
     if "prompt" in asking["kept"]:
         prompt = str(place / prompt)
     command = ["python", "-m", "eval.matrix", "--model"]
-    command += [f"{name}={place / name}" for name in named]
+    command += [f"{name.replace('.', '_')}={place / name}" for name in named]  # as it takes names
     command += ["--prompt", prompt]
     command += ["--data_file", "HOME=VALIDATION", "ABROAD=VALIDATION", "--output_dir", "FOLDER"]
     shown = ", ".join(f"{name} of rank {rank}" for name, rank in zip(named, ranks, strict=True))

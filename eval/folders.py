@@ -39,6 +39,7 @@ from data.plain_files import (
 from data.predictions import Prediction, first_label_set, iter_predictions, write_predictions
 from data.prompt_files import prompt_name
 from engine.adapter_settings import shown
+from engine.card import INTERPOLATION
 from engine.checkpoint import checkpoint_step
 from engine.config import UsageError, from_json
 from engine.model_files import EMBEDDED
@@ -333,7 +334,7 @@ class Entry:
     record}. settings: of the run or evaluation in the folder. trained: of the run that trained the
     model. is_told: the stage is told by records, and no guess from the name. is_added: nobody named
     the folder, it lies in that of a GRPO run that somebody named. label_set: of its answers, else
-    of its run.
+    of its run. interpolation: of a model between two adapters its "alpha" and the "sha256" of both.
     """
 
     name: str
@@ -353,6 +354,7 @@ class Entry:
     is_told: bool = False
     is_added: bool = False
     label_set: LabelSet = CHEXPERT
+    interpolation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_read(self) -> NameOrFile:
@@ -559,7 +561,19 @@ def load_entry(name: str, folder: Path) -> Entry:
         label_set=next(
             (first_label_set(path) for path in sets.values()), labels_of(trained.get("label_file"))
         ),
+        interpolation=_interpolation_of(run),
     )
+
+
+def _interpolation_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Read which share of which adapters a model has, {} for any other model."""
+    told = run.get(INTERPOLATION)
+    if not isinstance(told, dict):
+        return {}
+    alpha, digests = told.get("alpha"), told.get("sha256")
+    if not isinstance(alpha, (int, float)) or not isinstance(digests, list) or len(digests) != 2:
+        return {}
+    return {"alpha": alpha, "sha256": list(map(str, digests))}
 
 
 def _sets_of(folder: Path) -> dict[str, Path]:

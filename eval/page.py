@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -206,11 +206,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Hold a whole page."""
+    """Hold a whole page. files: what is written beside it, {name: text}."""
 
     title: str
     subtitle: str
     sections: Sequence[Section] = field(default_factory=list)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def pictures(self) -> list[Picture]:
         """Return the pictures of the page, in their order, but those of cases."""

@@ -10,9 +10,11 @@ from eval.page_text import to_markdown
 
 
 def write_page(page: Page, folder: Path) -> None:
-    """Write report.html, report.md and the pictures that the latter names."""
+    """Write report.html, report.md, the pictures that the latter names and the page's files."""
     (folder / "report.html").write_text(to_html(page), encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(page, "pictures"), encoding="utf-8")
+    for name, text in page.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     for picture in page.pictures():
         (folder / "pictures").mkdir(exist_ok=True)
         (folder / "pictures" / picture_file(picture)).write_bytes(picture.data)

@@ -1,8 +1,9 @@
 """Draw the pictures of a report as SVG, without any library.
 
 Each is drawn twice, for a wide and for a narrow screen. Scores stand on an axis from 0 to 1, so no
-difference looks larger than it is. Models are told apart by the shape of their marks as well as by
-colours, which colour-blind readers can tell apart.
+difference looks larger than it is. The line between two adapters alone is a window: as wide on both
+axes, at least 0.2, and its title says so. Models are told apart by the shape of their marks as well
+as by colours, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -150,6 +151,81 @@ def _dumbbell(contrasts: Sequence[Contrast], home: Sequence[str], width: int) ->
 
 def _fitting(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+# ---- between two adapters ------------------------------------------------------------------------
+SharePoint = tuple[str, float, float, tuple[float, float], float, tuple[float, float]]
+_LEAST_WINDOW = 0.2
+
+
+def frontier_picture(points: Sequence[SharePoint], chosen: float) -> Picture:
+    """Draw the score at home over that elsewhere, one mark a share, joined, with 95 % intervals.
+
+    points: (model, alpha, score at home with its interval, elsewhere with its interval), the
+    smallest alpha first. chosen: the alpha to mark.
+    """
+    told = [
+        f"alpha {alpha:g}{' (chosen)' if alpha == chosen else ''} {home:.3f} ({at[0]:.3f} to"
+        f" {at[1]:.3f}) at home, {away:.3f} ({off[0]:.3f} to {off[1]:.3f}) elsewhere"
+        for _, alpha, home, at, away, off in points
+    ]
+    return Picture(
+        "frontier",
+        _frontier(points, chosen, 640),
+        "image/svg+xml",
+        f"Macro-F1 of each share with 95 % intervals: {'; '.join(told)}.",
+        narrow=_frontier(points, chosen, NARROW),
+    )
+
+
+def _frontier(points: Sequence[SharePoint], chosen: float, width: int) -> bytes:
+    left, top, below = 62, 34, 48
+    side = width - left - 16
+    drawing = Drawing(width, top + side + below)
+    bounds = [score for _, _, _, at, _, off in points for score in (at, off)]
+    span = [(low, high) for low, high in bounds]
+    size = max(
+        _LEAST_WINDOW,
+        1.1 * max(max(high for _, high in part) - min(low for low, _ in part) for part in
+                  (span[0::2], span[1::2])),
+    )  # fmt: skip
+    starts = []
+    for part in (span[1::2], span[0::2]):  # elsewhere to the right, home upwards
+        middle = (max(high for _, high in part) + min(low for low, _ in part)) / 2
+        starts.append(min(max(0.0, middle - size / 2), max(0.0, 1 - size)))
+
+    def across(score: float) -> float:
+        return left + (score - starts[0]) / size * side
+
+    def up(score: float) -> float:
+        return top + side - (score - starts[1]) / size * side
+
+    title = f"macro-F1, 95 % intervals, a window of {size:.2f} on both axes"
+    drawing.text(0, 16, title, bold=True, size=12 if width < 600 else 14)
+    step = 0.05 if size <= 0.4 else 0.2
+    for tick in np.arange(0, 1 + step / 2, step):
+        if starts[0] <= tick <= starts[0] + size:
+            drawing.line(across(tick), top, across(tick), top + side, "#e3e6ea", 1)
+            drawing.text(
+                across(tick), top + side + 15, f"{tick:.2f}", anchor="middle", size=11, colour=_SOFT
+            )
+        if starts[1] <= tick <= starts[1] + size:
+            drawing.line(left, up(tick), left + side, up(tick), "#e3e6ea", 1)
+            drawing.text(left - 6, up(tick) + 4, f"{tick:.2f}", anchor="end", size=11, colour=_SOFT)
+    drawing.text(left + side / 2, top + side + 34, "elsewhere, shared labels", anchor="middle")
+    drawing.text(left + 4, top + 14, "at home")
+    places = [(across(away), up(home)) for _, _, home, _, away, _ in points]
+    for begin, end in zip(places, places[1:], strict=False):
+        drawing.line(*begin, *end, "#8b949e", 1.5)
+    for number, (_, alpha, _, at, _, off) in enumerate(points):
+        colour = COLOURS[number % len(COLOURS)]
+        x, y = places[number]
+        drawing.line(across(off[0]), y, across(off[1]), y, colour, 1.4)
+        drawing.line(x, up(at[0]), x, up(at[1]), colour, 1.4)
+        drawing.mark(x, y, number, 7 if alpha == chosen else 5)
+        name = f"{alpha:g}{', chosen' if alpha == chosen else ''}"
+        drawing.text(x + 9, y - 8, name, bold=alpha == chosen, size=12)
+    return drawing.svg()
 
 
 # ---- labels --------------------------------------------------------------------------------------

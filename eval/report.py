@@ -10,6 +10,7 @@ eval.evaluate`. Which model it holds and which run trained it is read from the r
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,14 @@ from eval.contrasts import (
 from eval.faithfulness_tables import faithfulness_tables
 from eval.figures import reliability_pictures, training_pictures
 from eval.folders import Entry, added_votes, answers_by_set, flag_first, load_entries, one_label_set
+from eval.frontier import (
+    CHOICE,
+    Frontier,
+    choice_text,
+    chosen_before,
+    frontier_of,
+    frontier_section,
+)
 from eval.group_tables import groups_tables
 from eval.page import (
     ARROW,
@@ -97,6 +106,12 @@ class ReportConfig:
         unit="images",
         source=ENGINE,
         within="[0, 100000]",
+    )
+    chosen_alpha: str | None = setting(
+        None,
+        "chosen-alpha.json that a report on validation sets wrote: marks that share among adapters"
+        " between two others, and refuses one that was chosen on patients shown here",
+        unset="chosen on what is shown, and said so",
     )
     resamples: int = setting(
         RESAMPLES,
@@ -207,11 +222,16 @@ def report_page(
     ]
     step = last_step([entry.name for entry in entries], pairs)
     found = transfers(contrasts, home, pairs)
+    between = frontier_of(entries, contrasts, home)
+    chosen = None
+    if config.chosen_alpha is not None:
+        chosen = chosen_before(config.chosen_alpha, between)
     cases = _cases(entries, contrasts, config, step)
     # drawn images, and other labels, have nothing in common with the paper's hospitals
     with_paper = contrasts[0].label_set == CHEXPERT and not any(entry.is_demo for entry in entries)
     sections = [
         _first_screen(contrasts, home, found, step, cases),
+        *_frontier_sections(between, config.chosen_alpha, chosen),
         *_transfer_sections(contrasts, home, pairs, found, with_paper=with_paper),
         _confusion_section(contrasts, step),
         _label_section(contrasts, pairs),
@@ -232,6 +252,7 @@ def report_page(
         f"{', '.join(entry.name for entry in entries)} on {images} images. At home:"
         f" {', '.join(home) or 'none'}.",
         sections,
+        {CHOICE: choice_text(between)} if between is not None and chosen is None else {},
     )
 
 
@@ -272,6 +293,16 @@ def _transfer_sections(
         ),
     ]
     return [Section("Step by step", blocks)]
+
+
+def _frontier_sections(
+    between: Frontier | None, chosen_on: str | None, chosen: float | None
+) -> list[Section]:
+    """Show the line between two adapters. chosen: the alpha of a choice on other data."""
+    if between is None:
+        return []
+    alpha = between.chosen.alpha if chosen is None else chosen
+    return [frontier_section(between, chosen_on, alpha)]
 
 
 def _group_sections(
@@ -489,6 +520,12 @@ def _run(argv: Sequence[str]) -> int:
     for block in page.sections[0].blocks:
         if isinstance(block, Lead):
             print("\n".join(console_lines(block)).replace(ARROW, "->").strip())
+    if CHOICE in page.files:
+        alpha = json.loads(page.files[CHOICE])["alpha"]
+        print(
+            f"chosen alpha: {alpha:g}, on the images shown; for other data: --chosen_alpha", end=" "
+        )
+        print(folder / CHOICE)
     print(f"report: {folder / 'report.html'} ({time.perf_counter() - started:.1f} s)")
     return 0
 

@@ -101,7 +101,7 @@ def plain_sentence(
         parts.append(f"kept: step {kept[0]} of {kept[1]}{start}")
     compared = [row for row in rows if row.get("since_start")]
     if compared:
-        parts.append(f"greedy macro-F1{_macro_words(compared, compared[0] is rows[0])}")
+        parts += _greedy_words(compared, knows_home=compared[0] is rows[0])
         named = [f"{', '.join(labels)} ({name})" for name, labels in silenced.items() if labels]
         parts.append(f"silenced: {'; '.join(named) or 'no label'}")
     return "; ".join(parts)
@@ -120,55 +120,61 @@ def _reward_words(reward: Mapping[str, Any]) -> str:
 
 
 _VERBS = {"gain": "rose", "loss": "fell", "": NO_CLEAR_CHANGE}
-_TOO_FEW = f"too few patients to tell (under {FEW_PATIENTS})"
-_MOST_WITH_NUMBERS = 3  # places without a clear change: of more, the table alone has the numbers
 
 
-def _macro_words(rows: Sequence[Mapping[str, Any]], knows_home: bool) -> str:
-    """Say where macro-F1 has risen, fallen or not clearly changed.
+def _greedy_words(rows: Sequence[Mapping[str, Any]], *, knows_home: bool) -> list[str]:
+    """Say where the scores of greedy answers have risen and fallen, Jaccard before macro-F1.
+
+    Jaccard is what the rewards are made of, macro-F1 counts rare labels like frequent ones. Where
+    nothing is clear the table has the numbers.
 
     rows: those that are compared with their start. knows_home: the first is of the home hospital.
     """
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {
-        word: [] for word in ("fell", "rose", NO_CLEAR_CHANGE, _TOO_FEW)
-    }
-    for row in rows:
-        patients = row.get("num_patients", row["n"])
-        is_home = knows_home and len(rows) > 1 and row is rows[0]
-        for place, change in _places(row, rows[0], is_home=is_home):
-            word = _VERBS[clear_change(change["interval"], patients)]
-            found[_TOO_FEW if patients < FEW_PATIENTS else word].append((place, change))
+    enough = [row for row in rows if row.get("num_patients", row["n"]) >= FEW_PATIENTS]
+    few = [clipped(row["dataset"]) for row in rows if row not in enough]
+    everywhere = f"{NO_CLEAR_CHANGE}{' anywhere' if len(rows) > 1 else ''}"
+    found = {}
+    for metric, title in (("jaccard", "Jaccard"), ("macro_f1", "macro-F1")):
+        places: dict[str, list[str]] = {word: [] for word in _VERBS.values()}
+        for row in enough:
+            is_home = knows_home and len(rows) > 1 and row is rows[0]
+            for place, change in _places(row, rows[0], metric, is_home=is_home):
+                word = _VERBS[clear_change(change["interval"], row.get("num_patients", row["n"]))]
+                numbers = "" if word == NO_CLEAR_CHANGE else f" {_numbers(change)}"
+                places[word].append(f"{place}{numbers}")
+        moved = places["rose"] or places["fell"]
+        told = [f"{word} {', '.join(where)}" for word, where in places.items() if where]
+        found[title] = f" {', '.join(told)}" if moved else f": {everywhere}"
     parts = []
-    for word, places in found.items():
-        with_numbers = word in ("fell", "rose") or len(places) <= _MOST_WITH_NUMBERS
-        shown = [
-            f"{place} {_numbers(change)}" if with_numbers else place for place, change in places
-        ]
-        parts += [f"{word} {', '.join(shown)}"] if shown else []
-    numbers = " and ".join(dict.fromkeys(f"{row['n']:,}" for row in rows))
-    begin = " " if found["fell"] or found["rose"] else ": "
-    return f"{begin}{', '.join(parts)}, n = {numbers}"
+    if enough and all(words == f": {everywhere}" for words in found.values()):
+        parts = [f"greedy {' and '.join(found)}: {everywhere}"]
+    elif enough:
+        parts = [f"greedy {title}{words}" for title, words in found.items()]
+    if few:
+        parts.append(f"too few patients to tell (under {FEW_PATIENTS}): {', '.join(few)}")
+    return [*parts, f"n = {' and '.join(dict.fromkeys(format(row['n'], ',') for row in rows))}"]
 
 
 def _places(
-    row: Mapping[str, Any], home: Mapping[str, Any], *, is_home: bool
+    row: Mapping[str, Any], home: Mapping[str, Any], metric: str, *, is_home: bool
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Give the places where one data set is compared with its start -> (words for it, change).
 
-    A set with other labels than home tells their number. Home is a second place on the labels that
-    it shares with the others, where those are fewer.
+    A set with other labels than home tells their number. For macro-F1 home is a second place on the
+    labels that it shares with the others, where those are fewer.
     """
     changes, name = row["since_start"], clipped(row["dataset"])
+    shared = metric == "macro_f1" and SHARED in changes
     if is_home:
-        yield f"at home ({name})", changes["macro_f1"]
-        if SHARED in changes:
+        yield f"at home ({name})", changes[metric]
+        if shared:
             yield f"at home on {_shared(row)}", changes[SHARED]
-    elif SHARED in changes:
+    elif shared:
         yield f"on {name}, {_shared(row)}", changes[SHARED]
     else:
         count = row.get("num_labels")
         labels = "" if count == home.get("num_labels") else f", {count} labels"
-        yield f"on {name}{labels}", changes["macro_f1"]
+        yield f"on {name}{labels}", changes[metric]
 
 
 def _shared(row: Mapping[str, Any]) -> str:
@@ -234,10 +240,15 @@ def end_of_run(run: Path, names: Sequence[str], best: str | None) -> str:
     stages: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for name in names:
         steps = [step for data_set, step in rows if data_set == name]
-        chosen = [(0, "start"), (best_step, "best"), (max(steps, default=-1), "last")]
+        titles: dict[int, list[str]] = defaultdict(list)  # one line where two are the same step
+        for step, title in ((0, "start"), (best_step, "best"), (max(steps, default=-1), "last")):
+            titles[step].append(title)
         stages[name] = [
-            (f"{title} ({step})", rows[name, step] | ({"since_start": {}} if step == 0 else {}))
-            for step, title in dict.fromkeys(chosen)
+            (
+                f"{', '.join(named)} ({step})",
+                rows[name, step] | ({"since_start": {}} if step == 0 else {}),
+            )
+            for step, named in titles.items()
             if (name, step) in rows
         ]
     for row in since_start(run, names, run / VOTE).rows:

@@ -144,6 +144,7 @@ def test_a_run_and_what_grpo_made_of_it(tiny_sft_run, tiny_data, tmp_path, monke
     made = between(sft, trained, tmp_path / "made", "0", "0.25", "1")
     said = capsys.readouterr().out
     assert f"next, on validation sets: python -m eval.matrix --model alpha-0={made}/alpha-0" in said
+    assert f" alpha-0_25={made}/alpha-0.25 " in said  # a name that eval.matrix takes
     assert "--prompt demo --data_file HOME=VALIDATION" in said
     quarter = made / "alpha-0.25"
     kept = record(quarter / "config.json")
@@ -161,10 +162,10 @@ def test_a_run_and_what_grpo_made_of_it(tiny_sft_run, tiny_data, tmp_path, monke
     assert evaluate([*adapter, *flags, "--output_dir", str(scored)]) == 0
     asked = record(scored / "scores-site.json")["run"]["settings"]
     assert asked["max_visual_tokens"]["value"] == 4 and asked["max_completion_length"]["value"] == 6
-    models = ["--model", f"none={made / 'alpha-0'}", f"some={quarter}", "--prompt", "demo"]
+    models = ["--model", f"alpha-0={made / 'alpha-0'}", f"alpha-0_25={quarter}", "--prompt", "demo"]
     cells = tmp_path / "cells"
     assert matrix([*models, *flags, "--output_dir", str(cells)]) == 0
-    assert (cells / "some.demo/scores-site.json").is_file()
+    assert (cells / "alpha-0_25.demo/scores-site.json").is_file()
     assert grpo(quarter, tiny_data, tmp_path / "on", "--max_steps", "1") == 0
     assert record(tmp_path / "on/config.json")["settings"]["lora_r"]["value"] == 32
     assert main([*adapter, "--dtype", "float32", "--output_dir", str(tmp_path / "folded")]) == 0

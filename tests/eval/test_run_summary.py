@@ -108,56 +108,75 @@ REWARD = {"first": 0.658, "last": 0.692, "difference": 0.034, "interval": [0.012
 }
 
 
+UNCLEAR = (0.01, -0.02, 0.04)
+
+
 def moved(
     name: str,
-    difference: float,
-    low: float,
-    high: float,
+    macro: tuple[float, float, float] = UNCLEAR,
+    jaccard: tuple[float, float, float] = UNCLEAR,
+    *,
     n: int = 100,
     patients: int = 100,
     labels: int = 14,
     shared: tuple[float, float, float] | None = None,
 ) -> dict:
-    """Make a row of evaluations.jsonl. shared: change, low and high on nine shared labels."""
-    changes = {"macro_f1": {"difference": difference, "interval": [low, high]}}
+    """Make a row of evaluations.jsonl out of changes, each with its low and high.
+
+    shared: of macro-F1 on nine shared labels.
+    """
+    found = {"macro_f1": macro, "jaccard": jaccard, "macro_f1_shared": shared}
+    changes = {
+        name: {"difference": one[0], "interval": list(one[1:])}
+        for name, one in found.items()
+        if one is not None
+    }
     row = {"dataset": name, "n": n, "num_patients": patients, "num_labels": labels}
-    if shared:
-        changes["macro_f1_shared"] = {"difference": shared[0], "interval": list(shared[1:])}
-        row["shared_labels"] = [9, 9]
-    return row | {"since_start": changes}
+    return row | ({"shared_labels": [9, 9]} if shared else {}) | {"since_start": changes}
 
 
 def test_the_sentence_of_a_run_without_a_clear_change():
-    rows = [moved("site-a", -0.014, -0.056, 0.026), moved("site-b", 0.029, -0.01, 0.068)]
     silenced = {"site-a": ["Pleural Other", "Fracture"], "site-b": []}
-    assert plain_sentence(REWARD, rows, silenced) == (
+    assert plain_sentence(REWARD, [moved("site-a"), moved("site-b")], silenced) == (
         "sampled reward rose 0.658 -> 0.692 (first against last quarter, +0.034, 95 % +0.012 to"
-        " +0.056); greedy macro-F1: no clear change at home (site-a) -0.014 (-0.056 to +0.026), on"
-        " site-b +0.029 (-0.010 to +0.068), n = 100; silenced: Pleural Other, Fracture (site-a)"
+        " +0.056); greedy Jaccard and macro-F1: no clear change anywhere; n = 100; silenced:"
+        " Pleural Other, Fracture (site-a)"
     )
 
 
-def test_the_sentence_of_a_run_that_lost_at_home_and_abroad():
-    """What fell comes first, home before the others, nine labels told from fourteen."""
+def test_the_sentence_of_a_run_that_gained_its_reward_and_lost_transfer():
+    """Jaccard, which the reward is made of, comes before macro-F1, home before the others."""
     rows = [
-        moved("site-a", -0.041, -0.073, -0.009, shared=(-0.03, -0.07, 0.01)),
-        moved("site-a2", 0.002, -0.04, 0.05),
-        moved("site-b", -0.06, -0.102, -0.018, labels=9),
+        moved("site-a", jaccard=(0.073, 0.028, 0.116), shared=(-0.03, -0.07, 0.01)),
+        moved("site-a2", jaccard=(-0.099, -0.157, -0.043)),
+        moved("site-b", jaccard=(-0.038, -0.076, -0.002), labels=9),
     ]
-    assert plain_sentence(REWARD, rows, {}).split("; ")[1] == (
-        "greedy macro-F1 fell at home (site-a) -0.041 (-0.073 to -0.009), on site-b, 9 labels"
-        " -0.060 (-0.102 to -0.018), no clear change at home on 9 shared labels -0.030 (-0.070 to"
-        " +0.010), on site-a2 +0.002 (-0.040 to +0.050), n = 100"
-    )
+    assert plain_sentence(REWARD, rows, {}).split("; ")[1:3] == [
+        "greedy Jaccard rose at home (site-a) +0.073 (+0.028 to +0.116), fell on site-a2 -0.099"
+        " (-0.157 to -0.043), on site-b, 9 labels -0.038 (-0.076 to -0.002)",
+        "greedy macro-F1: no clear change anywhere",
+    ]
 
 
-def test_a_gain_abroad_beside_a_loss_at_home_and_a_reward_within_its_noise():
-    rows = [moved("a", -0.05, -0.09, -0.01), moved("b", 0.05, 0.01, 0.09, n=80)]
-    reward = REWARD | {"interval": [-0.01, 0.08]}
-    assert plain_sentence(reward, rows, {}) == (
+def test_a_fall_at_home_is_said_as_plainly_on_all_labels_and_on_the_shared_ones():
+    rows = [
+        moved("site-a", (-0.041, -0.073, -0.009), shared=(-0.03, -0.07, 0.01)),
+        moved("site-a2", (0.05, 0.01, 0.09)),
+        moved("site-b", (-0.06, -0.102, -0.018), labels=9),
+    ]
+    assert plain_sentence(None, rows, {}).split("; ")[:2] == [
+        "greedy Jaccard: no clear change anywhere",
+        "greedy macro-F1 rose on site-a2 +0.050 (+0.010 to +0.090), fell at home (site-a) -0.041"
+        " (-0.073 to -0.009), on site-b, 9 labels -0.060 (-0.102 to -0.018), no clear change at"
+        " home on 9 shared labels",
+    ]
+
+
+def test_a_reward_within_its_noise_and_one_that_fell():
+    unclear = plain_sentence(REWARD | {"interval": [-0.01, 0.08]}, [], {})
+    assert unclear == (
         "sampled reward 0.658 -> 0.692, no clear change (first against last quarter, +0.034, 95 %"
-        " -0.010 to +0.080); greedy macro-F1 fell at home (a) -0.050 (-0.090 to -0.010), rose on b"
-        " +0.050 (+0.010 to +0.090), n = 100 and 80; silenced: no label"
+        " -0.010 to +0.080)"
     )
     fell = plain_sentence(REWARD | {"interval": [-0.08, -0.01]}, [], {})
     assert fell.startswith("sampled reward fell 0.658 -> 0.692 (first")
@@ -167,11 +186,10 @@ def test_a_gain_abroad_beside_a_loss_at_home_and_a_reward_within_its_noise():
 
 
 def test_a_run_that_has_gone_back_says_which_step_is_kept(run):
-    rows = [moved("a", 0.0, 0.0, 0.0)]
-    words = "; greedy macro-F1: no clear change on a +0.000 (+0.000 to +0.000), n = 100; silenced:"
-    start = plain_sentence(None, rows, {}, (0, 400))
-    assert start.startswith(f"kept: step 0 of 400 (the start: nothing was better){words}")
-    assert plain_sentence(None, rows, {}, (200, 400)).startswith(f"kept: step 200 of 400{words}")
+    words = "; greedy Jaccard and macro-F1: no clear change; n = 100; silenced: no label"
+    start = plain_sentence(None, [moved("a")], {}, (0, 400))
+    assert start == f"kept: step 0 of 400 (the start: nothing was better){words}"
+    assert plain_sentence(None, [moved("a")], {}, (200, 400)) == f"kept: step 200 of 400{words}"
     # the scores of the folder tell the step that answered, evaluations.jsonl the last one
     for name, answers in (("home", AFTER), ("nih", NIH_AFTER)):
         write_results(run, name, answers, score(answers) | {"step": 4}, overwrite=True)
@@ -179,43 +197,49 @@ def test_a_run_that_has_gone_back_says_which_step_is_kept(run):
 
 
 def test_of_many_sets_only_what_moved_has_its_numbers():
-    rows = [moved(f"s{i}", 0.01, -0.01, 0.03) for i in range(5)]
-    rows.insert(3, moved("lost", -0.05, -0.09, -0.01))
-    assert plain_sentence(None, rows, {}) == (
+    rows = [moved(f"s{i}") for i in range(5)]
+    rows.insert(3, moved("lost", (-0.05, -0.09, -0.01), n=80))
+    assert plain_sentence(None, rows, {}).split("; ")[1:] == [
         "greedy macro-F1 fell on lost -0.050 (-0.090 to -0.010), no clear change at home (s0), on"
-        " s1, on s2, on s3, on s4, n = 100; silenced: no label"
-    )
+        " s1, on s2, on s3, on s4",
+        "n = 100 and 80",
+        "silenced: no label",
+    ]
 
 
 def test_one_set_is_not_called_home():
-    assert plain_sentence(None, [moved("val", 0.05, 0.01, 0.09)], {}) == (
-        "greedy macro-F1 rose on val +0.050 (+0.010 to +0.090), n = 100; silenced: no label"
-    )
+    assert plain_sentence(None, [moved("val", (0.05, 0.01, 0.09))], {}).split("; ")[:2] == [
+        "greedy Jaccard: no clear change",
+        "greedy macro-F1 rose on val +0.050 (+0.010 to +0.090)",
+    ]
     # the home set could not be compared with its start: what is left is abroad
-    rows = [moved("a", 0.0, 0.0, 0.0) | {"since_start": {}}, moved("b", 0.05, 0.01, 0.09)]
+    rows = [moved("a") | {"since_start": {}}, moved("b", (0.05, 0.01, 0.09))]
     assert " rose on b +0.050" in plain_sentence(None, rows, {})
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ([(0.01, 0.05, 100)], " rose on s0 +0.000 (+0.010 to +0.050), n = 100"),
-        ([(0.0, 0.05, 25596)], ": no clear change on s0 +0.000 (+0.000 to +0.050), n = 25,596"),
+        ([(0.01, 0.05, 100)], "greedy macro-F1 rose on s0 +0.000 (+0.010 to +0.050); n = 100"),
+        # an interval that touches 0
+        ([(0.0, 0.05, 25596)], "greedy Jaccard and macro-F1: no clear change; n = 25,596"),
         # by patients, not by images: 100 images of 19 are too few, of 20 enough
+        ([(0.01, 0.05, 100, 19)], "too few patients to tell (under 20): s0; n = 100"),
         (
-            [(0.01, 0.05, 100, 19)],
-            ": too few patients to tell (under 20) on s0 +0.000 (+0.010 to +0.050), n = 100",
-        ),
-        (
-            [(0.01, 0.05, 100, 20), (-0.05, -0.01, 100, 20)],
-            " fell on s1 +0.000 (-0.050 to -0.010), rose at home (s0) +0.000 (+0.010 to +0.050),"
-            " n = 100",
+            [(0.01, 0.05, 100, 20), (-0.05, -0.01, 100, 19)],
+            "greedy macro-F1 rose at home (s0) +0.000 (+0.010 to +0.050); too few patients to tell"
+            " (under 20): s1; n = 100",
         ),
     ],
 )
 def test_a_change_is_clear_where_its_interval_leaves_zero_out(changes, words):
-    rows = [moved(f"s{i}", 0.0, *change) for i, change in enumerate(changes)]
-    assert plain_sentence(None, rows, {}) == f"greedy macro-F1{words}; silenced: no label"
+    rows = [
+        moved(f"s{i}", (0.0, *bounds[:2]), n=bounds[2], patients=(*bounds, 100)[3])
+        for i, bounds in enumerate(changes)
+    ]
+    parts = plain_sentence(None, rows, {}).split("; ")
+    told = [part for part in parts if not part.startswith("greedy Jaccard:")]
+    assert "; ".join(told) == f"{words}; silenced: no label"
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -245,11 +269,8 @@ def test_the_end_of_a_run_is_a_sentence_and_a_table(run):
     sentence = " ".join(sentence.splitlines())
     assert sentence.startswith(
         "sampled reward 0.250 -> 0.750, no clear change (first against last quarter, +0.500, 95 %"
-        " +0.500 to +0.500); greedy macro-F1: too few patients to tell (under 20) at home (home)"
-        " +0.081 ("
+        " +0.500 to +0.500); too few patients to tell (under 20): home, nih; n = 4 and 3; silenced"
     )
-    assert "at home on 9 shared labels +0.126 (" in sentence
-    assert "on nih, 9 labels -0.148 (" in sentence and "n = 4 and 3" in sentence
     lines = table.splitlines()
     assert " ".join(lines[0].split()) == "data set / stage n Jaccard micro-F1 macro-F1 fail unknown"
     assert lines[1] == (
@@ -267,6 +288,13 @@ def test_the_end_of_a_run_is_a_sentence_and_a_table(run):
     assert below[1].index("+0.126") == last.index("0.176") and below[2].startswith("    95 %")
     start = next(line for line in lines if line.startswith("  start (0)"))
     assert start.split()[2:4] == ["4", "0.375"] and start.split()[4].startswith("(.")
+
+
+def test_a_best_step_that_is_the_last_has_one_line(run):
+    lines = end_of_run(run, ["home", "nih"], "checkpoint-8").splitlines()
+    assert [line.split("  ")[1] for line in lines if line.startswith("  ") and "(" in line] == [
+        *("start (0)", "best, last (8)") * 2
+    ]
 
 
 def test_a_vote_of_the_start_is_a_row_beside_grpo(run):
@@ -289,7 +317,8 @@ def test_a_vote_of_the_start_is_a_row_beside_grpo(run):
     assert nih.count("+0.000") == 3
     assert "start (0)" in text[text.index(home) - 1]
     # GRPO's own answers, not the vote's
-    assert "at home (home) +0.000" in " ".join(text)
+    kept = json.loads((run / "summary.json").read_text())["rows"][0]
+    assert kept["since_start"]["macro_f1"]["difference"] == 0
 
 
 def test_the_sentence_is_kept_for_other_commands(run):
@@ -322,10 +351,9 @@ def test_only_what_the_run_has_silenced_is_in_the_sentence(tmp_path):
     summary = summarize(run, ["home"])
     assert summary["silenced"] == {"home": ["Edema"]}
     # all answers got worse, and yet 12 patients are too few for a verdict
-    assert summary["sentence"].startswith(
-        "greedy macro-F1: too few patients to tell (under 20) on home -0."
+    assert summary["sentence"] == (
+        "too few patients to tell (under 20): home; n = 12; silenced: Edema (home)"
     )
-    assert summary["sentence"].endswith(", n = 12; silenced: Edema (home)")
 
 
 def test_a_run_of_an_earlier_version_has_a_sentence_of_what_it_kept(run):
@@ -333,7 +361,7 @@ def test_a_run_of_an_earlier_version_has_a_sentence_of_what_it_kept(run):
     (run / "evaluations.jsonl").unlink()
     text = end_of_run(run, ["home", "nih"], "checkpoint-4")
     words = " ".join(text.splitlines())
-    assert "data set" not in text and "on home +0.081" in words and "nih" not in words
+    assert "data set" not in text and "(under 20): home; n = 4" in words and "nih" not in words
     assert end_of_run(run, [], None).endswith("+0.500 to\n+0.500)")
 
 
