@@ -84,8 +84,9 @@ def train(
             rollouts.score(policy, run.should_stop, with_reference=objective.beta > 0)
             # 5 advantages A_i, within each prompt's group; kl and config are for forks
             rewards, groups, kl = rollouts.rewards, rollouts.groups, rollouts.kl  # [R]
+            scale, hospitals = objective.scale_rewards, rollouts.hospitals  # hospitals [R]
             advantages = group_advantages(
-                rewards, groups, objective.scale_rewards, kl=kl, config=objective
+                rewards, groups, scale, kl=kl, config=objective, hospitals=hospitals
             )
             rollouts.set_advantages(advantages)
             run.log_rollout(rollouts)
@@ -188,7 +189,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     # policy and optimizer
     batches = partial(BatchPlan.of, ranks=ranks.size)
     start = ranks.first_then_others(lambda: start_of(config, checkpoint))
-    lines = [data_line(data), *plan.lines(len(data.train), config.reward)]
+    lines = [data_line(data, config.hospital_weights)]
+    lines += plan.lines(len(data.train), config.reward)
     sets = data.train, data.evaluated
     if only_described(config, start.adapter, *sets, lines, plan):
         return 0

@@ -43,7 +43,7 @@ from engine.device import pick_device, seed_everything
 from engine.fit import advise_training, fitted
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.optim import build_optimizer, clip_gradients, scheduled_rate, whole_step
-from engine.order import shuffled
+from engine.order import Order
 from engine.policy import Policy, encoder_for, policy_to_fine_tune
 from engine.preview import banner, dry_run_report, only_described, show_answers
 from engine.random_numbers import dropout_numbers
@@ -68,13 +68,14 @@ def train(
     Lines that begin with `run.` are book-keeping: without them the same model is trained.
     """
     ranks = run.ranks
+    order = Order(examples, config.hospital_weights, config.seed)
     steps_per_epoch = config.steps_per_epoch(len(examples), ranks.size)
     step_size = config.step_size(ranks.size)
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
         epoch, place = divmod(run.step, steps_per_epoch)
-        order = shuffled(len(examples), epoch, config.seed)
-        chosen = [examples[i] for i in order[place * step_size : (place + 1) * step_size]]
+        taken = order.epoch(epoch)[place * step_size : (place + 1) * step_size]
+        chosen = [examples[i] for i in taken]
         # of several ranks each has a share of every step, in whole micro-batches
         own = ranks.share(len(chosen), config.per_device_train_batch_size)
         with ranks.together():
@@ -172,7 +173,8 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     encoder = encoder_for(config, data.train + data.validation)  # which checks all answers
     evaluated = {"validation": data.validation} | data.evaluated
     adapter = None if checkpoint else config.adapter_name_or_path
-    lines = [data_line(data), config.batch_line(len(data.train), ranks.size)]
+    size, weights = len(data.train), config.hospital_weights
+    lines = [data_line(data, weights), config.batch_line(size, ranks.size)]
     if only_described(config, adapter, data.train, evaluated, lines):
         return 0
     resolved = fitted(resolved, device, data.train, evaluated, adapter, None, encoder, ranks)
@@ -215,7 +217,6 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
             limit = config.save_total_limit
             save_training_checkpoint(folder, state, policy, optimizer, record, limit, timed=timed)
 
-        size = len(data.train)
         steps = config.total_steps(size, ranks.size)
         in_epoch = config.steps_per_epoch(size, ranks.size)
         patience = config.early_stopping_patience
@@ -225,8 +226,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
         recipes, by_flag = recipes_of(record), resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipes and by_flag else None
-        own_data = not config.train_file.startswith("demo:")
-        command = next_command(recipes, folder.path, model, own_data=own_data)
+        command = next_command(recipes, folder.path, model, config.train_file)
         with run:
             train(run, policy, optimizer, data.train, config)
             if run.finished:

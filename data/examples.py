@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Example:
     sex: "F" or "M", age: in years, view: as the source names it ("PA"). None where unknown.
     extra: fields of the file that this project does not know, kept as they are.
     label_set: the labels that there are.
+    hospital: the name that --train_file gives the example's file, or None. A set that is evaluated
+    under the name of a hospital is of that hospital too.
     """
 
     id: str
@@ -42,11 +44,12 @@ class Example:
     age: int | None = None
     view: str | None = None
     label_set: LabelSet = CHEXPERT
+    hospital: str | None = None
 
     @property
     def target(self) -> Target:
         """Return what rewards and scores compare with: the labels among the evaluated ones."""
-        return Target.of(self.labels, self.evaluated_labels)
+        return Target.of(self.labels, self.evaluated_labels, self.hospital)
 
 
 _REQUIRED = {"id": str, "patient_id": str, "image": str, "labels": list, "dataset": str}
@@ -148,6 +151,18 @@ def check_data_file(spec: str | Path, label_set: LabelSet = CHEXPERT) -> None:
                 " (--validation_file, --data_file)"
             ]
         )
+
+
+def check_data_files(specs: Iterable[str], label_set: LabelSet = CHEXPERT) -> None:
+    """Raise DataError with a line for each that `check_data_file` refuses."""
+    problems: dict[str, None] = {}
+    for spec in specs:
+        try:
+            check_data_file(spec, label_set)
+        except DataError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise DataError(problems)
 
 
 def _check_exists(path: Path) -> None:
@@ -272,16 +287,21 @@ def selection_file(data_file: str | Path) -> Path:
 
 
 def split_by_patient(
-    examples: list[Example], fraction: float, seed: int
+    examples: list[Example], fraction: float, seed: int, elsewhere: Mapping[str, bool] | None = None
 ) -> tuple[list[Example], list[Example]]:
     """Hold out about `fraction` of the examples -> (rest, held out), no patient on both sides.
+
+    elsewhere: patients of another split that these examples have too, each with whether that one
+    holds them out. They stay on their side.
 
     Both sides keep the order of the examples. One seed always gives the same sides.
 
     Raises DataError where there are too few patients for two non-empty sides.
     """
-    patients = sorted({example.patient_id for example in examples})
-    if len(patients) < 2:
+    decided = elsewhere or {}
+    every = sorted({example.patient_id for example in examples})
+    patients = [patient for patient in every if patient not in decided]
+    if len(patients) < 2 and not decided:
         raise DataError(
             [
                 f"cannot hold out a part of {len(examples)} examples of {len(patients)} patient(s);"
@@ -289,13 +309,16 @@ def split_by_patient(
             ]
         )
     random.Random(seed).shuffle(patients)
-    counts = dict.fromkeys(patients, 0)
+    counts = dict.fromkeys(every, 0)
     for example in examples:
         counts[example.patient_id] += 1
-    held: set[str] = set()
-    for patient in patients[:-1]:  # one patient always stays for training
+    held = {patient for patient in every if decided.get(patient)}
+    # one patient always stays for training
+    for patient in patients[: len(every) - len(held) - 1]:
         if held and sum(counts[p] for p in held) >= fraction * len(examples):
             break
         held.add(patient)
     rest = [example for example in examples if example.patient_id not in held]
+    if not rest:
+        raise DataError([f"all {len(every)} patients are held out with those of another file"])
     return rest, [example for example in examples if example.patient_id in held]

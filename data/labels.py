@@ -224,16 +224,21 @@ class Target:
     """Hold what is true of one image, and which labels its source can express at all.
 
     A label outside `evaluated_labels` is unknown, not absent: rewards and scores must ignore it.
+    `hospital` names the one of --train_file that the image is from, so that a reward can look up
+    how frequent labels are there. None where there is one alone, without a name.
     """
 
     labels: frozenset[str]
     evaluated_labels: frozenset[str] = frozenset(LABELS)
+    hospital: str | None = None
 
     @classmethod
-    def of(cls, labels: Iterable[str], evaluated_labels: Iterable[str]) -> Target:
+    def of(
+        cls, labels: Iterable[str], evaluated_labels: Iterable[str], hospital: str | None = None
+    ) -> Target:
         """Make the target of an image, with only those of its labels that its source evaluates."""
         evaluated = frozenset(evaluated_labels)
-        return cls(frozenset(labels) & evaluated, evaluated)
+        return cls(frozenset(labels) & evaluated, evaluated, hospital)
 
 
 # An uncertain mention (-1) counts as absent (U-Zeros), present (U-Ones) or unknown (U-Ignore), by

@@ -1,7 +1,8 @@
 """Load the data sets of one run: what is trained on, what is evaluated, and what is left out.
 
-A run has one training set and any number of named sets that are evaluated. Supervised fine-tuning
-also has a validation set with answers: one of the named sets, or a share of the training patients.
+A run has the training set of one hospital or of several (data/hospitals.py), and any number of
+named sets that are evaluated. Supervised fine-tuning also has a validation set with answers: one of
+the named sets, or a share of the training patients of each hospital.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from data.answers import Answer, is_labels_alone, parse_answer
-from data.examples import Example, data_file, read_jsonl, split_by_patient
+from data.examples import Example, data_file, read_examples, read_jsonl, split_by_patient
 from data.files import DataError, write_jsonl
+from data.hospitals import Hospital, by_hospital, positions, train_files
 from data.images import check_images, without_bad_images
 from data.labels import CHEXPERT, LabelSet
 from data.prompts import solution_text
 
-TRAIN = "train"  # name of the training set: in config.json and in bad-images-train.jsonl
+# Name of the training set: in config.json and in bad-images-train.jsonl. That of a hospital with a
+# name is train.NAME, which no evaluated set can be called.
+TRAIN = "train"
 Item = TypeVar("Item")
 
 
@@ -26,9 +30,9 @@ Item = TypeVar("Item")
 class DataSets:
     """Hold the data sets of one run.
 
-    train: examples to train on.
+    train: examples to train on, those of a hospital together.
     evaluated: the named sets that get scores.
-    files: data file of every set that has one, the training set under "train".
+    files: data file of every set that has one, the training sets under `train_name`.
     bad_images: rows of the examples that were left out for their images, by set.
     """
 
@@ -36,6 +40,11 @@ class DataSets:
     evaluated: dict[str, list[Example]]
     files: dict[str, Path]
     bad_images: dict[str, list[dict]]
+
+    def by_name(self) -> dict[str, list[Example]]:
+        """Return the examples of every set under the names of `files`."""
+        trained = {train_name(of): own for of, own in by_hospital(self.train).items()}
+        return trained | self.evaluated
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,16 @@ class SFTDataSets(DataSets):
     validation: list[Example]
 
 
+def train_name(hospital: Hospital) -> str:
+    """Name the training set of a hospital, as config.json has it."""
+    return TRAIN if hospital is None else f"{TRAIN}.{hospital}"
+
+
+def train_specs(values: Sequence[str]) -> dict[str, str]:
+    """Read --train_file -> {name of the training set: its file, or demo:SPLIT}."""
+    return {train_name(one.hospital): one.file for one in train_files(values)[0]}
+
+
 def load_data_sets(
     specs: Mapping[str, str],
     image_root: str | None,
@@ -57,7 +76,8 @@ def load_data_sets(
 ) -> DataSets:
     """Read every data file of a run and look for its images.
 
-    specs: {name: a JSONL file or demo:SPLIT}. "train" is trained on, the others are evaluated.
+    specs: {name: a JSONL file or demo:SPLIT}. "train" or each train.NAME is trained on, the others
+    are evaluated.
     image_root: folder that image paths are relative to, or None for each data file's own.
     bad_images: see `usable_examples`.
     resumed: config.json of the run that goes on, if one does.
@@ -65,11 +85,40 @@ def load_data_sets(
 
     Raises DataError naming every problem of a file, and as `usable_examples` does.
     """
-    files, evaluated, left_out = read_sets(
+    files, sets, left_out = read_sets(
         specs, image_root, bad_images, resumed=resumed, label_set=label_set
     )
-    train = evaluated.pop(TRAIN)
+    hospitals = {name: name.partition(".")[2] or None for name in sets if is_trained_on(name)}
+    train = [
+        replace(example, hospital=hospital)
+        for name, hospital in hospitals.items()
+        for example in sets[name]
+    ]
+    evaluated = {
+        name: [replace(example, hospital=name) for example in examples]
+        if name in hospitals.values()
+        else examples
+        for name, examples in sets.items()
+        if name not in hospitals
+    }
     return DataSets(train, evaluated, files, left_out)
+
+
+def is_trained_on(name: str) -> bool:
+    """Tell whether a name of config.json is that of a training set."""
+    return name.partition(".")[0] == TRAIN
+
+
+def read_training_examples(
+    values: Sequence[str], image_root: str | None = None, label_set: LabelSet = CHEXPERT
+) -> list[Example] | None:
+    """Read what --train_file names, for baselines that imitate it. None where it names nothing.
+
+    Raises DataError naming every problem of a file.
+    """
+    specs = train_specs(values).values()
+    examples = [one for spec in specs for one in read_examples(spec, image_root, label_set)]
+    return examples or None
 
 
 def read_sets(
@@ -105,15 +154,16 @@ def with_answers_to_learn(
 
     answer_format: form of the answers. Without reasoning (Only Label) they are made from the
     labels.
-    validation_split: share of the training examples that is held out by patient where no evaluated
-    set has answers for all its examples. Else the first such set is the validation set.
-    seed: of the held-out patients.
+    validation_split: share of each hospital's training examples that is held out by patient where
+    no evaluated set has answers for all its examples. Else the first such set is the validation
+    set. seed: of the held-out patients.
 
-    Where there is no evaluated set, the validation set is evaluated under the name "validation".
+    Where there is no evaluated set, the validation set is evaluated under the name "validation", or
+    under that of its hospital.
 
     Raises DataError for a training example without an answer in the form, and for too few patients.
     """
-    train = answers_to_learn(sets.train, answer_format, sets.files[TRAIN])
+    train = _learnt(sets, answer_format)
     answered = (
         name
         for name, examples in sets.evaluated.items()
@@ -121,11 +171,51 @@ def with_answers_to_learn(
     )
     name = next(answered, None)
     if name is None:
-        train, validation = split_by_patient(train, validation_split, seed)
+        train, validation = _held_out(train, validation_split, seed)
     else:
         validation = answers_to_learn(sets.evaluated[name], answer_format, sets.files[name])
-    evaluated = sets.evaluated or {"validation": validation}
+    evaluated = sets.evaluated or {
+        hospital or "validation": own for hospital, own in by_hospital(validation).items()
+    }
     return SFTDataSets(train, evaluated, sets.files, sets.bad_images, validation)
+
+
+def _learnt(sets: DataSets, answer_format: str) -> list[Example]:
+    """Give every training example its answer. Raises DataError with the problems of all files."""
+    learnt: list[Example] = []
+    problems: list[str] = []
+    for hospital, own in by_hospital(sets.train).items():
+        try:
+            learnt += answers_to_learn(own, answer_format, sets.files[train_name(hospital)])
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return learnt
+
+
+def _held_out(
+    train: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Hold out a part of each hospital's examples by patient -> (rest, held out).
+
+    A patient whom two files of one data set share is on the same side in both.
+    """
+    rest: list[Example] = []
+    held: list[Example] = []
+    for hospital, own in by_hospital(train).items():
+        datasets = {example.dataset for example in own}
+        elsewhere = {one.patient_id: False for one in rest if one.dataset in datasets}
+        elsewhere |= {one.patient_id: True for one in held if one.dataset in datasets}
+        shared = {one.patient_id for one in own} & elsewhere.keys()
+        try:
+            sides = split_by_patient(own, fraction, seed, {p: elsewhere[p] for p in shared})
+        except DataError as error:
+            where = f"--train_file {hospital}: " if hospital else ""
+            raise DataError([f"{where}{line}" for line in error.problems]) from error
+        rest += sides[0]
+        held += sides[1]
+    return rest, held
 
 
 def answers_to_learn(
@@ -224,13 +314,21 @@ def bad_images_line(bad_images: Mapping[str, list[dict]]) -> str:
     return f"; left out for their images: {counts}" if counts else ""
 
 
-def data_line(sets: DataSets) -> str:
-    """Say in a banner's line how many examples are learnt from, validated on and evaluated."""
+def data_line(sets: DataSets, weights: Mapping[str, float]) -> str:
+    """Say in a banner's line how many examples are learnt from, validated on and evaluated.
+
+    weights: {hospital: weight}. Raises DataError for a hospital that no position of an epoch gets.
+    """
+    images = {hospital: len(own) for hospital, own in by_hospital(sets.train).items()}
+    counts = positions(images, weights)
+    each = [f"{name} {counts[name]} of an epoch, from {images[name]}" for name in images if name]
+    hospitals = f" ({'; '.join(each)})" if each else ""
     held = f", {len(sets.validation)} to validate" if isinstance(sets, SFTDataSets) else ""
     named = ", ".join(f"{name} {len(examples)}" for name, examples in sets.evaluated.items())
     left_out = bad_images_line(sets.bad_images)
     scored = named or "nothing"
-    return f"data        {len(sets.train)} to train on{held}; scored: {scored}{left_out}"
+    trained = f"{len(sets.train)} to train on{hospitals}"
+    return f"data        {trained}{held}; scored: {scored}{left_out}"
 
 
 def bad_image_counts(

@@ -292,7 +292,12 @@ def _data_section(record: Mapping[str, Any], datasets: Sequence[str]) -> list[st
         return [*lines, "Not known: the folder has no config.json of a run.", ""]
     lines += ["| data | source | images | patients | SHA-256 |", "|---|---|---|---|---|"]
     for name, file in files.items():
-        role = "trained on" if name in ("train", TRAINED_BEFORE) else f"evaluated: {name}"
+        trained, _, hospital = name.partition(".")
+        role = f"evaluated: {name}"
+        if trained in ("train", TRAINED_BEFORE):
+            role = f"trained on: {hospital}" if hospital else "trained on"
+        if file.get("weight"):
+            role += f", weight {file['weight']}"
         cells = (titles_of(_sources(file)), file.get("images"), file.get("patients"))
         shown = [_cell(f"{cell:,}" if isinstance(cell, int) else cell or "-") for cell in cells]
         lines.append(

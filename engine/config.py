@@ -327,17 +327,18 @@ def _split(
         is_repeated = name == "recipe" or settings[name].repeated
         if len(occurrences or []) > 1 and not is_repeated:
             problems.append(f"--{name} is given {len(occurrences)} times; give it once")
-        if name == "recipe":
-            times = Counter(occurrences or [])
-            problems += [
-                f"--recipe {one} is given {times[one]} times; give it once"
-                for one in times
-                if times[one] > 1
-            ]
         for occurrence in occurrences or []:
             raw.setdefault(name, []).extend(
                 occurrence if isinstance(occurrence, list) else [occurrence]
             )
+        if is_repeated and name in raw:
+            counts = Counter(raw[name])
+            problems += [
+                f"--{name} {value} is given {count} times; give it once"
+                for value, count in counts.items()
+                if count > 1
+            ]
+            raw[name] = list(counts)
     known = [
         "recipe",
         *(alias for setting in settings.values() for alias in (setting.name, *setting.aliases)),
@@ -566,7 +567,13 @@ def _inherited(
             f" ({', '.join(different)} differ), so it cannot go on bit for bit; start a new run"
             " from its adapter"
         )
-    return {name: _from_list(value) for name, value in saved.items()}
+    return {
+        # an earlier version kept one text where there are several now
+        name: _from_list([value] if value else [])
+        if isinstance(value, str) and name in settings and settings[name].repeated
+        else _from_list(value)
+        for name, value in saved.items()
+    }
 
 
 def _instances(

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from data.examples import Example
+from data.hospitals import by_hospital
 from engine.config import Resolved, UsageError
 from engine.device import base_dtype
 from engine.encode import Encoder
@@ -161,7 +162,8 @@ def _of_training(
 ) -> Known | None:
     encoder, shape = encoder or encoder_of(config), shape_of(config.model_name_or_path)
     learned = train if plan is None else ()
-    lengths = lengths_of(encoder, config.instruction, learned, [train, *sets.values()])
+    asked = [*by_hospital(train).values(), *sets.values()]
+    lengths = lengths_of(encoder, config.instruction, learned, asked)
     if shape is None or lengths is None:
         return None
     rank = rank_of(adapter, config)

@@ -33,7 +33,7 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
 from data.files import sha256_of, write_json
-from data.sets import TRAIN
+from data.sets import TRAIN, is_trained_on
 from engine.adapter_files import PREFIX, SavedAdapter, base_to_use, read_adapter
 from engine.adapter_places import explicit_config
 from engine.adapter_settings import LARGEST_RANK
@@ -249,7 +249,12 @@ def _record(
     values = dict(settings) | {"model_name_or_path": base, "lora_r": rank}
     origin = {"model_name_or_path": "adapter", "lora_r": INTERPOLATION}
     before, after = (record.get("data") or {} for record in records)
-    data = {TRAINED_BEFORE: before[TRAIN], **after} if TRAIN in before else dict(after)
+    trained = {
+        name.replace(TRAIN, TRAINED_BEFORE, 1): before[name]
+        for name in before
+        if is_trained_on(name)
+    }
+    data = trained | after
     noted = next((record["base"] for record in records if "base" in record), None)
     return {
         "script": INTERPOLATION,

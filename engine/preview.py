@@ -35,7 +35,7 @@ from engine.model import (
     trained_lora,
 )
 from engine.model_files import lacks_weights
-from engine.order import shuffled
+from engine.order import Order
 from engine.policy import Policy, encoder_of
 from engine.ranks import ALONE, Ranks
 from engine.ranks_forecast import ranks_table
@@ -284,7 +284,8 @@ def first_examples(
     config: TrainingConfig, examples: Sequence[Example], count: int
 ) -> list[Example]:
     """Take the examples that the loop takes first, in its order."""
-    return [examples[i] for i in shuffled(len(examples), 0, config.seed)[:count]]
+    order = Order(examples, config.hospital_weights, config.seed)
+    return [examples[i] for i in order.epoch(0)[:count]]
 
 
 def _encode_answer(config: TrainingConfig, encoder: Encoder, example: Example) -> EncodedRow:

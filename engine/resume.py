@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from data.examples import selection_file
 from data.files import remove, sha256_of, written_folder, written_whole
 from data.plain_files import is_plain, parse_record, read_plain
-from data.sets import TRAIN, DataSets
+from data.sets import DataSets, train_name
 from engine.charts import FOLDER
 from engine.checkpoint import (
     OTHER_RUN,
@@ -96,8 +96,11 @@ def run_record(
     It has every setting with its origin, the data files with their SHA-256 and what data.select
     noted of them, the examples left out for their images, and the versions that ran.
     """
+    weights = trained_weights(resolved)
     data = {
-        name: {"file": str(path), "sha256": sha256_of(path)} | _selection(path)
+        name: {"file": str(path), "sha256": sha256_of(path)}
+        | ({"weight": weights[name]} if name in weights else {})
+        | _selection(path)
         for name, path in data_files.items()
     }
     return {
@@ -108,6 +111,15 @@ def run_record(
         "bad_images": dict(bad_images),
         "versions": versions(),
     }
+
+
+def trained_weights(resolved: Resolved) -> dict[str, float]:
+    """Read how often a run's hospitals come -> {name of the training set: weight}, of those given.
+
+    They decide the order of the examples, so a run keeps them.
+    """
+    weights = getattr(resolved.configs[0], "hospital_weights", {})
+    return {train_name(hospital): weight for hospital, weight in weights.items()}
 
 
 def _selection(data_file: Path) -> dict[str, Any]:
@@ -326,6 +338,14 @@ def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str
         for name in sorted(before.keys() | now.keys())
         if before.get(name, {}).get("sha256") != now.get(name, {}).get("sha256")
     ]
+    problems = [
+        f"--train_file: the weight of {name} is {now[name].get('weight', 'not given')}, the resumed"
+        f" run had {before[name].get('weight', 'none')}; a resumed run keeps its weights"
+        for name in sorted(before.keys() & now.keys())
+        if before[name].get("weight") != now[name].get("weight")
+    ]
+    if problems:
+        raise UsageError(problems)
     if changed:
         raise UsageError(
             [
@@ -383,7 +403,7 @@ def training_record(
             )
         if line:
             print(f"warning: {line}", file=sys.stderr)
-    for name, examples in {TRAIN: sets.train, **sets.evaluated}.items():
+    for name, examples in sets.by_name().items():
         if name in record["data"]:  # a share of the training patients has no file of its own
             record["data"][name] |= {
                 "datasets": sorted({example.dataset for example in examples}),

@@ -19,6 +19,7 @@ import torch
 
 from data.examples import Example
 from data.files import write_json
+from data.hospitals import is_demo, train_files
 from data.sets import write_bad_images
 from engine.checkpoint import (
     Checkpoint,
@@ -566,21 +567,26 @@ def _prepare(
 
 # ---- after it ------------------------------------------------------------------------------------
 def next_command(
-    recipes: Sequence[str], folder: Path, model: str | None = None, *, own_data: bool = False
+    recipes: Sequence[str], folder: Path, model: str | None = None, train_file: Sequence[str] = ()
 ) -> str:
     """Write the command that goes on from SFT with GRPO, with FILE for the user to fill in.
 
-    recipes: of the run. model: one that a flag has put in the place of theirs. own_data: the run
-    was not trained on the demo's data, so that GRPO should not be either.
+    recipes: of the run. model: one that a flag has put in the place of theirs. train_file: of the
+    run. One that was not trained on the demo's data goes on with others, of the same hospitals.
     """
     command = ["python", "run_grpo.py"]
     command += [word for recipe in recipes for word in ("--recipe", recipe)]
     command += ["--model_name_or_path", model] if model else []
     command += ["--adapter_name_or_path", str(folder)]
+    files = [
+        f"{one.hospital}=FILE" + ("" if one.weight is None else f"@{one.weight:g}")
+        for one in train_files(train_file)[0]
+        if one.hospital
+    ] or ["FILE"]
     if not set(recipes) & set(DEMO_RECIPES):
-        command += ["--train_file", "FILE"]
-    elif own_data:
-        command += ["--train_file", "FILE", "--validation_file", "NAME=FILE"]
+        command += ["--train_file", *files]
+    elif not is_demo(train_file):
+        command += ["--train_file", *files, "--validation_file", "NAME=FILE"]
     return shlex.join(command)
 
 

@@ -8,12 +8,14 @@ Everything in it is plain Python, so a wrong checkpoint on a command line is ans
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.files import is_name
 from data.plain_files import is_checkpoint_name
+from data.sets import TRAIN
 from engine.adapter_settings import shown
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.model_files import ADAPTER_FILES
@@ -68,6 +70,19 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value < math.inf
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _set(name: str) -> bool:
+    """Check the name of a data set: a plain one, or train.NAME of a hospital that is trained on."""
+    return is_name(name.removeprefix(f"{TRAIN}."))
+
+
 def _line(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and len(value) <= 4000
 
@@ -106,8 +121,8 @@ _CONFIG: dict[str, Check] = {
     "script": lambda value: value in ("sft", "grpo"),
     "recipe": lambda value: value is None or _line(value) or _listed(_line)(value),
     "settings": _mapped(str.isidentifier, _object({"value": lambda value: True, "origin": _line})),
-    "data": _mapped(is_name, _object({"file": lambda v: isinstance(v, str), "sha256": _sum})),
-    "bad_images": _optional(_mapped(is_name, _listed(lambda row: isinstance(row, dict)))),
+    "data": _mapped(_set, _object({"file": _text, "sha256": _sum, "weight": _optional(_positive)})),
+    "bad_images": _optional(_mapped(_set, _listed(lambda row: isinstance(row, dict)))),
     "reference": _optional(_mapped(lambda name: name in ADAPTER_FILES, _sum)),
     "run_id": _optional(
         lambda value: isinstance(value, str) and _RUN_ID.fullmatch(value) is not None

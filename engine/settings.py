@@ -16,12 +16,14 @@ from functools import partial
 from typing import Any, Literal
 
 from data.answers import ANSWER_FORMATS
-from data.examples import check_data_file
+from data.examples import check_data_files
 from data.files import DataError, KeptFile, NameOrFile, named_files
+from data.hospitals import hospital_weights, train_files
 from data.label_sets import labels_of
 from data.labels import LabelSet
 from data.prompt_files import prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
+from data.sets import TRAIN, train_specs
 from engine.config import Changes, ConfigError, Resolved, parse_config, range_problems, setting
 from engine.inherited import INHERITED, inherit
 from engine.launch import Launch
@@ -90,9 +92,11 @@ class TrainingConfig:
         unset="the recipe's; GRPO: the SFT adapter's",
         group="model and data",
     )
-    train_file: str = setting(
-        "",
-        "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo",
+    train_file: tuple[str, ...] = setting(
+        (),
+        "training data, JSONL with one example a line; demo:SPLIT is a split of the embedded demo."
+        " Of several hospitals NAME=FILE, repeatable, each image once an epoch, or"
+        " NAME=FILE@WEIGHT, as often as the weights say",
         unset="the recipe's",
         group="model and data",
     )
@@ -409,6 +413,11 @@ class TrainingConfig:
     )
 
     @property
+    def hospital_weights(self) -> dict[str, float]:
+        """Return the weights of --train_file by hospital, {} where none is given."""
+        return hospital_weights(self.train_file)
+
+    @property
     def label_set(self) -> LabelSet:
         """Return the labels that there are: those of --label_file, or the 14."""
         return labels_of(self.label_file)
@@ -468,7 +477,8 @@ def training_problems(config: TrainingConfig) -> list[str]:
             f"--answer_format {config.answer_format}: no such form; there are"
             f" {', '.join(ANSWER_FORMATS)}"
         )
-    return problems + named_files(config.validation_file, "validation_file", taken=("train",))[1]
+    problems += train_files(config.train_file)[1]
+    return problems + named_files(config.validation_file, "validation_file", taken=(TRAIN,))[1]
 
 
 def validation_files(config: TrainingConfig) -> dict[str, str]:
@@ -477,8 +487,11 @@ def validation_files(config: TrainingConfig) -> dict[str, str]:
 
 
 def data_specs(config: TrainingConfig) -> dict[str, str]:
-    """Gather the data files, the training data as "train" -> {name: file, or demo:SPLIT}."""
-    return {"train": config.train_file} | validation_files(config)
+    """Gather the data files, "train" or each hospital's train.NAME first.
+
+    Returns {name: file, or demo:SPLIT}.
+    """
+    return train_specs(config.train_file) | validation_files(config)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -542,8 +555,7 @@ def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grp
         )
     if problems:
         raise ConfigError(problems)
-    for file in data_specs(config).values():
-        check_data_file(file, config.label_set)
+    check_data_files(data_specs(config).values(), config.label_set)
     check_model_folder(config.model_name_or_path)
     writes = not (config.dry_run or config.show_batch)
     if writes:

@@ -27,6 +27,7 @@ from engine.resume import (
     find_checkpoint,
     resumed_folder,
     saved_record,
+    trained_weights,
 )
 from engine.run_batch import BATCH_SETTINGS, RunBatch
 from engine.runtime import FINISHED, is_finished, runs_of
@@ -165,11 +166,13 @@ def differences(
             for name in LENGTHS
             if before[name] != now[name]
         ]
-    return found + _changed_data(record.get("data") or {}, files)
+    return found + _changed_data(record.get("data") or {}, files, trained_weights(resolved))
 
 
-def _changed_data(data: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
-    """Name the data files that are not those of the run, by SHA-256."""
+def _changed_data(
+    data: Mapping[str, Any], files: Mapping[str, str], weights: Mapping[str, float]
+) -> list[str]:
+    """Name the data files that are not those of the run, by SHA-256, and other weights of them."""
     found = [
         f"{name}: the {'command' if name in data else 'run'} has no data of this name"
         for name in sorted(data.keys() ^ files.keys())
@@ -178,6 +181,11 @@ def _changed_data(data: Mapping[str, Any], files: Mapping[str, str]) -> list[str
         path = Path(files[name])
         if path.is_file() and sha256_of(path) != data[name].get("sha256"):
             found.append(f"{name}: {path} is another file than the run began with (SHA-256)")
+        if data[name].get("weight") != weights.get(name):
+            found.append(
+                f"{name}: the run has the weight {data[name].get('weight', 'none')}, the command"
+                f" {weights.get(name, 'none')}"
+            )
     return found
 
 

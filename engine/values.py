@@ -130,6 +130,8 @@ def from_toml(setting: Setting, value: Any) -> Any:
     """Read one value of a recipe. Raises ValueError that says what was expected."""
     if not setting.repeated:
         return _one_from_toml(setting, value)
+    if isinstance(value, str):  # one alone needs no array
+        value = [value]
     if not isinstance(value, list):
         raise ValueError(f"expected an array, got the {_toml_type(value)} {_shown(value)}")
     return tuple(_one_from_toml(setting, item) for item in value)

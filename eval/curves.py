@@ -23,6 +23,7 @@ HACKING = {  # logged by rl/monitors.py, in standard deviations of the run's sta
     "monitors/other_gain": "other rewards",
     "monitors/f1_gain": "F1 of the labels",
 }
+BY_HOSPITAL = "reward/"  # in front of a hospital's name: the mean of what is trained on
 _REWARDS = "rewards/"
 _MEAN, _STD = "/mean", "/std"
 
@@ -184,6 +185,17 @@ def reward_names(log: Log) -> list[str]:
             for key in row:
                 if key.startswith(_REWARDS) and key.endswith(_MEAN):
                     found[key.removeprefix(_REWARDS).removesuffix(_MEAN)] = None
+    return list(found)
+
+
+def hospital_names(log: Log) -> list[str]:
+    """List the hospitals whose sampled reward a log has, in the order in which they come."""
+    found: dict[str, None] = {}
+    for row in log:
+        if row.get("split") == "train":
+            found |= {
+                key.removeprefix(BY_HOSPITAL): None for key in row if key.startswith(BY_HOSPITAL)
+            }
     return list(found)
 
 

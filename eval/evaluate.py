@@ -24,14 +24,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.examples import Example, data_file, read_examples, read_jsonl
+from data.examples import Example, data_file, read_jsonl
 from data.files import DataError, KeptFile, named_files, sha256_of, write_json
 from data.join import read_answers
 from data.label_sets import label_lines
 from data.labels import CHEXPERT
 from data.predictions import Prediction, first_label_set, read_predictions, relabel
 from data.prompt_files import prompt_warnings
-from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
+from data.sets import (
+    bad_image_counts,
+    bad_images_line,
+    read_sets,
+    read_training_examples,
+    write_bad_images,
+)
 from engine.config import Resolved, UsageError, describe, parse_config
 from engine.launch import Launch
 from engine.resume import run_record
@@ -149,16 +155,12 @@ def _with_labels_of_rows(resolved: Resolved) -> Resolved:
     return resolved.with_value("label_file", kept, source)
 
 
-def _baseline_examples(config: EvalConfig) -> list[Example] | None:
-    if config.train_file is None:
-        return None
-    return read_examples(config.train_file, config.image_root, config.label_set)
-
-
 def _score_again(resolved: Resolved) -> int:
     """Score kept predictions by today's parser and metrics, and write them to a new place."""
     config: EvalConfig = resolved.configs[0]
-    baseline_examples = _baseline_examples(config)
+    baseline_examples = read_training_examples(
+        config.train_file, config.image_root, config.label_set
+    )
     label_set = config.label_set if config.label_file else None
     named, _ = named_files(config.predictions, "predictions")
     answer_format = config.answer_format if is_given(resolved, "answer_format") else None
@@ -244,7 +246,9 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
         label_set=config.label_set,
     )
     files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
-    baseline_examples = _baseline_examples(config)
+    baseline_examples = read_training_examples(
+        config.train_file, config.image_root, config.label_set
+    )
     if config.swap_images:  # before the model is loaded
         for examples in sets.values():
             partners_of(examples, config.seed)

@@ -9,6 +9,7 @@ They are written as PNG and SVG, from each run's metrics.jsonl:
     figure-1            SFT: token accuracy, training and validation loss
     figure-2, figure-3  GRPO on the nuanced and on the hard reward, as in the paper
     training-<reward>   the same for a reward of any other name
+    reward-by-hospital  the sampled reward of each hospital of a run on several
     reward-parts-...    the parts of the reward that was trained on
     policy              KL, entropy, valid and truncated answers of GRPO
     reward-hacking      what the reward has gained beside what the labels have
@@ -28,6 +29,7 @@ from typing import Any
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import check_writable, main_guard
 from eval.curves import (
+    BY_HOSPITAL,
     FIGURE_1,
     HACKING,
     POLICY,
@@ -35,6 +37,7 @@ from eval.curves import (
     TrainingRun,
     evaluated_sets,
     has_numbers,
+    hospital_names,
     panels_to_draw,
     part_names,
     reward_names,
@@ -60,6 +63,7 @@ def training_pictures(entries: Sequence[Entry], form: str = "svg") -> list[Pictu
     return [
         *_macro_f1_pictures(runs, form),
         *_stage_pictures(runs, form),
+        *_hospital_pictures(runs, form),
         *_part_pictures(runs, form),
         *_policy_pictures(runs, form),
         *_hacking_pictures(runs, form),
@@ -109,6 +113,21 @@ def _stage_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
             title = f"GRPO on the {reward or 'unnamed'} reward"
             pictures.append(draw_training(name, caption, logs, panels, form, title=title))
     return pictures
+
+
+def _hospital_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
+    """Draw the sampled reward of each hospital, of the runs that were trained on several."""
+    several = [run for run in runs if len(hospital_names(run.log)) > 1]
+    title = "Sampled reward, as trained on, by hospital"
+    caption = f"{title}. {smoothing_note()}"
+
+    def rewards(log: Log) -> dict[str, str]:
+        return {f"{BY_HOSPITAL}{hospital}": hospital for hospital in hospital_names(log)}
+
+    return [
+        draw_by_run(name, caption, part, rewards, "reward", form, title=title)
+        for name, part in _chunks("reward-by-hospital", several)
+    ]
 
 
 def _part_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:

@@ -23,11 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.examples import Example, read_examples
 from data.files import DataError, NameOrFile, named_files
 from data.prompt_files import prompt_name, prompt_warnings
 from data.prompts import PROMPTS
-from data.sets import bad_image_counts, bad_images_line, read_sets, write_bad_images
+from data.sets import (
+    bad_image_counts,
+    bad_images_line,
+    read_sets,
+    read_training_examples,
+    write_bad_images,
+)
 from engine.config import Resolved, UsageError, describe, parse_config, setting
 from engine.inherited import settings_of_adapter
 from engine.runtime import (
@@ -253,10 +258,8 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
         label_set=config.label_set,
     )
     files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
-    baseline_examples: list[Example] | None = (
-        None
-        if config.train_file is None
-        else read_examples(config.train_file, config.image_root, config.label_set)
+    baseline_examples = read_training_examples(
+        config.train_file, config.image_root, config.label_set
     )
     device = pick_device(ranks=ranks)
     cells = _told(plan(resolved, files, bad_images, device) if ranks.first else [], ranks)

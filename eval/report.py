@@ -18,9 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.examples import Example, read_examples
+from data.examples import Example
 from data.files import DataError, sha256_of
+from data.hospitals import train_files
 from data.labels import CHEXPERT
+from data.sets import read_training_examples
 from engine.config import UsageError, parse_config, setting
 from engine.runtime import check_output_dir, main_guard, run_directory
 from engine.settings import ENGINE, SEED
@@ -90,9 +92,10 @@ class ReportConfig:
         "data sets with the training data's label scheme; without it, those that evaluate all"
         " labels",
     )
-    train_file: str | None = setting(
-        None,
-        "training data whose label frequencies the baselines imitate",
+    train_file: tuple[str, ...] = setting(
+        (),
+        "training data whose label frequencies the baselines imitate, as run_grpo.py takes them:"
+        " FILE, or NAME=FILE of several hospitals, all images counted once",
         unset="each data set's own frequencies",
     )
     image_root: str | None = setting(
@@ -495,6 +498,7 @@ def _run(argv: Sequence[str]) -> int:
         script="eval",
         prog="python -m eval.report",
         description="Tables, figures and sample cases from runs or kept predictions.",
+        validate=lambda config: train_files(config.train_file)[1],
     )
     config: ReportConfig = resolved.configs[0]
     check_output_dir(config.output_dir, "report")
@@ -509,9 +513,7 @@ def _run(argv: Sequence[str]) -> int:
             ]
         )
     label_set = one_label_set(entries)
-    baseline_examples = (
-        None if config.train_file is None else read_examples(config.train_file, label_set=label_set)
-    )
+    baseline_examples = read_training_examples(config.train_file, label_set=label_set)
     page = report_page(entries, config, baseline_examples)
     folder = run_directory(config.output_dir, "report")
     write_page(page, folder)

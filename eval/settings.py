@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from data.answers import ANSWER_FORMATS
 from data.files import KeptFile, NameOrFile, named_files
+from data.hospitals import train_files
 from data.label_sets import labels_of
 from data.labels import LabelSet
 from data.prompt_files import prompt_of
@@ -68,9 +69,10 @@ class DecodingConfig:
         LABEL_FILE_HELP,
         unset="the adapter's run's, or that of the predictions, else CheXpert's 14 labels",
     )
-    train_file: str | None = setting(
-        None,
-        "training data whose label frequencies the baselines imitate",
+    train_file: tuple[str, ...] = setting(
+        (),
+        "training data whose label frequencies the baselines imitate, as run_grpo.py takes them:"
+        " FILE, or NAME=FILE of several hospitals, all images counted once",
         unset="each data set's own frequencies",
     )
     max_samples: int | None = setting(
@@ -330,6 +332,7 @@ def _threshold_problems(config: EvalConfig) -> list[str]:
 def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> list[str]:
     """Check the settings of decoding, labels and prompts included -> problems, one line each."""
     problems = range_problems(config) + named_files(config.data_file, "data_file")[1]
+    problems += train_files(config.train_file)[1]
     problems += asking_problems(config.label_file, prompts)
     return problems
 

@@ -67,7 +67,7 @@ def write_step(
         []           loss fp64, the sum of micro_batch_loss, as it is logged
 
     Metadata, as JSON: step, settings (all of run_grpo.py's), examples (the ids of the P prompts),
-    num_completions, num_tokens.
+    hospitals (theirs, null where there is one alone), num_completions, num_tokens.
     """
     rows = [i for indices in micro_batches for i in indices]
     width = max(len(samples[i].ids) for i in rows)
@@ -106,10 +106,12 @@ def write_step(
         tensors[f"rollout/rewards/{name}"] = torch.tensor(
             [sample.rewards[name].total for sample in samples], dtype=torch.float64
         )
+    examples = {sample.group: sample.example for sample in samples}.values()
     notes = {
         "step": step,
         "settings": asdict(config) | asdict(objective),
-        "examples": list({sample.group: sample.example.id for sample in samples}.values()),
+        "examples": [example.id for example in examples],
+        "hospitals": [example.hospital for example in examples],
         "num_completions": len(rows),
         "num_tokens": int(tensors["mask"].sum()),
     }

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from data.files import DataError
+from data.hospitals import Hospital
 from data.images import load_image
 from data.predictions import Prediction
 from engine.charts import ITSELF, SHARE, Chart, macro_f1_chart
 from engine.markdown import escape_markdown
 from engine.tracking import RunLogger
-from rl.objective import ZERO_VARIANCE
+from rl.objective import ZERO_VARIANCE, Metric
 from rl.rewards import rewards_record
-from rl.samples import Sample
+from rl.samples import Sample, of_hospital
+from rl.settings import BY_HOSPITAL, SHARE_OF_PROMPTS
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -28,9 +30,7 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     frac_reward_zero_std: share of groups that give no policy gradient.
     rewards/<name>/mean and the parts of a reward: in the reward's own units.
     """
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     group_of = torch.tensor([sample.group for sample in samples])
-    groups = [rewards[group_of == group] for group in group_of.unique()]
     lengths = torch.tensor([float(len(sample.ids)) for sample in samples])
     terminated = lengths[torch.tensor([not sample.truncated for sample in samples])]
     distinct = [
@@ -38,12 +38,7 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         for group in group_of.unique().tolist()
     ]
     metrics: dict[str, Tensor | float] = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "reward_group_std": torch.stack([group.std() for group in groups]).mean(),
-        "frac_reward_zero_std": (
-            sum(bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups) / len(groups)
-        ),
+        **_reward_metrics(samples),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -72,6 +67,44 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
                 sample.rewards[name].parts.get(part, 0.0) for sample in samples
             ) / len(samples)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _reward_metrics(samples: Sequence[Sample]) -> dict[str, Tensor | float]:
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    group_of = torch.tensor([sample.group for sample in samples])
+    groups = [rewards[group_of == group] for group in group_of.unique()]
+    return {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        "reward_group_std": torch.stack([group.std() for group in groups]).mean(),
+        "frac_reward_zero_std": (
+            sum(bool(group.max() - group.min() <= ZERO_VARIANCE) for group in groups) / len(groups)
+        ),
+    }
+
+
+def hospital_metrics(samples: Sequence[Sample], hospitals: Sequence[Hospital]) -> dict[str, Metric]:
+    """Measure what each hospital of a rollout earns, where there are several of them.
+
+    reward, reward_group_std, frac_reward_zero_std: as in `rollout_metrics`, of its own completions.
+    share_of_prompts: of the rollout's. Weighted by its prompts, so that the rollouts between two
+    logs combine to one mean over prompts. A hospital without a prompt has its share of 0 alone.
+
+    hospitals: those of the training data.
+    """
+    metrics: dict[str, Metric] = {}
+    if len(hospitals) < 2:
+        return metrics
+    prompts = len({sample.group for sample in samples})
+    for hospital in hospitals:
+        own = [sample for sample in samples if sample.example.hospital == hospital]
+        own_prompts = len({sample.group for sample in own})
+        measured = _reward_metrics(own) if own else {}
+        for name, value in (measured | {SHARE_OF_PROMPTS: own_prompts / prompts}).items():
+            if name in BY_HOSPITAL:
+                weight = prompts if name == SHARE_OF_PROMPTS else own_prompts
+                metrics[f"{name}/{hospital}"] = Metric(torch.as_tensor(value), weight, "mean")
+    return metrics
 
 
 def mismatch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -111,6 +144,7 @@ def completion_rows(samples: Sequence[Sample], prompt: str, answer_format: str) 
             answer_format=answer_format,
             answer=sample.answer,
             extra={
+                **of_hospital(sample.example),
                 "group": sample.group,
                 "image": sample.example.image,
                 "truncated": sample.truncated,
@@ -124,13 +158,20 @@ def completion_rows(samples: Sequence[Sample], prompt: str, answer_format: str) 
     ]
 
 
-def grpo_charts(data_sets: Sequence[str]) -> list[Chart]:
-    """List the charts of a GRPO run in TensorBoard. data_sets: those evaluated, home first."""
+def grpo_charts(data_sets: Sequence[str], hospitals: Sequence[Hospital] = ()) -> list[Chart]:
+    """List the charts of a GRPO run in TensorBoard.
+
+    data_sets: those evaluated, home first. hospitals: those trained on.
+    """
+    several = hospitals if len(hospitals) > 1 else ()
+    sampled = {f"{hospital}, sampled": f"train/reward/{hospital}" for hospital in several}
     charts = [
         Chart(
             "reward",
             "reward: sampled, and greedy by set",
-            {ITSELF: "train/reward"} | {name: f"eval/{name}/reward" for name in data_sets},
+            {ITSELF: "train/reward"}
+            | sampled
+            | {name: f"eval/{name}/reward" for name in data_sets},
             SHARE,
         ),
         macro_f1_chart(data_sets),

@@ -376,7 +376,7 @@ def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
     others = [reward.total for name, reward in sample.rewards.items() if name != trained_reward]
     return {
         "group": group,
-        "image": sample.example.id,
+        "image": "/".join(filter(None, (sample.example.hospital, sample.example.id))),
         "true": sorted(target.labels & target.evaluated_labels),
         "evaluated": sorted(target.evaluated_labels),
         "said": said,

@@ -104,6 +104,16 @@ class ObjectiveConfig:
             "source": "paper 3.2.2, text",
         },
     )
+    scale_by_hospital: Literal["none", "rms"] = field(
+        default="none",
+        metadata={
+            "help": (
+                "of several hospitals in --train_file: divide the advantages of each by their root"
+                " mean square over the rollout, so that the weights alone say how much it counts"
+            ),
+            "source": "not published",
+        },
+    )
     scale_rewards: Literal["none", "group", "batch"] = field(
         default="none",
         metadata={
@@ -158,6 +168,7 @@ def group_advantages(
     *,
     kl: Tensor | None = None,
     config: ObjectiveConfig = ObjectiveConfig(),
+    hospitals: Tensor | None = None,
 ) -> Tensor:
     """Compute A_i: how much better a completion is than the others of its group.
 
@@ -165,12 +176,14 @@ def group_advantages(
     group_ids [N] int: the same number for completions of one prompt, in any order
     scale_rewards: what divides the centred reward, see ObjectiveConfig
     kl [N]: log pi_old - log pi_ref, summed over each completion's tokens. 0 at beta 0.
+    config: its `scale_by_hospital` is read here.
+    hospitals [N] int: the same number for completions of one hospital. None where there is one.
     Returns [N] of the rewards' dtype.
 
     A NaN reward is left out of its group's mean and gets 0. A group whose rewards differ by at most
     1e-6 gets exactly 0 in every mode. The KL term of its loss still acts. The training loop always
-    passes `kl` and `config`, which are not used here. They are there for forks (KL in the reward,
-    or another baseline).
+    passes `kl`, which is not used here, and all of `config`. They are there for forks (KL in the
+    reward, or another baseline).
     """
     advantages = torch.zeros_like(rewards)  # [N]
     rated = ~torch.isnan(rewards)  # [N]
@@ -189,7 +202,43 @@ def group_advantages(
             advantages[members] = centred / (rollout_std + STD_EPSILON)
         else:
             raise ValueError(f"scale_rewards is {scale_rewards!r}; use none, group or batch")
+    if config.scale_by_hospital == "rms" and hospitals is not None:
+        advantages = _scaled_by_hospital(advantages, hospitals, rated)
     return advantages
+
+
+def _scaled_by_hospital(advantages: Tensor, hospitals: Tensor, rated: Tensor) -> Tensor:
+    """Give each hospital the same mean square of A, so that none drowns another.
+
+    With score vectors of like size that do not correlate, hospital h adds sum_{i in h} A_i^2 =
+    n_h m_h to the expected square of the policy gradient: n_h completions, m_h = mean of A_i^2. A
+    hospital with larger spreads, or with fewer settled groups (A = 0), so takes more than its share
+    n_h, which --train_file gave it. Here
+
+        A_i <- A_i sqrt(m / m_h)        m = sum of A_i^2 over all / sum of n_h over all with m_h > 0
+
+    so that each adds n_h m, and the sum over all of A_i^2, hence the step, is what it was. A
+    hospital without any spread (m_h = 0) keeps its zeros, and its n_h does not count. Where one
+    alone has spreads m = m_h and nothing changes. |A_i| is at most sqrt(n_h m) afterwards: a
+    hospital with a single small spread in the rollout is raised, but within this bound.
+
+    advantages [N]: centred within groups, so that scaling keeps each group's mean at 0
+    hospitals [N] int. rated [N] bool: completions that have a reward.
+    Returns [N] of the advantages' dtype.
+    """
+    with_spread = [
+        members
+        for hospital in hospitals.unique()
+        if advantages[members := (hospitals == hospital) & rated].any()
+    ]  # [N] bool each
+    if len(with_spread) < 2:
+        return advantages
+    together = torch.stack(with_spread).any(0)  # [N]
+    common = advantages[together].square().mean()  # m
+    scaled = advantages.clone()
+    for members in with_spread:
+        scaled[members] *= (common / advantages[members].square().mean()).sqrt()
+    return scaled
 
 
 def _std(values: Tensor) -> Tensor:

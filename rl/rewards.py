@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data.answers import Answer
 from data.labels import LABELS, Target
@@ -110,7 +110,7 @@ class NuancedReward(RewardFunction):
     partial         30 TP/|true| + 20 TP/|predicted|, also for a match, so an exact answer is
                     worth 150
     false_positive  for each label predicted and not true, points that grow with the label's share
-                    of the training data
+                    of the training data: of its own hospital's where there are several
     collapse        for an answer that contains a dominant label: 50, and 30 for each dominant
                     label in it. A label is dominant when more than 70 % of the predictions for the
                     last 100 images contain it
@@ -162,9 +162,13 @@ class NuancedReward(RewardFunction):
     floor: float = -300.0
     scale: float = 0.01  # the 100 points of a match become 1, the size of the hard reward
     labels: tuple[str, ...] = LABELS  # those that there are
+    # The same shares of one hospital's images, by its name. A target of another hospital, or of
+    # none, has those of label_frequency.
+    by_hospital: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for label, frequency in self.label_frequency.items():
+        tables = (self.label_frequency, *self.by_hospital.values())
+        for label, frequency in (share for table in tables for share in table.items()):
             if label not in self.labels or not 0 <= frequency <= 1:
                 raise ValueError(
                     f"label_frequency needs shares from 0 to 1 of the {len(self.labels)} labels,"
@@ -199,7 +203,7 @@ class NuancedReward(RewardFunction):
             # fsum is exact in any order: a set's order differs between processes, and a resumed run
             # must agree to the last bit.
             false_positive=-math.fsum(
-                self._false_positive_points(label) for label in predicted - true
+                self._false_positive_points(label, target.hospital) for label in predicted - true
             ),
             collapse=(
                 -(self.collapse_points + self.repetition_points * len(repeated))
@@ -247,10 +251,9 @@ class NuancedReward(RewardFunction):
             ([tuple(labels) for labels in image] for image in state["images"]), maxlen=self.window
         )
 
-    def _false_positive_points(self, label: str) -> float:
-        return self.false_positive_base + self.false_positive_slope * self.label_frequency.get(
-            label, 0.0
-        )
+    def _false_positive_points(self, label: str, hospital: str | None) -> float:
+        frequency = self.by_hospital.get(hospital or "", self.label_frequency)
+        return self.false_positive_base + self.false_positive_slope * frequency.get(label, 0.0)
 
 
 def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:

@@ -20,7 +20,7 @@ from data.examples import Example
 from engine.collate import Rows
 from engine.encode import EncodedPrompt
 from engine.generate import Completion, SamplingConfig, generate
-from engine.order import shuffled
+from engine.order import Order
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
@@ -73,6 +73,7 @@ class Rollouts:
         """Begin the stream. data: the training examples, each a prompt."""
         self.data, self.reward_functions, self.config = data, reward_functions, config
         self.ranks = ranks
+        self.order = Order(data, config.hospital_weights, config.seed)
         self.plan = BatchPlan.of(config, ranks.size)
         self.limits = Limits(config)
         self._with_reference = False  # when the rollout was scored
@@ -106,8 +107,7 @@ class Rollouts:
         count, size = self.plan.prompts, len(self.data)
         first = step // self.plan.updates * count
         places = [divmod(position, size) for position in range(first, first + count)]
-        orders = {epoch: shuffled(size, epoch, self.config.seed) for epoch, _ in places}
-        examples = [self.data[orders[epoch][index]] for epoch, index in places]
+        examples = [self.data[self.order.epoch(epoch)[index]] for epoch, index in places]
         own: list[EncodedPrompt] = []
         with self.ranks.together():
             for group in self._own_groups():
@@ -341,6 +341,12 @@ class Rollouts:
     def groups(self) -> Tensor:
         """Return the index of each sample's prompt [R] int64."""
         return torch.tensor([sample.group for sample in self.samples])
+
+    @property
+    def hospitals(self) -> Tensor:
+        """Return the number of each sample's hospital [R] int64, 0 where there is one alone."""
+        numbers = {name: number for number, name in enumerate(self.order.counts)}
+        return torch.tensor([numbers.get(one.example.hospital, 0) for one in self.samples])
 
     @property
     def rewards(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.hospitals import is_demo
 from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
 from engine.model_files import DEMO_RECIPES
@@ -23,7 +24,14 @@ from engine.saving import save_start
 from engine.settings import validation_files
 from engine.tracking import MetricAccumulator
 from rl.dump import step_tensors, write_step
-from rl.logs import completion_rows, grpo_charts, mismatch_metrics, rollout_metrics, show_samples
+from rl.logs import (
+    completion_rows,
+    grpo_charts,
+    hospital_metrics,
+    mismatch_metrics,
+    rollout_metrics,
+    show_samples,
+)
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, objective_metrics
 from rl.reward_checks import Memory, check_kept, take_over
@@ -183,7 +191,9 @@ class GRPORun(Run):
             | {name: Memory(name, one) for name, one in rollouts.reward_functions.items()},
         )
         self.config, self.monitors = rollouts.config, monitors
-        self.log.charts("GRPO", grpo_charts(list(validation_files(self.config))))
+        self.hospitals = list(rollouts.order.counts)
+        sets = list(validation_files(self.config))
+        self.log.charts("GRPO", grpo_charts(sets, self.hospitals))
         self._noted: set[str] = set()
 
     @property
@@ -197,6 +207,7 @@ class GRPORun(Run):
         if self.step == 0 and (warning := length_warning(self.config, samples)):
             self.write(f"warning: {warning}")
         self.add(rollout_metrics(samples) | self.monitors.observe(samples))
+        self.metrics.add_all(hospital_metrics(samples, self.hospitals))
         self.add({"time/rollout": time.perf_counter() - self._began})
 
     def log_update(
@@ -305,10 +316,13 @@ class GRPORun(Run):
                 self.write(note)
 
 
-def next_command(recipes: Sequence[str], folder: Path, train_file: str) -> str:
-    """Write the command that evaluates the run, with NAME=FILE for the user to fill in."""
+def next_command(recipes: Sequence[str], folder: Path, train_file: Sequence[str]) -> str:
+    """Write the command that evaluates the run, with NAME=FILE for the user to fill in.
+
+    recipes, train_file: of the run.
+    """
     files = ["--data_file", "NAME=FILE"]
-    if set(recipes) & set(DEMO_RECIPES) and train_file.startswith("demo:"):
+    if set(recipes) & set(DEMO_RECIPES) and is_demo(train_file):
         files = [
             "--data_file",
             *(f"{name}=demo:{name}" for name in ("test-a", "test-a2", "test-b")),

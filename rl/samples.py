@@ -179,6 +179,11 @@ def collate_samples(
     )
 
 
+def of_hospital(example: Example) -> dict[str, str]:
+    """Name the hospital of an example for a record, in which one without a name has no place."""
+    return {} if example.hospital is None else {"hospital": example.hospital}
+
+
 # ---- in a checkpoint, and to other ranks ---------------------------------------------------------
 def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Turn a rollout into (tensors, record), for a checkpoint or for other ranks.
@@ -192,6 +197,7 @@ def pack_samples(samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[dic
         {
             "group": sample.group,
             "example": sample.example.id,
+            **of_hospital(sample.example),
             "length": len(sample.ids),
             "truncated": sample.truncated,
             "text_length": sample.text_length,
@@ -220,9 +226,9 @@ def unpack_samples(
 ) -> list[Sample]:
     """Make the samples again that `pack_samples` packed.
 
-    examples: the training data, in which each sample's example is found by its id.
+    examples: the training data, in which each sample's example is found by its hospital and id.
     """
-    by_id = {example.id: example for example in examples}
+    by_id = {(example.hospital, example.id): example for example in examples}
     lengths = [row["length"] for row in record]
     pieces = {name: tensor.split(lengths) for name, tensor in tensors.items()}
     samples = []
@@ -232,7 +238,7 @@ def unpack_samples(
             name: Reward(total=reward["total"], parts=reward["parts"])
             for name, reward in row["rewards"].items()
         }
-        example = by_id[row["example"]]
+        example = by_id[row.get("hospital"), row["example"]]
         sample = Sample(
             group=row["group"],
             example=example,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from data.examples import Example
+from data.hospitals import frequencies_by_hospital, label_frequencies, train_files
 from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.inherited import FRESH, INHERITED, inherit
 from engine.launch import Launch
@@ -57,6 +57,10 @@ SET_METRICS = (
     "reward",
     *(f"rewards/{name}/mean" for name in get_args(RewardName)),
 )
+
+# What a rollout logs of each hospital where there are several, as NAME/HOSPITAL (rl/logs.py)
+SHARE_OF_PROMPTS = "share_of_prompts"
+BY_HOSPITAL = ("reward", "reward_group_std", "frac_reward_zero_std", SHARE_OF_PROMPTS)
 
 # What an evaluation of two sets or more says of them together (rl/evaluation.py): the first set's
 # gain less the others', on all labels and on those that both can express, and the mean of both
@@ -376,8 +380,11 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
     """
     sets = set_names(config)
     monitors = monitor_names(config.label_set)
+    hospitals = [one.hospital for one in train_files(config.train_file)[0]]
     known = {
         *logged,
+        # of which the first rollout may have had no prompt
+        *(f"{name}/{one}" for name in BY_HOSPITAL for one in hospitals if len(hospitals) > 1),
         *monitors,
         *GAPS,
         *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
@@ -444,16 +451,17 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
 
 
 def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
-    """Make both rewards, with the label frequencies of the training data for Eq. 4.
+    """Make both rewards, with the label frequencies of the training data, by hospital, for Eq. 4.
 
     Raises UsageError for one whose memory no checkpoint could hold.
     """
-    evaluated = Counter(label for example in examples for label in example.evaluated_labels)
-    positive = Counter(label for example in examples for label in example.target.labels)
-    frequency = {label: positive[label] / evaluated[label] for label in evaluated}
     rewards: dict[str, RewardFunction] = {
         "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
-        "nuanced": NuancedReward(frequency, labels=config.label_set.names),
+        "nuanced": NuancedReward(
+            label_frequencies(examples),
+            labels=config.label_set.names,
+            by_hospital=frequencies_by_hospital(examples),
+        ),
     }
     if config.reward_scale is not None:
         rewards[config.reward].scale = config.reward_scale

@@ -151,7 +151,7 @@ class Comparison:
 # family: (what it asks, its comparisons). Holm's correction is made within a family.
 FAMILIES: dict[str, tuple[str, tuple[Comparison, ...]]] = {
     "L": (
-        "Is transfer lost? Macro-F1 of the nine shared labels, but for L3, L8, L9",
+        "Is transfer lost? Macro-F1 of the nine shared labels, but for L3",
         (
             Comparison("L1 SFT: A2 - A", ((1, SFT, RANDOM_MARKER), (-1, SFT, HOME))),
             Comparison("L2 SFT: B - A", ((1, SFT, ABROAD), (-1, SFT, HOME))),
@@ -177,33 +177,15 @@ FAMILIES: dict[str, tuple[str, tuple[Comparison, ...]]] = {
                 "L7 GRPO, hard - SFT: B - A",
                 ((1, GRPO, ABROAD), (-1, SFT, ABROAD), (-1, GRPO, HOME), (1, SFT, HOME)),
             ),
-            Comparison(
-                "L8 GRPO, hard - SFT: A2, sampled reward",
-                ((1, GRPO, RANDOM_MARKER), (-1, SFT, RANDOM_MARKER)),
-                reward,
-            ),
-            Comparison(
-                "L9 GRPO, hard - SFT: B, sampled reward",
-                ((1, GRPO, ABROAD), (-1, SFT, ABROAD)),
-                reward,
-            ),
         ),
     ),
     "R": (
         "Which remedy helps abroad? Site B, macro-F1 of the nine labels",
         tuple(Comparison.of_arms(arm, GRPO, ABROAD) for arm in REMEDIES),
     ),
-    "S": (
-        "Which remedy helps abroad? Site B, sampled reward",
-        tuple(Comparison.of_arms(arm, GRPO, ABROAD, reward) for arm in REMEDIES),
-    ),
     "M": (
         "Which remedy helps without the marker? Site A2, macro-F1 of the nine shared labels",
         tuple(Comparison.of_arms(arm, GRPO, RANDOM_MARKER) for arm in REMEDIES),
-    ),
-    "N": (
-        "Which remedy helps without the marker? Site A2, sampled reward",
-        tuple(Comparison.of_arms(arm, GRPO, RANDOM_MARKER, reward) for arm in REMEDIES),
     ),
     "C": (
         "What does it cost at home? Site A, sampled reward",

@@ -18,8 +18,11 @@ from data.files import DataError
 from data.sets import (
     bad_image_counts,
     bad_images_line,
+    data_line,
     in_chunks,
     load_data_sets,
+    read_training_examples,
+    train_specs,
     usable_examples,
     with_answers_to_learn,
     write_bad_images,
@@ -69,6 +72,97 @@ def test_images_may_lie_elsewhere(tmp_path):
         load_data_sets({"train": str(elsewhere)}, None, "fail")
     sets = load_data_sets({"train": str(elsewhere)}, str(tmp_path / "images"), "fail")
     assert ids(sets.train) == ["t-0", "t-1"] and sets.evaluated == {}
+
+
+# ---- several hospitals ---------------------------------------------------------------------------
+def test_a_training_set_of_several_hospitals(tmp_path):
+    a, b, v = (write(tmp_path, name, n) for name, n in (("a", 3), ("b", 2), ("v", 1)))
+    specs = train_specs([f"nih={b}@1", f"mimic={a}@2"]) | {"nih": str(v), "other": str(v)}
+    sets = load_data_sets(specs, None, "fail")
+    # in the order of the names
+    assert [(one.hospital, one.id) for one in sets.train] == [
+        ("mimic", "a-0"),
+        ("mimic", "a-1"),
+        ("mimic", "a-2"),
+        ("nih", "b-0"),
+        ("nih", "b-1"),
+    ]
+    assert sets.files == {"train.mimic": a, "train.nih": b, "nih": v, "other": v}
+    # a set that is evaluated under a hospital's name is of that hospital
+    assert [sets.evaluated[name][0].hospital for name in ("nih", "other")] == ["nih", None]
+    assert {name: ids(examples) for name, examples in sets.by_name().items()} == {
+        "train.mimic": ["a-0", "a-1", "a-2"],
+        "train.nih": ["b-0", "b-1"],
+        "nih": ["v-0"],
+        "other": ["v-0"],
+    }
+    line = data_line(sets, {"mimic": 1.0, "nih": 4.0})  # 5 positions: 1 and 4
+    assert line == (
+        "data        5 to train on (mimic 1 of an epoch, from 3; nih 4 of an epoch, from 2);"
+        " scored: nih 1, other 1"
+    )
+    with pytest.raises(DataError, match="--train_file mimic: the weight 1 gives it none of the 5"):
+        data_line(sets, {"mimic": 1.0, "nih": 40.0})
+
+
+def test_one_hospital_is_trained_on_as_ever(tmp_path):
+    train = write(tmp_path, "t", 3)
+    sets = load_data_sets(train_specs([str(train)]), None, "fail")
+    assert [one.hospital for one in sets.train] == [None] * 3 and list(sets.files) == ["train"]
+    assert data_line(sets, {}) == "data        3 to train on; scored: nothing"
+
+
+def test_images_are_left_out_of_each_hospital(tmp_path):
+    a, b = write(tmp_path / "a", "a", 3), write(tmp_path / "b", "b", 2)
+    (tmp_path / "b" / "0.png").write_bytes(b"damaged")
+    sets = load_data_sets(train_specs([f"a={a}", f"b={b}"]), None, "skip")
+    assert ids(sets.train) == ["a-0", "a-1", "a-2", "b-1"]
+    assert {name: [row["id"] for row in rows] for name, rows in sets.bad_images.items()} == {
+        "train.a": [],
+        "train.b": ["b-0"],
+    }
+    write_bad_images(tmp_path, sets.bad_images)
+    assert (tmp_path / "bad-images-train.b.jsonl").is_file()
+
+
+def test_patients_are_held_out_in_each_hospital(tmp_path):
+    """Half of 4 and of 6. Both files have patients p0 to p3 of one data set, on one side each."""
+    a, b = write(tmp_path, "a", 4), write(tmp_path, "b", 6)
+    sets = load_data_sets(train_specs([f"a={a}", f"b={b}"]), None, "fail")
+    held = with_answers_to_learn(sets, "think_solution", validation_split=0.5, seed=0)
+    # of a as of one file alone: p2 and p0. b has these two held out, and p4 or p5 makes three
+    assert ids(held.validation)[:2] == ["a-0", "a-2"]
+    of_b = ids(held.validation)[2:]
+    assert {"b-0", "b-2"} < set(of_b) and of_b[2] in ("b-4", "b-5") and len(of_b) == 3
+    sides = [{one.patient_id for one in side} for side in (held.train, held.validation)]
+    assert not sides[0] & sides[1]
+    assert {name: len(examples) for name, examples in held.evaluated.items()} == {"a": 2, "b": 3}
+
+
+def test_the_same_number_is_another_patient_in_another_data_set(tmp_path):
+    a, b = write(tmp_path, "a", 4), write(tmp_path, "b", 4)
+    b.write_text(b.read_text().replace('"site"', '"other"'))
+    sets = load_data_sets(train_specs([f"a={a}", f"b={b}"]), None, "fail")
+    held = with_answers_to_learn(sets, "think_solution", validation_split=0.5, seed=0)
+    assert ids(held.validation) == ["a-0", "a-2", "b-0", "b-2"]  # each as a file alone
+
+
+def test_problems_of_all_hospitals_come_at_once(tmp_path):
+    a, b = write(tmp_path, "a", 2, None), write(tmp_path, "b", 2, "no form")
+    sets = load_data_sets(train_specs([f"a={a}", f"b={b}"]), None, "fail")
+    with pytest.raises(DataError) as error:
+        with_answers_to_learn(sets, "think_solution", validation_split=0.5, seed=0)
+    assert [line.partition(":")[0] for line in error.value.problems] == [str(a), str(b)]
+    one = load_data_sets(train_specs([f"a={write(tmp_path, 'c', 1)}"]), None, "fail")
+    with pytest.raises(DataError, match=r"--train_file a: cannot hold out a part of 1 examples"):
+        with_answers_to_learn(one, "think_solution", validation_split=0.5, seed=0)
+
+
+def test_baselines_read_all_hospitals(tmp_path):
+    a, b = write(tmp_path, "a", 2), write(tmp_path, "b", 1)
+    assert ids(read_training_examples([f"b={b}@1", f"a={a}@2"])) == ["a-0", "a-1", "b-0"]
+    assert ids(read_training_examples([str(b)])) == ["b-0"]
+    assert read_training_examples([]) is None
 
 
 # ---- SFT's validation ----------------------------------------------------------------------------

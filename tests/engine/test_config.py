@@ -277,7 +277,7 @@ def test_config_json_keeps_one_recipe_as_before_and_lists_several(recipes, entry
         ),
         ('learning_rate = "5e-5"', "learning_rate: expected a number, got the string '5e-5'"),
         ("learning_rate = nan", "learning_rate: expected a number, got nan"),
-        ('validation_file = "a=x"', "validation_file: expected an array, got the string 'a=x'"),
+        ("validation_file = 5", "validation_file: expected an array, got the integer 5"),
         ("validation_file = [1]", "validation_file: expected text, got the integer 1"),
         ('estimator = "k33"', "estimator: 'k33' is not one of k1, k2, k3"),
         (
@@ -298,6 +298,12 @@ def test_config_json_keeps_one_recipe_as_before_and_lists_several(recipes, entry
 def test_recipe_problems_name_file_and_key(recipe, toml, expected):
     path = recipe(toml)
     assert problems("--config", path) == [f"{path}: {expected}"]
+
+
+def test_one_text_of_a_recipe_stands_for_an_array_of_one(recipe):
+    """As train_file had it while there was one hospital."""
+    path = recipe('validation_file = "a=x"')
+    assert parse("--recipe", path).configs[0].validation_file == ("a=x",)
 
 
 def test_a_recipe_that_cannot_be_read_is_one_problem(recipe, shipped, tmp_path):
@@ -388,6 +394,13 @@ def resume_problems(earlier: dict, *argv: str, **options) -> list[str]:
     with pytest.raises(ConfigError) as error:
         resume(earlier, *argv, **options)
     return error.value.problems
+
+
+@pytest.mark.parametrize(("before", "now"), [("own.jsonl", ("own.jsonl",)), ("", ())])
+def test_a_run_that_kept_one_text_where_there_are_several_now_goes_on(before, now):
+    earlier = saved("--max_steps", "5") | {"validation_file": before}
+    config = resume(earlier).configs[0]
+    assert (config.validation_file, config.max_steps) == (now, 5)
 
 
 def test_json_keeps_every_value_with_its_origin(recipe):

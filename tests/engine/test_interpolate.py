@@ -242,7 +242,8 @@ def test_flags_of_folding_and_of_interpolating_do_not_mix(tmp_path, capsys):
         "--alpha 0.5 is given 2 times; give it once",
         "--output_dir is missing: give the new folder of the adapters",
     ]
-    (line,) = refusal(capsys, "--interpolate", one, one, "--alpha", 25, "--output_dir", "x")
+    two = tmp_path / "two"  # one folder given twice would be told as well
+    (line,) = refusal(capsys, "--interpolate", one, two, "--alpha", 25, "--output_dir", "x")
     assert line == "--alpha: expected a number from 0 to 1, got '25'"
     found = refusal(
         capsys,

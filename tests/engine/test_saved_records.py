@@ -26,6 +26,12 @@ def test_records_of_a_run_pass_and_so_do_those_of_an_earlier_version(tmp_path):
     checked(saved(tmp_path, early, {"global_step": 4, "best_model_checkpoint": None}))
 
 
+def test_the_training_sets_of_several_hospitals_pass(tmp_path):
+    file = {"file": "a", "sha256": "0" * 64}
+    data = {"train.mimic": file | {"weight": 2.0}, "train.nih": file | {"weight": 0.5}}
+    checked(saved(tmp_path, CONFIG | {"data": data, "bad_images": {"train.nih": [{"id": "1"}]}}))
+
+
 DELETED = object()
 
 
@@ -44,6 +50,9 @@ DELETED = object()
         ("config data", DELETED),
         ("config data train sha256", "0" * 63 + "g"),
         ("config data train", "a.jsonl"),
+        ("config data train./x", {"file": "a", "sha256": "0" * 64}),
+        ("config data train weight", -1.0),
+        ("config data train weight", "2"),
         ("config data ../../x", {"file": "a", "sha256": "0" * 64}),
         ("config bad_images ../../x", []),
         ("config bad_images val", [1]),

@@ -351,7 +351,8 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
     [
         ([], "--model is missing"),
         (["--model", "base"], "--model base: expected NAME=FILE"),
-        (["--prompt", "demo", "demo"], "--prompt demo is given twice"),
+        # as every flag of several values says it
+        (["--prompt", "demo", "demo"], "--prompt demo is given 2 times; give it once"),
         (["--prompt", "gone"], "--prompt gone: no such instruction variant; there are demo"),
         (["--temperature", "-1"], "--temperature: expected a number from 0 to 100, got '-1'"),
         (["--data_file", "a={project}/none.jsonl"], "no such data file"),

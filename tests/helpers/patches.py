@@ -35,6 +35,7 @@ FORKS = {
     "kl_in_reward": Fork("kl_in_reward", True, None),
     "rloo": Fork("baseline", "leave_one_out", None),
     "entropy_bonus": Fork("entropy_bonus", 0.01, "entropy_bonus"),
+    "drpo": Fork("domain_scaling", "drpo", None),
 }
 
 

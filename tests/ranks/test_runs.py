@@ -1,5 +1,7 @@
 """Whole runs of two ranks: as one rank's, exactly repeated, broken and resumed.
 
+GRPO learns from two hospitals, with weights and with advantages scaled by hospital, SFT from one.
+
 The jobs of one call of torchrun follow each other in its processes (runs.py), and one process runs
 those that they are compared with.
 """
@@ -34,6 +36,7 @@ from tests.helpers.runs import (
     sft_flags,
     train_log,
     write_data,
+    write_rows,
 )
 from tests.helpers.torchrun import Ended, torchrun
 from tests.ranks.runs import readable
@@ -87,6 +90,18 @@ def start(tiny_checkpoint, data, folder) -> Path:
     return folder / "start"
 
 
+@pytest.fixture(scope="module")
+def hospitals(data) -> list[str]:
+    """Part the rows into two hospitals, of which the smaller one comes twice as often."""
+    rows = lines(data)
+    files = [
+        write_rows(data.with_name(f"{name}.jsonl"), part)
+        for name, part in (("a", rows[:7]), ("b", rows[7:]))
+    ]
+    weighted = [f"a={files[0]}@1", f"b={files[1]}@2"]
+    return ["--train_file", *weighted, "--scale_by_hospital", "rms"]
+
+
 def job(name: str, argv: Sequence[str], **more: object) -> dict:
     """Describe a run for runs.py: without a fault, of GRPO, unless it says another thing."""
     usual = {"script": "grpo", "fault": "none", "rank": 1, "mutant": False}
@@ -98,12 +113,18 @@ def resumed(name: str, run: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def grpo_job(folder, data, start) -> Callable[..., dict]:
-    """Describe a GRPO run of two ranks: `grpo_job("name", "fault", rank=1)`."""
+def grpo_job(folder, data, start, hospitals) -> Callable[..., dict]:
+    """Describe a GRPO run of two ranks: `grpo_job("name", "fault", rank=1)`.
 
-    def describe(name: str, fault: str = "none", *more_flags, rows: Path = data, **more) -> dict:
-        flags = ["--validation_file", f"site={data}", *TWO, *more_flags]
-        argv = grpo_flags(start, rows, folder / name, *flags, flags=GRPO)
+    rows: a data file of one hospital in place of the two.
+    """
+
+    def describe(
+        name: str, fault: str = "none", *more_flags, rows: Path | None = None, **more
+    ) -> dict:
+        trained = [] if rows else hospitals
+        flags = ["--validation_file", f"site={data}", *TWO, *trained, *more_flags]
+        argv = grpo_flags(start, rows or data, folder / name, *flags, flags=GRPO)
         return job(name, argv, fault=fault, **more)
 
     return describe
@@ -173,9 +194,9 @@ def of_jobs(folder: Path, jobs: Sequence[dict], ranks: int) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, data, start) -> Path:
+def alone(folder, data, start, hospitals) -> Path:
     """Do one rank's run with the same completions a step and a rollout."""
-    sites = ["--validation_file", f"site={data}"]
+    sites = ["--validation_file", f"site={data}", *hospitals]
     assert grpo(start, data, folder / "alone", *sites, *ONE, flags=GRPO) == 0
     return folder / "alone"
 
@@ -206,6 +227,13 @@ def test_two_ranks_make_the_run_of_one(runs, alone):
         if (alone / name).exists():
             assert_close(lines(alone / name), lines(runs["two"] / name), name)
     assert [line["step"] for line in train_log(runs["two"])] == [1, 2, 3, 4]
+    # with what each hospital earns, and how often it comes: 13 x 1/3 = 4.33 and 13 x 2/3 = 8.67 of
+    # 13 positions, so 4 and 9
+    logged = train_log(alone)[0]
+    assert {"reward/a", "reward/b", "frac_reward_zero_std/b"} <= logged.keys()
+    of_b = sum(row["hospital"] == "b" for row in completions) / len(completions)
+    shares = [line["share_of_prompts/b"] for line in train_log(alone)[::2]]
+    assert of_b == pytest.approx(sum(shares) / 2) and sum(shares) > 1
     # the learning is no small thing beside the difference
     moved = largest_difference(adapter(runs["start"]), adapter(alone))
     assert largest_difference(adapter(alone), adapter(runs["two"])) < 1e-6 < 1e-3 < moved

@@ -63,6 +63,26 @@ BREAKS = {
         "rated = ~torch.isnan(rewards)",
         "rewards = rewards.nan_to_num(); rated = rewards == rewards",
     ),
+    "every hospital's mean square, settled ones too": (
+        "torch.stack(with_spread).any(0)",
+        "rated",
+    ),
+    "a hospital's mean square without its settled groups": (
+        "advantages[members].square().mean()).sqrt()",
+        "advantages[members & (advantages != 0)].square().mean()).sqrt()",
+    ),
+    "a hospital's sum of squares for its mean": (
+        "advantages[members].square().mean()).sqrt()",
+        "advantages[members].square().sum()).sqrt()",
+    ),
+    "completions without a reward count in a hospital": (
+        "members := (hospitals == hospital) & rated",
+        "members := hospitals == hospital",
+    ),
+    "hospitals scaled without being asked": (
+        'if config.scale_by_hospital == "rms" and hospitals',
+        "if hospitals",
+    ),
     # ratio, clip and surrogate
     "surrogate with the wrong sign": (
         "= -surrogate + config.beta * kl",

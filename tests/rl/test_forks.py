@@ -1,6 +1,6 @@
 """Protect the objective as a file to fork.
 
-Checked: seven published variants are few-line diffs of rl/objective.py alone, whose flags and
+Checked: eight published variants are few-line diffs of rl/objective.py alone, whose flags and
 metrics appear by themselves. Each is applied to a copy and checked against its worked case;
 switched off it changes nothing, switched on only what it means to change; and it runs in the whole
 of run_grpo.py.
@@ -28,7 +28,16 @@ import torch
 import rl.objective
 from engine.config import ConfigError, parse_config
 from tests.helpers.cases import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
-from tests.helpers.objective import close, f64, random_batch, step_weights, weights_of
+from tests.helpers.objective import (
+    HOSPITAL_GROUPS,
+    HOSPITAL_REWARDS,
+    HOSPITALS,
+    close,
+    f64,
+    random_batch,
+    step_weights,
+    weights_of,
+)
 from tests.helpers.patches import FOLDER, FORKS, OBJECTIVE, module_of, patched
 from tests.helpers.repository import ROOT
 from tests.helpers.rollouts import advantages_of, rollouts_of, sample
@@ -70,6 +79,12 @@ CHANGED = {
         "test_toy_loss_and_gradient",
         "test_masked_slots_carry_no_loss",
     },
+    # the others have one hospital, whose number they do not give
+    "drpo": {
+        "test_toy_hospitals",
+        "test_a_hospital_alone_is_scaled_by_nothing",
+        "test_a_hospitals_completions_without_a_reward_do_not_count",
+    },
     "rloo": (
         TOY_NUMBERS
         | {
@@ -77,9 +92,12 @@ CHANGED = {
             "test_p02_zero_variance",
             "test_p22_groups_by_id",
             "test_toy_advantages",
+            "test_toy_hospitals",
+            "test_a_hospitals_completions_without_a_reward_do_not_count",
         }
     ),
 }
+# of DRPO there is no worked case: its test has the numbers
 fork_case = partial(open_case, listed=NOT_IN_THE_FORKS)
 
 
@@ -96,10 +114,9 @@ def switched_on(module: ModuleType, **settings) -> SimpleNamespace:
     """
     config = partial(module.ObjectiveConfig, **settings)
 
-    def group_advantages(rewards, group_ids, scale_rewards="none"):
-        return module.group_advantages(
-            rewards, group_ids, scale_rewards, kl=torch.zeros_like(rewards), config=config()
-        )
+    def group_advantages(rewards, group_ids, scale_rewards="none", **more):
+        given = {"kl": torch.zeros_like(rewards), "config": config()} | more
+        return module.group_advantages(rewards, group_ids, scale_rewards, **given)
 
     def grpo_loss(logprobs, old_logprobs, *rest, sampling_logprobs=None, entropy=None, **more):
         more["sampling_logprobs"] = old_logprobs if sampling_logprobs is None else sampling_logprobs
@@ -130,8 +147,8 @@ def test_every_patch_is_known():
         for reason in NOT_IN_THE_PRODUCT.values()
         for name in re.findall(r"tests/forks/(\w+)\.patch", reason)
     ]
-    # each worked case that the product leaves to a fork; there is none with an entropy bonus
-    assert sorted(named) == sorted(FORKS.keys() - {"entropy_bonus"})
+    # each worked case that the product leaves to a fork; there is none of the others
+    assert sorted(named) == sorted(FORKS.keys() - {"entropy_bonus", "drpo"})
 
 
 @pytest.mark.parametrize("name", FORKS)
@@ -421,6 +438,31 @@ def test_the_entropy_bonus_by_hand(fork):
     close(loss, -2.15)
     close(terms["entropy_bonus"][mask], [0.1, 0.2])
     close(entropy.grad, [[-0.05, -0.05, 0]])
+
+
+def test_drpo_by_hand(fork):
+    """The rewards of `test_toy_hospitals`, centred as they are there: +-0.5, 0, 0, +-0.25.
+
+    Hospital 4 has two questions of mean rewards 0.5 and 1, so 0.75: T_g = sqrt(2) 0.75. Its hard
+    cluster is the first, T_c = 0.5, its easy one the second. Hospital 9 has one question of 0.25:
+    T_g = T_c = 0.25. So 0.5 / (1.060660 x 0.5) = 0.942809 and 0.25 / 0.0625 = 4. All are divided by
+    their standard deviation, sqrt(2 (0.888889 + 16) / 5) = 2.599145, and 1e-4: 0.362724, 1.538908.
+    """
+    module, rewards = fork("drpo"), f64(HOSPITAL_REWARDS)
+    config = module.ObjectiveConfig(domain_scaling="drpo")
+    found = module.group_advantages(rewards, HOSPITAL_GROUPS, config=config, hospitals=HOSPITALS)
+    close(found, [0.362724, -0.362724, 0, 0, 1.538908, -1.538908], atol=1e-6)
+    # the weaker hospital, which rms leaves the smaller one (0.322749 beside 0.456435), leads now
+    by_rms = module.ObjectiveConfig(scale_by_hospital="rms")
+    other = module.group_advantages(rewards, HOSPITAL_GROUPS, config=by_rms, hospitals=HOSPITALS)
+    assert found[4] > found[0] and other[4] < other[0]
+    # rewards of 0 hold T at 1e-4; what nobody has rated, or nobody tells apart, stays 0
+    assert not module.group_advantages(
+        f64([0, 0, math.nan, math.nan]),
+        torch.tensor([0, 0, 1, 1]),
+        config=config,
+        hospitals=torch.tensor([0, 0, 0, 0]),
+    ).any()
 
 
 def test_p21_kl_in_reward(fork):

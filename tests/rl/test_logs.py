@@ -16,7 +16,8 @@ from PIL import Image
 import rl.logs
 from data.files import DataError
 from data.labels import Target
-from rl.logs import grpo_charts, largest_spread, show_samples
+from engine.tracking import MetricAccumulator
+from rl.logs import grpo_charts, hospital_metrics, largest_spread, show_samples
 from rl.rewards import Reward
 
 
@@ -133,3 +134,56 @@ def test_a_page_of_six_charts():
     # one set has no gap, none has no macro-F1 either
     assert [chart.tag for chart in grpo_charts(["a"])][1:3] == ["macro_f1", "kl_and_entropy"]
     assert [chart.tag for chart in grpo_charts([])][:2] == ["reward", "kl_and_entropy"]
+
+
+# ---- several hospitals ---------------------------------------------------------------------------
+def of(hospital: str, group: int, *rewards: float) -> list[SimpleNamespace]:
+    example = SimpleNamespace(id="1", hospital=hospital)
+    return [sample(group, reward, example=example) for reward in rewards]
+
+
+def test_what_each_hospital_earns():
+    """Sample standard deviations of two: |difference| / sqrt(2)."""
+    samples = [*of("a", 0, 1.0, 0.0), *of("b", 1, 0.5, 0.5), *of("a", 2, 0.2, 0.4)]
+    found = hospital_metrics(samples, ["a", "b", "c"])
+    values = {
+        name: (round(float(metric.value), 6), metric.weight) for name, metric in found.items()
+    }
+    assert values == {
+        "reward/a": (0.4, 2),
+        "reward_group_std/a": (0.424264, 2),  # (0.707107 + 0.141421) / 2
+        "frac_reward_zero_std/a": (0.0, 2),
+        "share_of_prompts/a": (0.666667, 3),
+        "reward/b": (0.5, 1),
+        "reward_group_std/b": (0.0, 1),
+        "frac_reward_zero_std/b": (1.0, 1),
+        "share_of_prompts/b": (0.333333, 3),
+        "share_of_prompts/c": (0.0, 3),
+    }
+    assert hospital_metrics(samples, ["a"]) == {} == hospital_metrics(samples, [None])
+
+
+def test_two_rollouts_of_a_step_combine_to_the_mean_over_prompts():
+    """b: 0.5 of one prompt, then 1.0 of each of two: 2.5 / 3. a: of the first rollout alone."""
+    logged = MetricAccumulator()
+    logged.add_all(hospital_metrics([*of("a", 0, 1.0, 0.0), *of("b", 1, 0.5, 0.5)], ["a", "b"]))
+    second = [*of("b", 0, 1.0, 1.0), *of("b", 1, 1.0, 1.0)]
+    logged.add_all(hospital_metrics(second, ["a", "b"]))
+    found = logged.collect()
+    assert found["reward/b"] == pytest.approx(2.5 / 3) and found["reward/a"] == 0.5
+    assert found["frac_reward_zero_std/b"] == 1.0 and found["frac_reward_zero_std/a"] == 0.0
+    # shares 1/2 and 0 of two prompts each; of b 1/2 and 1
+    assert (found["share_of_prompts/a"], found["share_of_prompts/b"]) == (0.25, 0.75)
+
+
+def test_the_chart_of_rewards_shows_each_hospital():
+    chart = next(chart for chart in grpo_charts(["a"], ["a", "b"]) if chart.tag == "reward")
+    assert chart.curves == {
+        "": "train/reward",
+        "a, sampled": "train/reward/a",
+        "b, sampled": "train/reward/b",
+        "a": "eval/a/reward",
+    }
+    for hospitals in ((), ["a"], [None]):
+        chart = next(chart for chart in grpo_charts(["a"], hospitals) if chart.tag == "reward")
+        assert list(chart.curves) == ["", "a"]

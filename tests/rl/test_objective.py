@@ -23,7 +23,14 @@ from data.labels import canonical_label
 from engine.optim import clip_gradients, learning_rate_at
 from rl.rewards import jaccard
 from tests.helpers.cases import CASES, NOT_IN_THE_PRODUCT, covers, leaves, open_case
-from tests.helpers.objective import close, f64, weights_of
+from tests.helpers.objective import (
+    HOSPITAL_GROUPS,
+    HOSPITAL_REWARDS,
+    HOSPITALS,
+    close,
+    f64,
+    weights_of,
+)
 from tests.helpers.repository import ROOT
 
 FIELDS = ("epsilon_low", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards")
@@ -441,6 +448,92 @@ def test_toy_advantages(objective):
         [1.095385, -0.547693, -1.095385, 0.547693],
         atol=1e-6,
     )
+
+
+def test_toy_hospitals(objective):
+    # A = +-0.5, 0, 0 and +-0.25. Mean squares: 0.5 / 4 = 0.125 and 0.125 / 2 = 0.0625, of all
+    # 0.625 / 6 = 0.1041667. Factors: sqrt(0.1041667 / 0.125) = 0.912871 and sqrt(0.1041667 /
+    # 0.0625) = 1.290994. The sum of squares stays: 2 x 0.456435^2 + 2 x 0.322749^2 = 0.625.
+    rewards = f64(HOSPITAL_REWARDS)
+    by_hospital = objective.ObjectiveConfig(scale_by_hospital="rms")
+    close(
+        objective.group_advantages(
+            rewards, HOSPITAL_GROUPS, config=by_hospital, hospitals=HOSPITALS
+        ),
+        [0.456435, -0.456435, 0, 0, 0.322749, -0.322749],
+        atol=1e-6,
+    )
+    # each of the hospitals adds its completions' share to the sum: 4/6 and 2/6 of 0.625
+    close(2 * 0.456435**2, 0.625 * 4 / 6, atol=1e-6)
+    # a third one without spread keeps its zeros and takes nothing from the others
+    close(
+        objective.group_advantages(
+            f64([*HOSPITAL_REWARDS, 0.3, 0.3]),
+            torch.tensor([*HOSPITAL_GROUPS, 3, 3]),
+            config=by_hospital,
+            hospitals=torch.tensor([*HOSPITALS, 0, 0]),
+        ),
+        [0.456435, -0.456435, 0, 0, 0.322749, -0.322749, 0, 0],
+        atol=1e-6,
+    )
+    # off is off
+    close(
+        objective.group_advantages(rewards, HOSPITAL_GROUPS, hospitals=HOSPITALS),
+        [0.5, -0.5, 0, 0, 0.25, -0.25],
+    )
+
+
+def test_a_hospital_alone_is_scaled_by_nothing(objective):
+    by_hospital = objective.ObjectiveConfig(scale_by_hospital="rms")
+    rewards = f64([0.1, 0.7, 0.3, 0.3, 0.2, 0.9])
+    for scale_rewards in ("none", "group", "batch"):
+        plain = objective.group_advantages(rewards, HOSPITAL_GROUPS, scale_rewards)
+        for hospitals in (None, torch.full((6,), 3)):
+            alone = objective.group_advantages(
+                rewards, HOSPITAL_GROUPS, scale_rewards, config=by_hospital, hospitals=hospitals
+            )
+            assert torch.equal(alone, plain)
+    # nor is one beside a hospital without any spread, or without any reward
+    for other in ([0.4, 0.4], [math.nan, math.nan], [math.nan, 0.4]):
+        rewards = f64([0.1, 0.7, 0.3, 0.3, *other])
+        scaled = objective.group_advantages(
+            rewards, HOSPITAL_GROUPS, config=by_hospital, hospitals=HOSPITALS
+        )
+        assert torch.equal(scaled, objective.group_advantages(rewards, HOSPITAL_GROUPS))
+        assert scaled[4:].tolist() == [0, 0]
+
+
+def test_a_hospitals_completions_without_a_reward_do_not_count(objective):
+    # hospital 4: A = +-0.5 of two completions with a reward, mean square 0.25; hospital 9: 0.0625;
+    # both 0.625 / 4 = 0.15625. Factors: sqrt(0.625) = 0.790569 and sqrt(2.5) = 1.581139
+    rewards = f64([1, 0, math.nan, math.nan, 0.5, 0])
+    close(
+        objective.group_advantages(
+            rewards,
+            HOSPITAL_GROUPS,
+            config=objective.ObjectiveConfig(scale_by_hospital="rms"),
+            hospitals=HOSPITALS,
+        ),
+        [0.395285, -0.395285, 0, 0, 0.395285, -0.395285],
+        atol=1e-6,
+    )
+
+
+def test_a_single_spread_of_a_hospital_is_raised_within_the_bound(objective):
+    # hospital 9 has one group that differs by 0.002 and seven settled ones: 16 completions
+    groups = torch.arange(32) // 2
+    rewards = f64([1, 0] * 8 + [0.002, 0] + [0] * 14)
+    hospitals = (torch.arange(32) >= 16).long()
+    scaled = objective.group_advantages(
+        rewards,
+        groups,
+        config=objective.ObjectiveConfig(scale_by_hospital="rms"),
+        hospitals=hospitals,
+    )
+    # m = (16 x 0.25 + 2e-6) / 32; the bound sqrt(16 m), here sqrt(8 m) since two share it
+    common = (4 + 2e-6) / 32
+    close(scaled[16], math.sqrt(8 * common), atol=1e-9)
+    close(scaled.square().sum(), 4 + 2e-6)
 
 
 def test_rewards_one_millionth_apart_say_nothing(objective):

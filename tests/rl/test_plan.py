@@ -249,7 +249,7 @@ def test_a_rank_that_parts_a_group_is_refused(
 
 
 def test_a_command_line_is_checked_with_the_ranks_that_torchrun_started(monkeypatch):
-    config, objective = GRPOConfig(train_file="x", per_device_train_batch_size=2), None
+    config, objective = GRPOConfig(train_file=("x",), per_device_train_batch_size=2), None
     assert grpo_problems(config, objective) == []
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (ranks | {"MASTER_ADDR": "here", "MASTER_PORT": "1"}).items():

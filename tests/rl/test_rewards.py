@@ -211,6 +211,20 @@ def test_nuanced_reward_ignores_labels_that_the_source_cannot_express():
     )
 
 
+def test_false_positives_cost_as_much_as_the_label_is_frequent_at_the_images_hospital():
+    # Wrong Support Devices at a share of 0.5 costs 10 + 40 x 0.5 = 30, at 0.05 12, at none 10. A
+    # target of another hospital, or of none, has the share of all rows: 0.3, so 22.
+    reward = NuancedReward(
+        {"Support Devices": 0.3}, by_hospital={"a": {"Support Devices": 0.5}, "b": {}}
+    )
+    said, expected = answer("Edema", "Support Devices"), {"a": -30, "b": -10, "c": -22, None: -22}
+    for hospital, points_lost in expected.items():
+        true = dataclasses.replace(target("Edema"), hospital=hospital)
+        assert points(reward(said, true, 10))[2] == points_lost
+    with pytest.raises(ValueError, match="label_frequency needs shares from 0 to 1"):
+        NuancedReward({}, by_hospital={"a": {"Edema": 1.5}})
+
+
 def test_collapse_waits_for_fifty_predictions():
     reward = NuancedReward(FREQUENCY)
     reward.observe([answer("Edema")] * 49)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -718,6 +719,45 @@ def test_prompts_are_a_stream_of_shuffled_epochs():
     again, other = stream(), Encoding()
     again.take(8, other)  # a rollout across the border of two epochs, taken without those before
     assert [one.id for one in again.examples] == taken[4:6]
+
+
+def test_prompts_of_several_hospitals_come_by_weight_in_whole_groups():
+    """12 positions an epoch, of 2 : 1 weights 8 and 4, whatever the hospitals' sizes."""
+    examples = [replace(example(f"e{i}"), hospital="a" if i < 9 else "b") for i in range(12)]
+    config = GRPOConfig(
+        train_file=("a=x@1", "b=y@2"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        steps_per_generation=1,
+    )
+    rollouts, policy = Rollouts(examples, {"hard": HardReward()}, config), Encoding()
+    taken = []
+    for step in range(18):  # three epochs of six rollouts of two prompts
+        rollouts.take(step, policy)
+        taken += [one.hospital for one in rollouts.examples]
+    assert [taken[start : start + 12].count("b") for start in (0, 12, 24)] == [8, 8, 8]
+    resumed = Rollouts(examples, {"hard": HardReward()}, config)
+    resumed.take(17, policy)
+    assert resumed.examples == rollouts.examples
+    first, second = rollouts.examples
+    rollouts.samples = [sample(0, 1.0, example=first)] * 2 + [sample(1, 0.0, example=second)] * 2
+    numbers = {"a": 0, "b": 1}
+    expected = [numbers[one.hospital] for one in (first, first, second, second)]
+    assert rollouts.hospitals.tolist() == expected
+
+
+def test_one_id_in_two_hospitals_is_two_examples_in_a_checkpoint():
+    examples = [
+        replace(example("e1", label), hospital=hospital)
+        for label, hospital in (("Edema", "a"), ("Fracture", "b"))
+    ]
+    samples = [sample(group, 1.0, example=one) for group, one in enumerate(examples)]
+    tensors, record = pack_samples(samples)
+    assert [row["hospital"] for row in record] == ["a", "b"]
+    found = unpack_samples(tensors, record, examples, decode, "think_solution")
+    assert [one.example for one in found] == examples
+    # where there is one hospital alone a record is that of before
+    assert "hospital" not in pack_samples([sample(0, 1.0)])[1][0]
 
 
 @pytest.mark.parametrize("step", [0, 4, 8, 40])

@@ -118,13 +118,13 @@ def test_the_next_command_keeps_a_model_that_overruled_the_recipe(tmp_path):
 
 
 def test_the_next_commands_of_a_run_on_own_data_name_no_data_of_the_demo(tmp_path):
-    command = next_command(["demo"], tmp_path, own_data=True)
+    command = next_command(["demo"], tmp_path, train_file=["own.jsonl"])
     assert command.endswith(f"{tmp_path} --train_file FILE --validation_file NAME=FILE")
     evaluate = f"python -m eval.evaluate --adapter_name_or_path {tmp_path} --data_file"
-    assert next_command_of_grpo(["demo"], tmp_path, "own.jsonl") == f"{evaluate} NAME=FILE"
-    demo = next_command_of_grpo(["demo"], tmp_path, "demo:rl-train")
+    assert next_command_of_grpo(["demo"], tmp_path, ["own.jsonl"]) == f"{evaluate} NAME=FILE"
+    demo = next_command_of_grpo(["demo"], tmp_path, ["demo:rl-train"])
     assert demo == f"{evaluate} test-a=demo:test-a test-a2=demo:test-a2 test-b=demo:test-b"
-    assert next_command_of_grpo(["demo-quick"], tmp_path, "demo:rl-train") == demo
+    assert next_command_of_grpo(["demo-quick"], tmp_path, ["demo:rl-train"]) == demo
     assert next_command(["demo-quick"], tmp_path).endswith(f"--adapter_name_or_path {tmp_path}")
 
 
@@ -132,7 +132,7 @@ def test_commands_that_are_printed_keep_a_path_with_blanks_whole(tmp_path):
     folder = tmp_path / "Anna's runs"
     printed = [
         next_command([], folder, "my models/base"),
-        next_command_of_grpo(["demo"], folder, "own.jsonl"),
+        next_command_of_grpo(["demo"], folder, ["own.jsonl"]),
         resume_command("run_sft.py", folder),
     ]
     assert all(str(folder) in shlex.split(command) for command in printed)

@@ -173,9 +173,10 @@ def test_what_is_no_interval(text):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("--train_file", "a", "--train_file", "b"),
-        ("--train_file=a", "--train_file", "b"),
-        ("--train-file=a", "--train_file=a"),
+        # not --train_file, which several hospitals repeat
+        ("--output_dir", "a", "--output_dir", "b"),
+        ("--output_dir=a", "--output_dir", "b"),
+        ("--output-dir=a", "--output_dir=a"),
         ("--bf16", "--no_bf16"),
         ("--no-bf16", "--no_bf16"),
         ("--recipe", "demo", "--config", "demo"),
@@ -192,6 +193,11 @@ def test_three_times_is_told_so_and_a_repeatable_one_gathers():
     both = ("--validation_file", "a=x", "--validation_file=b=y", "--validation_file", "c=z", "d=w")
     config = parse_config([SFTConfig], both, script="sft", prog="x").configs[0]
     assert config.validation_file == ("a=x", "b=y", "c=z", "d=w")
+
+
+def test_a_repeatable_flag_gathers_other_values_alone():
+    same = ("--validation_file", "a=x", "b=y", "--validation_file", "a=x")
+    assert problems([SFTConfig], *same) == ["--validation_file a=x is given 2 times; give it once"]
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
