@@ -31,9 +31,9 @@ AFTER_THE_CAUSE = 5.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse as argparse does, but take no abbreviation, and no flag that is given twice.
+    """Parse as argparse does, but take no abbreviation, and no flag or value that is given twice.
 
-    argparse itself would keep the last of two and say nothing of the first.
+    argparse itself would keep the last of two flags and say nothing of the first.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -64,6 +64,10 @@ class _Once(argparse.Action):
                 more = ", with all its values" if self.nargs == "+" else ""
                 raise argparse.ArgumentError(self, f"is given twice; give it once{more}")
             parser.given.add(self.dest)
+        if isinstance(values, list) and self.nargs in ("+", "*"):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise argparse.ArgumentError(self, f"{twice} is given twice; give it once")
         if isinstance(values, str) and not values:
             raise argparse.ArgumentError(self, "expected text, got ''")
         setattr(namespace, self.dest, values)
