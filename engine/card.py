@@ -28,6 +28,7 @@ from engine.bases import UNKNOWN_TERMS, Base, base_facts, hub_name, source_of, t
 from engine.config import UsageError, recipes_of
 from engine.families import PIXEL_BOUNDS
 from engine.inherited import FRESH
+from engine.merge_settings import INTERPOLATION
 from engine.model_files import EMBEDDED
 from engine.resume import saved_record
 
@@ -37,9 +38,7 @@ _LARGEST = 2**20  # bytes of a card; one of ours has some 5,000
 _MARK = "\n<!-- card {} -->\n"
 _METRICS = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "jaccard": "Jaccard index"}
 _TITLES = {"sft": "SFT", "grpo": "SFT and GRPO"}
-# "script" of config.json where engine/interpolate.py wrote the adapter, and the key of what it says
-INTERPOLATION = "interpolation"
-TRAINED_BEFORE = "train (before)"  # in the data of such a record: what the first of the two saw
+TRAINED_BEFORE = "train (before)"  # in the data of an interpolation: what the first of the two saw
 
 
 def write_run_card(folder: Path) -> None:

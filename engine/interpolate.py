@@ -37,9 +37,15 @@ from data.sets import TRAIN, is_trained_on
 from engine.adapter_files import PREFIX, SavedAdapter, base_to_use, read_adapter
 from engine.adapter_places import explicit_config
 from engine.adapter_settings import LARGEST_RANK
-from engine.card import INTERPOLATION, TRAINED_BEFORE, write_run_card
+from engine.card import TRAINED_BEFORE, write_run_card
 from engine.config import UsageError
-from engine.merge_settings import MergeConfig, alpha_folder, keep_asking, new_folder
+from engine.merge_settings import (
+    INTERPOLATION,
+    MergeConfig,
+    alpha_folder,
+    keep_asking,
+    new_folder,
+)
 from engine.model import POLICY, check_adapter
 from engine.model_files import ADAPTER_FILES, same_base
 from engine.resume import changed_base_of, saved_record

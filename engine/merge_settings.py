@@ -21,6 +21,8 @@ from engine.runtime import check_writable
 from engine.settings import THREADS
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# "script" of config.json where engine/interpolate.py wrote the adapter, and the key of what it says
+INTERPOLATION = "interpolation"
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from data.plain_files import (
 from data.predictions import Prediction, first_label_set, iter_predictions, write_predictions
 from data.prompt_files import prompt_name
 from engine.adapter_settings import shown
-from engine.card import INTERPOLATION
 from engine.checkpoint import checkpoint_step
 from engine.config import UsageError, from_json
+from engine.merge_settings import INTERPOLATION
 from engine.model_files import EMBEDDED
 from eval.metrics import jaccard_per_image, patient_totals
 from eval.names import name_by_stage
