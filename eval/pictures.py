@@ -224,7 +224,8 @@ def _frontier(points: Sequence[SharePoint], chosen: float, width: int) -> bytes:
         drawing.line(x, up(at[0]), x, up(at[1]), colour, 1.4)
         drawing.mark(x, y, number, 7 if alpha == chosen else 5)
         name = f"{alpha:g}{', chosen' if alpha == chosen else ''}"
-        drawing.text(x + 9, y - 8, name, bold=alpha == chosen, size=12)
+        beside = y - 8 if number % 2 == 0 else y + 18  # neighbours are often close to each other
+        drawing.text(x + 9, beside, name, bold=alpha == chosen, size=12)
     return drawing.svg()
 
 

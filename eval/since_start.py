@@ -134,10 +134,10 @@ def since_start(folder: Path, names: Sequence[str], now: Path | None = None) -> 
     labels that the first set and each other can express. gain_shared, gain_shared_se: the mean of
     what both sides have gained on those labels. All are 0 in the evaluation of the start.
 
-    A row has the change of each metric and "num_labels", those that the set can express. Where the
-    other side cannot express all of them, it also has macro_f1_shared, the change of macro-F1 on
-    the rest, and the number of these as "shared_labels": the smallest and the largest over the sets
-    of the other side.
+    A row has the change of each metric and "num_labels", those that the set can express. Where a
+    set of the other side cannot express all of them, it also has macro_f1_shared, the change of
+    macro-F1 on the rest, the mean over such sets, and the number of these labels as
+    "shared_labels": the smallest and the largest over these sets.
 
     folder: the run's. names: the data sets, that of the home hospital first. now: the folder whose
     results are compared with the start, None for the run's own.
@@ -250,13 +250,16 @@ def _measure_gaps(moved: Sequence[Moved], found: SinceStart) -> None:
 
 
 def _measure_shared(moved: Sequence[Moved], found: SinceStart) -> None:
-    """Add to the rows the change of macro-F1 on the labels that the other side can express."""
+    """Add to the rows the change of macro-F1 on the labels that the other side can express.
+
+    Of home it is the mean over the sets that express only some of its labels.
+    """
     home, away = moved[0], moved[1:]
     for row, one in zip(found.rows, moved, strict=True):
         others = away if one is home else [home]
         labels = [shared_labels(one.labels, other.labels) for other in others]
-        labels = [some for some in labels if some]
-        if labels and any(some != one.labels for some in labels):
+        labels = [some for some in labels if some and some != one.labels]
+        if labels:
             macro = mean_macro([one.macro(some) for some in labels])
             change = {"difference": macro.difference, "interval": list(interval(macro.drawn))}
             counts = sorted({len(some) for some in labels})

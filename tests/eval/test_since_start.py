@@ -65,6 +65,15 @@ def test_changes_and_gaps_by_hand(tmp_path):
     assert "shared_labels" not in nih  # home can express all of its labels
 
 
+def test_home_is_set_beside_fewer_labels_on_those_alone(tmp_path):
+    """A second set of the same hospital has all labels, and takes no part in the shared ones."""
+    start, now = BOTH | {"again": BEFORE}, {"home": AFTER, "nih": NIH_AFTER, "again": AFTER}
+    home, again, nih = since_start(run_of(tmp_path, start, now), ["home", "again", "nih"]).rows
+    assert home["shared_labels"] == [9, 9]
+    assert home["since_start"]["macro_f1_shared"]["difference"] == pytest.approx(1 / 5 - 2 / 27)
+    assert not {"shared_labels"} & (again.keys() | nih.keys())
+
+
 def rows_of(site: str, evaluated, said: list[str]) -> list[Prediction]:
     """Make an answer an image, two images a patient, of which Edema is true."""
     return parsed(
