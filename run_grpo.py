@@ -15,7 +15,7 @@ import sys
 from engine.config import Resolved, recipes_of
 from engine.runtime import accepted_by_first, main_guard, read_by_first
 from engine.settings import data_specs
-from rl.settings import GRPOConfig, build_rewards, check_dump_step, resolve_grpo, warnings
+from rl.settings import GRPOConfig, check_dump_step, resolve_grpo, warnings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is loaded
     RESOLVED = accepted_by_first(resolve_grpo)
@@ -47,6 +47,7 @@ from rl.evaluation import record_evaluation, rewards_of
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig, group_advantages, grpo_loss, token_weights
 from rl.plan import BatchPlan, total_steps
+from rl.reward_choice import build_rewards, with_reward_code
 from rl.rollout import Rollouts
 from rl.run import Computed, GRPORun, next_command, restore_rollouts, saved_rollouts, start_of
 
@@ -197,7 +198,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     resolved = fitted(resolved, device, *sets, start.adapter, batches, ranks=ranks)
     config = resolved.configs[0]
     note = partial(training_record, resolved, "grpo", data, checkpoint, total_steps, ranks.size)
-    record = ranks.on_first(note)
+    record = ranks.on_first(lambda: with_reward_code(note(), config, begun))
     temperature, limits = config.temperature, rollouts.limits
     policy = policy_with_reference(config, device, start.adapter, temperature, limits, ranks)
     advise_training(limits, config, device, *sets, start.adapter, batches, ranks)

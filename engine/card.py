@@ -193,11 +193,15 @@ def _is_from_base(settings: Mapping[str, Any]) -> bool:
 
 
 def _how(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    reward = str(settings.get("reward") or "")
+    # of plain letters, whoever wrote it
+    named = f" (`{reward}`)" if re.fullmatch(r"[\w.:+* -]{1,100}", reward) else ""
+    grpo = f"GRPO against a verifiable reward{named}"
     methods = {
         "sft": "supervised fine-tuning on reasoning traces",
-        "grpo": "GRPO against a verifiable reward, from the base itself"
+        "grpo": f"{grpo}, from the base itself"
         if _is_from_base(settings)
-        else "supervised fine-tuning and then GRPO against a verifiable reward",
+        else f"supervised fine-tuning and then {grpo}",
     }
     if record.get("script") == INTERPOLATION:
         return f"interpolating the weights of two adapters, {_between(record)}"

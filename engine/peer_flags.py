@@ -258,7 +258,7 @@ PEERS: dict[str, str] = {
     **_each(
         "reward_funcs reward_weights reward_model reward_processing_classes external_plugins"
         " custom_reward_function",
-        "the reward is one of --reward (run_grpo.py); rl/README.md says how to add yours",
+        "--reward (run_grpo.py) takes names, mixtures (hard+0.5*weighted) and yours (MODULE:NAME)",
     ),
     **_each(
         "use_vllm vllm_mode vllm_gpu_memory_utilization vllm_server_host vllm_server_port"

@@ -129,6 +129,10 @@ _CONFIG: dict[str, Check] = {
     ),
     "batch": lambda value: value is None or _object(_BATCH)(value),
     "base": lambda value: value in (None, {}) or _object(_BASE)(value),
+    # the files of --reward MODULE:NAME
+    "reward_code": _optional(
+        _mapped(_line, _object({"file": lambda v: isinstance(v, str), "sha256": _sum}))
+    ),
 }
 _BATCH: dict[str, Check] = {
     "step": lambda value: _count(value) and value > 0,

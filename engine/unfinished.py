@@ -36,6 +36,7 @@ from engine.values import show
 Script = Literal["sft", "grpo"]
 _DECIDED = (OUT_OF_MEMORY, "memory forecast")  # origins of values that no command gave
 _PATHS = ("model_name_or_path", "adapter_name_or_path")
+IMPORTS = ("reward",)  # settings with an import path where there is a colon in them
 
 
 def unfinished_run(resolved: Resolved, files: Mapping[str, str], script: Script) -> Path | None:
@@ -226,9 +227,21 @@ def placed(resolved: Resolved) -> Resolved:
 
 
 def _with_origins(resolved: Resolved, begun: Mapping[str, Any]) -> Resolved:
-    """Say of values and recipes where they came from when the run began. begun: its config.json."""
+    """Say of values and recipes where they came from when the run began. begun: its config.json.
+
+    A setting that makes a run import code keeps the origin "resumed run": a file that says that
+    somebody gave it as a flag is no flag.
+    """
+    code = {
+        name
+        for config in resolved.configs
+        for name in IMPORTS
+        if ":" in str(getattr(config, name, ""))
+    }
     origins = {
-        name: begun["settings"][name]["origin"] if origin == "resumed run" else origin
+        name: begun["settings"][name]["origin"]
+        if origin == "resumed run" and name not in code
+        else origin
         for name, origin in resolved.origins.items()
     }
     return dataclasses.replace(resolved, origins=origins, recipes=recipes_of(begun))

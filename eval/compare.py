@@ -18,6 +18,7 @@ from typing import Any
 
 from data.files import DataError
 from engine.config import UsageError, from_json, parse_config, setting
+from engine.reward_name import reward_name
 from engine.runtime import check_output_dir, main_guard, run_directory
 from engine.settings import ENGINE, SEED
 from eval.contrasts import Contrast, contrast_models
@@ -184,7 +185,11 @@ def panels_of(entries: Sequence[Entry]) -> tuple[Panel, ...]:
     if stages == {"sft"}:
         return FIGURE_1
     if stages == {"grpo"}:
-        rewards = dict.fromkeys(entry.reward for entry in entries)
+        by_name: dict[str, set[str]] = {}
+        for entry in entries:
+            by_name.setdefault(reward_name(entry.reward), set()).add(entry.reward)
+        # two mixtures are one curve of each run, under the name that both are logged by
+        rewards = [min(texts) if len(texts) == 1 else name for name, texts in by_name.items()]
         total, *_, length = reward_panels("")
         return (total, *(reward_panels(reward)[1] for reward in rewards), length)
     return ()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.reward_name import reward_name
 from eval.folders import Entry, read_log
 
 SMOOTHING = 0.95  # of the paper's captions
@@ -63,10 +64,14 @@ POLICY = (
 
 
 def reward_panels(reward: str) -> tuple[Panel, ...]:
-    """Return the three panels of figures 2 and 3, for the reward that was trained on."""
+    """Return the three panels of figures 2 and 3, for the reward that was trained on.
+
+    reward: the value of --reward.
+    """
+    mean = f"{_REWARDS}{reward_name(reward)}{_MEAN}"
     return (
         Panel("reward", "Total reward, as trained on", "reward", "reward"),
-        Panel(f"{_REWARDS}{reward}{_MEAN}", f"Mean {reward} reward", "its own units", "reward"),
+        Panel(mean, f"Mean {reward} reward", "its own units", "reward"),
         Panel("completions/mean_length", "Mean completion length", "tokens"),
     )
 
@@ -76,7 +81,7 @@ def reward_panels(reward: str) -> tuple[Panel, ...]:
 class TrainingRun:
     """Hold what is drawn of one training run.
 
-    reward: the one that was trained on, "" where unknown or in SFT. log: lines of metrics.jsonl.
+    reward: the value of --reward, "" where unknown or in SFT. log: lines of metrics.jsonl.
     """
 
     name: str
@@ -200,7 +205,10 @@ def hospital_names(log: Log) -> list[str]:
 
 
 def part_names(log: Log, reward: str) -> list[str]:
-    """List the parts that a log has of a reward, in the order in which they come."""
+    """List the parts that a log has of a reward, in the order in which they come.
+
+    reward: the name under which it is logged.
+    """
     prefix = f"{_REWARDS}{reward}/"
     found: dict[str, None] = {}
     for row in log:

@@ -8,7 +8,7 @@ They are written as PNG and SVG, from each run's metrics.jsonl:
     macro-f1            macro-F1 of every evaluated set by step, and the gap between the sets
     figure-1            SFT: token accuracy, training and validation loss
     figure-2, figure-3  GRPO on the nuanced and on the hard reward, as in the paper
-    training-<reward>   the same for a reward of any other name
+    training-<reward>   the same for any other reward, a mixture, or one of your own
     reward-by-hospital  the sampled reward of each hospital of a run on several
     reward-parts-...    the parts of the reward that was trained on
     policy              KL, entropy, valid and truncated answers of GRPO
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UsageError, parse_config, setting
+from engine.reward_name import reward_name
 from engine.runtime import check_writable, main_guard
 from eval.curves import (
     BY_HOSPITAL,
@@ -134,16 +135,17 @@ def _part_pictures(runs: Sequence[TrainingRun], form: str) -> list[Picture]:
     """Draw the parts of each reward that was trained on, where it has more than one."""
     pictures = []
     for reward in _rewards(runs):
+        logged = reward_name(reward)
         parted = [
             run
             for run in runs
-            if (run.stage, run.reward) == ("grpo", reward) and len(part_names(run.log, reward)) > 1
+            if (run.stage, run.reward) == ("grpo", reward) and len(part_names(run.log, logged)) > 1
         ]
         title = f"The parts of the {reward} reward, which add up to it"
         caption = f"{title}. {smoothing_note()}"
 
-        def parts(log: Log, reward: str = reward) -> dict[str, str]:
-            return {f"rewards/{reward}/{part}": part for part in part_names(log, reward)}
+        def parts(log: Log, logged: str = logged) -> dict[str, str]:
+            return {f"rewards/{logged}/{part}": part for part in part_names(log, logged)}
 
         pictures += [
             draw_by_run(name, caption, part, parts, "its own units", form, title=title)

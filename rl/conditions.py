@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_TERM = re.compile(r"(?:(\d+(?:\.\d*)?|\.\d+)\*)?(\w[\w./-]*)")
+_WEIGHT, _METRIC = r"(?:(\d+(?:\.\d*)?|\.\d+)\*)?", r"\w[\w./-]*"
 _CONDITION = re.compile(r"(.+?)\s*([<>])\s*(\S+?)(?:\s+for\s+(\d+))?")
 
 
@@ -40,15 +40,21 @@ class Combination:
         return sum(products)
 
 
-def parse_combination(text: str) -> Combination:
-    """Parse a combination. Raises ValueError, saying what is wrong, for any other text."""
+def parse_combination(
+    text: str, *, name: str = _METRIC, what: str = "metric", joined: str = "' + ' and ' - '"
+) -> Combination:
+    """Parse a combination. Raises ValueError, saying what is wrong, for any other text.
+
+    name: the pattern of a name. what, joined: the words of the problem for what a name names, and
+    for what joins the terms.
+    """
     words = re.split(r"\s+([+-])\s+", text.strip())  # term, sign, term, ...
     terms = []
     for sign, word in zip(["+", *words[1::2]], words[::2], strict=True):
-        match = _TERM.fullmatch(word)
+        match = re.fullmatch(f"{_WEIGHT}({name})", word)
         if match is None:
             raise ValueError(
-                f"{word!r} is no metric; write NAME or WEIGHT*NAME, joined by ' + ' and ' - '"
+                f"{word!r} is no {what}; write NAME or WEIGHT*NAME, joined by {joined}"
             )
         terms.append((float(match[1] or 1) * (-1 if sign == "-" else 1), match[2]))
     return Combination(text, tuple(terms))

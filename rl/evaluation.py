@@ -77,7 +77,8 @@ def rewards_of(
 
     def annotate(predictions: list[Prediction]) -> tuple[list[Prediction], dict[str, Any]]:
         limit = TimeLimit(config.reward_timeout, should_stop)
-        return with_rewards(predictions, reward_functions, config.reward, config.length_of, limit)
+        name, length_of = config.trained_reward, config.length_of
+        return with_rewards(predictions, reward_functions, name, length_of, limit)
 
     return annotate
 

@@ -38,7 +38,7 @@ These are over the last IMAGES images, where an image's completions count togeth
 These compare with the start, in standard deviations of the start, so that they fit one chart:
 
     trained_gain         change of the mean of the reward trained on
-    other_gain           change of the mean of the other reward
+    other_gain           mean change of the other rewards, none of which is trained on
     f1_gain              change of the mean F1 of a completion's labels
     hacking              trained_gain - f1_gain: what the reward has won and the labels have not
 
@@ -52,7 +52,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.answers import Answer
@@ -70,8 +70,9 @@ SETTLED = 50
 IMAGES, IMAGES_SETTLED = 400, 100
 SILENCED = "monitors/silenced_labels"
 NGRAM, LOOP_WORDS = 4, 20  # loops are not looked for in reasoning of fewer words
-SERIES = ("trained", "other", "f1")
-FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in SERIES))
+SERIES = ("trained", "f1")
+OTHER = "other/"  # begins the name of the series of a reward that is not trained on
+FROM_THE_START = ("entropy_drop", "hacking", *(f"{name}_gain" for name in (*SERIES, "other")))
 OF_ALL = tuple(
     f"monitors/{name}"
     for name in (
@@ -147,8 +148,11 @@ class Monitors:
         warn_when: Sequence[str] = (),
         stop_when: Sequence[str] = (),
         label_set: LabelSet = CHEXPERT,
+        mixed: Collection[str] = (),
     ):
+        """Begin with empty windows. mixed: the rewards in a mixture that is trained on."""
         self.label_set = label_set
+        self.is_trained = {trained_reward, *mixed}
         self.trained_reward, self.max_completion_length = trained_reward, max_completion_length
         self.warnings, self.stops = Watch(warn_when), Watch(stop_when)
         self.window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
@@ -162,11 +166,12 @@ class Monitors:
     def of(cls, config: GRPOConfig) -> Monitors:
         """Make the monitors that a run's settings ask for."""
         return cls(
-            config.reward,
+            config.trained_reward,
             config.max_completion_length,
             config.warn_when,
             config.stop_when,
             config.label_set,
+            config.reward_choice.weights,
         )
 
     def observe(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -174,12 +179,18 @@ class Monitors:
         start = self.num_seen
         self._observe_labels(samples)
         for sample in samples:
-            self.window.append(_facts(sample, f"{start}/{sample.group}", self.trained_reward))
+            fact = _facts(sample, f"{start}/{sample.group}", self.trained_reward)
+            totals = {name: reward.total for name, reward in sample.rewards.items()}
+            fact["others"] = {name: totals[name] for name in totals if name not in self.is_trained}
+            self.window.append(fact)
             self.num_seen += 1
             if self.num_seen == WINDOW:
                 self.start = {
                     name: _mean_and_std([fact[name] for fact in self.window])
                     for name in ("entropy", *SERIES)
+                } | {
+                    f"{OTHER}{name}": _mean_and_std([fact["others"][name] for fact in self.window])
+                    for name in fact["others"]
                 }
         if len(self.window) < SETTLED:
             return {}
@@ -259,22 +270,27 @@ class Monitors:
     def _since_the_start(self) -> dict[str, float]:
         if not self.start:
             return {}
-        now = {
-            name: sum(fact[name] for fact in self.window) / len(self.window) for name in self.start
-        }
         gains = {
-            f"{name}_gain": (
-                (now[name] - self.start[name][0]) / self.start[name][1]
-                if self.start[name][1]
-                else 0.0
-            )
-            for name in SERIES
+            f"{name}_gain": self._gain(name, [f[name] for f in self.window]) for name in SERIES
         }
+        # a window of an earlier version has fewer rewards
+        known = [name for name in self.window[0]["others"] if f"{OTHER}{name}" in self.start]
+        others = [
+            self._gain(f"{OTHER}{name}", [fact["others"][name] for fact in self.window])
+            for name in known
+        ]
         entropy = self.start["entropy"][0]
+        now = sum(fact["entropy"] for fact in self.window) / len(self.window)
         return gains | {
+            "other_gain": sum(others) / len(others) if others else 0.0,
             "hacking": gains["trained_gain"] - gains["f1_gain"],
-            "entropy_drop": 1 - now["entropy"] / entropy if entropy > 0 else 0.0,
+            "entropy_drop": 1 - now / entropy if entropy > 0 else 0.0,
         }
+
+    def _gain(self, name: str, values: Sequence[float]) -> float:
+        """Say by how many standard deviations of the start a mean has changed since."""
+        mean, deviation = self.start[name]
+        return (sum(values) / len(values) - mean) / deviation if deviation else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON can hold it."""
@@ -294,11 +310,16 @@ class Monitors:
 
         A run that a condition had ended may continue where that condition is no longer asked for.
         """
-        self.window = deque(state["window"], maxlen=WINDOW)
+        window, start = list(state["window"]), dict(state["start"])
+        if any("other" in fact for fact in window):  # of an earlier version, which had two rewards
+            other = "nuanced" if self.trained_reward == "hard" else "hard"
+            window = [fact | {"others": {other: fact["other"]}} for fact in window]
+            start |= {f"{OTHER}{other}": start["other"]} if "other" in start else {}
+        self.window = deque(window, maxlen=WINDOW)
         self.labels.load_state_dict(state["labels"])
         self.silenced = list(state["silenced"])
         self.num_seen = state["num_seen"]
-        self.start = {name: tuple(values) for name, values in state["start"].items()}
+        self.start = {name: tuple(values) for name, values in start.items()}
         self.warnings.load_state_dict(state["warnings"])
         self.stops.load_state_dict(state["stops"])
         stopped = state["stopped"] or ""
@@ -373,7 +394,6 @@ def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
     answer, target = sample.answer, sample.example.target
     said = sorted(set(answer.labels) & target.evaluated_labels)
     words = (answer.think or "").split()
-    others = [reward.total for name, reward in sample.rewards.items() if name != trained_reward]
     return {
         "group": group,
         "image": "/".join(filter(None, (sample.example.hospital, sample.example.id))),
@@ -394,7 +414,6 @@ def _facts(sample: Sample, group: str, trained_reward: str) -> dict[str, Any]:
         "length": len(sample.ids),
         "entropy": -float(sample.sampling_logprobs.double().mean()),
         "trained": sample.rewards[trained_reward].total,
-        "other": sum(others) / len(others) if others else 0.0,
         "f1": _f1(answer, target),
     }
 

@@ -8,6 +8,7 @@ from. One line names the reward, the example, the completion and the value.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import numbers
@@ -24,7 +25,7 @@ from data.labels import Target
 from engine.config import UsageError
 from engine.runtime import StepFailed
 from engine.time_limit import TimedOut, TimeLimit
-from rl.rewards import Reward, RewardFunction
+from rl.rewards import Mixture, Reward, RewardFunction
 
 # Larger ones are a mistake: squares of gradients of this size, summed over the weights in fp32,
 # would leave its range.
@@ -69,15 +70,24 @@ def all_rewards(
 ) -> dict[str, Reward]:
     """Compute every reward of a completion -> {name: reward of plain, finite floats}.
 
-    length: of the completion in tokens, as `RewardFunction` takes it. limit: of each call.
+    functions: a `Mixture` comes after the rewards that it mixes. length: of the completion in
+    tokens, as `RewardFunction` takes it. limit: of each call.
 
     Numbers of numpy and 0-dimensional tensors are numbers. True and False are 1 and 0. Raises
     RewardFailed for everything else, and where a call raises or takes too long.
     """
-    rewards = {}
+    rewards: dict[str, Reward] = {}
     for name, function in functions.items():
         where = f"reward {name!r} of {completion}"
-        returned = _called(function, (answer, target, length), where, limit)
+        if isinstance(function, Mixture):
+            returned = function.of(
+                {
+                    part: trained_number(part, functions[part], rewards[part], completion, limit)
+                    for part in function.weights
+                }
+            )
+        else:
+            returned = _called(function, (answer, target, length), where, limit)
         try:
             rewards[name] = _checked(returned)
         except ValueError as error:
@@ -162,15 +172,26 @@ def observe(
     functions: Mapping[str, RewardFunction],
     answers: Sequence[Answer],
     groups: Sequence[int],
+    targets: Sequence[Target],
     limit: TimeLimit = UNLIMITED,
 ) -> None:
-    """Let every reward remember a rollout.
+    """Let every reward remember a rollout: its answers, the image of each, and its labels.
+
+    A reward whose own `observe` does not name `targets` is not given them.
 
     Raises RewardFailed where that fails, or leaves what no checkpoint could hold.
     """
     for name, function in functions.items():
-        _called(function.observe, (answers, groups), f"observe() of reward {name!r}", limit)
+        known = (answers, groups, targets) if _names_targets(function) else (answers, groups)
+        _called(function.observe, known, f"observe() of reward {name!r}", limit)
         _state(name, function, limit)
+
+
+def _names_targets(function: RewardFunction) -> bool:
+    try:
+        return "targets" in inspect.signature(function.observe).parameters
+    except (TypeError, ValueError):  # not to be looked at: it is called as it always was
+        return False
 
 
 def check_memory(functions: Mapping[str, RewardFunction]) -> None:
@@ -247,17 +268,26 @@ def _called(
             " --reward_timeout if it may take longer (0 for no limit)"
         ) from error
     except BaseException as error:
-        raise RewardFailed(f"{where}: raised {_text(error)}{_line(function, error)}") from error
+        raise RewardFailed(f"{where}: {raised(function, error)}") from error
 
 
-def _line(function: Callable[..., Any], error: BaseException) -> str:
+def raised(function: Callable[..., Any] | None, error: BaseException) -> str:
+    """Say what a user's code has raised, and in which line, in one line of text."""
+    return f"raised {_text(error)}{_line(function, error)}"
+
+
+def _line(function: Callable[..., Any] | None, error: BaseException) -> str:
     """Say in which line of the reward's own file an error arose, or else where it did."""
     method = type(function).__call__ if callable(function) else None
     code = getattr(function, "__code__", None) or getattr(method, "__code__", None)
     file = getattr(code, "co_filename", None)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == file]
-    others = [frame for frame in frames if frame.filename not in OUR_FILES]
+    others = [
+        frame
+        for frame in frames
+        if frame.filename not in OUR_FILES and not frame.filename.startswith("<frozen importlib")
+    ]
     found = own or others  # neither: it could not even be called
     return f" in {Path(found[-1].filename).name}, line {found[-1].lineno}" if found else ""
 

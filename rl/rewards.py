@@ -1,5 +1,7 @@
 """Compute the paper's two rewards as named parts: Eq. 3 (`HardReward`) and Eq. 4 (`NuancedReward`).
 
+Two further ones, which do not silence rare labels, are in label_rewards.py.
+
 A reward is called as `reward(answer, target, completion_length)` and returns signed parts and their
 sum. The call is pure. What a reward remembers of earlier rollouts changes only in `observe`, so
 rewards can be logged, recomputed and resumed without surprise. Another reward is another subclass
@@ -53,12 +55,19 @@ class RewardFunction:
         """Return the number that advantages are computed from."""
         return self.scale * reward.total
 
-    def observe(self, answers: Iterable[Answer], groups: Iterable[int] | None = None) -> None:
+    def observe(
+        self,
+        answers: Iterable[Answer],
+        groups: Iterable[int] | None = None,
+        targets: Iterable[Target] | None = None,
+    ) -> None:
         """Remember one rollout: all its answers, in prompt order.
 
-        The loop calls this once a rollout, and evaluation never does.
+        The loop calls this once a rollout, and evaluation never does. It gives all three. A
+        subclass whose method does not name `targets` is given the first two.
 
         groups: which image of the rollout each answer is about. None: each is about one of its own.
+        targets: the labels of each answer's image.
         """
 
     def state_dict(self) -> dict:
@@ -67,6 +76,22 @@ class RewardFunction:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the state of a `state_dict()`."""
+
+
+@dataclass
+class Mixture(RewardFunction):
+    """Add rewards up, each with a weight and as it would be trained on by itself (`scaled`).
+
+    It computes none of them: `reward_checks.all_rewards` has them already. Its parts are theirs.
+    """
+
+    weights: Mapping[str, float]  # {name of a reward: its weight}
+    scale: float = 1.0
+
+    def of(self, scaled: Mapping[str, float]) -> Reward:
+        """Mix the rewards of one completion. scaled: {name: the number of `scaled`}."""
+        parts = {name: weight * scaled[name] for name, weight in self.weights.items()}
+        return reward_of_parts(**parts)
 
 
 def jaccard(predicted: Collection[str], true: Collection[str]) -> float:
@@ -96,10 +121,10 @@ class HardReward(RewardFunction):
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         overlap = length = 0.0
         if answer.valid:
-            predicted, true = _comparable(answer, target)
+            predicted, true = comparable_labels(answer, target)
             overlap = jaccard(predicted.union(answer.unknown), true)
             length = -self.length_penalty if completion_length < self.min_length else 0.0
-        return _reward(jaccard=overlap, length=length)
+        return reward_of_parts(jaccard=overlap, length=length)
 
 
 @dataclass
@@ -184,20 +209,20 @@ class NuancedReward(RewardFunction):
 
     def __call__(self, answer: Answer, target: Target, completion_length: int) -> Reward:
         if not answer.parsed:
-            return _reward(
+            return reward_of_parts(
                 match=0.0,
                 partial=0.0,
                 false_positive=0.0,
                 collapse=0.0,
                 format=-self.unparsed_penalty,
             )
-        predicted, true = _comparable(answer, target)
+        predicted, true = comparable_labels(answer, target)
         match = predicted == true
         hits = len(predicted & true)
         recall = hits / len(true) if true else float(match)
         precision = hits / len(predicted) if predicted else float(match)
         repeated = predicted & self.dominant_labels()
-        return _reward(
+        return reward_of_parts(
             match=self.match_points * match,
             partial=self.recall_points * recall + self.precision_points * precision,
             # fsum is exact in any order: a set's order differs between processes, and a resumed run
@@ -233,7 +258,12 @@ class NuancedReward(RewardFunction):
             label for label, count in counts.items() if count / len(predictions) > self.dominance
         )
 
-    def observe(self, answers: Iterable[Answer], groups: Iterable[int] | None = None) -> None:
+    def observe(
+        self,
+        answers: Iterable[Answer],
+        groups: Iterable[int] | None = None,
+        targets: Iterable[Target] | None = None,
+    ) -> None:
         # An answer that could not be read predicts nothing. Counting it would hide a dominant label
         # behind format failures.
         answers, images = list(answers), dict[int, list[tuple[str, ...]]]()
@@ -256,7 +286,7 @@ class NuancedReward(RewardFunction):
         return self.false_positive_base + self.false_positive_slope * frequency.get(label, 0.0)
 
 
-def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:
+def comparable_labels(answer: Answer, target: Target) -> tuple[frozenset[str], frozenset[str]]:
     """Return the predicted and the true labels among those that the source can express."""
     return (
         target.evaluated_labels.intersection(answer.labels),
@@ -264,7 +294,8 @@ def _comparable(answer: Answer, target: Target) -> tuple[frozenset[str], frozens
     )
 
 
-def _reward(**parts: float) -> Reward:
+def reward_of_parts(**parts: float) -> Reward:
+    """Make a reward of its signed parts, of which the total is the sum."""
     # + 0.0 turns -0.0, which logs would show, into 0.0.
     parts = {name: value + 0.0 for name, value in parts.items()}
     return Reward(total=sum(parts.values()), parts=parts)

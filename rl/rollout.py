@@ -191,7 +191,7 @@ class Rollouts:
                 completions,
                 policy.encoder.decode,
                 self.reward_functions,
-                self.config.reward,
+                self.config.trained_reward,
                 answer_format=self.config.answer_format,
                 mask_truncated_completions=self.config.mask_truncated_completions,
                 text_length=policy.encoder.text_length,
@@ -200,8 +200,10 @@ class Rollouts:
             )
         self.samples = self._all_samples(own, groups, policy)
         answers = [sample.answer for sample in self.samples]
+        images = [sample.group for sample in self.samples]
+        targets = [sample.example.target for sample in self.samples]
         with self.ranks.together():
-            observe(self.reward_functions, answers, [one.group for one in self.samples], limit)
+            observe(self.reward_functions, answers, images, targets, limit)
 
     def _all_samples(
         self, own: list[Sample], groups: Sequence[int], policy: Policy

@@ -136,14 +136,17 @@ def restore_rollouts(
             " with; start a new run from its adapter"
         )
     saved, tensors = checkpoint.record("rewards.json"), checkpoint.tensors("rollout")
+    config = rollouts.config
+    trained = {config.trained_reward, *config.reward_choice.weights}
     with fitting(checkpoint):
         for name, function in rollouts.reward_functions.items():
-            if name not in saved:
+            if name in saved:
+                take_over(name, function, saved[name])
+            elif name in trained:  # one that is only logged begins anew
                 raise CheckpointError(
                     f"{checkpoint.path}: rewards.json has no {name!r}, a reward that was added"
                     " since; start a new run from its adapter, or take the reward out again"
                 )
-            take_over(name, function, saved[name])
         monitors.load_state_dict(watched)
         rollouts.samples = unpack_samples(
             tensors, rollout, rollouts.data, decode, rollouts.config.answer_format
@@ -191,6 +194,8 @@ class GRPORun(Run):
             | {name: Memory(name, one) for name, one in rollouts.reward_functions.items()},
         )
         self.config, self.monitors = rollouts.config, monitors
+        if self.config.reward_choice.paths:  # a resume imports what its own command names
+            self._resume += f" {shlex.join(['--reward', self.config.reward])}"
         self.hospitals = list(rollouts.order.counts)
         sets = list(validation_files(self.config))
         self.log.charts("GRPO", grpo_charts(sets, self.hospitals))

@@ -1,8 +1,8 @@
 """Declare and check the settings of run_grpo.py, and make of them what needs no model.
 
-The SFT run decides what is not given. The rewards are built here, and warnings about values that
-defeat their purpose are written here. The objective's settings are declared in rl/objective.py.
-Nothing here loads torch before a command line is accepted.
+The SFT run decides what is not given. Warnings about values that defeat their purpose are written
+here. The objective's settings are declared in rl/objective.py, --reward is read in
+rl/reward_choice.py. Nothing here loads torch before a command line is accepted.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from data.examples import Example
-from data.hospitals import frequencies_by_hospital, label_frequencies, train_files
+from data.hospitals import train_files
 from engine.config import ConfigError, Resolved, UsageError, setting
 from engine.inherited import FRESH, INHERITED, inherit
 from engine.launch import Launch
+from engine.reward_name import reward_name
 from engine.runtime import newest_finished_run
 from engine.settings import (
     COUNT,
@@ -40,8 +40,13 @@ from rl.conditions import parse_combination, parse_condition
 from rl.flags import objective_config
 from rl.monitors import WARN_WHEN, monitor_names
 from rl.plan import BatchPlan
-from rl.reward_checks import check_memory
-from rl.rewards import HardReward, NuancedReward, RewardFunction
+from rl.reward_choice import (
+    REGISTERED,
+    RewardChoice,
+    imports_that_nobody_gave,
+    reward_choice,
+    reward_problems,
+)
 
 if TYPE_CHECKING:
     from rl.objective import ObjectiveConfig
@@ -49,14 +54,9 @@ if TYPE_CHECKING:
 
 # What the policy and its reference were taught: GRPO cannot change it.
 BINDING = ("label_file", "prompt", "answer_format")
-RewardName = Literal["hard", "nuanced"]  # the keys of `build_rewards`
 LengthOf = Literal["text", "completion"]  # the length that rewards are given
-# What an evaluation measures on each validation set.
-SET_METRICS = (
-    *EVALUATED_METRICS,
-    "reward",
-    *(f"rewards/{name}/mean" for name in get_args(RewardName)),
-)
+# What an evaluation measures on each validation set, beside rewards that --reward adds.
+SET_METRICS = (*EVALUATED_METRICS, "reward", *(f"rewards/{name}/mean" for name in REGISTERED))
 
 # What a rollout logs of each hospital where there are several, as NAME/HOSPITAL (rl/logs.py)
 SHARE_OF_PROMPTS = "share_of_prompts"
@@ -202,16 +202,18 @@ class GRPOConfig(TrainingConfig):
         group="rollout",
     )
 
-    reward: RewardName = setting(
+    reward: str = setting(
         "hard",
-        "the reward that is trained on, Eq. 3 or Eq. 4; both are always logged",
+        "the reward that is trained on: hard (Eq. 3), nuanced (Eq. 4), weighted (Eq. 3 by"
+        " prevalence), fbeta (labels, not images); one of yours, MODULE:NAME; or a mixture,"
+        " hard+0.5*weighted; all of these names are always logged",
         source=PAPER_GRPO,
         group="reward",
     )
     reward_scale: float | None = setting(
         None,
-        "multiplies the reward before advantages",
-        unset="1 for hard, 0.01 for nuanced",
+        "multiplies the reward, or the whole mixture, before advantages",
+        unset="0.01 for nuanced, 1 for the others",
         source=OURS,
         group="reward",
         within=POSITIVE,
@@ -301,6 +303,16 @@ class GRPOConfig(TrainingConfig):
         within=COUNT,
     )
 
+    @property
+    def reward_choice(self) -> RewardChoice:
+        """Return what --reward names. Raises ValueError for a text that names nothing."""
+        return reward_choice(self.reward)
+
+    @property
+    def trained_reward(self) -> str:
+        """Return the name under which the reward that is trained on is logged."""
+        return reward_name(self.reward)
+
 
 def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     """Name what is wrong with the values of one command line of run_grpo.py, one line each."""
@@ -314,7 +326,8 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
             "--model_name_or_path is missing: --adapter_name_or_path none starts from a base or"
             " merged model; give its folder, a hub name or 'demo'"
         )
-    return found + judging_problems(config) or BatchPlan.of(config, Launch.of().size).problems()
+    found += reward_problems(config.reward) + judging_problems(config)
+    return found or BatchPlan.of(config, Launch.of().size).problems()
 
 
 def judging_problems(config: GRPOConfig) -> list[str]:
@@ -323,6 +336,7 @@ def judging_problems(config: GRPOConfig) -> list[str]:
     Names of training metrics can only be checked once they are logged (`check_watched`).
     """
     files, sets = validation_files(config), set_names(config)
+    measured = set_metrics(config)
     combinations = (
         [("metric_for_best_model", config.metric_for_best_model)]
         if config.metric_for_best_model
@@ -360,7 +374,7 @@ def judging_problems(config: GRPOConfig) -> list[str]:
                 found.append(f"--{flag} {text}: there is no {name}; there are {known}")
             elif name not in GAPS and (
                 prefix in sets
-                and metric not in SET_METRICS
+                and metric not in measured
                 or prefix not in sets
                 and flag == "metric_for_best_model"
             ):
@@ -368,9 +382,17 @@ def judging_problems(config: GRPOConfig) -> list[str]:
                     f"--{flag} {text}: write NAME/METRIC with a NAME of --validation_file"
                     f" ({', '.join(files) or 'none given'}), or {HOME} for the first of them, and"
                     " a METRIC of"
-                    f" {', '.join(SET_METRICS)}; or {', '.join(GAPS)}"
+                    f" {', '.join(measured)}; or {', '.join(GAPS)}"
                 )
     return found
+
+
+def set_metrics(config: GRPOConfig) -> tuple[str, ...]:
+    """List what an evaluation of this run measures on each validation set."""
+    if reward_problems(config.reward):
+        return SET_METRICS
+    added = [name for name in config.reward_choice.logged if name not in REGISTERED]
+    return (*SET_METRICS, *(f"rewards/{name}/mean" for name in added))
 
 
 def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
@@ -387,7 +409,7 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
         *(f"{name}/{one}" for name in BY_HOSPITAL for one in hospitals if len(hospitals) > 1),
         *monitors,
         *GAPS,
-        *(f"{name}/{metric}" for name in sets for metric in SET_METRICS),
+        *(f"{name}/{metric}" for name in sets for metric in set_metrics(config)),
     }
     missing = [
         f"--{flag} {text}: nothing of the name {name} is logged; there are"
@@ -441,32 +463,14 @@ def length_warning(config: GRPOConfig, samples: Sequence[Sample]) -> str | None:
         sample.text_length if config.length_of == "text" else len(sample.ids) for sample in samples
     ]
     short = sum(length < config.min_length for length in lengths)
-    if config.reward != "hard" or config.length_penalty == 0 or 2 * short <= len(samples):
+    is_eq_3 = "hard" in config.reward_choice.weights
+    if not is_eq_3 or config.length_penalty == 0 or 2 * short <= len(samples):
         return None
     return (
         f"{short} of {len(samples)} completions of the first rollout are shorter than --min_length"
         f" {config.min_length}: a valid but wrong answer gets {-config.length_penalty}, an invalid"
         " one 0. Lower --min_length, or set --length_penalty 0"
     )
-
-
-def build_rewards(config: GRPOConfig, examples: list[Example]) -> dict[str, RewardFunction]:
-    """Make both rewards, with the label frequencies of the training data, by hospital, for Eq. 4.
-
-    Raises UsageError for one whose memory no checkpoint could hold.
-    """
-    rewards: dict[str, RewardFunction] = {
-        "hard": HardReward(length_penalty=config.length_penalty, min_length=config.min_length),
-        "nuanced": NuancedReward(
-            label_frequencies(examples),
-            labels=config.label_set.names,
-            by_hospital=frequencies_by_hospital(examples),
-        ),
-    }
-    if config.reward_scale is not None:
-        rewards[config.reward].scale = config.reward_scale
-    check_memory(rewards)
-    return rewards
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -494,7 +498,8 @@ def resolve_grpo(argv: Sequence[str]) -> Resolved:
             (*INHERITED, *of_adapter),
             binding=(*BINDING, *of_adapter),
         )
-    config, objective = finished(resolved, grpo_problems(*resolved.configs), "grpo").configs
+    problems = grpo_problems(*resolved.configs) + imports_that_nobody_gave(resolved)
+    config, objective = finished(resolved, problems, "grpo").configs
     from rl.objective import ObjectiveConfig  # the command line is accepted, so torch may be loaded
 
     try:

@@ -93,6 +93,24 @@ def test_a_reward_of_any_name_is_drawn_with_its_parts_and_its_hacking_chart(tmp_
     assert "other rewards" not in pictures["reward-hacking"].alt
 
 
+@pytest.mark.parametrize(
+    ("reward", "logged"), [("hard+0.5*mine:Brief", "mixture"), ("mine:Brief", "Brief")]
+)
+def test_a_mixture_and_a_reward_of_ones_own_are_drawn_by_what_is_logged(reward, logged, tmp_path):
+    run = training_run(tmp_path / "mine", "grpo", reward)
+    row = {"split": "train", f"rewards/{logged}/mean": 0.25, f"rewards/{logged}/a": 0.35}
+    rows = [{"step": step, f"rewards/{logged}/b": -0.1} | row for step in (1, 2)]
+    write_jsonl(run / "metrics.jsonl", rows)
+    pictures = pictures_of(run)
+    assert list(pictures) == [f"training-{reward}", f"reward-parts-{reward}"]
+    drawn = pictures[f"training-{reward}"]
+    assert f"Mean {reward} reward of mine: 0.25 at 1, 0.25 at 2" in drawn.alt
+    parts = "a: 0.35 at 1, 0.35 at 2 of mine; b: -0.1 at 1, -0.1 at 2 of mine."
+    assert set(pictures[f"reward-parts-{reward}"].alt.partition("step. ")[2][:-1].split("; ")) == (
+        set(parts[:-1].split("; "))
+    )
+
+
 def test_names_that_no_file_can_have_get_a_file_each(tmp_path):
     runs = [
         training_run(tmp_path / name, "grpo", reward)

@@ -1,4 +1,4 @@
-"""Apply the diffs of tests/forks to rl/objective.py, and describe each one."""
+"""Apply the diffs of tests/forks, most of them of rl/objective.py, and describe each one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ FORKS = {
 }
 
 
+# Patches of other files: rewards, as {name: the files}.
+REWARD_FORKS = {"image_fbeta": ("rl/reward_choice.py", "rl/rewards.py")}
+
+
 def patch_of(name: str) -> str:
     return (FOLDER / f"{name}.patch").read_text(encoding="utf-8")
 
@@ -50,20 +54,33 @@ def size(patch: str) -> tuple[int, int]:
 
 
 def patched(name: str, source: str = OBJECTIVE) -> str:
-    """Return `source` with a patch applied. Raises AssertionError where it does not fit to the
-    letter.
-
-    This is done here and not by git or patch, which a machine that runs the tests need not have. It
-    is stricter than both: a hunk's lines, context included, must stand exactly once, so there is no
-    guessing where they belong.
+    """Return the text of rl/objective.py with a patch applied. Raises AssertionError where it does
+    not fit to the letter.
     """
     patch = re.sub(r"\Adiff --git .*\nindex .*\n", "", patch_of(name))
     assert patch.startswith(HEADER) and patch.count("\n--- ") == 0, (
         f"{name}.patch must touch rl/objective.py and nothing else"
     )
-    hunks = re.split(
-        r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch.removeprefix(HEADER), flags=re.MULTILINE
-    )
+    return _applied(name, "rl/objective.py", patch.removeprefix(HEADER), source)
+
+
+def patched_files(name: str) -> dict[str, str]:
+    """Return the files that a patch of several changes, with it applied -> {path: text}."""
+    parts = re.split(r"^--- a/(\S+)\n\+\+\+ b/\S+\n", patch_of(name), flags=re.MULTILINE)
+    return {
+        path: _applied(name, path, hunks, (ROOT / path).read_text(encoding="utf-8"))
+        for path, hunks in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def _applied(name: str, path: str, patch: str, source: str) -> str:
+    """Apply the hunks of one file.
+
+    This is done here and not by git or patch, which a machine that runs the tests need not have. It
+    is stricter than both: a hunk's lines, context included, must stand exactly once, so there is no
+    guessing where they belong.
+    """
+    hunks = re.split(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", patch, flags=re.MULTILINE)
     assert hunks.pop(0) == "" and hunks
     for old_length, new_length, hunk in zip(hunks[0::3], hunks[1::3], hunks[2::3], strict=True):
         lines = hunk.splitlines(keepends=True)
@@ -74,9 +91,9 @@ def patched(name: str, source: str = OBJECTIVE) -> str:
             int(new_length),
         ), f"{name}.patch: wrong counts after @@"
         assert source.count(old) == 1, (
-            f"tests/forks/{name}.patch no longer fits: rl/objective.py has moved under it. Put its"
-            " lines in by hand where they belong now, `git diff rl/objective.py >"
-            f" tests/forks/{name}.patch`, and restore the file. The hunk:\n{hunk}"
+            f"tests/forks/{name}.patch no longer fits: {path} has moved under it. Put its lines in"
+            f" by hand where they belong now, `git diff {path} > tests/forks/{name}.patch`, and"
+            f" restore the file. The hunk:\n{hunk}"
         )
         source = source.replace(old, new)
     return source

@@ -45,7 +45,7 @@ GRPO_FAMILY, SFT_FAMILY = "qwen2_5_vl", "gemma3"
 # A step has 16 completions of 4 prompts, a rollout two steps: 2 ranks x 2 micro-batches of 4.
 # Nothing is saved before the end but where a run is broken off.
 GRPO = ["--max_steps", "4", "--save_steps", "4", "--eval_steps", "4", "--logging_steps", "1"]
-GRPO += ["--reward", "nuanced", "--no_vote_baseline", "--learning_rate", "1e-3"]
+GRPO += ["--reward", "nuanced+fbeta", "--no_vote_baseline", "--learning_rate", "1e-3"]
 GRPO += ["--per_device_train_batch_size", "4"]
 TWO = ["--gradient_accumulation_steps", "2", "--steps_per_generation", "4"]
 ONE = ["--gradient_accumulation_steps", "4", "--steps_per_generation", "8"]

@@ -29,6 +29,8 @@ SCORES = {
     "reward": 0.55,
     "rewards/hard/mean": 0.55,
     "rewards/nuanced/mean": 61.0,
+    "rewards/weighted/mean": 0.5,
+    "rewards/fbeta/mean": 0.7,
     "n": 100,
 }
 

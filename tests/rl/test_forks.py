@@ -38,7 +38,7 @@ from tests.helpers.objective import (
     step_weights,
     weights_of,
 )
-from tests.helpers.patches import FOLDER, FORKS, OBJECTIVE, module_of, patched
+from tests.helpers.patches import FOLDER, FORKS, OBJECTIVE, REWARD_FORKS, module_of, patched
 from tests.helpers.repository import ROOT
 from tests.helpers.rollouts import advantages_of, rollouts_of, sample
 from tests.helpers.runs import GRPO, read_dump, record, speak, train_log
@@ -141,7 +141,8 @@ def fails(check, module) -> bool:
 
 # ---- what a patch touches ------------------------------------------------------------------------
 def test_every_patch_is_known():
-    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.patch" for name in FORKS}
+    known = {*FORKS, *REWARD_FORKS}
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.patch" for name in known}
     named = [
         name
         for reason in NOT_IN_THE_PRODUCT.values()

@@ -39,8 +39,9 @@ from rl.reward_checks import (
     observe,
     trained_number,
 )
-from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
-from rl.settings import GRPOConfig, build_rewards
+from rl.reward_choice import build_rewards
+from rl.rewards import HardReward, Mixture, NuancedReward, Reward, RewardFunction
+from rl.settings import GRPOConfig
 from tests.helpers.rollouts import sample
 
 ANSWER = parse_answer("<think>a</think><solution>Edema</solution>")
@@ -302,11 +303,60 @@ def test_what_a_rollout_adds_to_a_memory_is_checked_in_its_step():
             self.state = {"answers": set(answers)}
 
     with pytest.raises(RewardFailed, match=r"state_dict\(\) of reward 'mine': JSON cannot hold"):
-        observe({"mine": Growing({})}, [ANSWER], [0])
+        observe({"mine": Growing({})}, [ANSWER], [0], [TARGET])
     failing = HardReward()
     failing.observe = raises
     with pytest.raises(RewardFailed, match=r"observe\(\) of reward 'mine': raised ZeroDivisionErr"):
-        observe({"mine": failing}, [ANSWER], [0])
+        observe({"mine": failing}, [ANSWER], [0], [TARGET])
+
+
+def test_a_reward_is_given_the_targets_where_it_names_them():
+    seen = []
+
+    class OfTwo(RewardFunction):
+        """As rewards were written before targets were given."""
+
+        def observe(self, answers, groups=None):
+            seen.append((answers, groups))
+
+    class OfThree(RewardFunction):
+        def observe(self, answers, groups=None, targets=None):
+            seen.append((answers, groups, targets))
+
+    observe({"two": OfTwo(), "three": OfThree(), "none": HardReward()}, [ANSWER], [0], [TARGET])
+    assert seen == [([ANSWER], [0]), ([ANSWER], [0], [TARGET])]
+
+
+# ---- mixtures ------------------------------------------------------------------------------------
+def test_a_mixture_adds_up_what_each_would_be_trained_on():
+    # Edema of {Edema}: Eq. 3 gives 1 less 0.1 for 5 tokens. Eq. 4 gives 150 points, 1.5 as trained
+    # on. 0.9 - 0.2 x 1.5 = 0.6, of which --reward_scale 3 makes 1.8.
+    mixture = Mixture({"hard": 1.0, "nuanced": -0.2}, scale=3.0)
+    functions = {"hard": HardReward(), "nuanced": NuancedReward({}), "mixture": mixture}
+    found = all_rewards(functions, ANSWER, TARGET, 5, WHICH)["mixture"]
+    assert found.parts == pytest.approx({"hard": 0.9, "nuanced": -0.3})
+    assert found.total == pytest.approx(0.6)
+    assert trained_number("mixture", mixture, found, WHICH) == pytest.approx(1.8)
+
+
+def test_a_mixture_asks_each_reward_once():
+    calls = []
+
+    class Counted(HardReward):
+        def __call__(self, answer, target, completion_length):
+            calls.append(answer)
+            return super().__call__(answer, target, completion_length)
+
+    all_rewards({"one": Counted(), "mixture": Mixture({"one": 0.5})}, ANSWER, TARGET, 5, WHICH)
+    assert len(calls) == 1
+
+
+def test_what_scales_a_part_of_a_mixture_is_checked_by_its_name():
+    function = HardReward()
+    function.scaled = lambda reward: None
+    with pytest.raises(RewardFailed) as failed:
+        all_rewards({"mine": function, "mixture": Mixture({"mine": 1.0})}, ANSWER, TARGET, 5, WHICH)
+    assert str(failed.value).startswith(f"scaled() of {WHERE}: returned None, not a finite number")
 
 
 def test_a_memory_that_is_noted_does_not_change_with_the_reward():

@@ -276,7 +276,7 @@ def test_its_start_is_scored_as_the_base(fresh_run, tiny_data, tmp_path, monkeyp
     assert load_entry("run", run).stage == "grpo"
     card = (run / "README.md").read_text()
     assert ", GRPO: chest X-ray labels (LoRA adapter)" in card
-    assert "Made by GRPO against a verifiable reward, from the base itself." in card
+    assert "Made by GRPO against a verifiable reward (`hard`), from the base itself." in card
 
 
 def test_a_fresh_run_resumes_exactly_from_its_own_folder(fresh_run, tmp_path, monkeypatch, capsys):

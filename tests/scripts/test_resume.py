@@ -64,8 +64,8 @@ SFT_FLAGS = (
     "--save_steps",
     "1",
 )
-# 2 prompts x 4 completions a rollout, which serves steps 1 and 2, 3 and 4, 5; nuanced, so that its
-# window decides.
+# 2 prompts x 4 completions a rollout, which serves steps 1 and 2, 3 and 4, 5; two rewards whose
+# windows decide.
 GRPO_FLAGS = (
     "--max_steps",
     "5",
@@ -76,7 +76,7 @@ GRPO_FLAGS = (
     "--save_steps",
     "1",
     "--reward",
-    "nuanced",
+    "nuanced+0.5*fbeta",
 )
 SFT_STEPS, GRPO_STEPS = range(1, 7), range(0, 6)
 

@@ -33,7 +33,9 @@ from eval.votes import vote_predictions
 from rl.logs import grpo_charts
 from rl.objective import ObjectiveConfig
 from rl.plan import BatchPlan
+from rl.reward_choice import REGISTERED
 from rl.settings import (
+    BY_HOSPITAL,
     GAPS,
     SET_METRICS,
     GRPOConfig,
@@ -227,7 +229,7 @@ def test_config_json_has_both_config_classes_the_data_and_the_reference(finished
         )
 
 
-def test_every_rollout_row_is_kept_with_both_rewards(finished, tiny_data):
+def test_every_rollout_row_is_kept_with_all_rewards(finished, tiny_data):
     run, _ = finished
     rows, examples = lines(run / "completions.jsonl"), {row["id"]: row for row in lines(tiny_data)}
     assert [row["step"] for row in rows] == [1] * 8 + [3] * 8
@@ -239,7 +241,7 @@ def test_every_rollout_row_is_kept_with_both_rewards(finished, tiny_data):
             example["image"],
             sorted(set(example["labels"])),
         )
-        assert set(row["rewards"]) == {"hard", "nuanced"}
+        assert list(row["rewards"]) == ["hard", "nuanced", "weighted", "fbeta"]
         assert set(row["rewards"]["hard"]) == {"total", "jaccard", "length"}
         assert set(row["rewards"]["nuanced"]) == {
             "total",
@@ -249,6 +251,8 @@ def test_every_rollout_row_is_kept_with_both_rewards(finished, tiny_data):
             "collapse",
             "format",
         }
+        assert set(row["rewards"]["weighted"]) == {"total", "weighted_jaccard"}
+        assert set(row["rewards"]["fbeta"]) == {"total", "right", "wrong", "unknown", "format"}
         for reward in row["rewards"].values():
             assert sum(value for name, value in reward.items() if name != "total") == pytest.approx(
                 reward["total"], abs=1e-9
@@ -299,10 +303,8 @@ def logged_metrics(run: Path) -> set[str]:
         prefix = {"train": "", "eval": "eval/"}[entry["split"]]
         prefix += "<set>/" if "dataset" in entry else ""
         for name in entry.keys() - {"step", "epoch", "split", "dataset"}:
-            name = re.sub(
-                "rewards/(hard|nuanced)/(?!mean|std)\\w+", "rewards/<reward>/<part>", name
-            )
-            found.add(prefix + re.sub("rewards/(hard|nuanced)/", "rewards/<reward>/", name))
+            name = re.sub(r"rewards/\w+/(?!mean|std)\w+", "rewards/<reward>/<part>", name)
+            found.add(prefix + re.sub(r"rewards/\w+/", "rewards/<reward>/", name))
     return found
 
 
@@ -312,6 +314,8 @@ def test_the_table_of_metrics_is_what_a_run_logs(finished):
     # A random model may end no completion by itself
     unseen = {f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")}
     unseen.add("monitors/...")
+    # this run has one hospital: test_several_hospitals.py holds the names of several
+    unseen |= {f"{name}/<hospital>" for name in BY_HOSPITAL}
     assert logged_metrics(grpo_run) | unseen == listed_metrics("both", "GRPO")
     assert logged_metrics(sft_run) == listed_metrics("both", "SFT")
 
@@ -344,8 +348,17 @@ def test_windows_of_the_rewards_see_each_rollout_once_and_no_evaluation(finished
     assert record(run / "checkpoint-4/rewards.json") == {
         "hard": {},
         "nuanced": {"images": by_image(rows)},
+        "weighted": {},
+        "fbeta": {"images": [said_of(rows[start : start + 4]) for start in (0, 4, 8, 12)]},
     }
     assert record(run / "checkpoint-1/rewards.json")["nuanced"]["images"] == by_image(rows[:8])
+
+
+def said_of(rows):
+    """Write what fbeta keeps of an image: its labels, and the share of answers that say each."""
+    said = sorted({label for row in rows for label in row["predicted"]})
+    shares = {label: sum(label in row["predicted"] for row in rows) / 4 for label in said}
+    return [None, sorted(rows[0]["evaluated_labels"]), sorted(rows[0]["labels"]), shares]
 
 
 def by_image(rows):
@@ -364,7 +377,7 @@ def test_predictions_hold_the_rewards_whose_means_are_in_the_scores(finished):
             lines(run / f"predictions-{name}.jsonl"),
             record(run / f"scores-{name}.json"),
         )
-        for reward in ("hard", "nuanced"):
+        for reward in REGISTERED:
             totals = [row["rewards"][reward]["total"] for row in rows]
             assert sum(totals) / len(totals) == pytest.approx(logged[f"rewards/{reward}/mean"])
             parts = [
