@@ -525,9 +525,12 @@ def test_unknown_metric_for_the_best_model(refused, grpo_flags, tiny_data, chose
     assert (
         line.startswith(
             f"--metric_for_best_model {chosen}: write NAME/METRIC with a NAME of --validation_file"
-            " (site) and a METRIC of macro_f1, micro_f1, "
+            # home is the first set's name where a recipe cannot know it
+            " (site), or home for the first of them, and a METRIC of macro_f1, micro_f1, "
         )
-        and "rewards/hard/mean, rewards/nuanced/mean; or gap" in line
+        # every registered reward is logged, so each can be named
+        and "rewards/hard/mean, rewards/nuanced/mean, rewards/weighted/mean" in line
+        and "; or gap, gap_se, gap_shared, gap_shared_se, gain_shared, gain_shared_se" in line
     )
 
 
@@ -539,7 +542,7 @@ def test_unknown_metric_for_the_best_model(refused, grpo_flags, tiny_data, chose
         (
             "warn_when",
             "site/f1<0.1",
-            "write NAME/METRIC with a NAME of --validation_file (site) and a METRIC of macro_f1, ",
+            "write NAME/METRIC with a NAME of --validation_file (site), or home for the first of",
         ),
         (
             "stop_when",
