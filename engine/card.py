@@ -195,8 +195,8 @@ def _is_from_base(settings: Mapping[str, Any]) -> bool:
 def _how(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     reward = str(settings.get("reward") or "")
     # of plain letters, whoever wrote it
-    named = f" (`{reward}`)" if re.fullmatch(r"[\w.:+* -]{1,100}", reward) else ""
-    grpo = f"GRPO against a verifiable reward{named}"
+    its_name = f" (`{reward}`)" if re.fullmatch(r"[\w.:+* -]{1,100}", reward) else ""
+    grpo = f"GRPO against a verifiable reward{its_name}"
     methods = {
         "sft": "supervised fine-tuning on reasoning traces",
         "grpo": f"{grpo}, from the base itself"
