@@ -26,7 +26,7 @@ from unittest import mock
 import pytest
 import torch
 
-import rl.settings
+import rl.reward_choice
 import run_grpo
 import run_sft
 from engine.undo import Before
@@ -46,7 +46,7 @@ def readable() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         speak(patch)
         small = partial(NuancedReward, window=6, min_window=2, dominance=0.4)
-        patch.setattr(rl.settings, "NuancedReward", small)
+        patch.setattr(rl.reward_choice, "NuancedReward", small)
         yield
 
 

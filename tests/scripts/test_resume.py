@@ -26,7 +26,7 @@ import engine.generate
 import engine.optim
 import engine.saving
 import eval.decode
-import rl.settings
+import rl.reward_choice
 import run_grpo
 import run_sft
 from data.files import DataError
@@ -89,7 +89,7 @@ def small_window():
     with pytest.MonkeyPatch.context() as monkeypatch:
         speak(monkeypatch)
         monkeypatch.setattr(
-            rl.settings,
+            rl.reward_choice,
             "NuancedReward",
             partial(NuancedReward, window=6, min_window=2, dominance=0.4),
         )
