@@ -1,8 +1,8 @@
 """Say in one sentence and one table what GRPO has changed, at the end of a run: what rose and fell.
 
-The sentence is about the reward of sampled answers, which the run was trained on, and about
-macro-F1 of greedy answers on each data set, which decides. Both have 95 % intervals: what lies
-beyond its interval rose or fell, all else is no clear change.
+The sentence is about the reward of sampled answers, which the run was trained on, and about Jaccard
+and macro-F1 of greedy answers on each data set. All have 95 % intervals: what lies beyond its
+interval rose or fell, all else is no clear change.
 
 Data sets differ in their labels. One with fewer is scored on its own, and home also on those that
 the others share, so that a fall abroad can be told from a fall of the labels that are left.
