@@ -80,8 +80,7 @@ def train(
             completions = rollouts.sample(policy, run.should_stop)
             # 3 decode, parse and reward them: all rewards are logged, one is trained on
             rollouts.reward(completions, policy, run.should_stop)
-            # 4 log pi_ref of all, and log pi_old of what later updates train on: the first update
-            #   computes its own below
+            # 4 log pi_ref of all, and log pi_old for later updates: the first computes its own
             rollouts.score(policy, run.should_stop, with_reference=objective.beta > 0)
             # 5 advantages A_i, within each prompt's group; kl and config are for forks
             rewards, groups, kl = rollouts.rewards, rollouts.groups, rollouts.kl  # [R]
