@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ def case():
     cases that no test opens.
     """
     return open_case
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_cut_off() -> Iterator[None]:
+    """Forget after each test that a call was cut off.
+
+    A process that has cut off a call ends by `os._exit`. A later test that runs a script to its end
+    would so end pytest's own process, and all of its tests.
+    """
+    yield
+    if (time_limit := sys.modules.get("engine.time_limit")) is not None:
+        time_limit._cut_off = False
 
 
 @pytest.fixture(scope="session")
