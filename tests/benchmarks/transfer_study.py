@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -35,7 +36,6 @@ from data.demo.splits import seeds, write_split
 from data.demo.teacher import reasoning_trace
 from data.examples import read_jsonl
 from data.files import sha256_of, write_json, write_jsonl
-from data.labels import NIH_NINE
 from data.predictions import read_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,7 @@ SAMPLES, TEMPERATURE = 4, 0.8
 CHOSEN_ON = {"a": "study-validation-a", "b": "study-validation-b"}  # the alpha of interpolation
 USED = ("sft-train", "rl-train", "rl-train-b", "validation-a", "validation-a2", "validation-b")
 SWAPPED = (SFT, GRPO)  # arms that also answer other patients' images
+BATCH = ("--per_device_eval_batch_size", "300")
 ALPHAS = ("0", "0.25", "0.5", "0.75", "1")
 UNWATCHED = ("--eval_steps", "none", "--no_vote_baseline")  # no evaluation but start and end
 GRPO_ARMS: dict[str, tuple[str, ...]] = {
@@ -124,7 +125,7 @@ class Workshop:
             place = f"answers/{name}-{way}"
             if not (self.folder / place / f"scores-{SETS[-1]}.json").is_file():  # written last
                 data = [f"{one}=demo:{one}" for one in SETS]
-                flags = (*flags, "--per_device_eval_batch_size", "300", "--data_file", *data)
+                flags = (*flags, *BATCH, "--data_file", *data)
                 seconds += self.run(place, "eval.evaluate", *model, *flags)
         packed = {}
         for one in SETS:
@@ -175,10 +176,10 @@ class Workshop:
     def grpo(self, arm: str, seed: int) -> None:
         seconds = self.make_grpo(arm, seed)
         facts = {"cpu_seconds": seconds, "started_from": _sha256(self.folder / f"{SFT}-{seed}")}
-        state = json.loads((self.folder / f"{arm}-{seed}/config.json").read_text(encoding="utf-8"))
+        record = json.loads((self.folder / f"{arm}-{seed}/config.json").read_text(encoding="utf-8"))
         facts["settings"] = {
             name: entry["value"]
-            for name, entry in state["settings"].items()
+            for name, entry in record["settings"].items()
             if entry["origin"] != "default"
         }
         self.write_cell(arm, seed, self.folder / f"{arm}-{seed}", facts)
@@ -224,40 +225,44 @@ class Workshop:
         return file.resolve(), len(groups) / len(learnt)
 
     def interpolated(self, seed: int) -> None:
-        """Choose alpha on validation images, and answer with that adapter."""
+        """Choose alpha on validation images, as eval/README says, and answer with that adapter."""
         self.make_grpo(GRPO, seed)
-        name, sft, grpo = f"interpolated-{seed}", f"{SFT}-{seed}", f"{GRPO}-{seed}"
-        seconds, scores = 0.0, {}
+        name, seconds = f"interpolated-{seed}", 0.0
         if not (self.folder / name).is_dir():  # engine.merge names it last
-            flags = ("--interpolate", sft, grpo, "--alpha", *ALPHAS)
+            flags = ("--interpolate", f"{SFT}-{seed}", f"{GRPO}-{seed}", "--alpha", *ALPHAS)
             seconds += self.run(name, "engine.merge", *flags)
-        for alpha in ALPHAS:
-            place, model = f"answers/{name}-{alpha}", f"{name}/alpha-{alpha}"
-            if not (self.folder / place / "scores-b.json").is_file():
+        answers = [f"answers/{name}-{alpha}" for alpha in ALPHAS]
+        for alpha, place in zip(ALPHAS, answers, strict=True):
+            if not (self.folder / place / "scores-b.json").is_file():  # written last
                 data = [f"{site}=demo:{split}" for site, split in CHOSEN_ON.items()]
-                flags = ("--adapter_name_or_path", model, "--data_file", *data)
-                flags += ("--per_device_eval_batch_size", "200")
-                seconds += self.run(place, "eval.evaluate", *flags)
-            scores[alpha] = {
-                site: _shared_macro_f1(self.folder / place / f"scores-{site}.json")
-                for site in CHOSEN_ON
-            }
-        alpha = max(ALPHAS, key=lambda one: sum(scores[one].values()))  # the first of equals
-        facts = {"alpha": alpha, "validation": scores, "cpu_seconds": seconds}
-        self.write_cell("interpolated", seed, self.folder / name / f"alpha-{alpha}", facts)
+                flags = ("--adapter_name_or_path", f"{name}/alpha-{alpha}", "--data_file", *data)
+                seconds += self.run(place, "eval.evaluate", *flags, *BATCH)
+        chosen = self.folder / f"choice-{seed}/chosen-alpha.json"
+        if not chosen.is_file():
+            seconds += self.run(f"choice-{seed}", "eval.report", *answers, "--in_distribution", "a")
+        choice = json.loads(chosen.read_text(encoding="utf-8"))
+        facts = {
+            "alpha": choice["alpha"],
+            "validation": [
+                {key: point[key] for key in ("alpha", "home", "away", "gain", "error")}
+                for point in choice["points"]
+            ],
+            "cpu_seconds": seconds,
+        }
+        model = self.folder / name / f"alpha-{choice['alpha']:g}"
+        self.write_cell("interpolated", seed, model, facts)
 
     # ---- all of it -------------------------------------------------------------------------------
     def submit(
         self, pool: ThreadPoolExecutor, study_seeds: Sequence[int], arms: Sequence[str]
     ) -> list[Future]:
         """Hand the missing cells of these arms to the pool, what others need before them."""
+        makers = {SFT: self.sft} | {arm: partial(self.grpo, arm) for arm in GRPO_ARMS}
+        makers |= {"more-sft": self.more_sft, "interpolated": self.interpolated}
         jobs: list[tuple[str, int | None, Callable[[], None]]] = [(BASE, None, self.base)]
         for pair in (study_seeds[i : i + 2] for i in range(0, len(study_seeds), 2)):
-            jobs += [(SFT, seed, lambda seed=seed: self.sft(seed)) for seed in pair]
-            for arm in GRPO_ARMS:
-                jobs += [(arm, s, lambda arm=arm, s=s: self.grpo(arm, s)) for s in pair]
-            jobs += [("more-sft", seed, lambda seed=seed: self.more_sft(seed)) for seed in pair]
-            jobs += [("interpolated", s, lambda s=s: self.interpolated(s)) for s in pair]
+            for arm, make in makers.items():
+                jobs += [(arm, seed, partial(make, seed)) for seed in pair]
         return [
             pool.submit(job)
             for arm, seed, job in jobs
@@ -267,11 +272,6 @@ class Workshop:
 
 def _sha256(adapter: Path) -> str:
     return sha256_of(adapter / "adapter_model.safetensors")
-
-
-def _shared_macro_f1(scores_file: Path) -> float:
-    per_label = json.loads(scores_file.read_text(encoding="utf-8"))["per_label"]
-    return sum(per_label[label]["f1"] for label in NIH_NINE) / len(NIH_NINE)
 
 
 def made_with() -> dict[str, str]:

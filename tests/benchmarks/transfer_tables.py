@@ -1,6 +1,6 @@
 """Make the tables of the transfer study from its cells, as transfer/PLAN.md says.
 
-    python tests/benchmarks/transfer_tables.py      # prints them, needs no model and no torch run
+    python tests/benchmarks/transfer_tables.py      # prints them; no model is needed
 
 Every number is made anew from the answers in transfer/cells and transfer/truth.json.
 
@@ -10,7 +10,7 @@ Shapes: S seeds, N images of a set, K labels, R resamples.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -449,7 +449,7 @@ def whole_seeds(seeds: Sequence[int], place: Path = PLACE) -> list[int]:
     return [s for s in seeds if all(read_cell(arm, s, place) is not None for arm in own)]
 
 
-def main(arguments: Mapping | Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

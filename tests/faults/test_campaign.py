@@ -5,18 +5,15 @@ Run: pytest tests/faults/test_campaign.py
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
+
+from tests.helpers.benchmarks import benchmark_module
 
 
 @pytest.fixture(scope="module")
 def campaign():
-    """Import the benchmark as its command does, from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("fault_campaign")
+    with benchmark_module("fault_campaign") as module:
+        yield module
 
 
 def test_killed_runs_that_are_given_again_end_as_if_nothing_had_been(campaign, tmp_path):

@@ -5,18 +5,15 @@ Run: pytest tests/scripts/test_damaged_files.py
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
+
+from tests.helpers.benchmarks import benchmark_module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """Import the benchmark as its command does, from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("damaged_files")
+    with benchmark_module("damaged_files") as module:
+        yield module
 
 
 def test_nothing_breaks_down(benchmark):

@@ -5,20 +5,16 @@ Run: pytest tests/scripts/test_hostile_inputs.py
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 
 from tests.faults.children import Ended
+from tests.helpers.benchmarks import benchmark_module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """Import the benchmark as its command does, from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("hostile_inputs")
+    with benchmark_module("hostile_inputs") as module:
+        yield module
 
 
 @pytest.mark.parametrize("kind", ["code beside", "chat template", "links in a run", "manifest"])

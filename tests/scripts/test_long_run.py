@@ -6,18 +6,16 @@ Run: pytest tests/scripts/test_long_run.py
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from pathlib import Path
 
 import pytest
+
+from tests.helpers.benchmarks import benchmark_module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """Import the benchmark as its command does, from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("long_run")
+    with benchmark_module("long_run") as module:
+        yield module
 
 
 @pytest.fixture

@@ -5,20 +5,20 @@ No model is trained here. Run: pytest tests/scripts/test_transfer_study.py
 
 from __future__ import annotations
 
-import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from data.files import sha256_of
+from tests.helpers.benchmarks import benchmark_module
+
 
 @pytest.fixture(scope="module")
 def study():
-    """Import the benchmark as its command does, from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("transfer_study")
+    with benchmark_module("transfer_study") as module:
+        yield module
 
 
 @pytest.fixture
@@ -37,20 +37,21 @@ def made(study, tmp_path, monkeypatch):
         for alpha in study.ALPHAS if module == "engine.merge" else ():
             (folder / f"alpha-{alpha}").mkdir()
             (folder / f"alpha-{alpha}/adapter_model.safetensors").write_bytes(alpha.encode())
+        if module == "eval.report":
+            point = {"alpha": 0.25, "home": 0.6, "away": 0.5, "gain": 0.02, "error": 0.01}
+            choice = {"alpha": 0.25, "points": [point | {"model": "m"}]}
+            (folder / "chosen-alpha.json").write_text(json.dumps(choice))
         return 1.0
 
     cells = tmp_path / "cells"
-    file = lambda arm, seed: cells / f"{arm}-{seed}.json"  # noqa: E731
+
+    def file(arm, seed):
+        return cells / f"{arm}-{seed}.json"
+
     monkeypatch.setattr(study.Workshop, "run", run)
     monkeypatch.setattr(study.Workshop, "answers", lambda self, name, *model: ({}, 2.0))
     monkeypatch.setattr(study, "cell_file", file)
-    monkeypatch.setattr(
-        study,
-        "read_cell",
-        lambda arm, seed: file(arm, seed).is_file() and {"made_with": {}} or None,
-    )
-    # the alpha whose last digit is largest is the best: 0.75 and 0.25 are equal, the first is taken
-    monkeypatch.setattr(study, "_shared_macro_f1", lambda scores: float(str(scores.parent)[-1]))
+    monkeypatch.setattr(study, "read_cell", lambda arm, seed: file(arm, seed).is_file() or None)
     monkeypatch.setattr(
         study.Workshop, "data_of_more_sft", lambda self, seed: (Path("more.jsonl"), 2.5)
     )
@@ -82,11 +83,17 @@ def test_every_arm_starts_from_the_sft_run_of_its_seed_and_differs_by_its_own_fl
     }
 
 
-def test_the_alpha_is_that_of_the_largest_sum_on_validation_images(study, made, tmp_path):
-    """Sums by the last digit of the folder: 0 -> 0, 0.25 -> 10, 0.5 -> 10, 0.75 -> 10, 1 -> 2."""
+def test_the_alpha_is_the_reports_and_it_is_chosen_on_validation_images(study, made, tmp_path):
+    runs, cells = made
     workshop(study, tmp_path, ["interpolated"])
-    cell = json.loads((made[1] / "interpolated-1.json").read_text())
-    assert cell["alpha"] == "0.25" and cell["validation"]["1"] == {"a": 1.0, "b": 1.0}
+    flags = {name: rest for name, _, *rest in runs}
+    for alpha in study.ALPHAS:
+        data = flags[f"answers/interpolated-1-{alpha}"]
+        assert "a=demo:study-validation-a" in data and "b=demo:study-validation-b" in data
+    cell = json.loads((cells / "interpolated-1.json").read_text())
+    assert cell["alpha"] == 0.25 and cell["validation"][0]["gain"] == 0.02
+    of_alpha = tmp_path / "study/interpolated-1/alpha-0.25/adapter_model.safetensors"
+    assert cell["made_with"]["adapter"] == sha256_of(of_alpha)
 
 
 def test_what_is_there_is_not_made_again(study, made, tmp_path):
