@@ -112,17 +112,14 @@ def frontier_of(
         [c for c in answered if c.data_set in home],
         [c for c in answered if c.data_set not in home],
     )
-    scored = [_scores(*sides, name) for name in names]
-    if len(names) < 2 or any(score is None for score in scored):
+    scored = [score for name in names if (score := _scores(*sides, name)) is not None]
+    if len(names) < 2 or len(scored) < len(names):
         return None
     points = []
-    first = scored[0]
-    assert first is not None
-    for (alpha, name), score in zip(shares, scored, strict=True):
-        assert score is not None
+    first_home, first_away = scored[0]
+    for (alpha, name), (home_score, away_score) in zip(shares, scored, strict=True):
         # [1 + R], the value itself first
-        drawn = ((score[0] - first[0]) + (score[1] - first[1])) / 2
-        home_score, away_score = score
+        drawn = ((home_score - first_home) + (away_score - first_away)) / 2
         points.append(
             Point(
                 name,
