@@ -1,4 +1,4 @@
-"""Compute two rewards that do not silence rare labels: `WeightedReward` and `FBetaReward`.
+"""Compute two rewards that pay more for rare labels: `WeightedReward` and `FBetaReward`.
 
 Eq. 3 scores an image by the share of it that is right. Over many images a label then counts by how
 often it occurs, and a policy gains by no longer saying the rare ones. Macro-F1 counts each label

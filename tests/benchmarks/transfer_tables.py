@@ -24,7 +24,7 @@ from data.labels import LABELS, NIH_NINE, NO_FINDING, silenced_labels
 from eval.paired import holm
 from eval.probabilities import auroc
 
-HOME, RANDOM_MARKER, ABROAD = SETS = ("study-a", "study-a2", "study-b")
+HOME, RANDOM_MARKS, ABROAD = SETS = ("study-a", "study-a2", "study-b")
 SHARED = np.array([label in NIH_NINE for label in LABELS])  # labels that every set evaluates
 RESAMPLES, RESAMPLING_SEED = 2_000, 17
 ALPHA = 0.05
@@ -153,7 +153,7 @@ FAMILIES: dict[str, tuple[str, tuple[Comparison, ...]]] = {
     "L": (
         "Is transfer lost? Macro-F1 of the nine shared labels, but for L3",
         (
-            Comparison("L1 SFT: A2 - A", ((1, SFT, RANDOM_MARKER), (-1, SFT, HOME))),
+            Comparison("L1 SFT: A2 - A", ((1, SFT, RANDOM_MARKS), (-1, SFT, HOME))),
             Comparison("L2 SFT: B - A", ((1, SFT, ABROAD), (-1, SFT, HOME))),
             Comparison(
                 "L3 GRPO, hard - SFT: A, sampled reward",
@@ -161,14 +161,14 @@ FAMILIES: dict[str, tuple[str, tuple[Comparison, ...]]] = {
                 reward,
             ),
             Comparison(
-                "L4 GRPO, hard - SFT: A2", ((1, GRPO, RANDOM_MARKER), (-1, SFT, RANDOM_MARKER))
+                "L4 GRPO, hard - SFT: A2", ((1, GRPO, RANDOM_MARKS), (-1, SFT, RANDOM_MARKS))
             ),
             Comparison("L5 GRPO, hard - SFT: B", ((1, GRPO, ABROAD), (-1, SFT, ABROAD))),
             Comparison(
                 "L6 GRPO, hard - SFT: A2 - A",
                 (
-                    (1, GRPO, RANDOM_MARKER),
-                    (-1, SFT, RANDOM_MARKER),
+                    (1, GRPO, RANDOM_MARKS),
+                    (-1, SFT, RANDOM_MARKS),
                     (-1, GRPO, HOME),
                     (1, SFT, HOME),
                 ),
@@ -184,8 +184,8 @@ FAMILIES: dict[str, tuple[str, tuple[Comparison, ...]]] = {
         tuple(Comparison.of_arms(arm, GRPO, ABROAD) for arm in REMEDIES),
     ),
     "M": (
-        "Which remedy helps without the marker? Site A2, macro-F1 of the nine shared labels",
-        tuple(Comparison.of_arms(arm, GRPO, RANDOM_MARKER) for arm in REMEDIES),
+        "Which remedy helps where marks mean nothing? Site A2, macro-F1 of the nine shared labels",
+        tuple(Comparison.of_arms(arm, GRPO, RANDOM_MARKS) for arm in REMEDIES),
     ),
     "C": (
         "What does it cost at home? Site A, sampled reward",
@@ -358,12 +358,35 @@ def family_table(study: Study, comparisons: Sequence[Comparison]) -> list[list[s
     ]
 
 
+def summary_table(study: Study) -> list[list[str]]:
+    """Make a row for each arm: its levels, then how it differs from GRPO on the hard reward.
+
+    A difference stands with the interval that holds both of its intervals, and with its verdict.
+    """
+    remedies: dict[str, list[str]] = {arm: [] for arm in REMEDIES}
+    for family in ("R", "M", "C"):
+        results = [study.compare(comparison) for comparison in FAMILIES[family][1]]
+        adjusted = holm([result.p for result in results])
+        for arm, result, p in zip(REMEDIES, results, adjusted, strict=True):
+            bounds = (*result.by_image, *result.by_seed)
+            around = f"({_interval((min(bounds), max(bounds)))})"
+            remedies[arm].append(f"{result.difference:+.3f} {around} {result.verdict(p)}")
+    columns = [(HOME, 1), (HOME, 5), (RANDOM_MARKS, 5), (ABROAD, 5)]  # of `arm_table`
+    levels = {name: arm_table(study, name) for name in SETS}
+    titles = [row[0] for row in levels[HOME]]
+    own = {ARMS[arm]: cells for arm, cells in remedies.items()}
+    return [
+        [title, *(levels[name][k][column] for name, column in columns), *own.get(title, [""] * 3)]
+        for k, title in enumerate(titles)
+    ]
+
+
 def _interval(bounds: tuple[float, float]) -> str:
     return f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
 
 
 def gap_table(study: Study) -> list[list[str]]:
-    """Make a row for each arm: what it loses without the marker and abroad, and how much of GRPO's.
+    """Make a row for each arm: its loss at A2 and abroad, and how much of GRPO's loss it closes.
 
     The share closed is 1 - gap / GRPO's gap, given where GRPO's gap is clear by image and by seed.
     """
@@ -372,7 +395,7 @@ def gap_table(study: Study) -> list[list[str]]:
         place: {
             arm: study.compare(Comparison("", ((1, arm, HOME), (-1, arm, place)))) for arm in arms
         }
-        for place in (RANDOM_MARKER, ABROAD)
+        for place in (RANDOM_MARKS, ABROAD)
     }
     rows = []
     for arm in arms:
@@ -406,7 +429,7 @@ def blind_table(study: Study) -> list[list[str]]:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay a table out in Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return [lines[0], "|" + " --- |" * len(header), *lines[1:]]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
 MEASURES = (
@@ -419,6 +442,16 @@ MEASURES = (
     "AUROC, nine",
     "silenced",
 )
+SUMMARY = (
+    "",
+    "reward, A",
+    "macro-F1, A",
+    "A2",
+    "B",
+    "macro-F1 at B, less GRPO's",
+    "macro-F1 at A2, less GRPO's",
+    "reward at A, less GRPO's",
+)
 COMPARED = ("", "difference", "95 % by image", "95 % by seed", "each seed", "p, Holm", "verdict")
 
 
@@ -426,6 +459,7 @@ def tables(study: Study) -> str:
     """Write all tables in Markdown."""
     lines = ["# The transfer study: its tables", ""]
     lines += [f"Made by transfer_tables.py from the cells of seeds {_listed(study.seeds)}.", ""]
+    lines += ["## In short", "", *markdown(SUMMARY, summary_table(study)), ""]
     for data_set in SETS:
         lines += [f"## {data_set}", "", *markdown(MEASURES, arm_table(study, data_set)), ""]
     for letter, (question, comparisons) in FAMILIES.items():

@@ -18,6 +18,7 @@ from data.predictions import Prediction
 from eval.votes import vote_predictions
 from rl.rewards import HardReward
 from tests.helpers.benchmarks import benchmark_module
+from tests.helpers.repository import ROOT
 
 ABROAD_LABELS = tuple(label for label in LABELS if label in NIH_NINE)
 
@@ -255,6 +256,35 @@ def test_the_blind_check_reads_the_swapped_answers(tables, small):
     rows = tables.blind_table(small)
     # the wrong answer says nothing where Edema is true: reward 0, as "No Finding" to every image
     assert rows[0] == ["SFT", tables.HOME, "1.000", "0.000", "0.000"]
+
+
+def test_the_table_in_short_by_hand(tables, small):
+    """SFT is above GRPO by 2/27 at B, by the hull of both intervals -0.396 to +0.545: open.
+
+    Levels of GRPO: macro-F1 1/9 of the nine labels at A and A2, (2/27 + 0) / 2 = 1/27 at B.
+    At A2 and A no image differs, so the differences are 0 without an interval.
+    """
+    rows = {row[0]: row[1:] for row in tables.summary_table(small)}
+    assert rows["GRPO, hard"] == ["1.000", "0.111", "0.111", "0.037", "", "", ""]
+    nothing = "+0.000 (+0.000 to +0.000) none"
+    abroad = f"+0.074 ({2 / 27 - 12.7062 / 27:+.3f} to {2 / 27 + 12.7062 / 27:+.3f}) open"
+    assert rows["SFT"] == ["1.000", "0.111", "0.111", "0.111", abroad, nothing, nothing]
+    assert rows["base"][-3:] == rows['always "No Finding"'][-3:] == ["", "", ""]
+
+
+def test_what_is_shown_is_what_the_cells_say(tables):
+    """The tables in the repository are those of its cells, and the READMEs quote their rows."""
+    study = tables.Study(tables.whole_seeds([1, 2, 3, 4, 5]))
+    text = (tables.PLACE / "TABLES.md").read_text(encoding="utf-8")
+    assert text == tables.tables(study)
+    rows = [line for line in text.split("\n\n")[3].splitlines() if line.startswith("| ")]
+    assert len(rows) == len(tables.ARMS) + 2  # the header and the constant answer
+    shown = (ROOT / "data/demo/README.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in shown] == []
+    # the front door is narrow: levels, and what a remedy wins abroad
+    short = ["|".join(row.split("|")[:7]) + "|" for row in rows]
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [row for row in short if row not in shown] == []
 
 
 def test_all_tables_are_written(tables, small):
