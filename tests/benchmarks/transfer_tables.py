@@ -220,7 +220,7 @@ class Study:
     def __init__(self, seeds: Sequence[int], place: Path = PLACE) -> None:
         self.seeds, self.place = tuple(seeds), place
         self.truth = read_truth(place)
-        self.scored = cache(self._scored)
+        self.scored, self.compare = cache(self._scored), cache(self._compare)
 
     def _scored(self, arm: str, seed: int, data_set: str) -> Scored:
         source = SFT if arm == VOTE else arm
@@ -258,7 +258,12 @@ class Study:
             rows.append(total)
         return np.array(rows)
 
-    def compare(self, comparison: Comparison) -> Result:
+    def judged(self, comparisons: Sequence[Comparison]) -> list[tuple[Result, float]]:
+        """Compare, and correct the p-values for the number of comparisons by Holm's method."""
+        results = [self.compare(comparison) for comparison in comparisons]
+        return list(zip(results, holm([result.p for result in results]), strict=True))
+
+    def _compare(self, comparison: Comparison) -> Result:
         """Compute a comparison with its intervals."""
         each = self.values(comparison, drawn=False)[:, 0]
         drawn = self.values(comparison, drawn=True).mean(0)
@@ -290,46 +295,59 @@ def student(values: np.ndarray) -> tuple[tuple[float, float], float]:
 
 
 # ---- tables --------------------------------------------------------------------------------------
+MEASURES = (
+    "reward, T 0.8",
+    "micro-F1, all",
+    "macro-F1, all",
+    "micro-F1, nine",
+    "macro-F1, nine",
+    "AUROC, nine",
+    "silenced",
+)
+CONSTANT = f'always "{NO_FINDING}"'
+
+
+def levels(scored: Scored, evaluated: np.ndarray) -> list[float]:
+    """Compute the MEASURES of one model on one set. evaluated [14] bool: labels of the set."""
+    once = np.ones((1, len(scored.true)))
+    return [
+        reward(scored, once)[0],
+        micro_f1(scored, once, evaluated)[0],
+        macro_f1(scored, once, evaluated)[0],
+        micro_f1(scored, once)[0],
+        macro_f1(scored, once)[0],
+        macro_auroc(scored),
+        len(silenced(scored, evaluated)),
+    ]
+
+
+def arm_levels(study: Study, data_set: str) -> dict[str, np.ndarray]:
+    """Compute MEASURES of one set -> {title: [7]}, of arms (means over seeds) and of CONSTANT."""
+    truth = study.truth[data_set]
+    rows = {
+        title: np.mean(
+            [levels(study.scored(arm, seed, data_set), truth.evaluated) for seed in study.seeds],
+            axis=0,
+        )
+        for arm, title in ARMS.items()
+    }
+    return rows | {CONSTANT: np.array(levels(constant(truth), truth.evaluated))}
+
+
 def arm_table(study: Study, data_set: str) -> list[list[str]]:
-    """Make a row for each arm: the measures of one set, means over the seeds."""
-    evaluated = study.truth[data_set].evaluated
-    rows = []
-    for arm, title in ARMS.items():
-        all_scored = [study.scored(arm, seed, data_set) for seed in study.seeds]
-        once = np.ones((1, len(all_scored[0].true)))
-        figures = [
-            [
-                reward(scored, once)[0],
-                micro_f1(scored, once, evaluated)[0],
-                macro_f1(scored, once, evaluated)[0],
-                micro_f1(scored, once)[0],
-                macro_f1(scored, once)[0],
-                macro_auroc(scored),
-            ]
-            for scored in all_scored
-        ]
-        silent = [len(silenced(scored, evaluated)) for scored in all_scored]
-        cells = [f"{value:.3f}" for value in np.mean(figures, axis=0)]
-        rows.append([title, *cells, f"{np.mean(silent):.1f}"])
-    return [*rows, constant_row(study.truth[data_set])]
+    """Make a row for each arm, and for the constant answer: the measures of one set."""
+    return [
+        [title, *(f"{value:.3f}" for value in values[:-1]), f"{values[-1]:.1f}"]
+        for title, values in arm_levels(study, data_set).items()
+    ]
 
 
-def constant_row(truth: Truth) -> list[str]:
+def constant(truth: Truth) -> Scored:
     """Score the answer "No Finding" to every image."""
     said = np.zeros_like(truth.true)
     said[:, LABELS.index(NO_FINDING)] = True
     answers = Answers(said, np.ones(len(said), bool), np.zeros(len(said), int))
-    scored, once = Scored.of(answers, [answers], truth), np.ones((1, len(said)))
-    figures = [
-        reward(scored, once)[0],
-        micro_f1(scored, once, truth.evaluated)[0],
-        macro_f1(scored, once, truth.evaluated)[0],
-        micro_f1(scored, once)[0],
-        macro_f1(scored, once)[0],
-        macro_auroc(scored),
-    ]
-    silent = len(silenced(scored, truth.evaluated))
-    return ['always "No Finding"', *(f"{value:.3f}" for value in figures), f"{silent}"]
+    return Scored.of(answers, [answers], truth)
 
 
 def silenced(scored: Scored, evaluated: np.ndarray) -> list[str]:
@@ -342,8 +360,6 @@ def silenced(scored: Scored, evaluated: np.ndarray) -> list[str]:
 
 def family_table(study: Study, comparisons: Sequence[Comparison]) -> list[list[str]]:
     """Make a row for each comparison of a family, with Holm's correction for their number."""
-    results = [study.compare(comparison) for comparison in comparisons]
-    adjusted = holm([result.p for result in results])
     return [
         [
             comparison.title,
@@ -354,7 +370,7 @@ def family_table(study: Study, comparisons: Sequence[Comparison]) -> list[list[s
             f"{p:.3f}" if p >= 0.001 else "<0.001",
             result.verdict(p),
         ]
-        for comparison, result, p in zip(comparisons, results, adjusted, strict=True)
+        for comparison, (result, p) in zip(comparisons, study.judged(comparisons), strict=True)
     ]
 
 
@@ -363,21 +379,23 @@ def summary_table(study: Study) -> list[list[str]]:
 
     A difference stands with the interval that holds both of its intervals, and with its verdict.
     """
-    remedies: dict[str, list[str]] = {arm: [] for arm in REMEDIES}
+    differences: dict[str, list[str]] = {ARMS[arm]: [] for arm in REMEDIES}
     for family in ("R", "M", "C"):
-        results = [study.compare(comparison) for comparison in FAMILIES[family][1]]
-        adjusted = holm([result.p for result in results])
-        for arm, result, p in zip(REMEDIES, results, adjusted, strict=True):
+        judged = study.judged(FAMILIES[family][1])
+        for of_arm, (result, p) in zip(differences.values(), judged, strict=True):
             bounds = (*result.by_image, *result.by_seed)
-            around = f"({_interval((min(bounds), max(bounds)))})"
-            remedies[arm].append(f"{result.difference:+.3f} {around} {result.verdict(p)}")
-    columns = [(HOME, 1), (HOME, 5), (RANDOM_MARKS, 5), (ABROAD, 5)]  # of `arm_table`
-    levels = {name: arm_table(study, name) for name in SETS}
-    titles = [row[0] for row in levels[HOME]]
-    own = {ARMS[arm]: cells for arm, cells in remedies.items()}
+            around = _interval((min(bounds), max(bounds)))
+            of_arm.append(f"{result.difference:+.3f} ({around}) {result.verdict(p)}")
+    of_sets = {name: arm_levels(study, name) for name in SETS}
+    reward_place, f1_place = map(MEASURES.index, ("reward, T 0.8", "macro-F1, nine"))
+    shown = [(HOME, reward_place), *((name, f1_place) for name in SETS)]
     return [
-        [title, *(levels[name][k][column] for name, column in columns), *own.get(title, [""] * 3)]
-        for k, title in enumerate(titles)
+        [
+            title,
+            *(f"{of_sets[name][title][place]:.3f}" for name, place in shown),
+            *differences.get(title, [""] * 3),
+        ]
+        for title in of_sets[HOME]
     ]
 
 
@@ -419,10 +437,8 @@ def blind_table(study: Study) -> list[list[str]]:
                 answers = (read_cell(arm, seed, study.place) or {})["answers"][data_set]
                 own.append(hard_rewards(unpack(answers["greedy"]), truth).mean())
                 blind.append(hard_rewards(unpack(answers["swapped"]), truth).mean())
-            constant = constant_row(truth)[1]
-            rows.append(
-                [ARMS[arm], data_set, f"{np.mean(own):.3f}", f"{np.mean(blind):.3f}", constant]
-            )
+            means = np.mean(own), np.mean(blind), constant(truth).rewards.mean()
+            rows.append([ARMS[arm], data_set, *(f"{mean:.3f}" for mean in means)])
     return rows
 
 
@@ -432,16 +448,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
-MEASURES = (
-    "",
-    "reward, T 0.8",
-    "micro-F1, all",
-    "macro-F1, all",
-    "micro-F1, nine",
-    "macro-F1, nine",
-    "AUROC, nine",
-    "silenced",
-)
 SUMMARY = (
     "",
     "reward, A",
@@ -461,14 +467,14 @@ def tables(study: Study) -> str:
     lines += [f"Made by transfer_tables.py from the cells of seeds {_listed(study.seeds)}.", ""]
     lines += ["## In short", "", *markdown(SUMMARY, summary_table(study)), ""]
     for data_set in SETS:
-        lines += [f"## {data_set}", "", *markdown(MEASURES, arm_table(study, data_set)), ""]
+        lines += [f"## {data_set}", "", *markdown(("", *MEASURES), arm_table(study, data_set)), ""]
     for letter, (question, comparisons) in FAMILIES.items():
         rows = family_table(study, comparisons)
         lines += [f"## {letter}. {question}", "", *markdown(COMPARED, rows), ""]
     header = ("", "A - A2 (by image)", "of it closed", "A - B (by image)", "of it closed")
     lines += ["## What each arm loses, macro-F1 of the nine shared labels", ""]
     lines += [*markdown(header, gap_table(study)), ""]
-    header = ("", "set", "greedy reward", "from another patient's image", 'always "No Finding"')
+    header = ("", "set", "greedy reward", "from another patient's image", CONSTANT)
     lines += ["## The blind check", "", *markdown(header, blind_table(study)), ""]
     return "\n".join(lines)
 
