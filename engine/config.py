@@ -39,9 +39,9 @@ from engine.values import (
     take_apart,
 )
 
-# one table per script; keys above the first table are shared by all of them
 _LARGEST_RECIPE = 1_000_000  # bytes; shipped ones have 1,500
 _MOST_KEYS = 1_000
+# one table per script; keys above the first table are shared by all of them
 RECIPE_TABLES = ("sft", "grpo", "eval", "merge")
 Changes = dict[str, tuple[Any, str]]  # the value and the origin of settings, by name
 
@@ -435,6 +435,79 @@ def _recipe_values(
 
 
 # ---- all together --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Resuming:
+    """Say how a command line goes on with an earlier run.
+
+    flag: the setting whose value names the run.
+    settings_of: `settings_of(that value)` gives the settings of that run. They stand in for the
+        defaults, and a recipe or a flag that would change one is a problem. None for a new run.
+    free_to_change: settings that a resumed run may change.
+    settle: `settle(that value, values, origins)` returns values of these that the resumed run takes
+        instead, with their origins. It raises UsageError for values that it cannot take.
+    named: the run's name, whatever the flag says.
+    """
+
+    flag: str
+    settings_of: Callable[[str], dict[str, Any] | None]
+    free_to_change: Sequence[str] = ()
+    settle: Callable[[str, dict[str, Any], dict[str, str]], Changes] = lambda *_: {}
+    named: str | None = None
+
+
+@dataclass
+class _Layers:
+    """Lay the values of recipes, a resumed run and flags over the defaults, with their origins."""
+
+    settings: dict[str, Setting]
+    problems: list[str]
+
+    def __post_init__(self) -> None:
+        self.values = {name: setting.default for name, setting in self.settings.items()}
+        self.origins = dict.fromkeys(self.values, "default")
+
+    def add_recipe(self, recipe: str, package: str, script: str) -> None:
+        try:
+            content = _read_recipe(recipe, package)
+        except ConfigError as error:
+            self.problems += error.problems
+            return
+        values, problems = _recipe_values(recipe, content, self.settings, script)
+        self.problems += problems
+        self.values |= values
+        self.origins |= dict.fromkeys(values, f"recipe {recipe}")
+
+    def add_resumed(self, inherited: dict[str, Any]) -> None:
+        for name, value in inherited.items():
+            if self.origins[name] == "default":
+                self.values[name] = value
+                if value != self.settings[name].default:
+                    self.origins[name] = "resumed run"
+
+    def add_flags(self, raw: dict[str, list[str]]) -> None:
+        for name, texts in raw.items():
+            try:
+                self.values[name] = from_text(self.settings[name], texts)
+                self.origins[name] = "flag"
+            except DataError as error:  # of a file, which it names
+                self.problems += [f"--{name} {problem}" for problem in error.problems]
+            except ValueError as error:
+                self.problems.append(f"--{name}: {error}")
+
+    def add(self, changes: Changes) -> None:
+        for name, (value, origin) in changes.items():
+            self.values[name], self.origins[name] = value, origin
+
+    def refuse_changes(self, inherited: dict[str, Any], free_to_change: Sequence[str]) -> None:
+        self.problems += [
+            f"--{name}: the resumed run has {show(before)}, not {show(self.values[name])}"
+            f" ({self.origins[name]}); a resumed run keeps its settings: leave it out, or start a"
+            " new run"
+            for name, before in inherited.items()
+            if self.values[name] != before and name not in free_to_change
+        ]
+
+
 def parse_config(
     config_classes: Sequence[type],
     argv: Sequence[str],
@@ -445,12 +518,8 @@ def parse_config(
     recipes_package: str = "engine.recipes",
     default_recipe: str | None = None,
     default_recipe_unless: Sequence[str] = (),
-    validate: Callable[..., list[str]] | None = None,
-    inherit_with: str | None = None,
-    inherit: Callable[[str], dict[str, Any] | None] | None = None,
-    free_to_change: Sequence[str] = (),
-    settle: Callable[[str, dict[str, Any], dict[str, str]], Changes] | None = None,
-    resume: str | None = None,
+    validate: Callable[..., list[str]] = lambda *_: [],
+    resuming: Resuming | None = None,
 ) -> Resolved:
     """Read one command line into one instance of each class.
 
@@ -458,16 +527,10 @@ def parse_config(
     prog, description: for --help.
     recipes_package: the package whose .toml files are the shipped recipes.
     default_recipe: applies when neither --recipe nor a field of default_recipe_unless is given. Of
-    several recipes later ones win.
+        several recipes later ones win.
     validate: `validate(*configs)` returns the problems of values that do not combine. It sees the
-    default or recipe value in place of one that could not be read.
-    inherit_with: the flag that resumes a run.
-    inherit: `inherit(value of that flag)` gives the settings of that run. They stand in for the
-    defaults, and a recipe or a flag that would change one is a problem. None for a new run.
-    free_to_change: settings that a resumed run may change.
-    settle: `settle(value of that flag, values, origins)` returns values of these that the resumed
-    run takes instead, with their origins. It raises UsageError for values that it cannot take.
-    resume: the value of inherit_with, whatever the flag says.
+        default or recipe value in place of one that could not be read.
+    resuming: how a run goes on, for a script whose runs can.
 
     Raises ConfigError with every problem found. --help prints and raises SystemExit(0), as argparse
     does.
@@ -479,76 +542,44 @@ def parse_config(
         settings, prog=prog, description=description, recipes=_shipped_recipes(recipes_package)
     )
     raw, problems = _split(parser, argv, settings)
-
-    named = resume or (raw[inherit_with][-1] if inherit_with in raw else None)
-    saved = inherit(named) if inherit and named else None
-    inherited = None if saved is None else _inherited(saved, settings, free_to_change)
-    recipes: tuple[str, ...] = tuple(dict.fromkeys(raw.pop("recipe", ())))
+    recipes = tuple(dict.fromkeys(raw.pop("recipe", ())))
+    named, inherited = _resumed(resuming, raw, settings) if resuming else (None, None)
     by_default = inherited is None and not any(name in raw for name in default_recipe_unless)
     if not recipes and default_recipe is not None and by_default:
         recipes = (default_recipe,)
-    values = {name: setting.default for name, setting in settings.items()}
-    origins = dict.fromkeys(values, "default")
-    for recipe in recipes:
-        try:
-            chosen, found = _recipe_values(
-                recipe, _read_recipe(recipe, recipes_package), settings, script
-            )
-        except ConfigError as error:
-            chosen, found = {}, error.problems
-        problems += found
-        values |= chosen
-        origins |= dict.fromkeys(chosen, f"recipe {recipe}")
-    if inherited is not None:
-        values |= {name: value for name, value in inherited.items() if origins[name] == "default"}
-        changed = [
-            name
-            for name in inherited
-            if origins[name] == "default" and values[name] != settings[name].default
-        ]
-        origins |= dict.fromkeys(changed, "resumed run")
-    for name, texts in raw.items():
-        try:
-            values[name] = from_text(settings[name], texts)
-            origins[name] = "flag"
-        except DataError as error:  # of a file, which it names
-            problems += [f"--{name} {problem}" for problem in error.problems]
-        except ValueError as error:
-            problems.append(f"--{name}: {error}")
-    if resume is not None and inherit_with is not None:
-        values[inherit_with], origins[inherit_with] = resume, "unfinished run"
 
-    problems += [
-        f"--{name}: the resumed run has {show(before)}, not {show(values[name])}"
-        f" ({origins[name]}); a resumed run keeps its settings: leave it out, or start a new run"
-        for name, before in (inherited or {}).items()
-        if values[name] != before and name not in free_to_change
-    ]
-    found = _settle(settle, named, values, origins) if settle and named and inherited else []
-    configs, refused = _instances(config_classes, values)
-    found += refused
-    problems += found
-    if validate is not None and not found:
-        problems += validate(*configs)
+    layers = _Layers(settings, problems)
+    for recipe in recipes:
+        layers.add_recipe(recipe, recipes_package, script)
+    if inherited is not None:
+        layers.add_resumed(inherited)
+    layers.add_flags(raw)
+    refused: list[str] = []
+    if resuming and resuming.named is not None:
+        layers.add({resuming.flag: (resuming.named, "unfinished run")})
+    if resuming and named and inherited:
+        layers.refuse_changes(inherited, resuming.free_to_change)
+        try:
+            layers.add(resuming.settle(named, layers.values, layers.origins))
+        except UsageError as error:
+            refused += error.problems
+    configs, found = _instances(config_classes, layers.values)
+    refused += found
+    problems += refused or validate(*configs)
     if problems:
         raise ConfigError(problems)
-    return Resolved(tuple(configs), origins, recipes)
+    return Resolved(tuple(configs), layers.origins, recipes)
 
 
-def _settle(
-    settle: Callable[[str, dict[str, Any], dict[str, str]], Changes],
-    named: str,
-    values: dict[str, Any],
-    origins: dict[str, str],
-) -> list[str]:
-    """Take over what `settle` changes, in place -> its problems."""
-    try:
-        changes = settle(named, values, origins)
-    except UsageError as error:
-        return error.problems
-    for name, (value, origin) in changes.items():
-        values[name], origins[name] = value, origin
-    return []
+def _resumed(
+    resuming: Resuming, raw: dict[str, list[str]], settings: dict[str, Setting]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Find the run that is resumed -> (its name, its settings), None where there is none."""
+    named = resuming.named or (raw[resuming.flag][-1] if resuming.flag in raw else None)
+    saved = resuming.settings_of(named) if named else None
+    if saved is None:
+        return named, None
+    return named, _inherited(saved, settings, resuming.free_to_change)
 
 
 def _inherited(

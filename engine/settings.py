@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,15 @@ from data.labels import LabelSet
 from data.prompt_files import prompt_of, prompt_problems
 from data.prompts import PROMPTS, Prompt
 from data.sets import TRAIN, train_specs
-from engine.config import Changes, ConfigError, Resolved, parse_config, range_problems, setting
+from engine.config import (
+    Changes,
+    ConfigError,
+    Resolved,
+    Resuming,
+    parse_config,
+    range_problems,
+    setting,
+)
 from engine.inherited import INHERITED, inherit
 from engine.launch import Launch
 from engine.longer import LENGTHS
@@ -518,15 +526,17 @@ def parse_training(
         validate=validate,
         default_recipe="demo",
         default_recipe_unless=("model_name_or_path", "adapter_name_or_path", "train_file"),
-        inherit_with="resume_from_checkpoint",
-        inherit=partial(inherited_settings, script=script),
+    )
+    resuming = Resuming(
+        "resume_from_checkpoint",
+        partial(inherited_settings, script=script),
         free_to_change=(*FREE_TO_CHANGE, *LENGTHS, *BATCH_SETTINGS),
         settle=_batch_of_run,
     )
-    resolved = read()
+    resolved = read(resuming=resuming)
     unfinished = unfinished_run(resolved, data_specs(resolved.configs[0]), script)
     if unfinished is not None:
-        resolved = read(resume=str(unfinished))
+        resolved = read(resuming=replace(resuming, named=str(unfinished)))
         print(f"{unfinished}: goes on with the run that is there", file=sys.stderr)
     if line := recomputed_line(resolved, Launch.of().size):
         print(line, file=sys.stderr)

@@ -18,6 +18,7 @@ import pytest
 from engine.config import (
     ConfigError,
     Resolved,
+    Resuming,
     UsageError,
     describe,
     parse_config,
@@ -361,14 +362,9 @@ def test_a_script_can_fill_in_a_value_and_its_origin_is_kept():
 
 
 # ---- a resumed run -------------------------------------------------------------------------------
-RESUME = {
-    "inherit_with": "model_name_or_path",
-    "free_to_change": (
-        "max_steps",
-        # its value names the run
-        "model_name_or_path",
-    ),
-}
+def resuming(settings_of) -> Resuming:
+    """Let --model_name_or_path name the run, so that it and --max_steps are free to change."""
+    return Resuming("model_name_or_path", settings_of, ("max_steps", "model_name_or_path"))
 
 
 def saved(*argv: str, **options) -> dict:
@@ -384,8 +380,7 @@ def resume(earlier: dict, *argv: str, **options) -> Resolved:
         "--model_name_or_path",
         "run-1",
         *argv,
-        inherit=lambda named: earlier if named == "run-1" else {},
-        **RESUME,
+        resuming=resuming(lambda named: earlier if named == "run-1" else {}),
         **options,
     )
 
@@ -478,7 +473,7 @@ def test_what_changes_no_number_may_be_changed_and_the_same_value_may_be_repeate
 
 def test_without_the_resuming_flag_nothing_is_inherited():
     resolved = parse(
-        "--max_steps", "2", inherit=lambda named: pytest.fail("asked for a run"), **RESUME
+        "--max_steps", "2", resuming=resuming(lambda named: pytest.fail("asked for a run"))
     )
     assert resolved.configs[0] == TrainConfig(max_steps=2)
 
@@ -499,7 +494,7 @@ def test_what_the_resumed_run_says_of_itself_is_not_lost():
         raise ConfigError(f"--resume {named}: no such folder")
 
     with pytest.raises(ConfigError, match="^--resume gone: no such folder$"):
-        parse("--model_name_or_path", "gone", inherit=no_checkpoint, **RESUME)
+        parse("--model_name_or_path", "gone", resuming=resuming(no_checkpoint))
 
 
 # ---- help ----------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def problems(classes, *argv: str, script: str = "sft") -> list[str]:
 NEVER = ("nan", "inf", "-inf", "1e999", "-1e999", "1_000", "1,000", "16k", "", " 5", "0x10")
 
 
-@pytest.mark.parametrize(("classes", "field", "kind", "repeated"), settings_of((int, float)))
+@pytest.mark.parametrize(("classes", "field", "kind", "repeated"), list(settings_of((int, float))))
 def test_no_number_takes_what_is_none(classes, field, kind, repeated):
     """Also its default lies in its range, and what is next to the range does not."""
     for text in NEVER:
@@ -79,7 +79,7 @@ def test_no_number_takes_what_is_none(classes, field, kind, repeated):
         assert not found.low_open and not found.high_open
 
 
-@pytest.mark.parametrize(("classes", "field", "kind", "repeated"), settings_of((str,)))
+@pytest.mark.parametrize(("classes", "field", "kind", "repeated"), list(settings_of((str,))))
 def test_no_text_is_empty_or_no_name_of_a_file(classes, field, kind, repeated):
     for text in ("", "a\0b", "a\udce9b"):
         found = problems(classes, f"--{field.name}={text}")
