@@ -408,7 +408,7 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
 
     They are the head over all that the layers keep, and the backward pass of one layer. In SFT the
     vision tower runs before them. After the last micro-batch comes the optimizer step, which has
-    copies of the adapter and of AdamW's two moments, and on a GPU the moments' roots.
+    copies of the adapter and of AdamW's two moments.
     """
     row, e, h = work.packed(work.micro_batch), work.element_size, shape.hidden
     adapter = FP32 * lora_parameters(shape, work.lora_r)
@@ -435,7 +435,7 @@ def update_moments(shape: ModelShape, work: Workload) -> Iterator[Parts]:
         "activations": kept + recomputed + row.tokens * backward_temporaries(shape, work),
         "logits": scored * h * e,
     }
-    yield gradients | {"copies": adapter * (4 if work.device == "cuda" else 3)}
+    yield gradients | {"copies": adapter * 3}
 
 
 def scoring_moments(shape: ModelShape, work: Workload, row: Packed) -> Iterator[Parts]:

@@ -367,31 +367,48 @@ def adapter_config_record(net: PeftModel, base_name: str) -> dict:
 def use_adapter(net: PeftModel, adapter: str) -> Iterator[None]:
     """Run with another adapter, without gradient, and put everything back.
 
-    peft's `set_adapter` turns requires_grad on for the adapter it selects and off for the others,
-    so the flags are restored too.
+    peft's `set_adapter` also turns requires_grad on for the adapter that it selects and off for the
+    others, and walks over each layer's parameters for that. It is called once a micro-batch here,
+    where no gradient is taken, so only what peft's layers note of the active adapter is changed.
+
+    Raises ValueError where there is no adapter of that name.
     """
-    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
-    active = net.active_adapter
-    net.set_adapter(adapter)
+    if adapter not in net.peft_config:
+        raise ValueError(f"there is no adapter {adapter!r}")
+    noted = [(part, "active_adapter") for part in (net, net.base_model)]
+    noted += [
+        (part, "_active_adapter") for part in net.modules() if "_active_adapter" in vars(part)
+    ]
+    before = [getattr(part, name) for part, name in noted]
     try:
+        for (part, name), active in zip(noted, before, strict=True):
+            setattr(part, name, [adapter] if isinstance(active, list) else adapter)
         with torch.no_grad():
             yield
     finally:
-        net.set_adapter(active)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(flags[name])
+        for (part, name), active in zip(noted, before, strict=True):
+            setattr(part, name, active)
 
 
 def enable_gradient_checkpointing(net: nn.Module) -> None:
     """Recompute the decoder's layers in the backward pass, in train() mode only.
 
     Not reentrant, so nothing needs inputs that require a gradient, and only the decoder: the frozen
-    vision tower is never recomputed.
+    vision tower is never recomputed. Random numbers are put back for the recomputation only where
+    dropout draws some.
     """
     decoder = language_model(net)
-    decoder.activation_checkpointing_enable({"use_reentrant": False})
+    settings = {"use_reentrant": False, "preserve_rng_state": _draws(decoder)}
+    decoder.activation_checkpointing_enable(settings)
     # transformers turns it on for reentrant checkpointing; here it would only cost a gradient
     decoder.disable_input_require_grads()
+
+
+def _draws(decoder: nn.Module) -> bool:
+    """Tell whether a forward of the decoder in train() mode draws random numbers."""
+    dropouts = [module.p for module in decoder.modules() if isinstance(module, nn.Dropout)]
+    of_attention = getattr(decoder.config, "attention_dropout", 0.0)
+    return any([*dropouts, of_attention])
 
 
 def compile_decoder(net: nn.Module) -> None:

@@ -17,6 +17,9 @@ from engine.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+# Of a parameter group: in which kernels a step is made, which is a matter of the device of today.
+_KERNELS = ("fused", "foreach", "capturable")
+
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Name the tensors that hold infinity or NaN, with one read from each device.
@@ -69,7 +72,8 @@ def load_optimizer(
 ) -> None:
     """Restore, bit for bit, what `optimizer_to_tensors` gave.
 
-    optimizer: built over the same parameters in the same order.
+    optimizer: built over the same parameters in the same order. It goes on with its own kernels,
+    those of a CPU or of a GPU, whichever saved the state.
 
     Raises CheckpointError where the class, the groups, the parameters or the shape of a state
     differ.
@@ -109,6 +113,7 @@ def load_optimizer(
             name: tuple(value) if isinstance(current.get(name), tuple) else value
             for name, value in saved.items()
         }
+        | {name: current[name] for name in _KERNELS if name in current}
         for saved, current in zip(record["param_groups"], optimizer.param_groups, strict=True)
     ]  # JSON made lists of tuples such as betas
     optimizer.load_state_dict({"state": state, "param_groups": groups})

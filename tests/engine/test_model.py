@@ -273,6 +273,19 @@ def test_gradient_checkpointing_is_the_decoders(model):
     assert on and all("language_model" in name for name in on)
 
 
+@pytest.mark.parametrize(("dropout", "draws"), [(0.0, False), (0.1, True)])
+def test_checkpointing_keeps_random_numbers_where_some_are_drawn(
+    model, tiny_images, monkeypatch, dropout, draws
+):
+    wrapped = attach_new_adapter(model, r=2, alpha=4, dropout=dropout).train()
+    enable_gradient_checkpointing(wrapped)
+    kept, keep = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: kept.append(1) or keep())
+    torch.manual_seed(0)
+    logprobs_of(wrapped, model, tiny_images).sum().backward()
+    assert bool(kept) == draws
+
+
 # Saving and loading
 
 
@@ -449,6 +462,7 @@ def test_use_adapter_puts_everything_back(both, fails):
     try:
         with use_adapter(both, REFERENCE):
             assert both.active_adapter == REFERENCE and not torch.is_grad_enabled()
+            assert flags(both) == before  # which nothing reads without gradient
             if fails:
                 raise RuntimeError("inside")
     except RuntimeError as error:
@@ -457,6 +471,22 @@ def test_use_adapter_puts_everything_back(both, fails):
     with pytest.raises(ValueError, match="nowhere"), use_adapter(both, "nowhere"):
         raise AssertionError("not reached")
     assert both.active_adapter == POLICY and flags(both) == before
+
+
+def test_use_adapter_switches_as_peft_does(both):
+    def noted():
+        return {
+            name: module.active_adapters
+            for name, module in both.named_modules()
+            if hasattr(module, "active_adapters")
+        }
+
+    of_policy = noted()
+    with use_adapter(both, REFERENCE):
+        ours = noted()
+    assert noted() == of_policy != ours
+    both.set_adapter(REFERENCE)
+    assert ours == noted()
 
 
 def test_use_adapter_leaves_a_frozen_policy_frozen(both):

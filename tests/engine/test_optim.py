@@ -9,12 +9,14 @@ cases P17 and P23 are in test_objective.py.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import get_scheduler
 
 from engine.optim import (
@@ -28,6 +30,7 @@ from engine.optim import (
 )
 from engine.runtime import DoesNotFit, StepFailed
 from engine.settings import TrainingConfig
+from engine.state_tensors import load_optimizer, optimizer_to_tensors
 from tests.faults.acts import raises
 from tests.faults.inject import at_calls
 
@@ -69,6 +72,51 @@ def test_adamw_by_hand():
     model.w.grad = torch.tensor([-0.5], dtype=torch.float64)
     optimizer.step()
     assert model.w.item() == pytest.approx(0.9014671579, abs=1e-8)
+
+
+def test_on_a_gpu_one_kernel_makes_the_step():
+    model = nn.Module()
+    with FakeTensorMode():  # of a device that need not be there
+        model.weight = nn.Parameter(torch.empty(3, 2, device="cuda"))
+        optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.0)
+    assert optimizer.param_groups[0]["fused"] is True
+    optimizer = build_optimizer(nn.Linear(2, 3), learning_rate=0.1, weight_decay=0.0)
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize(("saved_by", "goes_on_with"), [(True, None), (None, True)])
+def test_a_state_goes_on_with_the_kernels_of_todays_device(saved_by, goes_on_with):
+    """A run may go on elsewhere: the state is the same, how a step is made is not saved with it."""
+
+    def after(steps: int, fused: bool | None) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        for _ in range(steps):
+            step(model, optimizer)
+        return model, optimizer
+
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(4, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, saved = after(2, saved_by)
+    other, optimizer = after(0, goes_on_with)
+    other.load_state_dict(model.state_dict())
+    tensors, record = optimizer_to_tensors(saved)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # as from the disk
+    load_optimizer(optimizer, copies, json.loads(json.dumps(record)))
+    assert optimizer.param_groups[0]["fused"] is goes_on_with
+    assert all(
+        torch.equal(optimizer.state[mine][name], saved.state[its][name])
+        for mine, its in zip(other.parameters(), model.parameters(), strict=True)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    )
+    step(other, optimizer)
+    step(model, saved)  # in the other kernels: the same but for rounding
+    for mine, its in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-7)
 
 
 def test_learning_rate_by_hand():
