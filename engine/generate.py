@@ -27,6 +27,7 @@ from engine.collate import collate_prompts
 from engine.encode import EncodedPrompt
 from engine.forward import decoding_masks, read_prompts, read_tokens
 from engine.logprobs import scaled_logits
+from engine.nucleus import draw
 from engine.policy import Policy
 from engine.runtime import StepFailed, StopRequested
 from engine.sampling_layers import sampling_layers
@@ -65,57 +66,6 @@ class Completion:
     logprobs: Tensor
     top_p_mass: Tensor
     truncated: bool
-
-
-def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Find the nucleus: the smallest set of most probable tokens whose mass reaches `top_p`.
-
-    The token that crosses `top_p` belongs to it. Among equally probable tokens at the border the
-    smallest ids win. The vocabulary is not sorted and nothing waits for the device: the probability
-    at the border is found bit by bit, because floats that are not negative are ordered as their
-    bits are.
-
-    logprobs [B,V].
-    Returns (probabilities [B,V], 0 outside the nucleus and not renormalised, and their sum [B],
-    which is at least `top_p`).
-    """
-    probabilities = logprobs.exp()
-    if top_p >= 1:
-        return probabilities, probabilities.sum(1)
-    # `highest` is the highest bit that is set in 1.0.
-    integers, highest = (
-        (torch.int32, 29) if probabilities.element_size() == 4 else (torch.int64, 61)
-    )
-    # The tokens whose probability is at least `low` have a mass of at least top_p.
-    low = torch.zeros(len(probabilities), 1, dtype=integers, device=probabilities.device)  # [B,1]
-    # A mask of 1 and 0 in the probabilities' own dtype takes a third of the time of a bool one.
-    mask = torch.empty_like(probabilities)  # [B,V]
-    for bit in range(highest, -1, -1):
-        torch.ge(probabilities, (low + 2**bit).view(probabilities.dtype), out=mask)
-        low.add_(mask.mul_(probabilities).sum(1, keepdim=True) >= top_p, alpha=2**bit)
-    # The most probable token stays, also at top_p 0.
-    least = torch.minimum(low.view(probabilities.dtype), probabilities.amax(1, keepdim=True))
-    kept = torch.gt(probabilities, least, out=mask).mul(probabilities)  # [B,V] above the border
-    # How many of the tokens at the border are needed to reach top_p.
-    needed = ((top_p - kept.sum(1, keepdim=True)) / least).ceil().clamp(min=1)  # [B,1]
-    # Counting in floats is exact here: the counts stay below 2^24.
-    on_border = torch.eq(probabilities, least, out=mask)  # [B,V]
-    kept += on_border.cumsum(1).le_(needed).mul_(on_border).mul_(probabilities)
-    return kept, kept.sum(1)
-
-
-def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from the renormalised nucleus, by inverting its distribution.
-
-    logprobs [B,V].
-    uniform [B], in [0, 1): where the cumulative distribution, in the order of ids, is inverted.
-    Returns (token [B] int64, mass of the nucleus [B]).
-    """
-    probabilities, mass = nucleus(logprobs, top_p)
-    cumulative = probabilities.cumsum(1)
-    tokens = (cumulative <= (uniform.to(mass.dtype) * mass)[:, None]).sum(1)
-    last = (cumulative < cumulative[:, -1:]).sum(1)  # rounding must not step past the nucleus
-    return torch.minimum(tokens, last), mass
 
 
 def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:

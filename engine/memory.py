@@ -338,10 +338,11 @@ def head_chunk(
 
 
 def sampler_head(shape: ModelShape, rows: int, *, greedy: bool) -> int:
-    """Compute the bytes of one sampled token for all rows, see engine/generate.py.
+    """Compute the bytes of one sampled token for all rows, see engine/nucleus.py.
 
     Greedy decoding holds [rows,V] logits and log-probabilities. Sampling then holds log-
-    probabilities, probabilities, a mask, what is kept, and the border's count.
+    probabilities, and where whole rows are searched their probabilities, a mask, what is kept, and
+    the border's count.
     """
     return rows * shape.vocabulary * FP32 * (2 if greedy else 5)
 

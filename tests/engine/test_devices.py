@@ -40,9 +40,9 @@ from engine.device import pick_device
 from engine.encode import EncodedRow
 from engine.families import Qwen25VL
 from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
-from engine.generate import draw
 from engine.logprobs import scaled_logits
 from engine.model import BaseModel, enable_gradient_checkpointing
+from engine.nucleus import draw
 from engine.ranks import Ranks
 from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights

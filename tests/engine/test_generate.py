@@ -29,13 +29,12 @@ from engine.generate import (
     Completion,
     SamplingConfig,
     completion_mask,
-    draw,
     generate,
     is_truncated,
-    nucleus,
 )
 from engine.logprobs import scaled_logits, token_logprobs
 from engine.model import BaseModel
+from engine.nucleus import draw, nucleus
 from rl.logs import rollout_metrics
 from rl.rewards import HardReward
 from rl.samples import build_samples
@@ -189,75 +188,7 @@ def test_a_padding_id_may_be_a_stop_id():
     assert completion_mask(ids, {0}).tolist() == [[True, False, False, False]]
 
 
-# The distribution on paper
-
-
-def test_p09_temperature_then_nucleus(case):
-    with case("P09_temperature_topp") as p09:
-        logits, temperature, token = (
-            torch.tensor([p09.inputs["logits"]]),
-            p09.inputs["temperature"],
-            p09.inputs["token"],
-        )
-        size = logits.shape[1]
-        head, every = torch.eye(size), torch.arange(size)
-        logprobs, entropies = token_logprobs(
-            logits.expand(size, -1), head, every, temperature=temperature, entropy=True
-        )
-        p09.close("logprobs_at_T", logprobs)
-        p09.close("probs_at_T", logprobs.exp())
-        p09.close("logp_token_T", logprobs[token])
-        p09.close("logp_token_T1", token_logprobs(logits, head, torch.tensor([token]))[0][0])
-        p09.close("entropy_full_at_T", entropies[0])
-
-        kept, mass = nucleus(
-            scaled_logits(logits.clone(), temperature, NOTHING).log_softmax(1), p09.inputs["top_p"]
-        )
-        p09.close("kept_token_ids", kept[0].nonzero()[:, 0])
-        p09.close("kept_mass", mass[0])
-        behaviour = kept[0] / mass[0]
-        p09.close("behaviour_probs", behaviour)
-        p09.close("logq_token", behaviour[token].log())
-        # What the sampler records beside each token is that ratio.
-        _, mass = draw(logprobs[None], p09.inputs["top_p"], torch.tensor([0.8]))
-        p09.close("importance_ratio_pi_old_over_behaviour", mass[0])
-        p09.close(
-            "importance_ratio_pi_old_over_behaviour",
-            (logprobs[token] - behaviour[token].log()).exp(),
-        )
-
-
-PROBABILITIES = torch.tensor([[0.1, 0.5, 0.06, 0.3, 0.04]])  # in order: 1, 3, 0, 2, 4
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept", "mass"),
-    [
-        (0.0, [1], 0.5),
-        (0.3, [1], 0.5),
-        (0.49, [1], 0.5),
-        (0.6, [1, 3], 0.8),
-        (0.79, [1, 3], 0.8),
-        (0.81, [1, 3, 0], 0.9),
-        (0.92, [1, 3, 0, 2], 0.96),
-        (0.97, [1, 3, 0, 2, 4], 1.0),
-        (1.0, [1, 3, 0, 2, 4], 1.0),
-    ],
-)
-def test_the_nucleus_holds_the_token_that_crosses(top_p, kept, mass):
-    for dtype in (torch.float32, torch.float64):
-        probabilities, found = nucleus(PROBABILITIES.to(dtype).log(), top_p)
-        assert set(probabilities[0].nonzero()[:, 0].tolist()) == set(kept)
-        assert found.item() == pytest.approx(mass, abs=1e-6) and found.dtype == dtype
-    for uniform, token in ((0.0, min(kept)), (1 - 2**-24, max(kept))):  # both ends of [0, 1)
-        assert draw(PROBABILITIES.log(), top_p, torch.tensor([uniform]))[0].tolist() == [token]
-
-
-def test_draw_inverts_the_distribution():
-    # nucleus {0: 0.1, 1: 0.5, 3: 0.3} of mass 0.9: borders at 1/9 and 6/9
-    uniforms = torch.tensor([0.11, 0.12, 0.66, 0.67])
-    tokens, mass = draw(PROBABILITIES.log().expand(4, -1), 0.85, uniforms)
-    assert tokens.tolist() == [0, 1, 1, 3] and mass.tolist() == pytest.approx([0.9] * 4)
+# Frequencies
 
 
 def chi_square(counts: list[int], probabilities: list[float]) -> float:
@@ -623,28 +554,6 @@ def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, promp
     assert sizes[-1][0] < 3 and len({rows for _, rows, _ in sizes}) > 3
     assert all(rows >= written for _, rows, written in sizes)
     assert sum(written for _, _, written in sizes) > 0.4 * sum(rows for _, rows, _ in sizes)
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])
-def test_the_nucleus_is_what_sorting_finds(scale):
-    """Flat and peaked distributions of 300 tokens; no two tokens are equally probable."""
-    logprobs = (scale * torch.randn(50, 300, generator=seeded(), dtype=torch.float64)).log_softmax(
-        1
-    )
-    for top_p in (0.0, 0.1, 0.5, 0.95, 0.999):
-        kept, mass = nucleus(logprobs, top_p)
-        for row, probabilities in zip(kept, logprobs.exp(), strict=True):
-            ordered = probabilities.sort(descending=True)
-            size = int((ordered.values.cumsum(0) < top_p).sum()) + 1
-            assert sorted(ordered.indices[:size].tolist()) == row.nonzero()[:, 0].tolist()
-        torch.testing.assert_close(kept, logprobs.exp() * (kept > 0), rtol=0, atol=0)
-        torch.testing.assert_close(mass, kept.sum(1), rtol=0, atol=0)
-
-
-def test_of_equally_probable_tokens_no_more_than_needed_are_kept():
-    kept, mass = nucleus(torch.tensor([[0.2, 0.4, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]]).log(), 0.5)
-    assert (kept > 0).tolist() == [[True, True, False, False], [True, True, False, False]]
-    assert mass.tolist() == pytest.approx([0.6, 0.5])
 
 
 def test_a_prompt_has_the_same_completions_beside_any_others(model, prompts):
