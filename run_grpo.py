@@ -173,7 +173,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     for line in warnings(config, objective):
         print(f"warning: {line}", file=sys.stderr)
     seed_everything(config.seed)
-    device = pick_device(config.num_threads, ranks)
+    device = pick_device(config.num_threads, ranks, config.tf32)
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None

@@ -158,7 +158,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     config: SFTConfig = resolved.configs[0]
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint)
     seed_everything(config.seed)
-    device = pick_device(config.num_threads, ranks)
+    device = pick_device(config.num_threads, ranks, config.tf32)
 
     # data
     begun = checkpoint.record("config.json") if checkpoint else None

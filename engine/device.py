@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,33 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device(num_threads: int | None = None, ranks: Ranks = ALONE) -> torch.device:
-    """Choose the first CUDA device where there is one, else the CPU.
+# Where the user says how torch's allocator works, in the spelling of either age.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def pick_device(
+    num_threads: int | None = None, ranks: Ranks = ALONE, tf32: bool = False
+) -> torch.device:
+    """Choose the first CUDA device where there is one, else the CPU, and how it computes.
+
+    On a GPU the allocator grows its segments, unless the environment says otherwise: every
+    micro-batch has other shapes, which would leave memory in pieces. No number depends on it.
 
     num_threads: CPU threads for torch's own work there, or None for torch's choice. ranks: each of
-    a node's has a CUDA device of its own.
+    a node's has a CUDA device of its own. tf32: whether float32 products on a GPU are made in TF32.
+    Said on a CPU, where it changes nothing.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if cuda and not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"  # read when CUDA starts
+    if tf32 and not cuda and ranks.first:
+        print("note: --tf32 has no effect on a CPU", file=sys.stderr)
+    # cuDNN's convolutions take TF32 by torch's default, and are asked as well
+    torch.backends.cudnn.allow_tf32 = tf32 and cuda
+    torch.set_float32_matmul_precision("high" if tf32 and cuda else "highest")
+    if not cuda:
         return torch.device("cpu")
     return torch.device("cuda") if ranks.size == 1 else torch.device("cuda", ranks.local_rank)
 

@@ -115,10 +115,6 @@ PEERS: dict[str, str] = {
     **_each("torch_dtype model_dtype pure_bf16", "--bf16 (the default), or --no_bf16 for float32"),
     **_each("bf16_full_eval", "an evaluation runs in the precision of the run: --bf16"),
     **_each(
-        "tf32",
-        "torch's own setting holds: float32 products are in float32; --bf16 is faster",
-    ),
-    **_each(
         "attn_implementation flash_attn attn_impl use_flash_attention_2",
         "attention is torch's scaled_dot_product_attention, laid out by completion",
     ),

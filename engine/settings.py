@@ -83,6 +83,11 @@ COPIES_HELP = (
     " laid out for faster products; without them the adapter stays beside: slower, the same"
     " completions but for rounding"
 )
+TF32_HELP = (
+    "on a GPU, make float32 products in TF32, with operands of 10 bits behind the point in place of"
+    " 23: faster, and every number differs by rounding from float32's; a bfloat16 base leaves few"
+    " such products"
+)
 CHECK_HELP = (
     "compare the memory forecast with what is free, before weights are read, and refuse a run that"
     " cannot fit"
@@ -319,6 +324,7 @@ class TrainingConfig:
         source=PAPER_SFT,
         group="memory",
     )
+    tf32: bool = setting(False, TF32_HELP, source=ENGINE, group="memory")
     gradient_checkpointing: bool = setting(
         True,
         "recompute decoder layers in the backward pass: less memory, about a third more time",

@@ -252,7 +252,7 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
     if config.swap_images:  # before the model is loaded
         for examples in sets.values():
             partners_of(examples, config.seed)
-    device = pick_device(config.num_threads, ranks)
+    device = pick_device(config.num_threads, ranks, config.tf32)
     resolved = with_precision(resolved, device)
     config = resolved.configs[0]
     records = ranks.on_first(lambda: _records(resolved, files, bad_images))

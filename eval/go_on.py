@@ -267,7 +267,7 @@ _NO_MATTER = (
     "memory_check",
 )
 # What an earlier version did, where its record does not have the setting.
-_AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None}
+_AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None, "tf32": False}
 
 
 def evaluation_record(

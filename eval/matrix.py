@@ -285,7 +285,7 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
                 continue
             if policy is None or loaded != cell.model:
                 policy = None  # before the next is loaded: two would not fit
-                device = pick_device(cell.config.num_threads, ranks)
+                device = pick_device(cell.config.num_threads, ranks, cell.config.tf32)
                 print(environment_banner(device), flush=True)
                 fitting: EvalConfig = fitted_answers(cell.resolved, device, sets, ranks).configs[0]
                 policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)

@@ -34,6 +34,7 @@ from engine.settings import (
     SEED,
     SIZE,
     TEMPERATURE,
+    TF32_HELP,
     THREADS,
     TOP_P,
     BadImages,
@@ -155,6 +156,7 @@ class DecodingConfig:
         unset="the adapter's run's, else true on a GPU and false on a CPU",
         source=ENGINE,
     )
+    tf32: bool = setting(False, TF32_HELP, source=ENGINE)
     sampling_copies: bool = setting(
         True, COPIES_HELP, unset="where they fit into memory", source=ENGINE
     )

@@ -15,6 +15,7 @@ Run: pytest tests/engine/test_devices.py
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -264,8 +265,59 @@ def test_control_something_is_left_behind(leave, error, tiny_checkpoint, tiny_im
         update(tiny_checkpoint("qwen2_5_vl"), tiny_images, torch.bfloat16)
 
 
-# ---- which device a rank takes -------------------------------------------------------------------
-def test_each_rank_of_a_node_computes_on_its_own_gpu(monkeypatch):
+# ---- which device a rank takes, and how it computes ----------------------------------------------
+@pytest.fixture
+def as_before(monkeypatch):
+    """Put back what `pick_device` sets in the process."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back as well
+        monkeypatch.delenv(name)
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def precision() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for(monkeypatch, as_before, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pick_device(tf32=True)
+    assert precision() == ("high", True)
+    pick_device()  # the next command of the same process, without the flag
+    assert precision() == ("highest", False)
+    assert capsys.readouterr().err == ""
+
+
+def test_tf32_is_nothing_to_a_cpu(monkeypatch, as_before, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pick_device(tf32=True)
+    assert precision() == ("highest", False)
+    assert capsys.readouterr().err == "note: --tf32 has no effect on a CPU\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "given", "found"),
+    [
+        (True, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
+        (True, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        (False, {}, {}),
+    ],
+)
+def test_the_allocators_segments_grow_unless_the_user_says_otherwise(
+    monkeypatch, as_before, cuda, given, found
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    pick_device()
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == found
+
+
+def test_each_rank_of_a_node_computes_on_its_own_gpu(monkeypatch, as_before):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device() == torch.device("cuda")  # one process: whichever GPU is the first
     ranks = Ranks()

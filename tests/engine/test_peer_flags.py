@@ -98,7 +98,7 @@ def test_the_flags_of_the_demand_have_a_sentence(script):
     """Those that people were seen to bring, beside those of their kind."""
     asked = (
         "report_to load_in_4bit push_to_hub hub_model_id run_name optim "
-        "lora_target_modules deepspeed fsdp use_vllm fp16 tf32 dataloader_num_workers "
+        "lora_target_modules deepspeed fsdp use_vllm fp16 dataloader_num_workers "
         "max_seq_length max_length packing neftune_noise_alpha evaluation_strategy "
         "eval_strategy save_strategy overwrite_output_dir do_train trust_remote_code "
         "use_peft torch_dtype attn_implementation ddp_timeout ddp_backend local_rank "

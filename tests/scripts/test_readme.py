@@ -188,11 +188,11 @@ def test_every_flag_named_is_a_flag(capsys):
     for run, argv in ((traces, ["export"]), (traces, ["import"]), (check, []), (dicom, [])):
         with pytest.raises(SystemExit):
             run([*argv, "--help"])
-    fields |= set(re.findall(r"--([a-z_]+)", capsys.readouterr().out))
-    fields |= set(re.findall(r"--([a-z_]+)", get_args_parser().format_help()))  # torchrun's
+    fields |= set(re.findall(r"--([a-z_0-9]+)", capsys.readouterr().out))
+    fields |= set(re.findall(r"--([a-z_0-9]+)", get_args_parser().format_help()))  # torchrun's
     lines = [line for page in PAGES for line in PAGES[page].splitlines() if not OTHERS.search(line)]
     own = [line for line in lines if not (benchmark := BENCHMARK.search(line)) or not benchmark[2]]
-    named = set(re.findall(r"--([a-z_]+)", "\n".join(own))) - {"help"}
+    named = set(re.findall(r"--([a-z_0-9]+)", "\n".join(own))) - {"help"}
     # which parse_config adds; of data.demo.build_base
     assert named - fields == {"recipe", "family"}
 
@@ -210,7 +210,7 @@ def test_every_flag_of_a_benchmark_is_its_flag():
         for page in PAGES
         for line in PAGES[page].splitlines()
         if (benchmark := BENCHMARK.search(line)) and benchmark[2]
-        for flag in re.findall(r"--[a-z_]+", benchmark[2])
+        for flag in re.findall(r"--[a-z_0-9]+", benchmark[2])
     ]
     assert len(found) >= 3
     for script, flag in found:
