@@ -1,13 +1,15 @@
-"""Act on the memory forecast before weights are read: sample without copies, or refuse the run.
+"""Act on the memory forecast before weights are read: what is decoded how, or no run at all.
 
     fitted(resolved, ...)          a training run's settings, as they fit
     fitted_answers(resolved, ...)  those of an evaluation of a model alone
 
 The forecast (engine/memory.py) needs the model's shape and the lengths of a few rows. Both are
 known without weights. It is compared with what is free on the GPU, or on the host under every limit
-(engine/free_memory.py). Three things follow:
+(engine/free_memory.py). Four things follow:
 
     the sampler's copies do not fit         it samples without them
+    no setting says how many rows are       as many as fit (engine/eval_batch.py)
+    decoded together in an evaluation
     the image features' cache does not fit  it is as large as what is left
     a phase cannot fit at all               the run is refused, with the flag that shrinks it
 
@@ -34,6 +36,7 @@ from data.hospitals import by_hospital
 from engine.config import Resolved, UsageError
 from engine.device import base_dtype
 from engine.encode import Encoder
+from engine.eval_batch import CHOSEN, with_eval_batch
 from engine.free_memory import Free, free_memory, free_on_host
 from engine.memory import (
     COPIES,
@@ -72,7 +75,7 @@ def without_copies(question: Question, free: Free) -> Question | None:
 
 
 def _settled(resolved: Resolved, question: Question, free: Free) -> tuple[Resolved, Question]:
-    """Sample without copies where they do not fit, and refuse what cannot fit.
+    """Sample without copies where they do not fit, evaluate in batches that do, refuse what cannot.
 
     Raises UsageError with a line for each phase.
     """
@@ -80,6 +83,7 @@ def _settled(resolved: Resolved, question: Question, free: Free) -> tuple[Resolv
     if resolved.origins["sampling_copies"] == "default":
         smaller = without_copies(question, free)
         question = smaller or question
+    resolved, question = with_eval_batch(resolved, question, free)
     problems = question.problems(free)
     found = question.forecast(question.config)
     if problems:
@@ -91,7 +95,7 @@ def _settled(resolved: Resolved, question: Question, free: Free) -> tuple[Resolv
     if smaller is not None:
         phases = asked.forecast(asked.config).phases.values()
         copies = max(parts.get(COPIES, 0) for parts in phases)
-        resolved = resolved.with_value("sampling_copies", False, "memory forecast")
+        resolved = resolved.with_value("sampling_copies", False, CHOSEN)
         print(
             f"note: copies of the weights for sampling ({copies / GIB:.2f} GiB) do not fit into"
             f" {there}: completions are sampled without them, the same but for rounding, and more"
@@ -136,7 +140,7 @@ def _with_room_for_images(
         f" --vision_cache_gb {config.vision_cache_gb:g}: others are computed anew",
         file=sys.stderr,
     )
-    return resolved.with_value("vision_cache_gb", gigabytes, "memory forecast")
+    return resolved.with_value("vision_cache_gb", gigabytes, CHOSEN)
 
 
 # ---- the commands --------------------------------------------------------------------------------

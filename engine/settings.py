@@ -88,6 +88,9 @@ TF32_HELP = (
     " 23: faster, and every number differs by rounding from float32's; a bfloat16 base leaves few"
     " such products"
 )
+EVAL_BATCH_UNSET = (
+    "as many as the memory forecast allows, up to 128; 8 where nobody knows what is free"
+)
 CHECK_HELP = (
     "compare the memory forecast with what is free, before weights are read, and refuse a run that"
     " cannot fit"
@@ -216,8 +219,9 @@ class TrainingConfig:
     )
     per_device_eval_batch_size: int = setting(
         8,
-        "sequences decoded or scored together in evaluation; changes no result; halved where memory"
-        " runs out",
+        "sequences decoded or scored together in evaluation; changes results by rounding at most;"
+        " halved where memory runs out",
+        unset=EVAL_BATCH_UNSET,
         unit="sequences",
         source=ENGINE,
         group="optimization",

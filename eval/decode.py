@@ -19,6 +19,8 @@ import torch
 
 from data.examples import Example
 from data.predictions import Prediction
+from engine.config import Resolved, to_json
+from engine.eval_batch import CHOSEN
 from engine.generate import Completion, SamplingConfig, generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
@@ -37,7 +39,9 @@ from eval.record import scores_record
 from eval.settings import EvalConfig
 from eval.votes import vote_predictions
 
-WINDOW = 16  # batches whose prompts are there at once, the longest of which are decoded first
+# Prompts that are there at once, the longest of which are decoded first: those of so many batches,
+# but no more than so many, since each holds its image's features.
+WINDOW, LARGEST_WINDOW = 16, 512
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,17 @@ def load_policy(
     return policy
 
 
+def note_fitted(resolved: Resolved, records: Mapping[str, dict[str, Any]]) -> None:
+    """Let the records of evaluations say what the memory forecast has decided.
+
+    resolved: the settings as they fit. records: {name: `evaluation_record`}.
+    """
+    for record in records.values():
+        for name, entry in to_json(resolved).items():
+            if entry["origin"] == CHOSEN:
+                record["settings"][name] = entry
+
+
 def note_cuts(limits: Limits, records: Mapping[str, dict[str, Any]]) -> None:
     """Let the records of evaluations, which their scores keep, say what memory has cut so far.
 
@@ -195,7 +210,8 @@ def predict(
         for prediction in new[example.id]:
             on_prediction(prediction)
 
-    size = WINDOW * max(1, decoding.batch_size // k)
+    together = max(1, decoding.batch_size // k)
+    size = min(WINDOW * together, max(together, LARGEST_WINDOW))
     # as many windows on every rank: all leave after the one in which one of them stops or fails
     with ranks.together(), policy.gathered():  # once, where the base is sharded
         for start in range(0, len(missing[:: ranks.size]), size):

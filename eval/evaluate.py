@@ -233,7 +233,7 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
     """
     from engine.device import pick_device
     from engine.fit import advise_answers, fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
+    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts, note_fitted
 
     config: EvalConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
@@ -260,6 +260,7 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
     todo = {name: sets[name] for name in missing}
     resolved = fitted_answers(resolved, device, todo, ranks)
     config = resolved.configs[0]
+    note_fitted(resolved, records)
     for line in prompt_warnings(config.prompt, config.label_set):
         print(f"warning: {line}", file=sys.stderr)
     print(environment_banner(device))

@@ -245,7 +245,7 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
     """
     from engine.device import pick_device
     from engine.fit import advise_answers, fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts
+    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts, note_fitted
 
     config: MatrixConfig = resolved.configs[0]
     named, _ = named_files(config.data_file, "data_file")
@@ -287,17 +287,21 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
                 policy = None  # before the next is loaded: two would not fit
                 device = pick_device(cell.config.num_threads, ranks, cell.config.tf32)
                 print(environment_banner(device), flush=True)
-                fitting: EvalConfig = fitted_answers(cell.resolved, device, sets, ranks).configs[0]
+                fitted = fitted_answers(cell.resolved, device, sets, ranks)
+                fitting: EvalConfig = fitted.configs[0]
                 policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
                 advise_answers(policy.limits, fitting, device, sets)
                 loaded = cell.model
+            note_fitted(fitted, cell.records)
             note_cuts(policy.limits, cell.records)
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
                 evaluate_sets(
                     dataclasses.replace(policy, prompt=cell.config.instruction),
                     {name: sets[name] for name in cell.missing},
-                    Decoding.of(cell.config),
+                    dataclasses.replace(
+                        Decoding.of(cell.config), batch_size=fitting.per_device_eval_batch_size
+                    ),
                     cell.folder,
                     baseline_examples=baseline_examples,
                     notes={

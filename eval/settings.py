@@ -24,6 +24,7 @@ from engine.settings import (
     COPIES_HELP,
     COUNT,
     ENGINE,
+    EVAL_BATCH_UNSET,
     LABEL_FILE_HELP,
     MAX_COMPLETION_LENGTH,
     OURS,
@@ -114,8 +115,9 @@ class DecodingConfig:
     )
     per_device_eval_batch_size: int = setting(
         8,
-        "completions decoded together, at least those of one image; changes no answer; halved where"
-        " memory runs out, down to one",
+        "completions decoded together, at least those of one image; changes answers by rounding at"
+        " most; halved where memory runs out, down to one",
+        unset=EVAL_BATCH_UNSET,
         unit="completions",
         source=ENGINE,
         within=ROWS,

@@ -24,6 +24,7 @@ import torch
 
 from data.prompts import PROMPTS, SYSTEM_PROMPT
 from engine.config import parse_config
+from engine.eval_batch import EVALUATING, most_that_fit
 from engine.memory import GIB, ModelShape, Workload, forecast, model_shape
 from engine.memory_table import CARDS, USABLE, memory_table
 from engine.remedies import largest
@@ -140,6 +141,14 @@ def most_rows(shape: ModelShape, work: Workload, field: str, phase: str, card: i
     return largest(lambda n: phase_fits(shape, replace(work, **{field: n}), phase, card), 4096)
 
 
+def eval_rows(shape: ModelShape, work: Workload, card: int) -> int:
+    """Find how many rows an evaluation decodes on a card where no setting says it."""
+    phases = [phase for phase in EVALUATING if phase in forecast(shape, work).phases]
+    return most_that_fit(
+        lambda n: all(phase_fits(shape, replace(work, eval_rows=n), of, card) for of in phases)
+    )
+
+
 RECIPES = (
     "medgemma-4b-free-reasoning",
     "qwen2.5-vl-3b-reasoning-a",
@@ -174,10 +183,9 @@ def cards() -> None:
             for card in CARDS:
                 free = replace(work, max_tokens_per_forward=None)
                 update = most_rows(shape, free, "micro_batch", "update", card)
-                decoded = most_rows(shape, work, "eval_rows", "evaluation", card)
                 line = (
-                    f"  {card} GB holds at most {update} rows a micro-batch, {decoded} decoded"
-                    " together"
+                    f"  {card} GB holds at most {update} rows a micro-batch; unset, an evaluation"
+                    f" decodes {eval_rows(shape, work, card)} rows together"
                 )
                 if work.rollout_prompts:
                     prompts = most_rows(shape, work, "rollout_prompts", "rollout", card)

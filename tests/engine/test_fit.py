@@ -441,7 +441,14 @@ def test_all_ranks_decide_by_the_one_that_has_least_free(monkeypatch):
         assert settled(1, other, own) == first
     # rank 0 alone computes the forecast, for the two ranks of this node
     assert len(asked) == 2 and {arguments[-1] for arguments in asked} == {2}
-    assert settled(0, 40, 40) == settled(1, 40, 40) == resolved
+    both = settled(0, 40, 40)
+    assert both == settled(1, 40, 40) and both.configs[0].sampling_copies is True
+    # and in an evaluation each decodes as many rows as fit on the one that has least
+    assert settled(0, 40, 36) == settled(1, 36, 40)
+    rows = [
+        settled(0, *there).configs[0].per_device_eval_batch_size for there in ((40, 36), (36, 36))
+    ]
+    assert rows[0] == rows[1] < both.configs[0].per_device_eval_batch_size
     # where one of them cannot tell, nothing is said
     assert settled(0, 22, None) == resolved
     # processes on the CPUs of a node share what is free there: 22 of 44 GiB

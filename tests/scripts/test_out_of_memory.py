@@ -357,6 +357,7 @@ def test_finished_answers_are_kept_where_an_evaluation_is_cut(
 def test_a_matrix_goes_on_with_less_at_once(tiny_sft_run, tiny_data, tmp_path, capsys):
     argv = ["--model", f"sft={tiny_sft_run(FAMILY)}", "--prompt", "demo", "--data_file"]
     argv += [f"a={tiny_data}", f"b={tiny_data}", "--max_completion_length", "8"]
+    argv += ["--per_device_eval_batch_size", "8"]
     assert fill_matrix([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
     with runs_out("engine.generate.read_prompts", 1):
         assert fill_matrix([*argv, "--output_dir", str(tmp_path / "run")]) == 0
