@@ -23,6 +23,7 @@ __all__ = [
     "FAMILIES",
     "LORA_TARGETS",
     "PIXEL_BOUNDS",
+    "SHARED_INPUTS",
     "Family",
     "Gemma3",
     "ImageTensors",
@@ -51,6 +52,9 @@ LORA_TARGETS = (
     r"^(?:.*\.)?language_model\.(?:.*\.)?layers\.\d+\."
     r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)$"
 )
+
+# Projections of one module that read the same input, in the order in which it calls them.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def family_of(model_type: str | None) -> Family:

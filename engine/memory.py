@@ -15,18 +15,17 @@ f intermediate, r rank of LoRA, e bytes of the base's dtype:
     RMS norm        backward needs its fp32 input: 4h for each norm of the hidden state (4 in Gemma
                     3, 2 in Qwen's models), and 4(q + k) where queries and keys have norms (Gemma 3,
                     Qwen3-VL)
-    LoRA's A        backward needs its fp32 input: 4h. q, k and v share an input, and so do gate and
-                    up. In an fp32 base without dropout they also share its copy. In a bf16 base
-                    each has an fp32 copy of its own. With dropout each has its own and the mask
-    LoRA's B        backward needs its fp32 input: 4r for each of the seven projections
+    LoRA's A        backward needs its input: eh, once for q, k and v and once for gate and up. With
+                    dropout each layer has an input of its own, and dropout's factors in fp32
+    LoRA's B        backward needs its input: er for each of the seven projections
     attention       2e(q + k) for queries, output, keys and values, and 4 heads for the logsumexp
                     2ek N(S + R) in all: keys and values that each completion sees, its prompt's and
                     its own
                     masks once a forward, for all layers: bool, and in dtype e for all query heads
                     of a key-value head
-    MLP             3ef for gate, act(gate) and up, 4f for their product as LoRA's input
+    MLP             3ef for gate, act(gate) and up, ef for their product as LoRA's input
     checkpointing   eh instead of all of this: only the layer's input
-    frozen weights  nothing: `base_layer(x)` does not keep x
+    frozen weights  nothing
 
 Without gradient only one layer's temporaries are alive. The head holds at most CHUNK_SIZE rows of
 the vocabulary, twice with the entropy. While sampling, a prompt's keys and values are held once for
@@ -105,7 +104,7 @@ class Workload:
     """Hold what a run does with the model, at its largest (lengths in tokens, counts in rows).
 
     element_size: bytes of the base's dtype, 4 or 2.
-    device: "cpu" or "cuda", which differ in dropout's mask and in copies of operands and weights.
+    device: "cpu" or "cuda", which differ in copies of weights.
     adapters: 1 in SFT, 2 in GRPO.
     completion_length: of a training row.
     micro_batch: completions of a micro-batch, num_generations of each prompt.
@@ -269,11 +268,11 @@ def lora_inputs(work: Workload, width: int, projections: int = 1) -> int:
     width: of the input.
     projections: how many A matrices share it.
 
-    Dropout makes an input of its own for each A and keeps its mask: bool on a GPU, fp32 on a CPU.
+    Dropout makes an input of its own for each A and keeps its factors, which are fp32.
     """
     if work.lora_dropout:
-        return projections * width * (FP32 + (1 if work.device == "cuda" else FP32))
-    return width * FP32 * (1 if work.element_size == FP32 else projections)
+        return projections * width * (work.element_size + FP32)
+    return width * work.element_size
 
 
 def kept_by_layer(shape: ModelShape, work: Workload, row: Packed) -> int:
@@ -290,22 +289,19 @@ def kept_by_layer(shape: ModelShape, work: Workload, row: Packed) -> int:
         + lora_inputs(work, shape.hidden, 2)
         + lora_inputs(work, shape.intermediate)
     )
-    each = norms + attention + mlp + inputs + 7 * FP32 * work.lora_r
+    each = norms + attention + mlp + inputs + 7 * e * work.lora_r
     return row.tokens * each + row.keys * 2 * e * shape.key_width
 
 
 def layer_temporaries(shape: ModelShape, work: Workload, tokens: int, keys: int) -> int:
     """Compute the bytes at the largest moment inside a layer that keeps nothing.
 
-    That is the MLP's up projection with its LoRA update, or the attention, which holds q in both
-    layouts, k, v, its output, and `keys` keys and values laid out anew.
+    That is the MLP, or the attention, which holds q in both layouts, k, v, its output, and `keys`
+    keys and values laid out anew.
     """
     e, h = work.element_size, shape.hidden
-    lora_input = 0 if e == FP32 else FP32 * h
-    # On a CPU a sum of bf16 and fp32 copies the bf16 operand first.
-    mixed = FP32 if work.device == "cpu" and e != FP32 else 0
-    # The layer's input, residual and norm, then act(gate), the base's output, LoRA's update twice.
-    mlp = 3 * e * h + lora_input + (2 * e + 2 * FP32 + mixed) * shape.intermediate
+    # The layer's input, residual and norm, then gate, up and act(gate).
+    mlp = 3 * e * h + 3 * e * shape.intermediate
     attention = 2 * e * h + e * (3 * shape.query_width + 2 * shape.key_width)
     return max(tokens * mlp, tokens * attention + keys * 2 * e * shape.key_width)
 
@@ -313,10 +309,10 @@ def layer_temporaries(shape: ModelShape, work: Workload, tokens: int, keys: int)
 def backward_temporaries(shape: ModelShape, work: Workload) -> int:
     """Compute the bytes a token of gradients alive at once in the backward pass of one layer.
 
-    The MLP is the widest place: gradients of down's input through LoRA (fp32) and through the base,
-    and the same of the layer's output. What LoRA's A kept there is free by then.
+    The MLP is the widest place: two gradients of down's input, and two of the layer's output. What
+    LoRA's A kept there is free by then.
     """
-    return (work.element_size + FP32) * (shape.intermediate + shape.hidden)
+    return 2 * work.element_size * (shape.intermediate + shape.hidden)
 
 
 # ---- vocabulary ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from engine.base_model import BaseModel, first_line, load_encoder, load_model
 from engine.config import UsageError
 from engine.encode import read_config
 from engine.families import LORA_TARGETS, family_of, language_model
+from engine.lora import fuse_adapters
 from engine.model_files import model_path
 
 __all__ = [
@@ -85,6 +86,7 @@ def attach_new_adapter(base: BaseModel, *, r: int, alpha: float, dropout: float)
     )
     with _without_peft_notice():
         net = get_peft_model(base.net, config)
+    fuse_adapters(net)
     _finish(net, base.name)
     return net
 
@@ -250,11 +252,13 @@ def _wrapped(net: PreTrainedModel, config: LoraConfig, folder: str | Path) -> Pe
     """Put an adapter's modules into a base. Raises UsageError where peft cannot."""
     try:
         with _without_peft_notice():
-            return PeftModel(net, config, adapter_name=POLICY)
+            wrapped = PeftModel(net, config, adapter_name=POLICY)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UsageError(
             f"{folder}: peft cannot attach the adapter ({first_line(error)})"
         ) from error
+    fuse_adapters(wrapped)
+    return wrapped
 
 
 @contextmanager

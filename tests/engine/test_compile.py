@@ -145,7 +145,7 @@ def with_reference(model: BaseModel):
 def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
     """In bf16, where graphs with and without gradient would round differently if compilers were
     left to it. What remains is a sum in another order here and there, and the one bf16 step that
-    follows from it, in a model of large weights.
+    follows from it, in a model of large weights. From fp32 both are twice as far.
     """
     model = load(tiny_checkpoint("gemma3"), dtype=torch.bfloat16)
     wrapped = with_reference(model)
@@ -161,9 +161,9 @@ def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
         old, reference = scored(wrapped, model, batch)
         logprobs, gradients = policy(wrapped, model, batch)
         assert torch.equal(logprobs, old) and torch.equal(old, reference)
-        assert float((logprobs - eager).abs().max()) <= 0.05
+        assert float((logprobs - eager).abs().max()) <= 0.1
         for name, gradient in gradients.items():
-            assert float((gradient - eager_gradients[name]).norm()) <= 0.02 * float(
+            assert float((gradient - eager_gradients[name]).norm()) <= 0.04 * float(
                 eager_gradients[name].norm()
             ), name
         graphs.append(counters["stats"]["unique_graphs"])

@@ -154,15 +154,13 @@ def test_what_a_layer_keeps_by_hand():
     # = 56. In all 584 a token.
     prompt = Packed(1, 10, 0, 5)
     assert kept_by_layer(SHAPE, WORK, prompt) == 10 * 584
-    # bf16: 64 + 32 + 16 + 16 + 96; inputs in fp32, each its own: 3 x 32 + 32 + 2 x 32 + 64 = 256;
-    # 56. In all 536.
-    assert kept_by_layer(SHAPE, replace(WORK, element_size=2), prompt) == 10 * 536
-    # fp32 with dropout on a CPU: inputs and fp32 masks: 2 x 256 = 512 in place of 160; on a GPU
-    # masks of a byte: 256 + 64 = 320.
+    # bf16: 64 + 32 + 16 + 16 + 96; inputs of A 16 + 16 + 16 + 32 = 80; A's outputs 28. In all 332.
+    halved = replace(WORK, element_size=2)
+    assert kept_by_layer(SHAPE, halved, prompt) == 10 * 332
+    # Dropout: inputs of A 3 x 8 + 8 + 2 x 8 + 16 = 64 wide, each with fp32 factors, 64 x (4 + 4) in
+    # place of 160, in bf16 64 x (2 + 4) in place of 80
     assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1), prompt) == 10 * (584 - 160 + 512)
-    assert kept_by_layer(SHAPE, replace(WORK, lora_dropout=0.1, device="cuda"), prompt) == 10 * (
-        584 - 160 + 320
-    )
+    assert kept_by_layer(SHAPE, replace(halved, lora_dropout=0.1), prompt) == 10 * (332 - 80 + 384)
     # Gemma 3's four norms and those of q and k: 2 x 32 + 4 x (8 + 4) more
     assert kept_by_layer(replace(SHAPE, layer_norms=4, head_norms=True), WORK, prompt) == 10 * (
         584 + 64 + 48
@@ -202,10 +200,9 @@ def test_the_masks_of_a_packed_row_by_hand():
 
 
 def test_gradients_alive_in_the_backward_pass_by_hand():
-    # of down's input, 16 wide, and of the layer's output, 8: each once as the base's dtype and once
-    # in fp32
-    assert backward_temporaries(SHAPE, WORK) == (4 + 4) * (16 + 8)
-    assert backward_temporaries(SHAPE, replace(WORK, element_size=2)) == (2 + 4) * (16 + 8)
+    # two of down's input, 16 wide, and two of the layer's output, 8
+    assert backward_temporaries(SHAPE, WORK) == 2 * 4 * (16 + 8)
+    assert backward_temporaries(SHAPE, replace(WORK, element_size=2)) == 2 * 2 * (16 + 8)
 
 
 def test_static_parts_and_cache_by_hand():
