@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ def build_optimizer(
         raise ValueError(
             "the model has no trainable parameters; the adapter was not attached or is frozen"
         )
-    fused = True if all(parameter.is_cuda for parameter in parameters) else None
+    fused = None if any(parameter.is_cpu for parameter in parameters) else True
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
@@ -121,8 +121,9 @@ def whole_step(
 
 def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int, keep: Keep) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    values = [parameter.detach().clone() for parameter in parameters]
-    states = [_copied(optimizer.state.get(parameter)) for parameter in parameters]
+    weights = [parameter.detach() for parameter in parameters]
+    values = _copied(weights)
+    states = _copied_states([optimizer.state.get(parameter) for parameter in parameters])
     rates = [group["lr"] for group in optimizer.param_groups]
 
     @torch.no_grad()
@@ -140,7 +141,10 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int, kee
     try:
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
-        if not_finite({str(place): parameter for place, parameter in enumerate(parameters)}):
+        # A sum of squares is infinite or NaN where a weight is, but also where weights are huge.
+        if not torch.nn.utils.get_total_norm(weights).isfinite() and not_finite(
+            {str(place): weight for place, weight in enumerate(weights)}
+        ):
             raise OverflowError
     except BaseException as error:
         take_back()
@@ -154,10 +158,20 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float, step: int, kee
         raise
 
 
-def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Copy one parameter's state, None where it has none yet."""
-    if state is None:
-        return None
-    return {
-        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
-    }
+def _copied(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors, on a GPU in a few launches where clone() would take one for each."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _copied_states(states: Sequence[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
+    """Copy what the optimizer holds of each parameter, None where it has nothing yet."""
+    copies = [None if state is None else dict(state) for state in states]
+    for name in {name: None for copy in copies for name in copy or ()}:
+        having = [copy for copy in copies if copy and isinstance(copy.get(name), Tensor)]
+        if having:
+            tensors = _copied([copy[name] for copy in having])
+            for copy, tensor in zip(having, tensors, strict=True):
+                copy[name] = tensor
+    return copies

@@ -33,6 +33,7 @@ from engine.settings import TrainingConfig
 from engine.state_tensors import load_optimizer, optimizer_to_tensors
 from tests.faults.acts import raises
 from tests.faults.inject import at_calls
+from tests.helpers.op_counts import OpCounts, as_on_cuda
 
 
 def model_of(**values: float) -> nn.Module:
@@ -296,3 +297,78 @@ def test_a_step_that_would_make_weights_that_are_no_numbers_is_not_made(rate):
             whole_step(optimizer, rate, 2)
             before = everything(model, optimizer)
     assert everything(model, optimizer) == before
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_weight_of_all_is_no_number(place, value):
+    model, optimizer = stepped(1)
+    parameter = list(model.parameters())[place]
+    parameter.grad = torch.full_like(parameter, value)
+    if math.isinf(value):  # AdamW divides by the gradient's size, but not by that of the weight
+        parameter.grad.zero_()
+        with torch.no_grad():
+            parameter.fill_(value)
+    before = everything(model, optimizer)
+    with pytest.raises(StepFailed, match="infinite or NaN"):
+        whole_step(optimizer, 0.3, 2)
+    assert str(everything(model, optimizer)) == str(before)  # NaN is not equal to itself
+
+
+def test_a_large_weight_is_a_number():
+    """Its square is none, so it is looked at once more."""
+    model, optimizer = stepped(1)
+    with torch.no_grad():
+        model.b.fill_(1e200)
+    whole_step(optimizer, 0.3, 2)
+
+
+class Counting(torch.optim.Optimizer):
+    """A fork's optimizer: numbers beside tensors in its state, and no state of some parameters."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                state.setdefault("sum", torch.zeros_like(parameter)).add_(parameter.grad)
+                parameter.sub_(state["sum"])
+
+
+def test_any_optimizers_state_is_put_back():
+    model = nn.ParameterList([torch.ones(2), torch.ones(3, 2).t(), torch.ones(())])
+    optimizer = Counting(model.parameters(), {"lr": 0.1})
+    model[0].grad, model[1].grad = torch.ones(2), torch.ones(2, 3)
+    whole_step(optimizer, 0.1, 1)
+    before, kept = everything(model, optimizer), []
+    for parameter in model:
+        parameter.grad = torch.ones_like(parameter)
+    whole_step(optimizer, 0.1, 2, kept.append)
+    assert [optimizer.state[one]["count"] for one in model] == [2, 2, 1]
+    assert optimizer.state[model[1]]["sum"].tolist() == [[2.0] * 3] * 2
+    kept[0]()
+    assert str(everything(model, optimizer)) == str(before)
+    assert [optimizer.state[one]["count"] for one in optimizer.state] == [1, 1]
+    assert [*map(id, optimizer.state)] == [id(model[0]), id(model[1])]
+
+
+def test_a_gpu_makes_an_optimizer_step_in_a_few_launches():
+    """Without one, on the meta device: 200 matrices of 16 x 128, as a GPU would be asked.
+
+    Copies: of the weights and of each moment 64 a launch, 4 launches each, and of the steps'
+    counters 4. Counters up: 110 a launch, 2. AdamW: 36 a launch, 6. Is every weight finite: zeros,
+    2 launches and their sums, 2 to put the 200 together, 1 for the norm of all, 4 for isfinite
+    (|x|, x == x, |x| != infinity, and), and the look.
+    """
+    model = nn.ParameterList([torch.empty(16, 128, device="meta") for _ in range(200)])
+    for parameter in model:
+        parameter.grad = torch.empty_like(parameter)
+    with as_on_cuda(), OpCounts(answer=True) as counter:
+        optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.0)
+        whole_step(optimizer, 0.1, 1)
+        counter.take()
+        whole_step(optimizer, 0.1, 2)
+        counts = counter.take()
+    assert counts.launches == 4 * 4 + 2 + 6 + (1 + 2 + 1) + 2 + 1 + 4 + 1
+    assert counts.waits == 1
