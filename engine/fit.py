@@ -26,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,11 @@ from engine.memory import (
     forecast,
 )
 from engine.memory_table import memory_table
-from engine.out_of_memory import Limits
+from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import encoder_of
 from engine.ranks import ALONE, Ranks
 from engine.remedies import COMFORTABLE, Question, total
+from engine.sampling_product import with_product
 from engine.workload import (
     Lengths,
     Plan,
@@ -208,8 +210,9 @@ def fitted(
 
     Raises UsageError where a phase cannot fit, PeerError on the other ranks.
     """
+    rows = partial(_sampled_rows, plan)
     if not resolved.configs[0].memory_check:
-        return resolved
+        return with_product(resolved, device, rows, ranks)
     free = _least_free(device, ranks)
 
     def found() -> Resolved:
@@ -219,7 +222,16 @@ def fitted(
             return resolved
         return _training_that_fits(resolved, device, known, free, ranks.local_size)
 
-    return _from_first(resolved, found, ranks)
+    return with_product(_from_first(resolved, found, ranks), device, rows, ranks)
+
+
+def _sampled_rows(plan: Callable[[Any], Plan] | None, config: Any) -> int:
+    """Count the completions that are decoded together: of a rollout, else of an evaluation."""
+    if plan is None:
+        return config.per_device_eval_batch_size
+    rollout = plan(config)
+    rows = rollout.own_prompts * rollout.group
+    return min(rows, getattr(config, SAMPLING, None) or rows)
 
 
 def _training_that_fits(
@@ -346,8 +358,9 @@ def fitted_answers(
 
     Raises UsageError where decoding cannot fit, PeerError on the other ranks.
     """
+    rows = partial(_sampled_rows, None)
     if not resolved.configs[0].memory_check:
-        return resolved
+        return with_product(resolved, device, rows, ranks)
     free = _least_free(device, ranks)
 
     def found() -> Resolved:
@@ -356,7 +369,7 @@ def fitted_answers(
             return resolved
         return _settled(resolved, known.question, free)[0]
 
-    return _from_first(resolved, found, ranks)
+    return with_product(_from_first(resolved, found, ranks), device, rows, ranks)
 
 
 def advise_answers(

@@ -129,7 +129,9 @@ def generate(
         prompts = [prompt for prompt in prompts for _ in range(parts)]
     written: dict[int, list[Completion]] = {}  # by part
     finished: dict[int, list[Completion]] = {}  # by prompt
-    layers = sampling_layers(policy.net, copies=policy.sampling_copies)
+    layers = sampling_layers(
+        policy.net, copies=policy.sampling_copies, kind=policy.sampling_product
+    )
     with policy.evaluating(), policy.gathered(), layers as head:
         writing = _Writing(
             policy, head, prompts, sampling, num_generations // parts, max_rows, uniform

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -38,7 +38,7 @@ from engine.model import (
 from engine.optim import trainable_parameters
 from engine.out_of_memory import Limits
 from engine.ranks import ALONE, Ranks
-from engine.settings import SFTConfig, TrainingConfig
+from engine.settings import SamplingProduct, SFTConfig, TrainingConfig
 
 
 class ModelSettings(Protocol):
@@ -122,6 +122,7 @@ class Policy:
     prompt: the instruction that goes with every image.
     temperature: divides the logits of every log-probability that this policy gives.
     sampling_copies: whether the sampler may copy weights (engine/sampling_layers.py).
+    sampling_product: of the copies on a CPU, torch's or oneDNN's.
     limits: how much is run at once.
     """
 
@@ -130,6 +131,7 @@ class Policy:
     prompt: Prompt
     temperature: float = 1.0
     sampling_copies: bool = True
+    sampling_product: SamplingProduct = "auto"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -259,6 +261,21 @@ class Policy:
             yield
 
 
+class SamplingSettings(Protocol):
+    """Describe the settings that the sampler's layers are made by, of training and evaluation."""
+
+    @property
+    def sampling_copies(self) -> bool: ...
+    @property
+    def sampling_product(self) -> SamplingProduct: ...
+
+
+def sampled_by(config: SamplingSettings) -> dict[str, Any]:
+    """Return a policy's fields that say how its layers sample (engine/sampling_layers.py)."""
+    names = "sampling_copies", "sampling_product"
+    return {name: getattr(config, name) for name in names}
+
+
 # ---- the policies that the scripts train ---------------------------------------------------------
 def policy_to_fine_tune(
     config: SFTConfig,
@@ -282,8 +299,8 @@ def policy_to_fine_tune(
     else:
         net = attach_new_adapter(base, r=config.lora_r, alpha=config.lora_alpha, dropout=dropout)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    prompt, copies, limits = config.instruction, config.sampling_copies, Limits(config)
-    return Policy(net, base, prompt, sampling_copies=copies, limits=limits)
+    prompt, limits = config.instruction, Limits(config)
+    return Policy(net, base, prompt, **sampled_by(config), limits=limits)
 
 
 def policy_with_reference(
@@ -309,7 +326,8 @@ def policy_with_reference(
         net = attach_adapter(base, adapter, trainable=True)
     add_reference(net)
     prepare_for_training(net, config.gradient_checkpointing, config.compile)
-    return Policy(net, base, config.instruction, temperature, config.sampling_copies, limits)
+    prompt = config.instruction
+    return Policy(net, base, prompt, temperature, **sampled_by(config), limits=limits)
 
 
 def _base_for(

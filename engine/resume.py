@@ -74,6 +74,7 @@ FREE_TO_CHANGE = (
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "sampling_copies",
+    "sampling_product",
     "shard_base",
 )
 

@@ -2,10 +2,10 @@
 
 Every token reads all weights, so whatever a layer does beside its product counts. In fp32 the
 adapter is added to a copy of the weight that it adapts, which saves two products a layer. On a CPU
-these copies, and the head's, are laid out as oneDNN likes them. How much faster oneDNN's products
-are depends on the processor (tests/benchmarks/sampling_layers.py measured 1.6 to 2.8 times torch's
-speed on an AMD EPYC). The model itself is not changed. Its layers have another `forward` for a
-while, so hooks on a layer's parts do not see these products.
+these copies, and the head's, are laid out for the product that reads them: oneDNN's or torch's.
+Which is faster depends on the processor and the model's size, so a run measures both
+(engine/sampling_product.py). The model itself is not changed. Its layers have another `forward` for
+a while, so hooks on a layer's parts do not see these products.
 
 The copies take about as much memory as the decoder. Where they do not fit (engine/fit.py) the
 layers stay as they are, with the adapter beside them: the same completions but for rounding.
@@ -23,15 +23,20 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from engine.families import language_model, lm_head_weight
+from engine.settings import SamplingProduct
 
 
 @contextmanager
-def sampling_layers(net: nn.Module, *, copies: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
+def sampling_layers(
+    net: nn.Module, *, copies: bool = True, kind: SamplingProduct = "auto"
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """Run the decoder's linear layers in one product each, and put everything back afterwards.
 
     Gives the product with the head, [n,H] -> [n,V] in the head's dtype. No gradient flows.
 
     copies: False to copy no weight, which leaves every layer as it is.
+    kind: of the products of fp32 weights on a CPU. They are oneDNN's where torch has it, but for
+        "torch".
 
     An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
     rounded away, and the completions would be those of another model.
@@ -39,14 +44,14 @@ def sampling_layers(net: nn.Module, *, copies: bool = True) -> Iterator[Callable
     before: list[tuple[nn.Module, dict]] = []
     try:
         for layer in _linear_layers(language_model(net)) if copies else ():
-            if (forward := _forward(layer)) is not None:
+            if (forward := _forward(layer, kind)) is not None:
                 before.append(
                     (layer, {name: own for name, own in vars(layer).items() if name == "forward"})
                 )
                 layer.forward = forward
         weight = lm_head_weight(net)
-        product = _product(weight) if copies else partial(linear, weight=weight)
-        yield lambda hidden: product(hidden.to(weight.dtype))
+        head = product(weight, None, kind) if copies else partial(linear, weight=weight)
+        yield lambda hidden: head(hidden.to(weight.dtype))
     finally:
         for layer, own in before:
             vars(layer).pop("forward", None)  # so that its class's forward runs again
@@ -62,10 +67,10 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _linear_layers(child)
 
 
-def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _forward(layer: nn.Module, kind: SamplingProduct) -> Callable[[Tensor], Tensor] | None:
     """Return the layer's one-product forward, or None where the layer stays as it is."""
     if isinstance(layer, nn.Linear):
-        return _product(layer.weight, layer.bias) if _is_packable(layer.weight) else None
+        return product(layer.weight, layer.bias, kind) if _is_copied(layer.weight) else None
     if not isinstance(layer, LoraLayer):
         return None
     base = layer.get_base_layer()
@@ -82,26 +87,32 @@ def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
                 for part in (layer.lora_A, layer.lora_B)
             )  # [r,in], [out,r]
             merged = merged + b @ a * layer.scaling[name]
-    return _product(merged, base.bias)
+    return product(merged, base.bias, kind)
 
 
-def _product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return x [...,in] -> x weight^T + bias [...,out], with the weight laid out once."""
+def product(
+    weight: Tensor, bias: Tensor | None, kind: SamplingProduct
+) -> Callable[[Tensor], Tensor]:
+    """Return x [...,in] -> x weight^T + bias [...,out], with a copy of the weight laid out once."""
     weight = weight.detach()
-    if not _is_packable(weight):
+    if not _is_copied(weight):
         return partial(linear, weight=weight, bias=bias)
+    if kind == "torch" or not torch.backends.mkldnn.is_available():
+        # Of few rows torch's product is faster where the weights of one input lie side by side.
+        return partial(linear, weight=weight.t().contiguous().t(), bias=bias)
     # torch's inductor calls these two operators for linear layers on a CPU whose number of rows
     # varies. torch has no public way to them.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # a copy
 
-    def product(x: Tensor) -> Tensor:
+    def packed_product(x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
         more = _rounded_up(rows) - rows
         if more:
-            return product(pad(x.flatten(0, -2), (0, 0, 0, more)))[:rows].unflatten(0, x.shape[:-1])
+            padded = packed_product(pad(x.flatten(0, -2), (0, 0, 0, more)))
+            return padded[:rows].unflatten(0, x.shape[:-1])
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
-    return product
+    return packed_product
 
 
 def _rounded_up(rows: int) -> int:
@@ -114,9 +125,6 @@ def _rounded_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _is_packable(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-    )
+def _is_copied(weight: Tensor) -> bool:
+    """Tell whether a weight is worth a copy that is laid out for its product."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32

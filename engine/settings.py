@@ -91,6 +91,11 @@ TF32_HELP = (
 EVAL_BATCH_UNSET = (
     "as many as the memory forecast allows, up to 128; 8 where nobody knows what is free"
 )
+SamplingProduct = Literal["auto", "torch", "onednn"]
+PRODUCT_HELP = (
+    "products of the sampler's layers, in float32 on a CPU: torch's, oneDNN's, or auto, which"
+    " measures both for a moment at the start; the same completions but for rounding"
+)
 CHECK_HELP = (
     "compare the memory forecast with what is free, before weights are read, and refuse a run that"
     " cannot fit"
@@ -321,6 +326,13 @@ class TrainingConfig:
         source=ENGINE,
         group="memory",
     )
+    sampling_product: SamplingProduct = setting(
+        "auto",
+        PRODUCT_HELP,
+        unset="the resumed run's, else the faster one",
+        source=ENGINE,
+        group="memory",
+    )
     memory_check: bool = setting(True, CHECK_HELP, source=ENGINE, group="memory")
     bf16: bool = setting(
         True,
@@ -541,7 +553,7 @@ def parse_training(
         "resume_from_checkpoint",
         partial(inherited_settings, script=script),
         free_to_change=(*FREE_TO_CHANGE, *LENGTHS, *BATCH_SETTINGS),
-        settle=_batch_of_run,
+        settle=_kept_of_run,
     )
     resolved = read(resuming=resuming)
     unfinished = unfinished_run(resolved, data_specs(resolved.configs[0]), script)
@@ -553,9 +565,18 @@ def parse_training(
     return with_memory_cuts(placed(resolved))
 
 
-def _batch_of_run(named: str, values: dict[str, Any], origins: dict[str, str]) -> Changes:
-    """Let the batch of a resumed run stay what it is, by `settled_batch` on the ranks of today."""
-    return settled_batch(record_of(named), values, origins, Launch.of().size)
+def _kept_of_run(named: str, values: dict[str, Any], origins: dict[str, str]) -> Changes:
+    """Let the batch of a resumed run stay what it is, and the product of its sampler.
+
+    The batch by `settled_batch`, on the ranks of today. The product where the command leaves it
+    open: another one rounds in another way.
+    """
+    record = record_of(named)
+    changes: Changes = {**settled_batch(record, values, origins, Launch.of().size)}
+    product = record["settings"].get("sampling_product", {}).get("value", "auto")
+    if values["sampling_product"] == "auto" != product:
+        changes["sampling_product"] = product, "resumed run"
+    return changes
 
 
 def finished(resolved: Resolved, found: Sequence[str], kind: Literal["sft", "grpo"]) -> Resolved:

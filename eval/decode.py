@@ -25,7 +25,7 @@ from engine.generate import Completion, SamplingConfig, generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.out_of_memory import EVALUATION, Cut, Limits
-from engine.policy import Policy, load_base
+from engine.policy import Policy, load_base, sampled_by
 from engine.random_numbers import uniform_numbers
 from engine.ranks import ALONE, Ranks
 from engine.resume import OUT_OF_MEMORY, changed_base_of
@@ -122,8 +122,7 @@ def load_policy(
             print(f"warning: {line}, and is asked for others", file=sys.stderr)
     base = load_base(config, device, vision_cache_gb=vision_cache_gb)
     net = base.net if adapter is None else attach_adapter(base, adapter)
-    prompt, copies = config.instruction, config.sampling_copies
-    policy = Policy(net, base, prompt, sampling_copies=copies, limits=Limits(config))
+    policy = Policy(net, base, config.instruction, **sampled_by(config), limits=Limits(config))
     if adapter is not None and has_no_effect(policy.adapted):
         print(f"warning: {adapter}: {NO_EFFECT}", file=sys.stderr)
     return policy

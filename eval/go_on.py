@@ -264,6 +264,7 @@ _NO_MATTER = (
     "per_device_eval_batch_size",
     "thresholds_from",
     "sampling_copies",
+    "sampling_product",
     "memory_check",
 )
 # What an earlier version did, where its record does not have the setting.

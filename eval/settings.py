@@ -30,6 +30,7 @@ from engine.settings import (
     OURS,
     PAPER_GRPO,
     PAPER_SFT,
+    PRODUCT_HELP,
     PROMPT_HELP,
     ROWS,
     SEED,
@@ -39,6 +40,7 @@ from engine.settings import (
     THREADS,
     TOP_P,
     BadImages,
+    SamplingProduct,
     TrainingConfig,
     asking_problems,
 )
@@ -161,6 +163,9 @@ class DecodingConfig:
     tf32: bool = setting(False, TF32_HELP, source=ENGINE)
     sampling_copies: bool = setting(
         True, COPIES_HELP, unset="where they fit into memory", source=ENGINE
+    )
+    sampling_product: SamplingProduct = setting(
+        "auto", PRODUCT_HELP, unset="the adapter's run's, else the faster one", source=ENGINE
     )
     memory_check: bool = setting(True, CHECK_HELP, source=ENGINE)
     seed: int = setting(
@@ -353,6 +358,7 @@ INHERITED = (
     "max_visual_tokens",
     "bf16",
     "num_threads",
+    "sampling_product",
 )
 
 

@@ -5,12 +5,12 @@ First come products alone, then whole samplings.
     python tests/benchmarks/sampling_layers.py       # about 3 minutes
 
 The products are x W^T of the benchmark models' shapes (models.py) and of their head, for rows from
-one token to a prompt: torch's `linear` against oneDNN's product with weights laid out for it. Then
-come samplings of one prompt on both models, in three ways: with the adapter beside its weights,
-merged with torch's product, and merged with oneDNN's, which is what the sampler does on a CPU. All
-run on one thread in fp32. Printed are CPU time, median of the rounds, and ratios of each round's
-pairs with their range. How much of it is oneDNN depends on the processor: torch's own products are
-Intel's MKL.
+one token to a prompt: torch's `linear` on weights as they are, against torch's and oneDNN's
+products on weights laid out for them. Then come samplings of one prompt on both models, in three
+ways: with the adapter beside its weights, and merged with either product. All run on one thread in
+fp32. Printed are CPU time, median of the rounds, and ratios of each round's pairs with their range.
+Which is faster depends on the processor: torch's own products are Intel's MKL. A run measures it
+(engine/sampling_product.py).
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import checkout  # noqa: F401  this checkout before an installed one
 import torch
+from torch import nn
 from torch.nn.functional import linear
 
-from engine import generate, sampling_layers
+from engine import generate
 from engine.encode import EncodedPrompt
-from engine.families import lm_head_weight
+from engine.sampling_layers import product, sampling_layers
 from tests.benchmarks.cost_growth import seconds
 from tests.benchmarks.models import FAMILIES, Sizes
 from tests.benchmarks.steps import Product, machine, make_folder, quiet
@@ -48,48 +50,46 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
     weights = [
         torch.randn(out_size, in_size) for _ in range(max(1, WEIGHTS // (4 * out_size * in_size)))
     ]
-    products = [sampling_layers._product(weight) for weight in weights]
+    ways = [
+        [partial(linear, weight=weight) for weight in weights],
+        *([product(weight, None, kind) for weight in weights] for kind in ("torch", "onednn")),
+    ]
     x = torch.randn(rows, in_size)
-    torch.testing.assert_close(products[0](x), linear(x, weights[0]), rtol=0, atol=1e-3)
+    for products in ways[1:]:
+        torch.testing.assert_close(products[0](x), linear(x, weights[0]), rtol=0, atol=1e-3)
     calls = max(1, len(weights) * 4 // max(1, rows // 32))
 
-    def of_torch() -> None:
-        for i in range(calls):
-            linear(x, weights[i % len(weights)])
-
-    def of_onednn() -> None:
+    def run(products: Sequence[Callable]) -> None:
         for i in range(calls):
             products[i % len(products)](x)
 
-    of_torch(), of_onednn()
-    found = [(seconds(of_torch), seconds(of_onednn)) for _ in range(rounds)]
-    slow, fast = zip(*found, strict=True)
-    print(
-        f"  {rows:5} x {in_size:4} -> {out_size:4} {statistics.median(slow) / calls * 1e6:10.0f}"
-        f" {statistics.median(fast) / calls * 1e6:10.0f}   {ratios(slow, fast)}",
-        flush=True,
-    )
+    for products in ways:
+        run(products)
+    found = [[seconds(partial(run, products)) for products in ways] for _ in range(rounds)]
+    columns = list(zip(*found, strict=True))
+    times = "".join(f" {statistics.median(one) / calls * 1e6:10.0f}" for one in columns)
+    against = "   ".join(ratios(columns[0], one) for one in columns[1:])
+    print(f"  {rows:5} x {in_size:4} -> {out_size:4}{times}   {against}", flush=True)
 
 
-@contextmanager
-def adapter_beside(model) -> Iterator[Callable]:
+def adapter_beside(net: nn.Module, **_: object) -> AbstractContextManager:
     """Take the place of `sampling_layers`: the adapter stays beside its weights."""
-    yield lambda hidden: hidden @ lm_head_weight(model).t()
+    return sampling_layers(net, copies=False)
 
 
 def compare_samplings(
-    product: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int
+    engine: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int
 ) -> None:
     ways = {
         "adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
-        "merged, torch": patch.object(sampling_layers, "_is_packable", lambda weight: False),
-        "merged, oneDNN": nullcontext(),
+        "merged, torch": patch.object(engine, "sampling_product", "torch"),
+        "merged, oneDNN": patch.object(engine, "sampling_product", "onednn"),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):  # the first is not counted
         for name, way in ways.items():
             with way:
-                found[name].append(seconds(lambda: product.sample(prompts, generations)))
+                found[name].append(seconds(lambda: engine.sample(prompts, generations)))
     for times in found.values():
         del times[0]
     for name, times in found.items():
@@ -117,8 +117,8 @@ def main() -> None:
         raise SystemExit("this torch has no oneDNN: the sampler uses torch's products here")
     sizes = Sizes(new_tokens=arguments.new_tokens)
     print(
-        f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'torch, us':>10} {'oneDNN, us':>10}  "
-        " times as fast"
+        f"\nOne product\n  {'rows':>5}   {'in -> out':12} {'as it is':>10} {'torch, us':>10}"
+        f" {'oneDNN, us':>10}   times as fast as it is"
     )
     for shape in (
         (sizes.hidden, sizes.hidden),
@@ -135,10 +135,10 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as name:
             [example] = make_folder(Path(name), family, sizes, 1)
-            product = Product(Path(name), family, sizes)
-            prompts = product.look([example], product.prompt_for(example))
+            engine = Product(Path(name), family, sizes)
+            prompts = engine.look([example], engine.prompt_for(example))
             for generations in arguments.num_generations:
-                compare_samplings(product, prompts, generations, arguments.rounds)
+                compare_samplings(engine, prompts, generations, arguments.rounds)
 
 
 if __name__ == "__main__":

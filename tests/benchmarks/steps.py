@@ -43,6 +43,7 @@ from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import lm_head_weight
 from engine.generate import Completion, SamplingConfig, generate
 from engine.logprobs import predicted_correctly, token_logprobs
+from engine.memory import model_shape
 from engine.model import (
     REFERENCE,
     BaseModel,
@@ -53,6 +54,7 @@ from engine.model import (
 )
 from engine.optim import build_optimizer, clip_gradients, trainable_parameters
 from engine.policy import Policy
+from engine.sampling_product import faster_product
 from engine.vision import VisionCache
 from rl.objective import (
     ObjectiveConfig,
@@ -71,6 +73,7 @@ from tests.helpers.tiny import uniform_for
 
 OBJECTIVE = ObjectiveConfig()
 TEMPERATURE, TOP_P, MAX_GRAD_NORM = 0.8, 0.95, 1.0
+GENERATIONS = 4  # completions of a prompt, for which the sampler's product is measured
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -191,6 +194,8 @@ class Product:
         self.optimizer = build_optimizer(self.net, learning_rate=0.0, weight_decay=0.0)
         self.parameters = [parameter for _, parameter in trainable_parameters(self.net)]
         self.costs = Costs(self.model.net.config, sizes)
+        # As a run measures it before it begins, for one group.
+        self.sampling_product = faster_product(model_shape(self.model.net.config, 0), GENERATIONS)
 
     def prompt_for(self, example: Example) -> Prompt:
         return models.make_prompt(self.model, example, self.sizes)
@@ -204,7 +209,8 @@ class Product:
 
     def policy(self, prompt: Prompt) -> Policy:
         """Ask the model with the images' features of the cache at hand."""
-        return Policy(self.net, self.model, prompt, TEMPERATURE)
+        product = self.sampling_product
+        return Policy(self.net, self.model, prompt, TEMPERATURE, sampling_product=product)
 
     def rollouts(self, task: Task) -> Rollouts:
         """Make a rollout of the task's images, of one update in one micro-batch, to be filled."""

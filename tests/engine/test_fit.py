@@ -219,9 +219,9 @@ def test_a_run_without_copies_says_so_and_resumes_so(
     start = tiny_sft_run("qwen2_5_vl")
     copied, short, plenty = [], Free(1_000_000, GIB, "the test"), Free(GIB, 0, "the test")
 
-    def layers(net, *, copies):
+    def layers(net, *, copies, kind):
         copied.append(copies)
-        return sampling_layers(net, copies=copies)
+        return sampling_layers(net, copies=copies, kind=kind)
 
     monkeypatch.setattr(engine.generate, "sampling_layers", layers)
     monkeypatch.setattr(engine.fit, "free_memory", lambda device: short)
@@ -420,7 +420,7 @@ class TwoRanks(Ranks):
 def test_all_ranks_decide_by_the_one_that_has_least_free(monkeypatch):
     """The copies take 11.1 GiB. They fit into 40 GiB of one GPU, not into 22 of the other."""
     origins = dict.fromkeys((field.name for field in fields(SFTConfig)), "default")
-    config = SFTConfig(bf16=False, validation_file=("a=b",))
+    config = SFTConfig(bf16=False, validation_file=("a=b",), sampling_product="torch")
     resolved, gpu, told = Resolved((config,), origins), torch.device("cuda"), []
     known = engine.fit.Known(question(config, CPU), QWEN_3B, LENGTHS, 10)
     asked = []

@@ -115,11 +115,13 @@ def test_products_have_few_numbers_of_rows():
     assert all(rows <= _rounded_up(rows) <= 1.25 * rows for rows in range(1, 2049))
 
 
-def test_elsewhere_the_product_is_torchs(wrapped, monkeypatch):
+@pytest.mark.parametrize("kind", ["auto", "torch", "onednn"])
+def test_elsewhere_or_where_it_is_chosen_the_product_is_torchs(wrapped, monkeypatch, kind):
     layers = adapted(wrapped)
     expected = outputs(layers)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with sampling_layers(wrapped), Products() as products:
+    if kind != "torch":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with sampling_layers(wrapped, kind=kind), Products() as products:
         found = outputs(layers)
     assert "_linear_pointwise" not in products.seen and products.seen.total() == len(layers)
     close(found, expected)
