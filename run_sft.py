@@ -67,19 +67,18 @@ def train(
 
     Lines that begin with `run.` are book-keeping: without them the same model is trained.
     """
-    ranks = run.ranks
-    order = Order(examples, config.hospital_weights, config.seed)
+    ranks, order = run.ranks, Order(examples, config.hospital_weights, config.seed)
     steps_per_epoch = config.steps_per_epoch(len(examples), ranks.size)
-    step_size = config.step_size(ranks.size)
+    step_size, micro_batch = config.step_size(ranks.size), config.per_device_train_batch_size
     while run.goes_on():  # validates and saves what is due; False at the end or at a signal
         # 1 take examples: epochs, each in an order of its own
-        epoch, place = divmod(run.step, steps_per_epoch)
-        taken = order.epoch(epoch)[place * step_size : (place + 1) * step_size]
-        chosen = [examples[i] for i in taken]
+        chosen = order.of_step(run.step, steps_per_epoch, step_size)
+        following = order.of_step(run.step + 1, steps_per_epoch, step_size)
         # of several ranks each has a share of every step, in whole micro-batches
-        own = ranks.share(len(chosen), config.per_device_train_batch_size)
+        own = ranks.share(len(chosen), micro_batch)
         with ranks.together():
             rows = [policy.encode_answer(chosen[i]) for i in run.polled(own)]
+        policy.expect(following[i] for i in ranks.share(len(following), micro_batch))
 
         # 2 one optimizer step: its total, then forward and backward of each micro-batch. Where
         #   memory runs out, all of it again in smaller ones. The ranks' gradients are added up
@@ -100,7 +99,7 @@ def train(
             return loss.detach()
 
         undo = [run.mark(), measured.mark(), optimizer.zero_grad]
-        step = Rows(rows, config.per_device_train_batch_size)
+        step = Rows(rows, micro_batch)
         with ranks.together():  # what one rank raises all raise, before gradients are added up
             _, losses = policy.limits.each("update", step, backward, undo, run.should_stop)
         run.merge(measured)
@@ -135,6 +134,7 @@ def validation_metrics(
     """
     policy.net.eval()
     metrics, own = MetricAccumulator(), [examples[i] for i in ranks.share(len(examples))]
+    policy.expect(own)
     with ranks.together():
         for chunk in in_chunks(own, config.per_device_eval_batch_size):
             if should_stop():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.device import on_device
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import ImageTensors
 
@@ -47,7 +48,7 @@ class PromptBatch:
     def to(self, device: torch.device | str) -> PromptBatch:
         """Copy all tensors to a device."""
         vision = [
-            {name: tensor.to(device, non_blocking=True) for name, tensor in image.items()}
+            {name: on_device(tensor, device) for name, tensor in image.items()}
             for image in self.vision
         ]
         return replace(_moved(self, device), vision=vision)
@@ -281,7 +282,7 @@ def _moved(batch: Any, device: torch.device | str) -> Any:
     return replace(
         batch,
         **{
-            name: value.to(device, non_blocking=True)
+            name: on_device(value, device)
             for name, value in tensors.items()
             if isinstance(value, Tensor)
         },

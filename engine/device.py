@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.config import UsageError
 from engine.ranks import ALONE, Ranks
@@ -50,6 +51,16 @@ def pick_device(
     if not cuda:
         return torch.device("cpu")
     return torch.device("cuda") if ranks.size == 1 else torch.device("cuda", ranks.local_rank)
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device without a wait for the work that is queued there.
+
+    To a GPU a copy is made from pinned memory: from any other the host waits for it.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def base_dtype(bf16: bool, device: torch.device) -> torch.dtype:

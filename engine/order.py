@@ -39,7 +39,7 @@ class Order:
 
         Raises DataError for a hospital that would get no position.
         """
-        self.seed = seed
+        self.examples, self.seed = examples, seed
         self._own: dict[Hospital, list[int]] = {}  # indices of each hospital's examples
         for index, example in enumerate(examples):
             self._own.setdefault(example.hospital, []).append(index)
@@ -53,6 +53,11 @@ class Order:
             order = shuffled(len(places), number, self.seed)
             self._epochs = {number: [places[place] for place in order]}
         return self._epochs[number]
+
+    def of_step(self, step: int, steps_per_epoch: int, size: int) -> list[Example]:
+        """List the examples of a step (from 0) of so many. The last of an epoch may have fewer."""
+        epoch, place = divmod(step, steps_per_epoch)
+        return [self.examples[i] for i in self.epoch(epoch)[place * size : (place + 1) * size]]
 
     def _examples_of(self, hospital: Hospital, epoch: int) -> list[int]:
         """List the examples that a hospital fills its positions of an epoch with."""

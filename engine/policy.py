@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +184,13 @@ class Policy:
         return found.hexdigest()
 
     # ---- examples --------------------------------------------------------------------------------
+    def expect(self, examples: Iterable[Example]) -> None:
+        """Prepare the images that are encoded next, in this order, while the model computes.
+
+        Nothing but time depends on it. An image that cannot be read is told where it is encoded.
+        """
+        self.base.vision.expect(examples)
+
     def encode(self, example: Example) -> EncodedPrompt:
         """Turn an example into the prompt's tokens, with the frozen vision tower's features.
 

@@ -2,8 +2,9 @@
 
 Nothing of the tower is trained, so an image's features never change while the same adapters act on
 it. Rollouts, the old, reference and policy passes, the epochs of SFT and evaluation take them from
-here. An image goes through the tower alone, so that its features do not depend on which images came
-with it: with a warm cache, a cold one or none a run is the same to the last bit.
+here. Images are opened and resized in threads, before they are looked at (engine/ahead.py). An
+image goes through the tower alone, so that its features do not depend on which images came with it:
+with a warm cache, a cold one or none a run is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import logging
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +28,34 @@ from transformers import PreTrainedModel
 from data.examples import Example
 from data.files import DataError, written_whole
 from data.images import image_status, read_image
+from engine.ahead import ImagesAhead, place_of
 from engine.config import UsageError
+from engine.device import on_device
 from engine.encode import Encoder
 from engine.families import Family, ImageTensors
+from engine.launch import Launch
 from engine.vision_key import TowerState, fingerprint, tower_modules
 
 logger = logging.getLogger(__name__)
 
+MOST_WORKERS = 4  # threads that prepare images for a GPU, if there are as many cores for each
+
 
 class WrongFile(ValueError):
     """Report why a kept file is not the features of its image."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold an image that was read and resized ahead.
+
+    known: by what its file was recognised before it was read. digest: its SHA-256. pixels: what the
+    tower takes, None where its features are kept.
+    """
+
+    known: tuple
+    digest: str
+    pixels: ImageTensors | None
 
 
 class VisionCache:
@@ -73,6 +94,11 @@ class VisionCache:
         self._digests: dict[tuple, str] = {}
         self._last: dict[tuple, str] = {}  # of each image, by where the example says that it lies
         self._warned = False
+        self._ahead = ImagesAhead(self._prepare, _workers(net.device))
+
+    def expect(self, examples: Iterable[Example]) -> None:
+        """Prepare the images that are looked at next, in this order, while the model computes."""
+        self._ahead.expect(examples)
 
     def look(self, example: Example) -> ImageTensors:
         """Find or compute the image's `features` [tokens,H] and what places them, on the CPU.
@@ -83,7 +109,7 @@ class VisionCache:
         image whose file or drive is gone, but whose features are in memory, is only warned of.
         """
         self._notice_changes()
-        place = example.image_root, example.image
+        place, prepared = place_of(example), self._ahead.take(example)
         try:
             path, status = image_status(example)
         except DataError as error:
@@ -97,9 +123,12 @@ class VisionCache:
             self._warned = True
             return image
         self._last.pop(place, None)
-        known = path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        content = None
-        if known not in self._digests:
+        known, content = _known(path, status), None
+        if prepared is not None and prepared.known != known:  # the file has changed since
+            prepared = None
+        if prepared is not None:
+            self._digests[known] = prepared.digest
+        elif known not in self._digests:
             content = read_image(example)
             self._digests[known] = hashlib.sha256(content).hexdigest()
         digest = self._digests[known]
@@ -109,7 +138,8 @@ class VisionCache:
             return self._kept[digest]
         image = self._read(digest)
         if image is None:
-            image = self._compute(example, content)
+            pixels = prepared and prepared.pixels
+            image = self._compute(example, pixels or self.encoder.encode_image(example, content))
             self._write(digest, image)
         self._keep(digest, image)
         return image
@@ -124,10 +154,28 @@ class VisionCache:
         self._kept_bytes = 0
         self._key = "" if self.folder is None else fingerprint(self.net, self.encoder)
 
+    def _prepare(self, example: Example) -> Prepared | None:
+        """Read and resize an image, unless its features are kept. Called in threads."""
+        known = _known(*image_status(example))
+        digest = self._digests.get(known)
+        if digest is not None and self._is_kept(digest):
+            return None
+        content = read_image(example)
+        digest = hashlib.sha256(content).hexdigest()
+        kept = self._is_kept(digest)
+        return Prepared(
+            known, digest, None if kept else self.encoder.encode_image(example, content)
+        )
+
+    def _is_kept(self, digest: str) -> bool:
+        """Tell whether an image's features are in memory or, as far as one can see, on the disk."""
+        folder = self.folder
+        return digest in self._kept or folder is not None and self._file(folder, digest).exists()
+
     @torch.no_grad()
-    def _compute(self, example: Example, content: bytes | None) -> ImageTensors:
-        image = self.encoder.encode_image(example, content)
-        pixels = {name: tensor.to(self.net.device) for name, tensor in image.items()}
+    def _compute(self, example: Example, image: ImageTensors) -> ImageTensors:
+        """Run the tower on an image's pixels."""
+        pixels = {name: on_device(tensor, self.net.device) for name, tensor in image.items()}
         # an adapter's dropout would make other features at every look
         training = [module for _, module in tower_modules(self.net) if module.training]
         _set_training(training, False)
@@ -214,6 +262,18 @@ class VisionCache:
         except OSError as error:  # a full disk must not end a run that needs nothing of it
             logger.warning("image features are not kept in %s any more: %s", path.parent, error)
             self.folder = None
+
+
+def _known(path: Path, status: os.stat_result) -> tuple:
+    """Tell a file from another one, and from itself once it has been changed."""
+    return path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _workers(device: torch.device) -> int:
+    """Choose how many threads prepare images: on a CPU one, beside those that compute."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // Launch.of().local_size - 1))
 
 
 def num_bytes(image: ImageTensors) -> int:

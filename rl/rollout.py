@@ -104,17 +104,27 @@ class Rollouts:
         """
         if self.prompts and self.update_of(step) > 0:
             return
-        count, size = self.plan.prompts, len(self.data)
-        first = step // self.plan.updates * count
-        places = [divmod(position, size) for position in range(first, first + count)]
-        examples = [self.data[self.order.epoch(epoch)[index]] for epoch, index in places]
+        rollout, groups = step // self.plan.updates, self._own_groups()
+        examples = self._examples_of(rollout)
         own: list[EncodedPrompt] = []
+        policy.expect(examples[group] for group in groups)
         with self.ranks.together():
-            for group in self._own_groups():
+            for group in groups:
                 if should_stop():
                     raise StopRequested
                 own.append(policy.encode(examples[group]))
-        self.examples, self.prompts, self.first = examples, self._all_prompts(own), first
+        self.examples, self.prompts = examples, self._all_prompts(own)
+        self.first = rollout * self.plan.prompts
+        if (rollout + 1) * self.plan.updates < self.plan.total_steps(len(self.data)):
+            following = self._examples_of(rollout + 1)
+            policy.expect(following[group] for group in groups)
+
+    def _examples_of(self, rollout: int) -> list[Example]:
+        """List the examples of a rollout, from 0: its positions in the stream of epochs."""
+        count, size = self.plan.prompts, len(self.data)
+        positions = range(rollout * count, (rollout + 1) * count)
+        places = [divmod(position, size) for position in positions]
+        return [self.data[self.order.epoch(epoch)[index]] for epoch, index in places]
 
     def _own_groups(self) -> list[int]:
         """List this rank's prompts: whole groups of each optimizer step of a pass."""

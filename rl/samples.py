@@ -15,6 +15,7 @@ from torch import Tensor
 from data.answers import Answer, parse_answer
 from data.examples import Example
 from engine.collate import Batch, collate_rows
+from engine.device import on_device
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.generate import Completion
 from engine.time_limit import TimeLimit
@@ -167,12 +168,12 @@ def collate_samples(
         rows = torch.zeros(len(values), width)
         for row, own in zip(rows, values, strict=True):
             row[: len(own)] = own
-        return rows.to(device, non_blocking=True)  # [N,T]
+        return on_device(rows, device)  # [N,T]
 
     advantages = torch.tensor([sample.advantage for sample in samples])
     return MicroBatch(
         batch,
-        advantages.to(device, non_blocking=True),
+        on_device(advantages, device),
         padded([sample.sampling_logprobs for sample in samples]),
         padded([sample.old_logprobs for sample in samples]),
         padded([sample.ref_logprobs for sample in samples]),

@@ -94,6 +94,7 @@ def table_of_answers(monkeypatch):
 def policy_of(asked: Asked, limits: Limits | None = None) -> Any:
     return SimpleNamespace(
         asked=asked,
+        expect=lambda examples: None,
         encode=lambda example: example,
         gathered=nullcontext,
         prompt=SimpleNamespace(name="short"),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from engine.generate import Completion
 from engine.model import add_reference, attach_adapter, load_model
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
+from engine.ranks import Ranks
 from engine.runtime import StepFailed, StopRequested
 from rl.logs import completion_rows, mismatch_metrics, rollout_metrics
 from rl.objective import ObjectiveConfig
@@ -666,11 +668,15 @@ def test_an_empty_rollout_is_packed_as_nothing():
 
 # ---- the stream of prompts -----------------------------------------------------------------------
 class Encoding:
-    """Stand in for a policy: note each example that is encoded."""
+    """Stand in for a policy: note each example that is encoded, and each that is expected."""
 
     def __init__(self, damaged: str | None = None) -> None:
         self.asked: list[str] = []
+        self.expected: list[list[str]] = []
         self.damaged = damaged
+
+    def expect(self, examples: Iterable[Example]) -> None:
+        self.expected.append([one.id for one in examples])
 
     def encode(self, example: Example) -> EncodedPrompt:
         if example.id == self.damaged:
@@ -719,6 +725,38 @@ def test_prompts_are_a_stream_of_shuffled_epochs():
     again, other = stream(), Encoding()
     again.take(8, other)  # a rollout across the border of two epochs, taken without those before
     assert [one.id for one in again.examples] == taken[4:6]
+
+
+def test_images_of_the_next_rollout_are_expected_while_this_one_samples():
+    rollouts, policy = stream(), Encoding()
+    total = rollouts.plan.total_steps(5)
+    assert total == 12  # an epoch of 5 prompts, in rollouts of 2 prompts and 4 steps
+    rollouts.take(4, policy)
+    # the order is that of the test above. Its own are expected too: a run may begin with it
+    assert policy.expected == [["e1", "e4"], ["e2", "e4"]] and policy.asked == ["e1", "e4"]
+    policy.expected.clear()
+    rollouts.take(8, policy)
+    assert policy.expected == [policy.asked[2:]]  # after the last rollout nothing is expected
+
+
+def test_each_rank_expects_its_own_share():
+    expected = []
+    for rank in (0, 1):
+        ranks = Ranks()
+        ranks.rank, ranks.size, ranks.first = rank, 2, rank == 0
+        ranks.together = nullcontext  # type: ignore[method-assign]  # there is no other one
+        config = replace(stream().config, per_device_train_batch_size=2)
+        rollouts = Rollouts(stream().data, {"hard": HardReward()}, config, ranks)
+        rollouts._all_prompts = lambda own: list(own)  # type: ignore[method-assign]
+        policy = Encoding()
+        rollouts.take(0, policy)
+        assert policy.expected[0] == policy.asked
+        expected.append(policy.expected)
+    # four prompts a rollout, each with one step of one rank: whole groups of every step
+    assert [sorted(a + b) for a, b in zip(*expected, strict=True)] == [
+        sorted(f"e{i}" for i in rollout) for rollout in ((3, 0, 1, 4), (2, 4, 2, 1))
+    ]
+    assert all(len(own) == 2 for of_rank in expected for own in of_rank)
 
 
 def test_prompts_of_several_hospitals_come_by_weight_in_whole_groups():
