@@ -50,7 +50,9 @@ def token_logprobs(
             f"temperature is {temperature}; log-probabilities need a positive one (1.0 for the"
             " model's own)"
         )
-    suppressed = torch.as_tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
+    # A list that is made into a tensor of a GPU would be waited for.
+    suppressed = torch.tensor(list(suppress_token_ids), dtype=torch.long)
+    suppressed = suppressed.to(hidden.device, non_blocking=True)
     logprobs, entropies = _ChunkedLogProbs.apply(
         hidden,
         lm_head_weight,
