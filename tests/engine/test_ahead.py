@@ -25,6 +25,7 @@ from data.examples import Example
 from data.files import DataError
 from engine.ahead import ImagesAhead
 from engine.encode import Encoder
+from engine.launch import Launch
 from engine.order import Order
 from engine.vision import VisionCache
 from tests.helpers.runs import assert_same_run, grpo, sft, speak
@@ -252,14 +253,20 @@ def test_a_file_that_changes_is_read_again(vision, tiny_checkpoint, tiny_images,
     assert opened[one.id][:2] == [False, True]
 
 
-def test_what_is_kept_is_not_prepared(vision, tiny_checkpoint, tiny_images, tmp_path, opened):
+def test_what_is_kept_is_not_prepared(
+    vision, tiny_checkpoint, tiny_images, tmp_path, opened, monkeypatch
+):
     examples = examples_of(tiny_images, 56, 84)
     for one in examples:
         vision.look(one)
     opened.clear()
-    vision.expect(examples)
-    ready(vision)
-    assert not opened and [vision.look(one)["features"].shape[0] for one in examples]
+    with monkeypatch.context() as patch:
+        read: list[str] = []
+        patch.setattr(engine.vision, "read_image", lambda one: read.append(one.id))
+        vision.expect(examples)
+        ready(vision)
+    assert not opened and not read  # nor is its file read
+    assert all(vision.look(one) for one in examples)
     # on the disk, where another run has looked at them: read, to know which they are, not resized
     first = cache(tiny_checkpoint, folder=tmp_path)
     for one in examples:
@@ -292,6 +299,24 @@ def test_the_error_of_an_image_comes_where_it_is_used(
         vision.look(bad)
     assert error.value.problems == without.value.problems
     assert repr(bad.id) in error.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "local_size", "workers"),
+    # on a GPU up to four, one core of each rank's share is left to what computes
+    [
+        ("cpu", 64, 1, 1),
+        ("cuda", 16, 1, 4),
+        ("cuda", 16, 8, 1),
+        ("cuda", 6, 2, 2),
+        ("cuda", 1, 1, 1),
+    ],
+)
+def test_how_many_threads_there_are(monkeypatch, device, cores, local_size, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    launch = Launch(local_size=local_size)
+    monkeypatch.setattr(Launch, "of", classmethod(lambda cls: launch))
+    assert engine.vision._workers(torch.device(device)) == workers
 
 
 # ---- whole runs ----------------------------------------------------------------------------------

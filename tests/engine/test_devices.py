@@ -37,7 +37,7 @@ from data.prompts import Prompt
 from engine.attention import spread
 from engine.cache import SamplingCache
 from engine.collate import Batch, collate_rows
-from engine.device import pick_device
+from engine.device import on_device, pick_device
 from engine.encode import EncodedRow
 from engine.families import Qwen25VL
 from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
@@ -315,6 +315,20 @@ def test_the_allocators_segments_grow_unless_the_user_says_otherwise(
         monkeypatch.setenv(name, value)
     pick_device()
     assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == found
+
+
+def test_copies_to_a_gpu_are_made_from_pinned_memory(monkeypatch):
+    done: list[tuple] = []
+    tensor, pinned = torch.zeros(2), torch.ones(2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda one: done.append(("pin",)) or pinned)
+
+    def to(one, device, *, non_blocking):
+        done.append((bool(one[0]), torch.device(device).type, non_blocking))
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    on_device(tensor, torch.device("cuda", 1))
+    on_device(tensor, "cpu")
+    assert done == [("pin",), (True, "cuda", True), (False, "cpu", True)]
 
 
 def test_each_rank_of_a_node_computes_on_its_own_gpu(monkeypatch, as_before):

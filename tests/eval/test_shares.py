@@ -33,7 +33,7 @@ from engine.generate import Completion, SamplingConfig
 from engine.out_of_memory import EVALUATION, Cut, Limits
 from engine.ranks import ALONE, Ranks
 from engine.runtime import PeerError, StepFailed, StopRequested
-from eval.decode import Decoding, evaluate_sets, note_cuts
+from eval.decode import Decoding, evaluate_sets, note_cuts, predict
 from eval.go_on import read_partial
 from eval.since_start import keep_start
 from tests.helpers.threads import in_threads
@@ -101,6 +101,26 @@ def policy_of(asked: Asked, limits: Limits | None = None) -> Any:
         encoder=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)), text_length=len),
         limits=limits or Limits(),
     )
+
+
+@pytest.mark.parametrize(
+    ("batch", "k", "window"),
+    # 16 batches of images, no more than 512 but for a batch that is larger by itself
+    [(8, 1, 128), (8, 4, 32), (3, 4, 16), (128, 1, 512), (600, 1, 600)],
+)
+def test_how_many_images_are_there_at_once(monkeypatch, batch, k, window):
+    sizes: list[int] = []
+    monkeypatch.setattr(eval.decode, "WINDOW", 16)
+    monkeypatch.setattr(
+        eval.decode,
+        "generate",
+        lambda policy, prompts, *more, **options: (
+            sizes.append(len(prompts)) or sampler(policy, prompts, *more, **options)
+        ),
+    )
+    decoding = replace(GREEDY, batch_size=batch, num_generations=k)
+    answers = predict(policy_of(Asked([])), images(window + 1), decoding)
+    assert len(answers) == k * (window + 1) and sizes == [window, 1]
 
 
 def evaluated(
