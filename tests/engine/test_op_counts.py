@@ -113,6 +113,8 @@ def test_peak_of_live_tensors():
         return y, x + y.t()  # 2, the older are gone
 
     assert counted(work).peak == 96
+    # three times x and their sum of 4 bytes, then the sum and x again
+    assert counted(lambda: x + torch.cat([x, x, x]).sum()).peak == 148
     with OpCounts() as counter:
         kept = x * 2
         assert counter.take().peak == 48
@@ -136,6 +138,19 @@ def test_shapes_tell_programs_of_other_shapes_or_operations():
     assert len({first, *others}) == 4
 
 
+def test_shapes_of_a_part_are_those_it_has_alone():
+    with OpCounts() as counter:
+        alone = counter.shapes_of(lambda: made(3, 4) + 1)
+        made(3, 4) * 2
+        assert counter.shapes_of(lambda: made(3, 4) + 1) == alone
+        assert counter.shapes_of(lambda: made(3, 5) + 1) != alone
+        assert counter.take().launches == 4
+        whole = [
+            counter.shapes_of(lambda n=n: made(n, 4) + 1) and counter.take() for n in (3, 3, 5)
+        ]
+    assert whole[0].shapes == whole[1].shapes != whole[2].shapes  # and are part of all
+
+
 def test_launches_over_lists():
     """One launch takes 110 tensors of one list, 64 of two, 36 of four, and 320 chunks of 65,536."""
     assert list_launches([10] * 110, 1) == 1
@@ -148,6 +163,9 @@ def test_launches_over_lists():
     # 321 chunks: the second tensor goes on in the second launch
     assert list_launches([65_536 * 160, 65_536 * 161], 2) == 2
     assert list_launches([65_536 * 2] * 320, 1) == 3  # by tensors; by chunks it would be 2
+    # what is left of the first is a tensor of the second launch, beside 109 others
+    assert list_launches([65_536 * 321] + [10] * 109, 1) == 2
+    assert list_launches([65_536 * 321] + [10] * 110, 1) == 3
 
 
 def test_lists_of_tensors_go_in_one_launch():

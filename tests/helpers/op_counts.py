@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -140,6 +140,13 @@ class OpCounts(TorchDispatchMode):
         )
         self._begin()
         return counts
+
+    def shapes_of(self, work: Callable[[], object]) -> int:
+        """Do a part of the work, and return a hash of the shapes of its launches alone."""
+        before, self._shapes = self._shapes, 0
+        work()
+        own, self._shapes = self._shapes, hash((before, self._shapes))
+        return own
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
