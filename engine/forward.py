@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.attention import Places, SharedPromptMask, spread
-from engine.cache import DecodingMask, SamplingCache
+from engine.cache import DecodingMask
 from engine.collate import Batch, PromptBatch
 from engine.families import (
     Family,
@@ -115,59 +115,6 @@ def read_tokens(
         family.expand_positions(positions[None]),
         masks,
     )
-
-
-def decoding_masks(
-    net: nn.Module,
-    family: Family,
-    cache: SamplingCache,
-    rows: Tensor,
-    offsets: Tensor,
-    prompt_mask: Tensor,
-    length: int,
-) -> list[dict[str, DecodingMask]]:
-    """Make the masks of the next Q tokens of n completions together, which is cheaper.
-
-    rows [n] int64: index of each completion in the cache.
-    offsets [Q,n] int64: place of each coming token in its completion.
-    prompt_mask [n,S] bool: which of the cache's last S places hold a token of the completion's
-        prompt.
-    length: length of the longest completion once the first of the Q tokens is written.
-    Returns one dictionary a token: {kind of layer: mask}.
-    """
-    size, ahead = prompt_mask.shape[1], len(offsets)
-    # [n,S+R+Q-1]
-    whole = torch.cat([prompt_mask, prompt_mask.new_ones(len(rows), length + ahead - 1)], 1)
-    text = torch.zeros_like(whole, dtype=torch.long)
-    # [n,1,Q,S+R+Q-1]
-    visible = family.attention_masks(unwrapped(net), whole, text, size + offsets.t())
-    dtype, grid = language_model(net).dtype, (cache.num_prompts, cache.generations)
-    # Two kinds of layers may see the same and then share one mask.
-    once = {id(mask): mask for mask in visible.values()}
-    numbers = {
-        key: spread(
-            torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            ),
-            rows,
-            grid,
-        )
-        for key, mask in once.items()
-    }  # [B,W,1,Q,S+R+Q-1]
-    return [
-        {
-            kind: DecodingMask(
-                cache,
-                rows,
-                offsets[i],
-                size,
-                length + i,
-                numbers[id(mask)][:, :, :, i : i + 1, : size + length + i],
-            )
-            for kind, mask in visible.items()
-        }
-        for i in range(ahead)
-    ]
 
 
 def packed_positions(net: PreTrainedModel, family: Family, batch: Batch) -> Tensor:

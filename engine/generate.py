@@ -18,77 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
-from engine.cache import DecodingMask, SamplingCache
 from engine.collate import collate_prompts
+from engine.completion import Completion, SamplingConfig, completion_mask, is_truncated
+from engine.decoding import MASKS_AHEAD, DecodingBuffers, DecodingStep, Room, steps_on
 from engine.encode import EncodedPrompt
-from engine.forward import decoding_masks, read_prompts, read_tokens
-from engine.logprobs import scaled_logits
-from engine.nucleus import draw
+from engine.forward import read_prompts
 from engine.policy import Policy
 from engine.runtime import StepFailed, StopRequested
 from engine.sampling_layers import sampling_layers
-from engine.settings import MAX_COMPLETION_LENGTH, TEMPERATURE, TOP_P
 
 # Places are filled again, or dropped by copying the cache, once this share of them is free.
 FREE_AT = 0.25
 # Prompts are prefilled this many tokens at a time: more is no faster and needs more memory.
 READ_TOKENS = 2048
-MASKS_AHEAD = 8  # the masks of this many coming tokens are made together
-# Finished rows are looked for every so many tokens, because each look waits for the GPU.
-CHECK_EVERY = {"cpu": 1, "cuda": 8}
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Say how completions are drawn. Temperature 0 is greedy decoding."""
-
-    temperature: float = TEMPERATURE
-    top_p: float = TOP_P
-    max_completion_length: int = MAX_COMPLETION_LENGTH
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Hold one sampled completion.
-
-    ids [C] int64: up to and including the stop token.
-    logprobs [C] fp32: of these tokens, at the sampling temperature (1 when greedy), over the whole
-        vocabulary without the suppressed ids.
-    top_p_mass [C] fp32: probability that the nucleus held at each token.
-    truncated: True where no stop token came.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    top_p_mass: Tensor
-    truncated: bool
-
-
-def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
-    """Mark the tokens up to and including the first stop token, or all where there is none.
-
-    The stop token's position decides, never a comparison with the padding id, which may be a stop
-    id.
-
-    ids [N,T] int64.
-    Returns [N,T] bool.
-    """
-    is_stop = torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device))  # [N,T]
-    stopped_before = is_stop.long().cumsum(1) - is_stop.long()  # [N,T] strictly before each token
-    return stopped_before == 0
-
-
-def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
-    """Tell which rows hold no stop token. One at the last position is not a truncation.
-
-    ids [N,T] int64.
-    Returns [N] bool.
-    """
-    return ~torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device)).any(1)
 
 
 @torch.compiler.set_stance("force_eager")  # also with --compile: shapes differ from training's
@@ -104,6 +51,7 @@ def generate(
     uniform: Sequence[Tensor] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_finished: Callable[[int, list[Completion]], None] = lambda prompt, completions: None,
+    keep: bool = False,
 ) -> list[list[Completion]]:
     """Sample `num_generations` completions of every prompt and return them in the prompts' order.
 
@@ -118,6 +66,7 @@ def generate(
     should_stop(): asked before every token. Once it returns True, StopRequested is raised, and the
         caller discards what is not finished.
     on_finished(i, completions): called as soon as prompt i has all its completions.
+    keep: on a GPU hold the cache and the graphs afterwards, for the next call of the same shapes.
 
     Runs in eval() mode and restores the mode that it found. Raises ValueError where numbers
     are needed and not there, StepFailed where logits are not finite numbers.
@@ -132,7 +81,10 @@ def generate(
     layers = sampling_layers(
         policy.net, copies=policy.sampling_copies, kind=policy.sampling_product
     )
-    with policy.evaluating(), policy.gathered(), layers as head:
+    calls = policy.graphs.call(
+        keep=keep and steps_on(policy.device).graphs and not policy.base.sharded
+    )
+    with calls, policy.evaluating(), policy.gathered(), layers as head:
         writing = _Writing(
             policy, head, prompts, sampling, num_generations // parts, max_rows, uniform
         )
@@ -178,15 +130,20 @@ class _Row:
     completion: its index among all.
     place: its row in the cache.
     since: the value of `written` when it began.
+    over: whether it is known to have finished, and is decoded on for the sake of the shapes.
     """
 
     completion: int
     place: int
     since: int
+    over: bool = False
 
 
 class _Writing:
-    """Hold the state of one call: what is decoded, what waits and what has been written."""
+    """Hold the state of one call: what is decoded, what waits and what has been written.
+
+    What a token needs on the device lies in the buffers of engine/decoding.py.
+    """
 
     def __init__(
         self,
@@ -198,20 +155,8 @@ class _Writing:
         max_rows: int | None,
         uniform: Sequence[Tensor] | None,
     ):
-        self.policy, self.prompts, self.sampling = policy, prompts, sampling
-        self.head, self.softcap, self.generations = head, policy.softcap, generations
-        self.device, base = policy.device, policy.base
-        self.check_every = CHECK_EVERY.get(self.device.type, 1)
-        self.suppressed = torch.tensor(base.suppressed_ids, dtype=torch.long, device=self.device)
-        self.stops = torch.tensor(sorted(base.stop_ids), device=self.device)
-        shape = len(prompts) * generations, sampling.max_completion_length
-        self.ids = torch.full(shape, policy.encoder.pad_token_id, device=self.device)  # [N,T]
-        self.logprobs = torch.zeros(shape, device=self.device)
-        self.masses = torch.ones(shape, device=self.device)
-        if sampling.temperature > 0:
-            assert uniform is not None, "generate() asks for them"
-            self.uniform = torch.cat(list(uniform)).to(self.device)  # [N,T]
-
+        self.policy, self.prompts, self.generations = policy, prompts, generations
+        self.limit, self.steps = sampling.max_completion_length, steps_on(policy.device)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # Prompts are taken from the end, so the longest come first.
         self.waiting = sorted(range(len(prompts)), key=lambda i: lengths[i])
@@ -220,136 +165,111 @@ class _Writing:
         )
         self.places: list[int | None] = [None] * num_places  # the prompt at each place of the cache
         self.unfinished = {i: generations for i in range(len(prompts))}
-        self.cache = SamplingCache(num_places, max(lengths), generations, shape[1])
-        self.prompt_mask = torch.zeros(
-            num_places, max(lengths), dtype=torch.bool, device=self.device
-        )  # [B,S]
-        # Position id of the first token after each prompt, [B].
-        self.positions = torch.zeros(num_places, dtype=torch.long, device=self.device)
+        room = Room(
+            len(prompts) * generations,
+            num_places,
+            self.steps.rounded(max(lengths)),
+            generations,
+            self.steps.rounded(self.limit),
+        )
+        self.buffers = policy.graphs.held(room, lambda: DecodingBuffers(policy, room))
+        self.buffers.begin(uniform)
+        self.step = DecodingStep(policy, head, sampling, self.buffers)
         self.rows: list[_Row] = []
         self.written = 0  # tokens decoded in this call so far
-        # The states that predict the next tokens, [n,H].
-        self.hidden = policy.head.new_zeros(0, policy.head.shape[1])
-        self.masks: list[dict[str, DecodingMask]] = []  # of the next tokens, as far as made
+        self.masks_left = 0  # tokens whose masks are made already
         self._take_prompts()
 
     @property
     def goes_on(self) -> bool:
         """Return whether any completion is still being decoded."""
-        return bool(self.rows)
+        return any(not row.over for row in self.rows)
 
     def write_token(self) -> list[tuple[int, list[Completion]]]:
         """Decode one token of every row.
 
         Returns the prompts that are now found to have finished, each with its completions.
         """
-        tokens = self._choose()
-        self.written += 1
+        count = len(self.rows)
+        self._run("draw", (count,), partial(self.step.draw, count))
+        longest = self.written + 1 - min(row.since for row in self.rows if not row.over)
         finished: list[tuple[int, list[Completion]]] = []
-        is_time = (
-            self.written % self.check_every == 0
-            or self._longest() == self.sampling.max_completion_length
-        )
+        is_time = (self.written + 1) % self.steps.look_every == 0 or longest == self.limit
         if is_time:
-            tokens, finished = self._take_finished_out(tokens)
-        self.hidden = self.hidden[:0]
-        if self.rows:
-            self.hidden = read_tokens(
-                self.policy.net,
-                self.policy.family,
-                tokens,
-                self.row_positions + self.written - 1,
-                self._next_masks(),
-            )
+            finished = self._look_for_finished()
+        if self.goes_on:
+            self._read()
+        self.written += 1
         if is_time:
             self._take_prompts()
         return finished
 
-    def _longest(self) -> int:
-        return max(self.written - row.since for row in self.rows)
-
-    def _next_masks(self) -> dict[str, DecodingMask]:
-        """Return the masks of the next token, from those made MASKS_AHEAD tokens at a time."""
-        if not self.masks:
-            ahead = torch.arange(MASKS_AHEAD, device=self.device)
-            offsets = self.written - 1 - self.since + ahead[:, None]  # [Q,n]
-            self.masks = decoding_masks(
-                self.policy.net,
-                self.policy.family,
-                self.cache,
-                self.row_places,
-                offsets,
-                self.row_mask,
-                self._longest(),
-            )
-        return self.masks.pop(0)
-
-    def _choose(self) -> Tensor:
-        """Draw a token [n] for every row and record it with its log-probability."""
-        at = self.completions, self.written - self.since
-        temperature = self.sampling.temperature or 1.0
-        tempered = scaled_logits(
-            self.head(self.hidden), temperature, self.suppressed, self.softcap
-        ).log_softmax(1)  # [n,V]
-        if self.sampling.temperature > 0:
-            tokens, mass = draw(tempered, self.sampling.top_p, self.uniform[at])
-            self.masses[at] = mass.float()
+    def _run(self, name: str, shape: tuple[int, ...], work: Callable[[], None]) -> None:
+        if self.steps.graphs:
+            self.policy.graphs.run(name, shape, work)
         else:
-            tokens = tempered.argmax(1)
-        self.ids[at] = tokens
-        chosen = tempered.gather(1, tokens[:, None])[:, 0].float()
-        self.logprobs[at] = chosen
-        self.stopped |= torch.isin(tokens, self.stops)
-        # one NaN or infinity among a row's logits makes all its log-probabilities NaN
-        self.broken |= chosen.isnan()
-        return tokens
+            work()
 
-    def _take_finished_out(
-        self, tokens: Tensor
-    ) -> tuple[Tensor, list[tuple[int, list[Completion]]]]:
-        """Drop the rows that have stopped or reached the greatest length.
+    def _read(self) -> None:
+        """Read the newest token of every row."""
+        count, capacity = len(self.rows), self.buffers.room.completion_length
+        longest = self.written + 1 - min(row.since for row in self.rows if not row.over)
+        if not self.masks_left:
+            self.masks_left = MASKS_AHEAD
+            length = min(self.steps.rounded(longest + MASKS_AHEAD - 1), capacity)
+            self.buffers.make_masks(self.policy, count, self.size, length)
+        self.masks_left -= 1
+        length = self.steps.rounded(longest)
+        self._run(
+            "read",
+            (*self.buffers.cache.grid, count, self.size, length),
+            partial(self.step.read, count, self.size, length),
+        )
 
-        tokens [n] int64: the newest token of every row.
-        Returns (the tokens of the rows that go on, the prompts that have finished with their
-        completions).
+    def _look_for_finished(self) -> list[tuple[int, list[Completion]]]:
+        """Find the rows that have stopped or reached the greatest length.
+
+        They are dropped at once where the steps of the device allow any number of rows. Returns the
+        prompts that have finished with their completions.
         """
-        stopped, broken = torch.stack([self.stopped, self.broken]).tolist()
-        if any(broken):
-            raise self._not_finite(self.rows[broken.index(True)])
-        over = [
-            stop or self.written - row.since == self.sampling.max_completion_length
-            for row, stop in zip(self.rows, stopped, strict=True)
-        ]
-        if not any(over):
-            return tokens, []
+        stopped, broken = self.buffers.found[:, : len(self.rows)].tolist()
+        newly: list[_Row] = []
+        for row, stop, failed in zip(self.rows, stopped, broken, strict=True):
+            if row.over:
+                continue
+            if failed:
+                raise self._not_finite(row)
+            if stop or self.written + 1 - row.since == self.limit:
+                newly.append(row)
         finished = []
-        for row in (row for row, done in zip(self.rows, over, strict=True) if done):
+        for row in newly:
+            row.over = True
             prompt = row.completion // self.generations
             self.unfinished[prompt] -= 1
             if not self.unfinished[prompt]:
-                self.places[self.places.index(prompt)] = None
+                self.places = [None if own == prompt else own for own in self.places]
                 finished.append((prompt, self._completions(prompt)))
-        going_on = torch.tensor(
-            [i for i, done in enumerate(over) if not done], dtype=torch.long, device=self.device
-        )
-        self.rows = [row for row, done in zip(self.rows, over, strict=True) if not done]
-        self._arrange()
-        return tokens[going_on], finished
+        if newly and not self.steps.sizes:
+            going_on = [i for i, row in enumerate(self.rows) if not row.over]
+            tokens = self.buffers.tokens
+            tokens[: len(going_on)] = tokens[torch.tensor(going_on, device=tokens.device).long()]
+            self._arrange([self.rows[i] for i in going_on])
+        return finished
 
     def _not_finite(self, row: _Row) -> StepFailed:
         """Name the first token of a completion whose logits are not finite."""
-        place = self.logprobs[row.completion].isnan().tolist().index(True)
+        place = self.buffers.logprobs[row.completion].isnan().tolist().index(True)
         prompt = self.prompts[row.completion // self.generations]
         return StepFailed(
             f"example {prompt.example!r}: the model's logits are not finite numbers at token"
             f" {place + 1} of its answer; the weights of the model or of its adapter are damaged,"
-            f" or too large for {str(self.hidden.dtype).removeprefix('torch.')}"
+            f" or too large for {str(self.buffers.hidden.dtype).removeprefix('torch.')}"
         )
 
     def _completions(self, prompt: int) -> list[Completion]:
         rows = slice(prompt * self.generations, (prompt + 1) * self.generations)
-        written = (self.ids, self.logprobs, self.masses)
-        ids, logprobs, masses = (tensor[rows].cpu() for tensor in written)  # [G,T]
+        written = (tensor[rows, : self.limit] for tensor in self.buffers.recorded)
+        ids, logprobs, masses = (tensor.cpu() for tensor in written)  # [G,T]
         mask = completion_mask(ids, self.policy.base.stop_ids)
         truncated = is_truncated(ids, self.policy.base.stop_ids)
         return [
@@ -367,36 +287,40 @@ class _Writing:
         chosen = [(place, self.waiting.pop()) for place in free[: len(self.waiting)]]
         if not chosen:
             return self._shrink()
+        taken = {place for place, _ in chosen}
+        kept = [i for i, row in enumerate(self.rows) if row.place // self.generations not in taken]
+        rows = [self.rows[i] for i in kept]
+        states = [self.buffers.hidden[kept]] if kept else []
         for part in self._within(READ_TOKENS, chosen):
-            places = torch.tensor([place for place, _ in part], device=self.device)
-            batch = collate_prompts(
-                [self.prompts[i] for _, i in part], self.policy.encoder.pad_token_id
-            )
-            # Counted on the CPU: a GPU would have to be waited for.
-            tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(self.device)
-            batch = batch.to(self.device)
-            hidden, positions = read_prompts(
-                self.policy.net,
-                self.policy.family,
-                batch,
-                tokens,
-                partial(self.cache.keep_prompts, slots=places),
-            )
-            self.prompt_mask[places] = torch.nn.functional.pad(
-                batch.attention_mask, (self.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0)
-            )
-            self.positions[places] = positions
+            states.append(self._read_prompts(part).repeat_interleave(self.generations, 0))
             for place, i in part:
                 self.places[place] = i
-                self.rows += [
+                rows += [
                     _Row(i * self.generations + g, place * self.generations + g, self.written)
                     for g in range(self.generations)
                 ]
-            self.hidden = torch.cat([self.hidden, hidden.repeat_interleave(self.generations, 0)])
-        order = sorted(range(len(self.rows)), key=lambda i: self.rows[i].place)
-        self.rows = [self.rows[i] for i in order]
-        self.hidden = self.hidden[torch.tensor(order, device=self.device)]
-        self._arrange()
+        order = sorted(range(len(rows)), key=lambda i: rows[i].place)
+        self.buffers.keep_states(torch.cat(states)[torch.tensor(order, device=self.policy.device)])
+        self._arrange([rows[i] for i in order])
+
+    def _read_prompts(self, part: list[tuple[int, int]]) -> Tensor:
+        """Prefill (place, prompt) pairs -> the states [b,H] that predict their first tokens."""
+        device, buffers = self.policy.device, self.buffers
+        places = torch.tensor([place for place, _ in part], device=device)
+        batch = collate_prompts(
+            [self.prompts[i] for _, i in part], self.policy.encoder.pad_token_id
+        )
+        # Counted on the CPU: a GPU would have to be waited for.
+        tokens = batch.attention_mask.flatten().nonzero()[:, 0].to(device)
+        batch = batch.to(device)
+        keep = partial(buffers.cache.keep_prompts, slots=places)
+        hidden, positions = read_prompts(self.policy.net, self.policy.family, batch, tokens, keep)
+        buffers.prompt_mask[places] = torch.nn.functional.pad(
+            batch.attention_mask,
+            (buffers.prompt_mask.shape[1] - batch.attention_mask.shape[1], 0),
+        )
+        buffers.prompt_positions[places] = positions
+        return hidden
 
     def _within(
         self, max_tokens: int, chosen: list[tuple[int, int]]
@@ -413,46 +337,70 @@ class _Writing:
         return parts
 
     def _shrink(self) -> None:
-        """Drop the cache's unused places, once nothing waits and a good part of them is free."""
+        """Drop the cache's unused places, once nothing waits and a smaller grid holds the rest."""
         by_prompt: dict[int, list[_Row]] = {}
         for row in self.rows:
-            by_prompt.setdefault(row.place // self.cache.generations, []).append(row)
-        width = max(map(len, by_prompt.values()), default=0)
-        if (
-            self.waiting
-            or not 0
-            < len(by_prompt) * width
-            <= (1 - FREE_AT) * self.cache.num_prompts * self.cache.generations
-        ):
+            if not row.over:
+                by_prompt.setdefault(row.place // self.buffers.cache.generations, []).append(row)
+        if self.waiting or not by_prompt:
             return
-        rows = []
-        for new, (_, own) in enumerate(sorted(by_prompt.items())):
-            # Where nothing is written any place will do.
-            rows += [row.place for row in own] + [0] * (width - len(own))
-            for g, row in enumerate(own):
-                row.place = new * width + g
-        prompts = torch.tensor(sorted(by_prompt), device=self.device)
-        self.cache.select(prompts, torch.tensor(rows, device=self.device))
-        self.prompt_mask, self.positions = self.prompt_mask[prompts], self.positions[prompts]
-        self.places = [self.places[place] for place in sorted(by_prompt)]
-        self._arrange()
+        grid = self._smaller_grid([len(own) for own in by_prompt.values()])
+        if grid is None:
+            return
+        slots, width = grid
+        # A prompt with more completions than a slot is wide takes several.
+        chosen = [
+            (place, own[i : i + width])
+            for place, own in sorted(by_prompt.items())
+            for i in range(0, len(own), width)
+        ]
+        chosen += [(chosen[0][0], [])] * (slots - len(chosen))
+        spare = iter([row for row in self.rows if row.over])
+        before = {id(row): i for i, row in enumerate(self.rows)}
+        rows: list[_Row] = []
+        cells: list[int] = []
+        for slot, (_, own) in enumerate(chosen):
+            for g in range(width):
+                cell = own[g] if g < len(own) else next(spare, None)
+                # where nothing is written any place will do
+                cells.append(cell.place if cell else 0)
+                if cell:
+                    cell.place = slot * width + g
+                    rows.append(cell)
+        device, cache = self.policy.device, self.buffers.cache
+        of_slots = torch.tensor([place for place, _ in chosen], device=device)
+        cache.select(of_slots, torch.tensor(cells, device=device))
+        for kept in (self.buffers.prompt_mask, self.buffers.prompt_positions):
+            kept[:slots] = kept[of_slots]
+        self.places = [self.places[place] if own else None for place, own in chosen]
+        moved = torch.tensor([before[id(row)] for row in rows], device=device)
+        self.buffers.keep_states(self.buffers.hidden[moved])
+        self._arrange(rows)
 
-    def _arrange(self) -> None:
-        """Put what the next tokens need of the rows on the device."""
+    def _smaller_grid(self, counts: list[int]) -> tuple[int, int] | None:
+        """Find the grid to step down to: places for prompts, and for completions of each.
 
-        def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=self.device)
+        counts: completions of each prompt that go on. Returns None to stay.
+        """
+        room, now = self.buffers.room, prod(self.buffers.cache.grid)
+        if not self.steps.sizes:
+            most = (1 - FREE_AT) * now
+            return (len(counts), max(counts)) if len(counts) * max(counts) <= most else None
+        for share in sorted(self.steps.sizes):
+            rows = int(share * room.prompts * room.generations)
+            width = max(1, -(-rows // room.prompts))
+            slots = rows // width
+            if sum(-(-count // width) for count in counts) <= slots and slots * width < now:
+                return slots, width
+        return None
 
-        self.completions = tensor([row.completion for row in self.rows])  # [n]
-        self.row_places = tensor([row.place for row in self.rows])  # [n]
-        self.since = tensor([row.since for row in self.rows])  # [n]
-        self.stopped = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
-        self.broken = torch.zeros_like(self.stopped)
-        prompts = self.row_places // self.cache.generations
-        longest = max(
-            (len(self.prompts[i].input_ids) for i in self.places if i is not None), default=0
+    def _arrange(self, rows: list[_Row]) -> None:
+        """Decode these rows from now on, and put what that needs on the device."""
+        self.rows, self.masks_left = rows, 0
+        last = self.buffers.room.completion_length - 1
+        self.buffers.arrange(
+            [(row.completion, row.place, min(self.written - row.since, last)) for row in rows]
         )
-        self.row_mask = self.prompt_mask[prompts, self.prompt_mask.shape[1] - longest :]  # [n,S]
-        # Position id of the first token, less `since`: plus `written` - 1 it is the newest's.
-        self.row_positions = self.positions[prompts] - self.since  # [n]
-        self.masks = []
+        lengths = [len(self.prompts[i].input_ids) for i in self.places if i is not None]
+        # how much of the prompts' places is looked at
+        self.size = self.buffers.room.prompt_length if self.steps.sizes else max(lengths, default=0)

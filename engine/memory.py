@@ -41,8 +41,9 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from engine.decoding import MASKS_AHEAD
 from engine.families import family_of
-from engine.generate import MASKS_AHEAD, READ_TOKENS, parts_of_group
+from engine.generate import READ_TOKENS, parts_of_group
 from engine.logprobs import CHUNK_SIZE
 
 FP32 = 4

@@ -18,12 +18,22 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
 from engine.runtime import DoesNotFit, StopRequested
 
 Result = TypeVar("Result")
+
+
+class Holder(Protocol):
+    """Describe what holds memory that can be had again, such as graphs (engine/graphs.py)."""
+
+    def drop(self) -> None: ...
+
+
+HOLDERS: WeakSet[Holder] = WeakSet()  # of this process
 Undo = Sequence[Callable[[], object]]
 
 # the settings that are halved
@@ -102,7 +112,9 @@ def let_go(error: BaseException) -> None:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, in cycles and in the allocator's cache too."""
+    """Give back what is held for speed alone, or by nothing any more, and the allocator's cache."""
+    for holder in list(HOLDERS):
+        holder.drop()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ from engine.device import base_dtype, slow_bf16
 from engine.encode import EncodedPrompt, EncodedRow, Encoder
 from engine.families import Family, lm_head_weight, logit_softcap
 from engine.forward import completion_hidden_states, completion_logprobs
+from engine.graphs import Graphs
 from engine.model import (
     REFERENCE,
     BaseModel,
@@ -124,6 +125,7 @@ class Policy:
     sampling_copies: whether the sampler may copy weights (engine/sampling_layers.py).
     sampling_product: of the copies on a CPU, torch's or oneDNN's.
     limits: how much is run at once.
+    graphs: what the sampler replays on a GPU (engine/graphs.py).
     """
 
     net: PreTrainedModel | PeftModel
@@ -133,6 +135,7 @@ class Policy:
     sampling_copies: bool = True
     sampling_product: SamplingProduct = "auto"
     limits: Limits = field(default_factory=Limits)
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Let nothing be done again by this rank alone that others compute with it."""

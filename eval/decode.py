@@ -19,9 +19,10 @@ import torch
 
 from data.examples import Example
 from data.predictions import Prediction
+from engine.completion import Completion, SamplingConfig
 from engine.config import Resolved, to_json
 from engine.eval_batch import CHOSEN
-from engine.generate import Completion, SamplingConfig, generate
+from engine.generate import generate
 from engine.inherited import other_labels
 from engine.model import NO_EFFECT, attach_adapter, check_adapter, has_no_effect
 from engine.out_of_memory import EVALUATION, Cut, Limits

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from data.examples import Example
 from engine.collate import Rows
+from engine.completion import Completion, SamplingConfig
 from engine.encode import EncodedPrompt
-from engine.generate import Completion, SamplingConfig, generate
+from engine.generate import generate
 from engine.order import Order
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import Policy
@@ -170,6 +171,7 @@ class Rollouts:
                 whole_groups=False,
                 uniform=uniform,
                 should_stop=should_stop,
+                keep=True,
             )
 
         with self.ranks.together():

@@ -15,9 +15,9 @@ from torch import Tensor
 from data.answers import Answer, parse_answer
 from data.examples import Example
 from engine.collate import Batch, collate_rows
+from engine.completion import Completion
 from engine.device import on_device
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.generate import Completion
 from engine.time_limit import TimeLimit
 from rl.reward_checks import UNLIMITED, Completed, all_rewards, trained_number
 from rl.rewards import Reward, RewardFunction

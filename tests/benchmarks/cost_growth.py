@@ -39,8 +39,9 @@ from peft import PeftModel
 
 from data.examples import Example
 from engine.collate import collate_rows, plan_batches
+from engine.completion import SamplingConfig
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.model import (
     BaseModel,
     add_reference,

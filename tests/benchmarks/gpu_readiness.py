@@ -32,13 +32,14 @@ import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
-import engine.generate
 from data.prompts import Prompt
 from engine.attention import IMPLEMENTATION
 from engine.collate import Batch, collate_rows
+from engine.completion import SamplingConfig
+from engine.decoding import STEPS
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import family_of
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.model import BaseModel, attach_new_adapter, prepare_for_training
 from engine.nucleus import draw
 from engine.optim import build_optimizer, clip_gradients, whole_step
@@ -121,8 +122,7 @@ def rollout_counts(policy: Policy, tokens: int) -> list[Counts]:
     uniform = [torch.zeros(GENERATIONS, NEW_TOKENS)] * PROMPTS
     sampling = SamplingConfig(0.8, 0.95, NEW_TOKENS)
     with ExitStack() as stack:
-        settings = engine.generate.CHECK_EVERY
-        stack.enter_context(patch.dict(settings, {"meta": settings["cuda"]}))
+        stack.enter_context(patch.dict(STEPS, meta=replace(STEPS["cuda"], graphs=False)))
         stack.enter_context(patch("engine.nucleus._run_if", in_a_graph))
         stack.enter_context(as_on_cuda())
         counter = stack.enter_context(OpCounts())

@@ -39,9 +39,10 @@ from data.examples import Example
 from data.prompts import Prompt
 from engine import forward
 from engine.collate import collate_rows, plan_batches
+from engine.completion import Completion, SamplingConfig
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import lm_head_weight
-from engine.generate import Completion, SamplingConfig, generate
+from engine.generate import generate
 from engine.logprobs import predicted_correctly, token_logprobs
 from engine.memory import model_shape
 from engine.model import (

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-import engine.generate
+import engine.decoding
 from engine.base_model import BaseModel
+from engine.completion import SamplingConfig
+from engine.decoding import STEPS
 from engine.encode import EncodedPrompt
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.runtime import StepFailed
 from tests.helpers.tiny import SHORT, examples_of, load, policy_of, uniform_for, with_features
 
@@ -36,7 +39,7 @@ def prompts(model, tiny_images) -> list[EncodedPrompt]:
 
 def poison(monkeypatch, call: int, change: Callable[[torch.Tensor], object]) -> None:
     """Change the logits [n,V] of the `call`-th token that is written, from 1 on."""
-    scaled, calls = engine.generate.scaled_logits, []
+    scaled, calls = engine.decoding.scaled_logits, []
 
     def poisoned(*arguments):
         logits = scaled(*arguments)
@@ -45,7 +48,7 @@ def poison(monkeypatch, call: int, change: Callable[[torch.Tensor], object]) -> 
             change(logits)
         return logits
 
-    monkeypatch.setattr(engine.generate, "scaled_logits", poisoned)
+    monkeypatch.setattr(engine.decoding, "scaled_logits", poisoned)
 
 
 def written(model, prompts, temperature: float = 1.0, generations: int = 2, **more):
@@ -89,7 +92,7 @@ def test_one_logit_of_one_token_stops_the_sampler(model, prompts, monkeypatch, v
 @pytest.mark.parametrize("every", [1, 4, 8])
 def test_the_token_is_named_however_seldom_rows_are_looked_at(model, prompts, monkeypatch, every):
     never_stop(monkeypatch)
-    monkeypatch.setitem(engine.generate.CHECK_EVERY, "cpu", every)
+    monkeypatch.setitem(STEPS, "cpu", replace(STEPS["cpu"], look_every=every))
     poison(monkeypatch, 3, lambda logits: logits[0].fill_(math.nan))
     with pytest.raises(StepFailed, match=r"example 'e2': .* at token 3 of its answer"):
         written(model, prompts)

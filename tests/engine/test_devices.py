@@ -35,19 +35,18 @@ import engine.forward
 import engine.qwen2_5_vl
 from data.prompts import Prompt
 from engine.attention import spread
-from engine.cache import SamplingCache
 from engine.collate import Batch, collate_rows
+from engine.completion import SamplingConfig
+from engine.decoding import DecodingBuffers, DecodingStep, Room
 from engine.device import on_device, pick_device
 from engine.encode import EncodedRow
 from engine.families import Qwen25VL
-from engine.forward import completion_logprobs, decoding_masks, embed, read_prompts, read_tokens
-from engine.logprobs import scaled_logits
+from engine.forward import completion_logprobs, embed, read_prompts
 from engine.model import BaseModel, enable_gradient_checkpointing
-from engine.nucleus import draw
 from engine.ranks import Ranks
 from engine.sampling_layers import sampling_layers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
-from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
+from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load, policy_of
 
 DEVICE = torch.device("meta")
 LENGTHS = ((0, 5), (1, 7), (0, 2))  # (prompt, tokens) of every completion; the prompts are padded
@@ -179,35 +178,31 @@ def test_an_update_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_imag
 def test_a_step_of_decoding_stays_on_the_device(family, dtype, tiny_checkpoint, tiny_images):
     """Its parts, as the sampler puts them together."""
     model, wrapped, batch = loaded(tiny_checkpoint(family), tiny_images)
-    wrapped.eval()
+    policy = policy_of(wrapped.eval(), model)
     with pretended_device():
         move(wrapped, dtype)
         prompts, places = pretended(batch.prompts), pretended(batch.prompt_places)
-        cache, length = (
-            SamplingCache(2, prompts.input_ids.shape[1], 3, 8),
-            prompts.input_ids.shape[1],
-        )
-        # of six completions one has finished
-        slots, rows = torch.arange(2, device=DEVICE), torch.arange(5, device=DEVICE)
+        length = prompts.input_ids.shape[1]
+        of = DecodingBuffers(policy, Room(6, 2, length, 3, 8))
         with sampling_layers(wrapped) as head:
             hidden, positions = read_prompts(
-                wrapped, model.family, prompts, places, partial(cache.keep_prompts, slots=slots)
+                wrapped,
+                model.family,
+                prompts,
+                places,
+                partial(of.cache.keep_prompts, slots=torch.arange(2, device=DEVICE)),
             )
-            logits = scaled_logits(
-                head(hidden[rows // 3]), 0.8, torch.empty(2, dtype=torch.long, device=DEVICE)
-            )
-            tokens, _ = draw(logits.log_softmax(1), 0.95, torch.empty(5, device=DEVICE))
-            steps = torch.full_like(rows, 4) + torch.arange(2, device=DEVICE)[:, None]
-            for i, masks in enumerate(
-                decoding_masks(
-                    wrapped, model.family, cache, rows, steps, prompts.attention_mask[rows // 3], 5
-                )
-            ):
-                state = read_tokens(
-                    wrapped, model.family, tokens, positions[rows // 3] + 4 + i, masks
-                )
-    assert state.device == DEVICE and state.dtype == dtype and state.shape == (5, 32)
-    assert length == cache.layers[0].prompt_keys.shape[2] and cache.layers[0].keys.dtype == dtype
+            of.prompt_positions[:] = positions
+            of.keep_states(hidden.repeat_interleave(3, 0))
+            step = DecodingStep(policy, head, SamplingConfig(0.8, 0.95, 8), of)
+            for rows in (6, 5):  # of six completions one has finished
+                of.arrange([(i, i, 4) for i in range(rows)])
+                of.make_masks(policy, rows, length, 8)
+                step.draw(rows)
+                step.read(rows, length, 5)
+    assert of.hidden.device == DEVICE and of.hidden.dtype == dtype and of.hidden.shape == (6, 32)
+    assert length == of.cache.layers[0].prompt_keys.shape[2]
+    assert of.cache.layers[0].keys.dtype == dtype
 
 
 # ---- controls: each leaves something behind that the tests above must see ------------------------

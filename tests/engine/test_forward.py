@@ -20,6 +20,7 @@ from transformers import Gemma3ForCausalLM
 
 from data.prompts import Prompt
 from engine.collate import Batch, PromptBatch, collate_prompts, collate_rows
+from engine.completion import SamplingConfig
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import (
     Gemma3,
@@ -31,7 +32,7 @@ from engine.families import (
     text_positions,
 )
 from engine.forward import completion_hidden_states, completion_logprobs, embed, packed_positions
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.logprobs import token_logprobs
 from engine.model import BaseModel, enable_gradient_checkpointing, load_model
 from tests.helpers import plain
@@ -601,7 +602,7 @@ def seen_positions(
     """
     seen = []
     hook = language_model(model.net).register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"].clone()), with_kwargs=True
     )
     model = dataclasses.replace(model, stop_ids=frozenset({-1}))  # nothing stops
     generate(

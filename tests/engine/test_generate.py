@@ -22,16 +22,12 @@ from data.examples import Example
 from data.prompts import Prompt
 from engine.cache import DecodingMask
 from engine.collate import collate_prompts, collate_rows
+from engine.completion import Completion, SamplingConfig, completion_mask, is_truncated
+from engine.decoding import STEPS
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import language_model, lm_head_weight
 from engine.forward import completion_hidden_states
-from engine.generate import (
-    Completion,
-    SamplingConfig,
-    completion_mask,
-    generate,
-    is_truncated,
-)
+from engine.generate import generate
 from engine.logprobs import scaled_logits, token_logprobs
 from engine.model import BaseModel
 from engine.nucleus import draw, nucleus
@@ -504,7 +500,7 @@ def test_the_work_follows_the_rows_that_are_left(model, prompts, seen_by_decoder
 def test_looking_for_finished_rows_less_often_changes_nothing(model, prompts, monkeypatch, every):
     stops = ragged(model, prompts, 3)
     expected = sample(model, prompts, num_generations=3, stop_ids=stops)
-    monkeypatch.setitem(engine.generate.CHECK_EVERY, "cpu", every)
+    monkeypatch.setitem(STEPS, "cpu", dataclasses.replace(STEPS["cpu"], look_every=every))
     same_completions(sample(model, prompts, num_generations=3, stop_ids=stops), expected)
     model = dataclasses.replace(model, stop_ids=frozenset(stops))
     same_completions(
@@ -544,7 +540,10 @@ def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, promp
     def watched(self, module, *arguments):
         kept = self.cache.layers[module.layer_idx]
         if module.layer_idx == 0:
-            sizes.append((len(kept.prompt_keys), len(kept.keys), len(self.rows)))
+            heads = self.cache.heads
+            sizes.append(
+                (len(kept.prompt_keys), len(kept.keys) // heads, len(self.places) // heads)
+            )
         return attend(self, module, *arguments)
 
     monkeypatch.setattr(DecodingMask, "attend", watched)

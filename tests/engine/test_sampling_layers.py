@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.prompts import Prompt
+from engine.completion import SamplingConfig
 from engine.families import LORA_TARGETS, language_model, lm_head_weight
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.model import REFERENCE, use_adapter
 from engine.sampling_layers import _rounded_up, sampling_layers
 from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load, policy_of

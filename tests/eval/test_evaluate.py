@@ -27,8 +27,9 @@ from data.files import DataError, write_json, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
 from data.predictions import Prediction, read_predictions, write_predictions
 from data.prompts import Prompt
+from engine.completion import Completion, SamplingConfig
 from engine.config import UsageError
-from engine.generate import Completion, SamplingConfig, generate
+from engine.generate import generate
 from engine.model import BaseModel, attach_new_adapter, load_model
 from engine.policy import Policy
 from engine.run import TrainerState

@@ -16,7 +16,7 @@ import eval.decode
 import eval.go_on
 from data.examples import Example
 from data.predictions import Prediction, read_predictions
-from engine.generate import SamplingConfig
+from engine.completion import SamplingConfig
 from engine.runtime import StepFailed
 from eval.decode import Decoding, evaluate_sets
 from eval.go_on import kept

@@ -28,8 +28,8 @@ import eval.go_on
 from data.examples import Example
 from data.files import DataError, write_json
 from data.predictions import read_predictions
+from engine.completion import Completion, SamplingConfig
 from engine.config import UsageError
-from engine.generate import Completion, SamplingConfig
 from engine.out_of_memory import EVALUATION, Cut, Limits
 from engine.ranks import ALONE, Ranks
 from engine.runtime import PeerError, StepFailed, StopRequested

@@ -24,9 +24,10 @@ from transformers import (
 
 from engine.attention import IMPLEMENTATION
 from engine.collate import collate_rows
+from engine.completion import SamplingConfig
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import family_of
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.logprobs import token_logprobs
 from engine.memory import ModelShape, Workload, forecast, model_shape
 from engine.model import BaseModel, attach_new_adapter, enable_gradient_checkpointing

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.collate import PromptBatch
-from engine.encode import EncodedRow
+from engine.completion import Completion, SamplingConfig
+from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import (
     Family,
     ImageTensors,
@@ -23,6 +24,7 @@ from engine.families import (
     unwrapped,
 )
 from engine.logprobs import token_logprobs
+from engine.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,39 @@ def logprobs_of(
     return values.new_zeros(batch.completion_mask.shape).masked_scatter(
         batch.completion_mask, values
     )
+
+
+@torch.no_grad()
+def sampled(
+    policy: Policy, prompt: EncodedPrompt, uniform: Tensor, sampling: SamplingConfig
+) -> Completion:
+    """Sample one completion with a whole forward for every token, and a nucleus found by sorting.
+
+    uniform [T]: the numbers that it is drawn by.
+    """
+    ids, logprobs, masses = [], [], []
+    stopped = False
+    while not stopped and len(ids) < sampling.max_completion_length:
+        tokens = torch.tensor([*ids, 0])  # the last one stands for the token that is asked for
+        asked = torch.arange(len(tokens)) == len(ids)
+        hidden, _ = hidden_states(
+            policy.net, policy.family, plain_batch([EncodedRow(prompt, tokens, asked)], 0)
+        )
+        logits = (hidden.to(policy.head.dtype) @ policy.head.t())[0].float()
+        if (softcap := logit_softcap(policy.net)) is not None:
+            logits = softcap * (logits / softcap).tanh()
+        logits[list(policy.base.suppressed_ids)] = -torch.inf
+        row = (logits / (sampling.temperature or 1.0)).log_softmax(0)
+        if sampling.temperature > 0:
+            order = row.sort(descending=True, stable=True).indices
+            size = int((row.exp()[order].cumsum(0) < sampling.top_p).sum()) + 1
+            kept = torch.zeros_like(row).scatter(0, order[:size], row.exp()[order[:size]])
+            mass = kept.sum()
+            token = int((kept.cumsum(0) <= uniform[len(ids)] * mass).sum())
+        else:
+            token, mass = int(row.argmax()), torch.tensor(1.0)
+        ids.append(token)
+        logprobs.append(row[token])
+        masses.append(mass)
+        stopped = token in policy.base.stop_ids
+    return Completion(torch.tensor(ids), torch.stack(logprobs), torch.stack(masses), not stopped)

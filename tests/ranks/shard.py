@@ -29,9 +29,10 @@ import run_sft
 from data.prompts import PROMPTS
 from engine import shard
 from engine.collate import Batch, Rows, collate_rows
+from engine.completion import SamplingConfig
 from engine.encode import EncodedRow
 from engine.families import language_model
-from engine.generate import SamplingConfig, generate
+from engine.generate import generate
 from engine.launch import Launch
 from engine.model import (
     BaseModel,

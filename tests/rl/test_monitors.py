@@ -21,7 +21,7 @@ import rl.monitors
 from data.answers import Answer
 from data.examples import Example
 from data.labels import CHEXPERT, LABELS, NO_FINDING, SUPPORT_DEVICES, Target
-from engine.generate import Completion
+from engine.completion import Completion
 from rl.monitors import WARN_WHEN, LabelWindow, Monitors, monitor_names
 from rl.rewards import HardReward, NuancedReward, Reward, RewardFunction
 from rl.samples import build_samples

@@ -26,9 +26,9 @@ import rl.rollout
 from data.examples import Example, read_jsonl
 from data.files import DataError
 from data.labels import LABELS
+from engine.completion import Completion
 from engine.encode import EncodedPrompt
 from engine.forward import completion_logprobs
-from engine.generate import Completion
 from engine.model import add_reference, attach_adapter, load_model
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine.decoding
 import engine.generate
 import engine.policy
 import run_grpo
@@ -99,7 +100,7 @@ def straight_grpo(tmp_path_factory, tiny_sft_run, tiny_data):
         ("torch.optim.AdamW.step", 2, None),
         ("run_sft.token_logprobs", 4, "max_tokens_per_forward"),  # validation
         ("engine.generate.read_prompts", 1, "per_device_eval_batch_size"),  # the final scores
-        ("engine.generate.read_tokens", 3, "per_device_eval_batch_size"),
+        ("engine.decoding.read_tokens", 3, "per_device_eval_batch_size"),
     ],
 )
 def test_sft_ends_where_it_would_have(
@@ -121,9 +122,9 @@ def test_sft_ends_where_it_would_have(
     [
         ("engine.vision.VisionCache._compute", 1, None),
         ("engine.generate.read_prompts", 1, "sampling_batch_size"),
-        ("engine.generate.read_tokens", 1, "sampling_batch_size"),
-        ("engine.generate.read_tokens", 4, "sampling_batch_size"),
-        ("engine.generate.scaled_logits", 2, "sampling_batch_size"),
+        ("engine.decoding.read_tokens", 1, "sampling_batch_size"),
+        ("engine.decoding.read_tokens", 4, "sampling_batch_size"),
+        ("engine.decoding.scaled_logits", 2, "sampling_batch_size"),
         ("engine.policy.completion_logprobs", 1, "max_tokens_per_forward"),  # reference
         ("engine.policy.completion_logprobs", 3, "max_tokens_per_forward"),  # old
         ("engine.policy.completion_logprobs", 7, "max_tokens_per_forward"),  # update 0
@@ -170,7 +171,7 @@ def test_random_numbers_are_put_back(tiny_checkpoint, tiny_data, tmp_path):
 @contextmanager
 def room_for(rows: int, prompts: int) -> Iterator[None]:
     """Let memory run out in every forward of more completions, and in every reading of more."""
-    forward, decode = engine.policy.completion_logprobs, engine.generate.read_tokens
+    forward, decode = engine.policy.completion_logprobs, engine.decoding.read_tokens
 
     def limited(net, family, batch, **options):
         if len(batch.completion_ids) > rows:
@@ -184,7 +185,7 @@ def room_for(rows: int, prompts: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.policy, "completion_logprobs", limited)
-        patch.setattr(engine.generate, "read_tokens", decoding)
+        patch.setattr(engine.decoding, "read_tokens", decoding)
         yield
 
 
@@ -342,7 +343,7 @@ def test_finished_answers_are_kept_where_an_evaluation_is_cut(
     assert evaluate([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
     # the first prompts of 4 rows have finished after 8 tokens
     with (
-        runs_out("engine.generate.read_tokens", 12),
+        runs_out("engine.decoding.read_tokens", 12),
         at_calls("engine.generate._Writing._completions") as seen,
     ):
         assert evaluate([*argv, "--output_dir", str(tmp_path / "run")]) == 0
@@ -374,7 +375,7 @@ def test_a_matrix_goes_on_with_less_at_once(tiny_sft_run, tiny_data, tmp_path, c
 def test_an_evaluation_that_does_not_fit_says_what_to_lower(tiny_sft_run, tiny_data, tmp_path):
     argv = ["--adapter_name_or_path", str(tiny_sft_run(FAMILY)), "--data_file", f"a={tiny_data}"]
     argv += ["--output_dir", str(tmp_path / "run")]
-    end = forked(evaluate, argv, faults=[runs_out("engine.generate.read_tokens", 1, times=None)])
+    end = forked(evaluate, argv, faults=[runs_out("engine.decoding.read_tokens", 1, times=None)])
     assert end.code == 1 and "Traceback" not in end.err
     told = [line for line in end.err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and told[0].startswith(
@@ -389,7 +390,7 @@ def test_evaluations_during_training_are_cut_too(
     """Evaluation and vote at the start, evaluation at the end: nothing of training changes."""
     speak(monkeypatch)
     flags = [*GRPO_RUN, "--validation_file", f"a={tiny_data}"]
-    with runs_out("engine.generate.read_tokens", 2):
+    with runs_out("engine.decoding.read_tokens", 2):
         assert grpo(tiny_sft_run(FAMILY), tiny_data, tmp_path / "run", *flags) == 0
     assert cuts(tmp_path / "run") == {"per_device_eval_batch_size": (4, 8)}
     assert largest_difference(adapter(straight_grpo), adapter(tmp_path / "run")) == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.generate
+import engine.decoding
 import engine.optim
 import engine.saving
 import eval.decode
@@ -347,7 +347,7 @@ def test_sft_stopped_while_scoring_is_finished(
     straight_sft, start_sft, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as context:
-        at_call(context, engine.generate, "scaled_logits", 2, signal.SIGTERM)
+        at_call(context, engine.decoding, "scaled_logits", 2, signal.SIGTERM)
         assert start_sft(tmp_path / "run") == 143
     assert "stopped while scoring; training is finished" in capsys.readouterr().out
     assert not (tmp_path / "run/README.md").exists()  # a card has the scores
@@ -361,9 +361,9 @@ def test_sft_stopped_while_scoring_is_finished(
     [
         # the evaluation before the first step
         ((eval.decode, "generate"), 1, signal.SIGTERM, 143, 0),
-        ((engine.generate, "draw"), 2, signal.SIGINT, 130, 0),  # while the first rollout is sampled
+        ((engine.decoding, "draw"), 2, signal.SIGINT, 130, 0),  # while the first rollout is sampled
         # the second rollout: its random numbers are drawn anew
-        ((engine.generate, "draw"), 9, signal.SIGTERM, 143, 2),
+        ((engine.decoding, "draw"), 9, signal.SIGTERM, 143, 2),
         # in its scoring, which is left between two micro-batches: the step is made anew
         ((Rollouts, "score"), 2, signal.SIGTERM, 143, 2),
         # between the two updates of a rollout
@@ -417,7 +417,7 @@ def test_stopped_twice_and_moved_in_between(straight_grpo, start_grpo, tmp_path,
         at_call(context, run_grpo, "clip_gradients", 1, signal.SIGTERM)
         assert start_grpo(tmp_path / "first") == 143
     with monkeypatch.context() as context:
-        at_call(context, engine.generate, "draw", 3, signal.SIGINT)
+        at_call(context, engine.decoding, "draw", 3, signal.SIGINT)
         assert (
             resume(run_grpo.main, tmp_path / "first", "--output_dir", str(tmp_path / "second"))
             == 130

@@ -189,7 +189,7 @@ GRPO_PLACES = [
 ]
 ROLLOUT_PLACES = [
     ("engine.policy:Policy.encode", 2),
-    ("engine.generate:draw", 3),
+    ("engine.decoding:draw", 3),
     ("rl.rewards:NuancedReward.__call__", 5),
     ("rl.rewards:NuancedReward.observe", 1),
     ("engine.policy:Policy.logprobs", 2),
