@@ -15,6 +15,7 @@ Shapes: B rows, S tokens, Q queries, H hidden, M tokens in a packed row.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,32 @@ if TYPE_CHECKING:  # engine.encode, which both need, imports this module
 # (Qwen3-VL: `deepstack`). In both states what the family needs to place the image's tokens (Qwen:
 # `image_grid_thw` [1,3] int64, patches in time, height and width).
 ImageTensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Say how a decoder layer of transformers computes, for engine/token_layers.py.
+
+    attention, mlp, norm: the classes of its parts.
+    norms: names of the RMS norms before and after attention, before and after the MLP, None where
+        there is none.
+    norms_of_heads: of queries and keys, () where they have none.
+    epsilon: the norms' attribute of that meaning.
+    one_is_added: whether a norm multiplies by 1 + its weight.
+    """
+
+    attention: type[nn.Module]
+    mlp: type[nn.Module]
+    norm: type[nn.Module]
+    norms: tuple[str | None, str | None, str | None, str | None]
+    norms_of_heads: tuple[str, ...]
+    epsilon: str
+    one_is_added: bool
+
+    @property
+    def norms_of_layer(self) -> list[str]:
+        """Return the names of the norms that there are."""
+        return [name for name in self.norms if name is not None]
 
 
 class Family:
@@ -141,6 +168,10 @@ class Family:
         Arguments as those of `run_decoder`.
         """
         return {"attention_mask": masks}
+
+    def layer_kind(self) -> LayerKind:
+        """Describe the decoder's layers."""
+        raise TypeError("use a subclass")
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         """Count (the tower's patches that make one visual token, pixel values of a patch)."""

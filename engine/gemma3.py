@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP, Gemma3RMSNorm
 
-from engine.family import Family, ImageTensors, causal_mask, text_positions
+from engine.family import Family, ImageTensors, LayerKind, causal_mask, text_positions
 from engine.processor_files import load_image_processor
 
 if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
@@ -82,6 +83,16 @@ class Gemma3(Family):
                 full if window >= len(keys) else (causal & near | same_image)[:, None]
             ),
         }
+
+    def layer_kind(self) -> LayerKind:
+        norms = (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+        of_heads = "self_attn.q_norm", "self_attn.k_norm"
+        return LayerKind(Gemma3Attention, Gemma3MLP, Gemma3RMSNorm, norms, of_heads, "eps", True)
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         vision = config.vision_config

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLRMSNorm,
+    Qwen2MLP,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from engine.family import Family, ImageTensors, causal_mask, text_positions
+from engine.family import Family, ImageTensors, LayerKind, causal_mask, text_positions
 from engine.processor_files import load_image_processor
 
 if TYPE_CHECKING:  # engine.encode, which collation needs, imports this module
@@ -99,6 +104,12 @@ class Qwen25VL(Family):
         self, net: PreTrainedModel, attention_mask: Tensor, token_types: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         return {"full_attention": causal_mask(attention_mask, queries)[:, None]}
+
+    def layer_kind(self) -> LayerKind:
+        norms = "input_layernorm", None, "post_attention_layernorm", None
+        return LayerKind(
+            Qwen2_5_VLAttention, Qwen2MLP, Qwen2_5_VLRMSNorm, norms, (), "variance_epsilon", False
+        )
 
     def patches(self, config: PretrainedConfig) -> tuple[int, int]:
         vision = config.vision_config

@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextAttention,
+    Qwen3VLTextMLP,
+    Qwen3VLTextRMSNorm,
+)
 
-from engine.family import ImageTensors
+from engine.family import ImageTensors, LayerKind
 from engine.qwen2_5_vl import Qwen25VL
 
 if TYPE_CHECKING:  # engine.encode, which both need, imports this module
@@ -62,6 +67,19 @@ class Qwen3VL(Qwen25VL):
             given["visual_pos_masks"] = torch.zeros(1, dtype=torch.long, device=embeddings.device)
             given["deepstack_visual_embeds"] = deepstack_of_row(prompts, places, embeddings)
         return given
+
+    def layer_kind(self) -> LayerKind:
+        norms = super().layer_kind().norms
+        of_heads = "self_attn.q_norm", "self_attn.k_norm"
+        return LayerKind(
+            Qwen3VLTextAttention,
+            Qwen3VLTextMLP,
+            Qwen3VLTextRMSNorm,
+            norms,
+            of_heads,
+            "variance_epsilon",
+            False,
+        )
 
     def extra_features(self, config: PretrainedConfig) -> int:
         return len(config.vision_config.deepstack_visual_indexes)

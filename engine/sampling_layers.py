@@ -7,6 +7,9 @@ Which is faster depends on the processor and the model's size, so a run measures
 (engine/sampling_product.py). The model itself is not changed. Its layers have another `forward` for
 a while, so hooks on a layer's parts do not see these products.
 
+In bf16, where no adapter is merged, whole decoder layers run in few kernels for new tokens instead
+(engine/token_layers.py).
+
 The copies take about as much memory as the decoder. Where they do not fit (engine/fit.py) the
 layers stay as they are, with the adapter beside them: the same completions but for rounding.
 """
@@ -24,6 +27,7 @@ from torch.nn.functional import linear, pad
 
 from engine.families import language_model, lm_head_weight
 from engine.settings import SamplingProduct
+from engine.token_layers import token_layers
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def sampling_layers(
                 layer.forward = forward
         weight = lm_head_weight(net)
         head = product(weight, None, kind) if copies else partial(linear, weight=weight)
-        yield lambda hidden: head(hidden.to(weight.dtype))
+        with token_layers(net):
+            yield lambda hidden: head(hidden.to(weight.dtype))
     finally:
         for layer, own in before:
             vars(layer).pop("forward", None)  # so that its class's forward runs again

@@ -300,8 +300,9 @@ def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
         assert products.seen["mm"] == layers  # each adapter's A and B, once
     else:
         assert products.seen["_linear_pointwise"] == 0
-        decoder_layers = layers // 7
-        assert products.seen["addmm_"] == passes * layers
+        # B's of a decoder layer's tokens: of q, k and v together, and of gate and up
+        decoder_layers, tokens = layers // 7, passes - 1
+        assert products.seen["addmm_"] == layers + tokens * 4 * decoder_layers
         assert sum(products.seen[name] for name in ("mm", "addmm", "linear")) == passes * (
             layers + 4 * decoder_layers + 1
         )

@@ -363,6 +363,11 @@ def _efficient_attention(
     return kernel(query, key, value, mask, is_trained, dropout_p, False, scale=scale)[0]
 
 
+def _fused_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, epsilon: float) -> Tensor:
+    """Normalise in CUDA's one kernel, where the meta device would take eight operations."""
+    return x * (epsilon if weight is None else weight)
+
+
 def _by_the_host(make: Any) -> Any:
     """Let torch.tensor and as_tensor make numbers on the host and copy them, as for CUDA."""
 
@@ -374,7 +379,7 @@ def _by_the_host(make: Any) -> Any:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Let torch do for the meta device what it does for CUDA: copies, attention, foreach, fused."""
+    """Let torch do for the meta device what it does for CUDA: copies, attention, foreach, norms."""
     with ExitStack() as stack:
         for make in (torch.tensor, torch.as_tensor):
             stack.enter_context(patch(f"torch.{make.__name__}", _by_the_host(make)))
@@ -384,4 +389,5 @@ def as_on_cuda() -> Iterator[None]:
                 stack.enter_context(patch(name, lambda: ["cuda", "meta"]))
         name = "engine.attention.scaled_dot_product_attention"
         stack.enter_context(patch(name, _efficient_attention))
+        stack.enter_context(patch("engine.token_layers.rms_norm", _fused_norm))
         yield

@@ -1,0 +1,228 @@
+"""Run a decoder layer in few kernels while tokens are decoded, with weights prepared once.
+
+A GPU waits for the host where a token asks for thousands of small kernels. So while sampling in low
+precision a decoder layer computes with its own weights and in its own order, but in few operations:
+
+    norms           one kernel each. Where the weight is 1 + w (Gemma 3) it is added up once
+    q, k and v      written into one tensor, and so are gate and up. One product with their A
+                    stacked, one with their B in a block-diagonal matrix, which holds the scaling
+    rotary          queries and keys together: x cos + roll(x) sin', with the sign in sin', which
+                    is made once a token and kind of layer
+    residual        the product's own addend, where no norm stands between
+
+The states are those of transformers' layers but for rounding, and mostly less is rounded. Nothing
+large is copied: what is prepared are A and B in the dtype of the base.
+
+A layer keeps transformers' forward where it is not as the family's description says
+(`Family.layer_kind`): other classes, hooks inside, adapters that are not plain LoRA. So does every
+layer for prompts, and in fp32, where engine/sampling_layers.py merges the adapter.
+
+Shapes: n tokens, H query heads, K key-value heads, D head width, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from engine.cache import DecodingMask
+from engine.families import family_of, language_model, unwrapped
+from engine.family import LayerKind
+from engine.lora import LoraLinear, is_hooked
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def token_layers(net: nn.Module) -> Iterator[None]:
+    """Decode with few kernels a layer within the block, where the layer is as its family says.
+
+    The active adapter is the one at the beginning. No gradient flows.
+    """
+    kind = family_of(unwrapped(net).config.model_type).layer_kind()
+    decoder: Any = language_model(net)  # a ModuleList, which nn.Module's stubs do not know
+    replaced: list[nn.Module] = []
+    rotary: dict[str | None, tuple[Tensor, Tensor]] = {}
+    try:
+        for layer in decoder.layers if decoder.dtype in LOW else ():
+            if is_known(layer, kind):
+                layer.forward = partial(_forward, layer, TokenLayer(layer, kind, rotary))
+                replaced.append(layer)
+        yield
+    finally:
+        for layer in replaced:
+            vars(layer).pop("forward", None)  # so that its class's forward runs again
+
+
+def _forward(layer: nn.Module, token_layer: TokenLayer, hidden: Tensor, **given: Any) -> Tensor:
+    """Run new tokens in few kernels, and everything else as transformers does."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, DecodingMask):
+        return type(layer).forward(layer, hidden, **given)
+    return token_layer(hidden[0], mask, *given["position_embeddings"])[None]
+
+
+def is_known(layer: nn.Module, kind: LayerKind) -> bool:
+    """Tell whether a decoder layer consists of what its family says, and nothing looks into it."""
+    parts = dict(layer.named_modules())
+    del parts[""]
+    expected = {"self_attn": kind.attention, "mlp": kind.mlp}
+    expected |= dict.fromkeys(kind.norms_of_layer, kind.norm)
+    expected |= dict.fromkeys(kind.norms_of_heads, kind.norm)
+    return (
+        "forward" not in vars(layer)
+        and all(type(parts.get(name)) is own for name, own in expected.items())
+        and not any(is_hooked(part) or "forward" in vars(part) for part in parts.values())
+        and all(_base_of(parts[name]) is not None for name in PROJECTIONS)
+    )
+
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def _base_of(layer: nn.Module) -> nn.Linear | None:
+    """Find the linear layer of a projection with or without plain LoRA, None of anything else."""
+    base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    if type(base) is not nn.Linear:
+        return None
+    if isinstance(layer, LoraLinear) and not (layer.disable_adapters or layer.merged):
+        return base if layer.plain_adapter(base.weight) else None
+    return base
+
+
+class Products:
+    """Multiply tokens with the weights of layers that read the same input, adapters included.
+
+    layers: whose outputs lie beside one another in the result.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        bases = [base for layer in layers if (base := _base_of(layer)) is not None]
+        self.bases = [(base.weight.detach().t(), base.bias) for base in bases]  # [in,out]
+        ends = [0]
+        for base in bases:
+            ends.append(ends[-1] + base.out_features)
+        self.parts = [slice(*ends[i : i + 2]) for i in range(len(bases))]
+        self.width = ends[-1]
+        downs, blocks = [], []
+        for layer, part in zip(layers, self.parts, strict=True):
+            if not isinstance(layer, LoraLinear) or layer.disable_adapters or layer.merged:
+                continue
+            name = layer.active_adapters[0]
+            down, up = (
+                own[name].get_parameter("weight").detach() for own in (layer.lora_A, layer.lora_B)
+            )
+            downs.append(down)
+            block = up.new_zeros(len(down), self.width)
+            block[:, part] = up.t() * layer.scaling[name]
+            blocks.append(block)
+        dtype = bases[0].weight.dtype
+        self.down = torch.cat(downs).to(dtype).t() if downs else None  # [in,r of all]
+        self.up = torch.cat(blocks).to(dtype) if downs else None  # [r of all,width]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute x [n,in] -> [n,width], added to `residual` where there is one."""
+        if residual is not None:
+            ((weight, bias),) = self.bases
+            output = torch.addmm(residual if bias is None else residual + bias, x, weight)
+        else:
+            output = x.new_empty(len(x), self.width)
+            for (weight, bias), part in zip(self.bases, self.parts, strict=True):
+                if bias is None:
+                    torch.mm(x, weight, out=output[:, part])
+                else:
+                    torch.addmm(bias, x, weight, out=output[:, part])
+        if self.down is not None and self.up is not None:
+            output.addmm_(x @ self.down, self.up)
+        return output
+
+
+class TokenLayer:
+    """Compute one decoder layer for new tokens.
+
+    kind: what the family says of its layers.
+    rotary: sin' of the newest token, by kind of layer, with the sin that it was made of.
+    """
+
+    def __init__(
+        self, layer: Any, kind: LayerKind, rotary: dict[str | None, tuple[Tensor, Tensor]]
+    ):
+        self.attention, self.act, self.rotary = layer.self_attn, layer.mlp.act_fn, rotary
+        attention, mlp = layer.self_attn, layer.mlp
+        self.into_heads = Products([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out_of_heads = Products([attention.o_proj])
+        self.into_mlp = Products([mlp.gate_proj, mlp.up_proj])
+        self.out_of_mlp = Products([mlp.down_proj])
+        self.width = attention.head_dim
+        self.queries = attention.q_proj.out_features // self.width  # H
+        self.keys = attention.k_proj.out_features // self.width  # K
+        self.epsilon = getattr(layer.input_layernorm, kind.epsilon)
+
+        def weight(norm: nn.Module) -> Tensor:
+            own = norm.get_parameter("weight").detach()
+            return (1.0 + own.float()).to(own.dtype) if kind.one_is_added else own
+
+        self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = (
+            None if name is None else weight(getattr(layer, name)) for name in kind.norms
+        )
+        self.one_is_added = kind.one_is_added
+        self.heads: Tensor | None = None  # weights of the heads' norms as they are, [H+K,D]
+        if kind.norms_of_heads:
+            q, k = (
+                layer.get_submodule(name).get_parameter("weight").detach()
+                for name in kind.norms_of_heads
+            )
+            self.heads = torch.cat([q.expand(self.queries, -1), k.expand(self.keys, -1)])
+        half = torch.ones(self.width // 2, device=layer.input_layernorm.weight.device)
+        self.signs = torch.cat([-half, half]).to(attention.q_proj.weight.dtype)
+
+    def __call__(self, hidden: Tensor, mask: DecodingMask, cos: Tensor, sin: Tensor) -> Tensor:
+        """Run n new tokens [n,hidden] -> [n,hidden]. cos, sin [1,n,D]: of their positions."""
+        states = self.into_heads(self._norm(hidden, self.before_attention))
+        heads = states.view(len(states), -1, self.width)  # [n,H+2K,D]
+        turned, value = heads.split([self.queries + self.keys, self.keys], 1)
+        if self.heads is not None:
+            turned = self._norm(turned, None)
+            turned = (
+                torch.addcmul(turned, turned, self.heads)
+                if self.one_is_added
+                else turned * self.heads
+            )
+        turned = self._rotated(turned, cos[0, :, None], sin)
+        # [1,heads,n,D]
+        query, key = turned.transpose(0, 1)[None].split([self.queries, self.keys], 1)
+        seen = mask.attend(
+            self.attention, query, key, value.transpose(0, 1)[None], 0.0, self.attention.scaling
+        )  # [1,n,H,D]
+        hidden = self._added(hidden, seen.flatten(2)[0], self.out_of_heads, self.after_attention)
+        gate, up = self.into_mlp(self._norm(hidden, self.before_mlp)).chunk(2, 1)
+        return self._added(hidden, self.act(gate) * up, self.out_of_mlp, self.after_mlp)
+
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return rms_norm(x, x.shape[-1:], weight, self.epsilon)  # one kernel on CUDA
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate heads [n,heads,D]. A half of sin' has the sign of transformers' rotate_half."""
+        kind = getattr(self.attention, "layer_type", None)
+        made_of, signed = self.rotary.get(kind, (None, sin))
+        if made_of is not sin:
+            signed = sin * self.signs
+            self.rotary[kind] = sin, signed
+        return torch.addcmul(x * cos, x.roll(self.width // 2, -1), signed[0, :, None])
+
+    def _added(
+        self, hidden: Tensor, x: Tensor, products: Products, weight: Tensor | None
+    ) -> Tensor:
+        """Add a product to the residual stream, after its norm where it has one."""
+        if weight is None:
+            return products(x, hidden)
+        return hidden + self._norm(products(x), weight)
