@@ -10,8 +10,9 @@ counted, and how a GPU differs). The code is the product's own, with the setting
 one rollout of 16 prompts x G 4 with 512 new tokens, and one micro-batch of a recipe's size, one
 prompt x G 4. bf16, LoRA r 16, prompts of 600 tokens of which 256 are an image.
 
-A token is the mean of the rollout's tokens 9 to 16. Shapes and waits are counted over all 512, with
-one decoder layer of each kind, for they do not depend on depth. What a layer launches is the
+A token is the mean of the rollout's tokens 9 to 16. Waits are counted over all 512, and the shapes
+of the work that would be captured in graphs (without graphs every token had its own), with one
+decoder layer of each kind, for they do not depend on depth. What a layer launches is the
 difference of the two, and what LoRA moves that of scoring with an adapter and without. Drawing is
 counted as in a CUDA graph, where no row needs the search of its whole vocabulary.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from engine.decoding import STEPS
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.families import family_of
 from engine.generate import generate
+from engine.graphs import Graphs
 from engine.model import BaseModel, attach_new_adapter, prepare_for_training
 from engine.nucleus import draw
 from engine.optim import build_optimizer, clip_gradients, whole_step
@@ -115,17 +117,26 @@ def micro_batch(config: PretrainedConfig) -> Batch:
 
 
 # ---- phases --------------------------------------------------------------------------------------
-def rollout_counts(policy: Policy, tokens: int) -> list[Counts]:
-    """Count the prefill and then each of the first `tokens` tokens of a rollout."""
+def rollout_counts(policy: Policy, tokens: int) -> tuple[list[Counts], int]:
+    """Count the prefill and then each of the first `tokens` tokens of a rollout.
+
+    Returns (counts, number of shapes of the work that a GPU captures in graphs).
+    """
     counts: list[Counts] = []
+    shapes: set[int] = set()
     prompts = [prompt_of(policy.base.net.config) for _ in range(PROMPTS)]
     uniform = [torch.zeros(GENERATIONS, NEW_TOKENS)] * PROMPTS
     sampling = SamplingConfig(0.8, 0.95, NEW_TOKENS)
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(STEPS, meta=replace(STEPS["cuda"], graphs=False)))
+        stack.enter_context(patch.dict(STEPS, meta=STEPS["cuda"]))
         stack.enter_context(patch("engine.nucleus._run_if", in_a_graph))
         stack.enter_context(as_on_cuda())
         counter = stack.enter_context(OpCounts())
+
+        def note_shapes(graphs: Graphs, name: str, shape: Hashable, work: Callable) -> None:
+            shapes.add(counter.shapes_of(work))
+
+        stack.enter_context(patch.object(Graphs, "run", note_shapes))
 
         def count() -> bool:
             counts.append(counter.take())
@@ -143,7 +154,7 @@ def rollout_counts(policy: Policy, tokens: int) -> list[Counts]:
             counts.append(counter.take())
         except StopRequested:
             pass
-    return counts
+    return counts, len(shapes)
 
 
 def counted(work: Callable[[], object]) -> Counts:
@@ -219,8 +230,8 @@ def rollout_rows(family: str, tokens: int = NEW_TOKENS) -> Rows:
     """
     config, shallow = FAMILIES[family](), FAMILIES[family]()
     layers, kinds = config.get_text_config().num_hidden_layers, keep_one_layer_of_a_kind(shallow)
-    prefill, *found = rollout_counts(policy_of(base_of(config)), COUNTED.stop - 1)
-    _, *all_tokens = rollout_counts(policy_of(base_of(shallow)), tokens)
+    (prefill, *found), _ = rollout_counts(policy_of(base_of(config)), COUNTED.stop - 1)
+    (_, *all_tokens), shapes = rollout_counts(policy_of(base_of(shallow)), tokens)
     token, of_shallow = (
         mean(one[COUNTED.start - 1 : COUNTED.stop - 1]) for one in (found, all_tokens)
     )
@@ -235,7 +246,7 @@ def rollout_rows(family: str, tokens: int = NEW_TOKENS) -> Rows:
         },
         "drawing, of a token": row(nucleus_counts(config)),
         f"{tokens} tokens": {
-            "shapes": len({one.shapes for one in all_tokens}),
+            "shapes": shapes,
             "waits in 64 tokens": max(waits),
         },
     }
