@@ -196,6 +196,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         return 0
     resolved = fitted(resolved, device, *sets, start.adapter, batches, ranks=ranks)
     config = resolved.configs[0]
+    rollouts.settle(config)
     note = partial(training_record, resolved, "grpo", data, checkpoint, total_steps, ranks.size)
     record = ranks.on_first(lambda: with_reward_code(note(), config, begun))
     temperature, limits = config.temperature, rollouts.limits

@@ -18,7 +18,7 @@ from engine.adapter_files import base_to_use, read_adapter
 from engine.config import Resolved, UsageError
 from engine.model_files import same_base
 from engine.resume import saved_settings
-from engine.values import show
+from engine.values import show, take_apart
 
 # What training takes over from the adapter that it starts from, and from the run that made it.
 INHERITED = (
@@ -143,11 +143,15 @@ def settings_of_adapter(folder: str, names: Collection[str], config: Any) -> dic
         value = adapter.get(_OF_ADAPTER[name]) if name in _OF_ADAPTER else run.get(name)
         if value is None:
             continue
-        expected = get_args(types[name]) or (types[name],)  # the first is int of `int | None`
-        if name not in _OF_ADAPTER and type(value) not in expected:
+        kind, choices, _, _ = take_apart(types[name])
+        kinds = get_args(kind) or (kind,)  # a name or a file
+        if name not in _OF_ADAPTER and (
+            type(value) not in kinds or (choices and value not in choices)
+        ):
+            expected = f"one of {', '.join(choices)}" if choices else kinds[0].__name__
             raise UsageError(
-                f"{Path(folder) / 'config.json'}: {name} is {value!r}, expected"
-                f" {expected[0].__name__}; repair or remove the file"
+                f"{Path(folder) / 'config.json'}: {name} is {value!r}, expected {expected};"
+                " repair or remove the file"
             )
         found[name] = value
     return found

@@ -72,17 +72,23 @@ class Rollouts:
         ranks: Ranks = ALONE,
     ):
         """Begin the stream. data: the training examples, each a prompt."""
-        self.data, self.reward_functions, self.config = data, reward_functions, config
-        self.ranks = ranks
+        self.data, self.reward_functions, self.ranks = data, reward_functions, ranks
         self.order = Order(data, config.hospital_weights, config.seed)
         self.plan = BatchPlan.of(config, ranks.size)
-        self.limits = Limits(config)
+        self.settle(config)
         self._with_reference = False  # when the rollout was scored
         self._scored_again = False  # in smaller micro-batches, which other ranks do not know yet
         self.examples: list[Example] = []
         self.prompts: list[EncodedPrompt] = []
         self.first = 0
         self.samples: list[Sample] = []
+
+    def settle(self, config: GRPOConfig) -> None:
+        """Take the settings that fit this machine, which say how much is run at once.
+
+        config: as in the beginning, but for how much is run at once and how products are made.
+        """
+        self.config, self.limits = config, Limits(config)
 
     # ---- the stream of prompts -------------------------------------------------------------------
     def update_of(self, step: int) -> int:

@@ -19,6 +19,7 @@ import engine.base_model
 import engine.fit
 import engine.generate
 import engine.remedies
+import eval.decode
 import eval.evaluate
 import run_grpo
 from engine.config import Resolved, UsageError
@@ -34,6 +35,7 @@ from engine.memory import (
     forecast,
     lora_parameters,
 )
+from engine.out_of_memory import EVALUATION
 from engine.ranks import Ranks
 from engine.remedies import Question, certain, largest
 from engine.sampling_layers import sampling_layers
@@ -275,6 +277,26 @@ def test_an_evaluation_is_fitted_too(tiny_checkpoint, tiny_data, tmp_path, monke
     assert "error: memory: evaluation needs 0.0" in error
     assert not (tmp_path / "out").exists()
     assert eval.evaluate.main([*command, "--no_memory_check"]) == 0
+
+
+def test_grpo_evaluates_as_many_rows_together_as_the_forecast_allows(
+    tiny_sft_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """128, the most, fit in 1 GiB: what config.json says is what the run does."""
+    monkeypatch.setattr(engine.fit, "free_memory", lambda device: Free(GIB, 0, "the test"))
+    rows = []
+
+    def noted(*args, max_rows, **keywords):
+        rows.append(max_rows)
+        return engine.generate.generate(*args, max_rows=max_rows, **keywords)
+
+    monkeypatch.setattr(eval.decode, "generate", noted)
+    flags = ("--validation_file", f"site={tiny_data}", "--max_steps", "1")
+    assert grpo(tiny_sft_run("gemma3"), tiny_data, tmp_path / "run", *flags) == 0
+    entry = json.loads((tmp_path / "run/config.json").read_text())["settings"][EVALUATION]
+    assert entry == {"value": 128, "origin": "memory forecast"}
+    assert rows
+    assert set(rows) == {128}
 
 
 def test_the_cache_is_counted_with_the_deepstack_features_of_qwen3_vl():

@@ -175,6 +175,21 @@ def test_a_config_json_that_cannot_be_used_is_named(adapter, name, value, messag
     assert str(error.value).endswith("; repair or remove the file")
 
 
+@pytest.mark.parametrize("value", ["mkl", True, ["torch"]])
+def test_a_choice_in_config_json_that_there_is_not_is_named(adapter, value):
+    folder = adapter(sampling_product=value)
+    with pytest.raises(UsageError) as error:
+        settings_of_adapter(folder, ["sampling_product"], SFTConfig())
+    assert str(error.value) == (
+        f"{folder}/config.json: sampling_product is {value!r}, expected one of auto, torch, onednn;"
+        " repair or remove the file"
+    )
+    kept = settings_of_adapter(
+        adapter(sampling_product="onednn"), ["sampling_product"], SFTConfig()
+    )
+    assert kept == {"sampling_product": "onednn"}
+
+
 def test_a_prompt_of_another_version_is_named_where_it_would_be_used(adapter):
     folder = adapter(prompt="gone")
     with pytest.raises(UsageError, match=f"^{folder}/config.json: there is no prompt 'gone'; ther"):
