@@ -48,6 +48,10 @@ def counted(work, answer: int = 0) -> Counts:
         (lambda x: x.sum(1), 1, 48, 12),
         (lambda x: x.softmax(-1), 1, 48, 48),
         (lambda x: torch.cat([x, x]), 1, 96, 96),
+        (lambda x: torch.cat([x] * 129), 2, 129 * 48, 129 * 48),  # 128 a launch
+        # the same shapes with another type of number, which makes another type of tensor
+        (lambda x: x.long() + 1, 2, 48 + 96, 96 + 96),
+        (lambda x: x.long() + 1.0, 2, 48 + 96, 96 + 48),
         # of 3 rows an index takes 2: 32 bytes and the index
         (lambda x: x.index_select(0, made(2, dtype=torch.long)), 1, 32 + 16, 32),
         (lambda x: x[made(2, dtype=torch.long)], 1, 32 + 16, 32),
