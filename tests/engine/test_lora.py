@@ -217,6 +217,13 @@ def test_three_layers_share_one_product_with_a():
     assert torch.equal(layers[1](x.clone()), k)
 
 
+def test_what_is_held_is_for_its_own_input_alone():
+    layers = fused(pefts_layers())
+    x = numbers(3, 16)
+    layers[0](x)
+    torch.testing.assert_close(layers[1](2 * x), Linear.forward(layers[1], 2 * x))
+
+
 def test_nothing_is_held_after_the_last_layer():
     layers = fused(pefts_layers())
     shared = layers[0].shared

@@ -111,7 +111,7 @@ def test_in_fp32_the_sampler_writes_what_transformers_layers_write(
 
 def states(net, base, images, monkeypatch) -> Tensor:
     """Decode given tokens greedily and collect the states before the head -> [tokens,n,H]."""
-    import engine.generate as module
+    import engine.decoding as module
 
     read, kept = module.read_tokens, []
 
