@@ -185,8 +185,8 @@ def shard_base(
     fill: called with each layer before it is sharded.
 
     No parameter is cast: bf16 weights and fp32 adapters stay so. Adapters may be attached before or
-    after, and are not FSDP's: it would shard their gradients, and forget them where `use_adapter`
-    switches them off for a while. Nor is what the engine reads outside of the decoder's forward.
+    after, and are not FSDP's, which would leave each rank a shard of their gradients. Nor is what
+    the engine reads outside of the decoder's forward.
     """
     decoder: Any = language_model(net)
     for layer in decoder.layers:

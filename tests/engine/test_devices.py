@@ -53,11 +53,18 @@ LENGTHS = ((0, 5), (1, 7), (0, 2))  # (prompt, tokens) of every completion; the 
 
 
 class OneDevice(TorchDispatchMode):
-    """Raise for an operation that takes or makes a tensor of another device than DEVICE."""
+    """Raise for an operation that takes or makes a tensor of another device than DEVICE.
+
+    A list of numbers may be made into a tensor of the CPU that is copied without a wait.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, result)):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function in (torch.ops.aten.lift_fresh.default, torch.ops.prim.device.default):
+            return result
+        waits = function is not torch.ops.aten._to_copy.default or not kwargs.get("non_blocking")
+        for tensor in tree_leaves((args, kwargs, result) if waits else result):
             assert not isinstance(tensor, torch.Tensor) or tensor.device == DEVICE, (
                 f"{function}: {tuple(tensor.shape)} on {tensor.device}"
             )

@@ -449,8 +449,11 @@ def test_how_many_chunks_of_logits_there_are_at_once(dtype, entropy, softcap, gr
             (logprobs.sum() + (entropies.sum() if entropy else 0)).backward()
 
     chunk = 16 * 20_000 * 4
+    # In bf16 some processors' products have a buffer of the head's size (seen with AMX).
+    direction = torch.zeros(16, 20_000, dtype=dtype)
+    packed = allocated_peak(lambda: direction @ head) if dtype == torch.bfloat16 else 0
     # the rest: [M,H], [M], and what a product packs
-    assert copies * chunk < allocated_peak(step) < (copies + 0.15) * chunk
+    assert copies * chunk < allocated_peak(step) < (copies + 0.15) * chunk + packed
 
 
 def test_without_a_gradient_only_the_logits_are_made():

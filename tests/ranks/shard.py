@@ -278,13 +278,13 @@ def reading_on_first(ranks: Ranks) -> Iterator[None]:
 def wrong_ways(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Shard a model that has adapters already, rightly and in two wrong ways.
 
-    Returns for each how many parameters are trained and how many get a gradient in a step after the
-    reference was used, as GRPO uses it first, or what is raised.
+    Returns for each how many parameters are trained and how many get a whole gradient in a step
+    after the reference was used, as GRPO uses it first, or what is raised.
     """
     mesh = shard.node_mesh(ranks, CPU)
 
     def adapters_inside(module: nn.Module, mesh: DeviceMesh, **options: Any) -> object:
-        # as torch's examples do it, layer by layer: the adapter is switched back on whole layers
+        # as torch's examples do it, layer by layer
         return None if hasattr(module, "embed_tokens") else fully_shard(module, mesh=mesh)
 
     def embedding_inside(module: nn.Module, **options: Any) -> object:
@@ -299,7 +299,7 @@ def wrong_ways(folder: Path, ranks: Ranks) -> dict[str, Any]:
             shard.shard_base(policy.adapted, mesh)
         score(policy, rows, ranks, own=False)
         update(policy, rows, ranks)
-        return [len(policy.parameters), sum(p.grad is not None for p in policy.parameters)]
+        return [len(policy.parameters), sum(type(p.grad) is Tensor for p in policy.parameters)]
 
     return {
         "right": reached(fully_shard),

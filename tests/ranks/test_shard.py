@@ -85,7 +85,7 @@ def test_of_two_nodes_each_holds_a_copy(folder):
 
 
 def test_adapters_and_embedding_are_not_sharded(two_ranks):
-    """FSDP with the adapters would lose them at the first use of the reference, without a word."""
+    """FSDP with the adapters would leave each rank a shard of their gradients, without a word."""
     for of_rank in two_ranks:
         found = dict(of_rank)["wrong"]
         assert found["right"] == [28, 28]

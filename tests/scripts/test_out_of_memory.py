@@ -22,6 +22,7 @@ import torch
 import engine.decoding
 import engine.generate
 import engine.policy
+import engine.remedies
 import run_grpo
 import run_sft
 from engine.resume import find_checkpoint
@@ -48,6 +49,9 @@ from tests.helpers.runs import (
 
 FAMILY = "qwen2_5_vl"
 M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
+# Of weights after a cut: gradients are added up in another order, and AdamW divides by their size.
+# It is 1.2e-6 at most on the machines seen; a row counted twice moves weights by the rate of 1e-3.
+ROUNDING = 1e-5
 GIB = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 # Two steps of two micro-batches of four rows. The scores at the end are greedy answers.
 SFT_RUN = ["--max_steps", "2", "--per_device_train_batch_size", "4"]
@@ -112,7 +116,7 @@ def test_sft_ends_where_it_would_have(
     found = cuts(tmp_path / "run")
     assert list(found) == ([cut] if cut else [])
     difference = largest_difference(adapter(straight_sft), adapter(tmp_path / "run"))
-    assert difference <= (1e-6 if cut == "max_tokens_per_forward" else 0)
+    assert difference <= (ROUNDING if cut == "max_tokens_per_forward" else 0)
     answers = "predictions-validation.jsonl"
     assert lines(tmp_path / "run" / answers) == lines(straight_sft / answers)
 
@@ -145,7 +149,7 @@ def test_grpo_ends_where_it_would_have(
     found = cuts(tmp_path / "run")
     assert list(found) == ([cut] if cut else [])
     difference = largest_difference(adapter(straight_grpo), adapter(tmp_path / "run"))
-    assert difference <= (1e-6 if cut else 0)
+    assert difference <= (ROUNDING if cut else 0)
     for one, other in zip(
         lines(straight_grpo / "completions.jsonl"),
         lines(tmp_path / "run" / "completions.jsonl"),
@@ -263,7 +267,7 @@ def test_a_row_that_does_not_fit_ends_the_run_with_the_setting_to_lower(
     # the advice is taken, and the run ends where it would have
     resumed = ["--resume_from_checkpoint", str(tmp_path / "run"), "--gradient_checkpointing"]
     assert run_sft.main(resumed) == 0
-    assert largest_difference(adapter(straight_sft), adapter(tmp_path / "run")) <= 1e-6
+    assert largest_difference(adapter(straight_sft), adapter(tmp_path / "run")) <= ROUNDING
 
 
 # ---- a real limit of the process ---------------------------------------------------------------
@@ -330,7 +334,7 @@ def test_a_run_under_a_limit_of_the_address_space(
     assert list(cuts(tmp_path / "run")) == ["max_tokens_per_forward"]
     assert "out of memory in update (tried to allocate " in end.err
     difference = largest_difference(adapter(tmp_path / "straight"), adapter(tmp_path / "run"))
-    assert difference <= 1e-6
+    assert difference <= ROUNDING
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -372,7 +376,11 @@ def test_a_matrix_goes_on_with_less_at_once(tiny_sft_run, tiny_data, tmp_path, c
     assert capsys.readouterr().err.count("out of memory in evaluation") == 1
 
 
-def test_an_evaluation_that_does_not_fit_says_what_to_lower(tiny_sft_run, tiny_data, tmp_path):
+def test_an_evaluation_that_does_not_fit_says_what_to_lower(
+    tiny_sft_run, tiny_data, tmp_path, monkeypatch
+):
+    # whatever this machine's processor can: bf16 would be advised where it computes in it
+    monkeypatch.setattr(engine.remedies, "computes_bf16", lambda device: False)
     argv = ["--adapter_name_or_path", str(tiny_sft_run(FAMILY)), "--data_file", f"a={tiny_data}"]
     argv += ["--output_dir", str(tmp_path / "run")]
     end = forked(evaluate, argv, faults=[runs_out("engine.decoding.read_tokens", 1, times=None)])
