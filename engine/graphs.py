@@ -64,13 +64,15 @@ def _address(tensor: Tensor) -> int:
 class Graphs:
     """Hold the graphs of one model's decoding, with the memory that they read and write.
 
-    They outlive a call that keeps them. Whatever goes wrong in a call, and whatever runs out of
-    memory later, drops them (`engine.out_of_memory.free_memory`).
+    They outlive a call that keeps them. Whatever goes wrong in a call drops them. Whatever runs out
+    of memory later drops them for good (`engine.out_of_memory.free_memory`): then no call keeps
+    any, for the next would run out as well.
     """
 
     def __init__(self) -> None:
         """Begin without any."""
         self.unable = False  # once a capture has failed
+        self._released = False  # once what a call had kept was in the way
         self._stream: Any = None
         self.drop()
         HOLDERS.add(self)
@@ -84,6 +86,22 @@ class Graphs:
         self._held: tuple[Hashable, Any] | None = None
         self._pool: Any = None
 
+    def release(self) -> bool:
+        """Let go of what a call has kept, and keep nothing from now on.
+
+        Returns whether there was anything.
+        """
+        if self._held is None:
+            return False
+        print(
+            "note: memory is short: decoding keeps neither cache nor CUDA graphs for the next"
+            " rollout from now on",
+            file=sys.stderr,
+        )
+        self._released = True
+        self.drop()
+        return True
+
     @contextmanager
     def call(self, *, keep: bool) -> Iterator[None]:
         """Run one call in the block. keep: hold graphs and memory afterwards, for the next."""
@@ -93,7 +111,7 @@ class Graphs:
             yield
             fine = True
         finally:
-            if not (keep and fine):
+            if self._released or not (keep and fine):
                 self.drop()
 
     def held(self, key: Hashable, make: Callable[[], Held]) -> Held:

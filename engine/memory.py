@@ -5,8 +5,9 @@
 A run holds something all the time: base, adapters, AdamW's state (and the gradients, in the
 update). For a while it holds more. Each phase has a few moments that can be its largest, and a
 function below computes them. The phase takes its largest moment, and the run takes its largest
-phase. Bytes are those of live tensors. A GPU needs more: CUDA's context (about half a GB) and what
-the caching allocator cannot reuse. A process on a CPU also needs Python's own memory.
+phase. Bytes are those of live tensors, and on a GPU those that CUDA graphs hold. A GPU needs more:
+CUDA's context (about half a GB) and what the caching allocator cannot reuse. A process on a CPU
+also needs Python's own memory.
 
 The table follows from the code. It counts bytes for each token of the packed row
 (engine/forward.py) and each decoder layer. h hidden, q = heads x head_dim, k = kv_heads x head_dim,
@@ -29,19 +30,22 @@ f intermediate, r rank of LoRA, e bytes of the base's dtype:
 
 Without gradient only one layer's temporaries are alive. The head holds at most CHUNK_SIZE rows of
 the vocabulary, twice with the entropy. While sampling, a prompt's keys and values are held once for
-all its completions, and those of the completions are allocated at the start.
+all its completions, and those of the completions are allocated at the start. On a GPU lengths are
+rounded up there, and the buffers and graphs of a rollout are kept for the next, while the policy
+learns (engine/graphs.py).
 
 Shapes: B prompts of S tokens, N completions of R tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
-from engine.decoding import MASKS_AHEAD
+from engine.decoding import MASKS_AHEAD, DecodingSteps, steps_on
 from engine.families import family_of
 from engine.generate import READ_TOKENS, parts_of_group
 from engine.logprobs import CHUNK_SIZE
@@ -49,6 +53,8 @@ from engine.logprobs import CHUNK_SIZE
 FP32 = 4
 GIB = 2**30
 COPIES = "sampling weights"  # the part that `Workload.sampling_copies` adds
+GRAPHS = "CUDA graphs"  # the memory of one decoding's graphs
+KEPT = "kept to sample"  # from one rollout to the next, and given up where memory runs out
 # Of a sharded base a GPU holds, beside its shards: the layer that runs, the next one, which is on
 # its way, and the buffer in which it arrives.
 GATHERED_LAYERS = 3
@@ -137,6 +143,11 @@ class Workload:
     sampling_copies: bool = True
     sampling_rows: int | None = None
     shards: int = 1
+
+    @property
+    def steps(self) -> DecodingSteps:
+        """Return in what steps the shapes of decoding change."""
+        return steps_on(torch.device(self.device))
 
     def sampled(self) -> tuple[int, int]:
         """Return (prompts, completions of each) of a rollout that are decoded together."""
@@ -485,44 +496,78 @@ def writing_moments(
     together = Packed(
         min(prompts, max(1, READ_TOKENS // work.prompt_length)), work.prompt_length, 0, 0
     )
-    cache = kv_cache(shape, work, prompts, work.prompt_length) + kv_cache(
-        shape, work, rows, work.max_completion_length
-    )
+    buffers = decoding_buffers(shape, work, prompts, generations)
     features = prompts * work.image_tokens * (1 + shape.extra_features) * shape.hidden * e
-    # 20 bytes: an id (int64), a log-probability, a mass and a uniform number (fp32).
-    held = rows * work.max_completion_length * 20 + features
+    held, cache = buffers["inputs"] + features, {"KV cache": buffers["KV cache"]}
+    attention, head = token_temporaries(shape, work, rows, greedy=greedy)
+    # Graphs hold their memory also while work runs beside them as it is.
+    graphs = {GRAPHS: max(attention, head)} if work.steps.graphs else {}
     yield {
         "inputs": held
         + packed_inputs(shape, work, together)
         + extra_inputs(shape, work, together.tokens),
-        "KV cache": cache,
+        **cache,
         "activations": layer_temporaries(shape, work, together.tokens, 0),
+        **graphs,
     }
-    length = work.prompt_length + work.max_completion_length
+    yield {"inputs": held, **cache, "activations": attention, **graphs}
+    yield {"inputs": held, **cache, "logits": head, **graphs}
+
+
+def decoding_buffers(shape: ModelShape, work: Workload, prompts: int, generations: int) -> Parts:
+    """Compute what engine/decoding.py holds all the time: cache, masks and what is written."""
+    rows = prompts * generations
+    prompt = work.steps.rounded(work.prompt_length)
+    completion = work.steps.rounded(work.max_completion_length)
+    length = prompt + completion
+    masks = MASKS_AHEAD * rows * length * mask_kinds(shape, length) * work.element_size
+    # 20 bytes: an id (int64), a log-probability, a mass and a uniform number (fp32).
+    return {
+        "inputs": rows * completion * 20 + masks,
+        "KV cache": kv_cache(shape, work, prompts, prompt)
+        + kv_cache(shape, work, rows, completion),
+    }
+
+
+def token_temporaries(
+    shape: ModelShape, work: Workload, rows: int, *, greedy: bool
+) -> tuple[int, int]:
+    """Compute the bytes of the last token of all rows, in a layer's attention and in the head."""
+    e = work.element_size
+    length = sum(map(work.steps.rounded, (work.prompt_length, work.max_completion_length)))
     # Scores of prompts and of completions, both together, and their softmax.
     scores = rows * shape.heads * length * (2 * e + max(e, FP32))
-    masks = MASKS_AHEAD * rows * length * mask_kinds(shape, length) * e
-    yield {
-        "inputs": held + masks,
-        "KV cache": cache,
-        "activations": scores + rows * layer_temporaries(shape, work, 1, 0),
-    }
-    yield {
-        "inputs": held,
-        "KV cache": cache,
-        "logits": sampler_head(shape, rows, greedy=greedy),
-    }
+    attention = scores + rows * layer_temporaries(shape, work, 1, 0)
+    return attention, sampler_head(shape, rows, greedy=greedy)
+
+
+def kept_parts(shape: ModelShape, work: Workload) -> Parts:
+    """Compute what a rollout keeps for the next one: its buffers and its graphs' memory.
+
+    Graphs share one pool, as large as the largest of them needs. Nothing is kept on a CPU, in SFT
+    or with a sharded base.
+    """
+    if not work.rollout_prompts or not work.steps.graphs or work.shards > 1:
+        return {}
+    prompts, generations = work.sampled()
+    buffers = decoding_buffers(shape, work, prompts, generations)
+    pool = max(token_temporaries(shape, work, prompts * generations, greedy=False))
+    return {KEPT: sum(buffers.values()) + pool}
 
 
 def forecast(shape: ModelShape, work: Workload) -> Forecast:
     """Forecast the largest moment of every phase of a run, part by part."""
-    static = static_parts(shape, work)
-    moments = {
+    static, kept = static_parts(shape, work), kept_parts(shape, work)
+    moments: dict[str, Iterable[Parts]] = {
         "update": update_moments(shape, work),
         "evaluation": decoding_moments(shape, work, work.eval_rows, 1, greedy=True),
     }
     if work.rollout_prompts:
-        moments["rollout"] = decoding_moments(shape, work, *work.sampled(), greedy=False)
+        # The images of the next rollout are seen while the last one's buffers are there.
+        moments["rollout"] = [
+            {"activations": vision_tower(shape, work)} | kept,
+            *decoding_moments(shape, work, *work.sampled(), greedy=False),
+        ]
         moments["scoring"] = scoring_moments(shape, work, work.packed(work.micro_batch))
     else:
         moments["validation"] = scoring_moments(shape, work, work.packed(work.eval_rows))
@@ -530,6 +575,7 @@ def forecast(shape: ModelShape, work: Workload) -> Forecast:
         {
             phase: static
             | gathered_parts(shape, work, sampling=phase in SAMPLING_PHASES)
+            | (kept if phase in ("scoring", "update") else {})
             | max(moments[phase], key=lambda parts: sum(parts.values()))
             for phase in PHASES
             if phase in moments

@@ -28,9 +28,12 @@ Result = TypeVar("Result")
 
 
 class Holder(Protocol):
-    """Describe what holds memory that can be had again, such as graphs (engine/graphs.py)."""
+    """Describe what holds memory for speed alone, such as graphs (engine/graphs.py).
 
-    def drop(self) -> None: ...
+    release() lets go of it, for good, and returns whether there was any.
+    """
+
+    def release(self) -> bool: ...
 
 
 HOLDERS: WeakSet[Holder] = WeakSet()  # of this process
@@ -111,13 +114,16 @@ def let_go(error: BaseException) -> None:
         one.__traceback__ = one.__cause__ = one.__context__ = None
 
 
-def free_memory() -> None:
-    """Give back what is held for speed alone, or by nothing any more, and the allocator's cache."""
-    for holder in list(HOLDERS):
-        holder.drop()
+def free_memory() -> bool:
+    """Give back what is held for speed alone, or by nothing any more, and the allocator's cache.
+
+    Returns whether anything was held for speed, which it will not be again.
+    """
+    released = [holder.release() for holder in list(HOLDERS)]
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return any(released)
 
 
 def said_by(error: BaseException) -> str:
@@ -241,6 +247,7 @@ class Limits:
     ) -> Result:
         """Do the work until it fits. smaller(): the setting's next value, None where there is none.
 
+        What is held for speed alone is given up before anything is halved.
         Where nothing is left to halve, it is tried once more: other work may have left the
         allocator's cache in pieces.
         """
@@ -254,8 +261,7 @@ class Limits:
                 reason = said_by(error)
                 let_go(error)
             # outside of the block: inside, the exception itself is held
-            free_memory()
-            after = smaller()
+            after = None if free_memory() else smaller()
             if setting == TOKENS and not self.alone:
                 raise DoesNotFit(
                     f"out of memory in {phase} ({reason}): with --shard_base all ranks run a"

@@ -15,7 +15,7 @@ import torch
 
 from engine.device import computes_bf16
 from engine.free_memory import Free, free_memory
-from engine.memory import GIB, Forecast, Parts
+from engine.memory import GIB, KEPT, Forecast, Parts
 from engine.out_of_memory import EVALUATION, SAMPLING, TOKENS
 
 # Of what is free: above this share the sampler copies nothing, since allocators waste a part.
@@ -64,8 +64,12 @@ REMEDIES = {
 
 # ---- compare with what is free -------------------------------------------------------------------
 def total(parts: Parts) -> int:
-    """Add up the parts of a phase, in bytes."""
-    return sum(parts.values())
+    """Add up the parts that a phase cannot do without, in bytes.
+
+    What a rollout keeps for the next is given up where memory runs out, so nothing is refused or
+    made smaller for it.
+    """
+    return sum(size for name, size in parts.items() if name != KEPT)
 
 
 def certain(parts: Parts) -> int:
@@ -109,7 +113,8 @@ class Question:
         ]
 
     def _problem(self, phase: str, parts: Parts, free: Free) -> str:
-        listed = sorted(parts.items(), key=lambda part: -part[1])
+        needed = [part for part in parts.items() if part[0] != KEPT]
+        listed = sorted(needed, key=lambda part: -part[1])
         said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in listed[:4] if size)
         return (
             f"memory: {phase} needs {total(parts) / GIB:.2f} GiB ({said}) and"

@@ -213,6 +213,7 @@ def predict(
     together = max(1, decoding.batch_size // k)
     size = min(WINDOW * together, max(together, LARGEST_WINDOW))
     policy.expect(examples[i] for i in own)
+    policy.graphs.drop()  # what a rollout has kept is of no use here, and in the images' way
     # as many windows on every rank: all leave after the one in which one of them stops or fails
     with ranks.together(), policy.gathered():  # once, where the base is sharded
         for start in range(0, len(missing[:: ranks.size]), size):

@@ -19,6 +19,7 @@ import engine.base_model
 import engine.fit
 import engine.generate
 import engine.remedies
+import engine.workload
 import eval.decode
 import eval.evaluate
 import run_grpo
@@ -29,6 +30,7 @@ from engine.free_memory import Free
 from engine.memory import (
     COPIES,
     GIB,
+    KEPT,
     Forecast,
     ModelShape,
     Workload,
@@ -75,6 +77,8 @@ def test_what_is_certain_of_a_phase_by_hand():
     # what is held is exact, of the rest four fifths
     parts = {"base": 100, "adapters": 10, "AdamW": 20, "gradients": 5, "KV cache": 50, COPIES: 50}
     assert certain(parts) == 135 + 80
+    # what a rollout keeps for the next can be given up
+    assert certain(parts | {KEPT: 1000}) == 135 + 80
 
 
 @pytest.mark.parametrize(("most", "limit", "found"), [(7, 100, 7), (0, 100, 0), (200, 100, 100)])
@@ -138,6 +142,30 @@ def test_the_flag_that_is_named_makes_the_phase_fit(config, gigabytes, phase):
                 value += 1
             larger = replace(config, **{name: value})
             assert sum(asked.forecast(larger).phases[full].values()) > 0.9 * there.memory
+
+
+def test_nothing_is_refused_or_made_smaller_for_what_rollouts_keep(monkeypatch):
+    monkeypatch.setattr(engine.workload, "base_dtype", lambda *_: torch.bfloat16)
+    # 15 completions of a prompt, decoded together, and updates of one completion each
+    config = GRPOConfig(per_device_train_batch_size=1, steps_per_generation=240, num_generations=15)
+    asked = question(config, torch.device("cuda"))
+    parts = asked.forecast(config).phases["update"]
+    needed = sum(size for name, size in parts.items() if name != KEPT)
+    assert parts[KEPT] > 5 * GIB and needed < 9 * GIB
+    lines = asked.problems(free(9))
+    assert lines and not [line for line in lines if " update " in line]
+    # An update that must be refused fits with this flag, if it does without what is kept.
+    large = replace(
+        config,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=30,
+        steps_per_generation=8,
+    )
+    asked = question(large, torch.device("cuda"))
+    line = next(line for line in asked.problems(free(12)) if line.startswith("memory: update"))
+    assert line.endswith(": --gradient_checkpointing would fit") and KEPT not in line
+    smaller = replace(large, gradient_checkpointing=True)
+    assert sum(asked.forecast(smaller).phases["update"].values()) > 15 * GIB
 
 
 def test_a_base_that_is_too_large_is_said_to_be():

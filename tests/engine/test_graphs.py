@@ -192,12 +192,23 @@ def test_they_are_held_for_the_next_call_alone_if_asked(policy, prompts, card):
     assert memory(policy) == NOTHING
     written(policy, prompts, keep=True)
     assert memory(policy)[0] is not None and memory(policy)[1]
-    free_memory()  # as where memory runs out
-    assert memory(policy) == NOTHING
-    written(policy, prompts, keep=True)
     with pytest.raises(KeyboardInterrupt):
         written(policy, prompts, keep=True, should_stop=lambda: True)
     assert memory(policy) == NOTHING
+
+
+def test_they_are_held_no_more_once_memory_has_run_out(policy, prompts, card, capsys):
+    assert not free_memory()  # there was nothing to give up, so what comes is held
+    written(policy, prompts, keep=True)
+    assert memory(policy) != NOTHING and free_memory()
+    assert memory(policy) == NOTHING
+    assert capsys.readouterr().err == (
+        "note: memory is short: decoding keeps neither cache nor CUDA graphs for the next rollout"
+        " from now on\n"
+    )
+    expected = as_they_are(policy, prompts)
+    same(written(policy, prompts, keep=True), expected)
+    assert memory(policy) == NOTHING and not free_memory()
 
 
 def test_without_graphs_nothing_is_held(policy, prompts):

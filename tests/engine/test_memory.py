@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from engine.memory import (
+    GRAPHS,
+    KEPT,
     ModelShape,
     Packed,
     backward_temporaries,
     forecast,
     head_chunk,
     kept_by_layer,
+    kept_parts,
     kv_cache,
     lora_parameters,
     model_shape,
@@ -259,6 +262,45 @@ def test_the_masks_of_the_sampler_by_hand():
     assert attention["inputs"] == 6 * 5 * 20 + 2 * 64 * 8 * 4 + 8 * 6 * 15 * 4
     two_kinds = list(writing_moments(replace(SHAPE, window=14), work, 2, 3, greedy=False))[1]
     assert two_kinds["inputs"] - attention["inputs"] == 8 * 6 * 15 * 4
+
+
+def test_what_rollouts_keep_on_a_gpu_by_hand():
+    # 2 prompts of 10 tokens with 3 completions each of at most 70: on a GPU room for 64 and 128.
+    # Keys and values take 2 x 3 layers x 4 numbers x 4 bytes = 96 bytes a token: 2 x 64 + 6 x 128 =
+    # 896 tokens, 86,016 bytes. Masks: 8 tokens x 6 rows x (64 + 128) places x 4 bytes = 36,864.
+    # What is written: 6 x 128 x 20 = 15,360.
+    # The graphs' pool, attention: scores of 6 rows x 4 heads x 192 places, twice and once more for
+    # the softmax, x 12 bytes = 55,296, and a layer's 4 x (3 x 8 + 3 x 16) = 288 bytes a row, in all
+    # 1,728. That is 57,024, more than the head's 6 x 100 x 5 x 4 = 12,000.
+    work = replace(WORK, device="cuda", prompt_length=10, max_completion_length=70)
+    work = replace(work, image_tokens=4, rollout_prompts=2, num_generations=3)
+    held = 86_016 + 36_864 + 15_360
+    assert kept_parts(SHAPE, work) == {KEPT: held + 57_024}
+    # of 1,000 words the head needs 120,000
+    assert kept_parts(replace(SHAPE, vocabulary=1000), work) == {KEPT: held + 120_000}
+    # Two of a prompt's three rows do not fit, so two places hold one each: 2 x 64 + 2 x 128 = 384
+    # tokens, and of the rest a third: 36,864 + 12,288 + 5,120 + 19,008
+    assert kept_parts(SHAPE, replace(work, sampling_rows=2)) == {KEPT: 73_280}
+    nothing = (dict(device="cpu"), dict(rollout_prompts=0), dict(shards=2))
+    assert [kept_parts(SHAPE, replace(work, **changed)) for changed in nothing] == [{}, {}, {}]
+
+    # It stays while the policy learns. An evaluation drops it.
+    phases = forecast(SHAPE, work).phases
+    assert {name: parts.get(KEPT) for name, parts in phases.items()} == {
+        "rollout": None,
+        "scoring": held + 57_024,
+        "update": held + 57_024,
+        "evaluation": None,
+    }
+    # the rollout itself, its graphs beside work that runs as it is, and features of 2 x 4 x 8 x 4
+    rollout = phases["rollout"]
+    assert (rollout["KV cache"], rollout["inputs"]) == (86_016, 36_864 + 15_360 + 256)
+    assert rollout[GRAPHS] == rollout["activations"] == 57_024
+    assert GRAPHS not in forecast(SHAPE, replace(work, device="cpu")).phases["rollout"]
+    # An image of 64 x 4 patches takes (6 x 4 x 8 + 6 x 4 x 8 + 12 x 4) = 432 bytes each, 110,592 in
+    # all, while the last rollout's buffers are there.
+    seen = forecast(SHAPE, replace(work, image_tokens=64)).phases["rollout"]
+    assert (seen[KEPT], seen["activations"]) == (held + 57_024, 110_592)
 
 
 def test_extra_features_by_hand():

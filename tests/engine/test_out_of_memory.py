@@ -17,6 +17,7 @@ from engine.encode import EncodedPrompt, EncodedRow
 from engine.logprobs import token_logprobs
 from engine.out_of_memory import (
     EVALUATION,
+    HOLDERS,
     SAMPLING,
     TOKENS,
     Cut,
@@ -222,6 +223,32 @@ def test_a_row_that_fits_the_second_time_goes_on():
 
     Limits(SFTConfig()).each("update", rows_of(1, 1, size=1), work)
     assert calls == [[0], [1], [0], [1]]
+
+
+def test_what_is_held_for_speed_is_given_up_before_anything_is_cut():
+    class Held:
+        size = 10
+
+        def release(self) -> bool:
+            had, self.size = self.size > 0, 0
+            return had
+
+    holder, rows, undone = Held(), rows_of(2, 2, 2, 2), []  # 2 prompts of 10, 4 of 2: 28 tokens
+    limits, ran = Limits(SFTConfig(max_tokens_per_forward=None)), []
+    cuts = said(limits)
+    HOLDERS.add(holder)
+
+    def run(indices: list[int]) -> None:
+        ran.append((indices, holder.size))
+        if rows.tokens(indices) + holder.size > room:
+            raise out_of_memory()
+
+    room = 28
+    limits.each("update", rows, run, [lambda: undone.append(True)])
+    assert ran == [([0, 1, 2, 3], 10), ([0, 1, 2, 3], 0)] and undone == [True] and cuts == []
+    room = 14  # what is left to give up is the size
+    limits.each("update", rows, run)
+    assert [cut.after for cut in cuts] == [14]
 
 
 def test_a_signal_is_asked_for_before_every_micro_batch():

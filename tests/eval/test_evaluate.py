@@ -206,6 +206,20 @@ def test_completions_do_not_depend_on_the_batch(model, examples, temperature, mo
     assert len(told) == 3
 
 
+def test_what_a_rollout_has_kept_is_gone_before_images_are_looked_at(model, examples, monkeypatch):
+    policy, found = asked(model), []
+    policy.graphs.held("a rollout", object)
+    encode = type(policy).encode
+
+    def encoded(self, example):
+        found.append(self.graphs._held)
+        return encode(self, example)
+
+    monkeypatch.setattr(type(policy), "encode", encoded)
+    predict(policy, examples[:2], decoding())
+    assert found == [None, None]
+
+
 def test_samples_of_an_image_depend_on_nothing_but_their_number(model, examples, monkeypatch):
     """Not on the batch, on what was kept, or on how many follow. Each prompt is read once."""
     monkeypatch.setattr(eval.decode, "WINDOW", 1)
