@@ -98,6 +98,7 @@ def policy_of(asked: Asked, limits: Limits | None = None) -> Any:
         encode=lambda example: example,
         gathered=nullcontext,
         prompt=SimpleNamespace(name="short"),
+        graphs=SimpleNamespace(drop=lambda: None),
         encoder=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)), text_length=len),
         limits=limits or Limits(),
     )

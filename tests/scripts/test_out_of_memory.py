@@ -398,6 +398,7 @@ def test_evaluations_during_training_are_cut_too(
     """Evaluation and vote at the start, evaluation at the end: nothing of training changes."""
     speak(monkeypatch)
     flags = [*GRPO_RUN, "--validation_file", f"a={tiny_data}"]
+    flags += ["--per_device_eval_batch_size", "8"]
     with runs_out("engine.decoding.read_tokens", 2):
         assert grpo(tiny_sft_run(FAMILY), tiny_data, tmp_path / "run", *flags) == 0
     assert cuts(tmp_path / "run") == {"per_device_eval_batch_size": (4, 8)}
