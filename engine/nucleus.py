@@ -2,8 +2,10 @@
 
 The nucleus is the smallest set of most probable tokens whose mass reaches top_p. It nearly always
 lies among a few candidates, the most probable tokens. So only these are looked through, and a row
-whose nucleus does not lie among them is searched as a whole. Both ways give the same tokens and the
-same mass, bit for bit: a mass is always summed over a whole row, in the order of ids.
+whose nucleus does not lie among them is searched as a whole. Both ways give the same nucleus and
+the same mass, bit for bit: a mass is always summed over a whole row, in the order of ids. So the
+same token is drawn. On a GPU, which adds up in another order where there are fewer candidates, it
+may be the next one where its number lies within rounding of a border.
 
 Shapes: B rows, V vocabulary, k candidates.
 """

@@ -34,29 +34,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import checkout  # noqa: F401  this checkout before an installed one
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from data.prompts import Prompt
-from engine.attention import IMPLEMENTATION
 from engine.collate import Batch, collate_rows
 from engine.completion import Completion, SamplingConfig
 from engine.decoding import STEPS
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.families import family_of
 from engine.generate import generate
 from engine.memory import GIB, ModelShape, Workload, forecast, layer_parameters, model_shape
-from engine.model import BaseModel, add_reference, attach_new_adapter, prepare_for_training
+from engine.model import add_reference, attach_new_adapter, prepare_for_training
 from engine.optim import build_optimizer, clip_gradients, whole_step
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
 from rl.objective import ObjectiveConfig, grpo_loss, token_weights
 from tests.helpers.hub_folder import MODELS, scaled
+from tests.helpers.real_configs import base_of
 
 TITLES = {"gemma-3-4b": "MedGemma-4B", "qwen2.5-vl-3b": "Qwen2.5-VL-3B"}
 GENERATIONS, PROMPT_TOKENS, IMAGE_TOKENS, IMAGE_AT = 4, 600, 256, 10
@@ -113,18 +110,8 @@ def random_policy(name: str, scale: int, device: torch.device) -> Policy:
     config = MODELS[name]()
     config = scaled(config, scale) if scale > 1 else config
     torch.manual_seed(0)
-    with torch.device(device):
-        net = AutoModelForImageTextToText.from_config(
-            config,
-            dtype=torch.bfloat16,
-            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
-        )
-    net.requires_grad_(False).eval()
-    family = family_of(config.model_type)
-    suppressed = (family.image_token_id(config.to_dict()),)
     # without stop tokens, so that all completions have full length
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    base = BaseModel(name, net, family, tokenizer, frozenset(), suppressed, None)
+    base = base_of(config, device)
     adapted = attach_new_adapter(base, r=16, alpha=32, dropout=0.0)
     add_reference(adapted)
     for part, weight in adapted.named_parameters():

@@ -26,20 +26,17 @@ from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import checkout  # noqa: F401  this checkout before an installed one
 import torch
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 from data.prompts import Prompt
-from engine.attention import IMPLEMENTATION
 from engine.collate import Batch, collate_rows
 from engine.completion import SamplingConfig
 from engine.decoding import STEPS
 from engine.encode import EncodedPrompt, EncodedRow
-from engine.families import family_of
 from engine.generate import generate
 from engine.graphs import Graphs
 from engine.model import BaseModel, attach_new_adapter, prepare_for_training
@@ -48,7 +45,7 @@ from engine.optim import build_optimizer, clip_gradients, whole_step
 from engine.policy import Policy
 from engine.runtime import StopRequested
 from tests.helpers.op_counts import Counts, OpCounts, as_on_cuda
-from tests.helpers.real_configs import gemma_4b, qwen_3b
+from tests.helpers.real_configs import base_of, gemma_4b, qwen_3b
 
 FAMILIES = {"qwen2_5_vl": qwen_3b, "gemma3": gemma_4b}
 TITLES = {"qwen2_5_vl": "Qwen2.5-VL-3B", "gemma3": "MedGemma-4B"}
@@ -71,23 +68,10 @@ def keep_one_layer_of_a_kind(config: PretrainedConfig) -> int:
     return text.num_hidden_layers
 
 
-def base_of(config: PretrainedConfig) -> BaseModel:
-    """Make a base as the product loads it, in bf16, without values and without a tokenizer.
-
-    Its vision tower has one layer, which nothing here runs.
-    """
+def counted_base(config: PretrainedConfig) -> BaseModel:
+    """Make a base without values. Its vision tower has one layer, which nothing here runs."""
     config.vision_config.depth = config.vision_config.num_hidden_layers = 1
-    with torch.device("meta"):
-        net = AutoModelForImageTextToText.from_config(
-            config,
-            dtype=torch.bfloat16,
-            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
-        )
-    net.requires_grad_(False).eval()
-    family = family_of(config.model_type)
-    suppressed = (family.image_token_id(config.to_dict()),)
-    tokenizer = SimpleNamespace(pad_token_id=0)
-    return BaseModel("meta", net, family, tokenizer, frozenset({1}), suppressed, None)
+    return base_of(config, "meta", stop_ids=(1,))
 
 
 def policy_of(base: BaseModel, *, adapted: bool = True) -> Policy:
@@ -230,8 +214,8 @@ def rollout_rows(family: str, tokens: int = NEW_TOKENS) -> Rows:
     """
     config, shallow = FAMILIES[family](), FAMILIES[family]()
     layers, kinds = config.get_text_config().num_hidden_layers, keep_one_layer_of_a_kind(shallow)
-    (prefill, *found), _ = rollout_counts(policy_of(base_of(config)), COUNTED.stop - 1)
-    (_, *all_tokens), shapes = rollout_counts(policy_of(base_of(shallow)), tokens)
+    (prefill, *found), _ = rollout_counts(policy_of(counted_base(config)), COUNTED.stop - 1)
+    (_, *all_tokens), shapes = rollout_counts(policy_of(counted_base(shallow)), tokens)
     token, of_shallow = (
         mean(one[COUNTED.start - 1 : COUNTED.stop - 1]) for one in (found, all_tokens)
     )
@@ -255,7 +239,7 @@ def rollout_rows(family: str, tokens: int = NEW_TOKENS) -> Rows:
 def training_rows(family: str) -> Rows:
     """Count the phases of training, and what the adapter adds to a forward."""
     config = FAMILIES[family]()
-    base = base_of(config)
+    base = counted_base(config)
     batch = micro_batch(config)
     with torch.no_grad():
         alone = counted(lambda: policy_of(base, adapted=False).logprobs(batch))

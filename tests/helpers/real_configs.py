@@ -4,7 +4,22 @@ device. Nothing is downloaded.
 
 from __future__ import annotations
 
-from transformers import Gemma3Config, Qwen2_5_VLConfig, Qwen3VLConfig
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+
+from engine.attention import IMPLEMENTATION
+from engine.base_model import BaseModel
+from engine.families import family_of
 
 
 def qwen2_5_vl(size: str) -> Qwen2_5_VLConfig:
@@ -166,3 +181,24 @@ def qwen3_vl(size: str) -> Qwen3VLConfig:
 
 
 REAL_CONFIGS = {"qwen2_5_vl": qwen_3b, "gemma3": gemma_4b, "qwen3_vl": lambda: qwen3_vl("4B")}
+
+
+def base_of(
+    config: PretrainedConfig, device: torch.device | str, *, stop_ids: Iterable[int] = ()
+) -> BaseModel:
+    """Make a frozen base as the product loads it, in bf16, without files and without a tokenizer.
+
+    device: where torch fills the weights as it does by default, "meta" for none.
+    """
+    with torch.device(device):
+        net = AutoModelForImageTextToText.from_config(
+            config,
+            dtype=torch.bfloat16,
+            attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION},
+        )
+    net.requires_grad_(False).eval()
+    family = family_of(config.model_type)
+    suppressed = (family.image_token_id(config.to_dict()),)
+    encoder: Any = SimpleNamespace(pad_token_id=0)
+    name = f"{config.model_type} without files"
+    return BaseModel(name, net, family, encoder, frozenset(stop_ids), suppressed, None)
