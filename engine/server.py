@@ -1,0 +1,467 @@
+"""Ask an inference server over HTTP, and trust nothing that it answers.
+
+    server = Server.of("http://127.0.0.1:8000", timeout=600)
+    server.models()                                    names that it serves
+    server.post("/v1/chat/completions", body)          JSON; `command` where it answers in words
+
+The standard library alone, and no torch. What goes there are images of patients, so a request goes
+to the address that the user has written and nowhere else: redirects are not followed, and proxies
+that the environment names (http_proxy) are not used. Certificates are verified, as Python does by
+default (SSL_CERT_FILE names further ones). The key comes from the environment variable
+VLLM_API_KEY, never from a flag, and is in no message and in no repr.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import os
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from data.json_rows import parse_json
+
+KEY_VARIABLE = "VLLM_API_KEY"
+PAUSES = (0.5, 2.0)  # seconds before the second and the third try
+LONGEST_PAUSE = 60.0  # seconds that a server may ask for (Retry-After)
+MOST_BYTES = 64 * 2**20  # of an answer; 16 completions of 4,096 tokens have some 10 MB
+MOST_SAID = 300  # characters of a server's text that are shown
+_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*/?")
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+
+
+class ServerError(RuntimeError):
+    """Say in one line what a server was asked, what came, and what to do.
+
+    status: the HTTP status, None where none came.
+    """
+
+    def __init__(self, text: str, status: int | None = None):
+        super().__init__(text)
+        self.status = status
+
+
+class ServerGone(ServerError):
+    """Report that no answer came in three tries, or in time: nothing is wrong with the request."""
+
+
+# ---- addresses -----------------------------------------------------------------------------------
+def url_problems(url: str, allow_remote: bool) -> list[str]:
+    """List what is wrong with a server's address, one line each, never quoting a credential.
+
+    Without allow_remote only this machine's own addresses pass: localhost, 127.0.0.0/8 and ::1.
+    Other machines are asked by https alone. Hosts are names in ASCII or addresses in their usual
+    form: what some programs read as an address and others as a name (127.1, 2130706433, 0x7f.1) is
+    refused.
+
+    url: such as http://127.0.0.1:8000, with or without the /v1 at the end.
+    allow_remote: whether images may leave this machine.
+    """
+    problem = _form_problem(url)
+    if problem:
+        return [problem]
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    problem = _host_problem(host, bracketed="[" in parts.netloc)
+    if problem:
+        return [f"{_shown(url)}: {problem}"]
+    problems = []
+    if not _is_loopback(host):
+        if not allow_remote:
+            problems.append(
+                f"{_shown(url)} is not this machine (localhost, 127.0.0.1 or ::1): images would"
+                " leave it. Where their terms of use permit that, give --allow_remote_server"
+            )
+        if parts.scheme != "https":
+            problems.append(
+                f"{_shown(url)}: another machine is asked by https alone, for images and the key"
+                " would be read on the way; or reach it by an ssh tunnel to localhost"
+            )
+    return problems
+
+
+def _form_problem(url: str) -> str | None:
+    """Say what is wrong with the parts of an address, before a host is looked at."""
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        return (
+            f"{_shown(url)}: an address has no blanks, backslashes, control characters or letters"
+            " beyond ASCII; write a name with such letters in its ASCII form (xn--...)"
+        )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"{_shown(url)} is no address of a server: {error}"
+    if "@" in url:
+        return (
+            f"{_shown(url)} holds a credential, which config.json and `ps` would show; put the key"
+            f" into the environment variable {KEY_VARIABLE}"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return f"{_shown(url)} is no address of a server, such as http://127.0.0.1:8000"
+    if port == 0 or parts.netloc.endswith(":"):
+        return f"{_shown(url)}: a port is a number from 1 to 65535"
+    if "?" in url or "#" in url:
+        return f"{_shown(url)}: the address of a server has no ? and no #"
+    segments = parts.path.split("/")
+    if not _PATH.fullmatch(parts.path) or "." in segments or ".." in segments:
+        return f"{_shown(url)}: the path {_cut(parts.path)!r} is not one of a server"
+    return None
+
+
+def _host_problem(host: str, bracketed: bool) -> str | None:
+    """Say what is wrong with a host, in lower case and without brackets."""
+    if bracketed:
+        try:
+            address: Any = ipaddress.IPv6Address(host)
+        except ValueError:
+            return f"{_cut(host)!r} is no IPv6 address"
+        if address.scope_id is not None:
+            return f"{host!r} names a network card; give the address alone"
+    else:
+        labels = host.split(".")
+        if not _NUMBER.fullmatch(labels[-1]):
+            if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+                return f"{_cut(host)!r} is no name of a host"
+            return None
+        try:
+            address = ipaddress.IPv4Address(host)
+        except ValueError:
+            return (
+                f"{_cut(host)!r} is no IPv4 address: write four decimal numbers, such as 127.0.0.1"
+            )
+    if address.is_unspecified:
+        return f"{host} stands for all addresses that a server listens at; give 127.0.0.1 or ::1"
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell whether a host without problems is this machine, whatever a name server says."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    # an IPv4 address within an IPv6 one goes another way
+    return address.is_loopback and getattr(address, "ipv4_mapped", None) is None
+
+
+def _shown(url: str) -> str:
+    """Write an address without what stands before its @, where a credential would be."""
+    return _cut(re.sub(r"(?s)^(\w+:)?(//)?.*@", r"\1\2***@", url))
+
+
+# ---- what may be shown of a server's text --------------------------------------------------------
+def _clean(text: str) -> str:
+    """Write a text in one line, without control characters."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def _cut(text: str, most: int = MOST_SAID) -> str:
+    text = _clean(text)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _message(body: bytes) -> str:
+    """Find what a server says of an error, in the forms of usual servers."""
+    text = body[: 2**16].decode(errors="replace")
+    said, _ = parse_json(text, strict=False)
+    for _ in range(2):  # {"error": {"message": ...}}
+        if isinstance(said, dict):
+            said = next(
+                (said[name] for name in ("error", "message", "detail") if said.get(name)), said
+            )
+    return said if isinstance(said, str) else text
+
+
+# ---- leaving off ---------------------------------------------------------------------------------
+class Cancel:
+    """Break off the requests that hold it, whatever they wait for, by calling it."""
+
+    def __init__(self) -> None:
+        self._event, self._lock = threading.Event(), threading.Lock()
+        self._open: set[socket.socket] = set()
+
+    @property
+    def is_set(self) -> bool:
+        """Return whether it has been called."""
+        return self._event.is_set()
+
+    def __call__(self) -> None:
+        """Break off what is open now, and what is opened later."""
+        self._event.set()
+        with self._lock:
+            for opened in self._open:
+                _break_off(opened)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for so long at most -> whether it has been called."""
+        return self._event.wait(seconds)
+
+    @contextmanager
+    def holding(self, opened: socket.socket) -> Iterator[None]:
+        """Break a connection off once it is called within the block, or has been before."""
+        with self._lock:
+            self._open.add(opened)
+        if self.is_set:
+            _break_off(opened)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(opened)
+
+
+# what breaks off the requests of a thread, None where nothing does
+CANCEL: ContextVar[Cancel | None] = ContextVar("CANCEL", default=None)
+
+
+def _break_off(opened: socket.socket) -> None:
+    """End what another thread waits for on a connection."""
+    with suppress(OSError):
+        # of TLS too: its own method would take the state away that the other thread uses
+        socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+
+# ---- requests ------------------------------------------------------------------------------------
+class _Broken(Exception):
+    """Report a request that can be tried again. pause: seconds that the server asks for."""
+
+    def __init__(self, text: str, pause: float = 0.0, status: int | None = None):
+        super().__init__(text)
+        self.pause, self.status = pause, status
+
+
+@dataclass(frozen=True)
+class Server:
+    """Hold where a server is and how long it is waited for.
+
+    base_url: without a slash or /v1 at the end, which `of` takes away.
+    timeout: seconds of one try of a request, from connecting to the last byte.
+    api_key: sent as a bearer token, None for none.
+    """
+
+    base_url: str
+    timeout: float
+    api_key: str | None = field(repr=False)
+
+    @classmethod
+    def of(cls, base_url: str, timeout: float) -> Server:
+        """Make one with the key of the environment variable VLLM_API_KEY.
+
+        base_url: without `url_problems`. timeout: seconds. Raises ServerError for a key that cannot
+        be sent.
+        """
+        key = os.environ.get(KEY_VARIABLE, "").strip() or None
+        if key is not None and (not key.isascii() or not key.isprintable() or " " in key):
+            raise ServerError(f"the key in {KEY_VARIABLE} holds blanks or letters beyond ASCII")
+        return cls(base_url.rstrip("/").removesuffix("/v1").rstrip("/"), timeout, key)
+
+    def get(self, path: str) -> Any:
+        """Ask for a path -> the JSON value that came. Raises as `post` does."""
+        return self._json("GET", path, self._ask("GET", path, None))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send a JSON object to a path -> the JSON value that came.
+
+        Refused and broken connections, 429 and statuses from 500 on are tried three times, with
+        pauses. A request that takes too long is not sent again.
+
+        Raises ServerGone where no answer came in three tries or in time, ServerError for every
+        other status than one of success, for a redirect, an answer of more than MOST_BYTES, and one
+        that is no JSON in UTF-8 (NaN, Infinity and keys that are there twice are none).
+        """
+        return self._json("POST", path, self._ask("POST", path, body))
+
+    def command(self, path: str, body: dict[str, Any]) -> str:
+        """Send a JSON object to a path that answers in words, such as /v1/load_lora_adapter.
+
+        Returns the words, cleaned and cut. Raises as `post` does.
+        """
+        return self._said(self._ask("POST", path, body))
+
+    def models(self) -> list[str]:
+        """List the names at /v1/models: of the base and of the adapters that are loaded.
+
+        Raises ServerError as `get` does, and where no list of names came.
+        """
+        found = self.get("/v1/models")
+        entries = found.get("data") if isinstance(found, dict) else None
+        names = [one.get("id") if isinstance(one, dict) else None for one in entries or [None]]
+        if not isinstance(entries, list) or not all(isinstance(name, str) for name in names):
+            raise self.error("GET", "/v1/models", "no list of models came")
+        return [name for name in names if isinstance(name, str)]
+
+    def version(self) -> str | None:
+        """Return what /version says, as vLLM does, or None for a server that says nothing there.
+
+        Raises ServerGone where no answer comes.
+        """
+        try:
+            found = self.get("/version")
+        except ServerGone:
+            raise
+        except ServerError:
+            return None
+        version = found.get("version") if isinstance(found, dict) else None
+        return _cut(version, 100) if isinstance(version, str) else None
+
+    def error(self, verb: str, path: str, came: str, status: int | None = None) -> ServerError:
+        """Make the error of a request. came: what came instead, in words of our own."""
+        return ServerError(f"{verb} {_shown(self.base_url)}{path}: {came}", status)
+
+    # ---- one request -----------------------------------------------------------------------------
+    def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> bytes:
+        """Send a request up to three times -> the answer's bytes."""
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        cancel = CANCEL.get() or Cancel()
+        for pause in (*PAUSES, None):
+            try:
+                return self._once(verb, path, content, cancel)
+            except _Broken as broken:
+                if pause is None:
+                    tries = len(PAUSES) + 1
+                    raise ServerGone(
+                        f"{verb} {_shown(self.base_url)}{path}: {broken}, {tries} times in a row;"
+                        " look whether the server runs, and at its log",
+                        broken.status,
+                    ) from None
+                if cancel.wait(max(pause, broken.pause)):
+                    raise self._left_off(verb, path) from None
+        raise AssertionError("the last try returns or raises")
+
+    def _once(self, verb: str, path: str, content: bytes | None, cancel: Cancel) -> bytes:
+        """Send a request once -> the answer's bytes. Raises _Broken where it can be tried again."""
+        late = Cancel()
+        # A timeout of the socket would begin anew at every byte.
+        timer = threading.Timer(self.timeout, late)
+        timer.daemon = True
+        timer.start()
+        try:
+            with closing(self._connected()) as connection:
+                opened = connection.sock
+                with cancel.holding(opened), late.holding(opened):
+                    status, pause, answer = self._exchanged(connection, verb, path, content)
+            if late.is_set or cancel.is_set:  # an answer without a length ends where it is cut
+                raise TimeoutError
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if cancel.is_set:
+                raise self._left_off(verb, path) from None
+            if late.is_set or isinstance(error, TimeoutError):
+                raise ServerGone(
+                    f"{verb} {_shown(self.base_url)}{path}: no answer within {self.timeout:g} s;"
+                    " look whether the server still computes, or give it longer"
+                ) from None
+            raise self._failed(verb, path, error) from None
+        finally:
+            timer.cancel()
+        if status == 429 or status >= 500:
+            raise _Broken(f"status {status}: {self._said(answer)}", pause, status)
+        if not 200 <= status < 300:
+            raise self._refused(verb, path, status, answer)
+        return answer
+
+    def _connected(self) -> http.client.HTTPConnection:
+        """Connect, without the handshake of TLS yet, which can be broken off later."""
+        parts = urlsplit(self.base_url)
+        tls = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port)
+        opened = socket.create_connection((connection.host, connection.port), self.timeout)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            opened = ssl.create_default_context().wrap_socket(
+                opened, server_hostname=connection.host, do_handshake_on_connect=False
+            )
+        connection.sock = opened
+        return connection
+
+    def _exchanged(
+        self, connection: http.client.HTTPConnection, verb: str, path: str, content: bytes | None
+    ) -> tuple[int, float, bytes]:
+        """Send a request and read its answer -> (status, pause asked for in seconds, bytes)."""
+        if isinstance(connection.sock, ssl.SSLSocket):
+            connection.sock.do_handshake()
+        headers = {"Accept": "application/json", "Connection": "close"}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        connection.request(verb, urlsplit(self.base_url).path + path, content, headers)
+        response = connection.getresponse()
+        answer = response.read(MOST_BYTES + 1)
+        if len(answer) > MOST_BYTES:
+            raise _Oversized
+        if response.length:  # read(n) does not say that fewer bytes came than were announced
+            raise http.client.IncompleteRead(answer, response.length)
+        return response.status, _seconds(response.getheader("Retry-After")), answer
+
+    def _failed(self, verb: str, path: str, error: Exception) -> Exception:
+        """Turn what was raised on a connection into what is said of it."""
+        if isinstance(error, _Oversized):
+            return self.error(verb, path, f"an answer of more than {MOST_BYTES:,} bytes came")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = _cut(error.verify_message, 100)
+            return self.error(verb, path, f"its certificate is not trusted ({reason})")
+        if isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error):
+            return self.error(verb, path, "the server does not speak https")
+        if isinstance(error, http.client.IncompleteRead):
+            return _Broken("half an answer came, then the connection broke")
+        if isinstance(error, OSError):  # http.client.RemoteDisconnected too
+            return _Broken(f"no answer ({_cut(error.strerror or str(error), 100) or 'broken off'})")
+        return self.error(verb, path, f"what came is no HTTP ({type(error).__name__})")
+
+    def _refused(self, verb: str, path: str, status: int, answer: bytes) -> ServerError:
+        """Say what a status means that is neither a success nor worth another try."""
+        what = f"status {status}: {self._said(answer)}"
+        if 300 <= status < 400:
+            what = f"status {status}, a redirect, which is not followed; give the address itself"
+        elif status in (401, 403):
+            had = "was sent" if self.api_key else "is not set"
+            what += f"; the key of the environment variable {KEY_VARIABLE} {had}"
+        elif status == 404:
+            what += "; look at its /v1/models for the names that it serves"
+        return self.error(verb, path, what, status)
+
+    def _left_off(self, verb: str, path: str) -> ServerError:
+        return ServerGone(f"{verb} {_shown(self.base_url)}{path}: left off")
+
+    def _said(self, answer: bytes) -> str:
+        """Return the server's own words, in one line and without the key."""
+        text = _clean(_message(answer))
+        if self.api_key is not None:
+            text = text.replace(self.api_key, "***")
+        return _cut(text) or "no word"
+
+    def _json(self, verb: str, path: str, answer: bytes) -> Any:
+        """Parse an answer strictly."""
+        try:
+            text = answer.decode()
+        except UnicodeDecodeError:
+            raise self.error(verb, path, "what came is not UTF-8 text") from None
+        value, problems = parse_json(text)
+        if problems:
+            reason, shown = problems[0].partition(";")[0], self._said(answer)
+            came = f"no JSON came: {_cut(reason, 100)}; it begins with {_cut(shown, 60)!r}"
+            raise self.error(verb, path, came)
+        return value
+
+
+class _Oversized(ValueError):
+    """Report an answer of more than MOST_BYTES."""
+
+
+def _seconds(header: str | None) -> float:
+    """Read Retry-After, where it is a number of seconds."""
+    if header is None or not re.fullmatch(r"[0-9]{1,6}", header.strip()):
+        return 0.0
+    return min(float(header), LONGEST_PAUSE)
