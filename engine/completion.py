@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from engine.settings import MAX_COMPLETION_LENGTH, TEMPERATURE, TOP_P
+
+if TYPE_CHECKING:  # an evaluation of a served model says how to sample without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def completion_mask(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Te
     ids [N,T] int64.
     Returns [N,T] bool.
     """
-    is_stop = torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device))  # [N,T]
+    is_stop = _is_stop(ids, stop_ids)  # [N,T]
     stopped_before = is_stop.long().cumsum(1) - is_stop.long()  # [N,T] strictly before each token
     return stopped_before == 0
 
@@ -57,4 +58,9 @@ def is_truncated(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tenso
     ids [N,T] int64.
     Returns [N] bool.
     """
-    return ~torch.isin(ids, torch.tensor(sorted(stop_ids), device=ids.device)).any(1)
+    return ~_is_stop(ids, stop_ids).any(1)
+
+
+def _is_stop(ids: Tensor, stop_ids: Sequence[int] | frozenset[int]) -> Tensor:
+    """Mark the stop tokens of ids [N,T]."""
+    return (ids[:, :, None] == ids.new_tensor(sorted(stop_ids))).any(2)

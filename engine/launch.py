@@ -6,13 +6,16 @@ Everything in it is plain Python, so a wrong launch is answered before torch is 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 from data.command_line import LAUNCHERS
 from engine.config import UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,33 @@ class Launch:
     def first(self) -> bool:
         """Tell whether this process parses, writes and shows: rank 0, or the only one."""
         return self.rank == 0
+
+
+class OneProcess:
+    """Be the only process of a command: what ranks do together (engine/ranks.py), it does alone.
+
+    rank, size, first: as of `Ranks`, which has the same methods for several.
+    """
+
+    rank: int = 0
+    size: int = 1
+    first: bool = True
+
+    def gather(self, value: Value) -> list[Value]:
+        """Give every rank's value to all: the own one."""
+        return [value]
+
+    def from_first(self, value: Value) -> Value:
+        """Give rank 0's value to all: the own one."""
+        return value
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        """Call a function on rank 0 -> what it returned."""
+        return function()
+
+    def together(self) -> AbstractContextManager[None]:
+        """Leave the block as one: as it ends."""
+        return nullcontext()
+
+
+ONE_PROCESS = OneProcess()

@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from engine.config import Resolved, UsageError
-from engine.launch import Launch
+from engine.launch import Launch, OneProcess
 from engine.runtime import SIGNALS, PeerError, StopRequested
 
 Value = TypeVar("Value")
@@ -43,7 +43,7 @@ _VALUE, _STATUS, _WORK = b"v", b"s", b"w"
 _NO_FAILURE = _WELL, _STOPPED, _INTERRUPTED, _TOLD = "well", "stopped", "interrupted", "told"
 
 
-class Ranks:
+class Ranks(OneProcess):
     """Divide work, exchange what all must know, and add up gradients.
 
     rank: this process's number. size: how many there are. first: whether this is rank 0, which
@@ -119,7 +119,7 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """Give every rank's value to all, in the ranks' order. value: what JSON holds."""
         if self.size == 1:
-            return [value]
+            return super().gather(value)
         return [json.loads(data) for data in self._values(json.dumps(value).encode())]
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -135,7 +135,7 @@ class Ranks:
     def from_first(self, value: Value) -> Value:
         """Give rank 0's value to all. value: what JSON holds; the other ranks' is not looked at."""
         if self.size == 1:
-            return value
+            return super().from_first(value)
         data = json.dumps(value if self.first else None).encode()
         return json.loads(self._values(data)[0])
 

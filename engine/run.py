@@ -31,6 +31,7 @@ from engine.kept_files import KeptFiles
 from engine.longer import extension_line, is_extended, keep_result
 from engine.model_files import DEMO_RECIPES
 from engine.out_of_memory import Cut, Limits
+from engine.progress import Progress
 from engine.ranks import ALONE, Ranks
 from engine.resume import (
     OUT_OF_MEMORY,
@@ -50,7 +51,7 @@ from engine.runtime import (
     lock_run,
 )
 from engine.state_tensors import load_rng, rng_to_tensors
-from engine.tracking import MetricAccumulator, Progress, RunLogger
+from engine.tracking import MetricAccumulator, RunLogger
 from engine.undo import Before, Stateful
 
 # ---- the books -----------------------------------------------------------------------------------

@@ -16,19 +16,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
 
 from data.files import sha256_of, write_json
 from data.plain_files import is_plain, open_plain, plain_lines
 from data.predictions import Prediction, parse_row, write_predictions
 from engine.config import Resolved, UsageError, from_json
+from engine.launch import ONE_PROCESS, OneProcess
 from engine.resume import run_record
 from engine.runtime import StepFailed, disk_line
 from eval.folders import read_record, result_files
 from eval.settings import EvalConfig
-
-if TYPE_CHECKING:  # a command reads what was left before it loads torch
-    from engine.ranks import Ranks
 
 Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
 
@@ -93,16 +91,16 @@ def kept(
     done: Sequence[Prediction],
     record: Mapping[str, Any] | None,
     kind: Kind,
-    ranks: Ranks | None = None,
+    ranks: OneProcess = ONE_PROCESS,
 ) -> Iterator[Callable[[Prediction], None]]:
     """Give a function that appends a prediction to this rank's file of partial answers at once.
 
     done: answers of an earlier call, which rank 0's file holds first. record: of the evaluation,
-    None where it does not go on from there. ranks: all of them enter the block, None for one
-    process. The files go when the block ends well. Else they stay, and rank 0 names them. Where one
-    cannot be written, a warning says so and nothing more is kept.
+    None where it does not go on from there. ranks: all of them enter the block. The files go when
+    the block ends well. Else they stay, and rank 0 names them. Where one cannot be written, a
+    warning says so and nothing more is kept.
     """
-    rank = 0 if ranks is None else ranks.rank
+    rank = ranks.rank
     answers, about = _partial_files(output_dir, name, kind, rank)
     file = _PartialFile(answers)
 
@@ -120,7 +118,7 @@ def kept(
         if rank == 0:
             begin()
         # no other rank begins before its file of an earlier call is in rank 0's
-        if ranks is not None and ranks.from_first(file.opened is not None) and rank > 0:
+        if ranks.from_first(file.opened is not None) and rank > 0:
             begin()
         yield file.keep
     except BaseException:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import eval.answering
 import eval.decode
 import eval.go_on
 from data.examples import Example
@@ -127,7 +128,7 @@ def no_results(monkeypatch, error: OSError) -> None:
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(eval.decode, "write_results", failing)
+    monkeypatch.setattr(eval.answering, "write_results", failing)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 
+import eval.answering
 import eval.decode
 import eval.go_on
 from data.examples import Example
@@ -340,7 +341,7 @@ def test_answers_of_all_ranks_stay_where_the_results_cannot_be_written(tmp_path,
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "scores-site.json")
 
-    monkeypatch.setattr(eval.decode, "write_results", full)
+    monkeypatch.setattr(eval.answering, "write_results", full)
     ends, _ = evaluated(2, tmp_path, images(5))
     assert isinstance(ends[0], StepFailed) and type(ends[1]) is PeerError
     files = [tmp_path / f"predictions-site.partial{number}.jsonl" for number in ("", "-1")]

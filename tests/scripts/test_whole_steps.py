@@ -174,7 +174,7 @@ EVERYWHERE = [
     ("engine.run:Run.accepts", 1),
     ("engine.run:Run.can_take_back", 1),
     ("engine.run:Run.count_tokens", 1),
-    ("engine.tracking:Progress.update", 1),
+    ("engine.progress:Progress.update", 1),
 ]
 SFT_PLACES = [
     ("engine.policy:Policy.encode_answer", 2),
