@@ -259,10 +259,17 @@ PEERS: dict[str, str] = {
     **_each(
         "use_vllm vllm_mode vllm_gpu_memory_utilization vllm_server_host vllm_server_port"
         " vllm_server_base_url vllm_tensor_parallel_size vllm_server_timeout vllm_max_model_len"
-        " vllm_enable_sleep_mode vllm_importance_sampling_correction vllm_importance_sampling_cap"
-        " vllm_model_impl vllm_guided_decoding_regex infer_backend use_transformers_paged"
-        " cache_implementation",
+        " vllm_enable_sleep_mode vllm_model_impl vllm_guided_decoding_regex infer_backend"
+        " use_transformers_paged cache_implementation",
         _SAMPLER,
+    ),
+    **_each(
+        "vllm_importance_sampling_cap",
+        "here it is --vllm_importance_sampling_clip_max (run_grpo.py)",
+    ),
+    **_each(
+        "vllm_importance_sampling_clip_min",
+        "weights are cut above alone, at --vllm_importance_sampling_clip_max (run_grpo.py)",
     ),
     **_each("ds3_gather_for_generation ref_model_device", _SHARED),
     **_each("disable_dropout", "GRPO has no dropout; that of SFT is --lora_dropout (run_sft.py)"),
@@ -298,6 +305,9 @@ FAMILIES = {
 }
 # Values of other trainers for a choice that is here.
 CHOICES = {
+    "vllm_importance_sampling_mode": (
+        "sequence_mask is the patch tests/forks/mis.patch (rl/README.md)"
+    ),
     "loss_type": "variants are patches of rl/objective.py (rl/README.md)",
     "lr_scheduler_type": "a course of one's own is a few lines in engine/optim.py",
 }

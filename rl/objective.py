@@ -23,6 +23,12 @@ marked by its number below:
     (5) Log-probabilities of pi, pi_old and pi_ref are at the sampling temperature, without the
         top-p truncation. The caller computes them.
 
+The sampler is another program than the forward that gives log pi_old, above all where it is a
+server. On request the min(...) of a token is weighed by how far the two are apart:
+
+    w_ij = min( pi_old(t_ij | x, t_i<j) / sampler(t_ij | x, t_i<j), C )   truncated importance
+                                                                          sampling, without gradient
+
 The loss is a plain sum over tokens. Its weights are made from totals of the whole optimizer step,
 so micro-batches add up to exactly the full batch, however it is cut.
 
@@ -46,7 +52,10 @@ ZERO_VARIANCE = 1e-6
 STD_EPSILON = 1e-4  # added to the standard deviation, as TRL does
 # Terms of this file, which `objective_metrics` covers or whose mean is not worth a curve. Any other
 # term, which a fork adds, is logged by itself.
-KNOWN_TERMS = {"log_ratio", "ratio", "clipped_ratio", "surrogate", "kl", "per_token_loss"}
+KNOWN_TERMS = {
+    *("log_ratio", "ratio", "clipped_ratio", "importance_sampling_ratio"),
+    *("surrogate", "kl", "per_token_loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,32 @@ class ObjectiveConfig:
             "source": "not published; k3 as in DeepSeekMath",
         },
     )
+    # what separates the sampler from pi_old, under TRL's names
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "weigh the policy term of each token by pi_old / sampler, at most"
+                " --vllm_importance_sampling_clip_max; with --use_vllm or without"
+            ),
+            "source": "TIS, Yao et al. 2025; not published; TRL's is on",
+        },
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate"] = field(
+        default="token_truncate",
+        metadata={
+            "help": "how: a weight a token, cut above; TRL's other modes are no part of this",
+            "source": "TIS; TRL's is sequence_mask",
+        },
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=2.0,
+        metadata={
+            "help": "C, the largest weight of --vllm_importance_sampling_correction",
+            "source": "TIS; TRL's is 3",
+            "within": "(0, inf)",
+        },
+    )
     loss_type: Literal["dr_grpo", "grpo", "dapo"] = field(
         default="dr_grpo",
         metadata={
@@ -131,6 +166,8 @@ class ObjectiveConfig:
             for name, choices in get_type_hints(type(self)).items()
             if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices)
         ]
+        if not 0 < (cap := self.vllm_importance_sampling_clip_max) < math.inf:
+            problems.append(f"vllm_importance_sampling_clip_max is {cap}; it must lie in (0, inf)")
         if not 0 <= self.epsilon_low < 1:
             problems.append(f"epsilon_low is {self.epsilon_low}; it must lie in [0, 1)")
         if not 0 <= self.epsilon_high < math.inf:
@@ -142,12 +179,16 @@ class ObjectiveConfig:
 
     def warnings(self) -> list[str]:
         """List settings that are allowed but do not do what their name promises, one line each."""
+        found = []
         if self.kl_estimator == "k1" and self.beta > 0:
-            return [
+            found.append(
                 "kl_estimator k1 in the loss does not regularise: its gradient has mean zero. Use"
                 " k2 or k3."
-            ]
-        return []
+            )
+        is_on, cap = self.vllm_importance_sampling_correction, "vllm_importance_sampling_clip_max"
+        if not is_on and getattr(self, cap) != getattr(type(self), cap):
+            found.append(f"{cap} has no effect without --vllm_importance_sampling_correction")
+        return found
 
 
 class Metric(NamedTuple):
@@ -311,22 +352,28 @@ def grpo_loss(
     advantages [N]
     mask [N,T] bool
     weights [N,T]: from `token_weights`
-    sampling_logprobs [N,T]: what the sampler recorded
+    sampling_logprobs [N,T]: what the sampler recorded. Needed for importance sampling alone.
     entropy [N,T]: of pi, with gradient
     Returns (loss, terms): loss is a scalar, terms has the [N,T] tensors log_ratio, ratio,
-    clipped_ratio, surrogate, kl, per_token_loss.
+    clipped_ratio, surrogate, kl, per_token_loss, and importance_sampling_ratio with the correction.
 
-    The training loop always passes `sampling_logprobs` and `entropy`, which are not used here. They
-    are there for forks (truncated importance sampling, entropy bonus).
+    The training loop always passes `sampling_logprobs` and `entropy`. The latter is not used here.
+    It is there for forks (entropy bonus).
     """
     if ref_logprobs is None and config.beta > 0:
         raise ValueError(
             f"beta is {config.beta}, so ref_logprobs is needed: the log-probabilities under the"
             " frozen SFT adapter"
         )
+    if sampling_logprobs is None and config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "vllm_importance_sampling_correction needs sampling_logprobs: the log-probabilities"
+            " that the sampler recorded"
+        )
     for name, tensor in {
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
+        "sampling_logprobs": sampling_logprobs,
         "mask": mask,
         "weights": weights,
     }.items():
@@ -357,6 +404,12 @@ def grpo_loss(
     else:
         kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # [N,T]
 
+    if sampling_logprobs is not None and config.vllm_importance_sampling_correction:
+        mismatch = torch.where(mask, old_logprobs - sampling_logprobs, zero)  # [N,T]
+        weight = mismatch.exp().clamp(max=config.vllm_importance_sampling_clip_max)  # [N,T] w_ij
+        terms["importance_sampling_ratio"] = weight
+        surrogate = weight * surrogate  # last, so that it weighs whatever the policy term is
+
     # minus: J is maximised, the loss is minimised
     per_token_loss = -surrogate + config.beta * kl  # [N,T]
     if config.beta == 0:
@@ -385,8 +438,9 @@ def objective_metrics(
     Token means are weighted by tokens, so micro-batches combine to the step's mean. A token counts
     as clipped only where the clip takes its gradient away: below the lower bound with a negative
     advantage, above the upper one with a positive advantage. low_min and high_max are over
-    completions. kl is the loss's own estimate, before beta. A term [N,T] that a fork adds is logged
-    as its token mean, without a line here.
+    completions. kl is the loss's own estimate, before beta. sampling/importance_sampling_ratio is
+    the weight as it was cut, and its share_truncated that of the tokens that were cut. A term [N,T]
+    that a fork adds is logged as its token mean, without a line here.
     """
     num_tokens = int(mask.sum())
     if num_tokens == 0:
@@ -414,6 +468,15 @@ def objective_metrics(
         "clip_ratio/high_max": Metric((clipped_high.sum(1)[rows] / lengths).max(), 1, "max"),
         "clip_ratio/region_mean": token_mean(clipped_low | clipped_high),
     }
+    if "importance_sampling_ratio" in terms:
+        weight = terms["importance_sampling_ratio"]  # [N,T]
+        name, cap = "sampling/importance_sampling_ratio", config.vllm_importance_sampling_clip_max
+        metrics |= {
+            f"{name}/mean": token_mean(weight),
+            f"{name}/min": Metric(weight[mask].min(), 1, "min"),
+            f"{name}/max": Metric(weight[mask].max(), 1, "max"),
+            f"{name}/share_truncated": token_mean(weight >= cap),
+        }
     return metrics | {
         name: token_mean(values) for name, values in terms.items() if name not in KNOWN_TERMS
     }

@@ -122,3 +122,14 @@ def test_values_of_trls_loss_type_are_refused_with_ours():
             f"--loss_type: {value!r} is not one of dr_grpo, grpo, dapo; variants are patches of"
             " rl/objective.py (rl/README.md)"
         ]
+
+
+def test_trls_ways_of_importance_sampling_are_told_apart():
+    """Its default, its old name of the cap, and its lower bound."""
+    [line] = problems("grpo", "--vllm_importance_sampling_mode", "sequence_mask")
+    assert "'sequence_mask' is not one of token_truncate; sequence_mask is the patch" in line
+    cap, low = problems(
+        "grpo", "--vllm_importance_sampling_cap", "3", "--vllm_importance_sampling_clip_min", "0.3"
+    )
+    assert cap.endswith("here it is --vllm_importance_sampling_clip_max (run_grpo.py)")
+    assert low.endswith("cut above alone, at --vllm_importance_sampling_clip_max (run_grpo.py)")

@@ -54,7 +54,14 @@ NOT_IN_THE_PRODUCT = {
     "P08_microbatch_invariance.wrong_sum_over_Lmax_times_one_over_K": (
         "forgets the number of completions in a micro-batch"
     ),
-    "P10_tis": "truncated importance sampling: tests/forks/tis.patch",
+    "P10_tis.token_mask_icepop": "tokens outside a band get weight 0: another variant (IcePop)",
+    "P10_tis.seq_weight_product": "one weight for a completion: tests/forks/mis.patch",
+    "P10_tis.seq_truncate": "one weight for a completion: another variant",
+    "P10_tis.seq_mask": "one weight for a completion, 0 above the cap: tests/forks/mis.patch",
+    "P10_tis.seq_geometric_mean": "one weight for a completion: another variant",
+    "P10_tis.mismatch_k1": "signed mean of the mismatch; the product logs that of its size",
+    "P10_tis.mismatch_k3": "another statistic of the mismatch",
+    "P10_tis.ess_fraction": "another statistic of the weights",
     "P11_dual_clip": "dual clip: tests/forks/dual_clip.patch",
     "P12_gspo": "one ratio for a sequence: tests/forks/gspo.patch",
     "P13_cispo": "detached clipped weights: tests/forks/cispo.patch",

@@ -31,7 +31,7 @@ FORKS = {
     "gspo": Fork("importance_sampling_level", "sequence", "token_ratio"),
     "cispo": Fork("policy_term", "cispo", "cispo_weight"),
     "dual_clip": Fork("dual_clip", 3.0, "dual_clipped"),
-    "tis": Fork("tis_cap", 2.0, "tis_weight"),
+    "mis": Fork("mis_cap", 2.0, "mis_weight"),
     "kl_in_reward": Fork("kl_in_reward", True, None),
     "rloo": Fork("baseline", "leave_one_out", None),
     "entropy_bonus": Fork("entropy_bonus", 0.01, "entropy_bonus"),

@@ -32,6 +32,7 @@ def checks() -> dict[str, Callable[[Any], None]]:
         by_hand.test_p04_kl_estimators,
         by_hand.test_p05_full_loss,
         by_hand.test_p08_microbatches,
+        by_hand.test_p10_truncated_importance_sampling,
         by_hand.test_p22_groups_by_id,
     )
     plain = (

@@ -148,6 +148,34 @@ BREAKS = {
     "k3 with a rounding error": ("torch.expm1(log_ref_ratio) -", "torch.exp(log_ref_ratio) - 1 -"),
     "k2 without the half": ("log_ref_ratio.square() / 2", "log_ref_ratio.square()"),
     "k1 with the wrong sign": ("return -log_ref_ratio", "return log_ref_ratio"),
+    # the sampler
+    "corrected without being asked": (
+        "is not None and config.vllm_importance_sampling_correction:\n        mismatch",
+        "is not None:\n        mismatch",
+    ),
+    "pi_old and sampler swapped": (
+        "old_logprobs - sampling_logprobs, zero",
+        "sampling_logprobs - old_logprobs, zero",
+    ),
+    "the policy's weight for pi_old's": (
+        "old_logprobs - sampling_logprobs, zero",
+        "logprobs - sampling_logprobs, zero",
+    ),
+    "weights not truncated": (".clamp(max=config.vllm_importance_sampling_clip_max)", ""),
+    "weights truncated below": (
+        ".clamp(max=config.vllm_importance_sampling_clip_max)",
+        ".clamp(1, config.vllm_importance_sampling_clip_max)",
+    ),
+    "weights that weigh nothing": ("surrogate = weight * surrogate", "surrogate = surrogate"),
+    "the KL weighed as well": (
+        "surrogate = weight * surrogate",
+        "surrogate, kl = weight * surrogate, weight * kl",
+    ),
+    "NaN in masked log-probabilities of the sampler": (
+        "torch.where(mask, old_logprobs - sampling_logprobs, zero)",
+        "old_logprobs - sampling_logprobs",
+    ),
+    "a cut weight not counted": ("token_mean(weight >= cap)", "token_mean(weight > cap)"),
     # mask
     "NaN in masked log-probabilities": ("torch.where(mask, logprobs, zero)", "logprobs"),
     "NaN in masked old log-probabilities": (

@@ -25,7 +25,7 @@ PAIRS = list(itertools.combinations(FORKS, 2))
 
 @pytest.fixture
 def fork(monkeypatch):
-    """Make patched modules: `fork("gspo", "tis")` -> rl/objective.py with both."""
+    """Make patched modules: `fork("gspo", "mis")` -> rl/objective.py with both."""
 
     def load(*names: str):
         source = OBJECTIVE
@@ -76,20 +76,37 @@ def test_all_together_switched_off_change_nothing(fork, checks):
 
 
 # ---- what a pair computes ------------------------------------------------------------------------
-def test_gspo_with_truncated_importance_sampling(fork):
-    # Log-ratios 0.02 and 0.04: s = e^0.03 for both tokens. A = 2. The sampler was 1.5 and 4 times
-    # less sure than pi_old, so the weights are 1.5 and the cap 2. Weights of the loss are 1/2:
-    # -(1.5 + 2) / 2 x 2 e^0.03 = -3.5 e^0.03 = -3.606591.
-    module = fork("gspo", "tis")
+@pytest.mark.parametrize(
+    ("names", "settings", "term", "weights_by_hand", "expected"),
+    [
+        # -(1.5 + 2) / 2 x 2 e^0.03 = -3.5 e^0.03
+        (
+            ("gspo",),
+            {"vllm_importance_sampling_correction": True},
+            "importance_sampling_ratio",
+            [[1.5, 2]],
+            -3.606591,
+        ),
+        # 1.5 x 4 = 6 for both: -6 x 2 e^0.03 = -12 e^0.03
+        (("gspo", "mis"), {"mis_cap": 8.0}, "mis_weight", [[6, 6]], -12.365454),
+    ],
+)
+def test_gspo_with_importance_sampling(names, settings, term, weights_by_hand, expected, fork):
+    """Log-ratios 0.02 and 0.04: s = e^0.03 for both tokens. A = 2.
+
+    The sampler was 1.5 and 4 times less sure than pi_old: by token 1.5 and the cap 2, by completion
+    their product. Weights of the loss are 1/2.
+    """
+    module = fork(*names)
     logprobs, old, mask, weights = one_row(module, -0.98, -0.96, old=(-1, -1))
-    config = module.ObjectiveConfig(importance_sampling_level="sequence", tis_cap=2.0, beta=0)
+    config = module.ObjectiveConfig(importance_sampling_level="sequence", beta=0, **settings)
     sampling = old - f64([[math.log(1.5), math.log(4)]])
     loss, terms = module.grpo_loss(
         logprobs, old, None, f64([2]), mask, weights, config, sampling_logprobs=sampling
     )
-    close(loss, -3.606591, atol=1e-6)
+    close(loss, expected, atol=1e-6)
     close(terms["token_ratio"], [[math.exp(0.02), math.exp(0.04)]])
-    close(terms["tis_weight"], [[1.5, 2]])
+    close(terms[term], weights_by_hand)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +115,7 @@ def test_gspo_with_truncated_importance_sampling(fork):
         # Ratio 5 and A = -1: min(-5, -1.22) = -5 is held at 3 A = -3. Dr. GRPO's constant is 1/4.
         ("rloo", {}, 3 / 4),
         # times the sampler's weight 1.5
-        ("tis", {"tis_cap": 2.0}, 4.5 / 4),
+        ("mis", {"mis_cap": 2.0}, 4.5 / 4),
         # one token is its own sequence
         ("gspo", {"importance_sampling_level": "sequence"}, 3 / 4),
         # CISPO takes no minimum, so nothing is left to hold: 1.22 x -1 x log pi, log pi = log 5 - 3

@@ -45,34 +45,27 @@ from tests.helpers.runs import GRPO, read_dump, record, speak, train_log
 
 # Expected values of the forks' cases that no patch makes; the form is that of NOT_IN_THE_PRODUCT.
 NOT_IN_THE_FORKS = {
-    "P10_tis.token_mask_icepop": "tokens outside a band get weight 0: another variant (IcePop)",
-    "P10_tis.seq_weight_product": "one weight for a completion: another variant",
-    "P10_tis.seq_truncate": "one weight for a completion: another variant",
-    "P10_tis.seq_mask": "one weight for a completion: another variant",
-    "P10_tis.seq_geometric_mean": "one weight for a completion: another variant",
-    "P10_tis.mismatch_k1": (
-        "signed mean of the mismatch; the product logs that of its size, with or without this patch"
-    ),
-    "P10_tis.mismatch_k3": "another statistic of the mismatch",
-    "P10_tis.ess_fraction": "another statistic of the weights",
     "P21_kl_in_reward.penalised_reward": (
         "a step of the calculation; the product returns it centred"
     ),
 }
 # Checks of the battery that fail with a variant switched on, because they state what it changes.
 TOY_NUMBERS = {"test_toy_terms", "test_toy_loss_and_gradient", "test_toy_metrics"}
+TIS = {"test_p10_truncated_importance_sampling"}
 # both count the terms; nothing else of theirs changes
 A_NEW_TERM = {"test_toy_terms", "test_toy_metrics"}
 CHANGED = {
     # P03 has one token a completion
-    "gspo": TOY_NUMBERS | {"test_p05_full_loss", "test_clip_extremes_are_over_completions"},
-    "cispo": TOY_NUMBERS | {"test_p03_clip", "test_p05_full_loss"},
+    "gspo": TOY_NUMBERS | TIS | {"test_p05_full_loss", "test_clip_extremes_are_over_completions"},
+    "cispo": TOY_NUMBERS | TIS | {"test_p03_clip", "test_p05_full_loss"},
     "dual_clip": A_NEW_TERM,  # no ratio of the cases reaches 3
-    "tis": A_NEW_TERM,  # the sampler agrees with pi_old
+    # it leaves both completions of P10 out; elsewhere the sampler agrees with pi_old
+    "mis": A_NEW_TERM | TIS,
     "entropy_bonus": A_NEW_TERM,  # the checks give no entropy
-    # P08 makes its losses of the KL term; one row of the last has advantage 0, so nothing is left
-    # of its loss
-    "kl_in_reward": {
+    # P08 and P10 make their losses of the KL term; one row of the last has advantage 0, so nothing
+    # is left of its loss
+    "kl_in_reward": TIS
+    | {
         "test_p05_full_loss",
         "test_p08_microbatches",
         "test_toy_terms",
@@ -149,7 +142,7 @@ def test_every_patch_is_known():
         for name in re.findall(r"tests/forks/(\w+)\.patch", reason)
     ]
     # each worked case that the product leaves to a fork; there is none of the others
-    assert sorted(named) == sorted(FORKS.keys() - {"entropy_bonus", "drpo"})
+    assert sorted(set(named)) == sorted(FORKS.keys() - {"entropy_bonus", "drpo"})
 
 
 @pytest.mark.parametrize("name", FORKS)
@@ -202,7 +195,7 @@ def test_the_new_term_is_logged_by_itself(name, fork):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("dual_clip", 1.0), ("dual_clip", math.nan), ("tis_cap", 0.0)]
+    [("dual_clip", 1.0), ("dual_clip", math.nan), ("mis_cap", 0.0)]
     + [("entropy_bonus", -0.1), ("entropy_bonus", math.inf), ("entropy_bonus", math.nan)],
 )
 def test_a_value_that_makes_no_sense_is_refused(name, value, fork):
@@ -259,53 +252,40 @@ def test_p01_rloo(fork):
     )
 
 
-def test_p10_truncated_importance_sampling(fork):
-    module = fork("tis")
-    with fork_case("P10_tis") as p10:
+def test_p10_masked_importance_sampling(fork):
+    module = fork("mis")
+    with fork_case("P10_tis", "seq_weight_product", "seq_mask") as p10:
         old, sampling = f64(p10.inputs["old_logp"]), f64(p10.inputs["behaviour_logp"])
         mask = torch.tensor(p10.inputs["mask"]).bool()
         logprobs = (old + 0.1).requires_grad_()  # [2,3]
-        advantages, weights = f64([1, -1]), weights_of(module, mask, "dapo")
+        weights = weights_of(module, mask, "dapo")
 
-        def evaluate(**settings):
-            config = module.ObjectiveConfig(**settings)
+        def evaluate(cap):
             loss, terms = module.grpo_loss(
                 logprobs,
                 old,
-                old + 0.3,
-                advantages,
+                None,
+                f64([1, -1]),
                 mask,
                 weights,
-                config,
+                module.ObjectiveConfig(mis_cap=cap, beta=0),
                 sampling_logprobs=sampling,
             )
             (gradient,) = torch.autograd.grad(loss, logprobs)
-            return terms, gradient, module.objective_metrics(terms, advantages, mask, config)
+            return terms, gradient
 
-        raw, _, metrics = evaluate(tis_cap=math.inf)
-        p10.close("raw_token_weights", raw["tis_weight"] * mask)
-        p10.close("mean_weight", metrics["tis_weight"].value)
-        truncated, gradient, _ = evaluate(tis_cap=p10.inputs["C"], beta=0)
-        p10.close("token_truncate", truncated["tis_weight"] * mask)
-        p10.close(
-            "frac_tokens_truncated",
-            (truncated["tis_weight"] == p10.inputs["C"])[mask].double().mean(),
-        )
-        p10.differs("token_mask_icepop", truncated["tis_weight"] * mask)
-    # The weight is a constant factor of the policy term and of its gradient, and none of the KL
-    # term's.
-    plain, plain_gradient, _ = evaluate(beta=0)
-    weight = f64(p10.expected["token_truncate"])
-    torch.testing.assert_close(
-        truncated["surrogate"][mask], (weight * plain["surrogate"])[mask], rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(gradient, weight * plain_gradient, rtol=1e-6, atol=0)
-    with_kl, kl_gradient, _ = evaluate(tis_cap=p10.inputs["C"], beta=0.5)
-    # k3 of log(pi_ref/pi) = 0.2: e^0.2 - 1.2 = 0.021403, gradient 1 - e^0.2 = -0.221403; weights
-    # are 1/5 a token
-    close(with_kl["kl"][mask], [0.021403] * 5, atol=1e-6)
-    close((kl_gradient - gradient)[mask], [0.5 * -0.221403 / 5] * 5, atol=1e-6)
-    assert truncated["tis_weight"].requires_grad is False
+        kept, gradient = evaluate(10.0)
+        p10.close("seq_weight_product", kept["mis_weight"][:, 0])
+        p10.close("seq_mask", evaluate(p10.inputs["C"])[0]["mis_weight"][:, 0])
+    # the same weight for every token, of the policy term and of its gradient
+    assert (kept["mis_weight"] == kept["mis_weight"][:, :1]).all()
+    _, plain = evaluate(None)
+    torch.testing.assert_close(gradient, f64([[3.004166], [2.225541]]) * plain, rtol=1e-6, atol=0)
+    # the first is 3.004166 and left out, the second 2.225541 and kept
+    between, one_left = evaluate(2.5)
+    close(between["mis_weight"][:, 0], [0, 2.225541], atol=1e-6)
+    assert not one_left[0].any() and one_left[1].any()
+    assert between["mis_weight"].requires_grad is False
 
 
 def test_p11_dual_clip(fork):
@@ -589,7 +569,7 @@ def test_a_fork_trains(name, forked_main, tiny_sft_run, tiny_data, tmp_path, mon
         )
 
 
-def test_a_patched_copy_of_the_project_is_all_that_gspo_with_tis_needs(
+def test_a_patched_copy_of_the_project_is_all_that_gspo_with_mis_needs(
     tiny_sft_run, tiny_data, tmp_path
 ):
     """As a researcher does it: copy, patch twice, run the script."""
@@ -599,13 +579,13 @@ def test_a_patched_copy_of_the_project_is_all_that_gspo_with_tis_needs(
             ROOT / package, tree / package, ignore=shutil.ignore_patterns("base", "__pycache__")
         )
     shutil.copy(ROOT / "run_grpo.py", tree)
-    both = patched("tis", patched("gspo"))
+    both = patched("mis", patched("gspo"))
     (tree / "rl" / "objective.py").write_text(both, encoding="utf-8")
     command = [
         sys.executable,
         "run_grpo.py",
         *grpo_flags(tiny_sft_run("qwen2_5_vl"), tiny_data, run, "gspo"),
-        *("--tis_cap", "2"),
+        *("--mis_cap", "2"),
     ]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -614,5 +594,5 @@ def test_a_patched_copy_of_the_project_is_all_that_gspo_with_tis_needs(
     assert done.returncode == 0, done.stderr
     # in the banner
     assert re.search(r"^importance_sampling_level +sequence +flag$", done.stdout, re.MULTILINE)
-    logged = {"ratio/mean", "token_ratio", "tis_weight"}
+    logged = {"ratio/mean", "token_ratio", "mis_weight"}
     assert all(logged <= line.keys() for line in train_log(run))

@@ -227,6 +227,70 @@ def test_p08_microbatches(objective, case):
                 p08.differs("wrong_sum_over_Lmax_times_one_over_K", contributions.sum())
 
 
+def test_p10_truncated_importance_sampling(objective, case):
+    """The weight is a factor of the policy term and of its gradient, and of no KL."""
+    with case("P10_tis") as p10:
+        old, sampling = f64(p10.inputs["old_logp"]), f64(p10.inputs["behaviour_logp"])
+        mask = torch.tensor(p10.inputs["mask"]).bool()
+        logprobs = (old + 0.1).requires_grad_()  # [2,3]
+        advantages, weights = f64([1, -1]), weights_of(objective, mask, "dapo")
+        sampling[1, 2] = math.nan  # a slot beyond the end
+
+        def evaluate(is_on, cap=2.0, **settings):
+            config = objective.ObjectiveConfig(
+                vllm_importance_sampling_correction=is_on,
+                vllm_importance_sampling_clip_max=cap,
+                **settings,
+            )
+            loss, terms = objective.grpo_loss(
+                logprobs,
+                old,
+                old + 0.3,
+                advantages,
+                mask,
+                weights,
+                config,
+                sampling_logprobs=sampling,
+            )
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            metrics = objective.objective_metrics(terms, advantages, mask, config)
+            return terms, gradient, metrics
+
+        name, cap = "importance_sampling_ratio", p10.inputs["C"]
+        raw, _, metrics = evaluate(True, 1000.0)
+        p10.close("raw_token_weights", raw[name] * mask)
+        p10.close("mean_weight", metrics[f"sampling/{name}/mean"].value)
+        close(metrics[f"sampling/{name}/share_truncated"].value, 0)
+        truncated, gradient, metrics = evaluate(True, cap, beta=0)
+        p10.close("token_truncate", truncated[name] * mask)
+        p10.close("frac_tokens_truncated", metrics[f"sampling/{name}/share_truncated"].value)
+        p10.differs("token_mask_icepop", truncated[name] * mask)
+    close(metrics[f"sampling/{name}/min"].value, 0.904837, atol=1e-6)
+    close(metrics[f"sampling/{name}/max"].value, 2)
+    assert [metrics[f"sampling/{name}/{one}"][1:] for one in ("mean", "min", "max")] == [
+        (5, "mean"),
+        (1, "min"),
+        (1, "max"),
+    ]
+    assert metrics[f"sampling/{name}/share_truncated"][1:] == (5, "mean")
+    assert name not in metrics  # it is logged once
+    # Ratio e^0.1 = 1.105171, A = 1 and -1, in no case clipped: the gradient of the plain loss is
+    # -r A / 5 = -+0.221034 a token, and with the weights it is these times 1, 1.105171, 2 and
+    # 0.904837, 2.
+    plain, plain_gradient, logged = evaluate(False, beta=0)
+    assert name not in plain and not any("importance_sampling" in one for one in logged)
+    close(plain_gradient, [[-0.221034] * 3, [0.221034, 0.221034, 0]], atol=1e-6)
+    close(gradient, [[-0.221034, -0.244281, -0.442068], [0.2, 0.442068, 0]], atol=1e-6)
+    close(truncated["surrogate"][mask], [1.105171, 1.221403, 2.210342, -1, -2.210342], atol=1e-6)
+    # k3 of log(pi_ref/pi) = 0.2: e^0.2 - 1.2 = 0.021403, gradient 1 - e^0.2 = -0.221403; weights
+    # are 1/5 a token
+    with_kl, kl_gradient, _ = evaluate(True, cap, beta=0.5)
+    close(with_kl["kl"][mask], [0.021403] * 5, atol=1e-6)
+    close((kl_gradient - gradient)[mask], [0.5 * -0.221403 / 5] * 5, atol=1e-6)
+    assert truncated[name].requires_grad is False
+    assert all(torch.isfinite(term).all() for term in truncated.values())
+
+
 def test_p14_jaccard(case):
     with case("P14_jaccard") as p14:
         rows = [
@@ -658,6 +722,19 @@ def test_defaults_are_the_papers(objective):
         "dr_grpo",
         "none",
     )
+    # off, unlike TRL's
+    assert config.vllm_importance_sampling_correction is False
+    assert config.vllm_importance_sampling_clip_max == 2
+
+
+def test_a_cap_without_the_correction_is_warned_of(objective):
+    cap, correction = "vllm_importance_sampling_clip_max", "vllm_importance_sampling_correction"
+    [line] = objective.ObjectiveConfig(**{cap: 3.0}).warnings()
+    assert line == f"{cap} has no effect without --{correction}"
+    assert objective.ObjectiveConfig(**{cap: 3.0, correction: True}).warnings() == []
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^{cap} is {value}; it must lie in"):
+            objective.ObjectiveConfig(**{cap: value})
 
 
 def test_only_k1_in_the_loss_is_warned_of(objective):
@@ -680,6 +757,9 @@ def test_unknown_names_and_a_missing_reference_are_refused(objective):
         objective.group_advantages(f64([0, 1]), torch.tensor([0, 0]), "std")
     with pytest.raises(ValueError, match="ref_logprobs"):
         objective.grpo_loss(zeros, zeros, None, zeros[0], mask, zeros, objective.ObjectiveConfig())
+    config = objective.ObjectiveConfig(vllm_importance_sampling_correction=True)
+    with pytest.raises(ValueError, match="correction needs sampling_logprobs"):
+        objective.grpo_loss(zeros, zeros, zeros, zeros[0], mask, zeros, config)
 
 
 @pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "mask", "weights"])

@@ -334,7 +334,8 @@ WITHOUT_UNIT = {
     "epsilon_low",
     "epsilon_high",
     "dual_clip",
-    "tis_cap",
+    "mis_cap",
+    "vllm_importance_sampling_clip_max",
 }
 
 

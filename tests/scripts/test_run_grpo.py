@@ -314,6 +314,9 @@ def test_the_table_of_metrics_is_what_a_run_logs(finished):
     # A random model may end no completion by itself
     unseen = {f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")}
     unseen.add("monitors/...")
+    # with --vllm_importance_sampling_correction alone: test_objective.py holds these names
+    truncated = "sampling/importance_sampling_ratio"
+    unseen |= {f"{truncated}/{one}" for one in ("min", "mean", "max", "share_truncated")}
     # this run has one hospital: test_several_hospitals.py holds the names of several
     unseen |= {f"{name}/<hospital>" for name in BY_HOSPITAL}
     assert logged_metrics(grpo_run) | unseen == listed_metrics("both", "GRPO")
