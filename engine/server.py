@@ -171,16 +171,13 @@ def _cut(text: str, most: int = MOST_SAID) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _message(body: bytes) -> str:
-    """Find what a server says of an error, in the forms of usual servers."""
-    text = body[: 2**16].decode(errors="replace")
-    said, _ = parse_json(text, strict=False)
+def words_of(document: Any) -> str | None:
+    """Find what a server says of an error in its answer, in the forms of usual servers."""
     for _ in range(2):  # {"error": {"message": ...}}
-        if isinstance(said, dict):
-            said = next(
-                (said[name] for name in ("error", "message", "detail") if said.get(name)), said
-            )
-    return said if isinstance(said, str) else text
+        if isinstance(document, dict):
+            names = (name for name in ("error", "message", "detail") if document.get(name))
+            document = document.get(next(names, None))
+    return document if isinstance(document, str) else None
 
 
 # ---- leaving off ---------------------------------------------------------------------------------
@@ -319,6 +316,13 @@ class Server:
         """Make the error of a request. came: what came instead, in words of our own."""
         return ServerError(f"{verb} {_shown(self.base_url)}{path}: {came}", status)
 
+    def shown(self, value: Any) -> str:
+        """Write a value of an answer in few characters of one line, without the key."""
+        if isinstance(value, (dict, list)):
+            kind = "an object" if isinstance(value, dict) else "a list"
+            return f"{kind} of {len(value)}"
+        return _cut(ascii(self._without_key(value) if isinstance(value, str) else value), 100)
+
     # ---- one request -----------------------------------------------------------------------------
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> bytes:
         """Send a request up to three times -> the answer's bytes."""
@@ -437,10 +441,12 @@ class Server:
 
     def _said(self, answer: bytes) -> str:
         """Return the server's own words, in one line and without the key."""
-        text = _clean(_message(answer))
-        if self.api_key is not None:
-            text = text.replace(self.api_key, "***")
-        return _cut(text) or "no word"
+        text = answer[: 2**16].decode(errors="replace")
+        said = words_of(parse_json(text, strict=False)[0])
+        return _cut(self._without_key(_clean(text if said is None else said))) or "no word"
+
+    def _without_key(self, text: str) -> str:
+        return text if self.api_key is None else text.replace(self.api_key, "***")
 
     def _json(self, verb: str, path: str, answer: bytes) -> Any:
         """Parse an answer strictly."""

@@ -41,6 +41,8 @@ class FakeServer:
         self._ended = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (_Handler,), {"fake": self}))
         self._http.daemon_threads = True
+        # a client that has left is no error
+        self._http.handle_error = lambda request, address: None
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> FakeServer:
@@ -86,6 +88,38 @@ class FakeServer:
                 return 404, _error(f"The model `{body['model']}` does not exist.")
             return 200, self.write(body)
         return 404, {"detail": "Not Found"}
+
+
+def chat_answer(
+    body: Document, ids: list[list[int]], logprobs: list[list[float]], prompt_ids: list[int]
+) -> Document:
+    """Make a whole answer to a chat completion as vLLM writes it, one list of ids a choice."""
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": f"text {i}", "reasoning": None},
+            "logprobs": {
+                "content": [
+                    {"token": f"t{token}", "logprob": logprob, "bytes": [65], "top_logprobs": []}
+                    for token, logprob in zip(own, of_tokens, strict=True)
+                ]
+            },
+            "finish_reason": "length" if len(own) == body["max_tokens"] else "stop",
+            "stop_reason": None,
+            "token_ids": own,
+        }
+        for i, (own, of_tokens) in enumerate(zip(ids, logprobs, strict=True))
+    ]
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": choices,
+        "usage": {"prompt_tokens": len(prompt_ids), "completion_tokens": sum(map(len, ids))},
+        "prompt_logprobs": None,
+        "prompt_token_ids": prompt_ids,
+    }
 
 
 def _error(message: str) -> Document:
