@@ -267,26 +267,31 @@ class Rollouts:
         self._tell("old_logprobs", range(1, self.plan.steps))
 
     def _score(self, policy: Policy, should_stop: Callable[[], bool]) -> None:
-        """Score this rank's samples."""
+        """Score this rank's samples: by the reference all at a time, since to switch takes long."""
 
         @torch.no_grad()
-        def score(rows: list[int]) -> None:
-            batch = self.micro_batch(rows, policy).batch
-            if rows[0] >= self.plan.per_step:
-                self._keep_old([rows], [policy.logprobs(batch)])
-            if self._with_reference:
-                with policy.reference():
-                    reference = policy.logprobs(batch).cpu()  # [N,T]
-            for place, row in enumerate(rows):
-                sample = self.samples[row]
-                sample.ref_logprobs = (
-                    reference[place, : len(sample.ids)]
-                    if self._with_reference
-                    else sample.sampling_logprobs
-                )
+        def reference(rows: list[int]) -> None:
+            found = policy.logprobs(self.micro_batch(rows, policy).batch).cpu()  # [N,T]
+            for row, values in zip(rows, found, strict=True):
+                self.samples[row].ref_logprobs = values[: len(self.samples[row].ids)]
 
+        @torch.no_grad()
+        def old(rows: list[int]) -> None:
+            if rows[0] >= self.plan.per_step:
+                self._keep_old([rows], [policy.logprobs(self.micro_batch(rows, policy).batch)])
+
+        if not self._with_reference:
+            for row in self._rows_of(self.ranks.rank, range(self.plan.steps)):
+                self.samples[row].ref_logprobs = self.samples[row].sampling_logprobs
         with policy.evaluating():
-            self.limits.each("scoring", self.rows(), score, (), should_stop)
+            while True:
+                if self._with_reference:
+                    with policy.reference():
+                        self.limits.each("scoring", self.rows(), reference, (), should_stop)
+                scored_in = self.limits.max_tokens
+                self.limits.each("scoring", self.rows(), old, (), should_stop)
+                if scored_in == self.limits.max_tokens:
+                    return  # else memory ran out, and all passes share the same micro-batches
 
     def score_again(self, update: int, policy: Policy) -> None:
         """Score in smaller micro-batches, once memory has run out in an update.

@@ -383,10 +383,10 @@ def score_all(rollouts: Rollouts, policy: Policy) -> None:
         rollouts.keep_old(micro_batches, [policy.logprobs(batch) for batch in batches])
 
 
-@pytest.mark.parametrize(("whose", "call"), [("old", 2), ("ref", 3)])
+@pytest.mark.parametrize(("whose", "call"), [("old", 4), ("ref", 2)])
 def test_a_log_probability_that_is_not_finite_stops_the_scoring(rollout, monkeypatch, whose, call):
     policy, rollouts = rollout
-    # updates of two completions: the passes are reference 0, old 1, reference 1, old 2, reference 2
+    # updates of two completions: the passes are reference 0, 1, 2, old 1, 2
     twos = fresh(rollouts, per_device_train_batch_size=2, steps_per_generation=3)
     logprobs, calls = type(policy).logprobs, []
 
@@ -516,7 +516,7 @@ def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypat
     left, whole = fresh(rollouts, **settings), fresh(rollouts, **settings)
     assert left.micro_batches(0) == [[0, 1], [2]] and left.micro_batches(1) == [[3, 4], [5]]
     left.score(policy, with_reference=True)
-    assert passes == ["reference"] * 2 + ["default", "reference"] * 2
+    assert passes == ["reference"] * 4 + ["default"] * 2
     assert [len(one.old_logprobs) == 0 for one in left.samples] == [True] * 3 + [False] * 3
     score_all(whole, policy)
     policy.net.train()
@@ -530,6 +530,30 @@ def test_the_first_steps_old_log_probabilities_are_left_to_it(rollout, monkeypat
         assert not kept.old_logprobs.requires_grad
         assert torch.equal(kept.old_logprobs, made.old_logprobs)
         assert torch.equal(kept.ref_logprobs, made.ref_logprobs)
+
+
+def test_where_memory_runs_out_the_reference_is_scored_again_in_the_same_micro_batches(
+    rollout, monkeypatch
+):
+    """The KL before the first update is exactly 0 only where both ran in the same ones."""
+    policy, rollouts = rollout
+    passes, forward = [], engine.policy.completion_logprobs
+
+    def runs_out_once(net, family, batch, **more):
+        passes.append((net.active_adapter, len(batch.completion_ids)))
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(net, family, batch, **more)
+
+    monkeypatch.setattr(engine.policy, "completion_logprobs", runs_out_once)
+    scored = fresh(rollouts, per_device_train_batch_size=3, steps_per_generation=2)
+    scored.score(policy, with_reference=True)
+    assert passes[:3] == [("reference", 3), ("reference", 3), ("default", 3)]
+    sizes = [len(rows) for rows in scored.micro_batches(0) + scored.micro_batches(1)]
+    of_second = sizes[len(scored.micro_batches(0)) :]
+    assert max(sizes) < 3
+    old = [("default", size) for size in of_second]
+    assert passes[3:] == [*old, *(("reference", size) for size in sizes), *old]
 
 
 # ---- metrics by hand -----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_sft_ends_where_it_would_have(
         ("engine.decoding.read_tokens", 4, "sampling_batch_size"),
         ("engine.decoding.scaled_logits", 2, "sampling_batch_size"),
         ("engine.policy.completion_logprobs", 1, "max_tokens_per_forward"),  # reference
-        ("engine.policy.completion_logprobs", 3, "max_tokens_per_forward"),  # old
+        ("engine.policy.completion_logprobs", 5, "max_tokens_per_forward"),  # old
         ("engine.policy.completion_logprobs", 7, "max_tokens_per_forward"),  # update 0
         ("engine.policy.completion_logprobs", 10, "max_tokens_per_forward"),  # update 1
         ("engine.forward.token_logprobs", 8, "max_tokens_per_forward"),
