@@ -1,0 +1,1 @@
+"""Tests against a real vLLM server, which lives in an environment of its own."""
