@@ -59,7 +59,7 @@ class ChatTemplate:
                 problem = refusal
             if problem is not None:  # the first line is of the chat as it is meant
                 raise ValueError(refusal)
-        if _DATE in self._render(self._messages(PROBE), True, fixed_date=True):
+        if _DATE in self._render(self.messages(PROBE), True, fixed_date=True):
             raise ValueError(
                 "its chat template writes today's date into the prompt (strftime_now), so that no"
                 " run could be repeated; write a fixed date, or none, into the template"
@@ -73,13 +73,14 @@ class ChatTemplate:
         problem = self._problem_of_prompt(prompt)
         if problem is not None:
             raise ValueError(problem)
-        return self._render(self._messages(prompt), True)
+        return self._render(self.messages(prompt), True)
 
     def with_answer(self, prompt: Prompt, answer: str) -> str:
         """Render a prompt with an answer. Raises ValueError where the template fails."""
-        return self._render(self._messages(prompt, answer), False)
+        return self._render(self.messages(prompt, answer), False)
 
-    def _messages(self, prompt: Prompt, answer: str | None = None) -> list[dict]:
+    def messages(self, prompt: Prompt, answer: str | None = None) -> list[dict]:
+        """Build the messages that the template is given, in `data.prompts.build_messages`' form."""
         messages = build_messages(prompt, answer)
         if self.folds_system:
             system, user = messages[:2]
@@ -89,7 +90,7 @@ class ChatTemplate:
 
     def _problem_of_prompt(self, prompt: Prompt) -> str | None:
         """Say what the template changes of a prompt's texts, None where it leaves them alone."""
-        text = self._render(self._messages(prompt), True)
+        text = self._render(self.messages(prompt), True)
         for what, part in (("system text", prompt.system), ("instruction", prompt.text)):
             if part.strip() not in text:
                 return (

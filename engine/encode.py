@@ -239,6 +239,14 @@ class Encoder:
         """
         return self._process(load_image(example, content))
 
+    def final_image(self, example: Example) -> Image.Image:
+        """Open the example's image at the size that the vision tower sees.
+
+        An image processor with the same settings leaves it at that size. Raises DataError as
+        `encode_image` does.
+        """
+        return self.family.resized(self.image_processor, load_image(example))
+
     def _process(self, image: Image.Image) -> ImageTensors:
         processed = self.image_processor(images=[image], return_tensors="pt")
         return {name: processed[name] for name in self.family.pixel_names}

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -87,6 +89,26 @@ class Family:
         tokens depends on its size.
         """
         raise TypeError("use a subclass")
+
+    def resized(self, image_processor: Any, image: Image.Image) -> Image.Image:
+        """Resize an RGB image as the image processor does, before it scales and normalises it.
+
+        The image processor leaves the size of what comes out as it is, and so makes the same pixels
+        of it, to the bit.
+        """
+        if not image_processor.do_resize:
+            return image
+        pixels = image_processor.resize(
+            np.asarray(image).transpose(2, 0, 1),
+            size=image_processor.size,
+            resample=image_processor.resample,
+            **self.resize_options(image_processor),
+        )
+        return Image.fromarray(pixels.transpose(1, 2, 0))
+
+    def resize_options(self, image_processor: Any) -> dict[str, Any]:
+        """Name what the image processor's resize takes beside size and resampling."""
+        return {}
 
     def image_token_id(self, config: dict) -> int:
         """Find the id of the image placeholder in a config.json."""

@@ -12,15 +12,18 @@ Shapes: B rows, V vocabulary, k candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from engine.logprobs import scaled_logits
 
 # At 64 rows of 262,208 tokens a search of whole rows moves 12 GB, one among the candidates 0.5 GB.
 CANDIDATES = 256
 # Up to this size whole rows are searched as fast as candidates are found on a CPU.
 SMALL_VOCABULARY = 8192
+MASS_CHUNK = 64  # tokens: a search of whole rows holds five [64,V] fp32 tensors, 0.3 GB of Gemma's
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -104,6 +107,42 @@ def among_candidates(
     mass_kept = mass(kept)
     found = (least > last) & (mass_kept >= top_p) & ((mass_above < top_p) | (least == most))
     return ids, kept, mass_kept[:, 0], found[:, 0]
+
+
+def nucleus_mass(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    suppress_token_ids: Sequence[int] = (),
+    softcap: float | None = None,
+    chunk_size: int = MASS_CHUNK,
+) -> Tensor:
+    """Compute the mass of the nucleus at each token, without a [tokens, vocabulary] matrix.
+
+    hidden [M,H], lm_head_weight [V,H] and the rest: as `engine.logprobs.token_logprobs` takes them.
+    chunk_size: tokens at a time.
+    Returns [M] fp32 (fp64 for fp64 input).
+    """
+    suppressed = torch.tensor(list(suppress_token_ids), dtype=torch.long, device=hidden.device)
+    masses = []
+    for chunk in hidden.split(chunk_size):
+        logits = chunk.to(lm_head_weight.dtype) @ lm_head_weight.t()
+        logprobs = scaled_logits(logits, temperature, suppressed, softcap).log_softmax(1)  # [m,V]
+        masses.append(_mass(logprobs, top_p))
+    return torch.cat(masses)
+
+
+def _mass(logprobs: Tensor, top_p: float) -> Tensor:
+    """Find the mass of each row's nucleus [B], among few candidates where that is enough."""
+    if top_p >= 1 or logprobs.shape[1] <= SMALL_VOCABULARY:
+        return nucleus(logprobs, top_p)[1]
+    _, _, mass, found = among_candidates(logprobs.exp(), top_p, CANDIDATES)
+    rows = found.logical_not().nonzero()[:, 0]
+    if len(rows):
+        mass[rows] = nucleus(logprobs[rows], top_p)[1]
+    return mass
 
 
 def draw(logprobs: Tensor, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,9 @@ class Qwen25VL(Family):
             )
         return image_processor
 
+    def resize_options(self, image_processor: Any) -> dict[str, Any]:
+        return {"factor": image_processor.patch_size * image_processor.merge_size}
+
     def image_token_id(self, config: dict) -> int:
         return config["image_token_id"]
 

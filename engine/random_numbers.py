@@ -1,6 +1,7 @@
 """Draw random numbers that are functions of their place in the run, never of what came before.
 
     uniform_numbers("rollout", seed, position, G, T)    those of one prompt's completions
+    server_seed("rollout", seed, position)              from which a server draws them itself
     dropout_numbers(seed, step, row)                    those of one micro-batch's dropout
 
 So nothing that a resume, a cut by memory or the number of ranks changes can change them, and no
@@ -40,6 +41,17 @@ def uniform_numbers(
         counter=np.array([0, 0, 0, _STREAMS[purpose]], dtype=np.uint64),
     )
     return torch.from_numpy(np.random.Generator(philox).random((generations, length), np.float32))
+
+
+def server_seed(purpose: Purpose, seed: int, position: int) -> int:
+    """Make the seed with which an inference server draws one prompt's completions.
+
+    Servers add the index of a completion to it, so seeds of neighbouring places lie far apart: it
+    is a hash. Arguments as those of `uniform_numbers`.
+    Returns 48 bits, which every JSON parser keeps, and to which an index can be added.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=(_STREAMS[purpose], position))
+    return int(words.generate_state(1, np.uint64)[0]) >> 16
 
 
 def dropout_numbers(seed: int, step: int, row: int) -> None:

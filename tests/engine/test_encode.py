@@ -511,3 +511,23 @@ def test_another_model_family_is_refused(tiny_checkpoint, tmp_path):
         ValueError, match="a 'llama' model; this engine trains qwen2_5_vl, gemma3 and qwen3_vl"
     ):
         encoder_of(folder)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (61, 43), (300, 200), (200, 333), (30, 29)])
+def test_the_final_image_gives_the_same_pixels_to_the_bit(encoder, tmp_path, size):
+    """What a server gets is resized already: resizing it again changes nothing."""
+    shape = (*reversed(size), 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    example = Example("e", "p", "image.png", ("Edema",), "site", tmp_path)
+    final = encoder.final_image(example)
+    once, twice = encoder.encode_image(example), encoder._process(final)
+    assert final.mode == "RGB" and once.keys() == twice.keys()
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+    height, width = once["pixel_values"].shape[-2:]
+    if "image_grid_thw" in once:
+        _, height, width = (encoder.image_processor.patch_size * once["image_grid_thw"][0]).tolist()
+    assert final.size == (width, height)
+    encoder.image_processor.do_resize = False
+    assert encoder.final_image(example).size == size

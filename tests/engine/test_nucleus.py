@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engine.nucleus
 from engine.logprobs import scaled_logits, token_logprobs
-from engine.nucleus import among_candidates, draw, nucleus
+from engine.nucleus import among_candidates, draw, nucleus, nucleus_mass
 from tests.helpers.op_counts import OpCounts, as_on_cuda
 
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -387,3 +387,42 @@ def test_a_search_that_no_row_needs_is_left_out(few, monkeypatch):
     logprobs = torch.tensor([[9.0, 0, 0, 0, 0, 0]]).log_softmax(1)
     monkeypatch.setattr(engine.nucleus, "_search", fails)
     assert draw(logprobs, 0.9, torch.tensor([0.7]))[0].tolist() == [0]
+
+
+# The mass alone, of states
+
+
+@pytest.mark.parametrize("size", [50, 9000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_mass_of_states_is_that_of_their_nucleus(size, softcap):
+    """In chunks, among candidates and in whole rows: as `nucleus` finds it in all at once."""
+    hidden = torch.randn(11, 6, generator=seeded(1))
+    hidden[5] = 0  # all tokens equally probable: candidates are not enough
+    head = torch.randn(size, 6, generator=seeded(2))
+    for temperature, top_p in ((0.7, 0.9), (1.0, 0.3), (1.3, 1.0)):
+        suppressed = torch.tensor([3, 7])
+        logits = scaled_logits(hidden @ head.t(), temperature, suppressed, softcap)
+        _, expected = nucleus(logits.log_softmax(1), top_p)
+        found = nucleus_mass(
+            hidden,
+            head,
+            temperature=temperature,
+            top_p=top_p,
+            suppress_token_ids=(3, 7),
+            softcap=softcap,
+            chunk_size=4,
+        )
+        assert torch.allclose(found, expected, atol=1e-6, rtol=0)
+        assert found.dtype == torch.float32 and (found >= min(top_p, 1 - 1e-6)).all()
+
+
+def test_the_mass_never_holds_all_tokens_logits(monkeypatch):
+    sizes = []
+
+    def noting(logits, *rest):
+        sizes.append(len(logits))
+        return scaled_logits(logits, *rest)
+
+    monkeypatch.setattr(engine.nucleus, "scaled_logits", noting)
+    nucleus_mass(torch.randn(150, 4), torch.randn(20, 4), temperature=1.0, top_p=0.9)
+    assert sizes == [64, 64, 22]

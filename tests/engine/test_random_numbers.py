@@ -17,7 +17,7 @@ import torch
 from engine.collate import collate_rows
 from engine.logprobs import token_logprobs
 from engine.model import attach_new_adapter, enable_gradient_checkpointing
-from engine.random_numbers import dropout_numbers, uniform_numbers
+from engine.random_numbers import dropout_numbers, server_seed, uniform_numbers
 from tests.helpers.tiny import SAVE, SHORT, examples_of, load, policy_of
 
 ONES = 2**64 - 1
@@ -185,3 +185,17 @@ def test_checkpointing_drops_the_same(family, tiny_checkpoint, tiny_images):
     again = gradients(0)
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
     assert not all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
+# ---- the seeds of a server -----------------------------------------------------------------------
+def test_a_servers_seeds_are_functions_of_their_place_that_lie_far_apart():
+    """A server adds the index of a completion, so neighbours would share completions."""
+    places = [(seed, place) for seed in (0, 1, 2**40) for place in range(200)]
+    seeds = {server_seed(purpose, *at) for purpose in ("rollout", "evaluation") for at in places}
+    assert len(seeds) == 1200 and max(seeds) < 2**48 and max(seeds) > 2**47
+    ordered = sorted(seeds)
+    assert min(b - a for a, b in zip(ordered, ordered[1:], strict=False)) > 1000
+    assert server_seed("rollout", 3, 5) == server_seed("rollout", 3, 5) > 0
+    # by numpy alone: the 64 bits of the hash without the 16 lowest
+    (bits,) = np.random.SeedSequence(3, spawn_key=(1, 5)).generate_state(1, np.uint64)
+    assert server_seed("evaluation", 3, 5) == int(bits) // 2**16

@@ -40,7 +40,7 @@ class FakeServer:
         self.hangs, self.api_key = False, ""
         self._ended = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (_Handler,), {"fake": self}))
-        self._http.daemon_threads = True
+        self._http.daemon_threads = False  # `__exit__` waits for what they still compute
         # a client that has left is no error
         self._http.handle_error = lambda request, address: None
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -128,6 +128,7 @@ def _error(message: str) -> Document:
 
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
+    timeout = 30  # of a client that says nothing
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
