@@ -142,6 +142,7 @@ def with_reference(model: BaseModel):
     return wrapped
 
 
+@pytest.mark.timeout(900)  # it compiles for a minute and a half where nothing else runs
 def test_compiled_parts_compute_the_same(tiny_checkpoint, tiny_images):
     """In bf16, where graphs with and without gradient would round differently if compilers were
     left to it. What remains is a sum in another order here and there, and the one bf16 step that

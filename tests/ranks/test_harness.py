@@ -44,6 +44,6 @@ def test_the_end_of_each_rank_is_told():
 
 
 def test_ranks_that_hang_are_killed_at_the_time_limit():
-    end = torchrun(2, HANGS, time_limit=8)
+    end = torchrun(2, HANGS, time_limit=20)  # both have long begun then, on a busy machine too
     assert end.timed_out and end.root_cause is None and end.code == -9
     assert not any(alive(int(text)) for text in end.out)
