@@ -15,7 +15,6 @@ import torch
 
 import engine.server
 from data.files import DataError
-from data.prompts import Prompt
 from engine.collate import collate_rows
 from engine.completion import SamplingConfig
 from engine.encode import EncodedRow
@@ -23,20 +22,12 @@ from engine.generate import generate
 from engine.nucleus import nucleus
 from engine.out_of_memory import Limits
 from engine.random_numbers import server_seed
-from engine.remote import Served, generate_remote, own_pass
+from engine.remote import generate_remote, own_pass
 from engine.runtime import StopRequested
-from engine.server import Server, ServerError, ServerGone
-from tests.helpers.engine_writer import EngineWriter
-from tests.helpers.fake_server import FakeServer
-from tests.helpers.tiny import (
-    attach_random_adapter,
-    examples_of,
-    load,
-    policy_of,
-    uniform_for,
-)
+from engine.server import ServerError, ServerGone
+from tests.helpers.engine_writer import RemoteSetting
+from tests.helpers.tiny import examples_of, save_images, uniform_for
 
-PROMPT = Prompt("short", "Which?", system="Read.")
 SAMPLED, GREEDY = SamplingConfig(0.8, 0.9, 8), SamplingConfig(0.0, 1.0, 8)
 WHOLE = SamplingConfig(1.3, 1.0, 8)
 COUNT, GENERATIONS = 4, 3
@@ -44,25 +35,8 @@ SEEDS = [server_seed("rollout", 0, place) for place in range(COUNT)]
 FAMILIES = ["qwen2_5_vl", "gemma3"]
 
 
-def with_frequent_stops(base):
-    """Let every tenth token end a completion: those of a random model else never do."""
-    stops = set(range(0, len(base.net.lm_head.weight), 10)) - set(base.suppressed_ids)
-    return dataclasses.replace(base, stop_ids=frozenset(stops))
-
-
-class Setting:
-    """Hold a policy, what it is asked, and a server with another copy of it."""
-
-    def __init__(self, folder, images, place):
-        self.policy, theirs = (
-            policy_of(attach_random_adapter(base), base, PROMPT)
-            for base in (with_frequent_stops(load(folder)) for _ in range(2))
-        )
-        self.examples = examples_of(images, 56, 84, 61, 112)
-        self.prompts = [self.policy.encode(example) for example in self.examples]
-        self.write = EngineWriter(theirs, place, {seed: i for i, seed in enumerate(SEEDS)})
-        self.fake = FakeServer(self.write)
-        self.served = Served(Server.of(self.fake.url, 60), "base", 3)
+class Setting(RemoteSetting):
+    """Ask the server and the engine's own sampler for the same."""
 
     def own(self, sampling, together=1):
         """Return what the engine's sampler gives, so many prompts at a time."""
@@ -88,10 +62,10 @@ class Setting:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(request, tiny_checkpoint, tiny_images, tmp_path_factory):
-    from tests.helpers.tiny import save_images
-
     save_images(tiny_images / "61", 3, 61)
-    setting = Setting(tiny_checkpoint(request.param), tiny_images, tmp_path_factory.mktemp("sent"))
+    examples = examples_of(tiny_images, 56, 84, 61, 112)
+    folders = tiny_checkpoint(request.param), tmp_path_factory.mktemp("sent")
+    setting = Setting(folders[0], examples, folders[1], SEEDS)
     with setting.fake:
         yield setting
 

@@ -11,20 +11,26 @@ computes while the engine does.
 from __future__ import annotations
 
 import base64
+import dataclasses
+import io
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 
 from data.examples import Example
 from data.prompts import Prompt
-from engine.completion import SamplingConfig
+from engine.completion import Completion, SamplingConfig
 from engine.generate import generate
+from engine.model import BaseModel
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
-from tests.helpers.fake_server import Document, chat_answer
+from engine.remote import Served, own_pass
+from engine.server import Server
+from tests.helpers.fake_server import Document, FakeServer, chat_answer
+from tests.helpers.tiny import attach_random_adapter, load, policy_of
 
 START = "data:image/png;base64,"
 
@@ -34,15 +40,19 @@ class EngineWriter:
 
     folder: for the images that come.
     positions: {seed of a request: the prompt's position}, by which the engine's numbers are drawn.
+        A seed that is not there is a position itself.
     seed: of these numbers.
-    raw: report log-probabilities at temperature 1, as vLLM does by default.
+    raw: report log-probabilities at temperature 1, as vLLM does by default. whole: report those of
+        the whole distribution, not of the nucleus.
+    seen: what becomes of an image before the model sees it.
     """
 
     def __init__(
         self, policy: Policy, folder: Path, positions: Mapping[int, int], seed: int = 0
     ) -> None:
         self.policy, self.folder, self.positions, self.seed = policy, folder, positions, seed
-        self.raw = False
+        self.raw = self.whole = False
+        self.seen: Callable[[Image.Image], Image.Image] = lambda image: image
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, body: Document) -> Document:
@@ -56,26 +66,65 @@ class EngineWriter:
         url = image["image_url"]["url"]
         assert url.startswith(START) and body["stop_token_ids"] == sorted(self.policy.base.stop_ids)
         assert body["logit_bias"] == {str(i): -100 for i in self.policy.base.suppressed_ids}
-        (self.folder / "sent.png").write_bytes(base64.b64decode(url.removeprefix(START)))
+        sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix(START))))
+        self.seen(sent).save(self.folder / "sent.png")
         example = Example("sent", "sent", "sent.png", (), "site", self.folder)
         prompt = Prompt("sent", text["text"], system=system["content"])
         encoded = self.policy.base.encode_prompt(example, prompt)
         sampling = SamplingConfig(body["temperature"], body["top_p"], body["max_tokens"])
         uniform = None
         if sampling.temperature > 0:
-            place = self.positions[body["seed"]]
+            place = self.positions.get(body["seed"], body["seed"])
             shape = body["n"], body["max_tokens"]
             uniform = [uniform_numbers("rollout", self.seed, place, *shape)]
         (found,) = generate(
             self.policy, [encoded], sampling, num_generations=body["n"], uniform=uniform
         )
-        logprobs = [self._reported(one, sampling).tolist() for one in found]
-        ids = [one.ids.tolist() for one in found]
-        return chat_answer(body, ids, logprobs, encoded.input_ids.tolist())
+        ids = [one.ids for one in found]
+        if self.raw:
+            reported = own_pass(self.policy, encoded, ids, self._at_temperature_1)
+        else:
+            reported = [self._reported(one, sampling) for one in found]
+        return chat_answer(
+            body,
+            [own.tolist() for own in ids],
+            [own.double().clamp(max=0).tolist() for own in reported],
+            encoded.input_ids.tolist(),
+        )
 
-    def _reported(self, completion: Any, sampling: SamplingConfig) -> torch.Tensor:
-        """Return log-probabilities [C] fp64 of the nucleus, where there is one."""
-        whole = completion.logprobs.double()
-        if sampling.temperature == 0 or sampling.top_p >= 1:
-            return whole
-        return (whole - completion.top_p_mass.double().log()).clamp(max=0)
+    def _reported(self, completion: Completion, sampling: SamplingConfig) -> torch.Tensor:
+        """Return log-probabilities [C] of the nucleus, where there is one."""
+        logprobs = completion.logprobs.double()
+        if self.whole or sampling.temperature == 0 or sampling.top_p >= 1:
+            return logprobs
+        return logprobs - completion.top_p_mass.double().log()
+
+    def _at_temperature_1(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = (hidden @ self.policy.head.t()).detach()
+        logits[:, list(self.policy.base.suppressed_ids)] = -torch.inf
+        return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+class RemoteSetting:
+    """Hold a policy, what it is asked, and a server with another copy of it.
+
+    Every tenth token ends a completion: those of a random model else never do.
+    """
+
+    def __init__(self, folder: Path, examples: list[Example], place: Path, seeds: list[int]):
+        """Load both copies. seeds: of the examples' requests. place: for images that come."""
+        prompt = Prompt("short", "Which?", system="Read.")
+        self.policy, theirs = (
+            policy_of(attach_random_adapter(base), base, prompt)
+            for base in (self._with_stops(load(folder)) for _ in range(2))
+        )
+        self.examples = examples
+        self.prompts = [self.policy.encode(example) for example in examples]
+        self.write = EngineWriter(theirs, place, {seed: i for i, seed in enumerate(seeds)})
+        self.fake = FakeServer(self.write)
+        self.served = Served(Server.of(self.fake.url, 60), "base", 3)
+
+    @staticmethod
+    def _with_stops(base: BaseModel) -> BaseModel:
+        stops = set(range(0, len(base.net.lm_head.weight), 10)) - set(base.suppressed_ids)
+        return dataclasses.replace(base, stop_ids=frozenset(stops))
