@@ -190,7 +190,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
     batches = partial(BatchPlan.of, ranks=ranks.size)
     start = ranks.first_then_others(lambda: start_of(config, checkpoint))
     lines = [data_line(data, config.hospital_weights)]
-    lines += plan.lines(len(data.train), config.reward)
+    lines += rollouts.lines()
     sets = data.train, data.evaluated
     if only_described(config, start.adapter, *sets, lines, plan):
         return 0
@@ -234,7 +234,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
 
         schedule = Schedule.of(config, total, config.eval_steps, eval_at_start=True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
-        run.watch_over(policy.limits, policy.digest)
+        run.watch_over(policy)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
             if run.finished:

@@ -39,9 +39,9 @@ _WHEN = (
     "run_sft.py evaluates and saves at every epoch, run_grpo.py every --eval_steps; further saves:"
     " --save_steps"
 )
-_SAMPLER = (
-    "the engine samples by itself and needs no server; rows sampled together follow from"
-    " --per_device_train_batch_size and --steps_per_generation (run_grpo.py)"
+_SERVER = (
+    "a vLLM server is started by itself, with its own flags (engine/README.md), and named by"
+    " --vllm_server_base_url beside --use_vllm (run_grpo.py)"
 )
 _SHARED = "adapter and base are on one model, so there is no second reference to place or to sync"
 _IMAGES = "the size of an image is bounded by --min_visual_tokens and --max_visual_tokens"
@@ -257,11 +257,15 @@ PEERS: dict[str, str] = {
         "--reward (run_grpo.py) takes names, mixtures (hard+0.5*weighted) and yours (MODULE:NAME)",
     ),
     **_each(
-        "use_vllm vllm_mode vllm_gpu_memory_utilization vllm_server_host vllm_server_port"
-        " vllm_server_base_url vllm_tensor_parallel_size vllm_server_timeout vllm_max_model_len"
-        " vllm_enable_sleep_mode vllm_model_impl vllm_guided_decoding_regex infer_backend"
-        " use_transformers_paged cache_implementation",
-        _SAMPLER,
+        "vllm_gpu_memory_utilization vllm_server_host vllm_server_port vllm_group_port"
+        " vllm_tensor_parallel_size vllm_max_model_len vllm_max_model_length"
+        " vllm_enable_sleep_mode vllm_model_impl vllm_guided_decoding_regex"
+        " vllm_structured_outputs_regex",
+        _SERVER,
+    ),
+    **_each(
+        "infer_backend use_transformers_paged cache_implementation",
+        "the engine samples by itself, or on a vLLM server with --use_vllm (run_grpo.py)",
     ),
     **_each(
         "vllm_importance_sampling_cap",
@@ -296,7 +300,7 @@ FAMILIES = {
     "fsdp_": _ONE_GPU,
     "deepspeed_": _ONE_GPU,
     "hub_": _HUB,
-    "vllm_": _SAMPLER,
+    "vllm_": _SERVER,
     "bnb_": _QUANTISED,
     "dataloader_": PEERS["dataloader_num_workers"],
     "wandb_": _LOGS,
@@ -305,6 +309,10 @@ FAMILIES = {
 }
 # Values of other trainers for a choice that is here.
 CHOICES = {
+    "vllm_mode": (
+        "colocate needs vLLM and the engine in one environment, and vLLM 0.32 wants transformers"
+        " < 5.20, the engine >= 5.24"
+    ),
     "vllm_importance_sampling_mode": (
         "sequence_mask is the patch tests/forks/mis.patch (rl/README.md)"
     ),

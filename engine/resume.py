@@ -68,6 +68,10 @@ FREE_TO_CHANGE = (
     "memory_check",
     "base_hash",
     "reward_timeout",
+    # where the rollouts are sampled: a server is started anew elsewhere
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "allow_remote_server",
     # how much is run at once: numbers change by rounding alone
     "max_tokens_per_forward",
     "sampling_batch_size",
@@ -81,6 +85,8 @@ FREE_TO_CHANGE = (
 
 # A value of --resume_from_checkpoint: go on with this command's run, if there is one.
 AUTO = "auto"
+# In config.json: the servers that have sampled rollouts, and how exactly.
+SERVERS = "rollout_servers"
 # The origin of a value that memory cut while a run was going on.
 OUT_OF_MEMORY = "out of memory"
 
@@ -366,7 +372,8 @@ def continued_record(checkpoint: Checkpoint, record: dict[str, Any]) -> dict[str
     for name, entry in memory_cuts(checkpoint).items():
         if settings[name]["value"] == entry["value"]:
             settings[name] = entry
-    of_run = {name: saved[name] for name in ("recipe", RUN_ID, EXTENDED) if name in saved}
+    kept = ("recipe", RUN_ID, EXTENDED, SERVERS)
+    of_run = {name: saved[name] for name in kept if name in saved}
     return record | of_run | {"settings": settings}
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -53,6 +53,9 @@ from engine.runtime import (
 from engine.state_tensors import load_rng, rng_to_tensors
 from engine.tracking import MetricAccumulator, RunLogger
 from engine.undo import Before, Stateful
+
+if TYPE_CHECKING:
+    from engine.policy import Policy
 
 # ---- the books -----------------------------------------------------------------------------------
 Part = TypeVar("Part")
@@ -139,13 +142,13 @@ class Run:
         self.finished = False  # whether the loop has come to its end, with all that was due
         self.exit_code = 0
 
-    def watch_over(self, limits: Limits, digest: Callable[[], str]) -> None:
+    def watch_over(self, policy: Policy) -> None:
         """Note cuts by memory, and see at every save that all ranks have the same adapter.
 
-        limits: how much is run at once. digest: hashes what is trained.
+        policy: what is trained. Its limits say how much is run at once.
         """
-        self._limits, self._digest = limits, digest
-        limits.report = self.note_cut
+        self._limits, self._digest = policy.limits, policy.digest
+        self._limits.report = self.note_cut
 
     # ---- where the run stands --------------------------------------------------------------------
     @property

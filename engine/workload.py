@@ -142,7 +142,8 @@ def training_work(
         num_generations=plan.group if plan else 1,
         max_tokens_per_forward=config.max_tokens_per_forward,
         sampling_copies=config.sampling_copies,
-        sampling_rows=getattr(config, SAMPLING, None),
+        # a server decodes the rollouts: here they take the room of one completion
+        sampling_rows=1 if getattr(config, "use_vllm", False) else getattr(config, SAMPLING, None),
         shards=shards,
     )
 

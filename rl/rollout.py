@@ -11,7 +11,7 @@ Then all have all samples, in the order of the prompts, so what follows is the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from rl.samples import (
 )
 from rl.settings import GRPOConfig
 
+if TYPE_CHECKING:
+    from rl.server_sampler import ServerSampler
+
 
 class StepTotals(TypedDict):
     """Hold what `token_weights` asks of a whole optimizer step, by its argument names."""
@@ -62,6 +65,7 @@ class Rollouts:
     have their tokens alone, without the features of their images.
     first: the position in the run of its first prompt.
     samples: its completions, those of one prompt together. [] before the first rollout.
+    server: samples them in the engine's place, None without --use_vllm.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Rollouts:
         self.prompts: list[EncodedPrompt] = []
         self.first = 0
         self.samples: list[Sample] = []
+        self.server: ServerSampler | None = None
 
     def settle(self, config: GRPOConfig) -> None:
         """Take the settings that fit this machine, which say how much is run at once.
@@ -89,6 +94,17 @@ class Rollouts:
         config: as in the beginning, but for how much is run at once and how products are made.
         """
         self.config, self.limits = config, Limits(config)
+
+    def lines(self) -> list[str]:
+        """Say in lines of the start banner how prompts and steps relate, and who samples."""
+        lines = self.plan.lines(len(self.data), self.config.reward)
+        if self.config.use_vllm:
+            lines.append(
+                f"sampler     vLLM at {self.config.vllm_server_base_url}: resume is no longer exact"
+                " to the bit. Prompts, their order, what rewards remember, optimizer and a rollout"
+                " in progress stay the same; new completions differ"
+            )
+        return lines
 
     # ---- the stream of prompts -------------------------------------------------------------------
     def update_of(self, step: int) -> int:
@@ -162,6 +178,8 @@ class Rollouts:
         says so.
         """
         config, groups = self.config, self._own_groups()
+        if self.server is not None:
+            return self._sample_on(self.server, groups, policy, should_stop)
         shape = config.num_generations, config.max_completion_length
         uniform = [
             uniform_numbers("rollout", config.seed, self.first + group, *shape) for group in groups
@@ -188,6 +206,24 @@ class Rollouts:
                 lambda: len(groups) * self.plan.group,
                 decode,
             )
+
+    def _sample_on(
+        self,
+        server: ServerSampler,
+        groups: Sequence[int],
+        policy: Policy,
+        should_stop: Callable[[], bool],
+    ) -> list[list[Completion]]:
+        """Sample on a server, which is given the policy's adapter first. groups: own prompts."""
+        rollout = self.first // self.plan.prompts
+        return server.sample(
+            policy,
+            [self.examples[group] for group in groups],
+            [self.prompts[group] for group in groups],
+            [self.first + group for group in groups],
+            rollout * self.plan.updates,
+            should_stop,
+        )
 
     def reward(
         self,

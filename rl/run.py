@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from data.files import write_json
 from data.hospitals import is_demo
 from engine.checkpoint import Checkpoint, CheckpointError, fitting
 from engine.inherited import FRESH
 from engine.model_files import DEMO_RECIPES
 from engine.policy import Policy
-from engine.resume import heal_reference, resumed_folder
+from engine.resume import SERVERS, heal_reference, resumed_folder
 from engine.run import Run, RunFolder, Schedule, TrainerState
 from engine.runtime import StepFailed
 from engine.saving import save_start
@@ -193,13 +194,37 @@ class GRPORun(Run):
             stateful={"monitors": monitors}
             | {name: Memory(name, one) for name, one in rollouts.reward_functions.items()},
         )
-        self.config, self.monitors = rollouts.config, monitors
+        self.config, self.monitors, self.rollouts = rollouts.config, monitors, rollouts
         if self.config.reward_choice.paths:  # a resume imports what its own command names
             self._resume += f" {shlex.join(['--reward', self.config.reward])}"
         self.hospitals = list(rollouts.order.counts)
         sets = list(validation_files(self.config))
         self.log.charts("GRPO", grpo_charts(sets, self.hospitals))
         self._noted: set[str] = set()
+
+    def watch_over(self, policy: Policy) -> None:
+        """Watch as `Run` does, and ask the server that samples whether it does so rightly.
+
+        Raises UsageError where it does not answer, or answers as another policy.
+        """
+        super().watch_over(policy)
+        if self.config.use_vllm:
+            from rl.server_sampler import ServerSampler  # here: others need none of it
+
+            server = ServerSampler(self.config, self.folder, self.ranks)
+            self.rollouts.server = server
+            entry = server.begin(policy, self.step)
+            self.record[SERVERS] = [*self.record.get(SERVERS, []), entry]
+            if self.ranks.first:
+                write_json(self.folder / "config.json", self.record)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        """Leave as `Run` does, and let the server forget the adapter."""
+        try:
+            return super().__exit__(kind, error, trace)
+        finally:
+            if self.rollouts.server is not None:
+                self.rollouts.server.close()
 
     @property
     def stopped(self) -> str | None:

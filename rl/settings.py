@@ -20,6 +20,7 @@ from engine.inherited import FRESH, INHERITED, inherit
 from engine.launch import Launch
 from engine.reward_name import reward_name
 from engine.runtime import newest_finished_run
+from engine.server_settings import ServerSettings, server_problems, server_warnings
 from engine.settings import (
     COUNT,
     EVALUATED_METRICS,
@@ -80,7 +81,7 @@ def set_names(config: TrainingConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(ServerSettings, TrainingConfig):
     """Hold the settings of GRPO beside those of the objective, which are flags as well."""
 
     adapter_name_or_path: str = setting(
@@ -180,7 +181,8 @@ class GRPOConfig(TrainingConfig):
     sampling_batch_size: int | None = setting(
         None,
         "completions of a rollout that are decoded together; changes no completion; halved where"
-        " memory runs out",
+        " memory runs out. With --use_vllm: that are asked for at a time, unless given those of 32"
+        " prompts",
         unset="all",
         unit="completions",
         source=OURS,
@@ -326,7 +328,7 @@ def grpo_problems(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
             "--model_name_or_path is missing: --adapter_name_or_path none starts from a base or"
             " merged model; give its folder, a hub name or 'demo'"
         )
-    found += reward_problems(config.reward) + judging_problems(config)
+    found += reward_problems(config.reward) + judging_problems(config) + server_problems(config)
     return found or BatchPlan.of(config, Launch.of().size).problems()
 
 
@@ -426,7 +428,7 @@ def check_watched(config: GRPOConfig, logged: Collection[str]) -> None:
 
 def warnings(config: GRPOConfig, objective: ObjectiveConfig) -> list[str]:
     """Name settings that are allowed but cannot do what they promise, one line each."""
-    found = objective.warnings()
+    found = objective.warnings() + server_warnings(config)
     if BatchPlan.of(config).updates == 1:
         found.append(
             "one optimizer step a rollout: the ratio is always 1, so clipping cannot act; raise"

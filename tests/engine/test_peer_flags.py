@@ -98,11 +98,11 @@ def test_the_flags_of_the_demand_have_a_sentence(script):
     """Those that people were seen to bring, beside those of their kind."""
     asked = (
         "report_to load_in_4bit push_to_hub hub_model_id run_name optim "
-        "lora_target_modules deepspeed fsdp use_vllm fp16 dataloader_num_workers "
+        "lora_target_modules deepspeed fsdp vllm_server_host fp16 dataloader_num_workers "
         "max_seq_length max_length packing neftune_noise_alpha evaluation_strategy "
         "eval_strategy save_strategy overwrite_output_dir do_train trust_remote_code "
         "use_peft torch_dtype attn_implementation ddp_timeout ddp_backend local_rank "
-        "max_prompt_length reward_funcs vllm_mode vllm_gpu_memory_utilization "
+        "max_prompt_length reward_funcs vllm_server_port vllm_gpu_memory_utilization "
         "sync_ref_model cutoff_len finetuning_type lora_rank dataset template stage "
         "warmup_steps adam_beta1 model logging_dir "
     )
@@ -122,6 +122,13 @@ def test_values_of_trls_loss_type_are_refused_with_ours():
             f"--loss_type: {value!r} is not one of dr_grpo, grpo, dapo; variants are patches of"
             " rl/objective.py (rl/README.md)"
         ]
+
+
+def test_vllm_in_the_same_process_is_refused_with_the_reason():
+    assert problems("grpo", "--use_vllm", "--vllm_mode", "colocate") == [
+        "--vllm_mode: 'colocate' is not one of server; colocate needs vLLM and the engine in one"
+        " environment, and vLLM 0.32 wants transformers < 5.20, the engine >= 5.24"
+    ]
 
 
 def test_trls_ways_of_importance_sampling_are_told_apart():

@@ -192,13 +192,18 @@ def test_every_flag_named_is_a_flag(capsys):
     fields |= set(re.findall(r"--([a-z_0-9]+)", get_args_parser().format_help()))  # torchrun's
     lines = [line for page in PAGES for line in PAGES[page].splitlines() if not OTHERS.search(line)]
     own = [line for line in lines if not (benchmark := BENCHMARK.search(line)) or not benchmark[2]]
-    named = set(re.findall(r"--([a-z_0-9]+)", "\n".join(own))) - {"help"}
+    own_text = OF_VLLM.sub("", "\n".join(own))
+    named = set(re.findall(r"--([a-z_0-9]+)", own_text)) - {"help"}
     # which parse_config adds; of data.demo.build_base
     assert named - fields == {"recipe", "family"}
 
 
 # Commands of others, with flags of their own.
 OTHERS = re.compile(r"^ *`?(?:pip install|ruff|git|pre-commit|#SBATCH|sbatch|trap) .*--")
+OF_VLLM = re.compile(
+    r"--(?:host|port|dtype|enable-lora|max-lora-rank|max-loras|max-cpu-loras|generation-config"
+    r"|logprobs-mode|max-num-batched-tokens)\b"
+)
 BENCHMARK = re.compile(
     rf"\b({'|'.join(path.stem for path in BENCHMARKS.glob('*.py'))})\.py\b(.*--.*)?"
 )
