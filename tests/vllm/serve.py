@@ -18,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.model_files import model_path
@@ -47,14 +48,31 @@ FLAGS = {
     "--max-model-len": "256",
     "--max-num-seqs": "64",
     "--max-num-batched-tokens": "8192",
+    # Images come at their final size, and stay at it: the demo's own bounds would let none pass but
+    # squares of 112 pixels. 28 by 28 are one token.
+    "--mm-processor-kwargs": json.dumps({"min_pixels": 28 * 28, "max_pixels": 2**24}),
     "--limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
 }
 SWITCHES = ("--enable-lora", "--enforce-eager", "--skip-mm-profiling")
 
 
+@dataclass(frozen=True)
+class Running:
+    """Hold a server that runs: its URL and its first process, which leads a group of its own."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End it with all of its processes, as SIGKILL does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
 @contextlib.contextmanager
-def served(python: str, port: int, log: Path) -> Iterator[str]:
-    """Serve the demo's base in float32 until the context ends -> its URL, once it answers.
+def served(python: str, port: int, log: Path) -> Iterator[Running]:
+    """Serve the demo's base in float32 until the context ends. It begins once the server answers.
 
     python: of the environment that vLLM is in. port: 0 for a free one. log: a file that takes what
     the server says.
@@ -77,24 +95,25 @@ def served(python: str, port: int, log: Path) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its group is all that it starts
         )
-    url = f"http://127.0.0.1:{port}"
+    running = Running(f"http://127.0.0.1:{port}", process)
     try:
-        _wait_until_up(process, url, log)
-        yield url
+        _wait_until_up(running, log)
+        yield running
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        running.kill()
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_up(running: Running, log: Path) -> None:
     for _ in range(600):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{running.url}/health", timeout=5),
+        ):
             return
-        if process.poll() is not None:
+        if running.process.poll() is not None:
             break
         time.sleep(1)
-    raise RuntimeError(f"no vLLM server came up at {url}:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(f"no vLLM server came up at {running.url}:\n{log.read_text()[-3000:]}")
 
 
 def main() -> None:
@@ -103,8 +122,8 @@ def main() -> None:
     for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
         signal.signal(ending, signal.default_int_handler)
     python, port = os.environ["VLLM_TEST_PYTHON"], int(sys.argv[1])
-    with contextlib.suppress(KeyboardInterrupt), served(python, port, log) as url:
-        print(f"{url} is up; its log: {log}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), served(python, port, log) as running:
+        print(f"{running.url} is up; its log: {log}", flush=True)
         signal.pause()
 
 

@@ -1,9 +1,11 @@
 """Protect what the client relies on, against a real vLLM server of the demo's base.
 
-Checked: prompts, greedy answers and log-probabilities of a served adapter are the engine's own.
+Checked: prompts, greedy answers and log-probabilities of a served adapter are the engine's own, and
+the probe tells it from one that lacks a layer, from the base and from an adapter that is no longer
+the policy's.
 
-The server is that of tests/vllm/serve.py, in float32, on this machine. These tests load adapters of
-names of their own and unload them. They train the demo's SFT adapter first, in some three minutes,
+The server is that of tests/vllm/serve.py, in float32, on this machine. Each test loads adapters of
+names of its own and unloads them. The demo's SFT adapter is trained first, in some three minutes,
 unless VLLM_TEST_ADAPTER names a finished run.
 
 Run: VLLM_TEST_URL=http://127.0.0.1:8811 pytest tests/vllm -s
@@ -11,79 +13,37 @@ Run: VLLM_TEST_URL=http://127.0.0.1:8811 pytest tests/vllm -s
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
+import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-import run_sft
 from data.images import load_image
-from data.prompts import PROMPTS, build_messages
+from data.prompts import build_messages
 from data.records import read_examples
 from engine.chat_api import ask, ask_all, chat_messages, training_options
+from engine.collate import collate_rows
 from engine.completion import SamplingConfig
+from engine.encode import EncodedRow
 from engine.generate import generate
-from engine.model import attach_adapter, load_model
-from engine.policy import Policy
-from engine.server import Server
+from engine.probe import probe
+from engine.random_numbers import server_seed
+from engine.remote import Served, generate_remote
+from engine.server import ServerError
+from tests.vllm.serve import BASE
 
-URL = os.environ.get("VLLM_TEST_URL", "")
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not URL, reason="VLLM_TEST_URL names no vLLM server"),
-    pytest.mark.timeout(1800),
-]
-IMAGES, LONGEST = 100, 96
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
+LONGEST = 96
 CLOSE = 1e-4  # a token's log-probability in float32, in nats
 
 
-@pytest.fixture(scope="module")
-def sft_run(tmp_path_factory) -> Path:
-    """Train the demo's SFT adapter, or take that of VLLM_TEST_ADAPTER."""
-    given = os.environ.get("VLLM_TEST_ADAPTER")
-    if given:
-        return Path(given).absolute()
-    run = tmp_path_factory.mktemp("vllm") / "sft"
-    assert run_sft.main(["--output_dir", str(run)]) == 0
-    return run
-
-
-@pytest.fixture(scope="module")
-def policy(sft_run) -> Policy:
-    """Load the demo with its SFT adapter into this process."""
-    torch.set_num_threads(1)
-    base = load_model(
-        "demo",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        min_visual_tokens=16,
-        max_visual_tokens=16,
-    )
-    return Policy(attach_adapter(base, sft_run), base, PROMPTS["demo"])
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return Server.of(URL, 240)
-
-
-@pytest.fixture(scope="module")
-def adapter(server, sft_run) -> Iterator[str]:
-    """Load the adapter into the server -> its name there."""
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    server.command("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(sft_run)})
-    yield name
-    server.command("/v1/unload_lora_adapter", {"lora_name": name})
-
-
-def test_greedy_answers_are_those_of_the_engine(policy, server, adapter):
-    examples = read_examples("demo:test-a")[:IMAGES]
+def test_greedy_answers_are_those_of_the_engine(policy, server, sft_run, loaded):
+    """100 images: the same tokens of the prompts, the same answers, the same log-probabilities."""
+    examples = read_examples("demo:test-a")[:100]
     options = training_options(policy.base.stop_ids, policy.base.suppressed_ids)
-    options |= {"model": adapter, "temperature": 0.0, "max_tokens": LONGEST}
+    options |= {"model": loaded(sft_run), "temperature": 0.0, "max_tokens": LONGEST}
 
     def asked(example):
         messages = chat_messages(build_messages(policy.prompt), [load_image(example)])
@@ -100,5 +60,78 @@ def test_greedy_answers_are_those_of_the_engine(policy, server, adapter):
         assert choice.text == policy.encoder.decode(completion.ids)
         difference = (torch.tensor(choice.logprobs) - completion.logprobs).abs().max().item()
         furthest = max(furthest, difference)
-    print(f"{IMAGES} greedy answers: equal; log-probabilities differ by {furthest:.1e} at most")
+    print(f"100 greedy answers: equal; log-probabilities differ by {furthest:.1e} at most")
     assert furthest < CLOSE
+
+
+def test_samples_have_the_log_probabilities_that_training_computes(policy, server, sft_run, loaded):
+    """Over the whole vocabulary, although the server's are of the nucleus. Seeds decide them."""
+    examples = read_examples("demo:rl-train")[:16]
+    prompts = [policy.encode(example) for example in examples]
+    served = Served(server, loaded(sft_run))
+
+    def sampled(seed):
+        return generate_remote(
+            served,
+            policy,
+            prompts,
+            examples,
+            SamplingConfig(0.8, 0.95, LONGEST),
+            num_generations=4,
+            seeds=[server_seed("rollout", seed, place) for place in range(len(prompts))],
+        )
+
+    groups = sampled(1)
+    ids = [[one.ids.tolist() for one in group] for group in groups]
+    assert ids == [[one.ids.tolist() for one in group] for group in sampled(1)]
+    assert ids != [[one.ids.tolist() for one in group] for group in sampled(2)]
+    rows = [
+        EncodedRow(prompt, one.ids, torch.ones(len(one.ids), dtype=torch.bool))
+        for prompt, group in zip(prompts, groups, strict=True)
+        for one in group
+    ]
+    with torch.no_grad():
+        own, _ = policy.logprobs_and_entropy(collate_rows(rows, policy.encoder.pad_token_id))
+    theirs = [one for group in groups for one in group]
+    differences = torch.cat(
+        [row[: len(one.ids)] - one.logprobs for row, one in zip(own, theirs, strict=True)]
+    )
+    masses = torch.cat([one.top_p_mass for one in theirs])
+    distinct = sum(len({tuple(one) for one in group}) for group in ids) / len(ids)
+    print(
+        f"{len(differences)} sampled tokens: log-probabilities differ by"
+        f" {differences.abs().mean():.1e}, {differences.abs().max():.1e} at most; without the"
+        f" nucleus' mass by {(-masses.log()).mean():.1e}, {(-masses.log()).max():.1e} at most;"
+        f" {distinct:.2f} of 4 answers to an image are distinct"
+    )
+    assert differences.abs().max() < CLOSE < (-masses.log()).mean()
+    assert distinct > 3
+
+
+def test_the_probe_finds_the_policy_and_nothing_else(policy, server, sft_run, loaded, tmp_path):
+    """vLLM takes an adapter without its last layer, or with another scale, as a sound one."""
+    examples = read_examples("demo:rl-train")[:4]
+    prompts = [policy.encode(example) for example in examples]
+
+    def probed(name):
+        return probe(Served(server, name), policy, prompts, examples)
+
+    print("\nprobe:", probed(loaded(sft_run)))
+    weights = load_file(sft_run / "adapter_model.safetensors")
+    settings = json.loads((sft_run / "adapter_config.json").read_text())
+    wrong = {
+        "half": ({key: value for key, value in weights.items() if ".layers.3." not in key}, {}),
+        "strong": (weights, {"lora_alpha": settings["lora_alpha"] * 1.1}),
+    }
+    assert len(wrong["half"][0]) == len(weights) * 3 / 4
+    for name, (own, changed) in wrong.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(own, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings | changed))
+        with pytest.raises(ServerError, match="are not the policy's") as refused:
+            probed(loaded(folder))
+        print(f"{name}: {refused.value}")
+    with pytest.raises(ServerError, match="the base's without the adapter") as refused:
+        probed(BASE)
+    print(f"{BASE}: {refused.value}")
