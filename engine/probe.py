@@ -122,18 +122,20 @@ class _Drawn:
             should_stop=should_stop,
         )
 
-    def difference(self, temperature: float = TEMPERATURE) -> Tensor:
-        """Compute by how much each token differs from the engine's at a temperature [K] fp64."""
+    def difference(self, *, raw: bool = False) -> Tensor:
+        """Compute by how much each token differs from the engine's [K] fp64.
+
+        raw: compare with the model's own distribution, before temperature and logit_bias.
+        """
 
         def score(hidden: Tensor, targets: Tensor) -> Tensor:
-            suppressed, softcap = self.policy.base.suppressed_ids, self.policy.softcap
             logprobs, _ = token_logprobs(
                 hidden,
                 self.policy.head,
                 targets,
-                temperature=temperature,
-                suppress_token_ids=suppressed,
-                softcap=softcap,
+                temperature=1.0 if raw else TEMPERATURE,
+                suppress_token_ids=() if raw else self.policy.base.suppressed_ids,
+                softcap=self.policy.softcap,
             )
             return logprobs
 
@@ -169,7 +171,7 @@ def _described(difference: Tensor, strict: bool) -> str:
 
 def _cause(drawn: _Drawn, differs: Callable[[Tensor], bool]) -> str:
     """Find what the server's numbers are instead, or list what it may be."""
-    if not differs(drawn.difference(temperature=1.0)):
+    if not differs(drawn.difference(raw=True)):
         return "They are those of temperature 1: start it with --logprobs-mode processed_logprobs"
     if isinstance(drawn.policy.net, PeftModel):
         with drawn.policy.adapted.disable_adapter():

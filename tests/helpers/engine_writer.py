@@ -42,8 +42,8 @@ class EngineWriter:
     positions: {seed of a request: the prompt's position}, by which the engine's numbers are drawn.
         A seed that is not there is a position itself.
     seed: of these numbers.
-    raw: report log-probabilities at temperature 1, as vLLM does by default. whole: report those of
-        the whole distribution, not of the nucleus.
+    raw: report log-probabilities at temperature 1 without logit_bias, as vLLM does by default.
+        whole: report those of the whole distribution, not of the nucleus.
     seen: what becomes of an image before the model sees it.
     """
 
@@ -100,8 +100,7 @@ class EngineWriter:
         return logprobs - completion.top_p_mass.double().log()
 
     def _at_temperature_1(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = (hidden @ self.policy.head.t()).detach()
-        logits[:, list(self.policy.base.suppressed_ids)] = -torch.inf
+        logits = (hidden @ self.policy.head.t()).detach()  # logit_bias comes after them
         return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
