@@ -213,7 +213,8 @@ class GRPORun(Run):
 
             server = ServerSampler(self.config, self.folder, self.ranks)
             self.rollouts.server = server
-            entry = server.begin(policy, self.step)
+            data, stop = self.rollouts.data, self.should_stop
+            entry = server.begin(policy, data, self.step, stop)
             self.record[SERVERS] = [*self.record.get(SERVERS, []), entry]
             if self.ranks.first:
                 write_json(self.folder / "config.json", self.record)

@@ -1,7 +1,8 @@
 """Sample rollouts on a vLLM server, in the place of the engine's own sampler.
 
 The server is given the adapter of each rollout under a new name (engine/served_adapter.py), and its
-answers become the completions that `engine.generate.generate` would give (engine/remote.py).
+answers become the completions that `engine.generate.generate` would give (engine/remote.py). Before
+the first of them, also after a resume, its log-probabilities are compared (engine/probe.py).
 
 A run without --use_vllm imports nothing of this.
 """
@@ -9,7 +10,7 @@ A run without --use_vllm imports nothing of this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.completion import Completion, SamplingConfig
 from engine.config import UsageError
 from engine.encode import EncodedPrompt
 from engine.policy import Policy
+from engine.probe import PROMPTS, probe
 from engine.random_numbers import server_seed
 from engine.ranks import Ranks
 from engine.remote import CONCURRENCY, Served, generate_remote
@@ -41,19 +43,30 @@ class ServerSampler:
             self.server = Server.of(config.vllm_server_base_url, config.vllm_server_timeout)
         self._served = ServedAdapter(self.server, run_dir) if ranks.first else None
 
-    def begin(self, policy: Policy, step: int) -> dict[str, Any]:
-        """Let the server load the policy's adapter.
+    def begin(
+        self,
+        policy: Policy,
+        examples: Sequence[Example],
+        step: int,
+        should_stop: Callable[[], bool],
+    ) -> dict[str, Any]:
+        """Let the server load the policy's adapter, and see that it answers as the policy.
 
-        step: optimizer steps that are done. Returns the entry of config.json.
+        examples: of the training data, the first of which are asked about. step: optimizer steps
+        that are done. Returns the entry of config.json.
 
-        Raises UsageError where no server answers, or one that does not take the adapter.
+        Raises UsageError where no server answers, or one that would sample from something else.
         """
+        asked = examples[:PROMPTS]
 
         def begun() -> dict[str, Any]:
-            with _correctable():
-                version = self.server.version()
-                self._serve(policy, step)
-            return {"step": step, "version": version}
+            with ExitStack() as unless_begun, _correctable():
+                unless_begun.callback(self.close)
+                version, name = self.server.version(), self._serve(policy, step)
+                served = Served(self.server, name)
+                found = probe(served, policy, list(map(policy.encode, asked)), asked, should_stop)
+                unless_begun.pop_all()
+            return {"step": step, "version": version, "probe": found}
 
         return self.ranks.on_first(begun)
 

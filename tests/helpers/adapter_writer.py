@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.model import attach_adapter, load_model
+from engine.probe import PROMPTS
 from engine.random_numbers import server_seed
 from tests.helpers.engine_writer import EngineWriter
 from tests.helpers.fake_server import Document, FakeServer
@@ -31,6 +32,9 @@ class AdapterWriter:
     def __init__(self, checkpoint: Path, folder: Path, fake: FakeServer, seed: int = 42):
         self.checkpoint, self.folder, self.fake, self.seed = checkpoint, folder, fake, seed
         self.positions = {server_seed("rollout", seed, at): at for at in range(POSITIONS)}
+        # those of the probe, with numbers of their own
+        probed = {server_seed("evaluation", 0, at): POSITIONS + at for at in range(PROMPTS)}
+        self.positions |= probed
         self._name = ""
         self._write: EngineWriter
         self._loading = threading.Lock()
@@ -39,7 +43,10 @@ class AdapterWriter:
         """Answer a chat completion."""
         with self._loading:
             if body["model"] != self._name:
-                self._write, self._name = self._writer(body), body["model"]
+                with torch.random.fork_rng(
+                    devices=[]
+                ):  # the numbers are those of the run's process
+                    self._write, self._name = self._writer(body), body["model"]
             write = self._write
         return write(body)
 

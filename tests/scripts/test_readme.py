@@ -202,7 +202,7 @@ def test_every_flag_named_is_a_flag(capsys):
 OTHERS = re.compile(r"^ *`?(?:pip install|ruff|git|pre-commit|#SBATCH|sbatch|trap) .*--")
 OF_VLLM = re.compile(
     r"--(?:host|port|dtype|enable-lora|max-lora-rank|max-loras|max-cpu-loras|generation-config"
-    r"|logprobs-mode|max-num-batched-tokens)\b"
+    r"|logprobs-mode|max-num-batched-tokens|mm-processor-kwargs)\b"
 )
 BENCHMARK = re.compile(
     rf"\b({'|'.join(path.stem for path in BENCHMARKS.glob('*.py'))})\.py\b(.*--.*)?"

@@ -88,6 +88,7 @@ def test_ten_steps_over_http_are_those_of_the_engines_own_sampler(
     assert asked == set(loaded) and not server.adapters and not (run / "vllm").exists()
     [entry] = record(run / "config.json")["rollout_servers"]
     assert (entry["step"], entry["version"]) == (0, "0.32.0")
+    assert entry["probe"]["tokens"] > 0 and entry["probe"]["largest"] < 1e-5
     assert record(run / "last" / "config.json")["rollout_servers"] == [entry]
     said = capsys.readouterr()
     assert f"sampler     vLLM at {server.url}: resume is no longer exact to the bit" in said.out
@@ -178,6 +179,26 @@ def test_no_server_there_is_said_before_the_first_step(
     assert "--use_vllm: GET http://127.0.0.1:9/v" in error
     assert "(engine/README.md, A server for rollouts)" in error
     assert not list(run.glob("checkpoint-*")) and not (run / "start").exists()
+
+
+def test_a_server_with_another_policy_is_refused_before_the_first_step(
+    server, tiny_sft_run, tiny_data, tmp_path, capsys
+):
+    """It says that it has loaded the adapter, and answers with that of an earlier step."""
+    sft, run, answer = tiny_sft_run("qwen2_5_vl"), tmp_path / "run", server.answer
+
+    def another(verb, path, body):
+        found = answer(verb, path, body)
+        if path == LOAD:
+            server.adapters[body["lora_name"]] = str(sft / "checkpoint-1")
+        return found
+
+    server.answer = another
+    flags = grpo_flags(sft, tiny_data, run, *FLAGS, *over(server))
+    assert main_guard(lambda: run_grpo.main(flags)) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "its log-probabilities are not the policy's" in error
+    assert not list(run.glob("checkpoint-*")) and not (run / "vllm").exists()
 
 
 def test_the_key_is_sent_and_in_no_file(
