@@ -1,18 +1,19 @@
 """Protect what the client relies on, against a real vLLM server of the demo's base.
 
-Checked: prompts, greedy answers and log-probabilities of a served adapter are the engine's own, and
-the probe tells it from one that lacks a layer, from the base and from an adapter that is no longer
-the policy's.
+Checked: prompts, images, greedy answers, samples and log-probabilities of a served adapter are the
+engine's own, and the probe tells it from one that lacks a layer, from one of another scale and from
+the base.
 
-The server is that of tests/vllm/serve.py, in float32, on this machine. Each test loads adapters of
-names of its own and unloads them. The demo's SFT adapter is trained first, in some three minutes,
-unless VLLM_TEST_ADAPTER names a finished run.
+The server is that of tests/vllm/serve.py, in float32, on this machine. Each test loads adapters
+under names of its own and unloads them. The demo's SFT adapter is trained first, in some three
+minutes, unless VLLM_TEST_ADAPTER names a finished run.
 
 Run: VLLM_TEST_URL=http://127.0.0.1:8811 pytest tests/vllm -s
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 
@@ -62,6 +63,25 @@ def test_greedy_answers_are_those_of_the_engine(policy, server, sft_run, loaded)
         furthest = max(furthest, difference)
     print(f"100 greedy answers: equal; log-probabilities differ by {furthest:.1e} at most")
     assert furthest < CLOSE
+
+
+def test_images_of_other_sizes_are_seen_as_the_engine_sees_them(
+    policy, server, sft_run, loaded, tmp_path
+):
+    """The engine resizes them, and the server leaves them so."""
+    sizes, examples = [(384, 384), (300, 400), (640, 360), (90, 130)], []
+    for example, size in zip(read_examples("demo:test-a"), sizes * 3, strict=False):
+        path = tmp_path / f"{example.id}.png"
+        load_image(example).resize(size).save(path)
+        examples.append(dataclasses.replace(example, image=path.name, image_root=tmp_path))
+    prompts = [policy.encode(example) for example in examples]
+    assert len({len(prompt.input_ids) for prompt in prompts}) > 1
+    greedy = SamplingConfig(0.0, 1.0, LONGEST)
+    theirs = generate_remote(Served(server, loaded(sft_run)), policy, prompts, examples, greedy)
+    own = generate(policy, prompts, greedy)
+    for [one], [other] in zip(theirs, own, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert (one.logprobs - other.logprobs).abs().max() < CLOSE
 
 
 def test_samples_have_the_log_probabilities_that_training_computes(policy, server, sft_run, loaded):

@@ -1,4 +1,4 @@
-"""Protect runs and evaluations over HTTP against a real vLLM server of the demo's base.
+"""Protect runs over HTTP against a real vLLM server of the demo's base.
 
 Checked: a GRPO run of ten steps learns from what it would have sampled itself, with an adapter of
 its own for each rollout; a server that is killed in a rollout costs that rollout alone.
