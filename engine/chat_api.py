@@ -31,6 +31,14 @@ LARGEST_LOGPROB = 1e-4  # a probability of 1 may be rounded up
 SMALLEST_LOGPROB = -9999.0  # what vLLM writes for probability 0, so no token is drawn with it
 LOOK_EVERY = 0.1  # seconds between two looks at should_stop
 LAST_WAIT = 0.5  # seconds for which requests that were broken off may take to end
+# Lets vLLM draw by temperature and top_p alone, whatever the checkpoint's generation_config says.
+PLAIN_SAMPLING = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 T = TypeVar("T")
 
@@ -86,12 +94,7 @@ def training_options(stop_ids: Collection[int], suppressed_ids: Collection[int])
         "stop_token_ids": sorted(stop_ids),
         "ignore_eos": True,  # the checkpoint's own end is among stop_ids where it is one
         "logit_bias": {str(token): -100 for token in sorted(suppressed_ids)},
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
+    } | PLAIN_SAMPLING
 
 
 # ---- what comes ----------------------------------------------------------------------------------
@@ -277,24 +280,36 @@ def ask_all(
         for _ in range(min(concurrency, len(asks)))
     ]
     found: dict[int, T] = {}
+
+    def hand_on(seconds: float) -> None:
+        """Hand the next answer to the caller, if one comes in so many seconds."""
+        try:
+            i, answer, error = came.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if error is not None:
+            raise error
+        found[i] = answer  # type: ignore[assignment]  # there is one, without an error
+        on_answer(i, found[i])
+
     try:
         for thread in threads:
             thread.start()
         while len(found) < len(asks):
             if should_stop():
+                for _ in range(came.qsize()):  # what has come is not lost
+                    hand_on(0.0)
                 raise StopRequested
-            try:
-                i, answer, error = came.get(timeout=LOOK_EVERY)
-            except queue.Empty:
-                continue
-            if error is not None:
-                raise error
-            found[i] = answer  # type: ignore[assignment]  # there is one, without an error
-            on_answer(i, found[i])
+            hand_on(LOOK_EVERY)
     finally:
         cancel()
-        end = time.monotonic() + LAST_WAIT
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, end - time.monotonic()))
+        _wait_a_moment(threads)
     return [found[i] for i in range(len(asks))]
+
+
+def _wait_a_moment(threads: Sequence[threading.Thread]) -> None:
+    """Let threads end whose requests were broken off, but wait for none that does not."""
+    end = time.monotonic() + LAST_WAIT
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join(max(0.0, end - time.monotonic()))

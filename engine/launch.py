@@ -97,6 +97,10 @@ class OneProcess:
         """Call a function on rank 0 -> what it returned."""
         return function()
 
+    def first_then_others(self, function: Callable[[], Value]) -> Value:
+        """Call a function on rank 0, then on the others, of which there are none."""
+        return function()
+
     def together(self) -> AbstractContextManager[None]:
         """Leave the block as one: as it ends."""
         return nullcontext()

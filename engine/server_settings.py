@@ -13,6 +13,11 @@ from engine.config import UsageError, setting
 from engine.inherited import FRESH
 
 OURS = "no part of the method"
+TIMEOUT = 240.0  # seconds of a request
+REMOTE_HELP = (
+    "let images leave this machine: a server elsewhere, by https alone; the data's terms decide"
+    " whether they may: MIMIC-CXR's forbid third parties and online services"
+)
 # They say nothing without --use_vllm.
 _OF_THE_SERVER = ("vllm_server_base_url", "vllm_server_timeout", "allow_remote_server")
 
@@ -41,7 +46,7 @@ class ServerSettings:
         group="rollout server",
     )
     vllm_server_timeout: float = setting(
-        240.0,
+        TIMEOUT,
         "longest time that one request may take, which is all completions of a prompt; one that"
         " takes longer ends the run, its state saved",
         unit="seconds",
@@ -49,12 +54,7 @@ class ServerSettings:
         group="rollout server",
         within="(0, 86400]",
     )
-    allow_remote_server: bool = setting(
-        False,
-        "let images leave this machine: a server elsewhere, by https; see the terms of your data",
-        source=OURS,
-        group="rollout server",
-    )
+    allow_remote_server: bool = setting(False, REMOTE_HELP, source=OURS, group="rollout server")
 
 
 def server_problems(config: Any) -> list[str]:

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.examples import Example
+from data.files import named_files
 from data.predictions import Prediction
+from data.sets import bad_image_counts, read_sets, read_training_examples
 from engine.completion import SamplingConfig
+from engine.config import Resolved
 from engine.launch import ONE_PROCESS, OneProcess
 from engine.progress import Progress
 from engine.settings import TrainingConfig
 from eval.faithfulness import faithfulness_scores, partners_of
 from eval.folders import write_results
-from eval.go_on import Kind, kept, not_written, read_partial
+from eval.go_on import Kind, evaluation_record, kept, not_written, read_partial
 from eval.record import scores_record
-from eval.settings import EvalConfig
+from eval.settings import DecodingConfig, EvalConfig
 from eval.votes import vote_predictions
 
 
@@ -89,6 +92,55 @@ class Rollout(Protocol):
     def seed(self) -> int: ...
     @property
     def num_generations(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Hold what is evaluated.
+
+    files: the data file of every set. sets: their examples. bad_images: rows of the examples that
+    are left out for their images, by set. baseline_examples: whose label frequencies baselines
+    imitate, None for each set's own.
+    """
+
+    files: dict[str, Path]
+    sets: dict[str, list[Example]]
+    bad_images: dict[str, list[dict[str, Any]]]
+    baseline_examples: list[Example] | None
+
+    @classmethod
+    def read(cls, config: DecodingConfig) -> EvaluationData:
+        """Read what a command line names, before a model is loaded or asked.
+
+        Raises DataError as `read_sets` does, and where images are to be swapped and cannot be.
+        """
+        named, _ = named_files(config.data_file, "data_file")
+        files, sets, bad_images = read_sets(
+            named,
+            config.image_root,
+            config.bad_images,
+            max_samples=config.max_samples,
+            label_set=config.label_set,
+        )
+        if isinstance(config, EvalConfig) and config.swap_images:
+            for examples in sets.values():
+                partners_of(examples, config.seed)
+        training = read_training_examples(config.train_file, config.image_root, config.label_set)
+        return cls(files, sets, bad_images, training)
+
+    def records(
+        self, resolved: Resolved, server: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Say how every data set is evaluated. server: see `evaluation_record`."""
+        return {
+            name: evaluation_record(resolved, name, file, self.bad_images[name], server)
+            for name, file in self.files.items()
+        }
+
+    def notes(self, records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Gather what the scores of every data set keep beside them."""
+        left_out = bad_image_counts(self.sets, self.bad_images)
+        return {name: {"run": record} | left_out[name] for name, record in records.items()}
 
 
 class Predict(Protocol):

@@ -41,6 +41,8 @@ def stage_title(entry: Entry, scores: Mapping[str, Any] | None = None) -> str:
     """
     again = entry.settings.get("predictions")  # kept answers: of whom, nobody wrote down
     title = "answers" if again else STAGE_TITLES.get(entry.stage, "answers")
+    if entry.served:
+        title = clipped(entry.served.rpartition("/")[2])
     votes = ((scores or {}).get("samples") or {}).get("num_generations", 1)
     if votes > 1:
         return f"vote of {votes}" if title == "answers" else f"{title} + vote of {votes}"

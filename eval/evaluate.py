@@ -18,8 +18,9 @@ share the images that are decoded.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,12 @@ from data.labels import CHEXPERT
 from data.predictions import Prediction, first_label_set, read_predictions, relabel
 from data.prompt_files import prompt_warnings
 from data.sets import (
-    bad_image_counts,
     bad_images_line,
-    read_sets,
     read_training_examples,
     write_bad_images,
 )
 from engine.config import Resolved, UsageError, describe, parse_config
-from engine.launch import Launch
+from engine.launch import ONE_PROCESS, Launch
 from engine.resume import run_record
 from engine.runtime import (
     SignalGuard,
@@ -49,8 +48,9 @@ from engine.runtime import (
     read_by_first,
     run_directory,
 )
+from eval.answering import Decoding, EvaluationData, answer_sets
 from eval.end_table import stage_title
-from eval.faithfulness import format_faithfulness, partners_of
+from eval.faithfulness import format_faithfulness
 from eval.folders import (
     load_entry,
     made_folder,
@@ -60,11 +60,12 @@ from eval.folders import (
     result_files,
     write_results,
 )
-from eval.go_on import evaluation_record, finished_sets, read_partial
+from eval.go_on import finished_sets, read_partial
 from eval.group_tables import format_groups
 from eval.probabilities import format_probabilities, operating_points
 from eval.record import scores_record
 from eval.scores import format_scores
+from eval.served import ONE_ASKS, ServedModel, notes_on
 from eval.settings import (
     EvalConfig,
     complete,
@@ -89,6 +90,8 @@ def _run(argv: Sequence[str]) -> int:
     resolved = read_by_first(_resolve, argv)
     if resolved is not None and resolved.configs[0].predictions:
         return _score_again(resolved)
+    if resolved is not None and resolved.configs[0].vllm_server_base_url is not None:
+        return _ask_and_score(resolved)
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.ranks import on_this_rank
 
@@ -121,13 +124,13 @@ def _resolve(argv: Sequence[str]) -> Resolved:
                 )
             ]
         )
-    if not config.predictions:
-        return complete(resolved)
-    if Launch.of().size > 1:
+    if Launch.of().size > 1 and config.predictions:
         raise UsageError(
             "--predictions: kept answers are scored by one process; start it without torchrun"
         )
-    return _with_labels_of_rows(resolved)
+    if Launch.of().size > 1 and config.vllm_server_base_url is not None:
+        raise UsageError(ONE_ASKS)
+    return _with_labels_of_rows(resolved) if config.predictions else complete(resolved)
 
 
 def _with_labels_of_rows(resolved: Resolved) -> Resolved:
@@ -233,70 +236,80 @@ def _decode_and_score(resolved: Resolved, ranks: Ranks) -> int:
     """
     from engine.device import pick_device
     from engine.fit import advise_answers, fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts, note_fitted
+    from eval.decode import evaluate_sets, load_policy, note_cuts, note_fitted
 
     config: EvalConfig = resolved.configs[0]
-    named, _ = named_files(config.data_file, "data_file")
-    read = partial(
-        read_sets,
-        named,
-        config.image_root,
-        config.bad_images,
-        max_samples=config.max_samples,
-        label_set=config.label_set,
-    )
-    files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
-    baseline_examples = read_training_examples(
-        config.train_file, config.image_root, config.label_set
-    )
-    if config.swap_images:  # before the model is loaded
-        for examples in sets.values():
-            partners_of(examples, config.seed)
+    data = ranks.first_then_others(partial(EvaluationData.read, config))  # it may draw the demo's
     device = pick_device(config.num_threads, ranks, config.tf32)
     resolved = with_precision(resolved, device)
     config = resolved.configs[0]
-    records = ranks.on_first(lambda: _records(resolved, files, bad_images))
+    records = ranks.on_first(lambda: data.records(resolved))
     missing = ranks.on_first(lambda: _missing(config, records))
-    todo = {name: sets[name] for name in missing}
+    todo = {name: data.sets[name] for name in missing}
     resolved = fitted_answers(resolved, device, todo, ranks)
     config = resolved.configs[0]
     note_fitted(resolved, records)
-    for line in prompt_warnings(config.prompt, config.label_set):
-        print(f"warning: {line}", file=sys.stderr)
-    print(environment_banner(device))
-    print(describe(resolved))
-    counts = ", ".join(f"{name} {len(examples)}" for name, examples in sets.items())
-    print(f"images: {counts}{bad_images_line(bad_images)}", flush=True)
+    _announce(resolved, data, environment_banner(device))
     policy = load_policy(config, device)
     advise_answers(policy.limits, config, device, todo)
     note_cuts(policy.limits, records)
-    output_dir = Path(ranks.on_first(lambda: str(_begun(config, bad_images))))
-    left_out = bad_image_counts(sets, bad_images)
-    with SignalGuard() as guard:
+    output_dir = Path(ranks.on_first(lambda: str(_begun(config, data))))
+    with SignalGuard() as guard, _told_where(config, output_dir):
         try:
             evaluate_sets(
                 policy,
                 todo,
                 Decoding.of(config),
                 output_dir,
-                baseline_examples=baseline_examples,
-                notes={name: {"run": records[name]} | left_out[name] for name in todo},
+                baseline_examples=data.baseline_examples,
+                notes=data.notes(records),
                 records=records,
                 should_stop=lambda: guard.stop is not None,
                 ranks=ranks,
             )
         except KeyboardInterrupt as stop:
             return guard.exit_code_after(stop, ranks.gather)
-    return ranks.on_first(lambda: _finish(config, list(sets), output_dir))
+    return ranks.on_first(lambda: _finish(config, list(data.sets), output_dir))
 
 
-def _records(
-    resolved: Resolved, files: dict[str, Path], bad_images: dict[str, list[dict[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    return {
-        name: evaluation_record(resolved, name, file, bad_images[name])
-        for name, file in files.items()
-    }
+def _ask_and_score(resolved: Resolved) -> int:
+    """Have a server answer every data set that is not finished yet, and score it."""
+    config: EvalConfig = resolved.configs[0]
+    data, decoding = EvaluationData.read(config), Decoding.of(config)
+    model = ServedModel.of(config)
+    records = data.records(resolved, model.record(decoding))
+    missing = _missing(config, records)
+    _announce(resolved, data, model.banner())
+    output_dir = _begun(config, data)
+    with SignalGuard() as guard, _told_where(config, output_dir):
+        try:
+            answer_sets(
+                model.predict,
+                {name: data.sets[name] for name in missing},
+                decoding,
+                output_dir,
+                baseline_examples=data.baseline_examples,
+                notes=data.notes(records),
+                records=records,
+                should_stop=lambda: guard.stop is not None,
+            )
+        except KeyboardInterrupt as stop:
+            return guard.exit_code_after(stop, ONE_PROCESS.gather)
+    code = _finish(config, list(data.sets), output_dir)
+    for line in notes_on(output_dir, list(data.sets)):
+        print(line)
+    return code
+
+
+def _announce(resolved: Resolved, data: EvaluationData, banner: str) -> None:
+    """Say who answers what, and with which settings."""
+    config: EvalConfig = resolved.configs[0]
+    for line in prompt_warnings(config.prompt, config.label_set):
+        print(f"warning: {line}", file=sys.stderr)
+    print(banner)
+    print(describe(resolved))
+    counts = ", ".join(f"{name} {len(examples)}" for name, examples in data.sets.items())
+    print(f"images: {counts}{bad_images_line(data.bad_images)}", flush=True)
 
 
 def _missing(config: EvalConfig, records: dict[str, dict[str, Any]]) -> list[str]:
@@ -316,11 +329,21 @@ def _missing(config: EvalConfig, records: dict[str, dict[str, Any]]) -> list[str
     return missing
 
 
-def _begun(config: EvalConfig, bad_images: dict[str, list[dict[str, Any]]]) -> Path:
+def _begun(config: EvalConfig, data: EvaluationData) -> Path:
     """Make the folder of the results, with the list of unreadable images."""
     output_dir = _output_directory(config)
-    write_bad_images(output_dir, bad_images)
+    write_bad_images(output_dir, data.bad_images)
     return output_dir
+
+
+@contextlib.contextmanager
+def _told_where(config: EvalConfig, output_dir: Path) -> Iterator[None]:
+    """Say in which folder the same command goes on, where it does not name the folder itself."""
+    try:
+        yield
+    finally:
+        if config.output_dir is None and any(output_dir.glob("*.partial.json")):
+            print(f"to go on there, give it --output_dir {output_dir}", file=sys.stderr)
 
 
 def _finish(config: EvalConfig, names: Sequence[str], output_dir: Path) -> int:

@@ -374,6 +374,12 @@ class Entry:
         )
 
     @property
+    def served(self) -> str:
+        """Return the name that a server has for the model, "" for one of the engine's own."""
+        name = self.settings.get("model_name_or_path")
+        return str(name) if self.settings.get("vllm_server_base_url") and name else ""
+
+    @property
     def checkpoint(self) -> str:
         """Return which checkpoint answered: "best F1", "last step", both, or its step."""
         names = [
@@ -539,8 +545,9 @@ def load_entry(name: str, folder: Path) -> Entry:
     if step is None and found is not None:
         chosen = trained.get("load_best_model_at_end") or run.get("script") == "sft"
         step = _step_of(found, best_step if chosen else last_step)
-    # answers that were only scored again may be any model's
-    is_base = bool(evaluation and not adapter and not settings.get("predictions"))
+    served = bool(settings.get("vllm_server_base_url"))
+    # answers that were only scored again, or came from a server, may be any model's
+    is_base = bool(evaluation and not adapter and not settings.get("predictions") and not served)
     stage = _stage_of(name, run, is_base=is_base)
     return Entry(
         name=name,
@@ -557,7 +564,7 @@ def load_entry(name: str, folder: Path) -> Entry:
         records=records,
         settings=settings,
         trained=trained,
-        is_told=is_base or run.get("script") in ("sft", "grpo"),
+        is_told=is_base or served or run.get("script") in ("sft", "grpo"),
         label_set=next(
             (first_label_set(path) for path in sets.values()), labels_of(trained.get("label_file"))
         ),

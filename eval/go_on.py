@@ -26,7 +26,7 @@ from engine.launch import ONE_PROCESS, OneProcess
 from engine.resume import run_record
 from engine.runtime import StepFailed, disk_line
 from eval.folders import read_record, result_files
-from eval.settings import EvalConfig
+from eval.settings import OF_ENGINE, OF_SERVER, EvalConfig
 
 Kind = Literal["predictions", "swapped"]  # of answers: to the own images, to swapped ones
 
@@ -264,22 +264,35 @@ _NO_MATTER = (
     "sampling_copies",
     "sampling_product",
     "memory_check",
+    *OF_SERVER,
 )
 # What an earlier version did, where its record does not have the setting.
 _AS_BEFORE = {"num_generations": 1, "swap_images": False, "label_file": None, "tf32": False}
 
 
 def evaluation_record(
-    resolved: Resolved, name: str, file: Path, bad_images: list[dict[str, Any]]
+    resolved: Resolved,
+    name: str,
+    file: Path,
+    bad_images: list[dict[str, Any]],
+    server: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Say how a data set is evaluated, which becomes "run" of its scores."""
+    """Say how a data set is evaluated, which becomes "run" of its scores.
+
+    server: `ServedModel.record` where a server answers, which decides settings of its own.
+    """
     config: EvalConfig = resolved.configs[0]
     adapter = Path(config.adapter_name_or_path or "") / "adapter_model.safetensors"
-    return run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
+    record = run_record(resolved, "eval", {name: file}, {name: bad_images}) | {
         "adapter_sha256": (
             sha256_of(adapter) if config.adapter_name_or_path and adapter.is_file() else None
         )
     }
+    if server is None:
+        return record
+    for setting in OF_ENGINE:
+        del record["settings"][setting]
+    return record | {"server": dict(server)}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -308,9 +321,25 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             return f"data file of {name}"
     if (before.get("bad_images") or now["bad_images"]) != now["bad_images"]:
         return "list of unreadable images"
+    if another := _other_server(before.get("server") or {}, now.get("server") or {}):
+        return another
     return (
         "adapter of the same name" if before.get("adapter_sha256") != now["adapter_sha256"] else ""
     )
+
+
+def _other_server(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name what differs in the server that answers, "" where nothing does.
+
+    Its address may: a server moves from host to host. before, now: {} where the engine answers.
+    """
+    if bool(before) != bool(now):
+        kinds = ["a server's" if one else "the engine's own" for one in (before, now)]
+        return "model ({}, now {})".format(*kinds)
+    for name in ("model", "version", "request"):
+        if before.get(name) != now.get(name):
+            return f"{name} of the server ({before.get(name)}, now {now.get(name)})"
+    return ""
 
 
 def finished_sets(output_dir: str | Path, records: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -3,11 +3,12 @@
     python -m eval.matrix --model base=demo --model sft=runs/20260101-120000-sft --prompt demo \\
         --data_file a=demo:test-a b=demo:test-b --output_dir matrix
 
-A model is a base (a folder or hub name) or the folder of an adapter, whose base and settings are
-then its run's. The cell of a model and a prompt is <output_dir>/<model>.<prompt>/ with
-predictions-<set>.jsonl and scores-<set>.json, as `python -m eval.evaluate` writes them, so a report
-takes the cells as they are: python -m eval.report matrix/*. Started again with the same command, it
-goes on after the last finished data set of a cell. Several ranks of torchrun share the images.
+A model is a base (a folder or hub name), the folder of an adapter, whose base and settings are then
+its run's, or served:NAME, what the server of --vllm_server_base_url has under that name. The cell
+of a model and a prompt is <output_dir>/<model>.<prompt>/ with predictions-<set>.jsonl and
+scores-<set>.json, as `python -m eval.evaluate` writes them, so a report takes the cells as they
+are: python -m eval.report matrix/*. Started again with the same command, it goes on after the last
+finished data set of a cell. Several ranks of torchrun share the images, unless a server answers.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from typing import TYPE_CHECKING, Any
 from data.files import DataError, NameOrFile, named_files
 from data.prompt_files import prompt_name, prompt_warnings
 from data.prompts import PROMPTS
-from data.sets import (
-    bad_image_counts,
-    bad_images_line,
-    read_sets,
-    read_training_examples,
-    write_bad_images,
+from data.sets import bad_images_line, write_bad_images
+from engine.config import (
+    ConfigError,
+    Resolved,
+    UsageError,
+    describe,
+    parse_config,
+    setting,
 )
-from engine.config import Resolved, UsageError, describe, parse_config, setting
 from engine.inherited import settings_of_adapter
+from engine.launch import ONE_PROCESS, Launch, OneProcess
 from engine.runtime import (
     SignalGuard,
     check_lock,
@@ -45,15 +48,28 @@ from engine.runtime import (
     read_by_first,
 )
 from engine.settings import ENGINE, PROMPT_HELP
+from eval.answering import Decoding, EvaluationData, Predict, answer_sets
 from eval.folders import made_folder, read_record, result_files
-from eval.go_on import evaluation_record, finished_sets, read_partial
+from eval.go_on import finished_sets, read_partial
 from eval.scores import format_scores
-from eval.settings import DecodingConfig, EvalConfig, complete, decoding_problems, with_precision
+from eval.served import ONE_ASKS, ServedModel, notes_on
+from eval.settings import (
+    OF_ENGINE,
+    OF_SERVER,
+    DecodingConfig,
+    EvalConfig,
+    complete,
+    decoding_problems,
+    engine_problems,
+    with_precision,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.ranks import Ranks
+    from engine.policy import Policy
+
+SERVED = "served:"  # in front of the name that a server has for a model
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,8 @@ class MatrixConfig(DecodingConfig):
 
     model: tuple[str, ...] = setting(
         (),
-        "models, each NAME=BASE (a folder, a hub name, 'demo' or 'demo-gemma') or NAME=FOLDER of an"
-        " adapter",
+        "models, each NAME=BASE (a folder, a hub name, 'demo' or 'demo-gemma'), NAME=FOLDER of an"
+        " adapter, or NAME=served:ITS_NAME, a model of the server (--vllm_server_base_url)",
     )
     prompt: tuple[NameOrFile, ...] = setting((), f"one or more. {PROMPT_HELP}")
     output_dir: str | None = setting(
@@ -76,6 +92,16 @@ class MatrixConfig(DecodingConfig):
         source=ENGINE,
         within="[0, 1000000]",
     )
+
+
+def served_name(model: str) -> str:
+    """Return the name that a server has for a model, "" for one of the engine's own."""
+    return model.removeprefix(SERVED) if model.startswith(SERVED) else ""
+
+
+def all_served(config: MatrixConfig) -> bool:
+    """Tell whether a server answers for all models, so that none is loaded."""
+    return all(map(served_name, named_files(config.model, "model")[0].values()))
 
 
 def config_problems(config: MatrixConfig) -> list[str]:
@@ -91,7 +117,19 @@ def config_problems(config: MatrixConfig) -> list[str]:
         for name, what in needed.items()
         if not getattr(config, name)
     ]
-    problems += named_files(config.model, "model")[1]
+    models, found = named_files(config.model, "model")
+    problems += found + [
+        f"--model {name}={SERVED}: give the name that the server has for the model"
+        for name, path in models.items()
+        if path == SERVED
+    ]
+    served = any(map(served_name, models.values()))
+    if served and config.vllm_server_base_url is None:
+        problems.append(f"--model NAME={SERVED}ITS_NAME: needs --vllm_server_base_url URL")
+    elif config.vllm_server_base_url is not None and not served:
+        problems.append(
+            f"--vllm_server_base_url: no --model is of a server; write NAME={SERVED}ITS_NAME"
+        )
     problems += [
         f"--prompt {name} is given twice"
         for name, count in Counter(map(prompt_name, config.prompt)).items()
@@ -115,6 +153,11 @@ class MatrixCell:
         """Return the cell's settings, as those of a single evaluation."""
         return self.resolved.configs[0]
 
+    @property
+    def is_served(self) -> bool:
+        """Tell whether a server answers."""
+        return self.config.vllm_server_base_url is not None
+
     def record(self) -> dict[str, Any]:
         """Write it all in values that JSON keeps, for another rank (`of_record`)."""
         shared = {"model": self.model, "folder": str(self.folder), "records": dict(self.records)}
@@ -129,60 +172,60 @@ class MatrixCell:
 
 
 def plan(
-    resolved: Resolved,
-    files: Mapping[str, Path],
-    bad_images: Mapping[str, list[dict[str, Any]]],
-    device: torch.device,
+    resolved: Resolved, data: EvaluationData, device: torch.device | None = None
 ) -> list[MatrixCell]:
     """List every cell, model by model, with the data sets that are still to do.
 
-    files: {data set: its file}. bad_images: {data set: rows of the examples left out}.
+    device: where the engine's own models run. None where a server answers for all.
 
-    Raises UsageError for a finished cell that was made with other settings or other data.
+    Raises UsageError for a finished cell that was made with other settings or other data, and for
+    a name that the server does not have.
     """
     config: MatrixConfig = resolved.configs[0]
     cells, problems = [], []
     for model, path in named_files(config.model, "model")[0].items():
         for prompt in config.prompt:
-            one = _evaluation(resolved, path, prompt, device)
-            records = {
-                name: evaluation_record(one, name, file, bad_images[name])
-                for name, file in files.items()
-            }
             folder = Path(str(config.output_dir)) / f"{model}.{prompt_name(prompt)}"
+            one, server = _evaluation(resolved, path, prompt), None
+            if served_name(path):
+                server = ServedModel.of(one.configs[0]).record(Decoding.of(one.configs[0]))
+            elif device is not None:
+                one = with_precision(one, device)
+            records = data.records(one, server)
             try:
                 finished = finished_sets(folder, records)
-                for name in files:
+                for name in records:
                     read_partial(folder, name, records[name])
             except UsageError as error:
                 problems += error.problems
                 continue
-            missing = tuple(name for name in files if name not in finished)
+            missing = tuple(name for name in records if name not in finished)
             cells.append(MatrixCell(model, folder, one, records, missing))
     if problems:
         raise UsageError(problems)
     return cells
 
 
-def _evaluation(
-    resolved: Resolved, model: str, prompt: NameOrFile, device: torch.device
-) -> Resolved:
+def _evaluation(resolved: Resolved, model: str, prompt: NameOrFile) -> Resolved:
     """Put a cell's settings together, as the command line of a single evaluation would."""
     config: MatrixConfig = resolved.configs[0]
-    is_adapter = (Path(model) / "adapter_config.json").is_file()
+    name = served_name(model)
+    is_adapter = not name and (Path(model) / "adapter_config.json").is_file()
     given: dict[str, Any] = {
-        "adapter_name_or_path" if is_adapter else "model_name_or_path": model,
+        "adapter_name_or_path" if is_adapter else "model_name_or_path": name or model,
         "prompt": prompt,
     }
     shared = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(DecodingConfig)
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(DecodingConfig)
+        if field.name not in (OF_ENGINE if name else OF_SERVER)
     }
     origins = {
         field.name: resolved.origins[field.name] if field.name in shared else "default"
         for field in dataclasses.fields(EvalConfig)
     }
     one = Resolved((EvalConfig(**shared, **given),), origins | dict.fromkeys(given, "flag"))
-    return with_precision(complete(one), device)
+    return complete(one)
 
 
 # ---- run -----------------------------------------------------------------------------------------
@@ -194,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     resolved = read_by_first(_resolve, argv)
+    if resolved is not None and all_served(resolved.configs[0]):
+        return _fill(resolved, ONE_PROCESS)
     # torch and transformers take seconds to import: not before the command line is accepted
     from engine.ranks import on_this_rank
 
@@ -212,7 +257,12 @@ def _resolve(argv: Sequence[str]) -> Resolved:
             "Evaluate every model with every prompt on every data set; finished cells are kept."
         ),
     )
-    folder = Path(str(resolved.configs[0].output_dir))
+    config: MatrixConfig = resolved.configs[0]
+    if all_served(config) and (problems := engine_problems(resolved, ("vision_cache_gb",))):
+        raise ConfigError(problems)
+    if config.vllm_server_base_url is not None and Launch.of().size > 1:
+        raise UsageError(ONE_ASKS)
+    folder = Path(str(config.output_dir))
     check_writable(folder)
     check_lock(folder)
     return _with_labels_of_models(resolved)
@@ -238,75 +288,37 @@ def _with_labels_of_models(resolved: Resolved) -> Resolved:
     return resolved if kept is None else resolved.with_value("label_file", kept, "adapter's run")
 
 
-def _fill(resolved: Resolved, ranks: Ranks) -> int:
+def _fill(resolved: Resolved, ranks: OneProcess) -> int:
     """Evaluate what is missing of every cell, one model in memory at a time.
 
-    Rank 0 alone looks at what is there, writes and shows.
+    Rank 0 alone looks at what is there, writes and shows. ranks: `Ranks` where any model is loaded.
     """
-    from engine.device import pick_device
-    from engine.fit import advise_answers, fitted_answers
-    from eval.decode import Decoding, evaluate_sets, load_policy, note_cuts, note_fitted
-
     config: MatrixConfig = resolved.configs[0]
-    named, _ = named_files(config.data_file, "data_file")
-    read = partial(
-        read_sets,
-        named,
-        config.image_root,
-        config.bad_images,
-        max_samples=config.max_samples,
-        label_set=config.label_set,
-    )
-    files, sets, bad_images = ranks.first_then_others(read)  # the demo's are drawn first
-    baseline_examples = read_training_examples(
-        config.train_file, config.image_root, config.label_set
-    )
-    device = pick_device(ranks=ranks)
-    cells = _told(plan(resolved, files, bad_images, device) if ranks.first else [], ranks)
-    print(
-        f"{len(cells)} cells x {len(sets)} data sets, {sum(len(cell.missing) for cell in cells)} to"
-        f" do{bad_images_line(bad_images)}\n{describe(resolved)}",
-        flush=True,
-    )
-    warnings = (
-        line for cell in cells for line in prompt_warnings(cell.config.prompt, config.label_set)
-    )
-    for line in dict.fromkeys(warnings):
-        print(f"warning: {line}", file=sys.stderr)
-    left_out = bad_image_counts(sets, bad_images)
+    data = ranks.first_then_others(partial(EvaluationData.read, config))  # it may draw the demo's
+    engine = None if all_served(config) else _Engine(config, data, ranks)
+    device = None if engine is None else engine.device
+    cells = _told(plan(resolved, data, device) if ranks.first else [], ranks)
+    _announce(resolved, data, cells)
     with contextlib.ExitStack() as held, SignalGuard() as guard:
         if ranks.first:
             output_dir = made_folder(str(config.output_dir))
             held.enter_context(lock_run(output_dir))
-            write_bad_images(output_dir, bad_images)
-        policy, loaded = None, ""
+            write_bad_images(output_dir, data.bad_images)
         for cell in cells:
             if not cell.missing:
                 continue
-            if policy is None or loaded != cell.model:
-                policy = None  # before the next is loaded: two would not fit
-                device = pick_device(cell.config.num_threads, ranks, cell.config.tf32)
-                print(environment_banner(device), flush=True)
-                fitted = fitted_answers(cell.resolved, device, sets, ranks)
-                fitting: EvalConfig = fitted.configs[0]
-                policy = load_policy(fitting, device, vision_cache_gb=config.vision_cache_gb)
-                advise_answers(policy.limits, fitting, device, sets)
-                loaded = cell.model
-            note_fitted(fitted, cell.records)
-            note_cuts(policy.limits, cell.records)
+            predict, decoding = (
+                _of_server(cell) if engine is None or cell.is_served else engine.of(cell)
+            )
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
-                evaluate_sets(
-                    dataclasses.replace(policy, prompt=cell.config.instruction),
-                    {name: sets[name] for name in cell.missing},
-                    dataclasses.replace(
-                        Decoding.of(cell.config), batch_size=fitting.per_device_eval_batch_size
-                    ),
+                answer_sets(
+                    predict,
+                    {name: data.sets[name] for name in cell.missing},
+                    decoding,
                     cell.folder,
-                    baseline_examples=baseline_examples,
-                    notes={
-                        name: {"run": cell.records[name]} | left_out[name] for name in cell.missing
-                    },
+                    baseline_examples=data.baseline_examples,
+                    notes=data.notes(cell.records),
                     records=cell.records,
                     should_stop=lambda: guard.stop is not None,
                     ranks=ranks,
@@ -314,11 +326,82 @@ def _fill(resolved: Resolved, ranks: Ranks) -> int:
             except KeyboardInterrupt as stop:
                 print("stopped; the same command goes on")
                 return guard.exit_code_after(stop, ranks.gather)
-    ranks.on_first(lambda: _show(cells, list(sets)))
+    ranks.on_first(lambda: _show(cells, list(data.sets)))
     return 0
 
 
-def _told(cells: Sequence[MatrixCell], ranks: Ranks) -> Sequence[MatrixCell]:
+def _announce(resolved: Resolved, data: EvaluationData, cells: Sequence[MatrixCell]) -> None:
+    """Say how much there is to do, and with which settings."""
+    config: MatrixConfig = resolved.configs[0]
+    todo = sum(len(cell.missing) for cell in cells)
+    print(
+        f"{len(cells)} cells x {len(data.sets)} data sets, {todo} to"
+        f" do{bad_images_line(data.bad_images)}\n{describe(resolved)}",
+        flush=True,
+    )
+    warnings = (
+        line for cell in cells for line in prompt_warnings(cell.config.prompt, config.label_set)
+    )
+    for line in dict.fromkeys(warnings):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _of_server(cell: MatrixCell) -> tuple[Predict, Decoding]:
+    """Find what answers a cell on its server, and how it is to decode."""
+    model = ServedModel.of(cell.config)
+    print(model.banner(), flush=True)
+    return model.predict, Decoding.of(cell.config)
+
+
+class _Engine:
+    """Answer with the engine's own models, one in memory at a time.
+
+    device: where they run.
+    """
+
+    def __init__(self, config: MatrixConfig, data: EvaluationData, ranks: OneProcess):
+        """Hold no model yet."""
+        from engine.device import pick_device
+        from engine.ranks import Ranks
+
+        assert isinstance(ranks, Ranks), "a command that loads models runs among ranks"
+        self.device = pick_device(ranks=ranks)
+        self._config, self._data, self._ranks = config, data, ranks
+        self._held: tuple[str, Policy, Resolved] | None = None  # a model's name, it, its settings
+
+    def of(self, cell: MatrixCell) -> tuple[Predict, Decoding]:
+        """Load a cell's model unless it is there -> (what answers, how it is to decode)."""
+        from eval.decode import note_cuts, note_fitted, predict
+
+        if self._held is None or self._held[0] != cell.model:
+            self._held = None  # before the next is loaded: two would not fit
+            self._held = cell.model, *self._loaded(cell)
+        _, policy, fitted = self._held
+        note_fitted(fitted, cell.records)
+        note_cuts(policy.limits, cell.records)
+        rows = fitted.configs[0].per_device_eval_batch_size
+        decoding = dataclasses.replace(Decoding.of(cell.config), batch_size=rows)
+        return partial(
+            predict, dataclasses.replace(policy, prompt=cell.config.instruction)
+        ), decoding
+
+    def _loaded(self, cell: MatrixCell) -> tuple[Policy, Resolved]:
+        """Load a cell's model, with what the memory forecast makes of its settings."""
+        from engine.device import pick_device
+        from engine.fit import advise_answers, fitted_answers
+        from eval.decode import load_policy
+
+        sets, ranks = self._data.sets, self._ranks
+        device = pick_device(cell.config.num_threads, ranks, cell.config.tf32)
+        print(environment_banner(device), flush=True)
+        fitted = fitted_answers(cell.resolved, device, sets, ranks)
+        config: EvalConfig = fitted.configs[0]
+        policy = load_policy(config, device, vision_cache_gb=self._config.vision_cache_gb)
+        advise_answers(policy.limits, config, device, sets)
+        return policy, fitted
+
+
+def _told(cells: Sequence[MatrixCell], ranks: OneProcess) -> Sequence[MatrixCell]:
     """Give the cells that rank 0 has planned to all."""
     if ranks.size == 1:
         return cells
@@ -330,6 +413,8 @@ def _show(cells: Sequence[MatrixCell], names: Sequence[str]) -> None:
     for cell in cells:
         results = {name: read_record(result_files(cell.folder, name)[1]) for name in names}
         print(f"\n{cell.folder}\n{format_scores(results)}")
+        for line in notes_on(cell.folder, names if cell.is_served else ()):
+            print(line)
     folders = [f"{cell.folder.name}={cell.folder}" for cell in cells]
     command = ["python", "-m", "eval.report", *folders, "--output_dir", "FOLDER"]
     print(f"\nnext: {shlex.join(command)}")

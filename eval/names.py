@@ -58,7 +58,7 @@ def name_by_stage(entries: Sequence[Entry], given: Collection[str]) -> list[Entr
 
 
 def _title(entry: Entry) -> str:
-    title = STAGE_TITLES[entry.stage]
+    title = entry.served or STAGE_TITLES[entry.stage]
     return title if entry.votes == 1 else f"{title} + vote of {entry.votes}"
 
 

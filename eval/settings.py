@@ -19,6 +19,8 @@ from data.prompt_files import prompt_of
 from data.prompts import Prompt
 from engine.config import ConfigError, Resolved, range_problems, setting
 from engine.inherited import inherit
+from engine.server import url_problems
+from engine.server_settings import REMOTE_HELP, TIMEOUT
 from engine.settings import (
     CHECK_HELP,
     COPIES_HELP,
@@ -47,6 +49,29 @@ from engine.settings import (
 
 if TYPE_CHECKING:  # at run time flags are checked without torch
     import torch
+
+RefusedImages = Literal["fail", "empty"]
+REQUESTS = 16  # to a server at a time
+# Settings of a model that the engine loads. A server decides them for its own.
+OF_ENGINE = (
+    "min_visual_tokens",
+    "max_visual_tokens",
+    "vision_cache_dir",
+    "num_threads",
+    "bf16",
+    "tf32",
+    "sampling_copies",
+    "sampling_product",
+    "memory_check",
+)
+# Settings of a server, which say nothing of what its model answers.
+OF_SERVER = (
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "allow_remote_server",
+    "refused_images",
+)
+BESIDE_A_SERVER = "has no place beside --vllm_server_base_url"
 
 
 @dataclass(frozen=True)
@@ -118,8 +143,8 @@ class DecodingConfig:
     per_device_eval_batch_size: int = setting(
         8,
         "completions decoded together, at least those of one image; changes answers by rounding at"
-        " most; halved where memory runs out, down to one",
-        unset=EVAL_BATCH_UNSET,
+        " most; halved where memory runs out, down to one. Of a server: requests at a time",
+        unset=f"{EVAL_BATCH_UNSET}; {REQUESTS} of a server",
         unit="completions",
         source=ENGINE,
         within=ROWS,
@@ -174,6 +199,33 @@ class DecodingConfig:
         source=ENGINE,
         within=SEED,
     )
+    vllm_server_base_url: str | None = setting(
+        None,
+        "ask a server that speaks OpenAI's protocol (vLLM, an API) in place of a model of the"
+        " engine's own: no weights are read; such as http://127.0.0.1:8000; its key is the"
+        " environment variable VLLM_API_KEY",
+        unset="none",
+        source=ENGINE,
+        group="server",
+    )
+    vllm_server_timeout: float = setting(
+        TIMEOUT,
+        "longest time that one request may take, which is one answer; one that takes longer ends"
+        " the command, which goes on from there",
+        unit="seconds",
+        source=ENGINE,
+        group="server",
+        within="(0, 86400]",
+    )
+    allow_remote_server: bool = setting(False, REMOTE_HELP, source=ENGINE, group="server")
+    refused_images: RefusedImages = setting(
+        "fail",
+        "an image that the server refuses (status 400, 413, 415 or 422: a filter, a limit) stops"
+        " the command, which goes on from there; or empty: it counts as an answer that cannot be"
+        " read, and its row says why",
+        source=ENGINE,
+        group="server",
+    )
 
     @property
     def label_set(self) -> LabelSet:
@@ -186,7 +238,10 @@ class EvalConfig(DecodingConfig):
     """Hold the flags of `python -m eval.evaluate`."""
 
     model_name_or_path: str = setting(
-        "", "base model: a folder, a hub name, 'demo' or 'demo-gemma'", unset="the adapter's base"
+        "",
+        "base model: a folder, a hub name, 'demo' or 'demo-gemma'; with --vllm_server_base_url the"
+        " name that the server has for it, or for an adapter",
+        unset="the adapter's base",
     )
     adapter_name_or_path: str | None = setting(
         None, "folder of a LoRA adapter", unset="none: the base model itself is evaluated"
@@ -255,7 +310,7 @@ def config_problems(config: EvalConfig) -> list[str]:
     if config.predictions:
         problems += [
             f"--{name}: has no place beside --predictions, which scores again without a model"
-            for name in ("model_name_or_path", "adapter_name_or_path")
+            for name in ("model_name_or_path", "adapter_name_or_path", "vllm_server_base_url")
             if getattr(config, name)
         ]
         problems += joined_files(config)[1]
@@ -269,6 +324,8 @@ def config_problems(config: EvalConfig) -> list[str]:
             "nothing to evaluate: give --data_file NAME=FILE, or --predictions NAME=FILE to score"
             " again"
         )
+    elif config.vllm_server_base_url is not None:
+        problems += _served_problems(config)
     elif not config.model_name_or_path and not config.adapter_name_or_path:
         problems.append("no model: give --model_name_or_path, --adapter_name_or_path, or both")
     problems += _threshold_problems(config) + _swap_problems(config)
@@ -277,6 +334,38 @@ def config_problems(config: EvalConfig) -> list[str]:
             f"--answer_format {config.answer_format}: unknown; known: {', '.join(ANSWER_FORMATS)}"
         )
     return problems
+
+
+def _served_problems(config: EvalConfig) -> list[str]:
+    """Name what a model on a server lacks, or cannot have."""
+    problems = []
+    if not config.model_name_or_path:
+        problems.append(
+            "--model_name_or_path is missing: give the name that the server has for the model"
+        )
+    if config.adapter_name_or_path is not None:
+        problems.append(
+            f"--adapter_name_or_path: {BESIDE_A_SERVER}, which has adapters under names of their"
+            " own: load it there, and give that name in --model_name_or_path"
+        )
+    return problems
+
+
+def engine_problems(resolved: Resolved, names: Sequence[str] = ()) -> list[str]:
+    """Name the flags of the engine's own model, where a server alone is asked.
+
+    names: of further such flags.
+    """
+    return [
+        f"--{name}: {BESIDE_A_SERVER}, "
+        + (
+            "which sizes images itself: say it there (vLLM: --mm-processor-kwargs)"
+            if name.endswith("visual_tokens")
+            else "since no model is loaded here"
+        )
+        for name in (*OF_ENGINE, *names)
+        if resolved.origins[name] == "flag"
+    ]
 
 
 def joined_files(config: EvalConfig) -> tuple[dict[str, str], list[str]]:
@@ -343,6 +432,11 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> 
     problems = range_problems(config) + named_files(config.data_file, "data_file")[1]
     problems += train_files(config.train_file)[1]
     problems += asking_problems(config.label_file, prompts)
+    if config.vllm_server_base_url is not None:
+        found = url_problems(config.vllm_server_base_url, config.allow_remote_server)
+        problems += [f"--vllm_server_base_url {problem}" for problem in found]
+    elif config.allow_remote_server:
+        problems.append("--allow_remote_server: goes with --vllm_server_base_url")
     return problems
 
 
@@ -374,6 +468,11 @@ def complete(resolved: Resolved) -> Resolved:
     config: EvalConfig = resolved.configs[0]
     smallest, largest = config.min_visual_tokens, config.max_visual_tokens
     problems = config_problems(config)
+    if config.vllm_server_base_url is not None:
+        problems += engine_problems(resolved)
+        if not is_given(resolved, "per_device_eval_batch_size"):
+            origin = "vllm_server_base_url"
+            resolved = resolved.with_value("per_device_eval_batch_size", REQUESTS, origin)
     k = config.num_generations
     if k > 1 and not is_given(resolved, "temperature"):
         resolved = resolved.with_value("temperature", TEMPERATURE, f"num_generations {k}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval.decode
+import eval.matrix
 from data.files import write_json, write_jsonl
 from data.prompts import PROMPTS
 from engine.model import attach_new_adapter
@@ -24,8 +24,8 @@ from engine.policy import Policy
 from engine.run import TrainerState
 from engine.saving import save_final_adapter
 from engine.vision import VisionCache
+from eval.answering import answer_sets
 from eval.compare import main as compare_main
-from eval.decode import evaluate_sets
 from eval.evaluate import main as evaluate_main
 from eval.folders import write_results
 from eval.matrix import main as matrix_main
@@ -251,9 +251,9 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
 
     def counted(*arguments, **options):
         done.append(list(arguments[1]))
-        return evaluate_sets(*arguments, **options)
+        return answer_sets(*arguments, **options)
 
-    monkeypatch.setattr(eval.decode, "evaluate_sets", counted)
+    monkeypatch.setattr(eval.matrix, "answer_sets", counted)
     assert matrix(project, out, prompts=("demo",)) == 0
     assert done == [["a", "b"], ["a", "b"]]
     cells = {path.name for path in out.iterdir() if path.is_dir()}
@@ -274,7 +274,6 @@ def test_a_cell_is_an_evaluation_and_is_kept(project, tmp_path, monkeypatch, cap
         )
         == 0
     )
-    assert done.pop() == ["a"]  # of that command
     assert (tmp_path / "one" / "predictions-a.jsonl").read_bytes() == (
         out / "sft.demo" / "predictions-a.jsonl"
     ).read_bytes()
@@ -333,15 +332,15 @@ def test_a_signal_ends_the_matrix_and_the_same_command_goes_on(
     def interrupted(*arguments, **options):
         if list(arguments[3].parts)[-1] == "sft.demo":
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate_sets(*arguments, **options)
+        return answer_sets(*arguments, **options)
 
-    monkeypatch.setattr(eval.decode, "evaluate_sets", interrupted)
+    monkeypatch.setattr(eval.matrix, "answer_sets", interrupted)
     assert matrix(project, out, prompts=("demo",)) == 143
     assert "stopped; the same command goes on" in capsys.readouterr().out
     assert (out / "base.demo" / "scores-b.json").is_file() and not list(
         (out / "sft.demo").glob("scores-*")
     )
-    monkeypatch.setattr(eval.decode, "evaluate_sets", evaluate_sets)
+    monkeypatch.setattr(eval.matrix, "answer_sets", answer_sets)
     assert matrix(project, out, prompts=("demo",)) == 0
     assert "2 cells x 2 data sets, 2 to do" in capsys.readouterr().out
 
