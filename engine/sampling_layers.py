@@ -7,8 +7,9 @@ Which is faster depends on the processor and the model's size, so a run measures
 (engine/sampling_product.py). The model itself is not changed. Its layers have another `forward` for
 a while, so hooks on a layer's parts do not see these products.
 
-In bf16, where no adapter is merged, whole decoder layers run in few kernels for new tokens instead
-(engine/token_layers.py).
+Whole decoder layers run in few operations (engine/token_layers.py), with products of this module
+where the adapter is merged: one for q, k and v together, and one for gate and up. In layers that
+stay transformers' every linear layer has a product of its own.
 
 The copies take about as much memory as the decoder. Where they do not fit (engine/fit.py) the
 layers stay as they are, with the adapter beside them: the same completions but for rounding.
@@ -16,7 +17,7 @@ layers stay as they are, with the adapter beside them: the same completions but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,7 +28,7 @@ from torch.nn.functional import linear, pad
 
 from engine.families import language_model, lm_head_weight
 from engine.settings import SamplingProduct
-from engine.token_layers import token_layers
+from engine.token_layers import Products, base_of, token_layers
 
 
 @contextmanager
@@ -45,31 +46,54 @@ def sampling_layers(
     An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
     rounded away, and the completions would be those of another model.
     """
+    decoder, weight = language_model(net), lm_head_weight(net)
+    merged = partial(merged_products, kind=kind) if decoder.dtype == torch.float32 else None
     before: list[tuple[nn.Module, dict]] = []
-    try:
-        for layer in _linear_layers(language_model(net)) if copies else ():
-            if (forward := _forward(layer, kind)) is not None:
-                before.append(
-                    (layer, {name: own for name, own in vars(layer).items() if name == "forward"})
-                )
-                layer.forward = forward
-        weight = lm_head_weight(net)
-        head = product(weight, None, kind) if copies else partial(linear, weight=weight)
-        with token_layers(net):
+    with token_layers(net, merged if copies else None) as taken:
+        try:
+            for layer in _linear_layers(decoder, taken) if copies else ():
+                if (forward := _forward(layer, kind)) is not None:
+                    own = {name: own for name, own in vars(layer).items() if name == "forward"}
+                    before.append((layer, own))
+                    layer.forward = forward
+            head = product(weight, None, kind) if copies else partial(linear, weight=weight)
             yield lambda hidden: head(hidden.to(weight.dtype))
-    finally:
-        for layer, own in before:
-            vars(layer).pop("forward", None)  # so that its class's forward runs again
-            vars(layer).update(own)
+        finally:
+            for layer, own in before:
+                vars(layer).pop("forward", None)  # so that its class's forward runs again
+                vars(layer).update(own)
 
 
-def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Find the linear layers, with or without adapters around them."""
+def merged_products(layers: Sequence[nn.Module], kind: SamplingProduct) -> Products:
+    """Multiply in one product with layers that read the same input, adapters merged.
+
+    layers: as engine/token_layers.py knows them, in fp32.
+    """
+    bases = [base for layer in layers if (base := base_of(layer)) is not None]
+    weights: list[Tensor] = [
+        _merged(layer, base) for layer, base in zip(layers, bases, strict=True)
+    ]
+    biases: list[Tensor] = [
+        weight.new_zeros(len(weight)) if base.bias is None else base.bias
+        for base, weight in zip(bases, weights, strict=True)
+    ]
+    has_bias = any(base.bias is not None for base in bases)
+    one = product(torch.cat(weights), torch.cat(biases) if has_bias else None, kind)
+
+    def products(x: Tensor, residual: Tensor | None) -> Tensor:
+        output = one(x)
+        return output if residual is None else output.add_(residual)
+
+    return products
+
+
+def _linear_layers(module: nn.Module, taken: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Find the linear layers, with or without adapters around them, outside of `taken`."""
     if isinstance(module, (LoraLayer, nn.Linear)):
         yield module
-    else:
+    elif not any(module is other for other in taken):
         for child in module.children():
-            yield from _linear_layers(child)
+            yield from _linear_layers(child, taken)
 
 
 def _forward(layer: nn.Module, kind: SamplingProduct) -> Callable[[Tensor], Tensor] | None:
@@ -84,15 +108,22 @@ def _forward(layer: nn.Module, kind: SamplingProduct) -> Callable[[Tensor], Tens
     is_plain = not (layer.merged or layer.lora_variant or any(layer.lora_bias.values()))
     if not is_plain or torch.finfo(base.weight.dtype).bits < 32:
         return None
+    return product(_merged(layer, base), base.bias, kind)
+
+
+def _merged(layer: nn.Module, base: nn.Linear) -> Tensor:
+    """Return the base's weight, with the adapters that act beside it added in a copy."""
     merged = base.weight.detach()
+    if not isinstance(layer, LoraLayer) or layer.merged or layer.disable_adapters:
+        return merged
     for name in layer.active_adapters:
-        if name in layer.lora_A and not layer.disable_adapters:
+        if name in layer.lora_A:
             a, b = (
                 part[name].get_parameter("weight").detach().to(merged.dtype)
                 for part in (layer.lora_A, layer.lora_B)
             )  # [r,in], [out,r]
             merged = merged + b @ a * layer.scaling[name]
-    return product(merged, base.bias, kind)
+    return merged
 
 
 def product(

@@ -1,28 +1,32 @@
-"""Run a decoder layer in few kernels while tokens are decoded, with weights prepared once.
+"""Run a decoder layer in few operations while sampling, with weights prepared once.
 
-A GPU waits for the host where a token asks for thousands of small kernels. So while sampling in low
-precision a decoder layer computes with its own weights and in its own order, but in few operations:
+A GPU waits for the host where a token asks for thousands of small kernels. A CPU spends half of a
+token's time on starting them. So while sampling a decoder layer computes with its own weights and
+in its own order, but in few operations:
 
-    norms           one kernel each. Where the weight is 1 + w (Gemma 3) it is added up once
-    q, k and v      written into one tensor, and so are gate and up. One product with their A
-                    stacked, one with their B in a block-diagonal matrix, which holds the scaling
+    norms           one kernel each on a GPU. Where the weight is 1 + w (Gemma 3) it is added up
+                    once
+    q, k and v      written into one tensor, and so are gate and up. Where the adapter is not
+                    merged there is one product with their A stacked, and one with their B in a
+                    block-diagonal matrix, which holds the scaling
     rotary          queries and keys together: x cos + roll(x) sin', with the sign in sin', which
                     is made once a token and kind of layer
     residual        the product's own addend, where no norm stands between
 
-The states are those of transformers' layers but for rounding, and mostly less is rounded. Nothing
-large is copied: what is prepared are A and B in the dtype of the base.
+The states are those of transformers' layers but for rounding, and mostly less is rounded. What
+multiplies tokens with the weights is given: `AdaptedProducts` here, which copies nothing large, or
+those of engine/sampling_layers.py, where the adapter is merged.
 
 A layer keeps transformers' forward where it is not as the family's description says
 (`Family.layer_kind`): other classes, hooks inside, adapters that are not plain LoRA. So does every
-layer for prompts, and in fp32, where engine/sampling_layers.py merges the adapter.
+layer where the adapter is not merged, for prompts and in fp32.
 
-Shapes: n tokens, H query heads, K key-value heads, D head width, r rank.
+Shapes: n tokens, H query heads, K key-value heads, D head width, f intermediate, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,39 +35,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from engine.attention import PackedMask
 from engine.cache import DecodingMask
 from engine.families import family_of, language_model, unwrapped
 from engine.family import LayerKind
 from engine.lora import LoraLinear, is_hooked
 
 LOW = (torch.bfloat16, torch.float16)
+# Multiply x [n,in] with the weights of layers that read the same input -> [n,width], their outputs
+# beside one another, added to what comes second where that is not None.
+Products = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @contextmanager
-def token_layers(net: nn.Module) -> Iterator[None]:
-    """Decode with few kernels a layer within the block, where the layer is as its family says.
+def token_layers(
+    net: nn.Module, merged: Callable[[Sequence[nn.Module]], Products] | None = None
+) -> Iterator[list[nn.Module]]:
+    """Sample with few operations a layer within the block, where the layer is as its family says.
 
-    The active adapter is the one at the beginning. No gradient flows.
+    merged(layers): makes the products of layers that read the same input, for prompts and new
+        tokens. None: new tokens alone, with the adapter beside its weights, in low precision alone.
+
+    The active adapter is the one at the beginning. No gradient flows. Gives the layers that it has
+    taken.
     """
     kind = family_of(unwrapped(net).config.model_type).layer_kind()
     decoder: Any = language_model(net)  # a ModuleList, which nn.Module's stubs do not know
-    replaced: list[nn.Module] = []
+    taken: list[nn.Module] = []
     rotary: dict[str | None, tuple[Tensor, Tensor]] = {}
+    masks = DecodingMask if merged is None else PackedMask
     try:
-        for layer in decoder.layers if decoder.dtype in LOW else ():
+        for layer in decoder.layers if merged or decoder.dtype in LOW else ():
             if is_known(layer, kind):
-                layer.forward = partial(_forward, layer, TokenLayer(layer, kind, rotary))
-                replaced.append(layer)
-        yield
+                token_layer = TokenLayer(layer, kind, merged or AdaptedProducts, rotary)
+                layer.forward = partial(_forward, layer, token_layer, masks)
+                taken.append(layer)
+        yield taken
     finally:
-        for layer in replaced:
+        for layer in taken:
             vars(layer).pop("forward", None)  # so that its class's forward runs again
 
 
-def _forward(layer: nn.Module, token_layer: TokenLayer, hidden: Tensor, **given: Any) -> Tensor:
-    """Run new tokens in few kernels, and everything else as transformers does."""
+def _forward(
+    layer: nn.Module,
+    token_layer: TokenLayer,
+    masks: type[PackedMask],
+    hidden: Tensor,
+    **given: Any,
+) -> Tensor:
+    """Run the tokens of such masks in few operations, and all others as transformers does."""
     mask = given.get("attention_mask")
-    if not isinstance(mask, DecodingMask):
+    if not isinstance(mask, masks):
         return type(layer).forward(layer, hidden, **given)
     return token_layer(hidden[0], mask, *given["position_embeddings"])[None]
 
@@ -79,7 +101,7 @@ def is_known(layer: nn.Module, kind: LayerKind) -> bool:
         "forward" not in vars(layer)
         and all(type(parts.get(name)) is own for name, own in expected.items())
         and not any(is_hooked(part) or "forward" in vars(part) for part in parts.values())
-        and all(_base_of(parts[name]) is not None for name in PROJECTIONS)
+        and all(base_of(parts[name]) is not None for name in PROJECTIONS)
     )
 
 
@@ -89,7 +111,7 @@ PROJECTIONS = (
 )
 
 
-def _base_of(layer: nn.Module) -> nn.Linear | None:
+def base_of(layer: nn.Module) -> nn.Linear | None:
     """Find the linear layer of a projection with or without plain LoRA, None of anything else."""
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
     if type(base) is not nn.Linear:
@@ -99,14 +121,14 @@ def _base_of(layer: nn.Module) -> nn.Linear | None:
     return base
 
 
-class Products:
-    """Multiply tokens with the weights of layers that read the same input, adapters included.
+class AdaptedProducts:
+    """Multiply tokens with weights as they are, and with the adapter beside them.
 
     layers: whose outputs lie beside one another in the result.
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
-        bases = [base for layer in layers if (base := _base_of(layer)) is not None]
+        bases = [base for layer in layers if (base := base_of(layer)) is not None]
         self.bases = [(base.weight.detach().t(), base.bias) for base in bases]  # [in,out]
         ends = [0]
         for base in bases:
@@ -147,21 +169,26 @@ class Products:
 
 
 class TokenLayer:
-    """Compute one decoder layer for new tokens.
+    """Compute one decoder layer for tokens of a packed row.
 
     kind: what the family says of its layers.
+    products(layers): makes the products of layers that read the same input.
     rotary: sin' of the newest token, by kind of layer, with the sin that it was made of.
     """
 
     def __init__(
-        self, layer: Any, kind: LayerKind, rotary: dict[str | None, tuple[Tensor, Tensor]]
+        self,
+        layer: Any,
+        kind: LayerKind,
+        products: Callable[[Sequence[nn.Module]], Products],
+        rotary: dict[str | None, tuple[Tensor, Tensor]],
     ):
         self.attention, self.act, self.rotary = layer.self_attn, layer.mlp.act_fn, rotary
         attention, mlp = layer.self_attn, layer.mlp
-        self.into_heads = Products([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out_of_heads = Products([attention.o_proj])
-        self.into_mlp = Products([mlp.gate_proj, mlp.up_proj])
-        self.out_of_mlp = Products([mlp.down_proj])
+        self.into_heads = products([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out_of_heads = products([attention.o_proj])
+        self.into_mlp = products([mlp.gate_proj, mlp.up_proj])
+        self.out_of_mlp = products([mlp.down_proj])
         self.width = attention.head_dim
         self.queries = attention.q_proj.out_features // self.width  # H
         self.keys = attention.k_proj.out_features // self.width  # K
@@ -185,9 +212,16 @@ class TokenLayer:
         half = torch.ones(self.width // 2, device=layer.input_layernorm.weight.device)
         self.signs = torch.cat([-half, half]).to(attention.q_proj.weight.dtype)
 
-    def __call__(self, hidden: Tensor, mask: DecodingMask, cos: Tensor, sin: Tensor) -> Tensor:
-        """Run n new tokens [n,hidden] -> [n,hidden]. cos, sin [1,n,D]: of their positions."""
-        states = self.into_heads(self._norm(hidden, self.before_attention))
+    def __call__(self, hidden: Tensor, mask: PackedMask, cos: Tensor, sin: Tensor) -> Tensor:
+        """Run n tokens [n,hidden] -> [n,hidden]. cos, sin [1,n,D]: of their positions."""
+        seen = self._attend(hidden, mask, cos, sin)
+        hidden = self._added(hidden, seen, self.out_of_heads, self.after_attention)
+        del seen
+        return self._added(hidden, self._gated(hidden), self.out_of_mlp, self.after_mlp)
+
+    def _attend(self, hidden: Tensor, mask: PackedMask, cos: Tensor, sin: Tensor) -> Tensor:
+        """Compute what the heads see -> [n,H x D]."""
+        states = self.into_heads(self._norm(hidden, self.before_attention), None)
         heads = states.view(len(states), -1, self.width)  # [n,H+2K,D]
         turned, value = heads.split([self.queries + self.keys, self.keys], 1)
         if self.heads is not None:
@@ -203,12 +237,20 @@ class TokenLayer:
         seen = mask.attend(
             self.attention, query, key, value.transpose(0, 1)[None], 0.0, self.attention.scaling
         )  # [1,n,H,D]
-        hidden = self._added(hidden, seen.flatten(2)[0], self.out_of_heads, self.after_attention)
-        gate, up = self.into_mlp(self._norm(hidden, self.before_mlp)).chunk(2, 1)
-        return self._added(hidden, self.act(gate) * up, self.out_of_mlp, self.after_mlp)
+        return seen.flatten(2)[0]
+
+    def _gated(self, hidden: Tensor) -> Tensor:
+        """Compute what the MLP's last product reads -> [n,f]."""
+        gate, up = self.into_mlp(self._norm(hidden, self.before_mlp), None).chunk(2, 1)
+        return self.act(gate).mul_(up)
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return rms_norm(x, x.shape[-1:], weight, self.epsilon)  # one kernel on CUDA
+        if x.device.type != "cpu":
+            return rms_norm(x, x.shape[-1:], weight, self.epsilon)  # one kernel on CUDA
+        # On a CPU torch's rms_norm takes 1.5 times as long as these, and so does its rounding.
+        wide = x.float()
+        normed = wide * wide.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate heads [n,heads,D]. A half of sin' has the sign of transformers' rotate_half."""
@@ -217,7 +259,7 @@ class TokenLayer:
         if made_of is not sin:
             signed = sin * self.signs
             self.rotary[kind] = sin, signed
-        return torch.addcmul(x * cos, x.roll(self.width // 2, -1), signed[0, :, None])
+        return (x * cos).addcmul_(x.roll(self.width // 2, -1), signed[0, :, None])
 
     def _added(
         self, hidden: Tensor, x: Tensor, products: Products, weight: Tensor | None
@@ -225,4 +267,4 @@ class TokenLayer:
         """Add a product to the residual stream, after its norm where it has one."""
         if weight is None:
             return products(x, hidden)
-        return hidden + self._norm(products(x), weight)
+        return hidden + self._norm(products(x, None), weight)

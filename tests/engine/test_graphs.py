@@ -58,6 +58,7 @@ def card(monkeypatch) -> Card:
     card = Card()
     card.put(monkeypatch)
     monkeypatch.setitem(STEPS, "cpu", dataclasses.replace(STEPPED, graphs=True))
+    monkeypatch.setattr("engine.nucleus._may_look", lambda device: False)
     return card
 
 

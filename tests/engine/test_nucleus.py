@@ -20,7 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engine.nucleus
 from engine.logprobs import scaled_logits, token_logprobs
-from engine.nucleus import among_candidates, draw, nucleus, nucleus_mass
+from engine.nucleus import (
+    _border_by_sorting,
+    among_candidates,
+    draw,
+    nucleus,
+    nucleus_mass,
+)
 from tests.helpers.op_counts import OpCounts, as_on_cuda
 
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -185,8 +191,17 @@ def test_few_candidates_give_what_whole_rows_give(logprobs, top_p, count, unifor
         tokens, mass = draw(logprobs, top_p, uniforms)
     expected, expected_mass = plain_draw(logprobs, top_p, uniforms)
     assert torch.equal(tokens, expected) and torch.equal(mass, expected_mass)
+    same_as_by_bits(logprobs, top_p)
     if top_p < 1 and count < logprobs.shape[1]:
         same_sets(logprobs, top_p, count)
+
+
+def same_as_by_bits(logprobs: Tensor, top_p: float) -> None:
+    """Compare the nucleus that sorting finds on a CPU with the one that is found bit by bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.nucleus, "_may_look", lambda device: False)
+        expected = nucleus(logprobs, top_p)
+    assert all(map(torch.equal, nucleus(logprobs, top_p), expected))
 
 
 def same_sets(logprobs: Tensor, top_p: float, count: int) -> Tensor:
@@ -248,7 +263,7 @@ def test_where_rounding_decides_the_sum_of_the_whole_row_does():
     """Every border of six rows, at the mass that a sum over the row finds and right beside it."""
     logprobs = torch.randn(6, 300, generator=seeded(6)).mul(3).log_softmax(1)
     probabilities = logprobs.exp()
-    differs = False
+    differs, wrong = False, 0
     for row, size in ((row, size) for row in range(6) for size in range(1, 30)):
         top = probabilities[row].sort(descending=True)
         prefix = torch.zeros_like(probabilities)
@@ -261,7 +276,9 @@ def test_where_rounding_decides_the_sum_of_the_whole_row_does():
             exact.nextafter(torch.tensor(2.0)),
         ):
             same_sets(logprobs, top_p.item(), 40)
-    assert differs  # else nothing was tested
+            same_as_by_bits(logprobs, top_p.item())
+            wrong += _border_by_sorting(probabilities, top_p.item()) is None
+    assert differs and 0 < wrong < 3 * 6 * 29 / 2  # else nothing was tested
 
 
 def test_all_tokens_can_be_drawn_without_a_nucleus(few):

@@ -1,6 +1,8 @@
 """Protect the layers while sampling: what they do is what they do otherwise, in fewer products.
 
-Nothing of it stays.
+Nothing of it stays. Whole decoder layers, in which these products are made for several linear
+layers at once, are in test_token_layers.py. Here they are made for each, as in a decoder layer that
+is not as its family says.
 """
 
 from __future__ import annotations
@@ -49,11 +51,18 @@ def family(request) -> str:
 @pytest.fixture
 def wrapped(family, tiny_checkpoint):
     """Give a model an adapter that changes outputs, and biases that are not zero if it has some."""
-    model = attach_random_adapter(load(tiny_checkpoint(family))).eval()
+    model = watched(attach_random_adapter(load(tiny_checkpoint(family))).eval())
     for layer in adapted(model):
         if layer.get_base_layer().bias is not None:
             torch.nn.init.normal_(layer.get_base_layer().bias)
     return model
+
+
+def watched(net):
+    """Look into every decoder layer, so that it keeps transformers' forward."""
+    for layer in language_model(net).layers:
+        layer.mlp.act_fn.register_forward_hook(lambda module, inputs, output: None)
+    return net
 
 
 def adapted(wrapped) -> list[LoraLayer]:
@@ -265,7 +274,7 @@ def test_other_adapters_than_lora_stay_as_they_are(tiny_checkpoint, family, targ
 
 @needs_onednn
 def test_without_an_adapter(family, tiny_checkpoint):
-    base = load(tiny_checkpoint(family)).net
+    base = watched(load(tiny_checkpoint(family)).net)
     layers = [
         module for module in language_model(base).modules() if isinstance(module, torch.nn.Linear)
     ]
@@ -282,8 +291,9 @@ def test_without_an_adapter(family, tiny_checkpoint):
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
-    """Every pass, of the prompt and of each token but the last: in fp32 one product a layer, in
-    bf16 the adapter's beside it: B's in each layer, A's once for q, k and v, once for gate and up.
+    """Every pass, of the prompt and of each token but the last: in fp32 one product for all layers
+    of an input, in bf16 one for each, and the adapter's beside it: B's in each layer, A's once for
+    q, k and v, once for gate and up.
     """
     loaded = dataclasses.replace(load(tiny_checkpoint(family), dtype=dtype), stop_ids=frozenset())
     wrapped = attach_random_adapter(loaded)
@@ -296,7 +306,8 @@ def test_the_sampler_uses_them(family, tiny_checkpoint, tiny_images, dtype):
         )
     layers, passes = len(adapted(wrapped)), 4
     if dtype == torch.float32:
-        assert products.seen["_linear_pointwise"] == passes * (layers + 1)  # with the head
+        inputs = layers // 7 * 4  # of q, k and v, of o, of gate and up, and of down
+        assert products.seen["_linear_pointwise"] == passes * (inputs + 1)  # with the head
         assert products.seen["mm"] == layers  # each adapter's A and B, once
     else:
         assert products.seen["_linear_pointwise"] == 0

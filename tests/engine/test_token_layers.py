@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from engine.families import LORA_TARGETS, language_model
 from engine.generate import Completion, SamplingConfig, generate
 from engine.lora import fuse_adapters
 from engine.model import REFERENCE, use_adapter
-from engine.token_layers import Products, is_known
+from engine.sampling_layers import merged_products
+from engine.token_layers import AdaptedProducts, is_known
 from tests.helpers.tiny import (
     SAVE,
     attach_random_adapter,
@@ -31,6 +33,7 @@ from tests.helpers.tiny import (
     uniform_for,
 )
 
+KINDS = ["torch", "onednn"]
 LENGTH = 30  # beyond the window of the tiny Gemma 3, 24
 
 
@@ -50,12 +53,18 @@ def loaded(folder, dtype: torch.dtype):
     return dataclasses.replace(base, stop_ids=frozenset())
 
 
-def sampled(net, base, images, *, copies: bool = False, greedy: bool = False) -> list[Completion]:
+def sampled(net, base, images, *, product: str = "beside", greedy: bool = False):
+    """Sample with the adapter beside its weights, or merged with torch's or oneDNN's products."""
     prompts = [
         base.encode_prompt(example, Prompt("p", "Which?"))
         for example in examples_of(images, 56, 84)
     ]
-    policy = dataclasses.replace(policy_of(net, base, temperature=0.8), sampling_copies=copies)
+    policy = policy_of(net, base, temperature=0.8)
+    policy = dataclasses.replace(
+        policy,
+        sampling_copies=product != "beside",
+        sampling_product="torch" if product == "beside" else product,
+    )
     sampling = SamplingConfig(0.0 if greedy else 0.8, 0.95, LENGTH)
     uniform = None if greedy else uniform_for(2, 3, LENGTH)
     groups = generate(policy, prompts, sampling, num_generations=3, uniform=uniform)
@@ -70,21 +79,20 @@ def logprobs_of(completions: list[Completion]) -> Tensor:
     return torch.cat([completion.logprobs for completion in completions])
 
 
-@pytest.fixture
-def in_fp32_too(monkeypatch):
-    monkeypatch.setattr(token_layers, "LOW", (torch.float32,))
-
-
 def by_transformers(net, base, images, **settings) -> list[Completion]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_layers, "token_layers", lambda net: nullcontext())
+        patch.setattr(sampling_layers, "token_layers", lambda net, merged: nullcontext([]))
         return sampled(net, base, images, **settings)
 
 
-@pytest.mark.parametrize("adapter", ["policy", "reference", "none", "disabled", "no peft"])
+@pytest.mark.parametrize("product", ["beside", "torch", "onednn"])
+@pytest.mark.parametrize(
+    "adapter", ["policy", "reference", "none", "disabled", "merged", "no peft"]
+)
 def test_in_fp32_the_sampler_writes_what_transformers_layers_write(
-    family, tiny_checkpoint, tiny_images, in_fp32_too, adapter
+    family, tiny_checkpoint, tiny_images, adapter, product, monkeypatch
 ):
+    monkeypatch.setattr(token_layers, "LOW", (torch.float32,))  # beside its weights too
     base = loaded(tiny_checkpoint(family), torch.float32)
     net = base.net if adapter == "no peft" else attach_random_adapter(base)
     around = nullcontext()
@@ -99,9 +107,11 @@ def test_in_fp32_the_sampler_writes_what_transformers_layers_write(
         net = net.unload()
     elif adapter == "disabled":
         around = net.disable_adapter()
+    elif adapter == "merged":
+        net.merge_adapter()
     with around:
         expected = by_transformers(net, base, tiny_images)
-        found = sampled(net, base, tiny_images)
+        found = sampled(net, base, tiny_images, product=product)
     assert ids_of(found) == ids_of(expected)
     assert len({tuple(ids) for ids in ids_of(found)}) == 6  # all differ
     torch.testing.assert_close(logprobs_of(found), logprobs_of(expected), rtol=0, atol=5e-5)
@@ -142,7 +152,7 @@ def test_in_bf16_states_are_as_near_to_fp32_as_transformers(
     oracle = states(exact, high, tiny_images, monkeypatch)
     own = states(net, low, tiny_images, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_layers, "token_layers", lambda net: nullcontext())
+        patch.setattr(sampling_layers, "token_layers", lambda net, merged: nullcontext([]))
         of_transformers = states(net, low, tiny_images, monkeypatch)
     errors = [(found - oracle).norm() / oracle.norm() for found in (own, of_transformers)]
     assert len(oracle) == LENGTH - 1 and not torch.equal(own, of_transformers)
@@ -202,9 +212,9 @@ def test_a_layer_that_is_not_as_its_family_says_is_left_alone(family, tiny_check
 def test_a_merged_adapter_is_not_added_again(family, tiny_checkpoint):
     net = attach_random_adapter(load(tiny_checkpoint(family), dtype=torch.bfloat16)).eval()
     layer = decoder_layers(net)[0].self_attn.q_proj
-    assert Products([layer]).down is not None
+    assert AdaptedProducts([layer]).down is not None
     layer.merge()
-    assert Products([layer]).down is None
+    assert AdaptedProducts([layer]).down is None
 
 
 def test_dora_keeps_transformers_layers(family, tiny_checkpoint):
@@ -238,6 +248,9 @@ def test_products_by_hand():
         parameter.data = torch.tensor(value)
     x = torch.tensor([[1.0, 2]])
     with torch.no_grad():
-        assert Products([first, second])(x).tolist() == [[11, 42]]
-        assert Products([second])(x, torch.tensor([[100.0]])).tolist() == [[142]]
+        for make in (AdaptedProducts, *(partial(merged_products, kind=kind) for kind in KINDS)):
+            assert make([first, second])(x, None).tolist() == [[11, 42]]
+            residual = torch.tensor([[100.0]])
+            assert make([second])(x, residual).tolist() == [[142]]
+            assert residual.tolist() == [[100]]
         assert copy.deepcopy(second)(x).tolist() == [[42]]
