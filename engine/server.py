@@ -37,6 +37,8 @@ MOST_BYTES = 64 * 2**20  # of an answer; 16 completions of 4,096 tokens have som
 MOST_SAID = 300  # characters of a server's text that are shown
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*/?")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_OWN_NETWORK = ipaddress.IPv4Network("127.0.0.0/8")
+_OWN_ADDRESS = ipaddress.IPv6Address("::1")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
@@ -151,8 +153,8 @@ def _is_loopback(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
-    # an IPv4 address within an IPv6 one goes another way
-    return address.is_loopback and getattr(address, "ipv4_mapped", None) is None
+    # not is_loopback: whether an IPv4 address within an IPv6 one counts depends on Python's version
+    return address in _OWN_NETWORK if address.version == 4 else address == _OWN_ADDRESS
 
 
 def _shown(url: str) -> str:

@@ -133,6 +133,12 @@ def test_a_whole_answer(fake, server):
     assert fake.bodies() == [BODY]
 
 
+def test_one_completion_where_the_request_does_not_say_how_many(fake, server):
+    fake.changed = lambda path, document: document | {"choices": document["choices"][:1]}
+    body = {name: value for name, value in BODY.items() if name != "n"}
+    assert [choice.text for choice in ask(server, body, with_ids=False).choices] == ["text 0"]
+
+
 def test_choices_are_put_in_order(fake, server):
     fake.changed = lambda path, document: document | {"choices": document["choices"][::-1]}
     answer = ask(server, BODY, with_ids=True)

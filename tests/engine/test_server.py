@@ -5,6 +5,7 @@ Run: pytest tests/engine/test_server.py
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import ssl
@@ -111,6 +112,7 @@ def test_another_machine_is_asked_by_https_and_a_flag_alone(url):
         ("http://127.0.0.1:8000?key=1", "no ?"),
         ("http://127.0.0.1:8000/#", "no ?"),
         ("http://127.0.0.1:8000/v1/../x", "path"),
+        ("http://127.0.0.1:8000/v1/./x", "path"),
         ("http://127.0.0.1:8000//evil", "path"),
         ("http://127.0.0.1:8000/a[b", "path"),
         ("ftp://127.0.0.1", "no address"),
@@ -158,6 +160,11 @@ def test_what_could_be_read_as_another_address_is_refused(url, says):
 def test_a_credential_in_an_address_is_refused_and_not_repeated(url):
     problems = url_problems(url, allow_remote=True)
     assert len(problems) == 1 and KEY not in problems[0] and "***@" in problems[0]
+
+
+def test_the_rest_of_an_address_is_shown():
+    (problem,) = url_problems(f"http://user:{KEY}@127.0.0.1:8000/x", allow_remote=True)
+    assert problem.startswith("http://***@127.0.0.1:8000/x holds a credential")
 
 
 def test_the_address_of_openai_clients_is_the_same_server():
@@ -218,6 +225,52 @@ def test_what_a_server_lists(fake, server):
     with pytest.raises(ServerError, match="400: has already been loaded") as raised:
         server.command("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/a"})
     assert raised.value.status == 400 and not isinstance(raised.value, ServerGone)
+
+
+def test_what_is_posted_and_how_it_comes_back(fake, server):
+    fake.answer = lambda verb, path, body: (200, {"path": path})
+    assert server.post("/v1/x", {"a": [1, None]}) == {"path": "/v1/x"}
+    assert fake.requests[0][:2] == ("POST", "/v1/x") and fake.requests[0][3] == {"a": [1, None]}
+    assert fake.requests[0][2]["Content-Type"] == "application/json"
+    assert "Authorization" not in fake.requests[0][2]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        server.post("/v1/x", {"a": float("nan")})
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ({"a": 1, "b": 2}, "an object of 2"),
+        ([1] * 3, "a list of 3"),
+        ("é\n", r"'\xe9\n'"),
+        (f"x{KEY}x", "'x***x'"),
+        ("a" * 200, f"'{'a' * 96}..."),
+        (1.5, "1.5"),
+        (None, "None"),
+    ],
+)
+def test_a_value_of_an_answer_in_few_characters(value, shown):
+    assert Server("http://localhost", 1, KEY).shown(value) == shown
+
+
+def test_a_server_cannot_be_changed(server):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        server.base_url = "http://example.org"
+
+
+@pytest.mark.parametrize("scheme, port", [("http", 80), ("https", 443)])
+def test_where_no_port_is_given_it_is_the_schemes(monkeypatch, scheme, port):
+    asked = []
+
+    def connect(*request):
+        asked.append(request)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(ServerGone, match="no answer within 7 s"):
+        Server(f"{scheme}://example.org", 7, None).models()
+    assert asked == [(("example.org", port), 7)]
 
 
 def test_a_path_before_v1_and_the_proxies_of_the_environment(fake, monkeypatch):
@@ -366,6 +419,11 @@ def test_a_servers_words_are_cut_and_cleaned(fake, server):
         server.get("/x")
     text = str(raised.value)
     assert text.isprintable() and "[2J evil evil" in text and len(text) < 400
+    for length, end in ((300, "xx"), (301, "x...")):
+        fake.raw = answered(b"x" * length, "400 Bad")
+        with pytest.raises(ServerError, match=r"x{297}(xxx|\.\.\.)$") as raised:
+            server.get("/x")
+        assert str(raised.value).endswith(end)
 
 
 def test_a_server_without_a_version(fake, server):
@@ -440,6 +498,9 @@ def test_a_request_is_left_off(fake, server, when, monkeypatch):
     if when != "before":
         while not fake.requests:
             thread.join(0.01)
+        # none of them holds the end of the process
+        timers = [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+        assert all(timer.daemon for timer in timers) and (timers or when != "hanging")
         cancel()
     thread.join(20)
     assert not thread.is_alive() and "left off" in str(found[0])
