@@ -9,7 +9,6 @@ in the numbers. So some completions are drawn there and scored here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -34,20 +33,6 @@ MEAN = 5e-3  # the most by which tokens may differ in bfloat16, on average
 ON_BORDER = 0.05
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Say by how much a server's log-probabilities differ from the engine's, in nats.
-
-    tokens: compared, of the whole distribution and of the nucleus each about a half. mean, largest:
-    of the whole distribution. nucleus_mean: of the nucleus.
-    """
-
-    tokens: int
-    mean: float
-    largest: float
-    nucleus_mean: float
-
-
 @torch.no_grad()
 def probe(
     served: Served,
@@ -56,7 +41,7 @@ def probe(
     examples: Sequence[Example],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Draw completions on a server, compare their log-probabilities, and return the differences.
+    """Draw completions on a server and compare their log-probabilities with the engine's.
 
     Half of them are drawn from the whole distribution, and must agree; the other half from the
     nucleus, where the server must report what is left after it. In float32 each token may differ by
@@ -64,6 +49,8 @@ def probe(
 
     policy: what the server's model must be. prompts, examples: as `generate_remote` takes them; the
     first PROMPTS are used.
+    Returns "tokens", how many were compared, and by how much they differ in nats: "mean" and
+    "largest" of the whole distribution, "nucleus_mean" of the nucleus.
 
     Raises ServerError where the difference is larger, with the likely cause, and as
     `generate_remote` does.
@@ -87,14 +74,12 @@ def probe(
             f" (top_p) are not those of what is left in it. {_described(of_nucleus, strict)}. Start"
             " it with --logprobs-mode processed_logprobs"
         )
-    return asdict(
-        Difference(
-            len(found) + len(of_nucleus),
-            float(found.mean()),
-            float(found.max()),
-            float(of_nucleus.mean()),
-        )
-    )
+    return {
+        "tokens": len(found) + len(of_nucleus),
+        "mean": float(found.mean()),
+        "largest": float(found.max()),
+        "nucleus_mean": float(of_nucleus.mean()),
+    }
 
 
 class _Drawn:

@@ -36,6 +36,7 @@ def setting(made, monkeypatch):
     monkeypatch.setattr(engine.probe, "TOKENS", 12)
     for name in ("policy", "raw", "whole", "seen"):
         monkeypatch.setattr(made.write, name, getattr(made.write, name))
+    monkeypatch.setattr(made.fake, "changed", made.fake.changed)
     return made
 
 
@@ -55,14 +56,22 @@ def refused(setting, says):
 
 
 def test_the_same_model_differs_by_rounding(setting):
+    tokens = []
+
+    def counted(path, document):
+        tokens.append(document["usage"]["completion_tokens"])
+        return document
+
+    setting.fake.changed = counted
     found = asked(setting)
     assert set(found) == {"tokens", "mean", "largest", "nucleus_mean"}
     assert 0 <= found["mean"] <= found["largest"] < 5e-5 and 0 <= found["nucleus_mean"] < 5e-5
-    # two prompts, two completions each of at most 12 tokens, drawn twice
-    assert 8 <= found["tokens"] <= 96
-    tops = [body["top_p"] for body in setting.fake.bodies()[-4:]]
-    assert sorted(tops) == [0.95, 0.95, 1.0, 1.0]
-    assert {body["temperature"] for body in setting.fake.bodies()[-4:]} == {0.8}
+    assert len(tokens) == 4 and found["tokens"] == sum(tokens)
+    bodies = setting.fake.bodies()[-4:]
+    assert sorted(body["top_p"] for body in bodies) == [0.95, 0.95, 1.0, 1.0]
+    assert {(body["temperature"], body["n"], body["max_tokens"]) for body in bodies} == {
+        (0.8, 2, 12)
+    }
 
 
 def test_raw_log_probabilities_are_named(setting):
