@@ -19,7 +19,6 @@ from data.prompt_files import prompt_of
 from data.prompts import Prompt
 from engine.config import ConfigError, Resolved, range_problems, setting
 from engine.inherited import inherit
-from engine.server import url_problems
 from engine.server_settings import REMOTE_HELP, TIMEOUT
 from engine.settings import (
     CHECK_HELP,
@@ -433,6 +432,8 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> 
     problems += train_files(config.train_file)[1]
     problems += asking_problems(config.label_file, prompts)
     if config.vllm_server_base_url is not None:
+        from engine.server import url_problems  # here: others need nothing of a server
+
         found = url_problems(config.vllm_server_base_url, config.allow_remote_server)
         problems += [f"--vllm_server_base_url {problem}" for problem in found]
     elif config.allow_remote_server:
