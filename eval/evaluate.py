@@ -6,14 +6,17 @@
         --predictions nih=runs/20260101-130000-eval/predictions-nih.jsonl
     python -m eval.evaluate --predictions rollouts=runs/20260101-120000-grpo/completions.jsonl
     python -m eval.evaluate --predictions nih=answers.jsonl --data_file nih=nih/test.jsonl
+    python -m eval.evaluate --vllm_server_base_url http://127.0.0.1:8000 \\
+        --model_name_or_path NAME --data_file nih=nih/test.jsonl
     torchrun --standalone --nproc_per_node 8 -m eval.evaluate --adapter_name_or_path ...
 
 The first command writes predictions-nih.jsonl (one row an image, the completion as it came) and
 scores-nih.json. Rows read back from a file are parsed anew, so a changed parser or metric applies
 to old predictions too. --label_map takes the truth anew from their source_labels. The rows of a
 run's rollouts are scored like any others: each completion counts once. Answers of any other model,
-rows {"id", "completion"}, are joined with the data file that they answer. Several ranks of torchrun
-share the images that are decoded.
+rows {"id", "completion"}, are joined with the data file that they answer. A server answers in the
+place of a model that is loaded here (served.py). Several ranks of torchrun share the images that
+are decoded.
 """
 
 from __future__ import annotations

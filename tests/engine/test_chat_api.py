@@ -32,7 +32,7 @@ from engine.chat_api import (
     training_options,
 )
 from engine.runtime import StopRequested
-from engine.server import Server, ServerError, ServerGone
+from engine.server import CANCEL, Server, ServerError, ServerGone
 from tests.helpers.fake_server import FakeServer, chat_answer
 
 BODY = {
@@ -448,6 +448,23 @@ def test_a_stop_is_honoured_while_requests_hang(fake, server):
         ask_all([partial(ask, server, BODY, with_ids=True)] * 8, 4, lambda: len(fake.requests) == 4)
     assert len(fake.requests) == 4
     assert not [thread for thread in threading.enumerate() if thread.name == "ask"]
+
+
+def test_what_has_come_is_handed_on_before_a_stop():
+    third, handed = threading.Event(), []
+
+    def waits() -> int:
+        third.set()  # by the thread that has put the first two answers there
+        return CANCEL.get().wait(60)
+
+    with pytest.raises(StopRequested):
+        ask_all(
+            [lambda: 1, lambda: 2, waits],
+            1,
+            lambda: third.wait(60),
+            lambda i, answer: handed.append((i, answer)),
+        )
+    assert handed == [(0, 1), (1, 2)]
 
 
 def test_a_stop_is_honoured_between_tries(fake, server, monkeypatch):
