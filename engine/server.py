@@ -82,7 +82,8 @@ def url_problems(url: str, allow_remote: bool) -> list[str]:
         if not allow_remote:
             problems.append(
                 f"{_shown(url)} is not this machine (localhost, 127.0.0.1 or ::1): images would"
-                " leave it. Where their terms of use permit that, give --allow_remote_server"
+                " leave it. Where their terms of use permit that (MIMIC-CXR's forbid third parties"
+                " and online services), give --allow_remote_server"
             )
         if parts.scheme != "https":
             problems.append(

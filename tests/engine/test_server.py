@@ -79,6 +79,7 @@ def test_another_machine_is_asked_by_https_and_a_flag_alone(url):
     assert url_problems(url, allow_remote=True) == []
     (problem,) = url_problems(url, allow_remote=False)
     assert "images would leave it" in problem and "--allow_remote_server" in problem
+    assert "MIMIC-CXR's forbid third parties" in problem
     plain = url.replace("https:", "http:")
     (problem,) = url_problems(plain, allow_remote=True)
     assert "by https alone" in problem and plain in problem
