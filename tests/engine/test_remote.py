@@ -22,7 +22,7 @@ from engine.generate import generate
 from engine.nucleus import nucleus
 from engine.out_of_memory import Limits
 from engine.random_numbers import server_seed
-from engine.remote import generate_remote, own_pass
+from engine.remote import Served, generate_remote, own_pass
 from engine.runtime import StopRequested
 from engine.server import ServerError, ServerGone
 from tests.helpers.engine_writer import RemoteSetting
@@ -153,6 +153,10 @@ def test_sampling_needs_seeds(setting):
     with pytest.raises(ValueError):
         setting.remote(SAMPLED, seeds=SEEDS[:-1])
     assert setting.fake.requests == []
+
+
+def test_requests_at_a_time_are_bounded_by_default(setting):
+    assert Served(setting.served.server, "base").concurrency == 32
 
 
 def test_the_mode_of_the_policy_is_put_back(setting):
