@@ -79,7 +79,10 @@ def generate(
     written: dict[int, list[Completion]] = {}  # by part
     finished: dict[int, list[Completion]] = {}  # by prompt
     layers = sampling_layers(
-        policy.net, copies=policy.sampling_copies, kind=policy.sampling_product
+        policy.net,
+        copies=policy.sampling_copies,
+        kind=policy.sampling_product,
+        placed=policy.graphs.placed,
     )
     calls = policy.graphs.call(
         keep=keep and steps_on(policy.device).graphs and not policy.base.sharded

@@ -84,6 +84,7 @@ class Graphs:
         self._warm: set[tuple] = set()
         self._compared: set[str] = set()
         self._held: tuple[Hashable, Any] | None = None
+        self._placed: dict[Hashable, Tensor] = {}
         self._pool: Any = None
 
     def release(self) -> bool:
@@ -120,6 +121,17 @@ class Graphs:
             self.drop()
             self._held = key, make()
         return self._held[1]
+
+    def placed(self, key: Hashable, made: Tensor) -> Tensor:
+        """Put a tensor where the call before had it, so that graphs that read it stay right.
+
+        key: names it among those of a call. made: for this call, and nobody else's.
+        """
+        known = self._placed.get(key)
+        if known is None or known.shape != made.shape or known.dtype != made.dtype:
+            self._placed[key] = made
+            return made
+        return known.copy_(made)
 
     def run(self, name: str, shape: Hashable, work: Callable[[], None]) -> None:
         """Do the work once, by its graph where there is one.

@@ -53,6 +53,7 @@ from engine.logprobs import CHUNK_SIZE
 FP32 = 4
 GIB = 2**30
 COPIES = "sampling weights"  # the part that `Workload.sampling_copies` adds
+STACKED = "stacked adapter"  # of low precision, as decoding multiplies with it
 GRAPHS = "CUDA graphs"  # the memory of one decoding's graphs
 KEPT = "kept to sample"  # from one rollout to the next, and given up where memory runs out
 # Of a sharded base a GPU holds, beside its shards: the layer that runs, the next one, which is on
@@ -475,13 +476,28 @@ def sampling_weights(shape: ModelShape, work: Workload) -> int:
     )
 
 
+def stacked_adapter(shape: ModelShape, work: Workload) -> int:
+    """Compute the bytes of A and B as engine/token_layers.py stacks them, in low precision only.
+
+    B of layers that share their input is block-diagonal: [3r,q+2k] of q, k and v, [2r,2f] of gate
+    and up.
+    """
+    h, q, k, f = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    each = 3 * (h + q + 2 * k) + (q + h) + 2 * (h + 2 * f) + (f + h)
+    is_low = work.element_size < FP32
+    return shape.layers * work.lora_r * each * work.element_size if is_low else 0
+
+
 def decoding_moments(
     shape: ModelShape, work: Workload, prompts: int, generations: int, *, greedy: bool
 ) -> Iterator[Parts]:
     """Yield the moments of the sampler: the vision tower, then those of `writing_moments`."""
     yield {"activations": vision_tower(shape, work)}
     for moment in writing_moments(shape, work, prompts, generations, greedy=greedy):
-        yield moment | {COPIES: sampling_weights(shape, work)}
+        yield moment | {
+            COPIES: sampling_weights(shape, work),
+            STACKED: stacked_adapter(shape, work),
+        }
 
 
 def writing_moments(
@@ -542,7 +558,8 @@ def token_temporaries(
 
 
 def kept_parts(shape: ModelShape, work: Workload) -> Parts:
-    """Compute what a rollout keeps for the next one: its buffers and its graphs' memory.
+    """Compute what a rollout keeps for the next one: its buffers, its graphs' memory and what they
+    read of the adapter.
 
     Graphs share one pool, as large as the largest of them needs. Nothing is kept on a CPU, in SFT
     or with a sharded base.
@@ -552,7 +569,7 @@ def kept_parts(shape: ModelShape, work: Workload) -> Parts:
     prompts, generations = work.sampled()
     buffers = decoding_buffers(shape, work, prompts, generations)
     pool = max(token_temporaries(shape, work, prompts * generations, greedy=False))
-    return {KEPT: sum(buffers.values()) + pool}
+    return {KEPT: sum(buffers.values()) + pool + stacked_adapter(shape, work)}
 
 
 def forecast(shape: ModelShape, work: Workload) -> Forecast:

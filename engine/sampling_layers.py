@@ -28,12 +28,16 @@ from torch.nn.functional import linear, pad
 
 from engine.families import language_model, lm_head_weight
 from engine.settings import SamplingProduct
-from engine.token_layers import Products, base_of, token_layers
+from engine.token_layers import Placed, Products, as_made, base_of, token_layers
 
 
 @contextmanager
 def sampling_layers(
-    net: nn.Module, *, copies: bool = True, kind: SamplingProduct = "auto"
+    net: nn.Module,
+    *,
+    copies: bool = True,
+    kind: SamplingProduct = "auto",
+    placed: Placed = as_made,
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Run the decoder's linear layers in one product each, and put everything back afterwards.
 
@@ -42,6 +46,7 @@ def sampling_layers(
     copies: False to copy no weight, which leaves every layer as it is.
     kind: of the products of fp32 weights on a CPU. They are oneDNN's where torch has it, but for
         "torch".
+    placed: says where what is prepared beside copies of weights is to lie.
 
     An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
     rounded away, and the completions would be those of another model.
@@ -49,7 +54,7 @@ def sampling_layers(
     decoder, weight = language_model(net), lm_head_weight(net)
     merged = partial(merged_products, kind=kind) if decoder.dtype == torch.float32 else None
     before: list[tuple[nn.Module, dict]] = []
-    with token_layers(net, merged if copies else None) as taken:
+    with token_layers(net, merged if copies else None, placed) as taken:
         try:
             for layer in _linear_layers(decoder, taken) if copies else ():
                 if (forward := _forward(layer, kind)) is not None:

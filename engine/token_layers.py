@@ -26,7 +26,7 @@ Shapes: n tokens, H query heads, K key-value heads, D head width, f intermediate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,16 +45,26 @@ LOW = (torch.bfloat16, torch.float16)
 # Multiply x [n,in] with the weights of layers that read the same input -> [n,width], their outputs
 # beside one another, added to what comes second where that is not None.
 Products = Callable[[Tensor, Tensor | None], Tensor]
+# Say where a tensor of this name, which was just made, is to lie (engine/graphs.py).
+Placed = Callable[[Hashable, Tensor], Tensor]
+
+
+def as_made(name: Hashable, made: Tensor) -> Tensor:
+    """Leave a tensor where it is."""
+    return made
 
 
 @contextmanager
 def token_layers(
-    net: nn.Module, merged: Callable[[Sequence[nn.Module]], Products] | None = None
+    net: nn.Module,
+    merged: Callable[[Sequence[nn.Module]], Products] | None = None,
+    placed: Placed = as_made,
 ) -> Iterator[list[nn.Module]]:
     """Sample with few operations a layer within the block, where the layer is as its family says.
 
     merged(layers): makes the products of layers that read the same input, for prompts and new
         tokens. None: new tokens alone, with the adapter beside its weights, in low precision alone.
+    placed: says where what is prepared is to lie, but for the products of `merged`.
 
     The active adapter is the one at the beginning. No gradient flows. Gives the layers that it has
     taken.
@@ -67,7 +77,8 @@ def token_layers(
     try:
         for layer in decoder.layers if merged or decoder.dtype in LOW else ():
             if is_known(layer, kind):
-                token_layer = TokenLayer(layer, kind, merged or AdaptedProducts, rotary)
+                products = merged or partial(AdaptedProducts, placed=placed)
+                token_layer = TokenLayer(layer, kind, products, rotary, placed)
                 layer.forward = partial(_forward, layer, token_layer, masks)
                 taken.append(layer)
         yield taken
@@ -124,10 +135,10 @@ def base_of(layer: nn.Module) -> nn.Linear | None:
 class AdaptedProducts:
     """Multiply tokens with weights as they are, and with the adapter beside them.
 
-    layers: whose outputs lie beside one another in the result.
+    layers: whose outputs lie beside one another in the result. placed: as in `token_layers`.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Sequence[nn.Module], placed: Placed = as_made):
         bases = [base for layer in layers if (base := base_of(layer)) is not None]
         self.bases = [(base.weight.detach().t(), base.bias) for base in bases]  # [in,out]
         ends = [0]
@@ -148,8 +159,11 @@ class AdaptedProducts:
             block[:, part] = up.t() * layer.scaling[name]
             blocks.append(block)
         dtype = bases[0].weight.dtype
-        self.down = torch.cat(downs).to(dtype).t() if downs else None  # [in,r of all]
-        self.up = torch.cat(blocks).to(dtype) if downs else None  # [r of all,width]
+        self.down: Tensor | None = None  # [in,r of all]
+        self.up: Tensor | None = None  # [r of all,width]
+        if downs:
+            self.down = placed(("down", layers[0]), torch.cat(downs).to(dtype).t())
+            self.up = placed(("up", layers[0]), torch.cat(blocks).to(dtype))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute x [n,in] -> [n,width], added to `residual` where there is one."""
@@ -174,6 +188,7 @@ class TokenLayer:
     kind: what the family says of its layers.
     products(layers): makes the products of layers that read the same input.
     rotary: sin' of the newest token, by kind of layer, with the sin that it was made of.
+    placed: as in `token_layers`.
     """
 
     def __init__(
@@ -182,6 +197,7 @@ class TokenLayer:
         kind: LayerKind,
         products: Callable[[Sequence[nn.Module]], Products],
         rotary: dict[str | None, tuple[Tensor, Tensor]],
+        placed: Placed,
     ):
         self.attention, self.act, self.rotary = layer.self_attn, layer.mlp.act_fn, rotary
         attention, mlp = layer.self_attn, layer.mlp
@@ -194,12 +210,14 @@ class TokenLayer:
         self.keys = attention.k_proj.out_features // self.width  # K
         self.epsilon = getattr(layer.input_layernorm, kind.epsilon)
 
-        def weight(norm: nn.Module) -> Tensor:
-            own = norm.get_parameter("weight").detach()
-            return (1.0 + own.float()).to(own.dtype) if kind.one_is_added else own
+        def weight(name: str) -> Tensor:
+            own = layer.get_submodule(name).get_parameter("weight").detach()
+            if not kind.one_is_added:
+                return own
+            return placed((name, layer), (1.0 + own.float()).to(own.dtype))
 
         self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = (
-            None if name is None else weight(getattr(layer, name)) for name in kind.norms
+            None if name is None else weight(name) for name in kind.norms
         )
         self.one_is_added = kind.one_is_added
         self.heads: Tensor | None = None  # weights of the heads' norms as they are, [H+K,D]
@@ -208,9 +226,11 @@ class TokenLayer:
                 layer.get_submodule(name).get_parameter("weight").detach()
                 for name in kind.norms_of_heads
             )
-            self.heads = torch.cat([q.expand(self.queries, -1), k.expand(self.keys, -1)])
+            heads = torch.cat([q.expand(self.queries, -1), k.expand(self.keys, -1)])
+            self.heads = placed(("heads", layer), heads)
         half = torch.ones(self.width // 2, device=layer.input_layernorm.weight.device)
-        self.signs = torch.cat([-half, half]).to(attention.q_proj.weight.dtype)
+        signs = torch.cat([-half, half]).to(attention.q_proj.weight.dtype)
+        self.signs = placed(("signs", layer), signs)
 
     def __call__(self, hidden: Tensor, mask: PackedMask, cos: Tensor, sin: Tensor) -> Tensor:
         """Run n tokens [n,hidden] -> [n,hidden]. cos, sin [1,n,D]: of their positions."""

@@ -249,9 +249,9 @@ def test_a_run_without_copies_says_so_and_resumes_so(
     start = tiny_sft_run("qwen2_5_vl")
     copied, short, plenty = [], Free(1_000_000, GIB, "the test"), Free(GIB, 0, "the test")
 
-    def layers(net, *, copies, kind):
+    def layers(net, *, copies, kind, placed):
         copied.append(copies)
-        return sampling_layers(net, copies=copies, kind=kind)
+        return sampling_layers(net, copies=copies, kind=kind, placed=placed)
 
     monkeypatch.setattr(engine.generate, "sampling_layers", layers)
     monkeypatch.setattr(engine.fit, "free_memory", lambda device: short)

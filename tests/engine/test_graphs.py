@@ -142,6 +142,28 @@ def test_weights_that_are_trained_in_place_need_no_new_graphs(policy, prompts, c
         same(changed, before)
 
 
+def test_in_low_precision_what_is_prepared_of_an_adapter_stays_where_graphs_read_it(
+    tiny_checkpoint, tiny_images, card, asked
+):
+    """A and B are stacked anew in every call, and lie where the call before had them."""
+    base = load(tiny_checkpoint("gemma3"), dtype=torch.bfloat16)
+    policy = policy_of(attach_random_adapter(base).eval(), base)
+    prompts = [
+        with_features(base, base.encoder.encode_prompt(example, SHORT))
+        for example in examples_of(tiny_images, 56, 84)
+    ]
+    for seed in range(2):
+        written(policy, prompts, seed=seed, keep=True)
+    known, captured = set(asked), len(card.graphs)
+    taken = [torch.empty(1 + i % 4096) for i in range(20_000)]  # where they would come to lie
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.mul_(1.5)
+    same(written(policy, prompts, keep=True), as_they_are(policy, prompts))
+    assert len(card.graphs) <= captured + len(set(asked) - known)
+    del taken
+
+
 def other_rank(policy) -> None:
     """Repeat every A and B, which doubles the adapter's rank and its effect."""
     for module in policy.net.modules():

@@ -81,7 +81,7 @@ def logprobs_of(completions: list[Completion]) -> Tensor:
 
 def by_transformers(net, base, images, **settings) -> list[Completion]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_layers, "token_layers", lambda net, merged: nullcontext([]))
+        patch.setattr(sampling_layers, "token_layers", lambda net, *more: nullcontext([]))
         return sampled(net, base, images, **settings)
 
 
@@ -152,7 +152,7 @@ def test_in_bf16_states_are_as_near_to_fp32_as_transformers(
     oracle = states(exact, high, tiny_images, monkeypatch)
     own = states(net, low, tiny_images, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_layers, "token_layers", lambda net, merged: nullcontext([]))
+        patch.setattr(sampling_layers, "token_layers", lambda net, *more: nullcontext([]))
         of_transformers = states(net, low, tiny_images, monkeypatch)
     errors = [(found - oracle).norm() / oracle.norm() for found in (own, of_transformers)]
     assert len(oracle) == LENGTH - 1 and not torch.equal(own, of_transformers)
