@@ -118,6 +118,8 @@ class Workload:
     micro_batch: completions of a micro-batch, num_generations of each prompt.
     max_tokens_per_forward: cuts the micro-batch, None for no bound.
     eval_rows: rows decoded, or scored, together.
+    eval_sampled: whether some evaluation draws its answers (`--vote_baseline`), where others are
+        greedy.
     rollout_prompts: prompts of a rollout, 0 in SFT. rollout_prompts x num_generations rows are
         sampled together.
     sampling_copies: whether the sampler copies weights (engine/sampling_layers.py).
@@ -144,6 +146,7 @@ class Workload:
     sampling_copies: bool = True
     sampling_rows: int | None = None
     shards: int = 1
+    eval_sampled: bool = False
 
     @property
     def steps(self) -> DecodingSteps:
@@ -577,7 +580,9 @@ def forecast(shape: ModelShape, work: Workload) -> Forecast:
     static, kept = static_parts(shape, work), kept_parts(shape, work)
     moments: dict[str, Iterable[Parts]] = {
         "update": update_moments(shape, work),
-        "evaluation": decoding_moments(shape, work, work.eval_rows, 1, greedy=True),
+        "evaluation": decoding_moments(
+            shape, work, work.eval_rows, 1, greedy=not work.eval_sampled
+        ),
     }
     if work.rollout_prompts:
         # The images of the next rollout are seen while the last one's buffers are there.

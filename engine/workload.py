@@ -145,6 +145,7 @@ def training_work(
         # a server decodes the rollouts: here they take the room of one completion
         sampling_rows=1 if getattr(config, "use_vllm", False) else getattr(config, SAMPLING, None),
         shards=shards,
+        eval_sampled=getattr(config, "vote_baseline", False),
     )
 
 

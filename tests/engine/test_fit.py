@@ -54,6 +54,13 @@ QWEN_3B = ModelShape(
 LENGTHS = Lengths(text=300, image=256, answer=200)
 
 
+@pytest.mark.parametrize("votes", [True, False])
+def test_a_vote_of_the_start_draws_answers(votes):
+    config = GRPOConfig(bf16=False, vote_baseline=votes)
+    work = training_work(config, QWEN_3B, LENGTHS, CPU, 16, BatchPlan.of(config))
+    assert work.eval_sampled is votes
+
+
 def question(config, device: torch.device = CPU, shape: ModelShape = QWEN_3B) -> Question:
     """Ask of a run of SFT, or of GRPO with its rollouts."""
     plan = BatchPlan.of if isinstance(config, GRPOConfig) else None

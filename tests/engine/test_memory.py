@@ -323,6 +323,14 @@ def test_extra_features_by_hand():
         assert [sum(a.values()) - sum(b.values()) for a, b in pairs] == expected
 
 
+def test_an_evaluation_that_draws_its_answers():
+    # In fp32 two tensors of eval_rows x 1,000,000 for a greedy token, five for one that is drawn
+    large = replace(SHAPE, vocabulary=10**6)
+    for drawn, tensors in ((False, 2), (True, 5)):
+        found = forecast(large, replace(WORK, eval_sampled=drawn)).phases["evaluation"]
+        assert found["logits"] == WORK.eval_rows * 10**6 * 4 * tensors
+
+
 def test_phases_of_the_two_scripts():
     grpo, sft = forecast(SHAPE, WORK), forecast(SHAPE, replace(WORK, rollout_prompts=0, adapters=1))
     assert list(grpo.phases) == ["rollout", "scoring", "update", "evaluation"]
