@@ -30,6 +30,7 @@ from engine.memory import (
     sampler_head,
     sampling_weights,
     scoring_moments,
+    stacked_adapter,
     static_parts,
     update_moments,
     writing_moments,
@@ -251,6 +252,13 @@ def test_the_copies_of_the_sampler_by_hand():
     # log-probabilities as well
     assert sampler_head(SHAPE, 6, greedy=True) == 6 * 100 * 4 * 2
     assert sampler_head(SHAPE, 6, greedy=False) == 6 * 100 * 4 * 5
+
+
+def test_the_stacked_adapter_by_hand():
+    # r = 2. q, k and v: A [8,6] and B [6,8+4+4], 48 + 96 numbers; o: [8,2] and [2,8], 32; gate and
+    # up: [8,4] and [4,2x16], 32 + 128; down: [16,2] and [2,8], 48. A layer 384, three 1,152
+    assert stacked_adapter(SHAPE, replace(WORK, element_size=2)) == 2 * 1152
+    assert stacked_adapter(SHAPE, WORK) == 0  # merged into the copies
 
 
 def test_the_masks_of_the_sampler_by_hand():
