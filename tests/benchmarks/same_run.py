@@ -127,28 +127,32 @@ def plan(family: str) -> list[Run]:
 
 
 # ---- models and data -----------------------------------------------------------------------------
+def written_by(index: int) -> str:
+    """Return the answer that a token of `readable` decodes to."""
+    return f"<think>{index}</think><solution>{ANSWERS[index // 6 % len(ANSWERS)]}</solution>"
+
+
 def readable(folder: Path) -> Path:
     """Make the random completions of a saved model readable, and of different lengths.
 
     Its tokens are bytes. Of 18 of them three decode to a whole answer and the others to a space, so
-    some 40 % of completions of 6 tokens hold exactly one answer. Two of 18 end a completion.
+    some 40 % of completions of 6 tokens hold exactly one answer. Two of 18 end a completion. An
+    answer is read as the token that writes it, so it can be learnt.
     """
     file = folder / "tokenizer.json"
     record = json.loads(file.read_text(encoding="utf-8"))
     bytes_ = [token for token, index in record["model"]["vocab"].items() if index < 256]
-    texts = {
-        token: f"<think>{index}</think><solution>{ANSWERS[index // 6 % len(ANSWERS)]}</solution>"
-        for index, token in enumerate(bytes_)
-        if index % 6 == 0
-    }
+    texts = {token: written_by(i) for i, token in enumerate(bytes_) if i % 6 == 0}
     spaces = "".join(f"\\x{{{ord(token):x}}}" for token in bytes_ if token not in texts)
-    # A digit or a letter of an answer must not be replaced again: whole tokens alone match.
+    # A letter of an answer must not become a space: whole tokens alone match.
     steps = [{"type": "Replace", "pattern": {"Regex": f"^[{spaces}]$"}, "content": " "}]
-    steps += [
-        {"type": "Replace", "pattern": {"Regex": f"^\\x{{{ord(token):x}}}$"}, "content": text}
-        for token, text in texts.items()
-    ]
     record["decoder"] = {"type": "Sequence", "decoders": steps}
+    vocabulary = record["model"]["vocab"]
+    kinds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for token, text in texts.items():
+        vocabulary[text] = vocabulary.pop(token)
+        record["added_tokens"].append({"id": vocabulary[text], "content": text} | kinds)
+    record["added_tokens"].sort(key=lambda added: added["id"])
     file.write_text(json.dumps(record), encoding="utf-8")
     file = folder / "generation_config.json"
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -175,7 +179,8 @@ def make_data(folder: Path) -> None:
                 "image": f"{site}{size}/{names[i]}",
                 "labels": [label, *(["Fracture"] if i % 4 == 1 and label != "Fracture" else [])],
                 "dataset": site,
-                "answer": f"<think>{'x' * (i * i % 19)}</think><solution>{label}</solution>",
+                # of one token, and blanks, which templates may drop
+                "answer": written_by(6 * (i % 3 + 5 * (i % 8))) + " " * (i * i % 4),
             }
             if site == "b":
                 row["evaluated_labels"] = [*LABELS, "No Finding"]
