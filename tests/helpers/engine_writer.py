@@ -16,6 +16,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,6 +34,9 @@ from tests.helpers.fake_server import Document, FakeServer, chat_answer
 from tests.helpers.tiny import attach_random_adapter, load, policy_of
 
 START = "data:image/png;base64,"
+# `generate` tells torch for the whole process not to compile. Two threads that do so, one within
+# the other, would leave it so.
+generate_in_a_thread: Any = generate.__wrapped__  # type: ignore[attr-defined]
 
 
 class EngineWriter:
@@ -77,7 +81,7 @@ class EngineWriter:
             place = self.positions.get(body["seed"], body["seed"])
             shape = body["n"], body["max_tokens"]
             uniform = [uniform_numbers("rollout", self.seed, place, *shape)]
-        (found,) = generate(
+        (found,) = generate_in_a_thread(
             self.policy, [encoded], sampling, num_generations=body["n"], uniform=uniform
         )
         ids = [one.ids for one in found]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data.examples import Example
 from engine.completion import SamplingConfig
-from engine.generate import generate
 from engine.policy import Policy
 from engine.random_numbers import uniform_numbers
+from tests.helpers.engine_writer import generate_in_a_thread
 from tests.helpers.fake_server import Document, chat_answer
 
 
@@ -38,7 +38,7 @@ def written_by(policy: Policy, folder: Path) -> Callable[[Document], Document]:
         with one_at_a_time:
             (folder / "came.png").write_bytes(base64.b64decode(content))
             prompt = policy.encode(Example("came", "came", "came.png", (), "came", folder))
-            [[completion]] = generate(policy, [prompt], sampling, uniform=uniform)
+            [[completion]] = generate_in_a_thread(policy, [prompt], sampling, uniform=uniform)
         ids, logprobs = completion.ids.tolist(), completion.logprobs.tolist()
         answer = chat_answer(body, [ids], [logprobs], prompt.input_ids.tolist())
         choice = answer["choices"][0]

@@ -599,10 +599,10 @@ def test_iterations_go_over_the_same_rollout_again(
         tiny_sft_run, tiny_data, tmp_path / "run", "--max_steps", "6", "--num_iterations", "2"
     )
     # 2 updates x 2 iterations of the first rollout are steps 1 to 4; a rollout's scoring collates
-    # the micro-batches of both updates first
+    # the micro-batches of both updates first, for the reference, then the second's for its old ones
     assert rollouts(tmp_path / "run") == [1, 5]
-    scoring, updates_of_first = seen[:2], seen[2:6]
-    assert updates_of_first == [*scoring, *scoring] and scoring[0] != scoring[1]
+    scoring, old, updates_of_first = seen[:2], seen[2], seen[3:7]
+    assert updates_of_first == [*scoring, *scoring] and scoring[0] != scoring[1] == old
     assert [entry["ratio/max"] == 1.0 for entry in log] == [True, False, False, False, True, False]
 
 
