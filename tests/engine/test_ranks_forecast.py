@@ -158,7 +158,8 @@ def test_the_table_of_medgemma_27b():
         f"{max(sum(found[name].values()) for name in names) / GIB:.1f}"
         for names in (("scoring", "update"), ("rollout", "evaluation"))
     )
-    whole = [learning, sampling, "no", "no", "yes", "yes"]
+    # while it learns 72.03 GiB with what rollouts keep: just more than 90 % of 80
+    whole = [learning, sampling, "no", "no", "no", "yes"]
     one, eight, sharded, many, _ = rows(
         ranks_table(shape("MedGemma-27B"), WORK, 32, evaluates=True)
     )
