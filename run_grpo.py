@@ -234,7 +234,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
 
         schedule = Schedule.of(config, total, config.eval_steps, eval_at_start=True)
         run = GRPORun(folder, state, schedule, rollouts, monitors, save=save, evaluate=evaluate)
-        run.watch_over(policy)
+        run.begin(policy)
         with run:
             train(run, policy, optimizer, rollouts, objective, config)
             if run.finished:

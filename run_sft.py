@@ -222,7 +222,7 @@ def run_command(resolved: Resolved, ranks: Ranks) -> int:
         patience = config.early_stopping_patience
         schedule = Schedule.of(config, steps, eval_steps=in_epoch, patience=patience)
         run = Run(folder, state, schedule, title="SFT", save=save, evaluate=validate)
-        run.watch_over(policy)
+        run.begin(policy)
         run.log.charts("SFT", sft_charts(list(data.evaluated)))
         recipes, by_flag = recipes_of(record), resolved.origins["model_name_or_path"] == "flag"
         model = config.model_name_or_path if recipes and by_flag else None

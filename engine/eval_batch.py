@@ -18,7 +18,7 @@ from engine.config import Resolved
 from engine.free_memory import Free
 from engine.memory import COPIES, Parts
 from engine.out_of_memory import EVALUATION
-from engine.remedies import COMFORTABLE, STATIC, Question, largest, total
+from engine.remedies import COMFORTABLE, STATIC, Question, largest, needed
 from engine.resume import record_of
 
 MOST = 128
@@ -84,4 +84,4 @@ def _fits(parts: Parts, free: Free, device: str) -> bool:
     """Tell whether a phase leaves enough free beside it."""
     held = sum(parts.get(name, 0) for name in (*STATIC, COPIES))
     left = COMFORTABLE * free.memory - held
-    return total(parts) - held <= _SHARE.get(device, 1.0) * left
+    return needed(parts) - held <= _SHARE.get(device, 1.0) * left

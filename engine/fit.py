@@ -52,7 +52,7 @@ from engine.memory_table import memory_table
 from engine.out_of_memory import SAMPLING, Limits
 from engine.policy import encoder_of
 from engine.ranks import ALONE, Ranks
-from engine.remedies import COMFORTABLE, Question, total
+from engine.remedies import COMFORTABLE, Question, needed
 from engine.sampling_product import with_product
 from engine.workload import (
     Lengths,
@@ -71,7 +71,7 @@ def without_copies(question: Question, free: Free) -> Question | None:
     """Return the question without the sampler's copies where these do not fit, else None."""
     found = question.forecast(question.config)
     copying = [parts for parts in found.phases.values() if parts.get(COPIES)]
-    if all(total(parts) <= COMFORTABLE * free.memory for parts in copying):
+    if all(needed(parts) <= COMFORTABLE * free.memory for parts in copying):
         return None
     return replace(question, config=replace(question.config, sampling_copies=False))
 

@@ -78,13 +78,17 @@ class Graphs:
         HOLDERS.add(self)
 
     def drop(self) -> None:
-        """Let go of the graphs and their memory."""
+        """Let go of the graphs and all that they read and write."""
+        self._placed: dict[Hashable, Tensor] = {}
+        self._drop_shapes()
+
+    def _drop_shapes(self) -> None:
+        """Let go of the graphs and what has their shapes, but for what `placed` holds."""
         self._replay: dict[tuple, Callable[[], None]] = {}
         self._traces: dict[str, list[tuple]] = {}
         self._warm: set[tuple] = set()
         self._compared: set[str] = set()
         self._held: tuple[Hashable, Any] | None = None
-        self._placed: dict[Hashable, Tensor] = {}
         self._pool: Any = None
 
     def release(self) -> bool:
@@ -118,7 +122,7 @@ class Graphs:
     def held(self, key: Hashable, make: Callable[[], Held]) -> Held:
         """Return what was made for this key, or drop what was made for another and make it."""
         if self._held is None or self._held[0] != key:
-            self.drop()
+            self._drop_shapes()
             self._held = key, make()
         return self._held[1]
 

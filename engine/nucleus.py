@@ -76,10 +76,10 @@ def _border_by_bits(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _border_by_sorting(probabilities: Tensor, top_p: float) -> Tensor | None:
-    """Find on a CPU what `_border_by_bits` finds, in a fifth of its time, or None.
+    """Find on a CPU what `_border_by_bits` finds, in less time, or None.
 
     It is guessed from sums in another order and then proved. A mass within rounding of top_p can
-    make the guess wrong. numpy sorts thirty times as fast as torch, which sorts places as well.
+    make the guess wrong. numpy sorts, for torch would sort the places as well, which takes longer.
     """
     if not _may_look(probabilities.device):
         return None

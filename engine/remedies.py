@@ -63,7 +63,7 @@ REMEDIES = {
 
 
 # ---- compare with what is free -------------------------------------------------------------------
-def total(parts: Parts) -> int:
+def needed(parts: Parts) -> int:
     """Add up the parts that a phase cannot do without, in bytes.
 
     What a rollout keeps for the next is given up where memory runs out, so nothing is refused or
@@ -75,7 +75,7 @@ def total(parts: Parts) -> int:
 def certain(parts: Parts) -> int:
     """Compute the bytes that a phase takes even where its forecast is a fifth too high."""
     static = sum(parts.get(name, 0) for name in STATIC)
-    return static + int(CERTAIN * (total(parts) - static))
+    return static + int(CERTAIN * (needed(parts) - static))
 
 
 def largest(fitting: Callable[[int], bool], limit: int) -> int:
@@ -113,11 +113,11 @@ class Question:
         ]
 
     def _problem(self, phase: str, parts: Parts, free: Free) -> str:
-        needed = [part for part in parts.items() if part[0] != KEPT]
-        listed = sorted(needed, key=lambda part: -part[1])
+        counted = [part for part in parts.items() if part[0] != KEPT]
+        listed = sorted(counted, key=lambda part: -part[1])
         said = ", ".join(f"{name} {size / GIB:.2f}" for name, size in listed[:4] if size)
         return (
-            f"memory: {phase} needs {total(parts) / GIB:.2f} GiB ({said}) and"
+            f"memory: {phase} needs {needed(parts) / GIB:.2f} GiB ({said}) and"
             f" {free.total / GIB:.2f} GiB are free ({free.limit}): {self._advice(phase, free)}"
         )
 
@@ -141,8 +141,8 @@ class Question:
         """
         config = _at_its_smallest(self.config)
         found, free = self.forecast(config).phases, free_memory(self.device)
-        phase = work if work in found else max(found, key=lambda name: total(found[name]))
-        needed = total(found[phase])
+        phase = work if work in found else max(found, key=lambda name: needed(found[name]))
+        least = needed(found[phase])
         # It failed, so it needs more than is there, whatever the forecast says.
         most, there = certain(found[phase]), ""
         if free is not None:
@@ -153,7 +153,7 @@ class Question:
         if said:
             return f"{' or '.join(said)}{there}"
         return (
-            f"the forecast for a single row is {needed / GIB:.2f} GiB{there}; take a smaller model,"
+            f"the forecast for a single row is {least / GIB:.2f} GiB{there}; take a smaller model,"
             " or free memory"
         )
 
@@ -161,7 +161,7 @@ class Question:
         """Name each setting that alone brings a phase below so many bytes, with what it needs."""
 
         def needs(name: str, value: Any) -> int:
-            return total(self.forecast(replace(config, **{name: value})).phases[phase])
+            return needed(self.forecast(replace(config, **{name: value})).phases[phase])
 
         def fits(name: str, value: Any) -> bool:
             return needs(name, value) <= most
@@ -178,7 +178,7 @@ class Question:
                 yield f"--{name} {value} would need {needs(name, value) / GIB:.2f} GiB"
 
     def _fits(self, config: Any, phase: str, free: Free) -> bool:
-        return total(self.forecast(config).phases[phase]) <= COMFORTABLE * free.memory
+        return needed(self.forecast(config).phases[phase]) <= COMFORTABLE * free.memory
 
     def _may_halve(self, free: Free, phase: str) -> bool:
         """Tell whether bf16 would fit, and is not hopelessly slow there."""

@@ -142,8 +142,8 @@ class Run:
         self.finished = False  # whether the loop has come to its end, with all that was due
         self.exit_code = 0
 
-    def watch_over(self, policy: Policy) -> None:
-        """Note cuts by memory, and see at every save that all ranks have the same adapter.
+    def begin(self, policy: Policy) -> None:
+        """Note cuts by memory from now on, and see at saves that all ranks have the same adapter.
 
         policy: what is trained. Its limits say how much is run at once.
         """

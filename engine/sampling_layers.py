@@ -1,4 +1,4 @@
-"""Speed up linear layers while sampling: one product each, with weights prepared once.
+"""Run the decoder in few operations while sampling, with weights prepared once.
 
 Every token reads all weights, so whatever a layer does beside its product counts. In fp32 the
 adapter is added to a copy of the weight that it adapts, which saves two products a layer. On a CPU
@@ -39,14 +39,14 @@ def sampling_layers(
     kind: SamplingProduct = "auto",
     placed: Placed = as_made,
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Run the decoder's linear layers in one product each, and put everything back afterwards.
+    """Run the decoder in few operations, and put everything back afterwards.
 
     Gives the product with the head, [n,H] -> [n,V] in the head's dtype. No gradient flows.
 
-    copies: False to copy no weight, which leaves every layer as it is.
+    copies: False to copy no weight: the adapter stays beside its weights.
     kind: of the products of fp32 weights on a CPU. They are oneDNN's where torch has it, but for
         "torch".
-    placed: says where what is prepared beside copies of weights is to lie.
+    placed: puts what is prepared, but for copies of weights, where the last call had it.
 
     An adapter is merged only in fp32 and above. In bf16 most of its small differences would be
     rounded away, and the completions would be those of another model.

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from engine.adapter_files import adapter_record
 from engine.config import UsageError, setting
 from engine.inherited import FRESH
+from engine.settings import ENGINE
 
-OURS = "no part of the method"
 TIMEOUT = 240.0  # seconds of a request
 REMOTE_HELP = (
     "let images leave this machine: a server elsewhere, by https alone; the data's terms decide"
@@ -30,13 +30,13 @@ class ServerSettings:
         False,
         "sample rollouts on a vLLM server, which is given the adapter before each; evaluations, and"
         " every log-probability that is trained on, stay the engine's (engine/README.md)",
-        source=OURS,
+        source=ENGINE,
         group="rollout server",
     )
     vllm_mode: Literal["server"] = setting(
         "server",
         "where vLLM runs: as a server in an environment of its own; TRL's is colocate",
-        source=OURS,
+        source=ENGINE,
         group="rollout server",
     )
     vllm_server_base_url: str = setting(
@@ -54,7 +54,7 @@ class ServerSettings:
         group="rollout server",
         within="(0, 86400]",
     )
-    allow_remote_server: bool = setting(False, REMOTE_HELP, source=OURS, group="rollout server")
+    allow_remote_server: bool = setting(False, REMOTE_HELP, source=ENGINE, group="rollout server")
 
 
 def server_problems(config: Any) -> list[str]:

@@ -45,7 +45,7 @@ LOW = (torch.bfloat16, torch.float16)
 # Multiply x [n,in] with the weights of layers that read the same input -> [n,width], their outputs
 # beside one another, added to what comes second where that is not None.
 Products = Callable[[Tensor, Tensor | None], Tensor]
-# Say where a tensor of this name, which was just made, is to lie (engine/graphs.py).
+# Put a tensor, which was just made, where the last call had the one of this name (`Graphs.placed`).
 Placed = Callable[[Hashable, Tensor], Tensor]
 
 
@@ -64,7 +64,7 @@ def token_layers(
 
     merged(layers): makes the products of layers that read the same input, for prompts and new
         tokens. None: new tokens alone, with the adapter beside its weights, in low precision alone.
-    placed: says where what is prepared is to lie, but for the products of `merged`.
+    placed: puts what is prepared where the last call had it, but for the products of `merged`.
 
     The active adapter is the one at the beginning. No gradient flows. Gives the layers that it has
     taken.
@@ -267,7 +267,7 @@ class TokenLayer:
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         if x.device.type != "cpu":
             return rms_norm(x, x.shape[-1:], weight, self.epsilon)  # one kernel on CUDA
-        # On a CPU torch's rms_norm takes 1.5 times as long as these, and so does its rounding.
+        # On a CPU torch's rms_norm takes longer than these operations (22 us for 15).
         wide = x.float()
         normed = wide * wide.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
         return (normed if weight is None else normed.mul_(weight)).to(x.dtype)

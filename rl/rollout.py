@@ -303,7 +303,7 @@ class Rollouts:
         self._tell("old_logprobs", range(1, self.plan.steps))
 
     def _score(self, policy: Policy, should_stop: Callable[[], bool]) -> None:
-        """Score this rank's samples: by the reference all at a time, since to switch takes long."""
+        """Score this rank's samples, all of them by the reference first: to switch takes time."""
 
         @torch.no_grad()
         def reference(rows: list[int]) -> None:

@@ -202,12 +202,12 @@ class GRPORun(Run):
         self.log.charts("GRPO", grpo_charts(sets, self.hospitals))
         self._noted: set[str] = set()
 
-    def watch_over(self, policy: Policy) -> None:
-        """Watch as `Run` does, and ask the server that samples whether it does so rightly.
+    def begin(self, policy: Policy) -> None:
+        """Begin as `Run` does, with the server that samples, which shows first that it is right.
 
         Raises UsageError where it does not answer, or answers as another policy.
         """
-        super().watch_over(policy)
+        super().begin(policy)
         if self.config.use_vllm:
             from rl.server_sampler import ServerSampler  # here: others need none of it
 

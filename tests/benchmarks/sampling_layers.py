@@ -1,14 +1,16 @@
-"""Measure what the linear layers of the sampler pay (engine/sampling_layers.py).
+"""Measure what the sampler's layers and its nucleus pay (engine/sampling_layers.py, nucleus.py).
 
-First come products alone, then whole samplings.
+First come products alone, then the nucleus, then whole samplings.
 
-    python tests/benchmarks/sampling_layers.py       # about 3 minutes
+    python tests/benchmarks/sampling_layers.py       # about 5 minutes
 
 The products are x W^T of the benchmark models' shapes (models.py) and of their head, for rows from
 one token to a prompt: torch's `linear` on weights as they are, against torch's and oneDNN's
-products on weights laid out for them. Then come samplings of one prompt on both models, in three
-ways: with the adapter beside its weights, and merged with either product. All run on one thread in
-fp32. Printed are CPU time, median of the rounds, and ratios of each round's pairs with their range.
+products on weights laid out for them. The nucleus of four rows is found by sorting and bit by bit.
+Then come samplings of one prompt on both models: with the adapter beside its weights, and merged
+with either product, in decoder layers of few operations and in transformers' own. All run on one
+thread in fp32. Printed are CPU time, median of the rounds, and ratios of each round's pairs with
+their range.
 Which is faster depends on the processor: torch's own products are Intel's MKL. A run measures it
 (engine/sampling_product.py).
 """
@@ -19,7 +21,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -29,13 +31,15 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from engine import generate
+from engine import generate, nucleus
+from engine import sampling_layers as layers
 from engine.encode import EncodedPrompt
 from engine.sampling_layers import product, sampling_layers
 from tests.benchmarks.cost_growth import seconds
 from tests.benchmarks.models import FAMILIES, Sizes
 from tests.benchmarks.steps import Product, machine, make_folder, quiet
 
+KINDS = ("torch", "onednn")
 # bytes of weights in turn, or they would stay in the fastest cache as they do not in a model
 WEIGHTS = 45_000_000
 
@@ -52,7 +56,7 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
     ]
     ways = [
         [partial(linear, weight=weight) for weight in weights],
-        *([product(weight, None, kind) for weight in weights] for kind in ("torch", "onednn")),
+        *([product(weight, None, kind) for weight in weights] for kind in KINDS),
     ]
     x = torch.randn(rows, in_size)
     for products in ways[1:]:
@@ -72,6 +76,24 @@ def compare_products(out_size: int, in_size: int, rows: int, rounds: int) -> Non
     print(f"  {rows:5} x {in_size:4} -> {out_size:4}{times}   {against}", flush=True)
 
 
+def compare_nuclei(vocabulary: int, spread: float, rounds: int) -> None:
+    """Find the nucleus of four rows in both ways. spread: of the logits; small ones are flat."""
+    logprobs = torch.randn(4, vocabulary).mul(spread).log_softmax(1)
+    by_bits = patch.object(nucleus, "_border_by_sorting", lambda *given: None)
+    found: dict[str, list[float]] = {"sorting": [], "bits": []}
+    calls = max(1, 500_000 // vocabulary)
+    for _ in range(rounds + 1):  # the first is not counted
+        for name, way in (("sorting", nullcontext()), ("bits", by_bits)):
+            with way:
+                found[name].append(
+                    seconds(lambda: [nucleus.nucleus(logprobs, 0.95) for _ in range(calls)])
+                )
+    for times in found.values():
+        del times[0]
+    time = statistics.median(found["sorting"]) / calls * 1e6
+    print(f"  {vocabulary:10} {spread:6} {time:9.0f}   {ratios(found['bits'], found['sorting'])}")
+
+
 def adapter_beside(net: nn.Module, **_: object) -> AbstractContextManager:
     """Take the place of `sampling_layers`: the adapter stays beside its weights."""
     return sampling_layers(net, copies=False)
@@ -80,21 +102,31 @@ def adapter_beside(net: nn.Module, **_: object) -> AbstractContextManager:
 def compare_samplings(
     engine: Product, prompts: Sequence[EncodedPrompt], generations: int, rounds: int
 ) -> None:
-    ways = {
-        "adapter beside": patch.object(generate, "sampling_layers", adapter_beside),
-        "merged, torch": patch.object(engine, "sampling_product", "torch"),
-        "merged, oneDNN": patch.object(engine, "sampling_product", "onednn"),
+    torchs, onednns = (patch.object(engine, "sampling_product", kind) for kind in KINDS)
+    plain = patch.object(layers, "token_layers", lambda *given: nullcontext([]))
+    ways: dict[str, tuple[Sequence[AbstractContextManager], str | None]] = {  # and against which
+        "adapter beside": (
+            [patch.object(generate, "sampling_layers", adapter_beside)],
+            "merged, oneDNN",
+        ),
+        "merged, torch": ([torchs], "merged, oneDNN"),
+        "merged, oneDNN": ([onednns], None),
+        "torch, plain layers": ([torchs, plain], "merged, torch"),
+        "oneDNN, plain layers": ([onednns, plain], "merged, oneDNN"),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):  # the first is not counted
-        for name, way in ways.items():
-            with way:
+        for name, (patches, _) in ways.items():
+            with ExitStack() as stack:
+                for one in patches:
+                    stack.enter_context(one)
                 found[name].append(seconds(lambda: engine.sample(prompts, generations)))
     for times in found.values():
         del times[0]
-    for name, times in found.items():
-        against = "" if name == "merged, oneDNN" else f"   {ratios(times, found['merged, oneDNN'])}"
-        print(f"  G {generations}, {name:16} {statistics.median(times):7.2f}{against}", flush=True)
+    for name, (_, other) in ways.items():
+        against = f"   {ratios(found[name], found[other])} {other}" if other else ""
+        time = statistics.median(found[name])
+        print(f"  G {generations}, {name:20} {time:7.2f}{against}", flush=True)
 
 
 def main() -> None:
@@ -128,11 +160,14 @@ def main() -> None:
     ):
         for rows in arguments.rows:
             compare_products(*shape, rows, arguments.rounds)
+    print(
+        f"\nNucleus of four rows\n  {'vocabulary':>10} {'spread':>6} {'us':>9}   bit by bit: times"
+        " as long"
+    )
+    for vocabulary, spread in ((300, 2.0), (4096, 2.0), (151_936, 0.5)):
+        compare_nuclei(vocabulary, spread, arguments.rounds)
     for family in arguments.families:
-        print(
-            f"\n{FAMILIES[family]}, one prompt\n  {'':21} {'CPU s':>7}   times as long as merged"
-            " with oneDNN"
-        )
+        print(f"\n{FAMILIES[family]}, one prompt\n  {'':25} {'CPU s':>7}   times as long as")
         with tempfile.TemporaryDirectory() as name:
             [example] = make_folder(Path(name), family, sizes, 1)
             engine = Product(Path(name), family, sizes)
