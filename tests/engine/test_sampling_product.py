@@ -202,9 +202,9 @@ def test_a_resumed_run_keeps_its_product(tiny_checkpoint, tiny_data, tmp_path, m
     used = []
     sampling_layers = engine.generate.sampling_layers
 
-    def noted(net, *, copies, kind):
+    def noted(net, *, copies, kind, placed):
         used.append(kind)
-        return sampling_layers(net, copies=copies, kind=kind)
+        return sampling_layers(net, copies=copies, kind=kind, placed=placed)
 
     monkeypatch.setattr(engine.generate, "sampling_layers", noted)
     model, run = tiny_checkpoint("gemma3"), tmp_path / "run"
