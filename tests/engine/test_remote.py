@@ -77,7 +77,6 @@ def setting(made, monkeypatch):
     fake.requests.clear()
     yield made
     fake.changed, fake.statuses, fake.raw = (lambda path, document: document), [], None
-    made.policy.encoder.image_processor.do_resize = True
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, WHOLE, GREEDY], ids=["nucleus", "whole", "greedy"])
@@ -159,11 +158,13 @@ def test_requests_at_a_time_are_bounded_by_default(setting):
     assert Served(setting.served.server, "base").concurrency == 32
 
 
-def test_the_mode_of_the_policy_is_put_back(setting):
-    setting.policy.net.train()
-    setting.remote(SAMPLED)
-    assert setting.policy.net.training
-    setting.policy.net.eval()
+def test_the_policy_is_evaluated_and_its_mode_put_back(setting):
+    """Dropout would change the nucleus' mass."""
+    modes, net = [], setting.policy.net
+    net.train()
+    setting.remote(SAMPLED, on_finished=lambda i, found: modes.append(net.training))
+    assert net.training and modes == [False] * COUNT
+    net.eval()
 
 
 def test_a_system_text_that_the_template_folds_is_sent_folded(setting, monkeypatch):

@@ -92,7 +92,9 @@ def test_after_a_kill_no_name_is_used_again(fake, run, policy):
 
 
 def test_a_folder_that_the_server_does_not_see_is_said(fake, run, policy):
-    fake.statuses = [200, 404]
+    answer = fake.answer
+    elsewhere = {"lora_path": "/not/there"}
+    fake.answer = lambda verb, path, body: answer(verb, path, body and body | elsewhere)
     with pytest.raises(ServerError, match="does not see .*/vllm/my_run-0-.* one file system"):
         served_from(fake, run).serve(policy, 0)
     assert not list((run / "vllm").iterdir())

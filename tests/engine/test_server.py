@@ -218,13 +218,15 @@ def test_a_blank_key_is_none(monkeypatch):
 
 
 # ---- what comes ----------------------------------------------------------------------------------
-def test_what_a_server_lists(fake, server):
-    assert server.command("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/a"}) == (
-        "Success: LoRA adapter added successfully."
+def test_what_a_server_lists(fake, server, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    adapter = {"lora_name": "a", "lora_path": str(tmp_path)}
+    assert server.command("/v1/load_lora_adapter", adapter) == (
+        "Success: LoRA adapter 'a' added successfully."
     )
     assert server.models() == ["base", "a"] and server.version() == "0.32.0"
-    with pytest.raises(ServerError, match="400: has already been loaded") as raised:
-        server.command("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/a"})
+    with pytest.raises(ServerError, match="400: .*'a' has already been loaded") as raised:
+        server.command("/v1/load_lora_adapter", adapter)
     assert raised.value.status == 400 and not isinstance(raised.value, ServerGone)
 
 
@@ -480,7 +482,7 @@ def test_tls_is_spoken_and_verified(fake, server, tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["before", "hanging", "between tries"])
 def test_a_request_is_left_off(fake, server, when, monkeypatch):
     cancel, found = Cancel(), []
-    fake.hangs = when == "hanging"
+    fake.hangs = when != "between tries"
     if when == "between tries":
         monkeypatch.setattr(engine.server, "PAUSES", (60, 60))
         fake.statuses = [503]

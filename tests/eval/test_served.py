@@ -39,10 +39,10 @@ from eval.folders import load_entry
 from eval.matrix import main as matrix_main
 from eval.report import main as report_main
 from eval.settings import OF_ENGINE, EvalConfig
+from tests.helpers.engine_writer import EngineWriter
 from tests.helpers.fake_server import Document, FakeServer
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import lines, overriding, record
-from tests.helpers.served import written_by
 from tests.helpers.tiny import SAVE, load, save_images
 
 IMAGES = 5
@@ -93,7 +93,7 @@ def policy(project) -> Policy:
 
 @pytest.fixture
 def fake(policy, tmp_path) -> Iterator[FakeServer]:
-    with FakeServer(written_by(policy, tmp_path)) as server:
+    with FakeServer(EngineWriter(policy, tmp_path, {})) as server:
         server.adapters["sft-9"] = "/adapters/sft-9"
         yield server
 
@@ -137,7 +137,11 @@ def test_a_request_holds_the_pixels_the_prompt_and_how_to_sample(project, fake, 
     bodies = fake.bodies()
     assert len(bodies) == IMAGES
     expected = {"model": "sft-9", "max_tokens": 12, "temperature": 0.0} | PLAIN_SAMPLING
-    for body in bodies:  # what the prompt must be, the fake server's writer checks
+    for body in bodies:
+        system, user = body["messages"]
+        assert system == {"role": "system", "content": PROMPTS["demo"].system}
+        assert user["role"] == "user" and user["content"][0].keys() == {"type", "image_url"}
+        assert user["content"][1:] == [{"type": "text", "text": PROMPTS["demo"].text}]
         assert {name: value for name, value in body.items() if name != "messages"} == expected
     sent = {picture(body).tobytes() for body in bodies}
     examples = read_jsonl(project / "site.jsonl", None, CHEXPERT)

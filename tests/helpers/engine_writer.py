@@ -68,33 +68,38 @@ class EngineWriter:
         system, user = body["messages"]
         image, text = user["content"]
         url = image["image_url"]["url"]
-        assert url.startswith(START) and body["stop_token_ids"] == sorted(self.policy.base.stop_ids)
-        assert body["logit_bias"] == {str(i): -100 for i in self.policy.base.suppressed_ids}
+        assert url.startswith(START)
+        if body.get("return_token_ids"):  # for training
+            base = self.policy.base
+            assert body["stop_token_ids"] == sorted(base.stop_ids)
+            assert body["logit_bias"] == {str(i): -100 for i in base.suppressed_ids}
         sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix(START))))
         self.seen(sent).save(self.folder / "sent.png")
         example = Example("sent", "sent", "sent.png", (), "site", self.folder)
         prompt = Prompt("sent", text["text"], system=system["content"])
         encoded = self.policy.base.encode_prompt(example, prompt)
-        sampling = SamplingConfig(body["temperature"], body["top_p"], body["max_tokens"])
-        uniform = None
+        sampling = SamplingConfig(body["temperature"], body.get("top_p", 1.0), body["max_tokens"])
+        uniform, count = None, body.get("n", 1)
         if sampling.temperature > 0:
             place = self.positions.get(body["seed"], body["seed"])
-            shape = body["n"], body["max_tokens"]
-            uniform = [uniform_numbers("rollout", self.seed, place, *shape)]
+            uniform = [uniform_numbers("rollout", self.seed, place, count, body["max_tokens"])]
         (found,) = generate_in_a_thread(
-            self.policy, [encoded], sampling, num_generations=body["n"], uniform=uniform
+            self.policy, [encoded], sampling, num_generations=count, uniform=uniform
         )
         ids = [one.ids for one in found]
         if self.raw:
             reported = own_pass(self.policy, encoded, ids, self._at_temperature_1)
         else:
             reported = [self._reported(one, sampling) for one in found]
-        return chat_answer(
+        answer = chat_answer(
             body,
             [own.tolist() for own in ids],
             [own.double().clamp(max=0).tolist() for own in reported],
             encoded.input_ids.tolist(),
         )
+        for choice, completion in zip(answer["choices"], found, strict=True):
+            choice["message"]["content"] = self.policy.encoder.decode(completion.ids)
+        return answer
 
     def _reported(self, completion: Completion, sampling: SamplingConfig) -> torch.Tensor:
         """Return log-probabilities [C] of the nucleus, where there is one."""

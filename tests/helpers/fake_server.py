@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
@@ -76,24 +77,40 @@ class FakeServer:
             loaded = [{"id": name, "root": root} for name, root in self.adapters.items()]
             return 200, {"object": "list", "data": [{"id": self.base, "root": self.base}, *loaded]}
         if (verb, path) == ("POST", "/v1/load_lora_adapter"):
-            if body["lora_name"] in self.adapters:
-                return 400, _error("has already been loaded")
-            self.adapters[body["lora_name"]] = body["lora_path"]
-            return 200, "Success: LoRA adapter added successfully."
+            return self._load(body["lora_name"], body["lora_path"])
         if (verb, path) == ("POST", "/v1/unload_lora_adapter"):
-            found = self.adapters.pop(body["lora_name"], None)
-            return (200, "Success: removed.") if found else (404, _error("cannot be found"))
+            name = body["lora_name"]
+            if self.adapters.pop(name, None) is None:
+                return _refusal(404, f"The lora adapter '{name}' cannot be found.")
+            return 200, f"Success: LoRA adapter '{name}' removed successfully."
         if (verb, path) == ("POST", "/v1/chat/completions"):
-            if body["model"] not in (self.base, *self.adapters):
-                return 404, _error(f"The model `{body['model']}` does not exist.")
-            return 200, self.write(body)
+            return self._complete(body)
         return 404, {"detail": "Not Found"}
+
+    def _load(self, name: str, folder: str) -> tuple[int, Any]:
+        if name in self.adapters:
+            return _refusal(400, f"The lora adapter '{name}' has already been loaded.")
+        if not Path(folder, "adapter_config.json").is_file():
+            return _refusal(404, f"Loading lora {name} failed: No adapter found for {folder}")
+        self.adapters[name] = folder
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def _complete(self, body: Document) -> tuple[int, Any]:
+        if body["model"] not in (self.base, *self.adapters):
+            return _refusal(404, f"The model `{body['model']}` does not exist.")
+        if body.get("temperature") == 0 and body.get("n", 1) > 1:
+            return _refusal(400, f"n must be 1 when using greedy sampling, got {body['n']}.")
+        return 200, self.write(body)
 
 
 def chat_answer(
     body: Document, ids: list[list[int]], logprobs: list[list[float]], prompt_ids: list[int]
 ) -> Document:
-    """Make a whole answer to a chat completion as vLLM writes it, one list of ids a choice."""
+    """Make a whole answer to a chat completion as vLLM writes it, one list of ids a choice.
+
+    Ids and log-probabilities are there where they are asked for, and null elsewhere.
+    """
+    with_ids, with_logprobs = body.get("return_token_ids"), body.get("logprobs")
     choices = [
         {
             "index": i,
@@ -103,10 +120,12 @@ def chat_answer(
                     {"token": f"t{token}", "logprob": logprob, "bytes": [65], "top_logprobs": []}
                     for token, logprob in zip(own, of_tokens, strict=True)
                 ]
-            },
+            }
+            if with_logprobs
+            else None,
             "finish_reason": "length" if len(own) == body["max_tokens"] else "stop",
             "stop_reason": None,
-            "token_ids": own,
+            "token_ids": own if with_ids else None,
         }
         for i, (own, of_tokens) in enumerate(zip(ids, logprobs, strict=True))
     ]
@@ -118,12 +137,13 @@ def chat_answer(
         "choices": choices,
         "usage": {"prompt_tokens": len(prompt_ids), "completion_tokens": sum(map(len, ids))},
         "prompt_logprobs": None,
-        "prompt_token_ids": prompt_ids,
+        "prompt_token_ids": prompt_ids if with_ids else None,
     }
 
 
-def _error(message: str) -> Document:
-    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+def _refusal(status: int, message: str) -> tuple[int, Document]:
+    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -153,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fake.api_key and self.headers.get("Authorization") != f"Bearer {fake.api_key}":
             return self._send(401, {"error": "Unauthorized"})
         if fake.statuses and (status := fake.statuses.pop(0)) != 200:
-            return self._send(status, _error("not now"))
+            return self._send(*_refusal(status, "not now"))
         status, document = fake.answer(verb, self.path, body)
         self._send(status, fake.changed(self.path, document))
 
