@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -41,6 +42,7 @@ PLAIN_SAMPLING = {
 }
 
 T = TypeVar("T")
+_Came = tuple[int, T | None, BaseException | None]  # place, answer or error
 
 
 # ---- what is asked -------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ def ask_all(
     """Call all functions, several at a time in threads -> what they return, in their order.
 
     The first that raises ends all. Whatever ends them early, requests that are under way are broken
-    off, and no thread holds the end of the process.
+    off, answers that have come are handed on, and no thread holds the end of the process.
 
     concurrency: calls at a time.
     should_stop(): asked ten times a second. Once it returns True, StopRequested is raised.
@@ -258,28 +260,16 @@ def ask_all(
     """
     cancel = Cancel()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    came: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+    came: queue.SimpleQueue[_Came[T]] = queue.SimpleQueue()
     for i in range(len(asks)):
         waiting.put(i)
-
-    def work() -> None:
-        CANCEL.set(cancel)
-        while not cancel.is_set:
-            try:
-                i = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                came.put((i, asks[i](), None))
-            except BaseException as error:  # raised again in the caller's thread
-                came.put((i, None, error))
-                cancel()
-
+    work = partial(_work, asks, waiting, came, cancel)
     threads = [
         threading.Thread(target=Context().run, args=(work,), name="ask", daemon=True)
         for _ in range(min(concurrency, len(asks)))
     ]
     found: dict[int, T] = {}
+    errors: list[BaseException] = []
 
     def hand_on(seconds: float) -> None:
         """Hand the next answer to the caller, if one comes in so many seconds."""
@@ -288,23 +278,47 @@ def ask_all(
         except queue.Empty:
             return
         if error is not None:
-            raise error
+            errors.append(error)
+            return
         found[i] = answer  # type: ignore[assignment]  # there is one, without an error
         on_answer(i, found[i])
 
+    stopped = False
     try:
         for thread in threads:
             thread.start()
-        while len(found) < len(asks):
-            if should_stop():
-                for _ in range(came.qsize()):  # what has come is not lost
-                    hand_on(0.0)
-                raise StopRequested
+        while len(found) < len(asks) and not errors and not (stopped := should_stop()):
             hand_on(LOOK_EVERY)
     finally:
         cancel()
         _wait_a_moment(threads)
+    for _ in range(came.qsize()):  # what has come is not lost
+        hand_on(0.0)
+    if stopped:
+        raise StopRequested
+    if errors:
+        raise errors[0]
     return [found[i] for i in range(len(asks))]
+
+
+def _work(
+    asks: Sequence[Callable[[], T]],
+    waiting: queue.SimpleQueue[int],
+    came: queue.SimpleQueue[_Came[T]],
+    cancel: Cancel,
+) -> None:
+    """Call one function after the other, until none waits or one has failed."""
+    CANCEL.set(cancel)
+    while not cancel.is_set:
+        try:
+            i = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            came.put((i, asks[i](), None))
+        except BaseException as error:  # raised again in the caller's thread
+            came.put((i, None, error))
+            cancel()
 
 
 def _wait_a_moment(threads: Sequence[threading.Thread]) -> None:

@@ -211,11 +211,10 @@ def answer_sets(
     results: dict[str, dict[str, Any]] = {}
     for name, examples in sets.items():
         record = None if records is None else records[name]
-        with ExitStack() as partial_files:
-            ask = partial(_answers, partial_files, predict, name, decoding, output_dir, record)
-            answers, swapped = ask(examples, should_stop, ranks), None
-            if decoding.swap_images:
-                swapped = _swapped(examples, decoding.seed, ask, should_stop, ranks)
+        with ExitStack() as files:
+            asking = _Asking(predict, name, decoding, output_dir, record, should_stop, ranks, files)
+            answers = asking.answers(examples)
+            swapped = asking.swapped(examples) if decoding.swap_images else None
             note = dict((notes or {}).get(name, {}))
             score = partial(_scored, output_dir, name, answers, swapped, decoding)
             results[name] = ranks.on_first(partial(score, baseline_examples, annotate, note))
@@ -255,69 +254,66 @@ def _scored(
     return scores
 
 
-def _answers(
-    partial_files: ExitStack,
-    predict: Predict,
-    name: str,
-    decoding: Decoding,
-    output_dir: str | Path,
-    record: Mapping[str, Any] | None,
-    examples: Sequence[Example],
-    should_stop: Callable[[], bool],
-    ranks: OneProcess,
-    kind: Kind = "predictions",
-) -> list[Prediction]:
-    """Answer a data set with a progress bar, and keep what is there in files until the stack ends.
+@dataclass(frozen=True)
+class _Asking:
+    """Ask for the answers to one data set, and keep what is there in files until a stack ends.
 
-    Rank 0 shows the bar of its share, and reads what an earlier call left. kind: "swapped" where
-    the examples have another patient's images.
+    All but the last: as of `answer_sets`. partial_files: that stack.
     """
-    k = decoding.num_generations
-    done: list[Prediction] = []
-    with ranks.together():
-        if record is not None and ranks.first:
-            done = read_partial(output_dir, name, record, kind)
-            done = [answer for found in whole_images(done, k).values() for answer in found]
-    done = of_all_ranks(done, ranks)
-    keep = partial_files.enter_context(kept(output_dir, name, done, record, kind, ranks))
-    what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
-    share = f", share of rank {ranks.rank}" if ranks.size > 1 else ""
-    images = len(examples) - len(done) // k
-    before, own = (len(range(ranks.rank, count, ranks.size)) for count in (len(done), images))
-    with Progress(
-        before + k * own,
-        initial=before,
-        description=f"{name} ({what}{share})",
-        show_first=False,
-    ) as progress:
-        return predict(
-            examples,
-            decoding,
-            done=done,
-            should_stop=should_stop,
-            on_prediction=_shown(progress, keep),
-            ranks=ranks,
-        )
 
+    predict: Predict
+    name: str
+    decoding: Decoding
+    output_dir: str | Path
+    record: Mapping[str, Any] | None
+    should_stop: Callable[[], bool]
+    ranks: OneProcess
+    partial_files: ExitStack
 
-def _swapped(
-    examples: Sequence[Example],
-    seed: int,
-    ask: Callable[..., list[Prediction]],
-    should_stop: Callable[[], bool],
-    ranks: OneProcess,
-) -> list[Prediction]:
-    """Answer every example from another patient's image, and note whose image it was."""
-    partners = partners_of(examples, seed)
-    swapped = [
-        dataclasses.replace(example, image=partner.image, image_root=partner.image_root)
-        for example, partner in zip(examples, partners, strict=True)
-    ]
-    answers = ask(swapped, should_stop, ranks, "swapped")
-    return [
-        answer.with_extra(image_of=partner.id)
-        for answer, partner in zip(answers, partners, strict=True)
-    ]
+    def answers(self, examples: Sequence[Example], kind: Kind = "predictions") -> list[Prediction]:
+        """Answer every example with a progress bar, which rank 0 shows of its share.
+
+        Rank 0 reads what an earlier call left. kind: "swapped" where the examples have another
+        patient's images.
+        """
+        k, ranks, where = self.decoding.num_generations, self.ranks, (self.output_dir, self.name)
+        done: list[Prediction] = []
+        with ranks.together():
+            if self.record is not None and ranks.first:
+                done = read_partial(*where, self.record, kind)
+                done = [answer for found in whole_images(done, k).values() for answer in found]
+        done = of_all_ranks(done, ranks)
+        keep = self.partial_files.enter_context(kept(*where, done, self.record, kind, ranks))
+        what = "samples" if k > 1 else "images" if kind == "predictions" else "swapped images"
+        share = f", share of rank {ranks.rank}" if ranks.size > 1 else ""
+        images = len(examples) - len(done) // k
+        before, own = (len(range(ranks.rank, count, ranks.size)) for count in (len(done), images))
+        with Progress(
+            before + k * own,
+            initial=before,
+            description=f"{self.name} ({what}{share})",
+            show_first=False,
+        ) as progress:
+            return self.predict(
+                examples,
+                self.decoding,
+                done=done,
+                should_stop=self.should_stop,
+                on_prediction=_shown(progress, keep),
+                ranks=ranks,
+            )
+
+    def swapped(self, examples: Sequence[Example]) -> list[Prediction]:
+        """Answer every example from another patient's image, and note whose image it was."""
+        partners = partners_of(examples, self.decoding.seed)
+        swapped = [
+            dataclasses.replace(example, image=partner.image, image_root=partner.image_root)
+            for example, partner in zip(examples, partners, strict=True)
+        ]
+        return [
+            answer.with_extra(image_of=partner.id)
+            for answer, partner in zip(self.answers(swapped, "swapped"), partners, strict=True)
+        ]
 
 
 def _shown(progress: Progress, keep: Callable[[Prediction], None]) -> Callable[[Prediction], None]:

@@ -376,8 +376,7 @@ class Entry:
     @property
     def served(self) -> str:
         """Return the name that a server has for the model, "" for one of the engine's own."""
-        name = self.settings.get("model_name_or_path")
-        return str(name) if self.settings.get("vllm_server_base_url") and name else ""
+        return _served_name(self.settings)
 
     @property
     def checkpoint(self) -> str:
@@ -545,7 +544,7 @@ def load_entry(name: str, folder: Path) -> Entry:
     if step is None and found is not None:
         chosen = trained.get("load_best_model_at_end") or run.get("script") == "sft"
         step = _step_of(found, best_step if chosen else last_step)
-    served = bool(settings.get("vllm_server_base_url"))
+    served = bool(_served_name(settings))
     # answers that were only scored again, or came from a server, may be any model's
     is_base = bool(evaluation and not adapter and not settings.get("predictions") and not served)
     stage = _stage_of(name, run, is_base=is_base)
@@ -570,6 +569,12 @@ def load_entry(name: str, folder: Path) -> Entry:
         ),
         interpolation=_interpolation_of(run),
     )
+
+
+def _served_name(settings: Mapping[str, Any]) -> str:
+    """Find the name that a server has for the model of an evaluation's settings, "" for none."""
+    served = settings.get("vllm_server_base_url")
+    return str(settings.get("model_name_or_path") or "") if served else ""
 
 
 def _interpolation_of(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -336,7 +336,7 @@ def _other_server(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if bool(before) != bool(now):
         kinds = ["a server's" if one else "the engine's own" for one in (before, now)]
         return "model ({}, now {})".format(*kinds)
-    for name in ("model", "version", "request"):
+    for name in ("version", "request"):  # the model's name is among the settings
         if before.get(name) != now.get(name):
             return f"{name} of the server ({before.get(name)}, now {now.get(name)})"
     return ""

@@ -147,19 +147,15 @@ class MatrixCell:
     resolved: Resolved
     records: Mapping[str, dict[str, Any]]  # by data set: the "run" of its scores
     missing: tuple[str, ...]
+    served: ServedModel | None = None  # what answers, where a server does
 
     @property
     def config(self) -> EvalConfig:
         """Return the cell's settings, as those of a single evaluation."""
         return self.resolved.configs[0]
 
-    @property
-    def is_served(self) -> bool:
-        """Tell whether a server answers."""
-        return self.config.vllm_server_base_url is not None
-
     def record(self) -> dict[str, Any]:
-        """Write it all in values that JSON keeps, for another rank (`of_record`)."""
+        """Write all in values that JSON keeps, for another rank (`of_record`): none is served."""
         shared = {"model": self.model, "folder": str(self.folder), "records": dict(self.records)}
         return shared | {"resolved": self.resolved.record(), "missing": self.missing}
 
@@ -186,13 +182,14 @@ def plan(
     for model, path in named_files(config.model, "model")[0].items():
         for prompt in config.prompt:
             folder = Path(str(config.output_dir)) / f"{model}.{prompt_name(prompt)}"
-            one, server = _evaluation(resolved, path, prompt), None
-            if served_name(path):
-                server = ServedModel.of(one.configs[0]).record(Decoding.of(one.configs[0]))
-            elif device is not None:
+            one, served, server = _evaluation(resolved, path, prompt), None, None
+            if device is not None and not served_name(path):
                 one = with_precision(one, device)
-            records = data.records(one, server)
             try:
+                if served_name(path):
+                    served = ServedModel.of(one.configs[0])
+                    server = served.record(Decoding.of(one.configs[0]))
+                records = data.records(one, server)
                 finished = finished_sets(folder, records)
                 for name in records:
                     read_partial(folder, name, records[name])
@@ -200,9 +197,9 @@ def plan(
                 problems += error.problems
                 continue
             missing = tuple(name for name in records if name not in finished)
-            cells.append(MatrixCell(model, folder, one, records, missing))
+            cells.append(MatrixCell(model, folder, one, records, missing, served))
     if problems:
-        raise UsageError(problems)
+        raise UsageError(list(dict.fromkeys(problems)))  # a name is looked up for each prompt
     return cells
 
 
@@ -308,7 +305,7 @@ def _fill(resolved: Resolved, ranks: OneProcess) -> int:
             if not cell.missing:
                 continue
             predict, decoding = (
-                _of_server(cell) if engine is None or cell.is_served else engine.of(cell)
+                _of_server(cell) if engine is None or cell.served is not None else engine.of(cell)
             )
             print(f"{cell.folder}: {', '.join(cell.missing)}", flush=True)
             try:
@@ -348,9 +345,9 @@ def _announce(resolved: Resolved, data: EvaluationData, cells: Sequence[MatrixCe
 
 def _of_server(cell: MatrixCell) -> tuple[Predict, Decoding]:
     """Find what answers a cell on its server, and how it is to decode."""
-    model = ServedModel.of(cell.config)
-    print(model.banner(), flush=True)
-    return model.predict, Decoding.of(cell.config)
+    assert cell.served is not None, "the engine answers for all others"
+    print(cell.served.banner(), flush=True)
+    return cell.served.predict, Decoding.of(cell.config)
 
 
 class _Engine:
@@ -413,7 +410,7 @@ def _show(cells: Sequence[MatrixCell], names: Sequence[str]) -> None:
     for cell in cells:
         results = {name: read_record(result_files(cell.folder, name)[1]) for name in names}
         print(f"\n{cell.folder}\n{format_scores(results)}")
-        for line in notes_on(cell.folder, names if cell.is_served else ()):
+        for line in notes_on(cell.folder, names if cell.served is not None else ()):
             print(line)
     folders = [f"{cell.folder.name}={cell.folder}" for cell in cells]
     command = ["python", "-m", "eval.report", *folders, "--output_dir", "FOLDER"]

@@ -68,7 +68,7 @@ class ServedModel:
             raise StepFailed(str(error)) from error
         if name not in names:
             raise UsageError(
-                f"--model_name_or_path {name}: {url} has no model of that name; it has"
+                f"--vllm_server_base_url {url} has no model of the name {name}; it has"
                 f" {', '.join(map(server.shown, names[:20])) or 'none'}"
             )
         refused_counts = config.refused_images == "empty"
@@ -153,8 +153,8 @@ class ServedModel:
                 raise StepFailed(str(error)) from error
             if not self.refused_counts:
                 raise StepFailed(
-                    f"image {example.id!r} was refused: {error}; give --refused_images empty to"
-                    " count such images as answers that cannot be read"
+                    f"image {example.id!r} was refused: {error}; where only some images are, give"
+                    " --refused_images empty to count them as answers that cannot be read"
                 ) from error
             return "", None, {REFUSED: str(error)}
         [choice] = answer.choices

@@ -431,14 +431,16 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> 
     problems = range_problems(config) + named_files(config.data_file, "data_file")[1]
     problems += train_files(config.train_file)[1]
     problems += asking_problems(config.label_file, prompts)
-    if config.vllm_server_base_url is not None:
-        from engine.server import url_problems  # here: others need nothing of a server
+    if config.vllm_server_base_url is None:
+        return problems + [
+            f"--{name}: goes with --vllm_server_base_url"
+            for name in OF_SERVER
+            if getattr(config, name) != getattr(DecodingConfig, name)
+        ]
+    from engine.server import url_problems  # here: others need nothing of a server
 
-        found = url_problems(config.vllm_server_base_url, config.allow_remote_server)
-        problems += [f"--vllm_server_base_url {problem}" for problem in found]
-    elif config.allow_remote_server:
-        problems.append("--allow_remote_server: goes with --vllm_server_base_url")
-    return problems
+    found = url_problems(config.vllm_server_base_url, config.allow_remote_server)
+    return problems + [f"--vllm_server_base_url {problem}" for problem in found]
 
 
 # ---- what was not given --------------------------------------------------------------------------

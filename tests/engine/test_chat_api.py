@@ -432,6 +432,23 @@ def test_the_first_failure_ends_all(fake, server):
     assert not [thread for thread in threading.enumerate() if thread.name == "ask"]
 
 
+def test_what_comes_beside_a_failure_is_handed_on():
+    begun, handed = threading.Event(), []
+
+    def fails() -> int:
+        begun.wait(60)
+        raise ServerError("no")
+
+    def comes() -> int:
+        begun.set()
+        CANCEL.get().wait(60)  # until the other has failed
+        return 2
+
+    with pytest.raises(ServerError, match="^no$"):
+        ask_all([fails, comes], 2, lambda: False, lambda i, answer: handed.append((i, answer)))
+    assert handed == [(1, 2)]
+
+
 def test_a_failure_of_the_caller_ends_all(fake, server):
     def on_answer(i, answer):
         fake.hangs = True
@@ -455,7 +472,8 @@ def test_what_has_come_is_handed_on_before_a_stop():
 
     def waits() -> int:
         third.set()  # by the thread that has put the first two answers there
-        return CANCEL.get().wait(60)
+        CANCEL.get().wait(60)
+        raise ServerError("broken off")
 
     with pytest.raises(StopRequested):
         ask_all(

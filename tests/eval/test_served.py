@@ -315,15 +315,23 @@ def test_another_server_or_request_does_not_go_on(
 
 
 def test_an_engines_evaluation_does_not_go_on_with_a_server(project, fake, tmp_path, capsys):
-    by_engine(project, tmp_path)
-    assert evaluated(project, fake, tmp_path) == 2
-    assert "is finished, but with another model_name_or_path" in capsys.readouterr().err
+    """Nor the other way round, where the server has the model under the base's own name."""
+    base = str(project / "base")
+    fake.adapters[base] = "/models/base"
+    asked = ["--prompt", "demo", "--max_completion_length", "12", "--model_name_or_path", base]
+    asked += ["--data_file", f"site={project / 'site.jsonl'}"]
+    assert main([*asked, "--output_dir", str(tmp_path / "own")]) == 0
+    assert evaluated(project, fake, tmp_path / "own", "--model_name_or_path", base) == 2
+    assert "another model (the engine's own, now a server's); give" in capsys.readouterr().err
+    assert evaluated(project, fake, tmp_path / "served", "--model_name_or_path", base) == 0
+    assert main([*asked, "--output_dir", str(tmp_path / "served")]) == 2
+    assert "another model (a server's, now the engine's own); give" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_served_names_those_that_are(project, fake, tmp_path, capsys):
     assert evaluated(project, fake, tmp_path / "out", "--model_name_or_path", "sft-8") == 2
     assert (
-        f"error: --model_name_or_path sft-8: {fake.url} has no model of that name; it has 'base',"
+        f"error: --vllm_server_base_url {fake.url} has no model of the name sft-8; it has 'base',"
         " 'sft-9'\n"
     ) in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not fake.bodies()
@@ -345,7 +353,7 @@ def test_an_image_that_is_refused_stops_and_counts_as_failed_where_that_is_asked
     assert evaluated(project, fake, out, *one) == 1
     told = capsys.readouterr().err
     assert "error: image 'image-2.png' was refused: POST" in told
-    assert "status 400: the content filter says no; give --refused_images empty" in told
+    assert "status 400: the content filter says no; where only some images are, give" in told
     assert len(lines(out / "predictions-site.partial.jsonl")) == 2
 
     assert evaluated(project, fake, out, *one, "--refused_images", "empty") == 0
@@ -422,8 +430,11 @@ def test_a_server_has_no_place_where_none_is_asked(project, capsys):
     rows = ["--predictions", f"site={project / 'site.jsonl'}"]
     assert main([*rows, "--vllm_server_base_url", "http://127.0.0.1:1"]) == 2
     assert "--vllm_server_base_url: has no place beside --predict" in capsys.readouterr().err
-    assert main([*rows, "--allow_remote_server"]) == 2
-    assert "--allow_remote_server: goes with --vllm_server_base" in capsys.readouterr().err
+    more = ["--allow_remote_server", "--refused_images", "empty", "--vllm_server_timeout", "9"]
+    assert main([*rows, *more]) == 2
+    told = capsys.readouterr().err
+    for name in ("allow_remote_server", "refused_images", "vllm_server_timeout"):
+        assert f"--{name}: goes with --vllm_server_base_url" in told
 
 
 @pytest.mark.parametrize("command", ["evaluate", "matrix"])
@@ -487,13 +498,21 @@ def test_a_served_matrix_goes_on_where_the_server_ended(project, fake, tmp_path,
         (["--model", "a=demo"], "--vllm_server_base_url: no --model is of a server; write NAME="),
         (["--bf16", "false"], "--bf16: has no place beside --vllm_server_base_url, since no model"),
         (["--vision_cache_gb", "1"], "--vision_cache_gb: has no place beside --vllm_server_base"),
-        (["--model", "a=served:b"], "--model_name_or_path b: {url} has no model of that name"),
+        (["--model", "a=served:b"], "--vllm_server_base_url {url} has no model of the name b; it"),
     ],
 )
 def test_a_matrix_refuses_in_one_line(project, fake, tmp_path, capsys, more, message):
     assert matrix(project, fake, tmp_path / "out", *more) == 2
     assert f"error: {message.format(url=fake.url)}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not fake.bodies()
+
+
+def test_a_matrix_names_every_model_that_is_not_served_once(project, fake, tmp_path, capsys):
+    more = ("--model", "a=served:b", "c=served:d", "--prompt", "demo", "free_reasoning")
+    assert matrix(project, fake, tmp_path / "out", *more) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    names = [line.partition("no model of the name ")[2].partition(";")[0] for line in errors]
+    assert names == ["b", "d"]
 
 
 def test_a_served_model_of_a_matrix_needs_the_address(project, tmp_path, capsys):
