@@ -14,15 +14,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import eval.matrix
 from data.files import write_json, write_jsonl
-from data.prompts import PROMPTS
-from engine.model import attach_new_adapter
-from engine.policy import Policy
-from engine.run import TrainerState
-from engine.saving import save_final_adapter
 from engine.vision import VisionCache
 from eval.answering import answer_sets
 from eval.compare import main as compare_main
@@ -31,8 +25,8 @@ from eval.folders import write_results
 from eval.matrix import main as matrix_main
 from eval.scores import score
 from tests.helpers.reports import AFTER, BEFORE, FEW, NIH_BEFORE, save, training_run
-from tests.helpers.runs import lines, overriding, record
-from tests.helpers.tiny import SAVE, load, save_images
+from tests.helpers.runs import lines, overriding, record, save_run
+from tests.helpers.tiny import save_images
 
 
 # ---- compare -------------------------------------------------------------------------------------
@@ -187,26 +181,8 @@ COMMON = [
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """Make a base model, an adapter trained on it, and two data files of two images."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("project")
-    SAVE["qwen2_5_vl"](folder / "base")
-    base = load(folder / "base")
-    wrapped = attach_new_adapter(base, r=4, alpha=8, dropout=0.0)
-    torch.manual_seed(0)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
-    (folder / "run").mkdir()
-    save_final_adapter(folder / "run", TrainerState(), Policy(wrapped, base, PROMPTS["demo"]))
-    write_json(
-        folder / "run" / "config.json",
-        {
-            "script": "sft",
-            "settings": {
-                name: {"value": value, "origin": "flag"} for name, value in SETTINGS.items()
-            },
-        },
-    )
+    save_run(folder, SETTINGS)
     names = save_images(folder, 4)
     for data_set, images in (("a", names[:2]), ("b", names[2:])):
         write_jsonl(

@@ -17,23 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 import eval.decode
 from data.answers import parse_answer
 from data.entries import UNKNOWN_KINDS
 from data.examples import Example
-from data.files import DataError, write_json, write_jsonl
+from data.files import DataError, write_jsonl
 from data.labels import LABELS, NIH_NINE, NIH_TEN, Target
 from data.predictions import Prediction, read_predictions, write_predictions
 from data.prompts import Prompt
 from engine.completion import Completion, SamplingConfig
 from engine.config import UsageError
 from engine.generate import generate
-from engine.model import BaseModel, attach_new_adapter, load_model
+from engine.model import BaseModel, load_model
 from engine.policy import Policy
-from engine.run import TrainerState
-from engine.saving import save_final_adapter
 from eval.decode import Decoding, evaluate_sets, predict
 from eval.evaluate import main
 from eval.faithfulness import faithfulness_scores, partners_of
@@ -44,7 +41,7 @@ from eval.scores import format_scores, score
 from eval.votes import sample_scores, vote_predictions
 from rl.rewards import HardReward
 from tests.helpers.reports import ABC, parsed, row
-from tests.helpers.runs import overriding
+from tests.helpers.runs import overriding, save_run
 from tests.helpers.tiny import SAVE, save_images
 
 SHORT = Prompt("short", "Which?")
@@ -808,17 +805,7 @@ def test_results_are_never_overwritten_unless_asked(tmp_path):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """Make a base model, an adapter with its run's config.json, and a data file of three images."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("project")
-    SAVE["qwen2_5_vl"](folder / "base")
-    base = load(folder / "base")
-    wrapped: PeftModel = attach_new_adapter(base, r=4, alpha=8, dropout=0.0)
-    torch.manual_seed(0)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
-    (folder / "run").mkdir()
-    save_final_adapter(folder / "run", TrainerState(), Policy(wrapped, base, SHORT))
     settings = {
         "prompt": "demo",
         "max_completion_length": 6,
@@ -826,14 +813,7 @@ def project(tmp_path_factory) -> Path:
         "max_visual_tokens": 16,
         "bf16": False,
     }
-    write_json(
-        folder / "run" / "config.json",
-        {
-            "settings": {
-                name: {"value": value, "origin": "flag"} for name, value in settings.items()
-            }
-        },
-    )
+    save_run(folder, settings)
     names = save_images(folder, 3)
     write_jsonl(
         folder / "site.jsonl",

@@ -24,15 +24,12 @@ from PIL import Image
 
 import engine.server
 from data.examples import read_jsonl
-from data.files import write_json, write_jsonl
+from data.files import write_jsonl
 from data.images import load_image
 from data.labels import CHEXPERT
 from data.prompts import PROMPTS
 from engine.chat_api import PLAIN_SAMPLING
-from engine.model import attach_new_adapter
 from engine.policy import Policy
-from engine.run import TrainerState
-from engine.saving import save_final_adapter
 from eval.decode import load_policy
 from eval.evaluate import main
 from eval.folders import load_entry
@@ -42,8 +39,8 @@ from eval.settings import OF_ENGINE, EvalConfig
 from tests.helpers.engine_writer import EngineWriter
 from tests.helpers.fake_server import Document, FakeServer
 from tests.helpers.repository import ROOT
-from tests.helpers.runs import lines, overriding, record
-from tests.helpers.tiny import SAVE, load, save_images
+from tests.helpers.runs import lines, overriding, record, save_run
+from tests.helpers.tiny import save_images
 
 IMAGES = 5
 SETTINGS = {
@@ -59,17 +56,7 @@ SETTINGS = {
 def project(tmp_path_factory) -> Path:
     """Make a base model, an adapter with its run's config.json, and a data file of five images."""
     folder = tmp_path_factory.mktemp("project")
-    SAVE["qwen2_5_vl"](folder / "base")
-    base = load(folder / "base")
-    wrapped = attach_new_adapter(base, r=4, alpha=8, dropout=0.0)
-    torch.manual_seed(0)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
-    (folder / "run").mkdir()
-    save_final_adapter(folder / "run", TrainerState(), Policy(wrapped, base, PROMPTS["demo"]))
-    settings = {name: {"value": value, "origin": "flag"} for name, value in SETTINGS.items()}
-    write_json(folder / "run" / "config.json", {"script": "sft", "settings": settings})
+    save_run(folder, SETTINGS)
     names = save_images(folder, IMAGES)
     write_jsonl(
         folder / "site.jsonl",
@@ -210,9 +197,13 @@ def test_swapped_images_are_the_engines_own(project, fake, tmp_path):
     assert evaluated(project, fake, tmp_path / "served", "--swap_images") == 0
     by_engine(project, tmp_path / "own", "--swap_images")
     served, own = (lines(tmp_path / name / "swapped-site.jsonl") for name in ("served", "own"))
+    rows = lines(tmp_path / "served/predictions-site.jsonl")
+    said = {row["id"]: row["completion"] for row in rows}
     for row, other in zip(served, own, strict=True):
         for name in ("id", "image_of", "completion", "completion_length"):
             assert row[name] == other[name]
+        assert row["completion"] == said[row["image_of"]]
+    assert len(set(said.values())) > 1
     both = [record(tmp_path / name / "scores-site.json") for name in ("served", "own")]
     assert both[0]["faithfulness"] == both[1]["faithfulness"]
 

@@ -5,7 +5,7 @@ runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,11 @@ from tensorboard.util.tensor_util import make_ndarray
 
 import run_grpo
 import run_sft
+from data.files import write_json
 from engine.encode import Encoder
-from tests.helpers.tiny import save_images
+from engine.run import TrainerState
+from engine.saving import save_final_adapter
+from tests.helpers.tiny import SAVE, attach_random_adapter, load, policy_of, save_images
 
 torch.set_num_threads(1)  # the models are so small that threads only cost time
 LABELS = ("Edema", "Pneumonia", "Fracture")
@@ -84,6 +87,19 @@ def write_data(folder: Path, count: int = 12) -> Path:
         for i, name in enumerate(save_images(folder, count))
     ]
     return write_rows(folder / "data.jsonl", rows)
+
+
+def save_run(folder: Path, settings: Mapping[str, object]) -> None:
+    """Save a base model in folder/base and, as SFT leaves it in folder/run, an adapter of it.
+
+    settings: values that its config.json holds.
+    """
+    base = load(SAVE["qwen2_5_vl"](folder / "base"))
+    run = folder / "run"
+    run.mkdir()
+    save_final_adapter(run, TrainerState(), policy_of(attach_random_adapter(base, std=1.0), base))
+    given = {name: {"value": value, "origin": "flag"} for name, value in settings.items()}
+    write_json(run / "config.json", {"script": "sft", "settings": given})
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

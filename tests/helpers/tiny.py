@@ -393,13 +393,16 @@ def pixel_inputs(prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
     }
 
 
-def attach_random_adapter(model: BaseModel, seed: int = 0) -> PeftModel:
-    """Attach a trainable adapter whose B is not zero, so that it changes the outputs."""
+def attach_random_adapter(model: BaseModel, seed: int = 0, std: float = 0.1) -> PeftModel:
+    """Attach a trainable adapter whose B is not zero, so that it changes the outputs.
+
+    std: of B's numbers. With 1.0 it changes greedy answers, too.
+    """
     torch.manual_seed(seed)
     wrapped = attach_new_adapter(model, r=4, alpha=8, dropout=0.0)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     return wrapped
 
 
