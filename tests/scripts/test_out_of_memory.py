@@ -317,24 +317,31 @@ def long_data(tmp_path_factory) -> Path:
 def test_a_run_under_a_limit_of_the_address_space(
     tiny_checkpoint, tiny_sft_run, tiny_data, long_data, tmp_path, monkeypatch, script
 ):
-    """The limit holds the update of single rows, not that of a micro-batch, nor TensorBoard."""
+    """The limit holds the update of single rows, not that of a micro-batch, nor TensorBoard.
+
+    What torch's libraries have kept of earlier work decides which limit that is. So smaller ones
+    are tried until the update is cut.
+    """
     speak(monkeypatch)
     if script == "sft":
-        main, flags, start, data, room = run_sft, sft_flags, tiny_checkpoint, long_data, 30
+        main, flags, start, data, room = run_sft, sft_flags, tiny_checkpoint, long_data, 39
         more = [*SFT_RUN, "--per_device_train_batch_size", "8"]
     else:
-        main, flags, start, data, room = run_grpo, grpo_flags, tiny_sft_run, tiny_data, 25
+        main, flags, start, data, room = run_grpo, grpo_flags, tiny_sft_run, tiny_data, 28
         more = [*GRPO_RUN, "--per_device_train_batch_size", "16", "--no_sampling_copies"]
         more += ["--gradient_accumulation_steps", "1", "--max_completion_length", "48"]
     more += ["--max_steps", "1", "--learning_rate", "1e-4"]
     assert main.main(flags(start(FAMILY), data, tmp_path / "straight", *more)) == 0
-    argv = flags(start(FAMILY), data, tmp_path / "run", *more)
-    end = forked(main.main, argv, faults=[address_space(main, room)])
+    for megabytes in range(room, 10, -3):
+        run = tmp_path / f"run-{megabytes}"
+        argv = flags(start(FAMILY), data, run, *more)
+        end = forked(main.main, argv, faults=[address_space(main, megabytes)])
+        if end.code == 0 and cuts(run):
+            break
     assert end.code == 0, end.err
-    assert list(cuts(tmp_path / "run")) == ["max_tokens_per_forward"]
+    assert list(cuts(run)) == ["max_tokens_per_forward"]
     assert "out of memory in update (tried to allocate " in end.err
-    difference = largest_difference(adapter(tmp_path / "straight"), adapter(tmp_path / "run"))
-    assert difference <= ROUNDING
+    assert largest_difference(adapter(tmp_path / "straight"), adapter(run)) <= ROUNDING
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
