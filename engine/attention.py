@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,6 @@ IMPLEMENTATION = "shared_prompt"  # the name under which transformers finds `att
 ALIGNMENT = 8  # elements: mask rows begin at multiples, as CUDA's memory-efficient kernel needs
 
 
-class AttentionLayer(Protocol):
-    """Describe what `attend` needs of the layer that calls it: its index."""
-
-    layer_idx: int
-
-
 class PackedMask:
     """Say what the tokens of a packed row see, in place of a mask tensor, and attend so."""
 
@@ -57,7 +51,7 @@ class PackedMask:
 
     def attend(
         self,
-        module: AttentionLayer,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -66,9 +60,9 @@ class PackedMask:
     ) -> Tensor:
         """Attend from all tokens of the packed row, as one layer does.
 
-        module: the layer's attention module, for its index.
-        query [1,H,M,D], key and value [1,K,M,D]: the packed row.
-        Returns [1,M,H,D].
+        layer: its index.
+        query [M,H,D], key and value [M,K,D]: the packed row.
+        Returns [M,H,D].
         """
         raise TypeError("use a subclass")
 
@@ -106,7 +100,7 @@ class SharedPromptMask(PackedMask):
 
     def attend(
         self,
-        module: AttentionLayer,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -119,13 +113,12 @@ class SharedPromptMask(PackedMask):
         split = len(places.prompts), *(len(bucket.places) for bucket in places.buckets)
         # q, k and v of the prompts, then of each bucket: [m,heads,D]
         prompts, *completions = zip(
-            *(states[0].transpose(0, 1).split(split) for states in (query, key, value)),
-            strict=True,
+            *(states.split(split) for states in (query, key, value)), strict=True
         )
         # [B,S,heads,D]
         q, k, v = (spread(states, places.prompts, places.prompt_shape) for states in prompts)
         if self.keep is not None:
-            self.keep(module.layer_idx, k, v)
+            self.keep(layer, k, v)
         # one [m,H,D] for the prompts and for each bucket
         outputs = [gather(attend(q, k, v, prompt_mask, dropout, scaling), places.prompts)]
         for bucket, states, mask in zip(places.buckets, completions, bucket_masks, strict=True):
@@ -140,7 +133,7 @@ class SharedPromptMask(PackedMask):
             outputs.append(
                 gather(attend(own_q, keys, values, mask, dropout, scaling), bucket.places)
             )
-        return torch.cat(outputs)[None]
+        return torch.cat(outputs)
 
     def additive(self, dtype: torch.dtype, repeats: int) -> list[Tensor]:
         """Return the masks to add to the scores: the prompts', then one for each bucket.
@@ -203,17 +196,10 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
-    return (
-        attention_mask.attend(
-            module,  # type: ignore[arg-type]  # torch types any attribute as Tensor or Module
-            query,
-            key,
-            value,
-            dropout,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-        ),
-        None,
-    )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx  # torch types any attribute as Tensor or Module
+    return attention_mask.attend(layer, q, k, v, dropout, scaling)[None], None
 
 
 def mask_maker(

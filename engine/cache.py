@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionLayer, PackedMask
+from engine.attention import PackedMask
 
 
 @dataclass
@@ -135,7 +135,7 @@ class DecodingMask(PackedMask):
 
     def attend(
         self,
-        module: AttentionLayer,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -147,18 +147,17 @@ class DecodingMask(PackedMask):
         Ten kernels on a GPU. Nothing is laid out twice: both products write their part of the
         scores.
         """
-        cache, kept = self.cache, self.cache.layers[module.layer_idx]
-        heads, width, size = key.shape[1], key.shape[3], self.prompt_length
+        cache, kept = self.cache, self.cache.layers[layer]
+        heads, width, size = *key.shape[1:], self.prompt_length
         for into, new in ((kept.keys, key), (kept.values, value)):
-            tokens = new[0].transpose(0, 1).reshape(-1, width)  # [n x K,D]
-            into.view(-1, width).index_copy_(0, self.places, tokens)
+            into.view(-1, width).index_copy_(0, self.places, new.reshape(-1, width))
         start = cache.prompt_length - size
         prompt_keys = kept.prompt_keys[:, :, start:].flatten(0, 1)  # [B x K,S,D]
         prompt_values = kept.prompt_values[:, :, start:].flatten(0, 1)
         # [B x K x W,R,D]
         keys, values = kept.keys[:, : self.length], kept.values[:, : self.length]
 
-        queries = self._spread(query[0].transpose(0, 1).unflatten(1, (heads, -1)), scaling)
+        queries = self._spread(query.view(len(query), heads, -1, width), scaling)
         by_prompt, by_row = (len(prompt_keys), -1), queries.shape[:2]
         scores = queries.new_empty(*by_row, size + self.length)  # [B x K x W,h,S+R]
         of_prompts = scores.view(*by_prompt, size + self.length)  # [B x K,W x h,S+R]
@@ -171,10 +170,10 @@ class DecodingMask(PackedMask):
         in_grid = scores.view(cache.num_prompts, heads, cache.generations, *scores.shape[1:])
         in_grid += self.additive
         weights = scores.softmax(-1)
-        output = weights.view(of_prompts.shape)[..., :size] @ prompt_values  # [B x K,W x h,D]
+        of_prompts = weights.view(of_prompts.shape)[..., :size]
+        output = torch.bmm(of_prompts, prompt_values)  # [B x K,W x h,D]
         rows = output.view(queries.shape).baddbmm_(weights[..., size:], values)
-        chosen = rows.flatten(1).index_select(0, self.cells)  # [n x K,h x D]
-        return chosen.view(1, -1, query.shape[1], width)
+        return rows.flatten(1).index_select(0, self.cells).view(query.shape)
 
     def _spread(self, query: Tensor, scaling: float) -> Tensor:
         """Multiply queries [n,K,h,D] by `scaling` and lay them out by cell -> [B x K x W,h,D]."""

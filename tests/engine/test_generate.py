@@ -537,14 +537,14 @@ def test_a_prompt_is_kept_once_and_finished_completions_are_dropped(model, promp
     sizes = []
     attend = DecodingMask.attend
 
-    def watched(self, module, *arguments):
-        kept = self.cache.layers[module.layer_idx]
-        if module.layer_idx == 0:
+    def watched(self, layer, *arguments):
+        kept = self.cache.layers[layer]
+        if layer == 0:
             heads = self.cache.heads
             sizes.append(
                 (len(kept.prompt_keys), len(kept.keys) // heads, len(self.places) // heads)
             )
-        return attend(self, module, *arguments)
+        return attend(self, layer, *arguments)
 
     monkeypatch.setattr(DecodingMask, "attend", watched)
     sample(model, prompts, num_generations=8, stop_ids=ragged(model, prompts, 8), seed=1)
