@@ -50,7 +50,9 @@ def probe(
     policy: what the server's model must be. prompts, examples: as `generate_remote` takes them; the
     first PROMPTS are used.
     Returns "tokens", how many were compared, and by how much they differ in nats: "mean" and
-    "largest" of the whole distribution, "nucleus_mean" of the nucleus.
+    "largest" of the whole distribution, "nucleus_mean" of the nucleus. "adapter_seen" says whether
+    the base without the adapter would have been refused. Where it is False the adapter changes too
+    little as yet, a fresh one nothing, and a server that ignores it passes too.
 
     Raises ServerError where the difference is larger, with the likely cause, and as
     `generate_remote` does.
@@ -79,6 +81,7 @@ def probe(
         "mean": float(found.mean()),
         "largest": float(found.max()),
         "nucleus_mean": float(of_nucleus.mean()),
+        "adapter_seen": (alone := whole.base_alone()) is not None and differs(alone),
     }
 
 
@@ -135,6 +138,22 @@ class _Drawn:
                 ]
         return torch.cat(found).abs()
 
+    def base_alone(self) -> Tensor | None:
+        """Compute by how much each token differs from the base's [K] fp64.
+
+        Returns None where the policy is a base without an adapter.
+        """
+        if not isinstance(self.policy.net, PeftModel):
+            return None
+        trained = self.policy.parameters
+        try:
+            with self.policy.adapted.disable_adapter():
+                return self.difference()
+        finally:  # peft makes all of the adapter trained at the end, frozen parts too
+            self.policy.net.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_()
+
 
 def _differs(difference: Tensor, share: float = 0.0, *, strict: bool) -> bool:
     """Tell whether tokens differ by more than they may. NaN does.
@@ -158,14 +177,12 @@ def _cause(drawn: _Drawn, differs: Callable[[Tensor], bool]) -> str:
     """Find what the server's numbers are instead, or list what it may be."""
     if not differs(drawn.difference(raw=True)):
         return "They are those of temperature 1: start it with --logprobs-mode processed_logprobs"
-    if isinstance(drawn.policy.net, PeftModel):
-        with drawn.policy.adapted.disable_adapter():
-            without = drawn.difference()
-        if not differs(without):
-            return (
-                "They are the base's without the adapter: name the adapter, and start the server"
-                " with --enable-lora"
-            )
+    alone = drawn.base_alone()
+    if alone is not None and not differs(alone):
+        return (
+            "They are the base's without the adapter: name the adapter, and start the server with"
+            " --enable-lora"
+        )
     return (
         "Likely: other weights of the base; an adapter of which only a part is in force (its log"
         " says which modules); another precision (--dtype); images that it changes; or an attention"

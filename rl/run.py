@@ -211,21 +211,29 @@ class GRPORun(Run):
         if self.config.use_vllm:
             from rl.server_sampler import ServerSampler  # here: others need none of it
 
-            server = ServerSampler(self.config, self.folder, self.ranks)
+            server = ServerSampler(self.config, self.folder, self.ranks, self._note_server)
             self.rollouts.server = server
-            data, stop = self.rollouts.data, self.should_stop
-            entry = server.begin(policy, data, self.step, stop)
-            self.record[SERVERS] = [*self.record.get(SERVERS, []), entry]
-            if self.ranks.first:
-                write_json(self.folder / "config.json", self.record)
+            server.begin(policy, self.rollouts.data, self.step, self.should_stop)
+
+    def _note_server(self, entry: dict[str, Any]) -> None:
+        """Keep in config.json how a server compared with the policy. Later checkpoints have it."""
+        self.record[SERVERS] = [*self.record.get(SERVERS, []), entry]
+        self.ranks.on_first(lambda: write_json(self.folder / "config.json", self.record))
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
-        """Leave as `Run` does, and let the server forget the adapter."""
+        """Leave as `Run` does, and let the server forget the adapter.
+
+        The end is noted after that, for it is the last thing written in the folder. The state of a
+        run that was cut short is saved before, for a server may not answer.
+        """
+        server = self.rollouts.server
+        if server is not None and self.finished and error is None:
+            server.close()
         try:
             return super().__exit__(kind, error, trace)
         finally:
-            if self.rollouts.server is not None:
-                self.rollouts.server.close()
+            if server is not None:
+                server.close(at_once=kind is KeyboardInterrupt)
 
     @property
     def stopped(self) -> str | None:

@@ -64,7 +64,7 @@ def test_the_same_model_differs_by_rounding(setting):
 
     setting.fake.changed = counted
     found = asked(setting)
-    assert set(found) == {"tokens", "mean", "largest", "nucleus_mean"}
+    assert set(found) == {"tokens", "mean", "largest", "nucleus_mean", "adapter_seen"}
     assert 0 <= found["mean"] <= found["largest"] < 5e-5 and 0 <= found["nucleus_mean"] < 5e-5
     assert len(tokens) == 4 and found["tokens"] == sum(tokens)
     bodies = setting.fake.bodies()[-4:]
@@ -72,6 +72,28 @@ def test_the_same_model_differs_by_rounding(setting):
     assert {(body["temperature"], body["n"], body["max_tokens"]) for body in bodies} == {
         (0.8, 2, 12)
     }
+
+
+def test_an_adapter_is_seen_where_it_is_told_from_the_base(setting):
+    """One without effect passes where the server ignores it. What is trained stays the same."""
+    policy, theirs = setting.policy, setting.write.policy
+    frozen = policy.parameters[0].requires_grad_(False)
+    trained = policy.digest()
+    try:
+        assert asked(setting)["adapter_seen"] is True
+        assert policy.digest() == trained and not frozen.requires_grad
+    finally:
+        frozen.requires_grad_()
+    seconds = [one for name, one in policy.net.named_parameters() if "lora_B" in name]
+    kept = [one.data.clone() for one in seconds]
+    for one in seconds:
+        one.data.zero_()
+    try:
+        with theirs.adapted.disable_adapter():
+            assert asked(setting)["adapter_seen"] is False
+    finally:
+        for one, before in zip(seconds, kept, strict=True):
+            one.data.copy_(before)
 
 
 def test_raw_log_probabilities_are_named(setting):
@@ -147,7 +169,8 @@ def test_a_base_without_an_adapter_is_probed(setting, tiny_checkpoint):
     theirs = setting.write.policy
     bare = policy_of(base.net, base, theirs.prompt)
     with theirs.adapted.disable_adapter():
-        assert probe(setting.served, bare, setting.prompts, setting.examples)["largest"] < 5e-5
+        found = probe(setting.served, bare, setting.prompts, setting.examples)
+        assert found["largest"] < 5e-5 and found["adapter_seen"] is False
     with pytest.raises(ServerError, match="Likely"):
         probe(setting.served, bare, setting.prompts, setting.examples)
 

@@ -2,7 +2,8 @@
 
 Checked: over HTTP from a server that writes with the engine itself, ten steps end bit for bit where
 those of the engine's own sampler do; a server that is killed in a rollout costs nothing that was
-finished; each adapter is loaded under its own name; a run without a server loads nothing of it.
+finished; each adapter is loaded under its own name; a server that ignores it is found out, also
+where the first one changes nothing; a run without a server loads nothing of it.
 
 Run: pytest tests/scripts/test_server_rollouts.py
 """
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import pytest
 
+import engine.run
 import run_grpo
 from engine.runtime import main_guard
 from tests.helpers.adapter_writer import rollout_server
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import (
+    GRPO,
+    SFT,
     assert_same_run,
     equal_tensors,
     grpo,
@@ -199,6 +203,68 @@ def test_a_server_with_another_policy_is_refused_before_the_first_step(
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "its log-probabilities are not the policy's" in error
     assert not list(run.glob("checkpoint-*")) and not (run / "vllm").exists()
+
+
+def fresh_flags(checkpoint: Path, data: Path, run: Path, fake) -> list[str]:
+    """Write the command line of a run that begins with an adapter without effect."""
+    files = {"train_file": data, "model_name_or_path": checkpoint, "output_dir": run}
+    named = [part for name, value in files.items() for part in (f"--{name}", str(value))]
+    start = ["--adapter_name_or_path", "none", "--lora_r", "8", "--max_steps", "6", *SFT[:6]]
+    return [*named, *start, *GRPO, "--eval_steps", "none", *over(fake)]
+
+
+def test_a_fresh_adapter_is_compared_again(
+    server, tiny_checkpoint, tiny_data, tmp_path, monkeypatch
+):
+    speak(monkeypatch)
+    run = tmp_path / "run"
+    flags = fresh_flags(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, server)
+    assert run_grpo.main(flags) == 0
+    entries = record(run / "config.json")["rollout_servers"]
+    assert [(entry["step"], entry["probe"]["adapter_seen"]) for entry in entries] == [
+        (0, False),
+        (2, True),
+    ]
+    assert record(run / "last" / "config.json")["rollout_servers"] == entries
+
+
+def test_a_server_that_ignores_a_fresh_adapter_is_found_out(
+    server, tiny_checkpoint, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """It answers as the base does, which the first adapter does too. The second is trained."""
+    speak(monkeypatch)
+    run, answer = tmp_path / "run", server.answer
+
+    def the_first(verb, path, body):
+        found = answer(verb, path, body)
+        if path == LOAD:
+            server.adapters[body["lora_name"]] = str(run / "reference")
+        return found
+
+    server.answer = the_first
+    flags = fresh_flags(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, server)
+    assert main_guard(lambda: run_grpo.main(flags)) == 1
+    said = capsys.readouterr().err
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert (
+        "They are the base's without the adapter" in error and "saved after step 2; go on" in said
+    )
+    assert [line["step"] for line in train_log(run)] == [1, 2] and not (run / "vllm").exists()
+
+
+def test_the_end_is_noted_after_all_else(server, tiny_sft_run, tiny_data, tmp_path, monkeypatch):
+    """So what is killed before it leaves no folder in a run that has ended."""
+    run, there, write = tmp_path / "run", [], engine.run.write_json
+
+    def noted(path, document):
+        if path == run / "config.json" and "finished" in document:
+            there.append((run / "vllm").exists())
+        write(path, document)
+
+    monkeypatch.setattr(engine.run, "write_json", noted)
+    short = ["--max_steps", "2", "--eval_steps", "none"]
+    assert grpo(tiny_sft_run("qwen2_5_vl"), tiny_data, run, *short, *over(server)) == 0
+    assert there == [False] and not server.adapters
 
 
 def test_the_key_is_sent_and_in_no_file(
