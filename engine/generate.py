@@ -240,8 +240,8 @@ class _Writing:
         for row, stop, failed in zip(self.rows, stopped, broken, strict=True):
             if row.over:
                 continue
-            if failed:
-                raise self._not_finite(row)
+            if failed and (error := self._not_finite(row)):
+                raise error
             if stop or self.written + 1 - row.since == self.limit:
                 newly.append(row)
         finished = []
@@ -259,14 +259,22 @@ class _Writing:
             self._arrange([self.rows[i] for i in going_on])
         return finished
 
-    def _not_finite(self, row: _Row) -> StepFailed:
-        """Name the first token of a completion whose logits are not finite."""
-        place = self.buffers.logprobs[row.completion].isnan().tolist().index(True)
+    def _not_finite(self, row: _Row) -> StepFailed | None:
+        """Name the first token of a completion whose logits are not finite.
+
+        None where it had stopped before, and was decoded on for the sake of the shapes.
+        """
+        ids, logprobs, _ = (recorded[row.completion].cpu() for recorded in self.buffers.recorded)
+        own = completion_mask(ids[None], self.policy.base.stop_ids)[0]
+        broken = (logprobs.isnan() & own).tolist()
+        if True not in broken:
+            return None
         prompt = self.prompts[row.completion // self.generations]
+        dtype = str(self.buffers.hidden.dtype).removeprefix("torch.")
         return StepFailed(
             f"example {prompt.example!r}: the model's logits are not finite numbers at token"
-            f" {place + 1} of its answer; the weights of the model or of its adapter are damaged,"
-            f" or too large for {str(self.buffers.hidden.dtype).removeprefix('torch.')}"
+            f" {broken.index(True) + 1} of its answer; the weights of the model or of its adapter"
+            f" are damaged, or too large for {dtype}"
         )
 
     def _completions(self, prompt: int) -> list[Completion]:

@@ -160,33 +160,44 @@ class Graphs:
             self._capture(key, work)
 
     def _compare(self, name: str, key: tuple, work: Callable[[], None]) -> None:
-        """Do the work as it is, and drop its graphs where it is not what they recorded."""
+        """Do the work as it is, and drop all graphs where it is not what its own recorded."""
         self._compared.add(name)
         with Trace() as trace:
             self._aside(work)
         if self._traces.get(name) != trace.operations:
-            self._replay = {of: replay for of, replay in self._replay.items() if of[0] != name}
+            # Those of other works go as well: when a graph ends, torch gives back the memory that
+            # cuBLAS works in on its stream, and all graphs are of one stream.
+            self._replay, self._pool = {}, None
             self._warm = {of for of in self._warm if of[0] != name} | {key}
             self._traces[name] = trace.operations
 
     def _capture(self, key: tuple, work: Callable[[], None]) -> None:
         """Capture the work and replay it."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        said, ran_out = "", False  # by the work itself: the capture's end fails after it
         try:
             # Other threads may use the GPU meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                work()
+                try:
+                    work()
+                except RuntimeError as error:
+                    said, ran_out = str(error), is_out_of_memory(error)
+                    raise
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            said = str(error).partition("\n")[0]
+            said = said or str(error)
+            if ran_out or is_out_of_memory(error):
+                raise torch.OutOfMemoryError(said) from error
+            said = said.partition("\n")[0]
             print(f"note: decoding goes on without CUDA graphs: {said}", file=sys.stderr)
             self.unable = True
         else:
             self._replay[key] = graph.replay
+        finally:
+            # Where the capture cannot be ended either, torch stays on its stream.
+            torch.cuda.set_stream(before)
         # A capture runs nothing.
         self._replay.get(key, work)()
 
@@ -194,6 +205,8 @@ class Graphs:
         """Do the work on the stream of the captures, which prepares torch's libraries there."""
         self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            work()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from engine.families import SHARED_INPUTS, language_model
+from engine.out_of_memory import HOLDERS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # fp16 could lose small gradients of A
 
@@ -116,6 +117,12 @@ class SharedInput:
             layer.shared = self
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}  # by place in `layers`, until they are asked for
+        HOLDERS.add(self)
+
+    def release(self) -> bool:
+        """Let go of outputs that a failed forward has not asked for, and so of all its memory."""
+        self.input, self.outputs = None, {}
+        return False
 
     def product(self, layer: LoraLinear, x: Tensor, adapter: str) -> Tensor:
         """Compute one layer's output, or hand out what was computed with that of the first."""

@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 
 
 class Holder(Protocol):
-    """Describe what holds memory for speed alone, such as graphs (engine/graphs.py).
+    """Describe what holds memory beside the work's own variables, as engine/graphs.py does.
 
-    release() lets go of it, for good, and returns whether there was any.
+    release() lets go of it, and returns whether there was any that will not be held again.
     """
 
     def release(self) -> bool: ...
@@ -115,9 +115,9 @@ def let_go(error: BaseException) -> None:
 
 
 def free_memory() -> bool:
-    """Give back what is held for speed alone, or by nothing any more, and the allocator's cache.
+    """Give back what HOLDERS hold, what nothing holds any more, and the allocator's cache.
 
-    Returns whether anything was held for speed, which it will not be again.
+    Returns whether anything was held that will not be again.
     """
     released = [holder.release() for holder in list(HOLDERS)]
     gc.collect()

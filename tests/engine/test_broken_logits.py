@@ -98,6 +98,20 @@ def test_the_token_is_named_however_seldom_rows_are_looked_at(model, prompts, mo
         written(model, prompts)
 
 
+def test_what_follows_a_stop_token_is_no_fault(model, prompts, monkeypatch):
+    """Where rows are looked at seldom a completion is decoded on after it has stopped."""
+    plain = written(model, prompts)
+    stop = int(plain[2][0].ids[1])
+    stopping = replace(model, stop_ids=frozenset([stop]))
+    expected = written(stopping, prompts)
+    assert expected[2][0].ids.tolist() == plain[2][0].ids[:2].tolist()
+    monkeypatch.setitem(STEPS, "cpu", replace(STEPS["cpu"], look_every=4, sizes=(1 / 2,)))
+    poison(monkeypatch, 3, lambda logits: logits[0].fill_(math.nan))
+    found = written(stopping, prompts)
+    for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+
+
 @pytest.mark.parametrize("call", [1, LENGTH])
 def test_the_first_and_the_last_token_are_looked_at_too(model, prompts, monkeypatch, call):
     never_stop(monkeypatch)

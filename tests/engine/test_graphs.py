@@ -253,6 +253,7 @@ def test_what_cannot_be_captured_goes_on_without_and_says_why(policy, prompts, c
         "note: decoding goes on without CUDA graphs: CUDA error: operation not permitted\n"
     )
     assert len(card.graphs) == 1 and replays(card) == 0
+    assert card.current is card.own_stream
 
 
 def test_what_waits_for_the_gpu_is_not_captured(policy, prompts, card, capsys, monkeypatch):
@@ -263,11 +264,45 @@ def test_what_waits_for_the_gpu_is_not_captured(policy, prompts, card, capsys, m
     draw = engine.decoding.draw
     monkeypatch.setattr(engine.decoding, "draw", waits)
     same(written(policy, prompts), as_they_are(policy, prompts))
-    assert "operation not permitted when stream is capturing" in capsys.readouterr().err
+    assert "without CUDA graphs: operation not permitted when" in capsys.readouterr().err
+    assert card.current is card.own_stream
 
 
-def test_memory_that_runs_out_in_a_capture_is_left_to_the_remedies(policy, prompts, card):
-    card.fails = torch.OutOfMemoryError("tried to allocate")
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("where", ["in the work", "at the end"])
+def test_memory_that_runs_out_in_a_capture_is_left_to_the_remedies(
+    policy, prompts, card, monkeypatch, where
+):
+    def runs_out(*arguments):
+        if card.current is not card.own_stream and len(card.graphs) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return draw(*arguments)
+
+    draw = engine.decoding.draw
+    if where == "in the work":
+        monkeypatch.setattr(engine.decoding, "draw", runs_out)
+    else:
+        card.fails = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2.00 GiB"):
         written(policy, prompts, keep=True)
     assert memory(policy) == NOTHING and not policy.graphs.unable
+    assert card.current is card.own_stream
+
+
+def test_other_work_of_one_kind_drops_the_graphs_of_all(card):
+    """When a graph ends, torch gives back what cuBLAS works in on the stream that all share."""
+    graphs, results = Graphs(), torch.zeros(2)
+
+    def call(scale: float) -> None:
+        with graphs.call(keep=True):
+            graphs.held("room", lambda: results)
+            for _ in range(4):
+                graphs.run("draw", (), lambda: results[0].add_(1))
+                graphs.run("read", (), lambda: results[1].add_(scale))
+
+    call(1.0)
+    assert len(card.graphs) == 2
+    call(1.0)
+    assert len(card.graphs) == 2
+    call(2.0)
+    assert len(card.graphs) == 4 and card.pools[2] is card.pools[3] is not card.pools[0]
+    assert results.tolist() == [12, 16]

@@ -7,6 +7,7 @@ still runs peft's forward.
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from engine.model import (
     enable_gradient_checkpointing,
     use_adapter,
 )
+from engine.out_of_memory import Limits
 from engine.random_numbers import dropout_numbers
 from rl.objective import kl_estimate
 from tests.helpers.tiny import SAVE, attach_random_adapter, examples_of, load
@@ -233,6 +235,24 @@ def test_nothing_is_held_after_the_last_layer():
     for layer in layers[1:]:
         layer(x)
     assert shared.input is None and not shared.outputs
+
+
+def test_outputs_that_a_failed_forward_has_not_asked_for_are_let_go():
+    """Memory runs out between two layers of one input: the others' outputs hold all before them."""
+    first, *_ = fused(pefts_layers())
+    alive: list[weakref.ref] = []
+
+    def work() -> None:
+        if alive:
+            assert alive[0]() is None
+            return
+        x = numbers(5, 16).requires_grad_().exp()
+        alive.append(weakref.ref(x))
+        first(x)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    Limits().once_more("update", work)
+    assert alive and not first.shared.outputs
 
 
 # ---- what keeps peft's forward -------------------------------------------------------------------

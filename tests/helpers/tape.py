@@ -7,7 +7,7 @@ written where it was. What waits for the device cannot be captured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -67,30 +67,52 @@ class Card:
         self.graphs: list[Tape] = []
         self.pools: list[object] = []
         self.fails: Exception | None = None
+        self.own_stream = self.current = _Stream()
 
     @contextmanager
     def graph(self, tape: Tape, *, pool, stream, capture_error_mode) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and isinstance(stream, _Stream)
         self.graphs.append(tape)
         self.pools.append(pool)
+        before, self.current = self.current, stream
         try:
             with tape:
                 yield
             if self.fails is not None:
                 raise self.fails
+        except RuntimeError as error:
+            # As on a GPU: what fails within breaks the capture, whose end then fails before torch
+            # has left its stream.
+            if error is self.fails:
+                raise
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            ) from error
         finally:
             tape.undo()
+        self.current = before
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def set_stream(self, stream: _Stream) -> None:
+        self.current = stream
 
     def put(self, patch) -> None:
         """Let torch.cuda be this."""
-        stream = _Stream()
         for name, value in {
             "CUDAGraph": Tape,
             "graph": self.graph,
             "graph_pool_handle": object,
             "Stream": _Stream,
-            "current_stream": lambda: stream,
-            "stream": lambda stream: nullcontext(),
+            "current_stream": lambda: self.current,
+            "set_stream": self.set_stream,
+            "stream": self.stream,
         }.items():
             patch.setattr(torch.cuda, name, value)
 
