@@ -77,6 +77,11 @@ class Graphs:
         self.drop()
         HOLDERS.add(self)
 
+    @property
+    def count(self) -> int:
+        """Return how many there are."""
+        return len(self._replay)
+
     def drop(self) -> None:
         """Let go of the graphs and all that they read and write."""
         self._placed: dict[Hashable, Tensor] = {}

@@ -44,6 +44,7 @@ from data.prompts import Prompt
 from engine.collate import Batch, collate_rows
 from engine.completion import Completion, SamplingConfig
 from engine.decoding import STEPS
+from engine.device import pick_device
 from engine.encode import EncodedPrompt, EncodedRow
 from engine.generate import generate
 from engine.memory import GIB, ModelShape, Workload, forecast, layer_parameters, model_shape
@@ -58,6 +59,7 @@ from tests.helpers.real_configs import base_of
 TITLES = {"gemma-3-4b": "MedGemma-4B", "qwen2.5-vl-3b": "Qwen2.5-VL-3B"}
 GENERATIONS, PROMPT_TOKENS, IMAGE_TOKENS, IMAGE_AT = 4, 600, 256, 10
 TEMPERATURE, TOP_P = 0.1, 0.95
+STOP_EVERY = 64  # one id in so many ends a completion of the ragged rollout
 SFT_IMAGES, GRPO_IMAGES = 2000, 1000  # of the paper
 BF16 = 2  # bytes
 
@@ -178,6 +180,13 @@ class Work:
         """Return the completions of the rollout."""
         return self.prompts * GENERATIONS
 
+    def uniform(self) -> list[Tensor]:
+        """Return the numbers [G,T] that decide each prompt's completions."""
+        return [
+            uniform_numbers("rollout", 0, place, GENERATIONS, self.new_tokens)
+            for place in range(self.prompts)
+        ]
+
     def decoding_bytes(self) -> float:
         """Return what decoding must at least read: weights, head, keys and values, each token."""
         kept = 2 * BF16 * self.shape.layers * self.shape.key_width
@@ -240,11 +249,7 @@ def sample(
     meter: Meter, name: str, policy: Policy, prompts: list[EncodedPrompt], work: Work
 ) -> list[list[Completion]]:
     """Sample the rollout as a phase -> completions by prompt."""
-    sampling = SamplingConfig(TEMPERATURE, TOP_P, work.new_tokens)
-    uniform = [
-        uniform_numbers("rollout", 0, place, GENERATIONS, work.new_tokens)
-        for place in range(len(prompts))
-    ]
+    sampling, uniform = SamplingConfig(TEMPERATURE, TOP_P, work.new_tokens), work.uniform()
     with meter.phase(name) as phase:
         groups = generate(
             policy, prompts, sampling, num_generations=GENERATIONS, uniform=uniform, keep=True
@@ -265,6 +270,36 @@ def sample_all(
         groups = sample(meter, "sampling, graphs", policy, prompts, work)
     policy.graphs.drop()
     return groups
+
+
+def sample_ragged(policy: Policy, prompts: list[EncodedPrompt], work: Work) -> None:
+    """Sample where completions stop by chance and half of the prompts wait.
+
+    Nothing of it is measured. It takes a card through what full completions do not need: rows that
+    are dropped, places that are taken again, and the graphs of fewer rows. The second time all
+    shapes are known.
+    """
+    stops = frozenset(range(0, work.shape.vocabulary, STOP_EVERY))
+    policy = replace(policy, base=replace(policy.base, stop_ids=stops))
+    for _ in range(2):
+        generate(
+            policy,
+            prompts,
+            SamplingConfig(TEMPERATURE, TOP_P, work.new_tokens),
+            num_generations=GENERATIONS,
+            max_rows=max(1, len(prompts) // 2) * GENERATIONS,
+            uniform=work.uniform(),
+            keep=True,
+        )
+
+
+def captured(policy: Policy, meter: Meter) -> str:
+    """Say what became of the CUDA graphs."""
+    if not STEPS[meter.device.type].graphs:
+        return "none on this device"
+    if policy.graphs.unable:
+        return "NONE: a capture failed, and stderr says why; the rows above are without"
+    return f"{policy.graphs.count} at the end"
 
 
 def score(
@@ -330,6 +365,9 @@ def measure(name: str, arguments: argparse.Namespace, meter: Meter) -> str:
     with meter.phase("images"):
         prompts = [random_prompt(policy) for _ in range(arguments.prompts)]
     groups = sample_all(meter, policy, prompts, work)
+    sample_ragged(policy, prompts, work)
+    graphs = captured(policy, meter)
+    policy.graphs.drop()
     batches = list(micro_batches(prompts, groups, meter.device))
     scores = score(meter, policy, batches, work)
     sampled = torch.cat([one.logprobs for group in groups for one in group])
@@ -347,6 +385,7 @@ def measure(name: str, arguments: argparse.Namespace, meter: Meter) -> str:
             "",
             table(meter.phases, limits(meter, arguments.scale)),
             "",
+            f"* CUDA graphs: {graphs}",
             f"* ratio exactly 1 before the first step: {exact}",
             f"* sampler against forward: {(sampled - scored).abs().mean():.2g} nats a token",
             *hours(meter.phases, work),
@@ -425,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
             "no CUDA device is there; the full sizes need one. Rehearse on this machine with"
             " --scale 16 --prompts 1 --new_tokens 3"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()  # which sets up the allocator and TF32 as a run does
     print(machine(device), end="\n\n")
     for name in arguments.models:
         print(measure(name, arguments, Meter(device)), flush=True)

@@ -13,6 +13,7 @@ import re
 import pytest
 import torch
 
+from engine.decoding import DecodingStep
 from tests.helpers.benchmarks import benchmark_module
 
 PHASES = [
@@ -35,9 +36,26 @@ def test_the_rehearsal_goes_through_every_phase(capsys):
     for phase in PHASES:
         assert len(re.findall(rf"^\| {phase} \| \d+\.\d{{3}} \|", said, re.MULTILINE)) == 2
     assert said.count("* ratio exactly 1 before the first step: yes") == 2
+    assert said.count("* CUDA graphs: none on this device") == 2
     # the forecast of sampling, scoring and the update is there
     found = re.findall(r"^\| (sampling|reference|update)[^|]*\|[^|]*\|[^|]*\| (\S*) \|", said, re.M)
     assert len(found) >= 6 and all(float(gib) > 0 for _, gib in found)
+
+
+def test_the_ragged_rollout_drops_rows_and_takes_places_again(monkeypatch):
+    counts = set()
+    with benchmark_module("gpu") as gpu:
+        read = DecodingStep.read
+        monkeypatch.setattr(
+            DecodingStep,
+            "read",
+            lambda self, rows, *more: counts.add(rows) or read(self, rows, *more),
+        )
+        policy = gpu.random_policy("qwen2.5-vl-3b", 16, torch.device("cpu"))
+        work = gpu.Work(gpu.model_shape(policy.base.net.config, 0), 4, 24)
+        monkeypatch.setattr(gpu, "STOP_EVERY", 8)
+        gpu.sample_ragged(policy, [gpu.random_prompt(policy) for _ in range(4)], work)
+    assert 8 in counts and len(counts) > 2  # two prompts of four at a time
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch, capsys):
