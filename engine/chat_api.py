@@ -16,21 +16,26 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from data.json_rows import whole_characters
+from data.predictions import MAX_COUNT
 from engine.runtime import StopRequested
 from engine.server import CANCEL, Cancel, Server, words_of
 
 PATH = "/v1/chat/completions"
 LARGEST_ID = 2**31 - 1
+BYTES_A_TOKEN = 1000  # of an answer: its text, its id, its log-probability, its bytes as numbers
+MOST_TEXT = 10**6  # characters of a completion; rows of some 16 times as many cannot be read back
+SECRET = 8  # letters of a key; a shorter one may be a word of a completion, and stays in it
 LARGEST_LOGPROB = 1e-4  # a probability of 1 may be rounded up
 SMALLEST_LOGPROB = -9999.0  # what vLLM writes for probability 0, so no token is drawn with it
 LOOK_EVERY = 0.1  # seconds between two looks at should_stop
+MOST_AT_ONCE = 128  # calls, of two threads and a connection each
 LAST_WAIT = 0.5  # seconds for which requests that were broken off may take to end
 # Lets vLLM draw by temperature and top_p alone, whatever the checkpoint's generation_config says.
 PLAIN_SAMPLING = {
@@ -104,7 +109,7 @@ def training_options(stop_ids: Collection[int], suppressed_ids: Collection[int])
 class Choice:
     """Hold one completion of an answer.
 
-    text: without control tokens, as the server decodes it.
+    text: without control tokens, as the server decodes it. Empty where ids were asked for.
     truncated: whether it ended at max_tokens.
     ids, logprobs: of its tokens, with the stop token. None where they were not asked for.
     """
@@ -146,14 +151,25 @@ def ask(server: Server, body: dict[str, Any], *, with_ids: bool) -> Answer:
     with_ids: whether token ids and log-probabilities must be there, and the model asked for must
         have answered. Without, the name may be another (aliases are usual) and is in the answer.
 
+    The key, where a server says it back, is masked in texts and in the model's name.
+
     Raises ServerError for every answer that is not whole, ServerGone as `Server.post` does.
     """
-    document = server.post(PATH, body)
+    expected = BYTES_A_TOKEN * body.get("n", 1) * body.get("max_tokens", 0)
+    document = server.post(PATH, body, expected)
     try:
-        return _answer(document, body, with_ids)
+        return _without_key(server, _answer(document, body, with_ids))
     except _Wrong as wrong:
         text = str(wrong).replace("{}", server.shown(wrong.value))
         raise server.error("POST", PATH, text) from None
+
+
+def _without_key(server: Server, answer: Answer) -> Answer:
+    """Mask the key in what is kept of an answer."""
+    choices = answer.choices
+    if len(server.api_key or "") >= SECRET:
+        choices = [replace(one, text=server.without_key(one.text)) for one in choices]
+    return replace(answer, choices=choices, model=server.without_key(answer.model))
 
 
 def _answer(document: Any, body: dict[str, Any], with_ids: bool) -> Answer:
@@ -189,10 +205,11 @@ def _choice(entry: dict[str, Any], body: dict[str, Any], with_ids: bool) -> Choi
     message = _typed(entry.get("message"), dict, "message")
     content = message.get("content")
     text = "" if content is None else _typed(content, str, "content")
-    text, _ = whole_characters(text)
     reason = _typed(entry.get("finish_reason"), str, "finish_reason")
     if not with_ids:
-        return Choice(text, reason == "length")
+        if len(text) > MOST_TEXT:
+            raise _Wrong(f"a completion has {len(text):,} characters; {MOST_TEXT:,} are read")
+        return Choice(whole_characters(text)[0], reason == "length")
     if reason not in ("stop", "length"):
         raise _Wrong("a completion ended by {}, neither by a stop token nor in length", reason)
     ids = _ids(entry.get("token_ids"), "token_ids")
@@ -202,7 +219,7 @@ def _choice(entry: dict[str, Any], body: dict[str, Any], with_ids: bool) -> Choi
     logprobs = _logprobs(entry.get("logprobs"))
     if len(ids) != len(logprobs):
         raise _Wrong(f"{len(ids)} token ids came with {len(logprobs)} log-probabilities")
-    return Choice(text, reason == "length", ids, logprobs)
+    return Choice("", reason == "length", ids, logprobs)  # the text would fill the memory
 
 
 def _logprobs(value: Any) -> list[float]:
@@ -221,7 +238,7 @@ def _logprobs(value: Any) -> list[float]:
 def _usage(document: dict[str, Any]) -> int | None:
     usage = document.get("usage")
     tokens = None if usage is None else _typed(usage, dict, "usage").get("completion_tokens")
-    return None if tokens is None else _whole(tokens, LARGEST_ID, "usage.completion_tokens")
+    return None if tokens is None else _whole(tokens, MAX_COUNT, "usage.completion_tokens")
 
 
 def _ids(value: Any, name: str) -> list[int]:
@@ -250,9 +267,10 @@ def ask_all(
     """Call all functions, several at a time in threads -> what they return, in their order.
 
     The first that raises ends all. Whatever ends them early, requests that are under way are broken
-    off, answers that have come are handed on, and no thread holds the end of the process.
+    off, and no thread holds the end of the process. Answers that have come are handed on, unless
+    on_answer itself has raised.
 
-    concurrency: calls at a time.
+    concurrency: calls at a time, of which MOST_AT_ONCE are made.
     should_stop(): asked ten times a second. Once it returns True, StopRequested is raised.
     on_answer(i, answer): called in the caller's thread as soon as answer i is there.
 
@@ -266,7 +284,7 @@ def ask_all(
     work = partial(_work, asks, waiting, came, cancel)
     threads = [
         threading.Thread(target=Context().run, args=(work,), name="ask", daemon=True)
-        for _ in range(min(concurrency, len(asks)))
+        for _ in range(min(concurrency, len(asks), MOST_AT_ONCE))
     ]
     found: dict[int, T] = {}
     errors: list[BaseException] = []

@@ -14,6 +14,7 @@ VLLM_API_KEY, never from a flag, and is in no message and in no repr.
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
 import json
 import os
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +35,8 @@ from data.json_rows import parse_json
 KEY_VARIABLE = "VLLM_API_KEY"
 PAUSES = (0.5, 2.0)  # seconds before the second and the third try
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for (Retry-After)
-MOST_BYTES = 64 * 2**20  # of an answer; 16 completions of 4,096 tokens have some 10 MB
+MOST_BYTES = 4 * 2**20  # of an answer, but for what a caller expects beyond
+MOST_AROUND = 2**20  # bytes of an answer's headers and of the sizes of its chunks
 MOST_SAID = 300  # characters of a server's text that are shown
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*/?")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -264,23 +267,27 @@ class Server:
         key = os.environ.get(KEY_VARIABLE, "").strip() or None
         if key is not None and (not key.isascii() or not key.isprintable() or " " in key):
             raise ServerError(f"the key in {KEY_VARIABLE} holds blanks or letters beyond ASCII")
-        return cls(base_url.rstrip("/").removesuffix("/v1").rstrip("/"), timeout, key)
+        parts = urlsplit(base_url)
+        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+        return cls(parts._replace(path=path).geturl(), timeout, key)
 
     def get(self, path: str) -> Any:
         """Ask for a path -> the JSON value that came. Raises as `post` does."""
         return self._json("GET", path, self._ask("GET", path, None))
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any], expected: int = 0) -> Any:
         """Send a JSON object to a path -> the JSON value that came.
+
+        expected: bytes that the answer may have beyond MOST_BYTES.
 
         Refused and broken connections, 429 and statuses from 500 on are tried three times, with
         pauses. A request that takes too long is not sent again.
 
         Raises ServerGone where no answer came in three tries or in time, ServerError for every
-        other status than one of success, for a redirect, an answer of more than MOST_BYTES, and one
-        that is no JSON in UTF-8 (NaN, Infinity and keys that are there twice are none).
+        other status than one of success, for a redirect, an answer of more bytes, and one that is
+        no JSON in UTF-8 (NaN, Infinity and keys that are there twice are none).
         """
-        return self._json("POST", path, self._ask("POST", path, body))
+        return self._json("POST", path, self._ask("POST", path, body, expected))
 
     def command(self, path: str, body: dict[str, Any]) -> str:
         """Send a JSON object to a path that answers in words, such as /v1/load_lora_adapter.
@@ -296,24 +303,26 @@ class Server:
         """
         found = self.get("/v1/models")
         entries = found.get("data") if isinstance(found, dict) else None
-        names = [one.get("id") if isinstance(one, dict) else None for one in entries or [None]]
-        if not isinstance(entries, list) or not all(isinstance(name, str) for name in names):
+        listed = entries if isinstance(entries, list) else [None]
+        names = [one.get("id") if isinstance(one, dict) else None for one in listed]
+        if not all(isinstance(name, str) for name in names):
             raise self.error("GET", "/v1/models", "no list of models came")
-        return [name for name in names if isinstance(name, str)]
+        return [str(name) for name in names]
 
     def version(self) -> str | None:
         """Return what /version says, as vLLM does, or None for a server that says nothing there.
 
-        Raises ServerGone where no answer comes.
+        A gateway may say that this path is not available (503). Raises ServerGone where no answer
+        comes.
         """
         try:
             found = self.get("/version")
-        except ServerGone:
-            raise
-        except ServerError:
+        except ServerError as error:
+            if isinstance(error, ServerGone) and error.status is None:
+                raise
             return None
         version = found.get("version") if isinstance(found, dict) else None
-        return _cut(version, 100) if isinstance(version, str) else None
+        return _cut(self.without_key(version), 100) if isinstance(version, str) else None
 
     def error(self, verb: str, path: str, came: str, status: int | None = None) -> ServerError:
         """Make the error of a request. came: what came instead, in words of our own."""
@@ -324,16 +333,26 @@ class Server:
         if isinstance(value, (dict, list)):
             kind = "an object" if isinstance(value, dict) else "a list"
             return f"{kind} of {len(value)}"
-        return _cut(ascii(self._without_key(value) if isinstance(value, str) else value), 100)
+        return _cut(ascii(self.without_key(value) if isinstance(value, str) else value), 100)
+
+    def without_key(self, text: str) -> str:
+        """Mask the key in a server's text, also where quotes or JSON have escaped its letters."""
+        if self.api_key is None:
+            return text
+        letters = (
+            rf"(?:\\{{0,3}}{re.escape(sign)}|\\{{1,2}}u00(?i:{ord(sign):02x}))"
+            for sign in self.api_key
+        )
+        return re.sub("".join(letters), "***", text)
 
     # ---- one request -----------------------------------------------------------------------------
-    def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> bytes:
-        """Send a request up to three times -> the answer's bytes."""
+    def _ask(self, verb: str, path: str, body: dict[str, Any] | None, expected: int = 0) -> bytes:
+        """Send a request up to three times -> the answer's bytes. expected: see `post`."""
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
         cancel = CANCEL.get() or Cancel()
         for pause in (*PAUSES, None):
             try:
-                return self._once(verb, path, content, cancel)
+                return self._once(verb, path, content, MOST_BYTES + expected, cancel)
             except _Broken as broken:
                 if pause is None:
                     tries = len(PAUSES) + 1
@@ -346,21 +365,28 @@ class Server:
                     raise self._left_off(verb, path) from None
         raise AssertionError("the last try returns or raises")
 
-    def _once(self, verb: str, path: str, content: bytes | None, cancel: Cancel) -> bytes:
-        """Send a request once -> the answer's bytes. Raises _Broken where it can be tried again."""
+    def _once(
+        self, verb: str, path: str, content: bytes | None, most: int, cancel: Cancel
+    ) -> bytes:
+        """Send a request once -> the answer's bytes. Raises _Broken where it can be tried again.
+
+        most: bytes that are read.
+        """
         late = Cancel()
         # A timeout of the socket would begin anew at every byte.
         timer = threading.Timer(self.timeout, late)
         timer.daemon = True
         timer.start()
         try:
-            with closing(self._connected()) as connection:
+            with closing(self._connected(most)) as connection:
                 opened = connection.sock
                 with cancel.holding(opened), late.holding(opened):
-                    status, pause, answer = self._exchanged(connection, verb, path, content)
+                    response = self._begun(connection, verb, path, content)
+                    answer = _read(response, most)
+            status, pause = response.status, _seconds(response.getheader("Retry-After"))
             if late.is_set or cancel.is_set:  # an answer without a length ends where it is cut
                 raise TimeoutError
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, _Unwanted) as error:
             if cancel.is_set:
                 raise self._left_off(verb, path) from None
             if late.is_set or isinstance(error, TimeoutError):
@@ -377,25 +403,33 @@ class Server:
             raise self._refused(verb, path, status, answer)
         return answer
 
-    def _connected(self) -> http.client.HTTPConnection:
-        """Connect, without the handshake of TLS yet, which can be broken off later."""
+    def _connected(self, most: int) -> http.client.HTTPConnection:
+        """Connect, without the handshake of TLS yet, which can be broken off later.
+
+        most: bytes of an answer that are read.
+        """
         parts = urlsplit(self.base_url)
-        tls = parts.scheme == "https"
+        host, tls = parts.hostname or "", parts.scheme == "https"
         kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port)
-        opened = socket.create_connection((connection.host, connection.port), self.timeout)
+        # Without a port http.client looks for one within an IPv6 address.
+        connection = kind(host, parts.port or kind.default_port)
+        connection.response_class = partial(_Response, most=most)  # type: ignore[assignment]
+        opened = socket.create_connection((host, connection.port), self.timeout)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls:
             opened = ssl.create_default_context().wrap_socket(
-                opened, server_hostname=connection.host, do_handshake_on_connect=False
+                opened, server_hostname=host, do_handshake_on_connect=False
             )
         connection.sock = opened
         return connection
 
-    def _exchanged(
+    def _begun(
         self, connection: http.client.HTTPConnection, verb: str, path: str, content: bytes | None
-    ) -> tuple[int, float, bytes]:
-        """Send a request and read its answer -> (status, pause asked for in seconds, bytes)."""
+    ) -> http.client.HTTPResponse:
+        """Send a request -> its answer, of which the headers are read."""
+        host, peer = connection.host, connection.sock.getpeername()[0]
+        if _is_loopback(host) and not _is_loopback(peer):  # a name server may say anything
+            raise _Unwanted(f"{host} is {peer} here, another machine; give 127.0.0.1 or ::1")
         if isinstance(connection.sock, ssl.SSLSocket):
             connection.sock.do_handshake()
         headers = {"Accept": "application/json", "Connection": "close"}
@@ -403,19 +437,21 @@ class Server:
             headers["Content-Type"] = "application/json"
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        connection.request(verb, urlsplit(self.base_url).path + path, content, headers)
-        response = connection.getresponse()
-        answer = response.read(MOST_BYTES + 1)
-        if len(answer) > MOST_BYTES:
-            raise _Oversized
-        if response.length:  # read(n) does not say that fewer bytes came than were announced
-            raise http.client.IncompleteRead(answer, response.length)
-        return response.status, _seconds(response.getheader("Retry-After")), answer
+        try:
+            connection.request(verb, urlsplit(self.base_url).path + path, content, headers)
+        except (ConnectionError, ssl.SSLEOFError):
+            # A request that is too large may be refused and hung up on before it is all sent.
+            with suppress(OSError, http.client.HTTPException, ValueError):
+                response = connection.getresponse()
+                if response.status >= 400:
+                    return response
+            raise
+        return connection.getresponse()
 
     def _failed(self, verb: str, path: str, error: Exception) -> Exception:
         """Turn what was raised on a connection into what is said of it."""
-        if isinstance(error, _Oversized):
-            return self.error(verb, path, f"an answer of more than {MOST_BYTES:,} bytes came")
+        if isinstance(error, _Unwanted):
+            return self.error(verb, path, str(error))
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = _cut(error.verify_message, 100)
             return self.error(verb, path, f"its certificate is not trusted ({reason})")
@@ -446,10 +482,7 @@ class Server:
         """Return the server's own words, in one line and without the key."""
         text = answer[: 2**16].decode(errors="replace")
         said = words_of(parse_json(text, strict=False)[0])
-        return _cut(self._without_key(_clean(text if said is None else said))) or "no word"
-
-    def _without_key(self, text: str) -> str:
-        return text if self.api_key is None else text.replace(self.api_key, "***")
+        return _cut(self.without_key(_clean(text if said is None else said))) or "no word"
 
     def _json(self, verb: str, path: str, answer: bytes) -> Any:
         """Parse an answer strictly."""
@@ -459,14 +492,58 @@ class Server:
             raise self.error(verb, path, "what came is not UTF-8 text") from None
         value, problems = parse_json(text)
         if problems:
-            reason, shown = problems[0].partition(";")[0], self._said(answer)
-            came = f"no JSON came: {_cut(reason, 100)}; it begins with {_cut(shown, 60)!r}"
+            reason = self.without_key(problems[0]).partition(";")[0]
+            begins = _cut(self._said(answer), 60)
+            came = f"no JSON came: {_cut(reason, 100)}; it begins with {begins!r}"
             raise self.error(verb, path, came)
         return value
 
 
-class _Oversized(ValueError):
-    """Report an answer of more than MOST_BYTES."""
+class _Unwanted(Exception):  # no ValueError, which http.client takes for half a chunk
+    """Say what came that no further try would change, in words of our own."""
+
+
+class _Response(http.client.HTTPResponse):
+    """Read no more than `most` bytes and what is around them, whatever lengths a server says."""
+
+    def __init__(self, sock: socket.socket, *, method: str | None = None, most: int):
+        super().__init__(sock, method=method)
+        self.fp = io.BufferedReader(_Bounded(self.fp.detach(), most))
+
+
+class _Bounded(io.RawIOBase):
+    """Hand on a stream of bytes until there are too many."""
+
+    def __init__(self, stream: io.RawIOBase, most: int):
+        self.stream, self.most, self.left = stream, most, most + MOST_AROUND
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = self.stream.readinto(buffer)
+        self.left -= count or 0
+        if self.left < 0:
+            raise _oversized(self.most)
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def _read(response: http.client.HTTPResponse, most: int) -> bytes:
+    """Read a whole answer of so many bytes at most."""
+    answer = response.read(most + 1)
+    if len(answer) > most:
+        raise _oversized(most)
+    if response.length:  # read(n) does not say that fewer bytes came than were announced
+        raise http.client.IncompleteRead(answer, response.length)
+    return answer
+
+
+def _oversized(most: int) -> _Unwanted:
+    return _Unwanted(f"an answer of more than {most:,} bytes came")
 
 
 def _seconds(header: str | None) -> float:

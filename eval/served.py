@@ -25,7 +25,7 @@ from engine.chat_api import PLAIN_SAMPLING, Answer, ask, ask_all, chat_messages
 from engine.config import UsageError
 from engine.launch import OneProcess
 from engine.runtime import StepFailed
-from engine.server import Server, ServerError
+from engine.server import Server, ServerError, ServerGone
 from eval.answering import Decoding, whole_images
 from eval.folders import more_files, result_files
 from eval.settings import EvalConfig
@@ -57,15 +57,17 @@ class ServedModel:
     def of(cls, config: EvalConfig) -> ServedModel:
         """Find the model of a command line on its server.
 
-        Raises UsageError where the server has no model of that name, StepFailed where it does not
-        answer.
+        Raises UsageError for a key that cannot be sent or is refused, and where the address is not
+        that of such a server, or it has no model of that name; StepFailed where no answer comes.
         """
         url, name = str(config.vllm_server_base_url), config.model_name_or_path
         try:
             server = Server.of(url, config.vllm_server_timeout)
             names, version = server.models(), server.version()
-        except ServerError as error:
+        except ServerGone as error:
             raise StepFailed(str(error)) from error
+        except ServerError as error:
+            raise UsageError(f"--vllm_server_base_url: {error}") from error
         if name not in names:
             raise UsageError(
                 f"--vllm_server_base_url {url} has no model of the name {name}; it has"

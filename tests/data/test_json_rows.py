@@ -245,6 +245,14 @@ def test_halves_are_found_and_replaced():
     assert whole_characters("\U0001f600") == ("\U0001f600", False)
 
 
+def test_a_key_twice_is_found_among_many():
+    """Looking for it takes one pass: comparing each with each would take hours."""
+    names = "".join(f'"{i}": 0, ' for i in range(300_000))
+    for twice in ("7", "299999"):
+        value, problems = parse_json(f'{{{names} "{twice}": 1}}')
+        assert value is None and problems[0].startswith(f"field '{twice}' is there twice")
+
+
 def test_what_a_service_wrote_is_read_leniently():
     line = b'{"x": NaN, "x": "\xe9"}'
     assert parse_json(line)[1] and parse_json(line, strict=False) == ({"x": "\ufffd"}, [])

@@ -123,9 +123,9 @@ def test_a_whole_answer(fake, server):
     assert ask(server, BODY, with_ids=True) == Answer(
         PROMPT,
         [
-            Choice("text 0", False, [4, 5], [-0.5, -0.25]),
-            Choice("text 1", True, [6, 7, 8, 4], [-1.0, -2.0, -0.125, -3.0]),
-            Choice("text 2", False, [5], [0.0]),
+            Choice("", False, [4, 5], [-0.5, -0.25]),
+            Choice("", True, [6, 7, 8, 4], [-1.0, -2.0, -0.125, -3.0]),
+            Choice("", False, [5], [0.0]),
         ],
         7,
         "base",
@@ -141,8 +141,9 @@ def test_one_completion_where_the_request_does_not_say_how_many(fake, server):
 
 def test_choices_are_put_in_order(fake, server):
     fake.changed = lambda path, document: document | {"choices": document["choices"][::-1]}
-    answer = ask(server, BODY, with_ids=True)
-    assert [choice.text for choice in answer.choices] == ["text 0", "text 1", "text 2"]
+    assert [choice.ids for choice in ask(server, BODY, with_ids=True).choices] == IDS
+    texts = [choice.text for choice in ask(server, BODY, with_ids=False).choices]
+    assert texts == ["text 0", "text 1", "text 2"]
 
 
 def test_texts_alone_of_any_server(fake, server):
@@ -233,6 +234,7 @@ FAULTS = [
     (("prompt_token_ids",), "1 8", "prompt_token_ids is '1 8'"),
     (("prompt_token_ids", 1), None, r"prompt_token_ids\[\] is None"),
     (("usage", "completion_tokens"), -1, "usage.completion_tokens is -1"),
+    (("usage", "completion_tokens"), 10**9 + 1, "usage.completion_tokens is 1000000001"),
     (("usage",), [], "usage is a list of 0"),
 ]
 
@@ -275,6 +277,40 @@ def test_the_key_that_a_server_puts_into_an_answer_is_not_shown(fake, monkeypatc
             with pytest.raises(ServerError) as raised:
                 ask(server, BODY, with_ids=True)
             assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["sk-Secret_0123456789", "text"])
+def test_what_is_kept_of_an_answer_holds_no_key(fake, monkeypatch, key):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    said = partial(put, ("choices", 1, "message", "content"), f"a {key} b")
+    fake.changed = lambda path, document: said(path, document | {"model": f"m-{key}"})
+    answer = ask(Server.of(fake.url, 30), BODY, with_ids=False)
+    assert answer.model == "m-***"
+    # a key as short as a word is left in a text, which would else be another
+    assert answer.choices[1].text == ("a *** b" if len(key) > 8 else "a text b")
+
+
+def test_texts_that_no_row_holds_are_refused(fake, server):
+    most = "y" * 10**6
+    fake.changed = partial(put, ("choices", 1, "message", "content"), most)
+    assert ask(server, BODY, with_ids=False).choices[1].text == most
+    fake.changed = partial(put, ("choices", 1, "message", "content"), most + "x")
+    with pytest.raises(ServerError, match="has 1,000,001 characters; 1,000,000 are read"):
+        ask(server, BODY, with_ids=False)
+    # with ids nobody reads it, and it is not kept
+    assert ask(server, BODY, with_ids=True).choices[1].text == ""
+
+
+def test_an_answer_may_be_as_long_as_its_completions(fake, server, monkeypatch):
+    monkeypatch.setattr(engine.server, "MOST_BYTES", 0)
+    document = json.dumps(write(BODY)).encode()
+    for spaces, whole in ((12_000, True), (12_001, False)):  # 3 completions of 4 tokens
+        fake.changed = lambda path, _, spaces=spaces: document.ljust(spaces)
+        if whole:
+            assert ask(server, BODY, with_ids=True).prompt_ids == PROMPT
+        else:
+            with pytest.raises(ServerError, match="more than 12,000 bytes"):
+                ask(server, BODY, with_ids=True)
 
 
 def test_a_model_that_is_not_served(fake, server):
@@ -406,6 +442,18 @@ def test_answers_come_in_the_order_of_the_questions():
     assert found == [0, 1, 4, 9, 16, 25]
     assert sorted(seen[:3])[0][:2] == (0, 0) and [i for i, _, _ in seen] != list(range(6))
     assert {thread for _, _, thread in seen} == {threading.main_thread()}
+
+
+def test_calls_at_a_time_are_bounded():
+    """However many are asked for, threads and connections do not run out."""
+    together, most = threading.Barrier(128), []
+
+    def one():
+        together.wait(30)
+        most.append(sum(thread.name == "ask" for thread in threading.enumerate()))
+
+    ask_all([one] * 256, 1000, lambda: False)
+    assert max(most) == 128
 
 
 def test_nothing_to_ask():

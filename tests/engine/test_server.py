@@ -6,12 +6,15 @@ Run: pytest tests/engine/test_server.py
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import random
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -169,8 +172,9 @@ def test_the_rest_of_an_address_is_shown():
 
 
 def test_the_address_of_openai_clients_is_the_same_server():
-    for end in ("", "/", "/v1", "/v1/"):
-        assert Server.of(f"http://localhost:8000{end}", 1).base_url == "http://localhost:8000"
+    for start in ("http://localhost:8000", "https://v1", "https://[::1]", "https://a.org/behind"):
+        for end in ("", "/", "/v1", "/v1/"):
+            assert Server.of(f"{start}{end}", 1).base_url == start
 
 
 # ---- the key -------------------------------------------------------------------------------------
@@ -202,6 +206,33 @@ def test_a_server_that_says_the_key_back_is_not_quoted_with_it(fake, monkeypatch
     except ServerError as error:
         said = str(error)
     assert said and KEY not in said
+
+
+@pytest.mark.parametrize("key", [KEY, "a/'\"\\b&c"])
+@pytest.mark.parametrize(
+    "escaped",
+    [
+        lambda key: json.dumps(key),
+        lambda key: json.dumps(key).replace("/", r"\/"),  # as PHP does
+        lambda key: json.dumps(key).replace("&", r"\u0026"),  # as Go does
+        lambda key: '"' + "".join(rf"\u{ord(sign):04X}" for sign in key) + '"',
+    ],
+)
+@pytest.mark.parametrize("answer", ["{%s: 1, %s: 2}", "{%s: [1, %s}", '{"version": [%s, %s]}'])
+def test_a_key_is_known_by_other_spellings(fake, monkeypatch, answer, escaped, key):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    spelling = escaped(key)
+    fake.raw = answered((answer % (spelling, spelling)).encode())
+    server, said = Server.of(fake.url, 30), []
+    for ask in (server.models, partial(server.command, "/x", {}), server.version):
+        try:
+            said.append(str(ask()))
+        except ServerError as error:
+            said.append(str(error))
+    for spelt in (key, repr(key)[1:-1], repr(repr(key))[2:-2], spelling[1:-1]):
+        assert spelt not in "".join(said)
+    fake.raw = answered(json.dumps({"version": f"1.0-{key}"}).encode())
+    assert server.version() == "1.0-***"
 
 
 @pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel"])
@@ -262,8 +293,19 @@ def test_a_server_cannot_be_changed(server):
         server.base_url = "http://example.org"
 
 
-@pytest.mark.parametrize("scheme, port", [("http", 80), ("https", 443)])
-def test_where_no_port_is_given_it_is_the_schemes(monkeypatch, scheme, port):
+@pytest.mark.parametrize(
+    "url, host, port",
+    [
+        ("http://example.org", "example.org", 80),
+        ("https://example.org", "example.org", 443),
+        ("http://[::1]", "::1", 80),
+        ("https://[2001:db8::2:443]", "2001:db8::2:443", 443),
+        ("https://[2001:db8::beef]/v1", "2001:db8::beef", 443),
+        ("https://[2001:db8::beef]:8443", "2001:db8::beef", 8443),
+        ("https://v1", "v1", 443),
+    ],
+)
+def test_the_host_that_is_written_is_asked_at_its_port_or_the_schemes(monkeypatch, url, host, port):
     asked = []
 
     def connect(*request):
@@ -272,8 +314,33 @@ def test_where_no_port_is_given_it_is_the_schemes(monkeypatch, scheme, port):
 
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(ServerGone, match="no answer within 7 s"):
-        Server(f"{scheme}://example.org", 7, None).models()
-    assert asked == [(("example.org", port), 7)]
+        Server.of(url, 7).models()
+    assert asked == [((host, port), 7)]
+
+
+class Elsewhere(socket.socket):
+    """Stand for a connection to which a name server has led."""
+
+    def getpeername(self):
+        return "203.0.113.9", 8000
+
+
+def test_a_name_of_this_machine_that_leads_to_another_is_not_asked(fake, monkeypatch):
+    """Nothing is sent there, neither an image nor the key."""
+
+    def connect(address, timeout):
+        opened = Elsewhere(socket.AF_INET, socket.SOCK_STREAM)
+        opened.connect(("127.0.0.1", int(fake.url.rpartition(":")[2])))
+        return opened
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for url in (fake.url, fake.url.replace("127.0.0.1", "localhost")):
+        with pytest.raises(ServerError, match="is 203.0.113.9 here, another machine") as raised:
+            Server.of(url, 30).models()
+        assert not isinstance(raised.value, ServerGone)
+    assert not fake.requests
+    # of another host nothing is known
+    assert Server.of(fake.url.replace("127.0.0.1", "example.org"), 30).models() == ["base"]
 
 
 def test_a_path_before_v1_and_the_proxies_of_the_environment(fake, monkeypatch):
@@ -391,6 +458,9 @@ BROKEN = {
     "no list": (answered(b'{"data": {"id": "a"}}'), "no list of models"),
     "no name": (answered(b'{"data": [{"id": 1}]}'), "no list of models"),
     "null": (answered(b"null"), "no list of models"),
+    "a number": (answered(b'{"data": 5}'), "no list of models"),
+    "a boolean": (answered(b'{"data": true}'), "no list of models"),
+    "no chunks": (answered(b"", headers="Transfer-Encoding: chunked\r\n"), "half an"),
 }
 
 
@@ -414,6 +484,56 @@ def test_an_oversized_answer_is_refused(fake, server, monkeypatch, announced):
     fake.raw = start.replace(b"1000", b"1001") + b" "
     with pytest.raises(ServerError, match="more than 1,000 bytes"):
         server.get("/x")
+    assert server.post("/x", {}, expected=1) == {}
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start, then",
+    [
+        (CHUNKED + b"-1\r\n", b"x" * 10_000),  # which Python reads until the end
+        (CHUNKED, b"1;" + b"x" * 10_000 + b"\r\nx\r\n"),  # next to nothing in each chunk
+        (CHUNKED + b"0\r\n", b"x" * 10_000 + b"\r\n"),  # trailers
+        (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n" * 400),
+    ],
+)
+def test_no_more_is_read_than_an_answer_may_have(server, fake, monkeypatch, start, then):
+    monkeypatch.setattr(engine.server, "MOST_BYTES", 1000)
+    monkeypatch.setattr(engine.server, "MOST_AROUND", 50_000)
+    fake.raw = start + then * 500  # 5 MB
+    with pytest.raises(ServerError, match="more than 1,000 bytes"):
+        server.get("/x")
+
+
+def test_a_long_answer_in_chunks_is_whole(server, fake, monkeypatch):
+    monkeypatch.setattr(engine.server, "MOST_BYTES", 100_000)
+    fake.raw = CHUNKED + b"1\r\n[\r\n" + b"2\r\n1,\r\n" * 40_000 + b"2\r\n1]\r\n0\r\n\r\n"
+    assert server.get("/x") == [1] * 40_001
+
+
+@pytest.mark.parametrize("status", [413, 503])
+def test_a_request_that_is_refused_before_it_is_all_sent(server, monkeypatch, status):
+    """A proxy answers a large image by its headers alone, and hangs up."""
+    said, asked = b'{"error": "too large"}', []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def refuse():
+            for _ in range(1 if status == 413 else 3):
+                opened, _address = listening.accept()
+                with opened:
+                    asked.append(opened.recv(4096))
+                    opened.sendall(answered(said, f"{status} No"))
+
+        monkeypatch.setattr(engine.server, "PAUSES", (0.0, 0.0))
+        thread = threading.Thread(target=refuse, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ServerError, match=f"status {status}: too large") as raised:
+            Server.of(url, 30).post("/x", {"image": "x" * 20_000_000})
+        thread.join(30)
+    assert raised.value.status == status and len(asked) == (1 if status == 413 else 3)
 
 
 def test_a_servers_words_are_cut_and_cleaned(fake, server):
@@ -434,11 +554,45 @@ def test_a_server_without_a_version(fake, server):
     assert server.version() is None
     fake.changed = lambda path, document: b"<html>"
     assert server.version() is None
-    fake.statuses = [404]
-    assert server.version() is None
-    fake.statuses = [500] * 3
+    for statuses in ([404], [503] * 3):  # a gateway may refuse what it does not know
+        fake.statuses = statuses
+        assert server.version() is None
+    fake.raw = b""
     with pytest.raises(ServerGone):
         server.version()
+
+
+def document(draw, depth=0):
+    """Make a JSON value with the names that are looked for in it."""
+    names = ["data", "id", "error", "message", "detail", "version", "x"]
+    kind = draw.randrange(10) if depth < 4 else 9
+    if kind < 4:
+        return {draw.choice(names): document(draw, depth + 1) for _ in range(draw.randrange(3))}
+    if kind < 6:
+        return [document(draw, depth + 1) for _ in range(draw.randrange(3))]
+    return draw.choice([None, True, False, 0, 5, -1, 1.5, 10**250, "", "a", "\ud800", "base"])
+
+
+def test_fuzzed_documents_are_valid_or_refused(monkeypatch):
+    server, listed, versions = Server("http://127.0.0.1:1", 1, None), 0, 0
+    for seed in range(5000):
+        draw = random.Random(seed)
+        content = json.dumps(document(draw)).encode()
+        if draw.random() < 0.1:
+            content = draw.randbytes(20)
+        monkeypatch.setattr(Server, "_ask", lambda *request, content=content: content)
+        assert server.command("/x", {}).isprintable(), seed
+        version = server.version()
+        assert version is None or version.isprintable(), seed
+        versions += version is not None
+        try:
+            names = server.models()
+        except ServerError as error:
+            assert str(error).isprintable(), seed
+        else:
+            listed += 1
+            assert all(type(name) is str for name in names), seed
+    assert listed > 10 and versions > 10
 
 
 def test_tls_is_spoken_and_verified(fake, server, tmp_path, monkeypatch):

@@ -328,6 +328,84 @@ def test_a_model_that_is_not_served_names_those_that_are(project, fake, tmp_path
     assert not (tmp_path / "out").exists() and not fake.bodies()
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ([], "--vllm_server_base_url URL has no model of the name sft-9; it has none"),
+        (5, "--vllm_server_base_url: GET URL/v1/models: no list of models came"),
+    ],
+)
+def test_a_server_that_lists_no_model(project, fake, tmp_path, capsys, changed, says):
+    fake.changed = lambda path, document: {"data": changed}
+    assert evaluated(project, fake, tmp_path / "out") == 2
+    assert f"error: {says.replace('URL', fake.url)}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("a b", "the key in VLLM_API_KEY holds blanks"), ("wrong", "VLLM_API_KEY was sent")],
+)
+def test_a_key_that_is_wrong_can_be_corrected(
+    project, fake, tmp_path, capsys, monkeypatch, key, says
+):
+    fake.api_key = "right"
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    assert evaluated(project, fake, tmp_path / "out") == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_gateway_that_is_busy_but_for_chat_is_evaluated(project, fake, tmp_path, capsys):
+    answer = fake.answer
+    fake.answer = lambda verb, path, body: (
+        (503, {"detail": "no backend"}) if path == "/version" else answer(verb, path, body)
+    )
+    assert evaluated(project, fake, tmp_path / "out") == 0
+    assert "tells no version" in capsys.readouterr().out
+    assert lines(tmp_path / "out/predictions-site.jsonl")
+
+
+def test_a_key_that_is_said_back_is_in_no_file_and_not_on_the_console(
+    project, fake, tmp_path, capsys, monkeypatch
+):
+    key = "sk-Secret_0123456789"
+    monkeypatch.setenv("VLLM_API_KEY", key)
+
+    def saying(path: str, document: Document) -> Document:
+        if path == "/version":
+            return {"version": key}
+        if path != "/v1/chat/completions":
+            return document
+        choice = document["choices"][0] | {"message": {"content": f"it is {key}"}}
+        return document | {"model": key, "choices": [choice]}
+
+    fake.changed = saying
+    assert evaluated(project, fake, tmp_path / "out") == 0
+    told = capsys.readouterr()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if key.encode() in file.read_bytes()]
+    assert key not in told.out + told.err and "version ***" in told.out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"usage": {"completion_tokens": 2_000_000_000}},
+        {"choices": [{"index": 0, "message": {"content": "y" * 3_000_000}, "finish_reason": ""}]},
+    ],
+)
+def test_what_could_not_be_read_back_is_refused_and_costs_no_other_answer(
+    project, fake, tmp_path, capsys, changed
+):
+    out, one = tmp_path / "out", ("--per_device_eval_batch_size", "1")
+    answering(fake, 2, lambda: setattr(fake, "changed", lambda path, document: document | changed))
+    assert evaluated(project, fake, out, *one) == 1
+    assert len(lines(out / "predictions-site.partial.jsonl")) == 2
+    fake.changed = lambda path, document: document
+    before = len(fake.bodies())
+    assert evaluated(project, fake, out, *one) == 0
+    assert len(fake.bodies()) - before == IMAGES - 2
+
+
 def test_an_image_that_is_refused_stops_and_counts_as_failed_where_that_is_asked(
     project, fake, tmp_path, capsys
 ):
