@@ -2,7 +2,7 @@
 
 First come products alone, then the nucleus, then whole samplings.
 
-    python tests/benchmarks/sampling_layers.py       # about 5 minutes
+    python tests/benchmarks/sampling_layers.py       # about 10 minutes
 
 The products are x W^T of the benchmark models' shapes (models.py) and of their head, for rows from
 one token to a prompt: torch's `linear` on weights as they are, against torch's and oneDNN's
