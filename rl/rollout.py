@@ -419,6 +419,7 @@ class Rollouts:
         """Return log pi_old - log pi_ref summed over each completion [R] fp64, for a fork's reward.
 
         The sampler's log-probabilities stand for log pi_old: the first update's are not known yet.
+        With a server they are its own, and a reward that takes this learns from their rounding.
         """
         return torch.stack(
             [

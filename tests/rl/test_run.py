@@ -9,6 +9,7 @@ Run: pytest tests/rl/test_run.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import run_grpo
 from data.files import DataError
 from engine.checkpoint import CheckpointError
 from engine.run import RunFolder, Schedule, TrainerState
-from engine.runtime import SignalGuard
+from engine.runtime import SignalGuard, StepFailed, StopRequested
 from engine.tracking import RunLogger
 from rl.monitors import Monitors
 from rl.objective import ObjectiveConfig
@@ -129,6 +130,21 @@ def rolled_out(run: GRPORun, rollouts: Rollouts, *rewards: float) -> None:
             [one.answer for one in rollouts.samples], [one.group for one in rollouts.samples]
         )
     run.log_rollout(rollouts)
+
+
+@pytest.mark.parametrize(
+    "error, at_once", [(StopRequested, False), (StepFailed, False), (KeyboardInterrupt, True)]
+)
+def test_a_server_is_not_waited_for_after_a_second_interrupt(opened, error, at_once):
+    run, rollouts, saved = opened()
+    closed: list[tuple[bool, bool]] = []
+    rollouts.server = SimpleNamespace(
+        close=lambda at_once=False: closed.append((at_once, bool(saved)))
+    )
+    with suppress(KeyboardInterrupt, StepFailed), run:
+        assert run.goes_on()
+        raise error
+    assert closed == [(at_once, not at_once)]  # the state comes first
 
 
 def test_a_rollout_that_fails_is_as_if_it_had_not_begun(opened):

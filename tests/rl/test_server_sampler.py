@@ -5,7 +5,7 @@ Run: pytest tests/rl/test_server_sampler.py
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +14,13 @@ import pytest
 import engine.served_adapter
 import rl.server_sampler
 from engine.config import UsageError
-from engine.ranks import ALONE
-from engine.runtime import StepFailed, StopRequested
+from engine.ranks import ALONE, Ranks
+from engine.runtime import PeerError, StepFailed, StopRequested
 from engine.server import ServerError
 from rl.server_sampler import ServerSampler
 from rl.settings import GRPOConfig
 from tests.helpers.fake_server import FakeServer
+from tests.helpers.threads import in_threads
 
 DIGEST = "ab" * 32
 POLICY: Any = SimpleNamespace(digest=lambda: DIGEST, encode=lambda example: example)
@@ -107,27 +108,51 @@ def test_a_signal_is_heard_whatever_is_asked(fake, opened, monkeypatch, tmp_path
         fake.wait() if asked == path else answer(verb, asked, body)
     )
     sampler, _ = opened()
+
+    def should_stop() -> bool:
+        return path in [asked for _, asked, *_ in fake.requests]
+
     with pytest.raises(StopRequested):
-        sampler.begin(POLICY, ["e"], 0, lambda: fake.requests and fake.requests[-1][1] == path)
-    assert not fake.adapters and not (tmp_path / "vllm").exists()
-    if path != "/version":
-        with pytest.raises(StopRequested):
-            rollout(sampler, 1, lambda: fake.requests[-1][1] == path)
+        sampler.begin(POLICY, ["e"], 0, should_stop)
+    assert should_stop() and not fake.adapters and not (tmp_path / "vllm").exists()
+    fake.requests.clear()
+    with pytest.raises(StopRequested):
+        rollout(sampler, 1, should_stop)
+    assert should_stop()
+
+
+def test_of_several_ranks_the_first_asks_and_all_note(fake, opened, monkeypatch):
+    monkeypatch.setattr(rl.server_sampler, "probe", lambda *asked: {"adapter_seen": True})
+    asked = []
+    monkeypatch.setattr(
+        rl.server_sampler, "generate_remote", lambda served, *_, **__: asked.append(served.model)
+    )
+
+    def work(ranks: Ranks) -> list[int]:
+        sampler, entries = opened(ranks)
+        sampler.begin(POLICY, ["e"], 0, never)
+        rollout(sampler, 0)
+        return [entry["step"] for entry in entries]
+
+    assert in_threads(2, work) == [[0], [0]]
+    assert len(asked) == 2 and set(asked) == set(fake.adapters)
 
 
 def test_all_ranks_hear_of_a_key_that_cannot_be_sent(opened, monkeypatch):
     """Else they would wait for the one whose environment has it."""
-    told = []
 
-    @contextmanager
-    def together():
-        try:
-            yield
-        except UsageError as error:
-            told.append(str(error))
-            raise
+    def of(base_url, timeout):
+        if threading.current_thread() in second:
+            raise ServerError("the key holds blanks")
 
-    monkeypatch.setenv("VLLM_API_KEY", "two words")
-    with pytest.raises(UsageError):
-        opened(SimpleNamespace(first=False, together=together))
-    assert len(told) == 1 and "VLLM_API_KEY" in told[0]
+    second: list[threading.Thread] = []
+    monkeypatch.setattr(rl.server_sampler, "Server", SimpleNamespace(of=of))
+
+    def work(ranks: Ranks) -> object:
+        if not ranks.first:
+            second.append(threading.current_thread())
+        return opened(ranks)
+
+    waits, fails = in_threads(2, work)
+    assert isinstance(waits, PeerError) and isinstance(fails, UsageError)
+    assert "the key holds blanks" in str(fails)
