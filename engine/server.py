@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import http.client
 import io
-import ipaddress
 import json
 import os
 import re
@@ -31,18 +30,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.json_rows import parse_json
+from engine.server_address import KEY_VARIABLE, clean, cut, is_loopback, shown_url
 
-KEY_VARIABLE = "VLLM_API_KEY"
 PAUSES = (0.5, 2.0)  # seconds before the second and the third try
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for (Retry-After)
 MOST_BYTES = 4 * 2**20  # of an answer, but for what a caller expects beyond
 MOST_AROUND = 2**20  # bytes of an answer's headers and of the sizes of its chunks
-MOST_SAID = 300  # characters of a server's text that are shown
-_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:%-]+)*/?")
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_OWN_NETWORK = ipaddress.IPv4Network("127.0.0.0/8")
-_OWN_ADDRESS = ipaddress.IPv6Address("::1")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 class ServerError(RuntimeError):
@@ -60,123 +53,7 @@ class ServerGone(ServerError):
     """Report that no answer came in three tries, or in time: nothing is wrong with the request."""
 
 
-# ---- addresses -----------------------------------------------------------------------------------
-def url_problems(url: str, allow_remote: bool) -> list[str]:
-    """List what is wrong with a server's address, one line each, never quoting a credential.
-
-    Without allow_remote only this machine's own addresses pass: localhost, 127.0.0.0/8 and ::1.
-    Other machines are asked by https alone. Hosts are names in ASCII or addresses in their usual
-    form: what some programs read as an address and others as a name (127.1, 2130706433, 0x7f.1) is
-    refused.
-
-    url: such as http://127.0.0.1:8000, with or without the /v1 at the end.
-    allow_remote: whether images may leave this machine.
-    """
-    problem = _form_problem(url)
-    if problem:
-        return [problem]
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    problem = _host_problem(host, bracketed="[" in parts.netloc)
-    if problem:
-        return [f"{_shown(url)}: {problem}"]
-    problems = []
-    if not _is_loopback(host):
-        if not allow_remote:
-            problems.append(
-                f"{_shown(url)} is not this machine (localhost, 127.0.0.1 or ::1): images would"
-                " leave it. Where their terms of use permit that (MIMIC-CXR's forbid third parties"
-                " and online services), give --allow_remote_server"
-            )
-        if parts.scheme != "https":
-            problems.append(
-                f"{_shown(url)}: another machine is asked by https alone, for images and the key"
-                " would be read on the way; or reach it by an ssh tunnel to localhost"
-            )
-    return problems
-
-
-def _form_problem(url: str) -> str | None:
-    """Say what is wrong with the parts of an address, before a host is looked at."""
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        return (
-            f"{_shown(url)}: an address has no blanks, backslashes, control characters or letters"
-            " beyond ASCII; write a name with such letters in its ASCII form (xn--...)"
-        )
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        return f"{_shown(url)} is no address of a server: {error}"
-    if "@" in url:
-        return (
-            f"{_shown(url)} holds a credential, which config.json and `ps` would show; put the key"
-            f" into the environment variable {KEY_VARIABLE}"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"{_shown(url)} is no address of a server, such as http://127.0.0.1:8000"
-    if port == 0 or parts.netloc.endswith(":"):
-        return f"{_shown(url)}: a port is a number from 1 to 65535"
-    if "?" in url or "#" in url:
-        return f"{_shown(url)}: the address of a server has no ? and no #"
-    segments = parts.path.split("/")
-    if not _PATH.fullmatch(parts.path) or "." in segments or ".." in segments:
-        return f"{_shown(url)}: the path {_cut(parts.path)!r} is not one of a server"
-    return None
-
-
-def _host_problem(host: str, bracketed: bool) -> str | None:
-    """Say what is wrong with a host, in lower case and without brackets."""
-    if bracketed:
-        try:
-            address: Any = ipaddress.IPv6Address(host)
-        except ValueError:
-            return f"{_cut(host)!r} is no IPv6 address"
-        if address.scope_id is not None:
-            return f"{host!r} names a network card; give the address alone"
-    else:
-        labels = host.split(".")
-        if not _NUMBER.fullmatch(labels[-1]):
-            if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-                return f"{_cut(host)!r} is no name of a host"
-            return None
-        try:
-            address = ipaddress.IPv4Address(host)
-        except ValueError:
-            return (
-                f"{_cut(host)!r} is no IPv4 address: write four decimal numbers, such as 127.0.0.1"
-            )
-    if address.is_unspecified:
-        return f"{host} stands for all addresses that a server listens at; give 127.0.0.1 or ::1"
-    return None
-
-
-def _is_loopback(host: str) -> bool:
-    """Tell whether a host without problems is this machine, whatever a name server says."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    # not is_loopback: whether an IPv4 address within an IPv6 one counts depends on Python's version
-    return address in _OWN_NETWORK if address.version == 4 else address == _OWN_ADDRESS
-
-
-def _shown(url: str) -> str:
-    """Write an address without what stands before its @, where a credential would be."""
-    return _cut(re.sub(r"(?s)^(\w+:)?(//)?.*@", r"\1\2***@", url))
-
-
 # ---- what may be shown of a server's text --------------------------------------------------------
-def _clean(text: str) -> str:
-    """Write a text in one line, without control characters."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-
-
-def _cut(text: str, most: int = MOST_SAID) -> str:
-    text = _clean(text)
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 def words_of(document: Any) -> str | None:
     """Find what a server says of an error in its answer, in the forms of usual servers."""
     for _ in range(2):  # {"error": {"message": ...}}
@@ -322,18 +199,18 @@ class Server:
                 raise
             return None
         version = found.get("version") if isinstance(found, dict) else None
-        return _cut(self.without_key(version), 100) if isinstance(version, str) else None
+        return cut(self.without_key(version), 100) if isinstance(version, str) else None
 
     def error(self, verb: str, path: str, came: str, status: int | None = None) -> ServerError:
         """Make the error of a request. came: what came instead, in words of our own."""
-        return ServerError(f"{verb} {_shown(self.base_url)}{path}: {came}", status)
+        return ServerError(f"{verb} {shown_url(self.base_url)}{path}: {came}", status)
 
     def shown(self, value: Any) -> str:
         """Write a value of an answer in few characters of one line, without the key."""
         if isinstance(value, (dict, list)):
             kind = "an object" if isinstance(value, dict) else "a list"
             return f"{kind} of {len(value)}"
-        return _cut(ascii(self.without_key(value) if isinstance(value, str) else value), 100)
+        return cut(ascii(self.without_key(value) if isinstance(value, str) else value), 100)
 
     def without_key(self, text: str) -> str:
         """Mask the key in a server's text, also where quotes or JSON have escaped its letters."""
@@ -357,8 +234,8 @@ class Server:
                 if pause is None:
                     tries = len(PAUSES) + 1
                     raise ServerGone(
-                        f"{verb} {_shown(self.base_url)}{path}: {broken}, {tries} times in a row;"
-                        " look whether the server runs, and at its log",
+                        f"{verb} {shown_url(self.base_url)}{path}: {broken}, {tries} times in a"
+                        " row; look whether the server runs, and at its log",
                         broken.status,
                     ) from None
                 if cancel.wait(max(pause, broken.pause)):
@@ -391,7 +268,7 @@ class Server:
                 raise self._left_off(verb, path) from None
             if late.is_set or isinstance(error, TimeoutError):
                 raise ServerGone(
-                    f"{verb} {_shown(self.base_url)}{path}: no answer within {self.timeout:g} s;"
+                    f"{verb} {shown_url(self.base_url)}{path}: no answer within {self.timeout:g} s;"
                     " look whether the server still computes, or give it longer"
                 ) from None
             raise self._failed(verb, path, error) from None
@@ -428,7 +305,7 @@ class Server:
     ) -> http.client.HTTPResponse:
         """Send a request -> its answer, of which the headers are read."""
         host, peer = connection.host, connection.sock.getpeername()[0]
-        if _is_loopback(host) and not _is_loopback(peer):  # a name server may say anything
+        if is_loopback(host) and not is_loopback(peer):  # a name server may say anything
             raise _Unwanted(f"{host} is {peer} here, another machine; give 127.0.0.1 or ::1")
         if isinstance(connection.sock, ssl.SSLSocket):
             connection.sock.do_handshake()
@@ -453,14 +330,14 @@ class Server:
         if isinstance(error, _Unwanted):
             return self.error(verb, path, str(error))
         if isinstance(error, ssl.SSLCertVerificationError):
-            reason = _cut(error.verify_message, 100)
+            reason = cut(error.verify_message, 100)
             return self.error(verb, path, f"its certificate is not trusted ({reason})")
         if isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error):
             return self.error(verb, path, "the server does not speak https")
         if isinstance(error, http.client.IncompleteRead):
             return _Broken("half an answer came, then the connection broke")
         if isinstance(error, OSError):  # http.client.RemoteDisconnected too
-            return _Broken(f"no answer ({_cut(error.strerror or str(error), 100) or 'broken off'})")
+            return _Broken(f"no answer ({cut(error.strerror or str(error), 100) or 'broken off'})")
         return self.error(verb, path, f"what came is no HTTP ({type(error).__name__})")
 
     def _refused(self, verb: str, path: str, status: int, answer: bytes) -> ServerError:
@@ -476,13 +353,13 @@ class Server:
         return self.error(verb, path, what, status)
 
     def _left_off(self, verb: str, path: str) -> ServerError:
-        return ServerGone(f"{verb} {_shown(self.base_url)}{path}: left off")
+        return ServerGone(f"{verb} {shown_url(self.base_url)}{path}: left off")
 
     def _said(self, answer: bytes) -> str:
         """Return the server's own words, in one line and without the key."""
         text = answer[: 2**16].decode(errors="replace")
         said = words_of(parse_json(text, strict=False)[0])
-        return _cut(self.without_key(_clean(text if said is None else said))) or "no word"
+        return cut(self.without_key(clean(text if said is None else said))) or "no word"
 
     def _json(self, verb: str, path: str, answer: bytes) -> Any:
         """Parse an answer strictly."""
@@ -493,8 +370,8 @@ class Server:
         value, problems = parse_json(text)
         if problems:
             reason = self.without_key(problems[0]).partition(";")[0]
-            begins = _cut(self._said(answer), 60)
-            came = f"no JSON came: {_cut(reason, 100)}; it begins with {begins!r}"
+            begins = cut(self._said(answer), 60)
+            came = f"no JSON came: {cut(reason, 100)}; it begins with {begins!r}"
             raise self.error(verb, path, came)
         return value
 

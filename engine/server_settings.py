@@ -64,7 +64,7 @@ def server_problems(config: Any) -> list[str]:
     """
     if not config.use_vllm:
         return []
-    from engine.server import url_problems  # here: a run without a server needs none of it
+    from engine.server_address import url_problems  # here: a run without a server needs none of it
 
     found = [
         f"--vllm_server_base_url {line}"

@@ -437,7 +437,7 @@ def decoding_problems(config: DecodingConfig, prompts: Sequence[NameOrFile]) -> 
             for name in OF_SERVER
             if getattr(config, name) != getattr(DecodingConfig, name)
         ]
-    from engine.server import url_problems  # here: others need nothing of a server
+    from engine.server_address import url_problems  # here: others need nothing of a server
 
     found = url_problems(config.vllm_server_base_url, config.allow_remote_server)
     return problems + [f"--vllm_server_base_url {problem}" for problem in found]

@@ -19,7 +19,8 @@ from functools import partial
 import pytest
 
 import engine.server
-from engine.server import CANCEL, Cancel, Server, ServerError, ServerGone, url_problems
+from engine.server import CANCEL, Cancel, Server, ServerError, ServerGone
+from engine.server_address import url_problems
 from tests.helpers.fake_server import FakeServer
 
 KEY = "sk-Secret_0123456789"
