@@ -14,7 +14,7 @@ import engine.decoding
 from engine.completion import SamplingConfig
 from engine.decoding import STEPS, DecodingSteps
 from engine.generate import generate
-from engine.graphs import Graphs
+from engine.graphs import Graphs, Trace
 from engine.out_of_memory import free_memory
 from engine.policy import Policy
 from tests.helpers.tape import Card
@@ -286,6 +286,19 @@ def test_memory_that_runs_out_in_a_capture_is_left_to_the_remedies(
         written(policy, prompts, keep=True)
     assert memory(policy) == NOTHING and not policy.graphs.unable
     assert card.current is card.own_stream
+
+
+def test_a_trace_knows_which_memory_is_used_again():
+    first, second = torch.zeros(3), torch.zeros(3)
+
+    def traced(last: torch.Tensor) -> list[tuple]:
+        with Trace() as trace:
+            first.add_(1)
+            second.add_(1)
+            last.mul_(2)
+        return trace.operations
+
+    assert traced(first) == traced(first) != traced(second)
 
 
 def test_other_work_of_one_kind_drops_the_graphs_of_all(card):
