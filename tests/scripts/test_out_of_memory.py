@@ -9,6 +9,7 @@ Run: pytest tests/scripts/test_out_of_memory.py
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import resource
 import signal
@@ -287,6 +288,7 @@ def address_space(script, megabytes: int) -> Iterator[None]:
     libc.malloc.restype = ctypes.c_void_p
 
     def limited(*arguments) -> None:
+        faulthandler.disable()  # a library may abort, which would fill the console of the tests
         libc.mallopt(M_MMAP_THRESHOLD, 2**16)
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (address_space_used(), most))
