@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from data.images import load_image
 from data.prompts import build_messages
 from data.records import read_examples
-from engine.chat_api import ask, ask_all, chat_messages, training_options
+from engine.chat_api import Answer, ask, ask_all, chat_messages, training_options
 from engine.collate import collate_rows
 from engine.completion import SamplingConfig
 from engine.encode import EncodedRow
@@ -46,19 +46,22 @@ def test_greedy_answers_are_those_of_the_engine(policy, server, sft_run, loaded)
     options = training_options(policy.base.stop_ids, policy.base.suppressed_ids)
     options |= {"model": loaded(sft_run), "temperature": 0.0, "max_tokens": LONGEST}
 
-    def asked(example):
-        messages = chat_messages(build_messages(policy.prompt), [load_image(example)])
-        return partial(ask, server, {"messages": messages, **options}, with_ids=True)
+    def answers(*, with_ids: bool) -> list[Answer]:
+        def asked(example):
+            messages = chat_messages(build_messages(policy.prompt), [load_image(example)])
+            return partial(ask, server, {"messages": messages, **options}, with_ids=with_ids)
 
-    answers = ask_all([asked(example) for example in examples], 16, lambda: False)
+        return ask_all([asked(example) for example in examples], 16, lambda: False)
+
+    found, texts = answers(with_ids=True), answers(with_ids=False)
     prompts = [policy.encode(example) for example in examples]
     own = generate(policy, prompts, SamplingConfig(0.0, 1.0, LONGEST), max_rows=50)
     furthest = 0.0
-    for prompt, answer, [completion] in zip(prompts, answers, own, strict=True):
-        [choice] = answer.choices
+    for prompt, answer, said, [completion] in zip(prompts, found, texts, own, strict=True):
+        [choice], [text] = answer.choices, said.choices
         assert answer.prompt_ids == prompt.input_ids.tolist()
         assert choice.ids == completion.ids.tolist()
-        assert choice.text == policy.encoder.decode(completion.ids)
+        assert text.text == policy.encoder.decode(completion.ids)
         difference = (torch.tensor(choice.logprobs) - completion.logprobs).abs().max().item()
         furthest = max(furthest, difference)
     print(f"100 greedy answers: equal; log-probabilities differ by {furthest:.1e} at most")
