@@ -175,7 +175,8 @@ class _Writing:
             generations,
             self.steps.rounded(self.limit),
         )
-        self.buffers = policy.graphs.held(room, lambda: DecodingBuffers(policy, room))
+        ids = policy.base.stop_ids, tuple(policy.base.suppressed_ids)  # which the buffers hold
+        self.buffers = policy.graphs.held((room, ids), lambda: DecodingBuffers(policy, room))
         self.buffers.begin(uniform)
         self.step = DecodingStep(policy, head, sampling, self.buffers)
         self.rows: list[_Row] = []

@@ -207,6 +207,17 @@ def test_other_prompts_and_other_settings_drop_them(policy, prompts, card):
     same(one, as_they_are(policy, prompts[:1]))
 
 
+def test_other_stop_ids_take_other_buffers(policy, prompts, card):
+    for _ in range(2):
+        written(policy, prompts, keep=True)
+    base = dataclasses.replace(policy.base, stop_ids=frozenset(range(5, 256, 3)))
+    stopping = dataclasses.replace(policy, base=base)
+    expected = as_they_are(stopping, prompts)
+    same(written(stopping, prompts, keep=True), expected)
+    with pytest.raises(AssertionError):
+        same(as_they_are(policy, prompts), expected)
+
+
 def memory(policy) -> object:
     """Return what a policy's graphs hold."""
     return policy.graphs._held, policy.graphs._replay

@@ -185,19 +185,25 @@ def test_no_server_there_is_said_before_the_first_step(
     assert not list(run.glob("checkpoint-*")) and not (run / "start").exists()
 
 
-def test_a_server_with_another_policy_is_refused_before_the_first_step(
-    server, tiny_sft_run, tiny_data, tmp_path, capsys
-):
-    """It says that it has loaded the adapter, and answers with that of an earlier step."""
-    sft, run, answer = tiny_sft_run("qwen2_5_vl"), tmp_path / "run", server.answer
+def load_instead(server, folder: Path) -> None:
+    """Let the server say that it has loaded an adapter, and answer with that of a folder."""
+    answer = server.answer
 
     def another(verb, path, body):
         found = answer(verb, path, body)
         if path == LOAD:
-            server.adapters[body["lora_name"]] = str(sft / "checkpoint-1")
+            server.adapters[body["lora_name"]] = str(folder)
         return found
 
     server.answer = another
+
+
+def test_a_server_with_another_policy_is_refused_before_the_first_step(
+    server, tiny_sft_run, tiny_data, tmp_path, capsys
+):
+    """It says that it has loaded the adapter, and answers with that of an earlier step."""
+    sft, run = tiny_sft_run("qwen2_5_vl"), tmp_path / "run"
+    load_instead(server, sft / "checkpoint-1")
     flags = grpo_flags(sft, tiny_data, run, *FLAGS, *over(server))
     assert main_guard(lambda: run_grpo.main(flags)) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -233,15 +239,8 @@ def test_a_server_that_ignores_a_fresh_adapter_is_found_out(
 ):
     """It answers as the base does, which the first adapter does too. The second is trained."""
     speak(monkeypatch)
-    run, answer = tmp_path / "run", server.answer
-
-    def the_first(verb, path, body):
-        found = answer(verb, path, body)
-        if path == LOAD:
-            server.adapters[body["lora_name"]] = str(run / "reference")
-        return found
-
-    server.answer = the_first
+    run = tmp_path / "run"
+    load_instead(server, run / "reference")
     flags = fresh_flags(tiny_checkpoint("qwen2_5_vl"), tiny_data, run, server)
     assert main_guard(lambda: run_grpo.main(flags)) == 1
     said = capsys.readouterr().err
